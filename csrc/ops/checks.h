@@ -1,0 +1,92 @@
+// Argument checks shared by the operators. Each failure is one sentence: what was expected, what came, what to do.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <string_view>
+
+#include "cpu/kernels.h"
+
+namespace nm_act {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline cpu::DType check_dtype(const at::Tensor& x, const char* op) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return cpu::DType::kFloat32;
+    case at::kBFloat16: return cpu::DType::kBFloat16;
+    case at::kHalf: return cpu::DType::kFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, "nm_act::", op, " expected x in float32, bfloat16 or float16, got ", x.scalar_type(),
+                       "; convert it first");
+  }
+}
+
+inline void check_features(const at::Tensor& x, const char* op) {
+  TORCH_CHECK_VALUE(x.dim() >= 1, "nm_act::", op,
+                    " expected x of shape [..., in_features], got a tensor without dimensions; add one");
+}
+
+// 1 <= n < m, m in {2, 4, 8, 16, 32}, and whole groups.
+inline void check_pattern(int64_t n, int64_t m, int64_t in_features, const char* op) {
+  TORCH_CHECK_VALUE(m == 2 || m == 4 || m == 8 || m == 16 || m == 32, "nm_act::", op,
+                    " expected a group size m in {2, 4, 8, 16, 32}, got ", n, ":", m, "; choose one of those");
+  TORCH_CHECK_VALUE(n >= 1 && n < m, "nm_act::", op, " expected 1 <= n < m, got ", n, ":", m,
+                    "; use torch.nn.functional.linear where nothing is pruned");
+  TORCH_CHECK_VALUE(in_features % m == 0, "nm_act::", op, " expected in_features divisible by m, got in_features ",
+                    in_features, " and pattern ", n, ":", m, "; choose a smaller group or pad the features");
+}
+
+inline void check_same_device(const at::Tensor& x, const at::Tensor& other, const char* name, const char* op) {
+  TORCH_CHECK_VALUE(other.device() == x.device(), "nm_act::", op, " expected ", name, " on the device of x, ",
+                    x.device(), ", got ", other.device(), "; move it there");
+}
+
+// A float32 contiguous [size] copy of an optional per-channel vector, or an undefined tensor.
+inline at::Tensor check_vector(const OptionalTensor& vector, const at::Tensor& x, int64_t size, const char* name,
+                               const char* op) {
+  if (!vector.has_value() || !vector->defined()) return {};
+  check_same_device(x, *vector, name, op);
+  TORCH_CHECK_TYPE(vector->scalar_type() == at::kFloat || vector->scalar_type() == x.scalar_type(), "nm_act::", op,
+                   " expected ", name, " in float32 or the dtype of x, ", x.scalar_type(), ", got ",
+                   vector->scalar_type(), "; convert it first");
+  TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == size, "nm_act::", op, " expected ", name, " of shape [",
+                    size, "], got ", vector->sizes(), "; give one value a channel");
+  return vector->to(at::kFloat).contiguous();
+}
+
+inline cpu::TokenShift check_token_shift(std::string_view token_shift, bool has_shift, const char* op) {
+  const bool none = token_shift == "none", mean = token_shift == "mean", median = token_shift == "median";
+  TORCH_CHECK_VALUE(none || mean || median, "nm_act::", op,
+                    " expected token_shift to be \"none\", \"mean\" or \"median\", got \"", token_shift,
+                    "\"; choose one of those");
+  TORCH_CHECK_VALUE(none || !has_shift, "nm_act::", op,
+                    " expected either shift or token_shift, got both (token_shift \"", token_shift,
+                    "\"); drop one of them");
+  return none ? cpu::TokenShift::kNone : mean ? cpu::TokenShift::kMean : cpu::TokenShift::kMedian;
+}
+
+inline void check_weight(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op) {
+  check_same_device(x, weight, "weight", op);
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", op, " expected weight in the dtype of x, ",
+                   x.scalar_type(), ", got ", weight.scalar_type(), "; convert one of them");
+  TORCH_CHECK_VALUE(weight.dim() == 2, "nm_act::", op, " expected weight of shape [out_features, in_features], got ",
+                    weight.sizes(), "; reshape it");
+  TORCH_CHECK_VALUE(weight.size(1) == x.size(-1), "nm_act::", op, " expected weight of shape [out_features, ",
+                    x.size(-1), "] for x of shape ", x.sizes(), ", got ", weight.sizes(),
+                    "; transpose the weight or check the layer's input");
+  if (!bias.has_value() || !bias->defined()) return;
+  check_same_device(x, *bias, "bias", op);
+  TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "nm_act::", op, " expected bias in the dtype of x, ",
+                   x.scalar_type(), ", got ", bias->scalar_type(), "; convert it");
+  TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), "nm_act::", op, " expected bias of shape [",
+                    weight.size(0), "], got ", bias->sizes(), "; give one value an output feature");
+}
+
+inline const float* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
+}
+
+}  // namespace nm_act

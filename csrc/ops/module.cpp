@@ -1,0 +1,89 @@
+// The pybind11 module nm_act._C: importing it registers the operators; it also offers build facts and host helpers.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "kernels/nm_act.h"
+#include "ops/support.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = NM_ACT_TORCH_VERSION;
+  info["torch_cuda"] = NM_ACT_TORCH_CUDA;
+  info["compiler"] = NM_ACT_COMPILER;
+  info["cpu_isa"] = nm_act::cpu::cpu_kernels().name;
+  info["cpu_isas"] = nm_act::cpu::compiled_isas();
+  return info;
+}
+
+py::list support_table() {
+  py::list rows;
+  for (const nm_act::SupportRow& row : nm_act::kSupport) {
+    rows.append(py::dict(py::arg("op") = row.op, py::arg("device") = row.device, py::arg("dtypes") = row.dtypes,
+                         py::arg("patterns") = row.patterns, py::arg("how") = row.how));
+  }
+  return rows;
+}
+
+nm_act::MetadataLayout layout_named(const std::string& name) {
+  if (name == "neutral") return nm_act::MetadataLayout::kNeutral;
+  if (name == "sm80_16bit") return nm_act::MetadataLayout::kSm80Bits16;
+  if (name == "sm90_16bit_t64") return nm_act::MetadataLayout::kSm90Bits16T64;
+  if (name == "sm90_16bit_t128") return nm_act::MetadataLayout::kSm90Bits16T128;
+  if (name == "sm90_8bit") return nm_act::MetadataLayout::kSm90Bits8;
+  throw std::invalid_argument(
+      "expected a metadata layout named neutral, sm80_16bit, sm90_16bit_t64, sm90_16bit_t128 or sm90_8bit, got '" +
+      name + "'; choose one of those");
+}
+
+void check_sizes(int64_t tokens, int64_t in_features) {
+  if (tokens < 0 || in_features < 0 || in_features % 4 != 0)
+    throw std::invalid_argument("expected tokens >= 0 and in_features a multiple of 4, got " + std::to_string(tokens) +
+                                " and " + std::to_string(in_features) + "; pad the features");
+}
+
+using Repack = void (*)(nm_act::MetadataLayout, int64_t, int64_t, const uint8_t*, uint8_t*);
+
+py::bytes repack(const py::bytes& packed, int64_t tokens, int64_t in_features, nm_act::MetadataLayout layout,
+                 nm_act::MetadataLayout from, nm_act::MetadataLayout to, Repack function) {
+  const std::string_view bytes = packed;
+  const int64_t expected = nm_act::metadata_bytes(from, tokens, in_features);
+  if (int64_t(bytes.size()) != expected)
+    throw std::invalid_argument("expected " + std::to_string(expected) + " metadata bytes for " +
+                                std::to_string(tokens) + " tokens of " + std::to_string(in_features) +
+                                " features, got " + std::to_string(bytes.size()) + "; pass the whole buffer");
+  std::string result(nm_act::metadata_bytes(to, tokens, in_features), '\0');
+  function(layout, tokens, in_features, reinterpret_cast<const uint8_t*>(bytes.data()),
+           reinterpret_cast<uint8_t*>(result.data()));
+  return py::bytes(result);
+}
+
+py::bytes pack_metadata(const py::bytes& neutral, int64_t tokens, int64_t in_features, const std::string& name) {
+  check_sizes(tokens, in_features);
+  const auto layout = layout_named(name);
+  return repack(neutral, tokens, in_features, layout, nm_act::MetadataLayout::kNeutral, layout, nm_act::pack_metadata);
+}
+
+py::bytes unpack_metadata(const py::bytes& physical, int64_t tokens, int64_t in_features, const std::string& name) {
+  check_sizes(tokens, in_features);
+  const auto layout = layout_named(name);
+  return repack(physical, tokens, in_features, layout, layout, nm_act::MetadataLayout::kNeutral,
+                nm_act::unpack_metadata);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", build_info);
+  m.def("support_table", support_table);
+  m.def("pack_metadata", pack_metadata, py::arg("neutral"), py::arg("tokens"), py::arg("in_features"),
+        py::arg("layout"));
+  m.def("unpack_metadata", unpack_metadata, py::arg("physical"), py::arg("tokens"), py::arg("in_features"),
+        py::arg("layout"));
+}

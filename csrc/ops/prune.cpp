@@ -1,0 +1,64 @@
+// nm_act::prune: the sparse operand as a dense tensor.
+#include "ops/prune.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+namespace nm_act {
+
+Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
+                          const OptionalTensor& shift, std::string_view token_shift, const char* op) {
+  Selection s;
+  check_features(x, op);
+  s.dtype = check_dtype(x, op);
+  s.in_features = x.size(-1);
+  check_pattern(n, m, s.in_features, op);
+  s.token_shift = check_token_shift(token_shift, shift.has_value() && shift->defined(), op);
+  s.channel_scale = check_vector(channel_scale, x, s.in_features, "channel_scale", op);
+  s.shift = check_vector(shift, x, s.in_features, "shift", op);
+  s.tokens = s.in_features == 0 ? 0 : x.numel() / s.in_features;
+  s.keep = int(n);
+  s.group = int(m);
+  return s;
+}
+
+cpu::PruneParams prune_params(const Selection& s, const at::Tensor& x) {
+  cpu::PruneParams p{};
+  p.x = x.const_data_ptr();
+  p.channel_scale = data_or_null(s.channel_scale);
+  p.shift = data_or_null(s.shift);
+  p.tokens = s.tokens;
+  p.in_features = s.in_features;
+  p.keep = s.keep;
+  p.group = s.group;
+  p.dtype = s.dtype;
+  p.token_shift = s.token_shift;
+  return p;
+}
+
+void launch_prune(const cpu::PruneParams& params) {
+  const cpu::CpuKernels& kernels = cpu::cpu_kernels();
+  // About 20 us of work for a thread: less does not pay for waking it.
+  const int64_t grain = 1 + 16384 / (1 + params.in_features);
+  at::parallel_for(0, params.tokens, grain, [&](int64_t begin, int64_t end) { kernels.prune(params, begin, end); });
+}
+
+namespace {
+
+at::Tensor prune(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
+                 const OptionalTensor& shift, c10::string_view token_shift) {
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, "prune");
+  const at::Tensor dense = x.contiguous();
+  at::Tensor out = at::empty(x.sizes(), x.options());
+  cpu::PruneParams params = prune_params(selection, dense);
+  params.out = out.mutable_data_ptr();
+  launch_prune(params);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nm_act, CPU, m) { m.impl("prune", prune); }
+
+}  // namespace nm_act

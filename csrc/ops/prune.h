@@ -1,0 +1,35 @@
+// What prune, compress and sparse_linear share: checked selection arguments and the threaded CPU launch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+
+#include "ops/checks.h"
+
+namespace nm_act {
+
+// The selection arguments after checking, ready for the kernels.
+struct Selection {
+  at::Tensor channel_scale;  // float32 [in_features] or undefined
+  at::Tensor shift;          // float32 [in_features] or undefined
+  cpu::TokenShift token_shift;
+  cpu::DType dtype;
+  int64_t tokens;
+  int64_t in_features;
+  int keep;
+  int group;
+
+  bool has_shift() const { return shift.defined() || token_shift != cpu::TokenShift::kNone; }
+};
+
+Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
+                          const OptionalTensor& shift, std::string_view token_shift, const char* op);
+
+// Params of the CPU kernel for a contiguous x; outputs are null until the caller sets them.
+cpu::PruneParams prune_params(const Selection& selection, const at::Tensor& x);
+
+// Runs the CPU kernel over all tokens on torch's threads.
+void launch_prune(const cpu::PruneParams& params);
+
+}  // namespace nm_act

@@ -1,0 +1,47 @@
+// The one place where the operators of nm_act are declared. Fakes (shape functions) are in nm_act/ops.py.
+//
+// Shapes: x [..., in_features], weight [out_features, in_features] with either stride order, y [..., out_features];
+// "tokens" is the product of the leading dimensions and may be 0. x, weight and bias share one dtype of float32,
+// bfloat16, float16; channel_scale and shift [in_features], shift_out and column_scale [out_features] are float32 or
+// that dtype.
+//
+//   Z = X - eta          eta: `shift`, one value a channel, or `token_shift` ("mean", "median"), one value a token
+//   P = the n of every m consecutive values of a token's Z with the largest |Z| * |channel_scale|, zeros elsewhere
+//   Y = (nu * (P @ W^T) + shift term) * column_scale + bias
+//       nu: sqrt(Var(Z) / Var(P)) per token with variance_correction (1 where Var(P) is 0), else 1
+//       shift term: shift_out with `shift`; eta (x) shift_out with `token_shift`; shift_out is W @ shift, or W @ 1, and
+//       is computed from the weight at every call when it is not given
+//
+// Selection contract, deterministic and equal on every device, bit for bit (nm_act/reference.py is the oracle):
+//   * groups start at feature 0 and never cross tokens; exactly n of every m survive;
+//   * Z is rounded to the dtype of X; the score is one float32 product of |Z| and |channel_scale|;
+//   * ties go to the lowest index; -0.0 equals 0.0 in the comparison and keeps its sign if it survives;
+//   * an infinite Z ranks above every finite one and NaN above infinity, whatever the scale; a finite Z whose score
+//     overflows or is NaN counts as the largest finite float32;
+//   * so a NaN token gives NaN outputs, as dense arithmetic does, and no infinity gives way to a finite value;
+//   * pruned entries are +0.0; without a shift the survivors keep their bits.
+// Weights are expected to be finite: a weight row whose input was pruned may not be read at all.
+#include <torch/library.h>
+
+TORCH_LIBRARY(nm_act, m) {
+  m.def(
+      "prune(Tensor x, int n, int m, *, Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\") "
+      "-> Tensor");
+
+  // 2:4 in the device-neutral format: values [..., in_features / 2] in the dtype of x, two survivors a group in index
+  // order; metadata uint8 [..., ceil(in_features / 8)], one nibble a group (first index | second index << 2), the lower
+  // group in the low nibble. The physical layouts of the tensor cores are in csrc/kernels/format/metadata.h.
+  m.def(
+      "compress(Tensor x, *, Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\") "
+      "-> (Tensor values, Tensor metadata)");
+  m.def("decompress(Tensor values, Tensor metadata) -> Tensor");
+
+  m.def(
+      "sparse_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, "
+      "Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, bool variance_correction=False, "
+      "Tensor? column_scale=None) -> Tensor");
+
+  // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
+  // decode kernel of sparse_linear without the selection. At most 4 tokens.
+  m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+}

@@ -1,0 +1,175 @@
+// nm_act::sparse_linear and nm_act::gather_linear on CPUs.
+//
+// Up to four tokens over a weight stored [in, out] take the gather kernel, which reads only the rows of survivors. All
+// else prunes and runs torch's own GEMM; the epilogue then needs a pass of its own unless it is a plain bias.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mv.h>
+#include <ATen/ops/sum.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "ops/prune.h"
+
+namespace nm_act {
+namespace {
+
+bool stored_in_out(const at::Tensor& weight) {
+  return weight.stride(0) == 1 && weight.stride(1) >= std::max<int64_t>(weight.size(0), 1);
+}
+
+// Rows that some token needs, and what to multiply them by, in the order that the gather kernel reads.
+struct SurvivingRows {
+  std::vector<int64_t> rows;
+  std::vector<float> coefficients;
+};
+
+template <class T>
+const SurvivingRows& surviving_rows(const at::Tensor& operand) {
+  const int64_t tokens = operand.size(0), in_features = operand.size(1);
+  const T* p = operand.const_data_ptr<T>();
+  // Kept between calls: mapping fresh pages would cost more than filling them.
+  static thread_local SurvivingRows s;
+  s.rows.resize(in_features + cpu::kGatherUnroll);
+  int64_t count = 0;
+  for (int64_t k = 0; k < in_features; ++k) {
+    bool needed = false;
+    for (int64_t t = 0; t < tokens; ++t) needed |= float(p[t * in_features + k]) != 0.0f;  // true for NaN
+    // No branch: which half survives is noise to a branch predictor.
+    s.rows[count] = k;
+    count += needed;
+  }
+  s.rows.resize(count);
+  // The last step is filled up with a row that is read anyway, times zero.
+  while (s.rows.size() % cpu::kGatherUnroll != 0) s.rows.push_back(s.rows.back());
+  s.coefficients.assign(s.rows.size() * tokens, 0.0f);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t step = r / cpu::kGatherUnroll, lane = r % cpu::kGatherUnroll;
+    for (int64_t t = 0; t < tokens; ++t)
+      s.coefficients[(step * tokens + t) * cpu::kGatherUnroll + lane] = float(p[t * in_features + s.rows[r]]);
+  }
+  return s;
+}
+
+// y [tokens, out] from the dense operand [tokens, in] and a weight stored [in, out].
+void launch_gather(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, cpu::DType dtype,
+                   at::Tensor& y) {
+  const SurvivingRows& survivors = dtype == cpu::DType::kFloat32    ? surviving_rows<float>(operand)
+                                   : dtype == cpu::DType::kBFloat16 ? surviving_rows<at::BFloat16>(operand)
+                                                                    : surviving_rows<at::Half>(operand);
+  cpu::GatherParams p{};
+  p.weight = weight.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.rows = survivors.rows.data();
+  p.coefficients = survivors.coefficients.data();
+  p.num_rows = int64_t(survivors.rows.size());
+  p.tokens = operand.size(0);
+  p.out_features = weight.size(0);
+  p.row_stride = weight.stride(1);
+  p.dtype = dtype;
+  p.epilogue = epilogue;
+  // Whole cache lines a thread, and at least 64 Ki multiply-adds, about 10 us.
+  constexpr int64_t kLine = 32;
+  const int64_t lines = (p.out_features + kLine - 1) / kLine;
+  const int64_t grain = 1 + 65536 / (kLine * (1 + p.num_rows));
+  const cpu::CpuKernels& kernels = cpu::cpu_kernels();
+  at::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
+    kernels.gather(p, begin * kLine, std::min(end * kLine, p.out_features));
+  });
+}
+
+void launch_epilogue(const cpu::Epilogue& epilogue, cpu::DType dtype, at::Tensor& y) {
+  const cpu::EpilogueParams p{y.mutable_data_ptr(), y.size(1), dtype, epilogue};
+  const cpu::CpuKernels& kernels = cpu::cpu_kernels();
+  at::parallel_for(0, y.size(0), 1 + 16384 / (1 + y.size(1)),
+                   [&](int64_t begin, int64_t end) { kernels.epilogue(p, begin, end); });
+}
+
+// W @ shift, or the row sums W @ 1, in float32.
+at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
+  if (selection.shift.defined()) return at::mv(weight.to(at::kFloat), selection.shift);
+  return at::sum(weight, {1}, false, at::kFloat);
+}
+
+std::vector<int64_t> output_sizes(const at::Tensor& x, const at::Tensor& weight) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = weight.size(0);
+  return sizes;
+}
+
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
+                         int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
+                         c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
+                         const OptionalTensor& column_scale) {
+  constexpr const char* kOp = "sparse_linear";
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp);
+  check_weight(x, weight, bias, kOp);
+  const int64_t tokens = selection.tokens, in_features = selection.in_features, out_features = weight.size(0);
+  at::Tensor shift_vector = check_vector(shift_out, x, out_features, "shift_out", kOp);
+  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
+  TORCH_CHECK_VALUE(selection.has_shift() || !shift_vector.defined(),
+                    "nm_act::sparse_linear expected shift or token_shift along with shift_out, got shift_out alone; ",
+                    "add the shift or pass the vector as bias");
+  at::Tensor y = at::empty({tokens, out_features}, x.options());
+  if (y.numel() == 0) return y.view(output_sizes(x, weight));
+  if (selection.has_shift() && !shift_vector.defined()) shift_vector = shift_image(weight, selection);
+
+  const at::Tensor dense = x.contiguous();
+  const at::TensorOptions vector_options = x.options().dtype(at::kFloat);
+  at::Tensor operand = at::empty({tokens, in_features}, x.options());
+  const at::Tensor eta =
+      selection.token_shift != cpu::TokenShift::kNone ? at::empty({tokens}, vector_options) : at::Tensor();
+  const at::Tensor nu = variance_correction ? at::empty({tokens}, vector_options) : at::Tensor();
+  cpu::PruneParams params = prune_params(selection, dense);
+  params.out = operand.mutable_data_ptr();
+  params.eta = eta.defined() ? eta.mutable_data_ptr<float>() : nullptr;
+  params.nu = nu.defined() ? nu.mutable_data_ptr<float>() : nullptr;
+  launch_prune(params);
+
+  const at::Tensor bias_vector = bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor();
+  const cpu::Epilogue epilogue{data_or_null(nu), data_or_null(eta), data_or_null(shift_vector),
+                               data_or_null(column_vector),
+                               bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr};
+  if (tokens <= cpu::kGatherTokens && stored_in_out(weight)) {
+    launch_gather(operand, weight, epilogue, selection.dtype, y);
+  } else if (nu.defined() || shift_vector.defined() || column_vector.defined()) {
+    y = at::linear(operand, weight);
+    launch_epilogue(epilogue, selection.dtype, y);
+  } else {
+    y = at::linear(operand, weight, bias);
+  }
+  return y.view(output_sizes(x, weight));
+}
+
+at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  constexpr const char* kOp = "gather_linear";
+  check_features(x, kOp);
+  const cpu::DType dtype = check_dtype(x, kOp);
+  check_weight(x, weight, bias, kOp);
+  TORCH_CHECK_VALUE(stored_in_out(weight),
+                    "nm_act::gather_linear expected a weight stored [in_features, out_features], got strides ",
+                    weight.strides(), "; store it with weight.t().contiguous().t()");
+  const int64_t tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
+  TORCH_CHECK_VALUE(tokens <= cpu::kGatherTokens, "nm_act::gather_linear expected at most ", cpu::kGatherTokens,
+                    " tokens, got ", tokens, "; use torch.nn.functional.linear for more");
+  at::Tensor y = at::empty(output_sizes(x, weight), x.options());
+  if (y.numel() == 0) return y;
+  at::Tensor rows = y.view({tokens, weight.size(0)});
+  const at::Tensor bias_vector = bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor();
+  cpu::Epilogue epilogue{};
+  epilogue.bias = bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr;
+  launch_gather(x.contiguous().view({tokens, x.size(-1)}), weight, epilogue, dtype, rows);
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nm_act, CPU, m) {
+  m.impl("sparse_linear", sparse_linear);
+  m.impl("gather_linear", gather_linear);
+}
+
+}  // namespace nm_act

@@ -1,0 +1,135 @@
+"""The oracle: every operator in plain torch, written for clarity, one formula a function.
+
+Selection contract (the compiled kernels are tested bit for bit against it)
+---------------------------------------------------------------------------
+The operand is ``Z = round(float32(X) - float32(eta))`` in the dtype of ``X``; without a shift ``Z = X``, to the bit.
+A value's *key* is
+
+* ``|Z| * |c|`` in float32, one rounding, at most the largest finite float32, for a finite ``Z`` (a NaN product counts
+  as that largest value);
+* above every finite value if ``Z`` is infinite, and above every infinity if ``Z`` is NaN.
+
+In each group of ``m`` consecutive features the ``n`` largest keys survive; among equal keys the lowest index wins.
+-0.0 equals 0.0 as a key and keeps its sign as a value. So exactly ``n`` of ``m`` survive; one NaN in a token makes its
+whole output NaN, as dense arithmetic would, and an infinity is never lost to a finite value: with at most ``n``
+non-finite values a group, the output has the infinities and NaNs of dense arithmetic, with more it is still non-finite.
+
+Per-token shifts are float32: the mean is summed in float64 and rounded once (the order of the sum is not part of the
+contract: it can change the mean of about one token in 10^9), the median is the lower of the two middle values (as
+``torch.median``) with -0.0 read as 0.0. Both are NaN if the token holds a NaN.
+"""
+
+import torch
+
+from .patterns import NMPattern
+
+TOKEN_SHIFTS = ("none", "mean", "median")
+"""Names accepted by ``token_shift``."""
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def token_shift_values(x: torch.Tensor, token_shift: str) -> torch.Tensor:
+    """Per-token shift eta, float32 ``[..., 1]``, of ``x [..., in]`` for ``token_shift`` "mean" or "median" (D-PTS)."""
+    if token_shift == "mean":
+        eta = x.double().mean(dim=-1, keepdim=True).float()
+    elif token_shift == "median":
+        eta = x.float().median(dim=-1, keepdim=True).values
+    else:
+        raise ValueError(f'expected token_shift "mean" or "median", got {token_shift!r}')
+    return eta + 0.0
+
+
+def shifted(x: torch.Tensor, shift: torch.Tensor | None, token_shift: str) -> torch.Tensor:
+    """``Z = X - eta`` in the dtype of ``x``; ``x`` itself without a shift."""
+    if token_shift != "none":
+        return (x.float() - token_shift_values(x, token_shift)).to(x.dtype)
+    if shift is not None:
+        return (x.float() - shift.float()).to(x.dtype)
+    return x
+
+
+def selection_mask(z: torch.Tensor, pattern: NMPattern, channel_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Boolean mask of the survivors of ``z [..., in]`` under the contract above; exactly N of every M are True."""
+    magnitude = z.float().abs()
+    score = magnitude if channel_scale is None else (magnitude * channel_scale.float()).abs()
+    score = torch.where(score.isnan(), _FLOAT32_MAX, score).clamp(max=_FLOAT32_MAX).double()
+    # Classes above the finite scores, in float64 so that they stay apart from the largest float32.
+    score = torch.where(z.isinf(), 2.0 * _FLOAT32_MAX, score)
+    score = torch.where(z.isnan(), 4.0 * _FLOAT32_MAX, score)
+    groups = score.unflatten(-1, (-1, pattern.group))
+    order = groups.argsort(dim=-1, descending=True, stable=True)
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    mask.scatter_(-1, order[..., : pattern.keep], True)
+    return mask.flatten(-2)
+
+
+def prune(x, n, m, *, channel_scale=None, shift=None, token_shift="none"):
+    """Oracle of :func:`nm_act.prune`: ``P(X - eta)``, same shape and dtype as ``x``, pruned entries +0.0."""
+    z = shifted(x, shift, token_shift)
+    # where, not z * mask: a product would keep the sign of -0.0 and turn a pruned inf into NaN.
+    return torch.where(selection_mask(z, NMPattern(n, m), channel_scale), z, z.new_zeros(()))
+
+
+def compress(x, *, channel_scale=None, shift=None, token_shift="none"):
+    """Oracle of :func:`nm_act.compress`: 2:4 ``values [..., in/2]`` and ``metadata [..., ceil(in/8)]`` (uint8)."""
+    z = shifted(x, shift, token_shift)
+    mask = selection_mask(z, NMPattern(2, 4), channel_scale)
+    leading, in_features = z.shape[:-1], z.shape[-1]
+    index = mask.unflatten(-1, (-1, 4)).int().argsort(dim=-1, descending=True, stable=True)[..., :2]
+    values = z.unflatten(-1, (-1, 4)).gather(-1, index).flatten(-2)
+    nibbles = (index[..., 0] | index[..., 1] << 2).to(torch.uint8)
+    if in_features % 8:
+        nibbles = torch.cat([nibbles, nibbles.new_zeros(*leading, 1)], dim=-1)
+    pairs = nibbles.unflatten(-1, (-1, 2))
+    return values, pairs[..., 0] | pairs[..., 1] << 4
+
+
+def decompress(values, metadata):
+    """Oracle of :func:`nm_act.decompress`: the dense ``[..., in]`` tensor that :func:`compress` packed."""
+    groups = values.shape[-1] // 2
+    nibbles = torch.stack([metadata & 15, metadata >> 4], dim=-1).flatten(-2)[..., :groups].long()
+    index = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)
+    dense = values.new_zeros(*values.shape[:-1], groups, 4)
+    return dense.scatter_(-1, index, values.unflatten(-1, (-1, 2))).flatten(-2)
+
+
+def variance_ratio(z: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
+    """VAR factor ``nu = sqrt(Var(Z) / Var(P))`` per token, float64 ``[..., 1]``; 1 where ``Var(P)`` is 0."""
+    total = z.double().var(dim=-1, unbiased=False, keepdim=True)
+    kept = pruned.double().var(dim=-1, unbiased=False, keepdim=True)
+    return torch.where(kept == 0, 1.0, (total / kept).sqrt())
+
+
+def sparse_linear(
+    x,
+    weight,
+    bias=None,
+    n=2,
+    m=4,
+    *,
+    channel_scale=None,
+    shift=None,
+    token_shift="none",
+    shift_out=None,
+    variance_correction=False,
+    column_scale=None,
+    compute_dtype=torch.float64,
+):
+    """Oracle of :func:`nm_act.sparse_linear`; products, sums and the result are in ``compute_dtype``."""
+    z = shifted(x, shift, token_shift)
+    pruned = prune(x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
+    w = weight.to(compute_dtype)
+    y = pruned.to(compute_dtype) @ w.t()
+    if variance_correction:
+        y = y * variance_ratio(z, pruned).to(compute_dtype)
+    if token_shift != "none":
+        row_sums = w.sum(dim=1) if shift_out is None else shift_out.to(compute_dtype)
+        y = y + token_shift_values(x, token_shift).to(compute_dtype) * row_sums
+    elif shift is not None:
+        y = y + (w @ shift.to(compute_dtype) if shift_out is None else shift_out.to(compute_dtype))
+    if column_scale is not None:
+        y = y * column_scale.to(compute_dtype)
+    if bias is not None:
+        y = y + bias.to(compute_dtype)
+    return y

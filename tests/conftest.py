@@ -1,0 +1,41 @@
+"""Shared by all tests: the dtypes, a bit comparison, and poisoned inputs that exercise the selection contract."""
+
+import pytest
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PATTERNS = ((1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (1, 4), (3, 16), (31, 32))
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, *, any_nan: bool = False) -> None:
+    """Equal shape, dtype and bits; with ``any_nan`` one NaN is as good as another."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    if any_nan:
+        assert torch.equal(actual.isnan(), expected.isnan())
+        actual, expected = (t.masked_fill(t.isnan(), 0.0) for t in (actual, expected))
+    integer = {2: torch.int16, 4: torch.int32}[actual.element_size()]
+    same = actual.contiguous().view(integer) == expected.contiguous().view(integer)
+    assert same.all(), f"{(~same).sum()} of {same.numel()} values differ"
+
+
+def hard_activations(tokens: int, in_features: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Random rows in which one is all ties, one has -0.0, one NaN and inf, one only infinities, one is all zero."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, in_features, generator=generator).to(dtype)
+    special = [
+        torch.randint(-2, 3, (in_features,), generator=generator).to(dtype),
+        torch.where(torch.arange(in_features) % 3 == 0, -0.0, x[0].float()).to(dtype),
+        x[0].clone(),
+        torch.full((in_features,), float("inf"), dtype=dtype),
+        torch.zeros(in_features, dtype=dtype),
+    ]
+    special[2][1], special[2][in_features // 2], special[2][-1] = float("nan"), float("inf"), -float("inf")
+    for row, values in enumerate(special[: max(0, tokens - 1)]):
+        x[row + 1] = values
+    return x
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,274 @@
+"""sparse_linear and gather_linear: against the float64 oracle, over layouts, shapes, options; opcheck; compile; errors."""
+
+import itertools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, PATTERNS, hard_activations
+
+import nm_act
+from nm_act import reference
+
+LAYOUTS = ("out_in", "in_out")
+
+
+def stored(weight: torch.Tensor, layout: str) -> torch.Tensor:
+    return weight if layout == "out_in" else weight.t().contiguous().t()
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    assert not actual.isnan().any()
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def options_of(in_features: int, out_features: int) -> dict[str, dict]:
+    weight_free = torch.Generator().manual_seed(3)
+    vector = lambda size: torch.randn(size, generator=weight_free)  # noqa: E731
+    return {
+        "plain": {},
+        "channel scale": {"channel_scale": vector(in_features).abs()},
+        "static shift": {"shift": vector(in_features)},
+        "mean": {"token_shift": "mean"},
+        "median": {"token_shift": "median"},
+        "variance": {"variance_correction": True},
+        "column scale": {"column_scale": 1 + 0.1 * vector(out_features)},
+        "all": {
+            "channel_scale": vector(in_features).abs(),
+            "token_shift": "median",
+            "variance_correction": True,
+            "column_scale": 1 + 0.1 * vector(out_features),
+        },
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 33])
+def test_error_at_most_twice_torchs_own(dtype, layout, tokens):
+    in_features, out_features = 1024, 330
+    x, weight = torch.randn(tokens, in_features).to(dtype), torch.randn(out_features, in_features).to(dtype)
+    bias = torch.randn(out_features).to(dtype)
+    for n, m in PATTERNS:
+        pruned = reference.prune(x, n, m)
+        exact = reference.sparse_linear(x, weight, bias, n, m)
+        torchs = relative_error(F.linear(pruned, weight, bias), exact)
+        ours = relative_error(nm_act.sparse_linear(x, stored(weight, layout), bias, n, m), exact)
+        assert ours <= 2 * torchs, (n, m)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_every_option_against_the_oracle(dtype, layout, tokens):
+    in_features, out_features = 256, 96
+    x = (torch.randn(tokens, in_features) + 0.5).to(dtype)
+    weight, bias = torch.randn(out_features, in_features).to(dtype), torch.randn(out_features).to(dtype)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    for name, options in options_of(in_features, out_features).items():
+        exact = reference.sparse_linear(x, weight, bias, 8, 16, **options)
+        y = nm_act.sparse_linear(x, stored(weight, layout), bias, 8, 16, **options)
+        assert y.dtype == dtype
+        assert relative_error(y, exact) < tolerance, name
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_given_shift_out_replaces_the_computed_one(tokens):
+    x, weight, shift = torch.randn(tokens, 64), stored(torch.randn(32, 64), "in_out"), torch.randn(64)
+    for options, image in (({"shift": shift}, weight @ shift), ({"token_shift": "mean"}, weight.sum(1))):
+        computed = nm_act.sparse_linear(x, weight, n=4, m=8, **options)
+        given = nm_act.sparse_linear(x, weight, n=4, m=8, shift_out=image, **options)
+        torch.testing.assert_close(given, computed, rtol=1e-5, atol=1e-5)
+        doubled = nm_act.sparse_linear(x, weight, n=4, m=8, shift_out=2 * image, **options)
+        assert not torch.allclose(doubled, computed)
+
+
+class TestIdentities:
+    """Algebra of the mitigations (arXiv 2509.22166), on outputs."""
+
+    def setup_method(self):
+        self.x, self.weight = torch.randn(6, 64) + 1, torch.randn(48, 64)
+
+    def test_putting_the_shift_back_equals_the_dense_definition(self):
+        eta = self.x.median(dim=-1, keepdim=True).values
+        direct = (reference.prune(self.x - eta, 2, 4) + eta) @ self.weight.t()
+        y = nm_act.sparse_linear(self.x, self.weight, token_shift="median")
+        torch.testing.assert_close(y, direct, rtol=1e-4, atol=1e-4)
+
+    def test_variance_correction_restores_the_variance(self):
+        identity = torch.eye(64)
+        corrected = nm_act.sparse_linear(self.x, identity, n=2, m=4, variance_correction=True)
+        torch.testing.assert_close(
+            corrected.var(-1, unbiased=False), self.x.var(-1, unbiased=False), rtol=1e-5, atol=1e-5
+        )
+
+    def test_any_2_4_mask_is_an_8_16_mask(self):
+        energy = lambda p: p.unflatten(-1, (-1, 16)).square().sum(-1)  # noqa: E731
+        assert (energy(nm_act.prune(self.x, 8, 16)) >= energy(nm_act.prune(self.x, 2, 4))).all()
+
+    def test_constant_token_has_variance_factor_one(self):
+        y = nm_act.sparse_linear(torch.zeros(1, 64), self.weight, variance_correction=True)
+        assert (y == 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (0,), (2, 0, 5), (1, 1, 1)])
+def test_leading_dimensions(layout, leading):
+    x, weight, bias = torch.randn(*leading, 32), stored(torch.randn(8, 32), layout), torch.randn(8)
+    y = nm_act.sparse_linear(x, weight, bias, 2, 4)
+    assert y.shape == (*leading, 8)
+    torch.testing.assert_close(y.double(), reference.sparse_linear(x, weight, bias, 2, 4), rtol=1e-5, atol=1e-5)
+
+
+def test_odd_column_counts_and_out_of_bounds_writes():
+    for out_features, tokens in itertools.product([1, 7, 31, 33, 65, 4097], [1, 4]):
+        x, weight = torch.randn(tokens, 64), stored(torch.randn(out_features, 64), "in_out")
+        y = nm_act.sparse_linear(x, weight, n=2, m=4)
+        torch.testing.assert_close(y.double(), reference.sparse_linear(x, weight, n=2, m=4), rtol=1e-5, atol=1e-5)
+
+
+def test_weight_rows_may_be_padded():
+    wide = torch.randn(64, 100)
+    weight = wide[:, :40].t()  # stored [in, out] with a row stride of 100
+    x = torch.randn(1, 64)
+    torch.testing.assert_close(
+        nm_act.sparse_linear(x, weight).double(), reference.sparse_linear(x, weight), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_pruned_rows_are_not_read():
+    x, weight = torch.randn(1, 64), torch.randn(32, 64)
+    dropped = (nm_act.prune(x, 8, 16) == 0)[0]
+    poisoned = weight.clone()
+    poisoned[:, dropped] = float("nan")
+    expected = nm_act.sparse_linear(x, stored(weight, "in_out"), n=8, m=16)
+    assert torch.equal(nm_act.sparse_linear(x, stored(poisoned, "in_out"), n=8, m=16), expected)
+
+
+def test_same_bits_whatever_the_threads():
+    x, weight, threads = (
+        torch.randn(3, 4096),
+        stored(torch.randn(1000, 4096), "in_out"),
+        torch.get_num_threads(),
+    )
+    try:
+        torch.set_num_threads(1)
+        alone = nm_act.sparse_linear(x, weight, n=8, m=16)
+        torch.set_num_threads(2)
+        assert torch.equal(nm_act.sparse_linear(x, weight, n=8, m=16), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 6])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_non_finite_inputs_come_out_as_dense_shows_them(tokens, layout):
+    weight = stored(torch.randn(16, 64), layout)
+    x = torch.randn(tokens, 64)
+    x[0, 3], x[0, 20] = float("inf"), -float("inf")
+    dense = F.linear(x, weight)
+    y = nm_act.sparse_linear(x, weight, n=2, m=4)
+    assert torch.equal(y.isnan(), dense.isnan())
+    assert torch.equal(y.isinf(), dense.isinf())
+    assert torch.equal(y[y.isinf()], dense[dense.isinf()])
+    crowded = hard_activations(6, 64, torch.float32)[4:5]
+    assert not nm_act.sparse_linear(crowded, weight, n=2, m=4).isfinite().any()
+
+
+def test_gather_linear():
+    x, weight, bias = torch.relu(torch.randn(3, 128)), stored(torch.randn(40, 128), "in_out"), torch.randn(40)
+    torch.testing.assert_close(nm_act.gather_linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+    assert torch.equal(nm_act.gather_linear(torch.zeros(1, 128), weight, bias), bias[None])
+    assert nm_act.gather_linear(torch.empty(0, 128), weight).shape == (0, 40)
+
+
+OPS = torch.ops.nm_act
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype):
+    x, weight = torch.randn(3, 32).to(dtype), stored(torch.randn(16, 32).to(dtype), "in_out")
+    vector, out = torch.rand(32), torch.rand(16)
+    values, metadata = nm_act.compress(x)
+    calls = [
+        (OPS.prune, (x, 2, 4), {"channel_scale": vector}),
+        (OPS.prune, (x, 8, 16), {"token_shift": "median"}),
+        (OPS.compress, (x,), {"shift": vector}),
+        (OPS.decompress, (values, metadata), {}),
+        (
+            OPS.sparse_linear,
+            (x, weight, out.to(dtype), 8, 16),
+            {"column_scale": out, "variance_correction": True},
+        ),
+        (OPS.sparse_linear, (x, weight), {"token_shift": "mean"}),
+        (OPS.gather_linear, (x, weight), {}),
+    ]
+    for op, arguments, options in calls:
+        torch.library.opcheck(op.default, arguments, options)
+
+
+def test_compile_fullgraph_one_graph_for_any_batch():
+    weight, graphs = stored(torch.randn(16, 32), "in_out"), []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def block(x):
+        values, metadata = nm_act.compress(x)
+        return (
+            nm_act.sparse_linear(x, weight, n=8, m=16),
+            nm_act.prune(x, 2, 4),
+            nm_act.decompress(values, metadata),
+        )
+
+    for tokens in (2, 3, 5, 17, 64):
+        x = torch.randn(tokens, 32)
+        y, pruned, decompressed = block(x)
+        assert torch.equal(y, nm_act.sparse_linear(x, weight, n=8, m=16))
+        assert torch.equal(pruned, decompressed)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_compile_with_inductor():
+    weight = stored(torch.randn(16, 32), "in_out")
+    compiled = torch.compile(
+        lambda x: nm_act.sparse_linear(torch.relu(x), weight, n=8, m=16) * 2, fullgraph=True, dynamic=True
+    )
+    for tokens in (2, 9):
+        x = torch.randn(tokens, 32)
+        expected = nm_act.sparse_linear(torch.relu(x), weight, n=8, m=16) * 2
+        torch.testing.assert_close(compiled(x), expected)
+
+
+X, W, B = torch.zeros(2, 32), torch.zeros(8, 32), torch.zeros(8)
+sparse_linear = nm_act.sparse_linear
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "call"),
+    [
+        (TypeError, "expected x in float32, bfloat16 or float16, got Double", lambda: sparse_linear(X.double(), W)),
+        (TypeError, "expected weight in the dtype of x, Float, got Half", lambda: sparse_linear(X, W.half())),
+        (TypeError, "expected bias in the dtype of x, Float, got BFloat16", lambda: sparse_linear(X, W, B.bfloat16())),
+        (ValueError, "expected weight of shape [out_features, in_features], got [32]", lambda: sparse_linear(X, W[0])),
+        (ValueError, "expected weight of shape [out_features, 32] for x of shape [2, 32], got [8, 16]", lambda: sparse_linear(X, W[:, :16])),
+        (ValueError, "expected bias of shape [8], got [7]", lambda: sparse_linear(X, W, B[:7])),
+        (ValueError, "expected bias of shape [8], got [1, 8]", lambda: sparse_linear(X, W, B[None])),
+        (ValueError, "expected a group size m", lambda: sparse_linear(X, W, n=3, m=6)),
+        (ValueError, "expected 1 <= n < m, got 5:4", lambda: sparse_linear(X, W, n=5, m=4)),
+        (ValueError, "expected in_features divisible by m, got in_features 24", lambda: sparse_linear(X[:, :24], W[:, :24], n=8, m=16)),
+        (ValueError, "expected column_scale of shape [8], got [32]", lambda: sparse_linear(X, W, column_scale=X[0])),
+        (ValueError, "expected shift_out of shape [8], got [32]", lambda: sparse_linear(X, W, shift=X[0], shift_out=X[0])),
+        (ValueError, "expected shift or token_shift along with shift_out", lambda: sparse_linear(X, W, shift_out=B)),
+        (ValueError, "expected weight on the device of x, cpu, got meta", lambda: sparse_linear(X, W.to("meta"))),
+        (ValueError, "gather_linear expected a weight stored [in_features, out_features], got strides [32, 1]", lambda: nm_act.gather_linear(X, W)),
+        (ValueError, "gather_linear expected at most 4 tokens, got 5", lambda: nm_act.gather_linear(torch.zeros(5, 32), stored(W, "in_out"))),
+    ],
+)  # fmt: skip
+def test_error_sentences(error, sentence, call):
+    with pytest.raises(error, match=re.escape(sentence)):
+        call()

@@ -1,0 +1,30 @@
+"""Install packages only if one of the named modules is missing: ensure.py [--optional] MODULE... -- PIP_ARGUMENT...
+
+Nothing is fetched when all modules are there, so that the make targets run offline in a complete environment.
+"""
+
+import importlib.util
+import subprocess
+import sys
+
+
+def main(arguments: list[str]) -> int:
+    optional = arguments[:1] == ["--optional"]
+    split = arguments.index("--")
+    modules, requirements = arguments[optional:split], arguments[split + 1 :]
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if not missing:
+        return 0
+    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    code = subprocess.run([*pip, *requirements]).returncode
+    if code and optional:
+        print(
+            f"{', '.join(missing)} could not be installed: the tests that need it will be skipped",
+            file=sys.stderr,
+        )
+        return 0
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
