@@ -1,5 +1,8 @@
 """N:M activation sparsity for LLM inference in PyTorch: prune activations on the fly, without retraining."""
 
+from . import reference
+from .integrations import register_with_transformers
+from .linear import NMLinear
 from .ops import (
     build_info,
     compress,
@@ -12,10 +15,18 @@ from .ops import (
     unpack_metadata,
 )
 from .patterns import NMPattern
+from .recipe import LinearSpec, Recipe, Rule
+from .sparsify import SparsifyReport, sparsify
 from .version import __version__
 
 __all__ = [
+    "LinearSpec",
+    "NMActConfig",
+    "NMLinear",
     "NMPattern",
+    "Recipe",
+    "Rule",
+    "SparsifyReport",
     "__version__",
     "build_info",
     "compress",
@@ -23,7 +34,20 @@ __all__ = [
     "gather_linear",
     "pack_metadata",
     "prune",
+    "reference",
     "sparse_linear",
+    "sparsify",
     "support_table",
     "unpack_metadata",
 ]
+
+register_with_transformers()
+
+
+def __getattr__(name: str):
+    # NMActConfig needs Transformers, whose import takes seconds: only those who use it wait for it.
+    if name == "NMActConfig":
+        from .integrations.transformers import NMActConfig
+
+        return NMActConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,109 @@
+"""Writing files so that a reader never sees half of one, and finding out early that one cannot be written."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+__all__ = ["check_writable", "write_atomic"]
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Make sure that a file can be written at `path`, without touching what is there.
+
+    Meant for the start of a long job, so that minutes of work are not lost at its end. The check really
+    creates (and removes) a temporary file next to `path`: permission bits alone say nothing about a full or
+    read-only disk, or about a process that runs as root.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file that is to be written later. Its folder must exist; the file itself may or may not.
+
+    Raises
+    ------
+    ValueError
+        If `path` is a folder, a device or anything else that is not a plain file.
+    OSError
+        If its folder does not exist or does not accept new files. The message is one sentence.
+    """
+    target = _resolve(path)
+    try:
+        descriptor, probe = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent)
+    except OSError as error:
+        raise _sentence(path, target, error) from error
+    os.close(descriptor)
+    os.unlink(probe)
+
+
+def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
+    """Write `data` to `path` in one step: readers see the old content or all of the new, never a part.
+
+    The data goes to a temporary file in the same folder (so that the final rename stays within one file
+    system), reaches the disk, and then takes the place of `path`. A symbolic link is followed, so it stays a
+    link. When anything goes wrong, Ctrl-C included, the temporary file is removed and `path` is as it was.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file to write or to replace.
+    data : bytes or str
+        The whole content; text is written as UTF-8 with its line ends unchanged.
+
+    Raises
+    ------
+    TypeError
+        If `data` is neither bytes nor str.
+    ValueError
+        If `path` is a folder, a device or anything else that is not a plain file.
+    OSError
+        If the folder does not exist or the file cannot be written. The message is one sentence.
+    """
+    if not isinstance(data, (bytes, str)):
+        raise TypeError(f"expected bytes or str to write to {str(path)!r}, got {type(data).__name__}; encode it first")
+    payload = data.encode("utf-8") if isinstance(data, str) else data
+    target = _resolve(path)
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, _mode_for(target))
+        os.replace(temporary, target)
+        temporary = None
+    except OSError as error:
+        raise _sentence(path, target, error) from error
+    finally:
+        if temporary is not None:
+            os.unlink(temporary)
+
+
+def _resolve(path: str | os.PathLike) -> Path:
+    """Follow links, and refuse what a rename would destroy: renamed onto, a device node is replaced."""
+    if not str(path):
+        raise ValueError("expected the path of a file to write, got an empty one; name a file")
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ValueError(f"expected a file to write, but {str(path)!r} is a folder; name a file inside it")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"expected a plain file to write, but {str(path)!r} is not one; choose another path")
+    return target
+
+
+def _mode_for(target: Path) -> int:
+    """The permission bits the file had, or those that plain `open` would give (mkstemp's are private)."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    umask = os.umask(0)  # the only portable way to read it is to set it
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _sentence(path: str | os.PathLike, target: Path, error: OSError) -> OSError:
+    if not target.parent.is_dir():
+        reason = f"its folder {str(target.parent)!r} does not exist; create it or choose another path"
+    else:
+        reason = f"{(error.strerror or str(error)).lower()}; choose a path that can be written"
+    return type(error)(f"cannot write {str(path)!r}: {reason}")

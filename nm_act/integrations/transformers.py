@@ -1,0 +1,110 @@
+"""Transformers: load, save and reload sparse models through ``quantization_config``.
+
+Importing this module registers the method "nm_act" with Transformers; ``import nm_act`` arranges for that
+by itself.
+"""
+
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..linear import NMLinear
+from ..recipe import Recipe
+from ..sparsify import replace_linears
+
+QUANT_METHOD = "nm_act"
+
+
+@register_quantization_config(QUANT_METHOD)
+class NMActConfig(QuantizationConfigMixin):
+    """A recipe as a Transformers ``quantization_config``.
+
+    Parameters
+    ----------
+    recipe : Recipe, dict or path, optional
+        The recipe, its plain mapping, or a .yaml or .json file.
+    **fields
+        The fields of a :class:`~nm_act.Recipe`, in place of ``recipe``.
+
+    Raises
+    ------
+    ValueError
+        If both or neither are given, or the recipe is not valid.
+
+    Examples
+    --------
+    >>> NMActConfig(pattern="8:16", skip_layers=[0]).recipe.pattern
+    '8:16'
+    """
+
+    def __init__(self, recipe: Recipe | dict | str | None = None, **fields: Any):
+        fields.pop("quant_method", None)  # a saved config names it
+        if recipe is not None and fields:
+            raise ValueError(
+                f"expected a recipe or its fields, got both (fields {', '.join(fields)}); pass one of them"
+            )
+        if recipe is None:
+            recipe = Recipe.from_dict(fields)
+        elif isinstance(recipe, dict):
+            recipe = Recipe.from_dict(recipe)
+        elif not isinstance(recipe, Recipe):
+            recipe = Recipe.load(recipe)
+        self.quant_method = QUANT_METHOD
+        self.recipe = recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping, as written to ``config.json``."""
+        return {"quant_method": self.quant_method, "recipe": self.recipe.to_dict()}
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+
+@register_quantizer(QUANT_METHOD)
+class NMActQuantizer(HfQuantizer):
+    """Puts :class:`~nm_act.NMLinear` layers into a model during loading; the weights are stock."""
+
+    quantization_config: NMActConfig
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        replace_linears(model, self.quantization_config.recipe)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for module in model.modules():
+            if isinstance(module, NMLinear):
+                module.refresh()
+        return model
+
+    def is_serializable(self, **kwargs) -> bool:
+        """Whether ``save_pretrained`` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the sparse layers have a gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the model: first tokens kept dense break the graph."""
+        return self.quantization_config.recipe.dense_first_tokens == 0
+
+
+def record_recipe(model, recipe: Recipe) -> str:
+    """Write the recipe into a Transformers model's config for saving; returns a note where that cannot be."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return ""
+    existing = getattr(model.config, "quantization_config", None)
+    if existing is not None:
+        method = existing["quant_method"] if isinstance(existing, dict) else existing.quant_method
+        method = getattr(method, "value", method)  # Transformers' own methods are an Enum
+        return (
+            f"note: the model's config already holds the quantisation method {method!r}, so save_pretrained "
+            "will not record the recipe; save the recipe with Recipe.save and apply it again after loading"
+        )
+    model.config.quantization_config = NMActConfig(recipe)
+    return ""

@@ -1,0 +1,345 @@
+"""Recipes: which layer gets which pattern, criterion and mitigation, as data (YAML, JSON)."""
+
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from .criteria import check_criterion
+from .files import write_atomic
+from .patterns import NMPattern
+
+DEFAULT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a Llama-like decoder block."""
+
+MITIGATIONS = {
+    "var": "variance correction",
+    "dpts-mean": "per-token mean shift",
+    "dpts-median": "per-token median shift",
+}
+"""Mitigation name -> what it does (arXiv 2509.22166, VAR and D-PTS)."""
+
+PHASES = ("both", "prefill", "decode")
+"""When a layer is sparse: a call with one token per sequence is decode, any other is prefill."""
+
+DENSE = "dense"
+"""Written in place of a pattern where nothing is pruned."""
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """How one linear layer is made sparse.
+
+    Parameters
+    ----------
+    pattern : NMPattern or str
+        N:M pattern of the input activations.
+    criterion : str
+        "act", "wina", "variance" or "amber"; see :mod:`nm_act.criteria`.
+    mitigation : sequence of str
+        Any of "var", "dpts-mean", "dpts-median"; at most one of the two shifts.
+    phase : str
+        "both", "prefill" or "decode".
+
+    Raises
+    ------
+    ValueError
+        If any of them is unknown, or both shifts are asked for.
+    """
+
+    pattern: NMPattern
+    criterion: str = "act"
+    mitigation: tuple[str, ...] = ()
+    phase: str = "both"
+
+    def __post_init__(self):
+        object.__setattr__(self, "pattern", NMPattern(self.pattern))
+        object.__setattr__(self, "mitigation", _mitigation(self.mitigation))
+        check_criterion(self.criterion)
+        _check_phase(self.phase)
+
+    @property
+    def variance_correction(self) -> bool:
+        """Whether the output is rescaled per token (VAR)."""
+        return "var" in self.mitigation
+
+    @property
+    def token_shift(self) -> str:
+        """Per-token shift of the operators: "none", "mean" or "median" (D-PTS)."""
+        return next((name.removeprefix("dpts-") for name in self.mitigation if name.startswith("dpts-")), "none")
+
+    def __str__(self) -> str:
+        parts = [str(self.pattern), self.criterion, *self.mitigation]
+        return " ".join(parts) if self.phase == "both" else f"{' '.join(parts)} ({self.phase} only)"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A refinement of a recipe for some layers and projections; fields left None keep what came before.
+
+    Parameters
+    ----------
+    layers : sequence of int, optional
+        Decoder layers it applies to; all of them if None.
+    projections : sequence of str, optional
+        Projections it applies to; all of the recipe's if None.
+    pattern : str or NMPattern, optional
+        "N:M" or "dense".
+    criterion, mitigation, phase : optional
+        As in :class:`LinearSpec`.
+    """
+
+    layers: tuple[int, ...] | None = None
+    projections: tuple[str, ...] | None = None
+    pattern: str | None = None
+    criterion: str | None = None
+    mitigation: tuple[str, ...] | None = None
+    phase: str | None = None
+
+    def __post_init__(self):
+        _normalise(self, layers=_layers, projections=_names, pattern=_pattern, mitigation=_mitigation)
+        if self.criterion is not None:
+            check_criterion(self.criterion)
+        if self.phase is not None:
+            _check_phase(self.phase)
+
+    def matches(self, layer: int, projection: str) -> bool:
+        """Whether the rule applies to a projection of a layer."""
+        in_layers = self.layers is None or layer in self.layers
+        return in_layers and (self.projections is None or projection in self.projections)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Rule":
+        """Rule from a plain mapping; ValueError for an unknown key."""
+        return cls(**_checked_keys(cls, data, "a rule"))
+
+    def to_dict(self) -> dict:
+        """Plain mapping of the fields that are set."""
+        return {key: value for key, value in _plain(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which linear layers of a decoder become sparse, and how.
+
+    Parameters
+    ----------
+    pattern : str or NMPattern
+        "N:M", or "dense" where only the rules prune.
+    projections : sequence of str
+        Last name components of the layers in scope, e.g. "down_proj"; everything else stays dense.
+    criterion, mitigation, phase
+        Defaults of every layer in scope, as in :class:`LinearSpec`.
+    dense_first_tokens : int
+        That many first tokens of every sequence (attention sinks) are computed dense.
+    skip_layers : sequence of int
+        Decoder layers that stay dense, whatever the rules say.
+    rules : sequence of Rule
+        Refinements in order: for each field the last rule that matches and sets it wins.
+    version : int
+        Format version, 1.
+
+    Raises
+    ------
+    ValueError
+        For an unknown key, name, pattern or version; the sentence names what is allowed.
+
+    Examples
+    --------
+    >>> recipe = Recipe("8:16", skip_layers=[0], rules=[Rule(projections=["down_proj"], pattern="2:4")])
+    >>> str(recipe.resolve(1, "down_proj")), str(recipe.resolve(1, "q_proj")), recipe.resolve(0, "q_proj")
+    ('2:4 act', '8:16 act', None)
+    """
+
+    pattern: str
+    projections: tuple[str, ...] = DEFAULT_PROJECTIONS
+    criterion: str = "act"
+    mitigation: tuple[str, ...] = ()
+    phase: str = "both"
+    dense_first_tokens: int = 0
+    skip_layers: tuple[int, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    version: int = 1
+
+    def __post_init__(self):
+        if self.version != 1:
+            raise ValueError(f"expected recipe version 1, got {self.version!r}; upgrade nm_act or set version to 1")
+        _normalise(
+            self,
+            pattern=_pattern,
+            projections=_names,
+            mitigation=_mitigation,
+            skip_layers=_layers,
+            rules=_rules,
+        )
+        check_criterion(self.criterion)
+        _check_phase(self.phase)
+        if not _is_count(self.dense_first_tokens):
+            raise ValueError(
+                f"expected dense_first_tokens to be an integer >= 0, got {self.dense_first_tokens!r}; "
+                "use 0 to treat all tokens alike"
+            )
+        for rule in self.rules:
+            outside = [name for name in rule.projections or () if name not in self.projections]
+            if outside:
+                raise ValueError(
+                    f"expected a rule's projections among the recipe's ({', '.join(self.projections)}), got "
+                    f"{outside[0]!r}; add it to the recipe's projections"
+                )
+
+    def resolve(self, layer: int, projection: str) -> LinearSpec | None:
+        """Spec of one projection of one decoder layer; None where it stays dense."""
+        if layer in self.skip_layers or projection not in self.projections:
+            return None
+        fields = {name: getattr(self, name) for name in _SPEC_FIELDS}
+        for rule in self.rules:
+            if rule.matches(layer, projection):
+                chosen = {name: getattr(rule, name) for name in _SPEC_FIELDS}
+                fields.update({name: value for name, value in chosen.items() if value is not None})
+        return None if fields["pattern"] == DENSE else LinearSpec(**fields)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Recipe":
+        """Recipe from a plain mapping; ValueError names an unknown key, the allowed ones and the nearest."""
+        fields = _checked_keys(cls, data, "a recipe")
+        if "pattern" not in fields:
+            raise ValueError('expected a recipe with a pattern, got none; add for example pattern: "8:16"')
+        return cls(**fields)
+
+    def to_dict(self) -> dict:
+        """Plain mapping (lists, strings, integers) that :meth:`from_dict` reads back."""
+        return {"version": self.version, **_plain(self), "rules": [rule.to_dict() for rule in self.rules]}
+
+    @classmethod
+    def from_json(cls, path) -> "Recipe":
+        """Read a JSON file; ValueError if it is not valid JSON or not a recipe."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"expected a recipe in JSON, got invalid text in {path}: {_one_line(error)}") from error
+        return cls.from_dict(data)
+
+    def to_json(self, path) -> None:
+        """Write a JSON file, whole or not at all."""
+        write_atomic(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def from_yaml(cls, path) -> "Recipe":
+        """Read a YAML file (patterns need no quotes); ValueError if it is not valid YAML or not a recipe."""
+        try:
+            data = yaml.load(Path(path).read_text(encoding="utf-8"), _YamlLoader)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"expected a recipe in YAML, got invalid text in {path}: {_one_line(error)}") from error
+        return cls.from_dict(data)
+
+    def to_yaml(self, path) -> None:
+        """Write a YAML file, whole or not at all."""
+        write_atomic(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def load(cls, path) -> "Recipe":
+        """Read a recipe; the suffix (.yaml, .yml or .json) decides the format."""
+        return cls.from_json(path) if _suffix(path) == ".json" else cls.from_yaml(path)
+
+    def save(self, path) -> None:
+        """Write the recipe; the suffix (.yaml, .yml or .json) decides the format."""
+        self.to_json(path) if _suffix(path) == ".json" else self.to_yaml(path)
+
+
+_SPEC_FIELDS = tuple(field.name for field in dataclasses.fields(LinearSpec))
+
+
+def _normalise(instance, **converters) -> None:
+    for name, convert in converters.items():
+        value = getattr(instance, name)
+        if value is not None:
+            object.__setattr__(instance, name, convert(value))
+
+
+def _pattern(value) -> str:
+    return DENSE if value == DENSE else str(NMPattern(value))
+
+
+def _names(value) -> tuple[str, ...]:
+    if not all(isinstance(name, str) for name in _sequence(value, "projections")):
+        raise ValueError(f'expected projections as a list of names such as ["down_proj"], got {value!r}; use names')
+    return tuple(value)
+
+
+def _layers(value) -> tuple[int, ...]:
+    if not all(map(_is_count, _sequence(value, "layers"))):
+        raise ValueError(f"expected layers as a list of integers >= 0 such as [0, 29], got {value!r}; use integers")
+    return tuple(value)
+
+
+def _mitigation(value) -> tuple[str, ...]:
+    names = tuple(_sequence(value, "mitigation"))
+    unknown = [name for name in names if name not in list(MITIGATIONS)]
+    if unknown:
+        raise ValueError(f"expected mitigations among {', '.join(MITIGATIONS)}, got {unknown[0]!r}; choose of those")
+    if {"dpts-mean", "dpts-median"} <= set(names):
+        raise ValueError("expected at most one per-token shift, got dpts-mean and dpts-median; remove one of them")
+    return names
+
+
+def _rules(value) -> tuple[Rule, ...]:
+    return tuple(rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in _sequence(value, "rules"))
+
+
+def _sequence(value, what: str):
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected {what} as a list, got {value!r}; put it in brackets")
+    return value
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_phase(phase: str) -> None:
+    if phase not in PHASES:
+        raise ValueError(f"expected a phase among {', '.join(PHASES)}, got {phase!r}; choose one of those")
+
+
+def _checked_keys(cls, data, what: str) -> dict:
+    if not isinstance(data, dict):
+        raise ValueError(f"expected {what} as a mapping of fields, got {type(data).__name__}; see docs/recipes.md")
+    allowed = [field.name for field in dataclasses.fields(cls)]
+    for key in data:
+        if key not in allowed:
+            nearest = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else "; remove it"
+            raise ValueError(f"expected the keys of {what} among {', '.join(allowed)}, got {key!r}{hint}")
+    return data
+
+
+def _plain(instance) -> dict:
+    values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _suffix(path) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"expected a recipe file ending in .yaml, .yml or .json, got {str(path)!r}; rename it")
+    return suffix
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe loader without YAML 1.1's base-60 numbers, which would read the pattern 2:4 as 124."""
+
+
+_INTEGER = "tag:yaml.org,2002:int"
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag not in (_INTEGER, "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_YamlLoader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))

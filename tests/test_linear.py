@@ -1,0 +1,230 @@
+"""NMLinear: arithmetic against the oracle, parameters, derived buffers, phases, compilation."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from nm_act import criteria, reference
+from nm_act.linear import NMLinear
+from nm_act.recipe import LinearSpec
+
+FULL = LinearSpec("8:16", "wina", ("var", "dpts-mean"))
+
+
+def _dense(features=64, out=24, bias=True, dtype=torch.float32, seed=0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(features, out, bias=bias, dtype=dtype)
+
+
+def _oracle(x, dense, spec):
+    return reference.sparse_linear(
+        x,
+        dense.weight,
+        dense.bias,
+        spec.pattern.keep,
+        spec.pattern.group,
+        channel_scale=criteria.channel_scale(spec.criterion, dense.weight),
+        token_shift=spec.token_shift,
+        variance_correction=spec.variance_correction,
+    ).to(x.dtype)
+
+
+SPECS = [
+    LinearSpec("2:4"),
+    LinearSpec("16:32", "amber"),
+    LinearSpec("4:8", "variance", ("var",)),
+    LinearSpec("8:16", mitigation=("dpts-median",)),
+    FULL,
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("layout", ["in_out", "out_in"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64), (2, 5, 64), (0, 64)], ids=str)
+def test_forward_equals_the_oracle(spec, layout, bias, shape):
+    dense = _dense(bias=bias)
+    layer = NMLinear.from_linear(copy.deepcopy(dense), spec, weight_layout=layout)
+    x = torch.randn(shape)
+    torch.testing.assert_close(layer(x), _oracle(x, dense, spec), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward_in_half_precision(dtype):
+    dense = _dense(dtype=dtype)
+    x = torch.randn(4, 64, dtype=dtype)
+    layer = NMLinear.from_linear(copy.deepcopy(dense), FULL)
+    torch.testing.assert_close(layer(x), _oracle(x, dense, FULL), rtol=2e-2, atol=2e-2)
+    assert layer.channel_scale.dtype == layer.shift_out.dtype == torch.float32
+
+
+def test_parameters_are_taken_over():
+    dense = _dense().eval()
+    dense.weight.requires_grad_(False)
+    layer = NMLinear.from_linear(dense, FULL)
+    assert layer.weight is dense.weight
+    assert layer.bias is dense.bias
+    assert not layer.training
+    assert not layer.weight.requires_grad
+    back = layer.to_linear()
+    assert type(back) is nn.Linear
+    assert back.weight is dense.weight
+    assert back.bias is dense.bias
+    assert not back.training
+    assert NMLinear.from_linear(_dense(bias=False), FULL).to_linear().bias is None
+
+
+@pytest.mark.parametrize(("layout", "transposed"), [("in_out", True), ("out_in", False)])
+def test_weight_layout(layout, transposed):
+    dense = _dense()
+    before = dense.weight.detach().clone()
+    layer = NMLinear.from_linear(dense, LinearSpec("2:4"), weight_layout=layout)
+    assert layer.weight.shape == (24, 64)
+    assert torch.equal(layer.weight, before)
+    assert layer.weight.t().is_contiguous() is transposed
+
+
+def test_state_dict_is_the_dense_one():
+    dense = _dense()
+    expected = copy.deepcopy(dense.state_dict())
+    layer = NMLinear.from_linear(dense, FULL)
+    assert list(layer.state_dict()) == list(expected) == ["weight", "bias"]
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, expected[key])
+    nn.Linear(64, 24).load_state_dict(layer.state_dict())
+
+
+def _check_derived(layer):
+    assert layer.weight.t().is_contiguous()
+    weight = layer.weight.detach()
+    assert torch.equal(layer.channel_scale, criteria.channel_scale("wina", weight))
+    torch.testing.assert_close(layer.shift_out, weight.double().sum(dim=1).float(), rtol=0, atol=0)
+    assert layer.channel_scale.dtype == layer.shift_out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_derived_buffers_follow_load_state_dict(assign):
+    layer = NMLinear(64, 24, spec=FULL)
+    other = _dense(seed=1)
+    layer.load_state_dict(other.state_dict(), assign=assign)
+    assert torch.equal(layer.weight, other.weight)
+    _check_derived(layer)
+    nested = nn.Sequential(NMLinear(64, 24, spec=FULL))
+    nested.load_state_dict(nn.Sequential(other).state_dict(), assign=assign)
+    _check_derived(nested[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.to(torch.bfloat16),
+        lambda layer: layer.double().float(),
+        lambda layer: nn.Sequential(layer).half()[0],
+        copy.deepcopy,
+        lambda layer: copy.deepcopy(layer.to(torch.bfloat16)),
+    ],
+    ids=["bfloat16", "float64", "half in a parent", "deepcopy", "both"],
+)
+def test_derived_buffers_follow_conversions(change):
+    _check_derived(change(NMLinear.from_linear(_dense(), FULL)))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_meta_then_load(assign):
+    layer = NMLinear(64, 24, spec=FULL, device="meta")
+    assert layer.channel_scale is None
+    if not assign:
+        layer = layer.to_empty(device="cpu")
+    dense = _dense()
+    layer.load_state_dict(dense.state_dict(), assign=assign)
+    _check_derived(layer)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), _oracle(x, dense, FULL), rtol=1e-4, atol=1e-5)
+
+
+def test_refresh_follows_a_change_in_place():
+    layer = NMLinear.from_linear(_dense(), FULL)
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    layer.refresh()
+    _check_derived(layer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("phase", ["both", "prefill", "decode"])
+@pytest.mark.parametrize(
+    ("shape", "is_decode"),
+    [((64,), True), ((1, 64), True), ((3, 1, 64), True), ((2, 64), False), ((1, 2, 64), False)],
+)
+def test_phase(phase, shape, is_decode):
+    dense = _dense()
+    layer = NMLinear.from_linear(copy.deepcopy(dense), LinearSpec("2:4", phase=phase))
+    x = torch.randn(shape)
+    sparse = phase == "both" or (phase == "decode") == is_decode
+    expected = _oracle(x, dense, layer.spec) if sparse else dense(x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert sparse is not torch.allclose(layer(x), dense(x), atol=1e-3)
+
+
+def test_repr_shows_the_spec():
+    assert repr(NMLinear(64, 24, spec=FULL)) == (
+        "NMLinear(in_features=64, out_features=24, bias=True, 8:16 wina var dpts-mean)"
+    )
+
+
+def test_group_has_to_divide_in_features():
+    with pytest.raises(ValueError, match="expected in_features to be a multiple of the group 16, got 24; choose"):
+        NMLinear(24, 8, spec=LinearSpec("8:16"))
+    with pytest.raises(ValueError, match="multiple of the group 32, got 48"):
+        NMLinear.from_linear(nn.Linear(48, 8), LinearSpec("16:32"))
+
+
+def test_unknown_layout():
+    with pytest.raises(ValueError, match="expected a weight layout among in_out, out_in, got 'blocked'"):
+        NMLinear(64, 8, spec=FULL, weight_layout="blocked")
+
+
+def test_only_plain_linear_layers_are_taken_over():
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Linear, got NMLinear; pass the dense layer"):
+        NMLinear.from_linear(NMLinear(64, 8, spec=FULL), FULL)
+
+
+def test_a_weight_set_behind_the_layers_back_is_noticed():
+    layer = NMLinear(64, 24, spec=FULL, device="meta")
+    layer.weight, layer.bias = _dense().weight, _dense().bias
+    with pytest.raises(RuntimeError, match=r"expected a channel scale for the criterion 'wina'.*call refresh\(\)"):
+        layer(torch.randn(2, 64))
+    layer.refresh()
+    layer(torch.randn(2, 64))
+
+
+def test_a_backward_pass_does_not_go_unnoticed(request):
+    torch.set_warn_always(True)  # torch says it once per process otherwise
+    request.addfinalizer(lambda: torch.set_warn_always(False))
+    layer = NMLinear.from_linear(_dense(), LinearSpec("2:4"))
+    x = torch.randn(2, 64, requires_grad=True)
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        layer(x).sum().backward()
+    assert x.grad is None
+    assert layer.weight.grad is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", [LinearSpec("8:16"), FULL, LinearSpec("2:4", phase="prefill")], ids=str)
+def test_compile_gives_one_graph_for_any_batch_size(spec):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = NMLinear.from_linear(_dense(), spec)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for batch, tokens in itertools.product((2, 3, 7), (4, 9)):
+        x = torch.randn(batch, tokens, 64)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
