@@ -96,9 +96,13 @@ def decompress(values, metadata):
 
 def variance_ratio(z: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
     """VAR factor ``nu = sqrt(Var(Z) / Var(P))`` per token, float64 ``[..., 1]``; 1 where ``Var(P)`` is 0."""
-    total = z.double().var(dim=-1, unbiased=False, keepdim=True)
-    kept = pruned.double().var(dim=-1, unbiased=False, keepdim=True)
+    total, kept = (_variance(values.double()) for values in (z, pruned))
     return torch.where(kept == 0, 1.0, (total / kept).sqrt())
+
+
+def _variance(values: torch.Tensor) -> torch.Tensor:
+    # Not Tensor.var, which warns when there is no token.
+    return (values - values.mean(dim=-1, keepdim=True)).square().mean(dim=-1, keepdim=True)
 
 
 def sparse_linear(
