@@ -122,7 +122,7 @@ def sparse_linear(
     ----------
     x : Tensor [..., in_features], float32, bfloat16 or float16
     weight : Tensor [out_features, in_features], dtype of x
-        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to four tokens read only the rows
+        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to eight tokens read only the rows
         whose input survived. Expected finite: the rows of pruned inputs may not be read.
     bias : Tensor [out_features], dtype of x, optional
     n, m : int
@@ -176,13 +176,13 @@ def sparse_linear(
 
 
 def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.t() + bias`` for one to four tokens, reading only the weight rows whose input is not zero.
+    """``x @ weight.t() + bias`` for one to eight tokens, reading only the weight rows whose input is not zero.
 
     The decode kernel of :func:`sparse_linear` without the selection, for inputs that are sparse already (ReLU, top-k).
 
     Parameters
     ----------
-    x : Tensor [..., in_features], at most 4 tokens in all
+    x : Tensor [..., in_features], at most 8 tokens in all
     weight : Tensor [out_features, in_features], dtype of x, stored [in, out] (``weight.t()`` contiguous)
     bias : Tensor [out_features], dtype of x, optional
 

@@ -59,7 +59,7 @@ struct EpilogueParams {
   Epilogue epilogue;
 };
 
-// More tokens than this share so many rows that a dense product wins.
+// Tokens that the gather kernel takes in one pass over the weight.
 constexpr int kGatherTokens = 4;
 // Weight rows taken together: one load and one store of the accumulators for so many multiply-adds.
 constexpr int kGatherUnroll = 8;

@@ -42,6 +42,6 @@ TORCH_LIBRARY(nm_act, m) {
       "Tensor? column_scale=None) -> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
-  // decode kernel of sparse_linear without the selection. At most 4 tokens.
+  // decode kernel of sparse_linear without the selection. At most 8 tokens.
   m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 }

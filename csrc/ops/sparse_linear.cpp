@@ -1,7 +1,7 @@
 // nm_act::sparse_linear and nm_act::gather_linear on CPUs.
 //
-// Up to four tokens over a weight stored [in, out] take the gather kernel, which reads only the rows of survivors. All
-// else prunes and runs torch's own GEMM; the epilogue then needs a pass of its own unless it is a plain bias.
+// Up to eight tokens over a weight stored [in, out] take the gather kernel, four at a time, which reads only the rows of
+// survivors. All else prunes and runs torch's own GEMM; the epilogue then needs a pass of its own unless it is a plain bias.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -16,6 +16,9 @@
 
 namespace nm_act {
 namespace {
+
+// Two passes over the weight still beat torch's GEMM (docs/kernels/cpu_decode.md); three do not.
+constexpr int64_t kDecodeTokens = 2 * cpu::kGatherTokens;
 
 bool stored_in_out(const at::Tensor& weight) {
   return weight.stride(0) == 1 && weight.stride(1) >= std::max<int64_t>(weight.size(0), 1);
@@ -54,9 +57,9 @@ const SurvivingRows& surviving_rows(const at::Tensor& operand) {
   return s;
 }
 
-// y [tokens, out] from the dense operand [tokens, in] and a weight stored [in, out].
-void launch_gather(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, cpu::DType dtype,
-                   at::Tensor& y) {
+// y [tokens, out] of one pass, from the dense operand [tokens, in] and a weight stored [in, out].
+void gather_pass(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, cpu::DType dtype,
+                 const at::Tensor& y) {
   const SurvivingRows& survivors = dtype == cpu::DType::kFloat32    ? surviving_rows<float>(operand)
                                    : dtype == cpu::DType::kBFloat16 ? surviving_rows<at::BFloat16>(operand)
                                                                     : surviving_rows<at::Half>(operand);
@@ -79,6 +82,17 @@ void launch_gather(const at::Tensor& operand, const at::Tensor& weight, const cp
   at::parallel_for(0, lines, grain, [&](int64_t begin, int64_t end) {
     kernels.gather(p, begin * kLine, std::min(end * kLine, p.out_features));
   });
+}
+
+void launch_gather(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, cpu::DType dtype,
+                   const at::Tensor& y) {
+  for (int64_t token = 0; token < operand.size(0); token += cpu::kGatherTokens) {
+    const int64_t tokens = std::min<int64_t>(cpu::kGatherTokens, operand.size(0) - token);
+    cpu::Epilogue pass = epilogue;
+    if (pass.row_scale != nullptr) pass.row_scale += token;
+    if (pass.eta != nullptr) pass.eta += token;
+    gather_pass(operand.narrow(0, token, tokens), weight, pass, dtype, y.narrow(0, token, tokens));
+  }
 }
 
 void launch_epilogue(const cpu::Epilogue& epilogue, cpu::DType dtype, at::Tensor& y) {
@@ -133,7 +147,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   const cpu::Epilogue epilogue{data_or_null(nu), data_or_null(eta), data_or_null(shift_vector),
                                data_or_null(column_vector),
                                bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr};
-  if (tokens <= cpu::kGatherTokens && stored_in_out(weight)) {
+  if (tokens <= kDecodeTokens && stored_in_out(weight)) {
     launch_gather(operand, weight, epilogue, selection.dtype, y);
   } else if (nu.defined() || shift_vector.defined() || column_vector.defined()) {
     y = at::linear(operand, weight);
@@ -153,11 +167,11 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
                     "nm_act::gather_linear expected a weight stored [in_features, out_features], got strides ",
                     weight.strides(), "; store it with weight.t().contiguous().t()");
   const int64_t tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
-  TORCH_CHECK_VALUE(tokens <= cpu::kGatherTokens, "nm_act::gather_linear expected at most ", cpu::kGatherTokens,
+  TORCH_CHECK_VALUE(tokens <= kDecodeTokens, "nm_act::gather_linear expected at most ", kDecodeTokens,
                     " tokens, got ", tokens, "; use torch.nn.functional.linear for more");
   at::Tensor y = at::empty(output_sizes(x, weight), x.options());
   if (y.numel() == 0) return y;
-  at::Tensor rows = y.view({tokens, weight.size(0)});
+  const at::Tensor rows = y.view({tokens, weight.size(0)});
   const at::Tensor bias_vector = bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor();
   cpu::Epilogue epilogue{};
   epilogue.bias = bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr;

@@ -20,11 +20,11 @@ inline constexpr SupportRow kSupport[] = {
     {"prune", "cuda", kAllDtypes, kAllPatterns, kComposite},
     {"compress, decompress", "cpu", kAllDtypes, "2:4", "vectorised selection, neutral format"},
     {"compress, decompress", "cuda", kAllDtypes, "2:4", kComposite},
-    {"sparse_linear, 1 to 4 tokens, weight stored [in, out]", "cpu", kAllDtypes, kAllPatterns,
+    {"sparse_linear, 1 to 8 tokens, weight stored [in, out]", "cpu", kAllDtypes, kAllPatterns,
      "reads only the weight rows of survivors"},
     {"sparse_linear, otherwise", "cpu", kAllDtypes, kAllPatterns, "prune, then torch's dense GEMM"},
     {"sparse_linear", "cuda", kAllDtypes, kAllPatterns, kComposite},
-    {"gather_linear, 1 to 4 tokens, weight stored [in, out]", "cpu", kAllDtypes, "any zeros in the input",
+    {"gather_linear, 1 to 8 tokens, weight stored [in, out]", "cpu", kAllDtypes, "any zeros in the input",
      "reads only the weight rows of non-zero inputs"},
 };
 

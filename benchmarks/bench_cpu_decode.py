@@ -1,0 +1,125 @@
+"""The CPU's sparse_linear against torch.nn.functional.linear, weights larger than the last-level cache.
+
+Per shape and dtype, interleaved in one run: the dense layer as models store it ([out, in]), the sparse layer (selection
+included), our own kernel reading every row (so that the part due to sparsity is visible) and a plain read of memory.
+Above 8 tokens the sparse layer is prune + torch's GEMM, so its baseline is dense + prune, over either storage of the
+weight: torch's own bf16 GEMM is slower over [in, out], which the sparse layer inherits.
+
+    python benchmarks/bench_cpu_decode.py --csv benchmarks/results/cpu/decode.csv
+"""
+
+import argparse
+import platform
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from shapes import LLAMA_3_8B
+from timer import Rows, interleaved, percentiles
+
+import nm_act
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+READ_BYTES = 256 << 20
+DECODE_TOKENS = 8
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    return (names[0].strip() if names else platform.processor()).replace(",", " ")
+
+
+def verify(x, weight, pattern) -> None:
+    """The row is worth nothing if the result is wrong: compare with float64 before timing."""
+    exact = nm_act.reference.sparse_linear(x, weight[:256], n=pattern.keep, m=pattern.group)
+    y = nm_act.sparse_linear(x, weight, n=pattern.keep, m=pattern.group)[..., :256].double()
+    error = ((y - exact).norm() / exact.norm()).item()
+    limit = 1e-5 if x.dtype == torch.float32 else 1e-2
+    if not error < limit:
+        raise SystemExit(f"expected a relative error below {limit}, got {error}: not timed")
+
+
+def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, read_buffer) -> None:
+    dtype, (out_features, in_features) = DTYPES[name], shape
+    stock = torch.randn(out_features, in_features, dtype=torch.float32).to(dtype)
+    weight = stock.t().contiguous().t()
+    x = torch.randn(tokens, in_features).to(dtype)
+    verify(x, weight, pattern)
+    calls = {
+        "dense": lambda: F.linear(x, stock),
+        "sparse": lambda: nm_act.sparse_linear(x, weight, n=pattern.keep, m=pattern.group),
+        "prune": lambda: nm_act.prune(x, pattern.keep, pattern.group),
+        "read": read_buffer.sum,
+    }
+    if tokens <= DECODE_TOKENS:
+        calls["every_row"] = lambda: nm_act.gather_linear(x, weight)
+    else:
+        calls["dense_in_out"] = lambda: F.linear(x, weight)
+        calls["sparse_out_in"] = lambda: nm_act.sparse_linear(x, stock, n=pattern.keep, m=pattern.group)
+    times = interleaved(calls, seconds)
+    read = READ_BYTES / percentiles(times["read"])[1] / 1e3
+    common = {"dtype": name, "tokens": tokens, "out_features": out_features, "in_features": in_features}
+
+    def add(variant: str, share: float, baseline: str, baseline_times: list[float], kept: str) -> str:
+        median = percentiles(times[variant])[1]
+        gbps = stock.nbytes * share / median / 1e3
+        row = rows.add(
+            times[variant],
+            baseline_times,
+            **common,
+            variant=variant,
+            pattern=kept,
+            stage="op",
+            baseline=baseline,
+            gbps=f"{gbps:.1f}",
+            tflops=f"{2 * tokens * out_features * in_features / median / 1e6:.3f}",
+        )
+        return f"{variant} {median / 1e3:.2f} ms = {row['speedup']}x, {gbps / read:.0%} of {read:.0f} GB/s"
+
+    if tokens <= DECODE_TOKENS:
+        # Several tokens need the union of their rows, four tokens a pass: count what was really read.
+        passes = (nm_act.prune(x, pattern.keep, pattern.group) != 0).split(4)
+        needed = sum(rows.any(0).float().mean().item() for rows in passes)
+        report = [add("sparse", needed, "F.linear", times["dense"], str(pattern))]
+        report.append(add("every_row", len(passes), "F.linear", times["dense"], "dense"))
+    else:
+        plus_prune = {
+            name: [dense + prune for dense, prune in zip(times[name], times["prune"], strict=True)]
+            for name in ("dense", "dense_in_out")
+        }
+        report = [
+            add("sparse_out_in", 1.0, "F.linear+prune", plus_prune["dense"], str(pattern)),
+            add("sparse", 1.0, "F.linear[in,out]+prune", plus_prune["dense_in_out"], str(pattern)),
+            add("sparse", 1.0, "F.linear+prune", plus_prune["dense"], str(pattern)),
+        ]
+    dense = percentiles(times["dense"])[1] / 1e3
+    print(
+        f"{name} {out_features:>5}x{in_features:<5} {tokens:>3} tokens: dense {dense:.2f} ms; " + "; ".join(report),
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", help="write the rows to this file")
+    parser.add_argument("--pattern", default="8:16", type=nm_act.NMPattern)
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time for each row")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device = f"{processor()} x{arguments.threads} {nm_act.build_info()['cpu_isa']}"
+    print(device)
+    rows = Rows(arguments.csv, bench="cpu_decode", device=device)
+    read_buffer = torch.ones(READ_BYTES // 4)
+    for name in arguments.dtypes:
+        for tokens in arguments.tokens:
+            for shape in LLAMA_3_8B.values():
+                bench(rows, name, shape, tokens, arguments.pattern, arguments.seconds, read_buffer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Fill the generated blocks of the documentation from data: readme.py [--check].
+
+`<!-- NAME: begin -->` to `<!-- NAME: end -->` is replaced by what NAME's function below returns. Nothing in those
+blocks is written by hand: they come from the compiled support table and from committed result files.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import nm_act
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "docs/kernels/cpu_decode.md")
+
+
+def table(header: list[str], rows: list[list[str]], right: int = 1) -> str:
+    """A Markdown table; columns from index ``right`` on are right-aligned."""
+    rule = ["---:" if i >= right else "---" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def support() -> str:
+    rows = [[row["op"], row["device"], row["dtypes"], row["patterns"], row["how"]] for row in nm_act.support_table()]
+    return table(["operator", "device", "dtypes", "patterns", "how"], rows, right=9)
+
+
+def demo() -> str:
+    result = json.loads((ROOT / "docs/demo/demo.json").read_text())
+    rows = []
+    for row in result["rows"]:
+        speed, ratio = row["decode_tokens_per_second"], row["decode_speedup"]
+        rows.append(
+            [
+                row["name"],
+                f"{row['perplexity']:.2f}",
+                "–" if row["name"] == "dense" else f"{row['change_percent']:+.0f} %",
+                f"{speed['median']:.1f}",
+                "–" if row["name"] == "dense" else f"{ratio['median']:.2f}x",
+            ]
+        )
+    machine = result["environment"]
+    caption = (
+        f"{result['model']}, {result['dtype']}, {result['rows'][0]['tokens']} tokens of {result['text']['source']}; "
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {result['date'][:10]}."
+    )
+    header = ["pattern", "perplexity", "change", "decode tokens/s", "speed-up"]
+    return f"{table(header, rows)}\n\n{caption}\n\n![perplexity and decode speed by pattern](docs/demo/demo.png)"
+
+
+def decode_rows() -> list[dict[str, str]]:
+    with (ROOT / "benchmarks/results/cpu/decode.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def caption(rows: list[dict[str, str]]) -> str:
+    first = rows[0]
+    return f"{first['device']}, torch {first['torch']}, {first['date']}, medians; `benchmarks/results/cpu/decode.csv`."
+
+
+def cpu_decode() -> str:
+    rows = [row for row in decode_rows() if row["tokens"] == "1"]
+    every_row = {key(row): row for row in rows if row["variant"] == "every_row"}
+    lines = []
+    for row in rows:
+        if row["variant"] != "sparse":
+            continue
+        whole = every_row[key(row)]
+        lines.append(
+            [
+                f"{row['out_features']} × {row['in_features']}",
+                row["dtype"],
+                row["pattern"],
+                milliseconds(row["baseline_us_p50"]),
+                milliseconds(whole["us_p50"]),
+                milliseconds(row["us_p50"]),
+                f"{float(row['speedup']):.2f}x",
+                f"{float(whole['us_p50']) / float(row['us_p50']):.2f}x",
+                row["gbps"],
+            ]
+        )
+    header = [
+        "out × in",
+        "dtype",
+        "pattern",
+        "F.linear ms",
+        "every row ms",
+        "sparse ms",
+        "speed-up",
+        "of it skipping",
+        "GB/s",
+    ]
+    return f"{table(header, lines, right=3)}\n\n{caption(rows)}"
+
+
+def cpu_tokens() -> str:
+    rows = decode_rows()
+    lines = [
+        [
+            f"{row['out_features']} × {row['in_features']}",
+            row["dtype"],
+            row["tokens"],
+            row["variant"],
+            row["baseline"],
+            milliseconds(row["baseline_us_p50"]),
+            milliseconds(row["us_p50"]),
+            f"{float(row['speedup']):.2f}x",
+        ]
+        for row in rows
+    ]
+    header = ["out × in", "dtype", "tokens", "variant", "baseline", "baseline ms", "ms", "baseline / ours"]
+    return f"{table(header, lines, right=5)}\n\n{caption(rows)}"
+
+
+def key(row: dict[str, str]) -> tuple[str, ...]:
+    return row["dtype"], row["tokens"], row["out_features"], row["in_features"]
+
+
+def milliseconds(microseconds: str) -> str:
+    return f"{float(microseconds) / 1e3:.2f}"
+
+
+BLOCKS = {"support": support, "demo": demo, "cpu-decode": cpu_decode, "cpu-tokens": cpu_tokens}
+
+
+def filled(text: str) -> str:
+    for name, block in BLOCKS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin in text:
+            before, rest = text.split(begin)
+            text = f"{before}{begin}\n{block()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    stale = [name for name in DOCUMENTS if filled((ROOT / name).read_text()) != (ROOT / name).read_text()]
+    if "--check" in arguments:
+        if stale:
+            print(f"expected the generated blocks of {', '.join(stale)} to be up to date; run python tools/readme.py")
+        return int(bool(stale))
+    for name in stale:
+        (ROOT / name).write_text(filled((ROOT / name).read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
