@@ -1,0 +1,34 @@
+"""The command ``nm-act``. Heavy imports happen inside the commands, so that ``--help`` is quick."""
+
+import sys
+
+import typer
+
+from .common import EXIT_INTERRUPTED, INTERRUPTED, reports_errors
+from .demo import demo
+from .generate import generate
+from .info import info
+from .ppl import ppl
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="nm-act",
+    help="N:M activation sparsity: what it costs in quality, what it gains in speed.",
+    epilog="Errors are one sentence with exit code 2; NM_ACT_TRACEBACK=1 shows where they come from.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+for _command in (info, demo, ppl, generate):
+    app.command()(reports_errors(_command))
+
+
+def main() -> None:
+    """Entry point of ``nm-act``: run the command line and exit with its code."""
+    try:
+        app()
+    except KeyboardInterrupt:  # while the command line was still being read
+        print(INTERRUPTED, file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

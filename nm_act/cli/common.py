@@ -1,0 +1,195 @@
+"""What the commands share: errors as sentences, progress on stderr, loading, and facts about the machine."""
+
+import functools
+import json
+import math
+import os
+import platform
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+INTERRUPTED = "interrupted; no result was written"
+
+
+def reports_errors(command):
+    """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
+
+    The environment variable NM_ACT_TRACEBACK=1 lets the exception through, for whoever debugs a command.
+    """
+
+    @functools.wraps(command)
+    def wrapper(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            print(INTERRUPTED, file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:  # the reader of our output went away, as in `nm-act info | head`: typer exits quietly
+            raise
+        except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
+            if isinstance(error, typer.Exit) or os.environ.get("NM_ACT_TRACEBACK"):
+                raise
+            print(f"nm-act: {sentence(error)}", file=sys.stderr)
+            raise typer.Exit(EXIT_BAD_INPUT) from None
+
+    return wrapper
+
+
+def sentence(error: BaseException) -> str:
+    """An exception's message on one line, or its kind if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def note(text: str) -> None:
+    """One line on stderr, where it stays out of ``--json``."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(data: dict) -> None:
+    """The machine output: one JSON document on stdout."""
+    print(to_json(data))
+
+
+def to_json(data: dict) -> str:
+    """Indented JSON that any reader accepts: infinities and NaN, which JSON lacks, become null."""
+    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+@contextmanager
+def progress_bar(label: str):
+    """Progress bar on stderr; yields ``update(done, total, detail="")``. Without a terminal nothing moves."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    console = Console(stderr=True)
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(label, total=None, detail="")
+
+        def update(done: int, total: int, detail: str = "") -> None:
+            bar.update(task, completed=done, total=total, detail=detail)
+
+        yield update
+
+
+def print_table(
+    title: str, columns: list[str], rows: list[list[str]], *, caption: str | None = None, numbers: bool = True
+) -> None:
+    """Table on stdout; `numbers` puts all but the first column right. Empty headings are dropped."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE,
+        show_header=any(columns),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if numbers and index > 0 else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
+
+
+def load(source: str, dtype: str = "auto", device: str = "cpu"):
+    """`nm_act.integrations.checkpoints.load_model` without Transformers' own chatter and progress bars."""
+    import transformers
+
+    from ..integrations.checkpoints import load_model
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    note(f"loading {source}")
+    return load_model(source, dtype=dtype, device=device)
+
+
+def set_threads(threads: int | None) -> int:
+    """Set torch's thread count, or leave it; how many threads are in use."""
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"expected at least 1 thread, got {threads}")
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def check_dense(model, source: str) -> None:
+    """Refuse a checkpoint that is sparse already: there would be nothing dense to compare with."""
+    from ..linear import NMLinear
+
+    if any(isinstance(module, NMLinear) for module in model.modules()):
+        raise ValueError(
+            f"expected a dense model to compare with, but {source!r} is a sparse checkpoint; "
+            "name the checkpoint it was made from"
+        )
+
+
+def environment() -> dict:
+    """Versions and machine, for the record beside a measurement."""
+    import torch
+    import transformers
+
+    from ..ops import build_info
+
+    build = build_info()
+    return {
+        "nm_act": build.get("version"),
+        "cpu_isa": build.get("cpu_isa"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_name() -> str:
+    """The processor's marketing name where the system tells it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def model_name(source: str | os.PathLike) -> str:
+    """Short name for a table: the last part of a path or hub id."""
+    return Path(source).name or str(source)

@@ -1,0 +1,58 @@
+"""``nm-act info``: how this installation was built, what it runs on, what it supports."""
+
+from typing import Annotated
+
+import typer
+
+from .common import cpu_name, print_json, print_table, usable_cores
+
+_LABELS = {
+    "version": "nm_act",
+    "torch": "built against torch",
+    "torch_cuda": "CUDA of that torch",
+    "compiler": "compiler",
+    "cpu_isa": "CPU instructions in use",
+    "cpu_isas": "CPU instructions compiled",
+    "cuda": "CUDA kernels compiled",
+    "cuda_archs": "CUDA architectures",
+    "cutlass": "CUTLASS",
+    "why_no_cuda": "why no CUDA kernels",
+}
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Show the build, the devices and the table of supported operators."""
+    from ..ops import build_info, support_table
+
+    build, support = build_info(), support_table()
+    devices = _devices()
+    if as_json:
+        print_json({"build": build, "devices": devices, "support": support})
+        return
+    rows = [[_LABELS.get(key, key), _text(value)] for key, value in build.items() if value not in (None, [], ())]
+    print_table("Build", ["", ""], rows, numbers=False)
+    rows = [[device["device"], device["name"], _text(device["detail"])] for device in devices]
+    print_table("Devices", ["device", "name", "detail"], rows, numbers=False)
+    columns = list(support[0]) if support else []
+    print_table("Supported", columns, [[_text(row.get(key)) for key in columns] for row in support], numbers=False)
+
+
+def _devices() -> list[dict]:
+    import torch
+
+    found = [{"device": "cpu", "name": cpu_name(), "detail": f"{usable_cores()} cores"}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        detail = f"sm{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        found.append({"device": f"cuda:{index}", "name": properties.name, "detail": detail})
+    return found
+
+
+def _text(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple, set)):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)

