@@ -1,7 +1,8 @@
 // nm_act::sparse_linear and nm_act::gather_linear on CPUs.
 //
-// Up to eight tokens over a weight stored [in, out] take the gather kernel, four at a time, which reads only the rows of
-// survivors. All else prunes and runs torch's own GEMM; the epilogue then needs a pass of its own unless it is a plain bias.
+// Up to eight tokens over a weight stored [in, out] take the gather kernel, four at a time, which reads only the rows
+// of survivors. All else prunes and runs torch's own GEMM; the epilogue then needs a pass of its own unless it is a
+// plain bias.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -167,8 +168,8 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
                     "nm_act::gather_linear expected a weight stored [in_features, out_features], got strides ",
                     weight.strides(), "; store it with weight.t().contiguous().t()");
   const int64_t tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
-  TORCH_CHECK_VALUE(tokens <= kDecodeTokens, "nm_act::gather_linear expected at most ", kDecodeTokens,
-                    " tokens, got ", tokens, "; use torch.nn.functional.linear for more");
+  TORCH_CHECK_VALUE(tokens <= kDecodeTokens, "nm_act::gather_linear expected at most ", kDecodeTokens, " tokens, got ",
+                    tokens, "; use torch.nn.functional.linear for more");
   at::Tensor y = at::empty(output_sizes(x, weight), x.options());
   if (y.numel() == 0) return y;
   const at::Tensor rows = y.view({tokens, weight.size(0)});
