@@ -27,7 +27,7 @@ format:
 
 environment: $(BIN)/python
 	$(BIN)/python tools/ensure.py torch -- $(TORCH)
-	$(BIN)/python tools/ensure.py setuptools pybind11 ninja -- "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
+	$(BIN)/python tools/ensure.py setuptools pybind11 cmake ninja -- "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
 	$(PIP) --no-build-isolation -e ".[test,lint]"
 
 $(BIN)/python:

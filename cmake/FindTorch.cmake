@@ -31,7 +31,17 @@ target_compile_definitions(nm_act_torch INTERFACE _GLIBCXX_USE_CXX11_ABI=${torch
 target_compile_options(nm_act_torch INTERFACE -fopenmp)
 file(GLOB torch_openmp ${torch_root}/lib/libgomp*.so* ${torch_root}/../torch.libs/libgomp*.so*)
 if(NOT torch_openmp)
+  message(WARNING "torch brings no libgomp of its own: linking the system's, and a second OpenMP runtime in the process "
+    "may make threads slower")
   set(torch_openmp gomp)
 endif()
 target_link_directories(nm_act_torch INTERFACE ${torch_root}/lib)
 target_link_libraries(nm_act_torch INTERFACE torch_cpu c10 ${torch_openmp})
+
+# What the CUDA side of the operators needs on top: c10's streams and guards, and the CUDA headers they include.
+if(NM_ACT_TORCH_CUDA)
+  add_library(nm_act_torch_cuda INTERFACE)
+  target_link_libraries(nm_act_torch_cuda INTERFACE c10_cuda torch_cuda)
+  find_path(NM_ACT_CUDA_INCLUDE cuda_runtime_api.h HINTS $ENV{CUDA_HOME}/include /usr/local/cuda/include)
+  target_include_directories(nm_act_torch_cuda SYSTEM INTERFACE ${NM_ACT_CUDA_INCLUDE})
+endif()

@@ -14,6 +14,7 @@ from .ops import (
     support_table,
     unpack_metadata,
 )
+from .packed import Packed, compress_packed, rms_norm_compress, silu_mul_compress, sparse_gemm, sparse_linear_fp8
 from .patterns import NMPattern
 from .recipe import LinearSpec, Recipe, Rule
 from .sparsify import SparsifyReport, sparsify
@@ -24,18 +25,24 @@ __all__ = [
     "NMActConfig",
     "NMLinear",
     "NMPattern",
+    "Packed",
     "Recipe",
     "Rule",
     "SparsifyReport",
     "__version__",
     "build_info",
     "compress",
+    "compress_packed",
     "decompress",
     "gather_linear",
     "pack_metadata",
     "prune",
     "reference",
+    "rms_norm_compress",
+    "silu_mul_compress",
+    "sparse_gemm",
     "sparse_linear",
+    "sparse_linear_fp8",
     "sparsify",
     "support_table",
     "unpack_metadata",

@@ -87,8 +87,8 @@ class NMLinear(nn.Linear):
     def from_linear(cls, linear: nn.Linear, spec: LinearSpec, *, weight_layout: str = "in_out") -> "NMLinear":
         """Sparse layer that takes over the parameters of a dense one, bias included.
 
-        The parameters are shared, not copied: with ``weight_layout="in_out"`` the dense layer's weight
-        changes its strides too (never its values).
+        The dense layer is not changed. Parameters are shared where they can be: with
+        ``weight_layout="in_out"`` the sparse layer has a reordered copy of the weight.
 
         Raises
         ------
@@ -125,7 +125,9 @@ class NMLinear(nn.Linear):
             self.channel_scale = self.shift_out = None
             return
         if self.weight_layout == "in_out" and not weight.t().is_contiguous():
-            weight.data = weight.t().contiguous().t()
+            # A parameter of its own: whoever shares the old one keeps its layout.
+            self.weight = nn.Parameter(weight.t().contiguous().t(), weight.requires_grad)
+            weight = self.weight
         self.channel_scale = criteria.channel_scale(self.spec.criterion, weight)
         if self.spec.token_shift != "none":
             self.shift_out = weight.sum(dim=1, dtype=torch.float64).float()
@@ -140,10 +142,15 @@ class NMLinear(nn.Linear):
                 "weight was set after the layer was made; call refresh()"
             )
         pattern = self.spec.pattern
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            # As F.linear does under autocast; the operator itself takes one dtype only.
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
         y = ops.sparse_linear(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             pattern.keep,
             pattern.group,
             channel_scale=self.channel_scale,

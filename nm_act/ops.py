@@ -122,8 +122,8 @@ def sparse_linear(
     ----------
     x : Tensor [..., in_features], float32, bfloat16 or float16
     weight : Tensor [out_features, in_features], dtype of x
-        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to eight tokens read only the rows
-        whose input survived. Expected finite: the rows of pruned inputs may not be read.
+        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to four tokens (eight in float32) on a
+        CPU read only the rows whose input survived. Expected finite: the rows of pruned inputs may not be read.
     bias : Tensor [out_features], dtype of x, optional
     n, m : int
         ``1 <= n < m``, m in {2, 4, 8, 16, 32} and a divisor of in_features.
@@ -202,7 +202,7 @@ def pack_metadata(metadata: Tensor, in_features: int, layout: str) -> Tensor:
 
     Parameters
     ----------
-    metadata : Tensor [tokens, ceil(in_features / 8)], uint8, on the CPU
+    metadata : Tensor [..., ceil(in_features / 8)], uint8, on the CPU
     in_features : int
         A multiple of 4; tokens and features are padded to whole tiles with the legal nibble 0x4.
     layout : str
@@ -212,7 +212,8 @@ def pack_metadata(metadata: Tensor, in_features: int, layout: str) -> Tensor:
     -------
     Tensor [bytes], uint8
     """
-    packed = _C.pack_metadata(_bytes_of(metadata), metadata.shape[0], in_features, layout)
+    rows = metadata.shape[:-1].numel()
+    packed = _C.pack_metadata(_bytes_of(metadata), rows, in_features, layout)
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)
 
 
@@ -224,9 +225,10 @@ def unpack_metadata(physical: Tensor, tokens: int, in_features: int, layout: str
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
-    if tensor.dtype != torch.uint8 or tensor.device.type != "cpu":
+    if tensor.dtype != torch.uint8 or tensor.device.type != "cpu" or tensor.dim() == 0:
         raise TypeError(
-            f"expected metadata as uint8 on the CPU, got {tensor.dtype} on {tensor.device}; convert it first"
+            f"expected metadata as uint8 on the CPU, got {tensor.dtype} {list(tensor.shape)} on "
+            f"{tensor.device}; convert it first"
         )
     return tensor.contiguous().numpy().tobytes()
 
@@ -236,9 +238,9 @@ def build_info() -> dict[str, object]:
     info = {"version": __version__, **_C.build_info()}
     info["torch_cuda"] = info["torch_cuda"] or None
     info["cpu_isas"] = info["cpu_isas"].split(",")
-    info["cuda_archs"] = []
-    info["cuda"] = bool(info["cuda_archs"])
-    info["why_no_cuda"] = "this version has no CUDA kernels: CUDA tensors run plain torch operations"
+    info["cuda_archs"] = [arch for arch in info["cuda_archs"].split(",") if arch]
+    info["why_no_cuda"] = info["why_no_cuda"] or None
+    info["cutlass"] = info["cutlass"] or None
     return info
 
 
@@ -292,17 +294,22 @@ def _(x, weight, bias=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-# CUDA tensors run the oracle's plain torch operations: the same selection, no kernel of our own yet.
-for _name in ("prune", "compress", "decompress"):
-    torch.library.impl(f"nm_act::{_name}", "CUDA")(getattr(reference, _name))
+def refuse(op: str, device: str) -> None:
+    """Register, for a device without a kernel, one sentence that says what to do."""
+
+    def refused(*_arguments, **_options):
+        reason = build_info()["why_no_cuda"]
+        built = f" (this build has no CUDA kernels: {reason})" if reason else ""
+        raise NotImplementedError(
+            f"nm_act::{op} expected tensors on a device that it has a kernel for, got {device} tensors{built}; "
+            "nm-act info lists what runs where"
+        )
+
+    torch.library.impl(f"nm_act::{op}", device)(refused)
 
 
-@torch.library.impl("nm_act::sparse_linear", "CUDA")
-def _(x, weight, bias=None, n=2, m=4, **options):
-    _linear_devices("sparse_linear", x, weight, bias, options)
-    return reference.sparse_linear(x, weight, bias, n, m, compute_dtype=torch.float32, **options).to(x.dtype)
-
-
-@torch.library.impl("nm_act::gather_linear", "CUDA")
-def _(x, weight, bias=None):
-    return torch.nn.functional.linear(x, weight, bias)
+if _C.build_info()["cuda"]:
+    torch.library.impl("nm_act::decompress", "CUDA")(reference.decompress)
+else:
+    for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear"):
+        refuse(_op, "CUDA")

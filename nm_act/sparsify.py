@@ -115,6 +115,7 @@ def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
     report = SparsifyReport(model, recipe)
     macs = Counter()
     stacks = set()
+    sparse_layers: dict[tuple[nn.Module, LinearSpec], NMLinear] = {}
     for name, module in candidates:
         spec, reason = _decide(module, places[name], recipe)
         if places[name] is not None and isinstance(module, nn.Linear):
@@ -124,7 +125,9 @@ def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
             continue
         report.replaced.append((name, spec))
         stacks.add(places[name].stack)
-        _replace(model, name, NMLinear.from_linear(module, spec))
+        if (module, spec) not in sparse_layers:  # a layer may be shared under several names
+            sparse_layers[module, spec] = NMLinear.from_linear(module, spec)
+        _replace(model, name, sparse_layers[module, spec])
     report.mac_fraction = macs[True] / macs.total() if macs else 0.0
     if recipe.dense_first_tokens:
         _attach_context(model, sorted(stacks), report, TokenContext(recipe.dense_first_tokens))

@@ -7,7 +7,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ((1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (1, 4), (3, 16), (31, 32))
 
 
-def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, *, any_nan: bool = False) -> None:
+def assert_same_bits(actual, expected, *, any_nan: bool = False, what: str = "") -> None:
     """Equal shape, dtype and bits; with ``any_nan`` one NaN is as good as another."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
@@ -16,7 +16,7 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, *, any_nan: b
         actual, expected = (t.masked_fill(t.isnan(), 0.0) for t in (actual, expected))
     integer = {2: torch.int16, 4: torch.int32}[actual.element_size()]
     same = actual.contiguous().view(integer) == expected.contiguous().view(integer)
-    assert same.all(), f"{(~same).sum()} of {same.numel()} values differ"
+    assert same.all(), f"{what}: {(~same).sum()} of {same.numel()} values differ"
 
 
 def hard_activations(tokens: int, in_features: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

@@ -63,17 +63,37 @@ def test_forward_in_half_precision(dtype):
     assert layer.channel_scale.dtype == layer.shift_out.dtype == torch.float32
 
 
+def test_the_dense_layer_keeps_its_storage():
+    dense = _dense()
+    strides, address = dense.weight.stride(), dense.weight.data_ptr()
+    layer = NMLinear.from_linear(dense, FULL)
+    assert (dense.weight.stride(), dense.weight.data_ptr()) == (strides, address)
+    assert layer.weight.t().is_contiguous()
+
+
+@torch.no_grad()
+def test_autocast_casts_as_the_dense_layer_does():
+    dense, x = _dense(), torch.randn(3, 64)
+    layer = NMLinear.from_linear(dense, FULL)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == dense(x).dtype == torch.bfloat16
+        assert layer(y.new_zeros(3, 64)).dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=5e-2, atol=5e-2)
+
+
 def test_parameters_are_taken_over():
     dense = _dense().eval()
     dense.weight.requires_grad_(False)
     layer = NMLinear.from_linear(dense, FULL)
-    assert layer.weight is dense.weight
+    assert torch.equal(layer.weight, dense.weight)
     assert layer.bias is dense.bias
     assert not layer.training
     assert not layer.weight.requires_grad
+    assert NMLinear.from_linear(dense, FULL, weight_layout="out_in").weight is dense.weight
     back = layer.to_linear()
     assert type(back) is nn.Linear
-    assert back.weight is dense.weight
+    assert back.weight is layer.weight
     assert back.bias is dense.bias
     assert not back.training
     assert NMLinear.from_linear(_dense(bias=False), FULL).to_linear().bias is None

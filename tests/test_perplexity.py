@@ -186,7 +186,10 @@ def test_sparse_copy_leaves_the_dense_model_alone():
     model, tokenizer = tiny_model.build()
     ids = tokenize(tokenizer, tiny_model.TEXT, 128)
     before = perplexity(model, ids).value
+    dense_weight = model.model.layers[0].mlp.down_proj.weight
+    storage = dense_weight.stride(), dense_weight.data_ptr()
     report = sparse_copy(model, Recipe(pattern="2:4", projections=["down_proj"]))
+    assert (dense_weight.stride(), dense_weight.data_ptr()) == storage
     copy = report.model
     assert len(report.replaced) == 2
     assert isinstance(copy.model.layers[0].mlp.down_proj, NMLinear)

@@ -40,7 +40,7 @@ def test_equals_oracle_bit_for_bit(dtype, n, m, in_features):
         actual = nm_act.prune(x, n, m, **options)
         # A shift computes new values, so there a NaN's payload is not defined.
         shifts = "shift" in options or "token_shift" in options
-        assert_same_bits(actual, reference.prune(x, n, m, **options), any_nan=shifts), name
+        assert_same_bits(actual, reference.prune(x, n, m, **options), any_nan=shifts, what=name)
 
 
 @given(
@@ -108,7 +108,7 @@ def test_strided_and_nested_inputs():
     assert nm_act.prune(x[0, 0], 2, 4).shape == (128,)
 
 
-@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (3, 0)])
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
 def test_empty(shape):
     assert nm_act.prune(torch.empty(shape), 2, 4).shape == shape
 
@@ -133,6 +133,7 @@ X = torch.zeros(2, 32)
         (TypeError, "expected x in float32, bfloat16 or float16, got Double", lambda: nm_act.prune(X.double(), 2, 4)),
         (TypeError, "got Int; convert it first", lambda: nm_act.prune(X.int(), 2, 4)),
         (ValueError, "expected x of shape [..., in_features]", lambda: nm_act.prune(torch.tensor(1.0), 2, 4)),
+        (ValueError, "expected at least one feature, got x of shape [3, 0]", lambda: nm_act.prune(torch.empty(3, 0), 2, 4)),
         (ValueError, "expected a group size m in {2, 4, 8, 16, 32}, got 2:5", lambda: nm_act.prune(X, 2, 5)),
         (ValueError, "expected a group size m in {2, 4, 8, 16, 32}, got 2:64", lambda: nm_act.prune(X, 2, 64)),
         (ValueError, "expected 1 <= n < m, got 4:4", lambda: nm_act.prune(X, 4, 4)),

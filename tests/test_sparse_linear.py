@@ -146,12 +146,11 @@ def test_pruned_rows_are_not_read():
     assert torch.equal(nm_act.sparse_linear(x, stored(poisoned, "in_out"), n=8, m=16), expected)
 
 
-def test_same_bits_whatever_the_threads():
-    x, weight, threads = (
-        torch.randn(3, 4096),
-        stored(torch.randn(1000, 4096), "in_out"),
-        torch.get_num_threads(),
-    )
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_whatever_the_threads(tokens, dtype):
+    x, threads = torch.randn(tokens, 512).to(dtype), torch.get_num_threads()
+    weight = stored(torch.randn(4001, 512).to(dtype), "in_out")
     try:
         torch.set_num_threads(1)
         alone = nm_act.sparse_linear(x, weight, n=8, m=16)
@@ -163,17 +162,25 @@ def test_same_bits_whatever_the_threads():
 
 @pytest.mark.parametrize("tokens", [1, 2, 6])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_non_finite_inputs_come_out_as_dense_shows_them(tokens, layout):
-    weight = stored(torch.randn(16, 64), layout)
-    x = torch.randn(tokens, 64)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_non_finite_inputs_come_out_as_dense_shows_them(tokens, layout, dtype):
+    weight = stored(torch.randn(16, 64).to(dtype), layout)
+    x = torch.randn(tokens, 64).to(dtype)
     x[0, 3], x[0, 20] = float("inf"), -float("inf")
     dense = F.linear(x, weight)
     y = nm_act.sparse_linear(x, weight, n=2, m=4)
     assert torch.equal(y.isnan(), dense.isnan())
     assert torch.equal(y.isinf(), dense.isinf())
     assert torch.equal(y[y.isinf()], dense[dense.isinf()])
-    crowded = hard_activations(6, 64, torch.float32)[4:5]
+    x[-1, 7] = float("nan")
+    assert nm_act.sparse_linear(x, weight, n=2, m=4)[-1].isnan().all()
+    crowded = hard_activations(6, 64, dtype)[4:5]
     assert not nm_act.sparse_linear(crowded, weight, n=2, m=4).isfinite().any()
+
+
+def test_no_features_is_one_sentence():
+    with pytest.raises(ValueError, match="expected at least one feature"):
+        nm_act.sparse_linear(torch.empty(3, 0), torch.empty(5, 0))
 
 
 def test_gather_linear():

@@ -61,6 +61,8 @@ struct EpilogueParams {
 
 // Tokens that the gather kernel takes in one pass over the weight.
 constexpr int kGatherTokens = 4;
+// Slices of gather begin at multiples of this many columns: a cache line of the narrowest dtype.
+constexpr int64_t kGatherColumns = 32;
 // Weight rows taken together: one load and one store of the accumulators for so many multiply-adds.
 constexpr int kGatherUnroll = 8;
 

@@ -1,11 +1,16 @@
 // The whole surface of the torch-free kernel library. Callers check shapes and pointers; nothing here allocates or
-// synchronises.
+// synchronises. Device launchers (NM_ACT_CUDA defined, or any nvcc compile) enqueue on `stream` and return the first
+// CUDA error; cudaErrorInvalidValue stands for a combination that no kernel serves.
 #pragma once
 
 #include <cstdint>
 
 #include "format/metadata.h"
 #include "format/pattern.h"
+
+#if defined(NM_ACT_CUDA) || defined(__CUDACC__)
+#include <cuda_runtime_api.h>
+#endif
 
 namespace nm_act {
 
@@ -20,5 +25,130 @@ void pack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features, c
 // it.
 void unpack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features, const uint8_t* physical,
                      uint8_t* neutral);
+
+enum class ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kE4M3 = 3 };
+enum class TokenShift : int { kNone = 0, kMean = 1, kMedian = 2 };
+
+#if defined(NM_ACT_CUDA) || defined(__CUDACC__)
+
+// Where a compression writes and what it computes on the way. Shared by every kernel that compresses.
+struct CompressOutput {
+  void* values;                // [tokens, in_features / 2] of value_type, contiguous, 16-byte aligned
+  uint8_t* metadata;           // [metadata_bytes(layout, tokens, in_features)], 16-byte aligned; all of it is written
+  float* row_scale;            // [tokens]: variance factor times e4m3 scale; null unless one of them is asked for
+  float* eta;                  // [tokens]: the per-token shift; null iff token_shift is kNone
+  const float* channel_scale;  // [in_features] or null
+  const float* shift;          // [in_features] or null; not with a token_shift
+  TokenShift token_shift;
+  bool variance_correction;
+  ElementType value_type;  // the input's type, or kE4M3 (per-token scales) for a 16-bit input
+  MetadataLayout layout;
+};
+
+// compress: P(x - eta), 2:4, as values and metadata. in_features % 4 == 0 for the neutral layout, else a multiple of
+// the GEMM's need (16 for 16-bit values, 32 for e4m3). kFloat32 input: neutral layout only.
+struct CompressParams {
+  const void* x;  // [tokens, in_features], rows x_stride elements apart, any alignment (16 bytes is fast)
+  int64_t x_stride;
+  int64_t tokens;
+  int in_features;  // at most kMaxRowFeatures when a statistic of the row is needed (e4m3, token shift, variance)
+  ElementType x_type;
+  CompressOutput out;
+};
+inline constexpr int kMaxRowFeatures = 32768;
+inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
+cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
+
+// prune: P(x - eta) for any N:M, dense output of the type of x.
+struct PruneParams {
+  const void* x;  // [tokens, in_features], rows x_stride elements apart
+  int64_t x_stride;
+  void* out;                   // [tokens, in_features], contiguous
+  const float* channel_scale;  // [in_features] or null
+  const float* shift;          // [in_features] or null
+  const float* eta;            // [tokens] or null: a per-token shift, as launch_token_shift wrote it
+  int64_t tokens;
+  int in_features;  // a multiple of pattern.group
+  Pattern pattern;
+  ElementType x_type;
+};
+cudaError_t launch_prune(const PruneParams& params, cudaStream_t stream);
+
+// Per-token statistics for patterns and paths whose selection kernel does not compute them itself. At most
+// kMaxRowFeatures.
+struct TokenStatisticsParams {
+  const void* x;  // [tokens, in_features], rows x_stride elements apart
+  int64_t x_stride;
+  int64_t tokens;
+  int in_features;
+  ElementType x_type;
+};
+// eta [tokens]: the per-token mean or median of x.
+cudaError_t launch_token_shift(const TokenStatisticsParams& params, TokenShift kind, float* eta, cudaStream_t stream);
+// nu [tokens]: sqrt(Var(x - eta) / Var(pruned)), 1 where Var(pruned) is 0; a shift (per channel) or eta (per token), or
+// neither, null; pruned [tokens, in_features], contiguous, of x's type.
+cudaError_t launch_variance_ratio(const TokenStatisticsParams& params, const void* pruned, const float* shift,
+                                  const float* eta, float* nu, cudaStream_t stream);
+
+// RMSNorm, then compress: h = x + residual (rounded; h = x without one), x' = round(round(h * rsqrt(mean(h^2) +
+// epsilon)) * weight).
+struct RmsNormCompressParams {
+  const void* x;         // [tokens, in_features], contiguous, 16-byte aligned; kBFloat16 or kFloat16
+  const void* residual;  // as x, or null
+  void* residual_out;    // h, as x; may be residual; null without residual
+  const void* weight;    // [in_features] of x's type
+  float epsilon;
+  int64_t tokens;
+  int in_features;  // a multiple of 16 (32 for kE4M3), at most kMaxRowFeatures
+  ElementType x_type;
+  CompressOutput out;
+};
+cudaError_t launch_rmsnorm_compress(const RmsNormCompressParams& params, cudaStream_t stream);
+
+// SiLU(gate) * up, then compress: x' = round(round(gate / (1 + exp(-gate))) * up).
+struct SiluMulCompressParams {
+  const void* gate;  // [tokens, in_features], rows stride elements apart, 16-byte aligned; kBFloat16 or kFloat16
+  const void* up;    // likewise; gate + in_features for a merged projection
+  int64_t stride;
+  int64_t tokens;
+  int in_features;  // a multiple of 16 (32 for kE4M3), at most kMaxRowFeatures
+  ElementType x_type;
+  CompressOutput out;
+};
+cudaError_t launch_silu_mul_compress(const SiluMulCompressParams& params, cudaStream_t stream);
+
+// sparse_gemm: y = (row_scale * acc + eta (x) shift_out) * column_scale + bias, acc = decompress(values, metadata) @
+// weight^T in float32. Null vectors leave their factor or term out; without eta, shift_out is added as it is.
+struct SparseGemmParams {
+  const void* values;       // [tokens, in_features / 2] of value_type, contiguous, 16-byte aligned
+  const uint8_t* metadata;  // in gemm_metadata_layout(value_type, arch), 16-byte aligned
+  const void* weight;  // of value_type, 16-byte aligned: [out_features, in_features], or if weight_in_out (16-bit only)
+                       // [in_features, out_features]; rows weight_stride elements apart
+  int64_t weight_stride;      // a multiple of 16 bytes
+  void* y;                    // [tokens, out_features] of y_type, contiguous, 16-byte aligned
+  const float* row_scale;     // [tokens] or null
+  const float* eta;           // [tokens] or null
+  const float* shift_out;     // [out_features] or null
+  const float* column_scale;  // [out_features] or null
+  const void* bias;           // [out_features] of y_type, or null
+  int tokens;
+  int out_features;  // a multiple of 8 (of 16 for kE4M3)
+  int in_features;   // a multiple of 16, 32 for kE4M3 and on sm80
+  ElementType value_type;
+  ElementType y_type;  // value_type, or kBFloat16 / kFloat16 for kE4M3
+  bool weight_in_out;
+};
+// The device that runs a GEMM, as the caller knows it: asking the driver at every call costs more than the launch.
+struct GemmDevice {
+  int compute_capability_major;  // 9 runs the sm_90a kernels, any other from 8 on the sm_80 ones
+  int multiprocessors;
+};
+cudaError_t query_gemm_device(int device, GemmDevice* result);
+const char* cuda_error_text(cudaError_t status);
+MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device);
+bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device);
+cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, cudaStream_t stream);
+
+#endif  // NM_ACT_CUDA
 
 }  // namespace nm_act

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "cpu/kernels.h"
+#include "kernels/format/pattern.h"
 
 namespace nm_act {
 
@@ -27,11 +28,13 @@ inline cpu::DType check_dtype(const at::Tensor& x, const char* op) {
 inline void check_features(const at::Tensor& x, const char* op) {
   TORCH_CHECK_VALUE(x.dim() >= 1, "nm_act::", op,
                     " expected x of shape [..., in_features], got a tensor without dimensions; add one");
+  TORCH_CHECK_VALUE(x.size(-1) > 0, "nm_act::", op, " expected at least one feature, got x of shape ", x.sizes(),
+                    "; skip the layer");
 }
 
 // 1 <= n < m, m in {2, 4, 8, 16, 32}, and whole groups.
 inline void check_pattern(int64_t n, int64_t m, int64_t in_features, const char* op) {
-  TORCH_CHECK_VALUE(m == 2 || m == 4 || m == 8 || m == 16 || m == 32, "nm_act::", op,
+  TORCH_CHECK_VALUE(m <= kMaxGroup && is_group_size(int(m)), "nm_act::", op,
                     " expected a group size m in {2, 4, 8, 16, 32}, got ", n, ":", m, "; choose one of those");
   TORCH_CHECK_VALUE(n >= 1 && n < m, "nm_act::", op, " expected 1 <= n < m, got ", n, ":", m,
                     "; use torch.nn.functional.linear where nothing is pruned");
@@ -68,10 +71,10 @@ inline cpu::TokenShift check_token_shift(std::string_view token_shift, bool has_
   return none ? cpu::TokenShift::kNone : mean ? cpu::TokenShift::kMean : cpu::TokenShift::kMedian;
 }
 
-inline void check_weight(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op) {
+// Shapes and devices of a weight [out, in] and a bias [out]; the weight's dtype is the caller's business.
+inline void check_weight_shape(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                               const char* op) {
   check_same_device(x, weight, "weight", op);
-  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", op, " expected weight in the dtype of x, ",
-                   x.scalar_type(), ", got ", weight.scalar_type(), "; convert one of them");
   TORCH_CHECK_VALUE(weight.dim() == 2, "nm_act::", op, " expected weight of shape [out_features, in_features], got ",
                     weight.sizes(), "; reshape it");
   TORCH_CHECK_VALUE(weight.size(1) == x.size(-1), "nm_act::", op, " expected weight of shape [out_features, ",
@@ -83,6 +86,12 @@ inline void check_weight(const at::Tensor& x, const at::Tensor& weight, const Op
                    x.scalar_type(), ", got ", bias->scalar_type(), "; convert it");
   TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), "nm_act::", op, " expected bias of shape [",
                     weight.size(0), "], got ", bias->sizes(), "; give one value an output feature");
+}
+
+inline void check_weight(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op) {
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", op, " expected weight in the dtype of x, ",
+                   x.scalar_type(), ", got ", weight.scalar_type(), "; convert one of them");
+  check_weight_shape(x, weight, bias, op);
 }
 
 inline const float* data_or_null(const at::Tensor& tensor) {

@@ -63,7 +63,7 @@ at::Tensor decompress(const at::Tensor& values, const at::Tensor& metadata) {
   const at::Tensor indices = metadata.contiguous();
   at::Tensor out = at::zeros(with_last(values.sizes(), in_features), values.options());
   const int64_t groups = in_features / 4;
-  const int64_t tokens = groups == 0 ? 0 : values.numel() / (2 * groups);
+  const int64_t tokens = values.numel() / (2 * groups);
   const int64_t stride = (in_features + 7) / 8;
   std::atomic<bool> legal{true};
   const auto scatter = [&](auto bits) {

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "build_facts.h"
 #include "cpu/kernels.h"
 #include "kernels/nm_act.h"
 #include "ops/support.h"
@@ -19,6 +20,15 @@ py::dict build_info() {
   info["compiler"] = NM_ACT_COMPILER;
   info["cpu_isa"] = nm_act::cpu::cpu_kernels().name;
   info["cpu_isas"] = nm_act::cpu::compiled_isas();
+#ifdef NM_ACT_CUDA
+  info["cuda"] = true;
+  info["cuda_archs"] = NM_ACT_CUDA_ARCHS;
+#else
+  info["cuda"] = false;
+  info["cuda_archs"] = "";
+#endif
+  info["why_no_cuda"] = NM_ACT_WHY_NO_CUDA;
+  info["cutlass"] = NM_ACT_CUTLASS;
   return info;
 }
 

@@ -17,10 +17,19 @@ Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const Optio
   s.token_shift = check_token_shift(token_shift, shift.has_value() && shift->defined(), op);
   s.channel_scale = check_vector(channel_scale, x, s.in_features, "channel_scale", op);
   s.shift = check_vector(shift, x, s.in_features, "shift", op);
-  s.tokens = s.in_features == 0 ? 0 : x.numel() / s.in_features;
+  s.tokens = x.numel() / s.in_features;
   s.keep = int(n);
   s.group = int(m);
   return s;
+}
+
+at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& selection, const at::Tensor& x,
+                           int64_t out_features, const char* op) {
+  at::Tensor vector = check_vector(shift_out, x, out_features, "shift_out", op);
+  TORCH_CHECK_VALUE(selection.has_shift() || !vector.defined(), "nm_act::", op,
+                    " expected shift or token_shift along with shift_out, got shift_out alone; ",
+                    "add the shift or pass the vector as bias");
+  return vector;
 }
 
 cpu::PruneParams prune_params(const Selection& s, const at::Tensor& x) {

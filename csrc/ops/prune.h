@@ -26,6 +26,10 @@ struct Selection {
 Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
                           const OptionalTensor& shift, std::string_view token_shift, const char* op);
 
+// shift_out as a float32 [out_features] vector, or undefined; given without a shift it is a mistake.
+at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& selection, const at::Tensor& x,
+                           int64_t out_features, const char* op);
+
 // Params of the CPU kernel for a contiguous x; outputs are null until the caller sets them.
 cpu::PruneParams prune_params(const Selection& selection, const at::Tensor& x);
 

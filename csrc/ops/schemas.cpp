@@ -44,4 +44,33 @@ TORCH_LIBRARY(nm_act, m) {
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
   // decode kernel of sparse_linear without the selection. At most 8 tokens.
   m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+
+  // CUDA only, 2:4. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
+  // [tokens, in_features / 2] in the dtype of x (float8_e4m3fn with fp8, scaled per token by its largest |Z| / 448),
+  // metadata uint8 [bytes], row_scale [tokens] (nu times the fp8 scale) and eta [tokens], float32, empty where not
+  // asked for.
+  m.def(
+      "compress_packed(Tensor x, *, Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", "
+      "bool variance_correction=False, bool fp8=False) "
+      "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
+  // x' = RMSNorm(x + residual) * weight, then compress_packed; hidden = x + residual, empty without a residual.
+  m.def(
+      "rms_norm_compress(Tensor x, Tensor weight, float eps, Tensor? residual=None, *, Tensor? channel_scale=None, "
+      "Tensor? shift=None, str token_shift=\"none\", bool variance_correction=False, bool fp8=False) "
+      "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta, Tensor hidden)");
+  // x' = SiLU(gate) * up, then compress_packed.
+  m.def(
+      "silu_mul_compress(Tensor gate, Tensor up, *, Tensor? channel_scale=None, Tensor? shift=None, "
+      "str token_shift=\"none\", bool variance_correction=False, bool fp8=False) "
+      "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
+  // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32.
+  m.def(
+      "sparse_gemm(Tensor values, Tensor metadata, Tensor weight, Tensor? bias=None, *, Tensor? row_scale=None, "
+      "Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? out_dtype=None) -> Tensor");
+  // sparse_linear with 2:4 and dynamic per-token e4m3 activations; weight float8_e4m3fn [out, in] = W /
+  // weight_scale[out].
+  m.def(
+      "sparse_linear_fp8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, *, "
+      "Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, "
+      "bool variance_correction=False, Tensor? column_scale=None) -> Tensor");
 }

@@ -1,8 +1,7 @@
 // nm_act::sparse_linear and nm_act::gather_linear on CPUs.
 //
-// Up to eight tokens over a weight stored [in, out] take the gather kernel, four at a time, which reads only the rows
-// of survivors. All else prunes and runs torch's own GEMM; the epilogue then needs a pass of its own unless it is a
-// plain bias.
+// A few tokens over a weight stored [in, out] take the gather kernel, which reads only the rows of survivors. All else
+// prunes and runs torch's own GEMM; the epilogue then needs a pass of its own unless it is a plain bias.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -18,8 +17,10 @@
 namespace nm_act {
 namespace {
 
-// Two passes over the weight still beat torch's GEMM (docs/kernels/cpu_decode.md); three do not.
-constexpr int64_t kDecodeTokens = 2 * cpu::kGatherTokens;
+// Two passes over the weight still beat torch's float32 GEMM, but not its 16-bit one (docs/kernels/cpu_decode.md).
+constexpr int64_t decode_tokens(cpu::DType dtype) {
+  return dtype == cpu::DType::kFloat32 ? 2 * cpu::kGatherTokens : cpu::kGatherTokens;
+}
 
 bool stored_in_out(const at::Tensor& weight) {
   return weight.stride(0) == 1 && weight.stride(1) >= std::max<int64_t>(weight.size(0), 1);
@@ -27,30 +28,31 @@ bool stored_in_out(const at::Tensor& weight) {
 
 // Rows that some token needs, and what to multiply them by, in the order that the gather kernel reads.
 struct SurvivingRows {
-  std::vector<int64_t> rows;
+  std::vector<int64_t> rows;  // the first `count` are in use
   std::vector<float> coefficients;
+  int64_t count;
 };
 
 template <class T>
 const SurvivingRows& surviving_rows(const at::Tensor& operand) {
   const int64_t tokens = operand.size(0), in_features = operand.size(1);
   const T* p = operand.const_data_ptr<T>();
-  // Kept between calls: mapping fresh pages would cost more than filling them.
+  // Kept between calls, and never shrunk: mapping fresh pages would cost more than filling them.
   static thread_local SurvivingRows s;
-  s.rows.resize(in_features + cpu::kGatherUnroll);
-  int64_t count = 0;
+  if (int64_t(s.rows.size()) < in_features + cpu::kGatherUnroll) s.rows.resize(in_features + cpu::kGatherUnroll);
+  int64_t found = 0;
   for (int64_t k = 0; k < in_features; ++k) {
     bool needed = false;
     for (int64_t t = 0; t < tokens; ++t) needed |= float(p[t * in_features + k]) != 0.0f;  // true for NaN
     // No branch: which half survives is noise to a branch predictor.
-    s.rows[count] = k;
-    count += needed;
+    s.rows[found] = k;
+    found += needed;
   }
-  s.rows.resize(count);
   // The last step is filled up with a row that is read anyway, times zero.
-  while (s.rows.size() % cpu::kGatherUnroll != 0) s.rows.push_back(s.rows.back());
-  s.coefficients.assign(s.rows.size() * tokens, 0.0f);
-  for (int64_t r = 0; r < count; ++r) {
+  s.count = (found + cpu::kGatherUnroll - 1) / cpu::kGatherUnroll * cpu::kGatherUnroll;
+  for (int64_t r = found; r < s.count; ++r) s.rows[r] = s.rows[found - 1];
+  s.coefficients.assign(s.count * tokens, 0.0f);
+  for (int64_t r = 0; r < found; ++r) {
     const int64_t step = r / cpu::kGatherUnroll, lane = r % cpu::kGatherUnroll;
     for (int64_t t = 0; t < tokens; ++t)
       s.coefficients[(step * tokens + t) * cpu::kGatherUnroll + lane] = float(p[t * in_features + s.rows[r]]);
@@ -69,14 +71,14 @@ void gather_pass(const at::Tensor& operand, const at::Tensor& weight, const cpu:
   p.y = y.mutable_data_ptr();
   p.rows = survivors.rows.data();
   p.coefficients = survivors.coefficients.data();
-  p.num_rows = int64_t(survivors.rows.size());
+  p.num_rows = survivors.count;
   p.tokens = operand.size(0);
   p.out_features = weight.size(0);
   p.row_stride = weight.stride(1);
   p.dtype = dtype;
   p.epilogue = epilogue;
-  // Whole cache lines a thread, and at least 64 Ki multiply-adds, about 10 us.
-  constexpr int64_t kLine = 32;
+  // At least 64 Ki multiply-adds a thread, about 10 us.
+  constexpr int64_t kLine = cpu::kGatherColumns;
   const int64_t lines = (p.out_features + kLine - 1) / kLine;
   const int64_t grain = 1 + 65536 / (kLine * (1 + p.num_rows));
   const cpu::CpuKernels& kernels = cpu::cpu_kernels();
@@ -123,11 +125,8 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp);
   check_weight(x, weight, bias, kOp);
   const int64_t tokens = selection.tokens, in_features = selection.in_features, out_features = weight.size(0);
-  at::Tensor shift_vector = check_vector(shift_out, x, out_features, "shift_out", kOp);
+  at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
   const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
-  TORCH_CHECK_VALUE(selection.has_shift() || !shift_vector.defined(),
-                    "nm_act::sparse_linear expected shift or token_shift along with shift_out, got shift_out alone; ",
-                    "add the shift or pass the vector as bias");
   at::Tensor y = at::empty({tokens, out_features}, x.options());
   if (y.numel() == 0) return y.view(output_sizes(x, weight));
   if (selection.has_shift() && !shift_vector.defined()) shift_vector = shift_image(weight, selection);
@@ -148,7 +147,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   const cpu::Epilogue epilogue{data_or_null(nu), data_or_null(eta), data_or_null(shift_vector),
                                data_or_null(column_vector),
                                bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr};
-  if (tokens <= kDecodeTokens && stored_in_out(weight)) {
+  if (tokens <= decode_tokens(selection.dtype) && stored_in_out(weight)) {
     launch_gather(operand, weight, epilogue, selection.dtype, y);
   } else if (nu.defined() || shift_vector.defined() || column_vector.defined()) {
     y = at::linear(operand, weight);
@@ -167,9 +166,10 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   TORCH_CHECK_VALUE(stored_in_out(weight),
                     "nm_act::gather_linear expected a weight stored [in_features, out_features], got strides ",
                     weight.strides(), "; store it with weight.t().contiguous().t()");
-  const int64_t tokens = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
-  TORCH_CHECK_VALUE(tokens <= kDecodeTokens, "nm_act::gather_linear expected at most ", kDecodeTokens, " tokens, got ",
-                    tokens, "; use torch.nn.functional.linear for more");
+  const int64_t tokens = x.numel() / x.size(-1);
+  constexpr int64_t kMost = decode_tokens(cpu::DType::kFloat32);
+  TORCH_CHECK_VALUE(tokens <= kMost, "nm_act::gather_linear expected at most ", kMost, " tokens, got ", tokens,
+                    "; use torch.nn.functional.linear for more");
   at::Tensor y = at::empty(output_sizes(x, weight), x.options());
   if (y.numel() == 0) return y;
   const at::Tensor rows = y.view({tokens, weight.size(0)});

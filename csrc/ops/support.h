@@ -13,19 +13,26 @@ struct SupportRow {
 
 inline constexpr char kAllDtypes[] = "float32, bfloat16, float16";
 inline constexpr char kAllPatterns[] = "N:M, M in {2, 4, 8, 16, 32}";
-inline constexpr char kComposite[] = "plain torch operations: correct, no faster than dense";
+inline constexpr char kBits16[] = "bfloat16, float16";
 
 inline constexpr SupportRow kSupport[] = {
     {"prune", "cpu", kAllDtypes, kAllPatterns, "vectorised selection, one pass"},
-    {"prune", "cuda", kAllDtypes, kAllPatterns, kComposite},
     {"compress, decompress", "cpu", kAllDtypes, "2:4", "vectorised selection, neutral format"},
-    {"compress, decompress", "cuda", kAllDtypes, "2:4", kComposite},
-    {"sparse_linear, 1 to 8 tokens, weight stored [in, out]", "cpu", kAllDtypes, kAllPatterns,
+    {"sparse_linear, weight stored [in, out], 1 to 4 tokens (float32: 8)", "cpu", kAllDtypes, kAllPatterns,
      "reads only the weight rows of survivors"},
     {"sparse_linear, otherwise", "cpu", kAllDtypes, kAllPatterns, "prune, then torch's dense GEMM"},
-    {"sparse_linear", "cuda", kAllDtypes, kAllPatterns, kComposite},
-    {"gather_linear, 1 to 8 tokens, weight stored [in, out]", "cpu", kAllDtypes, "any zeros in the input",
+    {"gather_linear, weight stored [in, out], 1 to 8 tokens", "cpu", kAllDtypes, "any zeros in the input",
      "reads only the weight rows of non-zero inputs"},
+    {"prune", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel"},
+    {"compress", "cuda sm_80+", kAllDtypes, "2:4", "compression kernel, neutral format"},
+    {"compress_packed, rms_norm_compress, silu_mul_compress", "cuda sm_80+", kBits16, "2:4",
+     "compression in the GEMM's layout; e4m3 values on sm_90"},
+    {"sparse_linear, many tokens", "cuda sm_90", kBits16, "2:4", "sparse tensor cores (wgmma.sp)"},
+    {"sparse_linear, many tokens", "cuda sm_80+", kBits16, "2:4",
+     "sparse tensor cores (mma.sp); speed on Ampere not measured"},
+    {"sparse_linear, otherwise", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel, then cuBLAS"},
+    {"sparse_linear_fp8", "cuda sm_90", "bfloat16, float16 x; e4m3 weight", "2:4", "sparse tensor cores (wgmma.sp)"},
+    {"decompress, gather_linear", "cuda sm_80+", kAllDtypes, "as on the CPU", "plain torch operations"},
 };
 
 }  // namespace nm_act

@@ -17,12 +17,15 @@ namespace {
 constexpr int64_t kAccumulators = 4096;
 constexpr int kUnroll = kGatherUnroll;
 
+// Whole cache lines of every dtype, so that only the last columns of the weight take the scalar loop: results then do
+// not depend on how the columns are sliced.
+constexpr int64_t block_columns(int tokens) { return kAccumulators / tokens / kGatherColumns * kGatherColumns; }
+
 template <class T, int Tokens>
 void gather_block(const GatherParams& p, int64_t begin, int64_t end) {
   const int64_t columns = end - begin;
   const int64_t vector_columns = columns / kLanes * kLanes;
-  constexpr int64_t kStride = kAccumulators / Tokens;
-  float acc[Tokens][kStride] = {};
+  float acc[Tokens][block_columns(Tokens)] = {};
   const T* weight = static_cast<const T*>(p.weight) + begin;
 
   for (int64_t r = 0; r < p.num_rows; r += kUnroll) {
@@ -67,7 +70,7 @@ void gather_block(const GatherParams& p, int64_t begin, int64_t end) {
 
 template <class T, int Tokens>
 void gather_columns(const GatherParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t kBlock = kAccumulators / Tokens;
+  constexpr int64_t kBlock = block_columns(Tokens);
   for (int64_t c = begin; c < end; c += kBlock) gather_block<T, Tokens>(p, c, std::min(c + kBlock, end));
 }
 

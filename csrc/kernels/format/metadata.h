@@ -44,11 +44,11 @@ struct NibbleAddress {
 };
 
 // Tokens and features of one metadata tile: the physical buffer holds whole tiles. A neutral row ends on a byte.
-NM_ACT_HOST_DEVICE constexpr int metadata_tile_tokens(MetadataLayout layout) {
+NM_ACT_HOST_DEVICE constexpr uint32_t metadata_tile_tokens(MetadataLayout layout) {
   return layout == MetadataLayout::kNeutral ? 1 : layout == MetadataLayout::kSm80Bits16 ? 32 : 64;
 }
 
-NM_ACT_HOST_DEVICE constexpr int metadata_tile_features(MetadataLayout layout) {
+NM_ACT_HOST_DEVICE constexpr uint32_t metadata_tile_features(MetadataLayout layout) {
   switch (layout) {
     case MetadataLayout::kNeutral: return 8;
     case MetadataLayout::kSm80Bits16: return 32;
@@ -57,8 +57,8 @@ NM_ACT_HOST_DEVICE constexpr int metadata_tile_features(MetadataLayout layout) {
   }
 }
 
-NM_ACT_HOST_DEVICE constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
+NM_ACT_HOST_DEVICE constexpr int64_t round_up(int64_t value, uint32_t multiple) {
+  return static_cast<int64_t>((static_cast<uint64_t>(value) + multiple - 1) / multiple * multiple);
 }
 
 NM_ACT_HOST_DEVICE constexpr int64_t metadata_padded_tokens(MetadataLayout layout, int64_t tokens) {
@@ -75,49 +75,54 @@ NM_ACT_HOST_DEVICE constexpr int64_t metadata_bytes(MetadataLayout layout, int64
 
 namespace detail {
 
-NM_ACT_HOST_DEVICE constexpr NibbleAddress neutral_address(int64_t in_features, int64_t token, int64_t group) {
-  return {token * ((in_features + 7) / 8) + group / 2, static_cast<int>(group % 2) * 4};
+// Unsigned and as narrow as can be: divisions by powers of two become shifts, and kernels evaluate these.
+NM_ACT_HOST_DEVICE constexpr uint64_t neutral_byte(uint32_t in_features, uint32_t token, uint32_t group) {
+  return uint64_t{token} * ((in_features + 7) / 8) + group / 2;
 }
 
-NM_ACT_HOST_DEVICE constexpr NibbleAddress sm80_address(int64_t padded_tokens, int64_t token, int64_t group) {
-  const int64_t column = group / 4;  // the word's place along in_features
-  const int64_t row = token / 32 * 32 + token % 8 * 4 + token % 32 / 8;
+NM_ACT_HOST_DEVICE constexpr uint64_t sm80_byte(uint64_t padded_tokens, uint32_t token, uint32_t group) {
+  const uint32_t column = group / 4;  // the word's place along in_features
+  const uint32_t row = token / 32 * 32 + token % 8 * 4 + token % 32 / 8;
   // The 2x2 transpose exchanges the parities of row and column.
-  const int64_t word = column / 2 * padded_tokens * 2 + (row / 2 * 2 + column % 2) * 2 + row % 2;
-  return {word * 2 + group % 4 / 2, static_cast<int>(group % 2) * 4};
+  const uint64_t word = column / 2 * padded_tokens * 2 + (row / 2 * 2 + column % 2) * uint64_t{2} + row % 2;
+  return word * 2 + group % 4 / 2;
 }
 
-NM_ACT_HOST_DEVICE constexpr NibbleAddress sm90_bits16_address(int tile, int64_t padded_tokens, int64_t token,
-                                                               int64_t group) {
-  const int blocks = tile / 32;  // a 16-token by 32-feature block is what one wgmma.sp reads
-  const int64_t k = group * 4;
-  // Offsets count features: two metadata bits a kept feature make eight features a byte.
-  const int64_t token_part =
-      token / 64 * 64 * tile + token % 64 / 16 * 512 * blocks + token % 8 * 32 * blocks + token / 8 % 2 * 16;
-  const int64_t feature_part =
-      k / tile * padded_tokens * tile + k / 16 % 2 * 256 * blocks + k % tile / 32 * 32 + k % 16;
-  return {token_part / 8 + feature_part / 8, static_cast<int>(group % 2) * 4};
+// Offsets count features: two metadata bits a kept feature make eight features a byte.
+NM_ACT_HOST_DEVICE constexpr uint64_t sm90_bits16_byte(uint32_t tile, uint64_t padded_tokens, uint32_t token,
+                                                       uint32_t group) {
+  const uint32_t blocks = tile / 32;  // a 16-token by 32-feature block is what one wgmma.sp reads
+  const uint32_t k = group * 4;
+  const uint64_t slab = uint64_t{token / 64} * (64 * tile) + k / tile * padded_tokens * tile;
+  const uint32_t in_slab = token % 64 / 16 * 512 * blocks + token % 8 * 32 * blocks + token / 8 % 2 * 16 +
+                           k / 16 % 2 * 256 * blocks + k % tile / 32 * 32 + k % 16;
+  return slab / 8 + in_slab / 8;
 }
 
-NM_ACT_HOST_DEVICE constexpr NibbleAddress sm90_bits8_address(int64_t padded_tokens, int64_t token, int64_t group) {
-  constexpr int kTile = 128;
-  const int64_t k = group * 4;
-  return {(k / kTile * padded_tokens * kTile + token * kTile + k % kTile) / 8, static_cast<int>(group % 2) * 4};
+NM_ACT_HOST_DEVICE constexpr uint64_t sm90_bits8_byte(uint64_t padded_tokens, uint32_t token, uint32_t group) {
+  constexpr uint32_t kTile = 128;
+  const uint32_t k = group * 4;
+  return (k / kTile * padded_tokens + token) * (kTile / 8) + k % kTile / 8;
 }
 
 }  // namespace detail
 
 // Place of the nibble of features 4 * group ... 4 * group + 3 of `token`, in a buffer made for tokens x in_features.
+// token and group are below 2^32 and 2^30.
 NM_ACT_HOST_DEVICE constexpr NibbleAddress metadata_address(MetadataLayout layout, int64_t tokens, int64_t in_features,
                                                             int64_t token, int64_t group) {
-  const int64_t padded_tokens = metadata_padded_tokens(layout, tokens);
+  const uint64_t padded_tokens = static_cast<uint64_t>(metadata_padded_tokens(layout, tokens));
+  const uint32_t t = static_cast<uint32_t>(token), g = static_cast<uint32_t>(group);
+  const int shift = static_cast<int>(g % 2) * 4;
+  uint64_t byte = 0;
   switch (layout) {
-    case MetadataLayout::kSm80Bits16: return detail::sm80_address(padded_tokens, token, group);
-    case MetadataLayout::kSm90Bits16T64: return detail::sm90_bits16_address(64, padded_tokens, token, group);
-    case MetadataLayout::kSm90Bits16T128: return detail::sm90_bits16_address(128, padded_tokens, token, group);
-    case MetadataLayout::kSm90Bits8: return detail::sm90_bits8_address(padded_tokens, token, group);
-    default: return detail::neutral_address(in_features, token, group);
+    case MetadataLayout::kNeutral: byte = detail::neutral_byte(static_cast<uint32_t>(in_features), t, g); break;
+    case MetadataLayout::kSm80Bits16: byte = detail::sm80_byte(padded_tokens, t, g); break;
+    case MetadataLayout::kSm90Bits16T64: byte = detail::sm90_bits16_byte(64, padded_tokens, t, g); break;
+    case MetadataLayout::kSm90Bits16T128: byte = detail::sm90_bits16_byte(128, padded_tokens, t, g); break;
+    case MetadataLayout::kSm90Bits8: byte = detail::sm90_bits8_byte(padded_tokens, t, g); break;
   }
+  return {static_cast<int64_t>(byte), shift};
 }
 
 }  // namespace nm_act

@@ -1,0 +1,122 @@
+// Dispatch of sparse_gemm: a table of what is instantiated, the pure choice of a tile, the call.
+#include "sparse_gemm.h"
+
+namespace nm_act {
+namespace {
+
+using RunSm90 = cudaError_t (*)(const SparseGemmParams&, const GemmLaunch&);
+using RunSm80 = cudaError_t (*)(const SparseGemmParams&, cudaStream_t);
+
+struct Sm90Instance {
+  ElementType value_type;
+  ElementType y_type;
+  bool weight_in_out;
+  GemmTile tile;
+  RunSm90 run[2];  // by GemmEpilogue
+};
+
+template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
+constexpr Sm90Instance sm90_instance() {
+  return {kValue,
+          kOutput,
+          kWeightInOut,
+          kTile,
+          {run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kPlain>,
+           run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kFull>}};
+}
+
+constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3;
+
+const Sm90Instance kSm90Instances[] = {
+    sm90_instance<kBf16, kBf16, false, GemmTile::k256x128x128>(),
+    sm90_instance<kBf16, kBf16, false, GemmTile::k128x128x128>(),
+    sm90_instance<kBf16, kBf16, true, GemmTile::k256x128x128>(),
+    sm90_instance<kBf16, kBf16, true, GemmTile::k128x128x128>(),
+    sm90_instance<kFp16, kFp16, false, GemmTile::k256x128x128>(),
+    sm90_instance<kFp16, kFp16, false, GemmTile::k128x128x128>(),
+    sm90_instance<kFp16, kFp16, true, GemmTile::k256x128x128>(),
+    sm90_instance<kFp16, kFp16, true, GemmTile::k128x128x128>(),
+    sm90_instance<kFp8, kBf16, false, GemmTile::k128x256x128>(),
+    sm90_instance<kFp8, kBf16, false, GemmTile::k128x128x256PingPong>(),
+    sm90_instance<kFp8, kFp16, false, GemmTile::k128x256x128>(),
+    sm90_instance<kFp8, kFp16, false, GemmTile::k128x128x256PingPong>(),
+};
+
+struct Sm80Instance {
+  ElementType value_type;
+  bool weight_in_out;
+  RunSm80 run;
+};
+
+const Sm80Instance kSm80Instances[] = {{kBf16, false, run_sparse_gemm_sm80<kBf16, false>},
+                                       {kBf16, true, run_sparse_gemm_sm80<kBf16, true>},
+                                       {kFp16, false, run_sparse_gemm_sm80<kFp16, false>},
+                                       {kFp16, true, run_sparse_gemm_sm80<kFp16, true>}};
+
+const Sm80Instance* find_sm80(const SparseGemmParams& params) {
+  for (const Sm80Instance& instance : kSm80Instances) {
+    if (instance.value_type == params.value_type && params.y_type == params.value_type &&
+        instance.weight_in_out == params.weight_in_out) {
+      return &instance;
+    }
+  }
+  return nullptr;
+}
+
+const Sm90Instance* find_sm90(const SparseGemmParams& params, GemmTile tile) {
+  for (const Sm90Instance& instance : kSm90Instances) {
+    if (instance.value_type == params.value_type && instance.y_type == params.y_type &&
+        instance.weight_in_out == params.weight_in_out && instance.tile == tile) {
+      return &instance;
+    }
+  }
+  return nullptr;
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+GemmEpilogue epilogue_for(const SparseGemmParams& params) {
+  const bool shifted = params.eta != nullptr || params.shift_out != nullptr;
+  const bool scaled = params.row_scale != nullptr || params.column_scale != nullptr;
+  return shifted || (scaled && params.value_type != ElementType::kE4M3) ? GemmEpilogue::kFull : GemmEpilogue::kPlain;
+}
+
+}  // namespace
+
+MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device) {
+  if (value_type == ElementType::kE4M3) return MetadataLayout::kSm90Bits8;
+  return device.compute_capability_major == 9 ? MetadataLayout::kSm90Bits16T128 : MetadataLayout::kSm80Bits16;
+}
+
+bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device) {
+  const int bytes = params.value_type == ElementType::kE4M3 ? 1 : 2;
+  const bool aligned = is_aligned(params.values) && is_aligned(params.metadata) && is_aligned(params.weight) &&
+                       is_aligned(params.y) && is_aligned(params.shift_out) && is_aligned(params.column_scale) &&
+                       is_aligned(params.bias) && params.weight_stride * bytes % 16 == 0;
+  if (!aligned || params.out_features % (16 / bytes) != 0) return false;
+  if (device.compute_capability_major != 9) {
+    return device.compute_capability_major >= 8 && params.in_features % 32 == 0 && find_sm80(params) != nullptr;
+  }
+  if (params.in_features % (32 / bytes) != 0) return false;
+  for (const Sm90Instance& instance : kSm90Instances) {
+    if (find_sm90(params, instance.tile) != nullptr) return true;
+  }
+  return false;
+}
+
+cudaError_t launch_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
+  const Sm90Instance* instance = find_sm90(params, launch.config.tile);
+  if (instance == nullptr) return cudaErrorInvalidValue;
+  return instance->run[static_cast<int>(epilogue_for(params))](params, launch);
+}
+
+cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, cudaStream_t stream) {
+  if (!sparse_gemm_supports(params, device)) return cudaErrorInvalidValue;
+  if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
+  if (device.compute_capability_major != 9) return find_sm80(params)->run(params, stream);
+  const GemmConfig config = select_config(
+      {params.tokens, params.out_features, params.in_features, params.value_type, device.multiprocessors});
+  return launch_sparse_gemm_sm90(params, {config, device.multiprocessors, stream});
+}
+
+}  // namespace nm_act

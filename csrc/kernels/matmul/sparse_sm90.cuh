@@ -1,0 +1,186 @@
+// 2:4 sparse GEMM for sm_90a: y[tokens, out] = epilogue(A @ W^T), the activation A being the sparse operand of
+// wgmma.sp, from the CUTLASS 3.x sparse collectives (TMA, warp-specialised, persistent).
+//
+//   A   values [tokens, in / 2] row-major with metadata in Sm90GemmSparseConfig's layout (format/metadata.h)
+//   W   [out, in] (K-major) or, 16-bit only, [in, out] (N-major): equal speed at equal tiles, so one copy of a weight
+//   serves
+//       this kernel and the decode kernel that skips rows
+//   y   row-major; the epilogue is a visitor tree in float32:
+//         kPlain, 16-bit  acc + bias
+//         kPlain, e4m3    column_scale * (row_scale * acc) + bias
+//         kFull           column_scale * (row_scale * acc + eta (x) shift_out) + bias
+//       where a null vector stands for ones (factors) or zeros (terms): it is filled in once a tile, without loads.
+//
+// Limits: in_features % 16 (32 for e4m3), out_features % 8 (16), 16-byte aligned pointers and weight rows.
+#pragma once
+
+#include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cute/tensor.hpp>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/fusion/operations.hpp>
+#include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+#include <type_traits>
+
+#include "sparse_gemm.h"
+
+namespace nm_act {
+namespace sm90 {
+
+template <ElementType kType>
+using CutlassElement = std::conditional_t<
+    kType == ElementType::kBFloat16, cutlass::bfloat16_t,
+    std::conditional_t<kType == ElementType::kFloat16, cutlass::half_t,
+                       std::conditional_t<kType == ElementType::kE4M3, cutlass::float_e4m3_t, float>>>;
+
+template <GemmTile kTile>
+struct TileShape;
+template <>
+struct TileShape<GemmTile::k256x128x128> {
+  using Shape = cute::Shape<cute::_256, cute::_128, cute::_128>;
+  static constexpr bool kPingPong = false;
+};
+template <>
+struct TileShape<GemmTile::k128x128x128> {
+  using Shape = cute::Shape<cute::_128, cute::_128, cute::_128>;
+  static constexpr bool kPingPong = false;
+};
+template <>
+struct TileShape<GemmTile::k128x256x128> {
+  using Shape = cute::Shape<cute::_128, cute::_256, cute::_128>;
+  static constexpr bool kPingPong = false;
+};
+template <>
+struct TileShape<GemmTile::k128x128x256PingPong> {
+  using Shape = cute::Shape<cute::_128, cute::_128, cute::_256>;
+  static constexpr bool kPingPong = true;
+};
+
+// The epilogue's visitor tree and its arguments.
+template <class Tile, class Output, bool kScaled, GemmEpilogue kEpilogue>
+struct Epilogue {
+  template <template <class> class Op, class Result = float>
+  using Compute = cutlass::epilogue::fusion::Sm90Compute<Op, Result, float, cutlass::FloatRoundStyle::round_to_nearest>;
+  template <class Node, class... Children>
+  using Tree = cutlass::epilogue::fusion::Sm90EVT<Node, Children...>;
+  using PerToken = cutlass::epilogue::fusion::Sm90ColBroadcast<0, Tile, float, float>;
+  using PerOutput = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, float, float>;
+  using Bias = cutlass::epilogue::fusion::Sm90RowBroadcast<0, Tile, Output, float>;
+  using Accumulator = cutlass::epilogue::fusion::Sm90AccFetch;
+
+  static constexpr bool kFull = kEpilogue == GemmEpilogue::kFull;
+  using Shift = Tree<Compute<cutlass::multiplies>, PerToken, PerOutput>;
+  using Shifted = Tree<Compute<cutlass::homogeneous_multiply_add>, PerToken, Accumulator, Shift>;
+  using Scaled = Tree<Compute<cutlass::multiplies>, PerToken, Accumulator>;
+  using Inner = std::conditional_t<kFull, Shifted, Scaled>;
+  using Callbacks = std::conditional_t<kFull || kScaled,
+                                       Tree<Compute<cutlass::homogeneous_multiply_add, Output>, PerOutput, Inner, Bias>,
+                                       Tree<Compute<cutlass::plus, Output>, Accumulator, Bias>>;
+
+  static typename Callbacks::Arguments arguments(const SparseGemmParams& params) {
+    const typename Bias::Arguments bias{static_cast<const Output*>(params.bias), Output(0)};
+    const typename PerToken::Arguments row_scale{params.row_scale, 1.0f};
+    const typename PerOutput::Arguments column_scale{params.column_scale, 1.0f};
+    if constexpr (kFull) {
+      const typename PerToken::Arguments eta{params.eta, 1.0f};
+      const typename PerOutput::Arguments shift_out{params.shift_out, 0.0f};
+      return {column_scale, {row_scale, {}, {eta, shift_out, {}}, {}}, bias, {}};
+    } else if constexpr (kScaled) {
+      return {column_scale, {row_scale, {}, {}}, bias, {}};
+    } else {
+      return {{}, bias, {}};
+    }
+  }
+};
+
+template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
+struct SparseGemm {
+  static constexpr bool kE4M3 = kValue == ElementType::kE4M3;
+  static_assert(!kE4M3 || !kWeightInOut, "wgmma takes e4m3 weights K-major only");
+  using Value = CutlassElement<kValue>;
+  using Output = CutlassElement<kOutput>;
+  using Tile = typename TileShape<kTile>::Shape;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  static constexpr bool kPingPong = TileShape<kTile>::kPingPong;
+  using MainloopSchedule =
+      std::conditional_t<kE4M3,
+                         std::conditional_t<kPingPong, cutlass::gemm::KernelTmaWarpSpecializedPingpongFP8FastAccum,
+                                            cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum>,
+                         std::conditional_t<kPingPong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+                                            cutlass::gemm::KernelTmaWarpSpecializedCooperative>>;
+  using EpilogueSchedule = std::conditional_t<kPingPong, cutlass::epilogue::TmaWarpSpecialized,
+                                              cutlass::epilogue::TmaWarpSpecializedCooperative>;
+  using WeightLayout = std::conditional_t<kWeightInOut, cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
+  using Fusion = Epilogue<Tile, Output, kE4M3, kEpilogue>;
+
+  using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Tile, Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor,
+      16 / sizeof(Output), Output, cutlass::layout::RowMajor, 16 / sizeof(Output), EpilogueSchedule,
+      typename Fusion::Callbacks>::CollectiveOp;
+  using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Value, cutlass::layout::RowMajor, 32 / sizeof(Value),
+      Value, WeightLayout, 16 / sizeof(Value), float, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+          sizeof(typename CollectiveEpilogue::SharedStorage))>,
+      MainloopSchedule>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
+                                                      CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
+  using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  using SparseConfig = typename CollectiveMainloop::SparseConfig;
+
+  static typename Kernel::Arguments arguments(const SparseGemmParams& params, const GemmLaunch& launch) {
+    const auto shape = cute::make_shape(params.tokens, params.out_features, params.in_features, 1);
+    using WeightStride = typename CollectiveMainloop::StrideB;
+    WeightStride weight_stride{};
+    if constexpr (kWeightInOut) {
+      cute::get<1>(weight_stride) = params.weight_stride;
+    } else {
+      cute::get<0>(weight_stride) = params.weight_stride;
+    }
+    typename CollectiveEpilogue::StrideD y_stride{};
+    cute::get<0>(y_stride) = params.out_features;
+
+    typename Kernel::Arguments arguments{};
+    arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
+    arguments.problem_shape = shape;
+    arguments.mainloop = {static_cast<const Value*>(params.values),
+                          SparseConfig::fill_layoutA(shape),
+                          static_cast<const Value*>(params.weight),
+                          weight_stride,
+                          reinterpret_cast<const typename CollectiveMainloop::ElementE*>(params.metadata),
+                          SparseConfig::fill_layoutE(shape)};
+    arguments.epilogue.thread = Fusion::arguments(params);
+    arguments.epilogue.ptr_D = static_cast<Output*>(params.y);
+    arguments.epilogue.dD = y_stride;
+    arguments.hw_info.sm_count = launch.multiprocessors;
+    arguments.scheduler.max_swizzle_size = launch.config.swizzle;
+    using Raster = std::remove_reference_t<decltype(arguments.scheduler.raster_order)>;
+    arguments.scheduler.raster_order = launch.config.raster == GemmRaster::kAlongTokens    ? Raster::AlongM
+                                       : launch.config.raster == GemmRaster::kAlongOutputs ? Raster::AlongN
+                                                                                           : Raster::Heuristic;
+    return arguments;
+  }
+};
+
+}  // namespace sm90
+
+template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
+cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
+  using Gemm = sm90::SparseGemm<kValue, kOutput, kWeightInOut, kTile, kEpilogue>;
+  // The persistent scheduler and these visitors need no workspace.
+  const auto arguments = Gemm::arguments(params, launch);
+  if (Gemm::Adapter::can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
+  typename Gemm::Adapter gemm;
+  if (gemm.initialize(arguments, nullptr, launch.stream) != cutlass::Status::kSuccess ||
+      gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/true) != cutlass::Status::kSuccess) {
+    const cudaError_t error = cudaGetLastError();
+    return error != cudaSuccess ? error : cudaErrorLaunchFailure;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace nm_act

@@ -1,0 +1,295 @@
+// Compression that needs a statistic of the whole token, or that follows an operator that does. One block a token; the
+// token's features stay in registers from the producer (a load, RMSNorm, SiLU * up) to the stores, so x is read once:
+//
+//   z = producer(token)   [- eta, a per-token mean or median, or a per-channel shift]
+//   P = 2 of 4 of z by |z| * channel_scale
+//   e4m3:      scale = max(amax |P| * (1 / 448), 2^-126)
+//              values = e4m3(P * (1 / scale)), to nearest even, saturating
+//   variance:  nu = sqrt(Var(z) / Var(P)), 1 where Var(P) is 0
+//   row_scale = nu * scale
+//
+// Mapping: thread t holds chunks t, t + threads, ... (kChunks of them, 8 features each), so loads and stores coalesce.
+// In the e4m3 path a chunk's survivors wait in two registers for the amax. Metadata goes out a byte a thread: 16
+// consecutive chunks are 16 consecutive bytes in the 8-bit layout, 2 in the 16-bit ones. Blocks beyond `tokens` write
+// the padding of the metadata. Limit: kMaxRowFeatures features. An e4m3 token with a NaN or an infinity gets a NaN
+// scale or NaN values, so its whole output is NaN, as a dense per-token quantisation gives.
+// Tried and dropped: persistent blocks that load the next token while they select this one; the registers cost more in
+// resident warps than the overlap gains (e4m3 at 16384 x 4096 on an H200: 55.8 us against 49.9).
+#pragma once
+
+#include "../launch.cuh"
+#include "row_stats.cuh"
+
+namespace nm_act {
+
+inline constexpr float kE4M3Max = 448.0f;
+inline constexpr int kMaxRowThreads = 512;  // leaves 128 registers a thread: the general kernels spill at 64
+
+// What a row kernel is compiled for. kPlain: no channel scale, shift, token shift or variance, a row of exactly kChunks
+// chunks a thread without padding, and e4m3 values only with 8-bit metadata: no test is left inside. kVector: all of
+// it, rows of whole aligned chunks. kScalar: any row.
+enum class RowKind { kPlain, kVector, kScalar };
+
+template <RowKind kKind>
+__device__ __forceinline__ int row_chunk_count(int in_features, int chunk) {
+  if constexpr (kKind == RowKind::kPlain) return kChunk;
+  return chunk_count<kKind == RowKind::kVector>(in_features, chunk);
+}
+
+// A thread's chunks of a row; zeros beyond it.
+template <class E, RowKind kKind, int kChunks>
+__device__ __forceinline__ void load_row(Chunk<E> (&chunks)[kChunks], const typename E::Raw* row, int in_features) {
+  const typename E::Raw* source = row + threadIdx.x * kChunk;
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const int count = row_chunk_count<kKind>(in_features, i * blockDim.x + threadIdx.x);
+    chunks[i] =
+        count > 0 ? load_chunk<E, kKind != RowKind::kScalar>(source + i * blockDim.x * kChunk, count) : zero_chunk<E>();
+  }
+}
+
+// The producer of plain compression: the token as it lies in memory.
+template <class E>
+struct RowLoad {
+  using Element = E;
+  static constexpr bool kFused = false;
+  const typename E::Raw* x;
+  int64_t stride;
+
+  template <RowKind kKind, int kChunks>
+  __device__ __forceinline__ void produce(Chunk<E> (&z)[kChunks], int64_t token, int in_features, RowReducer&) const {
+    load_row<E, kKind>(z, x + token * stride, in_features);
+  }
+};
+
+// Four survivors, scaled, to e4m3. The multiplication by the rounded reciprocal is what defines the values.
+template <class E>
+__device__ __forceinline__ uint32_t to_e4m3(const Kept<E>& kept, float inverse_scale) {
+  uint32_t result = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float2 pair = make_float2(E::low(kept.word[i]) * inverse_scale, E::high(kept.word[i]) * inverse_scale);
+    result |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3)) << 16 * i;
+  }
+  return result;
+}
+
+// Sums of a token for its variance, before and after the selection: a chunk's features in float32, beyond that in
+// float64.
+struct VarianceSums {
+  double z = 0, z_squared = 0, p = 0, p_squared = 0;
+
+  template <class E>
+  static __device__ __forceinline__ void add(const Chunk<E>& chunk, int features, double& sum, double& squares) {
+    float chunk_sum = 0, chunk_squares = 0;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i >= features) break;
+      chunk_sum += chunk.get(i);
+      chunk_squares = fmaf(chunk.get(i), chunk.get(i), chunk_squares);
+    }
+    sum += chunk_sum;
+    squares += chunk_squares;
+  }
+  template <class E>
+  __device__ __forceinline__ void add_dense(const Chunk<E>& chunk) {
+    add(chunk, kChunk, z, z_squared);
+  }
+  // Survivors only, or with the zeros between them.
+  template <class E>
+  __device__ __forceinline__ void add_kept(const Chunk<E>& chunk) {
+    add(chunk, kChunk, p, p_squared);
+  }
+  template <class E>
+  __device__ __forceinline__ void add_kept(const Kept<E>& kept) {
+    Chunk<E> survivors;
+#pragma unroll
+    for (int i = 0; i < Kept<E>::kWords; ++i) survivors.word[i] = kept.word[i];
+    add(survivors, kChunk / 2, p, p_squared);
+  }
+
+  __device__ __forceinline__ float ratio(int in_features, RowReducer& reducer) const {
+    const double n = in_features;
+    const double mean_z = reducer.sum(z) / n, mean_p = reducer.sum(p) / n;
+    const double variance_z = reducer.sum(z_squared) / n - mean_z * mean_z;
+    const double variance_p = reducer.sum(p_squared) / n - mean_p * mean_p;
+    if (variance_p == 0) return 1.0f;
+    return static_cast<float>(sqrt((variance_z < 0 ? 0 : variance_z) / variance_p));
+  }
+};
+
+// Selects, stores and scales one token, given its features.
+template <class E, bool kE4M3, RowKind kKind, int kChunks>
+__device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const CompressOutput& out, MetadataLayout layout,
+                                               int64_t tokens, int64_t token, int in_features, RowReducer& reducer) {
+  constexpr bool kGeneral = kKind != RowKind::kPlain, kVector = kKind != RowKind::kScalar;
+  const bool has_scale = kGeneral && out.channel_scale != nullptr;
+  if constexpr (kGeneral) {
+    if (out.token_shift != TokenShift::kNone) {
+      const float eta = out.token_shift == TokenShift::kMean ? row_mean(z, in_features, reducer)
+                                                             : row_median(z, in_features, reducer);
+      if (threadIdx.x == 0) out.eta[token] = eta;
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        subtract(z[i], eta);
+        // What lies beyond the row must stay zero: it takes part in the amax and the variance.
+        clear_from(z[i], row_chunk_count<kKind>(in_features, i * blockDim.x + threadIdx.x));
+      }
+    }
+  }
+
+  // A nibble's place is a sum of a term in the token and one in the group; and as a block is a multiple of 16 chunks,
+  // hence of metadata tiles, a thread's bytes lie at a constant distance.
+  uint8_t* metadata = out.metadata + metadata_address(layout, tokens, in_features, token, 0).byte +
+                      metadata_address(layout, tokens, in_features, 0, 2 * threadIdx.x).byte;
+  const int64_t metadata_stride = metadata_address(layout, tokens, in_features, 0, 2 * blockDim.x).byte;
+  const int stored_chunks = static_cast<int>(metadata_padded_features(layout, in_features) / kChunk);
+  Kept<E> kept[kChunks];
+  VarianceSums sums;
+  uint32_t largest = 0;  // magnitudes of survivors, two halves
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const int chunk = i * blockDim.x + threadIdx.x;
+    const int count = row_chunk_count<kKind>(in_features, chunk);
+    if (kGeneral && out.shift != nullptr && count > 0) {
+      subtract(z[i], load_channels<kVector>(out.shift + chunk * kChunk, count, 0.0f));
+    }
+    uint32_t mask[2];
+    if (has_scale && count > 0) {
+      const ChannelChunk scale = load_channels<kVector>(out.channel_scale + chunk * kChunk, count, 1.0f);
+#pragma unroll
+      for (int group = 0; group < 2; ++group) mask[group] = group_survivors<E, true>(z[i], scale, group);
+    } else {
+#pragma unroll
+      for (int group = 0; group < 2; ++group) mask[group] = group_survivors<E, false>(z[i], {}, group);
+    }
+    kept[i] = keep_survivors(z[i], mask[0], mask[1]);
+    if (!kGeneral || chunk < stored_chunks) {
+      metadata[i * metadata_stride] = stored_byte<kVector>(kept[i].metadata, count);
+    }
+    if constexpr (kE4M3 && kGeneral) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) largest = max_halves(largest, kept[i].word[j] & 0x7FFF7FFFu);
+    } else if constexpr (kE4M3) {
+      // Without a channel scale a group's largest feature survives, and its key is at hand.
+#pragma unroll
+      for (int j = 0; j < 4; ++j) largest = max_halves(largest, magnitude_keys(z[i].word[j], E::kNanKeys));
+    }
+    if constexpr (kGeneral) {
+      if (out.variance_correction) {
+        sums.add_dense(z[i]);
+        sums.add_kept(kept[i]);
+      }
+    }
+    if constexpr (!kE4M3) {
+      typename E::Raw* values = static_cast<typename E::Raw*>(out.values) + token * (in_features / 2);
+      if (count > 0) store_values<E, kVector>(values + chunk * (kChunk / 2), kept[i], count);
+    }
+  }
+
+  float row_scale = 1.0f;
+  if constexpr (kE4M3) {
+    largest = reducer.max(max(largest & 0xFFFFu, largest >> 16));
+    row_scale = E::low(largest) * (1.0f / kE4M3Max);
+    if (row_scale < FLT_MIN) row_scale = FLT_MIN;  // keeps the reciprocal finite, also for a token of zeros
+    const float inverse_scale = 1.0f / row_scale;
+    uint32_t* values = static_cast<uint32_t*>(out.values) + token * (in_features / kChunk) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      if (!kGeneral || i * blockDim.x + threadIdx.x < in_features / kChunk) {
+        values[i * blockDim.x] = to_e4m3<E>(kept[i], inverse_scale);
+      }
+    }
+  }
+  if constexpr (kGeneral) {
+    if (out.variance_correction) row_scale *= sums.ratio(in_features, reducer);
+  }
+  if (out.row_scale != nullptr && threadIdx.x == 0) out.row_scale[token] = row_scale;
+}
+
+template <class Producer, bool kE4M3, RowKind kKind, int kChunks>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    compress_row_kernel(const __grid_constant__ Producer producer, const __grid_constant__ CompressOutput out,
+                        const int64_t tokens, const int in_features) {
+  using E = typename Producer::Element;
+  __shared__ RowReducer::Slots slots;
+  RowReducer reducer(slots);
+  const MetadataLayout layout = kE4M3 && kKind == RowKind::kPlain ? MetadataLayout::kSm90Bits8 : out.layout;
+  const int64_t token = blockIdx.x;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  if (token >= tokens) {
+    const int stored_chunks = static_cast<int>(metadata_padded_features(layout, in_features) / kChunk);
+    for (int chunk = threadIdx.x; chunk < stored_chunks; chunk += blockDim.x) {
+      out.metadata[metadata_address(layout, tokens, in_features, token, 2 * chunk).byte] = kPaddingByte;
+    }
+    return;
+  }
+  Chunk<E> z[kChunks];
+  producer.template produce<kKind, kChunks>(z, token, in_features, reducer);
+  compress_token<E, kE4M3, kKind, kChunks>(z, out, layout, tokens, token, in_features, reducer);
+}
+
+struct RowShape {
+  RowKind kind;
+  int chunks;   // kChunks
+  int threads;  // a multiple of 32
+};
+
+// Eight chunks a thread where the row divides so: the work a thread does once (addresses, amax, scale) is shared by
+// more features. Else four, which leaves more threads for short rows; beyond 512 x 4 chunks eight.
+inline RowShape select_row_shape(const CompressOutput& out, int in_features, bool vector, bool fused) {
+  const bool extras = out.channel_scale != nullptr || out.shift != nullptr || out.token_shift != TokenShift::kNone ||
+                      out.variance_correction ||
+                      (out.value_type == ElementType::kE4M3 && out.layout != MetadataLayout::kSm90Bits8);
+  for (int chunks : {fused ? 4 : 8, fused ? 8 : 4}) {
+    const int warp_features = chunks * 32 * kChunk;
+    const bool fits = in_features % warp_features == 0 && in_features / warp_features <= kMaxRowThreads / 32;
+    if (vector && !extras && fits) return {RowKind::kPlain, chunks, in_features / (chunks * kChunk)};
+  }
+  const int total = static_cast<int>(metadata_padded_features(out.layout, in_features)) / kChunk;
+  const int chunks = total <= 4 * kMaxRowThreads ? 4 : 8;
+  const int threads = static_cast<int>(round_up((total + chunks - 1) / chunks, 32));
+  return {vector ? RowKind::kVector : RowKind::kScalar, chunks, threads};
+}
+
+template <class Producer, bool kE4M3>
+cudaError_t launch_compress_row(const Producer& producer, const CompressOutput& out, int64_t tokens, int in_features,
+                                bool vector, cudaStream_t stream) {
+  if (in_features > kMaxRowFeatures || tokens > kMaxTokens) return cudaErrorInvalidValue;
+  const RowShape shape = select_row_shape(out, in_features, vector, Producer::kFused);
+  int device = 0, multiprocessors = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return error;
+  const auto launch = [&](auto kind) {
+    constexpr RowKind kKind = decltype(kind)::value;
+    const auto kernel = shape.chunks == 4 ? compress_row_kernel<Producer, kE4M3, kKind, 4>
+                                          : compress_row_kernel<Producer, kE4M3, kKind, 8>;
+    const auto blocks = static_cast<unsigned>(metadata_padded_tokens(out.layout, tokens));
+    return launch_kernel(kernel, blocks, shape.threads, stream, producer, out, tokens, in_features);
+  };
+  switch (shape.kind) {
+    case RowKind::kPlain:
+      if constexpr (kE4M3 || Producer::kFused) return launch(std::integral_constant<RowKind, RowKind::kPlain>{});
+      [[fallthrough]];
+    case RowKind::kVector: return launch(std::integral_constant<RowKind, RowKind::kVector>{});
+    default:
+      if constexpr (!Producer::kFused) return launch(std::integral_constant<RowKind, RowKind::kScalar>{});
+      return cudaErrorInvalidValue;
+  }
+}
+
+// For e4m3 or the producer's own type.
+template <class Producer>
+cudaError_t launch_compress_row(const Producer& producer, const CompressOutput& out, int64_t tokens, int in_features,
+                                bool vector, cudaStream_t stream) {
+  if constexpr (Producer::Element::k16Bit) {
+    if (out.value_type == ElementType::kE4M3) {
+      return launch_compress_row<Producer, true>(producer, out, tokens, in_features, vector, stream);
+    }
+  }
+  return launch_compress_row<Producer, false>(producer, out, tokens, in_features, vector, stream);
+}
+
+}  // namespace nm_act

@@ -1,0 +1,166 @@
+// The selection contract for 2:4 (nm_act/reference.py states it), for host and device: which two of four features
+// survive, as a byte mask, and what follows from the mask: the metadata nibble and the byte selector that gathers the
+// survivors.
+//
+// Two forms of the same contract:
+//   survivors_16   bare 16-bit features, two to a word. The key is |bits| with every NaN equal and just above infinity.
+//   All six
+//                  comparisons of a group are five 32-bit subtractions of two 15-bit keys each: bit 15 of
+//                  a - b + 0x8000 tells a >= b, and bit 15 of a - b + 0x7FFF tells a > b. A feature survives if it
+//                  beats at least two of the other three: a bitwise majority. About 20 integer instructions a group in
+//                  all.
+//   survivors_key  32-bit keys (the bits of non-negative floats), for channel scales and 32-bit features: about twice
+//   the work.
+// A lower index beats an equal key, so exactly two survive.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../format/host_device.h"
+
+#if defined(__CUDACC__)
+#define NM_ACT_INLINE __host__ __device__ __forceinline__
+#else
+#define NM_ACT_INLINE inline
+#endif
+
+namespace nm_act {
+
+inline constexpr uint32_t kInfinityKey = 0x7F800000u;
+inline constexpr uint32_t kNanKey = 0x7F800001u;  // of every NaN
+
+// Byte i of the result is byte (selector nibble i) of {high, low}; a nibble with bit 3 set replicates that byte's sign.
+NM_ACT_INLINE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;  // __byte_perm clears the sign replication bits of the selector
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
+#else
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> 4 * i & 0xF;
+    uint32_t byte = static_cast<uint32_t>(bytes >> 8 * (nibble & 7)) & 0xFF;
+    if (nibble & 8) byte = byte & 0x80 ? 0xFF : 0;
+    result |= byte << 8 * i;
+  }
+  return result;
+#endif
+}
+
+// bias - the sum of the weights (signed bytes) whose mask byte is 0xFF.
+NM_ACT_INLINE uint32_t subtract_masked(uint32_t mask, uint32_t weights, uint32_t bias) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint32_t>(__dp4a(static_cast<int>(mask), static_cast<int>(weights), static_cast<int>(bias)));
+#else
+  int32_t sum = static_cast<int32_t>(bias);
+  for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(mask >> 8 * i) * static_cast<int8_t>(weights >> 8 * i);
+  return static_cast<uint32_t>(sum);
+#endif
+}
+
+NM_ACT_INLINE uint32_t float_bits(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+// Minimum of each 16-bit half, unsigned.
+NM_ACT_INLINE uint32_t min_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __vminu2(a, b);
+#else
+  const uint32_t low = (a & 0xFFFF) < (b & 0xFFFF) ? a & 0xFFFF : b & 0xFFFF;
+  const uint32_t high = a >> 16 < b >> 16 ? a >> 16 : b >> 16;
+  return high << 16 | low;
+#endif
+}
+
+// Maximum of each 16-bit half, unsigned.
+NM_ACT_INLINE uint32_t max_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __vmaxu2(a, b);
+#else
+  return ~min_halves(~a, ~b);
+#endif
+}
+
+// Keys of two 16-bit features: magnitudes, every NaN nan_keys (the pattern after infinity's, in both halves).
+NM_ACT_INLINE uint32_t magnitude_keys(uint32_t features, uint32_t nan_keys) {
+  return min_halves(features & 0x7FFF7FFFu, nan_keys);
+}
+
+NM_ACT_INLINE uint32_t majority(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | (c & (a | b)); }
+
+// Byte i of the result is 0xFF if feature i survives, else 0. `low` holds features 0 and 1, `high` 2 and 3.
+NM_ACT_INLINE uint32_t survivors_16(uint32_t low, uint32_t high, uint32_t nan_keys) {
+  const uint32_t a = magnitude_keys(low, nan_keys);   // k0 | k1 << 16
+  const uint32_t b = magnitude_keys(high, nan_keys);  // k2 | k3 << 16
+  const uint32_t a_swapped = permute_bytes(a, a, 0x1032);
+  const uint32_t b_swapped = permute_bytes(b, b, 0x1032);
+  const uint32_t straight = a - b + 0x80008000u;          // 15: k0 >= k2   31: k1 >= k3
+  const uint32_t crossed = a - b_swapped + 0x80008000u;   // 15: k0 >= k3   31: k1 >= k2
+  const uint32_t within_a = a - a_swapped + 0x7FFF8000u;  // 15: k0 >= k1   31: k1 > k0
+  const uint32_t from_b = b - a_swapped + 0x7FFF7FFFu;    // 15: k2 > k1    31: k3 > k0
+  const uint32_t within_b = b - b_swapped + 0x7FFF8000u;  // 15: k2 >= k3   31: k3 > k2
+  const uint32_t kept_a = majority(straight, crossed, within_a);
+  const uint32_t kept_b = majority(~straight, from_b, within_b);
+  return permute_bytes(kept_a, kept_b, 0xFDB9);
+}
+
+// Key of a 32-bit feature by itself.
+NM_ACT_INLINE uint32_t magnitude_key(float z) {
+  const uint32_t magnitude = float_bits(z) & 0x7FFFFFFFu;
+  return magnitude < kNanKey ? magnitude : kNanKey;
+}
+
+// Key of a feature under a channel scale: the bits of min(|z * scale|, largest float) if z is finite, a NaN product
+// counting as that largest value; else as without a scale.
+NM_ACT_INLINE uint32_t scaled_key(float z, float scale) {
+  const uint32_t magnitude = float_bits(z) & 0x7FFFFFFFu;
+  const float score = fminf(fabsf(z * scale), FLT_MAX);
+  const uint32_t key = magnitude < kInfinityKey ? float_bits(score) : magnitude;
+  return key < kNanKey ? key : kNanKey;
+}
+
+// As survivors_16, of four keys below 2^31: the sign of a difference tells which is larger.
+NM_ACT_INLINE uint32_t survivors_key(uint32_t k0, uint32_t k1, uint32_t k2, uint32_t k3) {
+  // Sign bit: the lower index loses.
+  const uint32_t l01 = k0 - k1, l02 = k0 - k2, l03 = k0 - k3, l12 = k1 - k2, l13 = k1 - k3, l23 = k2 - k3;
+  const uint32_t s0 = majority(~l01, ~l02, ~l03);
+  const uint32_t s1 = majority(l01, ~l12, ~l13);
+  const uint32_t s2 = majority(l02, l12, ~l23);
+  const uint32_t s3 = majority(l03, l13, l23);
+  return permute_bytes(permute_bytes(s0, s1, 0xFBFB), permute_bytes(s2, s3, 0xFBFB), 0x5410);
+}
+
+// The two metadata nibbles of two groups, as one byte (the upper bits of the result are clear).
+// 4 * (s1 + 2 * s2 + 4 * s3) is another of 4, 8, ..., 24 for each of the six masks: a shift that looks the nibble up in
+// a word.
+NM_ACT_INLINE uint32_t metadata_byte(uint32_t mask0, uint32_t mask1) {
+  const uint32_t shift0 = subtract_masked(mask0, 0xF0F8FC00u, 0);
+  const uint32_t shift1 = subtract_masked(mask1, 0xF0F8FC00u, 0);
+  return (0x0EDC9840u >> shift0 & 0x0Fu) | (0xEDC98400u >> shift1 & 0xF0u);
+}
+
+// Selector that gathers the two surviving 16-bit features of {high, low} into one word, in order (upper 16 bits: don't
+// care). The first survivor follows from s0 and s1, the second from s2 and s3: two tables of four, looked up by one
+// permutation.
+NM_ACT_INLINE uint32_t gather_selector(uint32_t mask) {
+  // First:  s0 s1 = none -> 2, s0 -> 0, s1 -> 1, both -> 0.  Second: s2 s3 = none -> 1, s2 -> 2, s3 -> 3, both -> 3.
+  const uint32_t index = subtract_masked(mask, 0xE0F0FEFFu, 0x40);  // s0 + 2 s1 | (4 + s2 + 2 s3) << 4
+  return permute_bytes(0x10321054u, 0x76765432u, index);
+}
+
+NM_ACT_INLINE uint32_t gather_16(uint32_t low, uint32_t high, uint32_t mask) {
+  return permute_bytes(low, high, gather_selector(mask));
+}
+
+}  // namespace nm_act

@@ -1,0 +1,80 @@
+// What the CUDA operators share: types, rows, the device and its stream, statuses.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <utility>
+
+#include "kernels/nm_act.h"
+#include "ops/prune.h"
+
+namespace nm_act::cuda_ops {
+
+inline ElementType element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kBFloat16: return ElementType::kBFloat16;
+    case at::kHalf: return ElementType::kFloat16;
+    case at::kFloat8_e4m3fn: return ElementType::kE4M3;
+    default: return ElementType::kFloat32;
+  }
+}
+
+inline TokenShift token_shift_kind(cpu::TokenShift shift) { return static_cast<TokenShift>(static_cast<int>(shift)); }
+
+inline cudaStream_t current_stream(const at::Tensor& x) {
+  return c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
+}
+
+void check_status(cudaError_t status, const char* op);
+
+// Attributes of the tensor's device, asked for once a device.
+GemmDevice gemm_device(const at::Tensor& x, const char* op);
+
+// x as rows [tokens, in_features] with unit stride in a row; a copy only if the strides are anything else.
+struct Rows {
+  at::Tensor tensor;
+  int64_t stride;
+};
+Rows rows_of(const at::Tensor& x);
+
+inline at::Tensor empty_vector(const at::Tensor& like, int64_t size) {
+  return at::empty({size}, like.options().dtype(at::kFloat));
+}
+
+inline float* mutable_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr;
+}
+
+std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last);
+
+// A row's statistics are computed from one pass over it held on chip.
+void check_row_statistics(const Selection& selection, bool needed, const char* op);
+
+// The 2:4 operand in the layout of this device's GEMM.
+struct PackedOperand {
+  at::Tensor values;     // [tokens, in_features / 2]
+  at::Tensor metadata;   // [bytes]
+  at::Tensor row_scale;  // [tokens] or undefined
+  at::Tensor eta;        // [tokens] or undefined
+};
+
+// Allocates a packed operand and points the kernel's output at it. value_type is the dtype of x or e4m3.
+std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, const Selection& selection,
+                                                         bool variance_correction, at::ScalarType value_type,
+                                                         MetadataLayout layout);
+
+PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
+                              GemmDevice device, const char* op);
+
+// The pruned operand as a dense tensor, with eta and nu where they are asked for.
+struct DenseOperand {
+  at::Tensor values;  // [tokens, in_features]
+  at::Tensor eta;     // [tokens] or undefined
+  at::Tensor nu;      // [tokens] or undefined
+};
+DenseOperand prune_dense(const at::Tensor& x, const Selection& selection, bool variance_correction, const char* op);
+
+}  // namespace nm_act::cuda_ops

@@ -1,0 +1,198 @@
+// Compression on CUDA: nm_act::compress (neutral), compress_packed (the GEMM's layout) and the fused producers.
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "ops/cuda/common.h"
+
+namespace nm_act::cuda_ops {
+namespace {
+
+using Packed = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+CompressOutput output_for(const Selection& selection, bool variance_correction, at::ScalarType value_type,
+                          MetadataLayout layout) {
+  CompressOutput out{};
+  out.channel_scale = data_or_null(selection.channel_scale);
+  out.shift = data_or_null(selection.shift);
+  out.token_shift = token_shift_kind(selection.token_shift);
+  out.variance_correction = variance_correction;
+  out.value_type = element_type(value_type);
+  out.layout = layout;
+  return out;
+}
+
+Packed results(const PackedOperand& operand) {
+  const auto or_empty = [&](const at::Tensor& tensor) {
+    return tensor.defined() ? tensor : empty_vector(operand.values, 0);
+  };
+  return {operand.values, operand.metadata, or_empty(operand.row_scale), or_empty(operand.eta)};
+}
+
+// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM, rows that fit on chip if statistics are needed.
+void check_packable(const at::Tensor& x, const Selection& selection, bool statistics, bool fp8, const char* op) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", op,
+                   " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
+  const int64_t step = fp8 ? 32 : 16;
+  TORCH_CHECK_VALUE(selection.in_features % step == 0, "nm_act::", op, " expected in_features divisible by ", step,
+                    ", got ", selection.in_features, "; use sparse_linear, which falls back to a dense product");
+  check_row_statistics(selection, statistics || fp8, op);
+}
+
+}  // namespace
+
+std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, const Selection& selection,
+                                                         bool variance_correction, at::ScalarType value_type,
+                                                         MetadataLayout layout) {
+  const int64_t tokens = selection.tokens, in_features = selection.in_features;
+  PackedOperand operand;
+  operand.values = at::empty({tokens, in_features / 2}, x.options().dtype(value_type));
+  operand.metadata = at::empty({metadata_bytes(layout, tokens, in_features)}, x.options().dtype(at::kByte));
+  if (variance_correction || value_type == at::kFloat8_e4m3fn) operand.row_scale = empty_vector(x, tokens);
+  if (selection.token_shift != cpu::TokenShift::kNone) operand.eta = empty_vector(x, tokens);
+  CompressOutput out = output_for(selection, variance_correction, value_type, layout);
+  out.values = operand.values.mutable_data_ptr();
+  out.metadata = operand.metadata.mutable_data_ptr<uint8_t>();
+  out.row_scale = mutable_or_null(operand.row_scale);
+  out.eta = mutable_or_null(operand.eta);
+  return {operand, out};
+}
+
+PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
+                              GemmDevice device, const char* op) {
+  const bool statistics = variance_correction || selection.token_shift != cpu::TokenShift::kNone;
+  check_packable(x, selection, statistics, fp8, op);
+  const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
+  const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
+  auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout);
+  if (selection.tokens == 0) return operand;
+  const Rows rows = rows_of(x);
+  const CompressParams params{rows.tensor.const_data_ptr(),  rows.stride, selection.tokens, int(selection.in_features),
+                              element_type(x.scalar_type()), out};
+  check_status(launch_compress(params, current_stream(x)), op);
+  return operand;
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalTensor& channel_scale,
+                                            const OptionalTensor& shift, c10::string_view token_shift) {
+  constexpr const char* kOp = "compress";
+  const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
+  check_row_statistics(selection, selection.token_shift != cpu::TokenShift::kNone, kOp);
+  const c10::cuda::CUDAGuard guard(x.device());
+  auto [operand, out] = allocate_packed(x, selection, false, x.scalar_type(), MetadataLayout::kNeutral);
+  if (operand.values.numel() != 0) {
+    const Rows rows = rows_of(x);
+    const CompressParams params{
+        rows.tensor.const_data_ptr(),  rows.stride, selection.tokens, int(selection.in_features),
+        element_type(x.scalar_type()), out};
+    check_status(launch_compress(params, current_stream(x)), kOp);
+  }
+  return {operand.values.view(with_last(x.sizes(), selection.in_features / 2)),
+          operand.metadata.view(with_last(x.sizes(), (selection.in_features + 7) / 8))};
+}
+
+Packed compress_packed_op(const at::Tensor& x, const OptionalTensor& channel_scale, const OptionalTensor& shift,
+                          c10::string_view token_shift, bool variance_correction, bool fp8) {
+  constexpr const char* kOp = "compress_packed";
+  const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
+  const c10::cuda::CUDAGuard guard(x.device());
+  return results(compress_packed(x, selection, variance_correction, fp8, gemm_device(x, kOp), kOp));
+}
+
+// The producers read whole 16-byte vectors.
+at::Tensor aligned(const at::Tensor& tensor) {
+  const at::Tensor dense = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+}
+
+void check_same_shape(const at::Tensor& x, const at::Tensor& other, const char* name, const char* op) {
+  check_same_device(x, other, name, op);
+  TORCH_CHECK_TYPE(other.scalar_type() == x.scalar_type(), "nm_act::", op, " expected ", name, " in ", x.scalar_type(),
+                   ", got ", other.scalar_type(), "; convert it");
+  TORCH_CHECK_VALUE(other.sizes() == x.sizes(), "nm_act::", op, " expected ", name, " of shape ", x.sizes(), ", got ",
+                    other.sizes(), "; give them one shape");
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_compress(
+    const at::Tensor& x, const at::Tensor& weight, double eps, const OptionalTensor& residual,
+    const OptionalTensor& channel_scale, const OptionalTensor& shift, c10::string_view token_shift,
+    bool variance_correction, bool fp8) {
+  constexpr const char* kOp = "rms_norm_compress";
+  const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
+  check_packable(x, selection, true, fp8, kOp);
+  check_same_device(x, weight, "weight", kOp);
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == selection.in_features, "nm_act::", kOp,
+                    " expected weight of shape [", selection.in_features, "], got ", weight.sizes(),
+                    "; give one value a feature");
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", kOp, " expected weight in ", x.scalar_type(),
+                   ", got ", weight.scalar_type(), "; convert it");
+  const bool add = residual.has_value() && residual->defined();
+  if (add) check_same_shape(x, *residual, "residual", kOp);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
+  const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), gemm_device(x, kOp));
+  auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout);
+  const at::Tensor input = aligned(x), scale = weight.contiguous();
+  const at::Tensor added = add ? aligned(*residual) : at::Tensor();
+  // An operator's result may not alias its input: without a residual, the hidden state is empty.
+  const at::Tensor hidden = add ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  if (selection.tokens != 0) {
+    const RmsNormCompressParams params{input.const_data_ptr(),
+                                       add ? added.const_data_ptr() : nullptr,
+                                       add ? hidden.mutable_data_ptr() : nullptr,
+                                       scale.const_data_ptr(),
+                                       float(eps),
+                                       selection.tokens,
+                                       int(selection.in_features),
+                                       element_type(x.scalar_type()),
+                                       out};
+    check_status(launch_rmsnorm_compress(params, current_stream(x)), kOp);
+  }
+  auto [values, metadata, row_scale, eta] = results(operand);
+  return {values, metadata, row_scale, eta, hidden};
+}
+
+Packed silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& channel_scale,
+                         const OptionalTensor& shift, c10::string_view token_shift, bool variance_correction,
+                         bool fp8) {
+  constexpr const char* kOp = "silu_mul_compress";
+  const Selection selection = check_selection(gate, 2, 4, channel_scale, shift, token_shift, kOp);
+  check_packable(gate, selection, true, fp8, kOp);
+  check_same_shape(gate, up, "up", kOp);
+  const c10::cuda::CUDAGuard guard(gate.device());
+  const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : gate.scalar_type();
+  const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), gemm_device(gate, kOp));
+  auto [operand, out] = allocate_packed(gate, selection, variance_correction, value_type, layout);
+  if (selection.tokens != 0) {
+    // The halves of a merged projection share a row stride and are read in place.
+    const Rows gates = rows_of(gate), ups = rows_of(up);
+    const auto is_aligned = [](const Rows& rows) {
+      return reinterpret_cast<uintptr_t>(rows.tensor.const_data_ptr()) % 16 == 0 && rows.stride % 8 == 0;
+    };
+    const bool in_place = gates.stride == ups.stride && is_aligned(gates) && is_aligned(ups);
+    const at::Tensor first = in_place ? gates.tensor : aligned(gate), second = in_place ? ups.tensor : aligned(up);
+    const SiluMulCompressParams params{first.const_data_ptr(),
+                                       second.const_data_ptr(),
+                                       in_place ? gates.stride : selection.in_features,
+                                       selection.tokens,
+                                       int(selection.in_features),
+                                       element_type(gate.scalar_type()),
+                                       out};
+    check_status(launch_silu_mul_compress(params, current_stream(gate)), kOp);
+  }
+  return results(operand);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
+  m.impl("compress", compress);
+  m.impl("compress_packed", compress_packed_op);
+  m.impl("rms_norm_compress", rms_norm_compress);
+  m.impl("silu_mul_compress", silu_mul_compress);
+}
+
+}  // namespace nm_act::cuda_ops

@@ -1,0 +1,51 @@
+// Devices, rows and statuses of the CUDA operators.
+#include <array>
+#include <atomic>
+
+#include "ops/cuda/common.h"
+
+namespace nm_act::cuda_ops {
+
+void check_status(cudaError_t status, const char* op) {
+  TORCH_CHECK(status == cudaSuccess, "nm_act::", op, " expected its kernel to start, got the CUDA error '",
+              cuda_error_text(status), "'; an earlier kernel may have failed (CUDA_LAUNCH_BLOCKING=1 finds it)");
+}
+
+GemmDevice gemm_device(const at::Tensor& x, const char* op) {
+  // The driver takes longer to answer than a kernel to start. Both attributes in one word: a racing write stores the
+  // same.
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<uint64_t>, kDevices> known{};
+  const int index = x.device().index();
+  TORCH_CHECK_VALUE(index >= 0 && index < kDevices, "nm_act::", op, " expected a CUDA device below ", kDevices,
+                    ", got ", index);
+  uint64_t word = known[index].load(std::memory_order_relaxed);
+  if (word == 0) {
+    GemmDevice device{};
+    check_status(query_gemm_device(index, &device), op);
+    word = uint64_t(device.compute_capability_major) << 32 | uint32_t(device.multiprocessors);
+    known[index].store(word, std::memory_order_relaxed);
+  }
+  return {int(word >> 32), int(word & 0xffffffff)};
+}
+
+Rows rows_of(const at::Tensor& x) {
+  const int64_t in_features = x.size(-1);
+  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= in_features) return {x, x.stride(0)};
+  return {x.contiguous(), in_features};
+}
+
+std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
+  std::vector<int64_t> result = sizes.vec();
+  result.back() = last;
+  return result;
+}
+
+void check_row_statistics(const Selection& selection, bool needed, const char* op) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!needed || selection.in_features <= kMaxRowFeatures, "nm_act::", op, " expected at most ",
+                              kMaxRowFeatures,
+                              " in_features for a token shift, a variance correction or e4m3 on CUDA, got ",
+                              selection.in_features, "; leave that option out for this layer");
+}
+
+}  // namespace nm_act::cuda_ops

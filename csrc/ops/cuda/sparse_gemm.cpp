@@ -1,0 +1,103 @@
+// nm_act::sparse_gemm: the product of a packed 2:4 operand and a weight on sparse tensor cores, epilogue included.
+#include "ops/cuda/sparse_gemm.h"
+
+#include <torch/library.h>
+
+#include <algorithm>
+
+namespace nm_act::cuda_ops {
+namespace {
+
+bool stored_in_out(const at::Tensor& weight) {
+  return weight.stride(0) == 1 && weight.stride(1) >= std::max<int64_t>(weight.size(0), 1);
+}
+
+}  // namespace
+
+SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
+                             const GemmEpilogueTensors& epilogue, const at::Tensor& y) {
+  SparseGemmParams params{};
+  params.values = operand.values.const_data_ptr();
+  params.metadata = operand.metadata.const_data_ptr<uint8_t>();
+  params.weight = weight.const_data_ptr();
+  params.weight_in_out = weight.stride(1) != 1 && stored_in_out(weight);
+  params.weight_stride = weight.stride(params.weight_in_out ? 1 : 0);
+  params.y = y.mutable_data_ptr();
+  params.row_scale = data_or_null(epilogue.row_scale);
+  params.eta = data_or_null(epilogue.eta);
+  params.shift_out = data_or_null(epilogue.shift_out);
+  params.column_scale = data_or_null(epilogue.column_scale);
+  params.bias = epilogue.bias.defined() ? epilogue.bias.const_data_ptr() : nullptr;
+  params.tokens = int(operand.values.size(0));
+  params.out_features = int(weight.size(0));
+  params.in_features = int(weight.size(1));
+  params.value_type = element_type(operand.values.scalar_type());
+  params.y_type = element_type(y.scalar_type());
+  return params;
+}
+
+bool gemm_takes(const at::Tensor& x, const at::Tensor& weight, at::ScalarType value_type, GemmDevice device) {
+  if (weight.stride(1) != 1 && !stored_in_out(weight)) return false;
+  SparseGemmParams params{};  // null pointers are aligned: what is allocated later will be too
+  params.weight = weight.const_data_ptr();
+  params.weight_in_out = weight.stride(1) != 1;
+  params.weight_stride = weight.stride(params.weight_in_out ? 1 : 0);
+  params.out_features = int(weight.size(0));
+  params.in_features = int(weight.size(1));
+  params.value_type = element_type(value_type);
+  params.y_type = element_type(x.scalar_type());
+  return sparse_gemm_supports(params, device);
+}
+
+namespace {
+
+at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
+                       const OptionalTensor& shift_out, const OptionalTensor& column_scale,
+                       std::optional<at::ScalarType> out_dtype) {
+  constexpr const char* kOp = "sparse_gemm";
+  TORCH_CHECK_VALUE(
+      values.dim() == 2 && values.is_contiguous() && weight.dim() == 2 && weight.size(1) == 2 * values.size(1),
+      "nm_act::sparse_gemm expected contiguous values [tokens, in_features / 2] and weight [out_features, ",
+      "in_features], got ", values.sizes(), " and ", weight.sizes(), "; pass what compress_packed returned");
+  check_same_device(values, metadata, "metadata", kOp);
+  check_same_device(values, weight, "weight", kOp);
+  TORCH_CHECK_TYPE(weight.scalar_type() == values.scalar_type(), "nm_act::sparse_gemm expected weight in the dtype of ",
+                   "values, ", values.scalar_type(), ", got ", weight.scalar_type(), "; convert one of them");
+  const bool fp8 = values.scalar_type() == at::kFloat8_e4m3fn;
+  const at::ScalarType type = out_dtype.value_or(fp8 ? at::kBFloat16 : values.scalar_type());
+  const int64_t tokens = values.size(0), out_features = weight.size(0);
+  const GemmDevice device = gemm_device(values, kOp);
+  const int64_t bytes =
+      metadata_bytes(gemm_metadata_layout(element_type(values.scalar_type()), device), tokens, weight.size(1));
+  TORCH_CHECK_VALUE(metadata.scalar_type() == at::kByte && metadata.numel() == bytes && metadata.is_contiguous(),
+                    "nm_act::sparse_gemm expected ", bytes, " metadata bytes, got ", metadata.numel(), " of ",
+                    metadata.scalar_type(), "; pass what compress_packed returned on this device");
+  const c10::cuda::CUDAGuard guard(values.device());
+  const at::Tensor like = at::empty({0}, values.options().dtype(type));  // vectors may be float32 or y's dtype
+  const auto vector = [&](const OptionalTensor& tensor, int64_t size, const char* name) {
+    // compress_packed returns vectors of length 0 for what was not asked for.
+    if (tensor.has_value() && tensor->defined() && tensor->numel() == 0 && size != 0) return at::Tensor();
+    return check_vector(tensor, like, size, name, kOp);
+  };
+  const GemmEpilogueTensors epilogue{vector(row_scale, tokens, "row_scale"), vector(eta, tokens, "eta"),
+                                     vector(shift_out, out_features, "shift_out"),
+                                     vector(column_scale, out_features, "column_scale"),
+                                     bias.has_value() && bias->defined() ? bias->to(type).contiguous() : at::Tensor()};
+  const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
+  const SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, y);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      sparse_gemm_supports(params, device),
+      "nm_act::sparse_gemm expected a compiled combination (float16 or bfloat16 in ",
+      "and out with either weight storage; e4m3 with an [out, in] weight on sm_90; 16-byte aligned rows), got values ",
+      values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
+      " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
+  check_status(launch_sparse_gemm(params, device, current_stream(values)), kOp);
+  return y;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nm_act, CUDA, m) { m.impl("sparse_gemm", sparse_gemm); }
+
+}  // namespace nm_act::cuda_ops

@@ -1,0 +1,20 @@
+// The sparse GEMM as a function of tensors, for sparse_gemm, sparse_linear and sparse_linear_fp8.
+#pragma once
+
+#include "ops/cuda/common.h"
+
+namespace nm_act::cuda_ops {
+
+// Null (undefined) tensors leave their factor or term out; see SparseGemmParams.
+struct GemmEpilogueTensors {
+  at::Tensor row_scale, eta, shift_out, column_scale;  // float32
+  at::Tensor bias;                                     // dtype of y
+};
+
+SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
+                             const GemmEpilogueTensors& epilogue, const at::Tensor& y);
+
+// Whether a kernel takes this weight: dtype, alignment and sizes, before anything is compressed.
+bool gemm_takes(const at::Tensor& x, const at::Tensor& weight, at::ScalarType value_type, GemmDevice device);
+
+}  // namespace nm_act::cuda_ops

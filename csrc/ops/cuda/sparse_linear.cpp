@@ -1,0 +1,125 @@
+// nm_act::sparse_linear, sparse_linear_fp8 and gather_linear on CUDA.
+//
+// 2:4 in 16 bits goes to the sparse tensor cores when there are enough tokens; everything else prunes and runs cuBLAS.
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mv.h>
+#include <ATen/ops/sum.h>
+#include <torch/library.h>
+
+#include "kernels/matmul/config.h"
+#include "ops/cuda/sparse_gemm.h"
+
+namespace nm_act::cuda_ops {
+namespace {
+
+// W @ shift, or the row sums W @ 1, in float32; undefined without a shift.
+at::Tensor shift_image(const at::Tensor& weight, const Selection& selection, const at::Tensor& given) {
+  if (given.defined() || !selection.has_shift()) return given;
+  if (selection.shift.defined()) return at::mv(weight.to(at::kFloat), selection.shift);
+  return weight.scalar_type() == at::kFloat8_e4m3fn ? at::sum(weight.to(at::kFloat), {1})
+                                                    : at::sum(weight, {1}, false, at::kFloat);
+}
+
+bool takes_sparse_cores(const at::Tensor& x, const at::Tensor& weight, const Selection& selection, GemmDevice device) {
+  const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
+  if (!half || selection.keep != 2 || selection.group != 4 || selection.in_features > kMaxRowFeatures) return false;
+  const GemmProblem problem{selection.tokens, weight.size(0), selection.in_features, element_type(x.scalar_type()),
+                            device.multiprocessors};
+  return sparse_gemm_pays(problem) && gemm_takes(x, weight, x.scalar_type(), device);
+}
+
+// Prune, then torch's dense product; the rest of the epilogue as torch operations in float32.
+at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                         const Selection& selection, bool variance_correction, const at::Tensor& shift_out,
+                         const at::Tensor& column_scale, const char* op) {
+  const DenseOperand operand = prune_dense(x, selection, variance_correction, op);
+  if (!operand.nu.defined() && !shift_out.defined() && !column_scale.defined())
+    return at::linear(operand.values, weight, bias);
+  at::Tensor y = at::linear(operand.values, weight).to(at::kFloat);
+  if (operand.nu.defined()) y.mul_(operand.nu.unsqueeze(1));
+  if (operand.eta.defined()) {
+    y.addcmul_(operand.eta.unsqueeze(1), shift_out);
+  } else if (shift_out.defined()) {
+    y.add_(shift_out);
+  }
+  if (column_scale.defined()) y.mul_(column_scale);
+  if (bias.has_value() && bias->defined()) y.add_(*bias);
+  return y.to(x.scalar_type());
+}
+
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
+                         int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
+                         c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
+                         const OptionalTensor& column_scale) {
+  constexpr const char* kOp = "sparse_linear";
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp);
+  check_weight(x, weight, bias, kOp);
+  const int64_t out_features = weight.size(0);
+  const at::Tensor given = check_shift_out(shift_out, selection, x, out_features, kOp);
+  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const std::vector<int64_t> sizes = with_last(x.sizes(), out_features);
+  if (selection.tokens == 0 || out_features == 0) return at::empty(sizes, x.options());
+  const at::Tensor shift_vector = shift_image(weight, selection, given);
+  const GemmDevice device = gemm_device(x, kOp);
+  if (!takes_sparse_cores(x, weight, selection, device)) {
+    return dense_product(x, weight, bias, selection, variance_correction, shift_vector, column_vector, kOp).view(sizes);
+  }
+  const PackedOperand operand = compress_packed(x, selection, variance_correction, false, device, kOp);
+  const at::Tensor y = at::empty(sizes, x.options());
+  const GemmEpilogueTensors epilogue{operand.row_scale, operand.eta, shift_vector, column_vector,
+                                     bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor()};
+  check_status(launch_sparse_gemm(gemm_params(operand, weight, epilogue, y), device, current_stream(x)), kOp);
+  return y;
+}
+
+at::Tensor sparse_linear_fp8(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
+                             const OptionalTensor& bias, const OptionalTensor& channel_scale,
+                             const OptionalTensor& shift, c10::string_view token_shift, const OptionalTensor& shift_out,
+                             bool variance_correction, const OptionalTensor& column_scale) {
+  constexpr const char* kOp = "sparse_linear_fp8";
+  const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat8_e4m3fn, "nm_act::sparse_linear_fp8 expected weight in ",
+                   "float8_e4m3fn, got ", weight.scalar_type(), "; quantise it per output channel");
+  check_weight_shape(x, weight, bias, kOp);
+  const int64_t out_features = weight.size(0);
+  const at::Tensor scale = check_vector(weight_scale, x, out_features, "weight_scale", kOp);
+  const at::Tensor given = check_shift_out(shift_out, selection, x, out_features, kOp);
+  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const GemmDevice device = gemm_device(x, kOp);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      gemm_takes(x, weight, at::kFloat8_e4m3fn, device), "nm_act::sparse_linear_fp8 expected a compiled combination ",
+      "(bfloat16 or float16 x, a contiguous e4m3 weight [out, in] with in_features % 32 == 0 and out_features % 16 == "
+      "0, on ",
+      "sm_90), got x ", x.scalar_type(), ", weight ", weight.sizes(), " with strides ", weight.strides(),
+      " on compute capability ", device.compute_capability_major, ".x; use a bfloat16 weight with sparse_linear");
+  const PackedOperand operand = compress_packed(x, selection, variance_correction, true, device, kOp);
+  const at::Tensor y = at::empty(with_last(x.sizes(), out_features), x.options());
+  if (y.numel() == 0) return y;
+  // The kernel's column scale multiplies the shift term too, so the weight's scale is taken out of a given image.
+  GemmEpilogueTensors epilogue{operand.row_scale, operand.eta,
+                               given.defined() ? given.div(scale) : shift_image(weight, selection, given),
+                               column_vector.defined() ? scale.mul(column_vector) : scale,
+                               bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor()};
+  check_status(launch_sparse_gemm(gemm_params(operand, weight, epilogue, y), device, current_stream(x)), kOp);
+  return y;
+}
+
+// No kernel of its own yet: the dense product.
+at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  check_features(x, "gather_linear");
+  check_dtype(x, "gather_linear");
+  check_weight(x, weight, bias, "gather_linear");
+  return at::linear(x, weight, bias);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
+  m.impl("sparse_linear", sparse_linear);
+  m.impl("sparse_linear_fp8", sparse_linear_fp8);
+  m.impl("gather_linear", gather_linear);
+}
+
+}  // namespace nm_act::cuda_ops
