@@ -1,9 +1,9 @@
-"""The CPU's sparse_linear against torch.nn.functional.linear, weights larger than the last-level cache.
+"""The CPU's sparse_linear against torch.nn.functional.linear, with weights of 32 MiB and more.
 
 Per shape and dtype, interleaved in one run: the dense layer as models store it ([out, in]), the sparse layer (selection
 included), our own kernel reading every row (so that the part due to sparsity is visible) and a plain read of memory.
-Above 8 tokens the sparse layer is prune + torch's GEMM, so its baseline is dense + prune, over either storage of the
-weight: torch's own bf16 GEMM is slower over [in, out], which the sparse layer inherits.
+Above 4 tokens (8 in fp32) the sparse layer is prune + torch's GEMM, so its baseline is dense + prune, over either
+storage of the weight: torch's own bf16 GEMM is slower over [in, out], which the sparse layer inherits.
 
     python benchmarks/bench_cpu_decode.py --csv benchmarks/results/cpu/decode.csv
 """
@@ -21,7 +21,8 @@ import nm_act
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 READ_BYTES = 256 << 20
-DECODE_TOKENS = 8
+DECODE_TOKENS = {"bf16": 4, "fp16": 4, "fp32": 8}
+"""Up to so many tokens sparse_linear reads only the rows of survivors."""
 
 
 def processor() -> str:
@@ -52,7 +53,7 @@ def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, re
         "prune": lambda: nm_act.prune(x, pattern.keep, pattern.group),
         "read": read_buffer.sum,
     }
-    if tokens <= DECODE_TOKENS:
+    if tokens <= DECODE_TOKENS[name]:
         calls["every_row"] = lambda: nm_act.gather_linear(x, weight)
     else:
         calls["dense_in_out"] = lambda: F.linear(x, weight)
@@ -77,7 +78,7 @@ def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, re
         )
         return f"{variant} {median / 1e3:.2f} ms = {row['speedup']}x, {gbps / read:.0%} of {read:.0f} GB/s"
 
-    if tokens <= DECODE_TOKENS:
+    if tokens <= DECODE_TOKENS[name]:
         # Several tokens need the union of their rows, four tokens a pass: count what was really read.
         passes = (nm_act.prune(x, pattern.keep, pattern.group) != 0).split(4)
         needed = sum(rows.any(0).float().mean().item() for rows in passes)
@@ -93,6 +94,7 @@ def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, re
             add("sparse", 1.0, "F.linear[in,out]+prune", plus_prune["dense_in_out"], str(pattern)),
             add("sparse", 1.0, "F.linear+prune", plus_prune["dense"], str(pattern)),
         ]
+    rows.add(times["read"], times["read"], **common, variant="read", stage="read", gbps=f"{read:.1f}")
     dense = percentiles(times["dense"])[1] / 1e3
     print(
         f"{name} {out_features:>5}x{in_features:<5} {tokens:>3} tokens: dense {dense:.2f} ms; " + "; ".join(report),

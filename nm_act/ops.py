@@ -6,8 +6,15 @@ The selection contract, identical on every device, is written in ``csrc/ops/sche
 import torch
 from torch import Tensor
 
-from . import _C, reference
+from . import reference
 from .version import __version__
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"expected the compiled part of nm_act for this Python and torch, got: {error}; build it with: pip install -e ."
+    ) from error
 
 METADATA_LAYOUTS = ("neutral", "sm80_16bit", "sm90_16bit_t64", "sm90_16bit_t128", "sm90_8bit")
 """Names of the 2:4 metadata layouts; the sm80 and sm90 ones are what the tensor cores read."""
@@ -295,14 +302,14 @@ def _(x, weight, bias=None):
 
 
 def refuse(op: str, device: str) -> None:
-    """Register, for a device without a kernel, one sentence that says what to do."""
+    """Register one sentence for an operator that has no kernel for the CPU or, in this build, for CUDA."""
+    wanted = "CUDA" if device == "CPU" else "CPU"
 
     def refused(*_arguments, **_options):
         reason = build_info()["why_no_cuda"]
         built = f" (this build has no CUDA kernels: {reason})" if reason else ""
         raise NotImplementedError(
-            f"nm_act::{op} expected tensors on a device that it has a kernel for, got {device} tensors{built}; "
-            "nm-act info lists what runs where"
+            f"nm_act::{op} expected {wanted} tensors, got {device} tensors{built}; nm-act info lists what runs where"
         )
 
     torch.library.impl(f"nm_act::{op}", device)(refused)

@@ -176,6 +176,10 @@ class Recipe:
             skip_layers=_layers,
             rules=_rules,
         )
+        if not self.projections:
+            raise ValueError(
+                "expected at least one projection, got none; leave projections out to take the usual seven"
+            )
         check_criterion(self.criterion)
         _check_phase(self.phase)
         if not _is_count(self.dense_first_tokens):
@@ -334,7 +338,15 @@ def _one_line(error: Exception) -> str:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Safe loader without YAML 1.1's base-60 numbers, which would read the pattern 2:4 as 124."""
+    """Safe loader without YAML 1.1's base-60 numbers, which read the pattern 2:4 as 124, that takes no key twice."""
+
+    def construct_mapping(self, node, deep=False):
+        """Mapping of a node; PyYAML itself would keep the last of several equal keys silently."""
+        names = [key.value for key, _ in node.value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _INTEGER = "tag:yaml.org,2002:int"

@@ -98,20 +98,7 @@ def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True) -> Spars
 
 def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
     """The work of :func:`sparsify` on any module, in place, without touching a Transformers config."""
-    if not isinstance(recipe, Recipe):
-        raise TypeError(f"expected a Recipe, got {type(recipe).__name__}; use Recipe(...) or Recipe.load(path)")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"expected a decoder-only model, got the encoder-decoder {type(model).__name__}; use a decoder"
-        )
-    candidates = _candidates(model, recipe)
-    sparse = next((name for name, module in candidates if isinstance(module, NMLinear)), None)
-    if sparse is not None:
-        raise ValueError(f"expected a dense model, got one where {sparse} is sparse already; reload the dense model")
-    prefix = _decoder_prefix(model)
-    places = {name: _place(name, prefix) for name, _ in candidates}
-    _check_names(recipe, [place for place in places.values() if place is not None])
-
+    candidates, places = _checked(model, recipe)
     report = SparsifyReport(model, recipe)
     macs = Counter()
     stacks = set()
@@ -133,6 +120,30 @@ def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
         _attach_context(model, sorted(stacks), report, TokenContext(recipe.dense_first_tokens))
     model.nm_act_recipe = recipe
     return report
+
+
+def check_recipe(model: nn.Module, recipe: Recipe) -> None:
+    """Raise what :func:`sparsify` would raise for this model and recipe, and change nothing."""
+    _checked(model, recipe)
+
+
+def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Module]], dict[str, "_Place | None"]]:
+    """Candidates for replacement and their places in the model, after all checks."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"expected a Recipe, got {type(recipe).__name__}; use Recipe(...) or Recipe.load(path)")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"expected a decoder-only model, got the encoder-decoder {type(model).__name__}; use a decoder"
+        )
+    candidates = _candidates(model, recipe)
+    sparse = next((name for name, module in candidates if isinstance(module, NMLinear)), None)
+    if sparse is not None:
+        raise ValueError(f"expected a dense model, got one where {sparse} is sparse already; reload the dense model")
+    prefix = _decoder_prefix(model)
+    places = {name: _place(name, prefix) for name, _ in candidates}
+    _check_names(recipe, [place for place in places.values() if place is not None])
+
+    return candidates, places
 
 
 @dataclass(frozen=True)

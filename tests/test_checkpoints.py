@@ -202,3 +202,13 @@ def test_demo_package_without_model(monkeypatch, tmp_path):
     importlib.invalidate_caches()
     with pytest.raises(FileNotFoundError, match=r"holds no \.gguf file; reinstall"):
         demo_model_path()
+
+
+@pytest.mark.parametrize(
+    ("device", "sentence"), [("foo", "expected a device such as cpu or cuda"), ("cuda", "use cpu")]
+)
+def test_unusable_device_is_refused_before_anything_is_loaded(device, sentence):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has that device")
+    with pytest.raises(ValueError, match=sentence):
+        checkpoints.load_model("no-such-model", device=device)

@@ -259,3 +259,15 @@ def test_every_mitigation_is_known_to_the_spec():
     for name in MITIGATIONS:
         spec = LinearSpec("2:4", mitigation=[name])
         assert spec.variance_correction or spec.token_shift in ("mean", "median")
+
+
+def test_an_empty_list_of_projections_is_a_mistake():
+    with pytest.raises(ValueError, match="expected at least one projection, got none"):
+        Recipe("2:4", projections=[])
+
+
+def test_a_yaml_key_given_twice_is_a_mistake(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("pattern: 2:4\npattern: 8:16\n")
+    with pytest.raises(ValueError, match="the key 'pattern' is given twice"):
+        Recipe.load(path)

@@ -22,8 +22,8 @@ def table(header: list[str], rows: list[list[str]], right: int = 1) -> str:
 
 
 def support() -> str:
-    rows = [[row["op"], row["device"], row["dtypes"], row["patterns"], row["how"]] for row in nm_act.support_table()]
-    return table(["operator", "device", "dtypes", "patterns", "how"], rows, right=9)
+    header = ["op", "when", "device", "dtypes", "patterns", "how"]
+    return table(header, [[row[name] for name in header] for row in nm_act.support_table()], right=len(header))
 
 
 def demo() -> str:
@@ -62,6 +62,7 @@ def caption(rows: list[dict[str, str]]) -> str:
 def cpu_decode() -> str:
     rows = [row for row in decode_rows() if row["tokens"] == "1"]
     every_row = {key(row): row for row in rows if row["variant"] == "every_row"}
+    read = {key(row): float(row["gbps"]) for row in rows if row["variant"] == "read"}
     lines = []
     for row in rows:
         if row["variant"] != "sparse":
@@ -78,6 +79,7 @@ def cpu_decode() -> str:
                 f"{float(row['speedup']):.2f}x",
                 f"{float(whole['us_p50']) / float(row['us_p50']):.2f}x",
                 row["gbps"],
+                f"{float(row['gbps']) / read[key(row)]:.0%}",
             ]
         )
     header = [
@@ -90,6 +92,7 @@ def cpu_decode() -> str:
         "speed-up",
         "of it skipping",
         "GB/s",
+        "of a plain read",
     ]
     return f"{table(header, lines, right=3)}\n\n{caption(rows)}"
 
@@ -108,6 +111,7 @@ def cpu_tokens() -> str:
             f"{float(row['speedup']):.2f}x",
         ]
         for row in rows
+        if row["variant"] != "read"
     ]
     header = ["out × in", "dtype", "tokens", "variant", "baseline", "baseline ms", "ms", "baseline / ours"]
     return f"{table(header, lines, right=5)}\n\n{caption(rows)}"

@@ -135,7 +135,7 @@ struct SparseGemmParams {
   int out_features;  // a multiple of 8 (of 16 for kE4M3)
   int in_features;   // a multiple of 16, 32 for kE4M3 and on sm80
   ElementType value_type;
-  ElementType y_type;  // value_type, or kBFloat16 / kFloat16 for kE4M3
+  ElementType y_type;  // value_type (kBFloat16 or kFloat16 for kE4M3), or kFloat32 on sm_90
   bool weight_in_out;
 };
 // The device that runs a GEMM, as the caller knows it: asking the driver at every call costs more than the launch.

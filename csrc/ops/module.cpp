@@ -35,8 +35,8 @@ py::dict build_info() {
 py::list support_table() {
   py::list rows;
   for (const nm_act::SupportRow& row : nm_act::kSupport) {
-    rows.append(py::dict(py::arg("op") = row.op, py::arg("device") = row.device, py::arg("dtypes") = row.dtypes,
-                         py::arg("patterns") = row.patterns, py::arg("how") = row.how));
+    rows.append(py::dict(py::arg("op") = row.op, py::arg("when") = row.when, py::arg("device") = row.device,
+                         py::arg("dtypes") = row.dtypes, py::arg("patterns") = row.patterns, py::arg("how") = row.how));
   }
   return rows;
 }

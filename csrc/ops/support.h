@@ -5,6 +5,7 @@ namespace nm_act {
 
 struct SupportRow {
   const char* op;
+  const char* when;
   const char* device;
   const char* dtypes;
   const char* patterns;
@@ -12,27 +13,31 @@ struct SupportRow {
 };
 
 inline constexpr char kAllDtypes[] = "float32, bfloat16, float16";
-inline constexpr char kAllPatterns[] = "N:M, M in {2, 4, 8, 16, 32}";
 inline constexpr char kBits16[] = "bfloat16, float16";
+inline constexpr char kAllPatterns[] = "N:M, M in {2, 4, 8, 16, 32}";
 
 inline constexpr SupportRow kSupport[] = {
-    {"prune", "cpu", kAllDtypes, kAllPatterns, "vectorised selection, one pass"},
-    {"compress, decompress", "cpu", kAllDtypes, "2:4", "vectorised selection, neutral format"},
-    {"sparse_linear, weight stored [in, out], 1 to 4 tokens (float32: 8)", "cpu", kAllDtypes, kAllPatterns,
+    {"prune", "always", "cpu", kAllDtypes, kAllPatterns, "vectorised selection, one pass"},
+    {"compress", "always", "cpu", kAllDtypes, "2:4", "vectorised selection, neutral format"},
+    {"decompress", "always", "cpu", kAllDtypes, "2:4", "scatter"},
+    {"sparse_linear", "1 to 4 tokens (float32: 8), weight stored [in, out]", "cpu", kAllDtypes, kAllPatterns,
      "reads only the weight rows of survivors"},
-    {"sparse_linear, otherwise", "cpu", kAllDtypes, kAllPatterns, "prune, then torch's dense GEMM"},
-    {"gather_linear, weight stored [in, out], 1 to 8 tokens", "cpu", kAllDtypes, "any zeros in the input",
+    {"sparse_linear", "otherwise", "cpu", kAllDtypes, kAllPatterns, "prune, then torch's dense GEMM"},
+    {"gather_linear", "1 to 8 tokens, weight stored [in, out]", "cpu", kAllDtypes, "any zeros in the input",
      "reads only the weight rows of non-zero inputs"},
-    {"prune", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel"},
-    {"compress", "cuda sm_80+", kAllDtypes, "2:4", "compression kernel, neutral format"},
-    {"compress_packed, rms_norm_compress, silu_mul_compress", "cuda sm_80+", kBits16, "2:4",
+    {"prune", "always", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel"},
+    {"compress", "always", "cuda sm_80+", kAllDtypes, "2:4", "compression kernel, neutral format"},
+    {"decompress", "always", "cuda sm_80+", kAllDtypes, "2:4", "plain torch operations"},
+    {"compress_packed", "also as rms_norm_compress, silu_mul_compress", "cuda sm_80+", kBits16, "2:4",
      "compression in the GEMM's layout; e4m3 values on sm_90"},
-    {"sparse_linear, many tokens", "cuda sm_90", kBits16, "2:4", "sparse tensor cores (wgmma.sp)"},
-    {"sparse_linear, many tokens", "cuda sm_80+", kBits16, "2:4",
+    {"sparse_gemm", "always", "cuda sm_90", "bfloat16, float16, e4m3", "2:4", "sparse tensor cores (wgmma.sp)"},
+    {"sparse_gemm", "always", "cuda sm_80+", kBits16, "2:4",
      "sparse tensor cores (mma.sp); speed on Ampere not measured"},
-    {"sparse_linear, otherwise", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel, then cuBLAS"},
-    {"sparse_linear_fp8", "cuda sm_90", "bfloat16, float16 x; e4m3 weight", "2:4", "sparse tensor cores (wgmma.sp)"},
-    {"decompress, gather_linear", "cuda sm_80+", kAllDtypes, "as on the CPU", "plain torch operations"},
+    {"sparse_linear", "2:4, 512 tokens and more", "cuda sm_80+", kBits16, "2:4", "compress_packed, then sparse_gemm"},
+    {"sparse_linear", "otherwise", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel, then cuBLAS"},
+    {"sparse_linear_fp8", "always", "cuda sm_90", "bfloat16, float16 x; e4m3 weight", "2:4",
+     "compress_packed in e4m3, then sparse_gemm"},
+    {"gather_linear", "always", "cuda sm_80+", kAllDtypes, "any zeros in the input", "plain torch operations"},
 };
 
 }  // namespace nm_act

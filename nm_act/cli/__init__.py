@@ -1,4 +1,4 @@
-"""The command ``nm-act``. Heavy imports happen inside the commands, so that ``--help`` is quick."""
+"""The command ``nm-act``. Commands import Transformers only when they need it: ``--help`` waits for torch alone."""
 
 import sys
 

@@ -111,7 +111,7 @@ def print_table(
         caption_justify="left",
     )
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if numbers and index > 0 else "left")
+        table.add_column(column, justify="right" if numbers and index > 0 else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(markup=False, highlight=False).print(table)

@@ -58,9 +58,9 @@ def ppl(
     mitigation: MitigationOption = None,
     window: Annotated[
         int | None,
-        typer.Option("--window", help="Tokens per window; 2048 or the model's context by default."),
+        typer.Option("--window", min=2, help="Tokens per window; 2048 or the model's context by default."),
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Read only that many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Read only that many tokens.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -133,7 +133,10 @@ def build_recipes(
 def variants(dense, recipes: dict) -> Iterator[dict]:
     """The dense model, then a sparse copy for each recipe, made when its turn comes."""
     from ..evaluate.variants import sparse_copy
+    from ..sparsify import check_recipe
 
+    for recipe in recipes.values():
+        check_recipe(dense, recipe)  # before minutes are spent on the dense model
     yield {"name": "dense", "model": dense, "mac_fraction": 0.0, "recipe": None}
     for name, recipe in recipes.items():
         report = sparse_copy(dense, recipe)

@@ -43,17 +43,29 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
     OSError
         If `source` is neither a folder nor a model that the hub (or its local cache) gives.
     ValueError
-        If `dtype` is unknown, a GGUF file is truncated or of another format, a folder holds no model, or
-        there is no tokenizer. Every message is one sentence.
+        If `dtype` or `device` is unknown or not available, a GGUF file is truncated or of another format, a
+        folder holds no model, or there is no tokenizer. Every message is one sentence.
     """
     if dtype not in DTYPES:
         raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
+    _check_device(device)
     kind, place = _classify(source)
     if kind == "gguf":
         model, tokenizer = _load_gguf(place, "float32" if dtype == "auto" else dtype)
     else:
         model, tokenizer = _load_checkpoint(place, kind, dtype)
     return model.to(device).eval(), tokenizer
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"expected a device such as cpu or cuda, got {device!r}; choose one of those") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"expected a device that torch {torch.__version__} can use here, got {device!r}; use cpu")
 
 
 def demo_model_path() -> Path:

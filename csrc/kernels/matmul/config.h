@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 
 #include "../nm_act.h"
 
@@ -64,25 +65,42 @@ inline int select_swizzle(int64_t token_tiles, int64_t output_tiles) {
   return 1;
 }
 
+struct TileRange {
+  const TileFacts* first;
+  const TileFacts* last;
+  const TileFacts* begin() const { return first; }
+  const TileFacts* end() const { return last; }
+};
+
+inline TileRange tiles_of(ElementType value_type) {
+  return value_type == ElementType::kE4M3 ? TileRange{std::begin(kE4M3Tiles), std::end(kE4M3Tiles)}
+                                          : TileRange{std::begin(kBits16Tiles), std::end(kBits16Tiles)};
+}
+
+// How this problem runs with this tile.
+inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile) {
+  const int64_t token_tiles = (problem.tokens + tile.tokens - 1) / tile.tokens;
+  const int64_t output_tiles = (problem.out_features + tile.out_features - 1) / tile.out_features;
+  return {tile.tile, tile.raster, select_swizzle(token_tiles, output_tiles)};
+}
+
 // The tile whose waves cost least. A block has its multiprocessor to itself, so a wave costs the tile's area over its
 // rate however many blocks run in it.
 inline GemmConfig select_config(const GemmProblem& problem) {
-  const TileFacts* facts = problem.value_type == ElementType::kE4M3 ? kE4M3Tiles : kBits16Tiles;
-  GemmConfig best{};
+  const TileFacts* best = nullptr;
   double best_cost = 0;
-  for (int i = 0; i < 2; ++i) {
-    const TileFacts& tile = facts[i];
+  for (const TileFacts& tile : tiles_of(problem.value_type)) {
     const int64_t token_tiles = (problem.tokens + tile.tokens - 1) / tile.tokens;
     const int64_t output_tiles = (problem.out_features + tile.out_features - 1) / tile.out_features;
     const int64_t tiles = round_up(token_tiles, kClusterTokens) * output_tiles;
     const int64_t waves = (tiles + problem.multiprocessors - 1) / problem.multiprocessors;
     const double cost = static_cast<double>(waves * tile.tokens * tile.out_features) / tile.rate;
-    if (i == 0 || cost < best_cost) {
-      best = {tile.tile, tile.raster, select_swizzle(token_tiles, output_tiles)};
+    if (best == nullptr || cost < best_cost) {
+      best = &tile;
       best_cost = cost;
     }
   }
-  return best;
+  return configure(problem, *best);
 }
 
 // Whether compression plus sparse GEMM beats the dense product for this problem.

@@ -25,7 +25,8 @@ constexpr Sm90Instance sm90_instance() {
            run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kFull>}};
 }
 
-constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3;
+constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3,
+                      kFp32 = ElementType::kFloat32;
 
 const Sm90Instance kSm90Instances[] = {
     sm90_instance<kBf16, kBf16, false, GemmTile::k256x128x128>(),
@@ -40,6 +41,11 @@ const Sm90Instance kSm90Instances[] = {
     sm90_instance<kFp8, kBf16, false, GemmTile::k128x128x256PingPong>(),
     sm90_instance<kFp8, kFp16, false, GemmTile::k128x256x128>(),
     sm90_instance<kFp8, kFp16, false, GemmTile::k128x128x256PingPong>(),
+    sm90_instance<kBf16, kFp32, false, GemmTile::k128x128x128>(),
+    sm90_instance<kBf16, kFp32, true, GemmTile::k128x128x128>(),
+    sm90_instance<kFp16, kFp32, false, GemmTile::k128x128x128>(),
+    sm90_instance<kFp16, kFp32, true, GemmTile::k128x128x128>(),
+    sm90_instance<kFp8, kFp32, false, GemmTile::k128x256x128>(),
 };
 
 struct Sm80Instance {
@@ -114,8 +120,13 @@ cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device
   if (!sparse_gemm_supports(params, device)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
   if (device.compute_capability_major != 9) return find_sm80(params)->run(params, stream);
-  const GemmConfig config = select_config(
-      {params.tokens, params.out_features, params.in_features, params.value_type, device.multiprocessors});
+  const GemmProblem problem{params.tokens, params.out_features, params.in_features, params.value_type,
+                            device.multiprocessors};
+  GemmConfig config = select_config(problem);
+  // fp32 output is compiled for one tile only.
+  for (const TileFacts& tile : tiles_of(params.value_type)) {
+    if (find_sm90(params, config.tile) == nullptr) config = configure(problem, tile);
+  }
   return launch_sparse_gemm_sm90(params, {config, device.multiprocessors, stream});
 }
 

@@ -41,21 +41,25 @@ struct TileShape;
 template <>
 struct TileShape<GemmTile::k256x128x128> {
   using Shape = cute::Shape<cute::_256, cute::_128, cute::_128>;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   static constexpr bool kPingPong = false;
 };
 template <>
 struct TileShape<GemmTile::k128x128x128> {
   using Shape = cute::Shape<cute::_128, cute::_128, cute::_128>;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   static constexpr bool kPingPong = false;
 };
 template <>
 struct TileShape<GemmTile::k128x256x128> {
   using Shape = cute::Shape<cute::_128, cute::_256, cute::_128>;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   static constexpr bool kPingPong = false;
 };
 template <>
 struct TileShape<GemmTile::k128x128x256PingPong> {
   using Shape = cute::Shape<cute::_128, cute::_128, cute::_256>;
+  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   static constexpr bool kPingPong = true;
 };
 
@@ -103,7 +107,7 @@ struct SparseGemm {
   using Value = CutlassElement<kValue>;
   using Output = CutlassElement<kOutput>;
   using Tile = typename TileShape<kTile>::Shape;
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+  using Cluster = typename TileShape<kTile>::Cluster;
   static constexpr bool kPingPong = TileShape<kTile>::kPingPong;
   using MainloopSchedule =
       std::conditional_t<kE4M3,

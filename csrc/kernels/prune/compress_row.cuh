@@ -8,13 +8,13 @@
 //   variance:  nu = sqrt(Var(z) / Var(P)), 1 where Var(P) is 0
 //   row_scale = nu * scale
 //
-// Mapping: thread t holds chunks t, t + threads, ... (kChunks of them, 8 features each), so loads and stores coalesce.
-// In the e4m3 path a chunk's survivors wait in two registers for the amax. Metadata goes out a byte a thread: 16
-// consecutive chunks are 16 consecutive bytes in the 8-bit layout, 2 in the 16-bit ones. Blocks beyond `tokens` write
-// the padding of the metadata. Limit: kMaxRowFeatures features. An e4m3 token with a NaN or an infinity gets a NaN
-// scale or NaN values, so its whole output is NaN, as a dense per-token quantisation gives.
-// Tried and dropped: persistent blocks that load the next token while they select this one; the registers cost more in
-// resident warps than the overlap gains (e4m3 at 16384 x 4096 on an H200: 55.8 us against 49.9).
+// Mapping: a warp holds 32 * kChunks consecutive chunks of 8 features, 32 at a time across its lanes, so loads and
+// stores coalesce. In the e4m3 path a chunk's survivors wait in two registers for the amax. Metadata goes out a byte a
+// thread: 16 consecutive chunks are 16 consecutive bytes in the 8-bit layout, 2 in the 16-bit ones. Blocks beyond
+// `tokens` write the padding of the metadata. Limit: kMaxRowFeatures features. An e4m3 token with a NaN or an infinity
+// gets a NaN scale or NaN values, so its whole output is NaN, as a dense per-token quantisation gives. Tried and
+// dropped: persistent blocks that load the next token while they select this one; the registers cost more in resident
+// warps than the overlap gains (e4m3 at 16384 x 4096 on an H200: 55.8 us against 49.9).
 #pragma once
 
 #include "../launch.cuh"
@@ -39,12 +39,11 @@ __device__ __forceinline__ int row_chunk_count(int in_features, int chunk) {
 // A thread's chunks of a row; zeros beyond it.
 template <class E, RowKind kKind, int kChunks>
 __device__ __forceinline__ void load_row(Chunk<E> (&chunks)[kChunks], const typename E::Raw* row, int in_features) {
-  const typename E::Raw* source = row + threadIdx.x * kChunk;
+  const typename E::Raw* source = row + row_chunk<kChunks>(0) * kChunk;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    const int count = row_chunk_count<kKind>(in_features, i * blockDim.x + threadIdx.x);
-    chunks[i] =
-        count > 0 ? load_chunk<E, kKind != RowKind::kScalar>(source + i * blockDim.x * kChunk, count) : zero_chunk<E>();
+    const int count = row_chunk_count<kKind>(in_features, row_chunk<kChunks>(i));
+    chunks[i] = count > 0 ? load_chunk<E, kKind != RowKind::kScalar>(source + i * 32 * kChunk, count) : zero_chunk<E>();
   }
 }
 
@@ -133,23 +132,23 @@ __device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const Com
       for (int i = 0; i < kChunks; ++i) {
         subtract(z[i], eta);
         // What lies beyond the row must stay zero: it takes part in the amax and the variance.
-        clear_from(z[i], row_chunk_count<kKind>(in_features, i * blockDim.x + threadIdx.x));
+        clear_from(z[i], row_chunk_count<kKind>(in_features, row_chunk<kChunks>(i)));
       }
     }
   }
 
-  // A nibble's place is a sum of a term in the token and one in the group; and as a block is a multiple of 16 chunks,
-  // hence of metadata tiles, a thread's bytes lie at a constant distance.
+  // A nibble's place is a sum of a term in the token and one in the group; and as 32 chunks are whole metadata tiles, a
+  // thread's bytes lie at a constant distance.
   uint8_t* metadata = out.metadata + metadata_address(layout, tokens, in_features, token, 0).byte +
-                      metadata_address(layout, tokens, in_features, 0, 2 * threadIdx.x).byte;
-  const int64_t metadata_stride = metadata_address(layout, tokens, in_features, 0, 2 * blockDim.x).byte;
+                      metadata_address(layout, tokens, in_features, 0, 2 * row_chunk<kChunks>(0)).byte;
+  const int64_t metadata_stride = metadata_address(layout, tokens, in_features, 0, 2 * 32).byte;
   const int stored_chunks = static_cast<int>(metadata_padded_features(layout, in_features) / kChunk);
   Kept<E> kept[kChunks];
   VarianceSums sums;
   uint32_t largest = 0;  // magnitudes of survivors, two halves
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    const int chunk = i * blockDim.x + threadIdx.x;
+    const int chunk = row_chunk<kChunks>(i);
     const int count = row_chunk_count<kKind>(in_features, chunk);
     if (kGeneral && out.shift != nullptr && count > 0) {
       subtract(z[i], load_channels<kVector>(out.shift + chunk * kChunk, count, 0.0f));
@@ -193,11 +192,11 @@ __device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const Com
     row_scale = E::low(largest) * (1.0f / kE4M3Max);
     if (row_scale < FLT_MIN) row_scale = FLT_MIN;  // keeps the reciprocal finite, also for a token of zeros
     const float inverse_scale = 1.0f / row_scale;
-    uint32_t* values = static_cast<uint32_t*>(out.values) + token * (in_features / kChunk) + threadIdx.x;
+    uint32_t* values = static_cast<uint32_t*>(out.values) + token * (in_features / kChunk) + row_chunk<kChunks>(0);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      if (!kGeneral || i * blockDim.x + threadIdx.x < in_features / kChunk) {
-        values[i * blockDim.x] = to_e4m3<E>(kept[i], inverse_scale);
+      if (!kGeneral || row_chunk<kChunks>(i) < in_features / kChunk) {
+        values[i * 32] = to_e4m3<E>(kept[i], inverse_scale);
       }
     }
   }
@@ -236,13 +235,13 @@ struct RowShape {
   int threads;  // a multiple of 32
 };
 
-// Eight chunks a thread where the row divides so: the work a thread does once (addresses, amax, scale) is shared by
-// more features. Else four, which leaves more threads for short rows; beyond 512 x 4 chunks eight.
-inline RowShape select_row_shape(const CompressOutput& out, int in_features, bool vector, bool fused) {
+// Four chunks a thread take 40 registers in the plain kernel, which leaves a multiprocessor three quarters of its
+// warps; rows beyond 512 x 4 chunks take eight.
+inline RowShape select_row_shape(const CompressOutput& out, int in_features, bool vector) {
   const bool extras = out.channel_scale != nullptr || out.shift != nullptr || out.token_shift != TokenShift::kNone ||
                       out.variance_correction ||
                       (out.value_type == ElementType::kE4M3 && out.layout != MetadataLayout::kSm90Bits8);
-  for (int chunks : {fused ? 4 : 8, fused ? 8 : 4}) {
+  for (int chunks : {4, 8}) {
     const int warp_features = chunks * 32 * kChunk;
     const bool fits = in_features % warp_features == 0 && in_features / warp_features <= kMaxRowThreads / 32;
     if (vector && !extras && fits) return {RowKind::kPlain, chunks, in_features / (chunks * kChunk)};
@@ -257,11 +256,7 @@ template <class Producer, bool kE4M3>
 cudaError_t launch_compress_row(const Producer& producer, const CompressOutput& out, int64_t tokens, int in_features,
                                 bool vector, cudaStream_t stream) {
   if (in_features > kMaxRowFeatures || tokens > kMaxTokens) return cudaErrorInvalidValue;
-  const RowShape shape = select_row_shape(out, in_features, vector, Producer::kFused);
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
+  const RowShape shape = select_row_shape(out, in_features, vector);
   const auto launch = [&](auto kind) {
     constexpr RowKind kKind = decltype(kind)::value;
     const auto kernel = shape.chunks == 4 ? compress_row_kernel<Producer, kE4M3, kKind, 4>

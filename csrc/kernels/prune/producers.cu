@@ -28,7 +28,7 @@ struct RmsNorm {
     Chunk<E> addend[kChunks];
     load_row<E, kKind>(h, x + token * in_features, in_features);
     if constexpr (kResidual) load_row<E, kKind>(addend, residual + token * in_features, in_features);
-    const int64_t first = token * in_features + threadIdx.x * kChunk;
+    const int64_t first = token * in_features + row_chunk<kChunks>(0) * kChunk;
     float squares = 0;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
@@ -37,8 +37,8 @@ struct RmsNorm {
         for (int j = 0; j < kChunk / 2; ++j) {
           h[i].set_pair(j, h[i].get(2 * j) + addend[i].get(2 * j), h[i].get(2 * j + 1) + addend[i].get(2 * j + 1));
         }
-        if (row_chunk_count<kKind>(in_features, i * blockDim.x + threadIdx.x) > 0) {
-          store_chunk<E, true>(residual_out + first + i * blockDim.x * kChunk, h[i], kChunk);
+        if (row_chunk_count<kKind>(in_features, row_chunk<kChunks>(i)) > 0) {
+          store_chunk<E, true>(residual_out + first + i * 32 * kChunk, h[i], kChunk);
         }
       }
 #pragma unroll
@@ -48,7 +48,7 @@ struct RmsNorm {
     const float inverse = 1.0f / sqrtf(mean + epsilon);
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const int chunk = i * blockDim.x + threadIdx.x;
+      const int chunk = row_chunk<kChunks>(i);
       if (row_chunk_count<kKind>(in_features, chunk) == 0) continue;
       const uint4 scale = __ldg(reinterpret_cast<const uint4*>(weight) + chunk);
       const uint32_t word[4] = {scale.x, scale.y, scale.z, scale.w};

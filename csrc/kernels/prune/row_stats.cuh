@@ -8,6 +8,13 @@ namespace nm_act {
 
 inline constexpr int kMaxWarps = 32;
 
+// The i-th chunk of this thread's kChunks: a warp's chunks are consecutive, so a thread's lie at constant distances and
+// their loads and stores share one address.
+template <int kChunks>
+__device__ __forceinline__ int row_chunk(int i) {
+  return (static_cast<int>(threadIdx.x) / 32 * kChunks + i) * 32 + static_cast<int>(threadIdx.x) % 32;
+}
+
 // Reductions over the block; every thread gets the result. Two slots of shared memory are used in turn, so that one
 // barrier a reduction is enough: whoever writes a slot again has passed the barrier of the reduction between.
 class RowReducer {
@@ -126,7 +133,7 @@ __device__ __forceinline__ float row_median(const Chunk<E> (&x)[kChunks], int in
   uint32_t negatives = 0, nans = 0;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    const int count = chunk_count<false>(in_features, i * blockDim.x + threadIdx.x);
+    const int count = chunk_count<false>(in_features, row_chunk<kChunks>(i));
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) {
       const uint32_t bits = Keys::bits_of(x[i], j);
@@ -142,7 +149,7 @@ __device__ __forceinline__ float row_median(const Chunk<E> (&x)[kChunks], int in
   Keys keys[kChunks];
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    keys[i] = Keys(x[i], chunk_count<false>(in_features, i * blockDim.x + threadIdx.x), negative);
+    keys[i] = Keys(x[i], chunk_count<false>(in_features, row_chunk<kChunks>(i)), negative);
   }
   const uint32_t slots = kChunks * kChunk * blockDim.x;
   uint32_t prefix = 0;

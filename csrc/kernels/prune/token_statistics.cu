@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   VarianceSums sums;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    const int chunk = i * blockDim.x + threadIdx.x;
+    const int chunk = row_chunk<kChunks>(i);
     const int count = chunk_count<kVector>(in_features, chunk);
     if (count == 0) break;
     Chunk<E> z = load_chunk<E, kVector>(row + chunk * kChunk, count);

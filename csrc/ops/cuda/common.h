@@ -40,6 +40,9 @@ struct Rows {
 };
 Rows rows_of(const at::Tensor& x);
 
+// Contiguous and 16-byte aligned, for kernels that read whole vectors: the tensor itself, or a copy if it has to be.
+at::Tensor aligned(const at::Tensor& tensor);
+
 inline at::Tensor empty_vector(const at::Tensor& like, int64_t size) {
   return at::empty({size}, like.options().dtype(at::kFloat));
 }

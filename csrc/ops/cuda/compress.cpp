@@ -47,7 +47,9 @@ std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, co
                                                          MetadataLayout layout) {
   const int64_t tokens = selection.tokens, in_features = selection.in_features;
   PackedOperand operand;
-  operand.values = at::empty({tokens, in_features / 2}, x.options().dtype(value_type));
+  // The sm_80 GEMM reads whole blocks of tokens: the rest of the last one only has to be memory.
+  const int64_t rows = layout == MetadataLayout::kSm80Bits16 ? metadata_padded_tokens(layout, tokens) : tokens;
+  operand.values = at::empty({rows, in_features / 2}, x.options().dtype(value_type)).narrow(0, 0, tokens);
   operand.metadata = at::empty({metadata_bytes(layout, tokens, in_features)}, x.options().dtype(at::kByte));
   if (variance_correction || value_type == at::kFloat8_e4m3fn) operand.row_scale = empty_vector(x, tokens);
   if (selection.token_shift != cpu::TokenShift::kNone) operand.eta = empty_vector(x, tokens);
@@ -100,12 +102,6 @@ Packed compress_packed_op(const at::Tensor& x, const OptionalTensor& channel_sca
   const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   return results(compress_packed(x, selection, variance_correction, fp8, gemm_device(x, kOp), kOp));
-}
-
-// The producers read whole 16-byte vectors.
-at::Tensor aligned(const at::Tensor& tensor) {
-  const at::Tensor dense = tensor.contiguous();
-  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
 }
 
 void check_same_shape(const at::Tensor& x, const at::Tensor& other, const char* name, const char* op) {

@@ -35,6 +35,12 @@ Rows rows_of(const at::Tensor& x) {
   return {x.contiguous(), in_features};
 }
 
+at::Tensor aligned(const at::Tensor& tensor) {
+  if (!tensor.defined()) return tensor;
+  const at::Tensor dense = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+}
+
 std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
   std::vector<int64_t> result = sizes.vec();
   result.back() = last;

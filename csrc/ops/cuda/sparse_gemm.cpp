@@ -78,12 +78,12 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
   const auto vector = [&](const OptionalTensor& tensor, int64_t size, const char* name) {
     // compress_packed returns vectors of length 0 for what was not asked for.
     if (tensor.has_value() && tensor->defined() && tensor->numel() == 0 && size != 0) return at::Tensor();
-    return check_vector(tensor, like, size, name, kOp);
+    return aligned(check_vector(tensor, like, size, name, kOp));
   };
   const GemmEpilogueTensors epilogue{vector(row_scale, tokens, "row_scale"), vector(eta, tokens, "eta"),
                                      vector(shift_out, out_features, "shift_out"),
                                      vector(column_scale, out_features, "column_scale"),
-                                     bias.has_value() && bias->defined() ? bias->to(type).contiguous() : at::Tensor()};
+                                     bias.has_value() && bias->defined() ? aligned(bias->to(type)) : at::Tensor()};
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   const SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, y);
   TORCH_CHECK_NOT_IMPLEMENTED(

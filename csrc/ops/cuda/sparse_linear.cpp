@@ -67,8 +67,8 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   }
   const PackedOperand operand = compress_packed(x, selection, variance_correction, false, device, kOp);
   const at::Tensor y = at::empty(sizes, x.options());
-  const GemmEpilogueTensors epilogue{operand.row_scale, operand.eta, shift_vector, column_vector,
-                                     bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor()};
+  const GemmEpilogueTensors epilogue{operand.row_scale, operand.eta, aligned(shift_vector), aligned(column_vector),
+                                     aligned(bias.value_or(at::Tensor()))};
   check_status(launch_sparse_gemm(gemm_params(operand, weight, epilogue, y), device, current_stream(x)), kOp);
   return y;
 }
@@ -98,10 +98,9 @@ at::Tensor sparse_linear_fp8(const at::Tensor& x, const at::Tensor& weight, cons
   const at::Tensor y = at::empty(with_last(x.sizes(), out_features), x.options());
   if (y.numel() == 0) return y;
   // The kernel's column scale multiplies the shift term too, so the weight's scale is taken out of a given image.
-  GemmEpilogueTensors epilogue{operand.row_scale, operand.eta,
-                               given.defined() ? given.div(scale) : shift_image(weight, selection, given),
-                               column_vector.defined() ? scale.mul(column_vector) : scale,
-                               bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor()};
+  GemmEpilogueTensors epilogue{
+      operand.row_scale, operand.eta, given.defined() ? given.div(scale) : shift_image(weight, selection, given),
+      column_vector.defined() ? scale.mul(column_vector) : scale, aligned(bias.value_or(at::Tensor()))};
   check_status(launch_sparse_gemm(gemm_params(operand, weight, epilogue, y), device, current_stream(x)), kOp);
   return y;
 }

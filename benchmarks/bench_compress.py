@@ -1,0 +1,228 @@
+"""2:4 compression against the device's copy bandwidth, alone and fused behind RMSNorm and SiLU.
+
+The baseline `copy` is the time that the call's bytes (read + written) would take at the speed of a large copy measured
+in turn with it, so `speedup` is the fraction of copy bandwidth. The producers have a second row, `<name>/dense_floor`:
+the bytes of the same fused operator with a dense output of x's type. `cusparselt_bf16` is `torch._cslt_compress` of an
+operand that is pruned already. CUTLASS's compressor has no row: it is a C++ template that no Python package builds.
+
+    python benchmarks/bench_compress.py --csv benchmarks/results/h200/compress.csv
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from gpu_timer import DeviceCopy, common_arguments, copies_for, interleaved, require_kernels
+from timer import Rows, percentiles
+
+import nm_act
+from nm_act import reference
+
+FEATURES = (4096, 8192, 14336, 28672)
+TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+QUICK = {"features": (4096, 14336), "tokens": (64, 512, 4096, 16384)}
+CSLT_TOKENS = 1024  # below, its host time would be measured
+E4M3 = torch.float8_e4m3fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kernel: how it is called, and how many dense tensors it reads and writes."""
+
+    name: str
+    dtype: torch.dtype
+    fp8: bool
+    call: Callable[["Operands"], tuple[torch.Tensor, ...]]
+    reads: int = 1
+    writes: int = 0
+    produces: Callable[["Operands"], torch.Tensor] | None = None  # plain torch, for the producers
+
+    @property
+    def label(self) -> str:
+        return "e4m3" if self.fp8 else {torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+    def bytes(self, tokens: int, features: int) -> int:
+        values = features // 2 * (1 if self.fp8 else 2)
+        return tokens * (features * 2 * (self.reads + self.writes) + values + features // 8 + (4 if self.fp8 else 0))
+
+    def dense_bytes(self, tokens: int, features: int) -> int:
+        return tokens * features * 2 * (self.reads + self.writes + 1)
+
+
+class Operands:
+    """One set of inputs for every variant of a dtype."""
+
+    def __init__(self, tokens: int, features: int, dtype: torch.dtype):
+        self.x, self.other = (torch.randn(tokens, features, device="cuda", dtype=dtype) for _ in range(2))
+        self.weight = torch.ones(features, device="cuda", dtype=dtype)
+        self.scale = torch.ones(features, device="cuda")
+
+
+def rms_norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (h.float() * torch.rsqrt(h.float().square().mean(dim=-1, keepdim=True) + 1e-6)).to(h.dtype) * weight
+
+
+def variants() -> list[Variant]:
+    half = torch.bfloat16
+    result = [
+        Variant("compress", torch.float16, False, lambda o: nm_act.compress_packed(o.x)),
+        Variant("compress_neutral", half, False, lambda o: nm_act.compress(o.x)),
+    ]
+    for fp8 in (False, True):
+
+        def packed(operands, fp8=fp8, **options):
+            return nm_act.compress_packed(operands.x, fp8=fp8, **options)
+
+        def normed(operands, residual=None, fp8=fp8):
+            return nm_act.rms_norm_compress(operands.x, operands.weight, 1e-6, residual, fp8=fp8)
+
+        def gated(operands, fp8=fp8):
+            return nm_act.silu_mul_compress(operands.x, operands.other, fp8=fp8)
+
+        result += [
+            Variant("compress", half, fp8, packed),
+            Variant("compress+channel_scale", half, fp8, lambda o, packed=packed: packed(o, channel_scale=o.scale)),
+            Variant("compress+variance", half, fp8, lambda o, packed=packed: packed(o, variance_correction=True)),
+            Variant("compress+mean", half, fp8, lambda o, packed=packed: packed(o, token_shift="mean")),
+            Variant("compress+median", half, fp8, lambda o, packed=packed: packed(o, token_shift="median")),
+            Variant("rms_norm_compress", half, fp8, normed, produces=lambda o: rms_norm(o.x, o.weight)),
+            Variant(
+                "rms_norm_residual_compress",
+                half,
+                fp8,
+                lambda o, normed=normed: normed(o, o.other),
+                reads=2,
+                writes=1,
+                produces=lambda o: rms_norm(o.x + o.other, o.weight),
+            ),
+            Variant("silu_mul_compress", half, fp8, gated, reads=2, produces=lambda o: F.silu(o.x) * o.other),
+        ]
+    return result
+
+
+def verify(variant: Variant, features: int) -> None:
+    """A row is worth nothing if the result is wrong: compare the values with the oracle's before timing."""
+    operands = Operands(70, features, variant.dtype)
+    values = variant.call(operands)[0]
+    produced = variant.produces(operands) if variant.produces else operands.x
+    token_shift = next((shift for shift in ("mean", "median") if shift in variant.name), "none")
+    expected = reference.compress(produced, token_shift=token_shift)[0].double()
+    got = values.double()
+    if variant.fp8:
+        got = got * (expected.abs().amax(dim=-1, keepdim=True) / 448)
+    error = ((got - expected).norm() / expected.norm()).item()
+    limit = 4e-2 if variant.fp8 else 2e-2 if variant.produces else 0.0
+    if not error <= limit:
+        raise SystemExit(
+            f"expected {variant.name} {variant.label} within {limit} of the oracle, got {error}: not timed"
+        )
+
+
+def cusparselt_calls(xs: list[torch.Tensor]) -> tuple[list[Callable] | None, str]:
+    try:
+        pruned = [nm_act.prune(x, 2, 4) for x in xs]
+        torch._cslt_compress(pruned[0])
+        torch.cuda.synchronize()
+    except Exception as error:  # whatever keeps it from running is the reason to print
+        return None, str(error).splitlines()[0][:160][:160]
+    return [lambda x=x: torch._cslt_compress(x) for x in pruned], ""
+
+
+class Report:
+    """What the summary needs, besides the CSV."""
+
+    def __init__(self):
+        self.fractions: list[tuple[float, str, int, int, float, str]] = []
+        self.reasons: set[str] = set()
+
+    def print(self) -> None:
+        for label in ("bf16", "e4m3"):
+            large = [
+                entry
+                for entry in self.fractions
+                if entry[5] == "copy" and entry[1] == f"compress {label}" and min(entry[2], entry[3]) >= 4096
+            ]
+            if large:
+                fraction, _, tokens, features, *_ = min(large)
+                where = f"{tokens} x {features}"
+                print(f"compress {label}, >= 4096 x 4096: worst {fraction:.0%} of copy at {where} (bar 85 %)")
+        for _, name, tokens, features, us, kind in self.fractions:
+            if kind == "copy" and name in ("compress bf16", "compress e4m3") and (tokens, features) == (64, 4096):
+                print(f"{name}, 64 x 4096: {us:.1f} us (bar 4 us)")
+        producers = [entry for entry in self.fractions if entry[5] == "dense_floor" and entry[2] >= 4096]
+        for name in sorted({entry[1] for entry in producers}):
+            worst = min(entry for entry in producers if entry[1] == name)
+            print(f"{name}, >= 4096 tokens: worst {1 / worst[0]:.2f}x of the dense-output kernel's bytes (bar 1.10x)")
+        for reason in self.reasons:
+            print(f"cusparselt_bf16: no row, {reason}")
+        print("cutlass_compressor: no row, it is a C++ template that no Python package builds")
+
+
+def bench(rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: int, seconds: float) -> None:
+    chosen = variants()
+    copies = max(2, copies_for(2 * chosen[0].bytes(tokens, features)))
+    calls: dict[str, list[Callable]] = {"copy": [copy]}
+    operands = {
+        dtype: [Operands(tokens, features, dtype) for _ in range(copies)] for dtype in (torch.bfloat16, torch.float16)
+    }
+    for index, variant in enumerate(chosen):
+        calls[str(index)] = [lambda o=o, variant=variant: variant.call(o) for o in operands[variant.dtype]]
+    if tokens >= CSLT_TOKENS:
+        cslt, reason = cusparselt_calls([o.x for o in operands[torch.bfloat16]])
+        if cslt:
+            calls["cslt"] = cslt
+        else:
+            report.reasons.add(reason)
+    times = interleaved(calls, seconds, eager=("cslt",))
+    speed = copy.bytes_per_us(times["copy"])
+    line = []
+    for index, variant in enumerate(chosen):
+        moved, mine = variant.bytes(tokens, features), times[str(index)]
+        median = percentiles(mine)[1]
+        common = {
+            "dtype": variant.label,
+            "pattern": "2:4",
+            "stage": "compress",
+            "tokens": tokens,
+            "in_features": features,
+        }
+        floors = [("copy", variant.name, moved)]
+        if variant.produces:
+            floors.append(("dense_floor", f"{variant.name}/dense_floor", variant.dense_bytes(tokens, features)))
+        for kind, name, amount in floors:
+            gbps = f"{moved / median / 1e3:.1f}"
+            rows.add(mine, [amount / speed], **common, variant=name, baseline="copy", gbps=gbps)
+            fraction = amount / speed / median
+            report.fractions.append((fraction, f"{variant.name} {variant.label}", tokens, features, median, kind))
+        line.append(f"{variant.name} {variant.label} {median:.1f} us {moved / speed / median:.0%}")
+        if "cslt" in times and variant.name == "compress" and variant.label == "bf16":
+            rows.add(mine, times["cslt"], **common, variant=variant.name, baseline="cusparselt_bf16")
+            line.append(f"cslt {percentiles(times['cslt'])[1]:.0f} us")
+    print(f"{tokens:>5} x {features:<5} copy {speed / 1e6:.2f} TB/s; " + "; ".join(line), flush=True)
+
+
+def main() -> None:
+    parser = common_arguments(__doc__)
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--features", nargs="+", type=int)
+    arguments = parser.parse_args()
+    device = require_kernels(nm_act.build_info())
+    tokens = arguments.tokens or (QUICK["tokens"] if arguments.quick else TOKENS)
+    features = arguments.features or (QUICK["features"] if arguments.quick else FEATURES)
+    torch.manual_seed(0)
+    for variant in variants():
+        verify(variant, min(features))
+    rows, report, copy = (
+        Rows(arguments.csv, bench="compress", device=device, commit=arguments.commit),
+        Report(),
+        DeviceCopy(),
+    )
+    for count in features:
+        for token_count in tokens:
+            bench(rows, report, copy, token_count, count, arguments.seconds / (2 if arguments.quick else 1))
+    report.print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Shared by the CUDA tests: when they run, poisoned memory, strided inputs, float64 oracles of the e4m3 operators."""
+
+import pytest
+import torch
+
+import nm_act
+from nm_act import reference
+
+E4M3 = torch.float8_e4m3fn
+HALVES = (torch.bfloat16, torch.float16)
+KERNELS = torch.cuda.is_available() and bool(nm_act.build_info().get("cuda"))
+WHY_NOT = "needs a CUDA device and compiled CUDA kernels"
+GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not KERNELS, reason=WHY_NOT)]
+
+
+def packed_layout(dtype: torch.dtype) -> str:
+    """Name of the metadata layout that this device's sparse GEMM reads, by the dtype of the values."""
+    if dtype == E4M3:
+        return "sm90_8bit"
+    return "sm90_16bit_t128" if torch.cuda.get_device_capability()[0] == 9 else "sm80_16bit"
+
+
+def poison() -> None:
+    """Leave NaNs (and illegal metadata nibbles) in the memory that torch's allocator hands out next."""
+    sizes = [*[1 << 9] * 16, *[1 << 14] * 16, *[1 << 18] * 8, *[1 << 20] * 8, *[1 << 23] * 4, 1 << 26]
+    blocks = [torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda") for size in sizes]
+    del blocks
+
+
+def strided(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The values of ``x [tokens, in]`` in memory layouts that kernels must cope with."""
+    tokens, in_features = x.shape
+    wide = torch.full((tokens, in_features + 64), float("nan"), dtype=x.dtype, device=x.device)
+    wide[:, 32 : 32 + in_features] = x
+    # The row stride is even in elements but no multiple of 16 bytes, and neither is the start.
+    odd = torch.full((tokens, in_features + 3), float("nan"), dtype=x.dtype, device=x.device)
+    odd[:, 1 : 1 + in_features] = x
+    twice = torch.full((2 * tokens, in_features), float("nan"), dtype=x.dtype, device=x.device)
+    twice[::2] = x
+    spread = torch.full((tokens, 2 * in_features), float("nan"), dtype=x.dtype, device=x.device)
+    spread[:, ::2] = x
+    return {
+        "row stride": wide[:, 32 : 32 + in_features],
+        "misaligned": odd[:, 1 : 1 + in_features],
+        "every other row": twice[::2],
+        "every other feature": spread[:, ::2],
+        "transposed": x.t().contiguous().t(),
+    }
+
+
+def stored(weight: torch.Tensor, layout: str) -> torch.Tensor:
+    return weight if layout == "out_in" else weight.t().contiguous().t()
+
+
+def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    assert actual.shape == exact.shape
+    assert not actual.isnan().any()
+    return ((actual.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The contract of the e4m3 kernels: ``scale = amax * (1 / 448)``, ``e4m3(values * (1 / scale))``, all in float32."""
+    inverse_max = torch.tensor(1 / 448, dtype=torch.float32, device=values.device)
+    scale = values.float().abs().amax(dim=-1) * inverse_max
+    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+    return (values.float() * (1 / scale)[:, None]).clamp(-448, 448).to(E4M3), scale
+
+
+def quantise_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per output channel, as a checkpoint would hold it."""
+    scale = (weight.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
+    return (weight.float() / scale[:, None]).clamp(-448, 448).to(E4M3), scale
+
+
+def sparse_linear_fp8_oracle(
+    x, weight, weight_scale, bias=None, *, shift_out=None, variance_correction=False, column_scale=None, **selection
+):
+    """Float64 ``(nu * Q(P(X - eta)) @ W^T + E) * column_scale + bias``, W and Q(P) as the quantised values say."""
+    shift, token_shift = selection.get("shift"), selection.get("token_shift", "none")
+    pruned = reference.prune(x, 2, 4, **selection)
+    quantised, scale = quantise_rows(pruned)
+    w = weight.double() * weight_scale.double()[:, None]
+    y = (quantised.double() * scale.double()[:, None]) @ w.t()
+    if variance_correction:
+        y = y * reference.variance_ratio(reference.shifted(x, shift, token_shift), pruned)
+    if token_shift != "none":
+        row_sums = w.sum(dim=1) if shift_out is None else shift_out.double()
+        y = y + reference.token_shift_values(x, token_shift).double() * row_sums
+    elif shift is not None:
+        y = y + (w @ shift.double() if shift_out is None else shift_out.double())
+    if column_scale is not None:
+        y = y * column_scale.double()
+    return y if bias is None else y + bias.double()
+
+
+def linear_options(in_features: int, out_features: int, device: str = "cuda") -> dict[str, dict]:
+    """Every option of sparse_linear alone, and most of them together."""
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda size: torch.randn(size, generator=generator).to(device)  # noqa: E731
+    return {
+        "plain": {},
+        "channel scale": {"channel_scale": draw(in_features).abs()},
+        "static shift": {"shift": 0.3 * draw(in_features)},
+        "mean": {"token_shift": "mean"},
+        "median": {"token_shift": "median"},
+        "variance": {"variance_correction": True},
+        "column scale": {"column_scale": 1 + 0.1 * draw(out_features)},
+        "shift, variance, column scale": {
+            "shift": 0.3 * draw(in_features),
+            "variance_correction": True,
+            "column_scale": 1 + 0.1 * draw(out_features),
+        },
+        "all": {
+            "channel_scale": draw(in_features).abs(),
+            "token_shift": "median",
+            "variance_correction": True,
+            "column_scale": 1 + 0.1 * draw(out_features),
+        },
+    }

@@ -1,0 +1,327 @@
+"""CUDA selection kernels: prune, compress, compress_packed and the fused producers, bit for bit against the oracle."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, PATTERNS, assert_same_bits, hard_activations
+from cuda_cases import E4M3, GPU_MARKS, HALVES, packed_layout, poison, quantise_rows, strided
+
+import nm_act
+from nm_act import reference
+
+pytestmark = GPU_MARKS
+TOKENS = (1, 33, 129)
+SELECTIONS = ("plain", "channel scale", "static shift", "mean", "median")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    poison()
+
+
+def selection(name: str, in_features: int) -> dict:
+    """Selection options on the CPU; the oracle runs there."""
+    scale = torch.randn(in_features)
+    # A zero, a negative and non-finite scales are part of the contract.
+    scale[0], scale[1 % in_features], scale[-1] = 0.0, float("inf"), float("nan")
+    return {
+        "plain": {},
+        "channel scale": {"channel_scale": scale},
+        "static shift": {"shift": torch.randn(in_features)},
+        "mean": {"token_shift": "mean"},
+        "median": {"token_shift": "median"},
+    }[name]
+
+
+def on_gpu(options: dict) -> dict:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
+def assert_legal(metadata: torch.Tensor) -> None:
+    nibbles = torch.stack([metadata & 15, metadata >> 4])
+    assert ((nibbles & 3) < (nibbles >> 2)).all()
+
+
+# ---- prune -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), [*PATTERNS, (7, 8), (1, 16), (1, 32)])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_prune_equals_oracle(dtype, n, m, tokens):
+    for in_features, names in ((32, SELECTIONS), (288, SELECTIONS), (4096, ("plain",))):
+        x = hard_activations(tokens, in_features, dtype, seed=tokens)
+        for name in names:
+            options = selection(name, in_features)
+            pruned = nm_act.prune(x.cuda(), n, m, **on_gpu(options))
+            assert_same_bits(pruned.cpu(), reference.prune(x, n, m, **options), any_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (8, 16)])
+def test_prune_of_strided_inputs(dtype, n, m):
+    x = hard_activations(33, 272, dtype)
+    expected = reference.prune(x, n, m)
+    for name, view in strided(x.cuda()).items():
+        pruned = nm_act.prune(view, n, m)
+        assert pruned.is_contiguous(), name
+        assert_same_bits(pruned.cpu(), expected, any_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (64,), (2, 3, 64), (3, 4)])
+def test_prune_and_compress_of_any_shape(shape):
+    x = torch.randn(shape)
+    assert_same_bits(nm_act.prune(x.cuda(), 2, 4).cpu(), reference.prune(x, 2, 4))
+    values, metadata = nm_act.compress(x.cuda())
+    expected_values, expected_metadata = reference.compress(x)
+    assert_same_bits(values.cpu(), expected_values)
+    assert torch.equal(metadata.cpu(), expected_metadata)
+
+
+# ---- compress --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("in_features", [4, 12, 36, 1000, 4096])
+def test_compress_equals_oracle(dtype, name, tokens, in_features):
+    x, options = hard_activations(tokens, in_features, dtype, seed=tokens), selection(name, in_features)
+    values, metadata = nm_act.compress(x.cuda(), **on_gpu(options))
+    expected_values, expected_metadata = reference.compress(x, **options)
+    assert_same_bits(values.cpu(), expected_values, any_nan=True)
+    assert torch.equal(metadata.cpu(), expected_metadata)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compress_of_strided_inputs(dtype):
+    x = hard_activations(33, 272, dtype)
+    expected_values, expected_metadata = reference.compress(x)
+    for name, view in strided(x.cuda()).items():
+        values, metadata = nm_act.compress(view)
+        assert_same_bits(values.cpu(), expected_values, any_nan=True)
+        assert torch.equal(metadata.cpu(), expected_metadata), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decompress_gives_the_pruned_tensor(dtype):
+    for shape in ((1, 4), (33, 12), (2, 3, 64), (129, 4096)):
+        x = torch.randn(shape, device="cuda").to(dtype)
+        assert_same_bits(nm_act.decompress(*nm_act.compress(x)), nm_act.prune(x, 2, 4))
+
+
+# ---- compress_packed -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("tokens", [*TOKENS, 64, 300])
+@pytest.mark.parametrize("in_features", [32, 288, 4096])
+def test_packed_equals_neutral(dtype, name, tokens, in_features):
+    x, options = hard_activations(tokens, in_features, dtype, seed=tokens), selection(name, in_features)
+    values, metadata, row_scale, eta = nm_act.compress_packed(x.cuda(), **on_gpu(options))
+    expected_values, expected_metadata = reference.compress(x, **options)
+    assert_same_bits(values.cpu(), expected_values, any_nan=True)
+    layout = packed_layout(dtype)
+    assert torch.equal(nm_act.unpack_metadata(metadata.cpu(), tokens, in_features, layout), expected_metadata)
+    assert_legal(metadata)
+    assert row_scale.numel() == 0
+    if "token_shift" in options:
+        expected_eta = reference.token_shift_values(x, options["token_shift"]).squeeze(-1)
+        torch.testing.assert_close(eta.cpu(), expected_eta, rtol=0, atol=0, equal_nan=True)
+    else:
+        assert eta.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_packed_of_strided_inputs(dtype, fp8):
+    x = torch.randn(33, 288, device="cuda").to(dtype)
+    expected = nm_act.compress_packed(x, fp8=fp8)
+    for view in strided(x).values():
+        for actual, wanted in zip(nm_act.compress_packed(view, fp8=fp8), expected, strict=True):
+            assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_packed_variance_factor(dtype, fp8, name):
+    x = (torch.randn(65, 1024) + 0.25).to(dtype)
+    options = {"channel_scale": torch.rand(1024)} if name == "channel scale" else selection(name, 1024)
+    row_scale = nm_act.compress_packed(x.cuda(), fp8=fp8, variance_correction=True, **on_gpu(options))[2]
+    pruned = reference.prune(x, 2, 4, **options)
+    shifted = reference.shifted(x, options.get("shift"), options.get("token_shift", "none"))
+    expected = reference.variance_ratio(shifted, pruned).squeeze(-1)
+    if fp8:
+        expected = expected * quantise_rows(pruned)[1].double()
+    torch.testing.assert_close(row_scale.cpu().double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_packed_tokens_without_variance_have_factor_one(fp8):
+    x = torch.zeros(3, 128, dtype=torch.bfloat16, device="cuda")
+    values, _, row_scale, _ = nm_act.compress_packed(x, fp8=fp8, variance_correction=True)
+    assert (values.float() == 0).all()
+    assert row_scale.isfinite().all()
+    if not fp8:
+        assert (row_scale == 1).all()
+
+
+# ---- e4m3 ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("in_features", [32, 288, 4096, 14336])
+def test_fp8_selects_before_it_quantises(dtype, name, tokens, in_features):
+    """The selection looks at x as it is; the scale is amax / 448 over the survivors; the cast is torch's."""
+    x, options = torch.randn(tokens, in_features).to(dtype), selection(name, in_features)
+    if tokens > 2:
+        x[1], x[2] = torch.randint(-2, 3, (in_features,)), 0.0
+        x[0] *= 2.0**-10
+    values, metadata, row_scale, _ = nm_act.compress_packed(x.cuda(), fp8=True, **on_gpu(options))
+    survivors, expected_metadata = reference.compress(x, **options)
+    assert values.dtype == E4M3
+    assert torch.equal(nm_act.unpack_metadata(metadata.cpu(), tokens, in_features, "sm90_8bit"), expected_metadata)
+    assert_legal(metadata)
+    expected_values, expected_scale = quantise_rows(survivors)
+    torch.testing.assert_close(row_scale.cpu(), expected_scale, rtol=2e-7, atol=0)
+    assert torch.equal(values.cpu().view(torch.uint8), expected_values.view(torch.uint8))
+
+
+def test_fp8_uses_the_whole_range():
+    x = torch.randn(8, 256, device="cuda", dtype=torch.bfloat16) * torch.logspace(-30, 30, 8, device="cuda")[:, None]
+    values, _, row_scale, _ = nm_act.compress_packed(x.bfloat16(), fp8=True)
+    assert (values.float().abs().amax(dim=-1) == 448).all()
+    assert row_scale.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_fp8_never_drops_a_nan_or_infinity(dtype):
+    x = hard_activations(33, 288, dtype)
+    values, _, row_scale, _ = nm_act.compress_packed(x.cuda(), fp8=True)
+    lost = ~x.isfinite().all(dim=-1).cuda()
+    poisoned = values.float().isnan().any(dim=-1) | row_scale.isnan()
+    assert torch.equal(poisoned, lost)
+
+
+# ---- producers -------------------------------------------------------------------------------------------------------
+def decompressed(packed, dtype: torch.dtype, tokens: int, in_features: int) -> torch.Tensor:
+    values, metadata, row_scale = packed[:3]
+    neutral = nm_act.unpack_metadata(metadata.cpu(), tokens, in_features, packed_layout(values.dtype))
+    dense = reference.decompress(values.cpu().float(), neutral).cuda()
+    return dense * row_scale[:, None] if values.dtype == E4M3 else dense.to(dtype).float()
+
+
+def assert_close_to_pruned(packed, produced: torch.Tensor) -> None:
+    """Rounding may differ by one unit from torch's, and flip a choice between near equals: compare as a whole."""
+    pruned = reference.prune(produced, 2, 4).float()
+    error = (decompressed(packed, produced.dtype, *produced.shape) - pruned).norm() / pruned.norm()
+    assert error < (4e-2 if packed[0].dtype == E4M3 else 3e-3)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(("tokens", "in_features"), [(1, 32), (33, 288), (65, 4096), (5, 14336)])
+def test_rms_norm_compress(dtype, fp8, with_residual, tokens, in_features):
+    x, residual = (torch.randn(tokens, in_features, device="cuda").to(dtype) for _ in range(2))
+    weight, before = torch.randn(in_features, device="cuda").to(dtype), (x.clone(), residual.clone())
+    *packed, hidden = nm_act.rms_norm_compress(x, weight, 1e-6, residual if with_residual else None, fp8=fp8)
+    expected = x + residual if with_residual else x
+    assert_same_bits(hidden, expected)
+    assert torch.equal(x, before[0])  # inputs are read only
+    assert torch.equal(residual, before[1])
+    h = expected.float()
+    normed = (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)).to(dtype) * weight
+    assert_close_to_pruned(packed, normed)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("tokens", "in_features"), [(1, 32), (33, 288), (65, 4096), (5, 14336)])
+def test_silu_mul_compress(dtype, fp8, tokens, in_features):
+    merged = torch.randn(tokens, 2 * in_features, device="cuda").to(dtype)
+    gate, up = merged.chunk(2, dim=-1)
+    for arguments in ((gate.contiguous(), up.contiguous()), (gate, up)):
+        packed = nm_act.silu_mul_compress(*arguments, fp8=fp8)
+        assert_close_to_pruned(packed, F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_producers_take_the_options_of_the_selection(fp8):
+    tokens, in_features = 33, 1024
+    x, up = (torch.randn(tokens, in_features, device="cuda").bfloat16() for _ in range(2))
+    scale, weight = torch.rand(in_features, device="cuda") + 0.5, torch.ones(in_features, device="cuda").bfloat16()
+    options = {"channel_scale": scale, "token_shift": "mean", "variance_correction": True, "fp8": fp8}
+    normed = (x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + 1e-6)).bfloat16()
+    for packed, produced in (
+        (nm_act.rms_norm_compress(x, weight, 1e-6, **options)[:4], normed),
+        (nm_act.silu_mul_compress(x, up, **options), F.silu(x) * up),
+    ):
+        _, _, row_scale, eta = packed
+        expected = nm_act.compress_packed(produced, **options)
+        torch.testing.assert_close(eta, expected[3], rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(row_scale, expected[2], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_an_exact_product_is_compressed_to_the_same_bits(fp8):
+    x = torch.randn(33, 288, device="cuda").bfloat16()
+    gate = torch.full_like(x, 60.0)  # SiLU(60) is 60 in bf16, so the product has no rounding of its own
+    packed = zip(nm_act.silu_mul_compress(gate, x, fp8=fp8), nm_act.compress_packed(gate * x, fp8=fp8), strict=True)
+    for actual, expected in packed:
+        assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+
+
+# ---- determinism and the smallest cases for compute-sanitizer --------------------------------------------------------
+def test_ten_runs_give_the_same_bits():
+    x, weight = torch.randn(300, 4096, device="cuda").bfloat16(), torch.randn(4096, device="cuda").bfloat16()
+    options = {"token_shift": "mean", "variance_correction": True}
+    calls = [
+        lambda: nm_act.compress_packed(x, **options),
+        lambda: nm_act.compress_packed(x, fp8=True, **options),
+        lambda: nm_act.rms_norm_compress(x, weight, 1e-6, x, fp8=True, **options),
+        lambda: nm_act.silu_mul_compress(x, x, **options),
+        lambda: (nm_act.prune(x, 8, 16, token_shift="mean"),),
+    ]
+    for call in calls:
+        first = [part.view(torch.uint8).clone() for part in call()]
+        for _ in range(9):
+            poison()
+            for part, expected in zip(call(), first, strict=True):
+                assert torch.equal(part.view(torch.uint8), expected)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_selections(dtype, tokens):
+    x = hard_activations(tokens, 96, dtype)
+    for name in SELECTIONS:
+        options = selection(name, 96)
+        for n, m in ((1, 2), (2, 4), (4, 8), (8, 16), (16, 32)):
+            pruned = nm_act.prune(x.cuda(), n, m, **on_gpu(options))
+            assert_same_bits(pruned.cpu(), reference.prune(x, n, m, **options), any_nan=True)
+        values, metadata = nm_act.compress(x.cuda(), **on_gpu(options))
+        assert_same_bits(values.cpu(), reference.compress(x, **options)[0], any_nan=True)
+        assert torch.equal(nm_act.decompress(values, metadata).isnan().cpu(), pruned_nans(x, options))
+
+
+def pruned_nans(x: torch.Tensor, options: dict) -> torch.Tensor:
+    return reference.prune(x, 2, 4, **options).isnan()
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_small_packed_and_producers(dtype, fp8, tokens):
+    x, up = torch.randn(tokens, 96).to(dtype).cuda(), torch.randn(tokens, 96).to(dtype).cuda()
+    expected = reference.compress(x.cpu())[1]
+    for view in (x, *strided(x).values()):
+        values, metadata = nm_act.compress_packed(view, fp8=fp8)[:2]
+        layout = packed_layout(values.dtype)
+        assert torch.equal(nm_act.unpack_metadata(metadata.cpu(), tokens, 96, layout), expected)
+    for token_shift in ("mean", "median"):
+        row_scale = nm_act.compress_packed(x, fp8=fp8, token_shift=token_shift, variance_correction=True)[2]
+        assert row_scale.isfinite().all()
+    *packed, _ = nm_act.rms_norm_compress(x, up[0].contiguous(), 1e-6, up, fp8=fp8)
+    h = (x + up).float()
+    normed = (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)).to(dtype) * up[0]
+    assert_close_to_pruned(packed, normed)
+    assert_close_to_pruned(nm_act.silu_mul_compress(x, up, fp8=fp8), F.silu(x) * up)

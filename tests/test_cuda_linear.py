@@ -1,0 +1,505 @@
+"""CUDA linear layers: sparse_linear, sparse_linear_fp8 and sparse_gemm against float64; streams, graphs, compile, errors."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, hard_activations
+from cuda_cases import (
+    E4M3,
+    GPU_MARKS,
+    HALVES,
+    linear_options,
+    poison,
+    quantise_weight,
+    relative_error,
+    sparse_linear_fp8_oracle,
+    stored,
+    strided,
+)
+
+import nm_act
+from nm_act import reference
+
+pytestmark = GPU_MARKS
+LAYOUTS = ("out_in", "in_out")
+TOKENS = (1, 2, 3, 5, 16, 17, 33, 64, 129, 300, 1000, 4097)
+OPS = torch.ops.nm_act
+# Fast accumulation of the e4m3 tensor cores keeps fewer bits than float32; the output's rounding is the rest.
+FP8_LIMIT = {torch.bfloat16: 2.0**-8, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    poison()
+
+
+def problem(tokens, out_features, in_features, dtype=torch.bfloat16, layout="out_in"):
+    x = (torch.randn(tokens, in_features, device="cuda") + 0.2).to(dtype)
+    weight = (torch.randn(out_features, in_features, device="cuda") / in_features**0.5).to(dtype)
+    return x, stored(weight, layout), torch.randn(out_features, device="cuda").to(dtype)
+
+
+def torch_in_its_dtype(x, weight, bias, n, m, options):
+    """What torch makes of the same formula in the dtype of x: its error is the yardstick."""
+    if not options:
+        return F.linear(reference.prune(x, n, m), weight, bias)
+    return reference.sparse_linear(x, weight, bias, n, m, compute_dtype=x.dtype, **options)
+
+
+def assert_within_twice_torch(y, x, weight, bias, n, m, options, what):
+    exact = reference.sparse_linear(x, weight, bias, n, m, **options)
+    torchs = relative_error(torch_in_its_dtype(x, weight, bias, n, m, options), exact)
+    assert y.dtype == x.dtype
+    ours = relative_error(y, exact)
+    assert ours <= 2 * torchs, (what, ours, torchs)
+
+
+# ---- sparse_linear ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_error_at_most_twice_torchs_own(dtype, layout, tokens):
+    x, weight, bias = problem(tokens, 520, 1040, dtype, layout)
+    for n, m in ((2, 4), (8, 16), (4, 8)):
+        y = nm_act.sparse_linear(x, weight, bias, n, m)
+        assert_within_twice_torch(y, x, weight, bias, n, m, {}, (n, m))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 17, 129, 1000, 4097])
+@pytest.mark.parametrize("pattern", [(2, 4), (8, 16)])
+def test_every_option(dtype, layout, tokens, pattern):
+    x, weight, bias = problem(tokens, 264, 512, dtype, layout)
+    for name, options in linear_options(512, 264).items():
+        for given_bias in (bias, None):
+            y = nm_act.sparse_linear(x, weight, given_bias, *pattern, **options)
+            assert_within_twice_torch(y, x, weight, given_bias, *pattern, options, name)
+
+
+@pytest.mark.parametrize("tokens", [3, 1000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_given_shift_out_replaces_the_computed_one(tokens, layout):
+    x, weight, _ = problem(tokens, 264, 512, torch.bfloat16, layout)
+    shift = torch.randn(512, device="cuda")
+    for options, image in (
+        ({"shift": shift}, weight.float() @ shift),
+        ({"token_shift": "mean"}, weight.float().sum(1)),
+    ):
+        options = {**options, "shift_out": 2 * image}
+        y = nm_act.sparse_linear(x, weight, **options)
+        assert_within_twice_torch(y, x, weight, None, 2, 4, options, options)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("out_features", "in_features"), [(330, 1024), (512, 1000), (7, 36), (1, 64), (128, 1040)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shapes_that_the_tensor_cores_do_not_take_stay_right(dtype, out_features, in_features, layout):
+    for tokens in (1, 33, 1025):
+        x, weight, bias = problem(tokens, out_features, in_features, dtype, layout)
+        y = nm_act.sparse_linear(x, weight, bias)
+        assert_within_twice_torch(y, x, weight, bias, 2, 4, {}, tokens)
+
+
+@pytest.mark.parametrize("tokens", [17, 1025])
+def test_misaligned_and_strided_operands_stay_right(tokens):
+    in_features, out_features = 512, 264
+    x, weight, bias = problem(tokens, out_features, in_features)
+    options = {"token_shift": "mean", "column_scale": torch.rand(out_features, device="cuda") + 0.5}
+    for name, view in strided(x).items():
+        y = nm_act.sparse_linear(view, weight, bias, **options)
+        assert_within_twice_torch(y, x, weight, bias, 2, 4, options, name)
+    for layout in LAYOUTS:
+        for name, view in strided(weight if layout == "out_in" else weight.t().contiguous()).items():
+            y = nm_act.sparse_linear(x, view if layout == "out_in" else view.t(), bias)
+            assert_within_twice_torch(y, x, weight, bias, 2, 4, {}, (layout, name))
+    moved = lambda vector: torch.cat([vector[:1], vector])[1:]  # noqa: E731  the same values one element further
+    shifted_options = {
+        **options,
+        "column_scale": moved(options["column_scale"]),
+        "shift_out": moved(weight.float().sum(1)),
+    }
+    y = nm_act.sparse_linear(x, weight, moved(bias), **shifted_options)
+    assert_within_twice_torch(y, x, weight, bias, 2, 4, options, "misaligned vectors")
+    channel = torch.rand(in_features, device="cuda")
+    y = nm_act.sparse_linear(x, weight, channel_scale=moved(channel))
+    assert_within_twice_torch(y, x, weight, None, 2, 4, {"channel_scale": channel}, "misaligned channel scale")
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (0,), (2, 0, 5), (2, 600)])
+def test_leading_dimensions(leading):
+    weight = (torch.randn(64, 128, device="cuda") / 8).bfloat16()
+    x = torch.randn(*leading, 128, device="cuda").bfloat16()
+    y = nm_act.sparse_linear(x, weight)
+    assert y.shape == (*leading, 64)
+    if y.numel():
+        assert relative_error(y, reference.sparse_linear(x, weight)) < 4e-3
+    w8, scale = quantise_weight(weight)
+    assert nm_act.sparse_linear_fp8(x, w8, scale).shape == (*leading, 64)
+
+
+@pytest.mark.parametrize("tokens", [6, 1030])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_non_finite_inputs_reach_the_output(tokens, layout):
+    _, weight, _ = problem(1, 64, 128, torch.bfloat16, layout)
+    x = hard_activations(tokens, 128, torch.bfloat16).cuda()
+    lost = ~x.isfinite().all(dim=-1)
+    y = nm_act.sparse_linear(x, weight)
+    assert torch.equal((~y.isfinite()).any(dim=-1), lost)
+    assert y[3].isnan().all()  # the row with a NaN
+
+
+# ---- sparse_gemm and its epilogue ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 33, 129, 1000])
+@pytest.mark.parametrize(("out_features", "in_features"), [(8, 32), (264, 288), (512, 4096)])
+def test_sparse_gemm_epilogue(dtype, layout, tokens, out_features, in_features):
+    x, weight, bias = problem(tokens, out_features, in_features, dtype, layout)
+    values, metadata, *_ = nm_act.compress_packed(x)
+    pruned = reference.prune(x, 2, 4)
+    draw = lambda size: torch.randn(size, device="cuda")  # noqa: E731
+    terms = {
+        "row_scale": draw(tokens).abs() + 0.5,
+        "eta": draw(tokens),
+        "shift_out": draw(out_features),
+        "column_scale": draw(out_features),
+    }
+    cases = ((), ("row_scale",), ("shift_out",), ("column_scale",), ("eta", "shift_out"), tuple(terms))
+    for names in cases:
+        chosen = {name: terms[name] for name in names}
+        for given_bias in (None, bias):
+            y = nm_act.sparse_gemm(values, metadata, weight, given_bias, **chosen)
+            exact = epilogue(pruned, weight, given_bias, torch.float64, **chosen)
+            torchs = relative_error(epilogue(pruned, weight, given_bias, dtype, **chosen), exact)
+            assert y.dtype == dtype
+            assert relative_error(y, exact) <= 2 * torchs, (names, given_bias is None)
+
+
+def epilogue(pruned, weight, bias, dtype, row_scale=None, eta=None, shift_out=None, column_scale=None):
+    y = pruned.to(dtype) @ weight.to(dtype).t()
+    if row_scale is not None:
+        y = y * row_scale.to(dtype)[:, None]
+    if shift_out is not None:
+        y = y + shift_out.to(dtype) * (1 if eta is None else eta.to(dtype)[:, None])
+    if column_scale is not None:
+        y = y * column_scale.to(dtype)
+    return y if bias is None else y + bias.to(dtype)
+
+
+# ---- e4m3 ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [1, 3, 17, 64, 129, 1000, 4097])
+def test_fp8_against_float64_of_the_quantised_values(dtype, tokens):
+    in_features, out_features = 1056, 528
+    x, weight, bias = problem(tokens, out_features, in_features, dtype)
+    w8, scale = quantise_weight(weight)
+    for name, options in linear_options(in_features, out_features).items():
+        for given_bias in (bias, None):
+            y = nm_act.sparse_linear_fp8(x, w8, scale, given_bias, **options)
+            exact = sparse_linear_fp8_oracle(x, w8, scale, given_bias, **options)
+            assert y.dtype == dtype
+            assert relative_error(y, exact) < FP8_LIMIT[dtype], name
+
+
+def test_fp8_error_at_most_twice_the_dense_fp8_products():
+    x, weight, _ = problem(256, 512, 4096)
+    w8, scale = quantise_weight(weight)
+    values, metadata, row_scale, _ = nm_act.compress_packed(x, fp8=True)
+    neutral = nm_act.unpack_metadata(metadata.cpu(), 256, 4096, "sm90_8bit")
+    quantised = reference.decompress(values.cpu().float(), neutral).cuda().to(E4M3)
+    exact = (quantised.double() * row_scale.double()[:, None]) @ (w8.double() * scale.double()[:, None]).t()
+    scales = {"scale_a": row_scale[:, None], "scale_b": scale[None, :], "out_dtype": torch.bfloat16}
+    dense = torch._scaled_mm(quantised, w8.t(), use_fast_accum=True, **scales)
+    ours = nm_act.sparse_gemm(values, metadata, w8, row_scale=row_scale, column_scale=scale, out_dtype=torch.bfloat16)
+    assert relative_error(ours, exact) <= 2 * relative_error(dense, exact)
+
+
+def test_fp8_given_shift_out_is_in_units_of_the_weight():
+    x, weight, _ = problem(130, 64, 256)
+    w8, scale = quantise_weight(weight)
+    image = 2 * (w8.double() * scale.double()[:, None]).sum(dim=1).float()
+    options = {"token_shift": "mean", "shift_out": image}
+    y = nm_act.sparse_linear_fp8(x, w8, scale, **options)
+    assert relative_error(y, sparse_linear_fp8_oracle(x, w8, scale, **options)) < FP8_LIMIT[torch.bfloat16]
+
+
+# ---- streams, graphs, devices, threads, determinism ------------------------------------------------------------------
+def calls_on(x, weight, bias):
+    """Every operator over one x, by name; each returns a tuple of tensors."""
+    w8, scale = quantise_weight(weight)
+    norm = torch.ones(x.shape[-1], device=x.device, dtype=x.dtype)
+
+    def packed_gemm():
+        values, metadata, row_scale, eta = nm_act.compress_packed(x, token_shift="mean", variance_correction=True)
+        row_sums = weight.sum(dim=1, dtype=torch.float32)
+        return nm_act.sparse_gemm(values, metadata, weight, bias, row_scale=row_scale, eta=eta, shift_out=row_sums)
+
+    return {
+        "prune": lambda: (nm_act.prune(x, 8, 16, token_shift="median"),),
+        "compress": lambda: nm_act.compress(x),
+        "compress_packed fp8": lambda: nm_act.compress_packed(x, fp8=True),
+        "rms_norm_compress": lambda: nm_act.rms_norm_compress(x, norm, 1e-6, x),
+        "silu_mul_compress": lambda: nm_act.silu_mul_compress(x, x),
+        "sparse_gemm": lambda: (packed_gemm(),),
+        "sparse_linear": lambda: (nm_act.sparse_linear(x, weight, bias, token_shift="mean"),),
+        "sparse_linear 8:16": lambda: (nm_act.sparse_linear(x, weight, bias, 8, 16, variance_correction=True),),
+        "sparse_linear_fp8": lambda: (nm_act.sparse_linear_fp8(x, w8, scale, bias),),
+    }
+
+
+def assert_same(actual, expected, what):
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.view(torch.uint8), e.view(torch.uint8)), what
+
+
+def snapshot(result):
+    return [part.clone() for part in result]
+
+
+@pytest.mark.parametrize("tokens", [2, 1030])
+def test_work_runs_on_the_current_stream(tokens):
+    x, weight, bias = problem(tokens, 272, 512)
+    other, stream = x * 0.5 + 1, torch.cuda.Stream()
+    calls = calls_on(x, weight, bias)
+    x_before = x.clone()
+    x.copy_(other)
+    expected = {name: snapshot(call()) for name, call in calls.items()}
+    for name, call in calls.items():
+        x.copy_(x_before)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # a kernel on another stream would overtake the copy
+            x.copy_(other)
+            result = call()
+        stream.synchronize()
+        assert_same(result, expected[name], name)
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 1030])
+def test_graph_replay_with_changed_inputs(tokens):
+    x, weight, bias = problem(tokens, 272, 512)
+    inputs = [x.clone(), (x * 0.5 + 1), torch.zeros_like(x)]
+    for name, call in calls_on(x, weight, bias).items():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+        for new in inputs:
+            x.copy_(new)
+            graph.replay()
+            replayed = snapshot(result)
+            assert_same(replayed, call(), name)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_other_device_than_the_current_one():
+    x, weight, bias = problem(1030, 272, 512)
+    expected = {name: snapshot(call()) for name, call in calls_on(x, weight, bias).items()}
+    for name, call in calls_on(x.to("cuda:1"), weight.to("cuda:1"), bias.to("cuda:1")).items():
+        result = call()
+        assert all(part.device == torch.device("cuda:1") for part in result)
+        assert_same([part.to("cuda:0") for part in result], expected[name], name)
+    assert torch.cuda.current_device() == 0
+
+
+def test_many_threads():
+    problems = [problem(tokens, 272, 512) for tokens in (1, 7, 64, 129, 300, 1030)]
+    all_calls = [calls_on(*arguments) for arguments in problems]
+    expected = [{name: snapshot(call()) for name, call in calls.items()} for calls in all_calls]
+    torch.cuda.synchronize()
+
+    def work(index: int) -> None:
+        calls, wanted, stream = all_calls[index % 6], expected[index % 6], torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(10):
+                for name, call in calls.items():
+                    assert_same(call(), wanted[name], name)
+        stream.synchronize()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(16)))
+
+
+@pytest.mark.parametrize("tokens", [1, 129, 4097])
+def test_ten_runs_give_the_same_bits(tokens):
+    for name, call in calls_on(*problem(tokens, 1040, 2048)).items():
+        first = snapshot(call())
+        for _ in range(9):
+            poison()
+            assert_same(call(), first, name)
+
+
+def test_no_synchronisation():
+    calls = calls_on(*problem(1030, 272, 512))
+    for call in calls.values():
+        call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for call in calls.values():
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- torch.compile and opcheck ---------------------------------------------------------------------------------------
+def test_compile_fullgraph_one_graph_for_any_batch():
+    _, weight, bias = problem(1, 272, 512)
+    (w8, scale), norm, graphs = quantise_weight(weight), torch.ones(512, device="cuda").bfloat16(), []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    def block(x):
+        values, metadata, row_scale, _ = nm_act.compress_packed(x, fp8=True)
+        normed, normed_metadata, *_, hidden = nm_act.rms_norm_compress(x, norm, 1e-6, x)
+        gated, gated_metadata, *_ = nm_act.silu_mul_compress(x, x)
+        return (
+            nm_act.sparse_linear(x, weight, bias),
+            nm_act.prune(x, 8, 16),
+            nm_act.sparse_gemm(values, metadata, w8, row_scale=row_scale, column_scale=scale, out_dtype=x.dtype),
+            nm_act.sparse_gemm(normed, normed_metadata, weight)
+            + nm_act.sparse_gemm(gated, gated_metadata, weight, bias),
+            nm_act.sparse_linear_fp8(x, w8, scale, bias),
+            nm_act.decompress(*nm_act.compress(hidden)),
+        )
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (2, 3, 5, 17, 64, 129, 1030):
+        x = torch.randn(tokens, 512, device="cuda").bfloat16()
+        assert_same(compiled(x), block(x), tokens)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+def test_compile_with_inductor():
+    _, weight, bias = problem(1, 272, 512)
+    w8, scale = quantise_weight(weight)
+
+    def block(x):
+        hidden = torch.relu(x)
+        return nm_act.sparse_linear(hidden, weight, bias) + 2 * nm_act.sparse_linear_fp8(hidden, w8, scale)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for tokens in (2, 129, 1030):
+        x = torch.randn(tokens, 512, device="cuda").bfloat16()
+        torch.testing.assert_close(compiled(x), block(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [3, 1030])
+def test_opcheck(dtype, tokens):
+    x, weight, bias = problem(tokens, 64, 128, dtype)
+    (w8, scale), vector, out = quantise_weight(weight), torch.rand(128, device="cuda"), torch.rand(64, device="cuda")
+    values, metadata, row_scale, eta = nm_act.compress_packed(x, token_shift="mean", variance_correction=True)
+    q_values, q_metadata, q_scale, _ = nm_act.compress_packed(x, fp8=True)
+    checks = [
+        (OPS.prune, (x, 8, 16), {"token_shift": "median"}),
+        (OPS.compress, (x,), {"shift": vector}),
+        (OPS.decompress, nm_act.compress(x), {}),
+        (OPS.compress_packed, (x,), {}),
+        (OPS.compress_packed, (x,), {"channel_scale": vector, "variance_correction": True, "token_shift": "mean"}),
+        (OPS.compress_packed, (x,), {"fp8": True}),
+        (OPS.rms_norm_compress, (x, vector.to(dtype), 1e-6), {}),
+        (OPS.rms_norm_compress, (x, vector.to(dtype), 1e-6, x.clone()), {"fp8": True, "token_shift": "mean"}),
+        (OPS.silu_mul_compress, (x, x.clone()), {"variance_correction": True}),
+        (OPS.sparse_gemm, (values, metadata, weight, bias), {"row_scale": row_scale, "eta": eta, "shift_out": out}),
+        (
+            OPS.sparse_gemm,
+            (q_values, q_metadata, w8),
+            {"row_scale": q_scale, "column_scale": scale, "out_dtype": dtype},
+        ),
+        (OPS.sparse_linear, (x, weight, bias), {"column_scale": out, "variance_correction": True}),
+        (OPS.sparse_linear, (x, weight, bias, 8, 16), {"token_shift": "mean"}),
+        (OPS.sparse_linear_fp8, (x, w8, scale, bias), {"token_shift": "median"}),
+    ]
+    if tokens <= 8:
+        checks.append((OPS.gather_linear, (x, stored(weight, "in_out")), {}))
+    for op, arguments, options in checks:
+        torch.library.opcheck(op.default, tuple(arguments), options)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+def error_cases():
+    x, weight, bias = problem(2, 64, 128)
+    w8, scale = quantise_weight(weight)
+    values, metadata, *_ = nm_act.compress_packed(x)
+    out, cpu = torch.ones(64, device="cuda"), torch.zeros(2, 128, dtype=torch.bfloat16)
+    linear, gemm = nm_act.sparse_linear, nm_act.sparse_gemm
+    return [
+        (ValueError, "expected column_scale of shape [64], got [128]", lambda: linear(x, weight, column_scale=x[0])),
+        (ValueError, "expected channel_scale of shape [128], got [64]", lambda: linear(x, weight, channel_scale=out)),
+        (ValueError, "expected shift or token_shift along with shift_out", lambda: linear(x, weight, shift_out=out)),
+        (ValueError, "expected weight on the device of x", lambda: linear(x, weight.cpu())),
+        (ValueError, "expected column_scale on the device of x", lambda: linear(x, weight, column_scale=out.cpu())),
+        (TypeError, "expected weight in the dtype of x, BFloat16, got Half", lambda: linear(x, weight.half())),
+        (TypeError, "expected x in float32, bfloat16 or float16, got Double", lambda: linear(x.double(), weight.double())),
+        (ValueError, "expected in_features divisible by", lambda: nm_act.compress_packed(x[:, :40])),
+        (ValueError, "expected in_features divisible by", lambda: nm_act.compress_packed(x[:, :48], fp8=True)),
+        (TypeError, "expected x in bfloat16 or float16", lambda: nm_act.compress_packed(x.float())),
+        (ValueError, "expected either shift or token_shift, got both", lambda: nm_act.compress_packed(x, shift=x[0], token_shift="mean")),
+        (ValueError, "expected weight of shape [128], got [64]", lambda: nm_act.rms_norm_compress(x, bias, 1e-6)),
+        (ValueError, "expected residual of shape", lambda: nm_act.rms_norm_compress(x, x[0].contiguous(), 1e-6, x[:1])),
+        (TypeError, "expected residual in", lambda: nm_act.rms_norm_compress(x, x[0].contiguous(), 1e-6, x.half())),
+        (ValueError, "expected up of shape", lambda: nm_act.silu_mul_compress(x, x[:, :64])),
+        (ValueError, "metadata bytes", lambda: gemm(values, metadata[:-1], weight)),
+        (ValueError, "expected row_scale of shape [2], got [64]", lambda: gemm(values, metadata, weight, row_scale=out)),
+        (ValueError, "expected contiguous values", lambda: gemm(values, metadata, weight[:, :64])),
+        (TypeError, "expected weight in the dtype of values", lambda: gemm(values, metadata, weight.half())),
+        (NotImplementedError, "expected a compiled combination", lambda: gemm(values, metadata, weight[:7])),
+        (TypeError, "float8_e4m3fn", lambda: nm_act.sparse_linear_fp8(x, weight, scale)),
+        (ValueError, "expected weight_scale of shape [64], got [2]", lambda: nm_act.sparse_linear_fp8(x, w8, scale[:2])),
+        (NotImplementedError, "expected a compiled combination", lambda: nm_act.sparse_linear_fp8(x, w8.t().contiguous().t(), scale)),
+        (NotImplementedError, "CUDA", lambda: nm_act.compress_packed(cpu)),
+        (NotImplementedError, "CUDA", lambda: nm_act.silu_mul_compress(cpu, cpu)),
+        (NotImplementedError, "CUDA", lambda: nm_act.sparse_linear_fp8(cpu, w8.cpu(), scale.cpu())),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(26))
+def test_error_sentences(index):
+    cases = error_cases()
+    assert len(cases) == 26
+    error, sentence, call = cases[index]
+    with pytest.raises(error, match=re.escape(sentence)):
+        call()
+    torch.cuda.synchronize()  # nothing was launched that fails later
+
+
+# ---- the smallest cases for compute-sanitizer ------------------------------------------------------------------------
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_small_gemms(dtype, layout, tokens):
+    x, weight, bias = problem(tokens, 72, 160, dtype, layout)
+    values, metadata, row_scale, eta = nm_act.compress_packed(x, token_shift="mean", variance_correction=True)
+    options = {"token_shift": "mean", "variance_correction": True}
+    exact = reference.sparse_linear(x, weight, bias, **options)
+    row_sums = weight.float().sum(dim=1)
+    y = nm_act.sparse_gemm(values, metadata, weight, bias, row_scale=row_scale, eta=eta, shift_out=row_sums)
+    assert relative_error(y, exact) < 8e-3
+    assert relative_error(nm_act.sparse_linear(x, weight, bias, **options), exact) < 8e-3
+    assert (
+        relative_error(nm_act.sparse_linear(x, weight, bias, 8, 16), reference.sparse_linear(x, weight, bias, 8, 16))
+        < 8e-3
+    )
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_small_fp8_gemms(dtype, tokens):
+    x, weight, bias = problem(tokens, 80, 160, dtype)
+    w8, scale = quantise_weight(weight)
+    for options in ({}, {"token_shift": "mean", "variance_correction": True}):
+        y = nm_act.sparse_linear_fp8(x, w8, scale, bias, **options)
+        assert relative_error(y, sparse_linear_fp8_oracle(x, w8, scale, bias, **options)) < FP8_LIMIT[dtype]
