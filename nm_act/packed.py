@@ -73,7 +73,7 @@ def compress_packed(
 
 def rms_norm_compress(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options
-) -> tuple[Packed, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``compress_packed(RMSNorm(x + residual) * weight)`` in one kernel.
 
     Parameters
@@ -86,12 +86,13 @@ def rms_norm_compress(
 
     Returns
     -------
-    packed : Packed
+    values, metadata, row_scale, eta : Tensor
+        The fields of a :class:`Packed`.
     hidden : Tensor
         ``x + residual`` (``x`` itself without one), the next residual.
     """
     *packed, hidden = torch.ops.nm_act.rms_norm_compress(x, weight, eps, residual, **options)
-    return Packed(*packed), x if residual is None else hidden
+    return *packed, x if residual is None else hidden
 
 
 def silu_mul_compress(gate: Tensor, up: Tensor, **options) -> Packed:
