@@ -83,13 +83,15 @@ class _Replay:
         # Not the context manager torch.cuda.graph: it empties the cache at every capture, which takes longer than the
         # measurement.
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):
-            self.graph.capture_begin(pool=self.pool)
+            graph.capture_begin(pool=self.pool)
             try:
                 _run(self.calls, self.inner)
             finally:
-                self.graph.capture_end()
+                graph.capture_end()
+        # Not before: with its last graph the shared pool would go too.
+        self.graph = graph
 
     def __call__(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start = _record()

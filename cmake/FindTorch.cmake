@@ -38,6 +38,13 @@ endif()
 target_link_directories(nm_act_torch INTERFACE ${torch_root}/lib)
 target_link_libraries(nm_act_torch INTERFACE torch_cpu c10 ${torch_openmp})
 
+# The C++ runtime by its file name: some toolchains link it statically, and an exception thrown by a second copy in the
+# process crashes instead of becoming a Python error. First in the link line, so that nothing else provides its symbols.
+find_library(NM_ACT_LIBSTDCXX NAMES libstdc++.so.6 PATHS /usr/lib/${CMAKE_LIBRARY_ARCHITECTURE} /usr/lib64)
+if(NM_ACT_LIBSTDCXX)
+  target_link_libraries(nm_act_torch INTERFACE ${NM_ACT_LIBSTDCXX})
+endif()
+
 # What the CUDA side of the operators needs on top: c10's streams and guards, and the CUDA headers they include.
 if(NM_ACT_TORCH_CUDA)
   add_library(nm_act_torch_cuda INTERFACE)
