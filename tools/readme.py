@@ -72,7 +72,13 @@ def gpu_speed() -> str:
         columns = [[speedup.get((tokens, *shape, *pair[:3])) for shape in shapes] for pair in GPU_PAIRS]
         means = [geometric_mean([value for value in column if value]) for column in columns]
         worst = [min((value for value in column if value), default=None) for column in columns]
-        lines.append([tokens, str(len(shapes)), *(f"{times(mean)} ({times(low)})" for mean, low in zip(means, worst, strict=True))])
+        lines.append(
+            [
+                tokens,
+                str(len(shapes)),
+                *(f"{times(mean)} ({times(low)})" for mean, low in zip(means, worst, strict=True)),
+            ]
+        )
     header = ["tokens", "shapes", *(pair[3] for pair in GPU_PAIRS)]
     first = rows[0]
     origin = (

@@ -178,13 +178,11 @@ cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunc
   // The persistent scheduler and these visitors need no workspace.
   const auto arguments = Gemm::arguments(params, launch);
   if (Gemm::Adapter::can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
-  // Overlapping the kernel before is safe for what the producer warps load: they wait for it. The epilogue's vectors are
-  // read by the consumer warps, which do not, and may be that kernel's output.
-  const bool reads_vectors = params.row_scale != nullptr || params.eta != nullptr || params.shift_out != nullptr ||
-                             params.column_scale != nullptr || params.bias != nullptr;
+  // In stream order, not overlapping the kernel before: CUTLASS's producer warps wait for that kernel only if it is
+  // compiled with CUTLASS_ENABLE_GDC_FOR_SM90, and the consumer warps, which read the epilogue's vectors, never do.
   typename Gemm::Adapter gemm;
   if (gemm.initialize(arguments, nullptr, launch.stream) != cutlass::Status::kSuccess ||
-      gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/!reads_vectors) != cutlass::Status::kSuccess) {
+      gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/false) != cutlass::Status::kSuccess) {
     const cudaError_t error = cudaGetLastError();
     return error != cudaSuccess ? error : cudaErrorLaunchFailure;
   }
