@@ -82,8 +82,8 @@ def gpu_speed() -> str:
     header = ["tokens", "shapes", *(pair[3] for pair in GPU_PAIRS)]
     first = rows[0]
     origin = (
-        f"{first['device']}, torch {first['torch']}, CUDA {first['cuda']}, {first['date']}: geometric means over the shapes, the "
-        "worst shape in brackets; `benchmarks/results/h200/sparse_linear.csv`."
+        f"{first['device']}, torch {first['torch']}, CUDA {first['cuda']}, {first['date']}: geometric means over the "
+        "shapes, the worst shape in brackets; `benchmarks/results/h200/sparse_linear.csv`."
     )
     return f"{table(header, lines, right=0)}\n\n{origin}"
 
