@@ -5,7 +5,6 @@
 
 namespace nm_act {
 
-inline constexpr int kGroupSizes[] = {2, 4, 8, 16, 32};
 inline constexpr int kMaxGroup = 32;
 
 struct Pattern {
