@@ -13,12 +13,6 @@
 namespace nm_act {
 namespace {
 
-std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
-  std::vector<int64_t> result = sizes.vec();
-  result.back() = last;
-  return result;
-}
-
 std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalTensor& channel_scale,
                                             const OptionalTensor& shift, c10::string_view token_shift) {
   const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, "compress");

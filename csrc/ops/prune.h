@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "ops/checks.h"
+#include "ops/tensors.h"
 
 namespace nm_act {
 

@@ -22,10 +22,6 @@ constexpr int64_t decode_tokens(cpu::DType dtype) {
   return dtype == cpu::DType::kFloat32 ? 2 * cpu::kGatherTokens : cpu::kGatherTokens;
 }
 
-bool stored_in_out(const at::Tensor& weight) {
-  return weight.stride(0) == 1 && weight.stride(1) >= std::max<int64_t>(weight.size(0), 1);
-}
-
 // Rows that some token needs, and what to multiply them by, in the order that the gather kernel reads.
 struct SurvivingRows {
   std::vector<int64_t> rows;  // the first `count` are in use
@@ -111,12 +107,6 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
   return at::sum(weight, {1}, false, at::kFloat);
 }
 
-std::vector<int64_t> output_sizes(const at::Tensor& x, const at::Tensor& weight) {
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = weight.size(0);
-  return sizes;
-}
-
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
@@ -128,7 +118,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
   const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
   at::Tensor y = at::empty({tokens, out_features}, x.options());
-  if (y.numel() == 0) return y.view(output_sizes(x, weight));
+  if (y.numel() == 0) return y.view(with_last(x.sizes(), weight.size(0)));
   if (selection.has_shift() && !shift_vector.defined()) shift_vector = shift_image(weight, selection);
 
   const at::Tensor dense = x.contiguous();
@@ -155,7 +145,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   } else {
     y = at::linear(operand, weight, bias);
   }
-  return y.view(output_sizes(x, weight));
+  return y.view(with_last(x.sizes(), weight.size(0)));
 }
 
 at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
@@ -170,7 +160,7 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   constexpr int64_t kMost = decode_tokens(cpu::DType::kFloat32);
   TORCH_CHECK_VALUE(tokens <= kMost, "nm_act::gather_linear expected at most ", kMost, " tokens, got ", tokens,
                     "; use torch.nn.functional.linear for more");
-  at::Tensor y = at::empty(output_sizes(x, weight), x.options());
+  at::Tensor y = at::empty(with_last(x.sizes(), weight.size(0)), x.options());
   if (y.numel() == 0) return y;
   const at::Tensor rows = y.view({tokens, weight.size(0)});
   const at::Tensor bias_vector = bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor();

@@ -51,8 +51,6 @@ inline float* mutable_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr;
 }
 
-std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last);
-
 // A row's statistics are computed from one pass over it held on chip.
 void check_row_statistics(const Selection& selection, bool needed, const char* op);
 

@@ -41,12 +41,6 @@ at::Tensor aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
 }
 
-std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
-  std::vector<int64_t> result = sizes.vec();
-  result.back() = last;
-  return result;
-}
-
 void check_row_statistics(const Selection& selection, bool needed, const char* op) {
   TORCH_CHECK_NOT_IMPLEMENTED(!needed || selection.in_features <= kMaxRowFeatures, "nm_act::", op, " expected at most ",
                               kMaxRowFeatures,

@@ -3,16 +3,7 @@
 
 #include <torch/library.h>
 
-#include <algorithm>
-
 namespace nm_act::cuda_ops {
-namespace {
-
-bool stored_in_out(const at::Tensor& weight) {
-  return weight.stride(0) == 1 && weight.stride(1) >= std::max<int64_t>(weight.size(0), 1);
-}
-
-}  // namespace
 
 SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
                              const GemmEpilogueTensors& epilogue, const at::Tensor& y) {

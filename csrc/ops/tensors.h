@@ -1,0 +1,23 @@
+// Facts about tensors that operators of every device ask for.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace nm_act {
+
+// A weight [out, in] whose storage is [in, out], rows possibly padded.
+inline bool stored_in_out(const at::Tensor& weight) {
+  return weight.stride(0) == 1 && weight.stride(1) >= std::max<int64_t>(weight.size(0), 1);
+}
+
+// The sizes with another last one.
+inline std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
+  std::vector<int64_t> result = sizes.vec();
+  result.back() = last;
+  return result;
+}
+
+}  // namespace nm_act
