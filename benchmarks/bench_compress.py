@@ -3,7 +3,7 @@
 The baseline `copy` is the time that the call's bytes (read + written) would take at the speed of a large copy measured
 in turn with it, so `speedup` is the fraction of copy bandwidth. The producers have a second row, `<name>/dense_floor`:
 the bytes of the same fused operator with a dense output of x's type. `cusparselt_bf16` is `torch._cslt_compress` of an
-operand that is pruned already. CUTLASS's compressor has no row: it is a C++ template that no Python package builds.
+operand that is pruned already, `cutlass_compressor` CUTLASS's kernel for the same operand (nvcc builds it).
 
     python benchmarks/bench_compress.py --csv benchmarks/results/h200/compress.csv
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from cutlass_compressor import compress as cutlass_compress
 from gpu_timer import DeviceCopy, common_arguments, copies_for, interleaved, require_kernels
 from timer import Rows, percentiles
 
@@ -22,7 +23,7 @@ from nm_act import reference
 FEATURES = (4096, 8192, 14336, 28672)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK = {"features": (4096, 14336), "tokens": (64, 512, 4096, 16384)}
-CSLT_TOKENS = 1024  # below, its host time would be measured
+OTHERS_TOKENS = 1024  # below, the host time of the other compressors would be measured
 E4M3 = torch.float8_e4m3fn
 
 
@@ -119,14 +120,26 @@ def verify(variant: Variant, features: int) -> None:
         )
 
 
-def cusparselt_calls(xs: list[torch.Tensor]) -> tuple[list[Callable] | None, str]:
-    try:
-        pruned = [nm_act.prune(x, 2, 4) for x in xs]
-        torch._cslt_compress(pruned[0])
-        torch.cuda.synchronize()
-    except Exception as error:  # whatever keeps it from running is the reason to print
-        return None, str(error).splitlines()[0][:160][:160]
-    return [lambda x=x: torch._cslt_compress(x) for x in pruned], ""
+# Compressors of an operand that is pruned already: their own time, without the pruning.
+OTHERS: dict[str, Callable[[torch.Tensor], object]] = {
+    "cusparselt_bf16": torch._cslt_compress,
+    "cutlass_compressor": cutlass_compress,
+}
+
+
+def other_compressors(xs: list[torch.Tensor], report: "Report") -> dict[str, list[Callable]]:
+    """Calls by baseline; a baseline that cannot run is reported with its reason."""
+    pruned = [nm_act.prune(x, 2, 4) for x in xs]
+    calls = {}
+    for name, compress in OTHERS.items():
+        try:
+            compress(pruned[0])
+            torch.cuda.synchronize()
+        except Exception as error:  # whatever keeps it from running is the reason to print
+            report.reasons.add(f"{name}: no row, {str(error).splitlines()[0][:160]}")
+            continue
+        calls[name] = [lambda x=x, compress=compress: compress(x) for x in pruned]
+    return calls
 
 
 class Report:
@@ -154,9 +167,8 @@ class Report:
         for name in sorted({entry[1] for entry in producers}):
             worst = min(entry for entry in producers if entry[1] == name)
             print(f"{name}, >= 4096 tokens: worst {1 / worst[0]:.2f}x of the dense-output kernel's bytes (bar 1.10x)")
-        for reason in self.reasons:
-            print(f"cusparselt_bf16: no row, {reason}")
-        print("cutlass_compressor: no row, it is a C++ template that no Python package builds")
+        for reason in sorted(self.reasons):
+            print(reason)
 
 
 def bench(rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: int, seconds: float) -> None:
@@ -168,14 +180,12 @@ def bench(rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: i
     }
     for index, variant in enumerate(chosen):
         calls[str(index)] = [lambda o=o, variant=variant: variant.call(o) for o in operands[variant.dtype]]
-    if tokens >= CSLT_TOKENS:
-        cslt, reason = cusparselt_calls([o.x for o in operands[torch.bfloat16]])
-        if cslt:
-            calls["cslt"] = cslt
-        else:
-            report.reasons.add(reason)
+    others = {}
+    if tokens >= OTHERS_TOKENS:
+        others = other_compressors([o.x for o in operands[torch.bfloat16]], report)
+    calls |= others
     # The copy too is launched as it is: as a node of a graph it ran at 2.75 TB/s on an H200, a yardstick too weak.
-    times = interleaved(calls, seconds, eager=("copy", "cslt"))
+    times = interleaved(calls, seconds, eager=("copy", *others))
     speed = copy.bytes_per_us(times["copy"])
     line = []
     for index, variant in enumerate(chosen):
@@ -197,9 +207,10 @@ def bench(rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: i
             fraction = amount / speed / median
             report.fractions.append((fraction, f"{variant.name} {variant.label}", tokens, features, median, kind))
         line.append(f"{variant.name} {variant.label} {median:.1f} us {moved / speed / median:.0%}")
-        if "cslt" in times and variant.name == "compress" and variant.label == "bf16":
-            rows.add(mine, times["cslt"], **common, variant=variant.name, baseline="cusparselt_bf16")
-            line.append(f"cslt {percentiles(times['cslt'])[1]:.0f} us")
+        if variant.name == "compress" and variant.label == "bf16":
+            for name in others:
+                rows.add(mine, times[name], **common, variant=variant.name, baseline=name)
+                line.append(f"{name} {percentiles(times[name])[1]:.0f} us")
     print(f"{tokens:>5} x {features:<5} copy {speed / 1e6:.2f} TB/s; " + "; ".join(line), flush=True)
 
 

@@ -31,6 +31,7 @@ pytestmark = [
 def compile_kernels(source: Path, folder: Path, *architecture: str) -> tuple[str, str]:
     """ptxas's report and the PTX of one source."""
     flags = ["-std=c++17", "-O3", "-DNDEBUG", "-DNM_ACT_CUDA", "--expt-relaxed-constexpr", "-Xptxas=-v", "--keep"]
+    flags += ["-DCUTLASS_ENABLE_GDC_FOR_SM90"]
     includes = [f"-I{KERNELS.parent}", f"-I{KERNELS}", f"-I{CUTLASS}"]
     command = [
         NVCC,
@@ -62,6 +63,17 @@ def test_hopper_gemm(tmp_path):
     source = KERNELS / "matmul/inst/sm90_bf16_out_in_256x128x128.cu"
     report, ptx = compile_kernels(source, tmp_path, "-gencode=arch=compute_90a,code=sm_90a")
     assert re.search(r"wgmma\.mma_async\.sp\S*\.m64n128k32\.f32\.bf16\.bf16", ptx)
+    assert "griddepcontrol.wait" in ptx
+    assert_no_spills(report)
+
+
+def test_overlapped_candidate(tmp_path):
+    source = KERNELS / "matmul/inst/tuning_sm90_e4m3_128x256x128_overlapped.cu"
+    report, ptx = compile_kernels(source, tmp_path, "-gencode=arch=compute_90a,code=sm_90a", "-DNM_ACT_TUNING_TILES")
+    assert re.search(r"wgmma\.mma_async\.sp\S*\.m64n256k64\.f32\.e4m3\.e4m3", ptx)
+    # One batch stays in flight, and ptxas does not serialise what the loop overlaps.
+    assert re.search(r"wgmma\.wait_group\.sync\.aligned 1", ptx)
+    assert "serialized" not in report
     assert_no_spills(report)
 
 

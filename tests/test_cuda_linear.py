@@ -11,6 +11,7 @@ from cuda_cases import (
     E4M3,
     GPU_MARKS,
     HALVES,
+    KERNELS,
     linear_options,
     poison,
     quantise_weight,
@@ -150,6 +151,27 @@ def test_non_finite_inputs_reach_the_output(tokens, layout):
     y = nm_act.sparse_linear(x, weight)
     assert torch.equal((~y.isfinite()).any(dim=-1), lost)
     assert y[3].isnan().all()  # the row with a NaN
+
+
+@pytest.mark.skipif(KERNELS and torch.cuda.get_device_capability()[0] != 9, reason="sm_90a only")
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("shape", [(512, 8192, 28672), (300, 4096, 4096), (64, 512, 1024)])
+def test_overlapped_launches_wait_for_their_operands(fp8, shape):
+    """A GEMM that starts while the compression before it ends gives the bits of one in stream order, every time."""
+    tokens, out_features, in_features = shape
+    config = list(nm_act._C.select_gemm_config("e4m3" if fp8 else "bf16", *shape, 132))
+    weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
+    weight, scale = quantise_weight(weight) if fp8 else (weight, None)
+
+    def product(x, overlapped):
+        packed = nm_act.compress_packed(x, fp8=fp8)
+        options = {"row_scale": packed.row_scale, "column_scale": scale, "out_dtype": torch.bfloat16} if fp8 else {}
+        return OPS.sparse_gemm(packed.values, packed.metadata, weight, **options, config=[*config, int(overlapped)])
+
+    for _ in range(10):
+        x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
+        poison()
+        assert torch.equal(product(x, True), product(x, False))
 
 
 # ---- sparse_gemm and its epilogue ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@
 
 #include "build_facts.h"
 #include "cpu/kernels.h"
+#include "kernels/matmul/config.h"
 #include "kernels/nm_act.h"
 #include "ops/support.h"
 
@@ -87,6 +88,35 @@ py::bytes unpack_metadata(const py::bytes& physical, int64_t tokens, int64_t in_
                 nm_act::unpack_metadata);
 }
 
+// The choice of a GEMM tile, for benchmarks/tune.py and the tests.
+
+nm_act::ElementType value_type_named(const std::string& name) {
+  if (name == "bf16") return nm_act::ElementType::kBFloat16;
+  if (name == "fp16") return nm_act::ElementType::kFloat16;
+  if (name == "e4m3") return nm_act::ElementType::kE4M3;
+  throw std::invalid_argument("expected a value type named bf16, fp16 or e4m3, got '" + name +
+                              "'; choose one of those");
+}
+
+py::list gemm_tiles(const std::string& dtype) {
+  const nm_act::ElementType type = value_type_named(dtype);
+  py::list tiles;
+  for (const nm_act::TileRange range : {nm_act::tiles_of(type), nm_act::candidates_of(type)}) {
+    for (const nm_act::TileFacts& tile : range) {
+      tiles.append(py::dict(py::arg("tile") = int(tile.tile), py::arg("tokens") = tile.tokens,
+                            py::arg("out_features") = tile.out_features));
+    }
+  }
+  return tiles;
+}
+
+py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t out_features, int64_t in_features,
+                             int multiprocessors) {
+  const nm_act::GemmConfig config =
+      nm_act::select_config({tokens, out_features, in_features, value_type_named(dtype), multiprocessors});
+  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -96,4 +126,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("layout"));
   m.def("unpack_metadata", unpack_metadata, py::arg("physical"), py::arg("tokens"), py::arg("in_features"),
         py::arg("layout"));
+  m.def("gemm_tiles", gemm_tiles, py::arg("dtype"));
+  m.def("select_gemm_config", select_gemm_config, py::arg("dtype"), py::arg("tokens"), py::arg("out_features"),
+        py::arg("in_features"), py::arg("multiprocessors"));
 }

@@ -64,9 +64,12 @@ TORCH_LIBRARY(nm_act, m) {
       "str token_shift=\"none\", bool variance_correction=False, bool fp8=False) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32.
+  // config, for tuning on sm_90: tile, raster and swizzle as in csrc/kernels/matmul/config.h, and 1 for a launch that
+  // overlaps the kernel before it.
   m.def(
       "sparse_gemm(Tensor values, Tensor metadata, Tensor weight, Tensor? bias=None, *, Tensor? row_scale=None, "
-      "Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? out_dtype=None) -> Tensor");
+      "Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? out_dtype=None, "
+      "int[]? config=None) -> Tensor");
   // sparse_linear with 2:4 and dynamic per-token e4m3 activations; weight float8_e4m3fn [out, in] = W /
   // weight_scale[out].
   m.def(

@@ -15,6 +15,14 @@ enum class GemmTile : int {
   k128x128x128 = 1,          // cooperative, cluster 2x1
   k128x256x128 = 2,          // cooperative, cluster 2x1; e4m3: fast accumulation
   k128x128x256PingPong = 3,  // ping-pong, cluster 2x1; e4m3: fast accumulation
+#ifdef NM_ACT_TUNING_TILES
+  // Candidates that benchmarks/tune.py times; one that wins moves up. "Overlapped": with overlapped_mainloop.cuh.
+  k256x128x128Overlapped,          // cooperative, cluster 2x1
+  k128x256x128Overlapped,          // cooperative, cluster 2x1
+  k128x128x128PingPongOverlapped,  // ping-pong, cluster 2x1: hides the epilogue
+  k128x128x256PingPongOverlapped,  // ping-pong, cluster 2x1
+  k64x128x256PingPongOverlapped,   // ping-pong, no cluster: one tile for up to 64 tokens, none for padding
+#endif
 };
 
 enum class GemmRaster : int { kHeuristic = 0, kAlongTokens = 1, kAlongOutputs = 2 };
@@ -52,6 +60,17 @@ inline constexpr TileFacts kBits16Tiles[] = {{GemmTile::k256x128x128, 256, 128, 
 inline constexpr TileFacts kE4M3Tiles[] = {{GemmTile::k128x256x128, 128, 256, 1.0, GemmRaster::kAlongOutputs},
                                            {GemmTile::k128x128x256PingPong, 128, 128, 0.83, GemmRaster::kAlongTokens}};
 
+#ifdef NM_ACT_TUNING_TILES
+inline constexpr TileFacts kBits16Candidates[] = {
+    {GemmTile::k256x128x128Overlapped, 256, 128, 1.0, GemmRaster::kAlongOutputs},
+    {GemmTile::k128x128x128PingPongOverlapped, 128, 128, 1.0, GemmRaster::kAlongTokens}};
+inline constexpr TileFacts kE4M3Candidates[] = {
+    {GemmTile::k128x256x128Overlapped, 128, 256, 1.0, GemmRaster::kAlongOutputs},
+    {GemmTile::k256x128x128Overlapped, 256, 128, 1.0, GemmRaster::kAlongOutputs},
+    {GemmTile::k128x128x256PingPongOverlapped, 128, 128, 1.0, GemmRaster::kAlongTokens},
+    {GemmTile::k64x128x256PingPongOverlapped, 64, 128, 1.0, GemmRaster::kAlongTokens}};
+#endif
+
 // The widest band that pads the grid by at most 5 %: the scheduler rounds both sides of the grid up to whole bands, and
 // blocks beyond the problem cost a full tile (a band of 8 at 1024 tokens took 2.0 to 2.8 times the time).
 inline int select_swizzle(int64_t token_tiles, int64_t output_tiles) {
@@ -75,6 +94,16 @@ struct TileRange {
 inline TileRange tiles_of(ElementType value_type) {
   return value_type == ElementType::kE4M3 ? TileRange{std::begin(kE4M3Tiles), std::end(kE4M3Tiles)}
                                           : TileRange{std::begin(kBits16Tiles), std::end(kBits16Tiles)};
+}
+
+// Tiles that only benchmarks/tune.py runs; none unless they were asked for.
+inline TileRange candidates_of([[maybe_unused]] ElementType value_type) {
+#ifdef NM_ACT_TUNING_TILES
+  return value_type == ElementType::kE4M3 ? TileRange{std::begin(kE4M3Candidates), std::end(kE4M3Candidates)}
+                                          : TileRange{std::begin(kBits16Candidates), std::end(kBits16Candidates)};
+#else
+  return {nullptr, nullptr};
+#endif
 }
 
 // How this problem runs with this tile.

@@ -14,6 +14,7 @@ struct GemmLaunch {
   GemmConfig config;
   int multiprocessors;
   cudaStream_t stream;
+  bool overlapped;  // programmatic dependent launch: start while the kernel before ends
 };
 
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>

@@ -25,6 +25,7 @@
 
 #include <type_traits>
 
+#include "overlapped_mainloop.cuh"
 #include "sparse_gemm.h"
 
 namespace nm_act {
@@ -36,32 +37,35 @@ using CutlassElement = std::conditional_t<
     std::conditional_t<kType == ElementType::kFloat16, cutlass::half_t,
                        std::conditional_t<kType == ElementType::kE4M3, cutlass::float_e4m3_t, float>>>;
 
+template <int kTokens, int kOutputs, int kFeatures, int kClusterTokens, bool kPingPongSchedule, bool kOverlap>
+struct TileTraits {
+  using Shape = cute::Shape<cute::Int<kTokens>, cute::Int<kOutputs>, cute::Int<kFeatures>>;
+  using Cluster = cute::Shape<cute::Int<kClusterTokens>, cute::_1, cute::_1>;
+  static constexpr bool kPingPong = kPingPongSchedule;
+  static constexpr bool kOverlapped = kOverlap;
+};
 template <GemmTile kTile>
 struct TileShape;
 template <>
-struct TileShape<GemmTile::k256x128x128> {
-  using Shape = cute::Shape<cute::_256, cute::_128, cute::_128>;
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  static constexpr bool kPingPong = false;
-};
+struct TileShape<GemmTile::k256x128x128> : TileTraits<256, 128, 128, 2, false, false> {};
 template <>
-struct TileShape<GemmTile::k128x128x128> {
-  using Shape = cute::Shape<cute::_128, cute::_128, cute::_128>;
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  static constexpr bool kPingPong = false;
-};
+struct TileShape<GemmTile::k128x128x128> : TileTraits<128, 128, 128, 2, false, false> {};
 template <>
-struct TileShape<GemmTile::k128x256x128> {
-  using Shape = cute::Shape<cute::_128, cute::_256, cute::_128>;
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  static constexpr bool kPingPong = false;
-};
+struct TileShape<GemmTile::k128x256x128> : TileTraits<128, 256, 128, 2, false, false> {};
 template <>
-struct TileShape<GemmTile::k128x128x256PingPong> {
-  using Shape = cute::Shape<cute::_128, cute::_128, cute::_256>;
-  using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
-  static constexpr bool kPingPong = true;
-};
+struct TileShape<GemmTile::k128x128x256PingPong> : TileTraits<128, 128, 256, 2, true, false> {};
+#ifdef NM_ACT_TUNING_TILES
+template <>
+struct TileShape<GemmTile::k256x128x128Overlapped> : TileTraits<256, 128, 128, 2, false, true> {};
+template <>
+struct TileShape<GemmTile::k128x256x128Overlapped> : TileTraits<128, 256, 128, 2, false, true> {};
+template <>
+struct TileShape<GemmTile::k128x128x128PingPongOverlapped> : TileTraits<128, 128, 128, 2, true, true> {};
+template <>
+struct TileShape<GemmTile::k128x128x256PingPongOverlapped> : TileTraits<128, 128, 256, 2, true, true> {};
+template <>
+struct TileShape<GemmTile::k64x128x256PingPongOverlapped> : TileTraits<64, 128, 256, 1, true, true> {};
+#endif
 
 // The epilogue's visitor tree and its arguments.
 template <class Tile, class Output, bool kScaled, GemmEpilogue kEpilogue>
@@ -125,12 +129,14 @@ struct SparseGemm {
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor,
       16 / sizeof(Output), Output, cutlass::layout::RowMajor, 16 / sizeof(Output), EpilogueSchedule,
       typename Fusion::Callbacks>::CollectiveOp;
-  using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+  using CutlassMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Value, cutlass::layout::RowMajor, 32 / sizeof(Value),
       Value, WeightLayout, 16 / sizeof(Value), float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
+  using CollectiveMainloop =
+      std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<CutlassMainloop>, CutlassMainloop>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
                                                       CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
   using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
@@ -178,11 +184,15 @@ cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunc
   // The persistent scheduler and these visitors need no workspace.
   const auto arguments = Gemm::arguments(params, launch);
   if (Gemm::Adapter::can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
-  // In stream order, not overlapping the kernel before: CUTLASS's producer warps wait for that kernel only if it is
-  // compiled with CUTLASS_ENABLE_GDC_FOR_SM90, and the consumer warps, which read the epilogue's vectors, never do.
+  // An overlapped launch starts while the kernel before it ends. CUTLASS's producer warp then waits for that kernel
+  // (griddepcontrol.wait) before it loads; the consumer warps read the epilogue's vectors after a tile's mainloop, so
+  // after the producer's wait.
+#ifndef CUTLASS_ENABLE_GDC_FOR_SM90
+#error "an overlapped launch waits for its operands only with CUTLASS_ENABLE_GDC_FOR_SM90"
+#endif
   typename Gemm::Adapter gemm;
   if (gemm.initialize(arguments, nullptr, launch.stream) != cutlass::Status::kSuccess ||
-      gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/false) != cutlass::Status::kSuccess) {
+      gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/launch.overlapped) != cutlass::Status::kSuccess) {
     const cudaError_t error = cudaGetLastError();
     return error != cudaSuccess ? error : cudaErrorLaunchFailure;
   }

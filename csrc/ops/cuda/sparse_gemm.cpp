@@ -1,6 +1,8 @@
 // nm_act::sparse_gemm: the product of a packed 2:4 operand and a weight on sparse tensor cores, epilogue included.
 #include "ops/cuda/sparse_gemm.h"
 
+#include "kernels/matmul/sparse_gemm.h"
+
 #include <torch/library.h>
 
 namespace nm_act::cuda_ops {
@@ -45,7 +47,7 @@ namespace {
 at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
                        const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
                        const OptionalTensor& shift_out, const OptionalTensor& column_scale,
-                       std::optional<at::ScalarType> out_dtype) {
+                       std::optional<at::ScalarType> out_dtype, at::OptionalIntArrayRef config) {
   constexpr const char* kOp = "sparse_gemm";
   TORCH_CHECK_VALUE(
       values.dim() == 2 && values.is_contiguous() && weight.dim() == 2 && weight.size(1) == 2 * values.size(1),
@@ -83,7 +85,17 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
       "and out with either weight storage; e4m3 with an [out, in] weight on sm_90; 16-byte aligned rows), got values ",
       values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
       " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
-  check_status(launch_sparse_gemm(params, device, current_stream(values)), kOp);
+  const cudaStream_t stream = current_stream(values);
+  if (!config.has_value()) {
+    check_status(launch_sparse_gemm(params, device, stream), kOp);
+    return y;
+  }
+  TORCH_CHECK_VALUE(config->size() == 4 && device.compute_capability_major == 9,
+                    "nm_act::sparse_gemm expected config as (tile, raster, swizzle, overlapped) on sm_90, got ",
+                    *config, " on compute capability ", device.compute_capability_major, ".x; leave it out");
+  const GemmConfig chosen{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
+                          static_cast<int>((*config)[2])};
+  check_status(launch_sparse_gemm_sm90(params, {chosen, device.multiprocessors, stream, (*config)[3] != 0}), kOp);
   return y;
 }
 

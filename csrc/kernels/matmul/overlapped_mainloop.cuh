@@ -1,0 +1,129 @@
+// A consumer loop for the sparse TMA collectives of CUTLASS that keeps one k-tile of wgmma in flight.
+//
+// CUTLASS's own loop waits for every wgmma of a k-tile before it issues the next tile's, because the metadata registers
+// are loaded once a tile and an asynchronous wgmma still reads them. Here they are loaded in two sets, in turn: tile i
+// uses set i % 2, which tile i - 2 has finished with, so the tensor cores always hold the next tile when one ends. A
+// stage of shared memory is given back when its tile is done, as before.
+//
+// Metadata in shared memory, one stage, as Sm90GemmSparseConfig orders it with T = 128 (format/metadata.h): thread t of
+// a warp group needs one 32-bit word for each 64-row block and wgmma:
+//   16-bit (k32)   rows t/4%8 + 16 * (t/32) and 8 below, features 16 * (t%2) ...: byte 256 * (t/32) + 128 * (t%2) +
+//                  16 * (t/4%8) + 4 * k of the block's 1024
+//   8-bit (k64)    row t/4%8 + 8 * (t%2) + 16 * (t/32), features 32 * (t/2%2) ...: byte 16 * row + 8 * k + 4 * (t/2%2)
+#pragma once
+
+#include <cute/tensor.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+
+namespace nm_act {
+namespace sm90 {
+
+template <class Base>
+struct OverlappedMainloop : Base {
+  using typename Base::ElementEMma;
+  using typename Base::MainloopPipeline;
+  using typename Base::PipelineState;
+  using typename Base::TensorStorage;
+  using typename Base::TiledMma;
+  using Params = typename Base::Params;
+
+  static constexpr int kTileTokens = cute::size<0>(typename Base::TileShape{});
+  static constexpr int kTileFeatures = cute::size<2>(typename Base::TileShape{});
+  static constexpr bool kBits8 = cute::sizeof_bits_v<typename Base::ElementB> == 8;
+  static constexpr int kInstructionFeatures = kBits8 ? 64 : 32;
+  static constexpr int kWarpGroups = cute::size(TiledMma{}) / 128;
+  static constexpr int kRowBlocks = kTileTokens / (64 * kWarpGroups);  // of 64 tokens, a warp group
+  static constexpr int kSteps = kTileFeatures / kInstructionFeatures;  // wgmma along the features, a k-tile
+  static constexpr int kStageBytes = kTileTokens * kTileFeatures / 8;
+  static_assert(kTileFeatures % 128 == 0, "the metadata's tile is 128 features wide");
+
+  struct Metadata {
+    uint32_t word[kSteps][kRowBlocks];
+  };
+
+  static CUTLASS_DEVICE void load_metadata(Metadata& metadata, const uint8_t* stage, int thread) {
+    const int lane = thread % 128, first_block = thread / 128;
+    const int row = lane / 4 % 8, quarter = lane / 32;
+    CUTLASS_PRAGMA_UNROLL
+    for (int block = 0; block < kRowBlocks; ++block) {
+      const int tokens_block = first_block + kWarpGroups * block;
+      CUTLASS_PRAGMA_UNROLL
+      for (int slab = 0; slab < kTileFeatures / 128; ++slab) {
+        const uint8_t* source = stage + slab * (kTileTokens * 16) + tokens_block * 1024;
+        if constexpr (kBits8) {
+          const uint8_t* words = source + 16 * (row + 8 * (lane % 2) + 16 * quarter) + 4 * (lane / 2 % 2);
+          metadata.word[2 * slab][block] = *reinterpret_cast<const uint32_t*>(words);
+          metadata.word[2 * slab + 1][block] = *reinterpret_cast<const uint32_t*>(words + 8);
+        } else {
+          const uint8_t* words = source + 256 * quarter + 128 * (lane % 2) + 16 * row;
+          const uint4 four = *reinterpret_cast<const uint4*>(words);
+          metadata.word[4 * slab][block] = four.x;
+          metadata.word[4 * slab + 1][block] = four.y;
+          metadata.word[4 * slab + 2][block] = four.z;
+          metadata.word[4 * slab + 3][block] = four.w;
+        }
+      }
+    }
+  }
+
+  template <class Accumulators>
+  CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState read, Accumulators& accumulators, int tiles,
+                          int thread, TensorStorage& shared, const Params&) {
+    using namespace cute;
+    const auto smem_a = make_tensor(make_smem_ptr(shared.smem_A.begin()), typename Base::SmemLayoutA{});
+    const auto smem_b = make_tensor(make_smem_ptr(shared.smem_B.begin()), typename Base::SmemLayoutB{});
+    const uint8_t* smem_e = reinterpret_cast<const uint8_t*>(&shared.smem_E);
+    const int warp_group = __shfl_sync(0xFFFFFFFFu, thread / 128, 0);
+    TiledMma tiled_mma;
+    const auto slice = tiled_mma.get_thread_slice(warp_group * 128);
+    const auto a = slice.make_fragment_A(slice.partition_A(smem_a));  // (atom, row block, step, stage)
+    const auto b = slice.make_fragment_B(slice.partition_B(smem_b));
+    const auto fragment = make_layout(make_shape(Int<32>{}, Int<kRowBlocks>{}));  // 32 features a word
+
+    PipelineState release = read;
+    tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
+    const auto issue = [&](Metadata& metadata) {
+      pipeline.consumer_wait(read, pipeline.consumer_try_wait(read));
+      load_metadata(metadata, smem_e + read.index() * kStageBytes, thread);
+      warpgroup_fence_operand(accumulators);
+      warpgroup_arrive();
+      CUTLASS_PRAGMA_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        const auto e = make_tensor(recast_ptr<ElementEMma>(&metadata.word[step][0]), fragment);
+        cute::gemm(tiled_mma, make_zip_tensor(a(_, _, step, read.index()), e), b(_, _, step, read.index()),
+                   accumulators);
+        tiled_mma.accumulate_ = GMMA::ScaleOut::One;
+      }
+      warpgroup_commit_batch();
+      ++read;
+    };
+    const auto issue_next = [&](Metadata& metadata) {
+      issue(metadata);
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(accumulators);
+      pipeline.consumer_release(release);
+      ++release;
+    };
+
+    Metadata even, odd;
+    if (tiles > 0) issue(even);
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (--tiles; tiles > 1; tiles -= 2) {
+      issue_next(odd);
+      issue_next(even);
+    }
+    if (tiles > 0) issue_next(odd);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(accumulators);
+  }
+
+  // The last tile's stage is still held.
+  CUTLASS_DEVICE void mma_tail(MainloopPipeline pipeline, PipelineState release, int tiles) {
+    if (tiles == 0) return;
+    release.advance(tiles - 1);
+    pipeline.consumer_release(release);
+  }
+};
+
+}  // namespace sm90
+}  // namespace nm_act
