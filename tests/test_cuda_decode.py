@@ -78,11 +78,9 @@ def in_out(weight):
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("kind", ["same", "e4m3"])
 def test_rows_that_no_token_needs_are_not_read(tokens, kind):
-    x, weight, _, options = problem(tokens, 272, 512, kind="same" if kind == "int8" else kind)
-    if kind == "int8":
-        pytest.skip("int8 has no NaN to poison a row with")
+    x, weight, _, options = problem(tokens, 272, 512, kind=kind)
     dropped = (nm_act.prune(x, 8, 16) == 0).all(dim=0)
     assert dropped.any()
     poisoned = weight.float().clone()
