@@ -23,7 +23,7 @@ __device__ __forceinline__ void sync_cluster() {
 // them. Without the fence, which would wait for the outputs to reach memory.
 __device__ __forceinline__ void leave_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 #endif
 }
 
