@@ -120,6 +120,7 @@ def sparse_linear(
     shift_out: Tensor | None = None,
     variance_correction: bool = False,
     column_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """A linear layer over an activation pruned to N:M on the fly.
 
@@ -128,9 +129,11 @@ def sparse_linear(
     Parameters
     ----------
     x : Tensor [..., in_features], float32, bfloat16 or float16
-    weight : Tensor [out_features, in_features], dtype of x
-        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to four tokens (eight in float32) on a
-        CPU read only the rows whose input survived. Expected finite: the rows of pruned inputs may not be read.
+    weight : Tensor [out_features, in_features], dtype of x; float8_e4m3fn or int8 with ``weight_scale``
+        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to four tokens (eight in float32 on a
+        CPU) read only the rows whose input survived in one of them; on CUDA if x has 16 bits, out_features is a
+        multiple of 8 (of 16 for an 8-bit weight), its rows are 16-byte aligned and, for a 16-bit weight, the tokens
+        are expected to need at most 95 % of them. Expected finite: the rows of pruned inputs may not be read.
     bias : Tensor [out_features], dtype of x, optional
     n, m : int
         ``1 <= n < m``, m in {2, 4, 8, 16, 32} and a divisor of in_features.
@@ -143,6 +146,9 @@ def sparse_linear(
         VAR: ``nu = sqrt(Var(Z) / Var(P))`` per token, with Z = X - eta; 1 where Var(P) is 0.
     column_scale : Tensor [out_features], float32 or the dtype of x, optional
         LS: ``1 + s``.
+    weight_scale : Tensor [out_features], float32, optional
+        Scale of each output channel of an 8-bit weight: ``W = weight * weight_scale``. Where the decode kernel does
+        not apply (more tokens, another storage, a CPU), W is written out in the dtype of x at every call.
 
     Returns
     -------
@@ -179,6 +185,7 @@ def sparse_linear(
         shift_out=shift_out,
         variance_correction=variance_correction,
         column_scale=column_scale,
+        weight_scale=weight_scale,
     )
 
 
@@ -301,6 +308,12 @@ def _(x, weight, bias=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("nm_act::gather_configured")
+def _(x, weight, weight_scale, n, m, lanes, splits, threads):
+    _check_devices("gather_configured", x, weight=weight, weight_scale=weight_scale)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def refuse(op: str, device: str) -> None:
     """Register one sentence for an operator that has no kernel for the CPU or, in this build, for CUDA."""
     wanted = "CUDA" if device == "CPU" else "CPU"
@@ -315,8 +328,9 @@ def refuse(op: str, device: str) -> None:
     torch.library.impl(f"nm_act::{op}", device)(refused)
 
 
+refuse("gather_configured", "CPU")
 if _C.build_info()["cuda"]:
     torch.library.impl("nm_act::decompress", "CUDA")(reference.decompress)
 else:
-    for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear"):
+    for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear", "gather_configured"):
         refuse(_op, "CUDA")

@@ -118,12 +118,15 @@ def sparse_linear(
     shift_out=None,
     variance_correction=False,
     column_scale=None,
+    weight_scale=None,
     compute_dtype=torch.float64,
 ):
     """Oracle of :func:`nm_act.sparse_linear`; products, sums and the result are in ``compute_dtype``."""
     z = shifted(x, shift, token_shift)
     pruned = prune(x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
     w = weight.to(compute_dtype)
+    if weight_scale is not None:
+        w = (weight.double() * weight_scale.double()[:, None]).to(compute_dtype)
     y = pruned.to(compute_dtype) @ w.t()
     if variance_correction:
         y = y * variance_ratio(z, pruned).to(compute_dtype)

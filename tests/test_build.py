@@ -106,13 +106,18 @@ def test_wrong_cutlass_version_is_refused(tmp_path):
 @needs_source
 @pytest.mark.slow
 def test_native_checks(tmp_path):
-    """Layouts against CUTLASS, the kernels' selection against a plain sort, the tile choice: all on the host."""
+    """Layouts against CUTLASS, the kernels' selection against a plain sort, the decode kernel, choices: all on the host."""
     result = configure(tmp_path, "-DNM_ACT_NATIVE_TESTS=ON")
     reason = " ".join(result.stderr.split())
     if "expected the CUTLASS 4.2 headers" in reason or "expected the CUDA headers" in reason:
         pytest.skip(reason)
     assert result.returncode == 0, result.stderr
-    for name, at_least in (("metadata_layout", 15_000_000), ("select", 25_000_000), ("gemm_config", 2_000)):
+    for name, at_least in (
+        ("metadata_layout", 15_000_000),
+        ("select", 25_000_000),
+        ("gather", 3_000),
+        ("gemm_config", 2_000),
+    ):
         built = cmake("--build", tmp_path, "--target", name)
         assert built.returncode == 0, built.stdout
         run = subprocess.run([tmp_path / name], capture_output=True, text=True)

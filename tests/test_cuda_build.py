@@ -92,6 +92,18 @@ def test_prune(tmp_path, architecture):
     assert_no_spills(report)
 
 
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("weight", ["bits16", "e4m3", "int8"])
+def test_gather(tmp_path, weight, architecture):
+    flags = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    report, ptx = compile_kernels(KERNELS / f"gather/gather_{weight}.cu", tmp_path, flags)
+    assert_no_spills(report)
+    assert "ld.global.nc.L1::no_allocate.v4" in ptx
+    assert ("mapa.shared::cluster" in ptx) == (architecture == "90a")
+    if weight == "bits16":  # two blocks of one token share a multiprocessor
+        assert re.search(r"Used (6[0-4]|[1-5]\d) registers", report)
+
+
 def test_compress(tmp_path):
     report, _ = compile_kernels(KERNELS / "prune/compress.cu", tmp_path, "-gencode=arch=compute_90a,code=sm_90a")
     # The row kernels for more than 16384 features spill a little: they are not the hot ones.

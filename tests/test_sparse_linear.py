@@ -128,6 +128,29 @@ def test_odd_column_counts_and_out_of_bounds_writes():
         torch.testing.assert_close(y.double(), reference.sparse_linear(x, weight, n=2, m=4), rtol=1e-5, atol=1e-5)
 
 
+def quantised(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = weight.abs().amax(dim=1) / (127 if dtype == torch.int8 else 448)
+    values = weight / scale[:, None]
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weight_dtype", [torch.float8_e4m3fn, torch.int8])
+def test_eight_bit_weights(dtype, layout, weight_dtype):
+    values, scale = quantised(torch.randn(96, 256), weight_dtype)
+    weight, bias = stored(values, layout), torch.randn(96).to(dtype)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    for tokens in (1, 3, 9):
+        x = (torch.randn(tokens, 256) + 0.5).to(dtype)
+        for name, options in options_of(256, 96).items():
+            exact = reference.sparse_linear(x, values, bias, 8, 16, weight_scale=scale, **options)
+            y = nm_act.sparse_linear(x, weight, bias, 8, 16, weight_scale=scale, **options)
+            assert y.dtype == dtype
+            assert relative_error(y, exact) < tolerance, name
+    assert nm_act.sparse_linear(x[:0], weight, weight_scale=scale).shape == (0, 96)
+
+
 def test_weight_rows_may_be_padded():
     wide = torch.randn(64, 100)
     weight = wide[:, :40].t()  # stored [in, out] with a row stride of 100
@@ -209,6 +232,7 @@ def test_opcheck(dtype):
             {"column_scale": out, "variance_correction": True},
         ),
         (OPS.sparse_linear, (x, weight), {"token_shift": "mean"}),
+        (OPS.sparse_linear, (x, weight.to(torch.int8)), {"weight_scale": out}),
         (OPS.gather_linear, (x, weight), {}),
     ]
     for op, arguments, options in calls:
@@ -272,6 +296,10 @@ sparse_linear = nm_act.sparse_linear
         (ValueError, "expected shift_out of shape [8], got [32]", lambda: sparse_linear(X, W, shift=X[0], shift_out=X[0])),
         (ValueError, "expected shift or token_shift along with shift_out", lambda: sparse_linear(X, W, shift_out=B)),
         (ValueError, "expected weight on the device of x, cpu, got meta", lambda: sparse_linear(X, W.to("meta"))),
+        (TypeError, "expected weight_scale along with a weight in Char, got none", lambda: sparse_linear(X, W.to(torch.int8))),
+        (TypeError, "expected weight in float8_e4m3fn or int8 along with weight_scale, got Float", lambda: sparse_linear(X, W, weight_scale=B)),
+        (TypeError, "expected weight_scale in float32, got Half", lambda: sparse_linear(X, W.to(torch.int8), weight_scale=B.half())),
+        (ValueError, "expected weight_scale of shape [8], got [7]", lambda: sparse_linear(X, W.to(torch.int8), weight_scale=B[:7])),
         (ValueError, "gather_linear expected a weight stored [in_features, out_features], got strides [32, 1]", lambda: nm_act.gather_linear(X, W)),
         (ValueError, "gather_linear expected at most 8 tokens, got 9", lambda: nm_act.gather_linear(torch.zeros(9, 32), stored(W, "in_out"))),
     ],

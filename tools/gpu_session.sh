@@ -46,7 +46,7 @@ fi
 if wanted test; then
   # shellcheck disable=SC2086
   step test "${TEST_LIMIT:-300}" "$python" -m pytest -m gpu -q --timeout 120 tests/test_cuda.py \
-    tests/test_cuda_linear.py ${TEST_ARGS:-}
+    tests/test_cuda_decode.py tests/test_cuda_linear.py ${TEST_ARGS:-}
 fi
 
 if wanted sanitize; then
@@ -58,7 +58,8 @@ if wanted sanitize; then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck initcheck racecheck; do
       LOG=sanitize step "$tool" "${SANITIZE_LIMIT:-120}" "$sanitizer" --tool "$tool" --error-exitcode 3 --print-limit 20 \
-        "$python" -m pytest -m sanitizer -q -x --timeout 0 -p no:cacheprovider tests/test_cuda.py tests/test_cuda_linear.py
+        "$python" -m pytest -m sanitizer -q -x --timeout 0 -p no:cacheprovider tests/test_cuda.py \
+        tests/test_cuda_decode.py tests/test_cuda_linear.py
     done
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
   fi
@@ -72,6 +73,8 @@ if wanted bench; then
     --csv "$out/compress.csv" "${options[@]}"
   TAIL_LINES=40 step bench_sparse_linear "${BENCH_LIMIT:-280}" "$python" benchmarks/bench_sparse_linear.py \
     --csv "$out/sparse_linear.csv" "${options[@]}"
+  TAIL_LINES=40 step bench_decode "${BENCH_LIMIT:-280}" "$python" benchmarks/bench_decode.py \
+    --csv "$out/decode.csv" "${options[@]}"
 fi
 
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw --format=csv,noheader

@@ -26,7 +26,7 @@ void pack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features, c
 void unpack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features, const uint8_t* physical,
                      uint8_t* neutral);
 
-enum class ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kE4M3 = 3 };
+enum class ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kE4M3 = 3, kInt8 = 4 };
 enum class TokenShift : int { kNone = 0, kMean = 1, kMedian = 2 };
 
 #if defined(NM_ACT_CUDA) || defined(__CUDACC__)
@@ -148,6 +148,41 @@ const char* cuda_error_text(cudaError_t status);
 MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device);
 bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device);
 cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, cudaStream_t stream);
+
+// gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens, in one launch;
+// P is the selection of x - shift, or x itself without a pattern. Only those rows of W are read that have a survivor,
+// or without a pattern a non-zero input, in some token. The shift term is eta (x) shift_out with an eta, else
+// shift_out; with a pattern, eta and shift are also subtracted before the selection. Null vectors leave their factor or
+// term out.
+struct GatherParams {
+  const void* x;  // [tokens, in_features] of x_type, rows x_stride elements apart, any alignment
+  int64_t x_stride;
+  const void* weight;          // W [in_features, out_features] of weight_type, 16-byte aligned
+  int64_t weight_stride;       // elements from row to row, a multiple of 16 bytes
+  void* y;                     // [tokens, out_features] of x_type, contiguous, 4-byte aligned
+  const float* channel_scale;  // [in_features] or null
+  const float* shift;          // [in_features] or null
+  const float* eta;            // [tokens] or null, as launch_token_shift wrote it
+  const float* row_scale;      // [tokens] or null
+  const float* weight_scale;   // [out_features] or null
+  const float* shift_out;      // [out_features] or null
+  const float* column_scale;   // [out_features] or null
+  const void* bias;            // [out_features] of x_type, or null
+  int tokens;                  // 1 to kMaxGatherTokens; with a pattern or 8-bit weights to kMaxDecodeTokens
+  int in_features;             // a multiple of pattern.group
+  int out_features;            // a multiple of 8, with 8-bit weights of 16
+  Pattern pattern;             // keep 0: no selection
+  ElementType x_type;          // kBFloat16 or kFloat16
+  ElementType weight_type;     // x_type, kE4M3 or kInt8
+};
+inline constexpr int kMaxDecodeTokens = 4;
+inline constexpr int kMaxGatherTokens = 8;
+struct GatherConfig;  // gather/config.h
+bool gather_supports(const GatherParams& params, GemmDevice device);
+cudaError_t launch_gather(const GatherParams& params, GemmDevice device, cudaStream_t stream);
+// With a configuration of the caller's choice, for tuning.
+cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const GatherConfig& config,
+                          cudaStream_t stream);
 
 #endif  // NM_ACT_CUDA
 

@@ -94,6 +94,25 @@ inline void check_weight(const at::Tensor& x, const at::Tensor& weight, const Op
   check_weight_shape(x, weight, bias, op);
 }
 
+// A weight in the dtype of x, or with a weight_scale in e4m3 or int8. Returns the scale, or an undefined tensor.
+inline at::Tensor check_scaled_weight(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& weight_scale,
+                                      const OptionalTensor& bias, const char* op) {
+  const bool bits8 = weight.scalar_type() == at::kFloat8_e4m3fn || weight.scalar_type() == at::kChar;
+  const bool scaled = weight_scale.has_value() && weight_scale->defined();
+  if (!scaled) {
+    TORCH_CHECK_TYPE(!bits8, "nm_act::", op, " expected weight_scale along with a weight in ", weight.scalar_type(),
+                     ", got none; give one scale an output channel");
+    check_weight(x, weight, bias, op);
+    return {};
+  }
+  TORCH_CHECK_TYPE(bits8, "nm_act::", op, " expected weight in float8_e4m3fn or int8 along with weight_scale, got ",
+                   weight.scalar_type(), "; leave weight_scale out or quantise the weight");
+  check_weight_shape(x, weight, bias, op);
+  TORCH_CHECK_TYPE(weight_scale->scalar_type() == at::kFloat, "nm_act::", op, " expected weight_scale in float32, got ",
+                   weight_scale->scalar_type(), "; convert it first");
+  return check_vector(weight_scale, x, weight.size(0), "weight_scale", op);
+}
+
 inline const float* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
 }

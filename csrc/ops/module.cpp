@@ -7,6 +7,9 @@
 #include "build_facts.h"
 #include "cpu/kernels.h"
 #include "kernels/matmul/config.h"
+#ifdef NM_ACT_CUDA
+#include "kernels/gather/config.h"
+#endif
 #include "kernels/nm_act.h"
 #include "ops/support.h"
 
@@ -117,11 +120,36 @@ py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t o
   return py::make_tuple(int(config.tile), int(config.raster), config.swizzle);
 }
 
+#ifdef NM_ACT_CUDA
+// (lanes, splits, threads) of every configuration that the decode kernel can run this problem with; the one it would
+// choose comes first.
+py::list gather_configs(int tokens, int out_features, int in_features, bool bits8, int keep, int group,
+                        int compute_capability_major, int multiprocessors) {
+  const nm_act::GatherProblem problem{
+      tokens,        out_features,
+      in_features,   bits8 ? nm_act::ElementType::kE4M3 : nm_act::ElementType::kBFloat16,
+      {keep, group}, {compute_capability_major, multiprocessors}};
+  const auto tuple = [](const nm_act::GatherConfig& c) { return py::make_tuple(c.lanes, c.splits, c.threads); };
+  const py::tuple chosen = tuple(nm_act::select_gather_config(problem));
+  py::list result;
+  result.append(chosen);
+  nm_act::for_each_gather_config(problem, [&](const nm_act::GatherConfig& config) {
+    if (!tuple(config).equal(chosen)) result.append(tuple(config));
+  });
+  return result;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info);
   m.def("support_table", support_table);
+#ifdef NM_ACT_CUDA
+  m.def("gather_configs", gather_configs, py::arg("tokens"), py::arg("out_features"), py::arg("in_features"),
+        py::arg("bits8"), py::arg("keep"), py::arg("group"), py::arg("compute_capability_major"),
+        py::arg("multiprocessors"));
+#endif
   m.def("pack_metadata", pack_metadata, py::arg("neutral"), py::arg("tokens"), py::arg("in_features"),
         py::arg("layout"));
   m.def("unpack_metadata", unpack_metadata, py::arg("physical"), py::arg("tokens"), py::arg("in_features"),

@@ -32,6 +32,20 @@ at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& sel
   return vector;
 }
 
+int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op) {
+  check_features(x, op);
+  check_dtype(x, op);
+  check_weight(x, weight, bias, op);
+  TORCH_CHECK_VALUE(stored_in_out(weight), "nm_act::", op,
+                    " expected a weight stored [in_features, out_features], got strides ", weight.strides(),
+                    "; store it with weight.t().contiguous().t()");
+  const int64_t tokens = x.numel() / x.size(-1);
+  constexpr int64_t kMost = 8;
+  TORCH_CHECK_VALUE(tokens <= kMost, "nm_act::", op, " expected at most ", kMost, " tokens, got ", tokens,
+                    "; use torch.nn.functional.linear for more");
+  return tokens;
+}
+
 cpu::PruneParams prune_params(const Selection& s, const at::Tensor& x) {
   cpu::PruneParams p{};
   p.x = x.const_data_ptr();

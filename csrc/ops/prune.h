@@ -31,6 +31,9 @@ Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const Optio
 at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& selection, const at::Tensor& x,
                            int64_t out_features, const char* op);
 
+// The arguments of gather_linear; returns the number of tokens.
+int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op);
+
 // Params of the CPU kernel for a contiguous x; outputs are null until the caller sets them.
 cpu::PruneParams prune_params(const Selection& selection, const at::Tensor& x);
 

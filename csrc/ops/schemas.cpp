@@ -5,6 +5,9 @@
 // bfloat16, float16; channel_scale and shift [in_features], shift_out and column_scale [out_features] are float32 or
 // that dtype.
 //
+// With a weight_scale float32 [out_features] the weight is float8_e4m3fn or int8 and W = weight * weight_scale per
+// output channel; else W = weight.
+//
 //   Z = X - eta          eta: `shift`, one value a channel, or `token_shift` ("mean", "median"), one value a token
 //   P = the n of every m consecutive values of a token's Z with the largest |Z| * |channel_scale|, zeros elsewhere
 //   Y = (nu * (P @ W^T) + shift term) * column_scale + bias
@@ -39,11 +42,16 @@ TORCH_LIBRARY(nm_act, m) {
   m.def(
       "sparse_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, "
       "Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, bool variance_correction=False, "
-      "Tensor? column_scale=None) -> Tensor");
+      "Tensor? column_scale=None, Tensor? weight_scale=None) -> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
   // decode kernel of sparse_linear without the selection. At most 8 tokens.
   m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  // CUDA only, for tuning: sparse_linear's decode kernel with a configuration of the caller's choice
+  // (csrc/kernels/gather/config.h).
+  m.def(
+      "gather_configured(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int lanes, int splits, "
+      "int threads) -> Tensor");
 
   // CUDA only, 2:4. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
   // [tokens, in_features / 2] in the dtype of x (float8_e4m3fn with fp8, scaled per token by its largest |Z| / 448),

@@ -1,7 +1,8 @@
 // nm_act::sparse_linear and nm_act::gather_linear on CPUs.
 //
-// A few tokens over a weight stored [in, out] take the gather kernel, which reads only the rows of survivors. All else
-// prunes and runs torch's own GEMM; the epilogue then needs a pass of its own unless it is a plain bias.
+// An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens over a weight stored [in, out] take
+// the gather kernel, which reads only the rows of survivors. All else prunes and runs torch's own GEMM; the epilogue
+// then needs a pass of its own unless it is a plain bias.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -107,19 +108,21 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
   return at::sum(weight, {1}, false, at::kFloat);
 }
 
-at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
-                         const OptionalTensor& column_scale) {
+                         const OptionalTensor& column_scale, const OptionalTensor& weight_scale) {
   constexpr const char* kOp = "sparse_linear";
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp);
-  check_weight(x, weight, bias, kOp);
-  const int64_t tokens = selection.tokens, in_features = selection.in_features, out_features = weight.size(0);
+  const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
+  const int64_t tokens = selection.tokens, in_features = selection.in_features, out_features = stored_weight.size(0);
   at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
   const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
   at::Tensor y = at::empty({tokens, out_features}, x.options());
-  if (y.numel() == 0) return y.view(with_last(x.sizes(), weight.size(0)));
-  if (selection.has_shift() && !shift_vector.defined()) shift_vector = shift_image(weight, selection);
+  if (y.numel() == 0) return y.view(with_last(x.sizes(), out_features));
+  if (selection.has_shift() && !shift_vector.defined())
+    shift_vector = shift_image(dequantised(stored_weight, scale, at::kFloat), selection);
+  const at::Tensor weight = dequantised(stored_weight, scale, x.scalar_type());
 
   const at::Tensor dense = x.contiguous();
   const at::TensorOptions vector_options = x.options().dtype(at::kFloat);
@@ -145,21 +148,13 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   } else {
     y = at::linear(operand, weight, bias);
   }
-  return y.view(with_last(x.sizes(), weight.size(0)));
+  return y.view(with_last(x.sizes(), out_features));
 }
 
 at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   constexpr const char* kOp = "gather_linear";
-  check_features(x, kOp);
+  const int64_t tokens = check_gather_linear(x, weight, bias, kOp);
   const cpu::DType dtype = check_dtype(x, kOp);
-  check_weight(x, weight, bias, kOp);
-  TORCH_CHECK_VALUE(stored_in_out(weight),
-                    "nm_act::gather_linear expected a weight stored [in_features, out_features], got strides ",
-                    weight.strides(), "; store it with weight.t().contiguous().t()");
-  const int64_t tokens = x.numel() / x.size(-1);
-  constexpr int64_t kMost = decode_tokens(cpu::DType::kFloat32);
-  TORCH_CHECK_VALUE(tokens <= kMost, "nm_act::gather_linear expected at most ", kMost, " tokens, got ", tokens,
-                    "; use torch.nn.functional.linear for more");
   at::Tensor y = at::empty(with_last(x.sizes(), weight.size(0)), x.options());
   if (y.numel() == 0) return y;
   const at::Tensor rows = y.view({tokens, weight.size(0)});

@@ -23,6 +23,8 @@ inline constexpr SupportRow kSupport[] = {
     {"sparse_linear", "1 to 4 tokens (float32: 8), weight stored [in, out]", "cpu", kAllDtypes, kAllPatterns,
      "reads only the weight rows of survivors"},
     {"sparse_linear", "otherwise", "cpu", kAllDtypes, kAllPatterns, "prune, then torch's dense GEMM"},
+    {"sparse_linear", "weight_scale given", "cpu, cuda sm_80+", "e4m3 or int8 weight", kAllPatterns,
+     "as above, the decode kernel on CUDA; otherwise the weight is dequantised at every call"},
     {"gather_linear", "1 to 8 tokens, weight stored [in, out]", "cpu", kAllDtypes, "any zeros in the input",
      "reads only the weight rows of non-zero inputs"},
     {"prune", "always", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel"},
@@ -33,11 +35,15 @@ inline constexpr SupportRow kSupport[] = {
     {"sparse_gemm", "always", "cuda sm_90", "bfloat16, float16, e4m3", "2:4", "sparse tensor cores (wgmma.sp)"},
     {"sparse_gemm", "always", "cuda sm_80+", kBits16, "2:4",
      "sparse tensor cores (mma.sp); speed on Ampere not measured"},
+    {"sparse_linear", "1 to 4 tokens, weight stored [in, out], at most 95 % of its rows needed", "cuda sm_80+",
+     "bfloat16, float16 x; weight of x's dtype, e4m3 or int8", kAllPatterns,
+     "decode kernel: reads only the weight rows of survivors; slices in clusters on sm_90"},
     {"sparse_linear", "2:4, 512 tokens and more", "cuda sm_80+", kBits16, "2:4", "compress_packed, then sparse_gemm"},
     {"sparse_linear", "otherwise", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel, then cuBLAS"},
     {"sparse_linear_fp8", "always", "cuda sm_90", "bfloat16, float16 x; e4m3 weight", "2:4",
      "compress_packed in e4m3, then sparse_gemm"},
-    {"gather_linear", "always", "cuda sm_80+", kAllDtypes, "any zeros in the input", "plain torch operations"},
+    {"gather_linear", "1 to 8 tokens, weight stored [in, out]", "cuda sm_80+", kBits16, "any zeros in the input",
+     "reads only the weight rows of non-zero inputs; float32: plain torch operations"},
 };
 
 }  // namespace nm_act

@@ -20,4 +20,9 @@ inline std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
   return result;
 }
 
+// W = weight * scale[out], rounded once to dtype, in the weight's own stride order; the weight itself without a scale.
+inline at::Tensor dequantised(const at::Tensor& weight, const at::Tensor& scale, at::ScalarType dtype) {
+  return scale.defined() ? weight.to(at::kFloat).mul_(scale.unsqueeze(1)).to(dtype) : weight;
+}
+
 }  // namespace nm_act

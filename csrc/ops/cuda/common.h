@@ -18,6 +18,7 @@ inline ElementType element_type(at::ScalarType type) {
     case at::kBFloat16: return ElementType::kBFloat16;
     case at::kHalf: return ElementType::kFloat16;
     case at::kFloat8_e4m3fn: return ElementType::kE4M3;
+    case at::kChar: return ElementType::kInt8;
     default: return ElementType::kFloat32;
   }
 }

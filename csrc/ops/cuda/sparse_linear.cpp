@@ -1,12 +1,15 @@
-// nm_act::sparse_linear, sparse_linear_fp8 and gather_linear on CUDA.
+// nm_act::sparse_linear and sparse_linear_fp8 on CUDA.
 //
-// 2:4 in 16 bits goes to the sparse tensor cores when there are enough tokens; everything else prunes and runs cuBLAS.
+// A few tokens over a weight stored [in, out] go to the decode kernel; 2:4 in 16 bits goes to the sparse tensor cores
+// when there are enough tokens; everything else prunes and runs cuBLAS. An 8-bit weight that the decode kernel does not
+// take is first multiplied by its scale, in the dtype of x.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include "kernels/matmul/config.h"
+#include "ops/cuda/gather.h"
 #include "ops/cuda/sparse_gemm.h"
 
 namespace nm_act::cuda_ops {
@@ -47,21 +50,29 @@ at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const Op
   return y.to(x.scalar_type());
 }
 
-at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
-                         const OptionalTensor& column_scale) {
+                         const OptionalTensor& column_scale, const OptionalTensor& weight_scale) {
   constexpr const char* kOp = "sparse_linear";
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp);
-  check_weight(x, weight, bias, kOp);
-  const int64_t out_features = weight.size(0);
+  const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
+  const int64_t out_features = stored_weight.size(0);
   const at::Tensor given = check_shift_out(shift_out, selection, x, out_features, kOp);
   const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   const std::vector<int64_t> sizes = with_last(x.sizes(), out_features);
   if (selection.tokens == 0 || out_features == 0) return at::empty(sizes, x.options());
-  const at::Tensor shift_vector = shift_image(weight, selection, given);
   const GemmDevice device = gemm_device(x, kOp);
+  const bool gathers = takes_gather(x, stored_weight, {selection.keep, selection.group}, selection.tokens, device);
+  const at::Tensor shift_vector = selection.has_shift() && !given.defined()
+                                      ? shift_image(dequantised(stored_weight, scale, at::kFloat), selection, given)
+                                      : given;
+  if (gathers) {
+    const GatherEpilogueTensors epilogue{scale, shift_vector, column_vector, bias.value_or(at::Tensor())};
+    return gather_product(x, stored_weight, selection, variance_correction, epilogue, device, kOp).view(sizes);
+  }
+  const at::Tensor weight = dequantised(stored_weight, scale, x.scalar_type());
   if (!takes_sparse_cores(x, weight, selection, device)) {
     return dense_product(x, weight, bias, selection, variance_correction, shift_vector, column_vector, kOp).view(sizes);
   }
@@ -105,20 +116,11 @@ at::Tensor sparse_linear_fp8(const at::Tensor& x, const at::Tensor& weight, cons
   return y;
 }
 
-// No kernel of its own yet: the dense product.
-at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
-  check_features(x, "gather_linear");
-  check_dtype(x, "gather_linear");
-  check_weight(x, weight, bias, "gather_linear");
-  return at::linear(x, weight, bias);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
   m.impl("sparse_linear", sparse_linear);
   m.impl("sparse_linear_fp8", sparse_linear_fp8);
-  m.impl("gather_linear", gather_linear);
 }
 
 }  // namespace nm_act::cuda_ops

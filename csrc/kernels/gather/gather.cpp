@@ -1,0 +1,60 @@
+// Dispatch of gather: what is supported, the pure choice of a configuration, the launch.
+#include "instances.h"
+
+namespace nm_act {
+namespace {
+
+bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+GatherProblem problem_of(const GatherParams& params, GemmDevice device) {
+  return {params.tokens, params.out_features, params.in_features, params.weight_type, params.pattern, device};
+}
+
+bool types_fit(const GatherParams& params) {
+  const bool half = params.x_type == ElementType::kBFloat16 || params.x_type == ElementType::kFloat16;
+  return half && (params.weight_type == params.x_type || weight_bytes(params.weight_type) == 1);
+}
+
+bool pattern_fits(const GatherParams& params) {
+  if (params.pattern.keep == 0) return true;
+  return is_supported(params.pattern) && params.in_features % params.pattern.group == 0;
+}
+
+}  // namespace
+
+bool gather_supports(const GatherParams& params, GemmDevice device) {
+  if (!types_fit(params) || !pattern_fits(params) || params.in_features <= 0 || params.out_features <= 0) return false;
+  const int bytes = weight_bytes(params.weight_type);
+  const bool few = params.pattern.keep > 0 || bytes == 1;
+  if (params.tokens < 1 || params.tokens > (few ? kMaxDecodeTokens : kMaxGatherTokens)) return false;
+  const int64_t row_bytes = params.weight_stride * bytes;
+  return params.out_features % outputs_per_lane(params.weight_type) == 0 && row_bytes % kGatherVector == 0 &&
+         row_bytes <= INT32_MAX && is_aligned(params.weight, kGatherVector) && is_aligned(params.y, 4) &&
+         select_gather_config(problem_of(params, device)).splits > 0;
+}
+
+cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const GatherConfig& config,
+                          cudaStream_t stream) {
+  const GatherProblem problem = problem_of(params, device);
+  if (!is_valid(problem, config)) return cudaErrorInvalidValue;
+  const int tiles = ceil_div(params.out_features, config.lanes * outputs_per_lane(params.weight_type));
+  GatherLaunch launch{};
+  launch.config = config;
+  launch.shape = {static_cast<unsigned>(tiles * config.splits), config.threads, static_cast<unsigned>(config.splits),
+                  shared_bytes(problem, config)};
+  launch.vector = is_aligned(params.x, 16) && params.x_stride % 8 == 0 && is_aligned(params.channel_scale, 16) &&
+                  is_aligned(params.shift, 16);
+  launch.stream = stream;
+  switch (params.weight_type) {
+    case ElementType::kE4M3: return launch_gather_e4m3(params, launch);
+    case ElementType::kInt8: return launch_gather_int8(params, launch);
+    default: return launch_gather_bits16(params, launch);
+  }
+}
+
+cudaError_t launch_gather(const GatherParams& params, GemmDevice device, cudaStream_t stream) {
+  if (!gather_supports(params, device)) return cudaErrorInvalidValue;
+  return launch_gather(params, device, select_gather_config(problem_of(params, device)), stream);
+}
+
+}  // namespace nm_act

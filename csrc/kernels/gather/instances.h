@@ -1,0 +1,20 @@
+// The compiled decode kernels, by type of the weight; each source file defines one.
+#pragma once
+
+#include "../launch.cuh"
+#include "config.h"
+
+namespace nm_act {
+
+struct GatherLaunch {
+  GatherConfig config;
+  LaunchShape shape;
+  bool vector;  // the inputs' vectors can be read 16 bytes at a time
+  cudaStream_t stream;
+};
+
+cudaError_t launch_gather_bits16(const GatherParams& params, const GatherLaunch& launch);
+cudaError_t launch_gather_e4m3(const GatherParams& params, const GatherLaunch& launch);
+cudaError_t launch_gather_int8(const GatherParams& params, const GatherLaunch& launch);
+
+}  // namespace nm_act

@@ -1,0 +1,195 @@
+// The survivors of a slice of the inputs, selected by one block: their numbers and values as a list in shared memory.
+//
+// A feature survives if fewer than `keep` of its group beat it, so its rank decides: m differences of keys and their
+// sign bits. Bare 16-bit features have keys of 15 bits with the position below them, which makes all keys different;
+// under a channel scale the keys have 31 bits and ties are broken by comparing positions. One warp takes 32 features at
+// a time and a ballot gives their mask. Of one token, 32 * keep / group survive in every 32 features, so each knows its
+// place in the list; the union over several tokens, or the inputs that are not zero, need a prefix sum of the counts.
+#pragma once
+
+#include "../prune/compress.cuh"
+#include "block.cuh"
+#include "config.h"
+
+namespace nm_act {
+
+// Below 2^20: the magnitude's key, then the position within 32, lower positions above higher ones.
+__device__ __forceinline__ uint32_t unique_key(uint32_t magnitude, int feature) {
+  return magnitude << 5 | (31u - static_cast<uint32_t>(feature) % 32u);
+}
+
+// How many keys of the group beat key `own`. kUnique: no two keys are equal.
+template <bool kUnique>
+__device__ __forceinline__ int rank_in_group(const uint32_t* group, int size, int own) {
+  const uint32_t mine = group[own];
+  uint32_t rank = 0;
+#pragma unroll 4
+  for (int j = 0; j < size; j += 2) {
+    const uint2 pair = *reinterpret_cast<const uint2*>(group + j);
+    // A lower position beats an equal key.
+    const uint32_t tie0 = !kUnique && j < own ? 1u : 0u, tie1 = !kUnique && j + 1 < own ? 1u : 0u;
+    rank += (mine - pair.x - tie0) >> 31;
+    rank += (mine - pair.y - tie1) >> 31;
+  }
+  return static_cast<int>(rank);
+}
+
+// This block's slice and its arrays in shared memory.
+struct GatherSlice {
+  int begin;  // first feature
+  int count;  // features, from 0 to `size`
+  int size;   // a multiple of 32
+  uint16_t* z;
+  uint32_t* keys;
+  uint16_t* rows;
+  uint16_t* coefficients;
+  uint32_t* masks;
+  int* offsets;
+
+  __device__ __forceinline__ GatherSlice(unsigned char* shared, const GatherShared& at, int begin, int size,
+                                         int in_features)
+      : begin(begin),
+        count(max(0, min(size, in_features - begin))),
+        size(size),
+        z(reinterpret_cast<uint16_t*>(shared + at.z)),
+        keys(reinterpret_cast<uint32_t*>(shared + at.keys)),
+        rows(reinterpret_cast<uint16_t*>(shared + at.rows)),
+        coefficients(reinterpret_cast<uint16_t*>(shared + at.coefficients)),
+        masks(reinterpret_cast<uint32_t*>(shared + at.masks)),
+        offsets(reinterpret_cast<int*>(shared + at.offsets)) {}
+};
+
+// z = x - shift of all tokens, and the keys; zeros beyond the slice and the tokens. `vector`: x, channel_scale and
+// shift can be read 16 bytes at a time.
+template <class E, int kTokens>
+__device__ __forceinline__ void load_inputs(const GatherParams& params, const GatherSlice& slice, bool vector) {
+  const bool selects = params.pattern.keep > 0;
+  const int chunks = slice.size / kChunk;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < kTokens * chunks; i += static_cast<int>(blockDim.x)) {
+    const int token = i / chunks, feature = i % chunks * kChunk, at = slice.begin + feature;
+    const int count = token < params.tokens ? max(0, min(kChunk, slice.count - feature)) : 0;
+    const bool whole = vector && count == kChunk;
+    Chunk<E> z = zero_chunk<E>();
+    if (count > 0) {
+      const auto* source = static_cast<const uint16_t*>(params.x) + token * params.x_stride + at;
+      z = whole ? load_chunk<E, true>(source, count) : load_chunk<E, false>(source, count);
+      if (selects && params.eta != nullptr) subtract(z, __ldg(params.eta + token));
+      if (selects && params.shift != nullptr) {
+        subtract(z, whole ? load_channels<true>(params.shift + at, count, 0.0f)
+                          : load_channels<false>(params.shift + at, count, 0.0f));
+      }
+    }
+    *reinterpret_cast<uint4*>(slice.z + token * slice.size + feature) =
+        make_uint4(z.word[0], z.word[1], z.word[2], z.word[3]);
+    if (!selects) continue;
+    uint32_t key[kChunk];
+    if (params.channel_scale != nullptr) {
+      const ChannelChunk scale = whole ? load_channels<true>(params.channel_scale + at, count, 1.0f)
+                                       : load_channels<false>(params.channel_scale + at, count, 1.0f);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) key[j] = scaled_key(z.get(j), scale.value[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        const uint32_t halves = magnitude_keys(z.word[j / 2], E::kNanKeys);
+        key[j] = unique_key(j % 2 ? halves >> 16 : halves & 0xFFFFu, feature + j);
+      }
+    }
+    uint4* keys = reinterpret_cast<uint4*>(slice.keys + token * slice.size + feature);
+    keys[0] = make_uint4(key[0], key[1], key[2], key[3]);
+    keys[1] = make_uint4(key[4], key[5], key[6], key[7]);
+  }
+}
+
+// Bit f of masks[token][f / 32]: does feature f of the slice survive in this token?
+template <int kTokens>
+__device__ __forceinline__ void mark_survivors(const GatherParams& params, const GatherSlice& slice) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+  const int keep = params.pattern.keep, group = params.pattern.group, blocks = slice.size / 32;
+  const bool unique = params.channel_scale == nullptr;
+  for (int block = static_cast<int>(threadIdx.x) / 32; block < blocks; block += warps) {
+    const int feature = 32 * block + lane;
+#pragma unroll 1
+    for (int token = 0; token < kTokens; ++token) {
+      bool kept = token < params.tokens && feature < slice.count;
+      if (keep == 0) {
+        kept = kept && (slice.z[token * slice.size + feature] & 0x7FFFu) != 0;
+      } else if (token < params.tokens) {
+        const int own = feature & (group - 1);
+        const uint32_t* keys = slice.keys + token * slice.size + feature - own;
+        const int rank = unique ? rank_in_group<true>(keys, group, own) : rank_in_group<false>(keys, group, own);
+        kept = kept && rank < keep;
+      }
+      const uint32_t mask = __ballot_sync(0xFFFFFFFFu, kept);
+      if (lane == 0) slice.masks[token * blocks + block] = mask;
+    }
+  }
+}
+
+template <int kTokens>
+__device__ __forceinline__ uint32_t union_mask(const GatherSlice& slice, int block) {
+  uint32_t mask = 0;
+#pragma unroll
+  for (int token = 0; token < kTokens; ++token) mask |= slice.masks[token * (slice.size / 32) + block];
+  return mask;
+}
+
+// offsets[b]: survivors before 32-feature block b; the last entry is their number. By the first warp.
+template <int kTokens>
+__device__ __forceinline__ void sum_counts(const GatherSlice& slice) {
+  const int lane = static_cast<int>(threadIdx.x), blocks = slice.size / 32;
+  if (lane >= 32) return;
+  int before = 0;
+  for (int first = 0; first < blocks; first += 32) {
+    const int block = first + lane;
+    const int own = block < blocks ? __popc(union_mask<kTokens>(slice, block)) : 0;
+    int sum = own;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(0xFFFFFFFFu, sum, distance);
+      if (lane >= distance) sum += other;
+    }
+    if (block < blocks) slice.offsets[block] = before + sum - own;
+    before += __shfl_sync(0xFFFFFFFFu, sum, 31);
+  }
+  if (lane == 0) slice.offsets[blocks] = before;
+}
+
+// The list: rows ascending, and the value of each token there (0 where it does not survive in that token).
+template <int kTokens>
+__device__ __forceinline__ void list_survivors(const GatherParams& params, const GatherSlice& slice, bool even) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+  const int blocks = slice.size / 32;
+  for (int block = static_cast<int>(threadIdx.x) / 32; block < blocks; block += warps) {
+    const uint32_t mask = union_mask<kTokens>(slice, block);
+    if ((mask >> lane & 1u) == 0) continue;
+    const int before = even ? block * (32 / params.pattern.group) * params.pattern.keep : slice.offsets[block];
+    const int slot = before + __popc(mask & ((1u << lane) - 1u)), feature = 32 * block + lane;
+    slice.rows[slot] = static_cast<uint16_t>(feature);
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      const bool kept = slice.masks[token * blocks + block] >> lane & 1u;
+      slice.coefficients[slot * kTokens + token] = kept ? slice.z[token * slice.size + feature] : uint16_t{0};
+    }
+  }
+}
+
+// Fills the list and returns its length; ends with a barrier.
+template <class E, int kTokens>
+__device__ __forceinline__ int select_survivors(const GatherParams& params, const GatherSlice& slice, bool vector) {
+  load_inputs<E, kTokens>(params, slice, vector);
+  __syncthreads();
+  mark_survivors<kTokens>(params, slice);
+  __syncthreads();
+  const bool even = kTokens == 1 && params.pattern.keep > 0;
+  if (!even) {
+    sum_counts<kTokens>(slice);
+    __syncthreads();
+  }
+  list_survivors<kTokens>(params, slice, even);
+  __syncthreads();
+  return even ? slice.count / params.pattern.group * params.pattern.keep : slice.offsets[slice.size / 32];
+}
+
+}  // namespace nm_act

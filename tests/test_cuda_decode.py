@@ -1,0 +1,324 @@
+"""CUDA decode kernel (sparse_linear of 1 to 4 tokens over a weight stored [in, out], gather_linear): selection, error, states."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DTYPES, PATTERNS, assert_same_bits, hard_activations
+from cuda_cases import E4M3, GPU_MARKS, HALVES, linear_options, poison, quantise_weight, relative_error, stored, strided
+
+import nm_act
+from nm_act import reference
+
+pytestmark = GPU_MARKS
+TOKENS = (1, 2, 3, 4)
+WEIGHTS = ("same", "e4m3", "int8")
+OPS = torch.ops.nm_act
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    poison()
+
+
+def problem(tokens, out_features, in_features, dtype=torch.bfloat16, kind="same", layout="in_out"):
+    """x, weight, bias and the options that make the weight what ``kind`` says."""
+    x = (torch.randn(tokens, in_features, device="cuda") + 0.2).to(dtype)
+    weight = torch.randn(out_features, in_features, device="cuda") / in_features**0.5
+    bias = torch.randn(out_features, device="cuda").to(dtype)
+    if kind == "same":
+        return x, stored(weight.to(dtype), layout), bias, {}
+    weight, scale = quantise_weight(weight) if kind == "e4m3" else quantise_int8(weight)
+    return x, stored(weight, layout), bias, {"weight_scale": scale}
+
+
+def quantise_int8(weight):
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-12)
+    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def assert_within_twice_torch(y, x, weight, bias, n, m, options, what):
+    """Against float64; torch gets the dequantised weight in the dtype of x."""
+    exact = reference.sparse_linear(x, weight, bias, n, m, **options)
+    rest = {name: value for name, value in options.items() if name != "weight_scale"}
+    dense = weight if "weight_scale" not in options else (weight.float() * options["weight_scale"][:, None]).to(x.dtype)
+    if rest.keys() <= {"channel_scale"}:
+        torchs = F.linear(reference.prune(x, n, m, **rest), dense, bias)
+    else:
+        torchs = reference.sparse_linear(x, dense, bias, n, m, compute_dtype=x.dtype, **rest)
+    ours = relative_error(y, exact)
+    assert y.dtype == x.dtype
+    assert ours <= 2 * relative_error(torchs, exact), (what, ours)
+
+
+# ---- selection, bit for bit ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("n", "m"), [*PATTERNS, (7, 8), (1, 32)])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("in_features", [32, 288, 4096])
+def test_an_identity_weight_shows_the_selection(dtype, n, m, tokens, in_features):
+    """y = P @ I: every output is one survivor or zero, so it must have the oracle's bits."""
+    identity = torch.eye(in_features, device="cuda", dtype=dtype)
+    ties = torch.randint(-2, 3, (tokens, in_features)).to(dtype)
+    scale, shift = torch.randn(in_features), torch.randn(in_features)
+    scale[0], scale[1], scale[-1] = 0.0, float("inf"), float("nan")
+    options = [{}, {"channel_scale": scale}, {"shift": shift, "shift_out": torch.zeros(in_features)}]
+    for x in (torch.randn(tokens, in_features).to(dtype), ties):
+        for chosen in options:
+            on_gpu = {name: value.cuda() for name, value in chosen.items()}
+            y = nm_act.sparse_linear(x.cuda(), identity, n=n, m=m, **on_gpu)
+            selection = {name: value for name, value in chosen.items() if name != "shift_out"}
+            # A sum that holds a -0.0 and zeros is +0.0.
+            assert_same_bits(y.cpu() + 0.0, reference.prune(x, n, m, **selection) + 0.0, what=f"{list(chosen)}")
+
+
+def in_out(weight):
+    return weight.t().contiguous().t()
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kind", ["same", "e4m3"])
+def test_rows_that_no_token_needs_are_not_read(tokens, kind):
+    x, weight, _, options = problem(tokens, 272, 512, kind=kind)
+    dropped = (nm_act.prune(x, 8, 16) == 0).all(dim=0)
+    assert dropped.any()
+    poisoned = weight.float().clone()
+    poisoned[:, dropped] = float("nan")
+    y = nm_act.sparse_linear(x, in_out(poisoned.to(weight.dtype)), n=8, m=16, **options)
+    assert torch.equal(y, nm_act.sparse_linear(x, weight, n=8, m=16, **options))
+    assert not y.isnan().any()
+
+
+# ---- error against float64 -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_error_at_most_twice_torchs_own(dtype, kind, tokens):
+    for out_features, in_features in ((528, 1056), (16, 32), (4096, 4096), (272, 14336), (10000, 256)):
+        x, weight, bias, options = problem(tokens, out_features, in_features, dtype, kind)
+        for n, m in ((2, 4), (4, 8), (8, 16), (16, 32)):
+            for given_bias in (bias, None):
+                y = nm_act.sparse_linear(x, weight, given_bias, n, m, **options)
+                assert_within_twice_torch(y, x, weight, given_bias, n, m, options, (out_features, in_features, n, m))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_every_option(dtype, kind, tokens):
+    x, weight, bias, scale = problem(tokens, 272, 512, dtype, kind)
+    for name, options in linear_options(512, 272).items():
+        for given_bias in (bias, None):
+            y = nm_act.sparse_linear(x, weight, given_bias, 8, 16, **options, **scale)
+            assert_within_twice_torch(y, x, weight, given_bias, 8, 16, {**options, **scale}, name)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_the_kernel_does_not_take_stays_right(dtype, kind):
+    """Other storages, sizes, token counts and patterns go elsewhere."""
+    cases = [
+        (1, 330, 1024, "in_out", (2, 4)),
+        (1, 7, 36, "in_out", (2, 4)),
+        (3, 272, 1024, "out_in", (8, 16)),
+        (5, 272, 1024, "in_out", (8, 16)),
+        (4, 272, 1024, "in_out", (12, 16)),
+        (600, 272, 1024, "in_out", (2, 4)),
+    ]
+    for tokens, out_features, in_features, layout, (n, m) in cases:
+        x, weight, bias, options = problem(tokens, out_features, in_features, dtype, kind, layout)
+        y = nm_act.sparse_linear(x, weight, bias, n, m, **options)
+        assert_within_twice_torch(y, x, weight, bias, n, m, options, (tokens, out_features, in_features, layout))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_strided_and_misaligned_operands(tokens):
+    x, weight, bias, _ = problem(tokens, 272, 512)
+    for name, view in strided(x).items():
+        assert_within_twice_torch(nm_act.sparse_linear(view, weight, bias, 8, 16), x, weight, bias, 8, 16, {}, name)
+    for name, view in strided(weight.t().contiguous()).items():
+        y = nm_act.sparse_linear(x, view.t(), bias, 8, 16)
+        assert_within_twice_torch(y, x, weight, bias, 8, 16, {}, name)
+    moved = lambda vector: torch.cat([vector[:1], vector])[1:]  # noqa: E731  the same values one element further
+    options = {"channel_scale": torch.rand(512, device="cuda"), "shift": torch.randn(512, device="cuda")}
+    y = nm_act.sparse_linear(x, weight, moved(bias), 8, 16, **{name: moved(v) for name, v in options.items()})
+    assert_within_twice_torch(y, x, weight, bias, 8, 16, options, "misaligned vectors")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_non_finite_inputs_reach_the_output(dtype, tokens):
+    _, weight, _, _ = problem(1, 64, 128, dtype)
+    for rows in hard_activations(6, 128, dtype).split(tokens):
+        y = nm_act.sparse_linear(rows.cuda(), weight)
+        dense = F.linear(reference.prune(rows, 2, 4).cuda(), weight)
+        assert torch.equal(y.isfinite(), dense.isfinite())
+        assert torch.equal(y.isnan(), dense.isnan())
+
+
+# ---- gather_linear ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_gather_linear(dtype, tokens):
+    for out_features, in_features in ((528, 1056), (40, 31), (4096, 4096)):
+        x, weight, bias, _ = problem(tokens, out_features, in_features, dtype)
+        x = torch.relu(x - 0.5)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        y = nm_act.gather_linear(x, weight, bias)
+        assert relative_error(y, exact) <= 2 * relative_error(F.linear(x, weight, bias), exact)
+        unread = weight.clone()
+        unread[:, (x == 0).all(dim=0)] = float("nan")
+        if dtype in HALVES and out_features % 8 == 0:
+            assert torch.equal(nm_act.gather_linear(x, in_out(unread), bias), y)
+    assert torch.equal(nm_act.gather_linear(torch.zeros_like(x), weight, bias), bias.expand(tokens, -1))
+
+
+# ---- every configuration, determinism, streams, graphs, compile ------------------------------------------------------
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_every_configuration(kind, tokens):
+    major = torch.cuda.get_device_capability()[0]
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    x, weight, _, options = problem(tokens, 4112, 2080, kind=kind)
+    scale = options.get("weight_scale")
+    configs = nm_act._C.gather_configs(tokens, 4112, 2080, kind != "same", 8, 16, major, multiprocessors)
+    assert len(configs) > 4
+    for config in configs:
+        y = OPS.gather_configured(x, weight, scale, 8, 16, *config)
+        assert_within_twice_torch(y, x, weight, None, 8, 16, options, config)
+    assert torch.equal(OPS.gather_configured(x, weight, scale, 8, 16, *configs[0]), nm_act.sparse_linear(x, weight, n=8, m=16, **options))  # fmt: skip
+    with pytest.raises(ValueError, match="expected a product and a configuration of the decode kernel"):
+        OPS.gather_configured(x, weight, scale, 8, 16, 24, 1, 512)
+
+
+def calls_on(x, weight, bias, options):
+    return {
+        "plain": lambda: nm_act.sparse_linear(x, weight, bias, 8, 16, **options),
+        "mean": lambda: nm_act.sparse_linear(x, weight, bias, 8, 16, token_shift="mean", **options),
+        "variance": lambda: nm_act.sparse_linear(x, weight, bias, 8, 16, variance_correction=True, **options),
+        **({} if options else {"gather_linear": lambda: nm_act.gather_linear(x, weight, bias)}),
+    }
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_ten_runs_give_the_same_bits(kind, tokens):
+    for name, call in calls_on(*problem(tokens, 4096, 4096, kind=kind)).items():
+        first = call().clone()
+        for _ in range(9):
+            poison()
+            assert torch.equal(call(), first), name
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_work_runs_on_the_current_stream_after_what_came_before(tokens):
+    x, weight, bias, options = problem(tokens, 4096, 4096)
+    before, other, stream = x.clone(), x * 0.5 + 1, torch.cuda.Stream()
+    calls = calls_on(x, weight, bias, options)
+    x.copy_(other)
+    expected = {name: call().clone() for name, call in calls.items()}
+    for name, call in calls.items():
+        x.copy_(before)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            x.copy_(other)
+            result = call()
+        stream.synchronize()
+        assert torch.equal(result, expected[name]), name
+
+
+def test_a_chain_of_decode_kernels_waits_for_each_link():
+    """Overlapped launches: every kernel reads what the one before it wrote."""
+    x, weight, _, _ = problem(1, 4096, 4096)
+    expected = [x]
+    for _ in range(20):
+        expected.append(nm_act.sparse_linear(expected[-1], weight, n=8, m=16) * 1.0)
+        torch.cuda.synchronize()
+    for _ in range(10):
+        y = x
+        for _ in range(20):
+            y = nm_act.sparse_linear(y, weight, n=8, m=16)
+        assert torch.equal(y, expected[-1])
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_graph_replay_with_changed_inputs(kind, tokens):
+    x, weight, bias, options = problem(tokens, 4096, 1024, kind=kind)
+    inputs = [x.clone(), x * 0.5 + 1, torch.zeros_like(x)]
+    for name, call in calls_on(x, weight, bias, options).items():
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+        for new in inputs:
+            x.copy_(new)
+            graph.replay()
+            replayed = result.clone()
+            assert torch.equal(replayed, call()), name
+
+
+def test_no_synchronisation_and_one_graph_for_any_batch():
+    _, weight, bias, _ = problem(1, 272, 512)
+    w8, scale = quantise_weight(weight)
+    w8, graphs = in_out(w8), []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    def block(x):
+        y = nm_act.sparse_linear(x, weight, bias, 8, 16)
+        return y + nm_act.sparse_linear(x, w8, n=8, m=16, weight_scale=scale)
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    for tokens in (2, 3, 4, 5, 600):
+        x = torch.randn(tokens, 512, device="cuda").bfloat16()
+        assert torch.equal(compiled(x), block(x))
+    assert len(graphs) == 1
+    x = torch.randn(1, 512, device="cuda").bfloat16()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        block(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_opcheck(dtype):
+    x, weight, bias, _ = problem(2, 64, 128, dtype)
+    w8, scale = quantise_int8(weight.float())
+    torch.library.opcheck(OPS.sparse_linear.default, (x, weight, bias, 8, 16), {"token_shift": "mean"})
+    torch.library.opcheck(OPS.sparse_linear.default, (x, in_out(w8), bias, 8, 16), {"weight_scale": scale})
+    torch.library.opcheck(OPS.gather_linear.default, (x, weight, bias), {})
+    torch.library.opcheck(OPS.gather_configured.default, (x, weight, None, 8, 16, 16, 1, 128), {})
+
+
+def test_error_sentences():
+    x, weight, _, options = problem(2, 64, 128, kind="e4m3")
+    cases = [
+        (TypeError, "expected weight_scale along with a weight in Float8_e4m3fn", lambda: nm_act.sparse_linear(x, weight)),
+        (ValueError, "expected weight_scale of shape [64], got [2]", lambda: nm_act.sparse_linear(x, weight, weight_scale=options["weight_scale"][:2])),
+        (ValueError, "expected weight_scale on the device of x", lambda: nm_act.sparse_linear(x, weight, weight_scale=options["weight_scale"].cpu())),
+        (ValueError, "gather_linear expected at most 8 tokens, got 9", lambda: nm_act.gather_linear(torch.zeros(9, 128, device="cuda"), torch.zeros(128, 64, device="cuda").t())),
+        (ValueError, "gather_linear expected a weight stored [in_features, out_features]", lambda: nm_act.gather_linear(x, torch.zeros_like(x))),
+    ]  # fmt: skip
+    for error, sentence, call in cases:
+        with pytest.raises(error, match=re.escape(sentence)):
+            call()
+
+
+# ---- the smallest cases for compute-sanitizer ------------------------------------------------------------------------
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_small_products(kind, tokens):
+    for out_features, in_features in ((48, 96), (272, 2080)):
+        x, weight, bias, scale = problem(tokens, out_features, in_features, kind=kind)
+        for options in ({}, {"token_shift": "mean"}, {"variance_correction": True}):
+            y = nm_act.sparse_linear(x, weight, bias, 8, 16, **options, **scale)
+            assert relative_error(y, reference.sparse_linear(x, weight, bias, 8, 16, **options, **scale)) < 8e-3
+    assert weight.dtype in (torch.bfloat16, E4M3, torch.int8)
