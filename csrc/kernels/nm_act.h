@@ -7,6 +7,7 @@
 
 #include "format/metadata.h"
 #include "format/pattern.h"
+#include "format/windows.h"
 
 #if defined(NM_ACT_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime_api.h>
@@ -28,6 +29,8 @@ void unpack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features,
 
 enum class ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kE4M3 = 3 };
 enum class TokenShift : int { kNone = 0, kMean = 1, kMedian = 2 };
+
+inline constexpr int kMaxRowFeatures = 32768;  // of kernels that hold a row on chip
 
 #if defined(NM_ACT_CUDA) || defined(__CUDACC__)
 
@@ -55,9 +58,21 @@ struct CompressParams {
   ElementType x_type;
   CompressOutput out;
 };
-inline constexpr int kMaxRowFeatures = 32768;
 inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
 cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
+
+// compress for a pattern with windows (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted
+// weight. out.values and out.metadata are those of lifted_features(window_set(pattern), in_features) features.
+struct CompressWindowsParams {
+  const void* x;  // [tokens, in_features], rows x_stride elements apart, all 16-byte aligned, kBFloat16 or kFloat16
+  int64_t x_stride;
+  int64_t tokens;
+  int in_features;  // a multiple of 16, so that the lifted features are one of 16 (kE4M3 values and sm80: 32)
+  ElementType x_type;
+  Pattern pattern;
+  CompressOutput out;  // channel_scale and shift 16-byte aligned
+};
+cudaError_t launch_compress_windows(const CompressWindowsParams& params, cudaStream_t stream);
 
 // prune: P(x - eta) for any N:M, dense output of the type of x.
 struct PruneParams {
@@ -68,11 +83,13 @@ struct PruneParams {
   const float* shift;          // [in_features] or null
   const float* eta;            // [tokens] or null: a per-token shift, as launch_token_shift wrote it
   int64_t tokens;
-  int in_features;  // a multiple of pattern.group
+  int in_features;  // a multiple of span_of(pattern)
   Pattern pattern;
   ElementType x_type;
 };
 cudaError_t launch_prune(const PruneParams& params, cudaStream_t stream);
+// What launch_prune calls for 2:4+r.
+cudaError_t launch_prune_windows(const PruneParams& params, cudaStream_t stream);
 
 // Per-token statistics for patterns and paths whose selection kernel does not compute them itself. At most
 // kMaxRowFeatures.

@@ -1,12 +1,18 @@
 // The pybind11 module nm_act._C: importing it registers the operators; it also offers build facts and host helpers.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "build_facts.h"
 #include "cpu/kernels.h"
 #include "kernels/nm_act.h"
+#include "ops/paths.h"
 #include "ops/support.h"
 
 namespace py = pybind11;
@@ -87,6 +93,46 @@ py::bytes unpack_metadata(const py::bytes& physical, int64_t tokens, int64_t in_
                 nm_act::unpack_metadata);
 }
 
+nm_act::Pattern pattern_of(int n, int m, const std::vector<int>& extra_columns) {
+  nm_act::Pattern pattern{n, m, {static_cast<int>(extra_columns.size()), {0, 0}}};
+  for (size_t i = 0; i < extra_columns.size() && i < 2; ++i) pattern.extra.column[i] = extra_columns[i];
+  return pattern;
+}
+
+// The features of each window of a unit, in the order of the lifted operand; empty if the pattern has none.
+std::vector<std::array<int, 4>> window_table(int n, int m, const std::vector<int>& extra_columns) {
+  const nm_act::Pattern pattern = pattern_of(n, m, extra_columns);
+  const nm_act::WindowSet set = nm_act::window_set(pattern);
+  std::vector<std::array<int, 4>> table(set == nm_act::WindowSet::kNone ? 0 : 4 + nm_act::extra_windows(set));
+  for (size_t window = 0; window < table.size(); ++window) {
+    for (int slot = 0; slot < 4; ++slot) {
+      table[window][slot] = nm_act::window_feature(pattern, static_cast<int>(window), slot);
+    }
+  }
+  return table;
+}
+
+// Sizes and strides of a weight.
+using Sizes = std::array<int64_t, 4>;
+
+nm_act::WeightFacts weight_facts(const Sizes& sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3], true}; }
+
+// The path of sparse_linear and the sentence why, from facts alone.
+std::pair<std::string, std::string> choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, int n, int m,
+                                                const std::vector<int>& extra_columns, const Sizes& weight,
+                                                const std::optional<Sizes>& lifted, int compute_capability_major,
+                                                int multiprocessors) {
+  const nm_act::ElementType type = dtype == "bfloat16"  ? nm_act::ElementType::kBFloat16
+                                   : dtype == "float16" ? nm_act::ElementType::kFloat16
+                                                        : nm_act::ElementType::kFloat32;
+  nm_act::LinearFacts facts{tokens, type, pattern_of(n, m, extra_columns), weight_facts(weight), {}};
+  if (lifted) facts.lifted = weight_facts(*lifted);
+  const nm_act::LinearChoice choice =
+      on_cuda ? nm_act::choose_on_cuda(facts, compute_capability_major, multiprocessors) : nm_act::choose_on_cpu(facts);
+  static constexpr const char* kNames[] = {"gather", "sparse", "lifted", "dense"};
+  return {kNames[static_cast<int>(choice.path)], nm_act::text_of(choice, facts)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -96,4 +142,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("layout"));
   m.def("unpack_metadata", unpack_metadata, py::arg("physical"), py::arg("tokens"), py::arg("in_features"),
         py::arg("layout"));
+  m.def("window_table", window_table, py::arg("n"), py::arg("m"), py::arg("extra_columns"));
+  m.def("choose_path", choose_path, py::arg("on_cuda"), py::arg("tokens"), py::arg("dtype"), py::arg("n"), py::arg("m"),
+        py::arg("extra_columns"), py::arg("weight"), py::arg("lifted"), py::arg("compute_capability_major"),
+        py::arg("multiprocessors"));
 }

@@ -1,12 +1,12 @@
 // nm_act::sparse_linear, sparse_linear_fp8 and gather_linear on CUDA.
 //
-// 2:4 in 16 bits goes to the sparse tensor cores when there are enough tokens; everything else prunes and runs cuBLAS.
+// With enough tokens, 2:4 in 16 bits goes to the sparse tensor cores, and so does a pattern with windows that brings
+// its lifted weight, where that pays (ops/paths.h); everything else prunes and runs cuBLAS.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
-#include "kernels/matmul/config.h"
 #include "ops/cuda/sparse_gemm.h"
 
 namespace nm_act::cuda_ops {
@@ -20,12 +20,11 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection, con
                                                     : at::sum(weight, {1}, false, at::kFloat);
 }
 
-bool takes_sparse_cores(const at::Tensor& x, const at::Tensor& weight, const Selection& selection, GemmDevice device) {
-  const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  if (!half || selection.keep != 2 || selection.group != 4 || selection.in_features > kMaxRowFeatures) return false;
-  const GemmProblem problem{selection.tokens, weight.size(0), selection.in_features, element_type(x.scalar_type()),
-                            device.multiprocessors};
-  return sparse_gemm_pays(problem) && gemm_takes(x, weight, x.scalar_type(), device);
+LinearPath choose_path(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lifted,
+                       const Selection& selection, GemmDevice device) {
+  LinearFacts facts{selection.tokens, element_type(x.scalar_type()), selection.pattern, facts_of(weight), {}};
+  if (lifted.defined()) facts.lifted = facts_of(lifted);
+  return choose_on_cuda(facts, device.compute_capability_major, device.multiprocessors).path;
 }
 
 // Prune, then torch's dense product; the rest of the epilogue as torch operations in float32.
@@ -50,10 +49,12 @@ at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const Op
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
-                         const OptionalTensor& column_scale) {
+                         const OptionalTensor& column_scale, at::IntArrayRef extra_columns,
+                         const OptionalTensor& lifted_weight) {
   constexpr const char* kOp = "sparse_linear";
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp);
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
   check_weight(x, weight, bias, kOp);
+  const at::Tensor lifted = check_lifted_weight(lifted_weight, selection, x, weight, kOp);
   const int64_t out_features = weight.size(0);
   const at::Tensor given = check_shift_out(shift_out, selection, x, out_features, kOp);
   const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
@@ -62,14 +63,17 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   if (selection.tokens == 0 || out_features == 0) return at::empty(sizes, x.options());
   const at::Tensor shift_vector = shift_image(weight, selection, given);
   const GemmDevice device = gemm_device(x, kOp);
-  if (!takes_sparse_cores(x, weight, selection, device)) {
+  const LinearPath path = choose_path(x, weight, lifted, selection, device);
+  if (path == LinearPath::kDense) {
     return dense_product(x, weight, bias, selection, variance_correction, shift_vector, column_vector, kOp).view(sizes);
   }
-  const PackedOperand operand = compress_packed(x, selection, variance_correction, false, device, kOp);
+  const auto compress = path == LinearPath::kLifted ? compress_lifted : compress_packed;
+  const PackedOperand operand = compress(x, selection, variance_correction, false, device, kOp);
   const at::Tensor y = at::empty(sizes, x.options());
   const GemmEpilogueTensors epilogue{operand.row_scale, operand.eta, aligned(shift_vector), aligned(column_vector),
                                      aligned(bias.value_or(at::Tensor()))};
-  check_status(launch_sparse_gemm(gemm_params(operand, weight, epilogue, y), device, current_stream(x)), kOp);
+  const at::Tensor& multiplied = path == LinearPath::kLifted ? lifted : weight;
+  check_status(launch_sparse_gemm(gemm_params(operand, multiplied, epilogue, y), device, current_stream(x)), kOp);
   return y;
 }
 
