@@ -41,7 +41,9 @@ def lifted_columns(pattern: NMPattern | str, in_features: int) -> Tensor:
     pattern = NMPattern(pattern)
     table = torch.tensor(windows(pattern))
     if table.numel() == 0:
-        raise ValueError(f"expected one of 2:4+1, 2:4+2, 4:8, 5:8, 6:8 and 8:16, got {pattern}; it needs no lifted weight")
+        raise ValueError(
+            f"expected one of 2:4+1, 2:4+2, 4:8, 5:8, 6:8 and 8:16, got {pattern}; it needs no lifted weight"
+        )
     if in_features % WINDOW_SPAN:
         raise ValueError(f"expected in_features divisible by {WINDOW_SPAN}, got {in_features}; pad the features")
     units = torch.arange(0, in_features, WINDOW_SPAN)[:, None]

@@ -112,7 +112,12 @@ def test_native_checks(tmp_path):
     if "expected the CUTLASS 4.2 headers" in reason or "expected the CUDA headers" in reason:
         pytest.skip(reason)
     assert result.returncode == 0, result.stderr
-    for name, at_least in (("metadata_layout", 15_000_000), ("select", 25_000_000), ("windows", 5_000_000), ("gemm_config", 2_000)):
+    for name, at_least in (
+        ("metadata_layout", 15_000_000),
+        ("select", 25_000_000),
+        ("windows", 5_000_000),
+        ("gemm_config", 2_000),
+    ):
         built = cmake("--build", tmp_path, "--target", name)
         assert built.returncode == 0, built.stdout
         run = subprocess.run([tmp_path / name], capture_output=True, text=True)

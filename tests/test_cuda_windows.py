@@ -3,7 +3,17 @@
 import pytest
 import torch
 from conftest import DTYPES, assert_same_bits, hard_activations
-from cuda_cases import E4M3, GPU_MARKS, HALVES, linear_options, packed_layout, poison, quantise_rows, relative_error, strided
+from cuda_cases import (
+    E4M3,
+    GPU_MARKS,
+    HALVES,
+    linear_options,
+    packed_layout,
+    poison,
+    quantise_rows,
+    relative_error,
+    strided,
+)
 from cuda_cases import stored as stored_as
 
 import nm_act
@@ -97,9 +107,7 @@ def test_packed_of_strided_inputs(text, fp8):
     pattern, x = NMPattern(text), torch.randn(33, 384, device="cuda").bfloat16()
     expected = nm_act.compress_packed(x, **keywords(pattern), fp8=fp8)
     for view in strided(x).values():
-        for actual, wanted in zip(
-            nm_act.compress_packed(view, **keywords(pattern), fp8=fp8), expected, strict=True
-        ):
+        for actual, wanted in zip(nm_act.compress_packed(view, **keywords(pattern), fp8=fp8), expected, strict=True):
             assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
 
 
@@ -138,7 +146,9 @@ def test_variance_factor(text, fp8):
 
 @pytest.mark.parametrize("text", LIFTED)
 def test_no_tokens(text):
-    packed = nm_act.compress_packed(torch.zeros(0, 128, dtype=torch.bfloat16, device="cuda"), **keywords(NMPattern(text)))
+    packed = nm_act.compress_packed(
+        torch.zeros(0, 128, dtype=torch.bfloat16, device="cuda"), **keywords(NMPattern(text))
+    )
     assert packed.values.shape == (0, lifted_features(text, 128) // 2)
 
 

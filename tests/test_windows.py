@@ -80,7 +80,9 @@ def test_no_other_set_that_fits_has_more_energy(extra):
     """The greedy set is the best of all: of every set of that size that the windows hold."""
     x = torch.randn(3, 16)
     table, size = windows(NMPattern(2, 4, extra)), 8 + 2 * len(extra)
-    legal = [c for c in itertools.combinations(range(16), size) if all(sum(i // 4 == q for i in c) >= 2 for q in range(4))]
+    legal = [
+        c for c in itertools.combinations(range(16), size) if all(sum(i // 4 == q for i in c) >= 2 for q in range(4))
+    ]
     legal = [c for c in legal if fits(set(c), table)]
     best = torch.stack([x.square()[:, list(c)].sum(dim=1) for c in legal]).amax(dim=0)
     kept = nm_act.prune(x, 2, 4, extra_columns=extra).square().sum(dim=1)
@@ -170,7 +172,14 @@ def test_window_tables():
     assert windows("2:4+1@2") == [*quads, [2, 6, 10, 14]]
     assert windows("2:4+2@1,3") == [*quads, [1, 5, 9, 13], [3, 7, 11, 15]]
     assert windows("6:8") == [*quads, [2, 3, 4, 5], [10, 11, 12, 13]]
-    assert windows("8:16") == [[0, 1, 8, 9], [2, 3, 10, 11], [4, 8, 12, 13], [5, 9, 14, 15], [6, 10, 12, 14], [7, 11, 13, 15]]
+    assert windows("8:16") == [
+        [0, 1, 8, 9],
+        [2, 3, 10, 11],
+        [4, 8, 12, 13],
+        [5, 9, 14, 15],
+        [6, 10, 12, 14],
+        [7, 11, 13, 15],
+    ]
     assert windows("2:4") == windows("7:8") == windows("16:32") == []
 
 
