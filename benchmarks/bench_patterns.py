@@ -6,8 +6,9 @@ then the dense product: exact for every pattern, and what `sparse_linear` falls 
 dynamically, ours and the baseline; dense e4m3 has no pruned variant.
 Baselines of the same run, in turn with ours: cublas_bf16 and, for e4m3, scaled_mm_fp8 (bench_sparse_linear.py).
 
-Stage compress and prune: the kernel alone. Their baseline `copy` is the time of the call's bytes (read + written) at the
-speed of a large copy measured in turn, so `speedup` is the fraction of copy bandwidth. Stage prune has every group size.
+Stage compress and prune: the kernel alone. Their baseline `copy` is the time of the call's bytes (read + written) at
+the speed of a large copy measured in turn, so `speedup` is the fraction of copy bandwidth. Stage prune has every group
+size.
 
     python benchmarks/bench_patterns.py --csv benchmarks/results/h200/patterns.csv
 """

@@ -1,8 +1,8 @@
 """N:M activation sparsity for LLM inference in PyTorch: prune activations on the fly, without retraining."""
 
 from . import reference
-from .integrations import register_with_transformers
 from .explain import Explanation, explain
+from .integrations import register_with_transformers
 from .lifting import lift_weight, unlift
 from .linear import NMLinear
 from .ops import (

@@ -1,6 +1,7 @@
 """Lifting a weight: duplicated columns, over which a pattern richer than 2:4 is a 2:4 pattern.
 
-The windows of a pattern are defined once, in ``csrc/kernels/format/windows.h``; ``docs/kernels/windows.md`` explains them.
+The windows of a pattern are defined once, in ``csrc/kernels/format/windows.h``; ``docs/kernels/windows.md`` explains
+them.
 """
 
 import torch

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import criteria, ops
-from .lifting import lift_weight, lifted_columns, lifted_features
+from .lifting import lift_weight, lifted_columns
 from .patterns import NMPattern
 from .recipe import LinearSpec
 from .tokens import TokenContext

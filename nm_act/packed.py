@@ -202,7 +202,7 @@ def sparse_linear_fp8(
 
 
 def _fake_packed(
-    x: Tensor, variance_correction: bool, fp8: bool, token_shift: str, pattern: NMPattern = NMPattern(2, 4)
+    x: Tensor, variance_correction: bool, fp8: bool, token_shift: str, pattern: str | NMPattern = "2:4"
 ) -> Packed:
     tokens = x.numel() // x.shape[-1]
     in_features = lifted_features(pattern, x.shape[-1])

@@ -320,11 +320,11 @@ def test_a_lifted_layer_compiles_to_one_graph():
 
 
 def test_what_cannot_be_lifted():
-    with pytest.raises(ValueError, match='expected lift to be True, False or "auto", got 1.5'):
+    with pytest.raises(ValueError, match=r'expected lift to be True, False or "auto", got 1\.5'):
         NMLinear(64, 8, spec=LinearSpec("2:4+1"), lift=1.5)
     with pytest.raises(ValueError, match="expected a pattern whose lifted weight begins with the weight, got 8:16"):
         NMLinear(64, 8, spec=LinearSpec("8:16"), lift=True)
-    with pytest.raises(ValueError, match="expected one of 2:4\\+1, 2:4\\+2, .* got 2:4; it needs no lifted weight"):
+    with pytest.raises(ValueError, match=r"expected one of 2:4\+1, 2:4\+2, .* got 2:4; it needs no lifted weight"):
         NMLinear(64, 8, spec=LinearSpec("2:4"), lift=True)
     with pytest.raises(ValueError, match="expected in_features to be a multiple of the group 16, got 24"):
         NMLinear(24, 8, spec=LinearSpec("2:4+1"))
