@@ -115,7 +115,7 @@ def test_native_checks(tmp_path):
     for name, at_least in (
         ("metadata_layout", 15_000_000),
         ("select", 25_000_000),
-        ("windows", 5_000_000),
+        ("windows", 4_500_000),
         ("gemm_config", 2_000),
     ):
         built = cmake("--build", tmp_path, "--target", name)
