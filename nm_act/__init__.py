@@ -1,7 +1,9 @@
 """N:M activation sparsity for LLM inference in PyTorch: prune activations on the fly, without retraining."""
 
 from . import reference
+from .explain import Explanation, explain
 from .integrations import register_with_transformers
+from .lifting import lift_weight, unlift
 from .linear import NMLinear
 from .ops import (
     build_info,
@@ -21,6 +23,7 @@ from .sparsify import SparsifyReport, sparsify
 from .version import __version__
 
 __all__ = [
+    "Explanation",
     "LinearSpec",
     "NMActConfig",
     "NMLinear",
@@ -34,7 +37,9 @@ __all__ = [
     "compress",
     "compress_packed",
     "decompress",
+    "explain",
     "gather_linear",
+    "lift_weight",
     "pack_metadata",
     "prune",
     "reference",
@@ -45,6 +50,7 @@ __all__ = [
     "sparse_linear_fp8",
     "sparsify",
     "support_table",
+    "unlift",
     "unpack_metadata",
 ]
 

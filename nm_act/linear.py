@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import criteria, ops
+from .lifting import lift_weight, lifted_columns
+from .patterns import NMPattern
 from .recipe import LinearSpec
 from .tokens import TokenContext
 
@@ -27,11 +29,16 @@ class NMLinear(nn.Linear):
         "in_out" (default) stores ``weight [out, in]`` with its input channels outermost (``weight.t()`` is
         contiguous), so that a decode step reads the rows of surviving inputs only; "out_in" keeps torch's
         own layout.
+    lift : bool or str
+        Keep the weight lifted (:func:`nm_act.lift_weight`), of which ``weight`` is then a view: a quarter more
+        memory for 2:4+1, half more for the other patterns with windows. "auto" (default) does where the sparse
+        tensor cores can use it with profit: on CUDA, in 16 bits, for 2:4+1.
 
     Raises
     ------
     ValueError
-        If the pattern's group does not divide ``in_features``, or the layout is unknown.
+        If the pattern's group does not divide ``in_features``, the layout is unknown, or ``lift`` is True for a
+        pattern whose lifted weight does not begin with the weight itself.
 
     Notes
     -----
@@ -62,12 +69,13 @@ class NMLinear(nn.Linear):
         *,
         spec: LinearSpec,
         weight_layout: str = "in_out",
+        lift: bool | str = "auto",
         device=None,
         dtype=None,
     ):
-        if in_features % spec.pattern.group:
+        if in_features % spec.pattern.span:
             raise ValueError(
-                f"expected in_features to be a multiple of the group {spec.pattern.group}, got "
+                f"expected in_features to be a multiple of the group {spec.pattern.span}, got "
                 f"{in_features}; choose a pattern whose group divides it or keep the layer dense"
             )
         if weight_layout not in WEIGHT_LAYOUTS:
@@ -75,16 +83,22 @@ class NMLinear(nn.Linear):
                 f"expected a weight layout among {', '.join(WEIGHT_LAYOUTS)}, got {weight_layout!r}; "
                 "choose one of those"
             )
+        _check_lift(lift, spec.pattern, in_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.spec = spec
         self.weight_layout = weight_layout
+        self.lift = lift
+        # A tuple: as an attribute of its own the weight would be a parameter twice.
+        self._lifted: tuple[nn.Parameter, torch.Tensor] | None = None
         self.token_context: TokenContext | None = None
         self.register_buffer("channel_scale", None, persistent=False)
         self.register_buffer("shift_out", None, persistent=False)
         self.refresh()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, spec: LinearSpec, *, weight_layout: str = "in_out") -> "NMLinear":
+    def from_linear(
+        cls, linear: nn.Linear, spec: LinearSpec, *, weight_layout: str = "in_out", lift: bool | str = "auto"
+    ) -> "NMLinear":
         """Sparse layer that takes over the parameters of a dense one, bias included.
 
         The dense layer is not changed. Parameters are shared where they can be: with
@@ -104,12 +118,18 @@ class NMLinear(nn.Linear):
             has_bias,
             spec=spec,
             weight_layout=weight_layout,
+            lift=lift,
             device="meta",
         )
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.train(linear.training)
         layer.refresh()
         return layer
+
+    @property
+    def lifted_weight(self) -> torch.Tensor | None:
+        """The lifted weight of which ``weight`` is a view, or None: nothing is lifted, or the weight was set since."""
+        return self._lifted[1] if self._lifted is not None and self._lifted[0] is self.weight else None
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with the same (shared) parameters."""
@@ -121,11 +141,18 @@ class NMLinear(nn.Linear):
     def refresh(self) -> None:
         """Store the weight in its layout and recompute what derives from it; a meta weight stays as it is."""
         weight = self.weight
+        self._lifted = None
         if weight.is_meta:
             self.channel_scale = self.shift_out = None
             return
-        if self.weight_layout == "in_out" and not weight.t().is_contiguous():
-            # A parameter of its own: whoever shares the old one keeps its layout.
+        # A parameter of its own: whoever shares the old one keeps its layout.
+        if self._lifts(weight):
+            stored = weight.t().contiguous().t() if self.weight_layout == "in_out" else weight
+            lifted = lift_weight(stored.detach(), self.spec.pattern)
+            self.weight = nn.Parameter(lifted[:, : self.in_features], weight.requires_grad)
+            weight = self.weight
+            self._lifted = (weight, lifted)
+        elif self.weight_layout == "in_out" and not weight.t().is_contiguous():
             self.weight = nn.Parameter(weight.t().contiguous().t(), weight.requires_grad)
             weight = self.weight
         self.channel_scale = criteria.channel_scale(self.spec.criterion, weight)
@@ -142,11 +169,11 @@ class NMLinear(nn.Linear):
                 "weight was set after the layer was made; call refresh()"
             )
         pattern = self.spec.pattern
-        weight, bias = self.weight, self.bias
+        weight, bias, lifted = self.weight, self.bias, self.lifted_weight
         if torch.is_autocast_enabled(x.device.type):
             # As F.linear does under autocast; the operator itself takes one dtype only.
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+            x, weight, bias, lifted = (t if t is None else t.to(dtype) for t in (x, weight, bias, lifted))
         y = ops.sparse_linear(
             x,
             weight,
@@ -157,10 +184,18 @@ class NMLinear(nn.Linear):
             token_shift=self.spec.token_shift,
             shift_out=self.shift_out,
             variance_correction=self.spec.variance_correction,
+            extra_columns=pattern.extra_columns,
+            lifted_weight=lifted,
         )
         if self.token_context is None:
             return y
         return self.token_context.overwrite_dense(y, x, lambda rows: F.linear(rows, self.weight, self.bias))
+
+    def _lifts(self, weight: torch.Tensor) -> bool:
+        if self.lift != "auto":
+            return self.lift
+        is_half = weight.dtype in (torch.bfloat16, torch.float16)
+        return weight.is_cuda and is_half and len(self.spec.pattern.extra_columns) == 1
 
     def _is_dense_phase(self, x: torch.Tensor) -> bool:
         if self.spec.phase == "both":
@@ -183,3 +218,26 @@ class NMLinear(nn.Linear):
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.lifted_weight is not None and not keep_vars:
+            # Without the columns behind it: a file would hold the whole storage, and safetensors refuses such a view.
+            destination[f"{prefix}weight"] = self.weight.detach().clone()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self._lifted is not None:  # a copy of a view is a tensor of its own
+            self.refresh()
+
+
+def _check_lift(lift: bool | str, pattern: NMPattern, in_features: int) -> None:
+    if lift not in (True, False, "auto"):
+        raise ValueError(f'expected lift to be True, False or "auto", got {lift!r}; choose one of those')
+    if lift is not True:
+        return
+    if not torch.equal(lifted_columns(pattern, in_features)[:in_features], torch.arange(in_features)):
+        raise ValueError(
+            f"expected a pattern whose lifted weight begins with the weight, got {pattern}; pass lifted_weight to "
+            "nm_act.sparse_linear instead"
+        )

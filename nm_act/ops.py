@@ -3,6 +3,8 @@
 The selection contract, identical on every device, is written in ``csrc/ops/schemas.cpp`` and ``nm_act/reference.py``.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ def prune(
     channel_scale: Tensor | None = None,
     shift: Tensor | None = None,
     token_shift: str = "none",
+    extra_columns: Sequence[int] = (),
 ) -> Tensor:
     """Keep the ``n`` best of every ``m`` consecutive features of each token: ``P(X - eta)``.
 
@@ -42,6 +45,9 @@ def prune(
         A static eta per channel (S-PTS, L-PTS), subtracted before the selection.
     token_shift : {"none", "mean", "median"}
         A dynamic eta per token (D-PTS); excludes ``shift``.
+    extra_columns : sequence of int
+        With 2:4, the columns of the extra windows of 2:4+1 or 2:4+2 (:class:`nm_act.NMPattern`); in_features is then
+        a multiple of 16.
 
     Returns
     -------
@@ -65,7 +71,9 @@ def prune(
     >>> nm_act.prune(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), 2, 4)
     tensor([[ 0., -3.,  2.,  0.]])
     """
-    return torch.ops.nm_act.prune(x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
+    return torch.ops.nm_act.prune(
+        x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift, extra_columns=extra_columns
+    )
 
 
 def compress(
@@ -121,6 +129,8 @@ def sparse_linear(
     variance_correction: bool = False,
     column_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
+    extra_columns: Sequence[int] = (),
+    lifted_weight: Tensor | None = None,
 ) -> Tensor:
     """A linear layer over an activation pruned to N:M on the fly.
 
@@ -149,6 +159,11 @@ def sparse_linear(
     weight_scale : Tensor [out_features], float32, optional
         Scale of each output channel of an 8-bit weight: ``W = weight * weight_scale``. Where the decode kernel does
         not apply (more tokens, another storage, a CPU), W is written out in the dtype of x at every call.
+    extra_columns : sequence of int
+        As in :func:`prune`.
+    lifted_weight : Tensor [out_features, lifted in_features], dtype of x, optional
+        :func:`nm_act.lift_weight` of ``weight``, for 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16 on the sparse tensor cores;
+        used where that pays, which :func:`nm_act.explain` tells.
 
     Returns
     -------
@@ -186,6 +201,8 @@ def sparse_linear(
         variance_correction=variance_correction,
         column_scale=column_scale,
         weight_scale=weight_scale,
+        extra_columns=extra_columns,
+        lifted_weight=lifted_weight,
     )
 
 
@@ -278,7 +295,7 @@ def _linear_devices(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, opt
 
 
 @torch.library.register_fake("nm_act::prune")
-def _(x, n, m, *, channel_scale=None, shift=None, token_shift="none"):
+def _(x, n, m, *, channel_scale=None, shift=None, token_shift="none", extra_columns=()):
     _check_devices("prune", x, channel_scale=channel_scale, shift=shift)
     return x.new_empty(x.shape)
 

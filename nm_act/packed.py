@@ -5,12 +5,15 @@ consumers of an activation; ``sparse_gemm`` multiplies. :func:`nm_act.sparse_lin
 back where these refuse.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .lifting import lifted_features
+from .patterns import NMPattern
 
 
 class Packed(NamedTuple):
@@ -32,25 +35,36 @@ class Packed(NamedTuple):
 
 def compress_packed(
     x: Tensor,
+    n: int = 2,
+    m: int = 4,
     *,
     channel_scale: Tensor | None = None,
     shift: Tensor | None = None,
     token_shift: str = "none",
     variance_correction: bool = False,
     fp8: bool = False,
+    extra_columns: Sequence[int] = (),
 ) -> Packed:
-    """Select 2 of 4 and pack for this device's sparse GEMM, in one pass over ``x``.
+    """Select and pack for this device's sparse GEMM, in one pass over ``x``.
+
+    2:4 is packed as it is. A pattern with windows (2:4+1, 2:4+2, 4:8, 5:8, 6:8, 8:16) becomes the 2:4 operand of the
+    lifted weight, with the in_features of :func:`nm_act.lift_weight`.
 
     Parameters
     ----------
     x : Tensor [..., in_features], bfloat16 or float16, on CUDA
-        in_features divisible by 16, with ``fp8`` by 32; at most 32768 with fp8 or a per-token statistic.
+        in_features divisible by 16, with ``fp8`` by 32; for 2:4+1 by four times, for the other patterns with windows by
+        twice that; at most 32768 with fp8 or a per-token statistic.
+    n, m : int
+        The pattern.
     channel_scale, shift, token_shift
         The selection, as in :func:`nm_act.prune`.
     variance_correction : bool
         Put VAR's factor into ``row_scale``.
     fp8 : bool
         Cast the survivors to e4m3 with one dynamic scale a token, max|Z| / 448.
+    extra_columns : sequence of int
+        As in :func:`nm_act.prune`.
 
     Raises
     ------
@@ -62,11 +76,14 @@ def compress_packed(
     return Packed(
         *torch.ops.nm_act.compress_packed(
             x,
+            n,
+            m,
             channel_scale=channel_scale,
             shift=shift,
             token_shift=token_shift,
             variance_correction=variance_correction,
             fp8=fp8,
+            extra_columns=extra_columns,
         )
     )
 
@@ -184,9 +201,11 @@ def sparse_linear_fp8(
     return torch.ops.nm_act.sparse_linear_fp8(x, weight, weight_scale, bias, **options)
 
 
-def _fake_packed(x: Tensor, variance_correction: bool, fp8: bool, token_shift: str) -> Packed:
-    in_features = x.shape[-1]
-    tokens = x.numel() // in_features
+def _fake_packed(
+    x: Tensor, variance_correction: bool, fp8: bool, token_shift: str, pattern: str | NMPattern = "2:4"
+) -> Packed:
+    tokens = x.numel() // x.shape[-1]
+    in_features = lifted_features(pattern, x.shape[-1])
     wide_tiles = fp8 or torch.cuda.get_device_capability(x.device)[0] == 9
     tile_tokens, tile_features = (64, 128) if wide_tiles else (32, 32)
     rounded = (tokens + tile_tokens - 1) // tile_tokens * tile_tokens
@@ -201,8 +220,19 @@ def _fake_packed(x: Tensor, variance_correction: bool, fp8: bool, token_shift: s
 
 
 @torch.library.register_fake("nm_act::compress_packed")
-def _(x, *, channel_scale=None, shift=None, token_shift="none", variance_correction=False, fp8=False):
-    return _fake_packed(x, variance_correction, fp8, token_shift)
+def _(
+    x,
+    n=2,
+    m=4,
+    *,
+    channel_scale=None,
+    shift=None,
+    token_shift="none",
+    variance_correction=False,
+    fp8=False,
+    extra_columns=(),
+):
+    return _fake_packed(x, variance_correction, fp8, token_shift, NMPattern(n, m, extra_columns))
 
 
 @torch.library.register_fake("nm_act::rms_norm_compress")

@@ -1,48 +1,60 @@
 """N:M sparsity patterns: which share of a group of activations is kept."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 """Group sizes M that every operator accepts."""
+
+WINDOW_SPAN = 16
+"""Features that the windows of 2:4+1 and 2:4+2 select together."""
+
+_TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:\+\s*(\d+)\s*(?:@\s*(\d+(?:\s*,\s*\d+)*)\s*)?)?")
 
 
 @dataclass(frozen=True, init=False, order=True)
 class NMPattern:
     """An N:M pattern: of every ``group`` consecutive features of a token, ``keep`` survive.
 
+    2:4+1 and 2:4+2 keep ten and twelve of sixteen: two of each quad, and two more for each extra window, which holds
+    column e of the four quads. They run on 2:4 tensor cores over a weight with duplicated columns.
+
     Parameters
     ----------
     keep : int or str
-        N, the survivors per group, ``1 <= keep < group``; or the whole pattern as text, ``"2:4"``.
+        N, the survivors per group, ``1 <= keep < group``; or the whole pattern as text, ``"2:4"``, ``"2:4+1"``,
+        ``"2:4+2@0,3"`` (the extra windows' columns after the @; 0, or 0 and 1, if left out).
     group : int, optional
         M, one of 2, 4, 8, 16, 32.
+    extra_columns : sequence of int
+        Column e of each extra window of 2:4+r: one or two distinct ones of 0 to 3.
 
     Raises
     ------
     ValueError
-        If the text is not ``"N:M"``, or N and M are outside their ranges.
+        If the text is no pattern, or N, M or a column is outside its range.
 
     Examples
     --------
     >>> pattern = NMPattern("8:16")
     >>> pattern.keep, pattern.group, pattern.kept_fraction
     (8, 16, 0.5)
-    >>> str(NMPattern(2, 4))
-    '2:4'
+    >>> str(NMPattern(2, 4)), str(NMPattern("2:4+1")), str(NMPattern(2, 4, [3]))
+    ('2:4', '2:4+1', '2:4+1@3')
+    >>> NMPattern("2:4+1").kept_fraction, NMPattern("2:4+1").span
+    (0.625, 16)
     """
 
     keep: int
     group: int
+    extra_columns: tuple[int, ...] = ()
 
-    def __init__(self, keep: "int | str | NMPattern", group: int | None = None):
+    def __init__(self, keep: "int | str | NMPattern", group: int | None = None, extra_columns: Sequence[int] = ()):
         if isinstance(keep, NMPattern) and group is None:
-            keep, group = keep.keep, keep.group
+            keep, group, extra_columns = keep.keep, keep.group, keep.extra_columns
         elif isinstance(keep, str) and group is None:
-            match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", keep)
-            if match is None:
-                raise ValueError(f'expected a pattern written "N:M" such as "2:4" or "8:16", got {keep!r}')
-            keep, group = int(match[1]), int(match[2])
+            keep, group, extra_columns = _parse(keep)
         if not (_is_int(keep) and _is_int(group)):
             raise ValueError(f'expected two integers or text such as "2:4", got keep={keep!r}, group={group!r}')
         if group not in GROUP_SIZES:
@@ -56,14 +68,47 @@ class NMPattern:
             )
         object.__setattr__(self, "keep", keep)
         object.__setattr__(self, "group", group)
+        object.__setattr__(self, "extra_columns", _columns(extra_columns, keep, group))
 
     @property
     def kept_fraction(self) -> float:
-        """Share of the features that survive, ``keep / group``."""
-        return self.keep / self.group
+        """Share of the features that survive: ``keep / group``, of 2:4+r ``(8 + 2 r) / 16``."""
+        return self.keep / self.group + 2 * len(self.extra_columns) / WINDOW_SPAN
+
+    @property
+    def span(self) -> int:
+        """Features that are selected together: in_features has to be a multiple of it."""
+        return WINDOW_SPAN if self.extra_columns else self.group
 
     def __str__(self) -> str:
-        return f"{self.keep}:{self.group}"
+        text, extra = f"{self.keep}:{self.group}", self.extra_columns
+        if extra:
+            text += f"+{len(extra)}"
+        return text if extra == tuple(range(len(extra))) else f"{text}@{','.join(map(str, extra))}"
+
+
+def _parse(text: str) -> tuple[int, int, tuple[int, ...]]:
+    match = _TEXT.fullmatch(text)
+    if match is None:
+        raise ValueError(f'expected a pattern written "N:M" such as "2:4" or "8:16", or "2:4+1", got {text!r}')
+    keep, group, extras, columns = match.groups()
+    if extras is None:
+        return int(keep), int(group), ()
+    count = int(extras)
+    if count not in (1, 2) or (columns is not None and len(columns.split(",")) != count):
+        raise ValueError(
+            f'expected 2:4+1 or 2:4+2 with as many columns after an @, such as "2:4+2@0,3", got {text!r}; correct it'
+        )
+    return int(keep), int(group), tuple(range(count) if columns is None else map(int, columns.split(",")))
+
+
+def _columns(extra_columns: Sequence[int], keep: int, group: int) -> tuple[int, ...]:
+    columns = tuple(extra_columns)
+    if columns and (keep, group) != (2, 4):
+        raise ValueError(f"expected extra windows with 2:4 only, got {keep}:{group}+{len(columns)}; drop them")
+    if len(columns) > 2 or len(set(columns)) < len(columns) or not all(_is_int(e) and 0 <= e <= 3 for e in columns):
+        raise ValueError(f"expected one or two distinct extra columns in 0 to 3, got {columns}; choose such columns")
+    return tuple(sorted(columns))
 
 
 def _is_int(value: object) -> bool:

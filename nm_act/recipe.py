@@ -37,7 +37,7 @@ class LinearSpec:
     Parameters
     ----------
     pattern : NMPattern or str
-        N:M pattern of the input activations.
+        Pattern of the input activations: N:M, or 2:4+1, 2:4+2 (:class:`nm_act.NMPattern`).
     criterion : str
         "act", "wina", "variance" or "amber"; see :mod:`nm_act.criteria`.
     mitigation : sequence of str
@@ -88,7 +88,7 @@ class Rule:
     projections : sequence of str, optional
         Projections it applies to; all of the recipe's if None.
     pattern : str or NMPattern, optional
-        "N:M" or "dense".
+        "N:M", "2:4+1", "2:4+2" or "dense".
     criterion, mitigation, phase : optional
         As in :class:`LinearSpec`.
     """
@@ -129,7 +129,7 @@ class Recipe:
     Parameters
     ----------
     pattern : str or NMPattern
-        "N:M", or "dense" where only the rules prune.
+        "N:M", "2:4+1" or "2:4+2", or "dense" where only the rules prune.
     projections : sequence of str
         Last name components of the layers in scope, e.g. "down_proj"; everything else stays dense.
     criterion, mitigation, phase

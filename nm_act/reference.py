@@ -10,6 +10,10 @@ A value's *key* is
 * above every finite value if ``Z`` is infinite, and above every infinity if ``Z`` is NaN.
 
 In each group of ``m`` consecutive features the ``n`` largest keys survive; among equal keys the lowest index wins.
+With extra columns (2:4+1, 2:4+2) the survivors of every sixteen features are those that windows can hold, two places
+each: the four quads, and for each extra column e the window ``{e, 4 + e, 8 + e, 12 + e}``. Features are taken by
+descending key, the lowest index first, and kept if all kept ones still fit; ten or twelve of sixteen survive.
+
 -0.0 equals 0.0 as a key and keeps its sign as a value. So exactly ``n`` of ``m`` survive; one NaN in a token makes its
 whole output NaN, as dense arithmetic would, and an infinity is never lost to a finite value: with at most ``n``
 non-finite values a group, the output has the infinities and NaNs of dense arithmetic, with more it is still non-finite.
@@ -51,12 +55,9 @@ def shifted(x: torch.Tensor, shift: torch.Tensor | None, token_shift: str) -> to
 
 def selection_mask(z: torch.Tensor, pattern: NMPattern, channel_scale: torch.Tensor | None = None) -> torch.Tensor:
     """Boolean mask of the survivors of ``z [..., in]`` under the contract above; exactly N of every M are True."""
-    magnitude = z.float().abs()
-    score = magnitude if channel_scale is None else (magnitude * channel_scale.float()).abs()
-    score = torch.where(score.isnan(), _FLOAT32_MAX, score).clamp(max=_FLOAT32_MAX).double()
-    # Classes above the finite scores, in float64 so that they stay apart from the largest float32.
-    score = torch.where(z.isinf(), 2.0 * _FLOAT32_MAX, score)
-    score = torch.where(z.isnan(), 4.0 * _FLOAT32_MAX, score)
+    score = _scores(z, channel_scale)
+    if pattern.extra_columns:
+        return _greedy_mask(score.unflatten(-1, (-1, pattern.span)), pattern.extra_columns).flatten(-2)
     groups = score.unflatten(-1, (-1, pattern.group))
     order = groups.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(groups, dtype=torch.bool)
@@ -64,11 +65,42 @@ def selection_mask(z: torch.Tensor, pattern: NMPattern, channel_scale: torch.Ten
     return mask.flatten(-2)
 
 
-def prune(x, n, m, *, channel_scale=None, shift=None, token_shift="none"):
+def _scores(z: torch.Tensor, channel_scale: torch.Tensor | None) -> torch.Tensor:
+    """Float64 keys of the contract."""
+    magnitude = z.float().abs()
+    score = magnitude if channel_scale is None else (magnitude * channel_scale.float()).abs()
+    score = torch.where(score.isnan(), _FLOAT32_MAX, score).clamp(max=_FLOAT32_MAX).double()
+    # Classes above the finite scores, in float64 so that they stay apart from the largest float32.
+    score = torch.where(z.isinf(), 2.0 * _FLOAT32_MAX, score)
+    return torch.where(z.isnan(), 4.0 * _FLOAT32_MAX, score)
+
+
+def _greedy_mask(units: torch.Tensor, extra_columns: tuple[int, ...]) -> torch.Tensor:
+    """What the windows can hold of ``units [..., 16]`` of keys, taken from the highest key down."""
+    mask = torch.zeros_like(units, dtype=torch.bool)
+    for index in units.argsort(dim=-1, descending=True, stable=True).split(1, dim=-1):
+        grown = mask.scatter(-1, index, True)
+        mask = torch.where(_fits_windows(grown, extra_columns).unsqueeze(-1), grown, mask)
+    return mask
+
+
+def _fits_windows(mask: torch.Tensor, extra_columns: tuple[int, ...]) -> torch.Tensor:
+    """Whether quads and extra windows, two places each, can hold the features in ``mask [..., 16]``."""
+    quads = mask.unflatten(-1, (4, 4))
+    excess = (quads.sum(dim=-1) - 2).clamp(min=0)  # what a quad has to hand on
+    takes = quads[..., list(extra_columns)].int()  # [..., 4, extra windows]: what they could take of it
+    fits = (excess <= takes.sum(dim=-1)).all(dim=-1) & (excess.sum(dim=-1) <= 2 * len(extra_columns))
+    for window in range(len(extra_columns)):
+        others = takes.sum(dim=-1) - takes[..., window]
+        fits &= (excess - others).clamp(min=0).sum(dim=-1) <= 2  # what none but this window can take
+    return fits
+
+
+def prune(x, n, m, *, channel_scale=None, shift=None, token_shift="none", extra_columns=()):
     """Oracle of :func:`nm_act.prune`: ``P(X - eta)``, same shape and dtype as ``x``, pruned entries +0.0."""
     z = shifted(x, shift, token_shift)
     # where, not z * mask: a product would keep the sign of -0.0 and turn a pruned inf into NaN.
-    return torch.where(selection_mask(z, NMPattern(n, m), channel_scale), z, z.new_zeros(()))
+    return torch.where(selection_mask(z, NMPattern(n, m, extra_columns), channel_scale), z, z.new_zeros(()))
 
 
 def compress(x, *, channel_scale=None, shift=None, token_shift="none"):
@@ -119,11 +151,13 @@ def sparse_linear(
     variance_correction=False,
     column_scale=None,
     weight_scale=None,
+    extra_columns=(),
     compute_dtype=torch.float64,
 ):
     """Oracle of :func:`nm_act.sparse_linear`; products, sums and the result are in ``compute_dtype``."""
     z = shifted(x, shift, token_shift)
-    pruned = prune(x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
+    selection = {"channel_scale": channel_scale, "shift": shift, "token_shift": token_shift}
+    pruned = prune(x, n, m, extra_columns=extra_columns, **selection)
     w = weight.to(compute_dtype)
     if weight_scale is not None:
         w = (weight.double() * weight_scale.double()[:, None]).to(compute_dtype)

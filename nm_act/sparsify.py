@@ -188,8 +188,8 @@ def _decide(module: nn.Module, place: _Place | None, recipe: Recipe) -> tuple[Li
         return None, "dense by the recipe"
     if type(module) is not nn.Linear:
         return None, f"{type(module).__name__} is not torch.nn.Linear"
-    if module.in_features % spec.pattern.group:
-        return None, f"in_features {module.in_features} is not a multiple of the group {spec.pattern.group}"
+    if module.in_features % spec.pattern.span:
+        return None, f"in_features {module.in_features} is not a multiple of the group {spec.pattern.span}"
     return spec, ""
 
 

@@ -116,6 +116,7 @@ def test_native_checks(tmp_path):
         ("metadata_layout", 15_000_000),
         ("select", 25_000_000),
         ("gather", 3_000),
+        ("windows", 4_500_000),
         ("gemm_config", 2_000),
     ):
         built = cmake("--build", tmp_path, "--target", name)

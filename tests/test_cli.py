@@ -206,6 +206,7 @@ def test_nan_is_null_in_json():
         (["--pattern", "4:2"], "expected 1 <= N < M, got pattern 4:2"),
         (["--pattern", "2:5"], "expected a group size M in"),
         (["--pattern", "two"], 'expected a pattern written "N:M"'),
+        (["--pattern", "2:4+1@4"], "expected one or two distinct extra columns in 0 to 3"),
         (["--criterion", "nonsense"], "nonsense"),
         (["--mitigation", "nonsense"], "nonsense"),
         (["--dtype", "int4"], "expected a dtype among"),

@@ -86,9 +86,10 @@ def test_ampere_gemm(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["80", "90a"])
-def test_prune(tmp_path, architecture):
+@pytest.mark.parametrize("name", ["prune", "prune_windows"])
+def test_prune(tmp_path, name, architecture):
     flags = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    report, _ = compile_kernels(KERNELS / "prune/prune.cu", tmp_path, flags)
+    report, _ = compile_kernels(KERNELS / f"prune/{name}.cu", tmp_path, flags)
     assert_no_spills(report)
 
 
@@ -108,3 +109,9 @@ def test_compress(tmp_path):
     report, _ = compile_kernels(KERNELS / "prune/compress.cu", tmp_path, "-gencode=arch=compute_90a,code=sm_90a")
     # The row kernels for more than 16384 features spill a little: they are not the hot ones.
     assert_no_spills(report, "compress_kernel")
+
+
+def test_compress_windows(tmp_path):
+    source = KERNELS / "prune/compress_windows.cu"
+    report, _ = compile_kernels(source, tmp_path, "-gencode=arch=compute_90a,code=sm_90a")
+    assert_no_spills(report, "compress_windows_kernel")

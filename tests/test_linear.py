@@ -2,11 +2,13 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
+import nm_act
 from nm_act import criteria, reference
 from nm_act.linear import NMLinear
 from nm_act.recipe import LinearSpec
@@ -248,3 +250,81 @@ def test_compile_gives_one_graph_for_any_batch_size(spec):
         x = torch.randn(batch, tokens, 64)
         torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
+
+
+# ---- patterns with windows, lifted weights ------------------------------------------------------------------------------
+def _is_lifted(layer) -> bool:
+    lifted = layer.lifted_weight
+    expected = nm_act.lift_weight(layer.weight.detach(), layer.spec.pattern)
+    return torch.equal(lifted, expected) and lifted.data_ptr() == layer.weight.data_ptr()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["in_out", "out_in"])
+@pytest.mark.parametrize("lift", ["auto", True, False])
+@pytest.mark.parametrize("pattern", ["2:4+1", "2:4+2@1,3"])
+@pytest.mark.parametrize("shape", [(1, 64), (2, 5, 64)])
+def test_windows_equal_the_oracle(layout, lift, pattern, shape):
+    dense, spec, x = _dense(), LinearSpec(pattern, "wina", ("var",)), torch.randn(shape)
+    layer = NMLinear.from_linear(copy.deepcopy(dense), spec, weight_layout=layout, lift=lift)
+    assert (layer.lifted_weight is not None) is (lift is True)
+    exact = reference.sparse_linear(
+        x,
+        dense.weight,
+        dense.bias,
+        extra_columns=spec.pattern.extra_columns,
+        channel_scale=criteria.channel_scale("wina", dense.weight),
+        variance_correction=True,
+    )
+    torch.testing.assert_close(layer(x), exact.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["in_out", "out_in"])
+def test_the_lifted_weight_follows_every_change(layout):
+    layer = NMLinear.from_linear(_dense(), LinearSpec("2:4+1"), weight_layout=layout, lift=True)
+    assert _is_lifted(layer)
+    assert _is_lifted(layer.to(torch.bfloat16))
+    assert _is_lifted(copy.deepcopy(layer))
+    assert _is_lifted(pickle.loads(pickle.dumps(layer)))
+    layer.load_state_dict(_dense(seed=3).state_dict())
+    assert _is_lifted(layer)
+    layer.load_state_dict(_dense(seed=4).state_dict(), assign=True)
+    assert _is_lifted(layer)
+    layer.weight = _dense().weight
+    assert layer.lifted_weight is None
+    layer.refresh()
+    assert _is_lifted(layer)
+
+
+@pytest.mark.parametrize("layout", ["in_out", "out_in"])
+def test_a_lifted_layer_saves_the_dense_weight(layout, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    dense = _dense()
+    layer = NMLinear.from_linear(copy.deepcopy(dense), LinearSpec("2:4+1"), weight_layout=layout, lift=True)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert len(list(layer.parameters())) == 2
+    state = layer.state_dict()
+    assert state["weight"].untyped_storage().nbytes() == 24 * 64 * 4
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "layer.safetensors")
+    for name, value in load_file(tmp_path / "layer.safetensors").items():
+        assert torch.equal(value, dense.state_dict()[name])
+
+
+@torch.no_grad()
+def test_a_lifted_layer_compiles_to_one_graph():
+    layer = NMLinear.from_linear(_dense(), LinearSpec("2:4+1"), lift=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_what_cannot_be_lifted():
+    with pytest.raises(ValueError, match=r'expected lift to be True, False or "auto", got 1\.5'):
+        NMLinear(64, 8, spec=LinearSpec("2:4+1"), lift=1.5)
+    with pytest.raises(ValueError, match="expected a pattern whose lifted weight begins with the weight, got 8:16"):
+        NMLinear(64, 8, spec=LinearSpec("8:16"), lift=True)
+    with pytest.raises(ValueError, match=r"expected one of 2:4\+1, 2:4\+2, .* got 2:4; it needs no lifted weight"):
+        NMLinear(64, 8, spec=LinearSpec("2:4"), lift=True)
+    with pytest.raises(ValueError, match="expected in_features to be a multiple of the group 16, got 24"):
+        NMLinear(24, 8, spec=LinearSpec("2:4+1"))

@@ -91,6 +91,17 @@ def test_dict_round_trip_is_plain_data():
     ]
 
 
+@pytest.mark.parametrize("pattern", ["2:4+1", "2:4+2", "2:4+1@3", "2:4+2@0,3"])
+def test_yaml_patterns_with_windows_need_no_quotes(tmp_path, pattern):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"pattern: {pattern}\nrules:\n  - layers: [1]\n    pattern: 2:4\n")
+    recipe = Recipe.from_yaml(path)
+    assert recipe.pattern == pattern
+    assert recipe.resolve(0, "q_proj").pattern == NMPattern(pattern)
+    recipe.save(tmp_path / "again.yaml")
+    assert Recipe.load(tmp_path / "again.yaml") == recipe
+
+
 def test_yaml_patterns_need_no_quotes(tmp_path):
     text = "pattern: 2:4\ndense_first_tokens: 1\nrules:\n  - layers: [0, 12]\n    pattern: 16:32\n"
     assert yaml.safe_load(text)["pattern"] == 124, "YAML 1.1 reads base 60, which this test guards against"

@@ -129,6 +129,12 @@ def test_layers_that_a_group_does_not_divide_are_kept():
     assert ("model.layers.0.down_proj", "in_features 72 is not a multiple of the group 16") in report.kept
 
 
+def test_windows_take_sixteen_features_at_a_time():
+    report = sparsify(Model(hidden=72), Recipe("2:4+1", projections=MLP))
+    assert [str(spec.pattern) for _, spec in report.replaced] == ["2:4+1"] * 3
+    assert ("model.layers.0.down_proj", "in_features 72 is not a multiple of the group 16") in report.kept
+
+
 def test_other_kinds_of_linear_layer_are_kept():
     class QuantisedLinear(nn.Linear):
         pass

@@ -1,5 +1,6 @@
 """Transformers models end to end, against dense models whose inputs are pruned by hooks written anew here."""
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -375,3 +376,24 @@ def test_smollm2():
     expected = _logits(_hook_reference(model, recipe, first), ids)
     # A near tie may fall the other way after 30 layers of float32 rounding, so the bound is on the whole.
     assert (logits - expected).norm() < 0.01 * (dense_logits - expected).norm()
+
+
+@pytest.mark.parametrize("pattern", ["2:4+1", "2:4+2@1,2"])
+def test_lifted_layers_survive_safetensors(pattern, tmp_path):
+    """A lifted layer's weight is a view of a larger storage; the file holds the dense weight all the same."""
+    dense, ids = _tiny("llama"), _ids()
+    model = sparsify(copy.deepcopy(dense), Recipe(pattern)).model
+    layers = [module for module in model.modules() if isinstance(module, NMLinear)]
+    for layer in layers:
+        layer.lift = True
+        layer.refresh()
+    assert layers
+    assert all(layer.lifted_weight is not None for layer in layers)
+    expected = _logits(model, ids)
+    model.save_pretrained(tmp_path)
+    dense.save_pretrained(tmp_path / "dense")
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path, tmp_path / "dense")]
+    assert abs(sizes[0] - sizes[1]) < 1000
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.quantization_config.recipe == Recipe(pattern)
+    torch.testing.assert_close(_logits(again, ids), expected)

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "kernels/format/pattern.h"
+
 namespace nm_act::cpu {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
@@ -23,8 +25,7 @@ struct PruneParams {
   float* nu;                   // [tokens]: sqrt(Var(Z) / Var(P)), or null
   int64_t tokens;
   int64_t in_features;
-  int keep;
-  int group;
+  Pattern pattern;
   DType dtype;
   TokenShift token_shift;
 };

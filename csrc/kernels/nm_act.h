@@ -7,6 +7,7 @@
 
 #include "format/metadata.h"
 #include "format/pattern.h"
+#include "format/windows.h"
 
 #if defined(NM_ACT_CUDA) || defined(__CUDACC__)
 #include <cuda_runtime_api.h>
@@ -28,6 +29,17 @@ void unpack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features,
 
 enum class ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kE4M3 = 3, kInt8 = 4 };
 enum class TokenShift : int { kNone = 0, kMean = 1, kMedian = 2 };
+
+inline constexpr int kMaxRowFeatures = 32768;  // of kernels that hold a row on chip
+
+// The device that runs a GEMM, as the caller knows it: asking the driver at every call costs more than the launch.
+struct GemmDevice {
+  int compute_capability_major;  // 9 runs the sm_90a kernels, any other from 8 on the sm_80 ones
+  int multiprocessors;
+};
+// Tokens that the decode kernel takes: with a selection or 8-bit weights, and without.
+inline constexpr int kMaxDecodeTokens = 4;
+inline constexpr int kMaxGatherTokens = 8;
 
 #if defined(NM_ACT_CUDA) || defined(__CUDACC__)
 
@@ -55,9 +67,21 @@ struct CompressParams {
   ElementType x_type;
   CompressOutput out;
 };
-inline constexpr int kMaxRowFeatures = 32768;
 inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
 cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
+
+// compress for a pattern with windows (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted
+// weight. out.values and out.metadata are those of lifted_features(window_set(pattern), in_features) features.
+struct CompressWindowsParams {
+  const void* x;  // [tokens, in_features], rows x_stride elements apart, all 16-byte aligned, kBFloat16 or kFloat16
+  int64_t x_stride;
+  int64_t tokens;
+  int in_features;  // a multiple of 16, so that the lifted features are one of 16 (kE4M3 values and sm80: 32)
+  ElementType x_type;
+  Pattern pattern;
+  CompressOutput out;  // channel_scale and shift 16-byte aligned
+};
+cudaError_t launch_compress_windows(const CompressWindowsParams& params, cudaStream_t stream);
 
 // prune: P(x - eta) for any N:M, dense output of the type of x.
 struct PruneParams {
@@ -68,11 +92,13 @@ struct PruneParams {
   const float* shift;          // [in_features] or null
   const float* eta;            // [tokens] or null: a per-token shift, as launch_token_shift wrote it
   int64_t tokens;
-  int in_features;  // a multiple of pattern.group
+  int in_features;  // a multiple of span_of(pattern)
   Pattern pattern;
   ElementType x_type;
 };
 cudaError_t launch_prune(const PruneParams& params, cudaStream_t stream);
+// What launch_prune calls for 2:4+r.
+cudaError_t launch_prune_windows(const PruneParams& params, cudaStream_t stream);
 
 // Per-token statistics for patterns and paths whose selection kernel does not compute them itself. At most
 // kMaxRowFeatures.
@@ -138,11 +164,6 @@ struct SparseGemmParams {
   ElementType y_type;  // value_type (kBFloat16 or kFloat16 for kE4M3), or kFloat32 on sm_90
   bool weight_in_out;
 };
-// The device that runs a GEMM, as the caller knows it: asking the driver at every call costs more than the launch.
-struct GemmDevice {
-  int compute_capability_major;  // 9 runs the sm_90a kernels, any other from 8 on the sm_80 ones
-  int multiprocessors;
-};
 cudaError_t query_gemm_device(int device, GemmDevice* result);
 const char* cuda_error_text(cudaError_t status);
 MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device);
@@ -175,8 +196,6 @@ struct GatherParams {
   ElementType x_type;          // kBFloat16 or kFloat16
   ElementType weight_type;     // x_type, kE4M3 or kInt8
 };
-inline constexpr int kMaxDecodeTokens = 4;
-inline constexpr int kMaxGatherTokens = 8;
 struct GatherConfig;  // gather/config.h
 bool gather_supports(const GatherParams& params, GemmDevice device);
 cudaError_t launch_gather(const GatherParams& params, GemmDevice device, cudaStream_t stream);

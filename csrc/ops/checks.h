@@ -8,7 +8,7 @@
 #include <string_view>
 
 #include "cpu/kernels.h"
-#include "kernels/format/pattern.h"
+#include "kernels/format/windows.h"
 
 namespace nm_act {
 
@@ -40,6 +40,22 @@ inline void check_pattern(int64_t n, int64_t m, int64_t in_features, const char*
                     "; use torch.nn.functional.linear where nothing is pruned");
   TORCH_CHECK_VALUE(in_features % m == 0, "nm_act::", op, " expected in_features divisible by m, got in_features ",
                     in_features, " and pattern ", n, ":", m, "; choose a smaller group or pad the features");
+}
+
+// Columns of the extra windows of 2:4+r; none for any other pattern.
+inline ExtraColumns check_extra_columns(at::IntArrayRef columns, int64_t n, int64_t m, int64_t in_features,
+                                        const char* op) {
+  ExtraColumns extra{};
+  if (columns.empty()) return extra;
+  TORCH_CHECK_VALUE(n == 2 && m == 4, "nm_act::", op, " expected extra_columns with the pattern 2:4 only, got ",
+                    columns, " with ", n, ":", m, "; leave extra_columns out");
+  extra.count = int(columns.size());
+  for (size_t i = 0; i < columns.size() && i < 2; ++i) extra.column[i] = int(columns[i]);
+  TORCH_CHECK_VALUE(columns.size() <= 2 && are_supported(extra), "nm_act::", op,
+                    " expected one or two distinct extra_columns in 0 to 3, got ", columns, "; choose such columns");
+  TORCH_CHECK_VALUE(in_features % kUnit == 0, "nm_act::", op, " expected in_features divisible by ", kUnit, " for 2:4+",
+                    columns.size(), ", got in_features ", in_features, "; choose another pattern or pad the features");
+  return extra;
 }
 
 inline void check_same_device(const at::Tensor& x, const at::Tensor& other, const char* name, const char* op) {

@@ -1,16 +1,20 @@
 // The pybind11 module nm_act._C: importing it registers the operators; it also offers build facts and host helpers.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "build_facts.h"
 #include "cpu/kernels.h"
-#include "kernels/matmul/config.h"
-#ifdef NM_ACT_CUDA
 #include "kernels/gather/config.h"
-#endif
+#include "kernels/matmul/config.h"
 #include "kernels/nm_act.h"
+#include "ops/paths.h"
 #include "ops/support.h"
 
 namespace py = pybind11;
@@ -120,15 +124,16 @@ py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t o
   return py::make_tuple(int(config.tile), int(config.raster), config.swizzle);
 }
 
-#ifdef NM_ACT_CUDA
 // (lanes, splits, threads) of every configuration that the decode kernel can run this problem with; the one it would
 // choose comes first.
 py::list gather_configs(int tokens, int out_features, int in_features, bool bits8, int keep, int group,
                         int compute_capability_major, int multiprocessors) {
-  const nm_act::GatherProblem problem{
-      tokens,        out_features,
-      in_features,   bits8 ? nm_act::ElementType::kE4M3 : nm_act::ElementType::kBFloat16,
-      {keep, group}, {compute_capability_major, multiprocessors}};
+  const nm_act::GatherProblem problem{tokens,
+                                      out_features,
+                                      in_features,
+                                      bits8 ? nm_act::ElementType::kE4M3 : nm_act::ElementType::kBFloat16,
+                                      {keep, group, {}},
+                                      {compute_capability_major, multiprocessors}};
   const auto tuple = [](const nm_act::GatherConfig& c) { return py::make_tuple(c.lanes, c.splits, c.threads); };
   const py::tuple chosen = tuple(nm_act::select_gather_config(problem));
   py::list result;
@@ -138,18 +143,61 @@ py::list gather_configs(int tokens, int out_features, int in_features, bool bits
   });
   return result;
 }
-#endif
+
+nm_act::Pattern pattern_of(int n, int m, const std::vector<int>& extra_columns) {
+  nm_act::Pattern pattern{n, m, {static_cast<int>(extra_columns.size()), {0, 0}}};
+  for (size_t i = 0; i < extra_columns.size() && i < 2; ++i) pattern.extra.column[i] = extra_columns[i];
+  return pattern;
+}
+
+// The features of each window of a unit, in the order of the lifted operand; empty if the pattern has none.
+std::vector<std::array<int, 4>> window_table(int n, int m, const std::vector<int>& extra_columns) {
+  const nm_act::Pattern pattern = pattern_of(n, m, extra_columns);
+  const nm_act::WindowSet set = nm_act::window_set(pattern);
+  std::vector<std::array<int, 4>> table(set == nm_act::WindowSet::kNone ? 0 : 4 + nm_act::extra_windows(set));
+  for (size_t window = 0; window < table.size(); ++window) {
+    for (int slot = 0; slot < 4; ++slot) {
+      table[window][slot] = nm_act::window_feature(pattern, static_cast<int>(window), slot);
+    }
+  }
+  return table;
+}
+
+// Sizes and strides of a weight.
+using Sizes = std::array<int64_t, 4>;
+
+nm_act::WeightFacts weight_facts(const Sizes& sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3], true}; }
+
+// The path of sparse_linear and the sentence why, from facts alone.
+std::pair<std::string, std::string> choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, int n, int m,
+                                                const std::vector<int>& extra_columns, const Sizes& weight,
+                                                const std::optional<Sizes>& lifted, int compute_capability_major,
+                                                int multiprocessors, const std::string& weight_dtype) {
+  const auto type_of = [](const std::string& name) {
+    return name == "bfloat16"        ? nm_act::ElementType::kBFloat16
+           : name == "float16"       ? nm_act::ElementType::kFloat16
+           : name == "float8_e4m3fn" ? nm_act::ElementType::kE4M3
+           : name == "int8"          ? nm_act::ElementType::kInt8
+                                     : nm_act::ElementType::kFloat32;
+  };
+  nm_act::LinearFacts facts{
+      tokens, type_of(dtype), type_of(weight_dtype), pattern_of(n, m, extra_columns), weight_facts(weight), {}};
+  if (lifted) facts.lifted = weight_facts(*lifted);
+  const nm_act::LinearChoice choice = on_cuda
+                                          ? nm_act::choose_on_cuda(facts, {compute_capability_major, multiprocessors})
+                                          : nm_act::choose_on_cpu(facts);
+  static constexpr const char* kNames[] = {"gather", "sparse", "lifted", "dense"};
+  return {kNames[static_cast<int>(choice.path)], nm_act::text_of(choice, facts)};
+}
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info);
   m.def("support_table", support_table);
-#ifdef NM_ACT_CUDA
   m.def("gather_configs", gather_configs, py::arg("tokens"), py::arg("out_features"), py::arg("in_features"),
         py::arg("bits8"), py::arg("keep"), py::arg("group"), py::arg("compute_capability_major"),
         py::arg("multiprocessors"));
-#endif
   m.def("pack_metadata", pack_metadata, py::arg("neutral"), py::arg("tokens"), py::arg("in_features"),
         py::arg("layout"));
   m.def("unpack_metadata", unpack_metadata, py::arg("physical"), py::arg("tokens"), py::arg("in_features"),
@@ -157,4 +205,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_tiles", gemm_tiles, py::arg("dtype"));
   m.def("select_gemm_config", select_gemm_config, py::arg("dtype"), py::arg("tokens"), py::arg("out_features"),
         py::arg("in_features"), py::arg("multiprocessors"));
+  m.def("window_table", window_table, py::arg("n"), py::arg("m"), py::arg("extra_columns"));
+  m.def("choose_path", choose_path, py::arg("on_cuda"), py::arg("tokens"), py::arg("dtype"), py::arg("n"), py::arg("m"),
+        py::arg("extra_columns"), py::arg("weight"), py::arg("lifted"), py::arg("compute_capability_major"),
+        py::arg("multiprocessors"), py::arg("weight_dtype"));
 }

@@ -8,7 +8,8 @@
 namespace nm_act {
 
 Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
-                          const OptionalTensor& shift, std::string_view token_shift, const char* op) {
+                          const OptionalTensor& shift, std::string_view token_shift, const char* op,
+                          at::IntArrayRef extra_columns) {
   Selection s;
   check_features(x, op);
   s.dtype = check_dtype(x, op);
@@ -18,9 +19,28 @@ Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const Optio
   s.channel_scale = check_vector(channel_scale, x, s.in_features, "channel_scale", op);
   s.shift = check_vector(shift, x, s.in_features, "shift", op);
   s.tokens = x.numel() / s.in_features;
-  s.keep = int(n);
-  s.group = int(m);
+  s.pattern = {int(n), int(m), check_extra_columns(extra_columns, n, m, s.in_features, op)};
   return s;
+}
+
+at::Tensor check_lifted_weight(const OptionalTensor& lifted_weight, const Selection& selection, const at::Tensor& x,
+                               const at::Tensor& weight, const char* op) {
+  if (!lifted_weight.has_value() || !lifted_weight->defined()) return {};
+  const WindowSet set = window_set(selection.pattern);
+  TORCH_CHECK_VALUE(set != WindowSet::kNone && selection.in_features % kUnit == 0, "nm_act::", op,
+                    " expected lifted_weight with 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16 and in_features divisible by ",
+                    kUnit, ", got it with ", selection.pattern.keep, ":", selection.pattern.group, " and in_features ",
+                    selection.in_features, "; leave lifted_weight out");
+  check_same_device(x, *lifted_weight, "lifted_weight", op);
+  TORCH_CHECK_TYPE(lifted_weight->scalar_type() == x.scalar_type(), "nm_act::", op,
+                   " expected lifted_weight in the dtype of x, ", x.scalar_type(), ", got ",
+                   lifted_weight->scalar_type(), "; lift the weight that is passed along");
+  const int64_t lifted = lifted_features(set, selection.in_features);
+  TORCH_CHECK_VALUE(
+      lifted_weight->dim() == 2 && lifted_weight->size(0) == weight.size(0) && lifted_weight->size(1) == lifted,
+      "nm_act::", op, " expected lifted_weight of shape [", weight.size(0), ", ", lifted, "] for this pattern, got ",
+      lifted_weight->sizes(), "; use nm_act.lift_weight(weight, pattern)");
+  return *lifted_weight;
 }
 
 at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& selection, const at::Tensor& x,
@@ -53,8 +73,7 @@ cpu::PruneParams prune_params(const Selection& s, const at::Tensor& x) {
   p.shift = data_or_null(s.shift);
   p.tokens = s.tokens;
   p.in_features = s.in_features;
-  p.keep = s.keep;
-  p.group = s.group;
+  p.pattern = s.pattern;
   p.dtype = s.dtype;
   p.token_shift = s.token_shift;
   return p;
@@ -70,8 +89,8 @@ void launch_prune(const cpu::PruneParams& params) {
 namespace {
 
 at::Tensor prune(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
-                 const OptionalTensor& shift, c10::string_view token_shift) {
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, "prune");
+                 const OptionalTensor& shift, c10::string_view token_shift, at::IntArrayRef extra_columns) {
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, "prune", extra_columns);
   const at::Tensor dense = x.contiguous();
   at::Tensor out = at::empty(x.sizes(), x.options());
   cpu::PruneParams params = prune_params(selection, dense);

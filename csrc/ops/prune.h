@@ -18,14 +18,18 @@ struct Selection {
   cpu::DType dtype;
   int64_t tokens;
   int64_t in_features;
-  int keep;
-  int group;
+  Pattern pattern;
 
   bool has_shift() const { return shift.defined() || token_shift != cpu::TokenShift::kNone; }
 };
 
 Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
-                          const OptionalTensor& shift, std::string_view token_shift, const char* op);
+                          const OptionalTensor& shift, std::string_view token_shift, const char* op,
+                          at::IntArrayRef extra_columns = {});
+
+// Checks a lifted weight [out, lifted in_features] against the pattern and the weight; undefined if there is none.
+at::Tensor check_lifted_weight(const OptionalTensor& lifted_weight, const Selection& selection, const at::Tensor& x,
+                               const at::Tensor& weight, const char* op);
 
 // shift_out as a float32 [out_features] vector, or undefined; given without a shift it is a mistake.
 at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& selection, const at::Tensor& x,

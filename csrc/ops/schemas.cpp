@@ -17,6 +17,10 @@
 //
 // Selection contract, deterministic and equal on every device, bit for bit (nm_act/reference.py is the oracle):
 //   * groups start at feature 0 and never cross tokens; exactly n of every m survive;
+//   * with extra_columns (one or two distinct ones of 0 to 3; n:m is 2:4, written 2:4+1 or 2:4+2) the survivors of
+//   every
+//     16 features are those that five or six windows of two places can hold, taken by descending score: the four quads,
+//     and for each e in extra_columns the window {e, 4 + e, 8 + e, 12 + e}. Ten or twelve of 16 survive;
 //   * Z is rounded to the dtype of X; the score is one float32 product of |Z| and |channel_scale|;
 //   * ties go to the lowest index; -0.0 equals 0.0 in the comparison and keeps its sign if it survives;
 //   * an infinite Z ranks above every finite one and NaN above infinity, whatever the scale; a finite Z whose score
@@ -28,8 +32,8 @@
 
 TORCH_LIBRARY(nm_act, m) {
   m.def(
-      "prune(Tensor x, int n, int m, *, Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\") "
-      "-> Tensor");
+      "prune(Tensor x, int n, int m, *, Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", "
+      "int[] extra_columns=[]) -> Tensor");
 
   // 2:4 in the device-neutral format: values [..., in_features / 2] in the dtype of x, two survivors a group in index
   // order; metadata uint8 [..., ceil(in_features / 8)], one nibble a group (first index | second index << 2), the lower
@@ -39,10 +43,13 @@ TORCH_LIBRARY(nm_act, m) {
       "-> (Tensor values, Tensor metadata)");
   m.def("decompress(Tensor values, Tensor metadata) -> Tensor");
 
+  // lifted_weight: what nm_act.lift_weight makes of the weight for a pattern with windows; the sparse tensor cores use
+  // it where that pays. It has to belong to `weight`, which serves everywhere else.
   m.def(
       "sparse_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, "
       "Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, bool variance_correction=False, "
-      "Tensor? column_scale=None, Tensor? weight_scale=None) -> Tensor");
+      "Tensor? column_scale=None, Tensor? weight_scale=None, int[] extra_columns=[], Tensor? lifted_weight=None) "
+      "-> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
   // decode kernel of sparse_linear without the selection. At most 8 tokens.
@@ -53,13 +60,15 @@ TORCH_LIBRARY(nm_act, m) {
       "gather_configured(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int lanes, int splits, "
       "int threads) -> Tensor");
 
-  // CUDA only, 2:4. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
+  // CUDA only. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
   // [tokens, in_features / 2] in the dtype of x (float8_e4m3fn with fp8, scaled per token by its largest |Z| / 448),
   // metadata uint8 [bytes], row_scale [tokens] (nu times the fp8 scale) and eta [tokens], float32, empty where not
-  // asked for.
+  // asked for. The producers take 2:4; compress_packed also the patterns with windows (2:4+1, 2:4+2, 4:8, 5:8, 6:8,
+  // 8:16), whose operand has the in_features of the lifted weight (csrc/kernels/format/windows.h).
   m.def(
-      "compress_packed(Tensor x, *, Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", "
-      "bool variance_correction=False, bool fp8=False) "
+      "compress_packed(Tensor x, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? shift=None, str "
+      "token_shift=\"none\", "
+      "bool variance_correction=False, bool fp8=False, int[] extra_columns=[]) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // x' = RMSNorm(x + residual) * weight, then compress_packed; hidden = x + residual, empty without a residual.
   m.def(

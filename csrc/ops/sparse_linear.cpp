@@ -18,11 +18,6 @@
 namespace nm_act {
 namespace {
 
-// Two passes over the weight still beat torch's float32 GEMM, but not its 16-bit one (docs/kernels/cpu_decode.md).
-constexpr int64_t decode_tokens(cpu::DType dtype) {
-  return dtype == cpu::DType::kFloat32 ? 2 * cpu::kGatherTokens : cpu::kGatherTokens;
-}
-
 // Rows that some token needs, and what to multiply them by, in the order that the gather kernel reads.
 struct SurvivingRows {
   std::vector<int64_t> rows;  // the first `count` are in use
@@ -111,10 +106,12 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
-                         const OptionalTensor& column_scale, const OptionalTensor& weight_scale) {
+                         const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
+                         at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight) {
   constexpr const char* kOp = "sparse_linear";
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp);
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
   const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
+  check_lifted_weight(lifted_weight, selection, x, stored_weight, kOp);
   const int64_t tokens = selection.tokens, in_features = selection.in_features, out_features = stored_weight.size(0);
   at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
   const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
@@ -140,7 +137,9 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   const cpu::Epilogue epilogue{data_or_null(nu), data_or_null(eta), data_or_null(shift_vector),
                                data_or_null(column_vector),
                                bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr};
-  if (tokens <= decode_tokens(selection.dtype) && stored_in_out(weight)) {
+  const ElementType type = element_type(x.scalar_type());
+  const LinearFacts facts{tokens, type, type, selection.pattern, facts_of(weight), {}};
+  if (choose_on_cpu(facts).path == LinearPath::kGather) {
     launch_gather(operand, weight, epilogue, selection.dtype, y);
   } else if (nu.defined() || shift_vector.defined() || column_vector.defined()) {
     y = at::linear(operand, weight);

@@ -14,7 +14,8 @@ struct SupportRow {
 
 inline constexpr char kAllDtypes[] = "float32, bfloat16, float16";
 inline constexpr char kBits16[] = "bfloat16, float16";
-inline constexpr char kAllPatterns[] = "N:M, M in {2, 4, 8, 16, 32}";
+inline constexpr char kAllPatterns[] = "N:M, M in {2, 4, 8, 16, 32}; 2:4+1, 2:4+2";
+inline constexpr char kWindowPatterns[] = "2:4+1, 2:4+2, 4:8, 5:8, 6:8, 8:16";
 
 inline constexpr SupportRow kSupport[] = {
     {"prune", "always", "cpu", kAllDtypes, kAllPatterns, "vectorised selection, one pass"},
@@ -32,6 +33,8 @@ inline constexpr SupportRow kSupport[] = {
     {"decompress", "always", "cuda sm_80+", kAllDtypes, "2:4", "plain torch operations"},
     {"compress_packed", "also as rms_norm_compress, silu_mul_compress", "cuda sm_80+", kBits16, "2:4",
      "compression in the GEMM's layout; e4m3 values on sm_90"},
+    {"compress_packed", "for sparse_gemm over a lifted weight", "cuda sm_80+", kBits16, kWindowPatterns,
+     "selection, assignment to windows and compression in one kernel; e4m3 values on sm_90"},
     {"sparse_gemm", "always", "cuda sm_90", "bfloat16, float16, e4m3", "2:4", "sparse tensor cores (wgmma.sp)"},
     {"sparse_gemm", "always", "cuda sm_80+", kBits16, "2:4",
      "sparse tensor cores (mma.sp); speed on Ampere not measured"},
@@ -39,6 +42,8 @@ inline constexpr SupportRow kSupport[] = {
      "bfloat16, float16 x; weight of x's dtype, e4m3 or int8", kAllPatterns,
      "decode kernel: reads only the weight rows of survivors; slices in clusters on sm_90"},
     {"sparse_linear", "2:4, 512 tokens and more", "cuda sm_80+", kBits16, "2:4", "compress_packed, then sparse_gemm"},
+    {"sparse_linear", "lifted_weight given, 1024 tokens and more", "cuda sm_80+", kBits16, "2:4+1",
+     "compress_packed, then sparse_gemm over the lifted weight"},
     {"sparse_linear", "otherwise", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel, then cuBLAS"},
     {"sparse_linear_fp8", "always", "cuda sm_90", "bfloat16, float16 x; e4m3 weight", "2:4",
      "compress_packed in e4m3, then sparse_gemm"},

@@ -3,14 +3,28 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
 #include <vector>
+
+#include "ops/paths.h"
 
 namespace nm_act {
 
+inline WeightFacts facts_of(const at::Tensor& weight) {
+  return {weight.size(0), weight.size(1), weight.stride(0), weight.stride(1),
+          reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0};
+}
+
 // A weight [out, in] whose storage is [in, out], rows possibly padded.
-inline bool stored_in_out(const at::Tensor& weight) {
-  return weight.stride(0) == 1 && weight.stride(1) >= std::max<int64_t>(weight.size(0), 1);
+inline bool stored_in_out(const at::Tensor& weight) { return facts_of(weight).stored_in_out(); }
+
+inline ElementType element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kBFloat16: return ElementType::kBFloat16;
+    case at::kHalf: return ElementType::kFloat16;
+    case at::kFloat8_e4m3fn: return ElementType::kE4M3;
+    case at::kChar: return ElementType::kInt8;
+    default: return ElementType::kFloat32;
+  }
 }
 
 // The sizes with another last one.

@@ -25,7 +25,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.", show_default=False)],
     pattern: Annotated[
         str | None,
-        typer.Option("--pattern", metavar="N:M", help="Pattern; without one the model stays as it is."),
+        typer.Option("--pattern", metavar="N:M", help="Pattern, e.g. 2:4+1; without one the model stays as it is."),
     ] = None,
     recipe: RecipeOption = None,
     criterion: CriterionOption = None,

@@ -30,7 +30,7 @@ ModelArgument = Annotated[
     typer.Argument(metavar="MODEL", help="Folder, .gguf file or hub id of the model.", show_default=False),
 ]
 PatternOption = Annotated[
-    list[str] | None, typer.Option("--pattern", metavar="N:M", help="Pattern; may be given several times.")
+    list[str] | None, typer.Option("--pattern", metavar="N:M", help="Pattern, e.g. 8:16 or 2:4+1; repeatable.")
 ]
 RecipeOption = Annotated[
     Path | None,

@@ -120,7 +120,7 @@ void prune_row(const PruneParams& p, int64_t token, Scratch& scratch) {
   for (int64_t k = 0; k < n; ++k)
     keys[k] = selection_key(wide[k], p.channel_scale != nullptr ? p.channel_scale[k] : 1.0f);
   uint32_t* mask = scratch.mask.data();
-  select_row(keys, n, p.keep, p.group, mask);
+  select_row(keys, n, p.pattern, mask);
 
   if (p.nu != nullptr) p.nu[token] = variance_ratio(wide, mask, n);
   if (p.out != nullptr) emit_dense(z, mask, n, static_cast<T*>(p.out) + token * n);
@@ -131,7 +131,7 @@ void prune_row(const PruneParams& p, int64_t token, Scratch& scratch) {
 
 template <class T>
 void prune_rows(const PruneParams& p, int64_t token_begin, int64_t token_end) {
-  const int64_t block = int64_t(kBlockGroups) * p.group;
+  const int64_t block = int64_t(kBlockGroups) * span_of(p.pattern);
   const int64_t padded = (p.in_features + block - 1) / block * block;
   // Kept between calls: for one token, mapping fresh pages would cost more than the selection.
   static thread_local Scratch scratch;

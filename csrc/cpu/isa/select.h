@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cpu/isa/simd.h"
+#include "kernels/prune/window_select.h"
 
 namespace nm_act::cpu::NM_ACT_ISA {
 
@@ -29,13 +30,10 @@ inline int32_t selection_key(float z, float scale) {
   return bits < kInfKey ? finite : bits > kInfKey ? kNanKey : kInfKey;
 }
 
+// rank[i]: how many of the M keys beat key i.
 template <int M>
-inline void rank_block(const int32_t* keys, int keep, uint32_t* bits) {
-  GroupVec key[M], rank[M];
-  for (int i = 0; i < M; ++i) {
-    for (int lane = 0; lane < kGroupLanes; ++lane) key[i][lane] = keys[lane * M + i];
-    rank[i] = GroupVec{} + i;
-  }
+inline void rank_keys(const GroupVec (&key)[M], GroupVec (&rank)[M]) {
+  for (int i = 0; i < M; ++i) rank[i] = GroupVec{} + i;
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 32
@@ -45,19 +43,73 @@ inline void rank_block(const int32_t* keys, int keep, uint32_t* bits) {
       rank[j] += later_wins;
     }
   }
+}
+
+inline GroupVec choose(GroupVec condition, GroupVec a, GroupVec b) { return (a & condition) | (b & ~condition); }
+
+template <int M>
+inline void rank_block(const int32_t* keys, int keep, uint32_t* bits) {
+  GroupVec key[M], rank[M];
+  for (int i = 0; i < M; ++i) {
+    for (int lane = 0; lane < kGroupLanes; ++lane) key[i][lane] = keys[lane * M + i];
+  }
+  rank_keys(key, rank);
   GroupVec mask{};
   for (int i = 0; i < M; ++i) mask |= (rank[i] < keep) & int32_t(1u << i);
   std::memcpy(bits, &mask, sizeof(mask));
 }
 
+// 2:4+1 (kernels/prune/window_select.h has the rule): the two quads that gain most from the slot of column e get it.
+inline void plus_one_block(const int32_t* keys, int e, uint32_t* bits) {
+  GroupVec gain[4], alone[4], served[4];
+  for (int quad = 0; quad < 4; ++quad) {
+    GroupVec key[4], rank[4];
+    for (int i = 0; i < 4; ++i) {
+      for (int lane = 0; lane < kGroupLanes; ++lane) key[i][lane] = keys[lane * kUnit + 4 * quad + i];
+    }
+    rank_keys(key, rank);
+    GroupVec top{}, third{}, third_key{};
+    for (int i = 0; i < 4; ++i) {
+      top |= (rank[i] < 2) & (1 << i);
+      third |= (rank[i] == 2) & (1 << i);
+      third_key |= (rank[i] == 2) & key[i];
+    }
+    const GroupVec has_e = rank[e] < 2;
+    gain[quad] = choose(has_e, third_key, key[e]);
+    alone[quad] = top << 4 * quad;
+    served[quad] = (top | choose(has_e, third, GroupVec{} + (1 << e))) << 4 * quad;
+  }
+  GroupVec rank[4], mask{};
+  rank_keys(gain, rank);
+  for (int quad = 0; quad < 4; ++quad) mask |= choose(rank[quad] < 2, served[quad], alone[quad]);
+  std::memcpy(bits, &mask, sizeof(mask));
+}
+
+// 2:4+2, one unit: all but four of the lower two of each quad.
+inline uint32_t plus_two_unit(const int32_t* keys, ExtraColumns extra) {
+  uint32_t loser[8], place[8];
+  for (int quad = 0; quad < 4; ++quad) {
+    const int32_t* key = keys + 4 * quad;
+    int found = 0;
+    for (int i = 0; i < 4; ++i) {
+      int rank = 0;
+      for (int j = 0; j < 4; ++j) rank += j < i ? key[j] >= key[i] : key[j] > key[i];
+      if (rank < 2) continue;
+      loser[2 * quad + found] = uint32_t(key[i]);
+      place[2 * quad + found++] = uint32_t(4 * quad + i);
+    }
+  }
+  return ~drop_four(loser, place, extra.column[0], extra.column[1]).features & 0xffff;
+}
+
 // Bit k of the mask (bit k % 32 of word k / 32) says whether element k of the row survives. keys must be readable, and
-// mask writable, up to the next multiple of kBlockGroups groups.
-template <int M>
-void select_row(const int32_t* keys, int64_t in_features, int keep, uint32_t* mask) {
+// mask writable, up to the next multiple of kBlockGroups groups. select_block writes the masks of kGroupLanes groups.
+template <int M, class SelectBlock>
+void select_blocks(const int32_t* keys, int64_t in_features, uint32_t* mask, const SelectBlock& select_block) {
   const int64_t groups = in_features / M;
   for (int64_t g = 0; g < groups; g += kBlockGroups) {
     uint32_t bits[kBlockGroups];
-    for (int b = 0; b < kBlockGroups; b += kGroupLanes) rank_block<M>(keys + (g + b) * M, keep, bits + b);
+    for (int b = 0; b < kBlockGroups; b += kGroupLanes) select_block(keys + (g + b) * M, bits + b);
     constexpr int kPerWord = 32 / M;
     uint32_t* words = mask + g / kPerWord;
     for (int w = 0; w < kBlockGroups / kPerWord; ++w) {
@@ -68,13 +120,30 @@ void select_row(const int32_t* keys, int64_t in_features, int keep, uint32_t* ma
   }
 }
 
-inline void select_row(const int32_t* keys, int64_t in_features, int keep, int group, uint32_t* mask) {
-  switch (group) {
-    case 2: return select_row<2>(keys, in_features, keep, mask);
-    case 4: return select_row<4>(keys, in_features, keep, mask);
-    case 8: return select_row<8>(keys, in_features, keep, mask);
-    case 16: return select_row<16>(keys, in_features, keep, mask);
-    default: return select_row<32>(keys, in_features, keep, mask);
+template <int M>
+void select_row(const int32_t* keys, int64_t in_features, int keep, uint32_t* mask) {
+  select_blocks<M>(keys, in_features, mask,
+                   [keep](const int32_t* block, uint32_t* bits) { rank_block<M>(block, keep, bits); });
+}
+
+inline void select_row(const int32_t* keys, int64_t in_features, const Pattern& pattern, uint32_t* mask) {
+  const ExtraColumns extra = pattern.extra;
+  if (extra.count == 1) {
+    return select_blocks<kUnit>(keys, in_features, mask, [extra](const int32_t* block, uint32_t* bits) {
+      plus_one_block(block, extra.column[0], bits);
+    });
+  }
+  if (extra.count == 2) {
+    return select_blocks<kUnit>(keys, in_features, mask, [extra](const int32_t* block, uint32_t* bits) {
+      for (int unit = 0; unit < kGroupLanes; ++unit) bits[unit] = plus_two_unit(block + unit * kUnit, extra);
+    });
+  }
+  switch (pattern.group) {
+    case 2: return select_row<2>(keys, in_features, pattern.keep, mask);
+    case 4: return select_row<4>(keys, in_features, pattern.keep, mask);
+    case 8: return select_row<8>(keys, in_features, pattern.keep, mask);
+    case 16: return select_row<16>(keys, in_features, pattern.keep, mask);
+    default: return select_row<32>(keys, in_features, pattern.keep, mask);
   }
 }
 

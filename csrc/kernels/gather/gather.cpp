@@ -17,20 +17,17 @@ bool types_fit(const GatherParams& params) {
 
 bool pattern_fits(const GatherParams& params) {
   if (params.pattern.keep == 0) return true;
-  return is_supported(params.pattern) && params.in_features % params.pattern.group == 0;
+  return is_supported(params.pattern) && params.pattern.extra.count == 0 &&
+         params.in_features % params.pattern.group == 0;
 }
 
 }  // namespace
 
 bool gather_supports(const GatherParams& params, GemmDevice device) {
-  if (!types_fit(params) || !pattern_fits(params) || params.in_features <= 0 || params.out_features <= 0) return false;
-  const int bytes = weight_bytes(params.weight_type);
-  const bool few = params.pattern.keep > 0 || bytes == 1;
-  if (params.tokens < 1 || params.tokens > (few ? kMaxDecodeTokens : kMaxGatherTokens)) return false;
-  const int64_t row_bytes = params.weight_stride * bytes;
-  return params.out_features % outputs_per_lane(params.weight_type) == 0 && row_bytes % kGatherVector == 0 &&
-         row_bytes <= INT32_MAX && is_aligned(params.weight, kGatherVector) && is_aligned(params.y, 4) &&
-         select_gather_config(problem_of(params, device)).splits > 0;
+  return types_fit(params) && pattern_fits(params) && is_aligned(params.weight, kGatherVector) &&
+         is_aligned(params.y, 4) &&
+         gather_shape_fits(params.weight_type, params.pattern, params.tokens, params.out_features, params.in_features,
+                           params.weight_stride, device);
 }
 
 cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const GatherConfig& config,

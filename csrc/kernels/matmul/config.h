@@ -134,6 +134,24 @@ inline GemmConfig select_config(const GemmProblem& problem) {
 
 // Whether compression plus sparse GEMM beats pruning and the dense product. From a sweep of 64 to 768 tokens over the
 // eight Llama-3 shapes in bf16 (H200, November 2026): at 512 all eight win, at 384 four do, at 192 and 256 some.
-inline bool sparse_gemm_pays(const GemmProblem& problem) { return problem.tokens >= 512; }
+inline constexpr int64_t kSparseGemmTokens = 512;
+inline bool sparse_gemm_pays(const GemmProblem& problem) { return problem.tokens >= kSparseGemmTokens; }
+
+// Whether lifting to `lifted_features` columns beats pruning and the dense product. By estimate from the GEMM's speed
+// over cuBLAS (1.3x to 1.6x in bf16), not measured: a quarter more columns leave a gain, half more none.
+inline constexpr int64_t kLiftedTokens = 1024;
+inline constexpr int64_t kLiftedPercent = 25;
+inline bool lifted_path_pays(const GemmProblem& problem, int64_t lifted_features) {
+  return problem.tokens >= kLiftedTokens && lifted_features * 100 <= problem.in_features * (100 + kLiftedPercent);
+}
+
+// Sizes and strides (in elements) that a compiled GEMM takes on this compute capability.
+inline bool gemm_shape_fits(ElementType value_type, int64_t out_features, int64_t in_features, int64_t weight_stride,
+                            int compute_capability_major) {
+  const int bytes = value_type == ElementType::kE4M3 ? 1 : 2;
+  if (weight_stride * bytes % 16 != 0 || out_features % (16 / bytes) != 0) return false;
+  if (compute_capability_major == 9) return in_features % (32 / bytes) == 0;
+  return compute_capability_major >= 8 && value_type != ElementType::kE4M3 && in_features % 32 == 0;
+}
 
 }  // namespace nm_act

@@ -103,15 +103,14 @@ MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device) {
 }
 
 bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device) {
-  const int bytes = params.value_type == ElementType::kE4M3 ? 1 : 2;
   const bool aligned = is_aligned(params.values) && is_aligned(params.metadata) && is_aligned(params.weight) &&
                        is_aligned(params.y) && is_aligned(params.shift_out) && is_aligned(params.column_scale) &&
-                       is_aligned(params.bias) && params.weight_stride * bytes % 16 == 0;
-  if (!aligned || params.out_features % (16 / bytes) != 0) return false;
-  if (device.compute_capability_major != 9) {
-    return device.compute_capability_major >= 8 && params.in_features % 32 == 0 && find_sm80(params) != nullptr;
+                       is_aligned(params.bias);
+  if (!aligned || !gemm_shape_fits(params.value_type, params.out_features, params.in_features, params.weight_stride,
+                                   device.compute_capability_major)) {
+    return false;
   }
-  if (params.in_features % (32 / bytes) != 0) return false;
+  if (device.compute_capability_major != 9) return find_sm80(params) != nullptr;
   for (const Sm90Instance& instance : kSm90Instances) {
     if (find_sm90(params, instance.tile) != nullptr) return true;
   }

@@ -61,16 +61,23 @@ struct RowLoad {
   }
 };
 
-// Four survivors, scaled, to e4m3. The multiplication by the rounded reciprocal is what defines the values.
+// Two survivors, scaled, to e4m3. The multiplication by the rounded reciprocal is what defines the values.
+template <class E>
+__device__ __forceinline__ uint32_t pair_to_e4m3(uint32_t pair, float inverse_scale) {
+  const float2 scaled = make_float2(E::low(pair) * inverse_scale, E::high(pair) * inverse_scale);
+  return static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3));
+}
+
 template <class E>
 __device__ __forceinline__ uint32_t to_e4m3(const Kept<E>& kept, float inverse_scale) {
-  uint32_t result = 0;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float2 pair = make_float2(E::low(kept.word[i]) * inverse_scale, E::high(kept.word[i]) * inverse_scale);
-    result |= static_cast<uint32_t>(__nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3)) << 16 * i;
-  }
-  return result;
+  return pair_to_e4m3<E>(kept.word[0], inverse_scale) | pair_to_e4m3<E>(kept.word[1], inverse_scale) << 16;
+}
+
+// The scale of a token whose largest magnitude, as bits in either half of the word, is `largest`.
+template <class E>
+__device__ __forceinline__ float e4m3_scale(uint32_t largest, RowReducer& reducer) {
+  const float scale = E::low(reducer.max(max(largest & 0xFFFFu, largest >> 16))) * (1.0f / kE4M3Max);
+  return scale < FLT_MIN ? FLT_MIN : scale;  // keeps the reciprocal finite, also for a token of zeros
 }
 
 // Sums of a token for its variance, before and after the selection: a chunk's features in float32, beyond that in
@@ -188,9 +195,7 @@ __device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const Com
 
   float row_scale = 1.0f;
   if constexpr (kE4M3) {
-    largest = reducer.max(max(largest & 0xFFFFu, largest >> 16));
-    row_scale = E::low(largest) * (1.0f / kE4M3Max);
-    if (row_scale < FLT_MIN) row_scale = FLT_MIN;  // keeps the reciprocal finite, also for a token of zeros
+    row_scale = e4m3_scale<E>(largest, reducer);
     const float inverse_scale = 1.0f / row_scale;
     uint32_t* values = static_cast<uint32_t*>(out.values) + token * (in_features / kChunk) + row_chunk<kChunks>(0);
 #pragma unroll

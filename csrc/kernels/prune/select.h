@@ -99,20 +99,37 @@ NM_ACT_INLINE uint32_t magnitude_keys(uint32_t features, uint32_t nan_keys) {
 
 NM_ACT_INLINE uint32_t majority(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | (c & (a | b)); }
 
-// Byte i of the result is 0xFF if feature i survives, else 0. `low` holds features 0 and 1, `high` 2 and 3.
-NM_ACT_INLINE uint32_t survivors_16(uint32_t low, uint32_t high, uint32_t nan_keys) {
-  const uint32_t a = magnitude_keys(low, nan_keys);   // k0 | k1 << 16
-  const uint32_t b = magnitude_keys(high, nan_keys);  // k2 | k3 << 16
+// All six comparisons of a group's 16-bit keys, at bits 15 and 31.
+struct Comparisons {
+  uint32_t straight;  // 15: k0 >= k2   31: k1 >= k3
+  uint32_t crossed;   // 15: k0 >= k3   31: k1 >= k2
+  uint32_t within_a;  // 15: k0 >= k1   31: k1 > k0
+  uint32_t from_b;    // 15: k2 > k1    31: k3 > k0
+  uint32_t within_b;  // 15: k2 >= k3   31: k3 > k2
+};
+
+// a: k0 | k1 << 16, b: k2 | k3 << 16, keys below 2^15.
+NM_ACT_INLINE Comparisons compare_keys(uint32_t a, uint32_t b) {
   const uint32_t a_swapped = permute_bytes(a, a, 0x1032);
   const uint32_t b_swapped = permute_bytes(b, b, 0x1032);
-  const uint32_t straight = a - b + 0x80008000u;          // 15: k0 >= k2   31: k1 >= k3
-  const uint32_t crossed = a - b_swapped + 0x80008000u;   // 15: k0 >= k3   31: k1 >= k2
-  const uint32_t within_a = a - a_swapped + 0x7FFF8000u;  // 15: k0 >= k1   31: k1 > k0
-  const uint32_t from_b = b - a_swapped + 0x7FFF7FFFu;    // 15: k2 > k1    31: k3 > k0
-  const uint32_t within_b = b - b_swapped + 0x7FFF8000u;  // 15: k2 >= k3   31: k3 > k2
-  const uint32_t kept_a = majority(straight, crossed, within_a);
-  const uint32_t kept_b = majority(~straight, from_b, within_b);
-  return permute_bytes(kept_a, kept_b, 0xFDB9);
+  return {a - b + 0x80008000u, a - b_swapped + 0x80008000u, a - a_swapped + 0x7FFF8000u, b - a_swapped + 0x7FFF7FFFu,
+          b - b_swapped + 0x7FFF8000u};
+}
+
+// Who beats at least two of the other three: bits 15 and 31 of `a` for features 0 and 1, of `b` for 2 and 3.
+struct Winners {
+  uint32_t a, b;
+};
+
+NM_ACT_INLINE Winners winners_of(const Comparisons& c) {
+  return {majority(c.straight, c.crossed, c.within_a), majority(~c.straight, c.from_b, c.within_b)};
+}
+
+NM_ACT_INLINE uint32_t byte_mask(Winners winners) { return permute_bytes(winners.a, winners.b, 0xFDB9); }
+
+// Byte i of the result is 0xFF if feature i survives, else 0. `low` holds features 0 and 1, `high` 2 and 3.
+NM_ACT_INLINE uint32_t survivors_16(uint32_t low, uint32_t high, uint32_t nan_keys) {
+  return byte_mask(winners_of(compare_keys(magnitude_keys(low, nan_keys), magnitude_keys(high, nan_keys))));
 }
 
 // Key of a 32-bit feature by itself.

@@ -13,16 +13,6 @@
 
 namespace nm_act::cuda_ops {
 
-inline ElementType element_type(at::ScalarType type) {
-  switch (type) {
-    case at::kBFloat16: return ElementType::kBFloat16;
-    case at::kHalf: return ElementType::kFloat16;
-    case at::kFloat8_e4m3fn: return ElementType::kE4M3;
-    case at::kChar: return ElementType::kInt8;
-    default: return ElementType::kFloat32;
-  }
-}
-
 inline TokenShift token_shift_kind(cpu::TokenShift shift) { return static_cast<TokenShift>(static_cast<int>(shift)); }
 
 inline cudaStream_t current_stream(const at::Tensor& x) {
@@ -57,18 +47,23 @@ void check_row_statistics(const Selection& selection, bool needed, const char* o
 
 // The 2:4 operand in the layout of this device's GEMM.
 struct PackedOperand {
-  at::Tensor values;     // [tokens, in_features / 2]
+  at::Tensor values;     // [tokens, in_features / 2], lifted in_features for a pattern with windows
   at::Tensor metadata;   // [bytes]
   at::Tensor row_scale;  // [tokens] or undefined
   at::Tensor eta;        // [tokens] or undefined
 };
 
-// Allocates a packed operand and points the kernel's output at it. value_type is the dtype of x or e4m3.
+// Allocates a packed operand of `in_features` and points the kernel's output at it. value_type is the dtype of x or
+// e4m3.
 std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, const Selection& selection,
                                                          bool variance_correction, at::ScalarType value_type,
-                                                         MetadataLayout layout);
+                                                         MetadataLayout layout, int64_t in_features);
 
 PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
+                              GemmDevice device, const char* op);
+
+// The same for a pattern with windows: the operand of the lifted weight.
+PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op);
 
 // The pruned operand as a dense tensor, with eta and nu where they are asked for.

@@ -30,11 +30,14 @@ Packed results(const PackedOperand& operand) {
   return {operand.values, operand.metadata, or_empty(operand.row_scale), or_empty(operand.eta)};
 }
 
-// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM, rows that fit on chip if statistics are needed.
+// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM (of 16 features, in e4m3 of 32; more of them for
+// a pattern with windows), rows that fit on chip if statistics are needed.
 void check_packable(const at::Tensor& x, const Selection& selection, bool statistics, bool fp8, const char* op) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", op,
                    " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
-  const int64_t step = fp8 ? 32 : 16;
+  const WindowSet set = window_set(selection.pattern);
+  const int64_t steps_a_gemm_step = set == WindowSet::kNone ? 1 : set == WindowSet::kPlusOne ? 4 : 2;
+  const int64_t step = (fp8 ? 32 : 16) * steps_a_gemm_step;
   TORCH_CHECK_VALUE(selection.in_features % step == 0, "nm_act::", op, " expected in_features divisible by ", step,
                     ", got ", selection.in_features, "; use sparse_linear, which falls back to a dense product");
   check_row_statistics(selection, statistics || fp8, op);
@@ -44,8 +47,8 @@ void check_packable(const at::Tensor& x, const Selection& selection, bool statis
 
 std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, const Selection& selection,
                                                          bool variance_correction, at::ScalarType value_type,
-                                                         MetadataLayout layout) {
-  const int64_t tokens = selection.tokens, in_features = selection.in_features;
+                                                         MetadataLayout layout, int64_t in_features) {
+  const int64_t tokens = selection.tokens;
   PackedOperand operand;
   // The sm_80 GEMM reads whole blocks of tokens: the rest of the last one only has to be memory.
   const int64_t rows = layout == MetadataLayout::kSm80Bits16 ? metadata_padded_tokens(layout, tokens) : tokens;
@@ -67,12 +70,40 @@ PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, b
   check_packable(x, selection, statistics, fp8, op);
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
-  auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout);
+  auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout, selection.in_features);
   if (selection.tokens == 0) return operand;
   const Rows rows = rows_of(x);
   const CompressParams params{rows.tensor.const_data_ptr(),  rows.stride, selection.tokens, int(selection.in_features),
                               element_type(x.scalar_type()), out};
   check_status(launch_compress(params, current_stream(x)), op);
+  return operand;
+}
+
+PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
+                              GemmDevice device, const char* op) {
+  const bool statistics = variance_correction || selection.token_shift != cpu::TokenShift::kNone;
+  check_packable(x, selection, statistics, fp8, op);
+  const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
+  const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
+  const int64_t lifted = lifted_features(window_set(selection.pattern), selection.in_features);
+  auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout, lifted);
+  if (selection.tokens == 0) return operand;
+  // The kernel reads whole vectors only; a tensor that starts or steps off 16 bytes is rare enough to be copied.
+  Rows rows = rows_of(x);
+  if (rows.stride % 8 != 0 || reinterpret_cast<uintptr_t>(rows.tensor.const_data_ptr()) % 16 != 0) {
+    rows = {aligned(rows.tensor), selection.in_features};
+  }
+  const at::Tensor scale = aligned(selection.channel_scale), shift = aligned(selection.shift);
+  out.channel_scale = data_or_null(scale);
+  out.shift = data_or_null(shift);
+  const CompressWindowsParams params{rows.tensor.const_data_ptr(),
+                                     rows.stride,
+                                     selection.tokens,
+                                     int(selection.in_features),
+                                     element_type(x.scalar_type()),
+                                     selection.pattern,
+                                     out};
+  check_status(launch_compress_windows(params, current_stream(x)), op);
   return operand;
 }
 
@@ -84,7 +115,8 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalT
   const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
   check_row_statistics(selection, selection.token_shift != cpu::TokenShift::kNone, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
-  auto [operand, out] = allocate_packed(x, selection, false, x.scalar_type(), MetadataLayout::kNeutral);
+  auto [operand, out] =
+      allocate_packed(x, selection, false, x.scalar_type(), MetadataLayout::kNeutral, selection.in_features);
   if (operand.values.numel() != 0) {
     const Rows rows = rows_of(x);
     const CompressParams params{
@@ -96,12 +128,18 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalT
           operand.metadata.view(with_last(x.sizes(), (selection.in_features + 7) / 8))};
 }
 
-Packed compress_packed_op(const at::Tensor& x, const OptionalTensor& channel_scale, const OptionalTensor& shift,
-                          c10::string_view token_shift, bool variance_correction, bool fp8) {
+Packed compress_packed_op(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
+                          const OptionalTensor& shift, c10::string_view token_shift, bool variance_correction, bool fp8,
+                          at::IntArrayRef extra_columns) {
   constexpr const char* kOp = "compress_packed";
-  const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
+  const bool lifted = window_set(selection.pattern) != WindowSet::kNone;
+  TORCH_CHECK_VALUE(lifted || (n == 2 && m == 4),
+                    "nm_act::compress_packed expected the pattern 2:4, 2:4+1, 2:4+2, 4:8, ", "5:8, 6:8 or 8:16, got ",
+                    n, ":", m, "; use sparse_linear, which falls back to a dense product");
   const c10::cuda::CUDAGuard guard(x.device());
-  return results(compress_packed(x, selection, variance_correction, fp8, gemm_device(x, kOp), kOp));
+  const auto compress = lifted ? compress_lifted : compress_packed;
+  return results(compress(x, selection, variance_correction, fp8, gemm_device(x, kOp), kOp));
 }
 
 void check_same_shape(const at::Tensor& x, const at::Tensor& other, const char* name, const char* op) {
@@ -130,7 +168,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_
   const c10::cuda::CUDAGuard guard(x.device());
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), gemm_device(x, kOp));
-  auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout);
+  auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout, selection.in_features);
   const at::Tensor input = aligned(x), scale = weight.contiguous();
   const at::Tensor added = add ? aligned(*residual) : at::Tensor();
   // An operator's result may not alias its input: without a residual, the hidden state is empty.
@@ -161,7 +199,8 @@ Packed silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const Opt
   const c10::cuda::CUDAGuard guard(gate.device());
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : gate.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), gemm_device(gate, kOp));
-  auto [operand, out] = allocate_packed(gate, selection, variance_correction, value_type, layout);
+  auto [operand, out] =
+      allocate_packed(gate, selection, variance_correction, value_type, layout, selection.in_features);
   if (selection.tokens != 0) {
     // The halves of a merged projection share a row stride and are read in place.
     const Rows gates = rows_of(gate), ups = rows_of(up);

@@ -36,9 +36,7 @@ at::Tensor contiguous_or_undefined(const at::Tensor& tensor) { return tensor.def
 }  // namespace
 
 bool takes_gather(const at::Tensor& x, const at::Tensor& weight, Pattern pattern, int64_t tokens, GemmDevice device) {
-  if (tokens < 1 || tokens > kMaxGatherTokens || !stored_in_out(weight)) return false;
-  if (weight.size(0) > INT32_MAX || weight.size(1) > INT32_MAX) return false;
-  if (pattern.keep > 0 && !gather_pays(element_type(weight.scalar_type()), pattern, int(tokens))) return false;
+  if (!stored_in_out(weight) || weight.size(0) > INT32_MAX || weight.size(1) > INT32_MAX) return false;
   return gather_supports(operand_params(x, weight.size(1), weight, pattern, tokens), device);
 }
 
@@ -48,10 +46,11 @@ at::Tensor gather_product(const at::Tensor& x, const at::Tensor& weight, const S
   const cudaStream_t stream = current_stream(x);
   const at::Tensor y = at::empty({selection.tokens, weight.size(0)}, x.options());
   const at::Tensor bias = contiguous_or_undefined(epilogue.bias);
-  if (variance_correction) {
-    // The factor needs the whole token, so the selection runs by itself and the kernel skips its zeros.
-    const DenseOperand operand = prune_dense(x, selection, true, op);
-    GatherParams params = operand_params(operand.values, selection.in_features, weight, {0, 0}, selection.tokens);
+  if (variance_correction || selection.pattern.extra.count > 0) {
+    // The factor needs the whole token, and windows a kernel of their own: the selection runs by itself and the decode
+    // kernel skips its zeros.
+    const DenseOperand operand = prune_dense(x, selection, variance_correction, op);
+    GatherParams params = operand_params(operand.values, selection.in_features, weight, {}, selection.tokens);
     set_epilogue(params, epilogue, bias);
     params.y = y.mutable_data_ptr();
     params.row_scale = data_or_null(operand.nu);
@@ -70,8 +69,7 @@ at::Tensor gather_product(const at::Tensor& x, const at::Tensor& weight, const S
         launch_token_shift(statistics, token_shift_kind(selection.token_shift), eta.mutable_data_ptr<float>(), stream),
         op);
   }
-  GatherParams params =
-      operand_params(rows.tensor, rows.stride, weight, {selection.keep, selection.group}, selection.tokens);
+  GatherParams params = operand_params(rows.tensor, rows.stride, weight, selection.pattern, selection.tokens);
   set_epilogue(params, epilogue, bias);
   params.y = y.mutable_data_ptr();
   params.channel_scale = data_or_null(selection.channel_scale);
@@ -90,11 +88,11 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   const std::vector<int64_t> sizes = with_last(x.sizes(), weight.size(0));
   if (tokens == 0 || weight.size(0) == 0) return at::empty(sizes, x.options());
   const GemmDevice device = gemm_device(x, kOp);
-  if (!takes_gather(x, weight, {0, 0}, tokens, device)) return at::linear(x, weight, bias);
+  if (!takes_gather(x, weight, {}, tokens, device)) return at::linear(x, weight, bias);
   const Rows rows = rows_of(x);
   const at::Tensor y = at::empty(sizes, x.options());
   const at::Tensor bias_vector = contiguous_or_undefined(bias.value_or(at::Tensor()));
-  GatherParams params = operand_params(rows.tensor, rows.stride, weight, {0, 0}, tokens);
+  GatherParams params = operand_params(rows.tensor, rows.stride, weight, {}, tokens);
   set_epilogue(params, {}, bias_vector);
   params.y = y.mutable_data_ptr();
   check_status(launch_gather(params, device, current_stream(x)), kOp);
@@ -108,7 +106,7 @@ at::Tensor gather_configured(const at::Tensor& x, const at::Tensor& weight, cons
   const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, {}, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   const GemmDevice device = gemm_device(x, kOp);
-  const Pattern pattern{selection.keep, selection.group};
+  const Pattern pattern = selection.pattern;
   const GatherConfig config{int(lanes), int(splits), int(threads)};
   const GatherProblem problem{int(selection.tokens),
                               int(weight.size(0)),

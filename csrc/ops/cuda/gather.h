@@ -12,8 +12,8 @@ struct GatherEpilogueTensors {
   at::Tensor bias;                                   // dtype of x
 };
 
-// Whether the decode kernel takes this product, and skipping rows pays: few tokens, a weight stored [in, out] with
-// aligned rows. A pattern with keep 0 stands for an input that is sparse already.
+// Whether the decode kernel takes this product: few tokens, a weight stored [in, out] with aligned rows. A pattern with
+// keep 0 stands for an input that is sparse already.
 bool takes_gather(const at::Tensor& x, const at::Tensor& weight, Pattern pattern, int64_t tokens, GemmDevice device);
 
 // y [tokens, out_features] of a product that takes_gather.

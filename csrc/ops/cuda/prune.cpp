@@ -34,7 +34,7 @@ DenseOperand prune_dense(const at::Tensor& x, const Selection& selection, bool v
   params.eta = data_or_null(operand.eta);
   params.tokens = selection.tokens;
   params.in_features = int(selection.in_features);
-  params.pattern = {selection.keep, selection.group};
+  params.pattern = selection.pattern;
   params.x_type = statistics.x_type;
   check_status(launch_prune(params, stream), op);
   if (variance_correction) {
@@ -48,8 +48,8 @@ DenseOperand prune_dense(const at::Tensor& x, const Selection& selection, bool v
 namespace {
 
 at::Tensor prune(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
-                 const OptionalTensor& shift, c10::string_view token_shift) {
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, "prune");
+                 const OptionalTensor& shift, c10::string_view token_shift, at::IntArrayRef extra_columns) {
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, "prune", extra_columns);
   const c10::cuda::CUDAGuard guard(x.device());
   return prune_dense(x, selection, false, "prune").values.view(x.sizes());
 }

@@ -1,14 +1,14 @@
 // nm_act::sparse_linear and sparse_linear_fp8 on CUDA.
 //
-// A few tokens over a weight stored [in, out] go to the decode kernel; 2:4 in 16 bits goes to the sparse tensor cores
-// when there are enough tokens; everything else prunes and runs cuBLAS. An 8-bit weight that the decode kernel does not
-// take is first multiplied by its scale, in the dtype of x.
+// ops/paths.h chooses: a few tokens over a weight stored [in, out] go to the decode kernel; with enough tokens, 2:4 in
+// 16 bits goes to the sparse tensor cores, and so does a pattern with windows that brings its lifted weight, where that
+// pays; everything else prunes and runs cuBLAS. An 8-bit weight that the decode kernel does not take is first
+// multiplied by its scale, in the dtype of x.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
-#include "kernels/matmul/config.h"
 #include "ops/cuda/gather.h"
 #include "ops/cuda/sparse_gemm.h"
 
@@ -23,12 +23,16 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection, con
                                                     : at::sum(weight, {1}, false, at::kFloat);
 }
 
-bool takes_sparse_cores(const at::Tensor& x, const at::Tensor& weight, const Selection& selection, GemmDevice device) {
-  const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  if (!half || selection.keep != 2 || selection.group != 4 || selection.in_features > kMaxRowFeatures) return false;
-  const GemmProblem problem{selection.tokens, weight.size(0), selection.in_features, element_type(x.scalar_type()),
-                            device.multiprocessors};
-  return sparse_gemm_pays(problem) && gemm_takes(x, weight, x.scalar_type(), device);
+LinearPath choose_path(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lifted,
+                       const Selection& selection, GemmDevice device) {
+  LinearFacts facts{selection.tokens,
+                    element_type(x.scalar_type()),
+                    element_type(weight.scalar_type()),
+                    selection.pattern,
+                    facts_of(weight),
+                    {}};
+  if (lifted.defined()) facts.lifted = facts_of(lifted);
+  return choose_on_cuda(facts, device).path;
 }
 
 // Prune, then torch's dense product; the rest of the epilogue as torch operations in float32.
@@ -53,10 +57,12 @@ at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const Op
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
-                         const OptionalTensor& column_scale, const OptionalTensor& weight_scale) {
+                         const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
+                         at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight) {
   constexpr const char* kOp = "sparse_linear";
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp);
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
   const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
+  const at::Tensor lifted = check_lifted_weight(lifted_weight, selection, x, stored_weight, kOp);
   const int64_t out_features = stored_weight.size(0);
   const at::Tensor given = check_shift_out(shift_out, selection, x, out_features, kOp);
   const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
@@ -64,23 +70,26 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   const std::vector<int64_t> sizes = with_last(x.sizes(), out_features);
   if (selection.tokens == 0 || out_features == 0) return at::empty(sizes, x.options());
   const GemmDevice device = gemm_device(x, kOp);
-  const bool gathers = takes_gather(x, stored_weight, {selection.keep, selection.group}, selection.tokens, device);
   const at::Tensor shift_vector = selection.has_shift() && !given.defined()
                                       ? shift_image(dequantised(stored_weight, scale, at::kFloat), selection, given)
                                       : given;
-  if (gathers) {
+  LinearPath path = choose_path(x, stored_weight, lifted, selection, device);
+  if (path == LinearPath::kGather) {
     const GatherEpilogueTensors epilogue{scale, shift_vector, column_vector, bias.value_or(at::Tensor())};
     return gather_product(x, stored_weight, selection, variance_correction, epilogue, device, kOp).view(sizes);
   }
   const at::Tensor weight = dequantised(stored_weight, scale, x.scalar_type());
-  if (!takes_sparse_cores(x, weight, selection, device)) {
+  if (scale.defined() && selection.tokens > kMaxDecodeTokens) path = choose_path(x, weight, lifted, selection, device);
+  if (path == LinearPath::kDense) {
     return dense_product(x, weight, bias, selection, variance_correction, shift_vector, column_vector, kOp).view(sizes);
   }
-  const PackedOperand operand = compress_packed(x, selection, variance_correction, false, device, kOp);
+  const auto compress = path == LinearPath::kLifted ? compress_lifted : compress_packed;
+  const PackedOperand operand = compress(x, selection, variance_correction, false, device, kOp);
   const at::Tensor y = at::empty(sizes, x.options());
   const GemmEpilogueTensors epilogue{operand.row_scale, operand.eta, aligned(shift_vector), aligned(column_vector),
                                      aligned(bias.value_or(at::Tensor()))};
-  check_status(launch_sparse_gemm(gemm_params(operand, weight, epilogue, y), device, current_stream(x)), kOp);
+  const at::Tensor& multiplied = path == LinearPath::kLifted ? lifted : weight;
+  check_status(launch_sparse_gemm(gemm_params(operand, multiplied, epilogue, y), device, current_stream(x)), kOp);
   return y;
 }
 

@@ -1,0 +1,344 @@
+// compress for patterns with windows: P(x - eta) as the lifted 2:4 operand (format/windows.h), from a row-major x.
+//
+// A thread takes units of sixteen features: 32 bytes in, and out of them 16 bytes of survivors of the first four
+// windows, 4 or 8 of the extra ones, whose part of the row begins at in_features, and the metadata of both.
+//
+// Without a row statistic (e4m3 scale, variance) compress_windows_kernel streams as compress_kernel does: a block of 8
+// warps takes 16 tokens by 512 features, a warp two tokens, a lane a unit of each. In the sm90 16-bit layout 16 tokens
+// by 128 features of metadata are one run of 256 bytes; where both parts of the lifted row begin on such a tile they
+// are put together in shared memory. Otherwise, and with other layouts, the bytes go straight out. With a statistic, a
+// block holds a token, as in compress_row.cuh. A per-token shift is computed by a kernel of its own before.
+// docs/kernels/windows.md holds the floor.
+#include "compress_row.cuh"
+#include "windows.cuh"
+
+namespace nm_act {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * 32;
+constexpr int kBlockTokens = 2 * kWarps;
+constexpr int kSpan = 32 * kUnit;
+constexpr int kTile = 128;                                  // features of a run of staged metadata
+constexpr int kRunVectors = kBlockTokens * kTile / 8 / 16;  // 16-byte vectors
+
+__device__ constexpr CycleTable kCycleTable = make_cycle_table();
+
+// Index of a 16-byte vector of staged metadata, exchanged so that the bytes of a warp's lanes fall into different
+// banks.
+__device__ __forceinline__ int staged_vector(int vector) { return vector ^ (vector >> 3 & 7); }
+
+__device__ __forceinline__ uint8_t* staged_at(uint4* staged, int token, int feature) {
+  const int at =
+      feature / kTile * kRunVectors * 16 +
+      static_cast<int>(
+          metadata_address(MetadataLayout::kSm90Bits16T128, kBlockTokens, kTile, token, feature % kTile / 4).byte);
+  return reinterpret_cast<uint8_t*>(staged) + staged_vector(at / 16) * 16 + at % 16;
+}
+
+template <class E>
+__device__ __forceinline__ Unit<E> load_unit(const typename E::Raw* source, bool real) {
+  Unit<E> unit;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    unit.chunk[i] = real ? load_chunk<E, true>(source + i * kChunk, kChunk) : zero_chunk<E>();
+  }
+  return unit;
+}
+
+// Shift, and the channels' scales: ones where there are none.
+template <class E>
+__device__ __forceinline__ ChannelUnit shift_and_scale(Unit<E>& unit, const CompressOutput& out, int64_t token,
+                                                       int feature, bool real) {
+  ChannelUnit scale;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int at = feature + i * kChunk;
+    if (real && out.eta != nullptr) subtract(unit.chunk[i], __ldg(out.eta + token));
+    if (real && out.shift != nullptr) subtract(unit.chunk[i], load_channels<true>(out.shift + at, kChunk, 0.0f));
+    if (real && out.channel_scale != nullptr) {
+      scale.chunk[i] = load_channels<true>(out.channel_scale + at, kChunk, 1.0f);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) scale.chunk[i].value[j] = 1.0f;
+    }
+  }
+  return scale;
+}
+
+// Padding of the last metadata tile of a row, from the end of the lifted features on: at most 15 bytes.
+__device__ __forceinline__ void pad_row(uint8_t* metadata, MetadataLayout layout, int64_t tokens, int lifted,
+                                        int64_t token, int lane) {
+  const int chunk = lifted / kChunk + lane;
+  if (chunk * kChunk < metadata_padded_features(layout, lifted)) {
+    metadata[metadata_address(layout, tokens, lifted, token, 2 * chunk).byte] = kPaddingByte;
+  }
+}
+
+template <WindowSet kSet>
+__device__ __forceinline__ void store_16_bit(uint8_t* row, int in_features, int feature, const Lifted<kSet>& lifted) {
+  *reinterpret_cast<uint4*>(row + feature) = make_uint4(lifted.word[0], lifted.word[1], lifted.word[2], lifted.word[3]);
+  uint8_t* extra = row + in_features + feature / 4 * Lifted<kSet>::kExtras;
+  if constexpr (Lifted<kSet>::kExtras == 1) {
+    *reinterpret_cast<uint32_t*>(extra) = lifted.word[4];
+  } else {
+    *reinterpret_cast<uint2*>(extra) = make_uint2(lifted.word[4], lifted.word[5]);
+  }
+}
+
+// Where a unit's metadata lies in the layout itself: two bytes of the first windows, and the extra ones' byte.
+template <int kExtras>
+struct UnitMetadata {
+  uint8_t *base, *extra;
+  __device__ __forceinline__ UnitMetadata(uint8_t* metadata, MetadataLayout layout, int64_t tokens, int in_features,
+                                          int lifted, int64_t token, int feature)
+      : base(metadata + metadata_address(layout, tokens, lifted, token, feature / 4).byte),
+        extra(metadata +
+              metadata_address(layout, tokens, lifted, token, (in_features + feature / 4 * kExtras) / 4).byte) {}
+};
+
+template <class E, WindowSet kSet, bool kStaged, bool kScaled>
+__global__ void __launch_bounds__(kThreads)
+    compress_windows_kernel(const __grid_constant__ CompressWindowsParams params) {
+  constexpr int kExtras = extra_windows(kSet), kRuns = 4 + kExtras;
+  __shared__ uint4 staged[kStaged ? kRuns * kRunVectors : 1];
+  const CompressOutput& out = params.out;
+  const MetadataLayout layout = kStaged ? MetadataLayout::kSm90Bits16T128 : out.layout;
+  const int64_t tokens = params.tokens;
+  const int in_features = params.in_features, lifted_row = in_features + in_features / 4 * kExtras;
+  const unsigned spans = static_cast<unsigned>(in_features + kSpan - 1) / kSpan;
+  const int64_t first_token = blockIdx.x / spans * int64_t{kBlockTokens};
+  const int span = static_cast<int>(blockIdx.x % spans);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int feature = span * kSpan + lane * kUnit;
+  const WindowRule rule = window_rule<kSet>(params.pattern, kCycleTable.right);
+
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  Unit<E> unit[2];
+  int64_t token[2];
+  bool real[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    token[half] = first_token + warp + half * kWarps;
+    real[half] = token[half] < tokens && feature < in_features;
+    unit[half] = load_unit<E>(static_cast<const typename E::Raw*>(params.x) + token[half] * params.x_stride + feature,
+                              real[half]);
+  }
+  ChannelUnit scale[2];
+  if constexpr (kScaled) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      scale[half] = shift_and_scale(unit[half], out, token[half], feature, real[half]);
+    }
+  }
+  WindowSlots windows[2];
+  select_pair<E, kSet, kScaled>(unit, scale, rule, windows);
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Lifted<kSet> lifted = lift<E, kSet>(unit[half], windows[half], params.pattern.extra);
+    if (real[half]) {
+      store_16_bit<kSet>(static_cast<uint8_t*>(out.values) + token[half] * lifted_row, in_features, feature, lifted);
+    }
+    const auto base = static_cast<uint16_t>(real[half] ? lifted.base : kPaddingByte * 0x101u);
+    const auto extra = static_cast<uint8_t>(extra_byte(lifted, real[half]));
+    if constexpr (kStaged) {
+      const int row = warp + half * kWarps;
+      *reinterpret_cast<uint16_t*>(staged_at(staged, row, lane * kUnit)) = base;
+      if (stores_extra_byte<kSet>()) *staged_at(staged, row, kSpan + lane * 4 * kExtras) = extra;
+    } else if (token[half] < metadata_padded_tokens(layout, tokens)) {
+      const UnitMetadata<kExtras> at(out.metadata, layout, tokens, in_features, lifted_row, token[half], feature);
+      if (feature < in_features) *reinterpret_cast<uint16_t*>(at.base) = base;
+      if (feature < in_features && stores_extra_byte<kSet>()) *at.extra = extra;
+      if (span == 0) pad_row(out.metadata, layout, tokens, lifted_row, token[half], lane);
+    }
+  }
+
+  if constexpr (kStaged) {
+    __syncthreads();
+    const int run = threadIdx.x / kRunVectors;
+    if (run >= kRuns) return;
+    const int tile_feature = run < 4 ? span * kSpan + run * kTile : in_features + (span * kExtras + run - 4) * kTile;
+    if (tile_feature >= (run < 4 ? in_features : lifted_row)) return;
+    uint8_t* target = out.metadata + metadata_address(layout, tokens, lifted_row, first_token, tile_feature / 4).byte;
+    reinterpret_cast<uint4*>(target)[threadIdx.x % kRunVectors] = staged[staged_vector(threadIdx.x)];
+  }
+}
+
+template <class E, WindowSet kSet>
+__device__ __forceinline__ void add_lifted(VarianceSums& sums, const Lifted<kSet>& lifted) {
+#pragma unroll
+  for (int i = 0; i < 4 + Lifted<kSet>::kExtras; i += 2) {
+    Kept<E> kept;
+    kept.word[0] = lifted.word[i];
+    kept.word[1] = i + 1 < 4 + Lifted<kSet>::kExtras ? lifted.word[i + 1] : 0;
+    sums.add_kept(kept);
+  }
+}
+
+template <class E, WindowSet kSet, bool kE4M3, int kUnits>
+__global__ void __launch_bounds__(kMaxRowThreads)
+    compress_windows_row_kernel(const __grid_constant__ CompressWindowsParams params) {
+  constexpr int kExtras = extra_windows(kSet);
+  __shared__ RowReducer::Slots slots;
+  RowReducer reducer(slots);
+  const CompressOutput& out = params.out;
+  const MetadataLayout layout = kE4M3 ? MetadataLayout::kSm90Bits8 : out.layout;
+  const int64_t tokens = params.tokens, token = blockIdx.x;
+  const int in_features = params.in_features, lifted_row = in_features + in_features / 4 * kExtras;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  if (token >= tokens) {
+    const int chunks = static_cast<int>(metadata_padded_features(layout, lifted_row)) / kChunk;
+    for (int chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
+      out.metadata[metadata_address(layout, tokens, lifted_row, token, 2 * chunk).byte] = kPaddingByte;
+    }
+    return;
+  }
+  const WindowRule rule = window_rule<kSet>(params.pattern, kCycleTable.right);
+  const bool has_scale = out.channel_scale != nullptr;
+  const auto* row = static_cast<const typename E::Raw*>(params.x) + token * params.x_stride;
+  const auto feature_of = [](int i) { return row_chunk<kUnits>(i) * kUnit; };
+  Unit<E> unit[kUnits];
+#pragma unroll
+  for (int i = 0; i < kUnits; ++i) unit[i] = load_unit<E>(row + feature_of(i), feature_of(i) < in_features);
+
+  Lifted<kSet> lifted[kUnits];
+  VarianceSums sums;
+  uint32_t largest = 0;
+#pragma unroll
+  for (int first = 0; first < kUnits; first += 2) {
+    Unit<E>(&pair)[2] = reinterpret_cast<Unit<E>(&)[2]>(unit[first]);
+    ChannelUnit scale[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const int feature = feature_of(first + u);
+      scale[u] = shift_and_scale(pair[u], out, token, feature, feature < in_features);
+    }
+    WindowSlots windows[2];
+    if (has_scale) {
+      select_pair<E, kSet, true>(pair, scale, rule, windows);
+    } else {
+      select_pair<E, kSet, false>(pair, scale, rule, windows);
+    }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      Lifted<kSet>& result = lifted[first + u];
+      result = lift<E, kSet>(pair[u], windows[u], params.pattern.extra);
+      if constexpr (kE4M3) {
+#pragma unroll
+        for (uint32_t word : result.word) largest = max_halves(largest, word & 0x7FFF7FFFu);
+      }
+      if (out.variance_correction) {
+        sums.add_dense(pair[u].chunk[0]);
+        sums.add_dense(pair[u].chunk[1]);
+        add_lifted<E, kSet>(sums, result);
+      }
+    }
+  }
+
+  float row_scale = 1.0f;
+  if constexpr (kE4M3) row_scale = e4m3_scale<E>(largest, reducer);
+  const float inverse_scale = 1.0f / row_scale;
+  uint8_t* values = static_cast<uint8_t*>(out.values) + token * lifted_row / (kE4M3 ? 2 : 1);
+#pragma unroll
+  for (int i = 0; i < kUnits; ++i) {
+    const int feature = feature_of(i);
+    const bool real = feature < in_features;
+    const auto extra = static_cast<uint8_t>(extra_byte(lifted[i], real));
+    if (!real) continue;
+    const UnitMetadata<kExtras> at(out.metadata, layout, tokens, in_features, lifted_row, token, feature);
+    *reinterpret_cast<uint16_t*>(at.base) = static_cast<uint16_t>(lifted[i].base);
+    if (stores_extra_byte<kSet>()) *at.extra = extra;
+    if constexpr (kE4M3) {
+      uint32_t pair[4 + kExtras];
+#pragma unroll
+      for (int w = 0; w < 4 + kExtras; ++w) pair[w] = pair_to_e4m3<E>(lifted[i].word[w], inverse_scale);
+      *reinterpret_cast<uint2*>(values + feature / 2) = make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
+      uint8_t* extras = values + in_features / 2 + feature / 8 * kExtras;
+      if constexpr (kExtras == 1) {
+        *reinterpret_cast<uint16_t*>(extras) = static_cast<uint16_t>(pair[4]);
+      } else {
+        *reinterpret_cast<uint32_t*>(extras) = pair[4] | pair[5] << 16;
+      }
+    } else {
+      store_16_bit<kSet>(values, in_features, feature, lifted[i]);
+    }
+  }
+  if (threadIdx.x < 32) pad_row(out.metadata, layout, tokens, lifted_row, token, threadIdx.x);
+  if (out.variance_correction) row_scale *= sums.ratio(in_features, reducer);
+  if (out.row_scale != nullptr && threadIdx.x == 0) out.row_scale[token] = row_scale;
+}
+
+template <class E, WindowSet kSet>
+cudaError_t launch_streaming(const CompressWindowsParams& params, cudaStream_t stream) {
+  const CompressOutput& out = params.out;
+  const int64_t slabs = (metadata_padded_tokens(out.layout, params.tokens) + kBlockTokens - 1) / kBlockTokens;
+  const int64_t grid = slabs * ((params.in_features + kSpan - 1) / kSpan);
+  if (grid > INT32_MAX) return cudaErrorInvalidValue;
+  const bool staged = out.layout == MetadataLayout::kSm90Bits16T128 && params.in_features % kTile == 0;
+  const bool scaled = out.channel_scale != nullptr || out.shift != nullptr || out.eta != nullptr;
+  const auto kernel =
+      staged
+          ? (scaled ? compress_windows_kernel<E, kSet, true, true> : compress_windows_kernel<E, kSet, true, false>)
+          : (scaled ? compress_windows_kernel<E, kSet, false, true> : compress_windows_kernel<E, kSet, false, false>);
+  return launch_kernel(kernel, static_cast<unsigned>(grid), kThreads, stream, params);
+}
+
+template <class E, WindowSet kSet>
+cudaError_t launch_set(const CompressWindowsParams& params, cudaStream_t stream) {
+  const bool e4m3 = params.out.value_type == ElementType::kE4M3;
+  if (!e4m3 && !params.out.variance_correction) return launch_streaming<E, kSet>(params, stream);
+  if (params.in_features > kMaxRowFeatures || params.tokens > kMaxTokens) return cudaErrorInvalidValue;
+  const int units = params.in_features / kUnit, a_thread = units <= 2 * kMaxRowThreads ? 2 : 4;
+  const int threads = static_cast<int>(round_up((units + a_thread - 1) / a_thread, 32));
+  const auto kernel = e4m3 ? (a_thread == 2 ? compress_windows_row_kernel<E, kSet, true, 2>
+                                            : compress_windows_row_kernel<E, kSet, true, 4>)
+                           : (a_thread == 2 ? compress_windows_row_kernel<E, kSet, false, 2>
+                                            : compress_windows_row_kernel<E, kSet, false, 4>);
+  const auto blocks = static_cast<unsigned>(metadata_padded_tokens(params.out.layout, params.tokens));
+  return launch_kernel(kernel, blocks, threads, stream, params);
+}
+
+template <class E>
+cudaError_t launch_typed(const CompressWindowsParams& params, cudaStream_t stream) {
+  switch (window_set(params.pattern)) {
+    case WindowSet::kPlusOne: return launch_set<E, WindowSet::kPlusOne>(params, stream);
+    case WindowSet::kPlusTwo: return launch_set<E, WindowSet::kPlusTwo>(params, stream);
+    case WindowSet::kOf8: return launch_set<E, WindowSet::kOf8>(params, stream);
+    case WindowSet::k8Of16: return launch_set<E, WindowSet::k8Of16>(params, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+bool is_served(const CompressWindowsParams& params) {
+  const WindowSet set = window_set(params.pattern);
+  if (set == WindowSet::kNone || params.in_features % kUnit != 0 || !are_supported(params.pattern.extra)) return false;
+  const CompressOutput& out = params.out;
+  const bool e4m3 = out.value_type == ElementType::kE4M3;
+  const int64_t lifted = lifted_features(set, params.in_features);
+  const bool fits = e4m3 == (out.layout == MetadataLayout::kSm90Bits8) && out.layout != MetadataLayout::kNeutral &&
+                    (e4m3 || out.value_type == params.x_type) && lifted % (e4m3 ? 32 : 16) == 0;
+  return fits && rows_vectorise(params.x, params.x_stride, params.in_features, params.x_type) &&
+         channels_vectorise(out);
+}
+
+}  // namespace
+
+cudaError_t launch_compress_windows(const CompressWindowsParams& params, cudaStream_t stream) {
+  if (!is_served(params)) return cudaErrorInvalidValue;
+  if (params.tokens == 0 || params.in_features == 0) return cudaSuccess;
+  if (params.out.token_shift != TokenShift::kNone) {
+    const TokenStatisticsParams statistics{params.x, params.x_stride, params.tokens, params.in_features, params.x_type};
+    const cudaError_t status = launch_token_shift(statistics, params.out.token_shift, params.out.eta, stream);
+    if (status != cudaSuccess) return status;
+  }
+  switch (params.x_type) {
+    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, stream);
+    case ElementType::kFloat16: return launch_typed<Float16>(params, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace nm_act

@@ -1,0 +1,96 @@
+// prune for 2:4+1 and 2:4+2: dense output, zeros elsewhere. A thread takes a unit of sixteen features (windows.cuh);
+// bare 16-bit features compare as they are, scaled or 32-bit ones by 32-bit keys. Limit: in_features % 16 == 0.
+#include "../launch.cuh"
+#include "windows.cuh"
+
+namespace nm_act {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class E, WindowSet kSet, bool kVector, bool kKeys>
+__global__ void __launch_bounds__(kThreads) prune_windows_kernel(const __grid_constant__ PruneParams params) {
+  using Raw = typename E::Raw;
+  const unsigned units = static_cast<unsigned>(params.in_features) / kUnit;
+  const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t token = thread / units;
+  const int feature = static_cast<int>(thread - token * units) * kUnit;
+  const WindowRule rule = window_rule<kSet>(params.pattern, nullptr);
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  if (token >= params.tokens) return;
+
+  const Raw* source = static_cast<const Raw*>(params.x) + token * params.x_stride + feature;
+  Unit<E> unit;
+  ChannelUnit scale;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) unit.chunk[i] = load_chunk<E, kVector>(source + i * kChunk, kChunk);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int at = feature + i * kChunk;
+    if (params.eta != nullptr) subtract(unit.chunk[i], __ldg(params.eta + token));
+    if (params.shift != nullptr) subtract(unit.chunk[i], load_channels<kVector>(params.shift + at, kChunk, 0.0f));
+    if (kKeys && params.channel_scale != nullptr) {
+      scale.chunk[i] = load_channels<kVector>(params.channel_scale + at, kChunk, 1.0f);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) scale.chunk[i].value[j] = 1.0f;
+    }
+  }
+  const WindowSlots windows = select_plus<E, kSet, kKeys>(unit, scale, rule);
+
+  Raw* destination = static_cast<Raw*>(params.out) + token * params.in_features + feature;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    Chunk<E>& chunk = unit.chunk[i];
+#pragma unroll
+    for (int group = 0; group < 2; ++group) {
+      const uint32_t survivors = quad_survivors(windows, params.pattern.extra, 2 * i + group);
+      if constexpr (E::k16Bit) {
+        chunk.word[2 * group] &= permute_bytes(survivors, 0, 0x1100);
+        chunk.word[2 * group + 1] &= permute_bytes(survivors, 0, 0x3322);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) chunk.word[4 * group + j] &= replicate_byte(survivors, j);
+      }
+    }
+    store_chunk<E, kVector>(destination + i * kChunk, chunk, kChunk);
+  }
+}
+
+template <class E, WindowSet kSet>
+cudaError_t launch_set(const PruneParams& params, cudaStream_t stream) {
+  const bool vector = rows_vectorise(params.x, params.x_stride, params.in_features, params.x_type) &&
+                      is_aligned(params.out, 16) && is_aligned(params.channel_scale, 16) &&
+                      is_aligned(params.shift, 16);
+  const int64_t blocks = (params.tokens * (params.in_features / kUnit) + kThreads - 1) / kThreads;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  const auto launch = [&](auto* kernel) {
+    return launch_kernel(kernel, static_cast<unsigned>(blocks), kThreads, stream, params);
+  };
+  if (!vector) return launch(prune_windows_kernel<E, kSet, false, true>);
+  if constexpr (E::k16Bit) {
+    if (params.channel_scale == nullptr) return launch(prune_windows_kernel<E, kSet, true, false>);
+  }
+  return launch(prune_windows_kernel<E, kSet, true, true>);
+}
+
+template <class E>
+cudaError_t launch_typed(const PruneParams& params, cudaStream_t stream) {
+  return window_set(params.pattern) == WindowSet::kPlusOne ? launch_set<E, WindowSet::kPlusOne>(params, stream)
+                                                           : launch_set<E, WindowSet::kPlusTwo>(params, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_prune_windows(const PruneParams& params, cudaStream_t stream) {
+  if (!are_supported(params.pattern.extra)) return cudaErrorInvalidValue;
+  switch (params.x_type) {
+    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, stream);
+    case ElementType::kFloat16: return launch_typed<Float16>(params, stream);
+    case ElementType::kFloat32: return launch_typed<Float32>(params, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace nm_act

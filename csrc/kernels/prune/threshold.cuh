@@ -1,0 +1,113 @@
+// The n of m features with the largest keys, as a bit mask.
+//
+// The n-th largest key t of a group comes from a sorting network in registers (Batcher's odd-even merge sort: 3.75
+// compare steps a feature for m = 16); everything above t survives, and of the keys equal to t the first ones, as many
+// as are left. Bare 16-bit features sort two groups at once, one in each half of a word.
+#pragma once
+
+#include "select.h"
+
+namespace nm_act {
+
+// Two keys at a time in the halves of a word, or one 32-bit key.
+struct Halves {
+  static __device__ __forceinline__ uint32_t min(uint32_t a, uint32_t b) { return min_halves(a, b); }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return max_halves(a, b); }
+};
+struct Whole {
+  static __device__ __forceinline__ uint32_t min(uint32_t a, uint32_t b) { return ::min(a, b); }
+  static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return ::max(a, b); }
+};
+
+// Batcher's network by template recursion, so that every index is a constant and the keys stay in registers: sorts
+// kCount keys from kFirst on, descending. merge() joins two sorted halves, looking at every kStride-th key.
+template <class Order, int kFirst, int kCount, int kStride, int kSize>
+__device__ __forceinline__ void merge(uint32_t (&key)[kSize]) {
+  const auto exchange = [&key](int high, int low) {
+    const uint32_t a = key[high], b = key[low];
+    key[high] = Order::max(a, b);
+    key[low] = Order::min(a, b);
+  };
+  if constexpr (2 * kStride < kCount) {
+    merge<Order, kFirst, kCount, 2 * kStride>(key);
+    merge<Order, kFirst + kStride, kCount, 2 * kStride>(key);
+#pragma unroll
+    for (int i = kFirst + kStride; i + kStride < kFirst + kCount; i += 2 * kStride) exchange(i, i + kStride);
+  } else {
+    exchange(kFirst, kFirst + kStride);
+  }
+}
+
+template <class Order, int kFirst, int kCount, int kSize>
+__device__ __forceinline__ void sort_descending(uint32_t (&key)[kSize]) {
+  if constexpr (kCount > 1) {
+    sort_descending<Order, kFirst, kCount / 2>(key);
+    sort_descending<Order, kFirst + kCount / 2, kCount / 2>(key);
+    merge<Order, kFirst, kCount, 1>(key);
+  }
+}
+
+template <class Order, int kSize>
+__device__ __forceinline__ uint32_t nth_largest(uint32_t (&key)[kSize], int n) {
+  sort_descending<Order, 0, kSize>(key);
+  // The maximum of what follows key[n - 2]: a choice by index would put the keys into local memory.
+  uint32_t result = 0;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) result = Order::max(result, i >= n - 1 ? key[i] : 0u);
+  return result;
+}
+
+// Drops the highest-indexed ties until n bits are left.
+__device__ __forceinline__ uint32_t drop_ties(uint32_t at_least, uint32_t above, int n) {
+  uint32_t ties = at_least & ~above;
+  for (int excess = __popc(at_least) - n; excess > 0; --excess) {
+    const uint32_t last = 0x80000000u >> __clz(static_cast<int>(ties));
+    ties ^= last;
+    at_least ^= last;
+  }
+  return at_least;
+}
+
+// Masks of the survivors of two groups of 16-bit features given as words of two features.
+template <class E, int kGroup>
+__device__ __forceinline__ void survivors_of_two(const uint32_t* first, const uint32_t* second, int n, uint32_t& mask0,
+                                                 uint32_t& mask1) {
+  uint32_t key[kGroup], sorted[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup / 2; ++i) {
+    const uint32_t a = magnitude_keys(first[i], E::kNanKeys), b = magnitude_keys(second[i], E::kNanKeys);
+    key[2 * i] = permute_bytes(a, b, 0x5410);
+    key[2 * i + 1] = permute_bytes(a, b, 0x7632);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) sorted[i] = key[i];
+  const uint32_t threshold = nth_largest<Halves>(sorted, n);
+  uint32_t at_least0 = 0, at_least1 = 0, above0 = 0, above1 = 0;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    const uint32_t not_below = key[i] - threshold + 0x80008000u, beyond = key[i] - threshold + 0x7FFF7FFFu;
+    at_least0 |= (not_below >> 15 & 1u) << i;
+    at_least1 |= (not_below >> 31) << i;
+    above0 |= (beyond >> 15 & 1u) << i;
+    above1 |= (beyond >> 31) << i;
+  }
+  mask0 = drop_ties(at_least0, above0, n);
+  mask1 = drop_ties(at_least1, above1, n);
+}
+
+template <int kGroup>
+__device__ __forceinline__ uint32_t survivors_of_one(const uint32_t (&key)[kGroup], int n) {
+  uint32_t sorted[kGroup];
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) sorted[i] = key[i];
+  const uint32_t threshold = nth_largest<Whole>(sorted, n);
+  uint32_t at_least = 0, above = 0;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    at_least |= (key[i] >= threshold ? 1u : 0u) << i;
+    above |= (key[i] > threshold ? 1u : 0u) << i;
+  }
+  return drop_ties(at_least, above, n);
+}
+
+}  // namespace nm_act

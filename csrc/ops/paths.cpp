@@ -1,0 +1,46 @@
+// What nm_act.explain says about a choice.
+#include "ops/paths.h"
+
+namespace nm_act {
+
+std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
+  const bool one = facts.tokens == 1;
+  const std::string tokens = std::to_string(facts.tokens) + (one ? " token" : " tokens");
+  const int64_t few = cpu_decode_tokens(facts.type == ElementType::kFloat32);
+  switch (choice.why) {
+    case Why::kFewTokens: return tokens + " over a weight stored [in, out]: only the rows of surviving inputs are read";
+    case Why::kEnoughTokens:
+      return tokens + " are enough for the sparse tensor cores" +
+             (choice.path == LinearPath::kLifted ? ", and the lifted weight costs less than it saves" : "");
+    case Why::kManyTokens:
+      return tokens + " need nearly every weight row; rows are skipped up to " + std::to_string(few) + " tokens";
+    case Why::kFullUnion:
+      return tokens + " of this pattern need nearly every weight row between them, so skipping rows does not pay";
+    case Why::kStoredOutIn:
+      return "the weight is stored [out, in], so no row of it can be skipped; store it with "
+             "weight.t().contiguous().t()";
+    case Why::kFloat32: return "float32 has no kernel on CUDA that gains; use bfloat16 or float16";
+    case Why::kTooFewTokens:
+      return tokens + (one ? " is" : " are") + " too few for the sparse tensor cores to pay; they do from " +
+             std::to_string(kSparseGemmTokens) + " on";
+    case Why::kNoSparsePath:
+      return "this pattern has no sparse tensor-core path; 2:4, 2:4+1, 2:4+2, 4:8, 5:8, 6:8 and 8:16 do";
+    case Why::kNoLiftedWeight:
+      return "no lifted_weight was given, which this pattern needs on the sparse tensor cores; "
+             "nm_act.lift_weight makes it";
+    case Why::kLiftedDoesNotPay:
+      return tokens + " and a weight lifted from " + std::to_string(facts.weight.in_features) + " to " +
+             std::to_string(facts.lifted->in_features) + " columns do not pay; that is expected from " +
+             std::to_string(kLiftedTokens) + " tokens on and for at most " + std::to_string(kLiftedPercent) +
+             " % more columns";
+    case Why::kLongRow:
+      return std::to_string(facts.weight.in_features) + " in_features are more than the " +
+             std::to_string(kMaxRowFeatures) + " that a compression kernel takes";
+    default:
+      return "the sizes, strides or alignment of the weight fit no sparse GEMM; (lifted) in_features divisible by 32 "
+             "and "
+             "out_features by 8 do, in rows aligned to 16 bytes";
+  }
+}
+
+}  // namespace nm_act
