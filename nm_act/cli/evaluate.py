@@ -59,9 +59,7 @@ def evaluate(
         raise ValueError("expected at least one task, got none; name some with --tasks")
     check_available([name for name in names if name != PERPLEXITY])
     variants = [row_variant(row) for row in load_study(study)] if study is not None else []
-    variants += [
-        from_recipe(made, name) for name, made in _recipes(recipe, pattern, criterion, mitigation, study).items()
-    ]
+    variants += [from_recipe(made, name) for name, made in _recipes(recipe, pattern, criterion, mitigation, study)]
     _check_names(variants)
     text, source = _text(data) if PERPLEXITY in names else (None, None)
     built = {name: build_task(name, data) for name in names if name != PERPLEXITY}
@@ -89,14 +87,15 @@ def evaluate(
     _finish(output, folder, as_json)
 
 
-def _recipes(paths, patterns, criterion, mitigation, study) -> dict:
+def _recipes(paths, patterns, criterion, mitigation, study) -> list[tuple]:
+    """(name or None, recipe) of the options; recipes of a file are named after it."""
     if paths:
-        return {k: v for path in paths for k, v in build_recipes(path, patterns, criterion, mitigation).items()}
+        return [item for path in paths for item in build_recipes(path, patterns, criterion, mitigation).items()]
     if patterns:
-        return build_recipes(None, patterns, criterion, mitigation)
+        return [(None, made) for made in build_recipes(None, patterns, criterion, mitigation).values()]
     if study is None:
         raise ValueError("expected something to compare with dense, got nothing; add --pattern, --recipe or --study")
-    return {}
+    return []
 
 
 def _check_names(variants: list) -> None:
