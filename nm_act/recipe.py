@@ -235,7 +235,7 @@ class Recipe:
     def from_yaml(cls, path) -> "Recipe":
         """Read a YAML file (patterns need no quotes); ValueError if it is not valid YAML or not a recipe."""
         try:
-            data = yaml.load(Path(path).read_text(encoding="utf-8"), _YamlLoader)
+            data = load_yaml(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"expected a recipe in YAML, got invalid text in {path}: {_one_line(error)}") from error
         return cls.from_dict(data)
@@ -252,6 +252,11 @@ class Recipe:
     def save(self, path) -> None:
         """Write the recipe; the suffix (.yaml, .yml or .json) decides the format."""
         self.to_json(path) if _suffix(path) == ".json" else self.to_yaml(path)
+
+
+def load_yaml(text: str):
+    """Data of a YAML text in which patterns need no quotes and no key occurs twice; yaml.YAMLError otherwise."""
+    return yaml.load(text, _YamlLoader)
 
 
 _SPEC_FIELDS = tuple(field.name for field in dataclasses.fields(LinearSpec))

@@ -127,6 +127,14 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
     _checked(model, recipe)
 
 
+def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
+    """Name -> (layer, projection, module) of every linear layer inside the numbered decoder layers."""
+    prefix = _decoder_prefix(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    places = {name: _place(name, prefix) for name in linears}
+    return {name: (p.layer, p.projection, linears[name]) for name, p in places.items() if p is not None}
+
+
 def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Module]], dict[str, "_Place | None"]]:
     """Candidates for replacement and their places in the model, after all checks."""
     if not isinstance(recipe, Recipe):

@@ -6,9 +6,11 @@ import typer
 
 from .common import EXIT_INTERRUPTED, INTERRUPTED, reports_errors
 from .demo import demo
+from .evaluate import evaluate
 from .generate import generate
 from .info import info
 from .ppl import ppl
+from .search import search
 
 __all__ = ["app", "main"]
 
@@ -21,8 +23,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (info, demo, ppl, generate):
+for _command in (info, demo, ppl, generate, search):
     app.command()(reports_errors(_command))
+app.command(name="eval")(reports_errors(evaluate))
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ class Perplexity:
         How many windows were read.
     window : int
         Tokens per window.
+    window_nll : tuple of float
+        Sum of the negative log-likelihoods of each window.
     """
 
     value: float
@@ -41,6 +43,15 @@ class Perplexity:
     tokens: int
     windows: int
     window: int
+    window_nll: tuple[float, ...] = ()
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `value` over the windows, ``value * stderr(mean nll of a window)``; NaN for one window."""
+        if self.windows < 2:
+            return math.nan
+        means = torch.tensor(self.window_nll, dtype=torch.float64) * (self.windows / self.tokens)
+        return self.value * (means.std() / math.sqrt(self.windows)).item()
 
 
 @torch.inference_mode()
@@ -74,26 +85,26 @@ def perplexity(
     ValueError
         If there are fewer than two tokens, or the window is below two or above the model's context.
     """
-    window = _check_window(model, window)
+    window = check_window(model, window)
     if token_ids.ndim != 1 or token_ids.numel() < 2:
         raise ValueError(f"expected at least 2 tokens in one dimension, got {list(token_ids.shape)}; use a longer text")
     window = min(window, token_ids.numel())
     total = token_ids.numel() // window
     device = next(model.parameters()).device
-    nll, tokens = 0.0, 0
+    losses: list[float] = []
     was_training = model.training
     model.eval()
     try:
         for index in range(total):
             ids = token_ids[index * window : (index + 1) * window].to(device)
             logits = model(input_ids=ids[None], use_cache=False).logits[0]
-            nll += _negative_log_likelihood(logits[:-1], ids[1:])
-            tokens += window - 1
+            losses.append(_negative_log_likelihood(logits[:-1], ids[1:]))
             if progress is not None:
-                progress(index + 1, total, _exp(nll / tokens))
+                progress(index + 1, total, _exp(sum(losses) / (len(losses) * (window - 1))))
     finally:
         model.train(was_training)
-    return Perplexity(value=_exp(nll / tokens), nll=nll, tokens=tokens, windows=total, window=window)
+    nll, tokens = sum(losses), total * (window - 1)
+    return Perplexity(_exp(nll / tokens), nll, tokens, total, window, tuple(losses))
 
 
 def tokenize(tokenizer, text: str, max_tokens: int | None = None) -> torch.Tensor:
@@ -164,7 +175,8 @@ def _row_text(path: Path, number: int, line: str) -> str:
     return text
 
 
-def _check_window(model: nn.Module, window: int | None) -> int:
+def check_window(model: nn.Module, window: int | None) -> int:
+    """Tokens per window: `window` if the model's context allows it, else ValueError; 2048 or the context for None."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()

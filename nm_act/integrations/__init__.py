@@ -1,41 +1,5 @@
 """Bridges to other libraries; none of them is imported before it is needed."""
 
-import importlib
-import importlib.util
-import sys
-from importlib.abc import MetaPathFinder
+from nm_act_autoload import register_with_transformers
 
-_TRIGGER = "transformers.quantizers.auto"
-
-
-def register_with_transformers() -> None:
-    """Make Transformers know the quantisation method "nm_act", without importing Transformers.
-
-    Importing Transformers' quantizers takes longer than a second, so a program that never uses them must
-    not pay for it. Yet a checkpoint saved sparse must load sparse: a method that Transformers does not know
-    is skipped with a warning, and the model would come out dense. So the registration happens now if the
-    quantizers are loaded already, and otherwise right after their first import.
-    """
-    if _TRIGGER in sys.modules:
-        importlib.import_module("nm_act.integrations.transformers")
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-
-
-class _AfterImport(MetaPathFinder):
-    """Import finder that steps aside at once and only adds the registration to the module's execution."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != _TRIGGER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module):
-                execute(module)
-                importlib.import_module("nm_act.integrations.transformers")
-
-            spec.loader.exec_module = exec_module
-        return spec
+__all__ = ["register_with_transformers"]

@@ -1,0 +1,229 @@
+"""``nm-act eval``: perplexity and zero-shot tasks of a model, dense and with any number of recipes; resumable."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import check_dense, environment, load, model_name, note, print_json, print_table, set_threads, to_json
+from .ppl import (
+    CriterionOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MitigationOption,
+    ModelArgument,
+    PatternOption,
+    ThreadsOption,
+    build_recipes,
+)
+
+DEFAULT_TASKS = "wikitext2,arc_easy,boolq,piqa,winogrande"
+
+
+def evaluate(
+    model: ModelArgument,
+    pattern: PatternOption = None,
+    recipe: Annotated[
+        list[Path] | None, typer.Option("--recipe", help="Recipe; --pattern replaces its pattern. Repeatable.")
+    ] = None,
+    criterion: CriterionOption = None,
+    mitigation: MitigationOption = None,
+    study: Annotated[
+        Path | None, typer.Option("--study", help="YAML file with many rows; see docs/evaluate.md.")
+    ] = None,
+    calibrated: Annotated[
+        Path | None, typer.Option("--calibrated", help="Folder of the checkpoints that a study's calibrated rows name.")
+    ] = None,
+    tasks: Annotated[str, typer.Option("--tasks", help="Comma-separated; wikitext2 is a perplexity.")] = DEFAULT_TASKS,
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with the data; the hub without it.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=2, help="Only so many documents a task.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=2, help="Only so many tokens of text.")] = None,
+    window: Annotated[int | None, typer.Option("--window", min=2, help="Tokens a window; 2048 or the context.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests at once.")] = 8,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    output: Annotated[Path, typer.Option("--output", help="Folder of the run; the same one again resumes it.")] = Path(
+        "evaluation"
+    ),
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate the dense model and sparse variants; relative drops, standard errors, JSON, CSV, Markdown and plots."""
+    from ..evaluate.run import PERPLEXITY, RunFolder, fingerprint, run_study
+    from ..evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
+    from ..evaluate.tasks import build_task, check_available
+
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    if not names:
+        raise ValueError("expected at least one task, got none; name some with --tasks")
+    check_available([name for name in names if name != PERPLEXITY])
+    variants = [row_variant(row) for row in load_study(study)] if study is not None else []
+    variants += [from_recipe(made, name) for name, made in _recipes(recipe, pattern, criterion, mitigation, study)]
+    _check_names(variants)
+    text, source = _text(data) if PERPLEXITY in names else (None, None)
+    built = {name: build_task(name, data) for name in names if name != PERPLEXITY}
+    set_threads(threads)
+    dense, tokenizer = load(model, dtype, device)
+    check_dense(dense, model)
+    made = list(_models(dense, variants, calibrated))
+    tokens = _tokens(tokenizer, text, max_tokens, window, dense) if text is not None else None
+    folder = RunFolder.open(
+        output,
+        {
+            "model": model_name(model),
+            "weights": fingerprint(dense),
+            "dtype": str(dense.dtype).removeprefix("torch."),
+            "limit": limit,
+            "tokens": max_tokens,
+            "window": window,
+            "data": {**({PERPLEXITY: source} if source else {}), **{n: s for n, (_, s) in sorted(built.items())}},
+        },
+    )
+    harness = {name: task for name, (task, _) in built.items()}
+    models = [(DENSE_VARIANT, lambda: dense), *made]
+    _announce(dense, tokenizer, models, folder, tokens, harness, limit)
+    run_study(models, folder, tokenizer, tokens=tokens, tasks=harness, progress=note, batch_size=batch_size)
+    _finish(output, folder, as_json)
+
+
+def _recipes(paths, patterns, criterion, mitigation, study) -> list[tuple]:
+    """(name or None, recipe) of the options; recipes of a file are named after it."""
+    if paths:
+        return [item for path in paths for item in build_recipes(path, patterns, criterion, mitigation).items()]
+    if patterns:
+        return [(None, made) for made in build_recipes(None, patterns, criterion, mitigation).values()]
+    if study is None:
+        raise ValueError("expected something to compare with dense, got nothing; add --pattern, --recipe or --study")
+    return []
+
+
+def _check_names(variants: list) -> None:
+    slugs: dict[str, str] = {"dense": "dense"}
+    for variant in variants:
+        if variant.slug in slugs:
+            raise ValueError(f"expected every row once, got two named {variant.name!r}; rename a recipe or drop one")
+        slugs[variant.slug] = variant.name
+
+
+def _text(data: Path | None) -> tuple[str, dict]:
+    import hashlib
+
+    from ..evaluate.data import load_text
+    from ..evaluate.run import PERPLEXITY
+
+    text, source = load_text(PERPLEXITY, data)
+    return text, {"file": source, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _tokens(tokenizer, text: str, max_tokens: int | None, window: int | None, model):
+    from ..evaluate.perplexity import check_window, tokenize
+
+    tokens = tokenize(tokenizer, text, max_tokens)
+    window = check_window(model, window)
+    if max_tokens is None and tokens.numel() < window:
+        raise ValueError(
+            f"expected a text of at least one window of {window} tokens, got {tokens.numel()}; use --window"
+        )
+    return tokens
+
+
+def _models(dense, variants: list, calibrated: Path | None):
+    """(variant, how to make its model), after all recipes and checkpoints were looked at."""
+    import functools
+
+    from ..recipe import Recipe
+    from ..sparsify import check_recipe
+
+    for variant in variants:
+        recipe = Recipe.from_dict(variant.recipe)
+        if not variant.calibrated:
+            check_recipe(dense, recipe)
+            yield variant, functools.partial(_sparse, dense, recipe)
+            continue
+        if calibrated is None or not (calibrated / variant.slug / "config.json").is_file():
+            where = "--calibrated" if calibrated is None else repr(str(calibrated / variant.slug))
+            raise FileNotFoundError(
+                f"expected a calibrated checkpoint for {variant.name!r} in {where}, got none; "
+                f"make it with nm-act calibrate and save it as {variant.slug}"
+            )
+        yield variant, functools.partial(_checkpoint, calibrated / variant.slug, dense, recipe)
+
+
+def _sparse(dense, recipe):
+    from ..evaluate.variants import sparse_copy
+
+    return sparse_copy(dense, recipe).model
+
+
+def _checkpoint(folder: Path, dense, recipe):
+    model, _ = load(str(folder), str(dense.dtype).removeprefix("torch."), str(dense.device))
+    found = getattr(model, "nm_act_recipe", None)
+    if found is None or found.to_dict() != recipe.to_dict():
+        raise ValueError(
+            f"expected in {str(folder)!r} a checkpoint of the study's recipe, got another; calibrate again"
+        )
+    ours, theirs = model.config.to_dict(), dense.config.to_dict()
+    different = [key for key in ("hidden_size", "num_hidden_layers", "vocab_size") if ours.get(key) != theirs.get(key)]
+    if different:
+        raise ValueError(
+            f"expected in {str(folder)!r} a checkpoint of this model, got another {different[0]}; check MODEL"
+        )
+    return model
+
+
+def _announce(dense, tokenizer, models, folder, tokens, harness: dict, limit: int | None) -> None:
+    """Say how long the missing results will take, before the first one starts."""
+    from ..evaluate.run import PERPLEXITY, estimate, request_tokens
+
+    work = {PERPLEXITY: tokens.numel()} if tokens is not None else {}
+    work |= {name: request_tokens(task, tokenizer, limit) for name, task in harness.items()}
+    missing = {name: sum(not folder.has(variant, name) for variant, _ in models) for name in work}
+    total = sum(work[name] * count for name, count in missing.items())
+    if not total:
+        note("every result is there already")
+        return
+    seconds = estimate(dense, total, 1)
+    parts = ", ".join(f"{name} {count} x {work[name]} tokens" for name, count in missing.items() if count)
+    note(f"estimated time: {_duration(seconds)} ({parts}; generated tokens are an upper bound and slower)")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _finish(output: Path, folder, as_json: bool) -> None:
+    from ..evaluate.results import average_drops, collect, draw, to_csv, to_markdown
+    from ..files import write_atomic
+
+    rows = collect([output])
+    averages = average_drops(rows)
+    result = {
+        "identity": folder.identity,
+        "environment": environment(),
+        "rows": [{**row.fields, "name": row.name, "drop": row.drop, "drop_stderr": row.drop_stderr} for row in rows],
+        "average_drop": {name: {"value": v, "stderr": e, "tasks": n} for name, (v, e, n) in averages.items()},
+    }
+    files: dict[str, bytes | str] = {
+        "results.json": to_json(result) + "\n",
+        "results.csv": to_csv(rows),
+        "results.md": to_markdown(rows),
+        **draw(rows),
+    }
+    for name, content in files.items():
+        write_atomic(output / name, content)
+    if as_json:
+        print_json(result)
+        return
+    lines = []
+    for row in rows:
+        fields = row.fields
+        change = "" if row.is_dense else f"{row.drop:.1f} % (± {row.drop_stderr:.1f})"
+        spread = f"{fields['value']:.4g} ± {fields['stderr']:.2g}"
+        lines.append([row.name, fields["task"], fields["metric"], spread, str(fields["samples"]), change])
+    lines += [[name, "average", "", "", f"{n} tasks", f"{v:.1f} % (± {e:.1f})"] for name, (v, e, n) in averages.items()]
+    title = f"{folder.identity['model']}: relative drop against dense, in pairs"
+    print_table(title, ["", "task", "metric", "value", "samples", "drop"], lines)
+    print(f"wrote {', '.join(files)} in {output}")

@@ -1,0 +1,87 @@
+"""The search as a whole: options, the frontier with its baselines measured on calibration text, and the choice."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..criteria import CRITERIA
+from ..evaluate.perplexity import perplexity
+from ..evaluate.variants import sparse_copy
+from ..files import write_atomic
+from ..policies import POLICIES
+from ..recipe import LinearSpec, Recipe
+from .cost import Rates, macs_by_pattern, predicted_speedup
+
+__all__ = ["Point", "baselines", "measure_points", "parse_option"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A recipe with its predicted speed-up and, once measured, its perplexity on the calibration text.
+
+    Attributes
+    ----------
+    name : str
+        "search", or the baseline's.
+    recipe : Recipe or None
+        None for the dense model.
+    speedup : float
+    perplexity : float
+    """
+
+    name: str
+    recipe: Recipe | None
+    speedup: float
+    perplexity: float
+
+
+def parse_option(text: str) -> LinearSpec:
+    """Spec from "PATTERN [CRITERION] [MITIGATION ...]", as specs are printed.
+
+    Examples
+    --------
+    >>> str(parse_option("2:4 var"))
+    '2:4 act var'
+    """
+    pattern, *names = text.split() or [""]
+    criteria = [name for name in names if name in CRITERIA]
+    if len(criteria) > 1:
+        raise ValueError(f"expected at most one criterion in the option {text!r}, got {', '.join(criteria)}")
+    mitigation = tuple(name for name in names if name not in CRITERIA)
+    return LinearSpec(pattern, *criteria, mitigation=mitigation)
+
+
+def baselines(spec: LinearSpec) -> dict[str, Recipe]:
+    """Name -> recipe of the fixed rules with one spec: all projections, Amber's skip rule, Alanova's subset."""
+    fields = {"pattern": str(spec.pattern), "criterion": spec.criterion, "mitigation": spec.mitigation}
+    return {f"{name}, {spec}": Recipe(projections=projections, **fields) for name, projections in POLICIES.items()}
+
+
+def measure_points(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    window: int,
+    recipes: list[tuple[str, Recipe | None]],
+    rates: Rates,
+    store: Path,
+    progress: Callable[[str], None],
+) -> list[Point]:
+    """Perplexity of every recipe on calibration text; what `store` (JSON lines) holds is not measured again."""
+    lines = store.read_text(encoding="utf-8").split("\n") if store.is_file() else []
+    found = {row["recipe"]: row for row in (json.loads(line) for line in lines if line)}
+    points = []
+    for name, recipe in recipes:
+        key = "dense" if recipe is None else json.dumps(recipe.to_dict(), sort_keys=True)
+        if key not in found:
+            progress(f"perplexity on calibration text: {name}")
+            variant = model if recipe is None else sparse_copy(model, recipe).model
+            value = perplexity(variant, tokens, window=window).value
+            found[key] = {"recipe": key, "perplexity": value, "macs": macs_by_pattern(variant)}
+            del variant
+            write_atomic(store, "".join(json.dumps(row) + "\n" for row in found.values()))
+        points.append(Point(name, recipe, predicted_speedup(found[key]["macs"], rates), found[key]["perplexity"]))
+    return points

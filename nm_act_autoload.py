@@ -1,0 +1,54 @@
+"""Makes Transformers know nm_act checkpoints in every program, also in one that never imports nm_act.
+
+torch runs `register_with_transformers` at the end of its own import (entry point "torch.backends"), ``import nm_act``
+runs it too. A module of its own, because importing the package would load its operators into programs that have no use
+for them. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` leaves it out.
+"""
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from importlib.abc import MetaPathFinder
+
+_TRIGGER = "transformers.quantizers.auto"
+
+
+def register_with_transformers() -> None:
+    """Make Transformers know the quantisation method "nm_act", without importing Transformers.
+
+    Importing Transformers' quantizers takes longer than a second, so a program that never uses them must
+    not pay for it. Yet a checkpoint saved sparse must load sparse: a method that Transformers does not know
+    is skipped with a warning, and the model would come out dense. So the registration happens now if the
+    quantizers are loaded already, and otherwise right after their first import.
+    """
+    if _TRIGGER in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register() -> None:
+    try:
+        importlib.import_module("nm_act.integrations.transformers")
+    except Exception as error:  # whatever is wrong with this installation, Transformers itself has to work
+        warnings.warn(f"nm_act checkpoints will load dense: nm_act cannot be imported ({error})", stacklevel=2)
+
+
+class _AfterImport(MetaPathFinder):
+    """Import finder that steps aside at once and only adds the registration to the module's execution."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != _TRIGGER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                _register()
+
+            spec.loader.exec_module = exec_module
+        return spec

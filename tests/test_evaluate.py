@@ -1,0 +1,266 @@
+"""Evaluation: data folders, studies, resumable runs, drops, and the command line; the harness where it is installed."""
+
+import json
+import math
+
+import pytest
+import tiny_model
+from typer.testing import CliRunner
+
+from nm_act.cli import app
+from nm_act.evaluate import data, results, run, study, tasks
+from nm_act.recipe import Recipe
+
+ROWS = [
+    {"query": f"Question: Is {i} even?", "choices": ["yes", "no", "maybe"][: 2 + i % 2], "gold": i % 2}
+    for i in range(8)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_model.save(tmp_path_factory.mktemp("checkpoint")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder with a text and one small task."""
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "arc").mkdir()
+    rows = [{"text": line} for line in tiny_model.TEXT.split("\n")]
+    (tmp_path / "wikitext2" / "test_rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "arc" / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return tmp_path
+
+
+def _eval(*arguments):
+    return CliRunner().invoke(app, ["eval", *(str(argument) for argument in arguments)])
+
+
+def _refused(*arguments) -> str:
+    result = _eval(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.stderr
+    [complaint] = [line for line in result.stderr.splitlines() if line.startswith("nm-act: ")]
+    return complaint
+
+
+# ---- data
+
+
+def test_files_are_found_by_name_folder_and_split(tmp_path):
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "train.jsonl").write_text("{}")
+    (tmp_path / "boolq" / "validation.jsonl").write_text("{}")
+    (tmp_path / "boolq" / "SOURCES.md").write_text("not data")
+    (tmp_path / "piqa.jsonl").write_text("{}")
+    assert data.find_file(tmp_path, "boolq").name == "validation.jsonl"
+    assert data.find_file(tmp_path, "piqa").name == "piqa.jsonl"
+    with pytest.raises(FileNotFoundError, match=r"no data for winogrande in .*: expected winogrande\.jsonl"):
+        data.find_file(tmp_path, "winogrande")
+    with pytest.raises(FileNotFoundError, match="expected a data folder, but there is none"):
+        data.find_file(tmp_path / "missing", "boolq")
+    (tmp_path / "arc").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "arc" / name).write_text("{}")
+    with pytest.raises(ValueError, match=r"expected one file for arc in .*, got arc/a\.jsonl, arc/b\.jsonl"):
+        data.find_file(tmp_path, "arc")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "nonsense", '{"a": 1}\n3'])
+def test_rows_that_are_no_objects(tmp_path, content):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"expected (JSON|a list of objects) in .*a\.jsonl"):
+        data.read_rows(tmp_path / "a.jsonl")
+
+
+# ---- studies
+
+
+def test_study_multiplies_lists_out(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "rows:\n  - {pattern: [2:4, 8:16], criterion: [act, wina], mitigation: [[], [var]]}\n"
+        "  - {pattern: 2:4, layers: alanova}\n"
+    )
+    variants = [study.row_variant(row) for row in study.load_study(path)]
+    assert len(variants) == 9
+    assert [v.name for v in variants[:3]] == ["act 2:4", "act+var 2:4", "wina 2:4"]
+    assert variants[-1].name == "act 2:4 alanova"
+    assert set(variants[-1].recipe["projections"]) == {"k_proj", "v_proj", "gate_proj", "down_proj"}
+    assert len({v.slug for v in variants}) == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rows: []", "expected a study with the one key rows"),
+        ("rows: [{criterion: act}]", "to be a mapping with a pattern or a recipe"),
+        ("rows: [{pattern: 2:4, patern: 1}]", "expected the keys of a row among .*, got 'patern'"),
+        ("rows: [", "expected a study in YAML"),
+    ],
+)
+def test_bad_study(tmp_path, text, message):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        study.load_study(tmp_path / "s.yaml")
+
+
+def test_unknown_layers():
+    with pytest.raises(ValueError, match="expected layers among all, amber, alanova, got 'most'"):
+        study.row_variant({"pattern": "2:4", "layers": "most"})
+
+
+# ---- numbers
+
+
+def _record(folder, variant, task, metric, value, scores):
+    result = {"metric": metric, "value": value, "stderr": 0.1, "samples": len(scores), "scores": scores}
+    folder.write(variant, task, {**result, "macs": {"dense": 1, "2:4": 1}, "seconds": 0})
+
+
+def test_drops_are_paired(tmp_path):
+    folder = run.RunFolder.open(tmp_path / "r", {"model": "m"})
+    sparse = study.from_recipe(Recipe("2:4"))
+    _record(folder, study.DENSE_VARIANT, "arc_easy", "acc", 0.75, [1, 1, 1, 0])
+    _record(folder, sparse, "arc_easy", "acc", 0.5, [1, 1, 0, 0])
+    _record(folder, study.DENSE_VARIANT, "wikitext2", "ppl", math.e, [1.0, 1.0])
+    _record(folder, sparse, "wikitext2", "ppl", math.e**2, [1.5, 2.5])
+    rows = {(row.name, row.fields["task"]): row for row in results.collect([tmp_path / "r"])}
+    accuracy = rows["act 2:4", "arc_easy"]
+    assert accuracy.drop == pytest.approx(100 / 3)
+    # Differences 0, 0, -1, 0: sample deviation 0.5, standard error 0.25, of 0.75.
+    assert accuracy.drop_stderr == pytest.approx(100 / 3)
+    assert rows["act 2:4", "wikitext2"].drop == pytest.approx(100 * (math.e - 1))
+    assert rows["act 2:4", "wikitext2"].fields["dense_value"] == math.e
+    assert math.isnan(rows["dense", "arc_easy"].drop)
+    average = results.average_drops(list(rows.values()))["act 2:4"]
+    assert average == (pytest.approx(100 / 3), pytest.approx(100 / 3), 1)
+    header = results.to_csv(list(rows.values())).splitlines()[0]
+    assert header == (
+        "model,method,pattern,layers,predicted_speedup,task,metric,value,stderr,samples,dense_value,seed,commit,date"
+    )
+
+
+def test_mean_and_stderr():
+    assert tasks.mean_and_stderr([1, 0, 1, 0]) == (0.5, pytest.approx(math.sqrt(1 / 12)))
+    assert math.isnan(tasks.mean_and_stderr([1.0])[1])
+
+
+# ---- runs
+
+
+def test_a_folder_holds_one_run(tmp_path):
+    run.RunFolder.open(tmp_path / "r", {"model": "m", "limit": 5})
+    run.RunFolder.open(tmp_path / "r", {"model": "m", "limit": 5})
+    with pytest.raises(ValueError, match="a run with limit 6, got one with 5; choose another --output"):
+        run.RunFolder.open(tmp_path / "r", {"model": "m", "limit": 6})
+
+
+def test_same_name_with_another_recipe(tmp_path):
+    folder = run.RunFolder.open(tmp_path / "r", {})
+    _record(folder, study.from_recipe(Recipe("2:4"), "mine"), "arc_easy", "acc", 1.0, [1])
+    with pytest.raises(ValueError, match="got one of another recipe with the name 'mine'"):
+        folder.has(study.from_recipe(Recipe("8:16"), "mine"), "arc_easy")
+
+
+def test_fingerprint_tells_checkpoints_apart():
+    first, second = tiny_model.build()[0], tiny_model.build()[0]
+    assert run.fingerprint(first) == run.fingerprint(second)
+    second.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    assert run.fingerprint(first) != run.fingerprint(second)
+
+
+def test_eval_perplexity_resumes(model, folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = (model, "--pattern", "2:4", "--tasks", "wikitext2", "--data", folder, "--output", out)
+    measured = []
+    real = run._perplexity
+    monkeypatch.setattr(run, "_perplexity", lambda *a: measured.append(1) or real(*a))
+    first = _eval(*arguments)
+    assert first.exit_code == 0, first.stderr
+    assert "estimated time: " in first.stderr
+    assert len(measured) == 2
+    assert {p.name for p in out.iterdir()} == {
+        *("run.json", "rows", "results.json", "results.csv", "results.md", "perplexity.png"),
+    }
+    before = (out / "results.csv").read_text()
+    (out / "rows" / "act-2x4.wikitext2.json").unlink()  # as if the run had been killed before this one
+    again = _eval(*arguments)
+    assert again.exit_code == 0, again.stderr
+    assert len(measured) == 3
+    assert (out / "results.csv").read_text() == before
+    more = _eval(*arguments, "--pattern", "8:16", "--json")
+    assert len(measured) == 4
+    names = [row["name"] for row in json.loads(more.stdout)["rows"]]
+    assert names == ["dense", "act 2:4", "act 8:16"]
+    assert "a run with window 64, got one with None" in _refused(*arguments, "--window", 64)
+
+
+def test_bad_input(model, folder, tmp_path):
+    base = (model, "--data", folder, "--output", tmp_path / "o")
+    assert "got nothing; add --pattern, --recipe or --study" in _refused(*base, "--tasks", "wikitext2")
+    assert "expected tasks among wikitext2, arc_easy" in _refused(*base, "--pattern", "2:4", "--tasks", "mmlu")
+    assert "no data for wikitext2" in _refused(
+        model, "--data", folder / "arc", "--pattern", "2:4", "--tasks", "wikitext2", "--output", tmp_path / "o"
+    )
+    (tmp_path / "other.yaml").write_text("pattern: 2:4\nskip_layers: [17]\n")
+    told = _refused(*base, "--recipe", tmp_path / "other.yaml", "--tasks", "wikitext2")
+    assert "expected layers that the model has (layers 0 to 1), got 17" in told
+    (tmp_path / "s.yaml").write_text("rows: [{pattern: 2:4, calibrated: true}]")
+    told = _refused(*base, "--study", tmp_path / "s.yaml", "--tasks", "wikitext2")
+    assert "expected a calibrated checkpoint for 'act 2:4' in --calibrated, got none; make it with nm-act calib" in told
+    (folder / "wikitext2" / "test_rows.jsonl").write_text('{"text": "too short"}')
+    told = _refused(*base, "--pattern", "2:4", "--tasks", "wikitext2")
+    assert "expected a text of at least one window of 128 tokens, got" in told
+
+
+def test_harness_missing(monkeypatch):
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"need the package lm_eval, which is not installed; run `pip install nm_act"):
+        tasks.check_available(["arc_easy"])
+
+
+# ---- the harness itself
+
+
+def test_task_against_direct_scores(folder):
+    pytest.importorskip("lm_eval")
+    import torch
+
+    network, tokenizer = tiny_model.build()
+    task, source = tasks.build_task("arc_easy", folder)
+    assert source["file"] == "arc_easy.jsonl"
+    found = tasks.run_task(task, tasks.harness_model(network, tokenizer, 4), limit=6)
+    expected = []
+    for row in ROWS[:6]:
+        scores = []
+        for choice in row["choices"]:
+            context = tokenizer(row["query"] + "\nAnswer:")["input_ids"]
+            ids = torch.tensor([tokenizer(row["query"] + "\nAnswer: " + choice)["input_ids"]])
+            with torch.no_grad():
+                logs = network(ids).logits[0].log_softmax(-1)
+            scores.append(sum(logs[i - 1, ids[0, i]].item() for i in range(len(context), ids.shape[1])))
+        expected.append(float(scores.index(max(scores)) == row["gold"]))
+    assert list(found.scores) == expected
+    assert (found.metric, found.value) == ("acc", sum(expected) / 6)
+    assert found.stderr == pytest.approx(tasks.mean_and_stderr(expected)[1])
+
+
+def test_unknown_layout(folder):
+    pytest.importorskip("lm_eval")
+    (folder / "piqa.jsonl").write_text('{"question": "x"}')
+    with pytest.raises(ValueError, match=r"expected rows \{goal, sol1, sol2, label\} in .*, got \{question\}; convert"):
+        tasks.build_task("piqa", folder)
+
+
+def test_ifeval_without_its_resource(monkeypatch):
+    pytest.importorskip("nltk")
+    import nltk
+
+    def missing(name):
+        raise LookupError(name)
+
+    monkeypatch.setattr(nltk.data, "find", missing)
+    with pytest.raises(FileNotFoundError, match="needs nltk's resource punkt_tab, which is not installed; run"):
+        tasks._check_punkt()

@@ -1,0 +1,57 @@
+"""The report is made from result files alone, and names what is wrong with them."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from nm_act.evaluate import run, study
+from nm_act.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("evaluation_report", ROOT / "tools" / "evaluation_report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _write(folder, variant, value, macs):
+    result = {"metric": "ppl", "value": value, "stderr": 0.5, "samples": 20, "scores": [1.0, 2.0], "macs": macs}
+    folder.write(variant, "wikitext2", result)
+
+
+def test_report(tool, tmp_path):
+    folder = run.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
+    variants = [Recipe("2:4"), Recipe("8:16", criterion="wina"), Recipe("2:4", mitigation=["var"])]
+    variants += [Recipe("2:4", projections=["k_proj", "v_proj", "gate_proj", "down_proj"])]
+    _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
+    for index, recipe in enumerate(variants):
+        _write(folder, study.from_recipe(recipe), 30.0 + index, {"dense": 2, recipe.pattern: 2})
+    assert tool.main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "evaluation.md").read_text()
+    for title in ("Criteria by pattern", "Mitigations by pattern", "Layer subsets", "Every row"):
+        assert f"### {title}" in text
+    assert "### Weights against activations" not in text
+    assert "| act+var | 32.00 |" in text
+    rows = list(csv.DictReader((tmp_path / "evaluation" / "results.csv").open()))
+    assert len(rows) == 5
+    assert {row["layers"] for row in rows} == {"all", "alanova"}
+    assert {row["dense_value"] for row in rows} == {"20.0"}
+    assert float(rows[0]["predicted_speedup"]) == 1
+    assert (tmp_path / "evaluation" / "run1-perplexity.png").is_file()
+
+
+def test_no_run(tool, tmp_path, capsys):
+    assert tool.main([str(tmp_path)]) == 2
+    assert "expected the folder of an evaluation" in capsys.readouterr().err
+
+
+def test_committed_study_multiplies_out():
+    rows = study.load_study(ROOT / "docs" / "evaluation" / "study.yaml")
+    names = [str(sorted((key, str(value)) for key, value in row.items())) for row in rows]
+    assert len(set(names)) == len(names) > 60

@@ -1,0 +1,226 @@
+"""Policy search: costs, sensitivities against a direct computation, the solver against brute force, the command."""
+
+import itertools
+import json
+
+import pytest
+import tiny_model
+import torch
+from typer.testing import CliRunner
+
+from nm_act.cli import app
+from nm_act.evaluate.variants import sparse_copy
+from nm_act.recipe import LinearSpec, Recipe, Rule
+from nm_act.search.cost import Rates, macs_by_pattern, predicted_speedup
+from nm_act.search.plan import parse_option
+from nm_act.search.sensitivity import Group, groups_of, sensitivities
+from nm_act.search.solve import frontier, solve, to_recipe
+
+RATES = Rates({"2:4": (1.4, "test"), "4:8": (1.15, "test")})
+SPECS = {"fast": LinearSpec("2:4"), "slow": LinearSpec("4:8"), "useless": LinearSpec("8:16")}
+
+
+# ---- costs
+
+
+def test_predicted_speedup_weighs_by_macs():
+    model, _ = tiny_model.build()
+    recipe = Recipe("2:4", projections=["gate_proj", "up_proj", "down_proj"])
+    macs = macs_by_pattern(sparse_copy(model, recipe).model)
+    mlp, attention = 2 * 3 * 64 * 96, 2 * (64 * 64 * 2 + 64 * 32 * 2)
+    assert macs == {"2:4": mlp, "dense": attention}
+    expected = (mlp + attention) / (mlp / 1.4 + attention)
+    assert predicted_speedup(macs, RATES) == pytest.approx(expected)
+
+
+def test_decode_only_layers_are_dense_in_prefill():
+    model, _ = tiny_model.build()
+    assert set(macs_by_pattern(sparse_copy(model, Recipe("2:4", phase="decode")).model)) == {"dense"}
+
+
+def test_patterns_without_a_row():
+    assert RATES.speedup("8:16") == (1.0, "dense product")
+    assert RATES.speedup("2:4+1")[0] == pytest.approx(1.4 / 1.25)
+    assert RATES.speedup("2:4+2")[0] == pytest.approx(1.4 / 1.5)
+
+
+def test_rates_from_files(tmp_path):
+    (tmp_path / "own.csv").write_text("pattern,speedup,source\n8:16,1.1,mine\n")
+    rates = Rates.load(tmp_path / "own.csv")
+    assert rates.speedup("8:16") == (1.1, "mine")
+    assert rates.speedup("2:4") == Rates.load().speedup("2:4")
+    header = "bench,device,variant,dtype,pattern,stage,tokens,out_features,in_features,baseline,speedup,torch,date\n"
+    rows = [
+        "b,H,kernel,bf16,2:4,op,4096,4096,4096,cublas_bf16,1.3,2.11,2026\n",
+        "b,H,kernel,bf16,2:4,gemm,4096,4096,4096,cublas_bf16,1.9,2.11,2026\n",
+        "b,H,kernel,e4m3,2:4,op,4096,4096,4096,cublas_bf16,2.1,2.11,2026\n",
+    ]
+    (tmp_path / "bench.csv").write_text(header + "".join(rows))
+    assert Rates.load(tmp_path / "bench.csv").speedup("2:4") == (1.3, "H, torch 2.11, 2026: kernel")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a,b\n1,2\n", "expected a CSV with the columns"), ("pattern,speedup,source\n2:4,-1,x\n", "a positive speed-up")],
+)
+def test_bad_rates(tmp_path, content, message):
+    (tmp_path / "r.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Rates.load(tmp_path / "r.csv")
+    with pytest.raises(FileNotFoundError, match="no table of rates"):
+        Rates.load(tmp_path / "missing.csv")
+
+
+# ---- sensitivities
+
+
+def test_sensitivities_against_whole_sparse_models(tmp_path):
+    model, _ = tiny_model.build()
+    model.lm_head.weight.data *= 100  # a random model's predictions are all alike: the divergences would be rounding
+    windows = torch.arange(64).view(2, 32) % 300
+    groups = groups_of(model, ("q_proj", "down_proj"))
+    assert [group.key for group in groups] == ["0:down_proj", "0:q_proj", "1:down_proj", "1:q_proj"]
+    specs = {"a": LinearSpec("2:4"), "b": LinearSpec("8:16", "wina", ("var",))}
+    before = model(windows).logits
+    found = sensitivities(model, windows, groups, specs, tmp_path / "s.jsonl")
+    assert torch.equal(model(windows).logits, before)
+    for group, (name, spec) in itertools.product(groups, specs.items()):
+        fields = {"pattern": str(spec.pattern), "criterion": spec.criterion, "mitigation": spec.mitigation}
+        rule = Rule(layers=group.layers, **fields)
+        sparse = sparse_copy(model, Recipe("dense", projections=group.projections, rules=[rule])).model
+        with torch.no_grad():
+            p, q = (m(windows).logits.double().log_softmax(-1) for m in (model, sparse))
+        expected = (p.exp() * (p - q)).sum(-1).mean().item()
+        assert expected > 0
+        assert found[group.key][name] == pytest.approx(expected, rel=0.02)
+
+
+def test_sensitivities_resume(tmp_path):
+    model, _ = tiny_model.build()
+    windows = torch.arange(32).view(1, 32)
+    groups = groups_of(model, ("v_proj",))
+    specs = {"a": LinearSpec("2:4")}
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sensitivities(model, windows, groups, specs, tmp_path / "s.jsonl", interrupt)
+    seen = []
+    found = sensitivities(model, windows, groups, specs, tmp_path / "s.jsonl", lambda *a: seen.append(a))
+    assert seen == [(2, 2)]
+    assert set(found) == {"0:v_proj", "1:v_proj"}
+
+
+def test_layers_together():
+    model, _ = tiny_model.build()
+    [group] = groups_of(model, ("k_proj",), layers_together=2)
+    assert (group.layers, group.macs, group.key) == ((0, 1), 2 * 64 * 32, "0-1:k_proj")
+
+
+# ---- solver
+
+
+def _problem(seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 9, (6,), generator=generator).tolist()
+    groups = [Group((i,), ("x",), size, (str(i),)) for i, size in enumerate(sizes)]
+    values = torch.rand(6, 3, generator=generator).tolist()
+    return groups, {g.key: dict(zip(SPECS, row, strict=True)) for g, row in zip(groups, values, strict=True)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("target", [1.0, 1.04, 1.11, 1.2, 1.3])
+def test_solver_against_brute_force(seed, target):
+    groups, costs = _problem(seed)
+    total = sum(group.macs for group in groups) + 3
+    best = float("inf")
+    for names in itertools.product(["dense", *SPECS], repeat=6):
+        rates = [1.0 if n == "dense" else RATES.speedup(str(SPECS[n].pattern))[0] for n in names]
+        speedup = total / (3 + sum(g.macs / r for g, r in zip(groups, rates, strict=True)))
+        if speedup >= target - 1e-9:
+            best = min(best, sum(costs[g.key][n] for g, n in zip(groups, names, strict=True) if n != "dense"))
+    if best == float("inf"):
+        with pytest.raises(ValueError, match="expected a target speed-up of at most"):
+            solve(groups, costs, SPECS, RATES, target, other_macs=3)
+        return
+    found = solve(groups, costs, SPECS, RATES, target, other_macs=3)
+    assert found.speedup >= target - 1e-9
+    assert best - 1e-9 <= found.sensitivity <= best * 1.05 + 1e-9
+
+
+def test_frontier_rises():
+    groups, costs = _problem(0)
+    points = frontier(groups, costs, SPECS, RATES, points=8)
+    assert points[0].speedup == 1
+    assert points[-1].speedup == pytest.approx(1.4)
+    assert [p.sensitivity for p in points] == sorted(p.sensitivity for p in points)
+
+
+def test_recipe_of_a_choice():
+    model, _ = tiny_model.build()
+    groups = groups_of(model, ("q_proj", "up_proj"))
+    costs = {group.key: {"fast": 1.0 + index} for index, group in enumerate(groups)}
+    specs = {"fast": LinearSpec("2:4", "wina", ("var",))}
+    chosen = solve(groups, costs, specs, RATES, 1.01)
+    recipe = to_recipe(chosen, groups, specs)
+    for group, name in zip(groups, chosen.names, strict=True):
+        spec = recipe.resolve(group.layers[0], group.projections[0])
+        assert spec == (None if name == "dense" else specs["fast"])
+
+
+def test_options():
+    assert parse_option("8:16 wina var") == LinearSpec("8:16", "wina", ("var",))
+    with pytest.raises(ValueError, match="expected at most one criterion in the option"):
+        parse_option("2:4 act wina")
+    with pytest.raises(ValueError, match="expected mitigations among"):
+        parse_option("2:4 nonsense")
+
+
+# ---- command
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_model.save(tmp_path_factory.mktemp("checkpoint")))
+
+
+def _search(*arguments):
+    return CliRunner().invoke(app, ["search", *(str(argument) for argument in arguments)])
+
+
+def test_command(model, tmp_path):
+    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
+    base = (model, "--text", tmp_path / "text.txt", "--window", 64, "--windows", 1, "--option", "2:4 var")
+    result = _search(*base, "--output", tmp_path / "s", "--target-speedup", "1.15", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["predicted_speedup"] >= 1.15
+    assert {"dense", "search", "all, 2:4 act var", "amber, 2:4 act var", "alanova, 2:4 act var"} == {
+        point["name"] for point in found["points"]
+    }
+    assert Recipe.load(tmp_path / "s" / "recipe.yaml").to_dict() == found["recipe"]
+    assert (tmp_path / "s" / "frontier.png").stat().st_size > 1000
+    again = _search(*base, "--output", tmp_path / "s", "--max-drop", "50", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["predicted_speedup"] > 1.15
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ((), "expected either --target-speedup or --max-drop, got both or neither"),
+        (("--target-speedup", "0.5"), "expected --target-speedup of at least 1"),
+        (("--max-drop", "0"), "expected --max-drop above 0"),
+        (("--target-speedup", "9"), "expected a target speed-up of at most 1.4"),
+        (("--target-speedup", "1.1", "--windows", "99"), "expected calibration text of 99 windows of 64 tokens, got"),
+        (("--target-speedup", "1.1", "--option", "3:5"), "expected a group size M"),
+    ],
+)
+def test_bad_input(model, tmp_path, extra, message):
+    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
+    base = (model, "--text", tmp_path / "text.txt", "--window", 64, "--output", tmp_path / "s")
+    result = _search(*base, *extra)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
