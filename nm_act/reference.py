@@ -21,7 +21,7 @@ contract: it can change the mean of about one token in 10^9), the median is the 
 
 import torch
 
-from .patterns import NMPattern
+from .patterns import NMPattern, TopKPattern
 
 TOKEN_SHIFTS = ("none", "mean", "median")
 """Names accepted by ``token_shift``."""
@@ -49,18 +49,27 @@ def shifted(x: torch.Tensor, shift: torch.Tensor | None, token_shift: str) -> to
     return x
 
 
-def selection_mask(z: torch.Tensor, pattern: NMPattern, channel_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Boolean mask of the survivors of ``z [..., in]`` under the contract above; exactly N of every M are True."""
+def selection_mask(
+    z: torch.Tensor, pattern: NMPattern | TopKPattern, channel_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Boolean mask of the survivors of ``z [..., in]`` under the contract above; exactly N of every M are True.
+
+    Top-k is one group of all features under the same contract.
+    """
+    if isinstance(pattern, TopKPattern):
+        keep, group = pattern.keep_of(z.shape[-1]), z.shape[-1]
+    else:
+        keep, group = pattern.keep, pattern.group
     magnitude = z.float().abs()
     score = magnitude if channel_scale is None else (magnitude * channel_scale.float()).abs()
     score = torch.where(score.isnan(), _FLOAT32_MAX, score).clamp(max=_FLOAT32_MAX).double()
     # Classes above the finite scores, in float64 so that they stay apart from the largest float32.
     score = torch.where(z.isinf(), 2.0 * _FLOAT32_MAX, score)
     score = torch.where(z.isnan(), 4.0 * _FLOAT32_MAX, score)
-    groups = score.unflatten(-1, (-1, pattern.group))
+    groups = score.unflatten(-1, (-1, group))
     order = groups.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(groups, dtype=torch.bool)
-    mask.scatter_(-1, order[..., : pattern.keep], True)
+    mask.scatter_(-1, order[..., :keep], True)
     return mask.flatten(-2)
 
 
@@ -121,12 +130,39 @@ def sparse_linear(
     compute_dtype=torch.float64,
 ):
     """Oracle of :func:`nm_act.sparse_linear`; products, sums and the result are in ``compute_dtype``."""
-    z = shifted(x, shift, token_shift)
     pruned = prune(x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
+    return linear_of_pruned(
+        x,
+        pruned,
+        weight,
+        bias,
+        shift=shift,
+        token_shift=token_shift,
+        shift_out=shift_out,
+        variance_correction=variance_correction,
+        column_scale=column_scale,
+        compute_dtype=compute_dtype,
+    )
+
+
+def linear_of_pruned(
+    x,
+    pruned,
+    weight,
+    bias=None,
+    *,
+    shift=None,
+    token_shift="none",
+    shift_out=None,
+    variance_correction=False,
+    column_scale=None,
+    compute_dtype=torch.float64,
+):
+    """The rest of :func:`sparse_linear` once the selection ``pruned = P(x - eta)`` is made; differentiable."""
     w = weight.to(compute_dtype)
     y = pruned.to(compute_dtype) @ w.t()
     if variance_correction:
-        y = y * variance_ratio(z, pruned).to(compute_dtype)
+        y = y * variance_ratio(shifted(x, shift, token_shift), pruned).to(compute_dtype)
     if token_shift != "none":
         row_sums = w.sum(dim=1) if shift_out is None else shift_out.to(compute_dtype)
         y = y + token_shift_values(x, token_shift).to(compute_dtype) * row_sums
