@@ -1,6 +1,7 @@
 """N:M activation sparsity for LLM inference in PyTorch: prune activations on the fly, without retraining."""
 
 from . import reference
+from .calibrate import load_calibration
 from .integrations import register_with_transformers
 from .linear import NMLinear
 from .ops import (
@@ -35,6 +36,7 @@ __all__ = [
     "compress_packed",
     "decompress",
     "gather_linear",
+    "load_calibration",
     "pack_metadata",
     "prune",
     "reference",

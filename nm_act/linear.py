@@ -89,6 +89,7 @@ class NMLinear(nn.Linear):
         self.weight_layout = weight_layout
         self.token_context: TokenContext | None = None
         self.differentiable = False
+        self.bypass = False  # dense in every phase, while calibration takes the dense output
         self._incomplete = ""  # calibrated data that is still missing
         for name in _DERIVED:
             self.register_buffer(name, None, persistent=False)
@@ -266,7 +267,9 @@ class NMLinear(nn.Linear):
             )
 
     def _is_dense_phase(self, x: torch.Tensor) -> bool:
-        if self.spec.phase == "both":
+        if self.bypass:
+            return True
+        if self.spec.phase == "both" or self.differentiable:
             return False
         # Branches, not a comparison of booleans: under torch.compile the size may be symbolic.
         if x.ndim == 1 or x.shape[-2] == 1:

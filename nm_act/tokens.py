@@ -79,9 +79,18 @@ class TokenContext:
         if self.first_tokens:
             self._rows = self._first_rows(call.get("position_ids"), mask, call.get("past_key_values"))
 
-    def _end(self, module, args, output) -> None:
+    def begin_whole_sequences(self, batch: int, tokens: int) -> None:
+        """A call of blocks without their stack begins: whole sequences, no padding."""
+        self._shape = (batch, tokens)
+        self._rows = slice(0, min(self.first_tokens, tokens)) if self.first_tokens else None
+
+    def end(self) -> None:
+        """The running call is over."""
         self._rows = self._valid = None
         self._shape = (0, 0)
+
+    def _end(self, module, args, output) -> None:
+        self.end()
 
     def _first_rows(self, positions, mask, cache) -> slice | torch.Tensor | None:
         batch, tokens = self._shape

@@ -245,7 +245,7 @@ def test_weight_pruning_leaves_the_activation_dense(criterion):
 @pytest.mark.parametrize("name", ["lpts", "ls", "rsparse-4", "pcs", "larosa", "refit", "permute"])
 def test_uncalibrated_layers_say_so(name):
     layer = NMLinear(IN, OUT, spec=LinearSpec("2:4", mitigation=[name]))
-    with pytest.raises(RuntimeError, match="expected calibrated data for 2:4 act .*, got no .*nm-act calibrate"):
+    with pytest.raises(RuntimeError, match=r"expected calibrated data for 2:4 act .*, got no .*nm-act calibrate"):
         layer(torch.randn(3, IN))
 
 

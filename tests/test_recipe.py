@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nm_act.patterns import NMPattern
 from nm_act.mitigations import MITIGATIONS, data_of
+from nm_act.patterns import NMPattern
 from nm_act.recipe import DEFAULT_PROJECTIONS, PHASES, LinearSpec, Recipe, Rule
 
 FULL = Recipe(
@@ -173,7 +173,10 @@ BAD_RECIPES = [
         {"pattern": "8:16", "mitigation": ["vars"]},
         "expected mitigations among var, dpts-mean, dpts-median, .*rsparse-<rank>-trained, got 'vars'",
     ),
-    ({"pattern": "8:16", "mitigation": ["dpts-mean", "dpts-median"]}, "expected at most one shift .*dpts-mean and dpts-m"),
+    (
+        {"pattern": "8:16", "mitigation": ["dpts-mean", "dpts-median"]},
+        "expected at most one shift .*dpts-mean and dpts-m",
+    ),
     ({"pattern": "8:16", "mitigation": ["var", "var"]}, "expected every mitigation once, got var twice"),
     ({"pattern": "8:16", "mitigation": ["rsparse-0"]}, "expected mitigations among .*, got 'rsparse-0'"),
     ({"pattern": "100%"}, "expected a percentage kept between 0 and 100 .*got 100"),
