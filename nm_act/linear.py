@@ -15,7 +15,7 @@ WEIGHT_LAYOUTS = ("in_out", "out_in")
 _DERIVED = ("channel_scale", "shift_out", "operand_weight", "operand_bias")
 """Buffers that refresh() computes."""
 
-_FOLLOW_WEIGHT = ("low_rank_in", "low_rank_out", "rotation", "refit_weight")
+_FOLLOW_WEIGHT = ("low_rank_in", "low_rank_out", "rotation")
 """Calibrated matrices: GEMM operands, so they have the weight's dtype; the vectors stay float32."""
 
 

@@ -17,12 +17,12 @@ spts-scalar     one eta a layer, the mean of all its inputs                    `
 lpts            eta [in], learned from 0                                       ``shift``
 ls              ``column_scale = 1 + s`` and b' [out], learned from 0          ``column_scale``, ``added_bias``
 rsparse-R       ``P(X)(W - AB)^T + X(AB)^T``, AB = the rank-R part of W's SVD  ``low_rank_in``, ``low_rank_out``
-..-R-trained    the same, A and B learned from there                           the same
+..-R-fit [ours] the same, AB = the rank-R part of W that sees the largest      the same
+                output error of the selection over calibration text
+..-trained      the same, A and B learned from there                           the same
 pcs             ``P(X/s)(W*s)^T``, ``s_j = sqrt(max|X_j| / max|W_j|)``         ``smoothing``
 larosa          ``P(XQ)(WQ)^T``, Q = eigenvectors of the inputs' covariance    ``rotation``
 permute [ours]  an order of the input channels, folded into the neighbours     ``input_order``
-refit [ours]    the weight that fits the dense output best given P(X):         ``refit_weight``, ``added_bias``
-                least squares over calibration text
 ==============  =============================================================  =====================================
 
 Why pcs is exact: ``P(X/s)(W*s)^T`` multiplies the survivors by the very ``W``, so only the *choice* of survivors
@@ -77,7 +77,6 @@ DATA: dict[str, Shape] = {
     "smoothing": lambda n_in, n_out, rank: (n_in,),
     "rotation": lambda n_in, n_out, rank: (n_in, n_in),
     "input_order": lambda n_in, n_out, rank: (n_in,),
-    "refit_weight": lambda n_in, n_out, rank: (n_out, n_in),
     "input_norm": lambda n_in, n_out, rank: (n_in,),
 }
 """Calibrated tensor -> its shape; all are float32 (``input_order`` holds whole numbers)."""
@@ -93,11 +92,10 @@ MITIGATIONS = {
     "pcs": Mitigation("smoothing", ("smoothing",), slot="basis"),
     "larosa": Mitigation("rotation", ("rotation",), slot="basis"),
     "permute": Mitigation("static order of the input channels", ("input_order",)),
-    "refit": Mitigation("weights refitted to the pruned input", ("refit_weight", "added_bias")),
 }
-"""Mitigation name -> what it is; "rsparse-R" and "rsparse-R-trained" with any rank R come on top."""
+"""Mitigation name -> what it is; "rsparse-R", with any rank R, "-fit" and "-trained" come on top."""
 
-_LOW_RANK = re.compile(r"rsparse-([1-9]\d*)(-trained)?")
+_LOW_RANK = re.compile(r"rsparse-([1-9]\d*)(-fit)?(-trained)?")
 
 
 def mitigation(name: str) -> Mitigation:
@@ -105,11 +103,11 @@ def mitigation(name: str) -> Mitigation:
     if isinstance(name, str):
         match = _LOW_RANK.fullmatch(name)
         if match:
-            return Mitigation(f"rank {match[1]}", ("low_rank_in", "low_rank_out"), match[2] is not None, "low rank")
+            return Mitigation(f"rank {match[1]}", ("low_rank_in", "low_rank_out"), match[3] is not None, "low rank")
         if name in MITIGATIONS:
             return MITIGATIONS[name]
     raise ValueError(
-        f"expected mitigations among {', '.join(MITIGATIONS)}, rsparse-<rank>, rsparse-<rank>-trained, got {name!r}; "
+        f"expected mitigations among {', '.join(MITIGATIONS)}, rsparse-<rank>[-fit][-trained], got {name!r}; "
         "choose of those"
     )
 
@@ -125,6 +123,11 @@ def check_mitigations(names: Iterable[str]) -> tuple[str, ...]:
         if names.count(name) > 1:
             raise ValueError(f"expected every mitigation once, got {name} twice; remove one of them")
         slots[slot] = name
+    if is_fitted(names) and "basis" in slots:
+        raise ValueError(
+            f"expected no change of the selection's basis beside a fitted low-rank pair, got {slots['basis']}; use "
+            f"rsparse-{rank_of(names)} without -fit, or remove it"
+        )
     return names
 
 
@@ -138,6 +141,11 @@ _SLOTS = {
 def rank_of(names: Iterable[str]) -> int:
     """Rank of the low-rank pair among the mitigations, 0 without one."""
     return next((int(match[1]) for match in map(_LOW_RANK.fullmatch, names) if match), 0)
+
+
+def is_fitted(names: Iterable[str]) -> bool:
+    """Whether the low-rank pair among the mitigations starts from the selection's error."""
+    return any(match[2] is not None for match in map(_LOW_RANK.fullmatch, names) if match)
 
 
 def data_of(spec) -> tuple[str, ...]:
@@ -159,8 +167,6 @@ def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) ->
     if spec.criterion in criteria.WEIGHT_PRUNING:
         return criteria.prune_weight(spec.criterion, weight, spec.pattern, data.get("input_norm"))
     v = weight
-    if "refit_weight" in data:
-        v = data["refit_weight"].to(weight.dtype)
     if "low_rank_in" in data:
         # In float32: W - AB cancels.
         v = (v.float() - data["low_rank_out"].float() @ data["low_rank_in"].float()).to(weight.dtype)
@@ -205,3 +211,26 @@ def low_rank_of(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
     root = s[:rank].sqrt()
     return (root.unsqueeze(1) * v[:rank]).float(), (u[:, :rank] * root).float()
+
+
+def fitted_low_rank_of(weight: torch.Tensor, lost: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The low-rank pair that leaves the least output error of the selection [ours].
+
+    ``AB = U U^T W`` with ``U [out, rank]`` the leading eigenvectors of ``W R W^T``: among all pairs of that rank it
+    minimises ``E ||(X - P(X)) (W - AB)^T||^2`` (Eckart and Young, applied to the errors instead of the weight).
+
+    Parameters
+    ----------
+    weight : Tensor [out, in]
+    lost : Tensor [in, in]
+        ``R = E (X - P(X))^T (X - P(X))``, up to a factor.
+    rank : int
+
+    Returns
+    -------
+    low_rank_in : Tensor [rank, in], float32
+    low_rank_out : Tensor [out, rank], float32
+    """
+    w = weight.double()
+    u = torch.linalg.eigh(w @ lost.double() @ w.t()).eigenvectors.flip(-1)[:, :rank]
+    return (u.t() @ w).float(), u.float()

@@ -22,12 +22,12 @@ from nm_act.calibrate.training import _linear, block_loss
 from nm_act.cli import app
 from nm_act.integrations.checkpoints import load_model
 from nm_act.linear import NMLinear
-from nm_act.recipe import Recipe, Rule
+from nm_act.recipe import LinearSpec, Recipe, Rule
 
 EVERYTHING = Recipe(
     "2:4",
     criterion="clact",
-    mitigation=["lpts", "ls", "var", "rsparse-4-trained", "permute"],
+    mitigation=["lpts", "ls", "var", "rsparse-4-fit-trained", "permute"],
     dense_first_tokens=1,
     rules=[
         Rule(projections=["q_proj"], criterion="wina", mitigation=["spts", "larosa", "rsparse-4"]),
@@ -115,10 +115,20 @@ def test_statistics():
     torch.testing.assert_close(statistics.norm, flat.norm(dim=0))
     torch.testing.assert_close(statistics.largest, flat.abs().amax(0))
     torch.testing.assert_close(statistics.covariance, flat.T @ flat)
-    order = torch.randperm(8)
-    statistics.reorder(order)
-    torch.testing.assert_close(statistics.mean, flat.mean(0)[order])
-    torch.testing.assert_close(statistics.covariance, (flat.T @ flat)[order][:, order])
+
+
+@pytest.mark.parametrize("criterion", ["act", "wina", "clact"])
+def test_what_a_selection_drops(criterion):
+    layer = NMLinear(32, 8, spec=LinearSpec("2:4", criterion, ("rsparse-2-fit", "dpts-mean")))
+    x = torch.randn(1, 50, 32)
+    statistics = InputStatistics(32, "cpu", lost=True)
+    statistics.add_lost(layer, x)
+    z = (x - x.mean(-1, keepdim=True))[0]
+    scale = {"act": torch.ones(32), "wina": layer.weight.norm(dim=0), "clact": z.norm(dim=0)}[criterion]
+    order = (z.abs() * scale).view(50, 8, 4).argsort(dim=-1)
+    kept = torch.zeros(50, 8, 4).scatter(-1, order[..., 2:], 1.0).view(50, 32)
+    dropped = z * (1 - kept) / x[0].square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(statistics.lost, (dropped.T @ dropped).detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_static_data_are_the_statistics_of_the_sparse_prefix(calibrated, windows):

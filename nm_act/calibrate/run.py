@@ -150,15 +150,18 @@ def _calibrate_block(runner: BlockRunner, index: int, hidden, settings, device, 
     if not layers:
         return {}
     note("statistics")
+    if any("permute" in layer.spec.mitigation for layer in layers.values()):
+        # A pass of its own: what selections drop, which other data need, depends on the order.
+        with dense(layers.values()), collect(layers, device) as statistics:
+            runner.run_all(index, hidden, device)
+        prefix = runner.names[index] + "."
+        for name, layer in layers.items():
+            if "permute" in layer.spec.mitigation:
+                order = find_order(block, name.removeprefix(prefix), statistics[name].square)
+                fold_order(block, name.removeprefix(prefix), order)
+                layer.input_order.copy_(order)
     with dense(layers.values()), collect(layers, device) as statistics:
         targets = runner.run_all(index, hidden, device)
-    prefix = runner.names[index] + "."
-    for name, layer in layers.items():
-        if "permute" in layer.spec.mitigation:
-            order = find_order(block, name.removeprefix(prefix), statistics[name].square)
-            fold_order(block, name.removeprefix(prefix), order)
-            statistics[name].reorder(order)
-            layer.input_order.copy_(order)
     for name, layer in layers.items():
         layer.set_data(**initial_data(layer, statistics[name]))
     return train_block(
