@@ -15,7 +15,7 @@ WEIGHT_LAYOUTS = ("in_out", "out_in")
 _DERIVED = ("channel_scale", "shift_out", "operand_weight", "operand_bias")
 """Buffers that refresh() computes."""
 
-_FOLLOW_WEIGHT = ("low_rank_in", "low_rank_out", "rotation")
+FOLLOW_WEIGHT = ("low_rank_in", "low_rank_out", "rotation")
 """Calibrated matrices: GEMM operands, so they have the weight's dtype; the vectors stay float32."""
 
 
@@ -147,7 +147,7 @@ class NMLinear(nn.Linear):
         if self.weight_layout == "in_out" and not weight.t().is_contiguous():
             # A parameter of its own: whoever shares the old one keeps its layout.
             self.weight = nn.Parameter(weight.t().contiguous().t(), weight.requires_grad)
-        for name in _FOLLOW_WEIGHT:
+        for name in FOLLOW_WEIGHT:
             if name in self._data_names:
                 setattr(self, name, getattr(self, name).to(weight.dtype))
         self._incomplete = next((name for name, value in self.data().items() if value.isnan().any()), "")
@@ -206,7 +206,7 @@ class NMLinear(nn.Linear):
         operand = x if "rotation" not in self._data_names else x @ self.rotation.to(x.dtype)
         y = self._sparse(operand)
         if "low_rank_in" in self._data_names:
-            inner = F.linear(x, self.low_rank_in.to(x.dtype)).flatten(0, -2)
+            inner = F.linear(x.reshape(-1, x.shape[-1]), self.low_rank_in.to(x.dtype))
             y = torch.addmm(y.view(-1, y.shape[-1]), inner, self.low_rank_out.to(x.dtype).t()).view(y.shape)
         if self.token_context is None:
             return y
@@ -286,7 +286,7 @@ class NMLinear(nn.Linear):
         super()._apply(fn, recurse)
         for name, value in before.items():
             after = getattr(self, name)
-            if name not in _FOLLOW_WEIGHT and after.dtype != value.dtype:
+            if name not in FOLLOW_WEIGHT and after.dtype != value.dtype:
                 setattr(self, name, value.to(after.device))
         self.refresh()
         return self

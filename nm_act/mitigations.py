@@ -231,6 +231,11 @@ def fitted_low_rank_of(weight: torch.Tensor, lost: torch.Tensor, rank: int) -> t
     low_rank_in : Tensor [rank, in], float32
     low_rank_out : Tensor [out, rank], float32
     """
-    w = weight.double()
-    u = torch.linalg.eigh(w @ lost.double() @ w.t()).eigenvectors.flip(-1)[:, :rank]
+    w, r = weight.double(), lost.double()
+    if w.shape[0] <= w.shape[1]:
+        u = torch.linalg.eigh(w @ r @ w.t()).eigenvectors[:, -rank:]
+    else:  # the same through the smaller side: the leading right singular vectors of W R^(1/2), then their images
+        values, vectors = torch.linalg.eigh(r)
+        half = w @ (vectors * values.clamp_min(0.0).sqrt())
+        u = torch.linalg.qr(half @ torch.linalg.eigh(half.t() @ half).eigenvectors[:, -rank:]).Q
     return (u.t() @ w).float(), u.float()

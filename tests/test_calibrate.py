@@ -245,6 +245,11 @@ def test_saved_and_loaded_in_every_way(calibrated, windows, folder, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert again.nm_act_recipe == EVERYTHING
     torch.testing.assert_close(_logits(again, windows), expected, rtol=1e-5, atol=1e-6)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype="bfloat16")
+    layer, exact = half.model.layers[0].mlp.down_proj, calibrated.model.layers[0].mlp.down_proj
+    assert torch.equal(layer.shift, exact.shift)
+    assert torch.equal(layer.input_order, exact.input_order)
+    assert layer.low_rank_in.dtype == layer.weight.dtype == torch.bfloat16
 
 
 def test_a_recipe_on_an_uncalibrated_checkpoint_says_so(folder, windows):

@@ -139,6 +139,17 @@ def test_combinations_keep_their_parts(names):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("names", [("rsparse-4",), ("larosa", "ls"), ("spts", "var")], ids="+".join)
+@pytest.mark.parametrize("shape", [(IN,), (0, IN), (1, IN)], ids=str)
+def test_few_tokens(names, shape):
+    spec = LinearSpec("2:4", mitigation=names)
+    _, layer = _layer(spec, **_data(spec))
+    x = torch.randn(shape)
+    rows = layer(torch.cat([x.reshape(-1, IN), torch.randn(20, IN)]))
+    torch.testing.assert_close(layer(x), rows[: x.numel() // IN].view(*shape[:-1], OUT), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_identities():
     x = torch.randn(9, IN).double()
     w = torch.randn(OUT, IN).double()
@@ -161,8 +172,9 @@ def test_a_low_rank_pair_of_full_rank_is_the_dense_layer():
     torch.testing.assert_close(layer(x).double(), dense(x.double()), rtol=1e-4, atol=1e-5)
 
 
-def test_the_fitted_pair_leaves_less_error_than_any_other():
-    w, x = torch.randn(OUT, IN).double(), torch.randn(500, IN).double() @ torch.randn(IN, IN).double()
+@pytest.mark.parametrize("out", [OUT, 2 * IN])
+def test_the_fitted_pair_leaves_less_error_than_any_other(out):
+    w, x = torch.randn(out, IN).double(), torch.randn(500, IN).double() @ torch.randn(IN, IN).double()
     lost = x - _p(x, "2:4")
     error = lambda pair: (lost @ (w - pair[1].double() @ pair[0].double()).T).square().sum().item()  # noqa: E731
     best = error(mitigations.fitted_low_rank_of(w, lost.T @ lost, RANK))

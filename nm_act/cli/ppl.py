@@ -148,7 +148,9 @@ def variants(dense, recipes: dict, calibrations: Iterable[Path] = ()) -> Iterato
         check_calibration(dense, folder)
     yield {"name": "dense", "model": dense, "mac_fraction": 0.0, "recipe": None}
     makers = {name: (sparse_copy, recipe) for name, recipe in recipes.items()}
-    makers |= {folder.name: (calibrated_copy, folder) for folder in calibrations}
+    for folder in calibrations:
+        name = folder.name if folder.name not in makers else str(folder)
+        makers[name] = (calibrated_copy, folder)
     for name, (make, source) in makers.items():
         report = make(dense, source)
         made = {

@@ -11,7 +11,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..linear import NMLinear
+from ..linear import FOLLOW_WEIGHT, NMLinear
 from ..recipe import Recipe
 from ..sparsify import replace_linears
 
@@ -70,7 +70,14 @@ class NMActQuantizer(HfQuantizer):
     quantization_config: NMActConfig
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        replace_linears(model, self.quantization_config.recipe)
+        report = replace_linears(model, self.quantization_config.recipe)
+        vectors = {
+            f"{name}.{key}"
+            for name, _ in report.replaced
+            for key in model.get_submodule(name).data()
+            if key not in FOLLOW_WEIGHT
+        }
+        model._keep_in_fp32_modules_strict = vectors | set(model._keep_in_fp32_modules_strict or ())
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for module in model.modules():
