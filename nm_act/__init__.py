@@ -1,6 +1,7 @@
 """N:M activation sparsity for LLM inference in PyTorch: prune activations on the fly, without retraining."""
 
 from . import reference
+from .calibrate import load_calibration
 from .explain import Explanation, explain
 from .integrations import register_with_transformers
 from .lifting import lift_weight, unlift
@@ -40,6 +41,7 @@ __all__ = [
     "explain",
     "gather_linear",
     "lift_weight",
+    "load_calibration",
     "pack_metadata",
     "prune",
     "reference",

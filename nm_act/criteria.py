@@ -1,23 +1,37 @@
-"""Selection criteria: static channel scales computed once from a layer's weight.
+"""Selection criteria: channel scales, most of them static and computed once from a layer's weight.
 
 Every criterion scores an activation as ``S_ij = |X_ij| * c_j``; they differ in the channel
 scale ``c [in]`` only.
 
-==========  ================================================================================
-name        ``c_j`` for ``W [out, in]``
-==========  ================================================================================
-act         1 (magnitude alone)
-wina        ``||W_:j||_2`` (WINA, R-Sparse, Wanda-like)
-variance    ``Var(W_:j)``, population variance
-amber       ``||V_:j||_2``; V is W standardised without its entries beyond the [0.5 %, 99.5 %]
-            quantiles, which count as 0
-==========  ================================================================================
+==================  ========================================================================
+name                ``c_j`` for ``W [out, in]``
+==================  ========================================================================
+act                 1 (magnitude alone)
+clact               ``||X_:j||_2`` over the tokens of a sequence in the running call, padding
+                    left out; equals act for one token
+wina                ``||W_:j||_2`` (WINA, R-Sparse, Wanda-like)
+variance            ``Var(W_:j)``, population variance
+amber               ``||V_:j||_2``; V is W standardised without its entries beyond the [0.5 %,
+                    99.5 %] quantiles, which count as 0
+amber-channel       the same with quantiles, mean and deviation of each output channel (row)
+weight-magnitude    none: prunes the *weights* N:M by ``|W_ij|``, activations stay dense
+wanda               none: prunes the weights by ``|W_ij| * ||X_:j||_2``, calibrated
+==================  ========================================================================
+
+The two readings of Amber-Pruner: its text (arXiv 2508.02128) trims and standardises "the weight" without saying over
+what. ``amber`` takes the whole matrix; ``amber-channel`` takes each output channel, so that one with large weights does
+not outvote the others. Standardising each *input* channel is no third reading: it makes all their norms equal, which
+is act.
+
+The last two are the weight-pruning baselines; see :func:`prune_weight`.
 
 Scales are summed in float64 and returned in float32, so that they do not depend on how the weight is stored.
 """
 
 import numpy as np
 import torch
+
+from . import reference
 
 AMBER_QUANTILES = (0.005, 0.995)
 """Quantiles of the whole weight outside which Amber-Pruner sets entries aside."""
@@ -36,13 +50,14 @@ def channel_scale(name: str, weight: torch.Tensor) -> torch.Tensor | None:
     Parameters
     ----------
     name : str
-        "act", "wina", "variance" or "amber".
+        Any of ``CRITERIA``.
     weight : Tensor [out, in]
         The weight as the layer stores it (after any quantisation), any floating dtype.
 
     Returns
     -------
-    Tensor [in] float32, or None for "act", whose scale is 1.
+    Tensor [in] float32, or None where no scale derives from the weight: "act" (1), "clact" and the
+    weight-pruning baselines.
 
     Raises
     ------
@@ -82,14 +97,25 @@ def _column_variance(weight: torch.Tensor) -> torch.Tensor:
 
 def _amber_norm(weight: torch.Tensor) -> torch.Tensor:
     low, high = _quantiles(weight, AMBER_QUANTILES)
-    inside = (weight >= low) & (weight <= high)
-    count = inside.sum()
-    mean = torch.where(inside, weight, 0).sum(dtype=torch.float64) / count
+    return _standardised_norm(weight, (weight >= low) & (weight <= high), dim=None)
+
+
+def _amber_channel_norm(weight: torch.Tensor) -> torch.Tensor:
+    levels = torch.tensor(AMBER_QUANTILES, dtype=weight.dtype, device=weight.device)
+    low, high = weight.contiguous().quantile(levels, dim=1, keepdim=True)
+    return _standardised_norm(weight, (weight >= low) & (weight <= high), dim=1)
+
+
+def _standardised_norm(weight: torch.Tensor, inside: torch.Tensor, dim: int | None) -> torch.Tensor:
+    """Column norms of the weight, standardised along ``dim`` over the entries inside; the others count as 0."""
+    count = inside.sum(dim=dim, keepdim=dim is not None)
+    mean = torch.where(inside, weight, 0).sum(dim=dim, keepdim=dim is not None, dtype=torch.float64) / count
     centred = torch.where(inside, weight - mean.float(), 0)
-    spread = (centred.square().sum(dtype=torch.float64) / count).sqrt()
-    if spread == 0:  # all entries equal: no channel matters more than another
+    square = centred.square().sum(dim=dim, keepdim=dim is not None, dtype=torch.float64) / count
+    if not square.any():  # all entries equal: no channel matters more than another
         return torch.ones_like(weight[0])
-    return _column_norm(centred) / spread
+    # A constant row has nothing but zeros in `centred`: it stays out of the norm.
+    return _column_norm(centred / torch.where(square == 0, 1.0, square).sqrt().float())
 
 
 def _quantiles(weight: torch.Tensor, levels: tuple[float, ...]) -> list[torch.Tensor]:
@@ -106,5 +132,58 @@ def _quantiles(weight: torch.Tensor, levels: tuple[float, ...]) -> list[torch.Te
     return [torch.lerp(ordered[below], ordered[above], position - below) for position, (below, above) in pairs]
 
 
-CRITERIA = {"act": None, "wina": _column_norm, "variance": _column_variance, "amber": _amber_norm}
-"""Criterion name -> formula of its channel scale (None: the scale is 1)."""
+def call_scale(x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    """CLACT's channel scale of one sequence: ``||X_:j||_2`` over its tokens.
+
+    Parameters
+    ----------
+    x : Tensor [tokens, in]
+    valid : Tensor [tokens], bool, optional
+        False for padding, which does not count.
+
+    Returns
+    -------
+    Tensor [in] float32
+    """
+    square = x.float().square()
+    if valid is not None:
+        square = square * valid.unsqueeze(-1)
+    return square.sum(dim=0).sqrt()
+
+
+def prune_weight(name: str, weight: torch.Tensor, pattern, input_norm: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight with all but its best entries of every group of inputs set to zero (a weight-pruning baseline).
+
+    Parameters
+    ----------
+    name : str
+        "weight-magnitude" or "wanda".
+    weight : Tensor [out, in]
+    pattern : NMPattern or TopKPattern
+        Of each output channel's inputs.
+    input_norm : Tensor [in], optional
+        ``||X_:j||_2`` over calibration text, for "wanda".
+
+    Notes
+    -----
+    Source: arXiv 2306.11695 (Wanda).
+    """
+    scale = input_norm if name == "wanda" else None
+    mask = reference.selection_mask(weight, pattern, scale)
+    return torch.where(mask, weight, weight.new_zeros(()))
+
+
+CRITERIA = {
+    "act": None,
+    "clact": None,
+    "wina": _column_norm,
+    "variance": _column_variance,
+    "amber": _amber_norm,
+    "amber-channel": _amber_channel_norm,
+    "weight-magnitude": None,
+    "wanda": None,
+}
+"""Criterion name -> formula of the channel scale that its weight gives (None: there is none)."""
+
+WEIGHT_PRUNING = ("weight-magnitude", "wanda")
+"""Criteria of the baselines that prune the weights and leave the activations dense."""

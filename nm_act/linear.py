@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import criteria, ops
+from . import composed, criteria, mitigations, ops
 from .lifting import lift_weight, lifted_columns
 from .patterns import NMPattern
 from .recipe import LinearSpec
@@ -13,11 +13,18 @@ from .tokens import TokenContext
 WEIGHT_LAYOUTS = ("in_out", "out_in")
 """How the weight [out, in] lies in memory: "in_out" stores one input channel's weights together."""
 
+_DERIVED = ("channel_scale", "shift_out", "operand_weight", "operand_bias")
+"""Buffers that refresh() computes."""
+
+FOLLOW_WEIGHT = ("low_rank_in", "low_rank_out", "rotation")
+"""Calibrated matrices: GEMM operands, so they have the weight's dtype; the vectors stay float32."""
+
 
 class NMLinear(nn.Linear):
     """Linear layer ``Y = P(X) W^T + b`` with ``P`` the N:M selection of the input, in place of ``nn.Linear``.
 
-    Its ``state_dict`` is that of the dense layer, so checkpoints move freely between the two.
+    Its ``state_dict`` is that of the dense layer, so checkpoints move freely between the two; a mitigation that needs
+    calibrated data (:data:`nm_act.mitigations.DATA`) adds that data to it.
 
     Parameters
     ----------
@@ -45,12 +52,13 @@ class NMLinear(nn.Linear):
     A call is *decode* if the input's next-to-last dimension is 1 (one token per sequence), else *prefill*;
     in a phase that the spec leaves out the layer is the dense ``F.linear``.
 
-    ``channel_scale`` and ``shift_out`` derive from the weight and are not saved. They are recomputed by
-    every ``.to()`` and ``load_state_dict``; call :meth:`refresh` after changing the weight in any other
-    way.
+    ``weight`` always is the dense one. What the operator reads derives from it and from the calibrated data and is not
+    saved: ``channel_scale``, ``shift_out``, ``operand_bias``, and ``operand_weight`` where a method changes the weight
+    (which then costs its memory a second time). They are recomputed by every ``.to()`` and ``load_state_dict``; call
+    :meth:`refresh` after changing the weight in any other way.
 
     The layer is made for inference: the sparse operator has no gradient. A backward pass through it warns,
-    and neither its parameters nor whatever feeds it receive one.
+    and neither its parameters nor whatever feeds it receive one. Calibration sets ``differentiable``.
 
     Examples
     --------
@@ -91,8 +99,16 @@ class NMLinear(nn.Linear):
         # A tuple: as an attribute of its own the weight would be a parameter twice.
         self._lifted: tuple[nn.Parameter, torch.Tensor] | None = None
         self.token_context: TokenContext | None = None
-        self.register_buffer("channel_scale", None, persistent=False)
-        self.register_buffer("shift_out", None, persistent=False)
+        self.differentiable = False
+        self.bypass = False  # dense in every phase, while calibration takes the dense output
+        self._incomplete = ""  # calibrated data that is still missing
+        for name in _DERIVED:
+            self.register_buffer(name, None, persistent=False)
+        self._data_names = mitigations.data_of(spec)
+        rank = mitigations.rank_of(spec.mitigation)
+        for name in self._data_names:
+            shape = mitigations.DATA[name](in_features, out_features, rank)
+            self.register_buffer(name, torch.full(shape, torch.nan, device=device))
         self.refresh()
 
     @classmethod
@@ -122,6 +138,8 @@ class NMLinear(nn.Linear):
             device="meta",
         )
         layer.weight, layer.bias = linear.weight, linear.bias
+        for name in layer._data_names:
+            setattr(layer, name, torch.full(getattr(layer, name).shape, torch.nan, device=linear.weight.device))
         layer.train(linear.training)
         layer.refresh()
         return layer
@@ -143,7 +161,8 @@ class NMLinear(nn.Linear):
         weight = self.weight
         self._lifted = None
         if weight.is_meta:
-            self.channel_scale = self.shift_out = None
+            for name in _DERIVED:
+                setattr(self, name, None)
             return
         # A parameter of its own: whoever shares the old one keeps its layout.
         if self._lifts(weight):
@@ -154,39 +173,67 @@ class NMLinear(nn.Linear):
             self._lifted = (weight, lifted)
         elif self.weight_layout == "in_out" and not weight.t().is_contiguous():
             self.weight = nn.Parameter(weight.t().contiguous().t(), weight.requires_grad)
-            weight = self.weight
-        self.channel_scale = criteria.channel_scale(self.spec.criterion, weight)
-        if self.spec.token_shift != "none":
-            self.shift_out = weight.sum(dim=1, dtype=torch.float64).float()
+        for name in FOLLOW_WEIGHT:
+            if name in self._data_names:
+                setattr(self, name, getattr(self, name).to(weight.dtype))
+        self._incomplete = next((name for name, value in self.data().items() if value.isnan().any()), "")
+        for name, value in self._derive().items():
+            setattr(self, name, value)
+
+    def data(self) -> dict[str, torch.Tensor]:
+        """The calibrated data of this layer, by name; NaN where it has not been set yet."""
+        return {name: getattr(self, name) for name in self._data_names}
+
+    @torch.no_grad()
+    def set_data(self, **data: torch.Tensor) -> None:
+        """Set calibrated data and recompute what derives from it.
+
+        Raises
+        ------
+        ValueError
+            If this layer needs no data of that name, or its shape does not fit.
+        """
+        for name, value in data.items():
+            known = self.data().get(name)
+            if known is None or known.shape != value.shape:
+                wanted = ", ".join(f"{key} {list(each.shape)}" for key, each in self.data().items()) or "none"
+                raise ValueError(
+                    f"expected calibrated data among {wanted}, got {name} {list(value.shape)}; it belongs to another "
+                    "recipe or model"
+                )
+        for name, value in data.items():
+            setattr(self, name, value.detach().to(known.device, torch.float32).contiguous())
+        self.refresh()
+
+    def _derive(self) -> dict[str, torch.Tensor | None]:
+        """What the operator reads, by the names in _DERIVED; differentiable in the calibrated data."""
+        if self._incomplete:
+            return dict.fromkeys(_DERIVED)
+        data, weight, bias = self.data(), self.weight, self.bias
+        v = mitigations.operand_weight(self.spec, weight, data)
+        if "added_bias" in data:
+            added = data["added_bias"].to(weight.dtype)
+            bias = added if bias is None else bias + added
+        stored = v if v is weight or self.weight_layout == "out_in" else v.t().contiguous().t()
+        return {
+            "channel_scale": mitigations.selection_scale(self.spec, v.detach(), data),
+            "shift_out": mitigations.shift_image(self.spec, v, data),
+            "operand_weight": None if v is weight else stored,
+            "operand_bias": None if bias is self.bias else bias,
+        }
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in] -> [..., out]``, sparse in the phases of the spec."""
         if self._is_dense_phase(x):
             return F.linear(x, self.weight, self.bias)
-        if self.channel_scale is None and self.spec.criterion != "act":
-            raise RuntimeError(
-                f"expected a channel scale for the criterion {self.spec.criterion!r}, got none because the "
-                "weight was set after the layer was made; call refresh()"
-            )
-        pattern = self.spec.pattern
-        weight, bias, lifted = self.weight, self.bias, self.lifted_weight
+        self._check_ready()
         if torch.is_autocast_enabled(x.device.type):
-            # As F.linear does under autocast; the operator itself takes one dtype only.
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias, lifted = (t if t is None else t.to(dtype) for t in (x, weight, bias, lifted))
-        y = ops.sparse_linear(
-            x,
-            weight,
-            bias,
-            pattern.keep,
-            pattern.group,
-            channel_scale=self.channel_scale,
-            token_shift=self.spec.token_shift,
-            shift_out=self.shift_out,
-            variance_correction=self.spec.variance_correction,
-            extra_columns=pattern.extra_columns,
-            lifted_weight=lifted,
-        )
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        operand = x if "rotation" not in self._data_names else x @ self.rotation.to(x.dtype)
+        y = self._sparse(operand)
+        if "low_rank_in" in self._data_names:
+            inner = F.linear(x.reshape(-1, x.shape[-1]), self.low_rank_in.to(x.dtype))
+            y = torch.addmm(y.view(-1, y.shape[-1]), inner, self.low_rank_out.to(x.dtype).t()).view(y.shape)
         if self.token_context is None:
             return y
         return self.token_context.overwrite_dense(y, x, lambda rows: F.linear(rows, self.weight, self.bias))
@@ -197,8 +244,67 @@ class NMLinear(nn.Linear):
         is_half = weight.dtype in (torch.bfloat16, torch.float16)
         return weight.is_cuda and is_half and len(self.spec.pattern.extra_columns) == 1
 
+    def _sparse(self, x: torch.Tensor) -> torch.Tensor:
+        """The operator on the input in the selection's basis."""
+        derived = self._derive() if self.differentiable else {name: getattr(self, name) for name in _DERIVED}
+        weight = self.weight if derived["operand_weight"] is None else derived["operand_weight"]
+        bias = self.bias if derived["operand_bias"] is None else derived["operand_bias"]
+        # As F.linear does under autocast; the operator itself takes one dtype only.
+        lifted = self.lifted_weight if derived["operand_weight"] is None else None
+        weight, bias, lifted = (t if t is None else t.to(x.dtype) for t in (weight, bias, lifted))
+        if self.spec.criterion in criteria.WEIGHT_PRUNING:
+            return F.linear(x, weight, bias)
+        options = {
+            "shift": self.shift if "shift" in self._data_names else None,
+            "token_shift": self.spec.token_shift,
+            "shift_out": derived["shift_out"],
+            "variance_correction": self.spec.variance_correction,
+            "column_scale": self.column_scale if "column_scale" in self._data_names else None,
+        }
+        if isinstance(self.spec.pattern, NMPattern) and not self.differentiable:
+            options |= {"extra_columns": self.spec.pattern.extra_columns, "lifted_weight": lifted}
+        if self.spec.criterion == "clact" and x.ndim > 1:
+            return self._by_sequence(x, weight, bias, derived["channel_scale"], options)
+        return self._operator(x, weight, bias, derived["channel_scale"], options)
+
+    def _operator(self, x, weight, bias, channel_scale, options) -> torch.Tensor:
+        pattern = self.spec.pattern
+        if self.differentiable or not isinstance(pattern, NMPattern):
+            return composed.sparse_linear(x, weight, bias, pattern, channel_scale=channel_scale, **options)
+        return ops.sparse_linear(x, weight, bias, pattern.keep, pattern.group, channel_scale=channel_scale, **options)
+
+    def _by_sequence(self, x, weight, bias, channel_scale, options) -> torch.Tensor:
+        """CLACT: every sequence has a channel scale of its own, from this call's tokens."""
+        sequences, valid = x.reshape(-1, *x.shape[-2:]), None
+        if self.token_context is not None:
+            sequences, valid = self.token_context.sequences(x, sequences)
+        if sequences.shape[1] == 1:  # one token ranks its channels by themselves alone: act
+            return self._operator(x, weight, bias, channel_scale, options)
+        rows = []
+        for index, tokens in enumerate(sequences):
+            seen = tokens if channel_scale is None else tokens * channel_scale.to(x.dtype)
+            scale = criteria.call_scale(seen, None if valid is None else valid[index])
+            scale = scale if channel_scale is None else scale * channel_scale
+            rows.append(self._operator(tokens, weight, bias, scale, options))
+        y = torch.stack(rows) if rows else x.new_empty((0, self.out_features))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _check_ready(self) -> None:
+        if self._incomplete:
+            raise RuntimeError(
+                f"expected calibrated data for {self.spec}, got no {self._incomplete}; make it with nm-act calibrate "
+                "and read it with nm_act.load_calibration, or leave the mitigation out"
+            )
+        if self.channel_scale is None and criteria.CRITERIA[self.spec.criterion] is not None:
+            raise RuntimeError(
+                f"expected a channel scale for the criterion {self.spec.criterion!r}, got none because the "
+                "weight was set after the layer was made; call refresh()"
+            )
+
     def _is_dense_phase(self, x: torch.Tensor) -> bool:
-        if self.spec.phase == "both":
+        if self.bypass:
+            return True
+        if self.spec.phase == "both" or self.differentiable:
             return False
         # Branches, not a comparison of booleans: under torch.compile the size may be symbolic.
         if x.ndim == 1 or x.shape[-2] == 1:
@@ -210,8 +316,13 @@ class NMLinear(nn.Linear):
         return f"{super().extra_repr()}, {self.spec}"
 
     def _apply(self, fn, recurse=True):
-        # Not left to fn: the buffers stay float32 in a bfloat16 model and follow the weight as it is stored.
+        # Not left to fn: the vectors stay float32 in a bfloat16 model and follow the weight as it is stored.
+        before = self.data()
         super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = getattr(self, name)
+            if name not in FOLLOW_WEIGHT and after.dtype != value.dtype:
+                setattr(self, name, value.to(after.device))
         self.refresh()
         return self
 

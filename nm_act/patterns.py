@@ -1,4 +1,4 @@
-"""N:M sparsity patterns: which share of a group of activations is kept."""
+"""Sparsity patterns: N:M, which share of a group of activations is kept, and per-token top-k as the baseline."""
 
 import re
 from collections.abc import Sequence
@@ -109,6 +109,61 @@ def _columns(extra_columns: Sequence[int], keep: int, group: int) -> tuple[int, 
     if len(columns) > 2 or len(set(columns)) < len(columns) or not all(_is_int(e) and 0 <= e <= 3 for e in columns):
         raise ValueError(f"expected one or two distinct extra columns in 0 to 3, got {columns}; choose such columns")
     return tuple(sorted(columns))
+
+
+@dataclass(frozen=True, order=True)
+class TopKPattern:
+    """Unstructured per-token top-k, the baseline of every N:M pattern: that share of each token's features is kept.
+
+    No kernel serves it: it shows what the structure of N:M costs in quality.
+
+    Parameters
+    ----------
+    percent : float
+        Features kept, ``0 < percent < 100``, rounded to a whole number of features, at least one.
+
+    Raises
+    ------
+    ValueError
+        If the percentage is not between 0 and 100.
+
+    Examples
+    --------
+    >>> pattern = as_pattern("50%")
+    >>> pattern.keep_of(576), pattern.kept_fraction, str(pattern)
+    (288, 0.5, '50%')
+    """
+
+    percent: float
+    group = span = 1  # divides any number of features
+    extra_columns = ()
+
+    def __post_init__(self):
+        if isinstance(self.percent, bool) or not isinstance(self.percent, (int, float)) or not 0 < self.percent < 100:
+            raise ValueError(
+                f'expected a percentage kept between 0 and 100 such as "50%", got {self.percent!r}; '
+                "use the dense layer where nothing is pruned"
+            )
+
+    @property
+    def kept_fraction(self) -> float:
+        """Share of the features that survive."""
+        return self.percent / 100
+
+    def keep_of(self, in_features: int) -> int:
+        """How many of a token's features survive."""
+        return max(1, round(in_features * self.percent / 100))
+
+    def __str__(self) -> str:
+        return f"{self.percent:g}%"
+
+
+def as_pattern(value: "str | NMPattern | TopKPattern") -> NMPattern | TopKPattern:
+    """Pattern of a recipe: ``"N:M"``, or ``"50%"`` for unstructured top-k; a ValueError names what is wrong."""
+    if isinstance(value, TopKPattern):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    return NMPattern(value) if match is None else TopKPattern(float(match[1]))
 
 
 def _is_int(value: object) -> bool:

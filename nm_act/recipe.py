@@ -9,19 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from .criteria import check_criterion
+from .criteria import WEIGHT_PRUNING, check_criterion
 from .files import write_atomic
-from .patterns import NMPattern
+from .mitigations import check_mitigations
+from .patterns import NMPattern, TopKPattern, as_pattern
 
 DEFAULT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of a Llama-like decoder block."""
-
-MITIGATIONS = {
-    "var": "variance correction",
-    "dpts-mean": "per-token mean shift",
-    "dpts-median": "per-token median shift",
-}
-"""Mitigation name -> what it does (arXiv 2509.22166, VAR and D-PTS)."""
 
 PHASES = ("both", "prefill", "decode")
 """When a layer is sparse: a call with one token per sequence is decode, any other is prefill."""
@@ -36,31 +30,37 @@ class LinearSpec:
 
     Parameters
     ----------
-    pattern : NMPattern or str
-        Pattern of the input activations: N:M, or 2:4+1, 2:4+2 (:class:`nm_act.NMPattern`).
+    pattern : NMPattern, TopKPattern or str
+        Pattern of the input activations: N:M, or 2:4+1, 2:4+2 (:class:`nm_act.NMPattern`); or the percentage kept by
+        unstructured top-k ("50%", a baseline).
     criterion : str
-        "act", "wina", "variance" or "amber"; see :mod:`nm_act.criteria`.
+        How survivors are chosen, or which baseline prunes the weights instead; see :mod:`nm_act.criteria`.
     mitigation : sequence of str
-        Any of "var", "dpts-mean", "dpts-median"; at most one of the two shifts.
+        What is done about the error; see :mod:`nm_act.mitigations`. Some exclude each other.
     phase : str
         "both", "prefill" or "decode".
 
     Raises
     ------
     ValueError
-        If any of them is unknown, or both shifts are asked for.
+        If any of them is unknown, or they do not go together.
     """
 
-    pattern: NMPattern
+    pattern: NMPattern | TopKPattern
     criterion: str = "act"
     mitigation: tuple[str, ...] = ()
     phase: str = "both"
 
     def __post_init__(self):
-        object.__setattr__(self, "pattern", NMPattern(self.pattern))
+        object.__setattr__(self, "pattern", as_pattern(self.pattern))
         object.__setattr__(self, "mitigation", _mitigation(self.mitigation))
         check_criterion(self.criterion)
         _check_phase(self.phase)
+        if self.criterion in WEIGHT_PRUNING and self.mitigation:
+            raise ValueError(
+                f"expected no mitigation where the weights are pruned ({self.criterion}), got {self.mitigation[0]}; "
+                "remove it or choose a criterion for activations"
+            )
 
     @property
     def variance_correction(self) -> bool:
@@ -88,7 +88,7 @@ class Rule:
     projections : sequence of str, optional
         Projections it applies to; all of the recipe's if None.
     pattern : str or NMPattern, optional
-        "N:M", "2:4+1", "2:4+2" or "dense".
+        "N:M", "2:4+1" or "2:4+2", a percentage such as "50%", or "dense".
     criterion, mitigation, phase : optional
         As in :class:`LinearSpec`.
     """
@@ -129,7 +129,8 @@ class Recipe:
     Parameters
     ----------
     pattern : str or NMPattern
-        "N:M", "2:4+1" or "2:4+2", or "dense" where only the rules prune.
+        "N:M", "2:4+1" or "2:4+2", a percentage kept by unstructured top-k such as "50%", or "dense" where only the
+        rules prune.
     projections : sequence of str
         Last name components of the layers in scope, e.g. "down_proj"; everything else stays dense.
     criterion, mitigation, phase
@@ -206,6 +207,11 @@ class Recipe:
                 fields.update({name: value for name, value in chosen.items() if value is not None})
         return None if fields["pattern"] == DENSE else LinearSpec(**fields)
 
+    @property
+    def needs_token_context(self) -> bool:
+        """Whether layers have to know where sequences start and which tokens are padding."""
+        return bool(self.dense_first_tokens) or "clact" in (self.criterion, *(rule.criterion for rule in self.rules))
+
     @classmethod
     def from_dict(cls, data: dict) -> "Recipe":
         """Recipe from a plain mapping; ValueError names an unknown key, the allowed ones and the nearest."""
@@ -270,7 +276,7 @@ def _normalise(instance, **converters) -> None:
 
 
 def _pattern(value) -> str:
-    return DENSE if value == DENSE else str(NMPattern(value))
+    return DENSE if value == DENSE else str(as_pattern(value))
 
 
 def _names(value) -> tuple[str, ...]:
@@ -286,13 +292,7 @@ def _layers(value) -> tuple[int, ...]:
 
 
 def _mitigation(value) -> tuple[str, ...]:
-    names = tuple(_sequence(value, "mitigation"))
-    unknown = [name for name in names if name not in list(MITIGATIONS)]
-    if unknown:
-        raise ValueError(f"expected mitigations among {', '.join(MITIGATIONS)}, got {unknown[0]!r}; choose of those")
-    if {"dpts-mean", "dpts-median"} <= set(names):
-        raise ValueError("expected at most one per-token shift, got dpts-mean and dpts-median; remove one of them")
-    return names
+    return check_mitigations(_sequence(value, "mitigation"))
 
 
 def _rules(value) -> tuple[Rule, ...]:

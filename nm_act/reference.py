@@ -25,7 +25,7 @@ contract: it can change the mean of about one token in 10^9), the median is the 
 
 import torch
 
-from .patterns import NMPattern
+from .patterns import NMPattern, TopKPattern
 
 TOKEN_SHIFTS = ("none", "mean", "median")
 """Names accepted by ``token_shift``."""
@@ -53,15 +53,24 @@ def shifted(x: torch.Tensor, shift: torch.Tensor | None, token_shift: str) -> to
     return x
 
 
-def selection_mask(z: torch.Tensor, pattern: NMPattern, channel_scale: torch.Tensor | None = None) -> torch.Tensor:
-    """Boolean mask of the survivors of ``z [..., in]`` under the contract above; exactly N of every M are True."""
+def selection_mask(
+    z: torch.Tensor, pattern: NMPattern | TopKPattern, channel_scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Boolean mask of the survivors of ``z [..., in]`` under the contract above; exactly N of every M are True.
+
+    Top-k is one group of all features under the same contract.
+    """
     score = _scores(z, channel_scale)
-    if pattern.extra_columns:
+    if isinstance(pattern, TopKPattern):
+        keep, group = pattern.keep_of(z.shape[-1]), z.shape[-1]
+    elif pattern.extra_columns:
         return _greedy_mask(score.unflatten(-1, (-1, pattern.span)), pattern.extra_columns).flatten(-2)
-    groups = score.unflatten(-1, (-1, pattern.group))
+    else:
+        keep, group = pattern.keep, pattern.group
+    groups = score.unflatten(-1, (-1, group))
     order = groups.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(groups, dtype=torch.bool)
-    mask.scatter_(-1, order[..., : pattern.keep], True)
+    mask.scatter_(-1, order[..., :keep], True)
     return mask.flatten(-2)
 
 
@@ -155,15 +164,44 @@ def sparse_linear(
     compute_dtype=torch.float64,
 ):
     """Oracle of :func:`nm_act.sparse_linear`; products, sums and the result are in ``compute_dtype``."""
-    z = shifted(x, shift, token_shift)
     selection = {"channel_scale": channel_scale, "shift": shift, "token_shift": token_shift}
     pruned = prune(x, n, m, extra_columns=extra_columns, **selection)
+    return linear_of_pruned(
+        x,
+        pruned,
+        weight,
+        bias,
+        shift=shift,
+        token_shift=token_shift,
+        shift_out=shift_out,
+        variance_correction=variance_correction,
+        column_scale=column_scale,
+        weight_scale=weight_scale,
+        compute_dtype=compute_dtype,
+    )
+
+
+def linear_of_pruned(
+    x,
+    pruned,
+    weight,
+    bias=None,
+    *,
+    shift=None,
+    token_shift="none",
+    shift_out=None,
+    variance_correction=False,
+    column_scale=None,
+    weight_scale=None,
+    compute_dtype=torch.float64,
+):
+    """The rest of :func:`sparse_linear` once the selection ``pruned = P(x - eta)`` is made; differentiable."""
     w = weight.to(compute_dtype)
     if weight_scale is not None:
         w = (weight.double() * weight_scale.double()[:, None]).to(compute_dtype)
     y = pruned.to(compute_dtype) @ w.t()
     if variance_correction:
-        y = y * variance_ratio(z, pruned).to(compute_dtype)
+        y = y * variance_ratio(shifted(x, shift, token_shift), pruned).to(compute_dtype)
     if token_shift != "none":
         row_sums = w.sum(dim=1) if shift_out is None else shift_out.to(compute_dtype)
         y = y + token_shift_values(x, token_shift).to(compute_dtype) * row_sums

@@ -116,7 +116,7 @@ def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
             sparse_layers[module, spec] = NMLinear.from_linear(module, spec)
         _replace(model, name, sparse_layers[module, spec])
     report.mac_fraction = macs[True] / macs.total() if macs else 0.0
-    if recipe.dense_first_tokens:
+    if recipe.needs_token_context:
         _attach_context(model, sorted(stacks), report, TokenContext(recipe.dense_first_tokens))
     model.nm_act_recipe = recipe
     return report

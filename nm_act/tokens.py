@@ -1,4 +1,4 @@
-"""Which tokens of a call are the first of their sequence, for recipes that keep those dense."""
+"""Which tokens of a call are the first of their sequence or padding, for recipes that treat those apart."""
 
 import inspect
 
@@ -6,7 +6,10 @@ import torch
 
 
 class TokenContext:
-    """Tells every :class:`~nm_act.NMLinear` of a model which tokens of the running call are computed dense.
+    """Tells every :class:`~nm_act.NMLinear` of a model what the tokens of the running call are.
+
+    That is: which are computed dense, and for criteria that read a whole sequence (clact) where each one is and which
+    of its tokens are padding.
 
     The first tokens of a sequence act as attention sinks; pruning their activations costs more accuracy
     than their share of the work saves (TEAL and WINA leave them dense). Two hooks on the decoder stack fill
@@ -21,13 +24,14 @@ class TokenContext:
     Parameters
     ----------
     first_tokens : int
-        Tokens per sequence that are computed dense.
+        Tokens per sequence that are computed dense; may be 0.
     """
 
     def __init__(self, first_tokens: int):
         self.first_tokens = first_tokens
         self._shape = (0, 0)  # (batch, tokens) of the running call
         self._rows: slice | torch.Tensor | None = None  # along the tokens, or [batch * tokens] indices
+        self._valid: torch.Tensor | None = None  # [batch, tokens] bool, False for padding
 
     def attach(self, stack: torch.nn.Module) -> None:
         """Install the hooks on the module that owns the decoder layers."""
@@ -51,6 +55,15 @@ class TokenContext:
         flat[rows] = dense(tokens[rows])
         return flat.reshape(y.shape)
 
+    def sequences(self, x: torch.Tensor, default: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``x [..., in]`` as sequences [batch, tokens, in] and which tokens are no padding (None: all).
+
+        ``default`` is returned for a layer that sees other tokens than the running call's.
+        """
+        if x.shape[:-1].numel() != self._shape[0] * self._shape[1]:
+            return default, None
+        return x.reshape(*self._shape, x.shape[-1]), self._valid
+
     @torch.compiler.disable
     def _begin(self, module, args, kwargs) -> None:
         call = {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
@@ -60,10 +73,24 @@ class TokenContext:
             return
         leading = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
         self._shape = (leading[:-1].numel(), leading[-1])
-        self._rows = self._first_rows(call.get("position_ids"), call.get("attention_mask"), call.get("past_key_values"))
+        mask = call.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            self._valid = mask[:, -self._shape[1] :].bool().expand(self._shape)
+        if self.first_tokens:
+            self._rows = self._first_rows(call.get("position_ids"), mask, call.get("past_key_values"))
+
+    def begin_whole_sequences(self, batch: int, tokens: int) -> None:
+        """A call of blocks without their stack begins: whole sequences, no padding."""
+        self._shape = (batch, tokens)
+        self._rows = slice(0, min(self.first_tokens, tokens)) if self.first_tokens else None
+
+    def end(self) -> None:
+        """The running call is over."""
+        self._rows = self._valid = None
+        self._shape = (0, 0)
 
     def _end(self, module, args, output) -> None:
-        self._rows = None
+        self.end()
 
     def _first_rows(self, positions, mask, cache) -> slice | torch.Tensor | None:
         batch, tokens = self._shape

@@ -5,11 +5,21 @@ import pytest
 import torch
 
 from nm_act import criteria
+from nm_act.patterns import NMPattern
 
 
 def _weight(seed=0, out=48, features=32):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(out, features, generator=generator) * torch.rand(features, generator=generator)
+
+
+def _amber_channel(weight: np.ndarray) -> np.ndarray:
+    rows = []
+    for row in weight:
+        low, high = np.quantile(row, [0.005, 0.995])
+        inside = (row >= low) & (row <= high)
+        rows.append(np.where(inside, (row - row[inside].mean()) / row[inside].std(), 0.0))
+    return np.sqrt((np.array(rows) ** 2).sum(axis=0))
 
 
 def _amber(weight: np.ndarray) -> np.ndarray:
@@ -23,6 +33,7 @@ FORMULAS = {
     "wina": lambda w: np.sqrt((w**2).sum(axis=0)),
     "variance": lambda w: w.var(axis=0),
     "amber": _amber,
+    "amber-channel": _amber_channel,
 }
 
 
@@ -47,14 +58,31 @@ def test_scale_is_independent_of_the_memory_layout(name):
 
 
 @pytest.mark.parametrize("alpha", [3.0, 1e-3])
-def test_amber_is_invariant_to_the_scale_of_the_weight(alpha):
+@pytest.mark.parametrize("name", ["amber", "amber-channel"])
+def test_amber_is_invariant_to_the_scale_of_the_weight(name, alpha):
     weight = _weight(2)
-    expected = criteria.channel_scale("amber", weight)
-    torch.testing.assert_close(criteria.channel_scale("amber", weight * alpha), expected, rtol=1e-5, atol=0)
+    expected = criteria.channel_scale(name, weight)
+    torch.testing.assert_close(criteria.channel_scale(name, weight * alpha), expected, rtol=1e-5, atol=0)
 
 
 def test_amber_of_a_constant_weight_ranks_all_channels_alike():
-    assert torch.equal(criteria.channel_scale("amber", torch.full((4, 8), 0.5)), torch.ones(8))
+    for name in ("amber", "amber-channel"):
+        assert torch.equal(criteria.channel_scale(name, torch.full((4, 8), 0.5)), torch.ones(8))
+
+
+@pytest.mark.parametrize("name", ["act", "clact", "weight-magnitude", "wanda"])
+def test_no_scale_derives_from_the_weight(name):
+    assert criteria.channel_scale(name, _weight()) is None
+
+
+def test_pruned_weights():
+    weight, norm = _weight(3), torch.rand(32)
+    for name, scale in (("weight-magnitude", 1.0), ("wanda", norm)):
+        pruned = criteria.prune_weight(name, weight, NMPattern("2:4"), norm)
+        order = (weight.double().abs() * scale).numpy().reshape(48, 8, 4).argsort(axis=-1)
+        expected = weight.numpy().reshape(48, 8, 4).copy()
+        np.put_along_axis(expected, order[..., :2], 0.0, axis=-1)
+        np.testing.assert_array_equal(pruned.numpy(), expected.reshape(48, 32))
 
 
 @pytest.mark.parametrize("order", ["descending", "organ pipe"])
@@ -72,9 +100,9 @@ def test_scale_of_a_parameter_needs_no_gradient():
     assert not criteria.channel_scale("wina", torch.nn.Parameter(_weight())).requires_grad
 
 
-@pytest.mark.parametrize("name", ["clact", "ACT", None, ["act"]])
+@pytest.mark.parametrize("name", ["CLACT", "ACT", None, ["act"]])
 def test_unknown_criterion(name):
-    with pytest.raises(ValueError, match=r"expected a criterion among act, wina, variance, amber, got .*; choose"):
+    with pytest.raises(ValueError, match=r"expected a criterion among act, clact, wina, .*, wanda, got .*; choose"):
         criteria.channel_scale(name, _weight())
 
 

@@ -9,8 +9,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nm_act.mitigations import MITIGATIONS, data_of
 from nm_act.patterns import NMPattern
-from nm_act.recipe import DEFAULT_PROJECTIONS, MITIGATIONS, PHASES, LinearSpec, Recipe, Rule
+from nm_act.recipe import DEFAULT_PROJECTIONS, PHASES, LinearSpec, Recipe, Rule
 
 FULL = Recipe(
     "8:16",
@@ -172,8 +173,8 @@ BAD_RECIPES = [
     ({"pattern": "8:16", "projections": "q_proj"}, "expected projections as a list, got 'q_proj'"),
     ({"pattern": "8:16", "projections": [1]}, r"expected projections as a list of names .*got \[1\]"),
     (
-        {"pattern": "8:16", "criterion": "clact"},
-        "expected a criterion among act, wina, variance, amber, got 'clact'",
+        {"pattern": "8:16", "criterion": "best"},
+        "expected a criterion among act, clact, wina, variance, amber, .*, wanda, got 'best'",
     ),
     (
         {"pattern": "8:16", "mitigation": "var"},
@@ -181,9 +182,15 @@ BAD_RECIPES = [
     ),
     (
         {"pattern": "8:16", "mitigation": ["vars"]},
-        "expected mitigations among var, dpts-mean, dpts-median, got 'vars'",
+        "expected mitigations among var, dpts-mean, dpts-median, .*rsparse-<rank>.-fit..-trained., got 'vars'",
     ),
-    ({"pattern": "8:16", "mitigation": ["dpts-mean", "dpts-median"]}, "expected at most one per-token shift"),
+    (
+        {"pattern": "8:16", "mitigation": ["dpts-mean", "dpts-median"]},
+        "expected at most one shift .*dpts-mean and dpts-m",
+    ),
+    ({"pattern": "8:16", "mitigation": ["var", "var"]}, "expected every mitigation once, got var twice"),
+    ({"pattern": "8:16", "mitigation": ["rsparse-0"]}, "expected mitigations among .*, got 'rsparse-0'"),
+    ({"pattern": "100%"}, "expected a percentage kept between 0 and 100 .*got 100"),
     ({"pattern": "8:16", "phase": "prefil"}, "expected a phase among both, prefill, decode, got 'prefil'"),
     (
         {"pattern": "8:16", "dense_first_tokens": -1},
@@ -255,9 +262,17 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     ("arguments", "sentence"),
     [
         (("3:5",), "expected a group size M"),
-        (("2:4", "clact"), "expected a criterion among"),
-        (("2:4", "act", ("lpts",)), "expected mitigations among"),
-        (("2:4", "act", ("dpts-mean", "dpts-median")), "expected at most one per-token shift"),
+        (("2:4", "CLACT"), "expected a criterion among"),
+        (("2:4", "act", ("LPTS",)), "expected mitigations among"),
+        (("2:4", "act", (["lpts"],)), "expected mitigations among"),
+        (("2:4", "act", ("dpts-mean", "lpts")), "expected at most one shift"),
+        (("2:4", "act", ("pcs", "larosa")), "expected at most one change of the selection's basis"),
+        (("2:4", "act", ("rsparse-4", "rsparse-8")), "expected at most one low-rank pair"),
+        (
+            ("2:4", "act", ("rsparse-4-fit", "larosa")),
+            "expected no change of the selection's basis .*rsparse-4 without",
+        ),
+        (("2:4", "wanda", ("var",)), "expected no mitigation where the weights are pruned"),
         (("2:4", "act", (), "never"), "expected a phase among"),
     ],
 )
@@ -269,7 +284,7 @@ def test_bad_spec(arguments, sentence):
 def test_every_mitigation_is_known_to_the_spec():
     for name in MITIGATIONS:
         spec = LinearSpec("2:4", mitigation=[name])
-        assert spec.variance_correction or spec.token_shift in ("mean", "median")
+        assert spec.variance_correction or spec.token_shift in ("mean", "median") or data_of(spec)
 
 
 def test_an_empty_list_of_projections_is_a_mistake():

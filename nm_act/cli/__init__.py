@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from .calibrate import calibrate
 from .common import EXIT_INTERRUPTED, INTERRUPTED, reports_errors
 from .demo import demo
 from .evaluate import evaluate
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (info, demo, ppl, generate, search):
+for _command in (info, demo, ppl, generate, calibrate, search):
     app.command()(reports_errors(_command))
 app.command(name="eval")(reports_errors(evaluate))
 

@@ -129,6 +129,15 @@ def load(source: str, dtype: str = "auto", device: str = "cpu"):
     return load_model(source, dtype=dtype, device=device)
 
 
+def load_recipe(path: Path):
+    """Recipe of a file; one sentence where there is none."""
+    from ..recipe import Recipe
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe at {str(path)!r}: there is no such file; check the path")
+    return Recipe.load(path)
+
+
 def set_threads(threads: int | None) -> int:
     """Set torch's thread count, or leave it; how many threads are in use."""
     import torch

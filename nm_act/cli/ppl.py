@@ -14,6 +14,7 @@ from .common import (
     check_dense,
     environment,
     load,
+    load_recipe,
     model_name,
     note,
     print_json,
@@ -56,6 +57,10 @@ def ppl(
     recipe: RecipeOption = None,
     criterion: CriterionOption = None,
     mitigation: MitigationOption = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option("--calibration", help="Folder written by nm-act calibrate; may be given several times."),
+    ] = None,
     window: Annotated[
         int | None,
         typer.Option("--window", min=2, help="Tokens per window; 2048 or the model's context by default."),
@@ -71,13 +76,14 @@ def ppl(
     from ..evaluate.perplexity import read_text, tokenize
 
     _check_out(out)
-    recipes = build_recipes(recipe, pattern, criterion, mitigation, default_patterns=DEFAULT_PATTERNS)
+    defaults = () if calibration else DEFAULT_PATTERNS
+    recipes = build_recipes(recipe, pattern, criterion, mitigation, default_patterns=defaults)
     content = read_text(text)
     set_threads(threads)
     dense, tokenizer = load(model, dtype, device)
     check_dense(dense, model)
     tokens = tokenize(tokenizer, content, max_tokens)
-    rows = measure(variants(dense, recipes), tokens, window)
+    rows = measure(variants(dense, recipes, calibration or ()), tokens, window)
     result = {
         "model": model_name(model),
         "text": str(text),
@@ -122,29 +128,36 @@ def build_recipes(
     if mitigation:
         changes["mitigation"] = mitigation
     if path is not None and not patterns:
-        return {path.stem: dataclasses.replace(_load_recipe(path), **changes)}
+        return {path.stem: dataclasses.replace(load_recipe(path), **changes)}
     names = list(dict.fromkeys(patterns or default_patterns))
     if path is None:
         return {name: Recipe(pattern=name, **changes) for name in names}
-    base = _load_recipe(path)
+    base = load_recipe(path)
     return {f"{path.stem} {name}": dataclasses.replace(base, pattern=name, **changes) for name in names}
 
 
-def variants(dense, recipes: dict) -> Iterator[dict]:
-    """The dense model, then a sparse copy for each recipe, made when its turn comes."""
-    from ..evaluate.variants import sparse_copy
+def variants(dense, recipes: dict, calibrations: Iterable[Path] = ()) -> Iterator[dict]:
+    """The dense model, then a sparse copy for each recipe and calibration, made when its turn comes."""
+    from ..calibrate.store import check_calibration
+    from ..evaluate.variants import calibrated_copy, sparse_copy
     from ..sparsify import check_recipe
 
     for recipe in recipes.values():
         check_recipe(dense, recipe)  # before minutes are spent on the dense model
+    for folder in calibrations:
+        check_calibration(dense, folder)
     yield {"name": "dense", "model": dense, "mac_fraction": 0.0, "recipe": None}
-    for name, recipe in recipes.items():
-        report = sparse_copy(dense, recipe)
+    makers = {name: (sparse_copy, recipe) for name, recipe in recipes.items()}
+    for folder in calibrations:
+        name = folder.name if folder.name not in makers else str(folder)
+        makers[name] = (calibrated_copy, folder)
+    for name, (make, source) in makers.items():
+        report = make(dense, source)
         made = {
             "name": name,
             "model": report.model,
             "mac_fraction": report.mac_fraction,
-            "recipe": recipe.to_dict(),
+            "recipe": report.recipe.to_dict(),
         }
         del report
         yield made
@@ -192,14 +205,6 @@ def _measure_one(variant: dict, tokens, window: int | None) -> dict:
         "seconds": time.perf_counter() - start,
         "recipe": variant["recipe"],
     }
-
-
-def _load_recipe(path: Path):
-    from ..recipe import Recipe
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {str(path)!r}: there is no such file; check the path")
-    return Recipe.load(path)
 
 
 def _check_out(out: Path | None) -> None:

@@ -2,11 +2,12 @@
 
 from .decode_speed import DecodeSpeed, decode_speed
 from .perplexity import Perplexity, perplexity, read_text, tokenize
-from .variants import sparse_copy
+from .variants import calibrated_copy, sparse_copy
 
 __all__ = [
     "DecodeSpeed",
     "Perplexity",
+    "calibrated_copy",
     "decode_speed",
     "perplexity",
     "read_text",

@@ -4,10 +4,11 @@ import copy
 
 from torch import nn
 
+from ..calibrate.store import load_calibration
 from ..recipe import Recipe
 from ..sparsify import SparsifyReport, sparsify
 
-__all__ = ["sparse_copy"]
+__all__ = ["calibrated_copy", "sparse_copy"]
 
 
 def sparse_copy(model: nn.Module, recipe: Recipe) -> SparsifyReport:
@@ -33,7 +34,16 @@ def sparse_copy(model: nn.Module, recipe: Recipe) -> SparsifyReport:
     ValueError
         If the recipe names nothing that the model has, or the model is sparse already.
     """
+    return sparsify(_shared_copy(model), recipe)
+
+
+def calibrated_copy(model: nn.Module, folder) -> SparsifyReport:
+    """`sparse_copy` with the recipe and the data of a calibration (:func:`nm_act.load_calibration`)."""
+    return load_calibration(_shared_copy(model), folder)
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
     # A memo that maps every tensor to itself makes deepcopy rebuild the modules around the same tensors.
     shared = {id(tensor): tensor for tensor in model.parameters()}
     shared |= {id(tensor): tensor for tensor in model.buffers()}
-    return sparsify(copy.deepcopy(model, shared), recipe)
+    return copy.deepcopy(model, shared)

@@ -4,7 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-__all__ = ["DTYPES", "demo_model_path", "load_model"]
+__all__ = ["DTYPES", "check_device", "demo_model_path", "load_model"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Names accepted by ``dtype`` of `load_model`."""
@@ -48,7 +48,7 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
     """
     if dtype not in DTYPES:
         raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
-    _check_device(device)
+    check_device(device)
     kind, place = _classify(source)
     if kind == "gguf":
         model, tokenizer = _load_gguf(place, "float32" if dtype == "auto" else dtype)
@@ -57,7 +57,8 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
     return model.to(device).eval(), tokenizer
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raise a ValueError of one sentence for a device that is unknown or not available."""
     import torch
 
     try:

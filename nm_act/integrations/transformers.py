@@ -6,11 +6,12 @@ by itself.
 
 from typing import Any
 
+import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..linear import NMLinear
+from ..linear import FOLLOW_WEIGHT, NMLinear
 from ..recipe import Recipe
 from ..sparsify import replace_linears
 
@@ -69,11 +70,22 @@ class NMActQuantizer(HfQuantizer):
     quantization_config: NMActConfig
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        replace_linears(model, self.quantization_config.recipe)
+        report = replace_linears(model, self.quantization_config.recipe)
+        vectors = {
+            f"{name}.{key}"
+            for name, _ in report.replaced
+            for key in model.get_submodule(name).data()
+            if key not in FOLLOW_WEIGHT
+        }
+        model._keep_in_fp32_modules_strict = vectors | set(model._keep_in_fp32_modules_strict or ())
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for module in model.modules():
             if isinstance(module, NMLinear):
+                # Transformers allocates what the checkpoint lacks and leaves it as it finds it.
+                for value in module.data().values():
+                    if not getattr(value, "_is_hf_initialized", False):
+                        value.fill_(torch.nan)
                 module.refresh()
         return model
 
@@ -88,8 +100,8 @@ class NMActQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``generate`` may compile the model: first tokens kept dense break the graph."""
-        return self.quantization_config.recipe.dense_first_tokens == 0
+        """Whether ``generate`` may compile the model: what looks at sequences breaks the graph."""
+        return not self.quantization_config.recipe.needs_token_context
 
 
 def record_recipe(model, recipe: Recipe) -> str:

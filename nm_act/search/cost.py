@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..criteria import WEIGHT_PRUNING
 from ..linear import NMLinear
 from ..recipe import DENSE, LinearSpec
 from ..sparsify import decoder_linears
@@ -110,7 +111,7 @@ def pattern_of(spec: LinearSpec | None) -> str:
 
 def prunes_activations(spec: LinearSpec) -> bool:
     """False for the baselines that prune weights: their speed-up is that of another operator."""
-    return spec.criterion not in ("weight-magnitude", "wanda")
+    return spec.criterion not in WEIGHT_PRUNING
 
 
 def macs_by_pattern(model: nn.Module) -> dict[str, int]:

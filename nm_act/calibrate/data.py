@@ -1,0 +1,69 @@
+"""Windows of calibration text."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..evaluate.perplexity import read_text
+
+SUFFIXES = (".txt", ".jsonl", ".md")
+"""Files that are read from a folder of calibration text."""
+
+
+def calibration_windows(
+    tokenizer, source: str | os.PathLike, *, windows: int, length: int, seed: int = 0
+) -> torch.Tensor:
+    """Windows of token ids, drawn without replacement from a text cut into consecutive windows.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    source : str or os.PathLike
+        A UTF-8 text file, a ``.jsonl`` file with "text" fields, or a folder of such files (read in order of name).
+    windows : int
+        How many to draw; all there are where the text has fewer.
+    length : int
+        Tokens per window.
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    Tensor [windows, length], int64
+
+    Raises
+    ------
+    ValueError
+        If the numbers are not positive, the folder has no text, or the text is shorter than one window.
+    OSError
+        If a file cannot be read.
+    """
+    if windows < 1 or length < 2:
+        raise ValueError(f"expected at least 1 window of at least 2 tokens, got {windows} of {length}; ask for more")
+    ids = torch.cat([_token_ids(tokenizer, path) for path in _files(Path(source))])
+    available = ids.numel() // length
+    if available == 0:
+        raise ValueError(
+            f"expected calibration text of at least one window of {length} tokens, got {ids.numel()} tokens in "
+            f"{str(source)!r}; give more text or a smaller --length"
+        )
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:windows]
+    return ids[: available * length].view(available, length)[order]
+
+
+def _files(source: Path) -> list[Path]:
+    if not source.is_dir():
+        return [source]
+    files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    # A folder's description of itself is no calibration text.
+    files = [path for path in files if path.stem.upper() not in ("README", "SOURCES", "LICENSE")]
+    if not files:
+        raise ValueError(
+            f"expected text files ({', '.join(SUFFIXES)}) in {str(source)!r}, got none; name a file or another folder"
+        )
+    return files
+
+
+def _token_ids(tokenizer, path: Path) -> torch.Tensor:
+    return torch.tensor(tokenizer(read_text(path), verbose=False)["input_ids"], dtype=torch.int64)

@@ -1,0 +1,237 @@
+"""A calibration run: block by block, each finished block on disk, so that a killed run goes on where it was."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from ..files import write_atomic
+from ..recipe import Recipe
+from ..sparsify import SparsifyReport, check_recipe, sparsify
+from ..version import __version__
+from .blocks import BlockRunner, dense
+from .permute import find_order, fold_order
+from .static import collect, initial_data
+from .store import architecture, is_calibrated, set_layers
+from .training import LOSSES, train_block
+
+_IDENTITY = "run.json"
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How to train what is learned.
+
+    Parameters
+    ----------
+    learning_rate : float
+        Of AdamW, after warm-up.
+    epochs : float
+        Passes over the windows in each block.
+    loss : str
+        "relative" (every token alike) or "mse" (the paper's).
+    seed : int
+        Of the order of the windows.
+
+    Raises
+    ------
+    ValueError
+        If a number is not positive or the loss is unknown.
+    """
+
+    learning_rate: float = 1e-4
+    epochs: float = 1.0
+    loss: str = "mse"
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (self.learning_rate > 0 and self.epochs > 0):
+            raise ValueError(
+                f"expected a positive learning rate and number of epochs, got {self.learning_rate} and {self.epochs}; "
+                "the paper trains one epoch at 1e-4"
+            )
+        if self.loss not in LOSSES:
+            raise ValueError(f"expected a loss among {', '.join(LOSSES)}, got {self.loss!r}; choose one of those")
+
+
+def calibrate(
+    model: nn.Module,
+    recipe: Recipe,
+    windows: torch.Tensor,
+    *,
+    settings: CalibrationSettings | None = None,
+    device: str | torch.device = "cpu",
+    state: str | Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[SparsifyReport, list[dict]]:
+    """Make a dense model sparse and calibrate what its recipe needs.
+
+    Block by block: the block runs dense on what the sparse blocks before it give, which yields the statistics for the
+    static data and the target of training; then it is trained, and its sparse output feeds the next block. One block
+    is on ``device`` at a time; the hidden states of one boundary, [windows, length, hidden], stay in memory.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A dense decoder-only Transformers model, on the CPU; changed in place.
+    recipe : Recipe
+    windows : Tensor [windows, length], int64
+        Token ids, as from :func:`calibration_windows`.
+    settings : CalibrationSettings, optional
+    device : str or torch.device
+        Where blocks run.
+    state : path, optional
+        Folder for finished blocks; an existing one of the same run is taken up. None keeps nothing.
+    progress : callable, optional
+        Called with blocks done, their total, and what is going on.
+
+    Returns
+    -------
+    report : SparsifyReport
+        With the calibrated model as ``.model``.
+    history : list of dict
+        For every block: its index and the losses of :func:`~nm_act.calibrate.training.train_block`.
+
+    Raises
+    ------
+    ValueError
+        If the recipe does not fit the model or needs no calibration, the state is another run's, or a loss is not
+        finite.
+    """
+    settings = settings or CalibrationSettings()
+    device = torch.device(device)
+    if not is_calibrated(recipe):
+        raise ValueError(
+            "expected a recipe with something to calibrate (lpts, ls, spts, rsparse-64, ...), got none; "
+            "use it as it is, without calibration"
+        )
+    check_recipe(model, recipe)
+    store = _State(state, model, recipe, windows, settings)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    report = sparsify(model.eval(), recipe)
+    with dense(each for each in model.modules() if hasattr(each, "bypass")):
+        runner = BlockRunner(model, windows[0])
+        hidden = runner.first_inputs(windows)
+    history = []
+    total = len(runner.names)
+    for index in range(total):
+
+        def note(text: str, index: int = index) -> None:
+            if progress is not None:
+                progress(index, total, text)
+
+        runner.block(index).to(device)
+        finished = store.load(index)
+        if finished is not None:
+            note("taking up")
+            set_layers(model, runner.layers(index), finished)
+            history.append({"block": index})
+        else:
+            history.append({"block": index, **_calibrate_block(runner, index, hidden, settings, device, note)})
+            store.save(index, runner)
+        note("output")
+        hidden = runner.run_all(index, hidden, device)
+        runner.block(index).to(hidden.device)
+        _check_finite(hidden, index)
+    if progress is not None:
+        progress(total, total, "done")
+    return report, history
+
+
+def _calibrate_block(runner: BlockRunner, index: int, hidden, settings, device, note) -> dict:
+    layers, block = runner.layers(index), runner.block(index)
+    if not layers:
+        return {}
+    note("statistics")
+    if any("permute" in layer.spec.mitigation for layer in layers.values()):
+        # A pass of its own: what selections drop, which other data need, depends on the order.
+        with dense(layers.values()), collect(layers, device) as statistics:
+            runner.run_all(index, hidden, device)
+        prefix = runner.names[index] + "."
+        for name, layer in layers.items():
+            if "permute" in layer.spec.mitigation:
+                order = find_order(block, name.removeprefix(prefix), statistics[name].square)
+                fold_order(block, name.removeprefix(prefix), order)
+                layer.input_order.copy_(order)
+    with dense(layers.values()), collect(layers, device) as statistics:
+        targets = runner.run_all(index, hidden, device)
+    for name, layer in layers.items():
+        layer.set_data(**initial_data(layer, statistics[name]))
+    return train_block(
+        runner,
+        index,
+        hidden,
+        targets,
+        learning_rate=settings.learning_rate,
+        epochs=settings.epochs,
+        loss=settings.loss,
+        seed=settings.seed,
+        device=device,
+        progress=lambda step, steps, loss: note(f"step {step}/{steps}, loss {loss:.3g}"),
+    )
+
+
+def _check_finite(hidden: torch.Tensor, index: int) -> None:
+    if not hidden.isfinite().all():
+        raise ValueError(
+            f"expected finite hidden states, got infinities or NaN after block {index}; lower --lr, or use float32"
+        )
+
+
+class _State:
+    """Finished blocks on disk, tied to one run by what determines its result."""
+
+    def __init__(self, folder, model, recipe: Recipe, windows: torch.Tensor, settings: CalibrationSettings):
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        identity = {
+            "version": __version__,
+            "recipe": recipe.to_dict(),
+            "model": _fingerprint(model),
+            "windows": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+            "settings": dataclasses.asdict(settings),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / _IDENTITY
+        if path.is_file():
+            known = json.loads(path.read_text(encoding="utf-8"))
+            other = next((key for key, value in identity.items() if known.get(key) != value), None)
+            if other is not None:
+                raise ValueError(
+                    f"expected the unfinished run in {str(self.folder)!r} to be this one, got another {other}; "
+                    "finish that run, remove the folder or choose another output"
+                )
+        else:
+            write_atomic(path, json.dumps(identity, indent=2) + "\n")
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.safetensors"
+
+    def load(self, index: int) -> dict[str, torch.Tensor] | None:
+        """Data of a finished block, None if it is not finished."""
+        if self.folder is None or not self._path(index).is_file():
+            return None
+        return load_file(self._path(index))
+
+    def save(self, index: int, runner: BlockRunner) -> None:
+        """Keep the data of a block that has just been finished."""
+        if self.folder is not None:
+            tensors = {
+                f"{name}.{key}": value.detach().cpu().contiguous()
+                for name, layer in runner.layers(index).items()
+                for key, value in layer.data().items()
+            }
+            write_atomic(self._path(index), save(tensors))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    sums = [f"{name} {value.sum(dtype=torch.float64).item()!r}" for name, value in model.named_parameters()]
+    return hashlib.sha256("\n".join([architecture(model), *sums]).encode()).hexdigest()

@@ -1,0 +1,98 @@
+"""``nm-act calibrate``: the data that a recipe's mitigations need, from a text; the result is a sparse checkpoint."""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import environment, load, load_recipe, model_name, note, print_json, progress_bar, set_threads, to_json
+from .ppl import DeviceOption, DtypeOption, JsonOption, ModelArgument, ThreadsOption
+
+
+def calibrate(
+    model: ModelArgument,
+    recipe: Annotated[Path, typer.Option("--recipe", help="Recipe (.yaml, .yml or .json) to calibrate.")],
+    data: Annotated[Path, typer.Option("--data", help='Text, .jsonl with "text" fields, or a folder of such files.')],
+    output: Annotated[Path, typer.Option("--output", help="Folder for the result; a killed run is taken up there.")],
+    windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of text.")] = 256,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens per window.")] = 512,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate of what is learned.")] = 1e-4,
+    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the windows in each block.")] = 1.0,
+    loss: Annotated[str, typer.Option("--loss", help="mse, or relative: every token alike.")] = "mse",
+    seed: Annotated[int, typer.Option("--seed", help="Of the choice and the order of windows.")] = 0,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint/--no-checkpoint", help="Also write the whole model for from_pretrained.")
+    ] = True,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Calibrate a recipe's mitigations, decoder block by decoder block."""
+    from ..calibrate import CalibrationSettings, calibration_windows, save_calibration
+    from ..calibrate import calibrate as run
+    from ..calibrate.store import DATA_FILE
+    from ..integrations.checkpoints import check_device
+
+    if (output / DATA_FILE).exists():
+        raise ValueError(f"expected a folder without a finished calibration, got {str(output)!r}; use another")
+    settings = CalibrationSettings(learning_rate=lr, epochs=epochs, loss=loss, seed=seed)
+    chosen = load_recipe(recipe)
+    check_device(device)
+    set_threads(threads)
+    dense, tokenizer = load(model, dtype, "cpu")
+    _check_length(dense, length)
+    ids = calibration_windows(tokenizer, data, windows=windows, length=length, seed=seed)
+    if len(ids) < windows:
+        note(f"the text has {len(ids)} windows of {length} tokens, fewer than {windows}: all are used")
+    output.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with progress_bar("calibrating") as update:
+        report, history = run(
+            dense, chosen, ids, settings=settings, device=device, state=output / "state", progress=update
+        )
+    facts = {
+        "source": model_name(model),
+        "data": data.name,
+        "windows": len(ids),
+        "length": length,
+        "learning_rate": lr,
+        "epochs": epochs,
+        "loss": loss,
+        "seed": seed,
+        "seconds": round(time.perf_counter() - start, 1),
+        "environment": environment(),
+        "recipe": chosen.to_dict(),
+        "blocks": history,
+    }
+    if checkpoint:
+        _save_checkpoint(report.model, tokenizer, output)
+    from ..files import write_atomic
+
+    write_atomic(output / "calibration.json", to_json(facts) + "\n")
+    save_calibration(report.model, output)
+    shutil.rmtree(output / "state")
+    if as_json:
+        print_json(facts)
+        return
+    print(report)
+    print(f"written to {output}: nm-act ppl {model} --calibration {output}")
+
+
+def _check_length(model, length: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ValueError(f"expected --length within the model's context of {context} tokens, got {length}; shorten it")
+
+
+def _save_checkpoint(model, tokenizer, output: Path) -> None:
+    """Write beside, then move in, the configuration last: no folder looks like a model before it is one."""
+    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, output / path.name)

@@ -1,0 +1,241 @@
+"""Error mitigations: what each one needs as data, and what a layer derives from that data.
+
+No mitigation has a forward of its own. Each is data, handed to the one operator :func:`nm_act.sparse_linear` (a channel
+scale, a shift and its image, a column scale, a bias), or put into the weight that the operator reads (the *operand
+weight*), or a change of the input's basis in front of it:
+
+``Y = (nu * P(T(X) - eta) @ V^T + shift term) * column_scale + bias + X @ (AB)^T``,  ``V = T(W - AB)``
+
+==============  =============================================================  =====================================
+name            definition                                                     data
+==============  =============================================================  =====================================
+var             ``nu = sqrt(Var Z / Var P(Z))`` per token                      –
+dpts-mean       eta = the token's mean                                         –
+dpts-median     eta = the token's (lower) median                               –
+spts            eta [in] = the channels' means over calibration text           ``shift``
+spts-scalar     one eta a layer, the mean of all its inputs                    ``shift``
+lpts            eta [in], learned from 0                                       ``shift``
+ls              ``column_scale = 1 + s`` and b' [out], learned from 0          ``column_scale``, ``added_bias``
+rsparse-R       ``P(X)(W - AB)^T + X(AB)^T``, AB = the rank-R part of W's SVD  ``low_rank_in``, ``low_rank_out``
+..-R-fit [ours] the same, AB = the rank-R part of W that sees the largest      the same
+                output error of the selection over calibration text
+..-trained      the same, A and B learned from there                           the same
+pcs             ``P(X/s)(W*s)^T``, ``s_j = sqrt(max|X_j| / max|W_j|)``         ``smoothing``
+larosa          ``P(XQ)(WQ)^T``, Q = eigenvectors of the inputs' covariance    ``rotation``
+permute [ours]  an order of the input channels, folded into the neighbours     ``input_order``
+==============  =============================================================  =====================================
+
+Why pcs is exact: ``P(X/s)(W*s)^T`` multiplies the survivors by the very ``W``, so only the *choice* of survivors
+differs, and that is ``channel_scale / s`` on unchanged X and W (in e4m3 the scaling would also change the rounding).
+The low-rank term is added by :class:`~nm_act.NMLinear` and not by the operator: it reads the dense input, so a kernel
+of the sparse operand could only call the same two small GEMMs, and ``addmm`` already fuses the sum into the second. It
+is not scaled by ``nu`` or ``column_scale``. Shift images and row sums are computed from the operand weight as stored.
+
+Sources: arXiv 2509.22166 (VAR, shifts, LS), R-Sparse (arXiv 2504.19449), LaRoSA (arXiv 2507.01299).
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from . import criteria
+
+Shape = Callable[[int, int, int], tuple[int, ...]]
+"""Shape of a piece of data from in_features, out_features and the rank."""
+
+
+@dataclass(frozen=True)
+class Mitigation:
+    """What a mitigation is made of.
+
+    Attributes
+    ----------
+    text : str
+        What it does, in a few words.
+    data : tuple of str
+        Names of the tensors in ``DATA`` that it needs from calibration.
+    learned : bool
+        Whether they are trained.
+    slot : str
+        Two mitigations of one slot exclude each other; "" excludes none.
+    """
+
+    text: str
+    data: tuple[str, ...] = ()
+    learned: bool = False
+    slot: str = ""
+
+
+DATA: dict[str, Shape] = {
+    "shift": lambda n_in, n_out, rank: (n_in,),
+    "column_scale": lambda n_in, n_out, rank: (n_out,),
+    "added_bias": lambda n_in, n_out, rank: (n_out,),
+    "low_rank_in": lambda n_in, n_out, rank: (rank, n_in),
+    "low_rank_out": lambda n_in, n_out, rank: (n_out, rank),
+    "smoothing": lambda n_in, n_out, rank: (n_in,),
+    "rotation": lambda n_in, n_out, rank: (n_in, n_in),
+    "input_order": lambda n_in, n_out, rank: (n_in,),
+    "input_norm": lambda n_in, n_out, rank: (n_in,),
+}
+"""Calibrated tensor -> its shape; all are float32 (``input_order`` holds whole numbers)."""
+
+MITIGATIONS = {
+    "var": Mitigation("variance correction"),
+    "dpts-mean": Mitigation("per-token mean shift", slot="shift"),
+    "dpts-median": Mitigation("per-token median shift", slot="shift"),
+    "spts": Mitigation("static shift, one value a channel", ("shift",), slot="shift"),
+    "spts-scalar": Mitigation("static shift, one value a layer", ("shift",), slot="shift"),
+    "lpts": Mitigation("learned shift", ("shift",), learned=True, slot="shift"),
+    "ls": Mitigation("learned scale and bias", ("column_scale", "added_bias"), learned=True),
+    "pcs": Mitigation("smoothing", ("smoothing",), slot="basis"),
+    "larosa": Mitigation("rotation", ("rotation",), slot="basis"),
+    "permute": Mitigation("static order of the input channels", ("input_order",)),
+}
+"""Mitigation name -> what it is; "rsparse-R", with any rank R, "-fit" and "-trained" come on top."""
+
+_LOW_RANK = re.compile(r"rsparse-([1-9]\d*)(-fit)?(-trained)?")
+
+
+def mitigation(name: str) -> Mitigation:
+    """The mitigation of that name; ValueError lists the known ones."""
+    if isinstance(name, str):
+        match = _LOW_RANK.fullmatch(name)
+        if match:
+            return Mitigation(f"rank {match[1]}", ("low_rank_in", "low_rank_out"), match[3] is not None, "low rank")
+        if name in MITIGATIONS:
+            return MITIGATIONS[name]
+    raise ValueError(
+        f"expected mitigations among {', '.join(MITIGATIONS)}, rsparse-<rank>[-fit][-trained], got {name!r}; "
+        "choose of those"
+    )
+
+
+def check_mitigations(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names if each is known and they go together, else raise a ValueError of one sentence."""
+    names = tuple(names)
+    slots: dict[str, str] = {}
+    for name in names:
+        slot = mitigation(name).slot
+        if slot and slot in slots:
+            raise ValueError(f"expected at most one {_SLOTS[slot]}, got {slots[slot]} and {name}; remove one of them")
+        if names.count(name) > 1:
+            raise ValueError(f"expected every mitigation once, got {name} twice; remove one of them")
+        slots[slot] = name
+    if is_fitted(names) and "basis" in slots:
+        raise ValueError(
+            f"expected no change of the selection's basis beside a fitted low-rank pair, got {slots['basis']}; use "
+            f"rsparse-{rank_of(names)} without -fit, or remove it"
+        )
+    return names
+
+
+_SLOTS = {
+    "shift": "shift (dpts-mean, dpts-median, spts, spts-scalar, lpts)",
+    "basis": "change of the selection's basis (pcs, larosa)",
+    "low rank": "low-rank pair (rsparse-R)",
+}
+
+
+def rank_of(names: Iterable[str]) -> int:
+    """Rank of the low-rank pair among the mitigations, 0 without one."""
+    return next((int(match[1]) for match in map(_LOW_RANK.fullmatch, names) if match), 0)
+
+
+def is_fitted(names: Iterable[str]) -> bool:
+    """Whether the low-rank pair among the mitigations starts from the selection's error."""
+    return any(match[2] is not None for match in map(_LOW_RANK.fullmatch, names) if match)
+
+
+def data_of(spec) -> tuple[str, ...]:
+    """Names of the calibrated tensors that a :class:`~nm_act.LinearSpec` needs, in the order of ``DATA``."""
+    needed = {name for each in spec.mitigation for name in mitigation(each).data}
+    if spec.criterion == "wanda":
+        needed.add("input_norm")
+    return tuple(name for name in DATA if name in needed)
+
+
+def learned_data_of(spec) -> tuple[str, ...]:
+    """Names of the calibrated tensors that training changes."""
+    learned = {name for each in spec.mitigation if mitigation(each).learned for name in mitigation(each).data}
+    return tuple(name for name in DATA if name in learned)
+
+
+def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
+    """``V [out, in]``, the weight that the operator multiplies by; ``weight`` itself where no method changes it."""
+    if spec.criterion in criteria.WEIGHT_PRUNING:
+        return criteria.prune_weight(spec.criterion, weight, spec.pattern, data.get("input_norm"))
+    v = weight
+    if "low_rank_in" in data:
+        # In float32: W - AB cancels.
+        v = (v.float() - data["low_rank_out"].float() @ data["low_rank_in"].float()).to(weight.dtype)
+    if "rotation" in data:
+        v = (v.float() @ data["rotation"].float()).to(weight.dtype)
+    return v
+
+
+def selection_scale(spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Channel scale of the selection for the operand weight ``v``; with pcs the criterion's for ``V*s``, over s."""
+    if "smoothing" not in data:
+        return criteria.channel_scale(spec.criterion, v)
+    smoothing = data["smoothing"]
+    scale = criteria.channel_scale(spec.criterion, v.float() * smoothing)
+    return smoothing.reciprocal() if scale is None else scale / smoothing
+
+
+def shift_image(spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """``V @ eta`` of a static shift, the row sums ``V @ 1`` of a per-token one, float32; None without a shift."""
+    if spec.token_shift != "none":
+        return v.sum(dim=1, dtype=torch.float64).float()
+    if "shift" in data:
+        return v.float() @ data["shift"].float()
+    return None
+
+
+def smoothing_of(input_max: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """PCS: ``s_j = sqrt(max|X_j| / max|W_j|)`` [in] float32; 1 where either is 0, so that nothing divides by 0."""
+    weight_max = weight.float().abs().amax(dim=0)
+    usable = (input_max > 0) & (weight_max > 0)
+    ratio = torch.where(usable, input_max.float(), 1.0) / torch.where(usable, weight_max, 1.0)
+    return ratio.sqrt()
+
+
+def rotation_of(covariance: torch.Tensor) -> torch.Tensor:
+    """LaRoSA: eigenvectors ``Q [in, in]`` (columns) of the inputs' covariance, the largest eigenvalue first."""
+    return torch.linalg.eigh(covariance.double()).eigenvectors.flip(-1).float()
+
+
+def low_rank_of(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """R-Sparse: ``low_rank_in [rank, in]`` and ``low_rank_out [out, rank]``, whose product is W's best of that rank."""
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return (root.unsqueeze(1) * v[:rank]).float(), (u[:, :rank] * root).float()
+
+
+def fitted_low_rank_of(weight: torch.Tensor, lost: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The low-rank pair that leaves the least output error of the selection [ours].
+
+    ``AB = U U^T W`` with ``U [out, rank]`` the leading eigenvectors of ``W R W^T``: among all pairs of that rank it
+    minimises ``E ||(X - P(X)) (W - AB)^T||^2`` (Eckart and Young, applied to the errors instead of the weight).
+
+    Parameters
+    ----------
+    weight : Tensor [out, in]
+    lost : Tensor [in, in]
+        ``R = E (X - P(X))^T (X - P(X))``, up to a factor.
+    rank : int
+
+    Returns
+    -------
+    low_rank_in : Tensor [rank, in], float32
+    low_rank_out : Tensor [out, rank], float32
+    """
+    w, r = weight.double(), lost.double()
+    if w.shape[0] <= w.shape[1]:
+        u = torch.linalg.eigh(w @ r @ w.t()).eigenvectors[:, -rank:]
+    else:  # the same through the smaller side: the leading right singular vectors of W R^(1/2), then their images
+        values, vectors = torch.linalg.eigh(r)
+        half = w @ (vectors * values.clamp_min(0.0).sqrt())
+        u = torch.linalg.qr(half @ torch.linalg.eigh(half.t() @ half).eigenvectors[:, -rank:]).Q
+    return (u.t() @ w).float(), u.float()
