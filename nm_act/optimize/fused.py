@@ -117,7 +117,12 @@ def _mlp_tail(mlp: nn.Module, y: Tensor) -> Tensor:
     gate, up = y.split(getattr(mlp, mlp.nm_act_gate_up).sizes, dim=-1)
     if mlp.nm_act_packs and takes_packed(mlp.down_proj, gate):
         return product(mlp.down_proj, silu_mul_compress(gate, up, **options(mlp.down_proj)), gate.shape)
-    return mlp.down_proj(mlp.act_fn(gate) * up)
+    return mlp.down_proj(gated(mlp.act_fn, gate, up))
+
+
+def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """The activation of an MLP that is not packed; benchmarks compile it for the dense model too."""
+    return act_fn(gate) * up
 
 
 def fuse_layer(layer: nn.Module) -> list[str]:
@@ -144,9 +149,9 @@ def _sole_consumer(parent: nn.Module, names: tuple[str, ...]) -> str:
 def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
     """A pre-norm layer, ``h = x + attention(norm(x)); h + mlp(norm(h))``, with whatever norm can be packed."""
     merged = getattr(self.self_attn, self.nm_act_qkv).linear if self.nm_act_qkv else None
-    packs_attention = merged is not None and takes_packed(merged, hidden_states)
+    packs_attention = merged is not None and _packs(self.input_layernorm, merged, hidden_states)
     gate_up = getattr(self.mlp, self.mlp.nm_act_gate_up).linear if self.nm_act_packs_mlp else None
-    packs_mlp = gate_up is not None and takes_packed(gate_up, hidden_states)
+    packs_mlp = gate_up is not None and _packs(self.post_attention_layernorm, gate_up, hidden_states)
     if args or not (packs_attention or packs_mlp):
         return type(self).forward(self, hidden_states, *args, **kwargs)
     residual = hidden_states
@@ -162,6 +167,10 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> T
         return hidden + _mlp_tail(self.mlp, y)
     hidden = residual + attention
     return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def _packs(norm: nn.Module, linear: nn.Module, x: Tensor) -> bool:
+    return norm.weight.dtype == x.dtype and takes_packed(linear, x)
 
 
 def restore(module: nn.Module) -> None:
