@@ -1,10 +1,10 @@
 """End-to-end inference of whole models: time to first token, decode tokens/s, peak memory, energy.
 
-Every mode runs the same way: projections merged, elementwise parts compiled, a static cache, flash attention, prompts of
-up to 8192 tokens and all decode steps under CUDA graphs. The baselines of the same run are dense_bf16 and, for fp8 modes,
-dense_fp8 too (fused per-token quantisation, row-wise scaled product; its output head stays in bf16, as in the sparse
-modes). A named model has random weights of the published shapes, built on the device: speed does not depend on them,
-quality is not measured. Rows are written after every measurement, so that an interrupted run keeps them.
+Every mode runs the same way: projections merged, elementwise parts compiled, a static cache, flash attention, prefills
+of up to 8192 tokens and all decode steps under CUDA graphs. The baselines of the same run are dense_bf16 and, for fp8
+modes, dense_fp8 too (fused per-token quantisation, row-wise scaled product; its output head stays in bf16, as in the
+sparse modes). A named model has random weights of the published shapes, built on the device: speed does not depend on
+them, quality is not measured. Rows are written after every measurement, so that an interrupted run keeps them.
 
     python benchmarks/bench_inference.py --model llama-3-8b --prompt 512 4096 16384 --decode 128 --batch 1 8 \
         --mode dense nm-2:4 nm-2:4-fp8 nm-8:16 --csv benchmarks/results/h200/inference.csv
@@ -31,6 +31,9 @@ COLUMNS = (
 HIGHER_IS_BETTER = ("decode_tok_s",)
 GRAPH_TOKENS = 8192
 """Longer prefills keep the device busy for longer than their launches take."""
+
+LONG_TOKENS = 65536
+"""A prefill of more takes seconds: no run is spent on warming up, shorter prompts did that."""
 
 BLOCK = 8
 """Decode steps in one sample."""
@@ -128,7 +131,8 @@ def measure(report: Report, mode: Mode, model, device: Device, batch: int, promp
     ids = ids.to(device.torch)
     if device.cuda and batch * prompt <= GRAPH_TOKENS:
         decoder.capture_prefill(prompt)
-    decoder.prefill(ids)
+    if batch * prompt <= LONG_TOKENS:
+        decoder.prefill(ids)
     energy = device.joules()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < arguments.seconds and len(times) < 20):
@@ -190,26 +194,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = Device(arguments.device)
     report = Report(arguments, device)
     longest = max(arguments.prompt) + arguments.decode + 1
-    # Decode of a block never runs past this, whatever the batch.
     cells = list(itertools.product(arguments.batch, sorted(arguments.prompt)))
-    for mode in arguments.modes:
-        start = time.perf_counter()
-        model = build(arguments.model, mode, arguments.device, getattr(torch, arguments.dtype), longest)
-        undo = compile_parts(model) if device.cuda and not arguments.no_compile else lambda: None
-        print(f"{mode.name}: built in {time.perf_counter() - start:.1f} s", flush=True)
-        try:
-            for batch, prompt in cells:
-                _measure_or_say(report, mode, model, device, batch, prompt, arguments)
-        except KeyboardInterrupt:
-            raise SystemExit(f"interrupted; {len(report.rows.rows)} rows are kept") from None
-        finally:
-            undo()
-            del model
-            device.forget_peak()
+    try:
+        for mode in arguments.modes:
+            _run_mode(report, mode, device, cells, longest, arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; {len(report.rows.rows)} rows are kept") from None
     if arguments.plot:
         from plot_inference import draw
 
         draw(report.rows.rows, arguments.plot)
+
+
+def _run_mode(report, mode, device, cells, longest, arguments) -> None:
+    start = time.perf_counter()
+    model = build(arguments.model, mode, arguments.device, getattr(torch, arguments.dtype), longest)
+    undo = compile_parts(model) if device.cuda and not arguments.no_compile else lambda: None
+    print(f"{mode.name}: built in {time.perf_counter() - start:.1f} s", flush=True)
+    try:
+        for batch, prompt in cells:
+            _measure_or_say(report, mode, model, device, batch, prompt, arguments)
+    finally:
+        undo()
 
 
 def _measure_or_say(report, mode, model, device, batch, prompt, arguments) -> None:

@@ -1,6 +1,8 @@
 """The models of bench_inference.py: their shapes, their modes, and the dense baselines at their best."""
 
 import dataclasses
+import functools
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -133,25 +135,35 @@ def compile_parts(model: nn.Module) -> Callable[[], None]:
     The rotary embedding, the norms and the gated activation each become one kernel, for every shape; the products are
     library calls that a compiler would leave as they are. Compiling whole models takes minutes a shape instead.
     """
-    import importlib
-
+    # Batch or tokens of one, and norms of heads, are shapes of their own.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     family = importlib.import_module(type(model).__module__)
     norm = type(model.get_decoder().norm)
-    compiled = {
-        "SiLUActivation": torch.compile(lambda gate, up: F.silu(gate) * up, dynamic=True),
-        "GELUTanh": torch.compile(lambda gate, up: F.gelu(gate, approximate="tanh") * up, dynamic=True),
-    }
     before = (family.apply_rotary_pos_emb, norm.forward, fused.gated)
 
     def gated(act_fn, gate, up):
-        known = compiled.get(type(act_fn).__name__)
-        return before[2](act_fn, gate, up) if known is None else known(gate, up)
+        function = _GATED.get(type(act_fn).__name__)
+        return before[2](act_fn, gate, up) if function is None else _compiled(function)(gate, up)
 
-    family.apply_rotary_pos_emb = torch.compile(family.apply_rotary_pos_emb, dynamic=True)
-    norm.forward = torch.compile(norm.forward, dynamic=True)
-    fused.gated = gated
+    family.apply_rotary_pos_emb, norm.forward, fused.gated = _compiled(before[0]), _compiled(before[1]), gated
 
     def undo() -> None:
         family.apply_rotary_pos_emb, norm.forward, fused.gated = before
 
     return undo
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
+
+
+def _silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+def _gelu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
+_GATED = {"SiLUActivation": _silu_mul, "GELUTanh": _gelu_mul}

@@ -48,5 +48,7 @@ def profile(title: str, decoder, ids, device) -> dict[str, dict[str, float]]:
         parts = ", ".join(f"{kind} {value:.3f}" for kind, value in result[name].items())
         print(f"profile of {title}, {name}, ms: {parts}", flush=True)
         for event in sorted(trace.key_averages(), key=lambda e: -e.self_device_time_total)[: 8 if device.cuda else 0]:
-            print(f"    {event.self_device_time_total / 1e3 / times:8.3f} ms  {kind_of(event.key):<9} {event.key[:100]}")
+            print(
+                f"    {event.self_device_time_total / 1e3 / times:8.3f} ms  {kind_of(event.key):<9} {event.key[:100]}"
+            )
     return result

@@ -261,6 +261,38 @@ def test_compiles_to_one_graph_for_all_prompt_lengths(name):
     assert len(graphs) == 1
 
 
+def test_decode_steps_with_a_static_cache_are_one_graph():
+    """What generate() compiles: a step over a static cache, again and again."""
+    from transformers import StaticCache
+
+    model = sparse("llama")
+    nm_act.optimize(model)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    ids = IDS[:1]
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, position_ids=torch.arange(12)[None])
+        for step in range(4):
+            token, position = torch.tensor([[40 + step]]), torch.tensor([[12 + step]])
+            y = compiled(input_ids=token, past_key_values=cache, position_ids=position).logits
+            ids = torch.cat([ids, token], dim=1)
+            torch.testing.assert_close(y[:, -1], logits(model, input_ids=ids)[:, -1], atol=1e-4, rtol=1e-3)
+    assert len(graphs) == 1
+
+
+def test_sparsify_can_optimize_at_once():
+    model = family("llama")
+    nm_act.sparsify(model, nm_act.Recipe("2:4"), optimize=True)
+    assert any(isinstance(module, MergedLinear) for module in model.modules())
+
+
 class TestFP8:
     @pytest.mark.parametrize("name", ["llama", "qwen2"])
     def test_stores_a_byte_a_weight_and_stays_near(self, name):

@@ -107,9 +107,7 @@ class FP8Linear(nn.Module):
 
     def to_nm_linear(self) -> NMLinear:
         """A 16-bit layer with the dequantised weight."""
-        layer = NMLinear(
-            self.in_features, self.out_features, self.bias is not None, spec=self.spec, device="meta"
-        )
+        layer = NMLinear(self.in_features, self.out_features, self.bias is not None, spec=self.spec, device="meta")
         layer.weight = nn.Parameter(self.weight, requires_grad=False)
         layer.bias = self.bias
         layer.refresh()

@@ -25,9 +25,9 @@ class MergedLinear(nn.Module):
 
     Notes
     -----
-    The parent keeps a :class:`LinearPart` under every stock name. Inside the parent's forward (see :meth:`sharing`) the
-    first part called computes all outputs, the others take theirs. ``state_dict`` gives the stock names and layout, each
-    weight a contiguous copy; ``load_state_dict`` takes them.
+    The parent keeps a :class:`LinearPart` under every stock name. Inside the parent's forward (:meth:`open` to
+    :meth:`close`) the first part called computes all outputs, the others take theirs. ``state_dict`` gives the stock
+    names and layout, each weight a contiguous copy; ``load_state_dict`` takes them.
     """
 
     def __init__(self, linear: nn.Module, names: tuple[str, ...], sizes: tuple[int, ...]):
@@ -115,9 +115,7 @@ def merge(parent: nn.Module, names: list[str]) -> MergedLinear:
     first = layers[0]
     options = {"bias": first.bias is not None, "device": "meta", "dtype": first.weight.dtype}
     if isinstance(first, NMLinear):
-        linear = NMLinear(
-            first.in_features, sum(sizes), spec=first.spec, weight_layout=first.weight_layout, **options
-        )
+        linear = NMLinear(first.in_features, sum(sizes), spec=first.spec, weight_layout=first.weight_layout, **options)
         linear.token_context = first.token_context
     else:
         linear = nn.Linear(first.in_features, sum(sizes), **options)
@@ -150,9 +148,7 @@ def unmerge(parent: nn.Module, child: str) -> None:
     for name, size, weight, bias in zip(merged.names, merged.sizes, weights, biases, strict=True):
         options = {"bias": bias is not None, "device": "meta"}
         if isinstance(linear, NMLinear):
-            layer = NMLinear(
-                linear.in_features, size, spec=linear.spec, weight_layout=linear.weight_layout, **options
-            )
+            layer = NMLinear(linear.in_features, size, spec=linear.spec, weight_layout=linear.weight_layout, **options)
             layer.token_context = linear.token_context
             own = weight.detach().t().clone().t() if linear.weight_layout == "in_out" else weight.detach().clone()
         else:

@@ -62,8 +62,8 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
 
     Projections that read the same activation and share one spec (q/k/v, gate/up) become one layer, so that the
     activation is selected and compressed once for all of them. On CUDA, where such a layer is 2:4, RMSNorm (with the
-    residual) and SiLU * up write its packed operand directly. Llama, Qwen2, Qwen3 and Gemma 3 of Transformers are known;
-    of other models every layer stays as it is. Checkpoints keep the stock names and layout.
+    residual) and SiLU * up write its packed operand directly. Llama, Qwen2, Qwen3 and Gemma 3 of Transformers are
+    known; of other models every layer stays as it is. Checkpoints keep the stock names and layout.
 
     Parameters
     ----------
@@ -209,6 +209,8 @@ def _not_fp8(layer: NMLinear, layout: str) -> str:
         return "its weight is on the meta device (offloaded)"
     if layer.token_context is not None:
         return "stays in 16 bits: first tokens are dense"
+    if layer.spec.phase == "prefill":
+        return "stays in 16 bits: dense in decode"  # which would have to dequantise it at every step
     why = fused.packable(layer)
     if why.startswith("unfused method"):
         return f"stays in 16 bits: {layer.spec}"

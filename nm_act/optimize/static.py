@@ -55,7 +55,8 @@ class StaticDecoder:
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             raise ValueError(
-                f"expected a model on one device, got {', '.join(sorted(map(str, devices)))}; load it without device_map"
+                f"expected a model on one device, got {', '.join(sorted(map(str, devices)))}; load it without "
+                "device_map"
             )
         if batch < 1 or max_tokens <= WARMUP:
             raise ValueError(f"expected batch >= 1 and max_tokens > {WARMUP}, got {batch} and {max_tokens}")
@@ -272,9 +273,7 @@ def static_attention(
         query = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
         return y.reshape(y.shape[0], 1, -1, y.shape[3]), None
-    y = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask[:, None], scale=scaling, enable_gqa=groups > 1
-    )
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling, enable_gqa=groups > 1)
     return y.transpose(1, 2).contiguous(), None
 
 
