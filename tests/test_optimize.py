@@ -240,9 +240,8 @@ def test_offloaded_layers_stay_as_they_are():
     assert ("model.layers.0.self_attn", ("q_proj", "k_proj", "v_proj")) in report.merged
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_compiles_to_one_graph_for_all_prompt_lengths(name):
-    model = sparse(name)
+def test_compiles_to_one_graph_for_all_prompt_lengths():
+    model = sparse("llama")
     nm_act.optimize(model)
     torch._dynamo.reset()
     graphs = []
