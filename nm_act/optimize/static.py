@@ -273,7 +273,9 @@ def static_attention(
         query = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
         return y.reshape(y.shape[0], 1, -1, y.shape[3]), None
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling, enable_gqa=groups > 1)
+    # With a mask, only the slow kernel of torch takes grouped heads.
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
     return y.transpose(1, 2).contiguous(), None
 
 
