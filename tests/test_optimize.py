@@ -332,6 +332,13 @@ class TestFP8:
         assert fp8.weight.dtype == torch.bfloat16
         assert fp8(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
+    def test_calibrated_layers_stay_in_16_bits(self):
+        model = sparse("llama", nm_act.Recipe("8:16"))
+        model.model.layers[0].mlp.down_proj.register_buffer("shift", torch.ones(96))
+        report = nm_act.optimize(model, fp8="decode")
+        assert dict(report.kept)["model.layers.0.mlp.down_proj"] == "stays in 16 bits: 8:16 act"
+        assert len(report.fp8) == 7
+
     def test_prefill_storage_takes_2_4_only(self):
         rules = [nm_act.Rule(projections=["down_proj"], pattern="8:16")]
         model = sparse("llama", nm_act.Recipe("2:4", rules=rules))

@@ -24,20 +24,28 @@ MAX_ROW_FEATURES = 32768
 _MARKS = ("nm_act_fused", "nm_act_gate_up", "nm_act_packs", "nm_act_qkv", "nm_act_packs_mlp")
 """Attributes that fusing leaves on Transformers' modules."""
 
+_FP8_BUFFERS = {"codes", "weight_scale", "scaled_shift_out", "like"}
+
 STATIC_CRITERIA = ("act", "wina", "variance", "amber")
+
+
+def beyond(linear: nn.Module) -> str:
+    """What a sparse layer does beyond a static score, VAR and D-PTS, which is all that these paths compute."""
+    spec = linear.spec
+    plain = LinearSpec(spec.pattern, criterion=spec.criterion, mitigation=spec.mitigation, phase=spec.phase)
+    known = {"var", "dpts-mean", "dpts-median"}.issuperset(spec.mitigation) and spec.criterion in STATIC_CRITERIA
+    return "" if spec == plain and known and not (calibrated(linear) - _FP8_BUFFERS) else f"unfused method {spec}"
 
 
 def packable(linear: nn.Module) -> str:
     """Why a layer's operand cannot be packed by its producer; empty where it can."""
     if not isinstance(linear, (NMLinear, FP8Linear)):
         return "not sparse"
-    spec, fp8 = linear.spec, isinstance(linear, FP8Linear)
-    if str(spec.pattern) != "2:4":
-        return f"pattern {spec.pattern}"
-    plain = LinearSpec(spec.pattern, criterion=spec.criterion, mitigation=spec.mitigation, phase=spec.phase)
-    known = {"var", "dpts-mean", "dpts-median"}.issuperset(spec.mitigation) and spec.criterion in STATIC_CRITERIA
-    if spec != plain or not known or (not fp8 and calibrated(linear)):
-        return f"unfused method {spec}"
+    fp8 = isinstance(linear, FP8Linear)
+    if str(linear.spec.pattern) != "2:4":
+        return f"pattern {linear.spec.pattern}"
+    if beyond(linear):
+        return beyond(linear)
     if fp8 and linear.layout != "prefill":
         return "e4m3 weight stored for decode"
     if not fp8 and linear.token_context is not None:

@@ -211,9 +211,9 @@ def _not_fp8(layer: NMLinear, layout: str) -> str:
         return "stays in 16 bits: first tokens are dense"
     if layer.spec.phase == "prefill":
         return "stays in 16 bits: dense in decode"  # which would have to dequantise it at every step
-    why = fused.packable(layer)
-    if why.startswith("unfused method"):
+    if fused.beyond(layer):
         return f"stays in 16 bits: {layer.spec}"
+    why = fused.packable(layer)
     if layout == "prefill" and (why or layer.in_features % 32):
         return f"stays in 16 bits: {why or 'in_features is no multiple of 32'}"
     return ""
