@@ -50,8 +50,8 @@ def commit() -> str:
 class Rows:
     """Benchmark rows, rewritten to the CSV after each so that an interrupted run keeps what it measured."""
 
-    def __init__(self, path: str | None, **common: object):
-        self.path, self.rows = path, []
+    def __init__(self, path: str | None, columns: tuple[str, ...] = COLUMNS, **common: object):
+        self.path, self.columns, self.rows = path, columns, []
         self.common = {
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "",
@@ -63,12 +63,16 @@ class Rows:
     def add(self, times: list[float], baseline_times: list[float], **row: object) -> dict[str, object]:
         p20, p50, p80 = percentiles(times)
         base = percentiles(baseline_times)[1]
-        full = {**self.common, **row, "us_p20": f"{p20:.1f}", "us_p50": f"{p50:.1f}", "us_p80": f"{p80:.1f}"}
-        full |= {"baseline_us_p50": f"{base:.1f}", "speedup": f"{base / p50:.3f}"}
+        row |= {"us_p20": f"{p20:.1f}", "us_p50": f"{p50:.1f}", "us_p80": f"{p80:.1f}"}
+        return self.append(**row, baseline_us_p50=f"{base:.1f}", speedup=f"{base / p50:.3f}")
+
+    def append(self, **row: object) -> dict[str, object]:
+        """Add a row of finished columns."""
+        full = {**self.common, **row}
         self.rows.append(full)
         if self.path:
             text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+            writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
             write_atomic(self.path, text.getvalue())

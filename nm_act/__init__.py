@@ -17,6 +17,7 @@ from .ops import (
     support_table,
     unpack_metadata,
 )
+from .optimize import FP8Linear, OptimizeReport, StaticDecoder, deoptimize, optimize
 from .packed import Packed, compress_packed, rms_norm_compress, silu_mul_compress, sparse_gemm, sparse_linear_fp8
 from .patterns import NMPattern
 from .recipe import LinearSpec, Recipe, Rule
@@ -25,23 +26,28 @@ from .version import __version__
 
 __all__ = [
     "Explanation",
+    "FP8Linear",
     "LinearSpec",
     "NMActConfig",
     "NMLinear",
     "NMPattern",
+    "OptimizeReport",
     "Packed",
     "Recipe",
     "Rule",
     "SparsifyReport",
+    "StaticDecoder",
     "__version__",
     "build_info",
     "compress",
     "compress_packed",
     "decompress",
+    "deoptimize",
     "explain",
     "gather_linear",
     "lift_weight",
     "load_calibration",
+    "optimize",
     "pack_metadata",
     "prune",
     "reference",

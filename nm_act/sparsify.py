@@ -52,7 +52,7 @@ class SparsifyReport:
         return "\n".join(lines + ([self.note] if self.note else []))
 
 
-def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True) -> SparsifyReport:
+def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True, optimize: bool = False) -> SparsifyReport:
     """Replace the linear layers that a recipe names by :class:`~nm_act.NMLinear`.
 
     Parameters
@@ -65,6 +65,8 @@ def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True) -> Spars
         What to make sparse, and how.
     inplace : bool
         Change ``model`` itself (default) or a deep copy.
+    optimize : bool
+        Also merge and fuse for inference, as :func:`nm_act.optimize` does.
 
     Returns
     -------
@@ -93,6 +95,10 @@ def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True) -> Spars
         from .integrations.transformers import record_recipe
 
         report.note = record_recipe(report.model, recipe)
+    if optimize:
+        from .optimize import optimize as merge_and_fuse
+
+        merge_and_fuse(report.model)
     return report
 
 

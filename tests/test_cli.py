@@ -304,6 +304,13 @@ def test_generate_streams_and_json_agrees(model):
     assert _ok(*options).strip() == ("The quick" + data["text"]).strip()
 
 
+def test_generate_optimized_gives_the_same_text(model):
+    options = ["generate", model, "The quick", "--pattern", "8:16", "--max-new-tokens", 12, "--json"]
+    plain, optimized = json.loads(_ok(*options)), json.loads(_ok(*options, "--optimize"))
+    assert optimized["variant"] == "8:16, optimized"
+    assert optimized["text"] == plain["text"]
+
+
 def test_generate_dense_is_what_transformers_gives(model):
     network, tokenizer = tiny_model.build()
     inputs = tokenizer("The quick", return_tensors="pt")

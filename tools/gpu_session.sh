@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Builds the extension in place on a machine with a GPU, tests it, checks it with compute-sanitizer and measures it.
 # Every step has a time limit and a log; a failing step does not stop the later ones.
-#   tools/gpu_session.sh [STEP...]    steps: build test sanitize bench (all if none is named)
+#   tools/gpu_session.sh [STEP...]    steps: build test sanitize bench (all of these if none is named) inference
 # Environment: OUT (where logs and CSVs go), PYTHON, NM_ACT_CMAKE_ARGS and MAX_JOBS (as setup.py reads them), COMMIT (for
-# the CSVs where there is no git), QUICK=1 (shorter benchmarks), TEST_ARGS, BENCH_ARGS, and limits in seconds: BUILD_LIMIT,
+# the CSVs where there is no git), QUICK=1 (shorter benchmarks), TEST_ARGS, BENCH_ARGS, INFERENCE_ARGS, and limits in seconds: BUILD_LIMIT,
 # TEST_LIMIT, SANITIZE_LIMIT (each tool), BENCH_LIMIT (each benchmark).
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -46,7 +46,8 @@ fi
 if wanted test; then
   # shellcheck disable=SC2086
   step test "${TEST_LIMIT:-300}" "$python" -m pytest -m gpu -q --timeout 120 tests/test_cuda.py \
-    tests/test_cuda_decode.py tests/test_cuda_linear.py ${TEST_ARGS:-}
+    tests/test_cuda_decode.py tests/test_cuda_linear.py tests/test_cuda_optimize.py tests/test_cuda_windows.py \
+    ${TEST_ARGS:-}
 fi
 
 if wanted sanitize; then
@@ -75,6 +76,12 @@ if wanted bench; then
     --csv "$out/sparse_linear.csv" "${options[@]}"
   TAIL_LINES=40 step bench_decode "${BENCH_LIMIT:-280}" "$python" benchmarks/bench_decode.py \
     --csv "$out/decode.csv" "${options[@]}"
+fi
+
+if wanted inference; then
+  # shellcheck disable=SC2086
+  TAIL_LINES=60 step bench_inference "${BENCH_LIMIT:-280}" "$python" benchmarks/bench_inference.py \
+    --csv "$out/inference.csv" ${COMMIT:+--commit "$COMMIT"} ${INFERENCE_ARGS:-}
 fi
 
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.draw --format=csv,noheader

@@ -172,7 +172,46 @@ def milliseconds(microseconds: str) -> str:
     return f"{float(microseconds) / 1e3:.2f}"
 
 
-BLOCKS = {"support": support, "demo": demo, "cpu-decode": cpu_decode, "cpu-tokens": cpu_tokens, "gpu-speed": gpu_speed}
+INFERENCE_METRICS = {"ttft_ms": "time to first token, ms", "decode_tok_s": "decode tokens/s", "peak_gib": "peak GiB"}
+
+
+def inference() -> str:
+    """One row a mode, batch and prompt; each metric with its ratio to the dense baselines of the run."""
+    source = ROOT / "benchmarks/results/h200/inference.csv"
+    if not source.exists():
+        return "Whole models on a GPU: not measured yet (`benchmarks/bench_inference.py`)."
+    with source.open() as file:
+        measured = list(csv.DictReader(file))
+    cells: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
+    for row in measured:
+        where = (row["model"], row["mode"], row["batch"], row["prompt"])
+        cells.setdefault(where, {}).setdefault(row["metric"], []).append(row)
+    lines = []
+    for where, metrics in cells.items():
+        line = list(where)
+        for metric in INFERENCE_METRICS:
+            rows = metrics.get(metric, [])
+            ratios = [f"{row['speedup']}x of {row['baseline']}" for row in rows if row["baseline"] != row["mode"]]
+            value = f"{float(rows[0]['p50']):.1f}" if rows else "–"
+            line.append(f"{value} ({', '.join(ratios)})" if ratios else value)
+        lines.append(line)
+    first = measured[0]
+    caption = (
+        f"{first['device']}, torch {first['torch']}, CUDA {first['cuda']}, {first['date']}, medians; "
+        "ratios above 1 are better"
+    )
+    header = ["model", "mode", "batch", "prompt", *INFERENCE_METRICS.values()]
+    return f"{table(header, lines, right=2)}\n\n{caption}; `{source.relative_to(ROOT)}`."
+
+
+BLOCKS = {
+    "support": support,
+    "demo": demo,
+    "cpu-decode": cpu_decode,
+    "cpu-tokens": cpu_tokens,
+    "gpu-speed": gpu_speed,
+    "inference": inference,
+}
 
 
 def filled(text: str) -> str:

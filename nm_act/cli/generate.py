@@ -30,6 +30,9 @@ def generate(
     recipe: RecipeOption = None,
     criterion: CriterionOption = None,
     mitigation: MitigationOption = None,
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="Merge projections and fuse norms; the text stays the same.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to add at most.")] = 128,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
@@ -52,6 +55,11 @@ def generate(
 
         [(name, chosen)] = recipes.items()
         sparsify(network, chosen)
+    if optimize:
+        from ..optimize import optimize as merge_and_fuse
+
+        merge_and_fuse(network)
+        name += ", optimized"
     start = time.perf_counter()
     text, count = continue_text(network, tokenizer, prompt, max_new_tokens, stream=not as_json)
     seconds = time.perf_counter() - start

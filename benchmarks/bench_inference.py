@@ -1,0 +1,230 @@
+"""End-to-end inference of whole models: time to first token, decode tokens/s, peak memory, energy.
+
+Every mode runs the same way: projections merged, elementwise parts compiled, a static cache, flash attention, prefills
+of up to 8192 tokens and all decode steps under CUDA graphs. The baselines of the same run are dense_bf16 and, for fp8
+modes, dense_fp8 too (fused per-token quantisation, row-wise scaled product; its output head stays in bf16, as in the
+sparse modes). A named model has random weights of the published shapes, built on the device: speed does not depend on
+them, quality is not measured. Rows are written after every measurement, so that an interrupted run keeps them.
+
+    python benchmarks/bench_inference.py --model llama-3-8b --prompt 512 4096 16384 --decode 128 --batch 1 8 \
+        --mode dense nm-2:4 nm-2:4-fp8 nm-8:16 --csv benchmarks/results/h200/inference.csv
+
+speedup is above 1 where a mode is better than the baseline, for every metric (peak_gib: less memory).
+"""
+
+import argparse
+import gc
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from inference_models import CONFIGS, Mode, build, compile_parts, parse_modes
+from timer import Rows, commit, percentiles
+
+import nm_act
+
+COLUMNS = (
+    *("bench", "device", "model", "mode", "batch", "prompt", "metric", "p20", "p50", "p80"),
+    *("baseline", "baseline_p50", "speedup", "torch", "cuda", "commit", "date"),
+)
+HIGHER_IS_BETTER = ("decode_tok_s",)
+GRAPH_TOKENS = 8192
+"""Longer prefills keep the device busy for longer than their launches take."""
+
+LONG_TOKENS = 65536
+"""A prefill of more takes seconds: no run is spent on warming up, shorter prompts did that."""
+
+BLOCK = 8
+"""Decode steps in one sample."""
+
+
+class Device:
+    """What differs between a GPU and a CPU: synchronising, peak memory, energy."""
+
+    def __init__(self, name: str):
+        self.torch = torch.device(name)
+        self.cuda = self.torch.type == "cuda"
+        self.name = torch.cuda.get_device_name(self.torch) if self.cuda else "cpu"
+        self._nvml = self._open_nvml() if self.cuda else None
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.torch)
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        function()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def forget_peak(self) -> None:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.torch)
+
+    def peak_gib(self) -> float | None:
+        return torch.cuda.max_memory_allocated(self.torch) / 2**30 if self.cuda else None
+
+    def joules(self) -> float | None:
+        """Energy that the device has used since its driver was loaded."""
+        if self._nvml is None:
+            return None
+        library, handle = self._nvml
+        return library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+
+    def _open_nvml(self):
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(self.torch).uuid}")
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+            return pynvml, handle
+        except Exception as error:  # no package, no library, or a device that does not tell
+            print(f"no energy: {type(error).__name__}: {error}")
+            return None
+
+
+class Report:
+    """Rows with their baselines, written as they come."""
+
+    def __init__(self, arguments: argparse.Namespace, device: Device):
+        label = f"{arguments.model} (random weights)" if arguments.model in CONFIGS else arguments.model
+        self.rows = Rows(
+            arguments.csv,
+            COLUMNS,
+            bench="inference",
+            device=device.name,
+            model=label,
+            commit=arguments.commit,
+        )
+        self.medians: dict[tuple, float] = {}
+
+    def add(self, mode: Mode, batch: int, prompt: int, metric: str, samples: Sequence[float]) -> None:
+        low, median, high = percentiles(list(samples))
+        where = (batch, prompt, metric)
+        self.medians[mode.name, *where] = median
+        for baseline in ("dense_bf16", "dense_fp8"):
+            dense = self.medians.get((baseline, *where))
+            if dense is None or (baseline == "dense_fp8" and not mode.fp8):
+                continue
+            speedup = median / dense if metric in HIGHER_IS_BETTER else dense / median
+            row = {"mode": mode.name, "batch": batch, "prompt": prompt, "metric": metric, "baseline": baseline}
+            row |= {"p20": f"{low:.4g}", "p50": f"{median:.4g}", "p80": f"{high:.4g}"}
+            self.rows.append(**row, baseline_p50=f"{dense:.4g}", speedup=f"{speedup:.3f}")
+            print(
+                f"{mode.name:>16} {batch:3} x {prompt:<6} {metric:<12} {median:9.2f} ({low:.2f} - {high:.2f})  "
+                f"{speedup:.2f}x {baseline}",
+                flush=True,
+            )
+
+
+def measure(report: Report, mode: Mode, model, device: Device, batch: int, prompt: int, arguments) -> None:
+    """All metrics of one model, batch and prompt length."""
+    device.forget_peak()
+    decoder = nm_act.StaticDecoder(model, batch=batch, max_tokens=prompt + arguments.decode + 1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, prompt), generator=generator)
+    ids = ids.to(device.torch)
+    if device.cuda and batch * prompt <= GRAPH_TOKENS:
+        decoder.capture_prefill(prompt)
+    if batch * prompt <= LONG_TOKENS:
+        decoder.prefill(ids)
+    energy = device.joules()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < arguments.seconds and len(times) < 20):
+        times.append(device.seconds(lambda: decoder.prefill(ids)))
+    energies = {"ttft_j": _spent(device, energy, len(times))}
+    report.add(mode, batch, prompt, "ttft_ms", [1e3 * seconds for seconds in times])
+    if device.cuda:
+        decoder.capture_step()
+    energy, speeds = device.joules(), []
+    for _ in range(max(1, arguments.decode // BLOCK)):
+        steps = min(BLOCK, arguments.decode)
+        speeds.append(steps * batch / device.seconds(lambda n=steps: [decoder.step() for _ in range(n)]))
+    energies["decode_j_tok"] = _spent(device, energy, len(speeds) * steps * batch)
+    report.add(mode, batch, prompt, "decode_tok_s", speeds)
+    for metric, value in {"peak_gib": device.peak_gib(), **energies}.items():
+        if value:
+            report.add(mode, batch, prompt, metric, [value])
+    if arguments.profile:
+        from inference_profile import profile
+
+        profile(f"{mode.name}, {batch} x {prompt}", decoder, ids, device)
+
+
+def _spent(device: Device, before: float | None, times: int) -> float | None:
+    return None if before is None else (device.joules() - before) / times
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3-8b", help=f"{', '.join(CONFIGS)}, or a folder or hub id")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[512, 4096, 16384])
+    parser.add_argument("--decode", type=int, default=128, help="decoded tokens after each prompt")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--mode", nargs="+", default=["dense", "nm-2:4", "nm-2:4-fp8", "nm-8:16"])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of one prefill, at least 3 runs")
+    parser.add_argument("--csv", help="write the rows to this file")
+    parser.add_argument("--plot", help="draw the speed-ups into this .png")
+    parser.add_argument("--commit", default=commit(), help="what the column commit says, where there is no git")
+    parser.add_argument("--profile", action="store_true", help="where the device's time goes, by kind of kernel")
+    parser.add_argument("--no-compile", action="store_true", help="leave elementwise parts uncompiled")
+    arguments = parser.parse_args(argv)
+    if min(*arguments.prompt, *arguments.batch, arguments.decode) < 1:
+        parser.error("expected prompts, batches and decoded tokens of at least 1")
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"expected a device that torch {torch.__version__} can use here, got cuda; use --device cpu")
+    try:
+        arguments.modes = parse_modes(arguments.mode)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if not arguments.device.startswith("cuda") and any(mode.fp8 for mode in arguments.modes):
+        parser.error("expected a CUDA device for fp8 modes, got cpu; leave them out")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    device = Device(arguments.device)
+    report = Report(arguments, device)
+    longest = max(arguments.prompt) + arguments.decode + 1
+    cells = list(itertools.product(arguments.batch, sorted(arguments.prompt)))
+    try:
+        for mode in arguments.modes:
+            _run_mode(report, mode, device, cells, longest, arguments)
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; {len(report.rows.rows)} rows are kept") from None
+    if arguments.plot:
+        from plot_inference import draw
+
+        draw(report.rows.rows, arguments.plot)
+
+
+def _run_mode(report, mode, device, cells, longest, arguments) -> None:
+    start = time.perf_counter()
+    model = build(arguments.model, mode, arguments.device, getattr(torch, arguments.dtype), longest)
+    undo = compile_parts(model) if device.cuda and not arguments.no_compile else lambda: None
+    print(f"{mode.name}: built in {time.perf_counter() - start:.1f} s", flush=True)
+    try:
+        for batch, prompt in cells:
+            _measure_or_say(report, mode, model, device, batch, prompt, arguments)
+    finally:
+        undo()
+
+
+def _measure_or_say(report, mode, model, device, batch, prompt, arguments) -> None:
+    """One cell that does not fit must not cost the others."""
+    try:
+        measure(report, mode, model, device, batch, prompt, arguments)
+    except torch.OutOfMemoryError as error:
+        print(f"{mode.name} {batch} x {prompt}: out of memory, left out ({str(error).split('.')[0]})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

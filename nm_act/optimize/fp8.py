@@ -1,0 +1,139 @@
+"""e4m3 weights: one byte a weight, one scale an output channel."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops, packed
+from ..linear import NMLinear
+
+E4M3 = torch.float8_e4m3fn
+FP8_LAYOUTS = ("prefill", "decode")
+"""What the one e4m3 copy of a weight is stored for."""
+
+
+class FP8Linear(nn.Module):
+    """An :class:`~nm_act.NMLinear` with its weight in float8_e4m3fn, ``W ~ weight_scale[:, None] * e4m3``.
+
+    Parameters
+    ----------
+    layer : NMLinear
+        Its weight is quantised per output channel: ``weight_scale = max|W| / 448``, rounded to nearest.
+    layout : {"prefill", "decode"}
+        "prefill" stores [out, in], which fp8 tensor cores need: any number of tokens runs ``sparse_linear_fp8``
+        (the pattern must be 2:4). "decode" stores [in, out], of which few tokens read the rows of survivors only; more
+        tokens dequantise the weight to the dtype of x for the time of the call, so they gain no fp8 speed.
+
+    Notes
+    -----
+    ``state_dict`` has the dequantised weight under the stock name, so a checkpoint stays a stock one, but the
+    rounding to e4m3 is in it; ``load_state_dict`` quantises.
+    """
+
+    def __init__(self, layer: NMLinear, layout: str):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.spec, self.layout = layer.spec, layout
+        # Bytes, not e4m3: .to(dtype) converts every floating-point buffer.
+        self.register_buffer("codes", None, persistent=False)
+        self.register_buffer("weight_scale", None, persistent=False)
+        self.register_buffer("channel_scale", layer.channel_scale, persistent=False)
+        self.register_buffer("shift_out", None, persistent=False)
+        self.register_buffer("scaled_shift_out", None, persistent=False)
+        self.register_buffer("like", layer.weight.new_empty(0), persistent=False)  # carries the model's dtype
+        self.bias = layer.bias
+        self.register_state_dict_post_hook(_dequantised_state)
+        self.store(layer.weight)
+        self.train(layer.training)
+
+    @torch.no_grad()
+    def store(self, weight: Tensor) -> None:
+        """Quantise ``weight [out, in]`` and compute the image of the per-token shift from what was stored."""
+        # In slices: a float32 copy of a whole merged weight would be the peak of the process.
+        scales, codes = [], []
+        for rows in weight.split(4096):
+            scale = (rows.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
+            scales.append(scale)
+            codes.append((rows.float() / scale[:, None]).clamp(-448, 448).to(E4M3).view(torch.uint8))
+        self.weight_scale = torch.cat(scales)
+        stored = torch.cat(codes)
+        self.codes = stored if self.layout == "prefill" else stored.t().contiguous()
+        if self.spec.token_shift != "none":
+            self.shift_out = self.weight.sum(dim=1, dtype=torch.float64).float()
+            # sparse_gemm multiplies its shift term by the column scale, here the weight's.
+            self.scaled_shift_out = self.shift_out / self.weight_scale
+
+    @property
+    def e4m3(self) -> Tensor:
+        """``[out, in]``, as stored."""
+        codes = self.codes.view(E4M3)
+        return codes if self.layout == "prefill" else codes.t()
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``, dequantised to the model's dtype: a new tensor at every access."""
+        return self.dequantised(self.like.dtype)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """``[out, in]`` in 16 or 32 bits, in the order of the stored one."""
+        return self.e4m3.float().mul_(self.weight_scale[:, None]).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]``."""
+        options = {
+            "channel_scale": self.channel_scale,
+            "token_shift": self.spec.token_shift,
+            "shift_out": self.shift_out,
+            "variance_correction": self.spec.variance_correction,
+        }
+        if self._is_dense_phase(x):
+            return F.linear(x, self.dequantised(x.dtype), self.bias)
+        if self.layout == "prefill":
+            return packed.sparse_linear_fp8(x, self.e4m3, self.weight_scale, self.bias, **options)
+        pattern = self.spec.pattern
+        options |= {"extra_columns": pattern.extra_columns, "weight_scale": self.weight_scale}
+        return ops.sparse_linear(x, self.e4m3, self.bias, pattern.keep, pattern.group, **options)
+
+    bypass = differentiable = False  # no calibration reaches this layer
+    _is_dense_phase = NMLinear._is_dense_phase
+
+    def to_nm_linear(self) -> NMLinear:
+        """A 16-bit layer with the dequantised weight."""
+        layer = NMLinear(self.in_features, self.out_features, self.bias is not None, spec=self.spec, device="meta")
+        layer.weight = nn.Parameter(self.weight, requires_grad=False)
+        layer.bias = self.bias
+        layer.refresh()
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Sizes, spec and storage, for printing."""
+        return f"{self.in_features}, {self.out_features}, {self.spec}, e4m3 for {self.layout}"
+
+    def _apply(self, fn, recurse=True):
+        scale, vectors = self.weight_scale, (self.shift_out, self.scaled_shift_out, self.channel_scale)
+        super()._apply(fn, recurse)
+        device = self.codes.device
+        self.weight_scale = scale.to(device)  # stays float32 in a bfloat16 model
+        self.shift_out, self.scaled_shift_out, self.channel_scale = (
+            value if value is None else value.to(device) for value in vectors
+        )
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is None:
+            missing.append(f"{prefix}weight")
+        elif weight.shape != (self.out_features, self.in_features):
+            errors.append(
+                f"expected {prefix}weight of shape {[self.out_features, self.in_features]}, got {list(weight.shape)}"
+            )
+        else:
+            self.store(weight.to(self.codes.device, self.like.dtype))
+        bias = state_dict.get(f"{prefix}bias")
+        if self.bias is not None and bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+
+def _dequantised_state(layer: FP8Linear, state: dict, prefix: str, _metadata) -> None:
+    state[f"{prefix}weight"] = layer.weight.contiguous()

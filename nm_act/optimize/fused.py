@@ -1,0 +1,187 @@
+"""Decoder layers whose norms and activations write the packed 2:4 operand of the next product themselves (CUDA).
+
+Attention itself, with its rotary embedding, cache and masks, stays Transformers' own: before it runs, its merged q/k/v
+layer is given the product for this call, computed from the packed norm.
+"""
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from ..linear import NMLinear
+from ..packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
+from ..recipe import LinearSpec
+from .fp8 import FP8Linear
+from .merged import MergedLinear, calibrated
+
+PACKED_TOKENS = 512
+"""Fewest tokens for which a packed 16-bit product pays: ``sparse_gemm_pays`` in csrc/kernels/matmul/config.h."""
+
+MAX_ROW_FEATURES = 32768
+"""Longest row that the fused kernels hold on chip: ``kMaxRowFeatures`` in csrc/kernels/nm_act.h."""
+
+_MARKS = ("nm_act_fused", "nm_act_gate_up", "nm_act_packs", "nm_act_qkv", "nm_act_packs_mlp")
+"""Attributes that fusing leaves on Transformers' modules."""
+
+_FP8_BUFFERS = {"codes", "weight_scale", "scaled_shift_out", "like"}
+
+STATIC_CRITERIA = ("act", "wina", "variance", "amber")
+
+
+def beyond(linear: nn.Module) -> str:
+    """What a sparse layer does beyond a static score, VAR and D-PTS, which is all that these paths compute."""
+    spec = linear.spec
+    plain = LinearSpec(spec.pattern, criterion=spec.criterion, mitigation=spec.mitigation, phase=spec.phase)
+    known = {"var", "dpts-mean", "dpts-median"}.issuperset(spec.mitigation) and spec.criterion in STATIC_CRITERIA
+    return "" if spec == plain and known and not (calibrated(linear) - _FP8_BUFFERS) else f"unfused method {spec}"
+
+
+def packable(linear: nn.Module) -> str:
+    """Why a layer's operand cannot be packed by its producer; empty where it can."""
+    if not isinstance(linear, (NMLinear, FP8Linear)):
+        return "not sparse"
+    fp8 = isinstance(linear, FP8Linear)
+    if str(linear.spec.pattern) != "2:4":
+        return f"pattern {linear.spec.pattern}"
+    if beyond(linear):
+        return beyond(linear)
+    if fp8 and linear.layout != "prefill":
+        return "e4m3 weight stored for decode"
+    if not fp8 and linear.token_context is not None:
+        return "first tokens are dense"
+    step = 32 if fp8 else 16
+    if linear.in_features % step or linear.in_features > MAX_ROW_FEATURES or linear.out_features % 16:
+        return f"{linear.in_features} inputs and {linear.out_features} outputs do not fit the sparse GEMM"
+    return ""
+
+
+def takes_packed(linear: nn.Module, x: Tensor) -> bool:
+    """Whether this call of a packable layer runs on the sparse tensor cores."""
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type):
+        return False
+    if linear._is_dense_phase(x):
+        return False
+    if isinstance(linear, FP8Linear):
+        return True
+    return linear.weight.dtype == x.dtype and x.shape[:-1].numel() >= PACKED_TOKENS
+
+
+def product(linear: nn.Module, operand: Packed, shape: torch.Size) -> Tensor:
+    """``linear`` of a packed operand: ``[..., out]`` for an input of the given shape."""
+    if isinstance(linear, FP8Linear):
+        weight, scale, shift_out, dtype = (
+            linear.e4m3,
+            linear.weight_scale,
+            linear.scaled_shift_out,
+            linear.like.dtype,
+        )
+    else:
+        weight, scale, shift_out, dtype = linear.weight, None, linear.shift_out, linear.weight.dtype
+    y = sparse_gemm(
+        operand.values,
+        operand.metadata,
+        weight,
+        linear.bias,
+        row_scale=operand.row_scale,
+        eta=operand.eta,
+        shift_out=shift_out,
+        column_scale=scale,
+        out_dtype=dtype,
+    )
+    return y.view(*shape[:-1], linear.out_features)
+
+
+def options(linear: nn.Module) -> dict:
+    """Selection and statistics of a packable layer, as the producers take them."""
+    return {
+        "channel_scale": linear.channel_scale,
+        "token_shift": linear.spec.token_shift,
+        "variance_correction": linear.spec.variance_correction,
+        "fp8": isinstance(linear, FP8Linear),
+    }
+
+
+def norm_product(norm: nn.Module, linear: nn.Module, x: Tensor, residual: Tensor | None = None):
+    """``linear(norm(x + residual))`` and ``x + residual``."""
+    *operand, hidden = rms_norm_compress(x, norm.weight, norm.variance_epsilon, residual, **options(linear))
+    return product(linear, Packed(*operand), x.shape), hidden
+
+
+def fuse_mlp(mlp: nn.Module, gate_up: str) -> None:
+    """Call the merged gate and up layer as one, and compress SiLU(gate) * up for a packable down layer."""
+    mlp.nm_act_gate_up = gate_up  # a name, not the module, which has its place already
+    silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
+    mlp.nm_act_packs = silu and not packable(mlp.down_proj)
+    mlp.forward = MethodType(_mlp_forward, mlp)
+
+
+def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return _mlp_tail(self, getattr(self, self.nm_act_gate_up)(x))
+
+
+def _mlp_tail(mlp: nn.Module, y: Tensor) -> Tensor:
+    """From gate and up side by side to the output of the MLP."""
+    gate, up = y.split(getattr(mlp, mlp.nm_act_gate_up).sizes, dim=-1)
+    if mlp.nm_act_packs and takes_packed(mlp.down_proj, gate):
+        return product(mlp.down_proj, silu_mul_compress(gate, up, **options(mlp.down_proj)), gate.shape)
+    return mlp.down_proj(gated(mlp.act_fn, gate, up))
+
+
+def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """The activation of an MLP that is not packed; benchmarks compile it for the dense model too."""
+    return act_fn(gate) * up
+
+
+def fuse_layer(layer: nn.Module) -> list[str]:
+    """Fuse the norms of a pre-norm decoder layer into the products that follow; which ones, empty for none."""
+    attention, mlp = layer.self_attn, layer.mlp
+    layer.nm_act_qkv = _sole_consumer(attention, ("q_proj", "k_proj", "v_proj"))
+    layer.nm_act_packs_mlp = "nm_act_gate_up" in vars(mlp) and not packable(getattr(mlp, mlp.nm_act_gate_up).linear)
+    fused = ["input_layernorm"] if layer.nm_act_qkv else []
+    fused += ["post_attention_layernorm"] if layer.nm_act_packs_mlp else []
+    if fused:
+        layer.nm_act_fused = True
+        layer.forward = MethodType(_layer_forward, layer)
+    return fused
+
+
+def _sole_consumer(parent: nn.Module, names: tuple[str, ...]) -> str:
+    """Name of the merged layer that computes all of ``names`` from a packed operand, or empty."""
+    for child, merged in parent.named_children():
+        if isinstance(merged, MergedLinear) and merged.names == names and not packable(merged.linear):
+            return child
+    return ""
+
+
+def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    """A pre-norm layer, ``h = x + attention(norm(x)); h + mlp(norm(h))``, with whatever norm can be packed."""
+    merged = getattr(self.self_attn, self.nm_act_qkv).linear if self.nm_act_qkv else None
+    packs_attention = merged is not None and _packs(self.input_layernorm, merged, hidden_states)
+    gate_up = getattr(self.mlp, self.mlp.nm_act_gate_up).linear if self.nm_act_packs_mlp else None
+    packs_mlp = gate_up is not None and _packs(self.post_attention_layernorm, gate_up, hidden_states)
+    if args or not (packs_attention or packs_mlp):
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    residual = hidden_states
+    if packs_attention:
+        y, _ = norm_product(self.input_layernorm, merged, hidden_states)
+        # Attention reads no value of its input, only its shape: the parts hand out y for it.
+        getattr(self.self_attn, self.nm_act_qkv).fill(hidden_states, y)
+    else:
+        hidden_states = self.input_layernorm(hidden_states)
+    attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+    if packs_mlp:
+        y, hidden = norm_product(self.post_attention_layernorm, gate_up, attention, residual)
+        return hidden + _mlp_tail(self.mlp, y)
+    hidden = residual + attention
+    return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def _packs(norm: nn.Module, linear: nn.Module, x: Tensor) -> bool:
+    return norm.weight.dtype == x.dtype and takes_packed(linear, x)
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module that was fused, or that shares a merged layer, its own forward back."""
+    for name in ("forward", *_MARKS):
+        vars(module).pop(name, None)

@@ -1,0 +1,228 @@
+"""Linear layers that read the same input, computed as one; checkpoints keep the stock names."""
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from ..linear import NMLinear
+
+_DERIVED = {"channel_scale", "shift_out"}
+"""Buffers of an NMLinear that follow from its weight and spec; anything else was calibrated for that one layer."""
+
+
+class MergedLinear(nn.Module):
+    """Several linear layers over one input as one layer with concatenated outputs.
+
+    Parameters
+    ----------
+    linear : nn.Linear or NMLinear or FP8Linear
+        The layer with all outputs.
+    names : sequence of str
+        The stock names of the merged layers in their parent, in the order of the outputs.
+    sizes : sequence of int
+        Their numbers of outputs.
+
+    Notes
+    -----
+    The parent keeps a :class:`LinearPart` under every stock name. Inside the parent's forward (:meth:`open` to
+    :meth:`close`) the first part called computes all outputs, the others take theirs. ``state_dict`` gives the stock
+    names and layout, each weight a contiguous copy; ``load_state_dict`` takes them.
+    """
+
+    def __init__(self, linear: nn.Module, names: tuple[str, ...], sizes: tuple[int, ...]):
+        super().__init__()
+        self.linear = linear
+        self.names, self.sizes = tuple(names), tuple(sizes)
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+        self._shared = self._filled = False
+        self.register_state_dict_post_hook(_split_state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., sum(sizes)]``, all outputs."""
+        return self.linear(x)
+
+    def part(self, x: Tensor, index: int) -> Tensor:
+        """Output of one of the merged layers, a view of the merged one."""
+        if not self._shared:
+            return self.linear(x).split(self.sizes, dim=-1)[index]
+        if self._input is not x:
+            if self._filled:
+                raise RuntimeError(
+                    f"expected {self.names[index]} to be called with the tensor that its layer was given, got another "
+                    "one; call deoptimize(model) for a model whose attention was changed"
+                )
+            self._input, self._outputs = x, list(self.linear(x).split(self.sizes, dim=-1))
+        output = self._outputs[index]
+        if output is None:  # asked for twice
+            return self.linear(x).split(self.sizes, dim=-1)[index]
+        self._outputs[index] = None
+        return output
+
+    def fill(self, placeholder: Tensor, y: Tensor) -> None:
+        """Announce ``y``, computed from a packed operand, as the output for ``placeholder`` in the next forward."""
+        self._input, self._outputs, self._filled = placeholder, list(y.split(self.sizes, dim=-1)), True
+
+    def open(self) -> None:
+        """Let the parts share one product from here on."""
+        self._shared = True
+
+    def close(self) -> None:
+        """Forget inputs and outputs: what changes in place later must not be served from here."""
+        self._input, self._outputs, self._shared, self._filled = None, [], False, False
+
+    def extra_repr(self) -> str:
+        """The merged layers, for printing."""
+        return " + ".join(f"{name} ({size})" for name, size in zip(self.names, self.sizes, strict=True))
+
+
+class LinearPart(nn.Module):
+    """What stands in a merged layer's old place: same call, same attributes, no parameters of its own."""
+
+    def __init__(self, merged: MergedLinear, index: int):
+        super().__init__()
+        # Not a submodule: the parent has it already.
+        object.__setattr__(self, "_merged", merged)
+        self._index = index
+        self.in_features = merged.linear.in_features
+        self.out_features = merged.sizes[index]
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``, a view of the merged weight."""
+        return self._merged.linear.weight.split(self._merged.sizes)[self._index]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[out]``, a view of the merged bias."""
+        bias = self._merged.linear.bias
+        return bias if bias is None else bias.split(self._merged.sizes)[self._index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]``."""
+        return self._merged.part(x, self._index)
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"{self.in_features}, {self.out_features}, of {self._merged.extra_repr()}"
+
+
+def merge(parent: nn.Module, names: list[str]) -> MergedLinear:
+    """Replace linear layers of ``parent`` that :func:`merge_key` calls equal by one; the old ones are left empty."""
+    layers = [getattr(parent, name) for name in names]
+    sizes = [layer.out_features for layer in layers]
+    first = layers[0]
+    options = {"bias": first.bias is not None, "device": "meta", "dtype": first.weight.dtype}
+    if isinstance(first, NMLinear):
+        linear = NMLinear(first.in_features, sum(sizes), spec=first.spec, weight_layout=first.weight_layout, **options)
+        linear.token_context = first.token_context
+    else:
+        linear = nn.Linear(first.in_features, sum(sizes), **options)
+    grad = first.weight.requires_grad
+    with torch.no_grad():
+        if isinstance(first, NMLinear) and first.weight_layout == "in_out":
+            weight = torch.cat([layer.weight.t() for layer in layers], dim=1).t()
+        else:
+            weight = torch.cat([layer.weight for layer in layers])
+        linear.weight = nn.Parameter(weight, grad)
+        if first.bias is not None:
+            linear.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), first.bias.requires_grad)
+    if isinstance(linear, NMLinear):
+        linear.refresh()
+    merged = MergedLinear(linear.train(first.training), names, sizes)
+    setattr(parent, _child_name(names), merged)
+    for index, name in enumerate(names):
+        setattr(parent, name, LinearPart(merged, index))
+    return merged
+
+
+def unmerge(parent: nn.Module, child: str) -> None:
+    """The inverse of :func:`merge`: layers of their own under the stock names."""
+    merged = getattr(parent, child)
+    delattr(parent, child)
+    linear = merged.linear
+    weights, biases = linear.weight.split(merged.sizes), [None] * len(merged.sizes)
+    if linear.bias is not None:
+        biases = linear.bias.split(merged.sizes)
+    for name, size, weight, bias in zip(merged.names, merged.sizes, weights, biases, strict=True):
+        options = {"bias": bias is not None, "device": "meta"}
+        if isinstance(linear, NMLinear):
+            layer = NMLinear(linear.in_features, size, spec=linear.spec, weight_layout=linear.weight_layout, **options)
+            layer.token_context = linear.token_context
+            own = weight.detach().t().clone().t() if linear.weight_layout == "in_out" else weight.detach().clone()
+        else:
+            layer, own = nn.Linear(linear.in_features, size, **options), weight.detach().clone()
+        layer.weight = nn.Parameter(own, linear.weight.requires_grad)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), linear.bias.requires_grad)
+        if isinstance(layer, NMLinear):
+            layer.refresh()
+        setattr(parent, name, layer.train(linear.training))
+
+
+def merge_key(layer: nn.Module) -> tuple | str:
+    """Layers with equal keys compute the same as one merged layer; a sentence where a layer cannot be merged."""
+    if type(layer) not in (nn.Linear, NMLinear):
+        return f"{type(layer).__name__} is neither torch.nn.Linear nor NMLinear"
+    if layer.weight.is_meta:
+        return "its weight is on the meta device (offloaded)"
+    facts = (layer.in_features, layer.bias is not None, layer.weight.dtype, layer.weight.device)
+    if isinstance(layer, NMLinear):
+        if layer.channel_scale is not None:
+            return f"the scores of {layer.spec.criterion!r} differ from layer to layer"
+        if calibrated(layer):
+            return f"it has calibrated data of its own ({', '.join(sorted(calibrated(layer)))})"
+        facts += (layer.spec, layer.weight_layout, id(layer.token_context))
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return "it has hooks"
+    return facts
+
+
+def calibrated(layer: NMLinear) -> set[str]:
+    """Names of the buffers that do not follow from the weight and the spec."""
+    return {name for name, _ in layer.named_buffers()} - _DERIVED
+
+
+def share_inside_forward(parent: nn.Module) -> None:
+    """Let the merged layers of ``parent`` share their product during its forward."""
+    parent.forward = MethodType(_sharing_forward, parent)
+    parent.register_load_state_dict_pre_hook(_join_state)
+
+
+def _sharing_forward(self: nn.Module, *args, **kwargs):
+    shared = [child for child in self.children() if isinstance(child, MergedLinear)]
+    for merged in shared:
+        merged.open()
+    try:
+        return type(self).forward(self, *args, **kwargs)
+    finally:
+        for merged in shared:
+            merged.close()
+
+
+def _child_name(names: list[str]) -> str:
+    return "merged_" + "_".join(name.removesuffix("_proj") for name in names)
+
+
+def _split_state(merged: MergedLinear, state: dict, prefix: str, _metadata) -> None:
+    """State dict hook: stock names, each tensor contiguous in the stock layout."""
+    parent = prefix.removesuffix(".").rpartition(".")[0]
+    for kind in ("weight", "bias"):
+        value = state.pop(f"{prefix}linear.{kind}", None)
+        if value is None:
+            continue
+        for name, part in zip(merged.names, value.split(merged.sizes), strict=True):
+            state[f"{parent}.{name}.{kind}" if parent else f"{name}.{kind}"] = part.contiguous()
+
+
+def _join_state(parent: nn.Module, state: dict, prefix: str, *_unused) -> None:
+    """Load hook of the parent: the merged tensors from the stock ones; an incomplete set is left to torch to report."""
+    for child, merged in parent.named_children():
+        if not isinstance(merged, MergedLinear):
+            continue
+        for kind in ("weight", "bias"):
+            names = [f"{prefix}{name}.{kind}" for name in merged.names]
+            if all(name in state for name in names):
+                parts = [state.pop(name) for name in names]
+                state[f"{prefix}{child}.linear.{kind}"] = torch.cat([part.to(parts[0].device) for part in parts])

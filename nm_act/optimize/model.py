@@ -1,0 +1,241 @@
+"""Optimising a model for inference, and undoing it."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..linear import NMLinear
+from . import fused
+from .fp8 import FP8_LAYOUTS, FP8Linear
+from .merged import LinearPart, MergedLinear, merge, merge_key, share_inside_forward, unmerge
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+"""Transformers' model folders whose attention and MLP are known to call each projection once, on one input."""
+
+PRE_NORM_FAMILIES = ("llama", "qwen2", "qwen3")
+"""Of these, the ones with layers ``h = x + attention(norm(x)); h + mlp(norm(h))`` and the usual RMSNorm."""
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass
+class OptimizeReport:
+    """What :func:`optimize` did.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The model that was given, optimised.
+    merged : list of (str, tuple of str)
+        Parent of every merged layer and the layers in it.
+    fused : list of str
+        Norms and MLPs that pack the operand of the next product on CUDA.
+    fp8 : list of str
+        Layers whose weight is e4m3 now.
+    kept : list of (str, str)
+        What stayed as it was, and why.
+    """
+
+    model: nn.Module
+    merged: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
+    fp8: list[str] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"merged: {len(self.merged)} groups"]
+        lines += [f"  {' + '.join(names)}  x {count}" for names, count in Counter(n for _, n in self.merged).items()]
+        lines.append(f"packed by their producer on CUDA: {len(self.fused)}")
+        lines += [f"  {name}  x {count}" for name, count in Counter(map(_last, self.fused)).items()]
+        if self.fp8:
+            lines.append(f"e4m3 weights: {len(self.fp8)}")
+        if self.kept:
+            lines.append("as they were:")
+            kept = Counter((_last(name), why) for name, why in self.kept)
+            lines += [f"  {name}: {why}  x {count}" for (name, why), count in kept.items()]
+        return "\n".join(lines)
+
+
+def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
+    """Make a dense or sparse model faster without changing what it computes, in place.
+
+    Projections that read the same activation and share one spec (q/k/v, gate/up) become one layer, so that the
+    activation is selected and compressed once for all of them. On CUDA, where such a layer is 2:4, RMSNorm (with the
+    residual) and SiLU * up write its packed operand directly. Llama, Qwen2, Qwen3 and Gemma 3 of Transformers are
+    known; of other models every layer stays as it is. Checkpoints keep the stock names and layout.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A Transformers model, dense or from :func:`nm_act.sparsify`; each group's weights on one device.
+    fp8 : {"prefill", "decode"}, optional
+        Store the weights of sparse layers in float8_e4m3fn, in one copy: "prefill" as [out, in] for the fp8 tensor
+        cores (2:4 layers only), "decode" as [in, out] for row skipping (any pattern). The model's outputs change by the
+        rounding; dense layers stay in 16 bits.
+
+    Returns
+    -------
+    OptimizeReport
+        What was merged and fused, and why the rest was not.
+
+    Raises
+    ------
+    ValueError
+        If the model is optimised already, ``fp8`` is unknown, or fp8 is asked for a model without sparse layers. The
+        model is unchanged then.
+
+    Notes
+    -----
+    For inference: parameters of merged layers have names of their own, only ``state_dict`` shows the stock ones.
+    :func:`deoptimize` undoes it.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    ...                      vocab_size=99)
+    >>> len(optimize(LlamaForCausalLM(config)).merged)
+    4
+    """
+    _check(model, fp8)
+    report = OptimizeReport(model)
+    parents = {}
+    for name, parent in list(model.named_modules()):
+        for group in GROUPS:
+            if all(isinstance(getattr(parent, child, None), nn.Module) for child in group):
+                parents[name] = (parent, group)
+    for name, (parent, group) in parents.items():
+        why = _unknown(parent, "Attention" if group == GROUPS[0] else "MLP")
+        if why:
+            report.kept.append((name, why))
+        else:
+            _merge_group(report, name, parent, group)
+    if fp8 is not None:
+        _quantise(report, fp8)
+    for name, (parent, group) in parents.items():
+        _fuse_mlp(report, name, parent, group)
+    for name, layer in model.named_modules():
+        if type(layer).__name__.endswith("DecoderLayer"):
+            _fuse_layer(report, name, layer)
+    return report
+
+
+def deoptimize(model: nn.Module) -> nn.Module:
+    """Undo :func:`optimize` in place: stock modules, with the same weights (dequantised ones after fp8).
+
+    Raises
+    ------
+    ValueError
+        If the model is not optimised.
+    """
+    if not is_optimized(model):
+        raise ValueError("expected an optimized model, got one that optimize() has not changed; nothing to undo")
+    for _, module in list(model.named_modules()):
+        for child, layer in list(module.named_children()):
+            if isinstance(layer, FP8Linear):
+                setattr(module, child, layer.to_nm_linear())
+    for _, module in list(model.named_modules()):
+        children = [child for child, layer in module.named_children() if isinstance(layer, MergedLinear)]
+        if children or "nm_act_fused" in vars(module):
+            fused.restore(module)
+        for child in children:
+            unmerge(module, child)
+    return model
+
+
+def is_optimized(model: nn.Module) -> bool:
+    """Whether :func:`optimize` has changed this model."""
+    return any(isinstance(module, (MergedLinear, LinearPart, FP8Linear)) for module in model.modules())
+
+
+def _check(model: nn.Module, fp8: str | None) -> None:
+    if is_optimized(model):
+        raise ValueError(
+            "expected a model that is not optimized yet, got one that is; call deoptimize(model) first to change it"
+        )
+    if fp8 is not None and fp8 not in FP8_LAYOUTS:
+        raise ValueError(f"expected fp8 among {', '.join(FP8_LAYOUTS)}, got {fp8!r}; choose one or leave it out")
+    if fp8 is not None and not any(isinstance(module, NMLinear) for module in model.modules()):
+        raise ValueError("expected a sparse model for fp8, got a dense one; call sparsify(model, recipe) first")
+
+
+def _unknown(module: nn.Module, kind: str) -> str:
+    """Why a module is not known to be safe to change; empty if it is."""
+    family = _family(module)
+    if family not in FAMILIES or not type(module).__name__.endswith(kind):
+        return f"{type(module).__name__} is not of a known family ({', '.join(FAMILIES)})"
+    if "forward" in vars(module):
+        return "its forward is replaced already"
+    return ""
+
+
+def _family(module: nn.Module) -> str:
+    parts = type(module).__module__.split(".")
+    return parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 3 else ""
+
+
+def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:
+    groups: dict[tuple | str, list[str]] = {}
+    for child in group:
+        groups.setdefault(merge_key(getattr(parent, child)), []).append(child)
+    for key, children in groups.items():
+        if isinstance(key, str):
+            report.kept += [(f"{name}.{child}", key) for child in children]
+        elif len(children) == 1:
+            report.kept.append((f"{name}.{children[0]}", "the other projections of its group have other specs"))
+        else:
+            merge(parent, children)
+            report.merged.append((name, tuple(children)))
+    if any(isinstance(child, MergedLinear) for child in parent.children()):
+        share_inside_forward(parent)
+
+
+def _quantise(report: OptimizeReport, layout: str) -> None:
+    for name, module in list(report.model.named_modules()):
+        for child, layer in list(module.named_children()):
+            if not isinstance(layer, NMLinear):
+                continue
+            why = _not_fp8(layer, layout)
+            if why:
+                report.kept.append((f"{name}.{child}", why))
+                continue
+            setattr(module, child, FP8Linear(layer, layout))
+            report.fp8.append(f"{name}.{child}")
+
+
+def _not_fp8(layer: NMLinear, layout: str) -> str:
+    if layer.weight.is_meta:
+        return "its weight is on the meta device (offloaded)"
+    if layer.token_context is not None:
+        return "stays in 16 bits: first tokens are dense"
+    if layer.spec.phase == "prefill":
+        return "stays in 16 bits: dense in decode"  # which would have to dequantise it at every step
+    if fused.beyond(layer):
+        return f"stays in 16 bits: {layer.spec}"
+    why = fused.packable(layer)
+    if layout == "prefill" and (why or layer.in_features % 32):
+        return f"stays in 16 bits: {why or 'in_features is no multiple of 32'}"
+    return ""
+
+
+def _fuse_mlp(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:
+    child = next((child for child, layer in parent.named_children() if isinstance(layer, MergedLinear)), None)
+    if group == GROUPS[1] and child is not None and parent.get_submodule(child).names == group:
+        fused.fuse_mlp(parent, child)
+        if parent.nm_act_packs:
+            report.fused.append(name)
+
+
+def _fuse_layer(report: OptimizeReport, name: str, layer: nn.Module) -> None:
+    if _family(layer) not in PRE_NORM_FAMILIES or "forward" in vars(layer):
+        return
+    children = {child for child, _ in layer.named_children()}
+    if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return
+    if all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
+        report.fused += [f"{name}.{norm}" for norm in fused.fuse_layer(layer)]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,351 @@
+"""Decoding with a cache of fixed size, under CUDA graphs where there is a GPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ATTENTION = "nm_act_static"
+"""Name of :func:`static_attention` among Transformers' attention implementations."""
+
+WARMUP = 3
+"""Steps before a capture: libraries load their kernels and choose algorithms in the first ones."""
+
+
+class StaticDecoder:
+    """Greedy decoding of a batch of equally long prompts, all memory allocated once.
+
+    On CUDA a decode step is one graph launch, and so is a prefill of a length given to :meth:`capture_prefill`;
+    other lengths run directly and compile nothing. On a CPU everything runs directly.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder-only model, dense, sparse or optimized, wholly on one device. Its attention has to go through
+        Transformers' attention interface (all models that allow ``attn_implementation="sdpa"`` and no others).
+    batch : int
+        Sequences at a time.
+    max_tokens : int
+        Most tokens of a sequence, prompt included.
+
+    Raises
+    ------
+    ValueError
+        If the model is spread over devices, or a size is out of range.
+
+    Notes
+    -----
+    Attention reads the filled part of the cache only: flash attention for a prompt, and for the steps of one sequence
+    on CUDA too. Padding is not supported: use ``model.generate``, which is (``cache_implementation="static"`` compiles
+    it).
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    ...                      vocab_size=99)
+    >>> decoder = StaticDecoder(LlamaForCausalLM(config).eval(), max_tokens=16)
+    >>> decoder.generate(torch.tensor([[1, 2, 3]]), 5).shape
+    torch.Size([1, 8])
+    """
+
+    def __init__(self, model: nn.Module, *, batch: int = 1, max_tokens: int):
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) != 1 or next(iter(devices)).type == "meta":
+            raise ValueError(
+                f"expected a model on one device, got {', '.join(sorted(map(str, devices)))}; load it without "
+                "device_map"
+            )
+        if batch < 1 or max_tokens <= WARMUP:
+            raise ValueError(f"expected batch >= 1 and max_tokens > {WARMUP}, got {batch} and {max_tokens}")
+        _register()
+        self.model, self.batch, self.max_tokens = model, batch, max_tokens
+        self.device = next(iter(devices))
+        self._config = model.config.get_text_config()
+        self.length = 0
+        new = lambda *size, dtype=torch.long: torch.zeros(size, dtype=dtype, device=self.device)  # noqa: E731
+        self.token = new(batch, 1)
+        self.logits: Tensor | None = None
+        self._position = new(1, 1)
+        self._lengths = new(batch, dtype=torch.int32)
+        self._cache = _full_cache(self._config, max_tokens)
+        self._pool = None
+        self._step_graph: Callable | None = None
+        self._prefill_graphs: dict[int, tuple[Tensor, Callable]] = {}
+        self._flash = self.device.type == "cuda" and batch == 1 and _flash_works(self._config, model.dtype)
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor) -> Tensor:
+        """Read the prompts ``[batch, tokens]``, int64; the first new token of each, ``[batch, 1]``.
+
+        Raises
+        ------
+        ValueError
+            If the shape does not fit the batch or the cache.
+        """
+        self._check_prompt(input_ids)
+        tokens = input_ids.shape[1]
+        if tokens in self._prefill_graphs:
+            static_ids, replay = self._prefill_graphs[tokens]
+            static_ids.copy_(input_ids)
+            replay()
+        else:
+            self._prefill(input_ids.to(self.device))
+        self.length = tokens
+        return self.token
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        """Append the last token and compute the next one, ``[batch, 1]``: the buffer ``token``, overwritten each step.
+
+        Raises
+        ------
+        ValueError
+            If nothing was prefilled, or the cache is full.
+        """
+        if not 0 < self.length < self.max_tokens:
+            raise ValueError(
+                f"expected 1 to {self.max_tokens - 1} tokens in the cache of {self.max_tokens}, got {self.length}; "
+                "call prefill first, or make a decoder with a larger max_tokens"
+            )
+        if self.device.type == "cuda":
+            if self._step_graph is None:
+                self.capture_step()
+            self._step_graph()
+        else:
+            self._step()
+        self.length += 1
+        return self.token
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+        """Greedy continuation ``[batch, tokens + max_new_tokens]``; nothing stops it early."""
+        self._check_prompt(input_ids, max_new_tokens)
+        tokens = [input_ids.to(self.device), self.prefill(input_ids).clone()]
+        tokens += [self.step().clone() for _ in range(max_new_tokens - 1)]
+        return torch.cat(tokens, dim=1)
+
+    @torch.inference_mode()
+    def capture_step(self) -> None:
+        """Capture the decode step (CUDA); the first :meth:`step` does it by itself."""
+        saved = [tensor.clone() for tensor in self._state()]
+        # At the beginning of the cache, of which the prompt's first keys are put back: steps beyond its end would write
+        # out of bounds.
+        kept = [(layer.keys[:, :, :WARMUP].clone(), layer.values[:, :, :WARMUP].clone()) for layer in self._layers()]
+        self._rewind(0)
+        self._step_graph = self._captured(self._step, lambda: self._rewind(0))
+        for tensor, value in zip(self._state(), saved, strict=False):
+            tensor.copy_(value)
+        for layer, (keys, values) in zip(self._layers(), kept, strict=False):
+            layer.keys[:, :, :WARMUP].copy_(keys)
+            layer.values[:, :, :WARMUP].copy_(values)
+
+    @torch.inference_mode()
+    def capture_prefill(self, tokens: int) -> None:
+        """Capture the prefill of prompts of one length (CUDA): worth it for short ones, bound by kernel launches."""
+        ids = torch.zeros(self.batch, tokens, dtype=torch.long, device=self.device)
+        self._check_prompt(ids)
+        self._prefill_graphs[tokens] = (ids, self._captured(lambda: self._prefill(ids), lambda: None))
+
+    def _prefill(self, input_ids: Tensor) -> None:
+        tokens = input_ids.shape[1]
+        self._rewind(0)
+        self._lengths.fill_(tokens)
+        self._forward(input_ids, torch.arange(tokens, device=self.device)[None])
+        self._position.fill_(tokens)
+
+    def _step(self) -> None:
+        self._lengths.add_(1)
+        self._forward(self.token, self._position)
+        self._position.add_(1)
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        with _attention(self._config):
+            output = self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+                nm_act_lengths=self._lengths,
+                nm_act_flash=self._flash,
+            )
+        self.logits = output.logits
+        self.token.copy_(output.logits[:, -1:].argmax(dim=-1))
+
+    def _captured(self, function: Callable, before: Callable) -> Callable:
+        """One launch for what ``function`` enqueues."""
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP):
+                function()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        before()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        # One pool for all graphs: none needs its intermediate results after another ran.
+        with torch.cuda.graph(graph, pool=self._pool):
+            function()
+        self._pool = self._pool or graph.pool()
+        logits = self.logits
+
+        def replay() -> None:
+            graph.replay()
+            self.logits = logits
+
+        return replay
+
+    def _state(self) -> Iterator[Tensor]:
+        yield from (self.token, self._position, self._lengths)
+        yield from (layer.cumulative_length for layer in self._layers())
+
+    def _layers(self) -> list:
+        return [layer for layer in self._cache.layers if layer.is_initialized]
+
+    def _rewind(self, length: int) -> None:
+        self._position.fill_(length)
+        self._lengths.fill_(length)
+        for layer in self._layers():
+            layer.cumulative_length.fill_(length)
+
+    def _check_prompt(self, input_ids: Tensor, new_tokens: int = 1) -> None:
+        if input_ids.ndim != 2 or input_ids.shape[0] != self.batch or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"expected a prompt of shape [{self.batch}, tokens], got {list(input_ids.shape)}; make a decoder with "
+                "that batch"
+            )
+        if new_tokens < 1:
+            raise ValueError(f"expected at least one new token, got {new_tokens}")
+        # The last token is never appended to the cache.
+        if input_ids.shape[1] + new_tokens - 1 > self.max_tokens:
+            raise ValueError(
+                f"expected prompt and new tokens within the cache of {self.max_tokens}, got {input_ids.shape[1]} + "
+                f"{new_tokens}; make a decoder with a larger max_tokens"
+            )
+
+
+def static_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    nm_act_lengths: Tensor | None = None,
+    nm_act_flash: bool = False,
+    **_ignored,
+) -> tuple[Tensor, None]:
+    """Attention over the filled part of a static cache, in the form of Transformers' attention interface.
+
+    Parameters
+    ----------
+    query : Tensor [batch, heads, tokens, dim]
+    key, value : Tensor [batch, key_heads, max_tokens, dim]
+        The whole cache, new tokens included.
+    nm_act_lengths : Tensor [batch], int32
+        Filled tokens, new ones included; several new tokens always are a prompt, which starts the cache.
+    nm_act_flash : bool
+        One token of one sequence: read the length on the device in flash attention instead of masking the whole cache.
+
+    Returns
+    -------
+    Tensor [batch, tokens, heads, dim], and None
+    """
+    tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
+    if tokens > 1:
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+    if tokens > 1 and (sliding_window is None or tokens <= sliding_window):
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+        return y.transpose(1, 2).contiguous(), None
+    if nm_act_flash and tokens == 1:
+        return _flash_step(query, key, value, nm_act_lengths, scaling, sliding_window), None
+    positions = nm_act_lengths[:, None] - tokens + torch.arange(tokens, device=query.device)
+    columns = torch.arange(key.shape[2], device=query.device)
+    mask = columns <= positions[..., None]
+    if sliding_window is not None:
+        mask = mask & (columns > positions[..., None] - sliding_window)
+    if tokens == 1:
+        # The queries of a group share their keys: they are rows of one product.
+        query = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
+        return y.reshape(y.shape[0], 1, -1, y.shape[3]), None
+    # With a mask, only the slow kernel of torch takes grouped heads.
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
+    return y.transpose(1, 2).contiguous(), None
+
+
+def _flash_step(query, key, value, lengths, scaling, sliding_window) -> Tensor:
+    """One token of one sequence; ``[1, 1, heads, dim]``."""
+    most = key.shape[2]
+    starts = torch.arange(2, dtype=torch.int32, device=query.device)
+    # The window counts the keys before the query itself.
+    window = -1 if sliding_window is None or sliding_window >= most else sliding_window - 1
+    y = torch.ops.aten._flash_attention_forward(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        starts,
+        starts * most,
+        1,
+        most,
+        0.0,
+        False,
+        False,
+        scale=scaling,
+        window_size_left=window,
+        window_size_right=-1 if window < 0 else 0,
+        seqused_k=lengths,
+    )[0]
+    return y[None]
+
+
+@torch.inference_mode()
+def _flash_works(config, dtype: torch.dtype) -> bool:
+    """Whether this torch's flash attention takes a length from the device, tried on a small cache."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator, device="cuda", dtype=dtype)  # noqa: E731
+    query, key, value = draw(1, heads, 1, dim), draw(1, key_heads, 512, dim), draw(1, key_heads, 512, dim)
+    lengths = torch.full((1,), 300, dtype=torch.int32, device="cuda")
+    windows = {None, getattr(config, "sliding_window", None) and 64}
+    try:
+        for window in windows:
+            options = {"scaling": dim**-0.5, "sliding_window": window, "nm_act_lengths": lengths}
+            masked, _ = static_attention(None, query, key, value, **options)
+            flash, _ = static_attention(None, query, key, value, nm_act_flash=True, **options)
+            torch.testing.assert_close(flash, masked, atol=2e-2, rtol=2e-2)
+    except (RuntimeError, TypeError, AssertionError):  # other versions refuse arguments, or ignore them
+        return False
+    return True
+
+
+@contextmanager
+def _attention(config):
+    """Let the model's attention run :func:`static_attention` meanwhile."""
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, static_attention)
+
+
+def _full_cache(config, max_tokens: int):
+    """A cache that holds all tokens of every layer; windows are the attention's matter."""
+    from transformers.cache_utils import Cache, StaticLayer
+
+    return Cache(layers=[StaticLayer(max_cache_len=max_tokens) for _ in range(config.num_hidden_layers)])

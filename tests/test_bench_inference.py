@@ -1,0 +1,97 @@
+"""The end-to-end benchmark on a tiny model and a CPU: its rows, its baselines, and that an interruption keeps them."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import bench_inference
+import inference_models
+from inference_profile import kind_of
+
+TINY = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--decode", "4", "--seconds", "0"]
+
+
+def rows_of(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_and_baselines(tmp_path):
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text("pattern: 8:16\nskip_layers: [0]\n")
+    out, plot = tmp_path / "inference.csv", tmp_path / "inference.png"
+    arguments = ["--prompt", "5", "8", "--batch", "1", "2", "--mode", "nm-2:4", str(recipe)]
+    bench_inference.main([*TINY, *arguments, "--csv", str(out), "--plot", str(plot)])
+    rows = rows_of(out)
+    assert tuple(rows[0]) == bench_inference.COLUMNS
+    assert [row["mode"] for row in rows[::8]] == ["dense_bf16", "nm-2:4", "mixed"]
+    assert {row["metric"] for row in rows} == {"ttft_ms", "decode_tok_s"}
+    assert {row["model"] for row in rows} == {"tiny (random weights)"}
+    for row in rows:
+        dense = next(
+            r
+            for r in rows
+            if r["mode"] == "dense_bf16" and all(r[key] == row[key] for key in ("batch", "prompt", "metric"))
+        )
+        assert row["baseline_p50"] == dense["p50"]
+        ratio = float(row["p50"]) / float(dense["p50"])
+        faster = ratio if row["metric"] == "decode_tok_s" else 1 / ratio
+        assert float(row["speedup"]) == pytest.approx(faster, rel=2e-2)
+        assert float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+    assert plot.stat().st_size > 1000
+
+
+def test_an_interruption_keeps_the_rows(tmp_path, monkeypatch):
+    out = tmp_path / "inference.csv"
+    build = bench_inference.build
+
+    def interrupted(name, mode, *rest):
+        if mode.name != "dense_bf16":
+            raise KeyboardInterrupt
+        return build(name, mode, *rest)
+
+    monkeypatch.setattr(bench_inference, "build", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; 2 rows are kept"):
+        bench_inference.main([*TINY, "--prompt", "5", "--batch", "1", "--mode", "nm-2:4", "--csv", str(out)])
+    assert len(rows_of(out)) == 2
+
+
+def test_modes():
+    modes = inference_models.parse_modes(["nm-2:4-fp8", "dense", "nm-8:16-fp8", "nm-8:16"])
+    assert [(mode.name, mode.fp8) for mode in modes] == [
+        ("dense_bf16", None),
+        ("dense_fp8", "prefill"),
+        ("nm-2:4-fp8", "prefill"),
+        ("nm-8:16-fp8", "decode"),
+        ("nm-8:16", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--mode", "sparse"], "expected a mode such as dense, nm-2:4"),
+        (["--mode", "nm-2:5"], "2:5"),
+        (["--mode", "nm-2:4-fp8"], "expected a CUDA device for fp8 modes, got cpu"),
+        (["--prompt", "0"], "expected prompts, batches and decoded tokens of at least 1"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, sentence, capsys):
+    with pytest.raises(SystemExit):
+        bench_inference.main([*TINY, *arguments])
+    assert sentence in capsys.readouterr().err
+
+
+def test_kernels_have_kinds():
+    names = {
+        "void nm_act::(anonymous namespace)::compress_row_kernel<RmsNorm>": "compress",
+        "void pytorch_flash::flash_fwd_splitkv_kernel<...>": "attention",
+        "void cutlass::device_kernel<GemmUniversal<SparseTensorOp>>": "linear",
+        "nvjet_sm90_tst_128x256": "linear",
+        "triton_per_fused__to_copy_mean_mul_rsqrt_0": "norm",
+        "triton_poi_fused_cat_mul_neg_1": "other",
+    }
+    assert {name: kind_of(name) for name in names} == names

@@ -1,0 +1,148 @@
+"""The packed path of optimize(), its CUDA operators replaced by plain torch: which tensors go where, and the residuals."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_families import family
+from torch.nn import functional as F
+
+import nm_act
+from nm_act import reference
+from nm_act.optimize import fused
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def compressed(x, calls, name, *, token_shift, variance_correction, channel_scale, fp8):
+    """A "packed" operand whose values are the pruned activation itself."""
+    calls.append(name)
+    flat = x.reshape(-1, x.shape[-1])
+    pruned = reference.prune(flat, 2, 4, channel_scale=channel_scale, token_shift=token_shift)
+    empty = flat.new_empty(0)
+    shifted = reference.shifted(flat, None, token_shift)
+    nu = reference.variance_ratio(shifted, pruned).flatten().float() if variance_correction else empty
+    eta = reference.token_shift_values(flat, token_shift).flatten() if token_shift != "none" else empty
+    return nm_act.Packed(pruned, empty, nu, eta)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made = []
+
+    def rms_norm_compress(x, weight, eps, residual=None, **options):
+        hidden = x if residual is None else x + residual
+        normed = F.rms_norm(hidden, (x.shape[-1],), weight, eps)
+        return *compressed(normed, made, "norm" if residual is None else "norm + residual", **options), hidden
+
+    def silu_mul_compress(gate, up, **options):
+        return compressed(F.silu(gate) * up, made, "silu", **options)
+
+    def sparse_gemm(values, _metadata, weight, bias, *, row_scale, eta, shift_out, column_scale, out_dtype):
+        assert out_dtype == torch.float32
+        y = values @ weight.float().t()
+        y = y * row_scale[:, None] if row_scale.numel() else y
+        y = y + eta[:, None] * shift_out if eta.numel() else y
+        y = y if column_scale is None else y * column_scale
+        return y if bias is None else y + bias
+
+    for replaced in (rms_norm_compress, silu_mul_compress, sparse_gemm):
+        monkeypatch.setattr(fused, replaced.__name__, replaced)
+    monkeypatch.setattr(fused, "takes_packed", lambda linear, x: not linear._is_dense_phase(x))
+    monkeypatch.setattr(
+        nm_act.packed,
+        "sparse_linear_fp8",
+        lambda x, w, scale, bias, **options: nm_act.sparse_linear(x, w.float() * scale[:, None], bias, **options),
+    )
+    return made
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def recipe_of(**projections):
+    rules = [nm_act.Rule(projections=[name], pattern=pattern) for name, pattern in projections.items()]
+    return nm_act.Recipe("2:4", mitigation=["var", "dpts-mean"], rules=rules)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_norms_and_activations_feed_their_products(name, calls):
+    model = family(name)
+    nm_act.sparsify(model, recipe_of())
+    expected = logits(model)
+    report = nm_act.optimize(model)
+    assert len(report.fused) == 6
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert calls == ["norm", "norm + residual", "silu"] * 2
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected_calls"),
+    [
+        ({"v_proj": "8:16"}, ["norm + residual", "silu"]),
+        ({"up_proj": "dense"}, ["norm"]),
+        ({"down_proj": "4:8"}, ["norm", "norm + residual"]),
+        ({"q_proj": "dense", "gate_proj": "dense"}, []),
+    ],
+)
+def test_what_is_not_plain_2_4_stays_unfused(rules, expected_calls, calls):
+    model = family("llama")
+    nm_act.sparsify(model, recipe_of(**rules))
+    expected = logits(model)
+    nm_act.optimize(model)
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert calls == expected_calls * 2
+
+
+def test_the_norm_of_gemma_and_its_gelu_stay_unfused(calls):
+    model = family("gemma3")
+    nm_act.sparsify(model, recipe_of())
+    expected = logits(model)
+    assert nm_act.optimize(model).fused == []
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert calls == []
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_phases_are_respected(phase, calls):
+    model = family("llama")
+    nm_act.sparsify(model, nm_act.Recipe("2:4", phase=phase))
+    expected = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    nm_act.optimize(model)
+    calls.clear()
+    assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), expected)
+    assert calls.count("silu") == (2 if phase == "prefill" else 6)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_e4m3_products_scale_their_outputs_and_shifts(name, calls):
+    model = family(name)
+    nm_act.sparsify(model, recipe_of())
+    nm_act.optimize(model, fp8="prefill")
+    fast = logits(model)
+    assert calls == ["norm", "norm + residual", "silu"] * 2
+    nm_act.deoptimize(model)  # now with the rounded weights
+    torch.testing.assert_close(fast, logits(model), atol=2e-5, rtol=1e-4)
+
+
+def test_hidden_states_are_those_of_the_unfused_model(calls):
+    model = family("llama")
+    nm_act.sparsify(model, recipe_of())
+    with torch.no_grad():
+        expected = model(input_ids=IDS, output_hidden_states=True).hidden_states
+        nm_act.optimize(model)
+        actual = model(input_ids=IDS, output_hidden_states=True).hidden_states
+    assert len(actual) == len(expected) == 3
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_thresholds_are_those_of_the_kernels():
+    source = Path(__file__).parent.parent / "csrc"
+    config = (source / "kernels" / "matmul" / "config.h").read_text(encoding="utf-8")
+    assert re.search(r"problem\.tokens >= (\d+)", config)[1] == str(fused.PACKED_TOKENS)
+    text = "".join(path.read_text(encoding="utf-8") for path in (source / "kernels").rglob("*.[hc]*"))
+    assert re.search(r"kMaxRowFeatures = (\d+)", text)[1] == str(fused.MAX_ROW_FEATURES)

@@ -1,0 +1,55 @@
+"""StaticDecoder: the tokens that generate() gives, from a cache that is allocated once."""
+
+import pytest
+import torch
+from tiny_families import KNOWN, family
+
+import nm_act
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def reference(model, ids, new_tokens):
+    return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_generates_what_transformers_generates(name, batch):
+    model = family(name)
+    nm_act.sparsify(model, nm_act.Recipe("8:16"))
+    nm_act.optimize(model)
+    decoder = nm_act.StaticDecoder(model, batch=batch, max_tokens=32)
+    before = model.config._attn_implementation
+    for tokens in (12, 3):  # a shorter prompt over a used cache
+        ids = IDS[:batch, :tokens]
+        assert torch.equal(decoder.generate(ids, 9), reference(model, ids, 9))
+    assert model.config._attn_implementation == before
+
+
+def test_steps_go_on_from_any_state():
+    model = family("llama")
+    decoder = nm_act.StaticDecoder(model, max_tokens=15)
+    expected = reference(model, IDS[:1], 4)
+    assert decoder.prefill(IDS[:1]).item() == expected[0, 12]
+    assert [decoder.step().item() for _ in range(3)] == expected[0, 13:].tolist()
+    with pytest.raises(ValueError, match=r"expected 1 to 14 tokens in the cache of 15, got 15"):
+        decoder.step()
+
+
+def test_wrong_uses_are_one_sentence():
+    model = family("llama")
+    decoder = nm_act.StaticDecoder(model, max_tokens=14)
+    with pytest.raises(ValueError, match=r"expected 1 to 13 tokens in the cache of 14, got 0; call prefill"):
+        decoder.step()
+    with pytest.raises(ValueError, match=r"expected a prompt of shape \[1, tokens\], got \[2, 12\]"):
+        decoder.prefill(IDS)
+    with pytest.raises(ValueError, match=r"within the cache of 14, got 12 \+ 4; make a decoder"):
+        decoder.generate(IDS[:1], 4)
+    with pytest.raises(ValueError, match="expected at least one new token, got 0"):
+        decoder.generate(IDS[:1], 0)
+    with pytest.raises(ValueError, match="expected batch >= 1"):
+        nm_act.StaticDecoder(model, batch=0, max_tokens=14)
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="expected a model on one device, got cpu, meta"):
+        nm_act.StaticDecoder(model, max_tokens=14)

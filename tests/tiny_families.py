@@ -1,0 +1,59 @@
+"""A few random layers of every family that optimize() knows, and of one that it does not."""
+
+import torch
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+KNOWN = ("llama", "qwen2", "qwen3", "gemma3")
+
+
+def family(name: str, **changes):
+    """A model in evaluation mode, float32, the same at every call."""
+    import transformers
+
+    prefix = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3", "phi3": "Phi3"}[name]
+    sizes = {**SIZES, **changes}
+    if name == "gemma3":
+        sizes |= {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+        sizes |= {"layer_types": ["sliding_attention", "full_attention"]}
+    if name == "qwen3":
+        sizes["head_dim"] = 32
+    config_name = f"{prefix}TextConfig" if name == "gemma3" else f"{prefix}Config"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, config_name)(**sizes))
+    # Biases and norms start as constants, which would hide a mixed-up one.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@torch.no_grad()
+def decide(model):
+    """Let two channels of every four be 50 times the others wherever the model prunes, and return it.
+
+    Then rounding decides next to no selection, and results in 16 bits can be compared: one activation that is pruned in
+    one of two runs makes more of a difference than all roundings together.
+    """
+    for layer in model.get_decoder().layers:
+        norms = [module for name, module in layer.named_children() if "norm" in name]
+        vectors = [norm.weight for norm in norms]
+        vectors += [
+            row for name in ("self_attn.v_proj", "mlp.up_proj") for row in layer.get_submodule(name).parameters()
+        ]
+        for vector in vectors:
+            small = torch.arange(vector.shape[0]) % 4 >= 2
+            one_plus = "Gemma" in type(layer).__name__ and any(vector is norm.weight for norm in norms)
+            vector[small] = -0.98 if one_plus else 0.02 * vector[small]
+    return model
