@@ -195,6 +195,8 @@ std::pair<std::string, std::string> choose_path(bool on_cuda, int64_t tokens, co
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info);
   m.def("support_table", support_table);
+  m.attr("SPARSE_GEMM_TOKENS") = nm_act::kSparseGemmTokens;
+  m.attr("MAX_ROW_FEATURES") = nm_act::kMaxRowFeatures;
   m.def("gather_configs", gather_configs, py::arg("tokens"), py::arg("out_features"), py::arg("in_features"),
         py::arg("bits8"), py::arg("keep"), py::arg("group"), py::arg("compute_capability_major"),
         py::arg("multiprocessors"));

@@ -9,17 +9,18 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+from .. import _C
 from ..linear import NMLinear
 from ..packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
 from ..recipe import LinearSpec
 from .fp8 import FP8Linear
 from .merged import MergedLinear, calibrated
 
-PACKED_TOKENS = 512
-"""Fewest tokens for which a packed 16-bit product pays: ``sparse_gemm_pays`` in csrc/kernels/matmul/config.h."""
+PACKED_TOKENS = _C.SPARSE_GEMM_TOKENS
+"""Fewest tokens for which a packed 16-bit product pays."""
 
-MAX_ROW_FEATURES = 32768
-"""Longest row that the fused kernels hold on chip: ``kMaxRowFeatures`` in csrc/kernels/nm_act.h."""
+MAX_ROW_FEATURES = _C.MAX_ROW_FEATURES
+"""Longest row that the fused kernels hold on chip."""
 
 _MARKS = ("nm_act_fused", "nm_act_gate_up", "nm_act_packs", "nm_act_qkv", "nm_act_packs_mlp")
 """Attributes that fusing leaves on Transformers' modules."""
