@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the extension in place on a machine with a GPU, tests it, checks it with compute-sanitizer and measures it.
 # Every step has a time limit and a log; a failing step does not stop the later ones.
-#   tools/gpu_session.sh [STEP...]    steps: build test sanitize bench (all of these if none is named) inference
+#   tools/gpu_session.sh [STEP...]    steps: build test sanitize bench (these four if none is named), inference, tune
 # Environment: OUT (where logs and CSVs go), PYTHON, NM_ACT_CMAKE_ARGS and MAX_JOBS (as setup.py reads them), COMMIT (for
 # the CSVs where there is no git), QUICK=1 (shorter benchmarks), TEST_ARGS, BENCH_ARGS, INFERENCE_ARGS, and limits in seconds: BUILD_LIMIT,
 # TEST_LIMIT, SANITIZE_LIMIT (each tool), BENCH_LIMIT (each benchmark).
@@ -76,6 +76,16 @@ if wanted bench; then
     --csv "$out/sparse_linear.csv" "${options[@]}"
   TAIL_LINES=40 step bench_decode "${BENCH_LIMIT:-280}" "$python" benchmarks/bench_decode.py \
     --csv "$out/decode.csv" "${options[@]}"
+  TAIL_LINES=40 step bench_patterns "${BENCH_LIMIT:-280}" "$python" benchmarks/bench_patterns.py \
+    --csv "$out/patterns.csv" "${options[@]}"
+fi
+
+# Worth it in a build with NM_ACT_CMAKE_ARGS=-DNM_ACT_TUNING_TILES=ON.
+if wanted tune; then
+  TAIL_LINES=60 step tune_overlap "${BENCH_LIMIT:-280}" "$python" benchmarks/tune.py --overlapped --tokens 512 4096 \
+    ${TUNE_ARGS:-}
+  TAIL_LINES=80 step tune "${BENCH_LIMIT:-280}" "$python" benchmarks/tune.py --csv "$out/gemm_tuning.csv" \
+    ${COMMIT:+--commit "$COMMIT"} ${QUICK:+--quick} ${TUNE_ARGS:-}
 fi
 
 if wanted inference; then
