@@ -1,10 +1,12 @@
 """NMLinear: a linear layer whose input activations are pruned N:M on the fly."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import criteria, ops
+from . import criteria, ops, parallel
 from .recipe import LinearSpec
 from .tokens import TokenContext
 
@@ -40,7 +42,7 @@ class NMLinear(nn.Linear):
 
     ``channel_scale`` and ``shift_out`` derive from the weight and are not saved. They are recomputed by
     every ``.to()`` and ``load_state_dict``; call :meth:`refresh` after changing the weight in any other
-    way.
+    way. Where the weight is sharded (a DTensor), all of its ranks have to do so together.
 
     The layer is made for inference: the sparse operator has no gradient. A backward pass through it warns,
     and neither its parameters nor whatever feeds it receive one.
@@ -53,6 +55,8 @@ class NMLinear(nn.Linear):
     >>> layer(torch.randn(2, 5, 32)).shape
     torch.Size([2, 5, 8])
     """
+
+    _hf_quantized_needs_local_tp = True  # Transformers' tensor parallelism then hands the layer plain tensors
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class NMLinear(nn.Linear):
         self.spec = spec
         self.weight_layout = weight_layout
         self.token_context: TokenContext | None = None
+        self.shard: parallel.Shard | None = None
         self.register_buffer("channel_scale", None, persistent=False)
         self.register_buffer("shift_out", None, persistent=False)
         self.refresh()
@@ -124,30 +129,35 @@ class NMLinear(nn.Linear):
         if weight.is_meta:
             self.channel_scale = self.shift_out = None
             return
-        if self.weight_layout == "in_out" and not weight.t().is_contiguous():
-            # A parameter of its own: whoever shares the old one keeps its layout.
-            self.weight = nn.Parameter(weight.t().contiguous().t(), weight.requires_grad)
-            weight = self.weight
-        self.channel_scale = criteria.channel_scale(self.spec.criterion, weight)
+        if self.weight_layout == "in_out":
+            stored = parallel.stored_in_out(weight)
+            if stored is not weight:
+                # A parameter of its own: whoever shares the old one keeps its layout.
+                self.weight = nn.Parameter(stored, weight.requires_grad)
+                weight = self.weight
+        self.shard = parallel.shard_of(weight)
+        self.channel_scale = parallel.whole_channel_scale(self.spec.criterion, weight, self.shard)
         if self.spec.token_shift != "none":
-            self.shift_out = weight.sum(dim=1, dtype=torch.float64).float()
+            # Of this rank's part: the row sums of a row-parallel layer add up as its outputs do.
+            self.shift_out = parallel.local_weight(weight).sum(dim=1, dtype=torch.float64).float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in] -> [..., out]``, sparse in the phases of the spec."""
         if self._is_dense_phase(x):
             return F.linear(x, self.weight, self.bias)
         if self.channel_scale is None and self.spec.criterion != "act":
-            raise RuntimeError(
-                f"expected a channel scale for the criterion {self.spec.criterion!r}, got none because the "
-                "weight was set after the layer was made; call refresh()"
-            )
+            # Weights that accelerate keeps on disk or on another device are there for the first time.
+            self.channel_scale = criteria.channel_scale(self.spec.criterion, self.weight)
         pattern = self.spec.pattern
         weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled(x.device.type):
             # As F.linear does under autocast; the operator itself takes one dtype only.
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
-        y = ops.sparse_linear(
+        # Ranks that see a slice of the features exchange what is a statistic of the whole token.
+        by_row = self.shard is not None and self.shard.kind == "row"
+        operator = partial(parallel.row_sparse_linear, self.shard) if by_row else ops.sparse_linear
+        y = operator(
             x,
             weight,
             bias,

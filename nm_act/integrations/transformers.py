@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..linear import NMLinear
 from ..recipe import Recipe
 from ..sparsify import replace_linears
+from .tensor_parallel import check_plan
 
 QUANT_METHOD = "nm_act"
 
@@ -70,6 +71,7 @@ class NMActQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         replace_linears(model, self.quantization_config.recipe)
+        check_plan(model)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for module in model.modules():
