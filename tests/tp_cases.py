@@ -77,12 +77,12 @@ def every_layer_and_the_model(folders: list[Path], layout: str, dtype: torch.dty
         for folder in folders:
             whole, split = load(folder, dtype=dtype), load(folder, dtype=dtype, tp_plan="auto")
             tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 1e-1}
-            inputs = _inputs(whole)
+            seen = inputs(whole)
             kinds = set()
             for name, layer in split.named_modules():
                 if isinstance(layer, NMLinear):
                     kinds.add(layer.shard.kind)
-                    _compare(f"{folder.name} {name}", layer, whole.get_submodule(name), inputs[name], tolerance)
+                    _compare(f"{folder.name} {name}", layer, whole.get_submodule(name), seen[name], tolerance)
             assert kinds == {"column", "row"}
             if dtype == torch.float32:
                 # Another order of the sums between layers may turn a near tie, so the bound is on the whole.
@@ -120,17 +120,18 @@ def _record(layer, x) -> tuple[torch.Tensor, torch.Tensor]:
     return y, *pruned
 
 
-def _inputs(model) -> dict[str, torch.Tensor]:
-    inputs = {}
+def inputs(model) -> dict[str, torch.Tensor]:
+    """What each sparse layer sees when the model reads :func:`ids`."""
+    seen = {}
     hooks = [
-        module.register_forward_pre_hook(lambda _, x, name=name: inputs.__setitem__(name, x[0]))
+        module.register_forward_pre_hook(lambda _, x, name=name: seen.__setitem__(name, x[0]))
         for name, module in model.named_modules()
         if isinstance(module, NMLinear)
     ]
     model(ids())
     for hook in hooks:
         hook.remove()
-    return inputs
+    return seen
 
 
 @contextlib.contextmanager

@@ -42,14 +42,14 @@ class NMActConfig(QuantizationConfigMixin):
 
     def __init__(self, recipe: Recipe | dict | str | None = None, **fields: Any):
         fields.pop("quant_method", None)  # a saved config names it
+        if isinstance(recipe, dict):  # first of all, because it says whether a newer version wrote it
+            recipe = Recipe.from_dict(recipe)
         if recipe is not None and fields:
             raise ValueError(
                 f"expected a recipe or its fields, got both (fields {', '.join(fields)}); pass one of them"
             )
         if recipe is None:
             recipe = Recipe.from_dict(fields)
-        elif isinstance(recipe, dict):
-            recipe = Recipe.from_dict(recipe)
         elif not isinstance(recipe, Recipe):
             recipe = Recipe.load(recipe)
         self.quant_method = QUANT_METHOD

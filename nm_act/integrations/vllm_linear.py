@@ -11,6 +11,12 @@ import inspect
 from typing import Any
 
 import torch
+
+try:
+    import vllm  # noqa: F401
+except ImportError as error:
+    raise ImportError("expected vLLM, got none; install it with: pip install 'nm_act[vllm]'") from error
+
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import (
     LinearBase,
@@ -64,7 +70,8 @@ class NMActVLLMConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NMActVLLMConfig":
         """From the entry in config.json; ValueError as :meth:`nm_act.Recipe.from_dict`."""
-        return cls(Recipe.from_dict(config["recipe"]))
+        fields = {key: value for key, value in config.items() if key != "quant_method"}
+        return cls(Recipe.from_dict(fields.get("recipe", fields)))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         """The sparse method for a linear layer in the recipe, vLLM's dense one for any other; None elsewhere."""
