@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import logging
-import os
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -114,38 +112,6 @@ def test_layers_equal_the_transformers_model(folders, size):
     import vllm_cases
 
     run_ranks(vllm_cases.layers, list(folders.values()), size=size, timeout=400)
-
-
-GENERATE = """
-import sys
-from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    llm = LLM(sys.argv[1], dtype="float32", max_model_len=32, max_num_seqs=2, skip_tokenizer_init=True)
-    ids = [[int(each) for each in row.split()] for row in sys.argv[2:]]
-    sampling = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": row} for row in ids], sampling)
-    print("tokens", [list(output.outputs[0].token_ids) for output in outputs])
-"""
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_engine_generates_what_transformers_generates(folders, tmp_path):
-    """The whole engine, compiled, in a process that knows nothing of nm_act but its entry point."""
-    script = tmp_path / "generate.py"
-    script.write_text(GENERATE)
-    ids = tp_cases.ids()
-    expected = tp_cases.load(folders["mixed"]).generate(ids, max_new_tokens=6, do_sample=False)[:, ids.shape[1] :]
-    rows = [" ".join(map(str, row)) for row in ids.tolist()]
-    run = subprocess.run(
-        [sys.executable, script, str(folders["mixed"]), *rows],
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert f"tokens {expected.tolist()}" in run.stdout, run.stderr[-3000:]
 
 
 @needs_vllm

@@ -102,6 +102,7 @@ def _column_layer(folder, model, whole, inputs) -> None:
 
 def _vllm_model(folder):
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    os.environ["VLLM_DIST_IDENT"] = str(os.getppid())  # names the shared memory; all ranks come from one server
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
     from vllm.engine.arg_utils import EngineArgs
@@ -122,6 +123,7 @@ def _vllm_model(folder):
         if not model_parallel_is_initialized():
             init_distributed_environment(size, rank, "env://", rank, "gloo")
             initialize_model_parallel(size)
-        model = get_model(vllm_config=config)
+        with mock.patch.object(torch.accelerator, "empty_cache", lambda: None):  # vLLM's CPU worker does the same
+            model = get_model(vllm_config=config)
     model.nm_act_test_config = config
     return model

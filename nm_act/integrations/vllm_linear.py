@@ -195,9 +195,7 @@ class NMActLinearMethod(LinearMethodBase):
                 f"expected {layer.prefix} to be split over the tensor-parallel group of "
                 f"{get_tensor_model_parallel_world_size()} ranks, got {layer.tp_size}; leave this layer out of the recipe"
             )
-        return parallel.Shard(
-            "row", layer.tp_rank, layer.tp_size, lambda each: tensor_model_parallel_all_gather(each.unsqueeze(0), dim=0)
-        )
+        return parallel.Shard("row", layer.tp_rank, layer.tp_size, _gather)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x [tokens, in] -> [tokens, out]`` of this rank; a row-parallel layer's outputs are summed by vLLM."""
@@ -214,6 +212,12 @@ class NMActLinearMethod(LinearMethodBase):
             )
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _gather(tensor: torch.Tensor) -> torch.Tensor:
+    # vLLM's collectives know no float64; a gather only moves bits.
+    sent = tensor.contiguous().view(torch.float32) if tensor.dtype == torch.float64 else tensor.contiguous()
+    return tensor_model_parallel_all_gather(sent.unsqueeze(0), dim=0).view(tensor.dtype)
 
 
 def _check_interface() -> None:
