@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 examples/tensor_parallel.py MODEL [SAVE_TO]
 
-MODEL is a folder written by save_pretrained: a sparse one is loaded as it is, a dense one is made sparse on the way (8:16).
+MODEL is a folder written by save_pretrained: a sparse one is loaded as it is, a dense one is made sparse (8:16).
 """
 
 import json

@@ -22,7 +22,11 @@ def run_ranks(function, *arguments, size: int = 2, timeout: float = 150) -> None
     _prepare_server()
     with tempfile.TemporaryDirectory() as folder:
         processes = mp.start_processes(
-            _rank, (size, os.path.join(folder, "store"), function, arguments), nprocs=size, join=False, start_method="forkserver"
+            _rank,
+            (size, os.path.join(folder, "store"), function, arguments),
+            nprocs=size,
+            join=False,
+            start_method="forkserver",
         )
         deadline = time.monotonic() + timeout
         try:

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-import tp_cases  # noqa: E402
+import tp_cases
 
-from nm_act import Recipe  # noqa: E402
+from nm_act import Recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -108,7 +108,9 @@ def test_row_parallel_terms_add_up(options, size, dtype):
     expected = reference.sparse_linear(x, weight, bias, 4, 8, **options)
 
     def term(shard):
-        mine = {key: shard.inputs(value) if key in ("shift", "channel_scale") else value for key, value in options.items()}
+        mine = {
+            key: shard.inputs(value) if key in ("shift", "channel_scale") else value for key, value in options.items()
+        }
         part, columns = (each.chunk(size, dim=-1)[shard.rank] for each in (x, weight))
         return parallel.row_sparse_linear(shard, part, columns, bias if shard.rank == 0 else None, 4, 8, **mine)
 

@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import tp_cases
 import torch
+import tp_cases
 from ranks import run_ranks
 
 from nm_act import LinearSpec, Recipe, Rule
@@ -59,9 +59,9 @@ def test_segments():
 def test_what_a_server_cannot_follow():
     plugin.check_servable(Recipe("8:16", mitigation=["var"]))
     for recipe in (Recipe("8:16", phase="prefill"), Recipe("8:16", rules=[Rule(layers=[0], phase="prefill")])):
-        with pytest.raises(ValueError, match="expected a recipe with phase both for vLLM, .* got phase prefill; save"):
+        with pytest.raises(ValueError, match=r"expected a recipe with phase both for vLLM, .* got phase prefill; save"):
             plugin.check_servable(recipe)
-    with pytest.raises(ValueError, match="expected a recipe with dense_first_tokens 0 for vLLM, .* got 4; save"):
+    with pytest.raises(ValueError, match=r"expected a recipe with dense_first_tokens 0 for vLLM, .* got 4; save"):
         plugin.check_servable(Recipe("8:16", dense_first_tokens=4))
 
 

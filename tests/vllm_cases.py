@@ -3,9 +3,9 @@
 import os
 from unittest import mock
 
-import tp_cases
 import torch
 import torch.distributed as dist
+import tp_cases
 from conftest import assert_same_bits
 
 from nm_act import NMLinear, ops
@@ -123,7 +123,7 @@ def _vllm_model(folder):
         if not model_parallel_is_initialized():
             init_distributed_environment(size, rank, "env://", rank, "gloo")
             initialize_model_parallel(size)
-        with mock.patch.object(torch.accelerator, "empty_cache", lambda: None):  # vLLM's CPU worker does the same
+        with mock.patch.object(torch.accelerator, "empty_cache"):  # vLLM's CPU worker does the same
             model = get_model(vllm_config=config)
     model.nm_act_test_config = config
     return model

@@ -20,7 +20,9 @@ from ..recipe import LinearSpec, Recipe
 TESTED_VLLM = "0.32.0"
 """The version of vLLM that the tests ran with; see the README."""
 
-_DECODER = re.compile(r"(?:(?:model|language_model|transformer|decoder|layers|blocks|h)\.)+(\d+)\.(?:[a-zA-Z_]\w*\.)*([a-zA-Z_]\w*)")
+_DECODER = re.compile(
+    r"(?:(?:model|language_model|transformer|decoder|layers|blocks|h)\.)+(\d+)\.(?:[a-zA-Z_]\w*\.)*([a-zA-Z_]\w*)"
+)
 
 
 def register() -> None:

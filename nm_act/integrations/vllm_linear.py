@@ -178,7 +178,9 @@ class NMActLinearMethod(LinearMethodBase):
         layer.weight.data = parts[0] if len(parts) == 1 else weight.new_empty(0)
         layer.nm_act_weights = [None] if len(parts) == 1 else parts
         layer.nm_act_shift_outs = [
-            None if each.spec is None or each.spec.token_shift == "none" else part.sum(dim=1, dtype=torch.float64).float()
+            None
+            if each.spec is None or each.spec.token_shift == "none"
+            else part.sum(dim=1, dtype=torch.float64).float()
             for each, part in zip(layer.nm_act_segments, parts, strict=True)
         ]
         layer.nm_act_operator = ops.sparse_linear
@@ -193,7 +195,7 @@ class NMActLinearMethod(LinearMethodBase):
         if layer.tp_size != get_tensor_model_parallel_world_size():
             raise NotImplementedError(
                 f"expected {layer.prefix} to be split over the tensor-parallel group of "
-                f"{get_tensor_model_parallel_world_size()} ranks, got {layer.tp_size}; leave this layer out of the recipe"
+                f"{get_tensor_model_parallel_world_size()} ranks, got {layer.tp_size}; leave it out of the recipe"
             )
         return parallel.Shard("row", layer.tp_rank, layer.tp_size, _gather)
 
