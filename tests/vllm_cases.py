@@ -24,16 +24,17 @@ def layers(folders) -> None:
         for name, layer in model.named_modules():
             if type(layer).__name__ in ("QKVParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"):
                 seen.add(type(layer).__name__)
-                _compare(f"{folder.name} {name}", name, layer, whole, inputs)
+                for tokens in (18, 1):
+                    _compare(f"{folder.name} {name} {tokens}", name, layer, whole, inputs, tokens)
         assert seen == {"QKVParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"}
         _column_layer(folder, model, whole, inputs)
 
 
-def _compare(what, name, layer, whole, inputs) -> None:
+def _compare(what, name, layer, whole, inputs, tokens) -> None:
     size, rank = dist.get_world_size(), dist.get_rank()
     parent, _, last = name.rpartition(".")
     parts = [whole.get_submodule(f"{parent}.{each}") for each in MERGED.get(last, (last,))]
-    x = inputs[f"{parent}.{MERGED.get(last, (last,))[0]}"].flatten(0, -2)
+    x = inputs[f"{parent}.{MERGED.get(last, (last,))[0]}"].flatten(0, -2)[:tokens]
     assert type(layer.quant_method).__name__ == "NMActLinearMethod"
     if type(layer).__name__ == "RowParallelLinear":
         selections = _selections(layer, x.chunk(size, dim=-1)[rank].contiguous())
