@@ -1,10 +1,12 @@
 """NMLinear: a linear layer whose input activations are pruned N:M on the fly."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import composed, criteria, mitigations, ops
+from . import composed, criteria, mitigations, ops, parallel
 from .lifting import lift_weight, lifted_columns
 from .patterns import NMPattern
 from .recipe import LinearSpec
@@ -55,7 +57,8 @@ class NMLinear(nn.Linear):
     ``weight`` always is the dense one. What the operator reads derives from it and from the calibrated data and is not
     saved: ``channel_scale``, ``shift_out``, ``operand_bias``, and ``operand_weight`` where a method changes the weight
     (which then costs its memory a second time). They are recomputed by every ``.to()`` and ``load_state_dict``; call
-    :meth:`refresh` after changing the weight in any other way.
+    :meth:`refresh` after changing the weight in any other way. Where the weight is sharded (a DTensor), all of its
+    ranks have to do so together.
 
     The layer is made for inference: the sparse operator has no gradient. A backward pass through it warns,
     and neither its parameters nor whatever feeds it receive one. Calibration sets ``differentiable``.
@@ -68,6 +71,8 @@ class NMLinear(nn.Linear):
     >>> layer(torch.randn(2, 5, 32)).shape
     torch.Size([2, 5, 8])
     """
+
+    _hf_quantized_needs_local_tp = True  # Transformers' tensor parallelism then hands the layer plain tensors
 
     def __init__(
         self,
@@ -101,6 +106,8 @@ class NMLinear(nn.Linear):
         self.token_context: TokenContext | None = None
         self.differentiable = False
         self.bypass = False  # dense in every phase, while calibration takes the dense output
+        self.shard: parallel.Shard | None = None
+        self._underived = False  # the weight was not there yet: its first forward computes what derives from it
         self._incomplete = ""  # calibrated data that is still missing
         for name in _DERIVED:
             self.register_buffer(name, None, persistent=False)
@@ -163,6 +170,7 @@ class NMLinear(nn.Linear):
         if weight.is_meta:
             for name in _DERIVED:
                 setattr(self, name, None)
+            self._underived = True
             return
         # A parameter of its own: whoever shares the old one keeps its layout.
         if self._lifts(weight):
@@ -171,14 +179,22 @@ class NMLinear(nn.Linear):
             self.weight = nn.Parameter(lifted[:, : self.in_features], weight.requires_grad)
             weight = self.weight
             self._lifted = (weight, lifted)
-        elif self.weight_layout == "in_out" and not weight.t().is_contiguous():
-            self.weight = nn.Parameter(weight.t().contiguous().t(), weight.requires_grad)
+        elif self.weight_layout == "in_out":
+            stored = parallel.stored_in_out(weight)
+            if stored is not weight:
+                self.weight = nn.Parameter(stored, weight.requires_grad)
+        self.shard = parallel.shard_of(self.weight)
+        self._set_derived()
+
+    @torch.no_grad()
+    def _set_derived(self) -> None:
         for name in FOLLOW_WEIGHT:
             if name in self._data_names:
-                setattr(self, name, getattr(self, name).to(weight.dtype))
+                setattr(self, name, getattr(self, name).to(self.weight.dtype))
         self._incomplete = next((name for name, value in self.data().items() if value.isnan().any()), "")
         for name, value in self._derive().items():
             setattr(self, name, value)
+        self._underived = False
 
     def data(self) -> dict[str, torch.Tensor]:
         """The calibrated data of this layer, by name; NaN where it has not been set yet."""
@@ -209,6 +225,8 @@ class NMLinear(nn.Linear):
         """What the operator reads, by the names in _DERIVED; differentiable in the calibrated data."""
         if self._incomplete:
             return dict.fromkeys(_DERIVED)
+        if self.shard is not None:
+            return self._derive_sharded()
         data, weight, bias = self.data(), self.weight, self.bias
         v = mitigations.operand_weight(self.spec, weight, data)
         if "added_bias" in data:
@@ -221,6 +239,22 @@ class NMLinear(nn.Linear):
             "operand_weight": None if v is weight else stored,
             "operand_bias": None if bias is self.bias else bias,
         }
+
+    def _derive_sharded(self) -> dict[str, torch.Tensor | None]:
+        if (
+            self._data_names
+            or self.spec.criterion in criteria.WEIGHT_PRUNING
+            or not isinstance(self.spec.pattern, NMPattern)
+        ):
+            raise ValueError(
+                "expected a method without calibrated data, weight pruning or top-k where a layer is split over ranks, "
+                f"got {self.spec}; run this recipe on one rank"
+            )
+        derived = dict.fromkeys(_DERIVED)
+        derived["channel_scale"] = parallel.whole_channel_scale(self.spec.criterion, self.weight, self.shard)
+        # Of this rank's part: the row sums of a row-parallel layer add up as its outputs do.
+        derived["shift_out"] = mitigations.shift_image(self.spec, parallel.local_weight(self.weight), {})
+        return derived
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in] -> [..., out]``, sparse in the phases of the spec."""
@@ -241,8 +275,8 @@ class NMLinear(nn.Linear):
     def _lifts(self, weight: torch.Tensor) -> bool:
         if self.lift != "auto":
             return self.lift
-        is_half = weight.dtype in (torch.bfloat16, torch.float16)
-        return weight.is_cuda and is_half and len(self.spec.pattern.extra_columns) == 1
+        is_half, sharded = weight.dtype in (torch.bfloat16, torch.float16), parallel.shard_of(weight) is not None
+        return weight.is_cuda and is_half and not sharded and len(self.spec.pattern.extra_columns) == 1
 
     def _sparse(self, x: torch.Tensor) -> torch.Tensor:
         """The operator on the input in the selection's basis."""
@@ -271,7 +305,10 @@ class NMLinear(nn.Linear):
         pattern = self.spec.pattern
         if self.differentiable or not isinstance(pattern, NMPattern):
             return composed.sparse_linear(x, weight, bias, pattern, channel_scale=channel_scale, **options)
-        return ops.sparse_linear(x, weight, bias, pattern.keep, pattern.group, channel_scale=channel_scale, **options)
+        # Ranks that see a slice of the features exchange what is a statistic of the whole token.
+        by_row = self.shard is not None and self.shard.kind == "row"
+        operator = partial(parallel.row_sparse_linear, self.shard) if by_row else ops.sparse_linear
+        return operator(x, weight, bias, pattern.keep, pattern.group, channel_scale=channel_scale, **options)
 
     def _by_sequence(self, x, weight, bias, channel_scale, options) -> torch.Tensor:
         """CLACT: every sequence has a channel scale of its own, from this call's tokens."""
@@ -290,15 +327,12 @@ class NMLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _check_ready(self) -> None:
+        if self._underived:  # weights that accelerate keeps on disk are there for the first time
+            self._set_derived()
         if self._incomplete:
             raise RuntimeError(
                 f"expected calibrated data for {self.spec}, got no {self._incomplete}; make it with nm-act calibrate "
                 "and read it with nm_act.load_calibration, or leave the mitigation out"
-            )
-        if self.channel_scale is None and criteria.CRITERIA[self.spec.criterion] is not None:
-            raise RuntimeError(
-                f"expected a channel scale for the criterion {self.spec.criterion!r}, got none because the "
-                "weight was set after the layer was made; call refresh()"
             )
 
     def _is_dense_phase(self, x: torch.Tensor) -> bool:

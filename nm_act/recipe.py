@@ -167,8 +167,7 @@ class Recipe:
     version: int = 1
 
     def __post_init__(self):
-        if self.version != 1:
-            raise ValueError(f"expected recipe version 1, got {self.version!r}; upgrade nm_act or set version to 1")
+        _check_version(self.version)
         _normalise(
             self,
             pattern=_pattern,
@@ -215,6 +214,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: dict) -> "Recipe":
         """Recipe from a plain mapping; ValueError names an unknown key, the allowed ones and the nearest."""
+        if isinstance(data, dict):  # before the keys: a newer version may have keys that this one does not know
+            _check_version(data.get("version", 1))
         fields = _checked_keys(cls, data, "a recipe")
         if "pattern" not in fields:
             raise ValueError('expected a recipe with a pattern, got none; add for example pattern: "8:16"')
@@ -307,6 +308,11 @@ def _sequence(value, what: str):
 
 def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_version(version) -> None:
+    if version != 1:
+        raise ValueError(f"expected recipe version 1, got {version!r}; upgrade nm_act or set version to 1")
 
 
 def _check_phase(phase: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from . import parallel
 from .linear import NMLinear
 from .recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe
 from .tokens import TokenContext
@@ -153,6 +154,7 @@ def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Modul
     sparse = next((name for name, module in candidates if isinstance(module, NMLinear)), None)
     if sparse is not None:
         raise ValueError(f"expected a dense model, got one where {sparse} is sparse already; reload the dense model")
+    parallel.refuse_sharded((name, module.weight) for name, module in candidates if isinstance(module, nn.Linear))
     prefix = _decoder_prefix(model)
     places = {name: _place(name, prefix) for name, _ in candidates}
     _check_names(recipe, [place for place in places.values() if place is not None])

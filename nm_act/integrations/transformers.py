@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..linear import FOLLOW_WEIGHT, NMLinear
 from ..recipe import Recipe
 from ..sparsify import replace_linears
+from .tensor_parallel import check_plan
 
 QUANT_METHOD = "nm_act"
 
@@ -42,14 +43,14 @@ class NMActConfig(QuantizationConfigMixin):
 
     def __init__(self, recipe: Recipe | dict | str | None = None, **fields: Any):
         fields.pop("quant_method", None)  # a saved config names it
+        if isinstance(recipe, dict):  # first of all, because it says whether a newer version wrote it
+            recipe = Recipe.from_dict(recipe)
         if recipe is not None and fields:
             raise ValueError(
                 f"expected a recipe or its fields, got both (fields {', '.join(fields)}); pass one of them"
             )
         if recipe is None:
             recipe = Recipe.from_dict(fields)
-        elif isinstance(recipe, dict):
-            recipe = Recipe.from_dict(recipe)
         elif not isinstance(recipe, Recipe):
             recipe = Recipe.load(recipe)
         self.quant_method = QUANT_METHOD
@@ -71,6 +72,7 @@ class NMActQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         report = replace_linears(model, self.quantization_config.recipe)
+        check_plan(model)
         vectors = {
             f"{name}.{key}"
             for name, _ in report.replaced

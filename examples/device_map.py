@@ -1,0 +1,27 @@
+"""A model larger than one device: accelerate places its layers, on disk where nothing else is left.
+
+python examples/device_map.py MODEL
+"""
+
+import sys
+import tempfile
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import nm_act  # noqa: F401  (a sparse checkpoint loads sparse)
+
+
+def main(model_path: str) -> None:
+    """Load, generate, say where the layers are."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_pretrained(model_path, device_map="auto", offload_folder=folder)
+        tokens = model.generate(torch.tensor([[5, 7, 11, 13]]).to(model.device), max_new_tokens=8, do_sample=False)
+        places = {"disk" if weight.is_meta else str(weight.device) for weight in model.parameters()}
+        print(", ".join(sorted(places)), tokens[0].tolist())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit(f"expected MODEL, got {len(sys.argv) - 1} arguments; name the folder of a model")
+    main(sys.argv[1])

@@ -1,0 +1,48 @@
+"""Transformers' tensor parallelism: which sizes a model with sparse layers can be split into, checked before loading.
+
+The splitting itself is Transformers' own (``tp_plan``); :class:`~nm_act.NMLinear` sees its weight become a DTensor and
+follows.
+"""
+
+import re
+
+from ..linear import NMLinear
+from ..parallel import Part, check_size
+
+_HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
+
+
+def check_plan(model) -> None:
+    """Check that the tensor-parallel plan a Transformers model is about to be split by cuts no group.
+
+    Does nothing without such a plan.
+
+    Raises
+    ------
+    ValueError
+        If the size does not divide a sparse layer, whole groups and attention heads included; it names the layer and
+        the sizes that work.
+    """
+    distributed = getattr(model.config, "distributed_config", None)
+    size = getattr(distributed, "tp_size", None) or 1
+    if size == 1:
+        return
+    plan = dict(model.tp_plan or {})
+    if isinstance(distributed.tp_plan, dict):
+        plan |= distributed.tp_plan
+    check_size(size, _parts(model, plan))
+
+
+def _parts(model, plan: dict[str, str]):
+    config = model.config.get_text_config()
+    for name, module in model.named_modules():
+        if not isinstance(module, NMLinear):
+            continue
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), plan.get(name, ""))
+        if "rowwise" in style:
+            yield Part(name, "in_features", module.in_features, module.spec.pattern.span)
+        elif "colwise" in style:
+            yield Part(name, "out_features", module.out_features)
+            heads = getattr(config, _HEADS.get(name.rpartition(".")[2], ""), None)
+            if isinstance(heads, int):
+                yield Part(name, "attention heads", heads)

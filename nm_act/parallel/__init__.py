@@ -1,0 +1,17 @@
+"""Layers whose weight is split over the ranks of a process group: what each rank holds and what it has to exchange."""
+
+from .row import row_sparse_linear
+from .shard import Shard, local_weight, refuse_sharded, shard_of, stored_in_out, whole_channel_scale
+from .sizes import Part, check_size
+
+__all__ = [
+    "Part",
+    "Shard",
+    "check_size",
+    "local_weight",
+    "refuse_sharded",
+    "row_sparse_linear",
+    "shard_of",
+    "stored_in_out",
+    "whole_channel_scale",
+]

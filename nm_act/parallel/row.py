@@ -1,0 +1,112 @@
+"""The sparse operator of a row-parallel layer, whose ranks see a slice of every token's features.
+
+Selection needs nothing from other ranks, because groups are never cut. A per-token shift and the variance factor are
+statistics of the whole token, so the ranks exchange them: two or three float64 numbers a token for the mean and the
+variances, the token itself for the median. They are combined in rank order, so every rank computes the same bits, and
+(the mean up to the last bit of its float64 sum, as :mod:`nm_act.reference` allows) those of a single process.
+
+Dynamic fp8 is the exception: each rank scales its slice of a token by the slice's own largest value. That is a finer
+scale than one process has, never a coarser one, and needs no exchange.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from .shard import Shard
+
+
+def row_sparse_linear(
+    shard: Shard,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    keep: int,
+    group: int,
+    *,
+    channel_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    token_shift: str = "none",
+    shift_out: Tensor | None = None,
+    variance_correction: bool = False,
+    column_scale: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """This rank's term of :func:`nm_act.sparse_linear`: the sum over the ranks is the layer's output.
+
+    Parameters
+    ----------
+    shard : Shard
+        Of kind "row".
+    x : Tensor [..., in_features / size]
+        This rank's slice of the features.
+    weight : Tensor [out_features, in_features / size]
+    bias : Tensor [out_features], optional
+        To be given on one rank only, since the terms are added.
+    keep, group : int
+        The pattern; the group divides ``in_features / size``.
+    channel_scale, shift : Tensor [in_features / size], optional
+        This rank's slices.
+    shift_out : Tensor [out_features], optional
+        Image of the shift under this rank's weight (``weight @ 1`` or ``weight @ shift``), computed if absent.
+    token_shift, variance_correction, column_scale, **options
+        As in :func:`nm_act.sparse_linear`.
+
+    Returns
+    -------
+    Tensor [..., out_features], dtype of x
+    """
+    selection = {"channel_scale": channel_scale, **options}
+    if token_shift == "none" and not variance_correction:
+        return ops.sparse_linear(
+            x, weight, bias, keep, group, shift=shift, shift_out=shift_out, column_scale=column_scale, **selection
+        )
+    eta = None if token_shift == "none" else token_shift_over_ranks(shard, x, token_shift)
+    if eta is not None:
+        shift = eta
+    z = x if shift is None else (x.float() - shift.float()).to(x.dtype)
+    y = ops.sparse_linear(z, weight, None, keep, group, **selection).float()
+    if variance_correction:
+        columns = options.get("extra_columns", ())
+        pruned = ops.prune(z, keep, group, channel_scale=channel_scale, extra_columns=columns)
+        y = y * variance_ratio_over_ranks(shard, z, pruned)
+    if shift is not None:
+        y = y + _shift_term(weight, shift, eta, shift_out)
+    if column_scale is not None:
+        y = y * column_scale.float()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+@torch.no_grad()
+def token_shift_over_ranks(shard: Shard, x: Tensor, token_shift: str) -> Tensor:
+    """:func:`nm_act.reference.token_shift_values` of the whole token, float32 ``[..., 1]``, from slices of it."""
+    if token_shift == "mean":
+        sums = shard.gather(x.double().sum(dim=-1, keepdim=True))
+        return (sums.sum(dim=0) / (x.shape[-1] * shard.size)).float() + 0.0
+    slices = shard.gather(x)  # a median cannot be put together from parts
+    return reference.token_shift_values(slices.movedim(0, -2).flatten(-2), token_shift)
+
+
+@torch.no_grad()
+def variance_ratio_over_ranks(shard: Shard, z: Tensor, pruned: Tensor) -> Tensor:
+    """:func:`nm_act.reference.variance_ratio` of the whole token, float32 ``[..., 1]``, from slices of it."""
+    total, kept = (_square_deviations(shard, each.double()) for each in (z, pruned))
+    return torch.where(kept == 0, 1.0, (total / kept).sqrt()).float()
+
+
+def _square_deviations(shard: Shard, values: Tensor) -> Tensor:
+    # Every rank's own mean and deviations, put together: one exchange, where a mean over all ranks first takes two.
+    mean = values.mean(dim=-1, keepdim=True)
+    square = (values - mean).square().sum(dim=-1, keepdim=True)
+    means, squares = shard.gather(torch.cat([mean, square], dim=-1)).unbind(dim=-1)
+    between = (means - means.mean(dim=0)).square().sum(dim=0) * values.shape[-1]
+    return (squares.sum(dim=0) + between).unsqueeze(-1)
+
+
+def _shift_term(weight: Tensor, shift: Tensor, eta: Tensor | None, shift_out: Tensor | None) -> Tensor:
+    if shift_out is None:
+        shift_out = weight.float() @ torch.ones_like(weight[0], dtype=torch.float32) if eta is not None else None
+        shift_out = weight.float() @ shift.float() if shift_out is None else shift_out
+    return shift_out.float() if eta is None else eta * shift_out.float()

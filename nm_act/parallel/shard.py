@@ -1,0 +1,135 @@
+"""One rank's part of a weight [out, in], and what derives from the whole of it.
+
+A *column-parallel* layer holds some output features of every input, a *row-parallel* layer some inputs of every output
+feature (the names are those of the transposed weight, as everywhere). Vectors follow: those over the inputs (channel
+scale, shift) are whole in the first and cut in the second, those over the output features the other way round, and the
+row sums ``W @ 1`` of a row-parallel layer are partial sums.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import is_available
+
+from .. import criteria
+
+if is_available():
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a layer this rank holds.
+
+    Parameters
+    ----------
+    kind : str
+        "column" (a slice of the output features) or "row" (a slice of the inputs).
+    rank, size : int
+        Place in the group, and how many share the layer.
+    gather : callable
+        ``[...] -> [size, ...]``: the tensors of all ranks, in rank order. Only row-parallel layers call it.
+    """
+
+    kind: str
+    rank: int
+    size: int
+    gather: Callable[[Tensor], Tensor]
+
+    def inputs(self, vector: Tensor | None) -> Tensor | None:
+        """This rank's part of a vector ``[in]``; None stays None."""
+        if vector is None or self.kind == "column":
+            return vector
+        part = vector.shape[0] // self.size
+        return vector.narrow(0, self.rank * part, part).contiguous()
+
+
+def shard_of(weight: Tensor) -> Shard | None:
+    """The shard that a DTensor weight ``[out, in]`` is; None for a plain tensor.
+
+    Raises
+    ------
+    ValueError
+        If the weight is split in two ways at once (tensor parallelism over FSDP, say).
+    """
+    if not _is_sharded(weight):
+        return None
+    split = [(dim, place) for dim, place in enumerate(weight.placements) if not place.is_replicate()]
+    if not split:
+        return None
+    if len(split) > 1 or getattr(split[0][1], "dim", None) is None:
+        raise ValueError(
+            f"expected a weight that is split over one mesh dimension, got placements {tuple(weight.placements)}; "
+            "use tensor parallelism alone"
+        )
+    mesh_dim, placement = split[0]
+    mesh = weight.device_mesh
+    group = mesh.get_group(mesh_dim)
+    kind = "column" if placement.dim % 2 == 0 else "row"
+    return Shard(kind, mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim), lambda tensor: _gather(tensor, group))
+
+
+def local_weight(weight: Tensor) -> Tensor:
+    """The part of the weight that this rank holds; a plain tensor is its own."""
+    return weight.to_local() if _is_sharded(weight) else weight
+
+
+def stored_in_out(weight: Tensor) -> Tensor:
+    """The weight with this rank's part stored [in, out] (``.t()`` contiguous); itself where that is so already."""
+    local = local_weight(weight)
+    if local.t().is_contiguous():
+        return weight
+    stored = local.t().contiguous().t()
+    if stored is local or not _is_sharded(weight):
+        return stored
+    return DTensor.from_local(
+        stored,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=weight.shape,
+        stride=(1, weight.shape[0]),
+    )
+
+
+def whole_channel_scale(criterion: str, weight: Tensor, shard: Shard | None) -> Tensor | None:
+    """This rank's part of the criterion's channel scale, computed from the whole weight.
+
+    Sums over the ranks' parts would round otherwise than one process does, and Amber-Pruner needs quantiles of the
+    whole matrix; so every rank gathers the layer once, while it loads, and selects as a single process would, bit for
+    bit. A collective: all ranks of the group have to call it.
+    """
+    if shard is None or criteria.CRITERIA[criterion] is None:
+        return criteria.channel_scale(criterion, local_weight(weight))
+    whole = weight.full_tensor()
+    if local_weight(weight).t().is_contiguous():
+        whole = stored_in_out(whole)  # as a single process has it: sums depend on the order of their terms
+    return shard.inputs(criteria.channel_scale(criterion, whole))
+
+
+def refuse_sharded(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise a ValueError for the first named weight that is split over ranks: its layer can no longer be replaced."""
+    for name, weight in weights:
+        shard = shard_of(weight)
+        if shard is not None:
+            raise ValueError(
+                f"expected a whole model, got one whose {name} is split over {shard.size} ranks; give from_pretrained "
+                "the recipe together with the plan, as quantization_config=NMActConfig(recipe)"
+            )
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return is_available() and isinstance(weight, DTensor)
+
+
+@torch.no_grad()
+def _gather(tensor: Tensor, group) -> Tensor:
+    size = dist.get_world_size(group)
+    flat = tensor.new_empty((size * tensor.numel(),))
+    # torch 2.13 renamed it and warns about the old name.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(flat, tensor.contiguous().view(-1), group=group)
+    return flat.view(size, *tensor.shape)

@@ -1,0 +1,55 @@
+"""Which tensor-parallel sizes a model's sparse layers can be split into."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that is split into equal parts of whole units.
+
+    Parameters
+    ----------
+    name : str
+        What it is, for the error: a layer's name, "attention heads".
+    what : str
+        What is counted: "in_features", "out_features", "heads".
+    extent : int
+        How many there are.
+    unit : int
+        How many belong together: the pattern's group for the inputs of a row-parallel layer, else 1.
+    """
+
+    name: str
+    what: str
+    extent: int
+    unit: int = 1
+
+    def fits(self, size: int) -> bool:
+        """Whether ``size`` equal parts cut no unit."""
+        return self.extent % (size * self.unit) == 0
+
+
+def check_size(size: int, parts: Iterable[Part]) -> None:
+    """Raise a ValueError that names the first part which ``size`` ranks cannot share, and the sizes that work.
+
+    Examples
+    --------
+    >>> check_size(2, [Part("down_proj", "in_features", 96, 16)])
+    >>> check_size(4, [Part("down_proj", "in_features", 96, 16)])
+    Traceback (most recent call last):
+    ...
+    ValueError: expected a tensor-parallel size among 1, 2, 3, 6, got 4, which would cut the 96 in_features of \
+down_proj (in groups of 16); choose one of those sizes or another pattern
+    """
+    parts = list(parts)
+    bad = next((part for part in parts if not part.fits(size)), None)
+    if bad is None:
+        return
+    largest = min(part.extent // part.unit for part in parts)
+    sizes = [each for each in range(1, largest + 1) if all(part.fits(each) for part in parts)]
+    groups = f" (in groups of {bad.unit})" if bad.unit > 1 else ""
+    raise ValueError(
+        f"expected a tensor-parallel size among {', '.join(map(str, sizes))}, got {size}, which would cut the "
+        f"{bad.extent} {bad.what} of {bad.name}{groups}; choose one of those sizes or another pattern"
+    )

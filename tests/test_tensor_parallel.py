@@ -1,0 +1,167 @@
+"""Tensor parallelism: two CPU processes against one, through Transformers' own plan."""
+
+import functools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+transformers = pytest.importorskip("transformers")
+
+import tp_cases  # noqa: E402
+from conftest import assert_same_bits, hard_activations  # noqa: E402
+from ranks import run_ranks  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from nm_act import Recipe, parallel, reference, sparsify  # noqa: E402
+from nm_act.integrations.tensor_parallel import check_plan  # noqa: E402
+
+if not torch.distributed.is_available():
+    pytest.skip("this torch has no torch.distributed", allow_module_level=True)
+
+RECIPES = {
+    "act": Recipe("2:4"),
+    "wina-var": Recipe("8:16", criterion="wina", mitigation=["var"]),
+    "variance-median": Recipe("4:8", criterion="variance", mitigation=["dpts-median"]),
+    "amber-mean-var": Recipe("16:32", criterion="amber", mitigation=["dpts-mean", "var"], skip_layers=[1]),
+    "first-prefill": Recipe("8:16", mitigation=["dpts-median"], phase="prefill", dense_first_tokens=1),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tp")
+    return {name: tp_cases.save(place / name, recipe) for name, recipe in RECIPES.items()}
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("in_out", torch.float32), ("out_in", torch.bfloat16)])
+def test_layers_and_model_equal_a_single_process(folders, layout, dtype):
+    run_ranks(tp_cases.every_layer_and_the_model, list(folders.values()), layout, dtype)
+
+
+def test_saving_and_loading(folders, tmp_path):
+    run_ranks(tp_cases.save_and_load, folders["wina-var"], tmp_path)
+    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, folders["wina-var"]))
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[name], original[name]) for name in saved)
+    texts = [(folder / "config.json").read_text() for folder in (tmp_path, folders["wina-var"])]
+    assert texts[0] == texts[1]
+
+
+def test_with_gradients_enabled(folders):
+    run_ranks(tp_cases.gradients_enabled, folders["variance-median"])
+
+
+def test_sizes_that_cut_a_group_or_a_head(folders, tmp_path):
+    """The whole sentence, on every rank, before a weight is read."""
+    config = transformers.LlamaConfig(**tp_cases.SIZES | {"intermediate_size": 96})
+    sparsify(model := transformers.LlamaForCausalLM(config), Recipe("16:32")).model.save_pretrained(tmp_path)
+    run_ranks(
+        tp_cases.one_sentence,
+        tmp_path,
+        "expected a tensor-parallel size among 1, got 2, which would cut the 96 in_features of "
+        "model.layers.0.mlp.down_proj (in groups of 32); choose one of those sizes or another pattern",
+    )
+    for size, what in ((3, "the 128 out_features of model.layers.0.self_attn.q_proj"), (4, "the 2 attention heads of")):
+        model.config.distributed_config = SimpleNamespace(tp_size=size, tp_plan="auto")
+        with pytest.raises(ValueError, match=f"expected a tensor-parallel size among 1, got {size}, .* cut {what}"):
+            check_plan(model)
+    model.config.distributed_config = SimpleNamespace(tp_size=2, tp_plan={"layers.*.mlp.down_proj": "colwise"})
+    check_plan(model.model)  # the caller's plan replaces the model's, which would cut a group
+
+
+def test_plan_without_splitting():
+    model = sparsify(tp_cases.build(), Recipe("2:4")).model
+    check_plan(model)
+    model.config.distributed_config = SimpleNamespace(tp_size=None, tp_plan=None)
+    check_plan(model)
+
+
+def test_a_split_model_cannot_be_converted(tmp_path):
+    tp_cases.build().save_pretrained(tmp_path)
+    run_ranks(tp_cases.refuses_a_split_model, tmp_path)
+
+
+# ---- the arithmetic of a row-parallel layer, without processes ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"token_shift": "mean"},
+        {"token_shift": "median", "variance_correction": True},
+        {"variance_correction": True, "column_scale": torch.rand(24)},
+        {"shift": torch.randn(64)},
+        {"shift": torch.randn(64), "variance_correction": True},
+        {"channel_scale": torch.rand(64), "variance_correction": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_row_parallel_terms_add_up(options, size, dtype):
+    x, weight, bias = torch.randn(2, 5, 64).to(dtype) + 0.5, torch.randn(24, 64).to(dtype), torch.randn(24).to(dtype)
+    expected = reference.sparse_linear(x, weight, bias, 4, 8, **options)
+
+    def term(shard):
+        mine = {
+            key: shard.inputs(value) if key in ("shift", "channel_scale") else value for key, value in options.items()
+        }
+        part, columns = (each.chunk(size, dim=-1)[shard.rank] for each in (x, weight))
+        return parallel.row_sparse_linear(shard, part, columns, bias if shard.rank == 0 else None, 4, 8, **mine)
+
+    y = sum(each.double() for each in _in_threads(size, term))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["mean", "median"])
+def test_statistics_over_ranks_are_the_whole_tokens(kind):
+    x = hard_activations(40, 64, torch.float32)
+    z, pruned = x.nan_to_num(0, 1, -1), reference.prune(x.nan_to_num(0, 1, -1), 2, 4)
+
+    def statistics(shard):
+        parts = (each.chunk(4, dim=-1)[shard.rank] for each in (x, z, pruned))
+        mine, *others = parts
+        return parallel.row.token_shift_over_ranks(shard, mine, kind), parallel.row.variance_ratio_over_ranks(
+            shard, *others
+        )
+
+    for eta, nu in _in_threads(4, statistics):
+        assert_same_bits(eta, reference.token_shift_values(x, kind), any_nan=True)
+        torch.testing.assert_close(nu, reference.variance_ratio(z, pruned).float(), rtol=1e-6, atol=0)
+
+
+def _in_threads(size, function):
+    """``function(shard)`` of every rank, each in a thread."""
+    barrier, slots = threading.Barrier(size, timeout=30), [None] * size
+
+    def gather(rank, tensor):
+        slots[rank] = tensor
+        barrier.wait()
+        gathered = torch.stack(slots)
+        barrier.wait()  # nobody overwrites a slot that another has not read
+        return gathered
+
+    shards = [parallel.Shard("row", rank, size, functools.partial(gather, rank)) for rank in range(size)]
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(function, shards))
+
+
+# ---- the harness itself: nothing hangs ----
+
+
+def test_a_rank_that_dies_ends_the_test():
+    start = time.monotonic()
+    with pytest.raises(mp.ProcessExitedException, match="exit code 7"):
+        run_ranks(tp_cases.dies, 1)
+    assert time.monotonic() - start < 60
+
+
+def test_a_rank_that_hangs_ends_the_test():
+    with pytest.raises(TimeoutError, match="hangs: not done after 5 s"):
+        run_ranks(tp_cases.hangs, timeout=5)

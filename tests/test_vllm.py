@@ -1,0 +1,122 @@
+"""The vLLM plug-in: its plan without vLLM; its layers, model and engine where vLLM is installed."""
+
+import importlib.util
+import json
+import logging
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import tp_cases
+from ranks import run_ranks
+
+from nm_act import LinearSpec, Recipe, Rule
+from nm_act.integrations import vllm as plugin
+
+LLAMA = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("model.layers.12.self_attn.qkv_proj", (12, "qkv_proj")),
+        ("language_model.model.layers.0.mlp.down_proj", (0, "down_proj")),
+        ("transformer.h.3.mlp.c_fc", (3, "c_fc")),
+        ("model.layers.3.mlp.experts.7.w1", None),  # a mixture's experts have a kernel of their own
+        ("visual.blocks.3.attn.qkv", None),
+        ("vision_tower.encoder.layers.2.mlp.up_proj", None),
+        ("lm_head", None),
+    ],
+)
+def test_place(prefix, expected):
+    assert plugin.place(prefix) == expected
+
+
+def test_specs_of_merged_layers():
+    recipe = Recipe("8:16", skip_layers=[0], rules=[Rule(projections=["up_proj"], pattern="dense")])
+    name = "model.layers.{}.self_attn.qkv_proj"
+    assert plugin.specs_of(recipe, name.format(0), LLAMA, 64) == []
+    assert [each for each, _ in plugin.specs_of(recipe, name.format(1), LLAMA, 64)] == ["q_proj", "k_proj", "v_proj"]
+    assert plugin.specs_of(recipe, name.format(1), LLAMA, 72) == []  # as sparsify: 16 does not divide 72
+    gate, up = plugin.specs_of(recipe, "model.layers.1.mlp.gate_up_proj", LLAMA, 64)
+    assert gate == ("gate_proj", LinearSpec("8:16"))
+    assert up == ("up_proj", None)
+    assert plugin.specs_of(recipe, "lm_head", LLAMA, 64) == []
+
+
+def test_segments():
+    act, other, scale = LinearSpec("8:16"), LinearSpec("2:4"), torch.ones(4)
+    spans = lambda *arguments: [(each.start, each.stop, each.spec) for each in plugin.segments(*arguments)]  # noqa: E731
+    assert spans([act, act, act], [8, 4, 4], [None] * 3) == [(0, 16, act)]
+    assert spans([act, None, None], [8, 4, 4], [None] * 3) == [(0, 8, act), (8, 16, None)]
+    assert spans([act, other], [8, 8], [None] * 2) == [(0, 8, act), (8, 16, other)]
+    assert spans([act, act], [8, 8], [scale, scale]) == [(0, 8, act), (8, 16, act)]
+
+
+def test_what_a_server_cannot_follow():
+    plugin.check_servable(Recipe("8:16", mitigation=["var"]))
+    for recipe in (Recipe("8:16", phase="prefill"), Recipe("8:16", rules=[Rule(layers=[0], phase="prefill")])):
+        with pytest.raises(ValueError, match=r"expected a recipe with phase both for vLLM, .* got phase prefill; save"):
+            plugin.check_servable(recipe)
+    with pytest.raises(ValueError, match=r"expected a recipe with dense_first_tokens 0 for vLLM, .* got 4; save"):
+        plugin.check_servable(Recipe("8:16", dense_first_tokens=4))
+
+
+def test_another_interface_is_one_warning(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "nm_act.integrations.vllm_linear", None)  # importing it raises ImportError
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+    (record,) = caplog.records
+    assert record.message.startswith(f"nm_act expected the interface of vLLM {plugin.TESTED_VLLM}, got ")
+    assert record.message.endswith(f"install vllm=={plugin.TESTED_VLLM} or another nm_act")
+    assert "\n" not in record.message
+
+
+def test_without_vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delitem(sys.modules, "nm_act.integrations.vllm_linear", raising=False)
+    with pytest.raises(ImportError, match=r"expected vLLM, got none; install it with: pip install 'nm_act\[vllm\]'"):
+        importlib.import_module("nm_act.integrations.vllm_linear")
+
+
+def test_entry_point_names_the_function():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    points = tomllib.loads(text)["project"]["entry-points"]["vllm.general_plugins"]
+    assert points == {"nm_act": f"{plugin.register.__module__}:{plugin.register.__name__}"}
+
+
+# ---- with the real vLLM ----
+
+RECIPES = {
+    "act": Recipe("2:4", mitigation=["dpts-mean"]),
+    "mixed": Recipe(
+        "8:16", criterion="wina", mitigation=["var"], rules=[Rule(projections=["v_proj", "up_proj"], pattern="2:4")]
+    ),
+    "amber-median": Recipe("4:8", criterion="amber", mitigation=["dpts-median", "var"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("vllm")
+    return {name: tp_cases.save(place / name, recipe) for name, recipe in RECIPES.items()}
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_layers_equal_the_transformers_model(folders, size):
+    import vllm_cases
+
+    run_ranks(vllm_cases.layers, list(folders.values()), size=size, timeout=400)
+
+
+@needs_vllm
+def test_config_of_a_newer_version():
+    from nm_act.integrations.vllm_linear import NMActVLLMConfig
+
+    with pytest.raises(ValueError, match="expected recipe version 1, got 2; upgrade nm_act"):
+        NMActVLLMConfig.from_config(json.loads('{"quant_method": "nm_act", "recipe": {"version": 2, "new": 1}}'))

@@ -1,0 +1,193 @@
+"""What each rank does in test_tensor_parallel.py: a tiny Llama split by Transformers, against the whole one."""
+
+import contextlib
+import functools
+import importlib.metadata
+import re
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers.models.llama.modeling_llama  # noqa: F401  (once, for all ranks)
+from conftest import assert_same_bits
+
+from nm_act import NMLinear, Recipe, ops, sparsify
+
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "attention_bias": True,  # o_proj and down_proj are row-parallel: a bias added on every rank would show
+    "mlp_bias": True,
+}
+
+
+def build():
+    """A dense Llama with biases; the initial 0.02 would make all logits nearly equal."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    for parameter in model.parameters():
+        if parameter.ndim == 2 or parameter.abs().max() == 0:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def save(folder: Path, recipe: Recipe) -> Path:
+    """Write the sparse model."""
+    sparsify(build(), recipe).model.save_pretrained(folder)
+    return folder
+
+
+def load(folder, **arguments):
+    """The model of a folder; ``tp_plan="auto"`` splits it over the ranks."""
+    from transformers import AutoModelForCausalLM
+
+    if "tp_plan" in arguments and _transformers() >= (5, 18):  # the plain argument is deprecated since
+        from transformers.distributed import DistributedConfig
+
+        arguments["distributed_config"] = DistributedConfig(tp_plan=arguments.pop("tp_plan"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return AutoModelForCausalLM.from_pretrained(folder, **arguments)
+
+
+def _transformers() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version("transformers").split(".")[:2])
+
+
+def ids(tokens: int = 9) -> torch.Tensor:
+    """Two sequences."""
+    return torch.randint(2, 128, (2, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def every_layer_and_the_model(folders: list[Path], layout: str, dtype: torch.dtype) -> None:
+    """Each layer, on the whole model's own inputs, selects the same bits; layers and logits agree to rounding."""
+    with _layout(layout):
+        for folder in folders:
+            whole, split = load(folder, dtype=dtype), load(folder, dtype=dtype, tp_plan="auto")
+            tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 1e-1}
+            seen = inputs(whole)
+            kinds = set()
+            for name, layer in split.named_modules():
+                if isinstance(layer, NMLinear):
+                    kinds.add(layer.shard.kind)
+                    _compare(f"{folder.name} {name}", layer, whole.get_submodule(name), seen[name], tolerance)
+            assert kinds == {"column", "row"}
+            if dtype == torch.float32:
+                # Another order of the sums between layers may turn a near tie, so the bound is on the whole.
+                expected, got = whole(ids()).logits, split(ids()).logits
+                assert (got - expected).norm() < 1e-3 * expected.norm(), folder.name
+                tokens = [model.generate(ids(), max_new_tokens=4, do_sample=False) for model in (whole, split)]
+                assert torch.equal(*tokens), folder.name
+
+
+def _compare(name, split, whole, x, tolerance) -> None:
+    column = split.shard.kind == "column"
+    assert split.weight.to_local().t().is_contiguous() == (split.weight_layout == "in_out")
+    expected, selected = _record(whole, x)
+    got, part = _record(split, x if column else x.chunk(split.shard.size, dim=-1)[split.shard.rank])
+    if column:
+        expected = expected.chunk(split.shard.size, dim=-1)[split.shard.rank]
+    else:
+        selected = selected.chunk(split.shard.size, dim=-1)[split.shard.rank]
+    assert_same_bits(part, selected, what=name)
+    torch.testing.assert_close(got, expected, **tolerance)
+
+
+def _record(layer, x) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's output, and the pruned input of its one call of the operator."""
+    pruned = []
+
+    def spy(x, weight, bias, n, m, **options):
+        selection = {key: options.get(key) for key in ("channel_scale", "shift")}
+        pruned.append(ops.prune(x, n, m, token_shift=options.get("token_shift", "none"), **selection))
+        return real(x, weight, bias, n, m, **options)
+
+    real = ops.sparse_linear
+    with mock.patch.object(ops, "sparse_linear", spy):
+        y = layer(x)
+    return y, *pruned
+
+
+def inputs(model) -> dict[str, torch.Tensor]:
+    """What each sparse layer sees when the model reads :func:`ids`."""
+    seen = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, x, name=name: seen.__setitem__(name, x[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, NMLinear)
+    ]
+    model(ids())
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@contextlib.contextmanager
+def _layout(layout: str):
+    """Models made inside store their weights this way."""
+    make = functools.partial(NMLinear.from_linear, weight_layout=layout)
+    with mock.patch.object(NMLinear, "from_linear", make):
+        yield
+
+
+@torch.no_grad()
+def save_and_load(folder: Path, out: Path) -> None:
+    """What a split model saves is the stock checkpoint, whole and split again."""
+    split = load(folder, tp_plan="auto")
+    expected = split(ids()).logits
+    split.save_pretrained(out)
+    dist.barrier()
+    assert torch.equal(load(out, tp_plan="auto")(ids()).logits, expected)
+    assert (load(out)(ids()).logits - expected).norm() < 1e-3 * expected.norm()
+
+
+def gradients_enabled(folder: Path) -> None:
+    """Without torch.no_grad Transformers takes another path to the layers."""
+    split = load(folder, tp_plan="auto")
+    with torch.no_grad():
+        expected = split(ids()).logits
+    assert torch.equal(split(ids()).logits.detach(), expected)
+
+
+def one_sentence(folder: Path, sentence: str) -> None:
+    """Loading stops with this error on every rank."""
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        load(folder, tp_plan="auto")
+
+
+def refuses_a_split_model(folder: Path) -> None:
+    """sparsify() comes too late for a model that is split already."""
+    model = load(folder, tp_plan="auto")
+    with pytest.raises(ValueError, match=r"got one whose model\.layers\.0\.self_attn\.q_proj is split over 2 ranks; "):
+        sparsify(model, Recipe("8:16"))
+
+
+def dies(rank: int) -> None:
+    """One rank ends without a word, while the other waits for it."""
+    import os
+
+    if dist.get_rank() == rank:
+        os._exit(7)
+    dist.barrier()
+
+
+def hangs() -> None:
+    """One rank never comes."""
+    import time
+
+    if dist.get_rank() == 1:
+        time.sleep(1000)
