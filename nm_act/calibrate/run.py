@@ -18,7 +18,7 @@ from ..version import __version__
 from .blocks import BlockRunner, dense
 from .permute import find_order, fold_order
 from .static import collect, initial_data
-from .store import architecture, is_calibrated, set_layers
+from .store import dense_weights, is_calibrated, set_layers
 from .training import LOSSES, train_block
 
 _IDENTITY = "run.json"
@@ -112,10 +112,20 @@ def calibrate(
             "use it as it is, without calibration"
         )
     check_recipe(model, recipe)
-    store = _State(state, model, recipe, windows, settings)
+    original = dense_weights(model)
+    identity = {
+        "version": __version__,
+        "recipe": recipe.to_dict(),
+        "model": original["weights"],
+        "dtype": str(next(model.parameters()).dtype),  # the fingerprint is that of the model in any dtype
+        "windows": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+        "settings": dataclasses.asdict(settings),
+    }
+    store = _State(state, identity)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     report = sparsify(model.eval(), recipe)
+    report.model.nm_act_dense_weights = original
     with dense(each for each in model.modules() if hasattr(each, "bypass")):
         runner = BlockRunner(model, windows[0])
         hidden = runner.first_inputs(windows)
@@ -188,17 +198,10 @@ def _check_finite(hidden: torch.Tensor, index: int) -> None:
 class _State:
     """Finished blocks on disk, tied to one run by what determines its result."""
 
-    def __init__(self, folder, model, recipe: Recipe, windows: torch.Tensor, settings: CalibrationSettings):
+    def __init__(self, folder, identity: dict):
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        identity = {
-            "version": __version__,
-            "recipe": recipe.to_dict(),
-            "model": _fingerprint(model),
-            "windows": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
-            "settings": dataclasses.asdict(settings),
-        }
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / _IDENTITY
         if path.is_file():
@@ -230,8 +233,3 @@ class _State:
                 for key, value in layer.data().items()
             }
             write_atomic(self._path(index), save(tensors))
-
-
-def _fingerprint(model: nn.Module) -> str:
-    sums = [f"{name} {value.sum(dtype=torch.float64).item()!r}" for name, value in model.named_parameters()]
-    return hashlib.sha256("\n".join([architecture(model), *sums]).encode()).hexdigest()

@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import mitigations
 from ..files import write_atomic
+from ..fingerprint import weights_fingerprint
 from ..linear import NMLinear
 from ..recipe import Recipe
 from ..sparsify import SparsifyReport, check_recipe, sparsify
@@ -19,6 +20,8 @@ from .permute import fold_order
 RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "calibration.safetensors"
 _FORMAT = "nm_act calibration 1"
+_ROUNDED = {"weights": torch.bfloat16, "weights_float16": torch.float16}
+"""Fingerprints in the header -> what the weights are rounded to: a calibration serves the model in any dtype."""
 
 
 def save_calibration(model: nn.Module, folder, **facts: str) -> None:
@@ -47,7 +50,8 @@ def save_calibration(model: nn.Module, folder, **facts: str) -> None:
             if value.isnan().any():
                 raise ValueError(f"expected calibrated layers, got no {key} in {name}; calibrate the model first")
             tensors[f"{name}.{key}"] = value.detach().cpu().contiguous()
-    header = {"format": _FORMAT, "architecture": architecture(model), "model": describe(model), **facts}
+    header = {"format": _FORMAT, "architecture": architecture(model), "model": describe(model)}
+    header |= _weights_header(model) | facts
     recipe.save(Path(folder) / RECIPE_FILE)
     write_atomic(Path(folder) / DATA_FILE, save(tensors, header))
 
@@ -72,9 +76,10 @@ def load_calibration(model: nn.Module, folder) -> SparsifyReport:
     FileNotFoundError
         If there is no finished calibration in the folder.
     ValueError
-        If it was made for another model, or its files are damaged. The model is unchanged then.
+        If it was made for another model or other weights, or its files are damaged. The model is unchanged then.
     """
     recipe, tensors = check_calibration(model, folder)
+    original = dense_weights(model)
     report = sparsify(model, recipe)
     layers = _sparse_layers(report.model)
     for name, layer in layers.items():
@@ -85,7 +90,43 @@ def load_calibration(model: nn.Module, folder) -> SparsifyReport:
                 "calibrate again"
             )
     set_layers(report.model, layers, tensors)
+    report.model.nm_act_dense_weights = original
     return report
+
+
+def dense_weights(model: nn.Module) -> dict[str, str]:
+    """What tells a dense model's weights from others', as :func:`save_calibration` writes it into the header."""
+    return {key: weights_fingerprint(model, dtype) for key, dtype in _ROUNDED.items()}
+
+
+def _weights_header(model: nn.Module) -> dict[str, str]:
+    if not any(is_reordered(layer) for layer in _sparse_layers(model).values()):
+        return dense_weights(model)  # which the sparse layers share
+    return getattr(model, "nm_act_dense_weights", {}) | {"folded": weights_fingerprint(model)}
+
+
+def is_reordered(layer: NMLinear) -> bool:
+    """Whether an order of input channels other than their own is folded into a layer's weight."""
+    order = layer.data().get("input_order")
+    return order is not None and not torch.equal(order.long(), torch.arange(len(order), device=order.device))
+
+
+def _check_weights(model: nn.Module, header: dict[str, str], folder: Path) -> None:
+    """Compare the model's weights with those that a calibration was made on; one from before kept none."""
+    known = {key: header[key] for key in _ROUNDED if key in header}
+    if not known and "folded" not in header:
+        return
+    own = weights_fingerprint(model)
+    if own == header.get("folded"):
+        raise ValueError(
+            f"expected the dense model that {str(folder)!r} was calibrated on, got its weights after permute has "
+            "reordered them; name the original model"
+        )
+    if known and all(weights_fingerprint(model, _ROUNDED[key]) != value for key, value in known.items()):
+        raise ValueError(
+            f"expected the model that {str(folder)!r} was calibrated on, got other weights of the same shapes; name "
+            "that model or calibrate this one"
+        )
 
 
 def check_calibration(model: nn.Module, folder) -> tuple[Recipe, dict[str, torch.Tensor]]:
@@ -97,6 +138,7 @@ def check_calibration(model: nn.Module, folder) -> tuple[Recipe, dict[str, torch
             f"expected the model that {str(folder)!r} was calibrated for, {header.get('model')}, got "
             f"{describe(model)}; name that model or calibrate this one"
         )
+    _check_weights(model, header, folder)
     check_recipe(model, recipe)
     return recipe, tensors
 

@@ -57,6 +57,7 @@ def calibrate(
         )
     facts = {
         "source": model_name(model),
+        "weights": report.model.nm_act_dense_weights["weights"],
         "data": data.name,
         "windows": len(ids),
         "length": length,

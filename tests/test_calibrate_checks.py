@@ -1,0 +1,90 @@
+"""Calibration: what it refuses, whose result a folder holds, and how a run that stopped goes on."""
+
+import json
+
+import pytest
+import tiny_model
+import torch
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+import nm_act
+from nm_act.calibrate import CalibrationSettings, calibrate, calibration_windows, save_calibration
+from nm_act.cli import app
+from nm_act.linear import NMLinear
+from nm_act.recipe import Recipe
+
+FAST = CalibrationSettings(learning_rate=1e-2, loss="relative")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model.save(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny_model.TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def windows(text):
+    return calibration_windows(tiny_model.build()[1], text, windows=4, length=16)
+
+
+def _sparse(model) -> bool:
+    return any(isinstance(module, NMLinear) for module in model.modules())
+
+
+def _command(*arguments):
+    return CliRunner().invoke(app, ["calibrate", *(str(argument) for argument in arguments)])
+
+
+@pytest.mark.parametrize("mitigation", ["spts", "permute"])
+def test_a_calibration_of_other_weights_is_refused(windows, tmp_path, mitigation):
+    calibrated = calibrate(tiny_model.build()[0], Recipe("2:4", mitigation=[mitigation]), windows)[0].model
+    save_calibration(calibrated, tmp_path)
+    other = tiny_model.build()[0]
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 5] += 0.5
+    with pytest.raises(ValueError, match=r"expected the model that .* was calibrated on, got other weights of the same"):
+        nm_act.load_calibration(other, tmp_path)
+    assert not _sparse(other)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        nm_act.load_calibration(tiny_model.build()[0].to(dtype), tmp_path)
+
+
+def test_a_calibration_made_in_half_precision_serves_the_original(windows, tmp_path):
+    for dtype in (torch.bfloat16, torch.float16):
+        model = tiny_model.build()[0].to(dtype)
+        save_calibration(calibrate(model, Recipe("2:4", mitigation=["spts"]), windows)[0].model, tmp_path)
+        nm_act.load_calibration(tiny_model.build()[0], tmp_path)
+
+
+def test_reordered_weights_are_refused_by_name(windows, tmp_path):
+    calibrated = calibrate(tiny_model.build()[0], Recipe("2:4", mitigation=["permute"]), windows)[0].model
+    save_calibration(calibrated, tmp_path)
+    reordered = tiny_model.build()[0]
+    reordered.load_state_dict(dict(calibrated.named_parameters()), strict=False)
+    with pytest.raises(ValueError, match="calibrated on, got its weights after permute has reordered them; name the"):
+        nm_act.load_calibration(reordered, tmp_path)
+    # Written again from what was loaded, it still knows the original.
+    again = tmp_path / "again"
+    again.mkdir()
+    save_calibration(nm_act.load_calibration(tiny_model.build()[0], tmp_path).model, again)
+    nm_act.load_calibration(tiny_model.build()[0], again)
+
+
+def test_a_calibration_without_fingerprints_is_taken(windows, tmp_path):
+    from safetensors.torch import save
+
+    calibrated = calibrate(tiny_model.build()[0], Recipe("2:4", mitigation=["spts"]), windows)[0].model
+    save_calibration(calibrated, tmp_path)
+    data = tmp_path / "calibration.safetensors"
+    with safe_open(data, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        header = {key: value for key, value in file.metadata().items() if not key.startswith("weights")}
+    data.write_bytes(save(tensors, header))
+    assert _sparse(nm_act.load_calibration(tiny_model.build()[0], tmp_path).model)
