@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import nm_act
 from nm_act.calibrate import CalibrationSettings, calibrate, calibration_windows, save_calibration
 from nm_act.cli import app
+from nm_act.cli import calibrate as command
 from nm_act.linear import NMLinear
 from nm_act.recipe import Recipe
 
@@ -88,3 +89,46 @@ def test_a_calibration_without_fingerprints_is_taken(windows, tmp_path):
         header = {key: value for key, value in file.metadata().items() if not key.startswith("weights")}
     data.write_bytes(save(tensors, header))
     assert _sparse(nm_act.load_calibration(tiny_model.build()[0], tmp_path).model)
+
+
+def _options(tmp_path, text, output, *more, mitigation=("spts",)):
+    recipe = tmp_path / "recipe.yaml"
+    Recipe("2:4", mitigation=list(mitigation)).save(recipe)
+    return ["--recipe", recipe, "--data", text, "--output", output, "--windows", "3", "--length", "16", *more]
+
+
+@pytest.mark.parametrize("kind", ["model", "inside the model", "a folder of files", "a file"])
+def test_an_output_that_holds_files_is_refused(text, tmp_path, kind):
+    model = tiny_model.save(tmp_path / "model")
+    output = {"model": tmp_path / "x" / ".." / "model", "inside the model": model / "new"}.get(kind, tmp_path / "out")
+    sentence = "expected an output apart from the model"
+    if kind == "a folder of files":
+        output.mkdir()
+        (output / "thesis.tex").write_text("years")
+        sentence = "holds 'thesis.tex'"
+    elif kind == "a file":
+        output.write_text("years")
+        sentence = "is a file"
+    (tmp_path / "x").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = _command(model, *_options(tmp_path, text, output))
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_an_unfinished_output_is_taken_up(folder, text, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    arguments = [folder, *_options(tmp_path, text, output)]
+
+    def killed(model, tokenizer, place):
+        (place / "model.safetensors").write_bytes(b"")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(command.__globals__, "_save_checkpoint", killed)
+        assert _command(*arguments).exit_code == 130
+    assert _command(*arguments).exit_code == 0
+    facts = json.loads((output / "calibration.json").read_text())
+    with safe_open(output / "calibration.safetensors", framework="pt") as file:
+        assert file.metadata()["weights"] == facts["weights"]

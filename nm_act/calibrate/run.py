@@ -21,7 +21,8 @@ from .static import collect, initial_data
 from .store import dense_weights, is_calibrated, set_layers
 from .training import LOSSES, train_block
 
-_IDENTITY = "run.json"
+IDENTITY = "run.json"
+"""What an unfinished run was started with, in its state's folder."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class _State:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / _IDENTITY
+        path = self.folder / IDENTITY
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
             other = next((key for key, value in identity.items() if known.get(key) != value), None)

@@ -12,6 +12,8 @@ import typer
 from .common import environment, load, load_recipe, model_name, note, print_json, progress_bar, set_threads, to_json
 from .ppl import DeviceOption, DtypeOption, JsonOption, ModelArgument, ThreadsOption
 
+_STATE = "state"
+
 
 def calibrate(
     model: ModelArgument,
@@ -35,11 +37,9 @@ def calibrate(
     """Calibrate a recipe's mitigations, decoder block by decoder block."""
     from ..calibrate import CalibrationSettings, calibration_windows, save_calibration
     from ..calibrate import calibrate as run
-    from ..calibrate.store import DATA_FILE
     from ..integrations.checkpoints import check_device
 
-    if (output / DATA_FILE).exists():
-        raise ValueError(f"expected a folder without a finished calibration, got {str(output)!r}; use another")
+    _check_output(output, model)
     settings = CalibrationSettings(learning_rate=lr, epochs=epochs, loss=loss, seed=seed)
     chosen = load_recipe(recipe)
     check_device(device)
@@ -53,7 +53,7 @@ def calibrate(
     start = time.perf_counter()
     with progress_bar("calibrating") as update:
         report, history = run(
-            dense, chosen, ids, settings=settings, device=device, state=output / "state", progress=update
+            dense, chosen, ids, settings=settings, device=device, state=output / _STATE, progress=update
         )
     facts = {
         "source": model_name(model),
@@ -76,12 +76,34 @@ def calibrate(
 
     write_atomic(output / "calibration.json", to_json(facts) + "\n")
     save_calibration(report.model, output)
-    shutil.rmtree(output / "state")
+    shutil.rmtree(output / _STATE)
     if as_json:
         print_json(facts)
         return
     print(report)
     print(f"written to {output}: nm-act ppl {model} --calibration {output}")
+
+
+def _check_output(output: Path, model: str) -> None:
+    """Refuse a folder in which the result would replace somebody's files, the model's above all."""
+    from ..calibrate.run import IDENTITY
+    from ..calibrate.store import DATA_FILE
+
+    place, source = output.resolve(), Path(model).expanduser().resolve()
+    if source in (place, *place.parents) and Path(model).expanduser().exists():
+        raise ValueError(f"expected an output apart from the model, got {str(output)!r} in it; use another folder")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"expected a folder for the result, but {str(output)!r} is a file; use another name")
+    if (output / DATA_FILE).exists():
+        raise ValueError(f"expected a folder without a finished calibration, got {str(output)!r}; use another")
+    # A run that stopped may have left a part of its checkpoint beside its state.
+    if output.is_dir() and not (output / _STATE / IDENTITY).exists():
+        other = next((path.name for path in sorted(output.iterdir()) if path.name != _STATE), None)
+        if other is not None:
+            raise ValueError(
+                f"expected an empty folder or an unfinished calibration, but {str(output)!r} holds {other!r}; use "
+                "another"
+            )
 
 
 def _check_length(model, length: int) -> None:
