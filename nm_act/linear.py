@@ -234,7 +234,7 @@ class NMLinear(nn.Linear):
             bias = added if bias is None else bias + added
         stored = v if v is weight or self.weight_layout == "out_in" else v.t().contiguous().t()
         return {
-            "channel_scale": mitigations.selection_scale(self.spec, v.detach(), data),
+            "channel_scale": mitigations.selection_scale(self.spec, weight.detach(), v.detach(), data),
             "shift_out": mitigations.shift_image(self.spec, v, data),
             "operand_weight": None if v is weight else stored,
             "operand_bias": None if bias is self.bias else bias,

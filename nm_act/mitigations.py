@@ -29,7 +29,7 @@ Why pcs is exact: ``P(X/s)(W*s)^T`` multiplies the survivors by the very ``W``, 
 differs, and that is ``channel_scale / s`` on unchanged X and W (in e4m3 the scaling would also change the rounding).
 The low-rank term is added by :class:`~nm_act.NMLinear` and not by the operator: it reads the dense input, so a kernel
 of the sparse operand could only call the same two small GEMMs, and ``addmm`` already fuses the sum into the second. It
-is not scaled by ``nu`` or ``column_scale``. Shift images and row sums are computed from the operand weight as stored.
+is not scaled by ``nu`` or ``column_scale``. A criterion that reads a weight reads V, with ``-fit`` W. Shift images and row sums are computed from the operand weight as stored.
 
 Sources: arXiv 2509.22166 (VAR, shifts, LS), R-Sparse (arXiv 2504.19449), LaRoSA (arXiv 2507.01299).
 """
@@ -175,12 +175,19 @@ def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) ->
     return v
 
 
-def selection_scale(spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """Channel scale of the selection for the operand weight ``v``; with pcs the criterion's for ``V*s``, over s."""
+def selection_scale(
+    spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """Channel scale of the selection, the criterion's for the operand weight ``v``; with pcs for ``V*s``, over s.
+
+    A fitted low-rank pair follows from what the selection drops, so its selection cannot follow from the pair: the
+    criterion reads ``weight`` there, W itself, before the pair is known and after.
+    """
+    read = weight if is_fitted(spec.mitigation) else v
     if "smoothing" not in data:
-        return criteria.channel_scale(spec.criterion, v)
+        return criteria.channel_scale(spec.criterion, read)
     smoothing = data["smoothing"]
-    scale = criteria.channel_scale(spec.criterion, v.float() * smoothing)
+    scale = criteria.channel_scale(spec.criterion, read.float() * smoothing)
     return smoothing.reciprocal() if scale is None else scale / smoothing
 
 

@@ -120,11 +120,11 @@ def test_statistics():
 @pytest.mark.parametrize("criterion", ["act", "wina", "clact"])
 def test_what_a_selection_drops(criterion):
     layer = NMLinear(32, 8, spec=LinearSpec("2:4", criterion, ("rsparse-2-fit", "dpts-mean")))
-    x = torch.randn(1, 50, 32)
+    x = torch.randn(1, 50, 32) + torch.randn(50, 1)  # means that move the norms of what is left
     statistics = InputStatistics(32, "cpu", lost=True)
     statistics.add_lost(layer, x)
     z = (x - x.mean(-1, keepdim=True))[0]
-    scale = {"act": torch.ones(32), "wina": layer.weight.norm(dim=0), "clact": z.norm(dim=0)}[criterion]
+    scale = {"act": torch.ones(32), "wina": layer.weight.norm(dim=0), "clact": x[0].norm(dim=0)}[criterion]
     order = (z.abs() * scale).view(50, 8, 4).argsort(dim=-1)
     kept = torch.zeros(50, 8, 4).scatter(-1, order[..., 2:], 1.0).view(50, 32)
     dropped = z * (1 - kept) / x[0].square().mean(-1, keepdim=True).sqrt()

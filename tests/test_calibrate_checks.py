@@ -9,11 +9,14 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 import nm_act
+from nm_act import composed
 from nm_act.calibrate import CalibrationSettings, calibrate, calibration_windows, save_calibration
+from nm_act.calibrate.static import InputStatistics
 from nm_act.cli import app
 from nm_act.cli import calibrate as command
 from nm_act.linear import NMLinear
-from nm_act.recipe import Recipe
+from nm_act.mitigations import fitted_low_rank_of
+from nm_act.recipe import LinearSpec, Recipe
 
 FAST = CalibrationSettings(learning_rate=1e-2, loss="relative")
 
@@ -132,3 +135,31 @@ def test_an_unfinished_output_is_taken_up(folder, text, tmp_path, monkeypatch):
     facts = json.loads((output / "calibration.json").read_text())
     with safe_open(output / "calibration.safetensors", framework="pt") as file:
         assert file.metadata()["weights"] == facts["weights"]
+
+
+@pytest.mark.parametrize("criterion", ["wina", "amber", "clact"])
+@pytest.mark.parametrize("shift", [[], ["dpts-mean"]])
+def test_what_is_fitted_is_what_the_layer_drops(monkeypatch, criterion, shift):
+    """The selection in the fitted layer's forward, against the one whose error the pair was fitted to."""
+    torch.manual_seed(1)
+    layer = NMLinear(32, 12, spec=LinearSpec("2:4", criterion, ["rsparse-8-fit", *shift]))
+    x = torch.randn(2, 20, 32) + 2 * torch.randn(2, 20, 1)
+    statistics = InputStatistics(32, "cpu", lost=True)
+    fitted, run = [], []
+    select = composed.select
+
+    def seen(kept):
+        return lambda z, pattern, scale: kept.append(select(z, pattern, scale)) or kept[-1]
+
+    monkeypatch.setattr(composed, "select", seen(fitted))
+    statistics.add_lost(layer, x)
+    monkeypatch.setattr(composed, "select", select)
+    pair = fitted_low_rank_of(layer.weight.detach(), statistics.lost, 8)
+    layer.set_data(low_rank_in=pair[0], low_rank_out=pair[1])
+    z = x - x.mean(dim=-1, keepdim=True) if shift else x
+    monkeypatch.setattr(layer, "_operator", lambda rows, w, b, scale, o: run.append(scale) or w.new_zeros(len(rows), 12))
+    with torch.no_grad():
+        for sequence in x:
+            layer(sequence)
+    for kept, tokens, scale in zip(fitted, z, run, strict=True):
+        assert torch.equal(kept != 0, select(tokens, layer.spec.pattern, scale) != 0)

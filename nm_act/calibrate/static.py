@@ -41,16 +41,20 @@ class InputStatistics:
             self.covariance.addmm_(x.t(), x)
 
     def add_lost(self, layer: NMLinear, x: torch.Tensor) -> None:
-        """Take in what a layer's selection drops of ``x [..., in]``; a static shift is not known yet and left out."""
-        z = reference.shifted(x.detach().flatten(0, -2), None, layer.spec.token_shift)
-        scale = criteria.channel_scale(layer.spec.criterion, layer.weight)
-        if layer.spec.criterion == "clact":
-            scale = criteria.call_scale(z)
-        dropped = (z - composed.select(z, layer.spec.pattern, scale)).float()
-        # A token with a thousandfold input would be all that the sum knows of.
-        size = x.detach().flatten(0, -2).float().square().mean(dim=-1, keepdim=True).sqrt()
-        dropped = dropped / size.clamp_min(torch.finfo(torch.float32).tiny)
-        self.lost.addmm_(dropped.t(), dropped)
+        """Take in what a layer's selection drops of ``x [..., tokens, in]``; a static shift is not known yet and left out.
+
+        The channel scale is that of the layer's forward: with clact of every sequence ``x [tokens, in]`` for itself.
+        """
+        static = mitigations.selection_scale(layer.spec, layer.weight, layer.weight, {})
+        x = x.detach()
+        for tokens in x.reshape(-1, *x.shape[-2:]):
+            scale = criteria.call_scale(tokens) if layer.spec.criterion == "clact" and len(tokens) > 1 else static
+            z = reference.shifted(tokens, None, layer.spec.token_shift)
+            dropped = (z - composed.select(z, layer.spec.pattern, scale)).float()
+            # A token with a thousandfold input would be all that the sum knows of.
+            size = tokens.float().square().mean(dim=-1, keepdim=True).sqrt()
+            dropped = dropped / size.clamp_min(torch.finfo(torch.float32).tiny)
+            self.lost.addmm_(dropped.t(), dropped)
 
     @property
     def mean(self) -> torch.Tensor:
