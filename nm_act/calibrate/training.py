@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from .. import mitigations
+from ..linear import NMLinear
 from .blocks import BlockRunner, differentiable
 
 LOSSES = ("relative", "mse")
@@ -29,7 +30,7 @@ def train_block(
     device: torch.device,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, float]:
-    """Train the learned data of one block in place: AdamW, no weight decay, linear schedule, batch 1.
+    """Train the learned data of one block in place: AdamW, no weight decay, linear schedule, batch 1, at least one step.
 
     Parameters
     ----------
@@ -49,13 +50,9 @@ def train_block(
         If the loss is not finite.
     """
     layers = runner.layers(index)
-    parameters = [
-        layer.get_buffer(name).requires_grad_()
-        for layer in layers.values()
-        for name in mitigations.learned_data_of(layer.spec)
-    ]
-    steps = round(len(inputs) * epochs)
-    if not parameters or steps == 0:
+    parameters = [_master(layer, name) for layer in layers.values() for name in mitigations.learned_data_of(layer.spec)]
+    steps = max(1, round(len(inputs) * epochs))
+    if not parameters:
         return {}
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(step, steps))
@@ -86,6 +83,12 @@ def train_block(
         layer.refresh()
     tenth = max(1, steps // 10)
     return {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
+
+
+def _master(layer: NMLinear, name: str) -> torch.Tensor:
+    """A layer's learned data as float32, in which steps of a millionth are kept; refresh() rounds it at the end."""
+    setattr(layer, name, layer.get_buffer(name).float().requires_grad_())
+    return layer.get_buffer(name)
 
 
 def block_loss(output: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
