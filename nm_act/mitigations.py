@@ -29,7 +29,8 @@ Why pcs is exact: ``P(X/s)(W*s)^T`` multiplies the survivors by the very ``W``, 
 differs, and that is ``channel_scale / s`` on unchanged X and W (in e4m3 the scaling would also change the rounding).
 The low-rank term is added by :class:`~nm_act.NMLinear` and not by the operator: it reads the dense input, so a kernel
 of the sparse operand could only call the same two small GEMMs, and ``addmm`` already fuses the sum into the second. It
-is not scaled by ``nu`` or ``column_scale``. A criterion that reads a weight reads V, with ``-fit`` W. Shift images and row sums are computed from the operand weight as stored.
+is not scaled by ``nu`` or ``column_scale``. A criterion that reads a weight reads V, with ``-fit`` W. Shift images and
+row sums are computed from the operand weight as stored.
 
 Sources: arXiv 2509.22166 (VAR, shifts, LS), R-Sparse (arXiv 2504.19449), LaRoSA (arXiv 2507.01299).
 """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from . import parallel
+from . import mitigations, parallel
 from .linear import NMLinear
 from .recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe
 from .tokens import TokenContext
@@ -134,6 +134,13 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
     _checked(model, recipe)
 
 
+def resolved_specs(model: nn.Module, recipe: Recipe) -> dict[str, LinearSpec]:
+    """Name -> spec of every layer that :func:`sparsify` would make sparse, after its checks; changes nothing."""
+    candidates, places = _checked(model, recipe)
+    decided = {name: _decide(module, places[name], recipe)[0] for name, module in candidates}
+    return {name: spec for name, spec in decided.items() if spec is not None}
+
+
 def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
     """Name -> (layer, projection, module) of every linear layer inside the numbered decoder layers."""
     prefix = _decoder_prefix(model)
@@ -158,7 +165,8 @@ def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Modul
     prefix = _decoder_prefix(model)
     places = {name: _place(name, prefix) for name, _ in candidates}
     _check_names(recipe, [place for place in places.values() if place is not None])
-
+    for name, module in candidates:
+        _check_rank(name, module, _decide(module, places[name], recipe)[0])
     return candidates, places
 
 
@@ -226,6 +234,15 @@ def _check_names(recipe: Recipe, places: list[_Place]) -> None:
         raise ValueError(
             f"expected projections that the model has ({', '.join(sorted(projections)) or 'none'}), "
             f"got {unknown[0]!r}; correct the recipe"
+        )
+
+
+def _check_rank(name: str, module: nn.Module, spec: LinearSpec | None) -> None:
+    rank = 0 if spec is None else mitigations.rank_of(spec.mitigation)
+    if rank and rank > min(module.in_features, module.out_features):
+        raise ValueError(
+            f"expected a low-rank pair of at most rank {min(module.in_features, module.out_features)} for {name}, got "
+            f"rank {rank}; use a smaller one"
         )
 
 

@@ -335,7 +335,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(windows, tmp_path):
 
 
 def test_nothing_to_calibrate():
-    with pytest.raises(ValueError, match=r"expected a recipe with something to calibrate .*, got none"):
+    with pytest.raises(ValueError, match=r"expected a recipe with something to calibrate .*, got nothing to calibrate"):
         calibrate(tiny_model.build()[0], Recipe("2:4", mitigation=["var"]), torch.zeros(1, 8, dtype=torch.int64))
 
 

@@ -16,7 +16,8 @@ from nm_act.cli import app
 from nm_act.cli import calibrate as command
 from nm_act.linear import NMLinear
 from nm_act.mitigations import fitted_low_rank_of
-from nm_act.recipe import LinearSpec, Recipe
+from nm_act.recipe import LinearSpec, Recipe, Rule
+from nm_act.sparsify import check_recipe
 
 FAST = CalibrationSettings(learning_rate=1e-2, loss="relative")
 
@@ -53,7 +54,7 @@ def test_a_calibration_of_other_weights_is_refused(windows, tmp_path, mitigation
     other = tiny_model.build()[0]
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[3, 5] += 0.5
-    with pytest.raises(ValueError, match=r"expected the model that .* was calibrated on, got other weights of the same"):
+    with pytest.raises(ValueError, match=r"expected the model that .* was calibrated on, got other weights"):
         nm_act.load_calibration(other, tmp_path)
     assert not _sparse(other)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -157,9 +158,82 @@ def test_what_is_fitted_is_what_the_layer_drops(monkeypatch, criterion, shift):
     pair = fitted_low_rank_of(layer.weight.detach(), statistics.lost, 8)
     layer.set_data(low_rank_in=pair[0], low_rank_out=pair[1])
     z = x - x.mean(dim=-1, keepdim=True) if shift else x
-    monkeypatch.setattr(layer, "_operator", lambda rows, w, b, scale, o: run.append(scale) or w.new_zeros(len(rows), 12))
+    monkeypatch.setattr(layer, "_operator", lambda x, w, b, scale, o: run.append(scale) or w.new_zeros(len(x), 12))
     with torch.no_grad():
         for sequence in x:
             layer(sequence)
     for kept, tokens, scale in zip(fitted, z, run, strict=True):
         assert torch.equal(kept != 0, select(tokens, layer.spec.pattern, scale) != 0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "got"),
+    [
+        (Recipe("2:4", mitigation=["lpts"], rules=[Rule(mitigation=[])]), "nothing to calibrate in any layer"),
+        (Recipe("2:4", mitigation=["lpts"], skip_layers=[0, 1]), "a recipe that leaves all layers dense"),
+    ],
+)
+def test_rules_that_leave_nothing_to_calibrate(windows, tmp_path, recipe, got):
+    model = tiny_model.build()[0]
+    with pytest.raises(ValueError, match=f"expected a recipe with something to calibrate .*, got {got};"):
+        calibrate(model, recipe, windows, state=tmp_path / "state")
+    assert not _sparse(model)
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_small_part_of_an_epoch_is_one_step(windows):
+    recipe = Recipe("2:4", mitigation=["lpts"])
+    settings = CalibrationSettings(learning_rate=1e-2, epochs=0.01)
+    report, history = calibrate(tiny_model.build()[0], recipe, windows, settings=settings)
+    assert all(entry["first"] == entry["last"] for entry in history)
+    assert report.model.model.layers[0].mlp.up_proj.shift.any()
+
+
+def test_a_bfloat16_pair_is_trained_in_float32(windows):
+    """Steps of 1e-6 are lost in bfloat16: the pair would not move at all."""
+    recipe = Recipe("2:4", projections=["up_proj"], mitigation=["rsparse-4-trained"])
+    pairs = []
+    for rate in (1e-30, 2e-5):
+        settings = CalibrationSettings(learning_rate=rate, epochs=40)
+        model = calibrate(tiny_model.build()[0].bfloat16(), recipe, windows, settings=settings)[0].model
+        pairs.append(model.model.layers[0].mlp.up_proj.low_rank_in)
+    assert pairs[0].dtype == torch.bfloat16
+    assert (pairs[0] != pairs[1]).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "extra", "order", "fold", "nan"])
+def test_damaged_data_leave_the_model_dense(windows, tmp_path, change):
+    from safetensors.torch import save
+
+    calibrated = calibrate(tiny_model.build()[0], Recipe("2:4", mitigation=["spts", "permute"]), windows)[0].model
+    save_calibration(calibrated, tmp_path)
+    data = tmp_path / "calibration.safetensors"
+    with safe_open(data, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        header = file.metadata()
+    mlp = "model.layers.1.mlp."
+    name, value = {
+        "missing": (f"{mlp}up_proj.shift", None),
+        "shape": (f"{mlp}up_proj.shift", torch.zeros(3)),
+        "extra": (f"{mlp}up_proj.smoothing", torch.ones(64)),
+        "order": (f"{mlp}down_proj.input_order", torch.zeros(96)),
+        "fold": (f"{mlp}up_proj.input_order", torch.arange(64.0).flip(0)),
+        "nan": (f"{mlp}up_proj.shift", torch.full((64,), torch.nan)),
+    }[change]
+    tensors.pop(name, None)
+    data.write_bytes(save(tensors if value is None else {**tensors, name: value}, header))
+    model = tiny_model.build()[0]
+    with pytest.raises(ValueError, match=r"^expected (in|every|gate_proj|finite) .*(up|down)_proj"):
+        nm_act.load_calibration(model, tmp_path)
+    assert not _sparse(model)
+
+
+def test_a_rank_above_the_weight_s_is_one_sentence():
+    model = tiny_model.build()[0]
+    for recipe in (
+        Recipe("2:4", mitigation=["rsparse-65"]),
+        Recipe("2:4", rules=[Rule(projections=["k_proj"], mitigation=["rsparse-33-fit"])]),
+    ):
+        with pytest.raises(ValueError, match=r"pair of at most rank \d+ for model\.layers\.0\..*_proj, got rank \d+;"):
+            check_recipe(model, recipe)
+    check_recipe(model, Recipe("2:4", mitigation=["rsparse-32"]))

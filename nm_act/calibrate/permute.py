@@ -71,17 +71,13 @@ def fold_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
     Raises
     ------
     ValueError
-        If the order is not the identity and cannot be folded here.
+        If the order is none, or is not the identity and cannot be folded here.
     """
+    check_order(block, name, order)
     order = order.long()
     if torch.equal(order, torch.arange(len(order), device=order.device)):
         return
     heads, pair = _value_heads(block, name), _gate_and_up(block, name)
-    if heads is None and not pair:
-        raise ValueError(
-            f"expected gate_proj and up_proj, or v_proj, in front of {name} to fold its input order into, got none; "
-            "the calibration belongs to another model"
-        )
     layer = block.get_submodule(name)
     _set_weight(layer, layer.weight[:, order.to(layer.weight.device)])
     if heads is None:
@@ -93,6 +89,19 @@ def fold_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
     inside = order.view(value_heads, -1, head_dim)[:, 0] % head_dim
     start = torch.arange(value_heads, device=order.device).unsqueeze(1) * head_dim
     _reorder_outputs(_sibling(block, name, "v_proj"), (inside + start).flatten())
+
+
+def check_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
+    """Raise what :func:`fold_order` would raise, and change nothing."""
+    identity = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    if not torch.equal(order.sort().values, identity):
+        raise ValueError(f"expected every input channel once in the order for {name}, got another; calibrate again")
+    if torch.equal(order, identity) or _value_heads(block, name) is not None or _gate_and_up(block, name):
+        return
+    raise ValueError(
+        f"expected gate_proj and up_proj, or v_proj, in front of {name} to fold its input order into, got none; "
+        "the calibration belongs to another model"
+    )
 
 
 def _value_heads(block: nn.Module, name: str) -> tuple[int, int] | None:

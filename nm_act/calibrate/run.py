@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
+from .. import mitigations
 from ..files import write_atomic
 from ..recipe import Recipe
-from ..sparsify import SparsifyReport, check_recipe, sparsify
+from ..sparsify import SparsifyReport, resolved_specs, sparsify
 from ..version import __version__
 from .blocks import BlockRunner, dense
 from .permute import find_order, fold_order
 from .static import collect, initial_data
-from .store import dense_weights, is_calibrated, set_layers
+from .store import dense_weights, set_layers
 from .training import LOSSES, train_block
 
 IDENTITY = "run.json"
@@ -107,12 +108,13 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     device = torch.device(device)
-    if not is_calibrated(recipe):
+    specs = resolved_specs(model, recipe).values()
+    if not any(mitigations.data_of(spec) for spec in specs):
+        got = "nothing to calibrate in any layer" if specs else "a recipe that leaves all layers dense"
         raise ValueError(
-            "expected a recipe with something to calibrate (lpts, ls, spts, rsparse-64, ...), got none; "
-            "use it as it is, without calibration"
+            f"expected a recipe with something to calibrate (lpts, ls, spts, rsparse-64, ...), got {got}; "
+            "correct its rules, or use it as it is, without calibration"
         )
-    check_recipe(model, recipe)
     original = dense_weights(model)
     identity = {
         "version": __version__,

@@ -41,9 +41,10 @@ class InputStatistics:
             self.covariance.addmm_(x.t(), x)
 
     def add_lost(self, layer: NMLinear, x: torch.Tensor) -> None:
-        """Take in what a layer's selection drops of ``x [..., tokens, in]``; a static shift is not known yet and left out.
+        """Take in what a layer's selection drops of ``x [..., tokens, in]``.
 
-        The channel scale is that of the layer's forward: with clact of every sequence ``x [tokens, in]`` for itself.
+        A static shift is not known yet and left out. The channel scale is that of the layer's forward: with clact that of every
+        sequence's own tokens.
         """
         static = mitigations.selection_scale(layer.spec, layer.weight, layer.weight, {})
         x = x.detach()

@@ -13,9 +13,9 @@ from .. import mitigations
 from ..files import write_atomic
 from ..fingerprint import weights_fingerprint
 from ..linear import NMLinear
-from ..recipe import Recipe
-from ..sparsify import SparsifyReport, check_recipe, sparsify
-from .permute import fold_order
+from ..recipe import LinearSpec, Recipe
+from ..sparsify import SparsifyReport, resolved_specs, sparsify
+from .permute import check_order, fold_order
 
 RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "calibration.safetensors"
@@ -81,15 +81,7 @@ def load_calibration(model: nn.Module, folder) -> SparsifyReport:
     recipe, tensors = check_calibration(model, folder)
     original = dense_weights(model)
     report = sparsify(model, recipe)
-    layers = _sparse_layers(report.model)
-    for name, layer in layers.items():
-        missing = next((key for key in layer.data() if f"{name}.{key}" not in tensors), None)
-        if missing is not None:
-            raise ValueError(
-                f"expected calibrated data for every sparse layer in {str(folder)!r}, got no {missing} for {name}; "
-                "calibrate again"
-            )
-    set_layers(report.model, layers, tensors)
+    set_layers(report.model, _sparse_layers(report.model), tensors)
     report.model.nm_act_dense_weights = original
     return report
 
@@ -139,8 +131,35 @@ def check_calibration(model: nn.Module, folder) -> tuple[Recipe, dict[str, torch
             f"{describe(model)}; name that model or calibrate this one"
         )
     _check_weights(model, header, folder)
-    check_recipe(model, recipe)
+    _check_tensors(model, resolved_specs(model, recipe), tensors, folder)
     return recipe, tensors
+
+
+def _check_tensors(model: nn.Module, specs: dict[str, LinearSpec], tensors: dict, folder: Path) -> None:
+    """Compare the data's names and shapes with what a recipe's layers need; a shared layer has one of its names."""
+    modules = {name: module for name, module in model.named_modules() if name in specs}
+    needed = {
+        f"{name}.{key}": mitigations.DATA[key](module.in_features, module.out_features, rank)
+        for name, module in modules.items()
+        for rank in [mitigations.rank_of(specs[name].mitigation)]
+        for key in mitigations.data_of(specs[name])
+    }
+    for name in sorted(needed.keys() | tensors.keys()):
+        got = list(tensors[name].shape) if name in tensors else "none"
+        wanted = list(needed[name]) if name in needed else "none"
+        if got != wanted:
+            raise ValueError(
+                f"expected in {str(folder)!r} the data of its recipe's layers, for {name} {wanted}, got {got}; "
+                "calibrate again"
+            )
+    for name, value in tensors.items():
+        layer, _, key = name.rpartition(".")
+        if key == "input_order":
+            parent, _, child = layer.rpartition(".")
+            block, _, inner = parent.rpartition(".")
+            check_order(model.get_submodule(block), f"{inner}.{child}", value)
+        elif not value.isfinite().all():
+            raise ValueError(f"expected finite numbers in {str(folder)!r}, got others in {name}; calibrate again")
 
 
 def set_layers(model: nn.Module, layers: dict[str, NMLinear], tensors: dict[str, torch.Tensor]) -> None:
@@ -184,13 +203,6 @@ def architecture(model: nn.Module) -> str:
 def describe(model: nn.Module) -> str:
     """The model in a few words, for error sentences."""
     return f"{type(model).__name__} with {sum(value.numel() for value in model.parameters()):,} parameters"
-
-
-def is_calibrated(recipe: Recipe) -> bool:
-    """Whether any layer of the recipe needs calibrated data."""
-    names = [*recipe.mitigation, *(name for rule in recipe.rules for name in rule.mitigation or ())]
-    criteria = (recipe.criterion, *(rule.criterion for rule in recipe.rules))
-    return "wanda" in criteria or any(mitigations.mitigation(name).data for name in names)
 
 
 def _sparse_layers(model: nn.Module) -> dict[str, NMLinear]:
