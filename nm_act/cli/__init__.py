@@ -24,9 +24,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for _command in (info, demo, ppl, generate, calibrate, search):
+for _command in (info, demo, ppl, generate):
     app.command()(reports_errors(_command))
-app.command(name="eval")(reports_errors(evaluate))
+for _command in (calibrate, search):
+    app.command()(reports_errors(_command, resumes=True))
+app.command(name="eval")(reports_errors(evaluate, resumes=True))
 
 
 def main() -> None:

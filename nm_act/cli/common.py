@@ -14,10 +14,13 @@ import typer
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 INTERRUPTED = "interrupted; no result was written"
+INTERRUPTED_BUT_KEPT = "interrupted; run the same command to go on"
 
 
-def reports_errors(command):
+def reports_errors(command, *, resumes: bool = False):
     """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
+
+    ``resumes`` is for a command that keeps what it has finished and goes on there.
 
     The environment variable NM_ACT_TRACEBACK=1 lets the exception through, for whoever debugs a command.
     """
@@ -27,7 +30,7 @@ def reports_errors(command):
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            print(INTERRUPTED, file=sys.stderr)
+            print(INTERRUPTED_BUT_KEPT if resumes else INTERRUPTED, file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:  # the reader of our output went away, as in `nm-act info | head`: typer exits quietly
             raise
