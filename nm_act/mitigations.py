@@ -176,9 +176,7 @@ def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) ->
     return v
 
 
-def selection_scale(
-    spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str, torch.Tensor]
-) -> torch.Tensor | None:
+def selection_scale(spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """Channel scale of the selection, the criterion's for the operand weight ``v``; with pcs for ``V*s``, over s.
 
     A fitted low-rank pair follows from what the selection drops, so its selection cannot follow from the pair: the

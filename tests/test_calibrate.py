@@ -300,7 +300,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(windows, tmp_path, monkeypatch)
     ("change", "what"),
     [
         ({"recipe": Recipe("4:8", mitigation=["lpts"])}, "recipe"),
-        ({"settings": CalibrationSettings(seed=1)}, "settings"),
+        ({"settings": CalibrationSettings(seed=1)}, r"seed \(0 then, 1 now\)"),
         ({"windows": torch.zeros(2, 8, dtype=torch.int64)}, "windows"),
         ({"scale": 2.0}, "model"),
     ],
@@ -339,9 +339,12 @@ def test_nothing_to_calibrate():
         calibrate(tiny_model.build()[0], Recipe("2:4", mitigation=["var"]), torch.zeros(1, 8, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("options", [{"learning_rate": 0.0}, {"epochs": float("nan")}, {"loss": "l1"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": 0.0}, {"epochs": float("nan")}, {"epochs": float("inf")}, {"seed": 2**80}, {"loss": "l1"}],
+)
 def test_bad_settings(options):
-    with pytest.raises(ValueError, match=r"^expected a (positive learning rate|loss among)"):
+    with pytest.raises(ValueError, match=r"^expected a (positive, finite learning rate|loss among|seed from)"):
         CalibrationSettings(**options)
 
 
@@ -399,7 +402,7 @@ def test_command(folder, text, tmp_path):
     ("options", "sentence"),
     [
         (["--length", "500"], "expected --length within the model's context of 128 tokens, got 500"),
-        (["--lr", "0"], "expected a positive learning rate"),
+        (["--lr", "0"], "expected a positive, finite learning rate"),
         (["--recipe", "missing.yaml"], "no recipe at 'missing.yaml'"),
         (["--data", "missing.txt"], "cannot read 'missing.txt'"),
         (["--device", "abacus"], "expected a device such as cpu or cuda"),

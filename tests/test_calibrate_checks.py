@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import nm_act
 from nm_act import composed
 from nm_act.calibrate import CalibrationSettings, calibrate, calibration_windows, save_calibration
+from nm_act.calibrate import run as run_module
 from nm_act.calibrate.static import InputStatistics
 from nm_act.cli import app
 from nm_act.cli import calibrate as command
@@ -237,3 +238,107 @@ def test_a_rank_above_the_weight_s_is_one_sentence():
         with pytest.raises(ValueError, match=r"pair of at most rank \d+ for model\.layers\.0\..*_proj, got rank \d+;"):
             check_recipe(model, recipe)
     check_recipe(model, Recipe("2:4", mitigation=["rsparse-32"]))
+
+
+def _stopped_after_block_0(monkeypatch, text, tmp_path, folder):
+    """Arguments of a command that was interrupted in block 1, and its result."""
+    arguments = [folder, *_options(tmp_path, text, tmp_path / "out", mitigation=["lpts"])]
+    finish = run_module._calibrate_block
+
+    def stop(runner, index, *rest):
+        if index == 1:
+            raise KeyboardInterrupt
+        return finish(runner, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_calibrate_block", stop)
+        return arguments, _command(*arguments)
+
+
+def test_after_a_stop_the_record_is_whole(monkeypatch, folder, text, tmp_path):
+    arguments, stopped = _stopped_after_block_0(monkeypatch, text, tmp_path, folder)
+    assert stopped.exit_code == 130
+    assert stopped.stderr.endswith("interrupted; run the same command to go on\n")
+    with safe_open(tmp_path / "out" / "state" / "block-0000.safetensors", framework="pt") as file:
+        first = json.loads(file.metadata()["facts"])
+    done = _command(*arguments)
+    assert done.exit_code == 0, done.stderr
+    facts = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert facts["blocks"][0] == {"block": 0, **first}
+    assert all({"block", "first", "last", "seconds"} == set(block) for block in facts["blocks"])
+    assert facts["seconds"] == pytest.approx(sum(block["seconds"] for block in facts["blocks"]), abs=0.06)
+
+
+def test_a_truncated_block_is_calibrated_again(monkeypatch, folder, text, tmp_path):
+    arguments, _ = _stopped_after_block_0(monkeypatch, text, tmp_path, folder)
+    block = tmp_path / "out" / "state" / "block-0000.safetensors"
+    whole = block.read_bytes()
+    for part in (whole[:100], b""):
+        block.write_bytes(part)
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "_calibrate_block", _interrupt)
+            assert _command(*arguments).exit_code == 130
+    result = _command(*arguments)
+    assert result.exit_code == 0, result.stderr
+
+
+def _interrupt(*arguments):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff\xfe"])
+def test_a_damaged_run_file_is_named(monkeypatch, folder, text, tmp_path, content):
+    arguments, _ = _stopped_after_block_0(monkeypatch, text, tmp_path, folder)
+    (tmp_path / "out" / "state" / "run.json").write_bytes(content)
+    result = _command(*arguments)
+    assert result.exit_code == 2
+    assert "run.json' what the unfinished run was started with, got a damaged file; remove its folder" in result.stderr
+    assert result.stderr.count("\n") == 2  # "loading ..." and the sentence
+
+
+def test_a_run_that_failed_at_once_can_be_changed(windows, tmp_path):
+    recipe = Recipe("2:4", mitigation=["ls"])
+    wild = CalibrationSettings(learning_rate=1e30, epochs=3)
+    with pytest.raises(ValueError, match=r"expected (a finite loss|finite hidden states), got .* lower --lr"):
+        calibrate(tiny_model.build()[0], recipe, windows, settings=wild, state=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    calibrate(tiny_model.build()[0], recipe, windows, settings=FAST, state=tmp_path)
+    other = CalibrationSettings(learning_rate=2e-2, loss="relative")
+    with pytest.raises(
+        ValueError, match=r"got another learning_rate \(0\.01 then, 0\.02 now\); finish that run, remove"
+    ):
+        calibrate(tiny_model.build()[0], recipe, windows, settings=other, state=tmp_path)
+
+
+def test_a_block_with_infinite_outputs_is_not_kept(windows, tmp_path):
+    model = tiny_model.build()[0]
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="expected finite hidden states, got infinities or NaN after block 1;"):
+        calibrate(model, Recipe("2:4", mitigation=["spts"], skip_layers=[1]), windows, state=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["block-0000.safetensors", "run.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--epochs", "inf"], "expected a positive, finite learning rate and number of epochs, got 0.0001 and inf;"),
+        (["--seed", str(2**70)], f"expected a seed from 0 to 2**63 - 1, got {2**70};"),
+        (["--seed", "-1"], "expected a seed from 0 to 2**63 - 1, got -1;"),
+    ],
+)
+def test_settings_that_no_run_has(folder, text, tmp_path, options, sentence):
+    result = _command(folder, *_options(tmp_path, text, tmp_path / "out", *options))
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("projection", "noted"), [("up_proj", True), ("down_proj", False)])
+def test_permute_where_nothing_folds_is_noted(folder, text, tmp_path, projection, noted):
+    recipe = tmp_path / "permute.yaml"
+    Recipe("2:4", projections=[projection], mitigation=["permute"]).save(recipe)
+    result = _command(folder, *_options(tmp_path, text, tmp_path / "out", "--recipe", recipe))
+    assert result.exit_code == 0, result.stderr
+    assert ("permute reorders nothing here" in result.stderr) is noted

@@ -35,10 +35,12 @@ def calibration_windows(
     Raises
     ------
     ValueError
-        If the numbers are not positive, the folder has no text, or the text is shorter than one window.
+        If the numbers are not positive, the seed is too large, the folder has no text, or the text is shorter than one
+        window.
     OSError
         If a file cannot be read.
     """
+    check_seed(seed)
     if windows < 1 or length < 2:
         raise ValueError(f"expected at least 1 window of at least 2 tokens, got {windows} of {length}; ask for more")
     ids = torch.cat([_token_ids(tokenizer, path) for path in _files(Path(source))])
@@ -50,6 +52,12 @@ def calibration_windows(
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:windows]
     return ids[: available * length].view(available, length)[order]
+
+
+def check_seed(seed: int) -> None:
+    """Raise a ValueError for a seed that torch's generators do not take."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"expected a seed from 0 to 2**63 - 1, got {seed}; choose one of those")
 
 
 def _files(source: Path) -> list[Path]:

@@ -2,28 +2,26 @@
 
 import dataclasses
 import hashlib
-import json
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from torch import nn
 
 from .. import mitigations
-from ..files import write_atomic
 from ..recipe import Recipe
 from ..sparsify import SparsifyReport, resolved_specs, sparsify
 from ..version import __version__
 from .blocks import BlockRunner, dense
+from .data import check_seed
 from .permute import find_order, fold_order
+from .state import RunState
 from .static import collect, initial_data
 from .store import dense_weights, set_layers
 from .training import LOSSES, train_block
-
-IDENTITY = "run.json"
-"""What an unfinished run was started with, in its state's folder."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,12 @@ class CalibrationSettings:
     loss : str
         "relative" (every token alike) or "mse" (the paper's).
     seed : int
-        Of the order of the windows.
+        Of the order of the windows; from 0, below 2**63.
 
     Raises
     ------
     ValueError
-        If a number is not positive or the loss is unknown.
+        If a number is not positive and finite, or the loss is unknown.
     """
 
     learning_rate: float = 1e-4
@@ -53,13 +51,14 @@ class CalibrationSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if not (self.learning_rate > 0 and self.epochs > 0):
+        if not all(value > 0 and math.isfinite(value) for value in (self.learning_rate, self.epochs)):
             raise ValueError(
-                f"expected a positive learning rate and number of epochs, got {self.learning_rate} and {self.epochs}; "
-                "the paper trains one epoch at 1e-4"
+                "expected a positive, finite learning rate and number of epochs, got "
+                f"{self.learning_rate} and {self.epochs}; the paper trains one epoch at 1e-4"
             )
         if self.loss not in LOSSES:
             raise ValueError(f"expected a loss among {', '.join(LOSSES)}, got {self.loss!r}; choose one of those")
+        check_seed(self.seed)
 
 
 def calibrate(
@@ -98,7 +97,8 @@ def calibrate(
     report : SparsifyReport
         With the calibrated model as ``.model``.
     history : list of dict
-        For every block: its index and the losses of :func:`~nm_act.calibrate.training.train_block`.
+        For every block: its index, the losses of :func:`~nm_act.calibrate.training.train_block`, and the seconds that
+        it took, in whichever session.
 
     Raises
     ------
@@ -108,13 +108,7 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     device = torch.device(device)
-    specs = resolved_specs(model, recipe).values()
-    if not any(mitigations.data_of(spec) for spec in specs):
-        got = "nothing to calibrate in any layer" if specs else "a recipe that leaves all layers dense"
-        raise ValueError(
-            f"expected a recipe with something to calibrate (lpts, ls, spts, rsparse-64, ...), got {got}; "
-            "correct its rules, or use it as it is, without calibration"
-        )
+    _check_calibrated(model, recipe)
     original = dense_weights(model)
     identity = {
         "version": __version__,
@@ -124,7 +118,7 @@ def calibrate(
         "windows": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
         "settings": dataclasses.asdict(settings),
     }
-    store = _State(state, identity)
+    store = RunState(state, identity)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     report = sparsify(model.eval(), recipe)
@@ -141,21 +135,35 @@ def calibrate(
                 progress(index, total, text)
 
         runner.block(index).to(device)
+        start = time.perf_counter()
         finished = store.load(index)
         if finished is not None:
             note("taking up")
-            set_layers(model, runner.layers(index), finished)
-            history.append({"block": index})
+            tensors, facts = finished
+            set_layers(model, runner.layers(index), tensors)
         else:
-            history.append({"block": index, **_calibrate_block(runner, index, hidden, settings, device, note)})
-            store.save(index, runner)
+            facts = _calibrate_block(runner, index, hidden, settings, device, note)
         note("output")
         hidden = runner.run_all(index, hidden, device)
-        runner.block(index).to(hidden.device)
         _check_finite(hidden, index)
+        if finished is None:
+            facts = {**facts, "seconds": round(time.perf_counter() - start, 3)}
+            store.save(index, runner.layers(index), facts)
+        history.append({"block": index, **facts})
+        runner.block(index).to(hidden.device)
     if progress is not None:
         progress(total, total, "done")
     return report, history
+
+
+def _check_calibrated(model: nn.Module, recipe: Recipe) -> None:
+    specs = resolved_specs(model, recipe).values()
+    if not any(mitigations.data_of(spec) for spec in specs):
+        got = "nothing to calibrate in any layer" if specs else "a recipe that leaves all layers dense"
+        raise ValueError(
+            f"expected a recipe with something to calibrate (lpts, ls, spts, rsparse-64, ...), got {got}; "
+            "correct its rules, or use it as it is, without calibration"
+        )
 
 
 def _calibrate_block(runner: BlockRunner, index: int, hidden, settings, device, note) -> dict:
@@ -196,43 +204,3 @@ def _check_finite(hidden: torch.Tensor, index: int) -> None:
         raise ValueError(
             f"expected finite hidden states, got infinities or NaN after block {index}; lower --lr, or use float32"
         )
-
-
-class _State:
-    """Finished blocks on disk, tied to one run by what determines its result."""
-
-    def __init__(self, folder, identity: dict):
-        self.folder = None if folder is None else Path(folder)
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / IDENTITY
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            other = next((key for key, value in identity.items() if known.get(key) != value), None)
-            if other is not None:
-                raise ValueError(
-                    f"expected the unfinished run in {str(self.folder)!r} to be this one, got another {other}; "
-                    "finish that run, remove the folder or choose another output"
-                )
-        else:
-            write_atomic(path, json.dumps(identity, indent=2) + "\n")
-
-    def _path(self, index: int) -> Path:
-        return self.folder / f"block-{index:04d}.safetensors"
-
-    def load(self, index: int) -> dict[str, torch.Tensor] | None:
-        """Data of a finished block, None if it is not finished."""
-        if self.folder is None or not self._path(index).is_file():
-            return None
-        return load_file(self._path(index))
-
-    def save(self, index: int, runner: BlockRunner) -> None:
-        """Keep the data of a block that has just been finished."""
-        if self.folder is not None:
-            tensors = {
-                f"{name}.{key}": value.detach().cpu().contiguous()
-                for name, layer in runner.layers(index).items()
-                for key, value in layer.data().items()
-            }
-            write_atomic(self._path(index), save(tensors))

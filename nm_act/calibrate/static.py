@@ -43,8 +43,8 @@ class InputStatistics:
     def add_lost(self, layer: NMLinear, x: torch.Tensor) -> None:
         """Take in what a layer's selection drops of ``x [..., tokens, in]``.
 
-        A static shift is not known yet and left out. The channel scale is that of the layer's forward: with clact that of every
-        sequence's own tokens.
+        A static shift is not known yet and left out. The channel scale is that of the layer's forward: with clact that
+        of every sequence's own tokens.
         """
         static = mitigations.selection_scale(layer.spec, layer.weight, layer.weight, {})
         x = x.detach()

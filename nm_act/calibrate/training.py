@@ -30,7 +30,9 @@ def train_block(
     device: torch.device,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, float]:
-    """Train the learned data of one block in place: AdamW, no weight decay, linear schedule, batch 1, at least one step.
+    """Train the learned data of one block in place: AdamW, no weight decay, linear schedule, batch 1.
+
+    There is at least one step, however small ``epochs`` is.
 
     Parameters
     ----------

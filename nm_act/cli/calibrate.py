@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +49,6 @@ def calibrate(
     if len(ids) < windows:
         note(f"the text has {len(ids)} windows of {length} tokens, fewer than {windows}: all are used")
     output.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     with progress_bar("calibrating") as update:
         report, history = run(
             dense, chosen, ids, settings=settings, device=device, state=output / _STATE, progress=update
@@ -65,11 +63,12 @@ def calibrate(
         "epochs": epochs,
         "loss": loss,
         "seed": seed,
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(sum(block["seconds"] for block in history), 1),
         "environment": environment(),
         "recipe": chosen.to_dict(),
         "blocks": history,
     }
+    _note_orders(report.model)
     if checkpoint:
         _save_checkpoint(report.model, tokenizer, output)
     from ..files import write_atomic
@@ -86,7 +85,7 @@ def calibrate(
 
 def _check_output(output: Path, model: str) -> None:
     """Refuse a folder in which the result would replace somebody's files, the model's above all."""
-    from ..calibrate.run import IDENTITY
+    from ..calibrate.state import IDENTITY
     from ..calibrate.store import DATA_FILE
 
     place, source = output.resolve(), Path(model).expanduser().resolve()
@@ -110,6 +109,15 @@ def _check_length(model, length: int) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length > context:
         raise ValueError(f"expected --length within the model's context of {context} tokens, got {length}; shorten it")
+
+
+def _note_orders(model) -> None:
+    from ..calibrate.store import is_reordered
+    from ..linear import NMLinear
+
+    layers = [each for each in model.modules() if isinstance(each, NMLinear) and "permute" in each.spec.mitigation]
+    if layers and not any(map(is_reordered, layers)):
+        note("permute reorders nothing here: down_proj and o_proj alone have layers in front that can be folded into")
 
 
 def _save_checkpoint(model, tokenizer, output: Path) -> None:
