@@ -79,10 +79,10 @@ def load_calibration(model: nn.Module, folder) -> SparsifyReport:
         If it was made for another model or other weights, or its files are damaged. The model is unchanged then.
     """
     recipe, tensors = check_calibration(model, folder)
-    original = dense_weights(model)
+    original = dense_weights(model) if any(name.endswith(".input_order") for name in tensors) else {}
     report = sparsify(model, recipe)
     set_layers(report.model, _sparse_layers(report.model), tensors)
-    report.model.nm_act_dense_weights = original
+    report.model.nm_act_dense_weights = original  # for save_calibration, where orders have changed the weights
     return report
 
 
@@ -130,8 +130,9 @@ def check_calibration(model: nn.Module, folder) -> tuple[Recipe, dict[str, torch
             f"expected the model that {str(folder)!r} was calibrated for, {header.get('model')}, got "
             f"{describe(model)}; name that model or calibrate this one"
         )
+    specs = resolved_specs(model, recipe)
     _check_weights(model, header, folder)
-    _check_tensors(model, resolved_specs(model, recipe), tensors, folder)
+    _check_tensors(model, specs, tensors, folder)
     return recipe, tensors
 
 
