@@ -102,7 +102,7 @@ def _options(tmp_path, text, output, *more, mitigation=("spts",)):
     return ["--recipe", recipe, "--data", text, "--output", output, "--windows", "3", "--length", "16", *more]
 
 
-@pytest.mark.parametrize("kind", ["model", "inside the model", "a folder of files", "a file"])
+@pytest.mark.parametrize("kind", ["model", "inside the model", "a folder of files", "a file", "inside a file"])
 def test_an_output_that_holds_files_is_refused(text, tmp_path, kind):
     model = tiny_model.save(tmp_path / "model")
     output = {"model": tmp_path / "x" / ".." / "model", "inside the model": model / "new"}.get(kind, tmp_path / "out")
@@ -111,8 +111,9 @@ def test_an_output_that_holds_files_is_refused(text, tmp_path, kind):
         output.mkdir()
         (output / "thesis.tex").write_text("years")
         sentence = "holds 'thesis.tex'"
-    elif kind == "a file":
+    elif kind in ("a file", "inside a file"):
         output.write_text("years")
+        output = output if kind == "a file" else output / "new"
         sentence = "is a file"
     (tmp_path / "x").mkdir()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

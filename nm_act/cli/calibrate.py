@@ -91,8 +91,9 @@ def _check_output(output: Path, model: str) -> None:
     place, source = output.resolve(), Path(model).expanduser().resolve()
     if source in (place, *place.parents) and Path(model).expanduser().exists():
         raise ValueError(f"expected an output apart from the model, got {str(output)!r} in it; use another folder")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"expected a folder for the result, but {str(output)!r} is a file; use another name")
+    nearest = next(path for path in (place, *place.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"expected a folder for the result, but {str(nearest)!r} is a file; use another name")
     if (output / DATA_FILE).exists():
         raise ValueError(f"expected a folder without a finished calibration, got {str(output)!r}; use another")
     # A run that stopped may have left a part of its checkpoint beside its state.
