@@ -28,6 +28,7 @@ RECIPES = {
     "wina-var": Recipe("8:16", criterion="wina", mitigation=["var"]),
     "variance-median": Recipe("4:8", criterion="variance", mitigation=["dpts-median"]),
     "amber-mean-var": Recipe("16:32", criterion="amber", mitigation=["dpts-mean", "var"], skip_layers=[1]),
+    "windows-var": Recipe("2:4+1", mitigation=["var", "dpts-mean"]),
     "first-prefill": Recipe("8:16", mitigation=["dpts-median"], phase="prefill", dense_first_tokens=1),
 }
 

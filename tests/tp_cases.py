@@ -113,6 +113,7 @@ def _record(layer, x) -> tuple[torch.Tensor, torch.Tensor]:
 
     def spy(x, weight, bias, n, m, **options):
         selection = {key: options.get(key) for key in ("channel_scale", "shift")}
+        selection["extra_columns"] = options.get("extra_columns", ())
         pruned.append(ops.prune(x, n, m, token_shift=options.get("token_shift", "none"), **selection))
         return real(x, weight, bias, n, m, **options)
 
