@@ -232,6 +232,9 @@ def test_wrong_uses_are_one_sentence():
     with pytest.raises(ValueError, match="expected fp8 among prefill, decode, got 'e5m2'"):
         nm_act.optimize(model, fp8="e5m2")
     nm_act.optimize(model)
+    for recipe in (nm_act.Recipe("2:4"), nm_act.Recipe("2:4", projections=["o_proj"])):
+        with pytest.raises(ValueError, match=r"expected a model that is not optimized, got one that is"):
+            nm_act.sparsify(model, recipe)
     with pytest.raises(ValueError, match=r"model that is not optimized, got one that is; call nm_act\.deoptimize"):
         nm_act.optimize(model)
 
