@@ -217,14 +217,16 @@ class StaticDecoder:
         """Put the running sequence back afterwards, of which the inside overwrites the first tokens of the cache."""
         logits, saved = self.logits, [tensor.clone() for tensor in self._state()]
         cached = [(layer.keys[:, :, :tokens].clone(), layer.values[:, :, :tokens].clone()) for layer in self._layers()]
-        yield
-        self.logits = logits
-        # Layers that the inside initialised have nothing to put back: the first prefill rewinds them.
-        for tensor, value in zip(self._state(), saved, strict=False):
-            tensor.copy_(value)
-        for layer, (keys, values) in zip(self._layers(), cached, strict=False):
-            layer.keys[:, :, :tokens].copy_(keys)
-            layer.values[:, :, :tokens].copy_(values)
+        try:
+            yield
+        finally:
+            self.logits = logits
+            # Layers that the inside initialised have nothing to put back: the first prefill rewinds them.
+            for tensor, value in zip(self._state(), saved, strict=False):
+                tensor.copy_(value)
+            for layer, (keys, values) in zip(self._layers(), cached, strict=False):
+                layer.keys[:, :, :tokens].copy_(keys)
+                layer.values[:, :, :tokens].copy_(values)
 
     def _state(self) -> Iterator[Tensor]:
         yield from (self.token, self._position, self._lengths)
