@@ -8,6 +8,7 @@ import tiny_model
 import torch
 from typer.testing import CliRunner
 
+import nm_act
 from nm_act.cli import app
 from nm_act.evaluate.variants import sparse_copy
 from nm_act.recipe import LinearSpec, Recipe, Rule
@@ -36,6 +37,17 @@ def test_predicted_speedup_weighs_by_macs():
 def test_decode_only_layers_are_dense_in_prefill():
     model, _ = tiny_model.build()
     assert set(macs_by_pattern(sparse_copy(model, Recipe("2:4", phase="decode")).model)) == {"dense"}
+
+
+@pytest.mark.parametrize("fp8", [None, "decode"])
+def test_optimized_models_are_refused(fp8):
+    """Their merged and e4m3 layers are none of the stock linear layers: costs would lack them."""
+    model, _ = tiny_model.build()
+    nm_act.sparsify(model, Recipe("2:4"))
+    nm_act.optimize(model, fp8=fp8)
+    for call in (macs_by_pattern, lambda each: groups_of(each, ("down_proj",))):
+        with pytest.raises(ValueError, match=r"model that is not optimized, got one that is; call nm_act\.deoptimize"):
+            call(model)
 
 
 def test_patterns_without_a_row():

@@ -87,6 +87,10 @@ def test_a_split_model_cannot_be_converted(tmp_path):
     run_ranks(tp_cases.refuses_a_split_model, tmp_path)
 
 
+def test_optimize_leaves_split_layers_alone(folders):
+    run_ranks(tp_cases.optimize_changes_nothing, folders["act"])
+
+
 # ---- the arithmetic of a row-parallel layer, without processes ----
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from .. import mitigations
 from ..files import write_atomic
 from ..linear import NMLinear
+from ..optimize.model import refuse_optimized
 from ..recipe import Recipe
 from ..sparsify import SparsifyReport, check_recipe, sparsify
 from .permute import fold_order
@@ -90,6 +91,7 @@ def load_calibration(model: nn.Module, folder) -> SparsifyReport:
 
 def check_calibration(model: nn.Module, folder) -> tuple[Recipe, dict[str, torch.Tensor]]:
     """Recipe and tensors of a calibration; raises what :func:`load_calibration` would, and changes nothing."""
+    refuse_optimized(model)
     folder = Path(folder)
     recipe, tensors, header = read_calibration(folder)
     if header.get("architecture") != architecture(model):
