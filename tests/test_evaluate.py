@@ -164,11 +164,22 @@ def test_same_name_with_another_recipe(tmp_path):
         folder.has(study.from_recipe(Recipe("8:16"), "mine"), "arc_easy")
 
 
-def test_fingerprint_tells_checkpoints_apart():
-    first, second = tiny_model.build()[0], tiny_model.build()[0]
-    assert run.fingerprint(first) == run.fingerprint(second)
-    second.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
-    assert run.fingerprint(first) != run.fingerprint(second)
+def _other_weights(tmp_path):
+    """A model of the same name and sizes, of which one late value of one parameter differs."""
+    network, tokenizer = tiny_model.build()
+    network.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 1
+    folder = tmp_path / "other" / "checkpoint"
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_another_model_of_the_same_name(folder, tmp_path):
+    first = tmp_path / "checkpoint"
+    first.mkdir()
+    arguments = ("--pattern", "2:4", "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "out")
+    assert _eval(tiny_model.save(first), *arguments).exit_code == 0
+    assert "a run with weights '" in _refused(_other_weights(tmp_path), *arguments)
 
 
 def test_eval_perplexity_resumes(model, folder, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import tiny_model
@@ -204,6 +205,23 @@ def test_command(model, tmp_path):
     again = _search(*base, "--output", tmp_path / "s", "--max-drop", "50", "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["predicted_speedup"] > 1.15
+
+
+def test_results_of_another_text_or_model_are_not_taken_up(model, tmp_path):
+    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
+    base = ("--text", tmp_path / "text.txt", "--window", 32, "--option", "2:4", "--target-speedup", "1.1")
+    base += ("--output", tmp_path / "s")
+    assert _search(model, *base, "--windows", 1).exit_code == 0
+    assert "a run with token_ids '" in _search(model, *base, "--windows", 2).stderr
+    (tmp_path / "text.txt").write_text("B" + tiny_model.TEXT)
+    assert "a run with token_ids '" in _search(model, *base, "--windows", 1).stderr
+    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
+    network, tokenizer = tiny_model.build()
+    network.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 1
+    other = tmp_path / "other" / Path(model).name
+    network.save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    assert "a run with weights '" in _search(other, *base, "--windows", 1).stderr
 
 
 @pytest.mark.parametrize(

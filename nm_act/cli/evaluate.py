@@ -50,9 +50,10 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate the dense model and sparse variants; relative drops, standard errors, JSON, CSV, Markdown and plots."""
-    from ..evaluate.run import PERPLEXITY, RunFolder, fingerprint, run_study
+    from ..evaluate.run import PERPLEXITY, RunFolder, run_study
     from ..evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
     from ..evaluate.tasks import build_task, check_available
+    from ..fingerprint import weights_fingerprint
 
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     if not names:
@@ -72,7 +73,7 @@ def evaluate(
         output,
         {
             "model": model_name(model),
-            "weights": fingerprint(dense),
+            "weights": weights_fingerprint(dense),
             "dtype": str(dense.dtype).removeprefix("torch."),
             "limit": limit,
             "tokens": max_tokens,

@@ -1,6 +1,7 @@
 """``nm-act search``: a pattern for every projection of every layer, for a speed-up or a loss that is asked for."""
 
 import csv
+import hashlib
 import io
 from pathlib import Path
 from typing import Annotated
@@ -52,7 +53,8 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find a recipe: sensitivities on calibration text, costs from measured tables, and an exact solver."""
-    from ..evaluate.run import RunFolder, fingerprint
+    from ..evaluate.run import RunFolder
+    from ..fingerprint import weights_fingerprint
     from ..recipe import DEFAULT_PROJECTIONS
     from ..search.cost import Rates
     from ..search.plan import baselines, measure_points, parse_option
@@ -74,7 +76,14 @@ def search(
     inside = {name for group in groups for name in group.names}
     linears = decoder_linears(dense)
     other = sum(m.in_features * m.out_features for name, (_, _, m) in linears.items() if name not in inside)
-    identity = {"search": model_name(model), "weights": fingerprint(dense), "text": source, "window": window}
+    identity = {
+        "search": model_name(model),
+        "weights": weights_fingerprint(dense),
+        "text": source,
+        "token_ids": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
+        "windows": windows,
+        "window": window,
+    }
     folder = RunFolder.open(output, {**identity, "dtype": dtype, "layers_together": layers_together}).path
     if target_speedup is not None:  # before minutes are spent: can it be reached at all?
         free = {group.key: dict.fromkeys(specs, 0.0) for group in groups}

@@ -1,7 +1,6 @@
 """Runs of a study: every (variant, task) is one result file, so that a killed run goes on where it was."""
 
 import datetime
-import hashlib
 import json
 import math
 import subprocess
@@ -19,7 +18,7 @@ from .perplexity import perplexity
 from .study import Variant
 from .tasks import harness_model, run_task
 
-__all__ = ["PERPLEXITY", "RunFolder", "fingerprint", "run_study"]
+__all__ = ["PERPLEXITY", "RunFolder", "run_study"]
 
 PERPLEXITY = "wikitext2"
 """The task that is a perplexity; all others are the harness's."""
@@ -183,15 +182,6 @@ def _perplexity(model, tokens: torch.Tensor, window: int | None) -> dict:
         # Mean loss a window: what paired differences are taken of.
         "scores": [loss * found.windows / found.tokens for loss in found.window_nll],
     }
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Short hash of a model's sizes and of a few values of every parameter: another checkpoint has another one."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:16].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def commit() -> str:
