@@ -116,7 +116,7 @@ def test_unknown_layers():
 
 def _record(folder, variant, task, metric, value, scores):
     result = {"metric": metric, "value": value, "stderr": 0.1, "samples": len(scores), "scores": scores}
-    folder.write(variant, task, {**result, "macs": {"dense": 1, "2:4": 1}, "seconds": 0})
+    folder.write(variant, task, {**result, "macs": {"dense": 1, "2:4": 1}, "extra_macs": 0, "seconds": 0})
 
 
 def test_drops_are_paired(tmp_path):
@@ -155,6 +155,16 @@ def test_a_folder_holds_one_run(tmp_path):
     run.RunFolder.open(tmp_path / "r", {"model": "m", "limit": 5})
     with pytest.raises(ValueError, match="a run with limit 6, got one with 5; choose another --output"):
         run.RunFolder.open(tmp_path / "r", {"model": "m", "limit": 6})
+
+
+@pytest.mark.parametrize("content", ['{"version": "0.1", "recipe": {}}', '{"format": 1, "identity": {}}', "[]"])
+def test_a_folder_of_something_else(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match="expected a run of format 2 in .*state of nm-act calibrate.; choose another"):
+        run.RunFolder.open(tmp_path, {"model": "m"})
+    with pytest.raises(ValueError, match="expected a run of format 2 in"):
+        results.collect([tmp_path])
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_same_name_with_another_recipe(tmp_path):

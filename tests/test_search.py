@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from nm_act.cli import app
 from nm_act.evaluate.variants import sparse_copy
 from nm_act.recipe import LinearSpec, Recipe, Rule
-from nm_act.search.cost import Rates, macs_by_pattern, predicted_speedup
+from nm_act.search.cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
 from nm_act.search.plan import parse_option
 from nm_act.search.sensitivity import Group, groups_of, sensitivities
 from nm_act.search.solve import frontier, solve, to_recipe
@@ -43,6 +43,30 @@ def test_patterns_without_a_row():
     assert RATES.speedup("8:16") == (1.0, "dense product")
     assert RATES.speedup("2:4+1")[0] == pytest.approx(1.4 / 1.25)
     assert RATES.speedup("2:4+2")[0] == pytest.approx(1.4 / 1.5)
+    assert RATES.speedup("2:4+1@3")[0] == pytest.approx(1.4 / 1.25)
+    assert RATES.speedup("2:4+2@0,3")[0] == pytest.approx(1.4 / 1.5)
+    assert RATES.speedup("50%")[0] == RATES.speedup("dense")[0] == 1
+    assert Rates({"2:4": (1.4, ""), "2:4+1": (1.3, "own")}).speedup("2:4+1@3") == (1.3, "own")
+
+
+def test_what_mitigations_add():
+    model, _ = tiny_model.build()
+    attention, mlp = (64 * 64 * 2 + 64 * 32 * 2), 3 * 64 * 96
+
+    def found(**fields):
+        sparse = sparse_copy(model, Recipe("2:4", projections=["gate_proj", "up_proj", "down_proj"], **fields)).model
+        return extra_macs(sparse), predicted_speedup(macs_by_pattern(sparse), RATES, extra_macs(sparse))
+
+    def speedup(extra):  # of one of the two equal layers
+        return pytest.approx((attention + mlp) / (attention + mlp / 1.4 + extra))
+
+    assert found(mitigation=["var", "pcs", "lpts"]) == (0, speedup(0))
+    assert found(mitigation=["rsparse-4"]) == (2 * 3 * 4 * (64 + 96), speedup(3 * 4 * (64 + 96)))
+    assert found(mitigation=["larosa"]) == (2 * (64 * 64 * 2 + 96 * 96), speedup(64 * 64 * 2 + 96 * 96))
+    assert found(mitigation=["rsparse-4"], phase="decode")[0] == 0
+    assert found(dense_first_tokens=64) == (2 * mlp / 64, speedup(mlp / 64))
+    sparse = sparse_copy(model, Recipe("8:16", mitigation=["rsparse-4"])).model
+    assert predicted_speedup(macs_by_pattern(sparse), RATES, extra_macs(sparse)) < 1
 
 
 def test_rates_from_files(tmp_path):
@@ -50,6 +74,8 @@ def test_rates_from_files(tmp_path):
     rates = Rates.load(tmp_path / "own.csv")
     assert rates.speedup("8:16") == (1.1, "mine")
     assert rates.speedup("2:4") == Rates.load().speedup("2:4")
+    (tmp_path / "fast.csv").write_text("pattern,speedup,source\n2:4,2,mine\n")
+    assert Rates.load(tmp_path / "fast.csv").speedup("2:4+1")[0] == 1.6  # from the new 2:4 row
     header = "bench,device,variant,dtype,pattern,stage,tokens,out_features,in_features,baseline,speedup,torch,date\n"
     rows = [
         "b,H,kernel,bf16,2:4,op,4096,4096,4096,cublas_bf16,1.3,2.11,2026\n",

@@ -77,7 +77,7 @@ def _folder_rows(folder: Path, rates: Rates) -> list[Row]:
 
 def _row(result: dict, dense: dict, identity: dict, rates: Rates) -> Row:
     variant = result["variant"]
-    speedup = predicted_speedup(result["macs"], rates)
+    speedup = predicted_speedup(result["macs"], rates, result["extra_macs"])
     fields = {
         "model": identity["model"],
         "method": variant["method"],

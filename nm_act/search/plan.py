@@ -14,7 +14,7 @@ from ..evaluate.variants import sparse_copy
 from ..files import write_atomic
 from ..policies import POLICIES
 from ..recipe import LinearSpec, Recipe
-from .cost import Rates, macs_by_pattern, predicted_speedup
+from .cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
 
 __all__ = ["Point", "baselines", "measure_points", "parse_option"]
 
@@ -80,8 +80,10 @@ def measure_points(
             progress(f"perplexity on calibration text: {name}")
             variant = model if recipe is None else sparse_copy(model, recipe).model
             value = perplexity(variant, tokens, window=window).value
-            found[key] = {"recipe": key, "perplexity": value, "macs": macs_by_pattern(variant)}
+            macs, extra = macs_by_pattern(variant), extra_macs(variant)
+            found[key] = {"recipe": key, "perplexity": value, "macs": macs, "extra_macs": extra}
             del variant
             write_atomic(store, "".join(json.dumps(row) + "\n" for row in found.values()))
-        points.append(Point(name, recipe, predicted_speedup(found[key]["macs"], rates), found[key]["perplexity"]))
+        row = found[key]
+        points.append(Point(name, recipe, predicted_speedup(row["macs"], rates, row["extra_macs"]), row["perplexity"]))
     return points
