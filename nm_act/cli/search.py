@@ -52,12 +52,12 @@ def search(
     output: Annotated[Path, typer.Option("--output", help="Folder; the same one again resumes.")] = Path("search"),
     as_json: JsonOption = False,
 ) -> None:
-    """Find a recipe: sensitivities on calibration text, costs from measured tables, and an exact solver."""
+    """Find a recipe: sensitivities on calibration text, costs from measured tables, and an optimal assignment."""
     from ..evaluate.run import RunFolder
     from ..fingerprint import weights_fingerprint
     from ..recipe import DEFAULT_PROJECTIONS
     from ..search.cost import Rates
-    from ..search.plan import baselines, measure_points, parse_option
+    from ..search.plan import baselines, check_options, measure_points, parse_option
     from ..search.sensitivity import groups_of, sensitivities
     from ..search.solve import frontier, solve, to_recipe
     from ..sparsify import decoder_linears
@@ -65,6 +65,8 @@ def search(
     _check_goal(target_speedup, max_drop)
     specs = {str(spec): spec for spec in map(parse_option, option or DEFAULT_OPTIONS)}
     table = Rates.load(rates)
+    if max_drop is not None:  # a target speed-up says by itself what cannot be reached
+        check_options(specs.values(), table)
     content, source = _text(text, data)
     set_threads(threads)
     dense, tokenizer = load(model, dtype, device)
