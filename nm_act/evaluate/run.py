@@ -84,15 +84,15 @@ class RunFolder:
         return self.path / "rows" / f"{variant.slug}.{task}.json"
 
     def has(self, variant: Variant, task: str) -> bool:
-        """Whether the result is there; ValueError if it is one of another recipe under the same name."""
+        """Whether the result is there; ValueError if it is one of another recipe or calibration of the same name."""
         path = self.result_path(variant, task)
         if not path.is_file():
             return False
         found = _read_json(path)["variant"]
         if found != json.loads(json.dumps(variant.to_dict())):
             raise ValueError(
-                f"expected in {str(path)!r} a result of this recipe, got one of another recipe with the name "
-                f"{variant.name!r}; rename the recipe or choose another --output"
+                f"expected in {str(path)!r} a result of this recipe and calibration, got one of another with the name "
+                f"{variant.name!r}; rename it, remove the file or choose another --output"
             )
         return True
 

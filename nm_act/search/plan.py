@@ -57,8 +57,8 @@ def parse_option(text: str) -> LinearSpec:
     if data_of(spec):
         needs = next((name for name in mitigation if data_of(LinearSpec(pattern, mitigation=(name,)))), spec.criterion)
         raise ValueError(
-            f"expected an option that needs no calibration, got {str(spec)!r}; leave {needs} out and calibrate the recipe "
-            "that is found with it"
+            f"expected an option that needs no calibration, got {str(spec)!r}; leave {needs} out and calibrate the "
+            "recipe that is found with it"
         )
     return spec
 
@@ -68,8 +68,8 @@ def check_options(specs: Iterable[LinearSpec], rates: Rates) -> None:
     specs = list(specs)
     if not any(rates.speedup(pattern_of(spec))[0] > 1 for spec in specs):
         raise ValueError(
-            f"expected an option faster than dense, got none among {', '.join(map(str, specs))}; add an --option with a "
-            "faster pattern, or its measured speed-up with --rates"
+            f"expected an option faster than dense, got none among {', '.join(map(str, specs))}; add an --option with "
+            "a faster pattern, or its measured speed-up with --rates"
         )
 
 

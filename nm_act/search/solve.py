@@ -12,7 +12,7 @@ from .sensitivity import Group
 __all__ = ["Choice", "frontier", "relaxed_bound", "solve", "to_recipe"]
 
 _STATES = 20_000
-"""Partial solutions that are kept at most; where there are more, the best of each of as many equal ranges of savings."""
+"""Partial solutions that are kept at most: where there are more, the cheapest of each of so many ranges of savings."""
 
 _SCALE = 2**62
 """Savings are integers, in this part of the time of the dense model: sums neither round nor depend on their order."""
@@ -91,7 +91,7 @@ def relaxed_bound(
 
 @dataclass(frozen=True)
 class _Problem:
-    """Options in numbers: names, and arrays [groups, options] of time saved (int64) and of sensitivities; 0 is dense."""
+    """Options in numbers: arrays [groups, options] of time saved (int64) and of sensitivities; option 0 is dense."""
 
     names: tuple[str, ...]
     saved: np.ndarray
