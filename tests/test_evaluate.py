@@ -160,6 +160,18 @@ def test_drops_are_paired(tmp_path):
     )
 
 
+def test_averages_are_over_the_papers_tasks(tmp_path):
+    folder = run.RunFolder.open(tmp_path / "r", {"model": "m"})
+    sparse = study.from_recipe(Recipe("2:4"))
+    for task, correct in (("arc_easy", 1), ("boolq", 0), ("hellaswag", 2), ("arc_challenge", 2)):
+        _record(folder, study.DENSE_VARIANT, task, "acc", 1.0, [1, 1])
+        _record(folder, sparse, task, "acc", correct / 2, [1] * correct + [0] * (2 - correct))
+    rows = results.collect([tmp_path / "r"])
+    mean, _, count = results.average_drops(rows)["act 2:4"]
+    assert (mean, count) == (75, 2)
+    assert "%, n = 2 |" in results.to_markdown(rows)
+
+
 def test_mean_and_stderr():
     assert tasks.mean_and_stderr([1, 0, 1, 0]) == (0.5, pytest.approx(math.sqrt(1 / 12)))
     assert math.isnan(tasks.mean_and_stderr([1.0])[1])
