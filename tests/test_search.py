@@ -267,7 +267,7 @@ def test_results_of_another_text_or_model_are_not_taken_up(model, tmp_path):
     base = ("--text", tmp_path / "text.txt", "--window", 32, "--option", "2:4", "--target-speedup", "1.1")
     base += ("--output", tmp_path / "s")
     assert _search(model, *base, "--windows", 1).exit_code == 0
-    assert "a run with token_ids '" in _search(model, *base, "--windows", 2).stderr
+    assert "a run with windows 2, got one with 1" in _search(model, *base, "--windows", 2).stderr
     (tmp_path / "text.txt").write_text("B" + tiny_model.TEXT)
     assert "a run with token_ids '" in _search(model, *base, "--windows", 1).stderr
     (tmp_path / "text.txt").write_text(tiny_model.TEXT)

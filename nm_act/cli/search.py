@@ -82,9 +82,9 @@ def search(
         "search": model_name(model),
         "weights": weights_fingerprint(dense),
         "text": source,
-        "token_ids": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
         "windows": windows,
         "window": window,
+        "token_ids": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
     }
     folder = RunFolder.open(output, {**identity, "dtype": dtype, "layers_together": layers_together}).path
     if target_speedup is not None:  # before minutes are spent: can it be reached at all?
