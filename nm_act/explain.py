@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .lifting import lifted_features
+from .lifting import lifted_features, windows
 from .patterns import NMPattern
 
 PATHS = {
@@ -76,6 +76,8 @@ def explain(
 
     Raises
     ------
+    TypeError
+        If the dtype of x is not one of the operator's.
     ValueError
         If shapes, pattern or device do not fit.
 
@@ -86,7 +88,8 @@ def explain(
     the weight is stored [out, in], so no row of it can be skipped; store it with weight.t().contiguous().t()
     """
     pattern = NMPattern(n, m, extra_columns)
-    device = (x.device.type if device is None else device) if x.device.type != "meta" or device else "cpu"
+    if device is None:
+        device = "cpu" if x.device.type == "meta" else x.device.type
     if device not in ("cpu", "cuda"):
         raise ValueError(f"expected the device cpu or cuda, got {device!r}; name one of them")
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -98,8 +101,16 @@ def explain(
         raise ValueError(
             f"expected in_features divisible by {pattern.span} for {pattern}, got {x.shape[-1]}; choose another pattern"
         )
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"expected x in float32, bfloat16 or float16, got {x.dtype}; convert it first")
+    if x.numel() == 0:
+        return Explanation("dense", "there are no tokens, so nothing runs", device)
     lifted = None
     if lifted_weight is not None:
+        if not windows(pattern):
+            raise ValueError(
+                f"expected lifted_weight with 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16, got it with {pattern}; leave it out"
+            )
         expected = [weight.shape[0], lifted_features(pattern, weight.shape[1])]
         if list(lifted_weight.shape) != expected:
             raise ValueError(

@@ -273,10 +273,13 @@ class NMLinear(nn.Linear):
         return self.token_context.overwrite_dense(y, x, lambda rows: F.linear(rows, self.weight, self.bias))
 
     def _lifts(self, weight: torch.Tensor) -> bool:
+        # Only the weight itself is lifted: not a part of it, and not where another one is multiplied in its place.
+        if parallel.shard_of(weight) is not None or mitigations.replaces_weight(self.spec):
+            return False
         if self.lift != "auto":
             return self.lift
-        is_half, sharded = weight.dtype in (torch.bfloat16, torch.float16), parallel.shard_of(weight) is not None
-        return weight.is_cuda and is_half and not sharded and len(self.spec.pattern.extra_columns) == 1
+        is_half = weight.dtype in (torch.bfloat16, torch.float16)
+        return weight.is_cuda and is_half and len(self.spec.pattern.extra_columns) == 1
 
     def _sparse(self, x: torch.Tensor) -> torch.Tensor:
         """The operator on the input in the selection's basis."""
@@ -381,6 +384,8 @@ def _check_lift(lift: bool | str, pattern: NMPattern, in_features: int) -> None:
         raise ValueError(f'expected lift to be True, False or "auto", got {lift!r}; choose one of those')
     if lift is not True:
         return
+    if not isinstance(pattern, NMPattern):
+        raise ValueError(f"expected an N:M pattern to lift the weight for, got {pattern}; leave lift out")
     if not torch.equal(lifted_columns(pattern, in_features)[:in_features], torch.arange(in_features)):
         raise ValueError(
             f"expected a pattern whose lifted weight begins with the weight, got {pattern}; pass lifted_weight to "

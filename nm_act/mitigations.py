@@ -163,6 +163,11 @@ def learned_data_of(spec) -> tuple[str, ...]:
     return tuple(name for name in DATA if name in learned)
 
 
+def replaces_weight(spec) -> bool:
+    """Whether the operator multiplies by another weight than the layer's own (:func:`operand_weight`)."""
+    return spec.criterion in criteria.WEIGHT_PRUNING or bool({"low_rank_in", "rotation"} & set(data_of(spec)))
+
+
 def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
     """``V [out, in]``, the weight that the operator multiplies by; ``weight`` itself where no method changes it."""
     if spec.criterion in criteria.WEIGHT_PRUNING:

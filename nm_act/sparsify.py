@@ -9,6 +9,7 @@ from torch import nn
 
 from . import mitigations, parallel
 from .linear import NMLinear
+from .optimize.model import refuse_optimized
 from .recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe
 from .tokens import TokenContext
 
@@ -81,8 +82,8 @@ def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True, optimize
     TypeError
         If ``recipe`` is not a Recipe.
     ValueError
-        If the recipe names a layer or projection that the model lacks, or the model is sparse already, or
-        it is an encoder-decoder. The model is unchanged then.
+        If the recipe names a layer or projection that the model lacks, or the model is sparse or optimized
+        already, or it is an encoder-decoder. The model is unchanged then.
 
     Examples
     --------
@@ -142,7 +143,14 @@ def resolved_specs(model: nn.Module, recipe: Recipe) -> dict[str, LinearSpec]:
 
 
 def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
-    """Name -> (layer, projection, module) of every linear layer inside the numbered decoder layers."""
+    """Name -> (layer, projection, module) of every linear layer inside the numbered decoder layers.
+
+    Raises
+    ------
+    ValueError
+        If the model is optimized: merged and e4m3 layers are none of its linear layers.
+    """
+    refuse_optimized(model)
     prefix = _decoder_prefix(model)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     places = {name: _place(name, prefix) for name in linears}
@@ -157,6 +165,7 @@ def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Modul
         raise ValueError(
             f"expected a decoder-only model, got the encoder-decoder {type(model).__name__}; use a decoder"
         )
+    refuse_optimized(model)
     candidates = _candidates(model, recipe)
     sparse = next((name for name, module in candidates if isinstance(module, NMLinear)), None)
     if sparse is not None:

@@ -339,6 +339,19 @@ def test_nothing_to_calibrate():
         calibrate(tiny_model.build()[0], Recipe("2:4", mitigation=["var"]), torch.zeros(1, 8, dtype=torch.int64))
 
 
+def test_optimized_models_are_refused(calibrated, tmp_path):
+    save_calibration(calibrated, tmp_path)
+    model = tiny_model.build()[0]
+    nm_act.optimize(model)
+    state = tmp_path / "state"
+    sentence = r"^expected a model that is not optimized, got one that is; call nm_act\.deoptimize\(model\) first"
+    with pytest.raises(ValueError, match=sentence):
+        calibrate(model, Recipe("2:4", mitigation=["spts"]), torch.zeros(1, 8, dtype=torch.int64), state=state)
+    assert not state.exists()
+    with pytest.raises(ValueError, match=sentence):
+        nm_act.load_calibration(model, tmp_path)
+
+
 @pytest.mark.parametrize("options", [{"learning_rate": 0.0}, {"epochs": float("nan")}, {"loss": "l1"}])
 def test_bad_settings(options):
     with pytest.raises(ValueError, match=r"^expected a (positive, finite learning rate|loss among)"):

@@ -1,7 +1,9 @@
 """Evaluation: data folders, studies, resumable runs, drops, and the command line; the harness where it is installed."""
 
+import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import tiny_model
@@ -9,7 +11,7 @@ from typer.testing import CliRunner
 
 from nm_act.cli import app
 from nm_act.evaluate import data, results, run, study, tasks
-from nm_act.recipe import Recipe
+from nm_act.recipe import Recipe, Rule
 
 ROWS = [
     {"query": f"Question: Is {i} even?", "choices": ["yes", "no", "maybe"][: 2 + i % 2], "gold": i % 2}
@@ -98,6 +100,13 @@ def test_study_multiplies_lists_out(tmp_path):
         ("rows: [{criterion: act}]", "to be a mapping with a pattern or a recipe"),
         ("rows: [{pattern: 2:4, patern: 1}]", "expected the keys of a row among .*, got 'patern'"),
         ("rows: [", "expected a study in YAML"),
+        ("rows: [{recipe: r.yaml, criterion: act}]", "beside recipe only layers, calibrated, seed, got 'criterion' in"),
+        (
+            "rows: [{recipe: r.yaml, layers: most}]",
+            "layers of a recipe's row among all, amber, alanova, search, got 'mo",
+        ),
+        ("rows: [{pattern: 2:4, seed: one}]", "expected an integer seed and calibrated true or false, got seed 'one'"),
+        ("rows: [{pattern: 2:4, calibrated: 1}]", "expected an integer seed and calibrated true or false, got calibr"),
     ],
 )
 def test_bad_study(tmp_path, text, message):
@@ -111,12 +120,21 @@ def test_unknown_layers():
         study.row_variant({"pattern": "2:4", "layers": "most"})
 
 
+def test_method_of_what_layers_get():
+    wina = {"pattern": "2:4", "criterion": "wina", "mitigation": ["var"]}
+    found = Recipe("dense", rules=[Rule(layers=[0], projections=["q_proj"], **wina)])
+    assert (study.from_recipe(found).method, study.from_recipe(found).pattern) == ("wina+var", "2:4")
+    both = dataclasses.replace(found, rules=[*found.rules, Rule(layers=[1], projections=["q_proj"], pattern="8:16")])
+    assert (study.from_recipe(both).method, study.from_recipe(both).pattern) == ("mixed", "mixed")
+    assert study.from_recipe(Recipe("2:4", skip_layers=[0])).method == "act"
+
+
 # ---- numbers
 
 
 def _record(folder, variant, task, metric, value, scores):
     result = {"metric": metric, "value": value, "stderr": 0.1, "samples": len(scores), "scores": scores}
-    folder.write(variant, task, {**result, "macs": {"dense": 1, "2:4": 1}, "seconds": 0})
+    folder.write(variant, task, {**result, "macs": {"dense": 1, "2:4": 1}, "extra_macs": 0, "seconds": 0})
 
 
 def test_drops_are_paired(tmp_path):
@@ -142,6 +160,18 @@ def test_drops_are_paired(tmp_path):
     )
 
 
+def test_averages_are_over_the_papers_tasks(tmp_path):
+    folder = run.RunFolder.open(tmp_path / "r", {"model": "m"})
+    sparse = study.from_recipe(Recipe("2:4"))
+    for task, correct in (("arc_easy", 1), ("boolq", 0), ("hellaswag", 2), ("arc_challenge", 2)):
+        _record(folder, study.DENSE_VARIANT, task, "acc", 1.0, [1, 1])
+        _record(folder, sparse, task, "acc", correct / 2, [1] * correct + [0] * (2 - correct))
+    rows = results.collect([tmp_path / "r"])
+    mean, _, count = results.average_drops(rows)["act 2:4"]
+    assert (mean, count) == (75, 2)
+    assert "%, n = 2 |" in results.to_markdown(rows)
+
+
 def test_mean_and_stderr():
     assert tasks.mean_and_stderr([1, 0, 1, 0]) == (0.5, pytest.approx(math.sqrt(1 / 12)))
     assert math.isnan(tasks.mean_and_stderr([1.0])[1])
@@ -157,18 +187,39 @@ def test_a_folder_holds_one_run(tmp_path):
         run.RunFolder.open(tmp_path / "r", {"model": "m", "limit": 6})
 
 
+@pytest.mark.parametrize("content", ['{"version": "0.1", "recipe": {}}', '{"format": 1, "identity": {}}', "[]"])
+def test_a_folder_of_something_else(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"expected a run of format 2 in .*state of nm-act calibrate\); choose"):
+        run.RunFolder.open(tmp_path, {"model": "m"})
+    with pytest.raises(ValueError, match="expected a run of format 2 in"):
+        results.collect([tmp_path])
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_same_name_with_another_recipe(tmp_path):
     folder = run.RunFolder.open(tmp_path / "r", {})
     _record(folder, study.from_recipe(Recipe("2:4"), "mine"), "arc_easy", "acc", 1.0, [1])
-    with pytest.raises(ValueError, match="got one of another recipe with the name 'mine'"):
+    with pytest.raises(ValueError, match="got one of another with the name 'mine'"):
         folder.has(study.from_recipe(Recipe("8:16"), "mine"), "arc_easy")
 
 
-def test_fingerprint_tells_checkpoints_apart():
-    first, second = tiny_model.build()[0], tiny_model.build()[0]
-    assert run.fingerprint(first) == run.fingerprint(second)
-    second.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
-    assert run.fingerprint(first) != run.fingerprint(second)
+def _other_weights(tmp_path):
+    """A model of the same name and sizes, of which one late value of one parameter differs."""
+    network, tokenizer = tiny_model.build()
+    network.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 1
+    folder = tmp_path / "other" / "checkpoint"
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_another_model_of_the_same_name(folder, tmp_path):
+    first = tmp_path / "checkpoint"
+    first.mkdir()
+    arguments = ("--pattern", "2:4", "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "out")
+    assert _eval(tiny_model.save(first), *arguments).exit_code == 0
+    assert "a run with weights '" in _refused(_other_weights(tmp_path), *arguments)
 
 
 def test_eval_perplexity_resumes(model, folder, tmp_path, monkeypatch):
@@ -194,12 +245,52 @@ def test_eval_perplexity_resumes(model, folder, tmp_path, monkeypatch):
     assert len(measured) == 4
     names = [row["name"] for row in json.loads(more.stdout)["rows"]]
     assert names == ["dense", "act 2:4", "act 8:16"]
-    assert "a run with window 64, got one with None" in _refused(*arguments, "--window", 64)
+    identity = json.loads(more.stdout)["identity"]
+    assert identity["window"] == 128
+    assert identity["tokens"] % 128 == 0
+    assert "choose another --output or the same settings" in _refused(*arguments, "--window", 64)
+    assert _eval(*arguments, "--max-tokens", 10**9).exit_code == 0  # all of the text, as before
+    assert "a run with tokens 128, got one with" in _refused(*arguments, "--max-tokens", 130)
+    assert "at least one window of 128 tokens, got 100; use --window or more --max-tokens" in _refused(
+        *arguments, "--max-tokens", 100
+    )
+
+
+def test_calibrations(model, folder, tmp_path):
+    (tmp_path / "r.yaml").write_text("pattern: 2:4\nmitigation: [spts]\n")
+    (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4, mitigation: [spts], calibrated: true}]")
+    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
+    rows = ("--study", tmp_path / "study.yaml", "--calibrated", tmp_path / "made")
+    base = (model, "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "out", *rows)
+    place = tmp_path / "made" / "act+spts-2x4"
+
+    def calibrated(seed):
+        options = ("--recipe", tmp_path / "r.yaml", "--data", tmp_path / "text.txt", "--output", place, "--seed", seed)
+        arguments = ["calibrate", model, *map(str, options), *["--windows", "1", "--length", "32", "--no-checkpoint"]]
+        made = CliRunner().invoke(app, arguments)
+        assert made.exit_code == 0, made.output
+
+    calibrated(3)
+    first = _eval(*base, "--json")
+    assert first.exit_code == 0, first.stderr
+    assert [(row["name"], row["seed"]) for row in json.loads(first.stdout)["rows"]] == [
+        ("dense", 0),
+        ("act+spts 2:4", 3),
+    ]
+    (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4, mitigation: [spts], calibrated: true, seed: 4}]")
+    assert "a calibration with the study's seed 4, got 3; calibrate again or change the row" in _refused(*base)
+    shutil.rmtree(place)
+    calibrated(4)
+    assert "a result of this recipe and calibration, got one of another with the name 'act+spts 2:4'" in _refused(*base)
+    other = (model, "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "new")
+    single = _eval(*other, "--calibration", place, "--json")
+    assert single.exit_code == 0, single.stderr
+    assert [row["name"] for row in json.loads(single.stdout)["rows"]] == ["dense", "act+spts-2x4"]
 
 
 def test_bad_input(model, folder, tmp_path):
     base = (model, "--data", folder, "--output", tmp_path / "o")
-    assert "got nothing; add --pattern, --recipe or --study" in _refused(*base, "--tasks", "wikitext2")
+    assert "got nothing; add --pattern, --recipe, --calibration or --study" in _refused(*base, "--tasks", "wikitext2")
     assert "expected tasks among wikitext2, arc_easy" in _refused(*base, "--pattern", "2:4", "--tasks", "mmlu")
     assert "no data for wikitext2" in _refused(
         model, "--data", folder / "arc", "--pattern", "2:4", "--tasks", "wikitext2", "--output", tmp_path / "o"
@@ -209,7 +300,9 @@ def test_bad_input(model, folder, tmp_path):
     assert "expected layers that the model has (layers 0 to 1), got 17" in told
     (tmp_path / "s.yaml").write_text("rows: [{pattern: 2:4, calibrated: true}]")
     told = _refused(*base, "--study", tmp_path / "s.yaml", "--tasks", "wikitext2")
-    assert "expected a calibrated checkpoint for 'act 2:4' in --calibrated, got none; make it with nm-act calib" in told
+    assert "expected a calibration for 'act 2:4' in --calibrated, got none; make it with nm-act calibrate" in told
+    told = _refused(*base, "--pattern", "2:4", "--mitigation", "lpts", "--tasks", "wikitext2")
+    assert "expected recipes that need no calibration, got '2:4 act lpts' in 'act+lpts 2:4'; make its data with" in told
     (folder / "wikitext2" / "test_rows.jsonl").write_text('{"text": "too short"}')
     told = _refused(*base, "--pattern", "2:4", "--tasks", "wikitext2")
     assert "expected a text of at least one window of 128 tokens, got" in told

@@ -363,6 +363,12 @@ def test_gradients_with_a_constant_mask():
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_survivor_that_is_zero_has_a_gradient():
+    x = torch.tensor([[0.0, 0.0, 0.0, 2.0]], requires_grad=True)
+    composed.sparse_linear(x, torch.ones(3, 4), None, NMPattern("2:4")).sum().backward()
+    assert x.grad.tolist() == [[3.0, 0.0, 0.0, 3.0]]  # the lowest index wins the tie
+
+
 def test_composed_selection_passes_the_gradient_of_survivors_only():
     x = torch.randn(3, IN, requires_grad=True)
     y = composed.sparse_linear(x, torch.eye(IN), None, NMPattern("2:4"))

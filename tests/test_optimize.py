@@ -1,6 +1,7 @@
 """optimize(): the same outputs from fewer layers, stock checkpoints, and sentences for what cannot be."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from tiny_families import KNOWN, family
 
 import nm_act
 from nm_act.linear import NMLinear
+from nm_act.optimize import model as model_module
 from nm_act.optimize.merged import MergedLinear
+from nm_act.optimize.model import is_optimized
+from nm_act.parallel import Shard
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -228,7 +232,10 @@ def test_wrong_uses_are_one_sentence():
     with pytest.raises(ValueError, match="expected fp8 among prefill, decode, got 'e5m2'"):
         nm_act.optimize(model, fp8="e5m2")
     nm_act.optimize(model)
-    with pytest.raises(ValueError, match="not optimized yet"):
+    for recipe in (nm_act.Recipe("2:4"), nm_act.Recipe("2:4", projections=["o_proj"])):
+        with pytest.raises(ValueError, match=r"expected a model that is not optimized, got one that is"):
+            nm_act.sparsify(model, recipe)
+    with pytest.raises(ValueError, match=r"model that is not optimized, got one that is; call nm_act\.deoptimize"):
         nm_act.optimize(model)
 
 
@@ -238,6 +245,59 @@ def test_offloaded_layers_stay_as_they_are():
     report = nm_act.optimize(model)
     assert dict(report.kept)["model.layers.1.self_attn.q_proj"] == "its weight is on the meta device (offloaded)"
     assert ("model.layers.0.self_attn", ("q_proj", "k_proj", "v_proj")) in report.merged
+
+
+def test_hooks_forwards_and_shards_keep_a_layer_as_it_is():
+    """One check for merging and e4m3: hooks still run, and no layer of a split model is replaced."""
+    model = sparse("llama")
+    first, second = model.model.layers
+    calls = []
+    first.mlp.down_proj.register_forward_hook(lambda *_: calls.append("down"))
+    first.self_attn.o_proj.forward = lambda x: calls.append("o") or NMLinear.forward(first.self_attn.o_proj, x)
+    second.mlp.up_proj.register_full_backward_hook(lambda *_: None)
+    second.mlp.down_proj.shard = Shard("row", 0, 2, lambda tensor: tensor)
+    second.self_attn.q_proj.shard = Shard("column", 0, 2, lambda tensor: tensor)
+    report = nm_act.optimize(model, fp8="decode")
+    reasons = dict(report.kept)
+    assert reasons["model.layers.0.mlp.down_proj"] == "stays in 16 bits: it has hooks"
+    assert reasons["model.layers.0.self_attn.o_proj"] == "stays in 16 bits: its forward is replaced already"
+    assert reasons["model.layers.1.mlp.up_proj"] == "stays in 16 bits: it has hooks"
+    assert reasons["model.layers.1.mlp.down_proj"] == "stays in 16 bits: its weight is split over ranks"
+    assert ("model.layers.1.self_attn.q_proj", "its weight is split over ranks") in report.kept
+    assert ("model.layers.1.self_attn", ("k_proj", "v_proj")) in report.merged
+    for layer in (second.mlp.down_proj, second.self_attn.q_proj):
+        layer.shard = None  # this is no rank of a group
+    logits(model)
+    assert calls == ["o", "down"]
+
+
+@pytest.mark.parametrize("layout", ["in_out", "out_in"])
+@pytest.mark.parametrize("fp8", [None, "decode"])
+def test_layout_and_lift_come_back(layout, fp8):
+    model = family("llama")
+    nm_act.sparsify(model, nm_act.Recipe("2:4+1"))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, NMLinear):
+            parent, _, child = name.rpartition(".")
+            again = NMLinear.from_linear(layer.to_linear(), layer.spec, weight_layout=layout, lift=True)
+            setattr(model.get_submodule(parent), child, again)
+    expected = logits(model)
+    nm_act.optimize(model, fp8=fp8)
+    merged = model.model.layers[0].mlp.merged_gate_up.linear
+    assert (merged.weight_layout, merged.lift) == (layout, True)
+    assert fp8 or merged.lifted_weight is not None
+    nm_act.deoptimize(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
+    assert {(layer.weight_layout, layer.lift) for layer in layers} == {(layout, True)}
+    assert all(layer.lifted_weight is not None for layer in layers)
+    if fp8 is None:
+        torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_layers_that_lift_otherwise_are_not_merged():
+    model = sparse("llama", nm_act.Recipe("2:4+1"))
+    model.model.layers[0].mlp.up_proj.lift = True
+    assert not any(parent == "model.layers.0.mlp" for parent, _ in nm_act.optimize(model).merged)
 
 
 def test_compiles_to_one_graph_for_all_prompt_lengths():
@@ -332,6 +392,62 @@ class TestFP8:
         assert fp8.weight.dtype == torch.bfloat16
         assert fp8(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
+    @pytest.mark.parametrize("criterion", ["act", "wina"])
+    def test_scores_and_row_sums_follow_a_loaded_weight(self, criterion):
+        spec = nm_act.LinearSpec("2:4", criterion=criterion, mitigation=("dpts-mean",))
+        fp8 = nm_act.FP8Linear(NMLinear.from_linear(torch.nn.Linear(64, 48), spec), "decode")
+        other = torch.nn.Linear(64, 48)
+        with torch.no_grad():
+            other.weight[:, ::3] *= 20
+        fp8.load_state_dict(other.state_dict())
+        stored = fp8.to_nm_linear()  # its vectors come from the dequantised weight
+        x = torch.randn(9, 64)
+        torch.testing.assert_close(fp8(x), stored(x), atol=1e-4, rtol=1e-4)
+        for name in ("channel_scale", "shift_out"):
+            assert (getattr(fp8, name) is None) == (getattr(stored, name) is None)
+            if getattr(stored, name) is not None:
+                torch.testing.assert_close(getattr(fp8, name), getattr(stored, name))
+
+    def test_top_k_stays_in_16_bits(self):
+        rules = [nm_act.Rule(projections=["down_proj"], pattern="8:16")]
+        model = sparse("llama", nm_act.Recipe("50%", rules=rules))
+        expected = logits(model)
+        report = nm_act.optimize(model, fp8="decode")
+        assert [name for name in report.fp8] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+        assert dict(report.kept)["model.layers.0.self_attn.o_proj"] == "stays in 16 bits: 50% act"
+        assert (logits(model) - expected).norm() < 0.1 * expected.norm()
+
+    @pytest.mark.parametrize(
+        ("layout", "spec", "why"),
+        [
+            ("prefill", {"pattern": "8:16"}, "8:16 act (pattern 8:16)"),
+            ("prefill", {"pattern": "2:4+1"}, "2:4+1 act (pattern 2:4+1)"),
+            ("decode", {"pattern": "50%"}, "50% act (50% act)"),
+            ("decode", {"pattern": "8:16", "criterion": "clact"}, "8:16 clact (8:16 clact)"),
+            ("decode", {"pattern": "8:16", "criterion": "weight-magnitude"}, "(8:16 weight-magnitude)"),
+            ("decode", {"pattern": "8:16", "mitigation": ["spts"]}, "8:16 act spts (8:16 act spts)"),
+            ("decode", {"pattern": "8:16", "phase": "prefill"}, "(dense in decode)"),
+        ],
+    )
+    def test_the_constructor_takes_what_it_computes(self, layout, spec, why):
+        layer = NMLinear.from_linear(torch.nn.Linear(64, 48), nm_act.LinearSpec(**spec))
+        sentence = f"expected a layer whose weight can be e4m3 for {layout}, got .*{re.escape(why)}; keep it in 16 bits"
+        with pytest.raises(ValueError, match=sentence):
+            nm_act.FP8Linear(layer, layout)
+
+    def test_the_constructor_knows_its_layouts_and_layers(self):
+        layer = NMLinear.from_linear(torch.nn.Linear(64, 48), nm_act.LinearSpec("2:4"))
+        with pytest.raises(ValueError, match="expected fp8 among prefill, decode, got 'in_out'"):
+            nm_act.FP8Linear(layer, "in_out")
+        with pytest.raises(TypeError, match="expected an NMLinear, got Linear"):
+            nm_act.FP8Linear(torch.nn.Linear(64, 48), "decode")
+
+    def test_prefill_storage_needs_cuda(self):
+        model = sparse("llama")
+        with pytest.raises(ValueError, match='expected a model on CUDA for fp8="prefill", got one on cpu; move it'):
+            nm_act.optimize(model, fp8="prefill")
+        assert not is_optimized(model)
+
     def test_calibrated_layers_stay_in_16_bits(self):
         model = sparse("llama", nm_act.Recipe("8:16"))
         model.model.layers[0].mlp.down_proj.register_buffer("shift", torch.ones(96))
@@ -339,7 +455,8 @@ class TestFP8:
         assert dict(report.kept)["model.layers.0.mlp.down_proj"] == "stays in 16 bits: 8:16 act"
         assert len(report.fp8) == 7
 
-    def test_prefill_storage_takes_2_4_only(self):
+    def test_prefill_storage_takes_2_4_only(self, monkeypatch):
+        monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
         rules = [nm_act.Rule(projections=["down_proj"], pattern="8:16")]
         model = sparse("llama", nm_act.Recipe("2:4", rules=rules))
         report = nm_act.optimize(model, fp8="prefill")

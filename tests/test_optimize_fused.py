@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import nm_act
 from nm_act import reference
 from nm_act.optimize import fused
+from nm_act.optimize import model as model_module
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -46,6 +47,7 @@ def calls(monkeypatch):
 
     for replaced in (rms_norm_compress, silu_mul_compress, sparse_gemm):
         monkeypatch.setattr(fused, replaced.__name__, replaced)
+    monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
     monkeypatch.setattr(fused, "takes_packed", lambda linear, x: not linear._is_dense_phase(x))
     monkeypatch.setattr(
         nm_act.packed,
@@ -123,6 +125,31 @@ def test_e4m3_products_scale_their_outputs_and_shifts(name, calls):
     assert calls == ["norm", "norm + residual", "silu"] * 2
     nm_act.deoptimize(model)  # now with the rounded weights
     torch.testing.assert_close(fast, logits(model), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hooked", "expected_calls"),
+    [
+        ("input_layernorm", ["norm + residual", "silu"]),
+        ("post_attention_layernorm", ["norm", "silu"]),
+        ("mlp", ["norm", "silu"]),
+        ("mlp.act_fn", ["norm", "norm + residual"]),
+        ("mlp.down_proj", ["norm", "norm + residual"]),
+    ],
+)
+def test_what_has_hooks_is_called(hooked, expected_calls, calls):
+    model = family("llama")
+    nm_act.sparsify(model, recipe_of())
+    seen = []
+    for layer in model.model.layers:
+        layer.get_submodule(hooked).register_forward_hook(lambda _module, _args, y: seen.append(y))
+    expected = logits(model)
+    before = list(seen)
+    seen.clear()
+    nm_act.optimize(model)
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert calls == expected_calls * 2
+    torch.testing.assert_close(seen, before, atol=2e-5, rtol=1e-4)
 
 
 def test_hidden_states_are_those_of_the_unfused_model(calls):

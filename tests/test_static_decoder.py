@@ -1,5 +1,7 @@
 """StaticDecoder: the tokens that generate() gives, from a cache that is allocated once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_families import KNOWN, family
@@ -53,3 +55,49 @@ def test_wrong_uses_are_one_sentence():
     model.lm_head.to("meta")
     with pytest.raises(ValueError, match="expected a model on one device, got cpu, meta"):
         nm_act.StaticDecoder(model, max_tokens=14)
+
+
+def test_captures_need_cuda():
+    decoder = nm_act.StaticDecoder(family("llama"), max_tokens=14)
+    for capture in (decoder.capture_step, lambda: decoder.capture_prefill(4)):
+        with pytest.raises(ValueError, match="expected a model on CUDA to capture, got one on cpu; call prefill and"):
+            capture()
+
+
+def test_captures_leave_the_running_sequence(monkeypatch):
+    """What a capture runs, without the graph: its warm-up writes to the cache, the position and the token."""
+
+    def run(self, function, before):
+        for _ in range(3):
+            function()
+        before()
+        return function
+
+    monkeypatch.setattr(nm_act.StaticDecoder, "_captured", run)
+    monkeypatch.setattr(nm_act.StaticDecoder, "_check_graphs", lambda self: None)
+    model = family("llama")
+    expected = reference(model, IDS[:1], 6)[0, 12:].tolist()
+    decoder = nm_act.StaticDecoder(model, max_tokens=24)
+    decoder.capture_prefill(20)  # before anything was read
+    tokens = [decoder.prefill(IDS[:1]).item(), decoder.step().item()]
+    logits = decoder.logits.clone()
+    for capture in (lambda: decoder.capture_prefill(7), lambda: decoder.capture_prefill(15), decoder.capture_step):
+        capture()
+        assert torch.equal(decoder.logits, logits)
+        assert decoder.token.item() == tokens[-1]
+        tokens.append(decoder.step().item())
+        logits = decoder.logits.clone()
+    assert [*tokens, decoder.step().item()] == expected
+    with pytest.raises(ValueError, match=r"within the cache of 24, got 25 \+ 1"):
+        decoder.capture_prefill(25)
+
+
+def test_dense_first_tokens_have_no_graph(monkeypatch):
+    model = family("llama")
+    nm_act.sparsify(model, nm_act.Recipe("2:4", dense_first_tokens=2))
+    ids = IDS[:1]
+    decoder = nm_act.StaticDecoder(model, max_tokens=24)  # a CPU runs everything directly
+    assert torch.equal(decoder.generate(ids, 5), reference(model, ids, 5))
+    monkeypatch.setattr(model, "parameters", lambda: [SimpleNamespace(device=torch.device("cuda", 0))])
+    with pytest.raises(ValueError, match="expected a recipe without dense_first_tokens, which no CUDA"):
+        nm_act.StaticDecoder(model, max_tokens=24)

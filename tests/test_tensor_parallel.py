@@ -28,6 +28,7 @@ RECIPES = {
     "wina-var": Recipe("8:16", criterion="wina", mitigation=["var"]),
     "variance-median": Recipe("4:8", criterion="variance", mitigation=["dpts-median"]),
     "amber-mean-var": Recipe("16:32", criterion="amber", mitigation=["dpts-mean", "var"], skip_layers=[1]),
+    "windows-var": Recipe("2:4+1", mitigation=["var", "dpts-mean"]),
     "first-prefill": Recipe("8:16", mitigation=["dpts-median"], phase="prefill", dense_first_tokens=1),
 }
 
@@ -84,6 +85,10 @@ def test_plan_without_splitting():
 def test_a_split_model_cannot_be_converted(tmp_path):
     tp_cases.build().save_pretrained(tmp_path)
     run_ranks(tp_cases.refuses_a_split_model, tmp_path)
+
+
+def test_optimize_leaves_split_layers_alone(folders):
+    run_ranks(tp_cases.optimize_changes_nothing, folders["act"])
 
 
 # ---- the arithmetic of a row-parallel layer, without processes ----

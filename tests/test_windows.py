@@ -242,6 +242,32 @@ def test_the_product_over_a_lifted_weight_is_that_of_the_pruned_activation(text)
     torch.testing.assert_close(operand @ nm_act.lift_weight(weight, text).t(), pruned @ weight.t())
 
 
+@pytest.mark.parametrize(
+    ("tokens", "storage", "dtype", "path", "why"),
+    [
+        (1, "in_out", torch.bfloat16, "gather", "only the rows of surviving inputs"),
+        (4, "in_out", torch.int8, "gather", "only the rows of surviving inputs"),
+        (1, "out_in", torch.bfloat16, "dense", "stored [out, in]"),
+        (5, "in_out", torch.bfloat16, "dense", "no sparse tensor-core path"),
+        (0, "in_out", torch.bfloat16, "dense", "no tokens"),
+    ],
+)
+def test_explain_decode_on_cuda(tokens, storage, dtype, path, why):
+    x = torch.empty(tokens, 512, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(512, 1024, dtype=dtype, device="meta").t()
+    weight = weight if storage == "in_out" else weight.contiguous()
+    found = nm_act.explain(x, weight, 8, 32, device="cuda")
+    assert (found.path, found.device) == (path, "cuda")
+    assert why in found.why
+
+
+def test_explain_rows_that_the_decode_kernel_does_not_take():
+    weight = torch.empty(512, 1028, dtype=torch.bfloat16, device="meta").t()
+    found = nm_act.explain(torch.empty(1, 512, dtype=torch.bfloat16, device="meta"), weight, 8, 16, device="cuda")
+    assert found.path == "dense"
+    assert "out_features divisible by 8 (16 in 8 bits)" in found.why
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------------
 X, W = torch.zeros(2, 64), torch.zeros(8, 64)
 
@@ -272,6 +298,7 @@ X, W = torch.zeros(2, 64), torch.zeros(8, 64)
         ("expected lifted_weight of shape [8, 80] for 2:4+1, got [8, 96]", lambda: nm_act.explain(X, W, extra_columns=[0], lifted_weight=nm_act.lift_weight(W, "4:8"))),
         ("expected in_features divisible by 16 for 2:4+1, got 24", lambda: nm_act.explain(X[:, :24], W[:, :24], extra_columns=[0])),
         ("expected x [..., in_features] and weight [out_features, in_features], got [2, 64] and [64, 8]", lambda: nm_act.explain(X, W.t())),
+        ("expected lifted_weight with 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16, got it with 2:4", lambda: nm_act.explain(X, W, lifted_weight=W)),
         ("expected the device cpu or cuda, got 'tpu'", lambda: nm_act.explain(X, W, device="tpu")),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401  (once, for all ranks)
 from conftest import assert_same_bits
 
-from nm_act import NMLinear, Recipe, ops, sparsify
+from nm_act import NMLinear, Recipe, ops, optimize, sparsify
 
 SIZES = {
     "vocab_size": 128,
@@ -113,6 +113,7 @@ def _record(layer, x) -> tuple[torch.Tensor, torch.Tensor]:
 
     def spy(x, weight, bias, n, m, **options):
         selection = {key: options.get(key) for key in ("channel_scale", "shift")}
+        selection["extra_columns"] = options.get("extra_columns", ())
         pruned.append(ops.prune(x, n, m, token_shift=options.get("token_shift", "none"), **selection))
         return real(x, weight, bias, n, m, **options)
 
@@ -167,6 +168,17 @@ def one_sentence(folder: Path, sentence: str) -> None:
     """Loading stops with this error on every rank."""
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         load(folder, tp_plan="auto")
+
+
+@torch.no_grad()
+def optimize_changes_nothing(folder: Path) -> None:
+    """No layer of a split model is merged, stored in e4m3 or fused."""
+    split = load(folder, tp_plan="auto")
+    expected = split(ids()).logits
+    report = optimize(split, fp8="decode")
+    assert (report.merged, report.fp8, report.fused) == ([], [], [])
+    assert {why.removeprefix("stays in 16 bits: ") for _, why in report.kept} == {"its weight is split over ranks"}
+    assert torch.equal(split(ids()).logits, expected)
 
 
 def refuses_a_split_model(folder: Path) -> None:

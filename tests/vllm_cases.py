@@ -1,5 +1,6 @@
 """What each rank does in test_vllm.py: vLLM's own model, read by its own loader, against the Transformers model."""
 
+import itertools
 import os
 from unittest import mock
 
@@ -11,21 +12,22 @@ from conftest import assert_same_bits
 from nm_act import NMLinear, ops
 
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+TOLERANCES = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 5e-2, "atol": 1e-1}}
 
 
 @torch.no_grad()
 def layers(folders) -> None:
     """Every linear layer of vLLM's Llama, on the Transformers model's own inputs."""
-    for folder in folders:
-        model = _vllm_model(folder)
-        whole = tp_cases.load(folder, dtype=torch.float32)
+    for folder, dtype in itertools.product(folders, TOLERANCES):
+        model = _vllm_model(folder, dtype)
+        whole = tp_cases.load(folder, dtype=dtype)
         inputs = tp_cases.inputs(whole)
         seen = set()
         for name, layer in model.named_modules():
             if type(layer).__name__ in ("QKVParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"):
                 seen.add(type(layer).__name__)
                 for tokens in (18, 1):
-                    _compare(f"{folder.name} {name} {tokens}", name, layer, whole, inputs, tokens)
+                    _compare(f"{folder.name} {dtype} {name} {tokens}", name, layer, whole, inputs, tokens)
         assert seen == {"QKVParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"}
         _column_layer(folder, model, whole, inputs)
 
@@ -48,7 +50,7 @@ def _compare(what, name, layer, whole, inputs, tokens) -> None:
         assert len(selections["pruned"]) == (1 if alike else len(parts)), "the input is compressed once"
         for pruned, part in zip(selections["pruned"], parts, strict=False):
             assert_same_bits(pruned, _pruned(part, x), what=what)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(got, expected, **TOLERANCES[x.dtype], msg=lambda text: f"{what}: {text}")
 
 
 def _selections(layer, x) -> dict:
@@ -89,7 +91,7 @@ def _column_layer(folder, model, whole, inputs) -> None:
         layer = ColumnParallelLinear(
             dense.in_features,
             dense.out_features,
-            params_dtype=torch.float32,
+            params_dtype=dense.weight.dtype,
             quant_config=model.nm_act_test_config.quant_config,
             prefix=name,
         )
@@ -98,10 +100,10 @@ def _column_layer(folder, model, whole, inputs) -> None:
     layer.bias.weight_loader(layer.bias, dense.bias.detach())
     layer.quant_method.process_weights_after_loading(layer)
     expected = dense(inputs[name]).chunk(dist.get_world_size(), dim=-1)[dist.get_rank()]
-    torch.testing.assert_close(layer(inputs[name])[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(inputs[name])[0], expected, **TOLERANCES[expected.dtype])
 
 
-def _vllm_model(folder):
+def _vllm_model(folder, dtype):
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     os.environ["VLLM_DIST_IDENT"] = str(os.getppid())  # names the shared memory; all ranks come from one server
     from vllm.config import set_current_vllm_config
@@ -113,7 +115,7 @@ def _vllm_model(folder):
     arguments = EngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
-        dtype="float32",
+        dtype=str(dtype).removeprefix("torch."),
         enforce_eager=True,
         max_model_len=32,
         tensor_parallel_size=size,

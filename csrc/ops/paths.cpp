@@ -36,10 +36,12 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
     case Why::kLongRow:
       return std::to_string(facts.weight.in_features) + " in_features are more than the " +
              std::to_string(kMaxRowFeatures) + " that a compression kernel takes";
+    case Why::kDecodeShape:
+      return "the sizes, strides or alignment of the weight do not fit the decode kernel, which takes out_features "
+             "divisible by 8 (16 in 8 bits) in rows aligned to 16 bytes, and inputs that fit its shared memory";
     default:
       return "the sizes, strides or alignment of the weight fit no sparse GEMM; (lifted) in_features divisible by 32 "
-             "and "
-             "out_features by 8 do, in rows aligned to 16 bytes";
+             "and out_features by 8 do, in rows aligned to 16 bytes";
   }
 }
 

@@ -48,6 +48,7 @@ enum class Why : int {
   kLiftedDoesNotPay,  // windows and a lifted weight, but slower
   kLongRow,           // more features than a compression kernel holds
   kShape,             // sizes, strides or alignment that no GEMM takes
+  kDecodeShape,       // sizes, strides or alignment that the decode kernel does not take
 };
 
 struct LinearChoice {
@@ -83,7 +84,7 @@ inline LinearChoice choose_decode_on_cuda(const LinearFacts& facts, GemmDevice d
   if (!gather_pays(facts.weight_type, facts.pattern, tokens)) return dense(Why::kFullUnion);
   const bool fits = weight.aligned && gather_shape_fits(facts.weight_type, facts.pattern, tokens, weight.out_features,
                                                         weight.in_features, weight.row_stride(), device);
-  return fits ? LinearChoice{LinearPath::kGather, Why::kFewTokens} : dense(Why::kShape);
+  return fits ? LinearChoice{LinearPath::kGather, Why::kFewTokens} : dense(Why::kDecodeShape);
 }
 
 inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) {

@@ -13,6 +13,7 @@ from .. import mitigations
 from ..files import write_atomic
 from ..fingerprint import weights_fingerprint
 from ..linear import NMLinear
+from ..optimize.model import refuse_optimized
 from ..recipe import LinearSpec, Recipe
 from ..sparsify import SparsifyReport, resolved_specs, sparsify
 from .permute import check_order, fold_order
@@ -123,6 +124,7 @@ def _check_weights(model: nn.Module, header: dict[str, str], folder: Path) -> No
 
 def check_calibration(model: nn.Module, folder) -> tuple[Recipe, dict[str, torch.Tensor]]:
     """Recipe and tensors of a calibration; raises what :func:`load_calibration` would, and changes nothing."""
+    refuse_optimized(model)
     folder = Path(folder)
     recipe, tensors, header = read_calibration(folder)
     if header.get("architecture") != architecture(model):

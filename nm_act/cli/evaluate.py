@@ -1,5 +1,8 @@
 """``nm-act eval``: perplexity and zero-shot tasks of a model, dense and with any number of recipes; resumable."""
 
+import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +36,11 @@ def evaluate(
         Path | None, typer.Option("--study", help="YAML file with many rows; see docs/evaluate.md.")
     ] = None,
     calibrated: Annotated[
-        Path | None, typer.Option("--calibrated", help="Folder of the checkpoints that a study's calibrated rows name.")
+        Path | None,
+        typer.Option("--calibrated", help="Folder of the calibrations that a study's calibrated rows name."),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option("--calibration", help="Folder written by nm-act calibrate. Repeatable.")
     ] = None,
     tasks: Annotated[str, typer.Option("--tasks", help="Comma-separated; wikitext2 is a perplexity.")] = DEFAULT_TASKS,
     data: Annotated[Path | None, typer.Option("--data", help="Folder with the data; the hub without it.")] = None,
@@ -50,32 +57,36 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate the dense model and sparse variants; relative drops, standard errors, JSON, CSV, Markdown and plots."""
-    from ..evaluate.run import PERPLEXITY, RunFolder, fingerprint, run_study
+    from ..evaluate.run import PERPLEXITY, RunFolder, run_study
     from ..evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
     from ..evaluate.tasks import build_task, check_available
+    from ..fingerprint import weights_fingerprint
 
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     if not names:
         raise ValueError("expected at least one task, got none; name some with --tasks")
     check_available([name for name in names if name != PERPLEXITY])
     variants = [row_variant(row) for row in load_study(study)] if study is not None else []
-    variants += [from_recipe(made, name) for name, made in _recipes(recipe, pattern, criterion, mitigation, study)]
-    _check_names(variants)
+    compared = study is not None or bool(calibration)
+    variants += [from_recipe(made, name) for name, made in _recipes(recipe, pattern, criterion, mitigation, compared)]
+    rows = [_calibrated_row(each, calibrated) if each.calibrated else (each, None) for each in variants]
+    rows += [(_of_calibration(path), path) for path in calibration or ()]
+    _check_names([variant for variant, _ in rows])
     text, source = _text(data) if PERPLEXITY in names else (None, None)
     built = {name: build_task(name, data) for name in names if name != PERPLEXITY}
     set_threads(threads)
     dense, tokenizer = load(model, dtype, device)
     check_dense(dense, model)
-    made = list(_models(dense, variants, calibrated))
-    tokens = _tokens(tokenizer, text, max_tokens, window, dense) if text is not None else None
+    made = list(_models(dense, rows))
+    tokens, window = _tokens(tokenizer, text, max_tokens, window, dense) if text is not None else (None, None)
     folder = RunFolder.open(
         output,
         {
             "model": model_name(model),
-            "weights": fingerprint(dense),
+            "weights": weights_fingerprint(dense),
             "dtype": str(dense.dtype).removeprefix("torch."),
             "limit": limit,
-            "tokens": max_tokens,
+            "tokens": None if tokens is None else tokens.numel(),
             "window": window,
             "data": {**({PERPLEXITY: source} if source else {}), **{n: s for n, (_, s) in sorted(built.items())}},
         },
@@ -87,14 +98,16 @@ def evaluate(
     _finish(output, folder, as_json)
 
 
-def _recipes(paths, patterns, criterion, mitigation, study) -> list[tuple]:
+def _recipes(paths, patterns, criterion, mitigation, compared: bool) -> list[tuple]:
     """(name or None, recipe) of the options; recipes of a file are named after it."""
     if paths:
         return [item for path in paths for item in build_recipes(path, patterns, criterion, mitigation).items()]
     if patterns:
         return [(None, made) for made in build_recipes(None, patterns, criterion, mitigation).values()]
-    if study is None:
-        raise ValueError("expected something to compare with dense, got nothing; add --pattern, --recipe or --study")
+    if not compared:
+        raise ValueError(
+            "expected something to compare with dense, got nothing; add --pattern, --recipe, --calibration or --study"
+        )
     return []
 
 
@@ -107,8 +120,6 @@ def _check_names(variants: list) -> None:
 
 
 def _text(data: Path | None) -> tuple[str, dict]:
-    import hashlib
-
     from ..evaluate.data import load_text
     from ..evaluate.run import PERPLEXITY
 
@@ -117,37 +128,83 @@ def _text(data: Path | None) -> tuple[str, dict]:
 
 
 def _tokens(tokenizer, text: str, max_tokens: int | None, window: int | None, model):
+    """The tokens that are read, whole windows, and how many make a window."""
     from ..evaluate.perplexity import check_window, tokenize
 
     tokens = tokenize(tokenizer, text, max_tokens)
     window = check_window(model, window)
-    if max_tokens is None and tokens.numel() < window:
+    if tokens.numel() < window:
         raise ValueError(
             f"expected a text of at least one window of {window} tokens, got {tokens.numel()}; use --window"
+            + ("" if max_tokens is None else " or more --max-tokens")
         )
-    return tokens
+    return tokens[: tokens.numel() // window * window], window
 
 
-def _models(dense, variants: list, calibrated: Path | None):
-    """(variant, how to make its model), after all recipes and checkpoints were looked at."""
+def _of_calibration(folder: Path):
+    """Variant of a folder that nm-act calibrate wrote."""
+    from ..calibrate.store import DATA_FILE, read_calibration
+    from ..evaluate.study import from_recipe
+
+    recipe, _, _ = read_calibration(folder)
+    digest = hashlib.sha256((folder / DATA_FILE).read_bytes()).hexdigest()
+    return from_recipe(recipe, folder.resolve().name, calibrated=True, seed=_seed(folder), calibration=digest)
+
+
+def _seed(folder: Path) -> int:
+    """Seed of a calibration, from what nm-act calibrate wrote beside its data; 0 where it wrote none."""
+    file = folder / "calibration.json"
+    return int(json.loads(file.read_text(encoding="utf-8")).get("seed", 0)) if file.is_file() else 0
+
+
+def _calibrated_row(variant, calibrated: Path | None) -> tuple:
+    """A study's calibrated row with the identity of its calibration, and the folder of that."""
+    from ..calibrate.store import DATA_FILE
+
+    folder = None if calibrated is None else calibrated / variant.slug
+    if folder is None or not (folder / DATA_FILE).is_file():
+        where = "--calibrated" if folder is None else repr(str(folder))
+        raise FileNotFoundError(
+            f"expected a calibration for {variant.name!r} in {where}, got none; "
+            f"make it with nm-act calibrate --output .../{variant.slug}"
+        )
+    found = _of_calibration(folder)
+    if found.recipe != variant.recipe:
+        raise ValueError(
+            f"expected in {str(folder)!r} a calibration of the study's recipe, got another; calibrate again"
+        )
+    if variant.seed not in (0, found.seed):
+        raise ValueError(
+            f"expected in {str(folder)!r} a calibration with the study's seed {variant.seed}, got {found.seed}; "
+            "calibrate again or change the row"
+        )
+    return dataclasses.replace(variant, seed=found.seed, calibration=found.calibration), folder
+
+
+def _models(dense, rows: list[tuple]):
+    """(variant, how to make its model) of every (variant, calibration or None), after all of them were looked at."""
     import functools
 
+    from ..calibrate.store import check_calibration
+    from ..mitigations import data_of
     from ..recipe import Recipe
-    from ..sparsify import check_recipe
+    from ..sparsify import check_recipe, decoder_linears
 
-    for variant in variants:
-        recipe = Recipe.from_dict(variant.recipe)
-        if not variant.calibrated:
-            check_recipe(dense, recipe)
-            yield variant, functools.partial(_sparse, dense, recipe)
+    for variant, folder in rows:
+        if folder is not None:
+            check_calibration(dense, folder)
+            yield variant, functools.partial(_calibrated, dense, folder)
             continue
-        if calibrated is None or not (calibrated / variant.slug / "config.json").is_file():
-            where = "--calibrated" if calibrated is None else repr(str(calibrated / variant.slug))
-            raise FileNotFoundError(
-                f"expected a calibrated checkpoint for {variant.name!r} in {where}, got none; "
-                f"make it with nm-act calibrate and save it as {variant.slug}"
+        recipe = Recipe.from_dict(variant.recipe)
+        check_recipe(dense, recipe)
+        specs = {recipe.resolve(layer, projection) for layer, projection, _ in decoder_linears(dense).values()} - {None}
+        needs = next((str(spec) for spec in specs if data_of(spec)), None)
+        if needs is not None:
+            raise ValueError(
+                f"expected recipes that need no calibration, got {needs!r} in {variant.name!r}; make its data with "
+                "nm-act calibrate and name the folder with --calibration"
             )
-        yield variant, functools.partial(_checkpoint, calibrated / variant.slug, dense, recipe)
+        yield variant, functools.partial(_sparse, dense, recipe)
 
 
 def _sparse(dense, recipe):
@@ -156,20 +213,10 @@ def _sparse(dense, recipe):
     return sparse_copy(dense, recipe).model
 
 
-def _checkpoint(folder: Path, dense, recipe):
-    model, _ = load(str(folder), str(dense.dtype).removeprefix("torch."), str(dense.device))
-    found = getattr(model, "nm_act_recipe", None)
-    if found is None or found.to_dict() != recipe.to_dict():
-        raise ValueError(
-            f"expected in {str(folder)!r} a checkpoint of the study's recipe, got another; calibrate again"
-        )
-    ours, theirs = model.config.to_dict(), dense.config.to_dict()
-    different = [key for key in ("hidden_size", "num_hidden_layers", "vocab_size") if ours.get(key) != theirs.get(key)]
-    if different:
-        raise ValueError(
-            f"expected in {str(folder)!r} a checkpoint of this model, got another {different[0]}; check MODEL"
-        )
-    return model
+def _calibrated(dense, folder: Path):
+    from ..evaluate.variants import calibrated_copy
+
+    return calibrated_copy(dense, folder).model
 
 
 def _announce(dense, tokenizer, models, folder, tokens, harness: dict, limit: int | None) -> None:

@@ -1,6 +1,7 @@
 """``nm-act search``: a pattern for every projection of every layer, for a speed-up or a loss that is asked for."""
 
 import csv
+import hashlib
 import io
 from pathlib import Path
 from typing import Annotated
@@ -51,11 +52,12 @@ def search(
     output: Annotated[Path, typer.Option("--output", help="Folder; the same one again resumes.")] = Path("search"),
     as_json: JsonOption = False,
 ) -> None:
-    """Find a recipe: sensitivities on calibration text, costs from measured tables, and an exact solver."""
-    from ..evaluate.run import RunFolder, fingerprint
+    """Find a recipe: sensitivities on calibration text, costs from measured tables, and an optimal assignment."""
+    from ..evaluate.run import RunFolder
+    from ..fingerprint import weights_fingerprint
     from ..recipe import DEFAULT_PROJECTIONS
     from ..search.cost import Rates
-    from ..search.plan import baselines, measure_points, parse_option
+    from ..search.plan import baselines, check_options, measure_points, parse_option
     from ..search.sensitivity import groups_of, sensitivities
     from ..search.solve import frontier, solve, to_recipe
     from ..sparsify import decoder_linears
@@ -63,6 +65,8 @@ def search(
     _check_goal(target_speedup, max_drop)
     specs = {str(spec): spec for spec in map(parse_option, option or DEFAULT_OPTIONS)}
     table = Rates.load(rates)
+    if max_drop is not None:  # a target speed-up says by itself what cannot be reached
+        check_options(specs.values(), table)
     content, source = _text(text, data)
     set_threads(threads)
     dense, tokenizer = load(model, dtype, device)
@@ -74,7 +78,14 @@ def search(
     inside = {name for group in groups for name in group.names}
     linears = decoder_linears(dense)
     other = sum(m.in_features * m.out_features for name, (_, _, m) in linears.items() if name not in inside)
-    identity = {"search": model_name(model), "weights": fingerprint(dense), "text": source, "window": window}
+    identity = {
+        "search": model_name(model),
+        "weights": weights_fingerprint(dense),
+        "text": source,
+        "windows": windows,
+        "window": window,
+        "token_ids": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
+    }
     folder = RunFolder.open(output, {**identity, "dtype": dtype, "layers_together": layers_together}).path
     if target_speedup is not None:  # before minutes are spent: can it be reached at all?
         free = {group.key: dict.fromkeys(specs, 0.0) for group in groups}

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,12 @@ COLUMNS = (
 )
 
 
+AVERAGED = ("arc_easy", "boolq", "piqa", "winogrande")
+"""The tasks of the paper's averages; others are shown but not averaged."""
+
+_COMPARABLE = ("model", "weights", "dtype", "limit", "tokens", "window", "data")
+
+
 @dataclass(frozen=True)
 class Row:
     """One result beside the dense model's of the same run.
@@ -33,7 +40,9 @@ class Row:
         Relative drop in per cent, ``100 (dense - value) / dense`` (a perplexity's rise counts as a drop), and the
         standard error of the paired differences document by document. NaN for the dense row.
     protocol : str
-        Settings of the run: rows of different protocols are not compared.
+        Settings of the run, to be read.
+    identity : dict
+        Of the run, from its folder.
     """
 
     fields: dict
@@ -44,6 +53,11 @@ class Row:
     identity: dict = field(default_factory=dict, repr=False)
 
     @property
+    def run(self) -> str:
+        """What rows have in common that may be compared: model, weights, settings, and data."""
+        return json.dumps([self.identity.get(key) for key in _COMPARABLE], sort_keys=True)
+
+    @property
     def is_dense(self) -> bool:
         """Whether it is the reference row."""
         return self.fields["method"] == DENSE_VARIANT.method
@@ -52,13 +66,26 @@ class Row:
 def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
     """Rows of one or several run folders, dense first, then in the order of names.
 
+    Of several folders of one run (`Row.run`) the dense rows, which every folder has, are taken once.
+
     Raises
     ------
     ValueError
-        If a folder is no run, or has no dense result for a task.
+        If a folder is no run, has no dense result for a task, or holds a row that another one of the same run holds
+        too, the dense ones with another value.
     """
     rates = rates or Rates.load()
-    return [row for folder in folders for row in _folder_rows(Path(folder), rates)]
+    rows: dict[tuple[str, str, str], Row] = {}
+    for folder in folders:
+        for row in _folder_rows(Path(folder), rates):
+            key = row.run, row.name, row.fields["task"]
+            first = rows.setdefault(key, row)
+            if first is not row and not (row.is_dense and first.fields["value"] == row.fields["value"]):
+                raise ValueError(
+                    f"expected every row once, got {row.name!r} on {row.fields['task']} of {row.fields['model']} again "
+                    f"in {str(folder)!r}; leave one of the folders out"
+                )
+    return list(rows.values())
 
 
 def _folder_rows(folder: Path, rates: Rates) -> list[Row]:
@@ -77,7 +104,7 @@ def _folder_rows(folder: Path, rates: Rates) -> list[Row]:
 
 def _row(result: dict, dense: dict, identity: dict, rates: Rates) -> Row:
     variant = result["variant"]
-    speedup = predicted_speedup(result["macs"], rates)
+    speedup = predicted_speedup(result["macs"], rates, result["extra_macs"])
     fields = {
         "model": identity["model"],
         "method": variant["method"],
@@ -113,13 +140,13 @@ def _drop(result: dict, dense: dict) -> tuple[float, float]:
 
 
 def average_drops(rows: list[Row]) -> dict[str, tuple[float, float, int]]:
-    """Variant -> mean of the relative drops over its harness tasks, its standard error, and how many tasks.
+    """Variant -> mean of the relative drops over its tasks among `AVERAGED`, its standard error, and how many tasks.
 
     Tasks are independent samples of documents, so the variances of their drops add.
     """
     averages = {}
     for name in dict.fromkeys(row.name for row in rows if not row.is_dense):
-        drops = [row for row in rows if row.name == name and row.fields["metric"] != "ppl"]
+        drops = [row for row in rows if row.name == name and row.fields["task"] in AVERAGED]
         if drops:
             mean = sum(row.drop for row in drops) / len(drops)
             averages[name] = mean, math.sqrt(sum(row.drop_stderr**2 for row in drops)) / len(drops), len(drops)
@@ -141,13 +168,13 @@ def _undefined(value) -> bool:
 
 
 def cell(row: Row | None) -> str:
-    """Value ± standard error for a table; a perplexity to 4 digits, an accuracy in per cent."""
+    """Value ± standard error for a table, an accuracy in per cent."""
     if row is None:
         return "–"
-    value, stderr = row.fields["value"], row.fields["stderr"]
+    numbers = [row.fields["value"]] + ([] if _undefined(row.fields["stderr"]) else [row.fields["stderr"]])
     if row.fields["metric"] == "ppl":
-        return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
-    return f"{100 * value:.1f}" + ("" if _undefined(stderr) else f" ± {100 * stderr:.1f}")
+        return " ± ".join(f"{number:.2f}" if numbers[0] < 1000 else f"{number:.3g}" for number in numbers)
+    return " ± ".join(f"{100 * number:.1f}" for number in numbers)
 
 
 def markdown_table(header: list[str], lines: list[list[str]], right: int = 1) -> str:
@@ -165,15 +192,25 @@ def to_markdown(rows: list[Row]) -> str:
     for name in dict.fromkeys(row.name for row in rows):
         cells = [_with_drop(found.get((name, task))) for task in tasks]
         mean = averages.get(name)
-        lines.append([name, *cells, "–" if mean is None else f"{mean[0]:.1f} ± {mean[1]:.1f} %"])
-    samples = ", ".join(
-        f"{task}: {next(r for r in rows if r.fields['task'] == task).fields['samples']}" for task in tasks
-    )
+        lines.append([name, *cells, "–" if mean is None else average_cell(mean)])
     table = markdown_table(["", *tasks, "average drop"], lines)
     return (
         f"{table}\n\nPerplexity for {PERPLEXITY} (lower is better), accuracy in per cent for the rest, ± "
-        f"standard error; in brackets the relative drop against dense. Samples: {samples}.\n"
+        f"standard error; in brackets the relative change against dense. {averaged_note(rows)}\n"
     )
+
+
+def average_cell(average: tuple[float, float, int]) -> str:
+    """An average drop ± standard error and over how many tasks."""
+    return f"{average[0]:.1f} ± {average[1]:.1f} %, n = {average[2]}"
+
+
+def averaged_note(rows: list[Row]) -> str:
+    """What the averages are over, and how many samples every task has."""
+    samples = {row.fields["task"]: row.fields["samples"] for row in rows}
+    text = ", ".join(f"{task} {count}" for task, count in samples.items())
+    averages = f"Averages are over n tasks among {', '.join(AVERAGED)}. " if samples.keys() & set(AVERAGED) else ""
+    return f"{averages}Samples: {text}."
 
 
 def _with_drop(row: Row | None) -> str:
@@ -181,21 +218,23 @@ def _with_drop(row: Row | None) -> str:
 
 
 def draw(rows: list[Row]) -> dict[str, bytes]:
-    """File name -> PNG: perplexity of every variant, and the average drop with its standard errors."""
+    """File name -> PNG: perplexity of every variant, and the average drop, with standard errors."""
     plots = {}
-    perplexities = {row.name: row.fields["value"] for row in rows if row.fields["metric"] == "ppl"}
-    if perplexities:
-        dense = next(row.fields["dense_value"] for row in rows if row.fields["metric"] == "ppl")
-        plots["perplexity.png"] = _bars(perplexities, None, f"{PERPLEXITY} perplexity", dense)
+    measured = [row for row in rows if row.fields["metric"] == "ppl"]
+    if measured:
+        perplexities = {row.name: row.fields["value"] for row in measured}
+        errors = [0.0 if _undefined(row.fields["stderr"]) else row.fields["stderr"] for row in measured]
+        dense = measured[0].fields["dense_value"]
+        plots["perplexity.png"] = _bars(perplexities, errors, f"{PERPLEXITY} perplexity ± standard error", dense)
     averages = average_drops(rows)
     if averages:
         values = {name: mean for name, (mean, _, _) in averages.items()}
         errors = [error for _, error, _ in averages.values()]
-        plots["drop.png"] = _bars(values, errors, "average relative drop, %", None)
+        plots["drop.png"] = _bars(values, errors, "average relative drop ± standard error, %", None)
     return plots
 
 
-def _bars(values: dict[str, float], errors: list[float] | None, label: str, reference: float | None) -> bytes:
+def _bars(values: dict[str, float], errors: list[float], label: str, reference: float | None) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1.2 + 0.28 * len(values)), layout="constrained")

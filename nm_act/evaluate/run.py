@@ -1,7 +1,6 @@
 """Runs of a study: every (variant, task) is one result file, so that a killed run goes on where it was."""
 
 import datetime
-import hashlib
 import json
 import math
 import subprocess
@@ -14,17 +13,20 @@ import torch
 from torch import nn
 
 from ..files import write_atomic
-from ..search.cost import macs_by_pattern
+from ..search.cost import extra_macs, macs_by_pattern
 from .perplexity import perplexity
 from .study import Variant
 from .tasks import harness_model, run_task
 
-__all__ = ["PERPLEXITY", "RunFolder", "fingerprint", "run_study"]
+__all__ = ["PERPLEXITY", "RunFolder", "run_study"]
 
 PERPLEXITY = "wikitext2"
 """The task that is a perplexity; all others are the harness's."""
 
 _RUN_FILE = "run.json"
+
+_FORMAT = 2
+"""Of a run's files: 2 adds extra_macs to the results, and the tokens and window in use to the identity."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,21 @@ class RunFolder:
         Raises
         ------
         ValueError
-            If it holds another run (the sentence names the first difference) or other files.
+            If it holds another run (the sentence names the first difference), results without their ``run.json``, or
+            a ``run.json`` of another program, command or format.
         OSError
             If it cannot be written.
         """
         path = Path(path)
+        file = path / _RUN_FILE
+        found = _read_identity(file) if file.is_file() else None
         try:
             (path / "rows").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise type(error)(f"cannot make the folder {str(path)!r}: {reason}; choose another --output") from error
         identity = json.loads(json.dumps(identity))
-        file = path / _RUN_FILE
-        if file.is_file():
-            found = _read_json(file)["identity"]
+        if found is not None:
             different = next((key for key in {**found, **identity} if found.get(key) != identity.get(key)), None)
             if different is not None:
                 raise ValueError(
@@ -73,7 +76,7 @@ class RunFolder:
                 f"expected a run in {str(path)!r}, got results without {_RUN_FILE}; choose another --output"
             )
         else:
-            write_atomic(file, json.dumps({"format": 1, "identity": identity}, indent=2) + "\n")
+            write_atomic(file, json.dumps({"format": _FORMAT, "identity": identity}, indent=2) + "\n")
         return cls(path, identity)
 
     def result_path(self, variant: Variant, task: str) -> Path:
@@ -81,15 +84,15 @@ class RunFolder:
         return self.path / "rows" / f"{variant.slug}.{task}.json"
 
     def has(self, variant: Variant, task: str) -> bool:
-        """Whether the result is there; ValueError if it is one of another recipe under the same name."""
+        """Whether the result is there; ValueError if it is one of another recipe or calibration of the same name."""
         path = self.result_path(variant, task)
         if not path.is_file():
             return False
         found = _read_json(path)["variant"]
         if found != json.loads(json.dumps(variant.to_dict())):
             raise ValueError(
-                f"expected in {str(path)!r} a result of this recipe, got one of another recipe with the name "
-                f"{variant.name!r}; rename the recipe or choose another --output"
+                f"expected in {str(path)!r} a result of this recipe and calibration, got one of another with the name "
+                f"{variant.name!r}; rename it, remove the file or choose another --output"
             )
         return True
 
@@ -106,7 +109,7 @@ class RunFolder:
             raise ValueError(
                 f"expected the folder of an evaluation, got {str(path)!r} without {_RUN_FILE}; check the path"
             )
-        identity = _read_json(path / _RUN_FILE)["identity"]
+        identity = _read_identity(path / _RUN_FILE)
         return identity, [_read_json(file) for file in sorted((path / "rows").glob("*.json"))]
 
 
@@ -149,7 +152,7 @@ def run_study(
         if not missing:
             continue
         model = make()
-        macs = macs_by_pattern(model)
+        macs = {"macs": macs_by_pattern(model), "extra_macs": extra_macs(model)}
         for name in missing:
             progress(f"{variant.name}: {name}")
             start = time.perf_counter()
@@ -169,7 +172,7 @@ def run_study(
                     "samples": len(found.scores),
                     "scores": found.scores,
                 }
-            folder.write(variant, name, {**result, "macs": macs, "seconds": round(time.perf_counter() - start, 1)})
+            folder.write(variant, name, {**result, **macs, "seconds": round(time.perf_counter() - start, 1)})
         del model
 
 
@@ -183,15 +186,6 @@ def _perplexity(model, tokens: torch.Tensor, window: int | None) -> dict:
         # Mean loss a window: what paired differences are taken of.
         "scores": [loss * found.windows / found.tokens for loss in found.window_nll],
     }
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Short hash of a model's sizes and of a few values of every parameter: another checkpoint has another one."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:16].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + first.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def commit() -> str:
@@ -239,6 +233,16 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected JSON in {str(path)!r}, got invalid text ({error}); remove the file") from error
+
+
+def _read_identity(file: Path) -> dict:
+    found = _read_json(file)
+    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
+        raise ValueError(
+            f"expected a run of format {_FORMAT} in {str(file.parent)!r}, got a {_RUN_FILE} of another kind (an older "
+            "run, or the state of nm-act calibrate); choose another folder"
+        )
+    return found["identity"]
 
 
 def _today() -> str:

@@ -7,12 +7,14 @@ from pathlib import Path
 import yaml
 
 from ..policies import POLICIES, policy_of
-from ..recipe import Recipe, load_yaml
+from ..recipe import LinearSpec, Recipe, load_yaml
 
 __all__ = ["DENSE_VARIANT", "Variant", "from_recipe", "load_study"]
 
 _AXES = ("pattern", "criterion", "mitigation", "layers")
-_KEYS = (*_AXES, "recipe", "calibrated", "seed")
+_RECIPE_KEYS = ("recipe", "layers", "calibrated", "seed")
+_KEYS = (*_AXES, *(key for key in _RECIPE_KEYS if key not in _AXES))
+_RECIPE_LAYERS = (*POLICIES, "search")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Variant:
     name : str
         Unique in a study.
     method : str
-        Criterion and mitigations, "wina+var"; "dense" for the dense model.
+        Criterion and mitigations, "wina+var"; "mixed" where layers differ; "dense" for the dense model.
     pattern : str
         "2:4", ...; "mixed" where layers differ.
     layers : str
@@ -32,8 +34,11 @@ class Variant:
     recipe : dict or None
         Plain mapping of the recipe; None for the dense model.
     calibrated : bool
-        Whether the variant is a checkpoint that ``nm-act calibrate`` made from the recipe.
+        Whether ``nm-act calibrate`` made the variant's data.
     seed : int
+        Of the calibration.
+    calibration : str
+        SHA-256 of the calibration's data; "" where nothing is calibrated.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Variant:
     recipe: dict | None = None
     calibrated: bool = False
     seed: int = 0
+    calibration: str = ""
 
     def to_dict(self) -> dict:
         """Plain mapping of the fields."""
@@ -65,12 +71,21 @@ def from_recipe(recipe: Recipe, name: str | None = None, **fields) -> Variant:
     >>> from_recipe(Recipe("2:4", mitigation=["var"])).name
     'act+var 2:4'
     """
-    method = "+".join([recipe.criterion, *recipe.mitigation])
-    patterns = {recipe.pattern, *(rule.pattern for rule in recipe.rules if rule.pattern is not None)} - {"dense"}
+    specs = resolved(recipe)
+    methods = {"+".join([spec.criterion, *spec.mitigation]) for spec in specs}
+    patterns = {str(spec.pattern) for spec in specs}
+    method = methods.pop() if len(methods) == 1 else "mixed"
     pattern = patterns.pop() if len(patterns) == 1 else "mixed"
     layers = fields.pop("layers", policy_of(recipe))
     name = name or f"{method} {pattern}" + ("" if layers == "all" else f" {layers}")
     return Variant(name, method, pattern, layers, recipe.to_dict(), **fields)
+
+
+def resolved(recipe: Recipe) -> set[LinearSpec]:
+    """Specs that a recipe gives to any layer: to those that it names, and to the layers behind them."""
+    named = {*recipe.skip_layers, *(layer for rule in recipe.rules for layer in rule.layers or ())}
+    places = itertools.product([*named, max(named, default=-1) + 1], recipe.projections)
+    return {recipe.resolve(layer, projection) for layer, projection in places} - {None}
 
 
 def load_study(path: str | Path) -> list[dict]:
@@ -78,8 +93,8 @@ def load_study(path: str | Path) -> list[dict]:
 
     The file holds ``rows``, a list of mappings with the keys ``pattern``, ``criterion``, ``mitigation``, ``layers``
     (each a value or a list of values, of which all combinations are taken; a mitigation is itself a list),
-    ``calibrated`` (true: the row is a checkpoint of ``nm-act calibrate``), ``seed``; or ``recipe``, the path of a
-    recipe relative to the study file, with ``layers``.
+    ``calibrated`` (true: the row is a folder of ``nm-act calibrate``), ``seed`` (the calibration's); or ``recipe``, the
+    path of a recipe relative to the study file, with ``layers`` (also "search"), ``calibrated`` and ``seed``.
 
     Returns
     -------
@@ -115,9 +130,31 @@ def _expand(entry, path: Path) -> list[dict]:
     unknown = next((key for key in entry if key not in _KEYS), None)
     if unknown is not None:
         raise ValueError(f"expected the keys of a row among {', '.join(_KEYS)}, got {unknown!r} in {str(path)!r}")
+    _check_values(entry, path)
     fixed = {key: value for key, value in entry.items() if key not in _AXES}
     axes = {key: _values(key, entry[key]) for key in _AXES if key in entry}
     return [{**dict(zip(axes, chosen, strict=True)), **fixed} for chosen in itertools.product(*axes.values())]
+
+
+def _check_values(entry: dict, path: Path) -> None:
+    if "recipe" in entry:
+        beside = next((key for key in entry if key not in _RECIPE_KEYS), None)
+        if beside is not None:
+            raise ValueError(
+                f"expected beside recipe only {', '.join(_RECIPE_KEYS[1:])}, got {beside!r} in {str(path)!r}; "
+                "write it into the recipe"
+            )
+        layers = next(
+            (name for name in _values("layers", entry.get("layers", "all")) if name not in _RECIPE_LAYERS), None
+        )
+        if layers is not None:
+            raise ValueError(
+                f"expected layers of a recipe's row among {', '.join(_RECIPE_LAYERS)}, got {layers!r} in {str(path)!r}"
+            )
+    seed, calibrated = entry.get("seed", 0), entry.get("calibrated", False)
+    if type(seed) is not int or type(calibrated) is not bool:
+        wrong = f"seed {seed!r}" if type(seed) is not int else f"calibrated {calibrated!r}"
+        raise ValueError(f"expected an integer seed and calibrated true or false, got {wrong} in {str(path)!r}")
 
 
 def _values(key: str, value) -> list:

@@ -4,12 +4,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops, packed
+from .. import criteria, mitigations, ops, packed
 from ..linear import NMLinear
+from .eligible import not_fp8
 
 E4M3 = torch.float8_e4m3fn
 FP8_LAYOUTS = ("prefill", "decode")
 """What the one e4m3 copy of a weight is stored for."""
+
+
+def check_layout(layout: str) -> None:
+    """Raise a ValueError for an unknown storage of e4m3 weights."""
+    if layout not in FP8_LAYOUTS:
+        raise ValueError(f"expected fp8 among {', '.join(FP8_LAYOUTS)}, got {layout!r}; choose one of those")
 
 
 class FP8Linear(nn.Module):
@@ -24,20 +31,41 @@ class FP8Linear(nn.Module):
         (the pattern must be 2:4). "decode" stores [in, out], of which few tokens read the rows of survivors only; more
         tokens dequantise the weight to the dtype of x for the time of the call, so they gain no fp8 speed.
 
+    Raises
+    ------
+    TypeError
+        If ``layer`` is no NMLinear.
+    ValueError
+        If the layout is unknown, or these paths do not compute what the layer does: for "prefill" another pattern than
+        2:4, in both top-k, calibrated data, a score of the running call, pruned weights, first tokens or decode steps
+        that are dense; or if its weight is offloaded or split over ranks, or it has hooks.
+
     Notes
     -----
+    Channel scale and row sums are those of the weight as stored: e4m3 times its scale, before any rounding to the
+    model's dtype.
+
     ``state_dict`` has the dequantised weight under the stock name, so a checkpoint stays a stock one, but the
     rounding to e4m3 is in it; ``load_state_dict`` quantises.
     """
 
     def __init__(self, layer: NMLinear, layout: str):
+        check_layout(layout)
+        if not isinstance(layer, NMLinear):
+            raise TypeError(f"expected an NMLinear, got {type(layer).__name__}; make it with NMLinear.from_linear")
+        why = not_fp8(layer, layout)
+        if why:
+            raise ValueError(
+                f"expected a layer whose weight can be e4m3 for {layout}, got {layer.spec} ({why}); keep it in 16 bits"
+            )
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.spec, self.layout = layer.spec, layout
+        self.weight_layout, self.lift = layer.weight_layout, layer.lift  # of the 16-bit layer, for to_nm_linear
         # Bytes, not e4m3: .to(dtype) converts every floating-point buffer.
         self.register_buffer("codes", None, persistent=False)
         self.register_buffer("weight_scale", None, persistent=False)
-        self.register_buffer("channel_scale", layer.channel_scale, persistent=False)
+        self.register_buffer("channel_scale", None, persistent=False)
         self.register_buffer("shift_out", None, persistent=False)
         self.register_buffer("scaled_shift_out", None, persistent=False)
         self.register_buffer("like", layer.weight.new_empty(0), persistent=False)  # carries the model's dtype
@@ -48,7 +76,7 @@ class FP8Linear(nn.Module):
 
     @torch.no_grad()
     def store(self, weight: Tensor) -> None:
-        """Quantise ``weight [out, in]`` and compute the image of the per-token shift from what was stored."""
+        """Quantise ``weight [out, in]`` and compute channel scale and row sums from what was stored."""
         # In slices: a float32 copy of a whole merged weight would be the peak of the process.
         scales, codes = [], []
         for rows in weight.split(4096):
@@ -58,8 +86,12 @@ class FP8Linear(nn.Module):
         self.weight_scale = torch.cat(scales)
         stored = torch.cat(codes)
         self.codes = stored if self.layout == "prefill" else stored.t().contiguous()
-        if self.spec.token_shift != "none":
-            self.shift_out = self.weight.sum(dim=1, dtype=torch.float64).float()
+        if self.spec.token_shift == "none" and criteria.CRITERIA[self.spec.criterion] is None:
+            return  # nothing derives from it
+        operand = self.dequantised(torch.float32)
+        self.channel_scale = mitigations.selection_scale(self.spec, operand, {})
+        self.shift_out = mitigations.shift_image(self.spec, operand, {})
+        if self.shift_out is not None:
             # sparse_gemm multiplies its shift term by the column scale, here the weight's.
             self.scaled_shift_out = self.shift_out / self.weight_scale
 
@@ -99,7 +131,8 @@ class FP8Linear(nn.Module):
 
     def to_nm_linear(self) -> NMLinear:
         """A 16-bit layer with the dequantised weight."""
-        layer = NMLinear(self.in_features, self.out_features, self.bias is not None, spec=self.spec, device="meta")
+        options = {"weight_layout": self.weight_layout, "lift": self.lift, "device": "meta"}
+        layer = NMLinear(self.in_features, self.out_features, self.bias is not None, spec=self.spec, **options)
         layer.weight = nn.Parameter(self.weight, requires_grad=False)
         layer.bias = self.bias
         layer.refresh()

@@ -12,49 +12,29 @@ from torch import Tensor, nn
 from .. import _C
 from ..linear import NMLinear
 from ..packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
-from ..recipe import LinearSpec
+from .eligible import has_hooks, not_2_4, why_stays
 from .fp8 import FP8Linear
-from .merged import MergedLinear, calibrated
+from .merged import MergedLinear
 
 PACKED_TOKENS = _C.SPARSE_GEMM_TOKENS
 """Fewest tokens for which a packed 16-bit product pays."""
 
-MAX_ROW_FEATURES = _C.MAX_ROW_FEATURES
-"""Longest row that the fused kernels hold on chip."""
-
 _MARKS = ("nm_act_fused", "nm_act_gate_up", "nm_act_packs", "nm_act_qkv", "nm_act_packs_mlp")
 """Attributes that fusing leaves on Transformers' modules."""
-
-_FP8_BUFFERS = {"codes", "weight_scale", "scaled_shift_out", "like"}
-
-STATIC_CRITERIA = ("act", "wina", "variance", "amber")
-
-
-def beyond(linear: nn.Module) -> str:
-    """What a sparse layer does beyond a static score, VAR and D-PTS, which is all that these paths compute."""
-    spec = linear.spec
-    plain = LinearSpec(spec.pattern, criterion=spec.criterion, mitigation=spec.mitigation, phase=spec.phase)
-    known = {"var", "dpts-mean", "dpts-median"}.issuperset(spec.mitigation) and spec.criterion in STATIC_CRITERIA
-    return "" if spec == plain and known and not (calibrated(linear) - _FP8_BUFFERS) else f"unfused method {spec}"
 
 
 def packable(linear: nn.Module) -> str:
     """Why a layer's operand cannot be packed by its producer; empty where it can."""
     if not isinstance(linear, (NMLinear, FP8Linear)):
         return "not sparse"
-    fp8 = isinstance(linear, FP8Linear)
-    if str(linear.spec.pattern) != "2:4":
-        return f"pattern {linear.spec.pattern}"
-    if beyond(linear):
-        return beyond(linear)
+    why, fp8 = why_stays(linear), isinstance(linear, FP8Linear)
+    if why:
+        return why
     if fp8 and linear.layout != "prefill":
         return "e4m3 weight stored for decode"
     if not fp8 and linear.token_context is not None:
         return "first tokens are dense"
-    step = 32 if fp8 else 16
-    if linear.in_features % step or linear.in_features > MAX_ROW_FEATURES or linear.out_features % 16:
-        return f"{linear.in_features} inputs and {linear.out_features} outputs do not fit the sparse GEMM"
-    return ""
+    return not_2_4(linear, 32 if fp8 else 16)
 
 
 def takes_packed(linear: nn.Module, x: Tensor) -> bool:
@@ -113,7 +93,7 @@ def fuse_mlp(mlp: nn.Module, gate_up: str) -> None:
     """Call the merged gate and up layer as one, and compress SiLU(gate) * up for a packable down layer."""
     mlp.nm_act_gate_up = gate_up  # a name, not the module, which has its place already
     silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
-    mlp.nm_act_packs = silu and not packable(mlp.down_proj)
+    mlp.nm_act_packs = silu and not why_stays(mlp.act_fn) and not packable(mlp.down_proj)
     mlp.forward = MethodType(_mlp_forward, mlp)
 
 
@@ -137,8 +117,12 @@ def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 def fuse_layer(layer: nn.Module) -> list[str]:
     """Fuse the norms of a pre-norm decoder layer into the products that follow; which ones, empty for none."""
     attention, mlp = layer.self_attn, layer.mlp
-    layer.nm_act_qkv = _sole_consumer(attention, ("q_proj", "k_proj", "v_proj"))
-    layer.nm_act_packs_mlp = "nm_act_gate_up" in vars(mlp) and not packable(getattr(mlp, mlp.nm_act_gate_up).linear)
+    layer.nm_act_qkv = ""
+    if not why_stays(layer.input_layernorm):
+        layer.nm_act_qkv = _sole_consumer(attention, ("q_proj", "k_proj", "v_proj"))
+    gate_up = vars(mlp).get("nm_act_gate_up")
+    called = has_hooks(mlp) or why_stays(layer.post_attention_layernorm)  # the fused path calls neither
+    layer.nm_act_packs_mlp = gate_up is not None and not called and not packable(getattr(mlp, gate_up).linear)
     fused = ["input_layernorm"] if layer.nm_act_qkv else []
     fused += ["post_attention_layernorm"] if layer.nm_act_packs_mlp else []
     if fused:

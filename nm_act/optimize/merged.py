@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linear import NMLinear
-
-_DERIVED = {"channel_scale", "shift_out"}
-"""Buffers of an NMLinear that follow from its weight and spec; anything else was calibrated for that one layer."""
+from .eligible import calibrated, why_stays
 
 
 class MergedLinear(nn.Module):
@@ -115,7 +113,8 @@ def merge(parent: nn.Module, names: list[str]) -> MergedLinear:
     first = layers[0]
     options = {"bias": first.bias is not None, "device": "meta", "dtype": first.weight.dtype}
     if isinstance(first, NMLinear):
-        linear = NMLinear(first.in_features, sum(sizes), spec=first.spec, weight_layout=first.weight_layout, **options)
+        options |= {"weight_layout": first.weight_layout, "lift": first.lift}
+        linear = NMLinear(first.in_features, sum(sizes), spec=first.spec, **options)
         linear.token_context = first.token_context
     else:
         linear = nn.Linear(first.in_features, sum(sizes), **options)
@@ -148,7 +147,8 @@ def unmerge(parent: nn.Module, child: str) -> None:
     for name, size, weight, bias in zip(merged.names, merged.sizes, weights, biases, strict=True):
         options = {"bias": bias is not None, "device": "meta"}
         if isinstance(linear, NMLinear):
-            layer = NMLinear(linear.in_features, size, spec=linear.spec, weight_layout=linear.weight_layout, **options)
+            options |= {"weight_layout": linear.weight_layout, "lift": linear.lift}
+            layer = NMLinear(linear.in_features, size, spec=linear.spec, **options)
             layer.token_context = linear.token_context
             own = weight.detach().t().clone().t() if linear.weight_layout == "in_out" else weight.detach().clone()
         else:
@@ -165,23 +165,17 @@ def merge_key(layer: nn.Module) -> tuple | str:
     """Layers with equal keys compute the same as one merged layer; a sentence where a layer cannot be merged."""
     if type(layer) not in (nn.Linear, NMLinear):
         return f"{type(layer).__name__} is neither torch.nn.Linear nor NMLinear"
-    if layer.weight.is_meta:
-        return "its weight is on the meta device (offloaded)"
+    why = why_stays(layer)
+    if why:
+        return why
     facts = (layer.in_features, layer.bias is not None, layer.weight.dtype, layer.weight.device)
     if isinstance(layer, NMLinear):
         if layer.channel_scale is not None:
             return f"the scores of {layer.spec.criterion!r} differ from layer to layer"
         if calibrated(layer):
             return f"it has calibrated data of its own ({', '.join(sorted(calibrated(layer)))})"
-        facts += (layer.spec, layer.weight_layout, id(layer.token_context))
-    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-        return "it has hooks"
+        facts += (layer.spec, layer.weight_layout, layer.lift, id(layer.token_context))
     return facts
-
-
-def calibrated(layer: NMLinear) -> set[str]:
-    """Names of the buffers that do not follow from the weight and the spec."""
-    return {name for name, _ in layer.named_buffers()} - _DERIVED
 
 
 def share_inside_forward(parent: nn.Module) -> None:

@@ -7,7 +7,8 @@ from torch import nn
 
 from ..linear import NMLinear
 from . import fused
-from .fp8 import FP8_LAYOUTS, FP8Linear
+from .eligible import not_fp8
+from .fp8 import FP8Linear, check_layout
 from .merged import LinearPart, MergedLinear, merge, merge_key, share_inside_forward, unmerge
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -15,6 +16,9 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 
 PRE_NORM_FAMILIES = ("llama", "qwen2", "qwen3")
 """Of these, the ones with layers ``h = x + attention(norm(x)); h + mlp(norm(h))`` and the usual RMSNorm."""
+
+PREFILL_DEVICES = ("cuda",)
+"""Where the fp8 tensor-core product exists."""
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -82,13 +86,15 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     Raises
     ------
     ValueError
-        If the model is optimised already, ``fp8`` is unknown, or fp8 is asked for a model without sparse layers. The
-        model is unchanged then.
+        If the model is optimised already, ``fp8`` is unknown, fp8 is asked for a model without sparse layers, or
+        "prefill" for one that is not on CUDA. The model is unchanged then.
 
     Notes
     -----
-    For inference: parameters of merged layers have names of their own, only ``state_dict`` shows the stock ones.
-    :func:`deoptimize` undoes it.
+    For inference, as the last step: sparsify, calibrate and search refuse an optimised model. Parameters of merged
+    layers have names of their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks,
+    a forward that someone replaced, or weights split over ranks stay as they are; hooks registered later on what was
+    merged or fused may not be called. :func:`deoptimize` undoes it.
 
     Examples
     --------
@@ -149,15 +155,29 @@ def is_optimized(model: nn.Module) -> bool:
     return any(isinstance(module, (MergedLinear, LinearPart, FP8Linear)) for module in model.modules())
 
 
-def _check(model: nn.Module, fp8: str | None) -> None:
+def refuse_optimized(model: nn.Module) -> None:
+    """Raise a ValueError if :func:`optimize` has changed this model, whose layers then are not the stock ones."""
     if is_optimized(model):
         raise ValueError(
-            "expected a model that is not optimized yet, got one that is; call deoptimize(model) first to change it"
+            "expected a model that is not optimized, got one that is; call nm_act.deoptimize(model) first, "
+            "and optimize it as the last step"
         )
-    if fp8 is not None and fp8 not in FP8_LAYOUTS:
-        raise ValueError(f"expected fp8 among {', '.join(FP8_LAYOUTS)}, got {fp8!r}; choose one or leave it out")
-    if fp8 is not None and not any(isinstance(module, NMLinear) for module in model.modules()):
+
+
+def _check(model: nn.Module, fp8: str | None) -> None:
+    refuse_optimized(model)
+    if fp8 is None:
+        return
+    check_layout(fp8)
+    layers = [module for module in model.modules() if isinstance(module, NMLinear)]
+    if not layers:
         raise ValueError("expected a sparse model for fp8, got a dense one; call sparsify(model, recipe) first")
+    elsewhere = {layer.weight.device.type for layer in layers} - {"meta", *PREFILL_DEVICES}
+    if fp8 == "prefill" and elsewhere:
+        raise ValueError(
+            f'expected a model on CUDA for fp8="prefill", got one on {", ".join(sorted(elsewhere))}; move it there '
+            'first, or choose fp8="decode"'
+        )
 
 
 def _unknown(module: nn.Module, kind: str) -> str:
@@ -196,27 +216,12 @@ def _quantise(report: OptimizeReport, layout: str) -> None:
         for child, layer in list(module.named_children()):
             if not isinstance(layer, NMLinear):
                 continue
-            why = _not_fp8(layer, layout)
+            why = not_fp8(layer, layout)
             if why:
-                report.kept.append((f"{name}.{child}", why))
+                report.kept.append((f"{name}.{child}", f"stays in 16 bits: {why}"))
                 continue
             setattr(module, child, FP8Linear(layer, layout))
             report.fp8.append(f"{name}.{child}")
-
-
-def _not_fp8(layer: NMLinear, layout: str) -> str:
-    if layer.weight.is_meta:
-        return "its weight is on the meta device (offloaded)"
-    if layer.token_context is not None:
-        return "stays in 16 bits: first tokens are dense"
-    if layer.spec.phase == "prefill":
-        return "stays in 16 bits: dense in decode"  # which would have to dequantise it at every step
-    if fused.beyond(layer):
-        return f"stays in 16 bits: {layer.spec}"
-    why = fused.packable(layer)
-    if layout == "prefill" and (why or layer.in_features % 32):
-        return f"stays in 16 bits: {why or 'in_features is no multiple of 32'}"
-    return ""
 
 
 def _fuse_mlp(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..linear import NMLinear
+
 ATTENTION = "nm_act_static"
 """Name of :func:`static_attention` among Transformers' attention implementations."""
 
@@ -33,7 +35,8 @@ class StaticDecoder:
     Raises
     ------
     ValueError
-        If the model is spread over devices, or a size is out of range.
+        If the model is spread over devices, a size is out of range, or the model is on CUDA and its recipe keeps first
+        tokens dense: which ones they are is read back from the device in every call, and a graph cannot do that.
 
     Notes
     -----
@@ -60,6 +63,8 @@ class StaticDecoder:
             )
         if batch < 1 or max_tokens <= WARMUP:
             raise ValueError(f"expected batch >= 1 and max_tokens > {WARMUP}, got {batch} and {max_tokens}")
+        if next(iter(devices)).type == "cuda":
+            _refuse_first_tokens(model)
         _register()
         self.model, self.batch, self.max_tokens = model, batch, max_tokens
         self.device = next(iter(devices))
@@ -128,25 +133,35 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def capture_step(self) -> None:
-        """Capture the decode step (CUDA); the first :meth:`step` does it by itself."""
-        saved = [tensor.clone() for tensor in self._state()]
-        # At the beginning of the cache, of which the prompt's first keys are put back: steps beyond its end would write
-        # out of bounds.
-        kept = [(layer.keys[:, :, :WARMUP].clone(), layer.values[:, :, :WARMUP].clone()) for layer in self._layers()]
-        self._rewind(0)
-        self._step_graph = self._captured(self._step, lambda: self._rewind(0))
-        for tensor, value in zip(self._state(), saved, strict=False):
-            tensor.copy_(value)
-        for layer, (keys, values) in zip(self._layers(), kept, strict=False):
-            layer.keys[:, :, :WARMUP].copy_(keys)
-            layer.values[:, :, :WARMUP].copy_(values)
+        """Capture the decode step; the first :meth:`step` does it by itself. The running sequence stays as it is.
+
+        Raises
+        ------
+        ValueError
+            If the model is not on CUDA.
+        """
+        self._check_graphs()
+        # At the beginning of the cache: steps beyond its end would write out of bounds.
+        with self._kept(WARMUP):
+            self._rewind(0)
+            self._step_graph = self._captured(self._step, lambda: self._rewind(0))
 
     @torch.inference_mode()
     def capture_prefill(self, tokens: int) -> None:
-        """Capture the prefill of prompts of one length (CUDA): worth it for short ones, bound by kernel launches."""
+        """Capture the prefill of prompts of one length: worth it for short ones, bound by kernel launches.
+
+        The running sequence stays as it is.
+
+        Raises
+        ------
+        ValueError
+            If the model is not on CUDA, or the length does not fit the cache.
+        """
+        self._check_graphs()
+        self._check_prompt(torch.empty(self.batch, tokens, device="meta"))
         ids = torch.zeros(self.batch, tokens, dtype=torch.long, device=self.device)
-        self._check_prompt(ids)
-        self._prefill_graphs[tokens] = (ids, self._captured(lambda: self._prefill(ids), lambda: None))
+        with self._kept(tokens):
+            self._prefill_graphs[tokens] = (ids, self._captured(lambda: self._prefill(ids), lambda: None))
 
     def _prefill(self, input_ids: Tensor) -> None:
         tokens = input_ids.shape[1]
@@ -197,6 +212,22 @@ class StaticDecoder:
 
         return replay
 
+    @contextmanager
+    def _kept(self, tokens: int) -> Iterator[None]:
+        """Put the running sequence back afterwards, of which the inside overwrites the first tokens of the cache."""
+        logits, saved = self.logits, [tensor.clone() for tensor in self._state()]
+        cached = [(layer.keys[:, :, :tokens].clone(), layer.values[:, :, :tokens].clone()) for layer in self._layers()]
+        try:
+            yield
+        finally:
+            self.logits = logits
+            # Layers that the inside initialised have nothing to put back: the first prefill rewinds them.
+            for tensor, value in zip(self._state(), saved, strict=False):
+                tensor.copy_(value)
+            for layer, (keys, values) in zip(self._layers(), cached, strict=False):
+                layer.keys[:, :, :tokens].copy_(keys)
+                layer.values[:, :, :tokens].copy_(values)
+
     def _state(self) -> Iterator[Tensor]:
         yield from (self.token, self._position, self._lengths)
         yield from (layer.cumulative_length for layer in self._layers())
@@ -209,6 +240,13 @@ class StaticDecoder:
         self._lengths.fill_(length)
         for layer in self._layers():
             layer.cumulative_length.fill_(length)
+
+    def _check_graphs(self) -> None:
+        if self.device.type != "cuda":
+            raise ValueError(
+                f"expected a model on CUDA to capture, got one on {self.device.type}; call prefill and step, which run "
+                "directly there"
+            )
 
     def _check_prompt(self, input_ids: Tensor, new_tokens: int = 1) -> None:
         if input_ids.ndim != 2 or input_ids.shape[0] != self.batch or input_ids.shape[1] == 0:
@@ -325,6 +363,16 @@ def _flash_works(config, dtype: torch.dtype) -> bool:
     except (RuntimeError, TypeError, AssertionError):  # other versions refuse arguments, or ignore them
         return False
     return True
+
+
+def _refuse_first_tokens(model: nn.Module) -> None:
+    contexts = (module.token_context for module in model.modules() if isinstance(module, NMLinear))
+    first = next((context.first_tokens for context in contexts if context is not None and context.first_tokens), 0)
+    if first:
+        raise ValueError(
+            f"expected a recipe without dense_first_tokens, which no CUDA graph can follow, got {first}; leave it out "
+            "or use model.generate"
+        )
 
 
 @contextmanager

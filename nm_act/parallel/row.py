@@ -56,6 +56,10 @@ def row_sparse_linear(
     -------
     Tensor [..., out_features], dtype of x
     """
+    if options.get("weight_scale") is not None:
+        raise ValueError(
+            "expected a weight in the dtype of x in a layer split by rows, got weight_scale; dequantise it"
+        )
     selection = {"channel_scale": channel_scale, **options}
     if token_shift == "none" and not variance_correction:
         return ops.sparse_linear(

@@ -1,7 +1,7 @@
 """What a pattern gains: speed-up of a linear layer in prefill, from measured tables, and of a model's linear layers."""
 
 import csv
-import re
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +9,19 @@ from pathlib import Path
 from torch import nn
 
 from ..criteria import WEIGHT_PRUNING
-from ..linear import NMLinear
+from ..linear import FOLLOW_WEIGHT, NMLinear
+from ..mitigations import DATA, data_of, rank_of
+from ..patterns import NMPattern, as_pattern
 from ..recipe import DENSE, LinearSpec
 from ..sparsify import decoder_linears
 
-__all__ = ["Rates", "macs_by_pattern", "predicted_speedup"]
+__all__ = ["Rates", "extra_macs", "macs_by_pattern", "predicted_speedup"]
 
-SHAPE = {"tokens": "4096", "out_features": "4096", "in_features": "4096"}
+PREFILL_TOKENS = 4096
+"""Tokens of the sequence whose prefill is predicted."""
+
+SHAPE = {"tokens": str(PREFILL_TOKENS), "out_features": "4096", "in_features": "4096"}
 """The row of a benchmark table that stands for a pattern."""
-
-_WINDOWS = re.compile(r"2:4\+(\d)")
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,18 @@ class Rates:
     def speedup(self, pattern: str) -> tuple[float, str]:
         """Speed-up of a pattern, and its source.
 
-        A pattern of 2:4 windows, "2:4+e", that has no row costs ``1 + e/4`` times the 2:4 product, whose inner
-        dimension it lengthens by that factor. Any other pattern without a row runs the dense product: 1.
+        Which columns the windows of "2:4+r@..." hold makes no difference: the row of "2:4+r" counts. Without one it
+        costs ``1 + r/4`` times the 2:4 product, whose inner dimension it lengthens by that factor. Any other pattern
+        without a row runs the dense product: 1.
         """
-        if pattern in self.table:
-            return self.table[pattern]
-        windows = _WINDOWS.fullmatch(pattern)
+        chosen = None if pattern == DENSE else as_pattern(pattern)
+        windows = len(chosen.extra_columns) if isinstance(chosen, NMPattern) else 0
+        rows = (pattern, f"{chosen.keep}:{chosen.group}+{windows}") if windows else (pattern,)
+        row = next((row for row in rows if row in self.table), None)
+        if row is not None:
+            return self.table[row]
         if windows and "2:4" in self.table:
-            factor = 1 + int(windows[1]) / 4
+            factor = 1 + windows / 4
             return self.table["2:4"][0] / factor, f"cost model: the 2:4 row / {factor:g}"
         return 1.0, "dense product"
 
@@ -122,12 +129,42 @@ def macs_by_pattern(model: nn.Module) -> dict[str, int]:
     return dict(macs)
 
 
-def predicted_speedup(macs: dict[str, int], rates: Rates) -> float:
-    """Predicted prefill speed-up of the linear layers, ``sum(m) / sum(m / rate)`` over multiply-accumulates m.
+def extra_macs(model: nn.Module) -> float:
+    """Multiply-accumulates a token that sparse layers add to their own in prefill, at the dense speed.
+
+    The GEMMs of a low-rank pair, R (in + out); of a rotation, in * in; and the first tokens of a sequence that are
+    computed dense as well, of one sequence of `PREFILL_TOKENS`. What has no GEMM (scores, shifts, scales) is not
+    counted.
+    """
+    return sum(_extra(linear) for _, _, linear in decoder_linears(model).values() if isinstance(linear, NMLinear))
+
+
+def _extra(linear: NMLinear) -> float:
+    spec = linear.spec
+    if spec.phase == "decode":
+        return 0.0
+    sizes = linear.in_features, linear.out_features, rank_of(spec.mitigation)
+    matrices = sum(math.prod(DATA[name](*sizes)) for name in data_of(spec) if name in FOLLOW_WEIGHT)
+    first = 0 if linear.token_context is None else min(linear.token_context.first_tokens, PREFILL_TOKENS)
+    return matrices + layer_macs(linear) * first / PREFILL_TOKENS
+
+
+def predicted_speedup(macs: dict[str, int], rates: Rates, extra: float = 0.0) -> float:
+    """Predicted prefill speed-up of the linear layers, ``sum(m) / (sum(m / rate) + extra)``.
+
+    Parameters
+    ----------
+    macs : dict of str to int
+        Multiply-accumulates m by pattern, from `macs_by_pattern`.
+    rates : Rates
+    extra : float
+        What mitigations add, from `extra_macs`; it runs at the dense speed.
 
     Examples
     --------
     >>> predicted_speedup({"dense": 1, "2:4": 3}, Rates({"2:4": (1.5, "")}))
     1.3333333333333333
+    >>> predicted_speedup({"dense": 1, "2:4": 3}, Rates({"2:4": (1.5, "")}), extra=1)
+    1.0
     """
-    return sum(macs.values()) / sum(count / rates.speedup(pattern)[0] for pattern, count in macs.items())
+    return sum(macs.values()) / (sum(count / rates.speedup(pattern)[0] for pattern, count in macs.items()) + extra)

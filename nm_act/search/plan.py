@@ -1,7 +1,7 @@
 """The search as a whole: options, the frontier with its baselines measured on calibration text, and the choice."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from ..criteria import CRITERIA
 from ..evaluate.perplexity import perplexity
 from ..evaluate.variants import sparse_copy
 from ..files import write_atomic
+from ..mitigations import data_of
 from ..policies import POLICIES
 from ..recipe import LinearSpec, Recipe
-from .cost import Rates, macs_by_pattern, predicted_speedup
+from .cost import Rates, extra_macs, macs_by_pattern, pattern_of, predicted_speedup
 
-__all__ = ["Point", "baselines", "measure_points", "parse_option"]
+__all__ = ["Point", "baselines", "check_options", "measure_points", "parse_option"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Point:
 
 
 def parse_option(text: str) -> LinearSpec:
-    """Spec from "PATTERN [CRITERION] [MITIGATION ...]", as specs are printed.
+    """Spec from "PATTERN [CRITERION] [MITIGATION ...]", as specs are printed; nothing in it may need calibration.
 
     Examples
     --------
@@ -52,7 +53,24 @@ def parse_option(text: str) -> LinearSpec:
     if len(criteria) > 1:
         raise ValueError(f"expected at most one criterion in the option {text!r}, got {', '.join(criteria)}")
     mitigation = tuple(name for name in names if name not in CRITERIA)
-    return LinearSpec(pattern, *criteria, mitigation=mitigation)
+    spec = LinearSpec(pattern, *criteria, mitigation=mitigation)
+    if data_of(spec):
+        needs = next((name for name in mitigation if data_of(LinearSpec(pattern, mitigation=(name,)))), spec.criterion)
+        raise ValueError(
+            f"expected an option that needs no calibration, got {str(spec)!r}; leave {needs} out and calibrate the "
+            "recipe that is found with it"
+        )
+    return spec
+
+
+def check_options(specs: Iterable[LinearSpec], rates: Rates) -> None:
+    """Raise a ValueError if no option is faster than dense: nothing but the dense model could be found."""
+    specs = list(specs)
+    if not any(rates.speedup(pattern_of(spec))[0] > 1 for spec in specs):
+        raise ValueError(
+            f"expected an option faster than dense, got none among {', '.join(map(str, specs))}; add an --option with "
+            "a faster pattern, or its measured speed-up with --rates"
+        )
 
 
 def baselines(spec: LinearSpec) -> dict[str, Recipe]:
@@ -80,8 +98,10 @@ def measure_points(
             progress(f"perplexity on calibration text: {name}")
             variant = model if recipe is None else sparse_copy(model, recipe).model
             value = perplexity(variant, tokens, window=window).value
-            found[key] = {"recipe": key, "perplexity": value, "macs": macs_by_pattern(variant)}
+            macs, extra = macs_by_pattern(variant), extra_macs(variant)
+            found[key] = {"recipe": key, "perplexity": value, "macs": macs, "extra_macs": extra}
             del variant
             write_atomic(store, "".join(json.dumps(row) + "\n" for row in found.values()))
-        points.append(Point(name, recipe, predicted_speedup(found[key]["macs"], rates), found[key]["perplexity"]))
+        row = found[key]
+        points.append(Point(name, recipe, predicted_speedup(row["macs"], rates, row["extra_macs"]), row["perplexity"]))
     return points

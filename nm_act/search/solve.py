@@ -9,10 +9,13 @@ from ..recipe import DENSE, LinearSpec, Recipe, Rule
 from .cost import Rates, pattern_of
 from .sensitivity import Group
 
-__all__ = ["Choice", "frontier", "solve", "to_recipe"]
+__all__ = ["Choice", "frontier", "relaxed_bound", "solve", "to_recipe"]
 
-_STEPS = 4000
-"""Resolution of the time that can be saved."""
+_STATES = 20_000
+"""Partial solutions that are kept at most: where there are more, the cheapest of each of so many ranges of savings."""
+
+_SCALE = 2**62
+"""Savings are integers, in this part of the time of the dense model: sums neither round nor depend on their order."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,12 @@ def solve(
     target_speedup: float,
     other_macs: int = 0,
 ) -> Choice:
-    """Least total sensitivity with a predicted speed-up of at least the target: a multiple-choice knapsack, exactly.
+    """Least total sensitivity with a predicted speed-up of at least the target: a multiple-choice knapsack.
 
-    Dynamic programming over the time saved, in `_STEPS` steps rounded down, so that the target is always met.
+    Group by group, the partial solutions are kept that no other one beats in both time saved and sensitivity, and that
+    could still become better than the best known solution: their sensitivity plus the Lagrangian bound of what is left
+    has to be below it. This is exact (up to a part in 1e9 of the speed-up) as long as at most `_STATES` of them remain;
+    beyond that they are thinned out, and the result is near the optimum: `relaxed_bound` says how near at most.
 
     Parameters
     ----------
@@ -63,49 +69,131 @@ def solve(
     ValueError
         If not even the fastest option everywhere reaches the target.
     """
-    total = sum(group.macs for group in groups) + other_macs
-    savings = {name: 1 - 1 / rates.speedup(pattern_of(spec))[0] for name, spec in specs.items()}
-    options = [DENSE, *(name for name in specs if savings[name] > 0)]
-    fastest = max((savings[name] for name in options[1:]), default=0.0)
-    reachable = fastest * (total - other_macs) / total
-    needed = 1 - 1 / target_speedup
-    if needed > reachable + 1e-12:
-        best = 1 / (1 - reachable)
-        raise ValueError(f"expected a target speed-up of at most {best:.3f} with these options, got {target_speedup:g}")
-    goal = math.ceil(_STEPS * needed / reachable - 1e-6) if reachable else 0
-    unit = reachable / _STEPS if reachable else 1.0
-    best = np.full(goal + 1, np.inf)  # [saved] -> least sensitivity so far; the last entry is "the goal or more"
-    best[0] = 0.0
-    taken, origin = (np.zeros((len(groups), goal + 1), dtype=np.int32) for _ in range(2))
-    for row, group in enumerate(groups):
-        fresh = np.full(goal + 1, np.inf)
-        for index, name in enumerate(options):
-            saved = savings.get(name, 0.0) * group.macs / total
-            moved, source = _shifted(best, int(saved / unit + 1e-9))
-            moved = moved + (0.0 if name == DENSE else costs[group.key][name])
-            better = moved < fresh
-            fresh[better], taken[row][better], origin[row][better] = moved[better], index, source[better]
-        best = fresh
-    if np.isfinite(best[goal]):
-        names, state = [], goal
-        for row in reversed(range(len(groups))):
-            names.append(options[taken[row][state]])
-            state = origin[row][state]
-        return _choice(names[::-1], groups, costs, savings, total)
-    # At the very end of what can be reached, the steps lost to rounding are missing: everything as fast as it can be.
-    names = [min(options, key=lambda n: (-savings.get(n, 0.0), costs[group.key].get(n, 0.0))) for group in groups]
-    return _choice(names, groups, costs, savings, total)
+    problem = _Problem.of(groups, costs, specs, rates, other_macs)
+    needed = problem.needed(target_speedup)
+    incumbent, price = _relaxed(problem, needed)[1:]
+    picked = _search(problem, needed, incumbent, price)
+    return problem.choice(incumbent if picked is None else picked, groups)
 
 
-def _shifted(best: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Least sensitivity after saving `step` more, and the state that it comes from."""
-    goal = len(best) - 1
-    step = min(step, goal)
-    source = np.maximum(np.arange(goal + 1) - step, 0)
-    moved = np.where(np.arange(goal + 1) >= step, best[source], np.inf)
-    source[goal] = goal - step + int(best[goal - step :].argmin())
-    moved[goal] = best[source[goal]]
-    return moved, source
+def relaxed_bound(
+    groups: list[Group],
+    costs: dict[str, dict[str, float]],
+    specs: dict[str, LinearSpec],
+    rates: Rates,
+    target_speedup: float,
+    other_macs: int = 0,
+) -> float:
+    """Sensitivity below which no choice reaches the target (the Lagrangian bound); parameters as for `solve`."""
+    problem = _Problem.of(groups, costs, specs, rates, other_macs)
+    return _relaxed(problem, problem.needed(target_speedup))[0]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Options in numbers: arrays [groups, options] of time saved (int64) and of sensitivities; option 0 is dense."""
+
+    names: tuple[str, ...]
+    saved: np.ndarray
+    cost: np.ndarray
+    total: int
+
+    @classmethod
+    def of(cls, groups, costs, specs, rates: Rates, other_macs: int) -> "_Problem":
+        fractions = {name: 1 - 1 / rates.speedup(pattern_of(spec))[0] for name, spec in specs.items()}
+        names = (DENSE, *(name for name in specs if fractions[name] > 0))
+        macs = [group.macs for group in groups]
+        unit = math.gcd(*macs, other_macs)
+        total = (sum(macs) + other_macs) // unit
+        each = np.array([0, *(int(fractions[name] * (_SCALE // total)) for name in names[1:])], dtype=np.int64)
+        cost = np.array([[0.0, *(costs[g.key][name] for name in names[1:])] for g in groups])
+        return cls(names, np.array([m // unit for m in macs], dtype=np.int64)[:, None] * each, cost, total)
+
+    @property
+    def whole(self) -> int:
+        """The dense model's time."""
+        return _SCALE // self.total * self.total
+
+    def needed(self, target_speedup: float) -> int:
+        """Time to save for a target; ValueError if that cannot be reached."""
+        reachable = int(self.saved.max(axis=1).sum())
+        needed = 1 - 1 / target_speedup
+        if needed > reachable / self.whole + 1e-9:
+            best = 1 / (1 - reachable / self.whole)
+            raise ValueError(
+                f"expected a target speed-up of at most {best:.3f} with these options, got {target_speedup:g}"
+            )
+        return min(int(needed * self.whole), reachable)
+
+    def choice(self, picked: np.ndarray, groups: list[Group]) -> Choice:
+        rows = np.arange(len(groups))
+        saved = int(self.saved[rows, picked].sum()) / self.whole
+        cost = math.fsum(self.cost[rows, picked])
+        return Choice(tuple(self.names[index] for index in picked), 1 / (1 - saved), cost)
+
+
+def _relaxed(problem: _Problem, needed: int) -> tuple[float, np.ndarray, float]:
+    """Lagrangian bound, the cheapest choice seen that saves enough, and the bound's price of time."""
+    rows = np.arange(len(problem.cost))
+    best = np.lexsort((problem.cost, -problem.saved), axis=1)[:, 0]  # the fastest; of equally fast ones the cheapest
+    bound, price = -math.inf, 0.0
+    low, high = 0.0, None
+    tried = 0.0
+    for _ in range(160):
+        reduced = problem.cost - tried * (problem.saved / problem.whole)
+        picked = reduced.argmin(axis=1)
+        value = reduced[rows, picked].sum() + tried * (needed / problem.whole)
+        if value > bound:
+            bound, price = value, tried
+        if problem.saved[rows, picked].sum() >= needed:
+            if problem.cost[rows, picked].sum() < problem.cost[rows, best].sum():
+                best = picked
+            high = tried
+        else:
+            low = tried
+        if low == high:
+            break
+        tried = (low + high) / 2 if high is not None else max(2 * low, 1e-12)
+    return float(bound), best, price
+
+
+def _search(problem: _Problem, needed: int, incumbent: np.ndarray, price: float) -> np.ndarray | None:
+    """Options that save enough at less cost than the incumbent, the cheapest ones; None if there are none."""
+    count = len(problem.cost)
+    reduced = problem.cost - price * problem.saved / problem.whole
+    # The groups from a row on: the least that they add to the cost less the price of their time, and all they can save.
+    rest = np.append(reduced.min(axis=1)[::-1].cumsum()[::-1], 0.0)
+    reach = np.append(problem.saved.max(axis=1)[::-1].cumsum()[::-1], 0)
+    limit = problem.cost[np.arange(count), incumbent].sum()
+    saved, cost, trail = np.zeros(1, dtype=np.int64), np.zeros(1), []
+    for row in range(count):
+        options = len(problem.names)
+        every_saved = np.minimum((saved[:, None] + problem.saved[row]).ravel(), needed)
+        every_cost = (cost[:, None] + problem.cost[row]).ravel()
+        # What is left has to save what the goal still lacks, if anything, at the price at least.
+        bound = every_cost + price * (needed - every_saved) / problem.whole + rest[row + 1]
+        order = np.flatnonzero((bound < limit) & (every_saved + reach[row + 1] >= needed))
+        order = order[np.lexsort((every_cost[order], -every_saved[order]))]
+        ahead = np.minimum.accumulate(np.append(np.inf, every_cost[order]))[:-1]
+        order = _thinned(order[every_cost[order] < ahead], every_saved)
+        if not len(order):
+            return None
+        trail.append((order // options, order % options))
+        saved, cost = every_saved[order], every_cost[order]
+    state, picked = int(cost.argmin()), []
+    for origin, option in reversed(trail):
+        picked.append(option[state])
+        state = origin[state]
+    return np.array(picked[::-1])
+
+
+def _thinned(order: np.ndarray, saved: np.ndarray) -> np.ndarray:
+    """At most `_STATES` of partial solutions in order of falling savings: the cheapest of every range of savings."""
+    if len(order) <= _STATES:
+        return order
+    values = saved[order]
+    ranges = (values - values[-1]) // ((values[0] - values[-1]) // (_STATES - 1) + 1)
+    return order[np.append(ranges[1:] != ranges[:-1], True)]
 
 
 def frontier(
@@ -117,9 +205,8 @@ def frontier(
     points: int = 24,
 ) -> list[Choice]:
     """Solutions from no speed-up to the largest that can be reached, equally spaced in time saved."""
-    total = sum(group.macs for group in groups) + other_macs
-    fastest = max((1 - 1 / rates.speedup(pattern_of(spec))[0] for spec in specs.values()), default=0.0)
-    largest = max(fastest, 0.0) * (total - other_macs) / total
+    problem = _Problem.of(groups, costs, specs, rates, other_macs)
+    largest = int(problem.saved.max(axis=1).sum()) / problem.whole
     targets = [1 / (1 - largest * index / points) for index in range(points + 1)]
     return [solve(groups, costs, specs, rates, target, other_macs) for target in targets]
 
@@ -143,9 +230,3 @@ def to_recipe(choice: Choice, groups: list[Group], specs: dict[str, LinearSpec])
     ]
     projections = tuple(dict.fromkeys(projection for group in groups for projection in group.projections))
     return Recipe(pattern=DENSE, projections=projections, rules=tuple(rules))
-
-
-def _choice(names, groups, costs, savings, total) -> Choice:
-    saved = sum(savings.get(name, 0.0) * group.macs for name, group in zip(names, groups, strict=True)) / total
-    cost = sum(0.0 if n == DENSE else costs[g.key][n] for n, g in zip(names, groups, strict=True))
-    return Choice(tuple(names), 1 / (1 - saved), cost)

@@ -105,7 +105,7 @@ template <class E, class W, int kTokens>
 void run_case(const Case& c, bool aligned) {
   constexpr int kOutputs = 4 * W::kPerWord, kBytes = kGatherVector / kOutputs;
   const int tokens = c.tokens, in = c.in_features, out = c.out_features;
-  const int x_stride = in + (aligned ? 8 : 3), x_offset = aligned ? 8 : 1, row = out + kOutputs;
+  const int x_stride = aligned ? (in + 15) / 8 * 8 : in + 3, x_offset = aligned ? 8 : 1, row = out + kOutputs;
   std::vector<uint16_t> x(x_offset + tokens * x_stride + 16, 0xFFFF);
   const auto scale = vector_or_none(c.options.channel_scale, in), shift = vector_or_none(c.options.shift, in);
   const auto eta = vector_or_none(c.options.eta, tokens);

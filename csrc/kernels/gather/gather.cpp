@@ -50,7 +50,8 @@ cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const G
 }
 
 cudaError_t launch_gather(const GatherParams& params, GemmDevice device, cudaStream_t stream) {
-  if (!gather_supports(params, device)) return cudaErrorInvalidValue;
+  // The caller has asked gather_supports, whose search for a configuration takes microseconds.
+  if (!types_fit(params) || !pattern_fits(params)) return cudaErrorInvalidValue;
   return launch_gather(params, device, select_gather_config(problem_of(params, device)), stream);
 }
 

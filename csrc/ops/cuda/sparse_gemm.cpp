@@ -8,14 +8,13 @@
 namespace nm_act::cuda_ops {
 
 SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
-                             const GemmEpilogueTensors& epilogue, const at::Tensor& y) {
+                             const GemmEpilogueTensors& epilogue, at::ScalarType y_type) {
   SparseGemmParams params{};
   params.values = operand.values.const_data_ptr();
   params.metadata = operand.metadata.const_data_ptr<uint8_t>();
   params.weight = weight.const_data_ptr();
   params.weight_in_out = weight.stride(1) != 1 && stored_in_out(weight);
   params.weight_stride = weight.stride(params.weight_in_out ? 1 : 0);
-  params.y = y.mutable_data_ptr();
   params.row_scale = data_or_null(epilogue.row_scale);
   params.eta = data_or_null(epilogue.eta);
   params.shift_out = data_or_null(epilogue.shift_out);
@@ -25,20 +24,21 @@ SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& wei
   params.out_features = int(weight.size(0));
   params.in_features = int(weight.size(1));
   params.value_type = element_type(operand.values.scalar_type());
-  params.y_type = element_type(y.scalar_type());
+  params.y_type = element_type(y_type);
   return params;
 }
 
-bool gemm_takes(const at::Tensor& x, const at::Tensor& weight, at::ScalarType value_type, GemmDevice device) {
-  if (weight.stride(1) != 1 && !stored_in_out(weight)) return false;
+bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::ScalarType y_type, GemmDevice device) {
+  const WeightFacts facts = facts_of(weight);
+  if (!facts.rows_contiguous()) return false;
   SparseGemmParams params{};  // null pointers are aligned: what is allocated later will be too
   params.weight = weight.const_data_ptr();
-  params.weight_in_out = weight.stride(1) != 1;
-  params.weight_stride = weight.stride(params.weight_in_out ? 1 : 0);
-  params.out_features = int(weight.size(0));
-  params.in_features = int(weight.size(1));
+  params.weight_in_out = facts.in_stride != 1;
+  params.weight_stride = facts.row_stride();
+  params.out_features = int(facts.out_features);
+  params.in_features = int(facts.in_features);
   params.value_type = element_type(value_type);
-  params.y_type = element_type(x.scalar_type());
+  params.y_type = element_type(y_type);
   return sparse_gemm_supports(params, device);
 }
 
@@ -66,6 +66,23 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
   TORCH_CHECK_VALUE(metadata.scalar_type() == at::kByte && metadata.numel() == bytes && metadata.is_contiguous(),
                     "nm_act::sparse_gemm expected ", bytes, " metadata bytes, got ", metadata.numel(), " of ",
                     metadata.scalar_type(), "; pass what compress_packed returned on this device");
+  const bool aligned_operand = reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16 == 0 &&
+                               reinterpret_cast<uintptr_t>(metadata.const_data_ptr()) % 16 == 0;
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      aligned_operand && weight_fits_gemm(weight, values.scalar_type(), type, device),
+      "nm_act::sparse_gemm expected a compiled combination (float16 or bfloat16 in ",
+      "and out with either weight storage; e4m3 with an [out, in] weight on sm_90; 16-byte aligned rows), got values ",
+      values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
+      " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
+  TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 4 && device.compute_capability_major == 9),
+                    "nm_act::sparse_gemm expected config as (tile, raster, swizzle, overlapped) on sm_90, got ",
+                    config.value_or(at::IntArrayRef{}), " on compute capability ", device.compute_capability_major,
+                    ".x; leave it out");
+  const bool biased = bias.has_value() && bias->defined();
+  TORCH_CHECK_VALUE(!biased || (bias->dim() == 1 && bias->size(0) == out_features && bias->is_floating_point()),
+                    "nm_act::sparse_gemm expected a floating-point bias [", out_features, "], got ",
+                    biased ? bias->sizes() : at::IntArrayRef{}, "; pass the layer's own");
+  if (biased) check_same_device(values, *bias, "bias", kOp);
   const c10::cuda::CUDAGuard guard(values.device());
   const at::Tensor like = at::empty({0}, values.options().dtype(type));  // vectors may be float32 or y's dtype
   const auto vector = [&](const OptionalTensor& tensor, int64_t size, const char* name) {
@@ -73,26 +90,17 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
     if (tensor.has_value() && tensor->defined() && tensor->numel() == 0 && size != 0) return at::Tensor();
     return aligned(check_vector(tensor, like, size, name, kOp));
   };
-  const GemmEpilogueTensors epilogue{vector(row_scale, tokens, "row_scale"), vector(eta, tokens, "eta"),
-                                     vector(shift_out, out_features, "shift_out"),
-                                     vector(column_scale, out_features, "column_scale"),
-                                     bias.has_value() && bias->defined() ? aligned(bias->to(type)) : at::Tensor()};
+  const GemmEpilogueTensors epilogue{
+      vector(row_scale, tokens, "row_scale"), vector(eta, tokens, "eta"), vector(shift_out, out_features, "shift_out"),
+      vector(column_scale, out_features, "column_scale"), biased ? aligned(bias->to(type)) : at::Tensor()};
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
-  const SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, y);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      sparse_gemm_supports(params, device),
-      "nm_act::sparse_gemm expected a compiled combination (float16 or bfloat16 in ",
-      "and out with either weight storage; e4m3 with an [out, in] weight on sm_90; 16-byte aligned rows), got values ",
-      values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
-      " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
+  SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
+  params.y = y.mutable_data_ptr();
   const cudaStream_t stream = current_stream(values);
   if (!config.has_value()) {
     check_status(launch_sparse_gemm(params, device, stream), kOp);
     return y;
   }
-  TORCH_CHECK_VALUE(config->size() == 4 && device.compute_capability_major == 9,
-                    "nm_act::sparse_gemm expected config as (tile, raster, swizzle, overlapped) on sm_90, got ",
-                    *config, " on compute capability ", device.compute_capability_major, ".x; leave it out");
   const GemmConfig chosen{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
                           static_cast<int>((*config)[2])};
   check_status(launch_sparse_gemm_sm90(params, {chosen, device.multiprocessors, stream, (*config)[3] != 0}), kOp);

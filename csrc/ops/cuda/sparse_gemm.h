@@ -11,10 +11,11 @@ struct GemmEpilogueTensors {
   at::Tensor bias;                                     // dtype of y
 };
 
+// Everything but y.
 SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
-                             const GemmEpilogueTensors& epilogue, const at::Tensor& y);
+                             const GemmEpilogueTensors& epilogue, at::ScalarType y_type);
 
 // Whether a kernel takes this weight: dtype, alignment and sizes, before anything is compressed.
-bool gemm_takes(const at::Tensor& x, const at::Tensor& weight, at::ScalarType value_type, GemmDevice device);
+bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::ScalarType y_type, GemmDevice device);
 
 }  // namespace nm_act::cuda_ops

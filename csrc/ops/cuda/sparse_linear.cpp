@@ -89,7 +89,9 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   const GemmEpilogueTensors epilogue{operand.row_scale, operand.eta, aligned(shift_vector), aligned(column_vector),
                                      aligned(bias.value_or(at::Tensor()))};
   const at::Tensor& multiplied = path == LinearPath::kLifted ? lifted : weight;
-  check_status(launch_sparse_gemm(gemm_params(operand, multiplied, epilogue, y), device, current_stream(x)), kOp);
+  SparseGemmParams params = gemm_params(operand, multiplied, epilogue, x.scalar_type());
+  params.y = y.mutable_data_ptr();
+  check_status(launch_sparse_gemm(params, device, current_stream(x)), kOp);
   return y;
 }
 
@@ -109,7 +111,8 @@ at::Tensor sparse_linear_fp8(const at::Tensor& x, const at::Tensor& weight, cons
   const c10::cuda::CUDAGuard guard(x.device());
   const GemmDevice device = gemm_device(x, kOp);
   TORCH_CHECK_NOT_IMPLEMENTED(
-      gemm_takes(x, weight, at::kFloat8_e4m3fn, device), "nm_act::sparse_linear_fp8 expected a compiled combination ",
+      weight_fits_gemm(weight, at::kFloat8_e4m3fn, x.scalar_type(), device),
+      "nm_act::sparse_linear_fp8 expected a compiled combination ",
       "(bfloat16 or float16 x, a contiguous e4m3 weight [out, in] with in_features % 32 == 0 and out_features % 16 == "
       "0, on ",
       "sm_90), got x ", x.scalar_type(), ", weight ", weight.sizes(), " with strides ", weight.strides(),
@@ -120,8 +123,10 @@ at::Tensor sparse_linear_fp8(const at::Tensor& x, const at::Tensor& weight, cons
   // The kernel's column scale multiplies the shift term too, so the weight's scale is taken out of a given image.
   GemmEpilogueTensors epilogue{
       operand.row_scale, operand.eta, given.defined() ? given.div(scale) : shift_image(weight, selection, given),
-      column_vector.defined() ? scale.mul(column_vector) : scale, aligned(bias.value_or(at::Tensor()))};
-  check_status(launch_sparse_gemm(gemm_params(operand, weight, epilogue, y), device, current_stream(x)), kOp);
+      column_vector.defined() ? scale.mul(column_vector) : aligned(scale), aligned(bias.value_or(at::Tensor()))};
+  SparseGemmParams params = gemm_params(operand, weight, epilogue, x.scalar_type());
+  params.y = y.mutable_data_ptr();
+  check_status(launch_sparse_gemm(params, device, current_stream(x)), kOp);
   return y;
 }
 

@@ -1,0 +1,73 @@
+"""What optimize() may touch: one answer for merging, e4m3 weights and fused norms."""
+
+from torch import nn
+
+from .. import _C, parallel
+from ..linear import NMLinear
+from ..patterns import NMPattern
+from ..recipe import LinearSpec
+
+MAX_ROW_FEATURES = _C.MAX_ROW_FEATURES
+"""Longest row that the fused kernels hold on chip."""
+
+STATIC_CRITERIA = ("act", "wina", "variance", "amber")
+
+_DERIVED = {"channel_scale", "shift_out"}
+"""Buffers of an NMLinear that follow from its weight and spec; anything else was calibrated for that one layer."""
+
+_FP8_BUFFERS = {"codes", "weight_scale", "scaled_shift_out", "like"}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+
+
+def why_stays(module: nn.Module) -> str:
+    """Why a layer or norm may be neither replaced nor computed by others; empty where it may."""
+    parameters = list(module.parameters(recurse=False))
+    if any(parameter.is_meta for parameter in parameters):
+        return "its weight is on the meta device (offloaded)"
+    sharded = any(parallel.local_weight(parameter) is not parameter for parameter in parameters)
+    if sharded or getattr(module, "shard", None) is not None:
+        return "its weight is split over ranks"
+    if "forward" in vars(module):
+        return "its forward is replaced already"
+    return "it has hooks" if has_hooks(module) else ""
+
+
+def calibrated(layer: nn.Module) -> set[str]:
+    """Names of the buffers that do not follow from the weight and the spec."""
+    return {name for name, _ in layer.named_buffers()} - _DERIVED - _FP8_BUFFERS
+
+
+def beyond(layer: nn.Module) -> str:
+    """What a sparse layer does beyond N:M by a static score, VAR and D-PTS, which is all that these paths compute."""
+    spec = layer.spec
+    plain = LinearSpec(spec.pattern, criterion=spec.criterion, mitigation=spec.mitigation, phase=spec.phase)
+    known = {"var", "dpts-mean", "dpts-median"}.issuperset(spec.mitigation) and spec.criterion in STATIC_CRITERIA
+    known = known and isinstance(spec.pattern, NMPattern) and spec == plain
+    return "" if known and not calibrated(layer) else f"unfused method {spec}"
+
+
+def not_2_4(layer: nn.Module, step: int) -> str:
+    """Why a layer cannot read a packed 2:4 operand, ``step`` inputs at a time; empty where it can."""
+    if str(layer.spec.pattern) != "2:4":
+        return f"pattern {layer.spec.pattern}"
+    if layer.in_features % step or layer.in_features > MAX_ROW_FEATURES or layer.out_features % 16:
+        return f"{layer.in_features} inputs and {layer.out_features} outputs do not fit the sparse GEMM"
+    return beyond(layer)
+
+
+def not_fp8(layer: NMLinear, layout: str) -> str:
+    """Why a layer's weight cannot be stored in e4m3 for "prefill" or "decode"; empty where it can."""
+    why = why_stays(layer)
+    if why:
+        return why
+    if layer.token_context is not None:
+        return "first tokens are dense"
+    if layer.spec.phase == "prefill":
+        return "dense in decode"  # which would have to dequantise it at every step
+    if beyond(layer):
+        return str(layer.spec)
+    return not_2_4(layer, 32) if layout == "prefill" else ""
