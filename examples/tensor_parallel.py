@@ -6,6 +6,7 @@ MODEL is a folder written by save_pretrained: a sparse one is loaded as it is, a
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -37,4 +38,6 @@ def main(model_path: str, save_to: str = "") -> None:
 if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 3:
         raise SystemExit(f"expected MODEL [SAVE_TO], got {len(sys.argv) - 1} arguments; name the folder of a model")
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise SystemExit("expected at least two processes, got one; start it with torchrun --nproc-per-node 2")
     main(*sys.argv[1:])

@@ -223,10 +223,10 @@ class NMLinear(nn.Linear):
 
     def _derive(self) -> dict[str, torch.Tensor | None]:
         """What the operator reads, by the names in _DERIVED; differentiable in the calibrated data."""
-        if self._incomplete:
-            return dict.fromkeys(_DERIVED)
         if self.shard is not None:
             return self._derive_sharded()
+        if self._incomplete:
+            return dict.fromkeys(_DERIVED)
         data, weight, bias = self.data(), self.weight, self.bias
         v = mitigations.operand_weight(self.spec, weight, data)
         if "added_bias" in data:
@@ -241,15 +241,8 @@ class NMLinear(nn.Linear):
         }
 
     def _derive_sharded(self) -> dict[str, torch.Tensor | None]:
-        if (
-            self._data_names
-            or self.spec.criterion in criteria.WEIGHT_PRUNING
-            or not isinstance(self.spec.pattern, NMPattern)
-        ):
-            raise ValueError(
-                "expected a method without calibrated data, weight pruning or top-k where a layer is split over ranks, "
-                f"got {self.spec}; run this recipe on one rank"
-            )
+        if not parallel.splits(self.spec):
+            raise ValueError(parallel.refusal("this layer", self.spec))
         derived = dict.fromkeys(_DERIVED)
         derived["channel_scale"] = parallel.whole_channel_scale(self.spec.criterion, self.weight, self.shard)
         # Of this rank's part: the row sums of a row-parallel layer add up as its outputs do.
@@ -326,8 +319,9 @@ class NMLinear(nn.Linear):
             scale = criteria.call_scale(seen, None if valid is None else valid[index])
             scale = scale if channel_scale is None else scale * channel_scale
             rows.append(self._operator(tokens, weight, bias, scale, options))
-        y = torch.stack(rows) if rows else x.new_empty((0, self.out_features))
-        return y.view(*x.shape[:-1], self.out_features)
+        # Not out_features: of a layer that is split over ranks, the weight here is a part.
+        y = torch.stack(rows) if rows else x.new_empty((0, weight.shape[0]))
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     def _check_ready(self) -> None:
         if self._underived:  # weights that accelerate keeps on disk are there for the first time

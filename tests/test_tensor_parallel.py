@@ -29,6 +29,7 @@ RECIPES = {
     "variance-median": Recipe("4:8", criterion="variance", mitigation=["dpts-median"]),
     "amber-mean-var": Recipe("16:32", criterion="amber", mitigation=["dpts-mean", "var"], skip_layers=[1]),
     "windows-var": Recipe("2:4+1", mitigation=["var", "dpts-mean"]),
+    "clact-var": Recipe("4:8", criterion="clact", mitigation=["var"]),
     "first-prefill": Recipe("8:16", mitigation=["dpts-median"], phase="prefill", dense_first_tokens=1),
 }
 
@@ -73,6 +74,16 @@ def test_sizes_that_cut_a_group_or_a_head(folders, tmp_path):
             check_plan(model)
     model.config.distributed_config = SimpleNamespace(tp_size=2, tp_plan={"layers.*.mlp.down_proj": "colwise"})
     check_plan(model.model)  # the caller's plan replaces the model's, which would cut a group
+
+
+@pytest.mark.parametrize("fields", [{"mitigation": ["spts"]}, {"criterion": "weight-magnitude"}, {"pattern": "50%"}])
+def test_methods_that_cannot_be_split_are_named_with_their_layer(fields):
+    model = sparsify(tp_cases.build(), Recipe(**{"pattern": "2:4", **fields})).model
+    model.config.distributed_config = SimpleNamespace(tp_size=2, tp_plan=None)
+    with pytest.raises(
+        ValueError, match=r"expected model\.layers\.0\.self_attn\.q_proj without calibrated data, weight"
+    ):
+        check_plan(model)
 
 
 def test_plan_without_splitting():

@@ -108,7 +108,7 @@ def _compare(name, split, whole, x, tolerance) -> None:
 
 
 def _record(layer, x) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's output, and the pruned input of its one call of the operator."""
+    """The layer's output, and its pruned input, of all calls of the operator (clact makes one a sequence)."""
     pruned = []
 
     def spy(x, weight, bias, n, m, **options):
@@ -120,7 +120,7 @@ def _record(layer, x) -> tuple[torch.Tensor, torch.Tensor]:
     real = ops.sparse_linear
     with mock.patch.object(ops, "sparse_linear", spy):
         y = layer(x)
-    return y, *pruned
+    return y, torch.cat([part.reshape(-1, part.shape[-1]) for part in pruned])
 
 
 def inputs(model) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ follows.
 import re
 
 from ..linear import NMLinear
-from ..parallel import Part, check_size
+from ..parallel import Part, check_size, refusal, splits
 
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
 
@@ -21,7 +21,7 @@ def check_plan(model) -> None:
     ------
     ValueError
         If the size does not divide a sparse layer, whole groups and attention heads included; it names the layer and
-        the sizes that work.
+        the sizes that work. If a layer's method cannot be split.
     """
     distributed = getattr(model.config, "distributed_config", None)
     size = getattr(distributed, "tp_size", None) or 1
@@ -39,6 +39,8 @@ def _parts(model, plan: dict[str, str]):
         if not isinstance(module, NMLinear):
             continue
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), plan.get(name, ""))
+        if ("rowwise" in style or "colwise" in style) and not splits(module.spec):
+            raise ValueError(refusal(name, module.spec))
         if "rowwise" in style:
             yield Part(name, "in_features", module.in_features, module.spec.pattern.span)
         elif "colwise" in style:

@@ -34,7 +34,7 @@ def register() -> None:
     """
     try:
         from . import vllm_linear  # noqa: F401
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # whatever it is: other models must still be served
         logging.getLogger("vllm.nm_act").warning(interface_sentence(error))
 
 

@@ -89,7 +89,7 @@ class FP8Linear(nn.Module):
         if self.spec.token_shift == "none" and criteria.CRITERIA[self.spec.criterion] is None:
             return  # nothing derives from it
         operand = self.dequantised(torch.float32)
-        self.channel_scale = mitigations.selection_scale(self.spec, operand, {})
+        self.channel_scale = mitigations.selection_scale(self.spec, operand, operand, {})
         self.shift_out = mitigations.shift_image(self.spec, operand, {})
         if self.shift_out is not None:
             # sparse_gemm multiplies its shift term by the column scale, here the weight's.

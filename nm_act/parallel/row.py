@@ -1,7 +1,7 @@
 """The sparse operator of a row-parallel layer, whose ranks see a slice of every token's features.
 
 Selection needs nothing from other ranks, because groups are never cut. A per-token shift and the variance factor are
-statistics of the whole token, so the ranks exchange them: two or three float64 numbers a token for the mean and the
+statistics of the whole token, so the ranks exchange them: one float64 number a token for the mean and four for the
 variances, the token itself for the median. They are combined in rank order, so every rank computes the same bits, and
 (the mean up to the last bit of its float64 sum, as :mod:`nm_act.reference` allows) those of a single process.
 

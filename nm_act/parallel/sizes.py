@@ -3,6 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..criteria import WEIGHT_PRUNING
+from ..mitigations import data_of
+from ..patterns import NMPattern
+
 
 @dataclass(frozen=True)
 class Part:
@@ -28,6 +32,20 @@ class Part:
     def fits(self, size: int) -> bool:
         """Whether ``size`` equal parts cut no unit."""
         return self.extent % (size * self.unit) == 0
+
+
+def splits(spec) -> bool:
+    """Whether a layer with this :class:`~nm_act.LinearSpec` can be split over ranks: nothing calibrated, no top-k."""
+    static = not data_of(spec) and spec.criterion not in WEIGHT_PRUNING
+    return static and isinstance(spec.pattern, NMPattern)
+
+
+def refusal(name: str, spec) -> str:
+    """The sentence for a layer that cannot be split."""
+    return (
+        f"expected {name} without calibrated data, weight pruning or top-k where it is split over ranks, got {spec}; "
+        "run this recipe on one rank"
+    )
 
 
 def check_size(size: int, parts: Iterable[Part]) -> None:
