@@ -17,13 +17,14 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from bench_sparse_linear import LIMITS, SHAPES, quantise_rows
+from bench_sparse_linear import LIMITS, SHAPES
 from gpu_timer import DeviceCopy, common_arguments, copies_for, geometric_mean, interleaved, require_kernels
 from timer import Rows, percentiles
 
 import nm_act
 from nm_act import NMPattern, reference
 from nm_act.lifting import lifted_features
+from nm_act.optimize.fp8 import quantise_rows
 
 PATTERNS = ("2:4", "2:4+1", "2:4+2", "4:8", "8:16")
 PRUNED = ("1:2", "2:4", "4:8", "8:16", "16:32", "2:4+1", "2:4+2")

@@ -19,6 +19,7 @@ from timer import Rows, percentiles
 
 import nm_act
 from nm_act import reference
+from nm_act.optimize.fp8 import quantise_rows
 
 SHAPES = (*LLAMA_3_8B.values(), *LLAMA_3_70B.values())
 TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -26,7 +27,6 @@ QUICK_TOKENS = (1, 16, 64, 256, 4096, 16384)
 KINDS = ("bf16", "bf16_in_out", "fp16", "e4m3")
 QUICK_KINDS = ("bf16", "bf16_in_out", "e4m3")
 CSLT_TOKENS, GEMM_TOKENS = 1024, 64
-E4M3 = torch.float8_e4m3fn
 LIMITS = {"bf16": 5e-3, "fp16": 1e-3, "e4m3": 6e-3}
 BARS = (
     ("bf16", "cublas_bf16", {4096: 1.35, 16384: 1.42}),
@@ -49,12 +49,6 @@ class Weights:
             "fp16": [w.half() for w in self.stock] if "fp16" in kinds else [],
         }
         self.fp8 = [quantise_rows(w) for w in self.stock] if "e4m3" in kinds else []
-
-
-def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and scale ``[rows]`` of a per-row e4m3 quantisation, in plain torch."""
-    scale = (values.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
-    return (values.float() / scale[:, None]).clamp(-448, 448).to(E4M3), scale
 
 
 @dataclasses.dataclass

@@ -3,14 +3,14 @@
 python benchmarks/plot_inference.py benchmarks/results/h200/inference.csv docs/images/inference.png
 """
 
-import argparse
-import csv
 from pathlib import Path
+
+from plotting import plot_command
 
 METRICS = {"ttft_ms": "time to first token", "decode_tok_s": "decode tokens/s"}
 
 
-def draw(rows: list[dict], target: str) -> None:
+def draw(rows: list[dict], target: str | Path) -> None:
     """One panel a metric: speed-up over dense bf16 by prompt length, a line a mode and batch."""
     import matplotlib
 
@@ -34,17 +34,5 @@ def draw(rows: list[dict], target: str) -> None:
     figure.savefig(target, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("png")
-    arguments = parser.parse_args()
-    with arguments.csv.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise SystemExit(f"expected rows in {arguments.csv}, found none; run bench_inference.py first")
-    draw(rows, arguments.png)
-
-
 if __name__ == "__main__":
-    main()
+    plot_command(draw, __doc__, "bench_inference.py")

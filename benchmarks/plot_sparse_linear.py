@@ -3,8 +3,6 @@
 python benchmarks/plot_sparse_linear.py benchmarks/results/h200/sparse_linear.csv docs/images/sparse_linear.png
 """
 
-import argparse
-import csv
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from gpu_timer import geometric_mean
+from plotting import plot_command
 
 LINES = {
     "bf16 2:4 / bf16 cuBLAS": ("bf16", "sparse_linear_out_in", "cublas_bf16"),
@@ -39,17 +38,5 @@ def draw(rows: list[dict[str, str]], target: Path) -> None:
     figure.savefig(target, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path)
-    parser.add_argument("png", type=Path)
-    arguments = parser.parse_args()
-    with arguments.csv.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise SystemExit(f"expected rows in {arguments.csv}, found none; run bench_sparse_linear.py first")
-    draw(rows, arguments.png)
-
-
 if __name__ == "__main__":
-    main()
+    plot_command(draw, __doc__, "bench_sparse_linear.py")

@@ -14,13 +14,14 @@ import io
 from collections import defaultdict
 
 import torch
-from bench_sparse_linear import SHAPES, quantise_rows
+from bench_sparse_linear import SHAPES
 from gpu_timer import copies_for, geometric_mean, interleaved, require_kernels
 from timer import commit, percentiles
 
 import nm_act
 from nm_act import _C
 from nm_act.files import write_atomic
+from nm_act.optimize.fp8 import quantise_rows
 
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
 QUICK_TOKENS = (64, 1024, 4096, 16384)

@@ -174,7 +174,7 @@ class NMLinear(nn.Linear):
             return
         # A parameter of its own: whoever shares the old one keeps its layout.
         if self._lifts(weight):
-            stored = weight.t().contiguous().t() if self.weight_layout == "in_out" else weight
+            stored = parallel.stored_in_out(weight) if self.weight_layout == "in_out" else weight
             lifted = lift_weight(stored.detach(), self.spec.pattern)
             self.weight = nn.Parameter(lifted[:, : self.in_features], weight.requires_grad)
             weight = self.weight

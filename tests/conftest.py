@@ -36,6 +36,24 @@ def hard_activations(tokens: int, in_features: int, dtype: torch.dtype, seed: in
     return x
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny checkpoint, saved."""
+    import tiny_model  # imports Transformers, which most tests do without
+
+    return tiny_model.save(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file with the text that the tiny checkpoint's tokenizer was made from."""
+    import tiny_model
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny_model.TEXT)
+    return path
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -24,18 +24,6 @@ FAST = CalibrationSettings(learning_rate=1e-2, loss="relative")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_model.save(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny_model.TEXT)
-    return path
-
-
-@pytest.fixture(scope="module")
 def windows(text):
     return calibration_windows(tiny_model.build()[1], text, windows=4, length=16)
 

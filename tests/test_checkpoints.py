@@ -13,11 +13,6 @@ from nm_act.integrations.checkpoints import demo_model_path, load_model
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_model.save(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory):
     pytest.importorskip("gguf")
     return tiny_model.save_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")

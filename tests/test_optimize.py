@@ -300,9 +300,8 @@ def test_layers_that_lift_otherwise_are_not_merged():
     assert not any(parent == "model.layers.0.mlp" for parent, _ in nm_act.optimize(model).merged)
 
 
-def test_compiles_to_one_graph_for_all_prompt_lengths():
-    model = sparse("llama")
-    nm_act.optimize(model)
+def recording_backend():
+    """A list, and a backend for torch.compile that runs graphs as they are and puts them there."""
     torch._dynamo.reset()
     graphs = []
 
@@ -310,6 +309,13 @@ def test_compiles_to_one_graph_for_all_prompt_lengths():
         graphs.append(graph)
         return graph
 
+    return graphs, backend
+
+
+def test_compiles_to_one_graph_for_all_prompt_lengths():
+    model = sparse("llama")
+    nm_act.optimize(model)
+    graphs, backend = recording_backend()
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     for tokens in (5, 9, 17):
         ids = IDS.view(1, -1)[:, :tokens]
@@ -326,13 +332,7 @@ def test_decode_steps_with_a_static_cache_are_one_graph():
 
     model = sparse("llama")
     nm_act.optimize(model)
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph
-
+    graphs, backend = recording_backend()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     cache = StaticCache(config=model.config, max_cache_len=32)
     ids = IDS[:1]

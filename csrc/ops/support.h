@@ -1,7 +1,12 @@
 // What is implemented where, as data: errors, tests, `nm-act info` and the README's table all come from these rows.
 #pragma once
 
+#include "kernels/matmul/config.h"
+
 namespace nm_act {
+
+static_assert(kSparseGemmTokens == 512 && kLiftedTokens == 1024 && kMaxDecodeTokens == 4 && kMaxGatherTokens == 8,
+              "the rows below name these numbers");
 
 struct SupportRow {
   const char* op;

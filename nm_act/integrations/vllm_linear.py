@@ -31,7 +31,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
-from .. import criteria, ops, parallel
+from .. import criteria, mitigations, ops, parallel
 from ..recipe import LinearSpec, Recipe
 from . import vllm as plan
 
@@ -178,9 +178,7 @@ class NMActLinearMethod(LinearMethodBase):
         layer.weight.data = parts[0] if len(parts) == 1 else weight.new_empty(0)
         layer.nm_act_weights = [None] if len(parts) == 1 else parts
         layer.nm_act_shift_outs = [
-            None
-            if each.spec is None or each.spec.token_shift == "none"
-            else part.sum(dim=1, dtype=torch.float64).float()
+            None if each.spec is None else mitigations.shift_image(each.spec, part, {})
             for each, part in zip(layer.nm_act_segments, parts, strict=True)
         ]
         layer.nm_act_operator = ops.sparse_linear

@@ -19,6 +19,12 @@ def check_layout(layout: str) -> None:
         raise ValueError(f"expected fp8 among {', '.join(FP8_LAYOUTS)}, got {layout!r}; choose one of those")
 
 
+def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values ``[rows, columns]`` in e4m3 and their scale ``[rows]``, float32: ``max|row| / 448``, to nearest."""
+    scale = (values.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
+    return (values.float() / scale[:, None]).clamp(-448, 448).to(E4M3), scale
+
+
 class FP8Linear(nn.Module):
     """An :class:`~nm_act.NMLinear` with its weight in float8_e4m3fn, ``W ~ weight_scale[:, None] * e4m3``.
 
@@ -80,9 +86,9 @@ class FP8Linear(nn.Module):
         # In slices: a float32 copy of a whole merged weight would be the peak of the process.
         scales, codes = [], []
         for rows in weight.split(4096):
-            scale = (rows.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
+            quantised, scale = quantise_rows(rows)
             scales.append(scale)
-            codes.append((rows.float() / scale[:, None]).clamp(-448, 448).to(E4M3).view(torch.uint8))
+            codes.append(quantised.view(torch.uint8))
         self.weight_scale = torch.cat(scales)
         stored = torch.cat(codes)
         self.codes = stored if self.layout == "prefill" else stored.t().contiguous()

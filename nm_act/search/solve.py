@@ -69,11 +69,7 @@ def solve(
     ValueError
         If not even the fastest option everywhere reaches the target.
     """
-    problem = _Problem.of(groups, costs, specs, rates, other_macs)
-    needed = problem.needed(target_speedup)
-    incumbent, price = _relaxed(problem, needed)[1:]
-    picked = _search(problem, needed, incumbent, price)
-    return problem.choice(incumbent if picked is None else picked, groups)
+    return _solved(_Problem.of(groups, costs, specs, rates, other_macs), target_speedup)
 
 
 def relaxed_bound(
@@ -125,11 +121,18 @@ class _Problem:
             )
         return min(int(needed * self.whole), reachable)
 
-    def choice(self, picked: np.ndarray, groups: list[Group]) -> Choice:
-        rows = np.arange(len(groups))
+    def choice(self, picked: np.ndarray) -> Choice:
+        rows = np.arange(len(self.cost))
         saved = int(self.saved[rows, picked].sum()) / self.whole
         cost = math.fsum(self.cost[rows, picked])
         return Choice(tuple(self.names[index] for index in picked), 1 / (1 - saved), cost)
+
+
+def _solved(problem: _Problem, target_speedup: float) -> Choice:
+    needed = problem.needed(target_speedup)
+    _, incumbent, price = _relaxed(problem, needed)
+    picked = _search(problem, needed, incumbent, price)
+    return problem.choice(incumbent if picked is None else picked)
 
 
 def _relaxed(problem: _Problem, needed: int) -> tuple[float, np.ndarray, float]:
@@ -208,7 +211,7 @@ def frontier(
     problem = _Problem.of(groups, costs, specs, rates, other_macs)
     largest = int(problem.saved.max(axis=1).sum()) / problem.whole
     targets = [1 / (1 - largest * index / points) for index in range(points + 1)]
-    return [solve(groups, costs, specs, rates, target, other_macs) for target in targets]
+    return [_solved(problem, target) for target in targets]
 
 
 def to_recipe(choice: Choice, groups: list[Group], specs: dict[str, LinearSpec]) -> Recipe:

@@ -9,20 +9,14 @@
 #include <limits>
 #include <vector>
 
+#include "random_bits.h"
+
 namespace {
 
 using namespace nm_act;
 
 long checks = 0;
 long failures = 0;
-uint64_t random_state = 88172645463325252ull;
-
-uint32_t random_bits() {
-  random_state ^= random_state << 13;
-  random_state ^= random_state >> 7;
-  random_state ^= random_state << 17;
-  return static_cast<uint32_t>(random_state >> 16);
-}
 
 float bits_to_float(uint32_t bits) {
   float value;

@@ -9,6 +9,8 @@
 #include <array>
 #include <cstdio>
 
+#include "random_bits.h"
+
 namespace {
 
 using namespace nm_act;
@@ -16,14 +18,6 @@ using namespace nm_act;
 constexpr CycleTable kCycle = make_cycle_table();
 long checks = 0;
 long failures = 0;
-uint64_t random_state = 88172645463325252ull;
-
-uint32_t random_bits() {
-  random_state ^= random_state << 13;
-  random_state ^= random_state >> 7;
-  random_state ^= random_state << 17;
-  return static_cast<uint32_t>(random_state >> 16);
-}
 
 void check(bool ok, const char* what, uint32_t a, uint32_t b) {
   ++checks;

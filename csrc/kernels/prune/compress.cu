@@ -185,12 +185,7 @@ cudaError_t launch_typed(const CompressParams& params, cudaStream_t stream) {
 cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream) {
   if (!layout_fits(params.x_type, params.out, params.in_features)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.in_features == 0) return cudaSuccess;
-  switch (params.x_type) {
-    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, stream);
-    case ElementType::kFloat16: return launch_typed<Float16>(params, stream);
-    case ElementType::kFloat32: return launch_typed<Float32>(params, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_element(params.x_type, [&](auto element) { return launch_typed<decltype(element)>(params, stream); });
 }
 
 }  // namespace nm_act

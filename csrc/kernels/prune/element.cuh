@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include "../nm_act.h"
 #include "select.h"
 
 namespace nm_act {
@@ -43,6 +44,17 @@ struct Float32 {
   using Raw = uint32_t;
   static constexpr bool k16Bit = false;
 };
+
+// The launch of a kernel for the element type that a type names at run time.
+template <class Launch>
+cudaError_t with_element(ElementType type, const Launch& launch) {
+  switch (type) {
+    case ElementType::kBFloat16: return launch(BFloat16{});
+    case ElementType::kFloat16: return launch(Float16{});
+    case ElementType::kFloat32: return launch(Float32{});
+    default: return cudaErrorInvalidValue;
+  }
+}
 
 // Eight features: pairs in four words, or one to a word.
 template <class E>

@@ -137,12 +137,7 @@ cudaError_t launch_prune(const PruneParams& params, cudaStream_t stream) {
   if (!is_supported(params.pattern) || params.in_features % span_of(params.pattern) != 0) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.in_features == 0) return cudaSuccess;
   if (params.pattern.extra.count > 0) return launch_prune_windows(params, stream);
-  switch (params.x_type) {
-    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, stream);
-    case ElementType::kFloat16: return launch_typed<Float16>(params, stream);
-    case ElementType::kFloat32: return launch_typed<Float32>(params, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_element(params.x_type, [&](auto element) { return launch_typed<decltype(element)>(params, stream); });
 }
 
 }  // namespace nm_act

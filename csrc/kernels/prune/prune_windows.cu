@@ -85,12 +85,7 @@ cudaError_t launch_typed(const PruneParams& params, cudaStream_t stream) {
 
 cudaError_t launch_prune_windows(const PruneParams& params, cudaStream_t stream) {
   if (!are_supported(params.pattern.extra)) return cudaErrorInvalidValue;
-  switch (params.x_type) {
-    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, stream);
-    case ElementType::kFloat16: return launch_typed<Float16>(params, stream);
-    case ElementType::kFloat32: return launch_typed<Float32>(params, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return with_element(params.x_type, [&](auto element) { return launch_typed<decltype(element)>(params, stream); });
 }
 
 }  // namespace nm_act

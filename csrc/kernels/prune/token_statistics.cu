@@ -62,12 +62,7 @@ cudaError_t launch_rows(const TokenStatisticsParams& params, bool vector, const 
     return total <= 4 * kMaxRowThreads ? of_chunks(std::integral_constant<int, 4>{})
                                        : of_chunks(std::integral_constant<int, 8>{});
   };
-  switch (params.x_type) {
-    case ElementType::kBFloat16: return of_element(BFloat16{});
-    case ElementType::kFloat16: return of_element(Float16{});
-    case ElementType::kFloat32: return of_element(Float32{});
-    default: return cudaErrorInvalidValue;
-  }
+  return with_element(params.x_type, of_element);
 }
 
 }  // namespace
