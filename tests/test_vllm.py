@@ -162,6 +162,19 @@ def test_layers_equal_the_transformers_model(folders, size):
 
 
 @needs_vllm
+@pytest.mark.slow
+def test_what_loading_says(tmp_path):
+    import vllm_cases
+
+    folders = (
+        tp_cases.save(tmp_path / "sparse", Recipe("8:16", skip_layers=[0])),
+        tp_cases.save(tmp_path / "dense", Recipe("8:16", skip_layers=[0, 1])),
+        tp_cases.save(tmp_path / "uncalibrated", Recipe("8:16", mitigation=["spts"]), calibrated=False),
+    )
+    run_ranks(vllm_cases.loading_says, *folders, size=1, timeout=400)
+
+
+@needs_vllm
 def test_config_of_a_newer_version():
     from nm_act.integrations.vllm_linear import NMActVLLMConfig
 

@@ -45,12 +45,12 @@ def build():
     return model.eval()
 
 
-def save(folder: Path, recipe: Recipe) -> Path:
+def save(folder: Path, recipe: Recipe, *, calibrated: bool = True) -> Path:
     """Write the sparse model, with arbitrary calibrated data where its recipe needs some."""
     model = sparsify(build(), recipe).model
     generator = torch.Generator().manual_seed(3)
     for layer in model.modules():
-        if isinstance(layer, NMLinear) and layer.data():
+        if calibrated and isinstance(layer, NMLinear) and layer.data():
             layer.set_data(**{name: _arbitrary(name, value.shape, generator) for name, value in layer.data().items()})
     model.save_pretrained(folder)
     return folder

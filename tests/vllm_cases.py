@@ -1,9 +1,11 @@
 """What each rank does in test_vllm.py: vLLM's own model, read by its own loader, against the Transformers model."""
 
 import itertools
+import logging
 import os
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import tp_cases
@@ -30,6 +32,26 @@ def layers(folders) -> None:
                     _compare(f"{folder.name} {dtype} {name} {tokens}", name, layer, whole, inputs, tokens)
         assert seen == {"QKVParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"}
         _column_layer(folder, model, whole, inputs)
+
+
+def loading_says(sparse, dense, uncalibrated) -> None:
+    """One line about what is sparse; one sentence for a checkpoint whose mitigations were never calibrated."""
+    expected = {
+        sparse: (logging.INFO, "nm_act: 4 linear layers are sparse, 4 are dense"),
+        dense: (
+            logging.WARNING,
+            "got 8 others (such as model.layers.0.self_attn.qkv_proj), so the model is served dense",
+        ),
+    }
+    for folder, (level, text) in expected.items():
+        records = []
+        with mock.patch.object(logging.getLogger("vllm.nm_act"), "handle", records.append):
+            _vllm_model(folder, torch.float32)
+        assert [(record.levelno, text in record.getMessage()) for record in records] == [(level, True)]
+    with pytest.raises(
+        ValueError, match=r"expected calibrated data for \w+_proj in .*, shift \[\d+\], got no values"
+    ):
+        _vllm_model(uncalibrated, torch.float32)
 
 
 def _compare(what, name, layer, whole, inputs, tokens) -> None:
