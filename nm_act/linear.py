@@ -270,6 +270,7 @@ class NMLinear(nn.Linear):
         if self._is_dense_phase(x):
             return F.linear(x, self.weight, self.bias)
         self._check_ready()
+        parallel.check_plain(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         data = self._local_data()

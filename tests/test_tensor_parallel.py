@@ -123,6 +123,21 @@ def test_optimize_leaves_split_layers_alone(folders):
     run_ranks(tp_cases.optimize_changes_nothing, folders["act"])
 
 
+# ---- other ways to split, and autocast ----
+
+
+def test_autocast(folders):
+    run_ranks(tp_cases.under_autocast, folders["spts-ls-var"])
+
+
+def test_fsdp2():
+    run_ranks(tp_cases.fully_sharded, Recipe("8:16", criterion="wina", mitigation=["var", "dpts-mean"]))
+
+
+def test_torch_parallel_styles():
+    run_ranks(tp_cases.torch_styles, Recipe("8:16", criterion="wina"))
+
+
 # ---- the arithmetic of a row-parallel layer, without processes ----
 
 

@@ -123,6 +123,8 @@ def _compare(name, split, whole, x, tolerance) -> None:
     # A row-parallel layer's outputs are summed already, and whole.
     expected = expected if shard.kind == "row" else shard.part(expected, ("batch", "tokens", "out"))
     atol = tolerance * expected.abs().max().item()
+    # Under autocast Transformers adds a row-parallel layer's bias to the sum as it is stored, in float32.
+    got = got.to(expected.dtype) if torch.is_autocast_enabled("cpu") else got
     torch.testing.assert_close(got, expected, rtol=0, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
@@ -209,6 +211,53 @@ def refuses_a_split_model(folder: Path) -> None:
     model = load(folder, tp_plan="auto")
     with pytest.raises(ValueError, match=r"got one whose model\.layers\.0\.self_attn\.q_proj is split over 2 ranks; "):
         sparsify(model, Recipe("8:16"))
+
+
+@torch.no_grad()
+def under_autocast(folder: Path) -> None:
+    """Float32 weights, bfloat16 products: layer by layer what one process gives."""
+    whole, split = load(folder), load(folder, tp_plan="auto")
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = inputs(whole)
+        for name, layer in split.named_modules():
+            if isinstance(layer, NMLinear):
+                _compare(name, layer, whole.get_submodule(name), seen[name], 2e-2)
+
+
+@torch.no_grad()
+def fully_sharded(recipe: Recipe) -> None:
+    """FSDP2 puts the whole weight together for each call; it takes no weight that is stored [in, out]."""
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded(layout):
+        with _layout(layout):
+            model = sparsify(build(), recipe).model
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    with pytest.raises(NotImplementedError, match="FSDP does not support non-contiguous parameters"):
+        sharded("in_out")
+    model = sharded("out_in")
+    assert not model.model.layers[0].mlp.up_proj.weight.placements[0].is_replicate()
+    expected = sparsify(build(), recipe).model(ids()).logits
+    assert (model(ids()).logits - expected).norm() < 1e-3 * expected.norm()
+
+
+@torch.no_grad()
+def torch_styles(recipe: Recipe) -> None:
+    """torch's own parallel styles hand a layer DTensors, which its operator does not take: one sentence."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    for name, style in (("up_proj", ColwiseParallel()), ("down_proj", RowwiseParallel())):
+        model = sparsify(build(), recipe).model
+        parallelize_module(model.model.layers[0].mlp, mesh, {name: style})
+        with pytest.raises(
+            NotImplementedError, match=r"expected a plain tensor .*, got a DTensor, .* tp_plan instead$"
+        ):
+            model(ids())
 
 
 def dies(rank: int) -> None:

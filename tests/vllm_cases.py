@@ -48,9 +48,7 @@ def loading_says(sparse, dense, uncalibrated) -> None:
         with mock.patch.object(logging.getLogger("vllm.nm_act"), "handle", records.append):
             _vllm_model(folder, torch.float32)
         assert [(record.levelno, text in record.getMessage()) for record in records] == [(level, True)]
-    with pytest.raises(
-        ValueError, match=r"expected calibrated data for \w+_proj in .*, shift \[\d+\], got no values"
-    ):
+    with pytest.raises(ValueError, match=r"expected calibrated data for \w+_proj in .*, shift \[\d+\], got no values"):
         _vllm_model(uncalibrated, torch.float32)
 
 

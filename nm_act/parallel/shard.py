@@ -119,6 +119,15 @@ def refuse_sharded(weights: Iterable[tuple[str, Tensor]]) -> None:
             )
 
 
+def check_plain(x: Tensor) -> None:
+    """Raise a NotImplementedError for an input that torch's own parallel styles made a DTensor."""
+    if _is_sharded(x):
+        raise NotImplementedError(
+            "expected a plain tensor as a sparse layer's input, got a DTensor, as torch's parallelize_module gives it; "
+            "split the model with Transformers' tp_plan instead"
+        )
+
+
 def _is_sharded(weight: Tensor) -> bool:
     return is_available() and isinstance(weight, DTensor)
 
