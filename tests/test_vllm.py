@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import logging
+import os
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -146,6 +148,10 @@ RECIPES = {
 }
 
 
+ENGINE = ("act", "mixed", "spts-ls-var")
+"""Those that the whole engine runs."""
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("vllm")
@@ -159,6 +165,27 @@ def test_layers_equal_the_transformers_model(folders, size):
     import vllm_cases
 
     run_ranks(vllm_cases.layers, list(folders.values()), size=size, timeout=400)
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engine_generates_what_transformers_does(name, size, folders):
+    """In float32, with no near tie: then the order of sums decides nothing. The compiled engine: test_examples.py."""
+    model, prompt = tp_cases.load(folders[name]), torch.tensor([[5, 7, 11, 13]])
+    tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)[0].tolist()
+    with torch.no_grad():
+        best = model(torch.tensor([tokens[:-1]])).logits[0, 3:].topk(2).values
+    assert (best[:, 0] - best[:, 1]).min() > 1e-3
+    run = subprocess.run(
+        [sys.executable, Path(__file__).parent / "vllm_cases.py", folders[name], str(size)],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert f"generated {tokens[4:]}" in run.stdout, run.stderr[-3000:]
 
 
 @needs_vllm
@@ -180,3 +207,12 @@ def test_config_of_a_newer_version():
 
     with pytest.raises(ValueError, match="expected recipe version 1, got 2; upgrade nm_act"):
         NMActVLLMConfig.from_config(json.loads('{"quant_method": "nm_act", "recipe": {"version": 2, "new": 1}}'))
+
+
+@needs_vllm
+def test_an_interface_that_differs_is_noticed(monkeypatch):
+    from nm_act.integrations import vllm_linear
+
+    monkeypatch.setattr(vllm_linear.LinearMethodBase, "create_weights", lambda self, layer, sizes: None)
+    with pytest.raises(TypeError, match="create_weights takes self, layer, sizes"):
+        vllm_linear._check_interface()

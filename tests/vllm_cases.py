@@ -153,3 +153,15 @@ def _vllm_model(folder, dtype):
             model = get_model(vllm_config=config)
     model.nm_act_test_config = config
     return model
+
+
+if __name__ == "__main__":  # vLLM's ranks import this file again
+    import sys
+
+    from vllm import LLM, SamplingParams
+
+    arguments = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "skip_tokenizer_init": True}
+    llm = LLM(sys.argv[1], tensor_parallel_size=int(sys.argv[2]), enforce_eager=True, **arguments)
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": [5, 7, 11, 13]}], sampling)
+    print("generated", list(output.outputs[0].token_ids))

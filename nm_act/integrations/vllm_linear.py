@@ -269,7 +269,7 @@ class NMActLinearMethod(LinearMethodBase):
         layer.nm_act_segments = plan.segments(self.specs, layer.nm_act_sizes, scales, self._local_data(layer, shard))
         for name in self._data_names:
             delattr(layer, name)
-        del layer.nm_act_data, layer.nm_act_scales, layer.nm_act_rows
+        del layer.nm_act_data, layer.nm_act_scales, layer.nm_act_rows, layer.nm_act_waiting
         weight = layer.weight.data
         parts = [parallel.stored_in_out(weight[each.start : each.stop]) for each in layer.nm_act_segments]
         # A single part stays the parameter; several are kept apart, each stored by itself, and the whole is given back.
