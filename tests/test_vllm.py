@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ RECIPES = {
 }
 
 
-ENGINE = ("act", "mixed", "spts-ls-var")
+ENGINE = ("act", "amber-median", "low-rank-pcs-lpts")
 """Those that the whole engine runs."""
 
 
@@ -180,7 +181,7 @@ def test_the_engine_generates_what_transformers_does(name, size, folders):
     assert (best[:, 0] - best[:, 1]).min() > 1e-3
     run = subprocess.run(
         [sys.executable, Path(__file__).parent / "vllm_cases.py", folders[name], str(size)],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -216,3 +217,26 @@ def test_an_interface_that_differs_is_noticed(monkeypatch):
     monkeypatch.setattr(vllm_linear.LinearMethodBase, "create_weights", lambda self, layer, sizes: None)
     with pytest.raises(TypeError, match="create_weights takes self, layer, sizes"):
         vllm_linear._check_interface()
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (
+            LinearSpec("2:4", mitigation=["larosa"]),
+            r"expected a\.o_proj, whose in_features are split over ranks, without a",
+        ),
+        (
+            LinearSpec("16:32"),
+            "expected a tensor-parallel size among 1, 3, got 2, which would cut the 96 in_features of a",
+        ),
+    ],
+    ids=str,
+)
+def test_layers_that_cannot_be_split(spec, sentence):
+    from nm_act.integrations.vllm_linear import NMActLinearMethod
+
+    method = NMActLinearMethod([("o_proj", spec)], lambda: None)
+    with pytest.raises(ValueError, match=sentence):
+        method.create_weights(SimpleNamespace(prefix="a.o_proj"), 48, [64], 96, 64, torch.float32)
