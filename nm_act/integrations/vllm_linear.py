@@ -93,8 +93,13 @@ class NMActVLLMConfig(QuantizationConfig):
             return NMActLinearMethod(specs, self._log)
         method = UnquantizedLinearMethod()
         process = method.process_weights_after_loading
+
+        def process_and_log(layer: torch.nn.Module) -> None:
+            process(layer)
+            self._log()
+
         # On the object, not in a subclass: some of vLLM's models compare the type before they replace the method.
-        method.process_weights_after_loading = lambda layer: (process(layer), self._log())[0]
+        method.process_weights_after_loading = process_and_log
         return method
 
     def _log(self) -> None:
@@ -176,7 +181,7 @@ class NMActLinearMethod(LinearMethodBase):
         """Take one projection's calibrated data, whole; ``param`` is only the name under which vLLM finds it."""
         index = 0 if len(self.specs) == 1 else _SHARD_IDS.get(loaded_shard_id, loaded_shard_id)
         dtype = layer.weight.dtype if name in FOLLOW_WEIGHT else torch.float32
-        layer.nm_act_data[index][name] = value.to(layer.weight.device, dtype)
+        layer.nm_act_data[index][name] = value.to(layer.weight.device, dtype, copy=True)
         self._continue(layer)
 
     def _load(self, layer, load, param, loaded_weight: torch.Tensor, loaded_shard_id=None) -> None:
@@ -187,17 +192,19 @@ class NMActLinearMethod(LinearMethodBase):
     def _continue(self, layer) -> None:
         """Load the weights whose calibrated data is there."""
         waiting, layer.nm_act_waiting = layer.nm_act_waiting, []
-        for item in waiting:
-            load, param, loaded_weight, shard_id = item
+        for load, param, loaded_weight, shard_id in waiting:
             parts = list(self._projections(layer, loaded_weight, shard_id))
             if any(self._missing(layer, index) for index, _ in parts):
-                layer.nm_act_waiting.append(item)
+                # Kept longer than some of vLLM's readers keep their buffers.
+                layer.nm_act_waiting.append((load, param, loaded_weight.clone(), shard_id))
                 continue
             # A copy only where another weight takes its place.
             operands = [self._derive(layer, index, part, param) for index, part in parts]
             changed = any(operand is not part for operand, (_, part) in zip(operands, parts, strict=True))
             ids = () if shard_id is None else (shard_id,)
-            load(param, torch.cat(operands) if changed else loaded_weight, *ids)
+            if changed:
+                loaded_weight = torch.cat([operand.to(param.device, param.dtype) for operand in operands])
+            load(param, loaded_weight, *ids)
             load(layer.nm_act_rows[0], torch.cat([torch.arange(len(part)) for _, part in parts]), *ids)
 
     def _missing(self, layer, index: int) -> str:
