@@ -161,3 +161,12 @@ def test_optimizing_holds_one_copy_of_the_weights():
     before = torch.cuda.memory_allocated()
     nm_act.optimize(model)
     assert torch.cuda.memory_allocated() <= before * 1.03
+
+
+# ---- the smallest case for compute-sanitizer -------------------------------------------------------------------------
+@pytest.mark.sanitizer
+def test_small_fused_model():
+    model = on_gpu(recipe=nm_act.Recipe("2:4"))
+    expected = logits(model, prompt(33))
+    nm_act.optimize(model)
+    assert relative_error(logits(model, prompt(33)), expected) < CLOSE

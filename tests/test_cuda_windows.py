@@ -219,3 +219,21 @@ def test_graph_replay():
     y.zero_()
     graph.replay()
     assert torch.equal(y, expected)
+
+
+# ---- the smallest cases for compute-sanitizer ------------------------------------------------------------------------
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("text", LIFTED)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_small_operands(text, fp8):
+    if fp8 and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("e4m3 sparse GEMMs need sm_90")
+    pattern, x = NMPattern(text), torch.randn(33, 192, device="cuda").bfloat16()
+    pruned = nm_act.prune(x, **keywords(pattern))
+    assert_same_bits(pruned.cpu(), reference.prune(x.cpu(), **keywords(pattern)))
+    packed = nm_act.compress_packed(x, **keywords(pattern), fp8=fp8)
+    weight = torch.randn(48, 192, device="cuda").to(packed.values.dtype)
+    scale = {"row_scale": packed.row_scale, "column_scale": torch.ones(48, device="cuda")} if fp8 else {}
+    y = nm_act.sparse_gemm(*packed[:2], nm_act.lift_weight(weight, pattern), **scale)
+    exact = pruned.double() @ weight.double().t()
+    assert relative_error(y, exact) < (5e-2 if fp8 else 8e-3)

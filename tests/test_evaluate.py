@@ -83,14 +83,15 @@ def test_study_multiplies_lists_out(tmp_path):
     path = tmp_path / "study.yaml"
     path.write_text(
         "rows:\n  - {pattern: [2:4, 8:16], criterion: [act, wina], mitigation: [[], [var]]}\n"
-        "  - {pattern: 2:4, layers: alanova}\n"
+        "  - {pattern: 2:4, layers: alanova}\n  - {pattern: 2:4, dense_first_tokens: [0, 4]}\n"
     )
     variants = [study.row_variant(row) for row in study.load_study(path)]
-    assert len(variants) == 9
+    assert len(variants) == 11
     assert [v.name for v in variants[:3]] == ["act 2:4", "act+var 2:4", "wina 2:4"]
-    assert variants[-1].name == "act 2:4 alanova"
-    assert set(variants[-1].recipe["projections"]) == {"k_proj", "v_proj", "gate_proj", "down_proj"}
-    assert len({v.slug for v in variants}) == 9
+    assert [v.name for v in variants[-3:]] == ["act 2:4 alanova", "act 2:4", "act+first-4 2:4"]
+    assert set(variants[-3].recipe["projections"]) == {"k_proj", "v_proj", "gate_proj", "down_proj"}
+    assert variants[-1].recipe["dense_first_tokens"] == 4
+    assert len({v.slug for v in variants[:-2]}) == 9
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 import nm_act
 from nm_act.cli import app
 from nm_act.evaluate.variants import sparse_copy
+from nm_act.integrations import checkpoints
 from nm_act.recipe import LinearSpec, Recipe, Rule
 from nm_act.search.cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
-from nm_act.search.plan import parse_option
+from nm_act.search.options import parse_option
 from nm_act.search.sensitivity import Group, groups_of, sensitivities
 from nm_act.search.solve import frontier, relaxed_bound, solve, to_recipe
 
@@ -163,7 +164,7 @@ def test_layers_together():
 def _problem(seed):
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(1, 9, (6,), generator=generator).tolist()
-    groups = [Group((i,), ("x",), size, (str(i),)) for i, size in enumerate(sizes)]
+    groups = [Group((i,), ("x",), ((1, size),), (str(i),)) for i, size in enumerate(sizes)]
     values = torch.rand(6, 3, generator=generator).tolist()
     return groups, {g.key: dict(zip(SPECS, row, strict=True)) for g, row in zip(groups, values, strict=True)}
 
@@ -193,7 +194,7 @@ def test_solver_on_a_whole_model(target):
     """30 layers of seven projections, all small against the whole: nothing may be lost group by group."""
     generator = torch.Generator().manual_seed(3)
     sizes = [576 * 576, 576 * 192, 576 * 192, 576 * 576, *[576 * 1536] * 3] * 30
-    groups = [Group((i,), ("x",), size, (str(i),)) for i, size in enumerate(sizes)]
+    groups = [Group((i,), ("x",), ((1, size),), (str(i),)) for i, size in enumerate(sizes)]
     values = (10 ** (-2 * torch.rand(210, 3, generator=generator))).tolist()
     costs = {g.key: dict(zip(SPECS, row, strict=True)) for g, row in zip(groups, values, strict=True)}
     found = solve(groups, costs, SPECS, RATES, target)
@@ -205,7 +206,7 @@ def test_solver_on_a_whole_model(target):
 
 def test_solver_thins_out_what_it_cannot_keep(monkeypatch):
     generator = torch.Generator().manual_seed(5)
-    groups = [Group((i,), ("x",), 10**6 + 7919 * i, (str(i),)) for i in range(40)]
+    groups = [Group((i,), ("x",), ((1, 10**6 + 7919 * i),), (str(i),)) for i in range(40)]
     values = torch.rand(40, generator=generator).tolist()
     costs = {g.key: {"fast": value, "slow": value / 3} for g, value in zip(groups, values, strict=True)}
     specs = {name: SPECS[name] for name in ("fast", "slow")}
@@ -221,6 +222,18 @@ def test_frontier_rises():
     assert points[0].speedup == 1
     assert points[-1].speedup == pytest.approx(1.4)
     assert [p.sensitivity for p in points] == sorted(p.sensitivity for p in points)
+
+
+def test_solver_counts_what_mitigations_add():
+    """A pair of rank 8 costs 8 (in + out): it pays in the large layer alone."""
+    groups = [Group((i,), ("x",), ((size, size),), (str(i),)) for i, size in enumerate((32, 512))]
+    specs = {"pair": LinearSpec("2:4", mitigation=("rsparse-8",))}
+    costs = {group.key: {"pair": 1.0} for group in groups}
+    [*_, fastest] = frontier(groups, costs, specs, RATES, points=2)
+    assert fastest.names == ("dense", "pair")
+    total, saved = 32**2 + 512**2, 512**2 * (1 - 1 / 1.4) - 8 * 1024
+    assert fastest.speedup == pytest.approx(total / (total - saved))
+    assert solve(groups, costs, specs, RATES, 1.1).names == ("dense", "pair")
 
 
 def test_recipe_of_a_choice():
@@ -241,8 +254,8 @@ def test_options():
         parse_option("2:4 act wina")
     with pytest.raises(ValueError, match="expected mitigations among"):
         parse_option("2:4 nonsense")
-    with pytest.raises(ValueError, match="expected an option that needs no calibration, got '2:4 act lpts'"):
-        parse_option("2:4 lpts")
+    with pytest.raises(ValueError, match="expected an option that leaves weights as they are, got '2:4 act permute'"):
+        parse_option("2:4 permute")
 
 
 # ---- command
@@ -272,6 +285,40 @@ def test_command(model, tmp_path):
     again = _search(*base, "--output", tmp_path / "s", "--max-drop", "50", "--json")
     assert again.exit_code == 0, again.stderr
     assert json.loads(again.stdout)["predicted_speedup"] > 1.15
+
+
+def test_calibrated_options(model, tmp_path):
+    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
+    Recipe("2:4", mitigation=["rsparse-4-fit"]).save(tmp_path / "r.yaml")
+    small = ("--windows", 2, "--length", 32, "--no-checkpoint", "--data", tmp_path / "text.txt")
+    output = tmp_path / "calibrated" / "act+rsparse-4-fit-2x4"
+    made = CliRunner().invoke(
+        app, ["calibrate", model, "--recipe", str(tmp_path / "r.yaml"), *map(str, small), "--output", str(output)]
+    )
+    assert made.exit_code == 0, made.stderr
+    base = (model, "--text", tmp_path / "text.txt", "--window", 64, "--windows", 1, "--output", tmp_path / "s")
+    base += ("--option", "2:4 rsparse-4-fit", "--option", "8:16 var")  # the latter saves no time: never chosen
+    assert (
+        "expected a calibration for 'act+rsparse-4-fit 2:4' in --calibrated, got none"
+        in _search(*base, "--max-drop", 900).stderr
+    )
+    base += ("--calibrated", tmp_path / "calibrated", "--json")
+    result = _search(*base, "--max-drop", 900)
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()]
+    assert {(row["spec"], len(row.get("calibration", ""))) for row in rows} == {
+        ("8:16 act var", 0),
+        ("2:4 act rsparse-4-fit", 64),
+    }
+    assert json.loads(result.stdout)["predicted_speedup"] > 1
+    # The folder is the found recipe's calibration, whose data are the option's.
+    found = nm_act.load_calibration(checkpoints.load_model(model)[0], tmp_path / "s").model
+    whole = nm_act.load_calibration(checkpoints.load_model(model)[0], output).model
+    pairs = [n for n, m in found.named_modules() if isinstance(m, nm_act.NMLinear) and m.data()]
+    assert pairs
+    for name in pairs:
+        ours, theirs = (each.get_submodule(name).data() for each in (found, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_results_of_another_text_or_model_are_not_taken_up(model, tmp_path):

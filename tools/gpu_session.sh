@@ -60,7 +60,7 @@ if wanted sanitize; then
     for tool in memcheck initcheck racecheck; do
       LOG=sanitize step "$tool" "${SANITIZE_LIMIT:-120}" "$sanitizer" --tool "$tool" --error-exitcode 3 --print-limit 20 \
         "$python" -m pytest -m sanitizer -q -x --timeout 0 -p no:cacheprovider tests/test_cuda.py \
-        tests/test_cuda_decode.py tests/test_cuda_linear.py
+        tests/test_cuda_decode.py tests/test_cuda_linear.py tests/test_cuda_optimize.py tests/test_cuda_windows.py
     done
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
   fi

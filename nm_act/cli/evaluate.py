@@ -1,8 +1,6 @@
 """``nm-act eval``: perplexity and zero-shot tasks of a model, dense and with any number of recipes; resumable."""
 
-import dataclasses
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +55,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate the dense model and sparse variants; relative drops, standard errors, JSON, CSV, Markdown and plots."""
+    from ..evaluate.calibrated import calibrated_row, of_calibration
     from ..evaluate.run import PERPLEXITY, RunFolder, run_study
     from ..evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
     from ..evaluate.tasks import build_task, check_available
@@ -69,8 +68,8 @@ def evaluate(
     variants = [row_variant(row) for row in load_study(study)] if study is not None else []
     compared = study is not None or bool(calibration)
     variants += [from_recipe(made, name) for name, made in _recipes(recipe, pattern, criterion, mitigation, compared)]
-    rows = [_calibrated_row(each, calibrated) if each.calibrated else (each, None) for each in variants]
-    rows += [(_of_calibration(path), path) for path in calibration or ()]
+    rows = [calibrated_row(each, calibrated) if each.calibrated else (each, None) for each in variants]
+    rows += [(of_calibration(path), path) for path in calibration or ()]
     _check_names([variant for variant, _ in rows])
     text, source = _text(data) if PERPLEXITY in names else (None, None)
     built = {name: build_task(name, data) for name in names if name != PERPLEXITY}
@@ -139,46 +138,6 @@ def _tokens(tokenizer, text: str, max_tokens: int | None, window: int | None, mo
             + ("" if max_tokens is None else " or more --max-tokens")
         )
     return tokens[: tokens.numel() // window * window], window
-
-
-def _of_calibration(folder: Path):
-    """Variant of a folder that nm-act calibrate wrote."""
-    from ..calibrate.store import DATA_FILE, read_calibration
-    from ..evaluate.study import from_recipe
-
-    recipe, _, _ = read_calibration(folder)
-    digest = hashlib.sha256((folder / DATA_FILE).read_bytes()).hexdigest()
-    return from_recipe(recipe, folder.resolve().name, calibrated=True, seed=_seed(folder), calibration=digest)
-
-
-def _seed(folder: Path) -> int:
-    """Seed of a calibration, from what nm-act calibrate wrote beside its data; 0 where it wrote none."""
-    file = folder / "calibration.json"
-    return int(json.loads(file.read_text(encoding="utf-8")).get("seed", 0)) if file.is_file() else 0
-
-
-def _calibrated_row(variant, calibrated: Path | None) -> tuple:
-    """A study's calibrated row with the identity of its calibration, and the folder of that."""
-    from ..calibrate.store import DATA_FILE
-
-    folder = None if calibrated is None else calibrated / variant.slug
-    if folder is None or not (folder / DATA_FILE).is_file():
-        where = "--calibrated" if folder is None else repr(str(folder))
-        raise FileNotFoundError(
-            f"expected a calibration for {variant.name!r} in {where}, got none; "
-            f"make it with nm-act calibrate --output .../{variant.slug}"
-        )
-    found = _of_calibration(folder)
-    if found.recipe != variant.recipe:
-        raise ValueError(
-            f"expected in {str(folder)!r} a calibration of the study's recipe, got another; calibrate again"
-        )
-    if variant.seed not in (0, found.seed):
-        raise ValueError(
-            f"expected in {str(folder)!r} a calibration with the study's seed {variant.seed}, got {found.seed}; "
-            "calibrate again or change the row"
-        )
-    return dataclasses.replace(variant, seed=found.seed, calibration=found.calibration), folder
 
 
 def _models(dense, rows: list[tuple]):

@@ -38,6 +38,9 @@ def search(
         list[str] | None,
         typer.Option("--option", help='What a layer may get: "PATTERN [CRITERION] [MITIGATION ...]". Repeatable.'),
     ] = None,
+    calibrated: Annotated[
+        Path | None, typer.Option("--calibrated", help="Folder of the calibrations that options need.")
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Data folder with C4; the hub without it.")] = None,
     text: Annotated[Path | None, typer.Option("--text", help="Calibrate on this text instead of C4.")] = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Calibration windows for sensitivities.")] = 2,
@@ -57,7 +60,8 @@ def search(
     from ..fingerprint import weights_fingerprint
     from ..recipe import DEFAULT_PROJECTIONS
     from ..search.cost import Rates
-    from ..search.plan import baselines, check_options, measure_points, parse_option
+    from ..search.options import option_variant, parse_option, read_data
+    from ..search.plan import baselines, check_options, measure_points
     from ..search.sensitivity import groups_of, sensitivities
     from ..search.solve import frontier, solve, to_recipe
     from ..sparsify import decoder_linears
@@ -75,6 +79,7 @@ def search(
     groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together)
     if not groups:
         raise ValueError(f"expected projections among {', '.join(DEFAULT_PROJECTIONS)} in {model!r}, got none of them")
+    prepared = read_data(dense, specs, calibrated)
     inside = {name for group in groups for name in group.names}
     linears = decoder_linears(dense)
     other = sum(m.in_features * m.out_features for name, (_, _, m) in linears.items() if name not in inside)
@@ -92,7 +97,7 @@ def search(
         solve(groups, free, specs, table, target_speedup, other)
     note(f"sensitivities of {len(groups)} groups, {len(specs)} options, {windows} windows of {window} tokens")
     with progress_bar("sensitivities") as update:
-        costs = sensitivities(dense, calibration, groups, specs, folder / "sensitivities.jsonl", update)
+        costs = sensitivities(dense, calibration, groups, specs, folder / "sensitivities.jsonl", update, prepared)
     choices = frontier(groups, costs, specs, table, other, FRONTIER_POINTS)
     picked = [to_recipe(choice, groups, specs) for choice in choices[1 :: FRONTIER_POINTS // MEASURED_POINTS]]
     chosen = None
@@ -101,9 +106,10 @@ def search(
     recipes = [("dense", None), *(("search", recipe) for recipe in [*picked, *([chosen] if chosen else [])])]
     recipes += [item for spec in specs.values() for item in baselines(spec).items()]
     tokens = calibration.flatten()
-    points = measure_points(dense, tokens, window, recipes, table, folder / "points.jsonl", note)
+    points = measure_points(dense, tokens, window, recipes, table, folder / "points.jsonl", note, prepared)
     best = _best(points, chosen, max_drop)
-    _finish(folder, points, best, as_json)
+    made = option_variant(dense, best.recipe, prepared)
+    _finish(folder, points, best, made, as_json)
 
 
 def _check_goal(target_speedup: float | None, max_drop: float | None) -> None:
@@ -146,8 +152,11 @@ def _best(points: list, chosen, max_drop: float | None):
     return max(allowed, key=lambda point: point.speedup)
 
 
-def _finish(folder: Path, points: list, best, as_json: bool) -> None:
+def _finish(folder: Path, points: list, best, made, as_json: bool) -> None:
+    """Write the best point's recipe, the data of its sparse model `made`, the frontier and the plot."""
+    from ..calibrate.store import DATA_FILE, save_calibration
     from ..files import write_atomic
+    from ..linear import NMLinear
 
     dense = points[0].perplexity
     rows = [{"name": p.name, "predicted_speedup": round(p.speedup, 4), "perplexity": p.perplexity} for p in points]
@@ -157,7 +166,13 @@ def _finish(folder: Path, points: list, best, as_json: bool) -> None:
     writer.writeheader()
     writer.writerows(rows)
     plot = draw(points, best)
-    best.recipe.save(folder / "recipe.yaml")
+    (folder / DATA_FILE).unlink(missing_ok=True)  # of another goal's recipe
+    files = "frontier.png, frontier.csv, search.json"
+    if any(isinstance(module, NMLinear) and module.data() for module in made.modules()):
+        save_calibration(made, folder)
+        files = f"{DATA_FILE}, {files}"
+    else:
+        best.recipe.save(folder / "recipe.yaml")
     write_atomic(folder / "frontier.csv", text.getvalue())
     write_atomic(folder / "frontier.png", plot)
     result = {"recipe": best.recipe.to_dict(), "predicted_speedup": best.speedup, "points": rows}
@@ -170,7 +185,7 @@ def _finish(folder: Path, points: list, best, as_json: bool) -> None:
         for r in rows
     ]
     print_table("Calibration text", ["", "predicted speed-up", "perplexity", "change"], cells)
-    print(f"{best.speedup:.3f}x predicted: {folder / 'recipe.yaml'}; frontier.png, frontier.csv, search.json beside it")
+    print(f"{best.speedup:.3f}x predicted: {folder / 'recipe.yaml'}; {files} beside it")
 
 
 def draw(points: list, best) -> bytes:

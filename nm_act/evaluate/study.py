@@ -11,7 +11,7 @@ from ..recipe import LinearSpec, Recipe, load_yaml
 
 __all__ = ["DENSE_VARIANT", "Variant", "from_recipe", "load_study"]
 
-_AXES = ("pattern", "criterion", "mitigation", "layers")
+_AXES = ("pattern", "criterion", "mitigation", "dense_first_tokens", "layers")
 _RECIPE_KEYS = ("recipe", "layers", "calibrated", "seed")
 _KEYS = (*_AXES, *(key for key in _RECIPE_KEYS if key not in _AXES))
 _RECIPE_LAYERS = (*POLICIES, "search")
@@ -26,7 +26,8 @@ class Variant:
     name : str
         Unique in a study.
     method : str
-        Criterion and mitigations, "wina+var"; "mixed" where layers differ; "dense" for the dense model.
+        Criterion and mitigations, "wina+var", and "first-1" where a sequence's first token stays dense; "mixed" where
+        layers differ; "dense" for the dense model.
     pattern : str
         "2:4", ...; "mixed" where layers differ.
     layers : str
@@ -72,7 +73,8 @@ def from_recipe(recipe: Recipe, name: str | None = None, **fields) -> Variant:
     'act+var 2:4'
     """
     specs = resolved(recipe)
-    methods = {"+".join([spec.criterion, *spec.mitigation]) for spec in specs}
+    first = [f"first-{recipe.dense_first_tokens}"] if recipe.dense_first_tokens else []
+    methods = {"+".join([spec.criterion, *spec.mitigation, *first]) for spec in specs}
     patterns = {str(spec.pattern) for spec in specs}
     method = methods.pop() if len(methods) == 1 else "mixed"
     pattern = patterns.pop() if len(patterns) == 1 else "mixed"
@@ -91,10 +93,11 @@ def resolved(recipe: Recipe) -> set[LinearSpec]:
 def load_study(path: str | Path) -> list[dict]:
     """Rows of a study file, products multiplied out.
 
-    The file holds ``rows``, a list of mappings with the keys ``pattern``, ``criterion``, ``mitigation``, ``layers``
-    (each a value or a list of values, of which all combinations are taken; a mitigation is itself a list),
-    ``calibrated`` (true: the row is a folder of ``nm-act calibrate``), ``seed`` (the calibration's); or ``recipe``, the
-    path of a recipe relative to the study file, with ``layers`` (also "search"), ``calibrated`` and ``seed``.
+    The file holds ``rows``, a list of mappings with the keys ``pattern``, ``criterion``, ``mitigation``,
+    ``dense_first_tokens`` and ``layers`` (each a value or a list of values, of which all combinations are taken; a
+    mitigation is itself a list), ``calibrated`` (true: the row is a folder of ``nm-act calibrate``), ``seed`` (the
+    calibration's); or ``recipe``, the path of a recipe relative to the study file, with ``layers`` (also "search"),
+    ``calibrated`` and ``seed``.
 
     Returns
     -------
@@ -173,5 +176,5 @@ def row_variant(row: dict) -> Variant:
     layers = row.get("layers", "all")
     if layers not in POLICIES:
         raise ValueError(f"expected layers among {', '.join(POLICIES)}, got {layers!r}; or name a recipe")
-    chosen = {key: row[key] for key in ("pattern", "criterion", "mitigation") if key in row}
+    chosen = {key: row[key] for key in ("pattern", "criterion", "mitigation", "dense_first_tokens") if key in row}
     return from_recipe(Recipe(projections=POLICIES[layers], **chosen), layers=layers, **fields)

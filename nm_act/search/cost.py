@@ -15,7 +15,7 @@ from ..patterns import NMPattern, as_pattern
 from ..recipe import DENSE, LinearSpec
 from ..sparsify import decoder_linears
 
-__all__ = ["Rates", "extra_macs", "macs_by_pattern", "predicted_speedup"]
+__all__ = ["Rates", "added_macs", "extra_macs", "macs_by_pattern", "predicted_speedup"]
 
 PREFILL_TOKENS = 4096
 """Tokens of the sequence whose prefill is predicted."""
@@ -140,13 +140,18 @@ def extra_macs(model: nn.Module) -> float:
 
 
 def _extra(linear: NMLinear) -> float:
-    spec = linear.spec
-    if spec.phase == "decode":
+    if linear.spec.phase == "decode":
         return 0.0
-    sizes = linear.in_features, linear.out_features, rank_of(spec.mitigation)
-    matrices = sum(math.prod(DATA[name](*sizes)) for name in data_of(spec) if name in FOLLOW_WEIGHT)
     first = 0 if linear.token_context is None else min(linear.token_context.first_tokens, PREFILL_TOKENS)
-    return matrices + layer_macs(linear) * first / PREFILL_TOKENS
+    return (
+        added_macs(linear.spec, linear.in_features, linear.out_features) + layer_macs(linear) * first / PREFILL_TOKENS
+    )
+
+
+def added_macs(spec: LinearSpec, in_features: int, out_features: int) -> int:
+    """Multiply-accumulates a token of the GEMMs that a spec's mitigations add to a layer's own."""
+    sizes = in_features, out_features, rank_of(spec.mitigation)
+    return sum(math.prod(DATA[name](*sizes)) for name in data_of(spec) if name in FOLLOW_WEIGHT)
 
 
 def predicted_speedup(macs: dict[str, int], rates: Rates, extra: float = 0.0) -> float:

@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..criteria import CRITERIA
 from ..evaluate.perplexity import perplexity
-from ..evaluate.variants import sparse_copy
+from ..evaluate.study import resolved
 from ..files import write_atomic
-from ..mitigations import data_of
 from ..policies import POLICIES
 from ..recipe import LinearSpec, Recipe
 from .cost import Rates, extra_macs, macs_by_pattern, pattern_of, predicted_speedup
+from .options import CalibratedData, option_recipe, option_variant
 
-__all__ = ["Point", "baselines", "check_options", "measure_points", "parse_option"]
+__all__ = ["Point", "baselines", "check_options", "measure_points"]
 
 
 @dataclass(frozen=True)
@@ -40,29 +39,6 @@ class Point:
     perplexity: float
 
 
-def parse_option(text: str) -> LinearSpec:
-    """Spec from "PATTERN [CRITERION] [MITIGATION ...]", as specs are printed; nothing in it may need calibration.
-
-    Examples
-    --------
-    >>> str(parse_option("2:4 var"))
-    '2:4 act var'
-    """
-    pattern, *names = text.split() or [""]
-    criteria = [name for name in names if name in CRITERIA]
-    if len(criteria) > 1:
-        raise ValueError(f"expected at most one criterion in the option {text!r}, got {', '.join(criteria)}")
-    mitigation = tuple(name for name in names if name not in CRITERIA)
-    spec = LinearSpec(pattern, *criteria, mitigation=mitigation)
-    if data_of(spec):
-        needs = next((name for name in mitigation if data_of(LinearSpec(pattern, mitigation=(name,)))), spec.criterion)
-        raise ValueError(
-            f"expected an option that needs no calibration, got {str(spec)!r}; leave {needs} out and calibrate the "
-            "recipe that is found with it"
-        )
-    return spec
-
-
 def check_options(specs: Iterable[LinearSpec], rates: Rates) -> None:
     """Raise a ValueError if no option is faster than dense: nothing but the dense model could be found."""
     specs = list(specs)
@@ -75,8 +51,7 @@ def check_options(specs: Iterable[LinearSpec], rates: Rates) -> None:
 
 def baselines(spec: LinearSpec) -> dict[str, Recipe]:
     """Name -> recipe of the fixed rules with one spec: all projections, Amber's skip rule, Alanova's subset."""
-    fields = {"pattern": str(spec.pattern), "criterion": spec.criterion, "mitigation": spec.mitigation}
-    return {f"{name}, {spec}": Recipe(projections=projections, **fields) for name, projections in POLICIES.items()}
+    return {f"{name}, {spec}": option_recipe(spec, projections=projections) for name, projections in POLICIES.items()}
 
 
 def measure_points(
@@ -87,6 +62,7 @@ def measure_points(
     rates: Rates,
     store: Path,
     progress: Callable[[str], None],
+    calibrated: dict[str, CalibratedData],
 ) -> list[Point]:
     """Perplexity of every recipe on calibration text; what `store` (JSON lines) holds is not measured again."""
     lines = store.read_text(encoding="utf-8").split("\n") if store.is_file() else []
@@ -94,9 +70,10 @@ def measure_points(
     points = []
     for name, recipe in recipes:
         key = "dense" if recipe is None else json.dumps(recipe.to_dict(), sort_keys=True)
+        key += "".join(f" {data.digest}" for option, data in calibrated.items() if option in _options(recipe))
         if key not in found:
             progress(f"perplexity on calibration text: {name}")
-            variant = model if recipe is None else sparse_copy(model, recipe).model
+            variant = model if recipe is None else option_variant(model, recipe, calibrated)
             value = perplexity(variant, tokens, window=window).value
             macs, extra = macs_by_pattern(variant), extra_macs(variant)
             found[key] = {"recipe": key, "perplexity": value, "macs": macs, "extra_macs": extra}
@@ -105,3 +82,7 @@ def measure_points(
         row = found[key]
         points.append(Point(name, recipe, predicted_speedup(row["macs"], rates, row["extra_macs"]), row["perplexity"]))
     return points
+
+
+def _options(recipe: Recipe | None) -> set[str]:
+    return set() if recipe is None else {str(spec) for spec in resolved(recipe)}

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..calibrate.store import set_layers
 from ..files import write_atomic
 from ..linear import NMLinear
 from ..recipe import LinearSpec
 from ..sparsify import decoder_linears
+from .options import CalibratedData
 
 __all__ = ["Group", "groups_of", "sensitivities"]
 
@@ -30,16 +32,21 @@ class Group:
     ----------
     layers : tuple of int
     projections : tuple of str
-    macs : int
-        Multiply-accumulates a token.
+    shapes : tuple of (int, int)
+        in_features and out_features of each of its layers.
     names : tuple of str
         Module names.
     """
 
     layers: tuple[int, ...]
     projections: tuple[str, ...]
-    macs: int
+    shapes: tuple[tuple[int, int], ...]
     names: tuple[str, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates a token."""
+        return sum(in_features * out_features for in_features, out_features in self.shapes)
 
     @property
     def key(self) -> str:
@@ -57,7 +64,7 @@ def groups_of(model: nn.Module, projections: tuple[str, ...], layers_together: i
         Group(
             layers=tuple(layer for layer, _, _ in members),
             projections=(projection,),
-            macs=sum(linear.in_features * linear.out_features for _, _, linear in members),
+            shapes=tuple((linear.in_features, linear.out_features) for _, _, linear in members),
             names=tuple(name for _, name, _ in members),
         )
         for (_, projection), members in sorted(cells.items())
@@ -72,6 +79,7 @@ def sensitivities(
     specs: dict[str, LinearSpec],
     store: Path,
     progress: Callable[[int, int], None] | None = None,
+    calibrated: dict[str, CalibratedData] | None = None,
 ) -> dict[str, dict[str, float]]:
     """KL divergence per token for every group and spec, on calibration text.
 
@@ -89,6 +97,8 @@ def sensitivities(
         JSON-lines file, a line a window and group; what is in it is not measured again.
     progress : callable, optional
         Called with measurements done and their total.
+    calibrated : dict of str to CalibratedData, optional
+        By spec name, the data of specs that need some.
 
     Returns
     -------
@@ -104,10 +114,12 @@ def sensitivities(
     """
     layers = _decoder_layers(model)
     found = _read(store)
+    calibrated = calibrated or {}
+    digests = {name: calibrated[name].digest if name in calibrated else "" for name in specs}
     total, done = len(windows) * len(groups), 0
     linears = {name: linear for name, (_, _, linear) in decoder_linears(model).items()}
     for index, ids in enumerate(windows):
-        missing = [g for g in groups if not all((index, g.key, name) in found for name in specs)]
+        missing = [g for g in groups if not all((index, g.key, *key) in found for key in digests.items())]
         done += len(groups) - len(missing)
         if not missing:
             continue
@@ -116,16 +128,21 @@ def sensitivities(
             dense = _log_probabilities(model, ids)
         for group in missing:
             for name, spec in specs.items():
+                if (index, group.key, name, digests[name]) in found:
+                    continue
                 sparse = {m: NMLinear.from_linear(linears[m], spec) for m in group.names}
+                if name in calibrated:
+                    set_layers(model, sparse, calibrated[name].tensors)
                 with _replayed(layers, outputs, min(group.layers)), _swapped(model, sparse):
                     value = _divergence(dense, _log_probabilities(model, ids))
-                found[index, group.key, name] = value
+                found[index, group.key, name, digests[name]] = value
             done += 1
             _write(store, found)
             if progress is not None:
                 progress(done, total)
     return {
-        g.key: {n: sum(found[i, g.key, n] for i in range(len(windows))) / len(windows) for n in specs} for g in groups
+        g.key: {n: sum(found[i, g.key, n, d] for i in range(len(windows))) / len(windows) for n, d in digests.items()}
+        for g in groups
     }
 
 
@@ -190,13 +207,16 @@ def _swapped(model: nn.Module, sparse: dict[str, nn.Module]) -> Iterator[None]:
             model.set_submodule(name, module)
 
 
-def _read(store: Path) -> dict[tuple[int, str, str], float]:
+def _read(store: Path) -> dict[tuple[int, str, str, str], float]:
     if not store.is_file():
         return {}
     rows = [json.loads(line) for line in store.read_text(encoding="utf-8").split("\n") if line]
-    return {(row["window"], row["group"], row["spec"]): row["kl"] for row in rows}
+    return {(row["window"], row["group"], row["spec"], row.get("calibration", "")): row["kl"] for row in rows}
 
 
-def _write(store: Path, found: dict[tuple[int, str, str], float]) -> None:
-    rows = [{"window": w, "group": g, "spec": s, "kl": value} for (w, g, s), value in found.items()]
+def _write(store: Path, found: dict[tuple[int, str, str, str], float]) -> None:
+    rows = [
+        {"window": w, "group": g, "spec": s, **({"calibration": d} if d else {}), "kl": value}
+        for (w, g, s, d), value in found.items()
+    ]
     write_atomic(store, "".join(json.dumps(row) + "\n" for row in rows))

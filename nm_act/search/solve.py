@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..recipe import DENSE, LinearSpec, Recipe, Rule
-from .cost import Rates, pattern_of
+from .cost import Rates, added_macs, pattern_of
 from .sensitivity import Group
 
 __all__ = ["Choice", "frontier", "relaxed_bound", "solve", "to_recipe"]
@@ -15,7 +15,7 @@ _STATES = 20_000
 """Partial solutions that are kept at most: where there are more, the cheapest of each of so many ranges of savings."""
 
 _SCALE = 2**62
-"""Savings are integers, in this part of the time of the dense model: sums neither round nor depend on their order."""
+"""The dense model's time. Savings are integers in that unit: their sums neither round nor depend on the order."""
 
 
 @dataclass(frozen=True)
@@ -92,38 +92,35 @@ class _Problem:
     names: tuple[str, ...]
     saved: np.ndarray
     cost: np.ndarray
-    total: int
 
     @classmethod
     def of(cls, groups, costs, specs, rates: Rates, other_macs: int) -> "_Problem":
         fractions = {name: 1 - 1 / rates.speedup(pattern_of(spec))[0] for name, spec in specs.items()}
-        names = (DENSE, *(name for name in specs if fractions[name] > 0))
-        macs = [group.macs for group in groups]
-        unit = math.gcd(*macs, other_macs)
-        total = (sum(macs) + other_macs) // unit
-        each = np.array([0, *(int(fractions[name] * (_SCALE // total)) for name in names[1:])], dtype=np.int64)
-        cost = np.array([[0.0, *(costs[g.key][name] for name in names[1:])] for g in groups])
-        return cls(names, np.array([m // unit for m in macs], dtype=np.int64)[:, None] * each, cost, total)
+        total = sum(group.macs for group in groups) + other_macs
 
-    @property
-    def whole(self) -> int:
-        """The dense model's time."""
-        return _SCALE // self.total * self.total
+        def saved(group: Group, name: str) -> int:
+            added = sum(added_macs(specs[name], *shape) for shape in group.shapes)
+            return int((fractions[name] * group.macs - added) / total * _SCALE)
+
+        names = (DENSE, *(name for name in specs if any(saved(group, name) > 0 for group in groups)))
+        times = [[0, *(saved(group, name) for name in names[1:])] for group in groups]
+        cost = np.array([[0.0, *(costs[g.key][name] for name in names[1:])] for g in groups])
+        return cls(names, np.array(times, dtype=np.int64), cost)
 
     def needed(self, target_speedup: float) -> int:
         """Time to save for a target; ValueError if that cannot be reached."""
         reachable = int(self.saved.max(axis=1).sum())
         needed = 1 - 1 / target_speedup
-        if needed > reachable / self.whole + 1e-9:
-            best = 1 / (1 - reachable / self.whole)
+        if needed > reachable / _SCALE + 1e-9:
+            best = 1 / (1 - reachable / _SCALE)
             raise ValueError(
                 f"expected a target speed-up of at most {best:.3f} with these options, got {target_speedup:g}"
             )
-        return min(int(needed * self.whole), reachable)
+        return min(int(needed * _SCALE), reachable)
 
     def choice(self, picked: np.ndarray) -> Choice:
         rows = np.arange(len(self.cost))
-        saved = int(self.saved[rows, picked].sum()) / self.whole
+        saved = int(self.saved[rows, picked].sum()) / _SCALE
         cost = math.fsum(self.cost[rows, picked])
         return Choice(tuple(self.names[index] for index in picked), 1 / (1 - saved), cost)
 
@@ -143,9 +140,9 @@ def _relaxed(problem: _Problem, needed: int) -> tuple[float, np.ndarray, float]:
     low, high = 0.0, None
     tried = 0.0
     for _ in range(160):
-        reduced = problem.cost - tried * (problem.saved / problem.whole)
+        reduced = problem.cost - tried * (problem.saved / _SCALE)
         picked = reduced.argmin(axis=1)
-        value = reduced[rows, picked].sum() + tried * (needed / problem.whole)
+        value = reduced[rows, picked].sum() + tried * (needed / _SCALE)
         if value > bound:
             bound, price = value, tried
         if problem.saved[rows, picked].sum() >= needed:
@@ -163,7 +160,7 @@ def _relaxed(problem: _Problem, needed: int) -> tuple[float, np.ndarray, float]:
 def _search(problem: _Problem, needed: int, incumbent: np.ndarray, price: float) -> np.ndarray | None:
     """Options that save enough at less cost than the incumbent, the cheapest ones; None if there are none."""
     count = len(problem.cost)
-    reduced = problem.cost - price * problem.saved / problem.whole
+    reduced = problem.cost - price * problem.saved / _SCALE
     # The groups from a row on: the least that they add to the cost less the price of their time, and all they can save.
     rest = np.append(reduced.min(axis=1)[::-1].cumsum()[::-1], 0.0)
     reach = np.append(problem.saved.max(axis=1)[::-1].cumsum()[::-1], 0)
@@ -174,7 +171,7 @@ def _search(problem: _Problem, needed: int, incumbent: np.ndarray, price: float)
         every_saved = np.minimum((saved[:, None] + problem.saved[row]).ravel(), needed)
         every_cost = (cost[:, None] + problem.cost[row]).ravel()
         # What is left has to save what the goal still lacks, if anything, at the price at least.
-        bound = every_cost + price * (needed - every_saved) / problem.whole + rest[row + 1]
+        bound = every_cost + price * (needed - every_saved) / _SCALE + rest[row + 1]
         order = np.flatnonzero((bound < limit) & (every_saved + reach[row + 1] >= needed))
         order = order[np.lexsort((every_cost[order], -every_saved[order]))]
         ahead = np.minimum.accumulate(np.append(np.inf, every_cost[order]))[:-1]
@@ -209,7 +206,7 @@ def frontier(
 ) -> list[Choice]:
     """Solutions from no speed-up to the largest that can be reached, equally spaced in time saved."""
     problem = _Problem.of(groups, costs, specs, rates, other_macs)
-    largest = int(problem.saved.max(axis=1).sum()) / problem.whole
+    largest = int(problem.saved.max(axis=1).sum()) / _SCALE
     targets = [1 / (1 - largest * index / points) for index in range(points + 1)]
     return [_solved(problem, target) for target in targets]
 

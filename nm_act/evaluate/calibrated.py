@@ -1,0 +1,60 @@
+"""Calibrations as rows of a study or options of a search: found by the variant's name, told apart by their digest."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from ..calibrate.store import DATA_FILE, read_calibration
+from .study import Variant, from_recipe
+
+__all__ = ["calibrated_row", "of_calibration"]
+
+
+def of_calibration(folder: Path) -> Variant:
+    """Variant of a folder that nm-act calibrate wrote."""
+    recipe, _, _ = read_calibration(folder)
+    digest = hashlib.sha256((folder / DATA_FILE).read_bytes()).hexdigest()
+    return from_recipe(recipe, folder.resolve().name, calibrated=True, seed=_seed(folder), calibration=digest)
+
+
+def _seed(folder: Path) -> int:
+    """Seed of a calibration, from what nm-act calibrate wrote beside its data; 0 where it wrote none."""
+    file = folder / "calibration.json"
+    return int(json.loads(file.read_text(encoding="utf-8")).get("seed", 0)) if file.is_file() else 0
+
+
+def calibrated_row(variant: Variant, calibrated: Path | None) -> tuple[Variant, Path]:
+    """A calibrated variant with the identity of its calibration, and the folder of that.
+
+    Parameters
+    ----------
+    variant : Variant
+    calibrated : Path or None
+        Where calibrations are: one folder each, named by the variant's slug.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none for this variant.
+    ValueError
+        If it is one of another recipe or seed.
+    """
+    folder = None if calibrated is None else calibrated / variant.slug
+    if folder is None or not (folder / DATA_FILE).is_file():
+        where = "--calibrated" if folder is None else repr(str(folder))
+        raise FileNotFoundError(
+            f"expected a calibration for {variant.name!r} in {where}, got none; "
+            f"make it with nm-act calibrate --output .../{variant.slug}"
+        )
+    found = of_calibration(folder)
+    if found.recipe != variant.recipe:
+        raise ValueError(
+            f"expected in {str(folder)!r} a calibration of the recipe of {variant.name!r}, got another; calibrate again"
+        )
+    if variant.seed not in (0, found.seed):
+        raise ValueError(
+            f"expected in {str(folder)!r} a calibration with the study's seed {variant.seed}, got {found.seed}; "
+            "calibrate again or change the row"
+        )
+    return dataclasses.replace(variant, seed=found.seed, calibration=found.calibration), folder
