@@ -182,30 +182,26 @@ class NMActLinearMethod(LinearMethodBase):
         index = 0 if len(self.specs) == 1 else _SHARD_IDS.get(loaded_shard_id, loaded_shard_id)
         dtype = layer.weight.dtype if name in FOLLOW_WEIGHT else torch.float32
         layer.nm_act_data[index][name] = value.to(layer.weight.device, dtype, copy=True)
-        self._continue(layer)
+        layer.nm_act_waiting = [item for item in layer.nm_act_waiting if not self._finish(layer, *item)]
 
     def _load(self, layer, load, param, loaded_weight: torch.Tensor, loaded_shard_id=None) -> None:
         """vLLM's loader of this layer, behind what derives from the whole of what it is about to cut."""
-        layer.nm_act_waiting.append((load, param, loaded_weight, loaded_shard_id))
-        self._continue(layer)
+        if not self._finish(layer, load, param, loaded_weight, loaded_shard_id):
+            # A copy: it is kept longer than some of vLLM's readers keep their buffers.
+            layer.nm_act_waiting.append((load, param, loaded_weight.clone(), loaded_shard_id))
 
-    def _continue(self, layer) -> None:
-        """Load the weights whose calibrated data is there."""
-        waiting, layer.nm_act_waiting = layer.nm_act_waiting, []
-        for load, param, loaded_weight, shard_id in waiting:
-            parts = list(self._projections(layer, loaded_weight, shard_id))
-            if any(self._missing(layer, index) for index, _ in parts):
-                # Kept longer than some of vLLM's readers keep their buffers.
-                layer.nm_act_waiting.append((load, param, loaded_weight.clone(), shard_id))
-                continue
-            # A copy only where another weight takes its place.
-            operands = [self._derive(layer, index, part, param) for index, part in parts]
-            changed = any(operand is not part for operand, (_, part) in zip(operands, parts, strict=True))
-            ids = () if shard_id is None else (shard_id,)
-            if changed:
-                loaded_weight = torch.cat([operand.to(param.device, param.dtype) for operand in operands])
-            load(param, loaded_weight, *ids)
-            load(layer.nm_act_rows[0], torch.cat([torch.arange(len(part)) for _, part in parts]), *ids)
+    def _finish(self, layer, load, param, loaded_weight: torch.Tensor, shard_id) -> bool:
+        """Load a weight if the calibrated data of its projections is there."""
+        parts = list(self._projections(layer, loaded_weight, shard_id))
+        if any(self._missing(layer, index) for index, _ in parts):
+            return False
+        operands = [self._derive(layer, index, part, param) for index, part in parts]
+        ids = () if shard_id is None else (shard_id,)
+        if any(operand is not part for operand, (_, part) in zip(operands, parts, strict=True)):
+            loaded_weight = torch.cat([operand.to(param.device, param.dtype) for operand in operands])
+        load(param, loaded_weight, *ids)
+        load(layer.nm_act_rows[0], torch.cat([torch.arange(len(part)) for _, part in parts]), *ids)
+        return True
 
     def _missing(self, layer, index: int) -> str:
         """Name of a piece of calibrated data that a projection still lacks."""
