@@ -84,10 +84,10 @@ def test_sizes_that_cut_a_group_or_a_head(folders, tmp_path):
         "model.layers.0.mlp.down_proj (in groups of 32); choose one of those sizes or another pattern",
     )
     for size, what in ((3, "the 128 out_features of model.layers.0.self_attn.q_proj"), (4, "the 2 attention heads of")):
-        model.config.distributed_config = SimpleNamespace(tp_size=size, tp_plan="auto")
+        model.config.distributed_config = _config(size, "auto")
         with pytest.raises(ValueError, match=f"expected a tensor-parallel size among 1, got {size}, .* cut {what}"):
             check_plan(model)
-    model.config.distributed_config = SimpleNamespace(tp_size=2, tp_plan={"layers.*.mlp.down_proj": "colwise"})
+    model.config.distributed_config = _config(2, {"layers.*.mlp.down_proj": "colwise"})
     check_plan(model.model)  # the caller's plan replaces the model's, which would cut a group
 
 
@@ -100,17 +100,22 @@ def test_sizes_that_cut_a_group_or_a_head(folders, tmp_path):
 )
 def test_methods_that_cannot_be_split_are_named_with_their_layer(fields, what):
     model = sparsify(tp_cases.build(), Recipe(**{"pattern": "2:4", **fields})).model
-    model.config.distributed_config = SimpleNamespace(tp_size=2, tp_plan=None)
+    model.config.distributed_config = _config(2, None)
     with pytest.raises(
         ValueError, match=rf"expected model\.layers\.0\.self_attn\.o_proj, whose in.* are split.*, without {what}, got"
     ):
         check_plan(model)
 
 
+def _config(size, plan):
+    """The parts of Transformers' DistributedConfig, of any of its versions, that are read."""
+    return SimpleNamespace(tp_size=size, tp_plan=plan, enable_expert_parallel=False)
+
+
 def test_plan_without_splitting():
     model = sparsify(tp_cases.build(), Recipe("2:4")).model
     check_plan(model)
-    model.config.distributed_config = SimpleNamespace(tp_size=None, tp_plan=None)
+    model.config.distributed_config = _config(None, None)
     check_plan(model)
 
 
