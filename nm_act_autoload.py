@@ -6,7 +6,6 @@ for them. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` leaves it out.
 """
 
 import importlib
-import importlib.util
 import sys
 import warnings
 from importlib.abc import MetaPathFinder
@@ -20,12 +19,18 @@ def register_with_transformers() -> None:
     Importing Transformers' quantizers takes longer than a second, so a program that never uses them must
     not pay for it. Yet a checkpoint saved sparse must load sparse: a method that Transformers does not know
     is skipped with a warning, and the model would come out dense. So the registration happens now if the
-    quantizers are loaded already, and otherwise right after their first import.
+    quantizers are loaded already, otherwise right after their first import; if that import is what
+    imports torch now, at the next import of any module.
     """
-    if _TRIGGER in sys.modules:
+    if _is_loaded():
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
+
+
+def _is_loaded() -> bool:
+    module = sys.modules.get(_TRIGGER)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 def _register() -> None:
@@ -36,19 +41,38 @@ def _register() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Import finder that steps aside at once and only adds the registration to the module's execution."""
+    """Import finder that leaves finding to the others and adds the registration to one module's execution.
+
+    It stays until that module has been executed: whoever only looks the module up, or imports it in vain, changes
+    nothing.
+    """
 
     def find_spec(self, fullname, path=None, target=None):
+        if _is_loaded():
+            self._finish()
+            return self._found_by_others(fullname, path, target)
         if fullname != _TRIGGER:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = self._found_by_others(fullname, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module):
                 execute(module)
-                _register()
+                self._finish()
 
             spec.loader.exec_module = exec_module
         return spec
+
+    def _finish(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            _register()
+
+    def _found_by_others(self, fullname, path, target):
+        # Not left to Python, which iterates over sys.meta_path and skips the next finder where this one goes.
+        for finder in list(sys.meta_path):
+            spec = finder.find_spec(fullname, path, target) if finder is not self else None
+            if spec is not None:
+                return spec
+        return None

@@ -3,6 +3,7 @@
 python examples/device_map.py MODEL
 """
 
+import importlib.util
 import sys
 import tempfile
 
@@ -24,4 +25,6 @@ def main(model_path: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit(f"expected MODEL, got {len(sys.argv) - 1} arguments; name the folder of a model")
+    if importlib.util.find_spec("accelerate") is None:
+        raise SystemExit("expected accelerate, got none; install it with: pip install 'nm_act[accelerate]'")
     main(sys.argv[1])

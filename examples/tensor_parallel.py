@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 examples/tensor_parallel.py MODEL [SAVE_TO]
 MODEL is a folder written by save_pretrained: a sparse one is loaded as it is, a dense one is made sparse (8:16).
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -40,4 +41,6 @@ if __name__ == "__main__":
         raise SystemExit(f"expected MODEL [SAVE_TO], got {len(sys.argv) - 1} arguments; name the folder of a model")
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise SystemExit("expected at least two processes, got one; start it with torchrun --nproc-per-node 2")
+    if importlib.util.find_spec("accelerate") is None:
+        raise SystemExit("expected accelerate, got none; install it with: pip install 'nm_act[accelerate]'")
     main(*sys.argv[1:])

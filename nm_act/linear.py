@@ -114,7 +114,7 @@ class NMLinear(nn.Linear):
         self._data_names = mitigations.data_of(spec)
         rank = mitigations.rank_of(spec.mitigation)
         for name in self._data_names:
-            shape = mitigations.DATA[name](in_features, out_features, rank)
+            shape = mitigations.shape_of(name, in_features, out_features, rank)
             self.register_buffer(name, torch.full(shape, torch.nan, device=device))
         self.refresh()
 
@@ -184,6 +184,11 @@ class NMLinear(nn.Linear):
             if stored is not weight:
                 self.weight = nn.Parameter(stored, weight.requires_grad)
         self.shard = parallel.shard_of(self.weight)
+        if self.shard is not None:
+            kind, name = self.shard.kind, "this layer"
+            parallel.check_split(name, self.spec, kind)
+            part = parallel.part_of(name, self.spec, kind, self.in_features, self.out_features)
+            parallel.check_size(self.shard.size, [part])
         self._set_derived()
 
     @torch.no_grad()
@@ -223,44 +228,53 @@ class NMLinear(nn.Linear):
 
     def _derive(self) -> dict[str, torch.Tensor | None]:
         """What the operator reads, by the names in _DERIVED; differentiable in the calibrated data."""
-        if self.shard is not None:
-            return self._derive_sharded()
         if self._incomplete:
             return dict.fromkeys(_DERIVED)
-        data, weight, bias = self.data(), self.weight, self.bias
-        v = mitigations.operand_weight(self.spec, weight, data)
-        if "added_bias" in data:
-            added = data["added_bias"].to(weight.dtype)
-            bias = added if bias is None else bias + added
-        stored = v if v is weight or self.weight_layout == "out_in" else v.t().contiguous().t()
+        spec, data, mine = self.spec, self.data(), parallel.local_weight(self.weight)
+        # A rank that holds a part derives from the whole as a single process does, bit for bit, and takes its part.
+        whole = parallel.whole_weight(self.weight) if mitigations.reads_weight(spec) else mine
+        v = mitigations.operand_weight(spec, whole, data)
+        channel_scale = mitigations.selection_scale(spec, whole.detach(), v.detach(), data)
+        operand = mine
+        if v is not whole:
+            part = self._part(v, ("out", "in"))
+            operand = part.contiguous() if self.weight_layout == "out_in" else part.t().contiguous().t()
+        local = self._local_data()
         return {
-            "channel_scale": mitigations.selection_scale(self.spec, weight.detach(), v.detach(), data),
-            "shift_out": mitigations.shift_image(self.spec, v, data),
-            "operand_weight": None if v is weight else stored,
-            "operand_bias": None if bias is self.bias else bias,
+            "channel_scale": self._part(channel_scale, ("in",)),
+            # Of this rank's part: a row-parallel layer's images add up as its outputs do.
+            "shift_out": mitigations.shift_image(spec, operand, local),
+            "operand_weight": None if v is whole else operand,
+            "operand_bias": self._operand_bias(local),
         }
 
-    def _derive_sharded(self) -> dict[str, torch.Tensor | None]:
-        if not parallel.splits(self.spec):
-            raise ValueError(parallel.refusal("this layer", self.spec))
-        derived = dict.fromkeys(_DERIVED)
-        derived["channel_scale"] = parallel.whole_channel_scale(self.spec.criterion, self.weight, self.shard)
-        # Of this rank's part: the row sums of a row-parallel layer add up as its outputs do.
-        derived["shift_out"] = mitigations.shift_image(self.spec, parallel.local_weight(self.weight), {})
-        return derived
+    def _operand_bias(self, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The bias with what calibration adds to it; None where that is nothing."""
+        if "added_bias" not in data:
+            return None
+        added = data["added_bias"].to(self.weight.dtype)
+        if self.shard is not None and self.shard.kind == "row":
+            # Added once; the layer's own bias is the caller's to add, behind the sum over the ranks.
+            return added if self.shard.rank == 0 else None
+        return added if self.bias is None else parallel.local_weight(self.bias) + added
+
+    def _part(self, tensor: torch.Tensor | None, axes: tuple[str, ...]) -> torch.Tensor | None:
+        return tensor if self.shard is None or tensor is None else self.shard.part(tensor, axes)
+
+    def _local_data(self) -> dict[str, torch.Tensor]:
+        """The calibrated data, of a layer that is split over ranks this rank's part of it."""
+        return {name: self._part(value, mitigations.DATA[name]) for name, value in self.data().items()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in] -> [..., out]``, sparse in the phases of the spec."""
         if self._is_dense_phase(x):
             return F.linear(x, self.weight, self.bias)
         self._check_ready()
+        parallel.check_plain(x)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        operand = x if "rotation" not in self._data_names else x @ self.rotation.to(x.dtype)
-        y = self._sparse(operand)
-        if "low_rank_in" in self._data_names:
-            inner = F.linear(x.reshape(-1, x.shape[-1]), self.low_rank_in.to(x.dtype))
-            y = torch.addmm(y.view(-1, y.shape[-1]), inner, self.low_rank_out.to(x.dtype).t()).view(y.shape)
+        data = self._local_data()
+        y = mitigations.add_low_rank(self._sparse(mitigations.in_basis(x, data), data), x, data)
         if self.token_context is None:
             return y
         return self.token_context.overwrite_dense(y, x, lambda rows: F.linear(rows, self.weight, self.bias))
@@ -274,7 +288,7 @@ class NMLinear(nn.Linear):
         is_half = weight.dtype in (torch.bfloat16, torch.float16)
         return weight.is_cuda and is_half and len(self.spec.pattern.extra_columns) == 1
 
-    def _sparse(self, x: torch.Tensor) -> torch.Tensor:
+    def _sparse(self, x: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
         """The operator on the input in the selection's basis."""
         derived = self._derive() if self.differentiable else {name: getattr(self, name) for name in _DERIVED}
         weight = self.weight if derived["operand_weight"] is None else derived["operand_weight"]
@@ -284,13 +298,7 @@ class NMLinear(nn.Linear):
         weight, bias, lifted = (t if t is None else t.to(x.dtype) for t in (weight, bias, lifted))
         if self.spec.criterion in criteria.WEIGHT_PRUNING:
             return F.linear(x, weight, bias)
-        options = {
-            "shift": self.shift if "shift" in self._data_names else None,
-            "token_shift": self.spec.token_shift,
-            "shift_out": derived["shift_out"],
-            "variance_correction": self.spec.variance_correction,
-            "column_scale": self.column_scale if "column_scale" in self._data_names else None,
-        }
+        options = mitigations.operator_options(self.spec, data) | {"shift_out": derived["shift_out"]}
         if isinstance(self.spec.pattern, NMPattern) and not self.differentiable:
             options |= {"extra_columns": self.spec.pattern.extra_columns, "lifted_weight": lifted}
         if self.spec.criterion == "clact" and x.ndim > 1:

@@ -27,7 +27,7 @@ permute [ours]  an order of the input channels, folded into the neighbours     `
 
 Why pcs is exact: ``P(X/s)(W*s)^T`` multiplies the survivors by the very ``W``, so only the *choice* of survivors
 differs, and that is ``channel_scale / s`` on unchanged X and W (in e4m3 the scaling would also change the rounding).
-The low-rank term is added by :class:`~nm_act.NMLinear` and not by the operator: it reads the dense input, so a kernel
+The low-rank term is added beside the operator and not by it: it reads the dense input, so a kernel
 of the sparse operand could only call the same two small GEMMs, and ``addmm`` already fuses the sum into the second. It
 is not scaled by ``nu`` or ``column_scale``. A criterion that reads a weight reads V, with ``-fit`` W. Shift images and
 row sums are computed from the operand weight as stored.
@@ -36,15 +36,13 @@ Sources: arXiv 2509.22166 (VAR, shifts, LS), R-Sparse (arXiv 2504.19449), LaRoSA
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from . import criteria
-
-Shape = Callable[[int, int, int], tuple[int, ...]]
-"""Shape of a piece of data from in_features, out_features and the rank."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +67,18 @@ class Mitigation:
     slot: str = ""
 
 
-DATA: dict[str, Shape] = {
-    "shift": lambda n_in, n_out, rank: (n_in,),
-    "column_scale": lambda n_in, n_out, rank: (n_out,),
-    "added_bias": lambda n_in, n_out, rank: (n_out,),
-    "low_rank_in": lambda n_in, n_out, rank: (rank, n_in),
-    "low_rank_out": lambda n_in, n_out, rank: (n_out, rank),
-    "smoothing": lambda n_in, n_out, rank: (n_in,),
-    "rotation": lambda n_in, n_out, rank: (n_in, n_in),
-    "input_order": lambda n_in, n_out, rank: (n_in,),
-    "input_norm": lambda n_in, n_out, rank: (n_in,),
+DATA: dict[str, tuple[str, ...]] = {
+    "shift": ("in",),
+    "column_scale": ("out",),
+    "added_bias": ("out",),
+    "low_rank_in": ("rank", "in"),
+    "low_rank_out": ("out", "rank"),
+    "smoothing": ("in",),
+    "rotation": ("in", "in"),
+    "input_order": ("in",),
+    "input_norm": ("in",),
 }
-"""Calibrated tensor -> its shape; all are float32 (``input_order`` holds whole numbers)."""
+"""Calibrated tensor -> its axes; all are float32 (``input_order`` holds whole numbers)."""
 
 MITIGATIONS = {
     "var": Mitigation("variance correction"),
@@ -163,9 +161,20 @@ def learned_data_of(spec) -> tuple[str, ...]:
     return tuple(name for name in DATA if name in learned)
 
 
+def shape_of(name: str, in_features: int, out_features: int, rank: int) -> tuple[int, ...]:
+    """Shape of a calibrated tensor in a layer of these sizes."""
+    sizes = {"in": in_features, "out": out_features, "rank": rank}
+    return tuple(sizes[axis] for axis in DATA[name])
+
+
 def replaces_weight(spec) -> bool:
     """Whether the operator multiplies by another weight than the layer's own (:func:`operand_weight`)."""
     return spec.criterion in criteria.WEIGHT_PRUNING or bool({"low_rank_in", "rotation"} & set(data_of(spec)))
+
+
+def reads_weight(spec) -> bool:
+    """Whether the selection or the operand weight derives from the whole of the layer's weight."""
+    return replaces_weight(spec) or criteria.CRITERIA[spec.criterion] is not None
 
 
 def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -191,8 +200,9 @@ def selection_scale(spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str,
     if "smoothing" not in data:
         return criteria.channel_scale(spec.criterion, read)
     smoothing = data["smoothing"]
-    scale = criteria.channel_scale(spec.criterion, read.float() * smoothing)
-    return smoothing.reciprocal() if scale is None else scale / smoothing
+    if criteria.CRITERIA[spec.criterion] is None:
+        return smoothing.reciprocal()
+    return criteria.channel_scale(spec.criterion, read.float() * smoothing) / smoothing
 
 
 def shift_image(spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
@@ -202,6 +212,29 @@ def shift_image(spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.T
     if "shift" in data:
         return v.float() @ data["shift"].float()
     return None
+
+
+def operator_options(spec, data: dict[str, torch.Tensor]) -> dict:
+    """Options of :func:`nm_act.sparse_linear` that are the spec's or calibrated data as they are."""
+    return {
+        "shift": data.get("shift"),
+        "token_shift": spec.token_shift,
+        "variance_correction": spec.variance_correction,
+        "column_scale": data.get("column_scale"),
+    }
+
+
+def in_basis(x: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
+    """``T(X) [..., in]``: the input in the basis of the selection."""
+    return x if "rotation" not in data else x @ data["rotation"].to(x.dtype)
+
+
+def add_low_rank(y: torch.Tensor, x: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
+    """``Y + X (AB)^T [..., out]`` from the operator's output and the dense input; ``y`` itself without a pair."""
+    if "low_rank_in" not in data:
+        return y
+    inner = functional.linear(x.reshape(-1, x.shape[-1]), data["low_rank_in"].to(x.dtype))
+    return torch.addmm(y.view(-1, y.shape[-1]), inner, data["low_rank_out"].to(x.dtype).t()).view(y.shape)
 
 
 def smoothing_of(input_max: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

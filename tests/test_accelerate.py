@@ -32,6 +32,16 @@ def test_device_map_auto(folder):
     assert torch.equal(model(tp_cases.ids()).logits, tp_cases.load(folder)(tp_cases.ids()).logits)
 
 
+def test_without_accelerate(tmp_path, monkeypatch):
+    """Transformers' own sentence, before anything is read; tensor parallelism gives it too."""
+    from transformers.integrations import accelerate
+
+    monkeypatch.setattr(accelerate, "is_accelerate_available", lambda *_: False)
+    tp_cases.save(tmp_path, Recipe("8:16"))
+    with pytest.raises(ValueError, match=r"requires `accelerate`\. You can install it with `pip install accelerate`$"):
+        tp_cases.load(tmp_path, device_map="auto")
+
+
 @torch.no_grad()
 def test_layers_that_stay_on_disk(folder, tmp_path):
     """accelerate brings their weights in for each call: what derives from them is computed at the first."""

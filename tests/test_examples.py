@@ -82,3 +82,11 @@ def test_examples_say_what_they_want(name):
     assert run.returncode != 0
     assert run.stderr.strip().startswith("expected MODEL"), run.stderr
     assert run.stderr.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("name", ["tensor_parallel", "device_map"])
+def test_examples_name_the_extra_of_accelerate(name, tmp_path):
+    hidden = "import runpy, sys; sys.modules['accelerate'] = None; sys.argv = sys.argv[1:]; "
+    hidden += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    run = _run("-c", hidden, EXAMPLES / f"{name}.py", tmp_path, WORLD_SIZE="2")
+    assert run.stderr.strip() == "expected accelerate, got none; install it with: pip install 'nm_act[accelerate]'"

@@ -50,6 +50,45 @@ def test_a_saved_model_loads_sparse_without_importing_nm_act(tmp_path):
         assert done.stdout.strip() == expected, done.stderr
 
 
+ORDERS = {
+    "transformers, then torch": "import transformers, torch",
+    "quantizers first of all": "import transformers.quantizers.auto",
+    "looked up in between": "import torch, importlib.util; importlib.util.find_spec('transformers.quantizers.auto')",
+    "imported in vain": """
+import torch, sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers.quantizers.base":
+            raise ImportError("once")
+sys.meta_path.insert(0, Broken())
+try:
+    import transformers.quantizers.auto
+except ImportError:
+    sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, Broken)]
+""",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_of_imports(order, tmp_path):
+    code = ORDERS[order] + (
+        "\nfrom transformers import AutoModelForCausalLM, LlamaForCausalLM\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING\n"
+        "assert 'nm_act' in AUTO_QUANTIZER_MAPPING and 'nm_act' in AUTO_QUANTIZATION_CONFIG_MAPPING\n"
+        "import sys; assert not [f for f in sys.meta_path if type(f).__name__ == '_AfterImport']"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:nm_act_autoload", "-c", code],
+        env=_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "will load dense" not in done.stderr
+
+
 def test_lm_eval_command_line(tmp_path):
     """The harness's scores for the saved model are those of the same model made sparse here."""
     pytest.importorskip("lm_eval")

@@ -28,7 +28,7 @@ def _data(spec: LinearSpec) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     data = {}
     for name in mitigations.data_of(spec):
-        shape = mitigations.DATA[name](IN, OUT, mitigations.rank_of(spec.mitigation))
+        shape = mitigations.shape_of(name, IN, OUT, mitigations.rank_of(spec.mitigation))
         data[name] = torch.randn(shape, generator=generator) * 0.3
     if "rotation" in data:
         data["rotation"] = torch.linalg.qr(data["rotation"]).Q

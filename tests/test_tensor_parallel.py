@@ -17,7 +17,7 @@ from conftest import assert_same_bits, hard_activations  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from nm_act import Recipe, parallel, reference, sparsify  # noqa: E402
+from nm_act import Recipe, Rule, parallel, reference, sparsify  # noqa: E402
 from nm_act.integrations.tensor_parallel import check_plan  # noqa: E402
 
 if not torch.distributed.is_available():
@@ -30,6 +30,20 @@ RECIPES = {
     "amber-mean-var": Recipe("16:32", criterion="amber", mitigation=["dpts-mean", "var"], skip_layers=[1]),
     "windows-var": Recipe("2:4+1", mitigation=["var", "dpts-mean"]),
     "clact-var": Recipe("4:8", criterion="clact", mitigation=["var"]),
+    "spts-ls-var": Recipe("8:16", criterion="wina", mitigation=["spts", "ls", "var"]),
+    "low-rank-pcs-lpts": Recipe("2:4", criterion="amber", mitigation=["rsparse-4", "pcs", "lpts"]),
+    "fit-ls-first": Recipe("4:8", criterion="wina", mitigation=["rsparse-4-fit", "ls"], dense_first_tokens=2),
+    "permute-pcs": Recipe("4:8", mitigation=["permute", "pcs", "spts-scalar"]),
+    "wanda": Recipe("4:8", criterion="wanda"),
+    "column-only": Recipe(
+        "2:4",
+        mitigation=["larosa", "spts"],
+        rules=[
+            Rule(projections=["up_proj"], pattern="50%", mitigation=["dpts-mean", "ls"]),
+            Rule(projections=["o_proj"], pattern="50%", criterion="weight-magnitude", mitigation=[]),
+            Rule(projections=["down_proj"], mitigation=["ls"]),
+        ],
+    ),
     "first-prefill": Recipe("8:16", mitigation=["dpts-median"], phase="prefill", dense_first_tokens=1),
 }
 
@@ -45,12 +59,13 @@ def test_layers_and_model_equal_a_single_process(folders, layout, dtype):
     run_ranks(tp_cases.every_layer_and_the_model, list(folders.values()), layout, dtype)
 
 
-def test_saving_and_loading(folders, tmp_path):
-    run_ranks(tp_cases.save_and_load, folders["wina-var"], tmp_path)
-    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, folders["wina-var"]))
+@pytest.mark.parametrize("name", ["wina-var", "low-rank-pcs-lpts"])
+def test_saving_and_loading(name, folders, tmp_path):
+    run_ranks(tp_cases.save_and_load, folders[name], tmp_path)
+    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, folders[name]))
     assert saved.keys() == original.keys()
-    assert all(torch.equal(saved[name], original[name]) for name in saved)
-    texts = [(folder / "config.json").read_text() for folder in (tmp_path, folders["wina-var"])]
+    assert all(torch.equal(saved[key], original[key]) for key in saved)
+    texts = [(folder / "config.json").read_text() for folder in (tmp_path, folders[name])]
     assert texts[0] == texts[1]
 
 
@@ -69,27 +84,38 @@ def test_sizes_that_cut_a_group_or_a_head(folders, tmp_path):
         "model.layers.0.mlp.down_proj (in groups of 32); choose one of those sizes or another pattern",
     )
     for size, what in ((3, "the 128 out_features of model.layers.0.self_attn.q_proj"), (4, "the 2 attention heads of")):
-        model.config.distributed_config = SimpleNamespace(tp_size=size, tp_plan="auto")
+        model.config.distributed_config = _config(size, "auto")
         with pytest.raises(ValueError, match=f"expected a tensor-parallel size among 1, got {size}, .* cut {what}"):
             check_plan(model)
-    model.config.distributed_config = SimpleNamespace(tp_size=2, tp_plan={"layers.*.mlp.down_proj": "colwise"})
+    model.config.distributed_config = _config(2, {"layers.*.mlp.down_proj": "colwise"})
     check_plan(model.model)  # the caller's plan replaces the model's, which would cut a group
 
 
-@pytest.mark.parametrize("fields", [{"mitigation": ["spts"]}, {"criterion": "weight-magnitude"}, {"pattern": "50%"}])
-def test_methods_that_cannot_be_split_are_named_with_their_layer(fields):
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"mitigation": ["larosa"]}, r"a rotation \(larosa\), which mixes all in_features"),
+        ({"pattern": "50%"}, "top-k, which compares all in_features"),
+    ],
+)
+def test_methods_that_cannot_be_split_are_named_with_their_layer(fields, what):
     model = sparsify(tp_cases.build(), Recipe(**{"pattern": "2:4", **fields})).model
-    model.config.distributed_config = SimpleNamespace(tp_size=2, tp_plan=None)
+    model.config.distributed_config = _config(2, None)
     with pytest.raises(
-        ValueError, match=r"expected model\.layers\.0\.self_attn\.q_proj without calibrated data, weight"
+        ValueError, match=rf"expected model\.layers\.0\.self_attn\.o_proj, whose in.* are split.*, without {what}, got"
     ):
         check_plan(model)
+
+
+def _config(size, plan):
+    """The parts of Transformers' DistributedConfig, of any of its versions, that are read."""
+    return SimpleNamespace(tp_size=size, tp_plan=plan, enable_expert_parallel=False)
 
 
 def test_plan_without_splitting():
     model = sparsify(tp_cases.build(), Recipe("2:4")).model
     check_plan(model)
-    model.config.distributed_config = SimpleNamespace(tp_size=None, tp_plan=None)
+    model.config.distributed_config = _config(None, None)
     check_plan(model)
 
 
@@ -100,6 +126,21 @@ def test_a_split_model_cannot_be_converted(tmp_path):
 
 def test_optimize_leaves_split_layers_alone(folders):
     run_ranks(tp_cases.optimize_changes_nothing, folders["act"])
+
+
+# ---- other ways to split, and autocast ----
+
+
+def test_autocast(folders):
+    run_ranks(tp_cases.under_autocast, folders["spts-ls-var"])
+
+
+def test_fsdp2():
+    run_ranks(tp_cases.fully_sharded, Recipe("8:16", criterion="wina", mitigation=["var", "dpts-mean"]))
+
+
+def test_torch_parallel_styles():
+    run_ranks(tp_cases.torch_styles, Recipe("8:16", criterion="wina"))
 
 
 # ---- the arithmetic of a row-parallel layer, without processes ----
@@ -125,7 +166,8 @@ def test_row_parallel_terms_add_up(options, size, dtype):
 
     def term(shard):
         mine = {
-            key: shard.inputs(value) if key in ("shift", "channel_scale") else value for key, value in options.items()
+            key: shard.part(value, ("in",)) if key in ("shift", "channel_scale") else value
+            for key, value in options.items()
         }
         part, columns = (each.chunk(size, dim=-1)[shard.rank] for each in (x, weight))
         return parallel.row_sparse_linear(shard, part, columns, bias if shard.rank == 0 else None, 4, 8, **mine)

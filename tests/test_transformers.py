@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -317,6 +318,15 @@ def test_a_recipe_that_does_not_fit_stops_the_loading(tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path, quantization_config=NMActConfig(pattern="2:4", skip_layers=[7])
         )
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
+    sparsify(_tiny("llama"), Recipe("8:16")).model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["recipe"] |= {"version": 2, "new": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="expected recipe version 1, got 2; upgrade nm_act or set version to 1"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_model_quantised_otherwise_keeps_its_config():

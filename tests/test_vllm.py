@@ -3,9 +3,12 @@
 import importlib.util
 import json
 import logging
+import os
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +28,13 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
         ("model.layers.12.self_attn.qkv_proj", (12, "qkv_proj")),
         ("language_model.model.layers.0.mlp.down_proj", (0, "down_proj")),
         ("transformer.h.3.mlp.c_fc", (3, "c_fc")),
+        ("llm.model.layers.2.mlp.gate_up_proj", (2, "gate_up_proj")),
+        ("model.language_model.layers.4.self_attn.o_proj", (4, "o_proj")),
+        ("thinker.model.layers.1.mlp.down_proj", (1, "down_proj")),
+        ("transformer.encoder.layers.5.self_attention.dense", (5, "dense")),
+        ("model.encoder.layers.5.self_attn.q_proj", None),
+        ("model.audio_tower.layers.5.self_attn.q_proj", None),
+        ("model.mtp.layers.0.mlp.down_proj", None),
         ("model.layers.3.mlp.experts.7.w1", None),  # a mixture's experts have a kernel of their own
         ("visual.blocks.3.attn.qkv", None),
         ("vision_tower.encoder.layers.2.mlp.up_proj", None),
@@ -47,13 +57,35 @@ def test_specs_of_merged_layers():
     assert plugin.specs_of(recipe, "lm_head", LLAMA, 64) == []
 
 
+def _spans(specs, sizes, scales=None, data=None):
+    found = plugin.segments(specs, sizes, scales or [None] * len(specs), data or [{} for _ in specs])
+    return [(each.start, each.stop, each.spec) for each in found]
+
+
 def test_segments():
-    act, other, scale = LinearSpec("8:16"), LinearSpec("2:4"), torch.ones(4)
-    spans = lambda *arguments: [(each.start, each.stop, each.spec) for each in plugin.segments(*arguments)]  # noqa: E731
-    assert spans([act, act, act], [8, 4, 4], [None] * 3) == [(0, 16, act)]
-    assert spans([act, None, None], [8, 4, 4], [None] * 3) == [(0, 8, act), (8, 16, None)]
-    assert spans([act, other], [8, 8], [None] * 2) == [(0, 8, act), (8, 16, other)]
-    assert spans([act, act], [8, 8], [scale, scale]) == [(0, 8, act), (8, 16, act)]
+    act, other = LinearSpec("8:16"), LinearSpec("2:4")
+    assert _spans([act, act, act], [8, 4, 4]) == [(0, 16, act)]
+    assert _spans([act, None, None], [8, 4, 4]) == [(0, 8, act), (8, 16, None)]
+    assert _spans([act, other], [8, 8]) == [(0, 8, act), (8, 16, other)]
+    assert _spans([act, act], [8, 8], [torch.ones(4), torch.zeros(4)]) == [(0, 8, act), (8, 16, act)]
+
+
+def test_segments_with_data():
+    """Data over the inputs has to be the same in a product, data over the outputs is put together."""
+    spec, one, two = LinearSpec("8:16", mitigation=["spts", "ls"]), torch.ones(4), torch.zeros(4)
+    data = [{"shift": shift, "column_scale": torch.full((8,), scale)} for shift, scale in ((one, 1.0), (one, 2.0))]
+    (segment,) = plugin.segments([spec, spec], [8, 8], [None, None], data)
+    assert segment.data["column_scale"].tolist() == [1.0] * 8 + [2.0] * 8
+    assert segment.data["shift"] is one
+    assert _spans([spec, spec], [8, 8], data=[data[0], data[1] | {"shift": two}]) == [(0, 8, spec), (8, 16, spec)]
+
+
+def test_what_is_said_after_loading():
+    level, text = plugin.loaded_sentence(8, 2, "visual.proj")
+    assert (level, text) == (logging.INFO, "nm_act: 8 linear layers are sparse, 2 are dense")
+    level, text = plugin.loaded_sentence(0, 2, "visual.proj")
+    assert level == logging.WARNING
+    assert "got 2 others (such as visual.proj), so the model is served dense" in text
 
 
 def test_what_a_server_cannot_follow():
@@ -63,6 +95,12 @@ def test_what_a_server_cannot_follow():
             plugin.check_servable(recipe)
     with pytest.raises(ValueError, match=r"expected a recipe with dense_first_tokens 0 for vLLM, .* got 4; save"):
         plugin.check_servable(Recipe("8:16", dense_first_tokens=4))
+    for recipe, got in (
+        (Recipe("2:4", criterion="clact"), "clact"),
+        (Recipe("2:4", rules=[Rule(pattern="50%")]), "50%"),
+    ):
+        with pytest.raises(ValueError, match=f"expected a recipe without clact and top-k for vLLM, got {got}; save"):
+            plugin.check_servable(recipe)
 
 
 def test_another_interface_is_one_warning(monkeypatch, caplog):
@@ -96,7 +134,23 @@ RECIPES = {
         "8:16", criterion="wina", mitigation=["var"], rules=[Rule(projections=["v_proj", "up_proj"], pattern="2:4")]
     ),
     "amber-median": Recipe("4:8", criterion="amber", mitigation=["dpts-median", "var"]),
+    "windows": Recipe("2:4+1", criterion="wina", mitigation=["dpts-mean"]),
+    "spts-ls-var": Recipe("8:16", criterion="wina", mitigation=["spts", "ls", "var"]),
+    "low-rank-pcs-lpts": Recipe("2:4", criterion="amber", mitigation=["rsparse-4", "pcs", "lpts"]),
+    "rest": Recipe(
+        "4:8",
+        criterion="wanda",
+        rules=[
+            Rule(projections=["q_proj", "k_proj"], criterion="act", mitigation=["larosa", "ls"]),
+            Rule(projections=["gate_proj"], criterion="wina", mitigation=["rsparse-4-fit", "ls", "permute"]),
+            Rule(projections=["o_proj"], criterion="weight-magnitude"),
+        ],
+    ),
 }
+
+
+ENGINE = ("act", "amber-median", "low-rank-pcs-lpts")
+"""Those that the whole engine runs."""
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +169,74 @@ def test_layers_equal_the_transformers_model(folders, size):
 
 
 @needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engine_generates_what_transformers_does(name, size, folders):
+    """In float32, with no near tie: then the order of sums decides nothing. The compiled engine: test_examples.py."""
+    model, prompt = tp_cases.load(folders[name]), torch.tensor([[5, 7, 11, 13]])
+    tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)[0].tolist()
+    with torch.no_grad():
+        best = model(torch.tensor([tokens[:-1]])).logits[0, 3:].topk(2).values
+    assert (best[:, 0] - best[:, 1]).min() > 1e-3
+    run = subprocess.run(
+        [sys.executable, Path(__file__).parent / "vllm_cases.py", folders[name], str(size)],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert f"generated {tokens[4:]}" in run.stdout, run.stderr[-3000:]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_what_loading_says(tmp_path):
+    import vllm_cases
+
+    folders = (
+        tp_cases.save(tmp_path / "sparse", Recipe("8:16", skip_layers=[0])),
+        tp_cases.save(tmp_path / "dense", Recipe("8:16", skip_layers=[0, 1])),
+        tp_cases.save(tmp_path / "uncalibrated", Recipe("8:16", mitigation=["spts"]), calibrated=False),
+    )
+    run_ranks(vllm_cases.loading_says, *folders, size=1, timeout=400)
+
+
+@needs_vllm
 def test_config_of_a_newer_version():
     from nm_act.integrations.vllm_linear import NMActVLLMConfig
 
     with pytest.raises(ValueError, match="expected recipe version 1, got 2; upgrade nm_act"):
         NMActVLLMConfig.from_config(json.loads('{"quant_method": "nm_act", "recipe": {"version": 2, "new": 1}}'))
+
+
+@needs_vllm
+def test_an_interface_that_differs_is_noticed(monkeypatch):
+    from nm_act.integrations import vllm_linear
+
+    monkeypatch.setattr(vllm_linear.LinearMethodBase, "create_weights", lambda self, layer, sizes: None)
+    with pytest.raises(TypeError, match="create_weights takes self, layer, sizes"):
+        vllm_linear._check_interface()
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (
+            LinearSpec("2:4", mitigation=["larosa"]),
+            r"expected a\.o_proj, whose in_features are split over ranks, without a",
+        ),
+        (
+            LinearSpec("16:32"),
+            "expected a tensor-parallel size among 1, 3, got 2, which would cut the 96 in_features of a",
+        ),
+    ],
+    ids=str,
+)
+def test_layers_that_cannot_be_split(spec, sentence):
+    from nm_act.integrations.vllm_linear import NMActLinearMethod
+
+    method = NMActLinearMethod([("o_proj", spec)], lambda: None)
+    with pytest.raises(ValueError, match=sentence):
+        method.create_weights(SimpleNamespace(prefix="a.o_proj"), 48, [64], 96, 64, torch.float32)

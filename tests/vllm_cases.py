@@ -1,9 +1,11 @@
 """What each rank does in test_vllm.py: vLLM's own model, read by its own loader, against the Transformers model."""
 
 import itertools
+import logging
 import os
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import tp_cases
@@ -12,7 +14,7 @@ from conftest import assert_same_bits
 from nm_act import NMLinear, ops
 
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-TOLERANCES = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 5e-2, "atol": 1e-1}}
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a layer's largest output
 
 
 @torch.no_grad()
@@ -32,52 +34,70 @@ def layers(folders) -> None:
         _column_layer(folder, model, whole, inputs)
 
 
+def loading_says(sparse, dense, uncalibrated) -> None:
+    """One line about what is sparse; one sentence for a checkpoint whose mitigations were never calibrated."""
+    expected = {
+        sparse: (logging.INFO, "nm_act: 4 linear layers are sparse, 4 are dense"),
+        dense: (
+            logging.WARNING,
+            "got 8 others (such as model.layers.0.self_attn.qkv_proj), so the model is served dense",
+        ),
+    }
+    for folder, (level, text) in expected.items():
+        records = []
+        with mock.patch.object(logging.getLogger("vllm.nm_act"), "handle", records.append):
+            _vllm_model(folder, torch.float32)
+        assert [(record.levelno, text in record.getMessage()) for record in records] == [(level, True)]
+    with pytest.raises(ValueError, match=r"expected calibrated data for \w+_proj in .*, shift \[\d+\], got no values"):
+        _vllm_model(uncalibrated, torch.float32)
+
+
 def _compare(what, name, layer, whole, inputs, tokens) -> None:
     size, rank = dist.get_world_size(), dist.get_rank()
     parent, _, last = name.rpartition(".")
     parts = [whole.get_submodule(f"{parent}.{each}") for each in MERGED.get(last, (last,))]
     x = inputs[f"{parent}.{MERGED.get(last, (last,))[0]}"].flatten(0, -2)[:tokens]
     assert type(layer.quant_method).__name__ == "NMActLinearMethod"
-    if type(layer).__name__ == "RowParallelLinear":
-        selections = _selections(layer, x.chunk(size, dim=-1)[rank].contiguous())
-        got, expected = selections.pop("output"), parts[0](x)
-        assert_same_bits(selections["pruned"][0], _pruned(parts[0], x).chunk(size, dim=-1)[rank], what=what)
+    by_row = type(layer).__name__ == "RowParallelLinear"
+    got, selected = _selections(layer, layer, x.chunk(size, dim=-1)[rank].contiguous() if by_row else x)
+    expected, wanted = zip(*(_selections(layer, part, x) for part in parts), strict=True)
+    wanted = [pruned for each in wanted for pruned in each]
+    if by_row:
+        expected, wanted = expected[0], [pruned.chunk(size, dim=-1)[rank] for pruned in wanted]
     else:
-        selections = _selections(layer, x)
-        got = selections.pop("output")
-        expected = torch.cat([part(x).chunk(size, dim=-1)[rank] for part in parts], dim=-1)
-        alike = len({str(part.spec) for part in parts}) == 1 and parts[0].channel_scale is None
-        assert len(selections["pruned"]) == (1 if alike else len(parts)), "the input is compressed once"
-        for pruned, part in zip(selections["pruned"], parts, strict=False):
-            assert_same_bits(pruned, _pruned(part, x), what=what)
-    torch.testing.assert_close(got, expected, **TOLERANCES[x.dtype], msg=lambda text: f"{what}: {text}")
+        expected = torch.cat([each.chunk(size, dim=-1)[rank] for each in expected], dim=-1)
+    if len(parts) > 1 and all(_reads_as(part, parts[0]) for part in parts):
+        assert len(selected) <= 1, f"{what}: the input is compressed once"
+        selected = selected * len(wanted)
+    assert len(selected) == len(wanted)
+    for pruned, theirs in zip(selected, wanted, strict=True):
+        assert_same_bits(pruned, theirs, what=what)
+    tolerance = TOLERANCES[x.dtype] * expected.abs().max().item()
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance, msg=lambda text: f"{what}: {text}")
 
 
-def _selections(layer, x) -> dict:
+def _reads_as(one: NMLinear, other: NMLinear) -> bool:
+    """Whether two projections of one input select alike, by nothing of their own."""
+    return str(one.spec) == str(other.spec) and one.channel_scale is None and not one.data()
+
+
+def _selections(vllm_layer, layer, x) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Output of a layer and its pruned inputs, one for each product."""
     pruned, real = [], ops.sparse_linear
 
     def spy(x, weight, bias, n, m, **options):
-        pruned.append(_prune(x, n, m, options))
+        selection = {key: options.get(key) for key in ("channel_scale", "shift")}
+        selection["extra_columns"] = options.get("extra_columns", ())
+        pruned.append(ops.prune(x, n, m, token_shift=options.get("token_shift", "none"), **selection))
         return real(x, weight, bias, n, m, **options)
 
-    if layer.nm_act_operator is real:
-        layer.nm_act_operator = spy
+    operator = vllm_layer.nm_act_operator
+    if operator is real:
+        vllm_layer.nm_act_operator = spy
     with mock.patch.object(ops, "sparse_linear", spy):
         output = layer(x)
-    if layer.nm_act_operator is spy:
-        layer.nm_act_operator = real
-    return {"output": output[0] if isinstance(output, tuple) else output, "pruned": pruned}
-
-
-def _prune(x, n, m, options):
-    selection = {key: options.get(key) for key in ("channel_scale", "shift")}
-    return ops.prune(x, n, m, token_shift=options.get("token_shift", "none"), **selection)
-
-
-def _pruned(layer: NMLinear, x):
-    pattern = layer.spec.pattern
-    options = {"channel_scale": layer.channel_scale, "token_shift": layer.spec.token_shift}
-    return _prune(x, pattern.keep, pattern.group, options)
+    vllm_layer.nm_act_operator = operator
+    return output[0] if isinstance(output, tuple) else output, pruned
 
 
 def _column_layer(folder, model, whole, inputs) -> None:
@@ -96,11 +116,14 @@ def _column_layer(folder, model, whole, inputs) -> None:
             prefix=name,
         )
     assert layer.weight.weight_loader.args[1].__name__ == "weight_loader_v2"
-    layer.weight.weight_loader(layer.weight, dense.weight.detach())
+    layer.weight.weight_loader(layer.weight, dense.weight.detach())  # waits for the data that comes after it
+    for key, value in dense.data().items():
+        getattr(layer, key).weight_loader(getattr(layer, key), value)
     layer.bias.weight_loader(layer.bias, dense.bias.detach())
     layer.quant_method.process_weights_after_loading(layer)
     expected = dense(inputs[name]).chunk(dist.get_world_size(), dim=-1)[dist.get_rank()]
-    torch.testing.assert_close(layer(inputs[name])[0], expected, **TOLERANCES[expected.dtype])
+    tolerance = TOLERANCES[expected.dtype] * expected.abs().max().item()
+    torch.testing.assert_close(layer(inputs[name])[0], expected, rtol=0, atol=tolerance)
 
 
 def _vllm_model(folder, dtype):
@@ -130,3 +153,15 @@ def _vllm_model(folder, dtype):
             model = get_model(vllm_config=config)
     model.nm_act_test_config = config
     return model
+
+
+if __name__ == "__main__":  # vLLM's ranks import this file again
+    import sys
+
+    from vllm import LLM, SamplingParams
+
+    arguments = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "skip_tokenizer_init": True}
+    llm = LLM(sys.argv[1], tensor_parallel_size=int(sys.argv[2]), enforce_eager=True, **arguments)
+    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": [5, 7, 11, 13]}], sampling)
+    print("generated", list(output.outputs[0].token_ids))

@@ -142,7 +142,7 @@ def _check_tensors(model: nn.Module, specs: dict[str, LinearSpec], tensors: dict
     """Compare the data's names and shapes with what a recipe's layers need; a shared layer has one of its names."""
     modules = {name: module for name, module in model.named_modules() if name in specs}
     needed = {
-        f"{name}.{key}": mitigations.DATA[key](module.in_features, module.out_features, rank)
+        f"{name}.{key}": mitigations.shape_of(key, module.in_features, module.out_features, rank)
         for name, module in modules.items()
         for rank in [mitigations.rank_of(specs[name].mitigation)]
         for key in mitigations.data_of(specs[name])

@@ -7,8 +7,9 @@ follows.
 import re
 
 from ..linear import NMLinear
-from ..parallel import Part, check_size, refusal, splits
+from ..parallel import Part, check_size, check_split, part_of
 
+_KINDS = {"rowwise": "row", "colwise": "column"}
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
 
 
@@ -39,12 +40,12 @@ def _parts(model, plan: dict[str, str]):
         if not isinstance(module, NMLinear):
             continue
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), plan.get(name, ""))
-        if ("rowwise" in style or "colwise" in style) and not splits(module.spec):
-            raise ValueError(refusal(name, module.spec))
-        if "rowwise" in style:
-            yield Part(name, "in_features", module.in_features, module.spec.pattern.span)
-        elif "colwise" in style:
-            yield Part(name, "out_features", module.out_features)
+        kind = next((kind for word, kind in _KINDS.items() if word in style), None)
+        if kind is None:
+            continue
+        check_split(name, module.spec, kind)
+        yield part_of(name, module.spec, kind, module.in_features, module.out_features)
+        if kind == "column":
             heads = getattr(config, _HEADS.get(name.rpartition(".")[2], ""), None)
             if isinstance(heads, int):
                 yield Part(name, "attention heads", heads)

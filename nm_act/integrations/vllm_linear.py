@@ -1,13 +1,15 @@
 """The classes that plug into vLLM; importing this module needs vLLM and registers the method "nm_act" with it.
 
-The weights are loaded as vLLM loads dense ones. A channel scale derives from the *whole* weight of a projection, so it
-is computed while the loader has that in hand, before it is cut for this rank: no rank has to ask another, and all
-select as a single process does. Every collective is vLLM's own, and ``apply`` reads nothing back from the device, so it
-can be captured in a CUDA graph.
+The weights are loaded as vLLM loads dense ones. What derives from the *whole* weight of a projection (a channel scale,
+another weight in its place) is computed while the loader has that in hand, before it is cut for this rank: no rank has
+to ask another, and all select as a single process does. A weight that comes before its calibrated data waits for it.
+Every collective is vLLM's own, and ``apply`` reads nothing back from the device, so it can be captured in a CUDA graph.
 """
 
 import functools
 import inspect
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +19,11 @@ try:
 except ImportError as error:
     raise ImportError("expected vLLM, got none; install it with: pip install 'nm_act[vllm]'") from error
 
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
@@ -28,10 +34,11 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
 from .. import criteria, mitigations, ops, parallel
+from ..linear import FOLLOW_WEIGHT
 from ..recipe import LinearSpec, Recipe
 from . import vllm as plan
 
@@ -45,6 +52,9 @@ class NMActVLLMConfig(QuantizationConfig):
         super().__init__()
         plan.check_servable(recipe)
         self.recipe = recipe
+        self._sparse: list[str] = []
+        self._dense: list[str] = []
+        self._logged = False
 
     def __repr__(self) -> str:
         return f"NMActVLLMConfig({self.recipe})"
@@ -78,7 +88,26 @@ class NMActVLLMConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         specs = plan.specs_of(self.recipe, prefix, self.packed_modules_mapping, layer.input_size)
-        return NMActLinearMethod(specs) if specs else UnquantizedLinearMethod()
+        (self._sparse if specs else self._dense).append(prefix)
+        if specs:
+            return NMActLinearMethod(specs, self._log)
+        method = UnquantizedLinearMethod()
+        process = method.process_weights_after_loading
+
+        def process_and_log(layer: torch.nn.Module) -> None:
+            process(layer)
+            self._log()
+
+        # On the object, not in a subclass: some of vLLM's models compare the type before they replace the method.
+        method.process_weights_after_loading = process_and_log
+        return method
+
+    def _log(self) -> None:
+        """Say once, when the first layer has its weights and so all are built, what is sparse."""
+        if not self._logged and get_tensor_model_parallel_rank() == 0:
+            level, text = plan.loaded_sentence(len(self._sparse), len(self._dense), (self._dense or [""])[0])
+            logging.getLogger("vllm.nm_act").log(level, text)
+        self._logged = True
 
 
 class NMActLinearMethod(LinearMethodBase):
@@ -88,9 +117,12 @@ class NMActLinearMethod(LinearMethodBase):
     ----------
     specs : list of (str, LinearSpec or None)
         The projections in the layer, in order.
+    loaded : callable
+        Called when a layer has its weights.
     """
 
-    def __init__(self, specs: list[tuple[str, LinearSpec | None]]):
+    def __init__(self, specs: list[tuple[str, LinearSpec | None]], loaded: Callable[[], None]):
+        self._loaded = loaded
         self.names = [name for name, _ in specs]
         self.specs = [spec for _, spec in specs]
 
@@ -109,17 +141,17 @@ class NMActLinearMethod(LinearMethodBase):
         Raises
         ------
         ValueError
-            If a shard boundary would cut a group.
+            If a shard boundary would cut a group, or a method cannot be split.
         """
         size = input_size // input_size_per_partition
-        units = [spec.pattern.span for spec in self.specs if spec is not None]
-        parallel.check_size(size, [parallel.Part(layer.prefix, "in_features", input_size, unit) for unit in units])
+        for spec in filter(None, self.specs if size > 1 else ()):
+            parallel.check_split(layer.prefix, spec, "row")
+            parallel.check_size(size, [parallel.part_of(layer.prefix, spec, "row", input_size, output_size)])
         if len(self.specs) not in (1, len(output_partition_sizes)):
             raise ValueError(
                 f"expected {len(output_partition_sizes)} projections in {layer.prefix}, got {', '.join(self.names)}; "
                 "leave this layer out of the recipe"
             )
-        layer.nm_act_scales = [None] * len(self.specs)
         load = extra_weight_attrs.pop("weight_loader")
         weight = ModelWeightParameter(
             data=torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype),
@@ -130,15 +162,72 @@ class NMActLinearMethod(LinearMethodBase):
         layer.register_parameter("weight", weight)
         set_weight_attrs(weight, extra_weight_attrs)
         layer.nm_act_sizes = list(output_partition_sizes) if len(self.specs) > 1 else [sum(output_partition_sizes)]
+        layer.nm_act_scales = [None] * len(self.specs)
+        layer.nm_act_data = [dict[str, torch.Tensor]() for _ in self.specs]
+        layer.nm_act_waiting = []
+        # Which output features of each projection vLLM's loader gives this rank: its own index vector, loaded like the
+        # weight. Not a parameter of the layer, since no checkpoint has it.
+        rows = torch.empty(sum(output_partition_sizes), dtype=torch.int64)
+        layer.nm_act_rows = [ChannelQuantScaleParameter(data=rows, output_dim=0, weight_loader=load)]
+        for name in self._data_names:
+            loader = functools.partial(self._load_data, layer, name)
+            layer.register_parameter(name, BasevLLMParameter(data=torch.empty(0), weight_loader=loader))
+
+    @property
+    def _data_names(self) -> list[str]:
+        return sorted({name for spec in self.specs if spec is not None for name in mitigations.data_of(spec)})
+
+    def _load_data(self, layer, name: str, param, value: torch.Tensor, loaded_shard_id=None) -> None:
+        """Take one projection's calibrated data, whole; ``param`` is only the name under which vLLM finds it."""
+        index = 0 if len(self.specs) == 1 else _SHARD_IDS.get(loaded_shard_id, loaded_shard_id)
+        dtype = layer.weight.dtype if name in FOLLOW_WEIGHT else torch.float32
+        layer.nm_act_data[index][name] = value.to(layer.weight.device, dtype, copy=True)
+        layer.nm_act_waiting = [item for item in layer.nm_act_waiting if not self._finish(layer, *item)]
 
     def _load(self, layer, load, param, loaded_weight: torch.Tensor, loaded_shard_id=None) -> None:
-        """vLLM's loader of this layer, and the channel scales of what it is about to cut."""
-        whole = loaded_weight.to(param.device, param.dtype)
-        for index, part in self._projections(layer, whole, loaded_shard_id):
-            spec = self.specs[index]
-            if spec is not None:
-                layer.nm_act_scales[index] = criteria.channel_scale(spec.criterion, part)
-        load(param, loaded_weight, *(() if loaded_shard_id is None else (loaded_shard_id,)))
+        """vLLM's loader of this layer, behind what derives from the whole of what it is about to cut."""
+        if not self._finish(layer, load, param, loaded_weight, loaded_shard_id):
+            # A copy: it is kept longer than some of vLLM's readers keep their buffers.
+            layer.nm_act_waiting.append((load, param, loaded_weight.clone(), loaded_shard_id))
+
+    def _finish(self, layer, load, param, loaded_weight: torch.Tensor, shard_id) -> bool:
+        """Load a weight if the calibrated data of its projections is there."""
+        parts = list(self._projections(layer, loaded_weight, shard_id))
+        if any(self._missing(layer, index) for index, _ in parts):
+            return False
+        operands = [self._derive(layer, index, part, param) for index, part in parts]
+        ids = () if shard_id is None else (shard_id,)
+        if any(operand is not part for operand, (_, part) in zip(operands, parts, strict=True)):
+            loaded_weight = torch.cat([operand.to(param.device, param.dtype) for operand in operands])
+        load(param, loaded_weight, *ids)
+        load(layer.nm_act_rows[0], torch.cat([torch.arange(len(part)) for _, part in parts]), *ids)
+        return True
+
+    def _missing(self, layer, index: int) -> str:
+        """Name of a piece of calibrated data that a projection still lacks."""
+        spec, data = self.specs[index], layer.nm_act_data[index]
+        return "" if spec is None else next((name for name in mitigations.data_of(spec) if name not in data), "")
+
+    def _derive(self, layer, index: int, part: torch.Tensor, param) -> torch.Tensor:
+        """Set a projection's channel scale; return its operand weight, ``part`` itself where that is the weight."""
+        spec, data = self.specs[index], layer.nm_act_data[index]
+        if spec is None:
+            return part
+        for name, value in data.items():
+            shape = mitigations.shape_of(name, part.shape[1], part.shape[0], mitigations.rank_of(spec.mitigation))
+            if value.shape != shape or value.isnan().any():
+                got = "no values" if value.shape == shape else list(value.shape)
+                raise ValueError(
+                    f"expected calibrated data for {self.names[index]} in {layer.prefix}, {name} {list(shape)}, got "
+                    f"{got}; calibrate with nm-act calibrate and save the model again"
+                )
+        if not mitigations.reads_weight(spec):
+            layer.nm_act_scales[index] = mitigations.selection_scale(spec, part, part, data)
+            return part
+        whole = part.to(param.device, param.dtype)
+        operand = mitigations.operand_weight(spec, whole, data)
+        layer.nm_act_scales[index] = mitigations.selection_scale(spec, whole, operand, data)
+        return part if operand is whole else operand
 
     def _projections(self, layer, whole: torch.Tensor, shard_id):
         """(index, weight [out, in]) of each projection in a checkpoint's tensor."""
@@ -161,29 +250,58 @@ class NMActLinearMethod(LinearMethodBase):
         Raises
         ------
         RuntimeError
-            If a criterion needs the whole weight and no checkpoint was loaded (dummy weights, say).
+            If a criterion needs the whole weight and no checkpoint was loaded (dummy weights, say), or calibrated data
+            is missing.
         """
-        for name, spec, scale in zip(self.names, self.specs, layer.nm_act_scales, strict=True):
+        for index, (name, spec, scale) in enumerate(zip(self.names, self.specs, layer.nm_act_scales, strict=True)):
+            missing = self._missing(layer, index)
+            if missing:
+                raise RuntimeError(
+                    f"expected calibrated data for {name} in {layer.prefix}, got no {missing}; load a checkpoint that "
+                    "nm-act calibrate wrote"
+                )
             if spec is not None and scale is None and criteria.CRITERIA[spec.criterion] is not None:
                 raise RuntimeError(
                     f"expected the weight of {name} in {layer.prefix} from a checkpoint, from which the criterion "
                     f"{spec.criterion!r} computes its channel scale, got none; load the checkpoint itself"
                 )
         shard = self._shard(layer)
-        scales = [scale if shard is None else shard.inputs(scale) for scale in layer.nm_act_scales]
-        layer.nm_act_segments = plan.segments(self.specs, layer.nm_act_sizes, scales)
+        scales = [
+            scale if shard is None or scale is None else shard.part(scale, ("in",)) for scale in layer.nm_act_scales
+        ]
+        layer.nm_act_segments = plan.segments(self.specs, layer.nm_act_sizes, scales, self._local_data(layer, shard))
+        for name in self._data_names:
+            delattr(layer, name)
+        del layer.nm_act_data, layer.nm_act_scales, layer.nm_act_rows, layer.nm_act_waiting
         weight = layer.weight.data
         parts = [parallel.stored_in_out(weight[each.start : each.stop]) for each in layer.nm_act_segments]
         # A single part stays the parameter; several are kept apart, each stored by itself, and the whole is given back.
         layer.weight.data = parts[0] if len(parts) == 1 else weight.new_empty(0)
         layer.nm_act_weights = [None] if len(parts) == 1 else parts
         layer.nm_act_shift_outs = [
-            None if each.spec is None else mitigations.shift_image(each.spec, part, {})
+            None if each.spec is None else mitigations.shift_image(each.spec, part, each.data)
             for each, part in zip(layer.nm_act_segments, parts, strict=True)
         ]
         layer.nm_act_operator = ops.sparse_linear
         if shard is not None:
             layer.nm_act_operator = functools.partial(parallel.row_sparse_linear, shard)
+        self._loaded()
+
+    @staticmethod
+    def _local_data(layer, shard: parallel.Shard | None) -> list[dict[str, torch.Tensor]]:
+        """The part of each projection's calibrated data that this rank's forward reads."""
+        local, rows = [], layer.nm_act_rows[0].data.split(layer.nm_act_sizes)
+        for data, mine in zip(layer.nm_act_data, rows, strict=True):
+            part = {}
+            for name, value in data.items():
+                if mitigations.DATA[name][0] == "out":
+                    part[name] = value[mine.to(value.device)]
+                elif name not in ("smoothing", "input_norm", "input_order"):  # those did their work while loading
+                    part[name] = value if shard is None else shard.part(value, mitigations.DATA[name])
+            if shard is not None and shard.rank > 0:
+                part.pop("added_bias", None)  # the ranks' outputs are summed
+            local.append(part)
+        return local
 
     @staticmethod
     def _shard(layer) -> parallel.Shard | None:

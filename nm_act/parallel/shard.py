@@ -1,19 +1,17 @@
 """One rank's part of a weight [out, in], and what derives from the whole of it.
 
 A *column-parallel* layer holds some output features of every input, a *row-parallel* layer some inputs of every output
-feature (the names are those of the transposed weight, as everywhere). Vectors follow: those over the inputs (channel
-scale, shift) are whole in the first and cut in the second, those over the output features the other way round, and the
-row sums ``W @ 1`` of a row-parallel layer are partial sums.
+feature (the names are those of the transposed weight, as everywhere). Vectors and low-rank factors follow: those over
+the inputs (channel scale, shift) are whole in the first and cut in the second, those over the output features the other
+way round. The images of a shift and the low-rank term of a row-parallel layer are partial sums; a bias is added once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed import is_available
-
-from .. import criteria
 
 if is_available():
     import torch.distributed as dist
@@ -39,12 +37,14 @@ class Shard:
     size: int
     gather: Callable[[Tensor], Tensor]
 
-    def inputs(self, vector: Tensor | None) -> Tensor | None:
-        """This rank's part of a vector ``[in]``; None stays None."""
-        if vector is None or self.kind == "column":
-            return vector
-        part = vector.shape[0] // self.size
-        return vector.narrow(0, self.rank * part, part).contiguous()
+    def part(self, tensor: Tensor, axes: Sequence[str]) -> Tensor:
+        """This rank's part of a tensor whose axes have these names ("in", "out" or others); a view."""
+        split = "out" if self.kind == "column" else "in"
+        if split not in axes:
+            return tensor
+        dim = list(axes).index(split)
+        length = tensor.shape[dim] // self.size
+        return tensor.narrow(dim, self.rank * length, length)
 
 
 def shard_of(weight: Tensor) -> Shard | None:
@@ -95,19 +95,17 @@ def stored_in_out(weight: Tensor) -> Tensor:
     )
 
 
-def whole_channel_scale(criterion: str, weight: Tensor, shard: Shard | None) -> Tensor | None:
-    """This rank's part of the criterion's channel scale, computed from the whole weight.
+def whole_weight(weight: Tensor) -> Tensor:
+    """The whole weight, stored as this rank's part is; a plain tensor is its own.
 
-    Sums over the ranks' parts would round otherwise than one process does, and Amber-Pruner needs quantiles of the
-    whole matrix; so every rank gathers the layer once, while it loads, and selects as a single process would, bit for
-    bit. A collective: all ranks of the group have to call it.
+    What derives from parts would round otherwise than in one process, and Amber-Pruner needs quantiles of the whole
+    matrix; so every rank gathers the layer once, while it loads. A collective: all ranks of the group have to call it.
     """
-    if shard is None or criteria.CRITERIA[criterion] is None:
-        return criteria.channel_scale(criterion, local_weight(weight))
+    if not _is_sharded(weight):
+        return weight
     whole = weight.full_tensor()
-    if local_weight(weight).t().is_contiguous():
-        whole = stored_in_out(whole)  # as a single process has it: sums depend on the order of their terms
-    return shard.inputs(criteria.channel_scale(criterion, whole))
+    # As a single process has it: sums depend on the order of their terms.
+    return stored_in_out(whole) if local_weight(weight).t().is_contiguous() else whole
 
 
 def refuse_sharded(weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -119,6 +117,15 @@ def refuse_sharded(weights: Iterable[tuple[str, Tensor]]) -> None:
                 f"expected a whole model, got one whose {name} is split over {shard.size} ranks; give from_pretrained "
                 "the recipe together with the plan, as quantization_config=NMActConfig(recipe)"
             )
+
+
+def check_plain(x: Tensor) -> None:
+    """Raise a NotImplementedError for an input that torch's own parallel styles made a DTensor."""
+    if _is_sharded(x):
+        raise NotImplementedError(
+            "expected a plain tensor as a sparse layer's input, got a DTensor, as torch's parallelize_module gives it; "
+            "split the model with Transformers' tp_plan instead"
+        )
 
 
 def _is_sharded(weight: Tensor) -> bool:

@@ -34,17 +34,30 @@ class Part:
         return self.extent % (size * self.unit) == 0
 
 
-def splits(spec) -> bool:
-    """Whether a layer with this :class:`~nm_act.LinearSpec` can be split over ranks: nothing calibrated, no top-k."""
-    static = not data_of(spec) and spec.criterion not in WEIGHT_PRUNING
-    return static and isinstance(spec.pattern, NMPattern)
+def part_of(name: str, spec, kind: str, in_features: int, out_features: int) -> Part:
+    """What a "column" or "row" parallel layer of these sizes is split by."""
+    if kind == "row":
+        return Part(name, "in_features", in_features, spec.pattern.span)
+    return Part(name, "out_features", out_features)
 
 
-def refusal(name: str, spec) -> str:
-    """The sentence for a layer that cannot be split."""
-    return (
-        f"expected {name} without calibrated data, weight pruning or top-k where it is split over ranks, got {spec}; "
-        "run this recipe on one rank"
+def check_split(name: str, spec, kind: str) -> None:
+    """Raise a ValueError if a layer with this :class:`~nm_act.LinearSpec` cannot be split that way.
+
+    Calibrated data is split with the weight. Only what compares or mixes all inputs of a token is not: where ranks
+    see a slice of them, unstructured top-k and a rotation.
+    """
+    if kind != "row" or spec.criterion in WEIGHT_PRUNING:
+        return
+    if "rotation" in data_of(spec):
+        what = "a rotation (larosa), which mixes all in_features"
+    elif not isinstance(spec.pattern, NMPattern):
+        what = "top-k, which compares all in_features"
+    else:
+        return
+    raise ValueError(
+        f"expected {name}, whose in_features are split over ranks, without {what}, got {spec}; leave this layer out of "
+        "the recipe, or run it on one rank"
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..criteria import WEIGHT_PRUNING
 from ..linear import FOLLOW_WEIGHT, NMLinear
-from ..mitigations import DATA, data_of, rank_of
+from ..mitigations import data_of, rank_of, shape_of
 from ..patterns import NMPattern, as_pattern
 from ..recipe import DENSE, LinearSpec
 from ..sparsify import decoder_linears
@@ -151,7 +151,7 @@ def _extra(linear: NMLinear) -> float:
 def added_macs(spec: LinearSpec, in_features: int, out_features: int) -> int:
     """Multiply-accumulates a token of the GEMMs that a spec's mitigations add to a layer's own."""
     sizes = in_features, out_features, rank_of(spec.mitigation)
-    return sum(math.prod(DATA[name](*sizes)) for name in data_of(spec) if name in FOLLOW_WEIGHT)
+    return sum(math.prod(shape_of(name, *sizes)) for name in data_of(spec) if name in FOLLOW_WEIGHT)
 
 
 def predicted_speedup(macs: dict[str, int], rates: Rates, extra: float = 0.0) -> float:
