@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import bench_cpu_generate
 import bench_inference
 import inference_models
 from inference_profile import kind_of
@@ -95,3 +97,13 @@ def test_kernels_have_kinds():
         "triton_poi_fused_cat_mul_neg_1": "other",
     }
     assert {name: kind_of(name) for name in names} == names
+
+
+def test_generate_on_a_cpu(tmp_path):
+    model, out = tiny_model.save(tmp_path / "tiny"), tmp_path / "generate.csv"
+    bench_cpu_generate.main([str(model), "--tokens", "3", "--rounds", "1", "--csv", str(out)])
+    rows = rows_of(out)
+    assert [row["mode"] for row in rows] == ["dense", "nm-8:16", "nm-8:16 optimized"]
+    assert {row["model"] for row in rows} == {"tiny"}
+    for row in rows:
+        assert float(row["speedup"]) == pytest.approx(float(row["p50"]) / float(rows[0]["p50"]), rel=2e-2)
