@@ -204,7 +204,52 @@ def inference() -> str:
     return f"{table(header, lines, right=2)}\n\n{caption}; `{source.relative_to(ROOT)}`."
 
 
+def quality() -> str:
+    """Perplexity against predicted speed-up: what no other row beats in both, and plain ACT."""
+    with (ROOT / "docs/evaluation/results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "ppl"]
+    point = {id(row): (float(row["predicted_speedup"]), -float(row["value"])) for row in rows}
+    shown = [
+        row
+        for row in rows
+        if (row["method"], row["layers"]) == ("act", "all")
+        or not any(dominates(other, point[id(row)]) for other in point.values())
+    ]
+    lines = [
+        [
+            row["method"],
+            row["pattern"],
+            row["layers"],
+            f"{float(row['predicted_speedup']):.2f}x",
+            f"{float(row['value']):.2f}",
+        ]
+        for row in sorted(shown, key=lambda row: float(row["value"]))
+    ]
+    header = ["method", "pattern", "layers", "predicted prefill speed-up", "perplexity"]
+    first = rows[0]
+    caption = f"{first['model']}, WikiText-2, {first['samples']} tokens, float32; `docs/evaluation/results.csv`."
+    return f"{table(header, lines, right=3)}\n\n{caption}"
+
+
+def dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
+
+
+def generate() -> str:
+    with (ROOT / "benchmarks/results/cpu/generate.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    lines = [[row["mode"], row["p50"], f"{row['p20']} to {row['p80']}", f"{row['speedup']}x"] for row in rows]
+    first = rows[0]
+    origin = f"{first['model']}, float32; {first['device']}, torch {first['torch']}, {first['date']}"
+    return (
+        f"{table(['mode', 'tokens/s', '20th to 80th percentile', 'speed-up'], lines)}\n\n"
+        f"{origin}; `benchmarks/results/cpu/generate.csv`."
+    )
+
+
 BLOCKS = {
+    "quality": quality,
+    "generate": generate,
     "support": support,
     "demo": demo,
     "cpu-decode": cpu_decode,
