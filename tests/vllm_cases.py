@@ -12,6 +12,7 @@ import tp_cases
 from conftest import assert_same_bits
 
 from nm_act import NMLinear, ops
+from nm_act.criteria import WEIGHT_PRUNING
 
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a layer's largest output
@@ -62,6 +63,7 @@ def _compare(what, name, layer, whole, inputs, tokens) -> None:
     got, selected = _selections(layer, layer, x.chunk(size, dim=-1)[rank].contiguous() if by_row else x)
     expected, wanted = zip(*(_selections(layer, part, x) for part in parts), strict=True)
     wanted = [pruned for each in wanted for pruned in each]
+    assert len(wanted) == sum(part.spec.criterion not in WEIGHT_PRUNING for part in parts)
     if by_row:
         expected, wanted = expected[0], [pruned.chunk(size, dim=-1)[rank] for pruned in wanted]
     else:
