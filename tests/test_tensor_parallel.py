@@ -1,5 +1,6 @@
 """Tensor parallelism: two CPU processes against one, through Transformers' own plan."""
 
+import contextlib
 import functools
 import threading
 import time
@@ -85,10 +86,43 @@ def test_sizes_that_cut_a_group_or_a_head(folders, tmp_path):
     )
     for size, what in ((3, "the 128 out_features of model.layers.0.self_attn.q_proj"), (4, "the 2 attention heads of")):
         model.config.distributed_config = _config(size, "auto")
-        with pytest.raises(ValueError, match=f"expected a tensor-parallel size among 1, got {size}, .* cut {what}"):
+        with pytest.raises(
+            ValueError,
+            match=f"expected a tensor-parallel size among 1, got {size}, .* cut {what}.*; choose one of those sizes$",
+        ):
             check_plan(model)
     model.config.distributed_config = _config(2, {"layers.*.mlp.down_proj": "colwise"})
     check_plan(model.model)  # the caller's plan replaces the model's, which would cut a group
+    model.config.distributed_config = _config(4, {})
+    check_plan(model)  # no rule at all
+
+
+@pytest.mark.parametrize(
+    ("style", "cuts"), [("colwise", True), ("colwise_gather_output", False), ("colwise_rep", False)]
+)
+def test_gathered_outputs_cut_no_head(style, cuts):
+    model = sparsify(tp_cases.build(), Recipe("2:4")).model
+    columns = [f"model.layers.*.self_attn.{name}_proj" for name in "qkv"]
+    plan = dict.fromkeys(columns, style) | {"model.layers.*.self_attn.o_proj": "rowwise_split_input"}
+    model.config.distributed_config = _config(4, plan)
+    with pytest.raises(ValueError, match="cut the 2 attention heads") if cuts else contextlib.nullcontext():
+        check_plan(model)
+
+
+def test_fsdp_of_transformers_is_refused(folders):
+    """It would be taken for column parallelism, whose parts are never put together again."""
+    run_ranks(
+        tp_cases.one_sentence,
+        folders["act"],
+        "expected a sparse model without FSDP, got a DistributedConfig with fsdp_size 2; use tensor parallelism alone "
+        "(tp_size)",
+        {"fsdp_size": 2},
+    )
+    model = sparsify(tp_cases.build(), Recipe("2:4")).model
+    for field in ("dp_replicate_size", "dp_size"):
+        model.config.distributed_config = SimpleNamespace(tp_size=1, tp_plan=None, fsdp_size=1, **{field: 2})
+        with pytest.raises(ValueError, match=rf"without FSDP, got a DistributedConfig with {field} 2; use "):
+            check_plan(model)
 
 
 @pytest.mark.parametrize(
