@@ -177,7 +177,21 @@ def test_torch_parallel_styles():
     run_ranks(tp_cases.torch_styles, Recipe("8:16", criterion="wina"))
 
 
+def test_two_mesh_dimensions():
+    run_ranks(tp_cases.split_twice)
+
+
 # ---- the arithmetic of a row-parallel layer, without processes ----
+
+
+def test_eight_bit_weights_are_not_split_by_rows():
+    x, weight, scale = torch.randn(2, 32), torch.randn(8, 32).to(torch.float8_e4m3fn), torch.ones(8)
+    with pytest.raises(
+        ValueError, match=r"expected a weight in the dtype of x in a layer split by rows, got weight_sc"
+    ):
+        parallel.row_sparse_linear(
+            parallel.Shard("row", 0, 2, lambda each: each), x, weight, None, 4, 8, weight_scale=scale
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

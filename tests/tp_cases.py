@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401  (once, for all ranks)
 from conftest import assert_same_bits
 
-from nm_act import NMLinear, Recipe, composed, ops, optimize, sparsify
+from nm_act import NMLinear, Recipe, composed, ops, optimize, parallel, sparsify
 from nm_act.criteria import WEIGHT_PRUNING
 
 SIZES = {
@@ -261,6 +261,16 @@ def torch_styles(recipe: Recipe) -> None:
             NotImplementedError, match=r"expected a plain tensor .*, got a DTensor, .* tp_plan instead$"
         ):
             model(ids())
+
+
+def split_twice() -> None:
+    """A weight that is split over both dimensions of a mesh, as tensor parallelism over FSDP makes it."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(), 1))
+    weight = distribute_tensor(torch.zeros(8, 32), mesh, [Shard(0), Shard(1)])
+    with pytest.raises(ValueError, match=r"expected a weight that is split over one mesh dimension, got placements \("):
+        parallel.shard_of(weight)
 
 
 def dies(rank: int) -> None:
