@@ -1,6 +1,8 @@
 """Tensor parallelism: two CPU processes against one, through Transformers' own plan."""
 
 import contextlib
+import copy
+import dataclasses
 import functools
 import threading
 import time
@@ -17,6 +19,7 @@ import tp_cases  # noqa: E402
 from conftest import assert_same_bits, hard_activations  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tiny_families import family  # noqa: E402
 
 from nm_act import Recipe, Rule, parallel, reference, sparsify  # noqa: E402
 from nm_act.integrations.tensor_parallel import check_plan  # noqa: E402
@@ -58,6 +61,21 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize(("layout", "dtype"), [("in_out", torch.float32), ("out_in", torch.bfloat16)])
 def test_layers_and_model_equal_a_single_process(folders, layout, dtype):
     run_ranks(tp_cases.every_layer_and_the_model, list(folders.values()), layout, dtype)
+
+
+def test_fused_projections(tmp_path):
+    """Phi-3: the outputs of qkv_proj and gate_up_proj are gathered, the inputs of o_proj and down_proj cut again."""
+    dense = family("phi3", hidden_size=128, intermediate_size=192, vocab_size=128, eos_token_id=None)
+    names, projections = ("amber-mean-var", "spts-ls-var", "low-rank-pcs-lpts", "wanda"), ("qkv_proj", "gate_up_proj")
+    folders = [
+        tp_cases.save(
+            tmp_path / name,
+            dataclasses.replace(RECIPES[name], projections=(*projections, "o_proj", "down_proj")),
+            dense=copy.deepcopy(dense),
+        )
+        for name in names
+    ]
+    run_ranks(tp_cases.every_layer_and_the_model, folders, "in_out", torch.float32)
 
 
 @pytest.mark.parametrize("name", ["wina-var", "low-rank-pcs-lpts"])

@@ -45,9 +45,9 @@ def build():
     return model.eval()
 
 
-def save(folder: Path, recipe: Recipe, *, calibrated: bool = True) -> Path:
+def save(folder: Path, recipe: Recipe, *, calibrated: bool = True, dense=None) -> Path:
     """Write the sparse model, with arbitrary calibrated data where its recipe needs some."""
-    model = sparsify(build(), recipe).model
+    model = sparsify(dense or build(), recipe).model
     generator = torch.Generator().manual_seed(3)
     for layer in model.modules():
         if calibrated and isinstance(layer, NMLinear) and layer.data():
@@ -100,8 +100,10 @@ def every_layer_and_the_model(folders: list[Path], layout: str, dtype: torch.dty
             for name, layer in split.named_modules():
                 if isinstance(layer, NMLinear):
                     kinds.add(layer.shard.kind)
-                    _compare(f"{folder.name} {name}", layer, whole.get_submodule(name), seen[name], tolerance)
-            assert kinds == {"column", "row"}
+                    style = split.tp_plan[re.sub(r"\.\d+\.", ".*.", name)]
+                    cut = style in ("colwise", "rowwise")
+                    _compare(f"{folder.name} {name}", layer, whole.get_submodule(name), seen[name], tolerance, cut=cut)
+            assert kinds == {"column", "row"}, folder.name
             if dtype == torch.float32:
                 # Another order of the sums between layers may turn a near tie, so the bound is on the whole.
                 expected, got = whole(ids()).logits, split(ids()).logits
@@ -110,18 +112,19 @@ def every_layer_and_the_model(folders: list[Path], layout: str, dtype: torch.dty
                 assert torch.equal(*tokens), folder.name
 
 
-def _compare(name, split, whole, x, tolerance) -> None:
+def _compare(name, split, whole, x, tolerance, *, cut=True) -> None:
+    """Without ``cut`` the plan's style cuts the inputs and puts the outputs together itself."""
     shard = split.shard
     assert split.weight.to_local().t().is_contiguous() == (split.weight_layout == "in_out")
     expected, selected = _record(whole, x)
-    got, part = _record(split, shard.part(x, ("batch", "tokens", "in")))
+    got, part = _record(split, shard.part(x, ("batch", "tokens", "in")) if cut else x)
     assert bool(part) == (split.spec.criterion not in WEIGHT_PRUNING), f"{name}: something selects, unless it is dense"
     for mine, all_of_it in zip(part, selected, strict=True):
         assert_same_bits(mine, shard.part(all_of_it, ("tokens", "in")), what=name)
     if whole.operand_weight is not None:
         assert_same_bits(split.operand_weight, shard.part(whole.operand_weight, ("out", "in")), what=name)
     # A row-parallel layer's outputs are summed already, and whole.
-    expected = expected if shard.kind == "row" else shard.part(expected, ("batch", "tokens", "out"))
+    expected = expected if shard.kind == "row" or not cut else shard.part(expected, ("batch", "tokens", "out"))
     atol = tolerance * expected.abs().max().item()
     # Under autocast Transformers adds a row-parallel layer's bias to the sum as it is stored, in float32.
     got = got.to(expected.dtype) if torch.is_autocast_enabled("cpu") else got
