@@ -187,6 +187,10 @@ def test_autocast(folders):
     run_ranks(tp_cases.under_autocast, folders["spts-ls-var"])
 
 
+def test_pipeline(folders):
+    run_ranks(tp_cases.pipeline, folders["low-rank-pcs-lpts"])
+
+
 def test_fsdp2():
     run_ranks(tp_cases.fully_sharded, Recipe("8:16", criterion="wina", mitigation=["var", "dpts-mean"]))
 

@@ -133,7 +133,15 @@ def _compare(name, split, whole, x, tolerance, *, cut=True) -> None:
 
 def _record(layer, x) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The layer's output, and its pruned input, of all calls of the operator (clact makes one a sequence)."""
-    pruned = []
+    with selections() as pruned:
+        y = layer(x)
+    return y, [part.reshape(-1, part.shape[-1]) for part in pruned]
+
+
+@contextlib.contextmanager
+def selections():
+    """Inside, ``ops.sparse_linear`` and the composed operator add the pruned input of each call to the list."""
+    pruned, real, real_select = [], ops.sparse_linear, composed.select
 
     def spy(x, weight, bias, n, m, **options):
         selection = {key: options.get(key) for key in ("channel_scale", "shift")}
@@ -145,10 +153,8 @@ def _record(layer, x) -> tuple[torch.Tensor, list[torch.Tensor]]:
         pruned.append(real_select(*arguments))
         return pruned[-1]
 
-    real, real_select = ops.sparse_linear, composed.select
     with mock.patch.object(ops, "sparse_linear", spy), mock.patch.object(composed, "select", spy_select):
-        y = layer(x)
-    return y, [part.reshape(-1, part.shape[-1]) for part in pruned]
+        yield pruned
 
 
 def inputs(model) -> dict[str, torch.Tensor]:
@@ -199,6 +205,19 @@ def one_sentence(folder: Path, sentence: str, distributed: dict | None = None) -
     plan = {"distributed_config": DistributedConfig(**distributed)} if distributed else {"tp_plan": "auto"}
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         load(folder, **plan)
+
+
+@torch.no_grad()
+def pipeline(folder: Path) -> None:
+    """Each rank holds some whole layers, which is none of ours to split."""
+    from transformers.distributed import DistributedConfig
+
+    whole, mine = load(folder), load(folder, distributed_config=DistributedConfig(pp_size=dist.get_world_size()))
+    layers = [each for each in mine.modules() if isinstance(each, NMLinear) and not each.weight.is_meta]
+    assert len(layers) == sum(isinstance(each, NMLinear) for each in whole.modules()) / dist.get_world_size()
+    assert all(layer.shard is None for layer in layers)
+    tokens = [model.generate(ids(), max_new_tokens=4, do_sample=False) for model in (whole, mine)]
+    assert torch.equal(*tokens)
 
 
 @torch.no_grad()

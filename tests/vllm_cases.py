@@ -85,18 +85,10 @@ def _reads_as(one: NMLinear, other: NMLinear) -> bool:
 
 def _selections(vllm_layer, layer, x) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Output of a layer and its pruned inputs, one for each product."""
-    pruned, real = [], ops.sparse_linear
-
-    def spy(x, weight, bias, n, m, **options):
-        selection = {key: options.get(key) for key in ("channel_scale", "shift")}
-        selection["extra_columns"] = options.get("extra_columns", ())
-        pruned.append(ops.prune(x, n, m, token_shift=options.get("token_shift", "none"), **selection))
-        return real(x, weight, bias, n, m, **options)
-
-    operator = vllm_layer.nm_act_operator
-    if operator is real:
-        vllm_layer.nm_act_operator = spy
-    with mock.patch.object(ops, "sparse_linear", spy):
+    operator, real = vllm_layer.nm_act_operator, ops.sparse_linear
+    with tp_cases.selections() as pruned:
+        if operator is real:
+            vllm_layer.nm_act_operator = ops.sparse_linear  # the recording one
         output = layer(x)
     vllm_layer.nm_act_operator = operator
     return output[0] if isinstance(output, tuple) else output, pruned
