@@ -174,17 +174,19 @@ def test_layers_equal_the_transformers_model(folders, size):
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("name", ENGINE)
-def test_the_engine_generates_what_transformers_does(name, size, folders):
-    """In float32, with no near tie: then the order of sums decides nothing. The compiled engine: test_examples.py."""
+@pytest.mark.parametrize(
+    ("name", "size", "mode"),
+    [*((name, size, "eager") for name in ENGINE for size in (1, 2)), ("amber-median", 2, "compiled")],
+)
+def test_the_engine_generates_what_transformers_does(name, size, mode, folders):
+    """In float32, with no near tie: then the order of sums decides nothing. One rank, compiled: test_examples.py."""
     model, prompt = tp_cases.load(folders[name]), torch.tensor([[5, 7, 11, 13]])
     tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)[0].tolist()
     with torch.no_grad():
         best = model(torch.tensor([tokens[:-1]])).logits[0, 3:].topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 1e-3
     run = subprocess.run(
-        [sys.executable, Path(__file__).parent / "vllm_cases.py", folders[name], str(size)],
+        [sys.executable, Path(__file__).parent / "vllm_cases.py", folders[name], str(size), mode],
         env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

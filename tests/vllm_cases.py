@@ -154,8 +154,9 @@ if __name__ == "__main__":  # vLLM's ranks import this file again
 
     from vllm import LLM, SamplingParams
 
+    folder, size, mode = sys.argv[1:]
     arguments = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "skip_tokenizer_init": True}
-    llm = LLM(sys.argv[1], tensor_parallel_size=int(sys.argv[2]), enforce_eager=True, **arguments)
+    llm = LLM(folder, tensor_parallel_size=int(size), enforce_eager=mode == "eager", **arguments)
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": [5, 7, 11, 13]}], sampling)
     print("generated", list(output.outputs[0].token_ids))
