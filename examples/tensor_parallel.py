@@ -39,6 +39,8 @@ def main(model_path: str, save_to: str = "") -> None:
 if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 3:
         raise SystemExit(f"expected MODEL [SAVE_TO], got {len(sys.argv) - 1} arguments; name the folder of a model")
+    if not (Path(sys.argv[1]) / "config.json").is_file():
+        raise SystemExit(f"expected the folder of a model, got {sys.argv[1]} without config.json; save a model there")
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise SystemExit("expected at least two processes, got one; start it with torchrun --nproc-per-node 2")
     if importlib.util.find_spec("accelerate") is None:

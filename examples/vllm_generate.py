@@ -6,12 +6,15 @@ vLLM's own default, the dtype "auto", computes a float32 checkpoint in 16 bits, 
 (`vllm serve MODEL --dtype float32`) for the tokens that Transformers generates from it.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":  # vLLM starts processes that import this file again
     if len(sys.argv) not in (2, 3):
         raise SystemExit(f"expected MODEL [DTYPE], got {len(sys.argv) - 1} arguments; name a folder that nm_act saved")
     model, dtype = (*sys.argv[1:], "auto")[:2]
+    if not os.path.isfile(os.path.join(model, "config.json")):
+        raise SystemExit(f"expected the folder of a model, got {model} without config.json; save a model there")
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:

@@ -56,7 +56,8 @@ class NMLinear(nn.Linear):
 
     ``weight`` always is the dense one. What the operator reads derives from it and from the calibrated data and is not
     saved: ``channel_scale``, ``shift_out``, ``operand_bias``, and ``operand_weight`` where a method changes the weight
-    (which then costs its memory a second time). They are recomputed by every ``.to()`` and ``load_state_dict``; call
+    (which then costs its memory a second time; a layer whose weight accelerate brings in for each call keeps only the
+    vectors, and changes the weight in each call). They are recomputed by every ``.to()`` and ``load_state_dict``; call
     :meth:`refresh` after changing the weight in any other way. Where the weight is sharded (a DTensor), all of its
     ranks have to do so together.
 
@@ -108,6 +109,7 @@ class NMLinear(nn.Linear):
         self.bypass = False  # dense in every phase, while calibration takes the dense output
         self.shard: parallel.Shard | None = None
         self._underived = False  # the weight was not there yet: its first forward computes what derives from it
+        self._visited = False  # the weight is there during a call only: what has its size is not kept either
         self._incomplete = ""  # calibrated data that is still missing
         for name in _DERIVED:
             self.register_buffer(name, None, persistent=False)
@@ -166,7 +168,7 @@ class NMLinear(nn.Linear):
     def refresh(self) -> None:
         """Store the weight in its layout and recompute what derives from it; a meta weight stays as it is."""
         weight = self.weight
-        self._lifted = None
+        self._lifted, self._visited = None, False
         if weight.is_meta:
             for name in _DERIVED:
                 setattr(self, name, None)
@@ -291,6 +293,9 @@ class NMLinear(nn.Linear):
     def _sparse(self, x: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
         """The operator on the input in the selection's basis."""
         derived = self._derive() if self.differentiable else {name: getattr(self, name) for name in _DERIVED}
+        if self._visited and mitigations.replaces_weight(self.spec):
+            with _without_autocast(self.weight):
+                derived["operand_weight"] = mitigations.operand_weight(self.spec, self.weight.detach(), self.data())
         weight = self.weight if derived["operand_weight"] is None else derived["operand_weight"]
         bias = self.bias if derived["operand_bias"] is None else derived["operand_bias"]
         # As F.linear does under autocast; the operator itself takes one dtype only.
@@ -333,7 +338,9 @@ class NMLinear(nn.Linear):
 
     def _check_ready(self) -> None:
         if self._underived:  # weights that accelerate keeps on disk are there for the first time
-            self._set_derived()
+            with _without_autocast(self.weight):
+                self._set_derived()
+            self.operand_weight, self._visited = None, True
         if self._incomplete:
             raise RuntimeError(
                 f"expected calibrated data for {self.spec}, got no {self._incomplete}; make it with nm-act calibrate "
@@ -379,6 +386,11 @@ class NMLinear(nn.Linear):
         super().__setstate__(state)
         if self._lifted is not None:  # a copy of a view is a tensor of its own
             self.refresh()
+
+
+def _without_autocast(weight: torch.Tensor) -> torch.autocast:
+    """Inside, what derives from a weight is computed as it is while a model loads."""
+    return torch.autocast(weight.device.type, enabled=False)
 
 
 def _check_lift(lift: bool | str, pattern: NMPattern, in_features: int) -> None:

@@ -84,9 +84,18 @@ def test_examples_say_what_they_want(name):
     assert run.stderr.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize("name", ["tensor_parallel", "device_map", "vllm_generate"])
+def test_a_folder_that_does_not_exist(name, tmp_path):
+    missing = tmp_path / "missing"
+    run = _run(EXAMPLES / f"{name}.py", missing, WORLD_SIZE="2")
+    told = f"expected the folder of a model, got {missing} without config.json; save a model there"
+    assert (run.returncode, run.stderr.strip()) == (1, told)
+
+
 @pytest.mark.parametrize("name", ["tensor_parallel", "device_map"])
 def test_examples_name_the_extra_of_accelerate(name, tmp_path):
     hidden = "import runpy, sys; sys.modules['accelerate'] = None; sys.argv = sys.argv[1:]; "
     hidden += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    (tmp_path / "config.json").write_text("{}")
     run = _run("-c", hidden, EXAMPLES / f"{name}.py", tmp_path, WORLD_SIZE="2")
     assert run.stderr.strip() == "expected accelerate, got none; install it with: pip install 'nm_act[accelerate]'"

@@ -1,5 +1,8 @@
 """Tensor parallelism: two CPU processes against one, through Transformers' own plan."""
 
+import contextlib
+import copy
+import dataclasses
 import functools
 import threading
 import time
@@ -16,6 +19,7 @@ import tp_cases  # noqa: E402
 from conftest import assert_same_bits, hard_activations  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from tiny_families import family  # noqa: E402
 
 from nm_act import Recipe, Rule, parallel, reference, sparsify  # noqa: E402
 from nm_act.integrations.tensor_parallel import check_plan  # noqa: E402
@@ -59,6 +63,21 @@ def test_layers_and_model_equal_a_single_process(folders, layout, dtype):
     run_ranks(tp_cases.every_layer_and_the_model, list(folders.values()), layout, dtype)
 
 
+def test_fused_projections(tmp_path):
+    """Phi-3: the outputs of qkv_proj and gate_up_proj are gathered, the inputs of o_proj and down_proj cut again."""
+    dense = family("phi3", hidden_size=128, intermediate_size=192, vocab_size=128, eos_token_id=None)
+    names, projections = ("amber-mean-var", "spts-ls-var", "low-rank-pcs-lpts", "wanda"), ("qkv_proj", "gate_up_proj")
+    folders = [
+        tp_cases.save(
+            tmp_path / name,
+            dataclasses.replace(RECIPES[name], projections=(*projections, "o_proj", "down_proj")),
+            dense=copy.deepcopy(dense),
+        )
+        for name in names
+    ]
+    run_ranks(tp_cases.every_layer_and_the_model, folders, "in_out", torch.float32)
+
+
 @pytest.mark.parametrize("name", ["wina-var", "low-rank-pcs-lpts"])
 def test_saving_and_loading(name, folders, tmp_path):
     run_ranks(tp_cases.save_and_load, folders[name], tmp_path)
@@ -85,10 +104,43 @@ def test_sizes_that_cut_a_group_or_a_head(folders, tmp_path):
     )
     for size, what in ((3, "the 128 out_features of model.layers.0.self_attn.q_proj"), (4, "the 2 attention heads of")):
         model.config.distributed_config = _config(size, "auto")
-        with pytest.raises(ValueError, match=f"expected a tensor-parallel size among 1, got {size}, .* cut {what}"):
+        with pytest.raises(
+            ValueError,
+            match=f"expected a tensor-parallel size among 1, got {size}, .* cut {what}.*; choose one of those sizes$",
+        ):
             check_plan(model)
     model.config.distributed_config = _config(2, {"layers.*.mlp.down_proj": "colwise"})
     check_plan(model.model)  # the caller's plan replaces the model's, which would cut a group
+    model.config.distributed_config = _config(4, {})
+    check_plan(model)  # no rule at all
+
+
+@pytest.mark.parametrize(
+    ("style", "cuts"), [("colwise", True), ("colwise_gather_output", False), ("colwise_rep", False)]
+)
+def test_gathered_outputs_cut_no_head(style, cuts):
+    model = sparsify(tp_cases.build(), Recipe("2:4")).model
+    columns = [f"model.layers.*.self_attn.{name}_proj" for name in "qkv"]
+    plan = dict.fromkeys(columns, style) | {"model.layers.*.self_attn.o_proj": "rowwise_split_input"}
+    model.config.distributed_config = _config(4, plan)
+    with pytest.raises(ValueError, match="cut the 2 attention heads") if cuts else contextlib.nullcontext():
+        check_plan(model)
+
+
+def test_fsdp_of_transformers_is_refused(folders):
+    """It would be taken for column parallelism, whose parts are never put together again."""
+    run_ranks(
+        tp_cases.one_sentence,
+        folders["act"],
+        "expected a sparse model without FSDP, got a DistributedConfig with fsdp_size 2; use tensor parallelism alone "
+        "(tp_size)",
+        {"fsdp_size": 2},
+    )
+    model = sparsify(tp_cases.build(), Recipe("2:4")).model
+    for field in ("dp_replicate_size", "dp_size"):
+        model.config.distributed_config = SimpleNamespace(tp_size=1, tp_plan=None, fsdp_size=1, **{field: 2})
+        with pytest.raises(ValueError, match=rf"without FSDP, got a DistributedConfig with {field} 2; use "):
+            check_plan(model)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +187,10 @@ def test_autocast(folders):
     run_ranks(tp_cases.under_autocast, folders["spts-ls-var"])
 
 
+def test_pipeline(folders):
+    run_ranks(tp_cases.pipeline, folders["low-rank-pcs-lpts"])
+
+
 def test_fsdp2():
     run_ranks(tp_cases.fully_sharded, Recipe("8:16", criterion="wina", mitigation=["var", "dpts-mean"]))
 
@@ -143,7 +199,21 @@ def test_torch_parallel_styles():
     run_ranks(tp_cases.torch_styles, Recipe("8:16", criterion="wina"))
 
 
+def test_two_mesh_dimensions():
+    run_ranks(tp_cases.split_twice)
+
+
 # ---- the arithmetic of a row-parallel layer, without processes ----
+
+
+def test_eight_bit_weights_are_not_split_by_rows():
+    x, weight, scale = torch.randn(2, 32), torch.randn(8, 32).to(torch.float8_e4m3fn), torch.ones(8)
+    with pytest.raises(
+        ValueError, match=r"expected a weight in the dtype of x in a layer split by rows, got weight_sc"
+    ):
+        parallel.row_sparse_linear(
+            parallel.Shard("row", 0, 2, lambda each: each), x, weight, None, 4, 8, weight_scale=scale
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

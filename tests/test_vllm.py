@@ -103,12 +103,16 @@ def test_what_a_server_cannot_follow():
             plugin.check_servable(recipe)
 
 
-def test_another_interface_is_one_warning(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("module", "version"), [(SimpleNamespace(__version__="9.1"), "9.1"), (None, "one without version")]
+)
+def test_another_interface_is_one_warning(monkeypatch, caplog, module, version):
+    monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setitem(sys.modules, "nm_act.integrations.vllm_linear", None)  # importing it raises ImportError
     with caplog.at_level(logging.WARNING):
         plugin.register()
     (record,) = caplog.records
-    assert record.message.startswith(f"nm_act expected the interface of vLLM {plugin.TESTED_VLLM}, got ")
+    assert record.message.startswith(f"nm_act expected the interface of vLLM {plugin.TESTED_VLLM}, got {version} (")
     assert record.message.endswith(f"install vllm=={plugin.TESTED_VLLM} or another nm_act")
     assert "\n" not in record.message
 
@@ -170,17 +174,19 @@ def test_layers_equal_the_transformers_model(folders, size):
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("name", ENGINE)
-def test_the_engine_generates_what_transformers_does(name, size, folders):
-    """In float32, with no near tie: then the order of sums decides nothing. The compiled engine: test_examples.py."""
+@pytest.mark.parametrize(
+    ("name", "size", "mode"),
+    [*((name, size, "eager") for name in ENGINE for size in (1, 2)), ("amber-median", 2, "compiled")],
+)
+def test_the_engine_generates_what_transformers_does(name, size, mode, folders):
+    """In float32, with no near tie: then the order of sums decides nothing. One rank, compiled: test_examples.py."""
     model, prompt = tp_cases.load(folders[name]), torch.tensor([[5, 7, 11, 13]])
     tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)[0].tolist()
     with torch.no_grad():
         best = model(torch.tensor([tokens[:-1]])).logits[0, 3:].topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 1e-3
     run = subprocess.run(
-        [sys.executable, Path(__file__).parent / "vllm_cases.py", folders[name], str(size)],
+        [sys.executable, Path(__file__).parent / "vllm_cases.py", folders[name], str(size), mode],
         env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -217,6 +223,10 @@ def test_an_interface_that_differs_is_noticed(monkeypatch):
     monkeypatch.setattr(vllm_linear.LinearMethodBase, "create_weights", lambda self, layer, sizes: None)
     with pytest.raises(TypeError, match="create_weights takes self, layer, sizes"):
         vllm_linear._check_interface()
+    monkeypatch.undo()
+    monkeypatch.setattr(vllm_linear.NMActVLLMConfig, "__abstractmethods__", frozenset({"new_one", "another"}))
+    with pytest.raises(TypeError, match=r"^new abstract methods another, new_one$"):
+        vllm_linear._check_interface()
 
 
 @needs_vllm
@@ -240,3 +250,45 @@ def test_layers_that_cannot_be_split(spec, sentence):
     method = NMActLinearMethod([("o_proj", spec)], lambda: None)
     with pytest.raises(ValueError, match=sentence):
         method.create_weights(SimpleNamespace(prefix="a.o_proj"), 48, [64], 96, 64, torch.float32)
+
+
+@needs_vllm
+def test_another_number_of_projections():
+    from nm_act.integrations.vllm_linear import NMActLinearMethod
+
+    method = NMActLinearMethod([(name, LinearSpec("2:4")) for name in ("q_proj", "k_proj")], lambda: None)
+    with pytest.raises(
+        ValueError, match=r"expected 3 projections in a\.qkv_proj, got q_proj, k_proj; leave this layer "
+    ):
+        method.create_weights(SimpleNamespace(prefix="a.qkv_proj"), 64, [64, 32, 32], 64, 128, torch.float32)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (
+            LinearSpec("2:4", mitigation=["spts"]),
+            r"expected calibrated data for up_proj in a\.up_proj, got no shift; load ",
+        ),
+        (
+            LinearSpec("2:4", criterion="wina"),
+            r"expected the weight of up_proj in a\.up_proj from a checkpoint, from which the criterion 'wina' .*, got none",
+        ),
+    ],
+    ids=str,
+)
+def test_weights_that_are_not_a_checkpoints(spec, sentence, monkeypatch):
+    """vLLM's dummy weights, which its own loader never sees."""
+    from vllm.model_executor import parameter
+
+    from nm_act.integrations.vllm_linear import NMActLinearMethod
+
+    for name, value in (("rank", 0), ("world_size", 1)):  # vLLM's group of one, without a group
+        monkeypatch.setattr(parameter, f"get_tensor_model_parallel_{name}", lambda value=value: value)
+    method = NMActLinearMethod([("up_proj", spec)], lambda: None)
+    layer = torch.nn.Module()
+    layer.prefix = "a.up_proj"
+    method.create_weights(layer, 64, [32], 64, 32, torch.float32, weight_loader=lambda *_: None)
+    with pytest.raises(RuntimeError, match=sentence):
+        method.process_weights_after_loading(layer)

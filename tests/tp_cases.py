@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401  (once, for all ranks)
 from conftest import assert_same_bits
 
-from nm_act import NMLinear, Recipe, composed, ops, optimize, sparsify
+from nm_act import NMLinear, Recipe, composed, ops, optimize, parallel, sparsify
 from nm_act.criteria import WEIGHT_PRUNING
 
 SIZES = {
@@ -45,9 +45,9 @@ def build():
     return model.eval()
 
 
-def save(folder: Path, recipe: Recipe, *, calibrated: bool = True) -> Path:
+def save(folder: Path, recipe: Recipe, *, calibrated: bool = True, dense=None) -> Path:
     """Write the sparse model, with arbitrary calibrated data where its recipe needs some."""
-    model = sparsify(build(), recipe).model
+    model = sparsify(dense or build(), recipe).model
     generator = torch.Generator().manual_seed(3)
     for layer in model.modules():
         if calibrated and isinstance(layer, NMLinear) and layer.data():
@@ -100,8 +100,10 @@ def every_layer_and_the_model(folders: list[Path], layout: str, dtype: torch.dty
             for name, layer in split.named_modules():
                 if isinstance(layer, NMLinear):
                     kinds.add(layer.shard.kind)
-                    _compare(f"{folder.name} {name}", layer, whole.get_submodule(name), seen[name], tolerance)
-            assert kinds == {"column", "row"}
+                    style = split.tp_plan[re.sub(r"\.\d+\.", ".*.", name)]
+                    cut = style in ("colwise", "rowwise")
+                    _compare(f"{folder.name} {name}", layer, whole.get_submodule(name), seen[name], tolerance, cut=cut)
+            assert kinds == {"column", "row"}, folder.name
             if dtype == torch.float32:
                 # Another order of the sums between layers may turn a near tie, so the bound is on the whole.
                 expected, got = whole(ids()).logits, split(ids()).logits
@@ -110,18 +112,19 @@ def every_layer_and_the_model(folders: list[Path], layout: str, dtype: torch.dty
                 assert torch.equal(*tokens), folder.name
 
 
-def _compare(name, split, whole, x, tolerance) -> None:
+def _compare(name, split, whole, x, tolerance, *, cut=True) -> None:
+    """Without ``cut`` the plan's style cuts the inputs and puts the outputs together itself."""
     shard = split.shard
     assert split.weight.to_local().t().is_contiguous() == (split.weight_layout == "in_out")
     expected, selected = _record(whole, x)
-    got, part = _record(split, shard.part(x, ("batch", "tokens", "in")))
-    assert len(part) == len(selected) == (0 if split.spec.criterion in WEIGHT_PRUNING else len(part))
+    got, part = _record(split, shard.part(x, ("batch", "tokens", "in")) if cut else x)
+    assert bool(part) == (split.spec.criterion not in WEIGHT_PRUNING), f"{name}: something selects, unless it is dense"
     for mine, all_of_it in zip(part, selected, strict=True):
         assert_same_bits(mine, shard.part(all_of_it, ("tokens", "in")), what=name)
     if whole.operand_weight is not None:
         assert_same_bits(split.operand_weight, shard.part(whole.operand_weight, ("out", "in")), what=name)
     # A row-parallel layer's outputs are summed already, and whole.
-    expected = expected if shard.kind == "row" else shard.part(expected, ("batch", "tokens", "out"))
+    expected = expected if shard.kind == "row" or not cut else shard.part(expected, ("batch", "tokens", "out"))
     atol = tolerance * expected.abs().max().item()
     # Under autocast Transformers adds a row-parallel layer's bias to the sum as it is stored, in float32.
     got = got.to(expected.dtype) if torch.is_autocast_enabled("cpu") else got
@@ -130,7 +133,15 @@ def _compare(name, split, whole, x, tolerance) -> None:
 
 def _record(layer, x) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The layer's output, and its pruned input, of all calls of the operator (clact makes one a sequence)."""
-    pruned = []
+    with selections() as pruned:
+        y = layer(x)
+    return y, [part.reshape(-1, part.shape[-1]) for part in pruned]
+
+
+@contextlib.contextmanager
+def selections():
+    """Inside, ``ops.sparse_linear`` and the composed operator add the pruned input of each call to the list."""
+    pruned, real, real_select = [], ops.sparse_linear, composed.select
 
     def spy(x, weight, bias, n, m, **options):
         selection = {key: options.get(key) for key in ("channel_scale", "shift")}
@@ -142,10 +153,8 @@ def _record(layer, x) -> tuple[torch.Tensor, list[torch.Tensor]]:
         pruned.append(real_select(*arguments))
         return pruned[-1]
 
-    real, real_select = ops.sparse_linear, composed.select
     with mock.patch.object(ops, "sparse_linear", spy), mock.patch.object(composed, "select", spy_select):
-        y = layer(x)
-    return y, [part.reshape(-1, part.shape[-1]) for part in pruned]
+        yield pruned
 
 
 def inputs(model) -> dict[str, torch.Tensor]:
@@ -189,10 +198,26 @@ def gradients_enabled(folder: Path) -> None:
     assert torch.equal(split(ids()).logits.detach(), expected)
 
 
-def one_sentence(folder: Path, sentence: str) -> None:
-    """Loading stops with this error on every rank."""
+def one_sentence(folder: Path, sentence: str, distributed: dict | None = None) -> None:
+    """Loading stops with this error on every rank; ``distributed`` are fields of Transformers' DistributedConfig."""
+    from transformers.distributed import DistributedConfig
+
+    plan = {"distributed_config": DistributedConfig(**distributed)} if distributed else {"tp_plan": "auto"}
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-        load(folder, tp_plan="auto")
+        load(folder, **plan)
+
+
+@torch.no_grad()
+def pipeline(folder: Path) -> None:
+    """Each rank holds some whole layers, which is none of ours to split."""
+    from transformers.distributed import DistributedConfig
+
+    whole, mine = load(folder), load(folder, distributed_config=DistributedConfig(pp_size=dist.get_world_size()))
+    layers = [each for each in mine.modules() if isinstance(each, NMLinear) and not each.weight.is_meta]
+    assert len(layers) == sum(isinstance(each, NMLinear) for each in whole.modules()) / dist.get_world_size()
+    assert all(layer.shard is None for layer in layers)
+    tokens = [model.generate(ids(), max_new_tokens=4, do_sample=False) for model in (whole, mine)]
+    assert torch.equal(*tokens)
 
 
 @torch.no_grad()
@@ -258,6 +283,16 @@ def torch_styles(recipe: Recipe) -> None:
             NotImplementedError, match=r"expected a plain tensor .*, got a DTensor, .* tp_plan instead$"
         ):
             model(ids())
+
+
+def split_twice() -> None:
+    """A weight that is split over both dimensions of a mesh, as tensor parallelism over FSDP makes it."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(), 1))
+    weight = distribute_tensor(torch.zeros(8, 32), mesh, [Shard(0), Shard(1)])
+    with pytest.raises(ValueError, match=r"expected a weight that is split over one mesh dimension, got placements \("):
+        parallel.shard_of(weight)
 
 
 def dies(rank: int) -> None:

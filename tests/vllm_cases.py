@@ -12,6 +12,7 @@ import tp_cases
 from conftest import assert_same_bits
 
 from nm_act import NMLinear, ops
+from nm_act.criteria import WEIGHT_PRUNING
 
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a layer's largest output
@@ -62,6 +63,7 @@ def _compare(what, name, layer, whole, inputs, tokens) -> None:
     got, selected = _selections(layer, layer, x.chunk(size, dim=-1)[rank].contiguous() if by_row else x)
     expected, wanted = zip(*(_selections(layer, part, x) for part in parts), strict=True)
     wanted = [pruned for each in wanted for pruned in each]
+    assert len(wanted) == sum(part.spec.criterion not in WEIGHT_PRUNING for part in parts)
     if by_row:
         expected, wanted = expected[0], [pruned.chunk(size, dim=-1)[rank] for pruned in wanted]
     else:
@@ -83,18 +85,10 @@ def _reads_as(one: NMLinear, other: NMLinear) -> bool:
 
 def _selections(vllm_layer, layer, x) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Output of a layer and its pruned inputs, one for each product."""
-    pruned, real = [], ops.sparse_linear
-
-    def spy(x, weight, bias, n, m, **options):
-        selection = {key: options.get(key) for key in ("channel_scale", "shift")}
-        selection["extra_columns"] = options.get("extra_columns", ())
-        pruned.append(ops.prune(x, n, m, token_shift=options.get("token_shift", "none"), **selection))
-        return real(x, weight, bias, n, m, **options)
-
-    operator = vllm_layer.nm_act_operator
-    if operator is real:
-        vllm_layer.nm_act_operator = spy
-    with mock.patch.object(ops, "sparse_linear", spy):
+    operator, real = vllm_layer.nm_act_operator, ops.sparse_linear
+    with tp_cases.selections() as pruned:
+        if operator is real:
+            vllm_layer.nm_act_operator = ops.sparse_linear  # the recording one
         output = layer(x)
     vllm_layer.nm_act_operator = operator
     return output[0] if isinstance(output, tuple) else output, pruned
@@ -160,8 +154,9 @@ if __name__ == "__main__":  # vLLM's ranks import this file again
 
     from vllm import LLM, SamplingParams
 
+    folder, size, mode = sys.argv[1:]
     arguments = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "skip_tokenizer_init": True}
-    llm = LLM(sys.argv[1], tensor_parallel_size=int(sys.argv[2]), enforce_eager=True, **arguments)
+    llm = LLM(folder, tensor_parallel_size=int(size), enforce_eager=mode == "eager", **arguments)
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": [5, 7, 11, 13]}], sampling)
     print("generated", list(output.outputs[0].token_ids))

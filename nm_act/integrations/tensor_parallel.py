@@ -10,6 +10,9 @@ from ..linear import NMLinear
 from ..parallel import Part, check_size, check_split, part_of
 
 _KINDS = {"rowwise": "row", "colwise": "column"}
+_GATHERED = ("colwise_gather_output", "colwise_rep")
+"""Column styles whose outputs every rank puts together again, so that attention sees whole heads."""
+
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
 
 
@@ -22,16 +25,28 @@ def check_plan(model) -> None:
     ------
     ValueError
         If the size does not divide a sparse layer, whole groups and attention heads included; it names the layer and
-        the sizes that work. If a layer's method cannot be split.
+        the sizes that work. If a layer's method cannot be split. If FSDP is asked for.
     """
     distributed = getattr(model.config, "distributed_config", None)
+    _refuse_fsdp(distributed)
     size = getattr(distributed, "tp_size", None) or 1
     if size == 1:
         return
     plan = dict(model.tp_plan or {})
     if isinstance(distributed.tp_plan, dict):
-        plan |= distributed.tp_plan
+        plan = plan | distributed.tp_plan if distributed.tp_plan else {}  # an empty one asks for no rule at all
     check_size(size, _parts(model, plan))
+
+
+def _refuse_fsdp(distributed) -> None:
+    # It cuts every weight by its rows, as column parallelism does, but puts it together again for each call.
+    for field in ("fsdp_size", "dp_replicate_size", "dp_size"):
+        ranks = getattr(distributed, field, None) or 1
+        if ranks > 1:
+            raise ValueError(
+                f"expected a sparse model without FSDP, got a DistributedConfig with {field} {ranks}; use tensor "
+                "parallelism alone (tp_size)"
+            )
 
 
 def _parts(model, plan: dict[str, str]):
@@ -45,7 +60,7 @@ def _parts(model, plan: dict[str, str]):
             continue
         check_split(name, module.spec, kind)
         yield part_of(name, module.spec, kind, module.in_features, module.out_features)
-        if kind == "column":
+        if kind == "column" and style not in _GATHERED:
             heads = getattr(config, _HEADS.get(name.rpartition(".")[2], ""), None)
             if isinstance(heads, int):
                 yield Part(name, "attention heads", heads)

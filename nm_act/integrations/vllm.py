@@ -46,12 +46,10 @@ def register() -> None:
 
 def interface_sentence(error: Exception) -> str:
     """What to tell the user of a vLLM whose interface is another."""
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
-        found = version("vllm")
-    except PackageNotFoundError:
-        found = "one without version"  # a CPU build goes by another name
+        from vllm import __version__ as found  # not the package's metadata: a CPU build goes by another name
+    except Exception:  # this is said from register(), which must not raise
+        found = "one without version"
     reason = " ".join(str(error).split())
     return (
         f"nm_act expected the interface of vLLM {TESTED_VLLM}, got {found} ({reason}), so sparse checkpoints cannot be "

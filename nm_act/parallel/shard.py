@@ -7,7 +7,7 @@ way round. The images of a shift and the low-rank term of a row-parallel layer a
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Shard:
     kind: str
     rank: int
     size: int
-    gather: Callable[[Tensor], Tensor]
+    gather: Callable[[Tensor], Tensor] = field(repr=False)
 
     def part(self, tensor: Tensor, axes: Sequence[str]) -> Tensor:
         """This rank's part of a tensor whose axes have these names ("in", "out" or others); a view."""

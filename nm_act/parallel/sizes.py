@@ -80,7 +80,8 @@ down_proj (in groups of 16); choose one of those sizes or another pattern
     largest = min(part.extent // part.unit for part in parts)
     sizes = [each for each in range(1, largest + 1) if all(part.fits(each) for part in parts)]
     groups = f" (in groups of {bad.unit})" if bad.unit > 1 else ""
+    remedy = "choose one of those sizes or another pattern" if bad.unit > 1 else "choose one of those sizes"
     raise ValueError(
         f"expected a tensor-parallel size among {', '.join(map(str, sizes))}, got {size}, which would cut the "
-        f"{bad.extent} {bad.what} of {bad.name}{groups}; choose one of those sizes or another pattern"
+        f"{bad.extent} {bad.what} of {bad.name}{groups}; {remedy}"
     )
