@@ -14,12 +14,13 @@ from collections.abc import Sequence
 
 import torch
 from bench_cpu_decode import processor
-from bench_inference import COLUMNS
+from bench_inference import COLUMNS as INFERENCE_COLUMNS
 from timer import Rows, percentiles
 
 import nm_act
 from nm_act.integrations.checkpoints import demo_model_path, load_model
 
+COLUMNS = (*INFERENCE_COLUMNS, "tokens", "rounds")
 PROMPT = "The history of the city begins with"
 
 
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         spread = {"p20": f"{p20:.2f}", "p50": f"{p50:.2f}", "p80": f"{p80:.2f}"}
         base = {"baseline": "dense", "baseline_p50": f"{percentiles(speeds['dense'])[1]:.2f}"}
         fields = {"mode": mode, "batch": 1, "prompt": prompt.shape[1], "metric": "generate_tok_s"}
+        fields |= {"tokens": arguments.tokens, "rounds": arguments.rounds}
         rows.append(**fields, **spread, **base, speedup=f"{speedup:.3f}")
         print(f"{mode:20} {p50:6.2f} tokens/s ({p20:.2f} to {p80:.2f}), {speedup:.2f}x dense")
 

@@ -22,6 +22,6 @@ def policy_of(recipe: Recipe) -> str:
     >>> policy_of(Recipe("2:4")), policy_of(Recipe("2:4", skip_layers=[0]))
     ('all', 'custom')
     """
-    if recipe.rules or recipe.skip_layers or recipe.dense_first_tokens or recipe.phase != "both":
+    if recipe.rules or recipe.skip_layers or recipe.phase != "both":
         return "custom"
     return next((name for name, chosen in POLICIES.items() if set(chosen) == set(recipe.projections)), "custom")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -287,38 +288,72 @@ def test_command(model, tmp_path):
     assert json.loads(again.stdout)["predicted_speedup"] > 1.15
 
 
+def _calibrate(model, tmp_path, pattern, mitigation, seed=0):
+    Recipe(pattern, mitigation=[mitigation]).save(tmp_path / "r.yaml")
+    output = tmp_path / "calibrated" / f"act+{mitigation}-{pattern.replace(':', 'x')}"
+    small = ("--windows", 2, "--length", 32, "--no-checkpoint", "--data", tmp_path / "text.txt", "--seed", seed)
+    arguments = ("calibrate", model, "--recipe", tmp_path / "r.yaml", *small, "--output", output)
+    made = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert made.exit_code == 0, made.stderr
+    return output
+
+
 def test_calibrated_options(model, tmp_path):
     (tmp_path / "text.txt").write_text(tiny_model.TEXT)
-    Recipe("2:4", mitigation=["rsparse-4-fit"]).save(tmp_path / "r.yaml")
-    small = ("--windows", 2, "--length", 32, "--no-checkpoint", "--data", tmp_path / "text.txt")
-    output = tmp_path / "calibrated" / "act+rsparse-4-fit-2x4"
-    made = CliRunner().invoke(
-        app, ["calibrate", model, "--recipe", str(tmp_path / "r.yaml"), *map(str, small), "--output", str(output)]
-    )
-    assert made.exit_code == 0, made.stderr
-    base = (model, "--text", tmp_path / "text.txt", "--window", 64, "--windows", 1, "--output", tmp_path / "s")
-    base += ("--option", "2:4 rsparse-4-fit", "--option", "8:16 var")  # the latter saves no time: never chosen
-    assert (
-        "expected a calibration for 'act+rsparse-4-fit 2:4' in --calibrated, got none"
-        in _search(*base, "--max-drop", 900).stderr
-    )
-    base += ("--calibrated", tmp_path / "calibrated", "--json")
-    result = _search(*base, "--max-drop", 900)
-    assert result.exit_code == 0, result.stderr
-    rows = [json.loads(line) for line in (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()]
-    assert {(row["spec"], len(row.get("calibration", ""))) for row in rows} == {
-        ("8:16 act var", 0),
-        ("2:4 act rsparse-4-fit", 64),
+    folders = {
+        "rsparse-4-fit": _calibrate(model, tmp_path, "2:4", "rsparse-4-fit", seed=3),
+        "pcs": _calibrate(model, tmp_path, "2:4+1", "pcs", seed=3),
     }
-    assert json.loads(result.stdout)["predicted_speedup"] > 1
-    # The folder is the found recipe's calibration, whose data are the option's.
+    base = (
+        model,
+        "--text",
+        tmp_path / "text.txt",
+        "--window",
+        64,
+        "--windows",
+        1,
+        "--output",
+        tmp_path / "s",
+        "--json",
+    )
+    options = ("--option", "2:4 rsparse-4-fit", "--option", "2:4+1 pcs")
+    refused = _search(*base, *options, "--target-speedup", 1.08)
+    assert "expected a calibration for 'act+rsparse-4-fit 2:4' in --calibrated, got none" in refused.stderr
+    base += ("--calibrated", tmp_path / "calibrated")
+    result = _search(*base, *options, "--target-speedup", 1.08)
+    assert result.exit_code == 0, result.stderr
+    # The folder is the found recipe's calibration; each layer has the data of its own option.
     found = nm_act.load_calibration(checkpoints.load_model(model)[0], tmp_path / "s").model
-    whole = nm_act.load_calibration(checkpoints.load_model(model)[0], output).model
-    pairs = [n for n, m in found.named_modules() if isinstance(m, nm_act.NMLinear) and m.data()]
-    assert pairs
-    for name in pairs:
-        ours, theirs = (each.get_submodule(name).data() for each in (found, whole))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    whole = {n: nm_act.load_calibration(checkpoints.load_model(model)[0], f).model for n, f in folders.items()}
+    sparse = {n: m for n, m in found.named_modules() if isinstance(m, nm_act.NMLinear)}
+    assert {layer.spec.mitigation[0] for layer in sparse.values()} == set(folders)
+    for name, layer in sparse.items():
+        theirs = whole[layer.spec.mitigation[0]].get_submodule(name).data()
+        assert all(torch.equal(value, theirs[key]) for key, value in layer.data().items())
+    assert json.loads((tmp_path / "s" / "calibration.json").read_text())["seed"] == 3
+    # Predicted by the solver as by the model that is made of it.
+    speedup = json.loads(result.stdout)["predicted_speedup"]
+    assert speedup == pytest.approx(predicted_speedup(macs_by_pattern(found), Rates.load(), extra_macs(found)))
+    # Another option alone is measured; the next goal's recipe without data leaves no calibration behind.
+    lines = (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()
+    assert _search(*base, "--option", "2:4 var", "--target-speedup", 1.05).exit_code == 0
+    assert (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()[: len(lines)] == lines
+    assert not {"calibration.safetensors", "calibration.json"} & {path.name for path in (tmp_path / "s").iterdir()}
+    # A calibration that was made again is measured again.
+    shutil.rmtree(folders["pcs"])
+    _calibrate(model, tmp_path, "2:4+1", "pcs", seed=4)
+    assert "expected calibrations with one seed, got [3, 4]" in _search(*base, *options, "--max-drop", 900).stderr
+    assert _search(*base, "--option", "2:4+1 pcs", "--max-drop", 900).exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()]
+    assert len({row["calibration"] for row in rows if row["spec"] == "2:4+1 act pcs"}) == 2
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "calibration.safetensors"])
+def test_files_of_something_else_are_kept(model, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    result = _search(model, "--text", tmp_path / name, "--target-speedup", "1.1", "--output", tmp_path)
+    assert f"expected a new folder or that of a search, got {str(tmp_path)!r} with a {name}" in result.stderr
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_results_of_another_text_or_model_are_not_taken_up(model, tmp_path):
@@ -345,6 +380,7 @@ def test_results_of_another_text_or_model_are_not_taken_up(model, tmp_path):
         (("--target-speedup", "0.5"), "expected --target-speedup of at least 1"),
         (("--max-drop", "0"), "expected --max-drop above 0"),
         (("--max-drop", "9", "--option", "8:16"), "expected an option faster than dense, got none among 8:16 act; "),
+        (("--max-drop", "9", "--option", "2:4 rsparse-24"), "an option faster than dense, got none among 2:4 act rsp"),
         (("--target-speedup", "9"), "expected a target speed-up of at most 1.4"),
         (("--target-speedup", "1.1", "--windows", "99"), "expected calibration text of 99 windows of 64 tokens, got"),
         (("--target-speedup", "1.1", "--option", "3:5"), "expected a group size M"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import nm_act
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "docs/kernels/cpu_decode.md")
+DOCUMENTS = ("README.md", "docs/search.md", "docs/kernels/cpu_decode.md")
 
 
 def table(header: list[str], rows: list[list[str]], right: int = 1) -> str:
@@ -204,34 +204,51 @@ def inference() -> str:
     return f"{table(header, lines, right=2)}\n\n{caption}; `{source.relative_to(ROOT)}`."
 
 
-def quality() -> str:
-    """Perplexity against predicted speed-up: what no other row beats in both, and plain ACT."""
+def perplexities() -> list[dict[str, str]]:
+    """Perplexity rows of the one run that the report holds."""
     with (ROOT / "docs/evaluation/results.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "ppl"]
-    point = {id(row): (float(row["predicted_speedup"]), -float(row["value"])) for row in rows}
-    shown = [
-        row
-        for row in rows
-        if (row["method"], row["layers"]) == ("act", "all")
-        or not any(dominates(other, point[id(row)]) for other in point.values())
-    ]
+    if len({(row["model"], row["task"], row["samples"], row["dense_value"]) for row in rows}) != 1:
+        raise ValueError("expected perplexities of one model and text in docs/evaluation/results.csv, got several")
+    return rows
+
+
+def perplexity_table(rows: list[dict[str, str]]) -> str:
     lines = [
         [
             row["method"],
             row["pattern"],
             row["layers"],
             f"{float(row['predicted_speedup']):.2f}x",
-            f"{float(row['value']):.2f}",
+            f"{float(row['value']):.2f} ± {float(row['stderr']):.2f}",
         ]
-        for row in sorted(shown, key=lambda row: float(row["value"]))
+        for row in sorted(rows, key=lambda row: float(row["value"]))
     ]
-    header = ["method", "pattern", "layers", "predicted prefill speed-up", "perplexity"]
     first = rows[0]
-    caption = f"{first['model']}, WikiText-2, {first['samples']} tokens, float32; `docs/evaluation/results.csv`."
-    return f"{table(header, lines, right=3)}\n\n{caption}"
+    header = ["method", "pattern", "layers", "predicted prefill speed-up", "perplexity"]
+    origin = f"{first['model']}, {first['task']}, {first['samples']} tokens; `docs/evaluation/results.csv`."
+    return f"{table(header, lines, right=3)}\n\n{origin}"
 
 
-def dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+def quality() -> str:
+    """Perplexity against predicted speed-up: what no other row beats in both, and plain ACT."""
+    points = [(row, (float(row["predicted_speedup"]), -float(row["value"]))) for row in perplexities()]
+    return perplexity_table(
+        [
+            row
+            for row, point in points
+            if (row["method"], row["layers"]) == ("act", "all") or not any(beats(other, point) for _, other in points)
+        ]
+    )
+
+
+def searched() -> str:
+    """Searched recipes beside the fixed rules."""
+    return perplexity_table([row for row in perplexities() if row["layers"] != "all" or row["method"] == "dense"])
+
+
+def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether a point is nowhere below another, and not the same."""
     return one != other and all(a >= b for a, b in zip(one, other, strict=True))
 
 
@@ -240,7 +257,11 @@ def generate() -> str:
         rows = list(csv.DictReader(file))
     lines = [[row["mode"], row["p50"], f"{row['p20']} to {row['p80']}", f"{row['speedup']}x"] for row in rows]
     first = rows[0]
-    origin = f"{first['model']}, float32; {first['device']}, torch {first['torch']}, {first['date']}"
+    origin = (
+        f"{first['model']}, float32, {first['prompt']} tokens of prompt and {first['tokens']} generated, medians of "
+        f"{first['rounds']} rounds, the speed-up that of the rounds' ratios; {first['device']}, "
+        f"torch {first['torch']}, {first['date']}"
+    )
     return (
         f"{table(['mode', 'tokens/s', '20th to 80th percentile', 'speed-up'], lines)}\n\n"
         f"{origin}; `benchmarks/results/cpu/generate.csv`."
@@ -248,14 +269,15 @@ def generate() -> str:
 
 
 BLOCKS = {
-    "quality": quality,
-    "generate": generate,
     "support": support,
     "demo": demo,
     "cpu-decode": cpu_decode,
     "cpu-tokens": cpu_tokens,
     "gpu-speed": gpu_speed,
     "inference": inference,
+    "quality": quality,
+    "searched": searched,
+    "generate": generate,
 }
 
 

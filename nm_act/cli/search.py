@@ -61,7 +61,7 @@ def search(
     from ..recipe import DEFAULT_PROJECTIONS
     from ..search.cost import Rates
     from ..search.options import option_variant, parse_option, read_data
-    from ..search.plan import baselines, check_options, measure_points
+    from ..search.plan import baselines, check_goal, measure_points, options_of
     from ..search.sensitivity import groups_of, sensitivities
     from ..search.solve import frontier, solve, to_recipe
     from ..sparsify import decoder_linears
@@ -69,8 +69,7 @@ def search(
     _check_goal(target_speedup, max_drop)
     specs = {str(spec): spec for spec in map(parse_option, option or DEFAULT_OPTIONS)}
     table = Rates.load(rates)
-    if max_drop is not None:  # a target speed-up says by itself what cannot be reached
-        check_options(specs.values(), table)
+    _check_output(output)
     content, source = _text(text, data)
     set_threads(threads)
     dense, tokenizer = load(model, dtype, device)
@@ -79,7 +78,6 @@ def search(
     groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together)
     if not groups:
         raise ValueError(f"expected projections among {', '.join(DEFAULT_PROJECTIONS)} in {model!r}, got none of them")
-    prepared = read_data(dense, specs, calibrated)
     inside = {name for group in groups for name in group.names}
     linears = decoder_linears(dense)
     other = sum(m.in_features * m.out_features for name, (_, _, m) in linears.items() if name not in inside)
@@ -91,10 +89,9 @@ def search(
         "window": window,
         "token_ids": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
     }
+    check_goal(groups, specs, table, target_speedup, other)
+    prepared = read_data(dense, specs, calibrated)
     folder = RunFolder.open(output, {**identity, "dtype": dtype, "layers_together": layers_together}).path
-    if target_speedup is not None:  # before minutes are spent: can it be reached at all?
-        free = {group.key: dict.fromkeys(specs, 0.0) for group in groups}
-        solve(groups, free, specs, table, target_speedup, other)
     note(f"sensitivities of {len(groups)} groups, {len(specs)} options, {windows} windows of {window} tokens")
     with progress_bar("sensitivities") as update:
         costs = sensitivities(dense, calibration, groups, specs, folder / "sensitivities.jsonl", update, prepared)
@@ -108,8 +105,9 @@ def search(
     tokens = calibration.flatten()
     points = measure_points(dense, tokens, window, recipes, table, folder / "points.jsonl", note, prepared)
     best = _best(points, chosen, max_drop)
-    made = option_variant(dense, best.recipe, prepared)
-    _finish(folder, points, best, made, as_json)
+    used = {name: prepared[name] for name in specs if name in prepared.keys() & options_of(best.recipe)}
+    sparse = option_variant(dense, best.recipe, used) if used else None
+    _finish(folder, points, best, sparse, used, as_json)
 
 
 def _check_goal(target_speedup: float | None, max_drop: float | None) -> None:
@@ -119,6 +117,17 @@ def _check_goal(target_speedup: float | None, max_drop: float | None) -> None:
         raise ValueError(f"expected --target-speedup of at least 1, got {target_speedup:g}; 1.2 is 20 % faster")
     if max_drop is not None and not max_drop > 0:
         raise ValueError(f"expected --max-drop above 0 per cent, got {max_drop:g}; 20 allows a rise by a fifth")
+
+
+def _check_output(output: Path) -> None:
+    from ..calibrate.store import DATA_FILE, RECIPE_FILE
+
+    foreign = next((name for name in (DATA_FILE, RECIPE_FILE) if (output / name).exists()), None)
+    if foreign is not None and not (output / "run.json").exists():
+        raise ValueError(
+            f"expected a new folder or that of a search, got {str(output)!r} with a {foreign} of something else; "
+            "choose another --output"
+        )
 
 
 def _text(text: Path | None, data: Path | None) -> tuple[str, str]:
@@ -152,11 +161,10 @@ def _best(points: list, chosen, max_drop: float | None):
     return max(allowed, key=lambda point: point.speedup)
 
 
-def _finish(folder: Path, points: list, best, made, as_json: bool) -> None:
-    """Write the best point's recipe, the data of its sparse model `made`, the frontier and the plot."""
-    from ..calibrate.store import DATA_FILE, save_calibration
+def _finish(folder: Path, points: list, best, sparse, used: dict, as_json: bool) -> None:
+    """Write the best point's recipe, its sparse model's data where options `used` some, the frontier and the plot."""
+    from ..calibrate.store import DATA_FILE, RECIPE_FILE, save_calibration
     from ..files import write_atomic
-    from ..linear import NMLinear
 
     dense = points[0].perplexity
     rows = [{"name": p.name, "predicted_speedup": round(p.speedup, 4), "perplexity": p.perplexity} for p in points]
@@ -166,13 +174,16 @@ def _finish(folder: Path, points: list, best, made, as_json: bool) -> None:
     writer.writeheader()
     writer.writerows(rows)
     plot = draw(points, best)
-    (folder / DATA_FILE).unlink(missing_ok=True)  # of another goal's recipe
+    for name in (DATA_FILE, "calibration.json"):  # of another goal's recipe
+        (folder / name).unlink(missing_ok=True)
     files = "frontier.png, frontier.csv, search.json"
-    if any(isinstance(module, NMLinear) and module.data() for module in made.modules()):
-        save_calibration(made, folder)
+    if used:
+        facts = {"seed": next(iter(used.values())).seed, "options": {name: each.digest for name, each in used.items()}}
+        write_atomic(folder / "calibration.json", to_json(facts) + "\n")
+        save_calibration(sparse, folder)
         files = f"{DATA_FILE}, {files}"
     else:
-        best.recipe.save(folder / "recipe.yaml")
+        best.recipe.save(folder / RECIPE_FILE)
     write_atomic(folder / "frontier.csv", text.getvalue())
     write_atomic(folder / "frontier.png", plot)
     result = {"recipe": best.recipe.to_dict(), "predicted_speedup": best.speedup, "points": rows}

@@ -54,7 +54,7 @@ def calibrated_row(variant: Variant, calibrated: Path | None) -> tuple[Variant, 
         )
     if variant.seed not in (0, found.seed):
         raise ValueError(
-            f"expected in {str(folder)!r} a calibration with the study's seed {variant.seed}, got {found.seed}; "
-            "calibrate again or change the row"
+            f"expected in {str(folder)!r} a calibration with the seed {variant.seed} of {variant.name!r}, got "
+            f"{found.seed}; calibrate again or name that seed"
         )
     return dataclasses.replace(variant, seed=found.seed, calibration=found.calibration), folder

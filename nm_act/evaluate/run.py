@@ -88,8 +88,8 @@ class RunFolder:
         path = self.result_path(variant, task)
         if not path.is_file():
             return False
-        found = _read_json(path)["variant"]
-        if found != json.loads(json.dumps(variant.to_dict())):
+        found, wanted = _read_json(path)["variant"], json.loads(json.dumps(variant.to_dict()))
+        if any(found.get(key) != wanted[key] for key in ("recipe", "calibrated", "seed", "calibration")):
             raise ValueError(
                 f"expected in {str(path)!r} a result of this recipe and calibration, got one of another with the name "
                 f"{variant.name!r}; rename it, remove the file or choose another --output"

@@ -73,10 +73,10 @@ def from_recipe(recipe: Recipe, name: str | None = None, **fields) -> Variant:
     'act+var 2:4'
     """
     specs = resolved(recipe)
-    first = [f"first-{recipe.dense_first_tokens}"] if recipe.dense_first_tokens else []
-    methods = {"+".join([spec.criterion, *spec.mitigation, *first]) for spec in specs}
+    methods = {"+".join([spec.criterion, *spec.mitigation]) for spec in specs}
     patterns = {str(spec.pattern) for spec in specs}
     method = methods.pop() if len(methods) == 1 else "mixed"
+    method += f"+first-{recipe.dense_first_tokens}" if recipe.dense_first_tokens else ""
     pattern = patterns.pop() if len(patterns) == 1 else "mixed"
     layers = fields.pop("layers", policy_of(recipe))
     name = name or f"{method} {pattern}" + ("" if layers == "all" else f" {layers}")

@@ -25,13 +25,16 @@ class CalibratedData:
     Attributes
     ----------
     tensors : dict of str to Tensor
-        "layer.key" -> data, for all layers.
+        "layer.key" -> data, for all layers; shapes as :data:`nm_act.mitigations.DATA` says.
     digest : str
         SHA-256 of the file that they are from.
+    seed : int
+        Of their calibration.
     """
 
     tensors: dict[str, torch.Tensor]
     digest: str
+    seed: int = 0
 
 
 def parse_option(text: str) -> LinearSpec:
@@ -81,18 +84,31 @@ def read_data(model: nn.Module, specs: dict[str, LinearSpec], calibrated: Path |
     FileNotFoundError
         If an option's calibration is missing.
     ValueError
-        If it is one of another recipe or of another model.
+        If it is one of another recipe or of another model, or if their seeds differ.
     """
     data = {}
     for name, spec in specs.items():
         if data_of(spec):
             found, folder = calibrated_row(from_recipe(option_recipe(spec)), calibrated)
-            data[name] = CalibratedData(check_calibration(model, folder)[1], found.calibration)
+            data[name] = CalibratedData(check_calibration(model, folder)[1], found.calibration, found.seed)
+    seeds = sorted({each.seed for each in data.values()})
+    if len(seeds) > 1:
+        raise ValueError(f"expected calibrations with one seed, got {seeds}; calibrate the options alike")
     return data
 
 
 def option_variant(model: nn.Module, recipe: Recipe, calibrated: dict[str, CalibratedData]) -> nn.Module:
-    """Sparse copy of the dense model with a recipe of options, each layer with the data of its own."""
+    """Sparse copy of the dense model with a recipe of options, each layer with the data of its own.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model.
+    recipe : Recipe
+        Every spec in it that needs data is a key of `calibrated`.
+    calibrated : dict of str to CalibratedData
+        Option -> data, from `read_data`.
+    """
     variant = sparse_copy(model, recipe).model
     layers = {name: each for name, each in variant.named_modules() if isinstance(each, NMLinear) and each.data()}
     for name, layer in layers.items():

@@ -1,7 +1,7 @@
 """The search as a whole: options, the frontier with its baselines measured on calibration text, and the choice."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,12 @@ from ..evaluate.study import resolved
 from ..files import write_atomic
 from ..policies import POLICIES
 from ..recipe import LinearSpec, Recipe
-from .cost import Rates, extra_macs, macs_by_pattern, pattern_of, predicted_speedup
+from .cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
 from .options import CalibratedData, option_recipe, option_variant
+from .sensitivity import Group
+from .solve import frontier, solve
 
-__all__ = ["Point", "baselines", "check_options", "measure_points"]
+__all__ = ["Point", "baselines", "check_goal", "measure_points", "options_of"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,17 @@ class Point:
     perplexity: float
 
 
-def check_options(specs: Iterable[LinearSpec], rates: Rates) -> None:
-    """Raise a ValueError if no option is faster than dense: nothing but the dense model could be found."""
-    specs = list(specs)
-    if not any(rates.speedup(pattern_of(spec))[0] > 1 for spec in specs):
+def check_goal(
+    groups: list[Group], specs: dict[str, LinearSpec], rates: Rates, target_speedup: float | None, other_macs: int
+) -> None:
+    """Raise a ValueError if the target cannot be reached or, without one, if no option is faster than dense."""
+    free = {group.key: dict.fromkeys(specs, 0.0) for group in groups}
+    if target_speedup is not None:
+        solve(groups, free, specs, rates, target_speedup, other_macs)
+    elif frontier(groups, free, specs, rates, other_macs, points=1)[-1].speedup <= 1:
         raise ValueError(
-            f"expected an option faster than dense, got none among {', '.join(map(str, specs))}; add an --option with "
-            "a faster pattern, or its measured speed-up with --rates"
+            f"expected an option faster than dense, got none among {', '.join(specs)}; add an --option with a faster "
+            "pattern or less to compute, or its measured speed-up with --rates"
         )
 
 
@@ -66,17 +72,19 @@ def measure_points(
 ) -> list[Point]:
     """Perplexity of every recipe on calibration text; what `store` (JSON lines) holds is not measured again."""
     lines = store.read_text(encoding="utf-8").split("\n") if store.is_file() else []
-    found = {row["recipe"]: row for row in (json.loads(line) for line in lines if line)}
+    found = {(row["recipe"], *row.get("calibration", [])): row for row in (json.loads(line) for line in lines if line)}
     points = []
     for name, recipe in recipes:
-        key = "dense" if recipe is None else json.dumps(recipe.to_dict(), sort_keys=True)
-        key += "".join(f" {data.digest}" for option, data in calibrated.items() if option in _options(recipe))
+        text = "dense" if recipe is None else json.dumps(recipe.to_dict(), sort_keys=True)
+        digests = sorted(calibrated[option].digest for option in calibrated.keys() & options_of(recipe))
+        key = (text, *digests)
         if key not in found:
             progress(f"perplexity on calibration text: {name}")
             variant = model if recipe is None else option_variant(model, recipe, calibrated)
             value = perplexity(variant, tokens, window=window).value
             macs, extra = macs_by_pattern(variant), extra_macs(variant)
-            found[key] = {"recipe": key, "perplexity": value, "macs": macs, "extra_macs": extra}
+            found[key] = {"recipe": text, "perplexity": value, "macs": macs, "extra_macs": extra}
+            found[key] |= {"calibration": digests} if digests else {}
             del variant
             write_atomic(store, "".join(json.dumps(row) + "\n" for row in found.values()))
         row = found[key]
@@ -84,5 +92,6 @@ def measure_points(
     return points
 
 
-def _options(recipe: Recipe | None) -> set[str]:
+def options_of(recipe: Recipe | None) -> set[str]:
+    """The options that a recipe gives to any layer; none for the dense model."""
     return set() if recipe is None else {str(spec) for spec in resolved(recipe)}

@@ -15,7 +15,7 @@ _STATES = 20_000
 """Partial solutions that are kept at most: where there are more, the cheapest of each of so many ranges of savings."""
 
 _SCALE = 2**62
-"""The dense model's time. Savings are integers in that unit: their sums neither round nor depend on the order."""
+"""The dense model's time. Savings are integers: each is rounded once, their sums not at all."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Problem:
 
         def saved(group: Group, name: str) -> int:
             added = sum(added_macs(specs[name], *shape) for shape in group.shapes)
-            return int((fractions[name] * group.macs - added) / total * _SCALE)
+            return max(0, int((fractions[name] * group.macs - added) / total * _SCALE))  # a loss is never chosen
 
         names = (DENSE, *(name for name in specs if any(saved(group, name) > 0 for group in groups)))
         times = [[0, *(saved(group, name) for name in names[1:])] for group in groups]
