@@ -27,6 +27,12 @@ def support() -> str:
     return table(header, [[row[name] for name in header] for row in nm_act.support_table()], right=len(header))
 
 
+def read_rows(path: str) -> list[dict[str, str]]:
+    """Rows of a committed CSV."""
+    with (ROOT / path).open() as file:
+        return list(csv.DictReader(file))
+
+
 def demo() -> str:
     result = json.loads((ROOT / "docs/demo/demo.json").read_text())
     rows = []
@@ -58,8 +64,7 @@ GPU_PAIRS = (
 
 
 def gpu_speed() -> str:
-    with (ROOT / "benchmarks/results/h200/sparse_linear.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["stage"] == "op"]
+    rows = [row for row in read_rows("benchmarks/results/h200/sparse_linear.csv") if row["stage"] == "op"]
     speedup = {
         (row["tokens"], row["out_features"], row["in_features"], row["dtype"], row["variant"], row["baseline"]): float(
             row["speedup"]
@@ -97,8 +102,7 @@ def times(value: float | None) -> str:
 
 
 def decode_rows() -> list[dict[str, str]]:
-    with (ROOT / "benchmarks/results/cpu/decode.csv").open() as file:
-        return list(csv.DictReader(file))
+    return read_rows("benchmarks/results/cpu/decode.csv")
 
 
 def caption(rows: list[dict[str, str]]) -> str:
@@ -177,11 +181,10 @@ INFERENCE_METRICS = {"ttft_ms": "time to first token, ms", "decode_tok_s": "deco
 
 def inference() -> str:
     """One row a mode, batch and prompt; each metric with its ratio to the dense baselines of the run."""
-    source = ROOT / "benchmarks/results/h200/inference.csv"
-    if not source.exists():
+    source = "benchmarks/results/h200/inference.csv"
+    if not (ROOT / source).exists():
         return "Whole models on a GPU: not measured yet (`benchmarks/bench_inference.py`)."
-    with source.open() as file:
-        measured = list(csv.DictReader(file))
+    measured = read_rows(source)
     cells: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
     for row in measured:
         where = (row["model"], row["mode"], row["batch"], row["prompt"])
@@ -201,13 +204,12 @@ def inference() -> str:
         "ratios above 1 are better"
     )
     header = ["model", "mode", "batch", "prompt", *INFERENCE_METRICS.values()]
-    return f"{table(header, lines, right=2)}\n\n{caption}; `{source.relative_to(ROOT)}`."
+    return f"{table(header, lines, right=2)}\n\n{caption}; `{source}`."
 
 
 def perplexities() -> list[dict[str, str]]:
     """Perplexity rows of the one run that the report holds."""
-    with (ROOT / "docs/evaluation/results.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["metric"] == "ppl"]
+    rows = [row for row in read_rows("docs/evaluation/results.csv") if row["metric"] == "ppl"]
     if len({(row["model"], row["task"], row["samples"], row["dense_value"]) for row in rows}) != 1:
         raise ValueError("expected perplexities of one model and text in docs/evaluation/results.csv, got several")
     return rows
@@ -253,8 +255,7 @@ def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def generate() -> str:
-    with (ROOT / "benchmarks/results/cpu/generate.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows("benchmarks/results/cpu/generate.csv")
     lines = [[row["mode"], row["p50"], f"{row['p20']} to {row['p80']}", f"{row['speedup']}x"] for row in rows]
     first = rows[0]
     origin = (

@@ -20,6 +20,9 @@ from .permute import check_order, fold_order
 
 RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "calibration.safetensors"
+FACTS_FILE = "calibration.json"
+"""What the data were made with, its seed among it."""
+
 _FORMAT = "nm_act calibration 1"
 _ROUNDED = {"weights": torch.bfloat16, "weights_float16": torch.float16}
 """Fingerprints in the header -> what the weights are rounded to: a calibration serves the model in any dtype."""

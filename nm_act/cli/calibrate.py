@@ -36,6 +36,7 @@ def calibrate(
     """Calibrate a recipe's mitigations, decoder block by decoder block."""
     from ..calibrate import CalibrationSettings, calibration_windows, save_calibration
     from ..calibrate import calibrate as run
+    from ..calibrate.store import FACTS_FILE
     from ..integrations.checkpoints import check_device
 
     _check_output(output, model)
@@ -73,7 +74,7 @@ def calibrate(
         _save_checkpoint(report.model, tokenizer, output)
     from ..files import write_atomic
 
-    write_atomic(output / "calibration.json", to_json(facts) + "\n")
+    write_atomic(output / FACTS_FILE, to_json(facts) + "\n")
     save_calibration(report.model, output)
     shutil.rmtree(output / _STATE)
     if as_json:

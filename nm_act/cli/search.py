@@ -61,7 +61,7 @@ def search(
     from ..recipe import DEFAULT_PROJECTIONS
     from ..search.cost import Rates
     from ..search.options import option_variant, parse_option, read_data
-    from ..search.plan import baselines, check_goal, measure_points, options_of
+    from ..search.plan import baselines, check_reachable, measure_points, options_of
     from ..search.sensitivity import groups_of, sensitivities
     from ..search.solve import frontier, solve, to_recipe
     from ..sparsify import decoder_linears
@@ -89,7 +89,7 @@ def search(
         "window": window,
         "token_ids": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
     }
-    check_goal(groups, specs, table, target_speedup, other)
+    check_reachable(groups, specs, table, target_speedup, other)
     prepared = read_data(dense, specs, calibrated)
     folder = RunFolder.open(output, {**identity, "dtype": dtype, "layers_together": layers_together}).path
     note(f"sensitivities of {len(groups)} groups, {len(specs)} options, {windows} windows of {window} tokens")
@@ -121,9 +121,10 @@ def _check_goal(target_speedup: float | None, max_drop: float | None) -> None:
 
 def _check_output(output: Path) -> None:
     from ..calibrate.store import DATA_FILE, RECIPE_FILE
+    from ..evaluate.run import RUN_FILE
 
     foreign = next((name for name in (DATA_FILE, RECIPE_FILE) if (output / name).exists()), None)
-    if foreign is not None and not (output / "run.json").exists():
+    if foreign is not None and not (output / RUN_FILE).exists():
         raise ValueError(
             f"expected a new folder or that of a search, got {str(output)!r} with a {foreign} of something else; "
             "choose another --output"
@@ -163,7 +164,7 @@ def _best(points: list, chosen, max_drop: float | None):
 
 def _finish(folder: Path, points: list, best, sparse, used: dict, as_json: bool) -> None:
     """Write the best point's recipe, its sparse model's data where options `used` some, the frontier and the plot."""
-    from ..calibrate.store import DATA_FILE, RECIPE_FILE, save_calibration
+    from ..calibrate.store import DATA_FILE, FACTS_FILE, RECIPE_FILE, save_calibration
     from ..files import write_atomic
 
     dense = points[0].perplexity
@@ -174,12 +175,12 @@ def _finish(folder: Path, points: list, best, sparse, used: dict, as_json: bool)
     writer.writeheader()
     writer.writerows(rows)
     plot = draw(points, best)
-    for name in (DATA_FILE, "calibration.json"):  # of another goal's recipe
+    for name in (DATA_FILE, FACTS_FILE):  # of another goal's recipe
         (folder / name).unlink(missing_ok=True)
     files = "frontier.png, frontier.csv, search.json"
     if used:
         facts = {"seed": next(iter(used.values())).seed, "options": {name: each.digest for name, each in used.items()}}
-        write_atomic(folder / "calibration.json", to_json(facts) + "\n")
+        write_atomic(folder / FACTS_FILE, to_json(facts) + "\n")
         save_calibration(sparse, folder)
         files = f"{DATA_FILE}, {files}"
     else:
@@ -196,7 +197,7 @@ def _finish(folder: Path, points: list, best, sparse, used: dict, as_json: bool)
         for r in rows
     ]
     print_table("Calibration text", ["", "predicted speed-up", "perplexity", "change"], cells)
-    print(f"{best.speedup:.3f}x predicted: {folder / 'recipe.yaml'}; {files} beside it")
+    print(f"{best.speedup:.3f}x predicted: {folder / RECIPE_FILE}; {files} beside it")
 
 
 def draw(points: list, best) -> bytes:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..calibrate.store import DATA_FILE, read_calibration
+from ..calibrate.store import DATA_FILE, FACTS_FILE, read_calibration
 from .study import Variant, from_recipe
 
 __all__ = ["calibrated_row", "of_calibration"]
@@ -20,7 +20,7 @@ def of_calibration(folder: Path) -> Variant:
 
 def _seed(folder: Path) -> int:
     """Seed of a calibration, from what nm-act calibrate wrote beside its data; 0 where it wrote none."""
-    file = folder / "calibration.json"
+    file = folder / FACTS_FILE
     return int(json.loads(file.read_text(encoding="utf-8")).get("seed", 0)) if file.is_file() else 0
 
 

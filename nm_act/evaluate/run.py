@@ -23,7 +23,7 @@ __all__ = ["PERPLEXITY", "RunFolder", "run_study"]
 PERPLEXITY = "wikitext2"
 """The task that is a perplexity; all others are the harness's."""
 
-_RUN_FILE = "run.json"
+RUN_FILE = "run.json"
 
 _FORMAT = 2
 """Of a run's files: 2 adds extra_macs to the results, and the tokens and window in use to the identity."""
@@ -56,7 +56,7 @@ class RunFolder:
             If it cannot be written.
         """
         path = Path(path)
-        file = path / _RUN_FILE
+        file = path / RUN_FILE
         found = _read_identity(file) if file.is_file() else None
         try:
             (path / "rows").mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ class RunFolder:
                 )
         elif any((path / "rows").iterdir()):
             raise ValueError(
-                f"expected a run in {str(path)!r}, got results without {_RUN_FILE}; choose another --output"
+                f"expected a run in {str(path)!r}, got results without {RUN_FILE}; choose another --output"
             )
         else:
             write_atomic(file, json.dumps({"format": _FORMAT, "identity": identity}, indent=2) + "\n")
@@ -105,11 +105,11 @@ class RunFolder:
     def read(path: str | Path) -> tuple[dict, list[dict]]:
         """Identity and results of a finished or unfinished run; ValueError if the folder holds none."""
         path = Path(path)
-        if not (path / _RUN_FILE).is_file():
+        if not (path / RUN_FILE).is_file():
             raise ValueError(
-                f"expected the folder of an evaluation, got {str(path)!r} without {_RUN_FILE}; check the path"
+                f"expected the folder of an evaluation, got {str(path)!r} without {RUN_FILE}; check the path"
             )
-        identity = _read_identity(path / _RUN_FILE)
+        identity = _read_identity(path / RUN_FILE)
         return identity, [_read_json(file) for file in sorted((path / "rows").glob("*.json"))]
 
 
@@ -239,7 +239,7 @@ def _read_identity(file: Path) -> dict:
     found = _read_json(file)
     if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
         raise ValueError(
-            f"expected a run of format {_FORMAT} in {str(file.parent)!r}, got a {_RUN_FILE} of another kind (an older "
+            f"expected a run of format {_FORMAT} in {str(file.parent)!r}, got a {RUN_FILE} of another kind (an older "
             "run, or the state of nm-act calibrate); choose another folder"
         )
     return found["identity"]

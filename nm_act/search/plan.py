@@ -18,7 +18,7 @@ from .options import CalibratedData, option_recipe, option_variant
 from .sensitivity import Group
 from .solve import frontier, solve
 
-__all__ = ["Point", "baselines", "check_goal", "measure_points", "options_of"]
+__all__ = ["Point", "baselines", "check_reachable", "measure_points", "options_of"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Point:
     perplexity: float
 
 
-def check_goal(
+def check_reachable(
     groups: list[Group], specs: dict[str, LinearSpec], rates: Rates, target_speedup: float | None, other_macs: int
 ) -> None:
     """Raise a ValueError if the target cannot be reached or, without one, if no option is faster than dense."""

@@ -9,7 +9,7 @@ from ..recipe import DENSE, LinearSpec, Recipe, Rule
 from .cost import Rates, added_macs, pattern_of
 from .sensitivity import Group
 
-__all__ = ["Choice", "frontier", "relaxed_bound", "solve", "to_recipe"]
+__all__ = ["Choice", "frontier", "solve", "to_recipe"]
 
 _STATES = 20_000
 """Partial solutions that are kept at most: where there are more, the cheapest of each of so many ranges of savings."""
@@ -30,11 +30,14 @@ class Choice:
         Predicted for all linear layers of the decoder.
     sensitivity : float
         Sum over the groups, nats a token.
+    bound : float
+        Sensitivity below which no choice is as fast as was asked for (the Lagrangian bound): how near the optimum is.
     """
 
     names: tuple[str, ...]
     speedup: float
     sensitivity: float
+    bound: float
 
 
 def solve(
@@ -50,7 +53,7 @@ def solve(
     Group by group, the partial solutions are kept that no other one beats in both time saved and sensitivity, and that
     could still become better than the best known solution: their sensitivity plus the Lagrangian bound of what is left
     has to be below it. This is exact (up to a part in 1e9 of the speed-up) as long as at most `_STATES` of them remain;
-    beyond that they are thinned out, and the result is near the optimum: `relaxed_bound` says how near at most.
+    beyond that they are thinned out, and the result is near the optimum: its `bound` says how near at most.
 
     Parameters
     ----------
@@ -70,19 +73,6 @@ def solve(
         If not even the fastest option everywhere reaches the target.
     """
     return _solved(_Problem.of(groups, costs, specs, rates, other_macs), target_speedup)
-
-
-def relaxed_bound(
-    groups: list[Group],
-    costs: dict[str, dict[str, float]],
-    specs: dict[str, LinearSpec],
-    rates: Rates,
-    target_speedup: float,
-    other_macs: int = 0,
-) -> float:
-    """Sensitivity below which no choice reaches the target (the Lagrangian bound); parameters as for `solve`."""
-    problem = _Problem.of(groups, costs, specs, rates, other_macs)
-    return _relaxed(problem, problem.needed(target_speedup))[0]
 
 
 @dataclass(frozen=True)
@@ -118,18 +108,18 @@ class _Problem:
             )
         return min(int(needed * _SCALE), reachable)
 
-    def choice(self, picked: np.ndarray) -> Choice:
+    def choice(self, picked: np.ndarray, bound: float) -> Choice:
         rows = np.arange(len(self.cost))
         saved = int(self.saved[rows, picked].sum()) / _SCALE
         cost = math.fsum(self.cost[rows, picked])
-        return Choice(tuple(self.names[index] for index in picked), 1 / (1 - saved), cost)
+        return Choice(tuple(self.names[index] for index in picked), 1 / (1 - saved), cost, bound)
 
 
 def _solved(problem: _Problem, target_speedup: float) -> Choice:
     needed = problem.needed(target_speedup)
-    _, incumbent, price = _relaxed(problem, needed)
+    bound, incumbent, price = _relaxed(problem, needed)
     picked = _search(problem, needed, incumbent, price)
-    return problem.choice(incumbent if picked is None else picked)
+    return problem.choice(incumbent if picked is None else picked, bound)
 
 
 def _relaxed(problem: _Problem, needed: int) -> tuple[float, np.ndarray, float]:
