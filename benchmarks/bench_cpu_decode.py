@@ -5,7 +5,9 @@ included), our own kernel reading every row (so that the part due to sparsity is
 Above 4 tokens (8 in fp32) the sparse layer is prune + torch's GEMM, so its baseline is dense + prune, over either
 storage of the weight: torch's own bf16 GEMM is slower over [in, out], which the sparse layer inherits.
 
-    python benchmarks/bench_cpu_decode.py --csv benchmarks/results/cpu/decode.csv
+    python benchmarks/bench_cpu_decode.py --tokens 1 2 4 8 16 64 256 --csv benchmarks/results/cpu/decode.csv
+    python benchmarks/bench_cpu_decode.py --patterns 2:4 4:8 8:16 16:32 2:4+1 2:4+2 6:8 --dtypes bf16 \
+        --csv benchmarks/results/cpu/patterns.csv
 """
 
 import argparse
@@ -31,10 +33,10 @@ def processor() -> str:
     return (names[0].strip() if names else platform.processor()).replace(",", " ")
 
 
-def verify(x, weight, pattern) -> None:
+def verify(x, weight, selection) -> None:
     """The row is worth nothing if the result is wrong: compare with float64 before timing."""
-    exact = nm_act.reference.sparse_linear(x, weight[:256], n=pattern.keep, m=pattern.group)
-    y = nm_act.sparse_linear(x, weight, n=pattern.keep, m=pattern.group)[..., :256].double()
+    exact = nm_act.reference.sparse_linear(x, weight[:256], **selection)
+    y = nm_act.sparse_linear(x, weight, **selection)[..., :256].double()
     error = ((y - exact).norm() / exact.norm()).item()
     limit = 1e-5 if x.dtype == torch.float32 else 1e-2
     if not error < limit:
@@ -43,21 +45,22 @@ def verify(x, weight, pattern) -> None:
 
 def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, read_buffer) -> None:
     dtype, (out_features, in_features) = DTYPES[name], shape
+    selection = {"n": pattern.keep, "m": pattern.group, "extra_columns": pattern.extra_columns}
     stock = torch.randn(out_features, in_features, dtype=torch.float32).to(dtype)
     weight = stock.t().contiguous().t()
     x = torch.randn(tokens, in_features).to(dtype)
-    verify(x, weight, pattern)
+    verify(x, weight, selection)
     calls = {
         "dense": lambda: F.linear(x, stock),
-        "sparse": lambda: nm_act.sparse_linear(x, weight, n=pattern.keep, m=pattern.group),
-        "prune": lambda: nm_act.prune(x, pattern.keep, pattern.group),
+        "sparse": lambda: nm_act.sparse_linear(x, weight, **selection),
+        "prune": lambda: nm_act.prune(x, **selection),
         "read": read_buffer.sum,
     }
     if tokens <= DECODE_TOKENS[name]:
         calls["every_row"] = lambda: nm_act.gather_linear(x, weight)
     else:
         calls["dense_in_out"] = lambda: F.linear(x, weight)
-        calls["sparse_out_in"] = lambda: nm_act.sparse_linear(x, stock, n=pattern.keep, m=pattern.group)
+        calls["sparse_out_in"] = lambda: nm_act.sparse_linear(x, stock, **selection)
     times = interleaved(calls, seconds)
     read = READ_BYTES / percentiles(times["read"])[1] / 1e3
     common = {"dtype": name, "tokens": tokens, "out_features": out_features, "in_features": in_features}
@@ -80,7 +83,7 @@ def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, re
 
     if tokens <= DECODE_TOKENS[name]:
         # Several tokens need the union of their rows, four tokens a pass: count what was really read.
-        passes = (nm_act.prune(x, pattern.keep, pattern.group) != 0).split(4)
+        passes = (nm_act.prune(x, **selection) != 0).split(4)
         needed = sum(rows.any(0).float().mean().item() for rows in passes)
         report = [add("sparse", needed, "F.linear", times["dense"], str(pattern))]
         report.append(add("every_row", len(passes), "F.linear", times["dense"], "dense"))
@@ -97,7 +100,8 @@ def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, re
     rows.add(times["read"], times["read"], **common, variant="read", stage="read", gbps=f"{read:.1f}")
     dense = percentiles(times["dense"])[1] / 1e3
     print(
-        f"{name} {out_features:>5}x{in_features:<5} {tokens:>3} tokens: dense {dense:.2f} ms; " + "; ".join(report),
+        f"{name} {pattern} {out_features:>5}x{in_features:<5} {tokens:>3} tokens: dense {dense:.2f} ms; "
+        + "; ".join(report),
         flush=True,
     )
 
@@ -105,7 +109,7 @@ def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, re
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", help="write the rows to this file")
-    parser.add_argument("--pattern", default="8:16", type=nm_act.NMPattern)
+    parser.add_argument("--patterns", nargs="+", default=["8:16"], type=nm_act.NMPattern)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=DTYPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -119,8 +123,9 @@ def main() -> None:
     read_buffer = torch.ones(READ_BYTES // 4)
     for name in arguments.dtypes:
         for tokens in arguments.tokens:
-            for shape in LLAMA_3_8B.values():
-                bench(rows, name, shape, tokens, arguments.pattern, arguments.seconds, read_buffer)
+            for pattern in arguments.patterns:
+                for shape in LLAMA_3_8B.values():
+                    bench(rows, name, shape, tokens, pattern, arguments.seconds, read_buffer)
 
 
 if __name__ == "__main__":

@@ -4,33 +4,21 @@
 blocks is written by hand: they come from the compiled support table and from committed result files.
 """
 
-import csv
 import json
-import math
 import sys
-from pathlib import Path
+
+import pattern_frontier
+from result_files import EVALUATION, ROOT, geometric_mean, perplexities, read_rows, times
 
 import nm_act
+from nm_act.evaluate.results import markdown_table as table
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "docs/search.md", "docs/kernels/cpu_decode.md")
-
-
-def table(header: list[str], rows: list[list[str]], right: int = 1) -> str:
-    """A Markdown table; columns from index ``right`` on are right-aligned."""
-    rule = ["---:" if i >= right else "---" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
 
 
 def support() -> str:
     header = ["op", "when", "device", "dtypes", "patterns", "how"]
     return table(header, [[row[name] for name in header] for row in nm_act.support_table()], right=len(header))
-
-
-def read_rows(path: str) -> list[dict[str, str]]:
-    """Rows of a committed CSV."""
-    with (ROOT / path).open() as file:
-        return list(csv.DictReader(file))
 
 
 def demo() -> str:
@@ -91,14 +79,6 @@ def gpu_speed() -> str:
         "shapes, the worst shape in brackets; `benchmarks/results/h200/sparse_linear.csv`."
     )
     return f"{table(header, lines, right=0)}\n\n{origin}"
-
-
-def geometric_mean(values: list[float]) -> float | None:
-    return math.prod(values) ** (1 / len(values)) if values else None
-
-
-def times(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}x"
 
 
 def decode_rows() -> list[dict[str, str]]:
@@ -207,14 +187,6 @@ def inference() -> str:
     return f"{table(header, lines, right=2)}\n\n{caption}; `{source}`."
 
 
-def perplexities() -> list[dict[str, str]]:
-    """Perplexity rows of the one run that the report holds."""
-    rows = [row for row in read_rows("docs/evaluation/results.csv") if row["metric"] == "ppl"]
-    if len({(row["model"], row["task"], row["samples"], row["dense_value"]) for row in rows}) != 1:
-        raise ValueError("expected perplexities of one model and text in docs/evaluation/results.csv, got several")
-    return rows
-
-
 def perplexity_table(rows: list[dict[str, str]]) -> str:
     lines = [
         [
@@ -228,7 +200,7 @@ def perplexity_table(rows: list[dict[str, str]]) -> str:
     ]
     first = rows[0]
     header = ["method", "pattern", "layers", "predicted prefill speed-up", "perplexity"]
-    origin = f"{first['model']}, {first['task']}, {first['samples']} tokens; `docs/evaluation/results.csv`."
+    origin = f"{first['model']}, {first['task']}, {first['samples']} tokens; `{EVALUATION}`."
     return f"{table(header, lines, right=3)}\n\n{origin}"
 
 
@@ -277,6 +249,7 @@ BLOCKS = {
     "gpu-speed": gpu_speed,
     "inference": inference,
     "quality": quality,
+    "patterns": pattern_frontier.summary,
     "searched": searched,
     "generate": generate,
 }
