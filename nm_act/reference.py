@@ -60,7 +60,7 @@ def selection_mask(
 
     Top-k is one group of all features under the same contract.
     """
-    score = _scores(z, channel_scale)
+    score = scores(z, channel_scale)
     if isinstance(pattern, TopKPattern):
         keep, group = pattern.keep_of(z.shape[-1]), z.shape[-1]
     elif pattern.extra_columns:
@@ -74,7 +74,7 @@ def selection_mask(
     return mask.flatten(-2)
 
 
-def _scores(z: torch.Tensor, channel_scale: torch.Tensor | None) -> torch.Tensor:
+def scores(z: torch.Tensor, channel_scale: torch.Tensor | None) -> torch.Tensor:
     """Float64 keys of the contract."""
     magnitude = z.float().abs()
     score = magnitude if channel_scale is None else (magnitude * channel_scale.float()).abs()

@@ -374,3 +374,16 @@ def test_composed_selection_passes_the_gradient_of_survivors_only():
     y = composed.sparse_linear(x, torch.eye(IN), None, NMPattern("2:4"))
     y.sum().backward()
     assert torch.equal(x.grad, _keep(x.detach().abs(), "2:4").float())
+
+
+@pytest.mark.parametrize("percent", [3, 50, 96.9])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_top_k_selects_as_the_oracle_does(percent, scaled):
+    generator = torch.Generator().manual_seed(4)
+    ties = torch.randint(-3, 4, (5, IN), generator=generator).float()
+    odd = torch.tensor([0.0, -0.0, float("inf"), float("nan"), 3e38, 1.0, -1.0, -float("inf")]).repeat(IN // 8)
+    z = torch.cat([ties, odd[None], torch.full((1, IN), -0.0), torch.randn(4, IN, generator=generator)])
+    scale = torch.randint(0, 3, (IN,), generator=generator).float() if scaled else None
+    pattern = TopKPattern(percent)
+    expected = torch.where(reference.selection_mask(z, pattern, scale), z, torch.zeros(()))
+    torch.testing.assert_close(composed.select(z, pattern, scale), expected, rtol=0, atol=0, equal_nan=True)
