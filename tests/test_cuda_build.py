@@ -79,10 +79,10 @@ def compiled(tmp_path_factory):
 
 
 def assert_no_spills(report: str, kernels: str = "") -> None:
-    """No kernel whose name contains ``kernels`` spills registers, and there is one."""
+    """No kernel whose mangled name matches the expression ``kernels`` spills registers, and there is one."""
     blocks = report.split("Compiling entry function '")[1:]
     stores = {block.split("'", 1)[0]: re.search(r"(\d+) bytes spill stores", block)[1] for block in blocks}
-    hot = {name: int(size) for name, size in stores.items() if kernels in name}
+    hot = {name: int(size) for name, size in stores.items() if re.search(kernels, name)}
     assert hot
     assert not {name: size for name, size in hot.items() if size}
 
@@ -110,8 +110,8 @@ def test_ampere_gemm(compiled):
 
 
 def test_compress(compiled):
-    # The row kernels for more than 16384 features spill a little: they are not the hot ones.
-    assert_no_spills(compiled("compress")[0], "compress_kernel")
+    # Not hot: rows of float32, or unaligned ones (RowKind::kScalar), of more than 16384 features, which spill a little.
+    assert_no_spills(compiled("compress")[0], "compress_kernel|compress_row_kernel(?!.*(Float32|RowKindE2))")
 
 
 def test_compress_windows(compiled):

@@ -90,11 +90,11 @@ def search(
         "token_ids": hashlib.sha256(calibration.numpy().tobytes()).hexdigest(),
     }
     check_reachable(groups, specs, table, target_speedup, other)
-    prepared = read_data(dense, specs, calibrated)
+    option_data = read_data(dense, specs, calibrated)
     folder = RunFolder.open(output, {**identity, "dtype": dtype, "layers_together": layers_together}).path
     note(f"sensitivities of {len(groups)} groups, {len(specs)} options, {windows} windows of {window} tokens")
     with progress_bar("sensitivities") as update:
-        costs = sensitivities(dense, calibration, groups, specs, folder / "sensitivities.jsonl", update, prepared)
+        costs = sensitivities(dense, calibration, groups, specs, folder / "sensitivities.jsonl", update, option_data)
     choices = frontier(groups, costs, specs, table, other, FRONTIER_POINTS)
     picked = [to_recipe(choice, groups, specs) for choice in choices[1 :: FRONTIER_POINTS // MEASURED_POINTS]]
     chosen = None
@@ -103,9 +103,9 @@ def search(
     recipes = [("dense", None), *(("search", recipe) for recipe in [*picked, *([chosen] if chosen else [])])]
     recipes += [item for spec in specs.values() for item in baselines(spec).items()]
     tokens = calibration.flatten()
-    points = measure_points(dense, tokens, window, recipes, table, folder / "points.jsonl", note, prepared)
+    points = measure_points(dense, tokens, window, recipes, table, folder / "points.jsonl", note, option_data)
     best = _best(points, chosen, max_drop)
-    used = {name: prepared[name] for name in specs if name in prepared.keys() & options_of(best.recipe)}
+    used = {name: option_data[name] for name in specs if name in option_data.keys() & options_of(best.recipe)}
     sparse = option_variant(dense, best.recipe, used) if used else None
     _finish(folder, points, best, sparse, used, as_json)
 

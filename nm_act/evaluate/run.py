@@ -189,12 +189,14 @@ def _perplexity(model, tokens: torch.Tensor, window: int | None) -> dict:
 
 
 def commit() -> str:
-    """Short commit of the checkout that the package runs from; the version where it is installed without one."""
+    """Commit of the checkout that the package runs from, "-dirty" after changes; the version where there is none."""
     from ..version import __version__
 
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # an environment inside somebody's own repository
+        return __version__
     try:
-        command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return __version__
