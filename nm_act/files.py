@@ -1,11 +1,36 @@
 """Writing files so that a reader never sees half of one, and finding out early that one cannot be written."""
 
+import json
 import os
 import stat
 import tempfile
 from pathlib import Path
 
-__all__ = ["check_writable", "write_atomic"]
+__all__ = ["check_writable", "read_json_lines", "write_atomic"]
+
+
+def read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
+    """Objects of a JSON-lines file that all have `keys`; none where there is no file.
+
+    Raises
+    ------
+    ValueError
+        If a line is no such object; the sentence says to remove the file.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not set(keys) <= row.keys():
+                raise ValueError(
+                    f"expected {', '.join(keys)} in line {number} of {str(path)!r}, got {line[:80]!r}; remove the file"
+                )
+            rows.append(row)
+    return rows
 
 
 def check_writable(path: str | os.PathLike) -> None:

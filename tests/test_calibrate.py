@@ -81,7 +81,7 @@ def test_a_folder_of_text(text, tmp_path):
     [
         ("short", {"windows": 1, "length": 64}, "expected calibration text of at least one window of 64 tokens, got"),
         ("short", {"windows": 0, "length": 64}, "expected at least 1 window of at least 2 tokens, got 0 of 64"),
-        (None, {"windows": 1, "length": 64}, r"expected text files \(.txt, .jsonl, .md\) in"),
+        (None, {"windows": 1, "length": 64}, r"expected text files \(.txt, .jsonl, .md\) or c4 in"),
     ],
 )
 def test_bad_text(tmp_path, content, options, sentence):

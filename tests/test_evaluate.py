@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from nm_act.cli import app
 from nm_act.evaluate import data, results, run, study, tasks
 from nm_act.recipe import Recipe, Rule
+from nm_act.sparsify import sparsify
 
 ROWS = [
     {"query": f"Question: Is {i} even?", "choices": ["yes", "no", "maybe"][: 2 + i % 2], "gold": i % 2}
@@ -257,6 +258,82 @@ def test_eval_perplexity_resumes(model, folder, tmp_path, monkeypatch):
     )
 
 
+def test_a_run_gains_tasks(model, folder, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    out, base = tmp_path / "out", (model, "--pattern", "2:4", "--data", folder, "--output", tmp_path / "out")
+    assert _eval(*base, "--tasks", "wikitext2", "--max-tokens", 256).exit_code == 0
+    both = _eval(*base, "--tasks", "arc_easy", "--limit", 4, "--json")
+    assert both.exit_code == 0, both.stderr
+    rows = {(row["name"], row["task"]): row for row in json.loads(both.stdout)["rows"]}
+    assert [task for _, task in rows] == ["wikitext2", "arc_easy"] * 2  # the perplexity first
+    assert json.loads((out / "run.json").read_text())["identity"]["tokens"] == 256
+    assert "with limit 5, got one with 4" in _refused(*base, "--tasks", "arc_easy", "--limit", 5)
+    assert "with tokens 128, got one with 256" in _refused(*base, "--tasks", "wikitext2", "--max-tokens", 128)
+    assert _eval(*base, "--tasks", "wikitext2", "--max-tokens", 256).exit_code == 0  # the limit is of no concern
+    (folder / "arc" / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, ROWS[::-1])))
+    assert "a run with data of arc_easy" in _refused(*base, "--tasks", "arc_easy", "--limit", 4)
+
+
+def test_sequences_are_not_padded_for_criteria_that_read_them(model, folder, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    sizes, real = [], run.harness_model
+    monkeypatch.setattr(run, "harness_model", lambda *a: sizes.append(a[-1]) or real(*a))
+    (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4, criterion: [act, clact]}]")
+    options = ("--study", tmp_path / "study.yaml", "--tasks", "arc_easy", "--data", folder, "--batch-size", 4)
+    result = _eval(model, *options, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert sizes == [4, 4, 1]  # dense, act, clact
+
+
+def test_a_batch_of_one_for_clact(model):
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    assert not run._reads_sequences(loaded)
+    assert not run._reads_sequences(sparsify(loaded, Recipe("2:4")).model)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    rules = [Rule(layers=[1], criterion="clact")]
+    assert run._reads_sequences(sparsify(loaded, Recipe("2:4", rules=rules)).model)
+
+
+def test_results_do_not_go_into_folders_of_something_else(model, folder, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "model.safetensors").write_text("mine")
+    base = (model, "--pattern", "2:4", "--tasks", "wikitext2", "--data", folder, "--output", out)
+    assert f"expected a new folder or that of an earlier run, got {str(out)!r} with model.safetensors" in _refused(
+        *base
+    )
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1]", "nonsense"])
+def test_damaged_results(model, folder, tmp_path, content):
+    base = (model, "--pattern", "2:4", "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "out")
+    assert _eval(*base).exit_code == 0
+    (tmp_path / "out" / "rows" / "act-2x4.wikitext2.json").write_text(content)
+    assert "remove the file" in _refused(*base)
+
+
+def test_options_that_would_do_nothing(model, folder, tmp_path):
+    (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4}]")
+    (tmp_path / "decode.yaml").write_text("pattern: 2:4\nphase: decode\n")
+    base = (model, "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "out")
+    study_rows = ("--study", tmp_path / "study.yaml")
+    assert "--criterion and --mitigation beside --pattern" in _refused(*base, *study_rows, "--criterion", "wina")
+    assert "--study with calibrated rows beside --calibrated" in _refused(*base, *study_rows, "--calibrated", tmp_path)
+    assert "expected recipes that prune in prefill, where wikitext2 is scored" in _refused(
+        *base, "--recipe", tmp_path / "decode.yaml"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_estimate_of_a_short_context(model):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    config = transformers.OPTConfig(**sizes, max_position_embeddings=48, word_embed_proj_dim=32)
+    assert run.estimate(transformers.OPTForCausalLM(config), 100, 1) > 0
+
+
 def test_calibrations(model, folder, tmp_path):
     (tmp_path / "r.yaml").write_text("pattern: 2:4\nmitigation: [spts]\n")
     (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4, mitigation: [spts], calibrated: true}]")
@@ -274,6 +351,8 @@ def test_calibrations(model, folder, tmp_path):
     calibrated(3)
     first = _eval(*base, "--json")
     assert first.exit_code == 0, first.stderr
+    record = json.loads((tmp_path / "out" / "rows" / "act+spts-2x4.wikitext2.json").read_text())
+    assert record["variant"]["calibrated_on"].startswith("text.txt, 1 windows of 32 tokens")
     assert [(row["name"], row["seed"]) for row in json.loads(first.stdout)["rows"]] == [
         ("dense", 0),
         ("act+spts 2:4", 3),

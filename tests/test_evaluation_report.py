@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nm_act.evaluate import results, run, study
+from nm_act.evaluate import folder as run_folder
+from nm_act.evaluate import results, study
 from nm_act.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ def _write(folder, variant, value, macs):
 
 
 def test_report(tool, tmp_path):
-    folder = run.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
+    folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     variants = [Recipe("2:4"), Recipe("8:16", criterion="wina"), Recipe("2:4", mitigation=["var"])]
     variants += [Recipe("2:4", projections=["k_proj", "v_proj", "gate_proj", "down_proj"])]
     _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
@@ -37,7 +38,7 @@ def test_report(tool, tmp_path):
     for title in ("Criteria by pattern", "Mitigations by pattern", "Layer subsets", "Every row"):
         assert f"### {title}" in text
     assert "### Weights against activations" not in text
-    assert "| act+var | 32.00 ± 0.50 |" in text
+    assert "| act+var | 32.00 ± 0.50; 1.17x |" in text
     subsets = text.partition("### Layer subsets")[2].partition("###")[0]
     assert "| dense | all | dense | dense | 1.000x | 20.00 ± 0.50 |" in subsets
     assert "Samples: wikitext2 20." in subsets
@@ -49,17 +50,32 @@ def test_report(tool, tmp_path):
     assert (tmp_path / "evaluation" / "run1-perplexity.png").is_file()
 
 
+def test_calibrated_rows_say_on_what_and_with_which_seed(tool, tmp_path):
+    folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
+    _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
+    for seed in (0, 1):
+        made = {"calibrated": True, "seed": seed, "calibrated_on": "c4.jsonl, 8 windows of 512 tokens"}
+        _write(
+            folder, study.from_recipe(Recipe("2:4", mitigation=["ls"]), f"seed-{seed}", **made), 30.0 + seed, {"2:4": 4}
+        )
+    assert tool.main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "evaluation.md").read_text()
+    for seed in (0, 1):
+        assert f"| act+ls, seed {seed} | {30 + seed:.2f} ± 0.50; 1.41x |" in text
+        assert f"| seed-{seed} | c4.jsonl, 8 windows of 512 tokens | {seed} |" in text
+
+
 def test_only_one_run_is_compared(tool, tmp_path, capsys):
     identity = {"model": "tiny", "weights": "a", "dtype": "float32", "window": 64}
     others = [{"weights": "b"}, {"data": {"wikitext2": "c"}}, {"window": 32}]
     for index, change in enumerate([{}, *others]):
-        folder = run.RunFolder.open(tmp_path / str(index), {**identity, **change})
+        folder = run_folder.RunFolder.open(tmp_path / str(index), {**identity, **change})
         _write(folder, study.DENSE_VARIANT, 20.0 + index, {"dense": 4})
         _write(folder, study.from_recipe(Recipe("2:4")), 30.0, {"2:4": 4})
     runs = [str(tmp_path / str(index)) for index in range(4)]
     assert tool.main([*runs, "--out", str(tmp_path)]) == 0
     assert (tmp_path / "evaluation.md").read_text().count("## tiny") == 4
-    more = run.RunFolder.open(tmp_path / "more", identity)
+    more = run_folder.RunFolder.open(tmp_path / "more", identity)
     _write(more, study.DENSE_VARIANT, 20.0, {"dense": 4})
     _write(more, study.from_recipe(Recipe("8:16")), 25.0, {"dense": 4})
     assert [row.name for row in results.collect([runs[0], more.path])] == ["dense", "act 2:4", "act 8:16"]
@@ -71,7 +87,7 @@ def test_only_one_run_is_compared(tool, tmp_path, capsys):
 
 
 def test_error_bars(monkeypatch, tmp_path):
-    folder = run.RunFolder.open(tmp_path / "run", {"model": "tiny"})
+    folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny"})
     _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
     drawn = []
     monkeypatch.setattr(results, "_bars", lambda values, errors, *rest: drawn.append(errors) or b"")

@@ -102,7 +102,18 @@ def test_rates_from_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a,b\n1,2\n", "expected a CSV with the columns"), ("pattern,speedup,source\n2:4,-1,x\n", "a positive speed-up")],
+    [
+        ("a,b\n1,2\n", "expected a CSV with the columns"),
+        ("pattern,speedup,source\n2:4,-1,x\n", "a positive speed-up"),
+        ("pattern,speedup,source\n2:4\n", "a positive speed-up"),
+        ("pattern,speedup,source\n2:5,1.2,x\n", "expected a group size M"),
+        ("pattern,speedup,source\n", "expected a CSV with the columns"),
+        (
+            "bench,stage,variant,dtype,pattern,baseline,tokens,out_features,in_features,speedup,device,torch,date\n"
+            "b,op,k,e4m3,2:4,cublas_bf16,4096,4096,4096,2.4,H,2.11,2026\n",
+            "expected rates in .*, got no row that counts",
+        ),
+    ],
 )
 def test_bad_rates(tmp_path, content, message):
     (tmp_path / "r.csv").write_text(content)
@@ -283,9 +294,22 @@ def test_command(model, tmp_path):
     }
     assert Recipe.load(tmp_path / "s" / "recipe.yaml").to_dict() == found["recipe"]
     assert (tmp_path / "s" / "frontier.png").stat().st_size > 1000
-    again = _search(*base, "--output", tmp_path / "s", "--max-drop", "50", "--json")
+    again = _search(*base, "--output", tmp_path / "s", "--max-drop", "100000", "--json")
     assert again.exit_code == 0, again.stderr
-    assert json.loads(again.stdout)["predicted_speedup"] > 1.15
+    found = json.loads(again.stdout)
+    assert found["predicted_speedup"] == max(point["predicted_speedup"] for point in found["points"])
+    assert found["predicted_speedup"] == Rates.load().speedup("2:4")[0]
+    (tmp_path / "s" / "sensitivities.jsonl").write_text('{"window": 0}\n')
+    damaged = _search(*base, "--output", tmp_path / "s", "--target-speedup", "1.15")
+    assert "expected window, group, spec, kl in line 1 of" in damaged.stderr
+
+
+def test_windows_beyond_the_context_are_refused_first(model, tmp_path):
+    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
+    base = (model, "--text", tmp_path / "text.txt", "--windows", 1, "--target-speedup", "1.1")
+    result = _search(*base, "--window", 256, "--output", tmp_path / "s")
+    assert "expected a window within the model's context of 128 tokens, got 256" in result.stderr
+    assert not (tmp_path / "s").exists()
 
 
 def _calibrate(model, tmp_path, pattern, mitigation, seed=0):
@@ -352,7 +376,7 @@ def test_calibrated_options(model, tmp_path):
 def test_files_of_something_else_are_kept(model, tmp_path, name):
     (tmp_path / name).write_text("mine")
     result = _search(model, "--text", tmp_path / name, "--target-speedup", "1.1", "--output", tmp_path)
-    assert f"expected a new folder or that of a search, got {str(tmp_path)!r} with a {name}" in result.stderr
+    assert f"expected a new folder or that of an earlier run, got {str(tmp_path)!r} with {name}" in result.stderr
     assert (tmp_path / name).read_text() == "mine"
 
 

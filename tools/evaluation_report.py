@@ -9,12 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from nm_act.criteria import WEIGHT_PRUNING
 from nm_act.evaluate import results
 from nm_act.files import write_atomic
 from nm_act.search.cost import Rates
-
-WEIGHTS = ("weight-magnitude", "wanda")
-"""Baselines that prune weights."""
 
 
 def main(arguments: list[str]) -> int:
@@ -74,7 +72,7 @@ def sections(run: list[results.Row]) -> list[str]:
     """Tables of the paper in miniature, then everything; a table without rows is left out."""
     dense = [row for row in run if row.is_dense]
     sparse = [row for row in run if not row.is_dense]
-    activations = [row for row in sparse if row.fields["method"].split("+")[0] not in WEIGHTS]
+    activations = [row for row in sparse if row.fields["method"].split("+")[0] not in WEIGHT_PRUNING]
     everywhere = [row for row in activations if row.fields["layers"] == "all"]
     mitigated = [row for row in everywhere if "+" in row.fields["method"]]
     plain = [row for row in everywhere if "+" not in row.fields["method"]]
@@ -85,29 +83,52 @@ def sections(run: list[results.Row]) -> list[str]:
     subsets = [row for row in activations if row.fields["layers"] != "all"]
     tables = {
         "Criteria by pattern": by_pattern(structured, dense),
-        "Mitigations by pattern": by_pattern(mitigated and act + mitigated, dense),
+        "Mitigations by pattern": by_pattern(mitigated and act + mitigated, dense, speedup=True),
         "Weights against activations": by_pattern(weights and act + weights, dense),
         "Layer subsets": listing(dense, subsets),
         "Unstructured reference": by_pattern(unstructured, dense),
+        "Calibrations": calibrations(sparse),
         "Every row": results.to_markdown(run),
     }
     return [part for title, table in tables.items() if table for part in (f"### {title}", table)]
 
 
-def by_pattern(rows: list[results.Row], dense: list[results.Row]) -> str:
-    """A line a method, a column a pattern: perplexity and the average drop over the tasks."""
+def by_pattern(rows: list[results.Row], dense: list[results.Row], *, speedup: bool = False) -> str:
+    """A line a method, a column a pattern: perplexity, the average drop over the tasks, and the predicted speed-up."""
     patterns = sorted({row.fields["pattern"] for row in rows}, key=lambda text: (len(text), text))
     averages = results.average_drops(rows)
     lines = [["dense", *[reference(dense)] * len(patterns)]] if rows else []
-    for method in dict.fromkeys(row.fields["method"] for row in rows):
+    labels = seed_labels(rows)
+    for label in dict.fromkeys(labels):
         cells = []
         for pattern in patterns:
-            found = [r for r in rows if (r.fields["method"], r.fields["pattern"]) == (method, pattern)]
-            cells.append(summary(found, averages))
-        lines.append([method, *cells])
+            pairs = zip(rows, labels, strict=True)
+            found = [row for row, own in pairs if own == label and row.fields["pattern"] == pattern]
+            rate = f"; {found[0].fields['predicted_speedup']:.2f}x" if speedup and found else ""
+            cells.append(summary(found, averages) + rate)
+        lines.append([label, *cells])
     if not lines:
         return ""
-    return results.markdown_table(["", *patterns], lines) + f"\n\n{caption([*dense, *rows])}"
+    note = " After the semicolon: predicted speed-up, what the mitigation adds included." if speedup else ""
+    return results.markdown_table(["", *patterns], lines) + f"\n\n{caption([*dense, *rows])}{note}"
+
+
+def seed_labels(rows: list[results.Row]) -> list[str]:
+    """The method of every row; with its seed where a method was measured with several."""
+    seeds: dict[str, set] = {}
+    for row in rows:
+        seeds.setdefault(row.fields["method"], set()).add(row.fields["seed"])
+    methods = [row.fields["method"] for row in rows]
+    return [
+        method if len(seeds[method]) == 1 else f"{method}, seed {row.fields['seed']}"
+        for method, row in zip(methods, rows, strict=True)
+    ]
+
+
+def calibrations(rows: list[results.Row]) -> str:
+    """A line a calibrated variant: on what, and with which seed."""
+    found = {row.name: [row.name, row.calibrated_on, str(row.fields["seed"])] for row in rows if row.calibrated_on}
+    return results.markdown_table(["", "calibrated on", "seed"], list(found.values()), right=3) if found else ""
 
 
 def caption(rows: list[results.Row]) -> str:

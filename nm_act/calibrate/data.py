@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..evaluate.data import find_file
 from ..evaluate.perplexity import read_text
 
 SUFFIXES = (".txt", ".jsonl", ".md")
@@ -20,7 +21,8 @@ def calibration_windows(
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
     source : str or os.PathLike
-        A UTF-8 text file, a ``.jsonl`` file with "text" fields, or a folder of such files (read in order of name).
+        A UTF-8 text file, a ``.jsonl`` file with "text" fields, a folder of such files (read in order of name), or a
+        data folder as ``nm-act eval`` takes one, of which C4 is read.
     windows : int
         How many to draw; all there are where the text has fewer.
     length : int
@@ -66,11 +68,15 @@ def _files(source: Path) -> list[Path]:
     files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file())
     # A folder's description of itself is no calibration text.
     files = [path for path in files if path.stem.upper() not in ("README", "SOURCES", "LICENSE")]
-    if not files:
+    if files:
+        return files
+    try:
+        return [find_file(source, "c4")]
+    except FileNotFoundError as error:
         raise ValueError(
-            f"expected text files ({', '.join(SUFFIXES)}) in {str(source)!r}, got none; name a file or another folder"
-        )
-    return files
+            f"expected text files ({', '.join(SUFFIXES)}) or c4 in {str(source)!r}, got neither; name a file or "
+            "another folder"
+        ) from error
 
 
 def _token_ids(tokenizer, path: Path) -> torch.Tensor:

@@ -173,7 +173,7 @@ def _calibrate_block(runner: BlockRunner, index: int, hidden, settings, device, 
     note("statistics")
     if any("permute" in layer.spec.mitigation for layer in layers.values()):
         # A pass of its own: what selections drop, which other data need, depends on the order.
-        with dense(layers.values()), collect(layers, device) as statistics:
+        with dense(layers.values()), collect(layers, device, matrices=False) as statistics:
             runner.run_all(index, hidden, device)
         prefix = runner.names[index] + "."
         for name, layer in layers.items():

@@ -29,6 +29,7 @@ class InputStatistics:
         self.largest = torch.zeros(in_features, device=device)
         self.covariance = torch.zeros(in_features, in_features, device=device) if covariance else None
         self.lost = torch.zeros(in_features, in_features, device=device) if lost else None
+        self._weight_scale: tuple[torch.Tensor | None] | None = None
 
     def add(self, x: torch.Tensor) -> None:
         """Take in the tokens of ``x [..., in]``."""
@@ -46,7 +47,9 @@ class InputStatistics:
         A static shift is not known yet and left out. The channel scale is that of the layer's forward: with clact that
         of every sequence's own tokens.
         """
-        static = mitigations.selection_scale(layer.spec, layer.weight, layer.weight, {})
+        if self._weight_scale is None:  # the same in every window
+            self._weight_scale = (mitigations.selection_scale(layer.spec, layer.weight, layer.weight, {}),)
+        [static] = self._weight_scale
         x = x.detach()
         for tokens in x.reshape(-1, *x.shape[-2:]):
             scale = criteria.call_scale(tokens) if layer.spec.criterion == "clact" and len(tokens) > 1 else static
@@ -69,14 +72,17 @@ class InputStatistics:
 
 
 @contextmanager
-def collect(layers: dict[str, NMLinear], device) -> Iterator[dict[str, InputStatistics]]:
-    """Statistics of the layers' inputs over all calls inside the context, by the layers' names."""
+def collect(layers: dict[str, NMLinear], device, *, matrices: bool = True) -> Iterator[dict[str, InputStatistics]]:
+    """Statistics of the layers' inputs over all calls inside the context, by the layers' names.
+
+    Without `matrices` only those a channel are taken.
+    """
     statistics = {
         name: InputStatistics(
             layer.in_features,
             device,
-            covariance="larosa" in layer.spec.mitigation,
-            lost=mitigations.is_fitted(layer.spec.mitigation),
+            covariance=matrices and "larosa" in layer.spec.mitigation,
+            lost=matrices and mitigations.is_fitted(layer.spec.mitigation),
         )
         for name, layer in layers.items()
     }

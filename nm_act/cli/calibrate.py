@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -124,8 +123,9 @@ def _note_orders(model) -> None:
 
 def _save_checkpoint(model, tokenizer, output: Path) -> None:
     """Write beside, then move in, the configuration last: no folder looks like a model before it is one."""
-    with tempfile.TemporaryDirectory(prefix=".checkpoint-", dir=output) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, output / path.name)
+    folder = output / _STATE / "checkpoint"  # goes with the state, whatever a killed run left in it
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, output / path.name)

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import typer
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+LINE_SECONDS = 60
+"""How often progress is a line, where there is no terminal for a bar."""
 INTERRUPTED = "interrupted; no result was written"
 INTERRUPTED_BUT_KEPT = "interrupted; run the same command to go on"
 
@@ -75,7 +78,7 @@ def _finite(value):
 
 @contextmanager
 def progress_bar(label: str):
-    """Progress bar on stderr; yields ``update(done, total, detail="")``. Without a terminal nothing moves."""
+    """Progress bar on stderr; yields ``update(done, total, detail="")``. Without a terminal, a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -91,8 +94,14 @@ def progress_bar(label: str):
     ) as bar:
         task = bar.add_task(label, total=None, detail="")
 
+        last = time.monotonic()
+
         def update(done: int, total: int, detail: str = "") -> None:
+            nonlocal last
             bar.update(task, completed=done, total=total, detail=detail)
+            if not console.is_terminal and time.monotonic() - last > LINE_SECONDS:
+                last = time.monotonic()
+                note(f"{label}: {done}/{total} {detail}".rstrip())
 
         yield update
 

@@ -56,7 +56,8 @@ def evaluate(
 ) -> None:
     """Evaluate the dense model and sparse variants; relative drops, standard errors, JSON, CSV, Markdown and plots."""
     from ..evaluate.calibrated import calibrated_row, of_calibration
-    from ..evaluate.run import PERPLEXITY, RunFolder, run_study
+    from ..evaluate.folder import PERPLEXITY, RunFolder, check_output
+    from ..evaluate.run import run_study
     from ..evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
     from ..evaluate.tasks import build_task, check_available
     from ..fingerprint import weights_fingerprint
@@ -65,9 +66,12 @@ def evaluate(
     if not names:
         raise ValueError("expected at least one task, got none; name some with --tasks")
     check_available([name for name in names if name != PERPLEXITY])
+    check_output(output)
     variants = [row_variant(row) for row in load_study(study)] if study is not None else []
     compared = study is not None or bool(calibration)
     variants += [from_recipe(made, name) for name, made in _recipes(recipe, pattern, criterion, mitigation, compared)]
+    if calibrated is not None and not any(variant.calibrated for variant in variants):
+        raise ValueError("expected --study with calibrated rows beside --calibrated, got none; leave --calibrated out")
     rows = [calibrated_row(each, calibrated) if each.calibrated else (each, None) for each in variants]
     rows += [(of_calibration(path), path) for path in calibration or ()]
     _check_names([variant for variant, _ in rows])
@@ -76,7 +80,7 @@ def evaluate(
     set_threads(threads)
     dense, tokenizer = load(model, dtype, device)
     check_dense(dense, model)
-    made = list(_models(dense, rows))
+    made = list(_models(dense, rows, names))
     tokens, window = _tokens(tokenizer, text, max_tokens, window, dense) if text is not None else (None, None)
     folder = RunFolder.open(
         output,
@@ -107,6 +111,10 @@ def _recipes(paths, patterns, criterion, mitigation, compared: bool) -> list[tup
         raise ValueError(
             "expected something to compare with dense, got nothing; add --pattern, --recipe, --calibration or --study"
         )
+    if criterion or mitigation:
+        raise ValueError(
+            "expected --criterion and --mitigation beside --pattern or --recipe, got neither; add --pattern"
+        )
     return []
 
 
@@ -120,7 +128,7 @@ def _check_names(variants: list) -> None:
 
 def _text(data: Path | None) -> tuple[str, dict]:
     from ..evaluate.data import load_text
-    from ..evaluate.run import PERPLEXITY
+    from ..evaluate.folder import PERPLEXITY
 
     text, source = load_text(PERPLEXITY, data)
     return text, {"file": source, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -140,23 +148,30 @@ def _tokens(tokenizer, text: str, max_tokens: int | None, window: int | None, mo
     return tokens[: tokens.numel() // window * window], window
 
 
-def _models(dense, rows: list[tuple]):
+def _models(dense, rows: list[tuple], tasks: list[str]):
     """(variant, how to make its model) of every (variant, calibration or None), after all of them were looked at."""
     import functools
 
     from ..calibrate.store import check_calibration
+    from ..evaluate.tasks import GENERATION
     from ..mitigations import data_of
     from ..recipe import Recipe
     from ..sparsify import check_recipe, decoder_linears
 
     for variant, folder in rows:
+        recipe = Recipe.from_dict(variant.recipe)
+        check_recipe(dense, recipe)
+        specs = {recipe.resolve(layer, projection) for layer, projection, _ in decoder_linears(dense).values()} - {None}
+        scored = next((task for task in tasks if task not in GENERATION), None)
+        if scored is not None and {spec.phase for spec in specs} == {"decode"}:
+            raise ValueError(
+                f"expected recipes that prune in prefill, where {scored} is scored, got only phase decode in "
+                f"{variant.name!r}; use a generating task ({', '.join(sorted(GENERATION))})"
+            )
         if folder is not None:
             check_calibration(dense, folder)
             yield variant, functools.partial(_calibrated, dense, folder)
             continue
-        recipe = Recipe.from_dict(variant.recipe)
-        check_recipe(dense, recipe)
-        specs = {recipe.resolve(layer, projection) for layer, projection, _ in decoder_linears(dense).values()} - {None}
         needs = next((str(spec) for spec in specs if data_of(spec)), None)
         if needs is not None:
             raise ValueError(
@@ -180,7 +195,8 @@ def _calibrated(dense, folder: Path):
 
 def _announce(dense, tokenizer, models, folder, tokens, harness: dict, limit: int | None) -> None:
     """Say how long the missing results will take, before the first one starts."""
-    from ..evaluate.run import PERPLEXITY, estimate, request_tokens
+    from ..evaluate.folder import PERPLEXITY
+    from ..evaluate.run import estimate, request_tokens
 
     work = {PERPLEXITY: tokens.numel()} if tokens is not None else {}
     work |= {name: request_tokens(task, tokenizer, limit) for name, task in harness.items()}

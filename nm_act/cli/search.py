@@ -22,7 +22,6 @@ from .common import (
 from .ppl import DeviceOption, DtypeOption, JsonOption, ModelArgument, ThreadsOption
 
 DEFAULT_OPTIONS = ("2:4 wina var",)
-FRONTIER_POINTS = 12
 MEASURED_POINTS = 6
 
 
@@ -56,7 +55,8 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find a recipe: sensitivities on calibration text, costs from measured tables, and an optimal assignment."""
-    from ..evaluate.run import RunFolder
+    from ..evaluate.folder import RunFolder, check_output
+    from ..evaluate.perplexity import check_window
     from ..fingerprint import weights_fingerprint
     from ..recipe import DEFAULT_PROJECTIONS
     from ..search.cost import Rates
@@ -69,11 +69,12 @@ def search(
     _check_goal(target_speedup, max_drop)
     specs = {str(spec): spec for spec in map(parse_option, option or DEFAULT_OPTIONS)}
     table = Rates.load(rates)
-    _check_output(output)
+    check_output(output)
     content, source = _text(text, data)
     set_threads(threads)
     dense, tokenizer = load(model, dtype, device)
     check_dense(dense, model)
+    check_window(dense, window)
     calibration = _calibration(tokenizer, content, windows, window)
     groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together)
     if not groups:
@@ -95,8 +96,8 @@ def search(
     note(f"sensitivities of {len(groups)} groups, {len(specs)} options, {windows} windows of {window} tokens")
     with progress_bar("sensitivities") as update:
         costs = sensitivities(dense, calibration, groups, specs, folder / "sensitivities.jsonl", update, option_data)
-    choices = frontier(groups, costs, specs, table, other, FRONTIER_POINTS)
-    picked = [to_recipe(choice, groups, specs) for choice in choices[1 :: FRONTIER_POINTS // MEASURED_POINTS]]
+    choices = frontier(groups, costs, specs, table, other, MEASURED_POINTS)
+    picked = [to_recipe(choice, groups, specs) for choice in choices[1:]]
     chosen = None
     if target_speedup is not None:
         chosen = to_recipe(solve(groups, costs, specs, table, target_speedup, other), groups, specs)
@@ -117,18 +118,6 @@ def _check_goal(target_speedup: float | None, max_drop: float | None) -> None:
         raise ValueError(f"expected --target-speedup of at least 1, got {target_speedup:g}; 1.2 is 20 % faster")
     if max_drop is not None and not max_drop > 0:
         raise ValueError(f"expected --max-drop above 0 per cent, got {max_drop:g}; 20 allows a rise by a fifth")
-
-
-def _check_output(output: Path) -> None:
-    from ..calibrate.store import DATA_FILE, RECIPE_FILE
-    from ..evaluate.run import RUN_FILE
-
-    foreign = next((name for name in (DATA_FILE, RECIPE_FILE) if (output / name).exists()), None)
-    if foreign is not None and not (output / RUN_FILE).exists():
-        raise ValueError(
-            f"expected a new folder or that of a search, got {str(output)!r} with a {foreign} of something else; "
-            "choose another --output"
-        )
 
 
 def _text(text: Path | None, data: Path | None) -> tuple[str, str]:
@@ -156,7 +145,7 @@ def _best(points: list, chosen, max_drop: float | None):
     dense = points[0].perplexity
     if max_drop is None:
         return next(point for point in points if point.recipe == chosen)
-    allowed = [p for p in points if p.name == "search" and p.perplexity <= dense * (1 + max_drop / 100)]
+    allowed = [p for p in points[1:] if p.perplexity <= dense * (1 + max_drop / 100)]
     if not allowed:
         raise ValueError(f"expected a recipe within a rise of {max_drop:g} %, got none; allow more or add an --option")
     return max(allowed, key=lambda point: point.speedup)

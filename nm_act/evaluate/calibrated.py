@@ -15,13 +15,23 @@ def of_calibration(folder: Path) -> Variant:
     """Variant of a folder that nm-act calibrate wrote."""
     recipe, _, _ = read_calibration(folder)
     digest = hashlib.sha256((folder / DATA_FILE).read_bytes()).hexdigest()
-    return from_recipe(recipe, folder.resolve().name, calibrated=True, seed=_seed(folder), calibration=digest)
+    file = folder / FACTS_FILE  # beside what nm-act calibrate and search write
+    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return from_recipe(
+        recipe,
+        folder.resolve().name,
+        calibrated=True,
+        seed=int(facts.get("seed", 0)),
+        calibration=digest,
+        calibrated_on=_text_and_training(facts) if "windows" in facts else "",
+    )
 
 
-def _seed(folder: Path) -> int:
-    """Seed of a calibration, from what nm-act calibrate wrote beside its data; 0 where it wrote none."""
-    file = folder / FACTS_FILE
-    return int(json.loads(file.read_text(encoding="utf-8")).get("seed", 0)) if file.is_file() else 0
+def _text_and_training(facts: dict) -> str:
+    return (
+        f"{facts['data']}, {facts['windows']} windows of {facts['length']} tokens; what is learned: learning rate "
+        f"{facts['learning_rate']:g}, {facts['epochs']:g} epochs, {facts['loss']}"
+    )
 
 
 def calibrated_row(variant: Variant, calibrated: Path | None) -> tuple[Variant, Path]:
@@ -57,4 +67,6 @@ def calibrated_row(variant: Variant, calibrated: Path | None) -> tuple[Variant, 
             f"expected in {str(folder)!r} a calibration with the seed {variant.seed} of {variant.name!r}, got "
             f"{found.seed}; calibrate again or name that seed"
         )
-    return dataclasses.replace(variant, seed=found.seed, calibration=found.calibration), folder
+    return dataclasses.replace(
+        variant, seed=found.seed, calibration=found.calibration, calibrated_on=found.calibrated_on
+    ), folder

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..search.cost import Rates, predicted_speedup
-from .run import PERPLEXITY, RunFolder
+from .folder import PERPLEXITY, RunFolder
 from .study import DENSE_VARIANT
 from .tasks import mean_and_stderr
 
@@ -43,6 +43,8 @@ class Row:
         Settings of the run, to be read.
     identity : dict
         Of the run, from its folder.
+    calibrated_on : str
+        Text and training of the row's calibration, "" without one.
     """
 
     fields: dict
@@ -51,6 +53,7 @@ class Row:
     drop_stderr: float
     protocol: str = ""
     identity: dict = field(default_factory=dict, repr=False)
+    calibrated_on: str = ""
 
     @property
     def run(self) -> str:
@@ -97,8 +100,7 @@ def _folder_rows(folder: Path, rates: Rates) -> list[Row]:
             f"expected a dense result for {lacking or 'every task'} in {str(folder)!r}, got none; "
             "run nm-act eval again with the same --output to complete it"
         )
-    order = {name: index for index, name in enumerate([PERPLEXITY, *sorted(dense)])}
-    results.sort(key=lambda r: (r["variant"]["name"] != DENSE_VARIANT.name, order[r["task"]]))
+    results.sort(key=lambda r: (r["variant"]["name"] != DENSE_VARIANT.name, r["task"] != PERPLEXITY, r["task"]))
     return [_row(result, dense[result["task"]], identity, rates) for result in results]
 
 
@@ -125,7 +127,7 @@ def _row(result: dict, dense: dict, identity: dict, rates: Rates) -> Row:
     text = ", ".join(
         f"{key} {value}" for key, value in identity.items() if key in ("dtype", "limit", "tokens", "window")
     )
-    return Row(fields, variant["name"], drop, stderr, text, identity)
+    return Row(fields, variant["name"], drop, stderr, text, identity, variant.get("calibrated_on", ""))
 
 
 def _drop(result: dict, dense: dict) -> tuple[float, float]:

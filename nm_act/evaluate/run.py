@@ -1,116 +1,20 @@
 """Runs of a study: every (variant, task) is one result file, so that a killed run goes on where it was."""
 
-import datetime
-import json
 import math
-import subprocess
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..files import write_atomic
+from ..linear import NMLinear
 from ..search.cost import extra_macs, macs_by_pattern
-from .perplexity import perplexity
+from .folder import PERPLEXITY, RunFolder, commit
+from .perplexity import check_window, perplexity
 from .study import Variant
 from .tasks import harness_model, run_task
 
-__all__ = ["PERPLEXITY", "RunFolder", "run_study"]
-
-PERPLEXITY = "wikitext2"
-"""The task that is a perplexity; all others are the harness's."""
-
-RUN_FILE = "run.json"
-
-_FORMAT = 2
-"""Of a run's files: 2 adds extra_macs to the results, and the tokens and window in use to the identity."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A folder with one run: ``run.json`` says what was measured how, ``rows/`` has one file a result.
-
-    Attributes
-    ----------
-    path : Path
-    identity : dict
-        What must be equal for results to be comparable: model, dtype, limit, windows, data.
-    """
-
-    path: Path
-    identity: dict
-
-    @classmethod
-    def open(cls, path: str | Path, identity: dict) -> "RunFolder":
-        """Create the folder, or go on with the run in it.
-
-        Raises
-        ------
-        ValueError
-            If it holds another run (the sentence names the first difference), results without their ``run.json``, or
-            a ``run.json`` of another program, command or format.
-        OSError
-            If it cannot be written.
-        """
-        path = Path(path)
-        file = path / RUN_FILE
-        found = _read_identity(file) if file.is_file() else None
-        try:
-            (path / "rows").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise type(error)(f"cannot make the folder {str(path)!r}: {reason}; choose another --output") from error
-        identity = json.loads(json.dumps(identity))
-        if found is not None:
-            different = next((key for key in {**found, **identity} if found.get(key) != identity.get(key)), None)
-            if different is not None:
-                raise ValueError(
-                    f"expected in {str(path)!r} a run with {different} {identity.get(different)!r}, got one with "
-                    f"{found.get(different)!r}; choose another --output or the same settings"
-                )
-        elif any((path / "rows").iterdir()):
-            raise ValueError(
-                f"expected a run in {str(path)!r}, got results without {RUN_FILE}; choose another --output"
-            )
-        else:
-            write_atomic(file, json.dumps({"format": _FORMAT, "identity": identity}, indent=2) + "\n")
-        return cls(path, identity)
-
-    def result_path(self, variant: Variant, task: str) -> Path:
-        """File of one result."""
-        return self.path / "rows" / f"{variant.slug}.{task}.json"
-
-    def has(self, variant: Variant, task: str) -> bool:
-        """Whether the result is there; ValueError if it is one of another recipe or calibration of the same name."""
-        path = self.result_path(variant, task)
-        if not path.is_file():
-            return False
-        found, wanted = _read_json(path)["variant"], json.loads(json.dumps(variant.to_dict()))
-        if any(found.get(key) != wanted[key] for key in ("recipe", "calibrated", "seed", "calibration")):
-            raise ValueError(
-                f"expected in {str(path)!r} a result of this recipe and calibration, got one of another with the name "
-                f"{variant.name!r}; rename it, remove the file or choose another --output"
-            )
-        return True
-
-    def write(self, variant: Variant, task: str, result: dict) -> None:
-        """Write one result, whole or not at all."""
-        record = {"variant": variant.to_dict(), "task": task, **result, "commit": commit(), "date": _today()}
-        write_atomic(self.result_path(variant, task), json.dumps(record) + "\n")
-
-    @staticmethod
-    def read(path: str | Path) -> tuple[dict, list[dict]]:
-        """Identity and results of a finished or unfinished run; ValueError if the folder holds none."""
-        path = Path(path)
-        if not (path / RUN_FILE).is_file():
-            raise ValueError(
-                f"expected the folder of an evaluation, got {str(path)!r} without {RUN_FILE}; check the path"
-            )
-        identity = _read_identity(path / RUN_FILE)
-        return identity, [_read_json(file) for file in sorted((path / "rows").glob("*.json"))]
+__all__ = ["run_study"]
 
 
 def run_study(
@@ -139,7 +43,8 @@ def run_study(
     progress : callable
         Called with a line before each measurement.
     batch_size : int
-        Of the harness's requests.
+        Of the harness's requests; 1 is used with a criterion that reads whole sequences: the harness pads those of a
+        batch to one length and does not say so.
 
     Raises
     ------
@@ -147,6 +52,7 @@ def run_study(
         If the dense model's perplexity is not finite.
     """
     names = ([PERPLEXITY] if tokens is not None else []) + list(tasks)
+    commit()  # of the code that is loaded now, whatever happens to the checkout later
     for variant, make in models:
         missing = [name for name in names if not folder.has(variant, name)]
         if not missing:
@@ -164,7 +70,8 @@ def run_study(
                         "the checkpoint is damaged or its dtype overflows, try --dtype float32"
                     )
             else:
-                found = run_task(tasks[name], harness_model(model, tokenizer, batch_size), folder.identity["limit"])
+                at_once = 1 if _reads_sequences(model) else batch_size
+                found = run_task(tasks[name], harness_model(model, tokenizer, at_once), folder.identity["limit"])
                 result = {
                     "metric": found.metric,
                     "value": found.value,
@@ -174,6 +81,10 @@ def run_study(
                 }
             folder.write(variant, name, {**result, **macs, "seconds": round(time.perf_counter() - start, 1)})
         del model
+
+
+def _reads_sequences(model: nn.Module) -> bool:
+    return any(isinstance(module, NMLinear) and module.spec.criterion == "clact" for module in model.modules())
 
 
 def _perplexity(model, tokens: torch.Tensor, window: int | None) -> dict:
@@ -188,24 +99,10 @@ def _perplexity(model, tokens: torch.Tensor, window: int | None) -> dict:
     }
 
 
-def commit() -> str:
-    """Commit of the checkout that the package runs from, "-dirty" after changes; the version where there is none."""
-    from ..version import __version__
-
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an environment inside somebody's own repository
-        return __version__
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return __version__
-
-
 def estimate(model: nn.Module, tokens: int, rows: int) -> float:
     """Seconds that `rows` models would take for `tokens` tokens each, from one timed forward of the dense model."""
     device = next(model.parameters()).device
-    ids = torch.zeros(1, 256, dtype=torch.int64, device=device)
+    ids = torch.zeros(1, check_window(model, None), dtype=torch.int64, device=device)[:, :256]
     with torch.inference_mode():
         model(input_ids=ids[:, :8], use_cache=False)  # the first call pays for set-up
         start = time.perf_counter()
@@ -228,24 +125,3 @@ def _choice_tokens(task, document, tokenizer) -> int:
     context, choices = task.doc_to_text(document), task.doc_to_choice(document)
     shared = context if isinstance(context, str) else task.doc_to_target(document)
     return sum(len(tokenizer(f"{shared} {choice}")["input_ids"]) for choice in choices)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {str(path)!r}, got invalid text ({error}); remove the file") from error
-
-
-def _read_identity(file: Path) -> dict:
-    found = _read_json(file)
-    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
-        raise ValueError(
-            f"expected a run of format {_FORMAT} in {str(file.parent)!r}, got a {RUN_FILE} of another kind (an older "
-            "run, or the state of nm-act calibrate); choose another folder"
-        )
-    return found["identity"]
-
-
-def _today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()

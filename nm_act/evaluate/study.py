@@ -40,6 +40,8 @@ class Variant:
         Of the calibration.
     calibration : str
         SHA-256 of the calibration's data; "" where nothing is calibrated.
+    calibrated_on : str
+        Its text and training, to be read.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Variant:
     calibrated: bool = False
     seed: int = 0
     calibration: str = ""
+    calibrated_on: str = ""
 
     def to_dict(self) -> dict:
         """Plain mapping of the fields."""

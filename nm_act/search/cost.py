@@ -93,14 +93,19 @@ def _read(path: Path) -> dict[str, tuple[float, str]]:
     for row in rows:
         try:
             value = float(row["speedup"])
-        except ValueError:
+        except (TypeError, ValueError):  # text, or a row that ends early
             value = 0.0
         if not 0 < value < float("inf"):
             raise ValueError(
                 f"expected a positive speed-up for {row['pattern']} in {str(path)!r}, got {row['speedup']!r}"
             )
         if value > table.get(row["pattern"], (0.0, ""))[0]:  # the best of several kernels
-            table[row["pattern"]] = value, row["source"]
+            table[str(as_pattern(row["pattern"]))] = value, row["source"]
+    if not table:
+        raise ValueError(
+            f"expected rates in {str(path)!r}, got no row that counts (stage op, bf16 over cublas_bf16, "
+            f"{' x '.join(SHAPE.values())}); see docs/search.md"
+        )
     return table
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..evaluate.perplexity import perplexity
 from ..evaluate.study import resolved
-from ..files import write_atomic
+from ..files import read_json_lines, write_atomic
 from ..policies import POLICIES
 from ..recipe import LinearSpec, Recipe
 from .cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
@@ -71,8 +71,8 @@ def measure_points(
     calibrated: dict[str, CalibratedData],
 ) -> list[Point]:
     """Perplexity of every recipe on calibration text; what `store` (JSON lines) holds is not measured again."""
-    lines = store.read_text(encoding="utf-8").split("\n") if store.is_file() else []
-    found = {(row["recipe"], *row.get("calibration", [])): row for row in (json.loads(line) for line in lines if line)}
+    rows = read_json_lines(store, ("recipe", "perplexity", "macs", "extra_macs"))
+    found = {(row["recipe"], *row.get("calibration", [])): row for row in rows}
     points = []
     for name, recipe in recipes:
         text = "dense" if recipe is None else json.dumps(recipe.to_dict(), sort_keys=True)

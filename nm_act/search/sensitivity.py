@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..calibrate.store import set_layers
-from ..files import write_atomic
+from ..files import read_json_lines, write_atomic
 from ..linear import NMLinear
 from ..recipe import LinearSpec
 from ..sparsify import decoder_linears
@@ -208,9 +208,7 @@ def _swapped(model: nn.Module, sparse: dict[str, nn.Module]) -> Iterator[None]:
 
 
 def _read(store: Path) -> dict[tuple[int, str, str, str], float]:
-    if not store.is_file():
-        return {}
-    rows = [json.loads(line) for line in store.read_text(encoding="utf-8").split("\n") if line]
+    rows = read_json_lines(store, ("window", "group", "spec", "kl"))
     return {(row["window"], row["group"], row["spec"], row.get("calibration", "")): row["kl"] for row in rows}
 
 
