@@ -327,6 +327,20 @@ def test_options_that_would_do_nothing(model, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_task_that_writes_more_than_the_context_is_refused(model):
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)  # a context of 128
+
+    class Task:
+        OUTPUT_TYPE = "generate_until"
+        config = type("Config", (), {"generation_kwargs": {"max_gen_toks": 128}})
+
+    with pytest.raises(ValueError, match="more than the 128 tokens that ifeval writes, got 128; leave ifeval out"):
+        run.check_context("ifeval", Task, loaded)
+    Task.config.generation_kwargs = {"max_gen_toks": 127}
+    run.check_context("ifeval", Task, loaded)
+
+
 def test_estimate_of_a_short_context(model):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}

@@ -57,7 +57,7 @@ def evaluate(
     """Evaluate the dense model and sparse variants; relative drops, standard errors, JSON, CSV, Markdown and plots."""
     from ..evaluate.calibrated import calibrated_row, of_calibration
     from ..evaluate.folder import PERPLEXITY, RunFolder, check_output
-    from ..evaluate.run import run_study
+    from ..evaluate.run import check_context, run_study
     from ..evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
     from ..evaluate.tasks import build_task, check_available
     from ..fingerprint import weights_fingerprint
@@ -80,6 +80,8 @@ def evaluate(
     set_threads(threads)
     dense, tokenizer = load(model, dtype, device)
     check_dense(dense, model)
+    for name, (task, _) in built.items():
+        check_context(name, task, dense)
     made = list(_models(dense, rows, names))
     tokens, window = _tokens(tokenizer, text, max_tokens, window, dense) if text is not None else (None, None)
     folder = RunFolder.open(

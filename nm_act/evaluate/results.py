@@ -138,7 +138,7 @@ def _drop(result: dict, dense: dict) -> tuple[float, float]:
         return 100 * (ratio - 1), 100 * ratio * stderr
     if dense["value"] == 0:
         return math.nan, math.nan
-    return -100 * mean / dense["value"], 100 * stderr / dense["value"]
+    return 0.0 - 100 * mean / dense["value"], 100 * stderr / dense["value"]
 
 
 def average_drops(rows: list[Row]) -> dict[str, tuple[float, float, int]]:

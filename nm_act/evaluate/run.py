@@ -116,9 +116,23 @@ def request_tokens(task, tokenizer, limit: int | None, sample: int = 16) -> int:
     count = len(documents) if limit is None else min(limit, len(documents))
     documents = documents[: min(count, sample)]
     if task.OUTPUT_TYPE == "generate_until":
-        return count * int(task.config.generation_kwargs.get("max_gen_toks", 256))
+        return count * _generated_tokens(task)
     read = sum(_choice_tokens(task, document, tokenizer) for document in documents)
     return read * count // len(documents)
+
+
+def check_context(name: str, task, model: nn.Module) -> None:
+    """Raise a ValueError if a task writes more tokens than the model's context holds."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if task.OUTPUT_TYPE == "generate_until" and context is not None and _generated_tokens(task) >= context:
+        raise ValueError(
+            f"expected a context of more than the {_generated_tokens(task)} tokens that {name} writes, got {context}; "
+            f"leave {name} out"
+        )
+
+
+def _generated_tokens(task) -> int:
+    return int(task.config.generation_kwargs.get("max_gen_toks", 256))
 
 
 def _choice_tokens(task, document, tokenizer) -> int:
