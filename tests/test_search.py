@@ -88,6 +88,8 @@ def test_rates_from_files(tmp_path):
     rates = Rates.load(tmp_path / "own.csv")
     assert rates.speedup("8:16") == (1.1, "mine")
     assert rates.speedup("2:4") == Rates.load().speedup("2:4")
+    (tmp_path / "best.csv").write_text("pattern,speedup,source\n2:4+1@0,1.3,best\n2:4+1@0,1.1,worse\n")
+    assert Rates.load(tmp_path / "best.csv").speedup("2:4+1") == (1.3, "best")  # however a pattern is written
     (tmp_path / "fast.csv").write_text("pattern,speedup,source\n2:4,2,mine\n")
     assert Rates.load(tmp_path / "fast.csv").speedup("2:4+1")[0] == 1.6  # from the new 2:4 row
     header = "bench,device,variant,dtype,pattern,stage,tokens,out_features,in_features,baseline,speedup,torch,date\n"

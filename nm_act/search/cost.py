@@ -99,8 +99,9 @@ def _read(path: Path) -> dict[str, tuple[float, str]]:
             raise ValueError(
                 f"expected a positive speed-up for {row['pattern']} in {str(path)!r}, got {row['speedup']!r}"
             )
-        if value > table.get(row["pattern"], (0.0, ""))[0]:  # the best of several kernels
-            table[str(as_pattern(row["pattern"]))] = value, row["source"]
+        pattern = str(as_pattern(row["pattern"]))
+        if value > table.get(pattern, (0.0, ""))[0]:  # the best of several kernels
+            table[pattern] = value, row["source"]
     if not table:
         raise ValueError(
             f"expected rates in {str(path)!r}, got no row that counts (stage op, bf16 over cublas_bf16, "
