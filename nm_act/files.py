@@ -1,12 +1,13 @@
-"""Writing files so that a reader never sees half of one, and finding out early that one cannot be written."""
+"""Writing files so that a reader never sees half of one, finding out early that one cannot be written, JSON lines."""
 
 import json
 import os
 import stat
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["check_writable", "read_json_lines", "write_atomic"]
+__all__ = ["check_writable", "read_json_lines", "write_atomic", "write_json_lines"]
 
 
 def read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
@@ -31,6 +32,11 @@ def read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
                 )
             rows.append(row)
     return rows
+
+
+def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
+    """Write what `read_json_lines` reads, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def check_writable(path: str | os.PathLike) -> None:

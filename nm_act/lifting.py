@@ -51,6 +51,11 @@ def lifted_columns(pattern: NMPattern | str, in_features: int) -> Tensor:
     return torch.cat([(units + part.flatten()).flatten() for part in (table[:4], table[4:])])
 
 
+def begins_with_weight(pattern: NMPattern | str, in_features: int) -> bool:
+    """Whether a lifted weight begins with the weight, so that one copy is enough; raises as `lifted_columns`."""
+    return torch.equal(lifted_columns(pattern, in_features)[:in_features], torch.arange(in_features))
+
+
 def lift_weight(weight: Tensor, pattern: NMPattern | str) -> Tensor:
     """Repeat the columns of a weight as the windows of a pattern need them, once, for ``sparse_linear``.
 

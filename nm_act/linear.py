@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import composed, criteria, mitigations, ops, parallel
-from .lifting import lift_weight, lifted_columns
+from .lifting import begins_with_weight, lift_weight
 from .patterns import NMPattern
 from .recipe import LinearSpec
 from .tokens import TokenContext
@@ -400,7 +400,7 @@ def _check_lift(lift: bool | str, pattern: NMPattern, in_features: int) -> None:
         return
     if not isinstance(pattern, NMPattern):
         raise ValueError(f"expected an N:M pattern to lift the weight for, got {pattern}; leave lift out")
-    if not torch.equal(lifted_columns(pattern, in_features)[:in_features], torch.arange(in_features)):
+    if not begins_with_weight(pattern, in_features):
         raise ValueError(
             f"expected a pattern whose lifted weight begins with the weight, got {pattern}; pass lifted_weight to "
             "nm_act.sparse_linear instead"

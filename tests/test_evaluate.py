@@ -258,7 +258,7 @@ def test_eval_perplexity_resumes(model, folder, tmp_path, monkeypatch):
     )
 
 
-def test_a_run_gains_tasks(model, folder, tmp_path, monkeypatch):
+def test_a_run_gains_tasks(model, folder, tmp_path):
     pytest.importorskip("lm_eval")
     out, base = tmp_path / "out", (model, "--pattern", "2:4", "--data", folder, "--output", tmp_path / "out")
     assert _eval(*base, "--tasks", "wikitext2", "--max-tokens", 256).exit_code == 0

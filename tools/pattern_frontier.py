@@ -6,15 +6,16 @@ draws perplexity against speed-up; `summary()` is the README's table of the same
 mean over the measured shapes, of the fastest variant. What no file has is missing in the plot and a dash in the table.
 """
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from result_files import geometric_mean, measured_rows, perplexities, times
+from result_files import geometric_mean, measured_rows, perplexities, times, with_error
 
 from nm_act.evaluate.results import markdown_table
 from nm_act.files import write_atomic
-from nm_act.lifting import lifted_features, windows
+from nm_act.lifting import begins_with_weight, lifted_features, windows
 from nm_act.patterns import WINDOW_SPAN, TopKPattern, as_pattern
 
 PATTERNS = ("2:4", "4:8", "8:16", "16:32", "2:4+1", "2:4+2", "6:8", "50%")
@@ -53,20 +54,16 @@ SPEEDS = (
 )
 
 
-def kept(text: str) -> float:
-    return as_pattern(text).kept_fraction
-
-
 def lifted(text: str) -> str:
     """Extra weight memory of the pattern's windows on sparse tensor cores."""
     pattern = as_pattern(text)
     if text == "2:4":
         return "0 %"
-    if isinstance(pattern, TopKPattern) or not (table := windows(pattern)):
+    if isinstance(pattern, TopKPattern) or not windows(pattern):
         return "–"
     # A lifted weight that begins with the weight takes its place; another one is a second copy.
-    begins = [column for window in table[:4] for column in window] == list(range(WINDOW_SPAN))
-    return f"{lifted_features(pattern, WINDOW_SPAN) / WINDOW_SPAN - begins:.0%}".replace("%", " %")
+    extra = lifted_features(pattern, WINDOW_SPAN) / WINDOW_SPAN - begins_with_weight(pattern, WINDOW_SPAN)
+    return f"{100 * extra:g} %"
 
 
 def perplexity_by_pattern() -> dict[str, dict[str, str]]:
@@ -81,9 +78,9 @@ def summary() -> str:
     lines = []
     for text in PATTERNS:
         row = quality.get(text)
-        value = "–" if row is None else f"{float(row['value']):.2f} ± {float(row['stderr']):.2f}"
+        value = "–" if row is None else with_error(row)
         gains = [times(speed.get(text)) for speed in speeds]
-        lines.append([text, f"{100 * kept(text):g} %", value, lifted(text), *gains])
+        lines.append([text, f"{100 * as_pattern(text).kept_fraction:g} %", value, lifted(text), *gains])
     header = ["pattern", "kept", "perplexity", "extra weight memory", *(speed.title for speed in SPEEDS)]
     dense = quality["dense"]
     origin = (
@@ -100,15 +97,11 @@ def summary() -> str:
 
 def draw(target: Path) -> None:
     """Perplexity against speed-up, a series for every speed-up that is measured."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     quality = {text: float(row["value"]) for text, row in perplexity_by_pattern().items()}
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for index, speed in enumerate(SPEEDS):
         measured = {text: gain for text, gain in speed.by_pattern().items() if text in quality}
         if measured:

@@ -8,7 +8,7 @@ import json
 import sys
 
 import pattern_frontier
-from result_files import EVALUATION, ROOT, geometric_mean, perplexities, read_rows, times
+from result_files import EVALUATION, ROOT, geometric_mean, measured_rows, perplexities, read_rows, times, with_error
 
 import nm_act
 from nm_act.evaluate.results import markdown_table as table
@@ -162,9 +162,9 @@ INFERENCE_METRICS = {"ttft_ms": "time to first token, ms", "decode_tok_s": "deco
 def inference() -> str:
     """One row a mode, batch and prompt; each metric with its ratio to the dense baselines of the run."""
     source = "benchmarks/results/h200/inference.csv"
-    if not (ROOT / source).exists():
+    measured = measured_rows(source)
+    if not measured:
         return "Whole models on a GPU: not measured yet (`benchmarks/bench_inference.py`)."
-    measured = read_rows(source)
     cells: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
     for row in measured:
         where = (row["model"], row["mode"], row["batch"], row["prompt"])
@@ -194,7 +194,7 @@ def perplexity_table(rows: list[dict[str, str]]) -> str:
             row["pattern"],
             row["layers"],
             f"{float(row['predicted_speedup']):.2f}x",
-            f"{float(row['value']):.2f} ± {float(row['stderr']):.2f}",
+            with_error(row),
         ]
         for row in sorted(rows, key=lambda row: float(row["value"]))
     ]

@@ -30,5 +30,10 @@ def geometric_mean(values: list[float]) -> float | None:
     return math.prod(values) ** (1 / len(values)) if values else None
 
 
+def with_error(row: dict[str, str]) -> str:
+    """A perplexity row's value ± standard error."""
+    return f"{float(row['value']):.2f} ± {float(row['stderr']):.2f}"
+
+
 def times(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}x"

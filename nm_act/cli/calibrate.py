@@ -107,7 +107,9 @@ def _check_output(output: Path, model: str) -> None:
 
 
 def _check_length(model, length: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from ..evaluate.perplexity import context_length
+
+    context = context_length(model)
     if context is not None and length > context:
         raise ValueError(f"expected --length within the model's context of {context} tokens, got {length}; shorten it")
 

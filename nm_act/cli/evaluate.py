@@ -160,11 +160,11 @@ def _models(dense, rows: list[tuple], tasks: list[str]):
     from ..recipe import Recipe
     from ..sparsify import check_recipe, decoder_linears
 
+    scored = next((task for task in tasks if task not in GENERATION), None)
     for variant, folder in rows:
         recipe = Recipe.from_dict(variant.recipe)
         check_recipe(dense, recipe)
         specs = {recipe.resolve(layer, projection) for layer, projection, _ in decoder_linears(dense).values()} - {None}
-        scored = next((task for task in tasks if task not in GENERATION), None)
         if scored is not None and {spec.phase for spec in specs} == {"decode"}:
             raise ValueError(
                 f"expected recipes that prune in prefill, where {scored} is scored, got only phase decode in "

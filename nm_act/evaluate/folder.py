@@ -63,8 +63,7 @@ class RunFolder:
         merged = identity if found is None else _merged(found, identity, path)
         if merged != found:
             write_atomic(file, json.dumps({"format": _FORMAT, "identity": merged}, indent=2) + "\n")
-        identity = merged
-        return cls(path, identity)
+        return cls(path, merged)
 
     def result_path(self, variant: Variant, task: str) -> Path:
         """File of one result."""

@@ -175,12 +175,17 @@ def _row_text(path: Path, number: int, line: str) -> str:
     return text
 
 
-def check_window(model: nn.Module, window: int | None) -> int:
-    """Tokens per window: `window` if the model's context allows it, else ValueError; 2048 or the context for None."""
+def context_length(model: nn.Module) -> int | None:
+    """Positions that a model's configuration allows; None if it does not say."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def check_window(model: nn.Module, window: int | None) -> int:
+    """Tokens per window: `window` if the model's context allows it, else ValueError; 2048 or the context for None."""
+    context = context_length(model)
     if window is None:
         return DEFAULT_WINDOW if context is None else min(DEFAULT_WINDOW, context)
     if window < 2:

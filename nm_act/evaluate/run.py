@@ -10,7 +10,7 @@ from torch import nn
 from ..linear import NMLinear
 from ..search.cost import extra_macs, macs_by_pattern
 from .folder import PERPLEXITY, RunFolder, commit
-from .perplexity import check_window, perplexity
+from .perplexity import check_window, context_length, perplexity
 from .study import Variant
 from .tasks import harness_model, run_task
 
@@ -102,7 +102,7 @@ def _perplexity(model, tokens: torch.Tensor, window: int | None) -> dict:
 def estimate(model: nn.Module, tokens: int, rows: int) -> float:
     """Seconds that `rows` models would take for `tokens` tokens each, from one timed forward of the dense model."""
     device = next(model.parameters()).device
-    ids = torch.zeros(1, check_window(model, None), dtype=torch.int64, device=device)[:, :256]
+    ids = torch.zeros(1, min(256, check_window(model, None)), dtype=torch.int64, device=device)
     with torch.inference_mode():
         model(input_ids=ids[:, :8], use_cache=False)  # the first call pays for set-up
         start = time.perf_counter()
@@ -123,7 +123,7 @@ def request_tokens(task, tokenizer, limit: int | None, sample: int = 16) -> int:
 
 def check_context(name: str, task, model: nn.Module) -> None:
     """Raise a ValueError if a task writes more tokens than the model's context holds."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     if task.OUTPUT_TYPE == "generate_until" and context is not None and _generated_tokens(task) >= context:
         raise ValueError(
             f"expected a context of more than the {_generated_tokens(task)} tokens that {name} writes, got {context}; "

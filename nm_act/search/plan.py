@@ -10,7 +10,7 @@ from torch import nn
 
 from ..evaluate.perplexity import perplexity
 from ..evaluate.study import resolved
-from ..files import read_json_lines, write_atomic
+from ..files import read_json_lines, write_json_lines
 from ..policies import POLICIES
 from ..recipe import LinearSpec, Recipe
 from .cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
@@ -86,7 +86,7 @@ def measure_points(
             found[key] = {"recipe": text, "perplexity": value, "macs": macs, "extra_macs": extra}
             found[key] |= {"calibration": digests} if digests else {}
             del variant
-            write_atomic(store, "".join(json.dumps(row) + "\n" for row in found.values()))
+            write_json_lines(store, found.values())
         row = found[key]
         points.append(Point(name, recipe, predicted_speedup(row["macs"], rates, row["extra_macs"]), row["perplexity"]))
     return points

@@ -5,7 +5,6 @@ the model in which only this group is sparse, in nats. Unlike a difference of lo
 tokens; unlike the relative error of a layer's output it counts what the rest of the model makes of that error.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from ..calibrate.store import set_layers
-from ..files import read_json_lines, write_atomic
+from ..files import read_json_lines, write_json_lines
 from ..linear import NMLinear
 from ..recipe import LinearSpec
 from ..sparsify import decoder_linears
@@ -217,4 +216,4 @@ def _write(store: Path, found: dict[tuple[int, str, str, str], float]) -> None:
         {"window": w, "group": g, "spec": s, **({"calibration": d} if d else {}), "kl": value}
         for (w, g, s, d), value in found.items()
     ]
-    write_atomic(store, "".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(store, rows)
