@@ -35,6 +35,7 @@ SM80, SM90 = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,c
 CASES = {
     "hopper": (f"{GEMMS}/sm90_bf16_out_in_256x128x128.cu", SM90),
     "overlapped": (f"{GEMMS}/tuning_sm90_e4m3_128x256x128_overlapped.cu", SM90, "-DNM_ACT_TUNING_TILES"),
+    "streamk": (f"{GEMMS}/tuning_sm90_bf16_256x128x128_streamk.cu", SM90, "-DNM_ACT_TUNING_TILES"),
     "ampere": (f"{GEMMS}/sm80_bf16_out_in.cu", SM80),
     "compress": (f"{PRUNE}/compress.cu", SM90),
     "compress_windows": (f"{PRUNE}/compress_windows.cu", SM90),
@@ -100,6 +101,14 @@ def test_overlapped_candidate(compiled):
     # One batch stays in flight, and ptxas does not serialise what the loop overlaps.
     assert re.search(r"wgmma\.wait_group\.sync\.aligned 1", ptx)
     assert "serialized" not in report
+    assert_no_spills(report)
+
+
+def test_stream_k_candidate(compiled):
+    report, ptx = compiled("streamk")
+    assert re.search(r"wgmma\.mma_async\.sp\S*\.m64n128k32\.f32\.bf16\.bf16", ptx)
+    assert "griddepcontrol.wait" in ptx
+    assert re.search(r"ld\.global\.acquire\.gpu", ptx)  # waits for the blocks that share its tile
     assert_no_spills(report)
 
 

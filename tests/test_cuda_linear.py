@@ -153,7 +153,10 @@ def test_non_finite_inputs_reach_the_output(tokens, layout):
     assert y[3].isnan().all()  # the row with a NaN
 
 
-@pytest.mark.skipif(KERNELS and torch.cuda.get_device_capability()[0] != 9, reason="sm_90a only")
+HOPPER = pytest.mark.skipif(KERNELS and torch.cuda.get_device_capability()[0] != 9, reason="sm_90a only")
+
+
+@HOPPER
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("shape", [(512, 8192, 28672), (300, 4096, 4096), (64, 512, 1024)])
 def test_overlapped_launches_wait_for_their_operands(fp8, shape):
@@ -172,6 +175,30 @@ def test_overlapped_launches_wait_for_their_operands(fp8, shape):
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
         poison()
         assert torch.equal(product(x, True), product(x, False))
+
+
+@HOPPER
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("shape", [(1, 16, 64), (129, 272, 288), (200, 1024, 14336), (512, 10240, 4096)])
+def test_every_tile_makes_the_product_with_the_same_bits_each_time(fp8, shape):
+    """Candidates of a tuning build too: stream-K blocks that share a tile have to add up in one order."""
+    tokens, out_features, in_features = shape
+    x, weight, _ = problem(*shape)
+    packed = nm_act.compress_packed(x, fp8=fp8)
+    options = {}
+    if fp8:
+        weight, scale = quantise_weight(weight)
+        options = {"row_scale": packed.row_scale, "column_scale": scale, "out_dtype": torch.bfloat16}
+    operands = (packed.values, packed.metadata, weight)
+    expected = OPS.sparse_gemm(*operands, **options)
+    for tile in nm_act._C.gemm_tiles("e4m3" if fp8 else "bf16"):
+        for raster, swizzle in ((1, 1), (2, 2)):
+            config = [tile["tile"], raster, swizzle, 0]
+            first = OPS.sparse_gemm(*operands, **options, config=config)
+            assert relative_error(first, expected) < 5e-3, config
+            for _ in range(3):
+                poison()
+                assert torch.equal(OPS.sparse_gemm(*operands, **options, config=config), first), config
 
 
 # ---- sparse_gemm and its epilogue ------------------------------------------------------------------------------------

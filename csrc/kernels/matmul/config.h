@@ -22,6 +22,11 @@ enum class GemmTile : int {
   k128x128x128PingPongOverlapped,  // ping-pong, cluster 2x1: hides the epilogue
   k128x128x256PingPongOverlapped,  // ping-pong, cluster 2x1
   k64x128x256PingPongOverlapped,   // ping-pong, no cluster: one tile for up to 64 tokens, none for padding
+  // "StreamK": cooperative, cluster 2x1; where waves are not full, blocks share a tile along its features.
+  k256x128x128StreamK,
+  k128x128x128StreamK,
+  k128x256x128StreamK,
+  k128x128x256StreamK,
 #endif
 };
 
@@ -63,12 +68,16 @@ inline constexpr TileFacts kE4M3Tiles[] = {{GemmTile::k128x256x128, 128, 256, 1.
 #ifdef NM_ACT_TUNING_TILES
 inline constexpr TileFacts kBits16Candidates[] = {
     {GemmTile::k256x128x128Overlapped, 256, 128, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k128x128x128PingPongOverlapped, 128, 128, 1.0, GemmRaster::kAlongTokens}};
+    {GemmTile::k128x128x128PingPongOverlapped, 128, 128, 1.0, GemmRaster::kAlongTokens},
+    {GemmTile::k256x128x128StreamK, 256, 128, 1.0, GemmRaster::kAlongOutputs},
+    {GemmTile::k128x128x128StreamK, 128, 128, 1.0, GemmRaster::kAlongTokens}};
 inline constexpr TileFacts kE4M3Candidates[] = {
     {GemmTile::k128x256x128Overlapped, 128, 256, 1.0, GemmRaster::kAlongOutputs},
     {GemmTile::k256x128x128Overlapped, 256, 128, 1.0, GemmRaster::kAlongOutputs},
     {GemmTile::k128x128x256PingPongOverlapped, 128, 128, 1.0, GemmRaster::kAlongTokens},
-    {GemmTile::k64x128x256PingPongOverlapped, 64, 128, 1.0, GemmRaster::kAlongTokens}};
+    {GemmTile::k64x128x256PingPongOverlapped, 64, 128, 1.0, GemmRaster::kAlongTokens},
+    {GemmTile::k128x256x128StreamK, 128, 256, 1.0, GemmRaster::kAlongOutputs},
+    {GemmTile::k128x128x256StreamK, 128, 128, 1.0, GemmRaster::kAlongTokens}};
 #endif
 
 // The widest band that pads the grid by at most 5 %: the scheduler rounds both sides of the grid up to whole bands, and

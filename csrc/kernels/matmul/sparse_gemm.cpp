@@ -5,6 +5,7 @@ namespace nm_act {
 namespace {
 
 using RunSm90 = cudaError_t (*)(const SparseGemmParams&, const GemmLaunch&);
+using WorkspaceSm90 = size_t (*)(const SparseGemmParams&, const GemmLaunch&);
 using RunSm80 = cudaError_t (*)(const SparseGemmParams&, cudaStream_t);
 
 struct Sm90Instance {
@@ -12,7 +13,8 @@ struct Sm90Instance {
   ElementType y_type;
   bool weight_in_out;
   GemmTile tile;
-  RunSm90 run[2];  // by GemmEpilogue
+  RunSm90 run[2];           // by GemmEpilogue
+  WorkspaceSm90 workspace;  // null: needs none
 };
 
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
@@ -22,8 +24,18 @@ constexpr Sm90Instance sm90_instance() {
           kWeightInOut,
           kTile,
           {run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kPlain>,
-           run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kFull>}};
+           run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kFull>},
+          nullptr};
 }
+
+#ifdef NM_ACT_TUNING_TILES
+template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
+constexpr Sm90Instance sm90_split_instance() {
+  Sm90Instance instance = sm90_instance<kValue, kOutput, kWeightInOut, kTile>();
+  instance.workspace = sparse_gemm_workspace_sm90<kValue, kOutput, kWeightInOut, kTile>;
+  return instance;
+}
+#endif
 
 constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3,
                       kFp32 = ElementType::kFloat32;
@@ -53,6 +65,10 @@ const Sm90Instance kSm90Instances[] = {
     sm90_instance<kFp8, kBf16, false, GemmTile::k256x128x128Overlapped>(),
     sm90_instance<kFp8, kBf16, false, GemmTile::k128x128x256PingPongOverlapped>(),
     sm90_instance<kFp8, kBf16, false, GemmTile::k64x128x256PingPongOverlapped>(),
+    sm90_split_instance<kBf16, kBf16, false, GemmTile::k256x128x128StreamK>(),
+    sm90_split_instance<kBf16, kBf16, false, GemmTile::k128x128x128StreamK>(),
+    sm90_split_instance<kFp8, kBf16, false, GemmTile::k128x256x128StreamK>(),
+    sm90_split_instance<kFp8, kBf16, false, GemmTile::k128x128x256StreamK>(),
 #endif
 };
 
@@ -123,6 +139,11 @@ cudaError_t launch_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLa
   return instance->run[static_cast<int>(epilogue_for(params))](params, launch);
 }
 
+size_t sparse_gemm_workspace(const SparseGemmParams& params, const GemmLaunch& launch) {
+  const Sm90Instance* instance = find_sm90(params, launch.config.tile);
+  return instance == nullptr || instance->workspace == nullptr ? 0 : instance->workspace(params, launch);
+}
+
 cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, cudaStream_t stream) {
   if (!sparse_gemm_supports(params, device)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
@@ -135,7 +156,7 @@ cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device
     if (find_sm90(params, config.tile) == nullptr) config = configure(problem, tile);
   }
   // In stream order until overlapped launches have passed the tests on a device: they once raced.
-  return launch_sparse_gemm_sm90(params, {config, device.multiprocessors, stream, /*overlapped=*/false});
+  return launch_sparse_gemm_sm90(params, {config, device.multiprocessors, stream, /*overlapped=*/false, nullptr});
 }
 
 }  // namespace nm_act

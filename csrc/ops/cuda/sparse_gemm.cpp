@@ -103,7 +103,11 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
   }
   const GemmConfig chosen{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
                           static_cast<int>((*config)[2])};
-  check_status(launch_sparse_gemm_sm90(params, {chosen, device.multiprocessors, stream, (*config)[3] != 0}), kOp);
+  GemmLaunch launch{chosen, device.multiprocessors, stream, (*config)[3] != 0, nullptr};
+  const int64_t scratch = static_cast<int64_t>(sparse_gemm_workspace(params, launch));
+  const at::Tensor workspace = at::empty({scratch}, values.options().dtype(at::kByte));
+  launch.workspace = workspace.mutable_data_ptr();
+  check_status(launch_sparse_gemm_sm90(params, launch), kOp);
   return y;
 }
 
