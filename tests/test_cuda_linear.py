@@ -182,7 +182,6 @@ def test_overlapped_launches_wait_for_their_operands(fp8, shape):
 @pytest.mark.parametrize("shape", [(1, 16, 64), (129, 272, 288), (200, 1024, 14336), (512, 10240, 4096)])
 def test_every_tile_makes_the_product_with_the_same_bits_each_time(fp8, shape):
     """Candidates of a tuning build too: stream-K blocks that share a tile have to add up in one order."""
-    tokens, out_features, in_features = shape
     x, weight, _ = problem(*shape)
     packed = nm_act.compress_packed(x, fp8=fp8)
     options = {}
