@@ -20,9 +20,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from inference_models import CONFIGS, Mode, build, compile_parts, parse_modes
-from timer import Rows, commit, percentiles
+from timer import Rows, percentiles
 
 import nm_act
+from nm_act.version import commit
 
 COLUMNS = (
     *("bench", "device", "model", "mode", "batch", "prompt", "metric", "p20", "p50", "p80"),

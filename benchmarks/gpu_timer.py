@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from timer import commit, percentiles
+from timer import percentiles
+
+from nm_act.version import commit
 
 Calls = Sequence[Callable[[], object]]
 L2_BYTES = 60 << 20

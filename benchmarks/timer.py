@@ -3,14 +3,13 @@
 import csv
 import datetime
 import io
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from nm_act.files import write_atomic
+from nm_act.version import commit
 
 COLUMNS = (
     *("bench", "device", "variant", "dtype", "pattern", "stage", "tokens", "out_features", "in_features"),
@@ -38,13 +37,6 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
     """20th, 50th and 80th percentile."""
     ordered = sorted(times)
     return tuple(ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
-
-
-def commit() -> str:
-    result = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    return result.stdout.strip() or "unknown"
 
 
 class Rows:

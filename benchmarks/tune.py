@@ -16,12 +16,13 @@ from collections import defaultdict
 import torch
 from bench_sparse_linear import SHAPES
 from gpu_timer import copies_for, geometric_mean, interleaved, require_kernels
-from timer import commit, percentiles
+from timer import percentiles
 
 import nm_act
 from nm_act import _C
 from nm_act.files import write_atomic
 from nm_act.optimize.fp8 import quantise_rows
+from nm_act.version import commit
 
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
 QUICK_TOKENS = (64, 1024, 4096, 16384)

@@ -1,1 +1,18 @@
+import functools
+import subprocess
+from pathlib import Path
+
 __version__ = "0.1.0"
+
+
+@functools.cache
+def commit() -> str:
+    """Commit of the checkout that the package runs from, "-dirty" after changes; the version where there is none."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an environment inside somebody's own repository
+        return __version__
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return __version__

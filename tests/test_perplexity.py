@@ -10,10 +10,11 @@ import tiny_model
 import torch
 from torch import nn
 
-from nm_act.evaluate.perplexity import perplexity, read_text, tokenize
+from nm_act.evaluate.perplexity import perplexity
 from nm_act.evaluate.variants import sparse_copy
 from nm_act.linear import NMLinear
 from nm_act.recipe import Recipe
+from nm_act.texts import read_text, tokenize
 
 module = importlib.import_module("nm_act.evaluate.perplexity")  # as an attribute, the function hides it
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import nm_act
 from nm_act.cli import app
+from nm_act.cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
 from nm_act.evaluate.variants import sparse_copy
 from nm_act.integrations import checkpoints
 from nm_act.recipe import LinearSpec, Recipe, Rule
-from nm_act.search.cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
 from nm_act.search.options import parse_option
 from nm_act.search.sensitivity import Group, groups_of, sensitivities
 from nm_act.search.solve import frontier, solve, to_recipe

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..evaluate.data import find_file
-from ..evaluate.perplexity import read_text
+from ..texts import find_file, read_text
 
 SUFFIXES = (".txt", ".jsonl", ".md")
 """Files that are read from a folder of calibration text."""

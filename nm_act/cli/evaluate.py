@@ -129,8 +129,8 @@ def _check_names(variants: list) -> None:
 
 
 def _text(data: Path | None) -> tuple[str, dict]:
-    from ..evaluate.data import load_text
     from ..evaluate.folder import PERPLEXITY
+    from ..texts import load_text
 
     text, source = load_text(PERPLEXITY, data)
     return text, {"file": source, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -138,7 +138,8 @@ def _text(data: Path | None) -> tuple[str, dict]:
 
 def _tokens(tokenizer, text: str, max_tokens: int | None, window: int | None, model):
     """The tokens that are read, whole windows, and how many make a window."""
-    from ..evaluate.perplexity import check_window, tokenize
+    from ..evaluate.perplexity import check_window
+    from ..texts import tokenize
 
     tokens = tokenize(tokenizer, text, max_tokens)
     window = check_window(model, window)

@@ -73,7 +73,7 @@ def ppl(
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity in non-overlapping windows; the dense model is always measured in the same run."""
-    from ..evaluate.perplexity import read_text, tokenize
+    from ..texts import read_text, tokenize
 
     _check_out(out)
     defaults = () if calibration else DEFAULT_PATTERNS

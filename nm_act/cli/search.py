@@ -55,11 +55,11 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find a recipe: sensitivities on calibration text, costs from measured tables, and an optimal assignment."""
+    from ..cost import Rates
     from ..evaluate.folder import RunFolder, check_output
     from ..evaluate.perplexity import check_window
     from ..fingerprint import weights_fingerprint
     from ..recipe import DEFAULT_PROJECTIONS
-    from ..search.cost import Rates
     from ..search.options import option_variant, parse_option, read_data
     from ..search.plan import baselines, check_reachable, measure_points, options_of
     from ..search.sensitivity import groups_of, sensitivities
@@ -121,14 +121,13 @@ def _check_goal(target_speedup: float | None, max_drop: float | None) -> None:
 
 
 def _text(text: Path | None, data: Path | None) -> tuple[str, str]:
-    from ..evaluate.data import load_text
-    from ..evaluate.perplexity import read_text
+    from ..texts import load_text, read_text
 
     return (read_text(text), text.name) if text is not None else load_text("c4", data)
 
 
 def _calibration(tokenizer, content: str, windows: int, window: int):
-    from ..evaluate.perplexity import tokenize
+    from ..texts import tokenize
 
     # A token is a few characters: a text much longer than what is read need not be tokenised to its end.
     ids = tokenize(tokenizer, content[: 32 * windows * window], windows * window)

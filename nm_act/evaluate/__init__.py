@@ -1,7 +1,8 @@
 """What sparsity costs in quality and gains in speed, measured on the user's own model and text."""
 
+from ..texts import read_text, tokenize
 from .decode_speed import DecodeSpeed, decode_speed
-from .perplexity import Perplexity, perplexity, read_text, tokenize
+from .perplexity import Perplexity, perplexity
 from .variants import calibrated_copy, sparse_copy
 
 __all__ = [

@@ -1,13 +1,12 @@
 """Folders of runs: what was measured how, and one file a result."""
 
 import datetime
-import functools
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import write_atomic
+from ..version import commit
 from .study import Variant
 
 __all__ = ["PERPLEXITY", "RUN_FILE", "RunFolder", "check_output"]
@@ -97,21 +96,6 @@ class RunFolder:
             )
         identity = _read_identity(path / RUN_FILE)
         return identity, [_read_result(file) for file in sorted((path / "rows").glob("*.json"))]
-
-
-@functools.cache
-def commit() -> str:
-    """Commit of the checkout that the package runs from, "-dirty" after changes; the version where there is none."""
-    from ..version import __version__
-
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # an environment inside somebody's own repository
-        return __version__
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return __version__
 
 
 def _read_json(path: Path) -> dict:

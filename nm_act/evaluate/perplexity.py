@@ -1,16 +1,13 @@
 """Perplexity of a causal language model over a text, in non-overlapping windows."""
 
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
-__all__ = ["DEFAULT_WINDOW", "Perplexity", "perplexity", "read_text", "tokenize"]
+__all__ = ["DEFAULT_WINDOW", "Perplexity", "perplexity"]
 
 DEFAULT_WINDOW = 2048
 """Tokens per window where the model's context allows it; the value that published WikiText-2 figures use."""
@@ -74,7 +71,7 @@ def perplexity(
     model : torch.nn.Module
         A Transformers causal language model. Its training mode is restored at the end.
     token_ids : torch.Tensor
-        int64, ``[tokens]``, as from `tokenize`.
+        int64, ``[tokens]``, as from `nm_act.texts.tokenize`.
     window : int, optional
         Tokens per window. By default 2048, or the model's context if that is shorter.
     progress : callable, optional
@@ -105,74 +102,6 @@ def perplexity(
         model.train(was_training)
     nll, tokens = sum(losses), total * (window - 1)
     return Perplexity(_exp(nll / tokens), nll, tokens, total, window, tuple(losses))
-
-
-def tokenize(tokenizer, text: str, max_tokens: int | None = None) -> torch.Tensor:
-    """Token ids of a whole text, int64 ``[tokens]``.
-
-    Special tokens are the tokenizer's own choice: one that starts texts with a beginning-of-sequence token
-    puts it at the start of the text, not of every window.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-    text : str
-    max_tokens : int, optional
-        Keep only that many tokens from the start.
-
-    Raises
-    ------
-    ValueError
-        If `max_tokens` is below two.
-    """
-    if max_tokens is not None and max_tokens < 2:
-        raise ValueError(f"expected at least 2 tokens to evaluate on, got {max_tokens}; ask for more")
-    # verbose=False: the warning about texts longer than the context does not apply to windows.
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    return torch.tensor(ids[:max_tokens], dtype=torch.int64)
-
-
-def read_text(path: str | os.PathLike) -> str:
-    """Text of a UTF-8 file; of a ``.jsonl`` file, the rows' "text" fields with a blank line between.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        If it is empty, not UTF-8, or a row of a ``.jsonl`` file is not an object with a text in "text".
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"expected a text file, but {str(path)!r} is a folder; name a file inside it")
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"expected UTF-8 text in {str(path)!r}, another encoding at byte {error.start}; convert it"
-        ) from error
-    except OSError as error:
-        raise type(error)(f"cannot read {str(path)!r}: {(error.strerror or str(error)).lower()}") from error
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(
-            _row_text(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
-        )
-    if not text.strip():
-        raise ValueError(f"expected text in {str(path)!r}, but there is none; name a file with text")
-    return text
-
-
-def _row_text(path: Path, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError(
-            f'expected an object with a "text" field on line {number} of {str(path)!r}, got {line[:40]!r}; '
-            "fix the row or give a plain text file"
-        )
-    return text
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..search.cost import Rates, predicted_speedup
+from ..cost import Rates, predicted_speedup
 from .folder import PERPLEXITY, RunFolder
 from .study import DENSE_VARIANT
 from .tasks import mean_and_stderr

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from ..cost import extra_macs, macs_by_pattern
 from ..linear import NMLinear
-from ..search.cost import extra_macs, macs_by_pattern
-from .folder import PERPLEXITY, RunFolder, commit
+from ..version import commit
+from .folder import PERPLEXITY, RunFolder
 from .perplexity import check_window, context_length, perplexity
 from .study import Variant
 from .tasks import harness_model, run_task

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .data import find_file, read_rows
+from ..texts import find_file, read_rows
 
 __all__ = ["TASKS", "TaskResult", "build_task", "run_task"]
 
@@ -137,7 +137,7 @@ def build_task(name: str, folder: str | Path | None = None):
     name : str
         One of `TASKS`.
     folder : str or Path, optional
-        Data folder (see `nm_act.evaluate.data.find_file`); without one the harness downloads from the hub.
+        Data folder (see `nm_act.texts.find_file`); without one the harness downloads from the hub.
 
     Returns
     -------

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
 from ..evaluate.perplexity import perplexity
 from ..evaluate.study import resolved
 from ..files import read_json_lines, write_json_lines
 from ..policies import POLICIES
 from ..recipe import LinearSpec, Recipe
-from .cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
 from .options import CalibratedData, option_recipe, option_variant
 from .sensitivity import Group
 from .solve import frontier, solve

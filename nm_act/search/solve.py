@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..cost import Rates, added_macs, pattern_of
 from ..recipe import DENSE, LinearSpec, Recipe, Rule
-from .cost import Rates, added_macs, pattern_of
 from .sensitivity import Group
 
 __all__ = ["Choice", "frontier", "solve", "to_recipe"]

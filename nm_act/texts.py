@@ -1,11 +1,12 @@
-"""Data sets from a folder of the user's own files; where there is none, from the Hugging Face hub."""
+"""Texts and data sets from the user's own files; where there is no folder of them, from the Hugging Face hub."""
 
 import json
+import os
 from pathlib import Path
 
-from .perplexity import read_text
+import torch
 
-__all__ = ["HUB_TEXTS", "find_file", "load_text", "read_rows"]
+__all__ = ["HUB_TEXTS", "find_file", "load_text", "read_rows", "read_text", "tokenize"]
 
 SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 """File formats that are read: JSON lines, a JSON list, plain text, Parquet."""
@@ -59,7 +60,7 @@ def read_rows(path: Path) -> list[dict]:
 
         rows = Dataset.from_parquet(str(path)).to_list()
     else:
-        text = read_text_file(path)
+        text = _decoded(path)
         try:
             # Not splitlines(): U+2028 may stand unescaped inside a JSON string.
             rows = (
@@ -70,14 +71,6 @@ def read_rows(path: Path) -> list[dict]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"expected a list of objects in {str(path)!r}, got something else; one JSON object a line")
     return rows
-
-
-def read_text_file(path: Path) -> str:
-    """A file as UTF-8 text, with the errors of `read_text`."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected UTF-8 text in {str(path)!r}, another encoding at byte {error.start}") from error
 
 
 def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
@@ -114,3 +107,75 @@ def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
     except Exception as error:  # the hub client raises its own, the network others
         first = " ".join(str(error).split())[:160]
         raise OSError(f"cannot read {name} from the hub ({first}); name a folder with --data") from error
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Text of a UTF-8 file; of a ``.jsonl`` file, the rows' "text" fields with a blank line between.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it is empty, not UTF-8, or a row of a ``.jsonl`` file is not an object with a text in "text".
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"expected a text file, but {str(path)!r} is a folder; name a file inside it")
+    text = _decoded(path)
+    if path.suffix == ".jsonl":
+        text = "\n\n".join(
+            _row_text(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
+        )
+    if not text.strip():
+        raise ValueError(f"expected text in {str(path)!r}, but there is none; name a file with text")
+    return text
+
+
+def tokenize(tokenizer, text: str, max_tokens: int | None = None) -> torch.Tensor:
+    """Token ids of a whole text, int64 ``[tokens]``.
+
+    Special tokens are the tokenizer's own choice: one that starts texts with a beginning-of-sequence token
+    puts it at the start of the text, not of every window.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+    text : str
+    max_tokens : int, optional
+        Keep only that many tokens from the start.
+
+    Raises
+    ------
+    ValueError
+        If `max_tokens` is below two.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise ValueError(f"expected at least 2 tokens to evaluate on, got {max_tokens}; ask for more")
+    # verbose=False: the warning about texts longer than the context does not apply to windows.
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    return torch.tensor(ids[:max_tokens], dtype=torch.int64)
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected UTF-8 text in {str(path)!r}, another encoding at byte {error.start}; convert it"
+        ) from error
+    except OSError as error:
+        raise type(error)(f"cannot read {str(path)!r}: {(error.strerror or str(error)).lower()}") from error
+
+
+def _row_text(path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(
+            f'expected an object with a "text" field on line {number} of {str(path)!r}, got {line[:40]!r}; '
+            "fix the row or give a plain text file"
+        )
+    return text

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
-from ..criteria import WEIGHT_PRUNING
-from ..linear import FOLLOW_WEIGHT, NMLinear
-from ..mitigations import data_of, rank_of, shape_of
-from ..patterns import NMPattern, as_pattern
-from ..recipe import DENSE, LinearSpec
-from ..sparsify import decoder_linears
+from .criteria import WEIGHT_PRUNING
+from .linear import FOLLOW_WEIGHT, NMLinear
+from .mitigations import data_of, rank_of, shape_of
+from .patterns import NMPattern, as_pattern
+from .recipe import DENSE, LinearSpec
+from .sparsify import decoder_linears
 
 __all__ = ["Rates", "added_macs", "extra_macs", "macs_by_pattern", "predicted_speedup"]
 
