@@ -325,3 +325,10 @@ def test_small_packed_and_producers(dtype, fp8, tokens):
     normed = (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)).to(dtype) * up[0]
     assert_close_to_pruned(packed, normed)
     assert_close_to_pruned(nm_act.silu_mul_compress(x, up, fp8=fp8), F.silu(x) * up)
+    moved = lambda vector: torch.cat([vector[:1], vector])[1:]  # noqa: E731  the same values, off 16 bytes
+    scale = torch.rand(96, device="cuda")
+    results = []
+    for weight, channel_scale in ((up[0].contiguous(), scale), (moved(up[0]), moved(scale))):
+        normed = nm_act.rms_norm_compress(x, weight, 1e-6, up, channel_scale=channel_scale, fp8=fp8)
+        results.append((*normed, *nm_act.silu_mul_compress(x, up, channel_scale=channel_scale, fp8=fp8)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,6 +1,7 @@
 """CUDA decode kernel (sparse_linear of 1 to 4 tokens over a weight stored [in, out], gather_linear): selection, error, states."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -59,12 +60,14 @@ def assert_within_twice_torch(y, x, weight, bias, n, m, options, what):
 @pytest.mark.parametrize("in_features", [32, 288, 4096])
 def test_an_identity_weight_shows_the_selection(dtype, n, m, tokens, in_features):
     """y = P @ I: every output is one survivor or zero, so it must have the oracle's bits."""
-    identity = torch.eye(in_features, device="cuda", dtype=dtype)
+    identity = torch.eye(in_features, device="cuda", dtype=dtype).t()  # stored [in, out], as the kernel needs it
+    needed = 1 - (1 - n / m) ** tokens
     ties = torch.randint(-2, 3, (tokens, in_features)).to(dtype)
     scale, shift = torch.randn(in_features), torch.randn(in_features)
     scale[0], scale[1], scale[-1] = 0.0, float("inf"), float("nan")
     options = [{}, {"channel_scale": scale}, {"shift": shift, "shift_out": torch.zeros(in_features)}]
     for x in (torch.randn(tokens, in_features).to(dtype), ties):
+        assert nm_act.explain(x.cuda(), identity, n, m).path == ("gather" if needed <= 0.95 else "dense")
         for chosen in options:
             on_gpu = {name: value.cuda() for name, value in chosen.items()}
             y = nm_act.sparse_linear(x.cuda(), identity, n=n, m=m, **on_gpu)
@@ -98,6 +101,7 @@ def test_error_at_most_twice_torchs_own(dtype, kind, tokens):
     for out_features, in_features in ((528, 1056), (16, 32), (4096, 4096), (272, 14336), (10000, 256)):
         x, weight, bias, options = problem(tokens, out_features, in_features, dtype, kind)
         for n, m in ((2, 4), (4, 8), (8, 16), (16, 32)):
+            assert nm_act.explain(x, weight, n, m).path == "gather"
             for given_bias in (bias, None):
                 y = nm_act.sparse_linear(x, weight, given_bias, n, m, **options)
                 assert_within_twice_torch(y, x, weight, given_bias, n, m, options, (out_features, in_features, n, m))
@@ -229,18 +233,37 @@ def test_work_runs_on_the_current_stream_after_what_came_before(tokens):
         assert torch.equal(result, expected[name]), name
 
 
-def test_a_chain_of_decode_kernels_waits_for_each_link():
-    """Overlapped launches: every kernel reads what the one before it wrote."""
+@pytest.mark.parametrize("options", [{}, {"token_shift": "mean"}, {"variance_correction": True}], ids=str)
+def test_a_chain_of_decode_kernels_waits_for_each_link(options):
+    """Overlapped launches: every kernel reads what the one before it wrote, its statistics of a token too."""
     x, weight, _, _ = problem(1, 4096, 4096)
-    expected = [x]
+    link = lambda y: nm_act.sparse_linear(y, weight, n=8, m=16, **options)  # noqa: E731
+    expected = x
     for _ in range(20):
-        expected.append(nm_act.sparse_linear(expected[-1], weight, n=8, m=16) * 1.0)
+        expected = link(expected) * 1.0
         torch.cuda.synchronize()
     for _ in range(10):
         y = x
         for _ in range(20):
-            y = nm_act.sparse_linear(y, weight, n=8, m=16)
-        assert torch.equal(y, expected[-1])
+            y = link(y)
+        assert torch.equal(y, expected)
+
+
+def test_threads_whose_launches_differ_in_shared_memory():
+    """The limit of dynamic shared memory belongs to a kernel, not to a launch: no thread may lower another's."""
+    problems = [problem(4, 4096, in_features) for in_features in (28672, 8192, 1024)]
+    expected = [nm_act.sparse_linear(x, weight, n=8, m=16) for x, weight, _, _ in problems]
+
+    def work(index):
+        x, weight, _, _ = problems[index % 3]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [nm_act.sparse_linear(x, weight, n=8, m=16) for _ in range(200)]
+            torch.cuda.current_stream().synchronize()
+        return all(torch.equal(y, expected[index % 3]) for y in results)
+
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(24)))
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

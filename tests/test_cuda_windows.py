@@ -190,7 +190,9 @@ def test_sparse_linear_with_a_lifted_weight(text, tokens, layout):
     weight = stored_as(torch.randn(256, 512, device="cuda").bfloat16(), layout)
     lifted, bias = nm_act.lift_weight(weight, pattern), torch.randn(256, device="cuda").bfloat16()
     path = nm_act.explain(x, weight, **keywords(pattern), lifted_weight=lifted).path
-    assert path == ("lifted" if tokens > 1024 and len(pattern.extra_columns) == 1 else "dense")
+    decode = tokens == 3 and layout == "in_out" and text != "2:4+2"  # of its rows three tokens need 98 %
+    lifts = tokens > 1024 and len(pattern.extra_columns) == 1
+    assert path == ("gather" if decode else "lifted" if lifts else "dense")
     for options in linear_options(512, 256).values():
         y = nm_act.sparse_linear(x, weight, bias, **keywords(pattern), lifted_weight=lifted, **options)
         exact = reference.sparse_linear(x, weight, bias, **keywords(pattern), **options)
@@ -228,11 +230,11 @@ def test_graph_replay():
 def test_small_operands(text, fp8):
     if fp8 and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("e4m3 sparse GEMMs need sm_90")
-    pattern, x = NMPattern(text), torch.randn(33, 192, device="cuda").bfloat16()
+    pattern, x = NMPattern(text), torch.randn(33, 384, device="cuda").bfloat16()
     pruned = nm_act.prune(x, **keywords(pattern))
     assert_same_bits(pruned.cpu(), reference.prune(x.cpu(), **keywords(pattern)))
     packed = nm_act.compress_packed(x, **keywords(pattern), fp8=fp8)
-    weight = torch.randn(48, 192, device="cuda").to(packed.values.dtype)
+    weight = torch.randn(48, 384, device="cuda").to(packed.values.dtype)
     scale = {"row_scale": packed.row_scale, "column_scale": torch.ones(48, device="cuda")} if fp8 else {}
     y = nm_act.sparse_gemm(*packed[:2], nm_act.lift_weight(weight, pattern), **scale)
     exact = pruned.double() @ weight.double().t()

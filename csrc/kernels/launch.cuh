@@ -24,21 +24,23 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
-// Does the current device overlap launches? Asked once a device.
-inline bool launches_overlap() {
+// An attribute of the current device, asked for once a device; 0 if it cannot be had.
+template <cudaDeviceAttr kAttribute>
+int device_attribute() {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0 unknown, 1 no, 2 yes
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-    // Not beyond: there the PTX of compute_80 runs, which has no griddepcontrol.
-    answer = major == 9 ? 2 : 1;
-    known[device].store(answer, std::memory_order_relaxed);
+  static std::atomic<int> known[kDevices];  // 0: not asked yet
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  int value = known[device].load(std::memory_order_relaxed);
+  if (value == 0 && cudaDeviceGetAttribute(&value, kAttribute, device) == cudaSuccess) {
+    known[device].store(value, std::memory_order_relaxed);
   }
-  return answer == 2;
+  return value;
 }
+
+// Does the current device overlap launches? Not beyond 9: there the PTX of compute_80 runs, which has no
+// griddepcontrol.
+inline bool launches_overlap() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
 
 // Blocks of a launch; `cluster` consecutive ones share memory (1: no clusters), `shared_bytes` is dynamic.
 struct LaunchShape {
@@ -48,14 +50,22 @@ struct LaunchShape {
   int shared_bytes = 0;
 };
 
+// A status that is returned is not left behind as the runtime's last error, which the next kernel's check would report.
+inline cudaError_t forget(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
                           Arguments&&... arguments) {
   constexpr int kSharedWithoutAsking = 48 * 1024;
   if (shape.shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
-    if (status != cudaSuccess) return status;
+    // Always all that a block may have, not this launch's share: the attribute belongs to the kernel, and a thread that
+    // lowers it makes another's launch fail. Such kernels have no static shared memory, which counts too.
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                    device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>());
+    if (status != cudaSuccess) return forget(status);
   }
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
@@ -74,7 +84,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
     attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
     ++config.numAttrs;
   }
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  return forget(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
 template <class... Parameters, class... Arguments>

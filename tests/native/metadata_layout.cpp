@@ -1,12 +1,14 @@
 // Compares csrc/kernels/format/metadata.h with CUTLASS, offset by offset: the sm90 layouts with the CuTe layout that
-// the sparse CollectiveBuilder derives from the GEMM's own type, the sm80 one with cutlass::reorder_meta. Also checks
-// that every layout is a bijection onto its buffer and that pack_metadata / unpack_metadata round trip over poisoned
-// memory. Prints "N checks, 0 failed"; exits 1 on a mismatch.
+// the sparse CollectiveBuilder derives from the GEMM's own type, the sm80 one with cutlass::reorder_meta; the words
+// that wgmma.sp takes from a tile with CuTe's own layout of that operand. Also checks that every layout is a bijection
+// onto its buffer and that pack_metadata / unpack_metadata round trip over poisoned memory. Prints "N checks, 0
+// failed"; exits 1 on a mismatch.
 #include <cstdio>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
+#include "cute/atom/mma_traits_sm90_gmma_sparse.hpp"
 #include "cute/tensor.hpp"
 #include "cutlass/gemm/collective/builders/sm90_sparse_config.inl"
 #include "cutlass/util/host_reorder.h"
@@ -76,6 +78,22 @@ void check_sm90(MetadataLayout layout) {
           check(ours.byte == offset / 8 && ours.shift == offset % 8, "offset", layout, tokens, in_features, token,
                 group);
         }
+      }
+    }
+  }
+}
+
+// The words that a thread gives to wgmma.sp, feature by feature: CuTe says which (token, feature) each bit is of, the
+// layout above where that lies.
+template <class Layout, int kStepFeatures>
+void check_wgmma(MetadataLayout layout, bool bits8) {
+  for (int thread = 0; thread < 128; ++thread) {
+    for (int step = 0; step < 128 / kStepFeatures; ++step) {
+      for (int bit = 0; bit < 32; ++bit) {
+        const int place = Layout{}(thread, bit), token = place % 64, feature = place / 64 + step * kStepFeatures;
+        const NibbleAddress at = metadata_address(layout, 64, 128, token, feature / 4);
+        const bool same = at.byte * 8 + at.shift + feature % 4 == wgmma_metadata_byte(bits8, thread, step) * 8 + bit;
+        check(same, "word of a thread", layout, 64, 128, token, feature / 4);
       }
     }
   }
@@ -183,6 +201,8 @@ int main() {
   check_sm90<cutlass::bfloat16_t, 256>(MetadataLayout::kSm90Bits16T128);
   check_sm90<cutlass::float_e4m3_t, 128>(MetadataLayout::kSm90Bits8);
   check_sm90<cutlass::float_e4m3_t, 256>(MetadataLayout::kSm90Bits8);
+  check_wgmma<cute::SM90::GMMA::ELayout_64x32, 32>(MetadataLayout::kSm90Bits16T128, false);
+  check_wgmma<cute::SM90::GMMA::ELayout_64x64, 64>(MetadataLayout::kSm90Bits8, true);
   for (int i = 0; i < kMetadataLayouts; ++i) {
     check_bijection(static_cast<MetadataLayout>(i));
     check_round_trip(static_cast<MetadataLayout>(i));

@@ -57,6 +57,14 @@ NM_ACT_HOST_DEVICE constexpr uint32_t metadata_tile_features(MetadataLayout layo
   }
 }
 
+// In a 64-token by 128-feature tile of the sm90 layouts with T = 128: the byte at which the 32-bit word begins that
+// this thread of a warp group hands to the tile's wgmma.sp number `step` (32 features each in 16 bits, 64 in 8 bits).
+NM_ACT_HOST_DEVICE constexpr int wgmma_metadata_byte(bool bits8, int thread, int step) {
+  const int row = thread / 4 % 8, quarter = thread / 32;
+  return bits8 ? 16 * (row + 8 * (thread % 2) + 16 * quarter) + 4 * (thread / 2 % 2) + 8 * step
+               : 16 * row + 128 * (thread % 2) + 256 * quarter + 4 * step;
+}
+
 NM_ACT_HOST_DEVICE constexpr int64_t round_up(int64_t value, uint32_t multiple) {
   return static_cast<int64_t>((static_cast<uint64_t>(value) + multiple - 1) / multiple * multiple);
 }

@@ -5,15 +5,14 @@
 // uses set i % 2, which tile i - 2 has finished with, so the tensor cores always hold the next tile when one ends. A
 // stage of shared memory is given back when its tile is done, as before.
 //
-// Metadata in shared memory, one stage, as Sm90GemmSparseConfig orders it with T = 128 (format/metadata.h): thread t of
-// a warp group needs one 32-bit word for each 64-row block and wgmma:
-//   16-bit (k32)   rows t/4%8 + 16 * (t/32) and 8 below, features 16 * (t%2) ...: byte 256 * (t/32) + 128 * (t%2) +
-//                  16 * (t/4%8) + 4 * k of the block's 1024
-//   8-bit (k64)    row t/4%8 + 8 * (t%2) + 16 * (t/32), features 32 * (t/2%2) ...: byte 16 * row + 8 * k + 4 * (t/2%2)
+// A stage of shared memory holds the metadata in the order of the sm90 layouts with T = 128 (format/metadata.h): slabs
+// of 128 features, in each the 64-token tiles one after the other. A thread needs one 32-bit word a tile and wgmma.
 #pragma once
 
 #include <cute/tensor.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
+
+#include "../format/metadata.h"
 
 namespace nm_act {
 namespace sm90 {
@@ -42,20 +41,17 @@ struct OverlappedMainloop : Base {
   };
 
   static CUTLASS_DEVICE void load_metadata(Metadata& metadata, const uint8_t* stage, int thread) {
-    const int lane = thread % 128, first_block = thread / 128;
-    const int row = lane / 4 % 8, quarter = lane / 32;
+    const int first_block = thread / 128;
     CUTLASS_PRAGMA_UNROLL
     for (int block = 0; block < kRowBlocks; ++block) {
-      const int tokens_block = first_block + kWarpGroups * block;
       CUTLASS_PRAGMA_UNROLL
       for (int slab = 0; slab < kTileFeatures / 128; ++slab) {
-        const uint8_t* source = stage + slab * (kTileTokens * 16) + tokens_block * 1024;
+        const uint8_t* words = stage + slab * (kTileTokens * 16) + (first_block + kWarpGroups * block) * 1024 +
+                               wgmma_metadata_byte(kBits8, thread % 128, 0);
         if constexpr (kBits8) {
-          const uint8_t* words = source + 16 * (row + 8 * (lane % 2) + 16 * quarter) + 4 * (lane / 2 % 2);
           metadata.word[2 * slab][block] = *reinterpret_cast<const uint32_t*>(words);
           metadata.word[2 * slab + 1][block] = *reinterpret_cast<const uint32_t*>(words + 8);
-        } else {
-          const uint8_t* words = source + 256 * quarter + 128 * (lane % 2) + 16 * row;
+        } else {  // the words of the tile's four steps lie side by side
           const uint4 four = *reinterpret_cast<const uint4*>(words);
           metadata.word[4 * slab][block] = four.x;
           metadata.word[4 * slab + 1][block] = four.y;

@@ -43,6 +43,13 @@ void check_packable(const at::Tensor& x, const Selection& selection, bool statis
   check_row_statistics(selection, statistics || fp8, op);
 }
 
+// For kernels that read whole vectors only: a view that starts off 16 bytes is rare enough to be copied.
+Selection with_aligned_vectors(Selection selection) {
+  selection.channel_scale = aligned(selection.channel_scale);
+  selection.shift = aligned(selection.shift);
+  return selection;
+}
+
 }  // namespace
 
 std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, const Selection& selection,
@@ -86,16 +93,14 @@ PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, b
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
   const int64_t lifted = lifted_features(window_set(selection.pattern), selection.in_features);
-  auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout, lifted);
+  const Selection vectors = with_aligned_vectors(selection);
+  auto [operand, out] = allocate_packed(x, vectors, variance_correction, value_type, layout, lifted);
   if (selection.tokens == 0) return operand;
-  // The kernel reads whole vectors only; a tensor that starts or steps off 16 bytes is rare enough to be copied.
+  // Likewise a tensor that starts or steps off 16 bytes.
   Rows rows = rows_of(x);
   if (rows.stride % 8 != 0 || reinterpret_cast<uintptr_t>(rows.tensor.const_data_ptr()) % 16 != 0) {
     rows = {aligned(rows.tensor), selection.in_features};
   }
-  const at::Tensor scale = aligned(selection.channel_scale), shift = aligned(selection.shift);
-  out.channel_scale = data_or_null(scale);
-  out.shift = data_or_null(shift);
   const CompressWindowsParams params{rows.tensor.const_data_ptr(),
                                      rows.stride,
                                      selection.tokens,
@@ -168,8 +173,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_
   const c10::cuda::CUDAGuard guard(x.device());
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), gemm_device(x, kOp));
-  auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout, selection.in_features);
-  const at::Tensor input = aligned(x), scale = weight.contiguous();
+  const Selection vectors = with_aligned_vectors(selection);
+  auto [operand, out] = allocate_packed(x, vectors, variance_correction, value_type, layout, selection.in_features);
+  const at::Tensor input = aligned(x), scale = aligned(weight);
   const at::Tensor added = add ? aligned(*residual) : at::Tensor();
   // An operator's result may not alias its input: without a residual, the hidden state is empty.
   const at::Tensor hidden = add ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
@@ -199,8 +205,8 @@ Packed silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const Opt
   const c10::cuda::CUDAGuard guard(gate.device());
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : gate.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), gemm_device(gate, kOp));
-  auto [operand, out] =
-      allocate_packed(gate, selection, variance_correction, value_type, layout, selection.in_features);
+  const Selection vectors = with_aligned_vectors(selection);
+  auto [operand, out] = allocate_packed(gate, vectors, variance_correction, value_type, layout, selection.in_features);
   if (selection.tokens != 0) {
     // The halves of a merged projection share a row stride and are read in place.
     const Rows gates = rows_of(gate), ups = rows_of(up);
