@@ -106,7 +106,7 @@ def test_wrong_cutlass_version_is_refused(tmp_path):
 @needs_source
 @pytest.mark.slow
 def test_native_checks(tmp_path):
-    """Layouts against CUTLASS, the kernels' selection against a plain sort, the decode kernel, choices: all on the host."""
+    """Layouts against CUTLASS, selection against a plain sort, the kernels' own source, choices: all on the host."""
     result = configure(tmp_path, "-DNM_ACT_NATIVE_TESTS=ON")
     reason = " ".join(result.stderr.split())
     if "expected the CUTLASS 4.2 headers" in reason or "expected the CUDA headers" in reason:
@@ -116,6 +116,9 @@ def test_native_checks(tmp_path):
         ("metadata_layout", 15_000_000),
         ("select", 25_000_000),
         ("gather", 3_000),
+        ("compress", 25_000),
+        ("producers", 35_000),
+        ("prune", 13_000),
         ("windows", 4_500_000),
         ("gemm_config", 2_000),
     ):

@@ -2,7 +2,7 @@
 // capability 9; elsewhere ordinary launches). A kernel launched so calls wait_for_previous_kernel() before it
 // touches global memory, and allow_next_kernel() once its blocks are all running: from then on the next kernel's blocks
 // take multiprocessors as they become free. It hides 1 to 2 us of launch and ramp, of 12 that a 4096 x 4096 compression
-// takes.
+// takes. Where nvcc does not compile, tests/native/emulate_cuda.h launches and waits.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,6 +11,18 @@
 #include <utility>
 
 namespace nm_act {
+
+// Blocks of a launch; `cluster` consecutive ones share memory (1: no clusters), `shared_bytes` is dynamic. A kernel
+// that does not wait for the one before must not overlap it.
+struct LaunchShape {
+  unsigned blocks;
+  int threads;
+  unsigned cluster = 1;
+  int shared_bytes = 0;
+  bool overlaps = true;
+};
+
+#if defined(__CUDACC__)
 
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -42,14 +54,6 @@ int device_attribute() {
 // griddepcontrol.
 inline bool launches_overlap() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
 
-// Blocks of a launch; `cluster` consecutive ones share memory (1: no clusters), `shared_bytes` is dynamic.
-struct LaunchShape {
-  unsigned blocks;
-  int threads;
-  unsigned cluster = 1;
-  int shared_bytes = 0;
-};
-
 // A status that is returned is not left behind as the runtime's last error, which the next kernel's check would report.
 inline cudaError_t forget(cudaError_t status) {
   if (status != cudaSuccess) cudaGetLastError();
@@ -74,7 +78,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = stream;
   config.attrs = attributes;
-  if (launches_overlap()) {
+  if (shape.overlaps && launches_overlap()) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -86,6 +90,14 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
   }
   return forget(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
+
+#else
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
+                          Arguments&&... arguments);
+
+#endif
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), unsigned blocks, int threads, cudaStream_t stream,

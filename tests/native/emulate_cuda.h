@@ -1,9 +1,14 @@
 // Enough of CUDA to run a kernel's source on a host: every thread of a cluster is a fiber that runs until its next
-// barrier. Between barriers the fibers run in a random order, so that a missing barrier shows as a wrong result, and
-// shared memory starts out as NaNs. Include it before the kernel's headers.
+// barrier. Between barriers the fibers run in a random order, and so do the clusters of a launch, so that a missing
+// barrier shows as a wrong result. Shared memory, dynamic or static, starts out as NaNs in every cluster; clusters run
+// one after another. nm_act::launch_kernel is here, so launchers run as they are. Include it before any other header.
 #pragma once
 
+// With it, glibc refuses to jump from one stack to another.
+#undef _FORTIFY_SOURCE
 #include <cuda_runtime.h>
+#include <link.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -14,6 +19,8 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <set>
+#include <tuple>
 #include <vector>
 
 #undef __device__
@@ -22,96 +29,144 @@
 #undef __forceinline__
 #undef __launch_bounds__
 #undef __grid_constant__
+#undef __shared__
 #define __device__
 #define __host__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+// What is thread-local lies in one place, also where templates declare it: poison_static_shared() finds it. All fibers
+// run on one thread, so they share it.
+#define __shared__ thread_local
+
+#include "kernels/launch.cuh"
 
 namespace emulation {
 
-enum class Wait { kNothing, kWarp, kBlock, kCluster, kForever };
+enum class Wait { kNothing, kWarp, kBlock, kCluster, kPreviousKernel, kForever };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // for its first step; from then on it continues at `here`
+  jmp_buf here;
   std::unique_ptr<char[]> stack;
   unsigned thread, block;
   int index;  // in the cluster
-  Wait wait = Wait::kNothing;
-  uint32_t slot = 0;  // what this lane shows to its warp
+  bool started = false;
+  Wait wait = Wait::kForever;
+  uint64_t slot[2];  // what this lane shows to its warp, in turn
+  int turn;
 };
 
 struct Cluster {
   int threads;
-  int shared_bytes;
-  std::vector<Fiber> fibers;
   std::vector<std::vector<uint4>> shared;  // one a block
-  ucontext_t scheduler;
-  Fiber* running = nullptr;
   std::function<void()> kernel;
 };
 
 inline Cluster* cluster = nullptr;
+inline std::vector<std::unique_ptr<Fiber>> fibers;  // of all clusters, one after another
+inline Fiber* running = nullptr;
+inline jmp_buf scheduler;
+inline ucontext_t scheduler_context;
 
-inline Fiber& self() { return *cluster->running; }
+// What the launches so far were, for tests of launchers.
+inline long launches = 0;
+inline std::set<const void*> kernels;
+inline int most_threads = 0;
+
+// Hides global memory from a kernel that may still overlap the one before, if a test sets it.
+inline void (*set_memory_visible)(bool) = nullptr;
+
+inline Fiber& self() { return *running; }
 
 inline void wait_for(Wait wait) {
   Fiber& fiber = self();
   fiber.wait = wait;
-  swapcontext(&fiber.context, &cluster->scheduler);
+  if (_setjmp(fiber.here) == 0) _longjmp(scheduler, 1);
 }
 
-inline Fiber& lane_of_warp(int lane) { return cluster->fibers[self().index / 32 * 32 + lane]; }
+inline Fiber& lane_of_warp(int lane) { return *fibers[self().index / 32 * 32 + lane]; }
 
 inline void enter() {
-  cluster->kernel();
-  wait_for(Wait::kForever);
+  while (true) {
+    cluster->kernel();
+    wait_for(Wait::kForever);
+  }
+}
+
+__attribute__((noinline)) inline void step(Fiber& fiber) {
+  running = &fiber;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.here, 1);
+  fiber.started = true;
+  swapcontext(&scheduler_context, &fiber.context);
 }
 
 // Fibers [begin, end) all wait for this: let them run.
 inline bool release(int begin, int end, Wait wait) {
   for (int i = begin; i < end; ++i) {
-    if (cluster->fibers[i].wait != wait) return false;
+    if (fibers[i]->wait != wait) return false;
   }
-  for (int i = begin; i < end; ++i) cluster->fibers[i].wait = Wait::kNothing;
+  for (int i = begin; i < end; ++i) fibers[i]->wait = Wait::kNothing;
   return true;
+}
+
+inline int poison_thread_locals(dl_phdr_info* info, size_t, void*) {
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& header = info->dlpi_phdr[i];
+    if (header.p_type == PT_TLS) std::memset(info->dlpi_tls_data, 0xFF, header.p_memsz);
+  }
+  return 1;  // the program itself comes first: the libraries' own are left alone
+}
+
+// Thread-local variables of the program are what kernels declare __shared__, and nothing else.
+inline void poison_static_shared() { dl_iterate_phdr(poison_thread_locals, nullptr); }
+
+inline void prepare_fibers(unsigned first_block, unsigned blocks, int threads) {
+  constexpr size_t kStack = 64 * 1024;
+  for (int i = 0; i < static_cast<int>(blocks) * threads; ++i) {
+    if (i == static_cast<int>(fibers.size())) {
+      fibers.push_back(std::make_unique<Fiber>());
+      Fiber& fiber = *fibers.back();
+      fiber.stack.reset(new char[kStack]);
+      fiber.index = i;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStack;
+      makecontext(&fiber.context, enter, 0);
+    }
+    Fiber& fiber = *fibers[i];
+    fiber.thread = static_cast<unsigned>(i % threads);
+    fiber.block = first_block + i / threads;
+    fiber.wait = Wait::kNothing;
+    fiber.turn = 0;
+  }
 }
 
 inline void run_cluster(unsigned first_block, unsigned blocks, int threads, int shared_bytes, std::mt19937& random,
                         const std::function<void()>& kernel) {
-  constexpr size_t kStack = 64 * 1024;
-  Cluster state{};
-  state.threads = threads;
-  state.shared_bytes = shared_bytes;
-  state.kernel = kernel;
+  Cluster state{threads, {}, kernel};
   state.shared.assign(blocks, std::vector<uint4>((shared_bytes + 15) / 16, uint4{~0u, ~0u, ~0u, ~0u}));
-  state.fibers = std::vector<Fiber>(blocks * threads);
+  poison_static_shared();
   cluster = &state;
-  const int count = static_cast<int>(state.fibers.size());
+  prepare_fibers(first_block, blocks, threads);
+  const int count = static_cast<int>(blocks) * threads;
   std::vector<int> order(count);
-  for (int i = 0; i < count; ++i) {
-    Fiber& fiber = state.fibers[i];
-    fiber.stack.reset(new char[kStack]);
-    fiber.thread = static_cast<unsigned>(i % threads);
-    fiber.block = first_block + i / threads;
-    fiber.index = order[i] = i;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    makecontext(&fiber.context, enter, 0);
-  }
+  for (int i = 0; i < count; ++i) order[i] = i;
   while (true) {
     std::shuffle(order.begin(), order.end(), random);
     for (int i : order) {
-      if (state.fibers[i].wait != Wait::kNothing) continue;
-      state.running = &state.fibers[i];
-      swapcontext(&state.scheduler, &state.fibers[i].context);
+      if (fibers[i]->wait == Wait::kNothing) step(*fibers[i]);
     }
     if (release(0, count, Wait::kForever)) break;
     bool progress = release(0, count, Wait::kCluster);
+    if (release(0, count, Wait::kPreviousKernel)) {
+      if (set_memory_visible != nullptr) set_memory_visible(true);
+      progress = true;
+    }
     for (int i = 0; i < count; i += threads) progress |= release(i, i + threads, Wait::kBlock);
-    for (int i = 0; i < count; i += 32) progress |= release(i, i + 32, Wait::kWarp);
+    for (int i = 0; i < count; i += 32) progress |= release(i, std::min(i + 32, count), Wait::kWarp);
     if (!progress) {
       std::printf("FAILED: the threads wait for different barriers\n");
       std::exit(1);
@@ -121,6 +176,38 @@ inline void run_cluster(unsigned first_block, unsigned blocks, int threads, int 
 }
 
 }  // namespace emulation
+
+namespace nm_act {
+
+inline void wait_for_previous_kernel() { emulation::wait_for(emulation::Wait::kPreviousKernel); }
+inline void allow_next_kernel() {}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t, Arguments&&... arguments) {
+  if (shape.blocks == 0 || shape.blocks % shape.cluster != 0 || shape.threads < 1 || shape.threads > 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  ++emulation::launches;
+  emulation::kernels.insert(reinterpret_cast<const void*>(kernel));
+  emulation::most_threads = std::max(emulation::most_threads, shape.threads);
+  static std::mt19937 random(11);
+  const std::tuple<Parameters...> parameters(arguments...);
+  std::vector<unsigned> first_block(shape.blocks / shape.cluster);
+  for (unsigned i = 0; i < first_block.size(); ++i) first_block[i] = i * shape.cluster;
+  std::shuffle(first_block.begin(), first_block.end(), random);
+  const auto set_visible = [](bool visible) {
+    if (emulation::set_memory_visible != nullptr) emulation::set_memory_visible(visible);
+  };
+  for (unsigned first : first_block) {
+    set_visible(!shape.overlaps);
+    emulation::run_cluster(first, shape.cluster, shape.threads, shape.shared_bytes, random,
+                           [&] { std::apply(kernel, parameters); });
+    set_visible(true);
+  }
+  return cudaSuccess;
+}
+
+}  // namespace nm_act
 
 // Objects, not macros: CUDA's headers have members of these names.
 struct Coordinate {
@@ -136,35 +223,78 @@ inline constexpr Coordinates blockDim{{[] { return static_cast<unsigned>(emulati
 
 inline void __syncthreads() { emulation::wait_for(emulation::Wait::kBlock); }
 
-// Every lane shows a word, then reads what the others showed.
-template <class Read>
-auto exchange_in_warp(uint32_t shown, const Read& read) {
-  emulation::self().slot = shown;
+// Every lane shows a value, then reads what the others showed: read(lane) gives that of a lane. Of two slots used in
+// turn, one is free again when all lanes show the next.
+template <class T, class Combine>
+auto exchange_in_warp(T shown, const Combine& combine) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  emulation::Fiber& own = emulation::self();
+  const int turn = own.turn;
+  own.turn ^= 1;
+  std::memcpy(&own.slot[turn], &shown, sizeof shown);
   emulation::wait_for(emulation::Wait::kWarp);
-  const auto result = read();
-  emulation::wait_for(emulation::Wait::kWarp);
-  return result;
+  return combine([turn](int lane) {
+    T value;
+    std::memcpy(&value, &emulation::lane_of_warp(lane).slot[turn], sizeof value);
+    return value;
+  });
 }
 
+inline int lane_in_warp() { return static_cast<int>(emulation::self().thread) % 32; }
+
 inline uint32_t __ballot_sync(uint32_t, bool predicate) {
-  return exchange_in_warp(predicate, [] {
+  return exchange_in_warp<uint32_t>(predicate, [](const auto& read) {
     uint32_t mask = 0;
-    for (int lane = 0; lane < 32; ++lane) mask |= emulation::lane_of_warp(lane).slot << lane;
+    for (int lane = 0; lane < 32; ++lane) mask |= read(lane) << lane;
     return mask;
   });
 }
 
-inline int __shfl_sync(uint32_t, int value, int source) {
-  return exchange_in_warp(value, [=] { return static_cast<int>(emulation::lane_of_warp(source).slot); });
+template <class T>
+T __shfl_sync(uint32_t, T value, int source) {
+  return exchange_in_warp(value, [=](const auto& read) { return read(source % 32); });
 }
 
-inline int __shfl_up_sync(uint32_t, int value, int distance) {
-  const int lane = static_cast<int>(emulation::self().thread) % 32;
-  return exchange_in_warp(
-      value, [=] { return lane < distance ? value : static_cast<int>(emulation::lane_of_warp(lane - distance).slot); });
+template <class T>
+T __shfl_up_sync(uint32_t, T value, int distance) {
+  const int source = lane_in_warp() - distance;
+  return exchange_in_warp(value, [=](const auto& read) { return source < 0 ? value : read(source); });
 }
+
+template <class T>
+T __shfl_down_sync(uint32_t, T value, int distance) {
+  const int source = lane_in_warp() + distance;
+  return exchange_in_warp(value, [=](const auto& read) { return source > 31 ? value : read(source); });
+}
+
+template <class T>
+T __shfl_xor_sync(uint32_t, T value, int bits) {
+  const int source = lane_in_warp() ^ bits;
+  return exchange_in_warp(value, [=](const auto& read) { return read(source); });
+}
+
+inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
+  return exchange_in_warp(value, [](const auto& read) {
+    uint32_t sum = 0;
+    for (int lane = 0; lane < 32; ++lane) sum += read(lane);
+    return sum;
+  });
+}
+
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+  return exchange_in_warp(value, [](const auto& read) {
+    uint32_t largest = 0;
+    for (int lane = 0; lane < 32; ++lane) largest = std::max(largest, read(lane));
+    return largest;
+  });
+}
+
+// Approximations on a device; exact here, but for the range in which the quotient is 0.
+inline float __fdividef(float x, float y) { return std::fabs(y) > 0x1p126f ? x * 0.0f : x / y; }
+inline float __expf(float x) { return std::exp(x); }
 
 inline int __popc(uint32_t word) { return __builtin_popcount(word); }
+inline int __clz(int word) { return word == 0 ? 32 : __builtin_clz(static_cast<unsigned>(word)); }
 
 inline float __uint_as_float(uint32_t bits) {
   float value;
@@ -190,6 +320,8 @@ T __ldcs(const T* source) {
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a < b ? b : a; }
+inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+inline uint32_t max(uint32_t a, uint32_t b) { return a < b ? b : a; }
 
 namespace nm_act {
 

@@ -46,6 +46,13 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   if (threadIdx.x == 0) nu[token] = ratio;
 }
 
+// A block a token, none of which starts before the kernel before has ended.
+LaunchShape in_order(const TokenStatisticsParams& params, int threads) {
+  LaunchShape shape{static_cast<unsigned>(params.tokens), threads};
+  shape.overlaps = false;
+  return shape;
+}
+
 // Four chunks a thread, or eight beyond kMaxRowThreads x 4 chunks.
 template <class Launch>
 cudaError_t launch_rows(const TokenStatisticsParams& params, bool vector, const Launch& launch) {
@@ -71,9 +78,8 @@ cudaError_t launch_token_shift(const TokenStatisticsParams& params, TokenShift k
   if (kind == TokenShift::kNone) return cudaErrorInvalidValue;
   const bool vector = rows_vectorise(params.x, params.x_stride, params.in_features, params.x_type);
   return launch_rows(params, vector, [&](auto element, auto is_vector, auto chunks, int threads) {
-    token_shift_kernel<decltype(element), decltype(is_vector)::value, decltype(chunks)::value>
-        <<<static_cast<unsigned>(params.tokens), threads, 0, stream>>>(params, kind, eta);
-    return cudaGetLastError();
+    return launch_kernel(token_shift_kernel<decltype(element), decltype(is_vector)::value, decltype(chunks)::value>,
+                         in_order(params, threads), stream, params, kind, eta);
   });
 }
 
@@ -83,10 +89,9 @@ cudaError_t launch_variance_ratio(const TokenStatisticsParams& params, const voi
                       is_aligned(pruned, 16) && is_aligned(shift, 16);
   return launch_rows(params, vector, [&](auto element, auto is_vector, auto chunks, int threads) {
     using E = decltype(element);
-    variance_ratio_kernel<E, decltype(is_vector)::value, decltype(chunks)::value>
-        <<<static_cast<unsigned>(params.tokens), threads, 0, stream>>>(
-            params, static_cast<const typename E::Raw*>(pruned), shift, eta, nu);
-    return cudaGetLastError();
+    return launch_kernel(variance_ratio_kernel<E, decltype(is_vector)::value, decltype(chunks)::value>,
+                         in_order(params, threads), stream, params, static_cast<const typename E::Raw*>(pruned), shift,
+                         eta, nu);
   });
 }
 

@@ -1,0 +1,287 @@
+// launch_rmsnorm_compress and launch_silu_mul_compress with their kernels' own source, run on the host
+// (emulate_cuda.h), against float64 formulas and the plain contract, bit for bit: the features are such that an error
+// of 2^-20 before a rounding, which a device's approximations stay below, does not change it. Prints "N checks, 0
+// failed"; exits 1 on a mismatch.
+#include "emulate_cuda.h"
+// After it: the kernels.
+#include "compressed.h"
+#include "kernels/prune/producers.cu"
+
+namespace {
+
+using namespace operands;
+
+constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3;
+constexpr TokenShift kNone = TokenShift::kNone, kMean = TokenShift::kMean, kMedian = TokenShift::kMedian;
+constexpr Options kPlain{false, false, kNone, false};
+constexpr Options kOptions[] = {kPlain,
+                                {true, false, kNone, false},
+                                {false, true, kNone, true},
+                                {false, false, kMean, false},
+                                {true, false, kMedian, false},
+                                {true, true, kNone, true},
+                                {true, false, kMean, true},
+                                {false, false, kMedian, true}};
+
+bool is_ambiguous(double value, ElementType type) {
+  return std::isfinite(value) && encode(value * (1 - 0x1p-20), type) != encode(value * (1 + 0x1p-20), type);
+}
+
+MetadataLayout layout_of(ElementType value_type, int step) {
+  const MetadataLayout layouts[] = {MetadataLayout::kSm90Bits16T128, MetadataLayout::kSm80Bits16,
+                                    MetadataLayout::kSm90Bits16T64, MetadataLayout::kNeutral};
+  return value_type == kFp8 ? MetadataLayout::kSm90Bits8 : layouts[step % 4];
+}
+
+// Random, ties, -0.0, zero and, if wanted, non-finite rows.
+uint32_t draw_feature(int64_t row, int feature, int in_features, ElementType type, bool finite) {
+  switch (row % 6) {
+    case 1: return encode(std::round(2 * uniform()), type);
+    case 2: return feature % 3 == 0 ? 0x8000 : encode(normal(), type);
+    case 3: return 0;
+    case 4:
+      if (!finite && feature == in_features / 3) return format_of(type).nan;
+      break;
+    case 5:
+      if (!finite && feature % 7 == 3) return format_of(type).infinity | (feature % 2 == 0 ? 0x8000 : 0);
+      break;
+    default: break;
+  }
+  return encode(normal(), type);
+}
+
+// ---- SiLU * up
+// -------------------------------------------------------------------------------------------------------
+
+double silu_of(double gate) { return gate / (1 + std::exp(-gate)); }
+
+uint32_t draw_gate(int64_t row, int feature, int in_features, ElementType type, bool finite) {
+  while (true) {
+    uint32_t bits = draw_feature(row, feature, in_features, type, finite);
+    if (row % 6 == 0 && feature % 11 == 5) bits = encode(50 * uniform(), type);
+    if (row % 6 == 0 && feature % 50 == 7) bits = encode(-120, type);
+    if (!is_ambiguous(silu_of(decode(bits, type)), type)) return bits;
+  }
+}
+
+void run_silu(int64_t tokens, int in_features, ElementType type, ElementType value_type, MetadataLayout layout,
+              Options options, bool merged) {
+  const bool finite = options.variance;
+  // The halves of a merged projection, or two tensors of one stride.
+  Rows both(tokens, merged ? 2 * in_features : in_features, type, merged ? 0 : 16, 0);
+  Rows separate(merged ? 0 : tokens, in_features, type, 16, 0);
+  Rows& up = merged ? both : separate;
+  const int up_at = merged ? in_features : 0;
+  std::vector<std::vector<uint32_t>> expected(tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int k = 0; k < in_features; ++k) {
+      const uint32_t gate = draw_gate(t, k, in_features, type, finite), factor = encode(normal() + 0.5, type);
+      both.set(t, k, gate);
+      up.set(t, up_at + k, factor);
+      const float activated = decode(encode(silu_of(decode(gate, type)), type), type);
+      expected[t].push_back(encode(activated * decode(factor, type), type));
+    }
+  }
+  Compressed result(tokens, in_features, type, value_type, layout, options, !finite, true);
+  current += merged ? ", merged SiLU" : ", SiLU";
+  const SiluMulCompressParams params{
+      both.memory.data(), up.memory.data() + up_at * bytes_of(type), both.stride, tokens, in_features, type,
+      result.out()};
+  check(launch_silu_mul_compress(params, nullptr) == cudaSuccess, "launch");
+  result.verify([&](int64_t token) { return expected[token]; }, true);
+  check(both.memory.guards_are_intact() && up.memory.guards_are_intact(), "nothing beside the inputs");
+}
+
+// ---- RMSNorm
+// ---------------------------------------------------------------------------------------------------------
+
+struct RmsNormCase {
+  int64_t tokens;
+  int in_features;
+  ElementType type, value_type;
+  MetadataLayout layout;
+  Options options;
+  bool residual, in_place;
+  bool exact;  // rows with 1 / sqrt(mean + epsilon) = 0.5
+};
+
+constexpr float kEpsilon = 1e-5f, kExactEpsilon = 4.0f - 1.5625f;
+
+// Magnitudes whose squares have the mean 1.5625, in any order and with any signs.
+std::vector<float> exact_row(int in_features) {
+  std::vector<float> row(in_features);
+  for (int k = 0; k < in_features; ++k) {
+    const float magnitudes[] = {1.0f, 1.0f, 2.0f, 0.5f};
+    row[k] = magnitudes[k % 4] * (engine() % 2 == 0 ? 1.0f : -1.0f);
+  }
+  std::shuffle(row.begin(), row.end(), engine);
+  return row;
+}
+
+struct RmsNormToken {
+  std::vector<uint32_t> x, residual, hidden, produced;
+};
+
+RmsNormToken rmsnorm_of(const RmsNormCase& c, int64_t t, const std::vector<uint32_t>& weight, bool& ambiguous) {
+  RmsNormToken token;
+  const std::vector<float> exact = exact_row(c.in_features);
+  double squares = 0;
+  for (int k = 0; k < c.in_features; ++k) {
+    uint32_t x = c.exact ? encode(exact[k], c.type) : draw_feature(t, k, c.in_features, c.type, c.options.variance);
+    uint32_t residual = encode(c.exact ? 4.0 : normal(), c.type);
+    if (c.exact && c.residual) x = encode(exact[k] - 4.0, c.type);
+    const float sum = c.residual ? decode(x, c.type) + decode(residual, c.type) : decode(x, c.type);
+    token.x.push_back(x);
+    token.residual.push_back(residual);
+    token.hidden.push_back(encode(sum, c.type));
+    const double h = decode(token.hidden[k], c.type);
+    squares += h * h;
+  }
+  const double inverse = 1 / std::sqrt(squares / c.in_features + (c.exact ? kExactEpsilon : kEpsilon));
+  ambiguous = false;
+  for (int k = 0; k < c.in_features; ++k) {
+    const double normed = decode(token.hidden[k], c.type) * inverse;
+    ambiguous |= !c.exact && is_ambiguous(normed, c.type);
+    token.produced.push_back(encode(decode(encode(normed, c.type), c.type) * decode(weight[k], c.type), c.type));
+  }
+  return token;
+}
+
+void run_rmsnorm(const RmsNormCase& c) {
+  Rows x(c.tokens, c.in_features, c.type, 0, 0), residual(c.residual ? c.tokens : 0, c.in_features, c.type, 0, 0),
+      separate(c.residual && !c.in_place ? c.tokens : 0, c.in_features, c.type, 0, 0),
+      weight(1, c.in_features, c.type, 0, 0);
+  for (int k = 0; k < c.in_features; ++k) weight.set(0, k, encode(normal(), c.type));
+  std::vector<RmsNormToken> tokens;
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    bool ambiguous = true;
+    while (ambiguous) {
+      RmsNormToken token = rmsnorm_of(c, t, weight.row(0), ambiguous);
+      if (!ambiguous) tokens.push_back(std::move(token));
+    }
+    for (int k = 0; k < c.in_features; ++k) {
+      x.set(t, k, tokens[t].x[k]);
+      if (c.residual) residual.set(t, k, tokens[t].residual[k]);
+    }
+  }
+  const auto before = x.memory.copy();
+  Rows& hidden = c.in_place ? residual : separate;
+  Compressed result(c.tokens, c.in_features, c.type, c.value_type, c.layout, c.options, !c.options.variance, true);
+  current += std::string(", RMSNorm") + (c.exact ? ", exact" : "") + (c.residual ? ", residual" : "");
+  const RmsNormCompressParams params{x.memory.data(),
+                                     c.residual ? residual.memory.data() : nullptr,
+                                     c.residual ? hidden.memory.data() : nullptr,
+                                     weight.memory.data(),
+                                     c.exact ? kExactEpsilon : kEpsilon,
+                                     c.tokens,
+                                     c.in_features,
+                                     c.type,
+                                     result.out()};
+  check(launch_rmsnorm_compress(params, nullptr) == cudaSuccess, "launch");
+  result.verify([&](int64_t token) { return tokens[token].produced; }, true);
+  size_t wrong = 0;
+  for (int64_t t = 0; c.residual && t < c.tokens; ++t) {
+    for (int k = 0; k < c.in_features; ++k) wrong += !same_bits(hidden.bits(t, k), tokens[t].hidden[k], c.type, true);
+  }
+  check(wrong == 0, "hidden state: " + std::to_string(wrong));
+  check(x.memory.copy() == before, "x is only read");
+  for (const Rows* rows : {&x, &residual, &separate, &weight}) {
+    check(rows->memory.guards_are_intact(), "nothing beside the operands");
+  }
+}
+
+// ---- cases
+// -----------------------------------------------------------------------------------------------------------
+
+void run_cases() {
+  int step = 0;
+  for (int in_features : {32, 160, 288, 1024, 2080}) {
+    for (int64_t tokens : {1, 17, 66}) {
+      if (tokens * in_features > 40000) continue;
+      for (const Options& options : kOptions) {
+        for (ElementType type : {kBf16, kFp16}) {
+          ++step;
+          for (ElementType value_type : {type, kFp8}) {
+            const MetadataLayout layout = layout_of(value_type, step);
+            run_silu(tokens, in_features, type, value_type, layout, options, step / 2 % 2 == 0);
+            const bool residual = step / 2 % 2 == 0, in_place = step % 3 == 0;
+            run_rmsnorm({tokens, in_features, type, value_type, layout, options, residual, residual && in_place, true});
+          }
+        }
+      }
+    }
+  }
+  // Any rows, as far as all their features are far from a rounding's boundary.
+  for (ElementType type : {kBf16, kFp16}) {
+    for (int in_features : {32, 288, 512}) {
+      for (const Options& options : {kOptions[0], kOptions[1]}) {
+        for (ElementType value_type : {type, kFp8}) {
+          const MetadataLayout layout = layout_of(value_type, ++step);
+          run_rmsnorm({13, in_features, type, value_type, layout, options, step % 2 == 0, false, false});
+        }
+      }
+    }
+  }
+}
+
+void run_long_rows() {
+  int step = 0;
+  for (ElementType type : {kBf16, kFp16}) {
+    for (ElementType value_type : {type, kFp8}) {
+      for (int in_features : {4096, 16384, 18432, 32768, 32736}) {
+        for (const Options& options : {kPlain, kOptions[6]}) {
+          const MetadataLayout layout = layout_of(value_type, ++step);
+          run_silu(1, in_features, type, value_type, layout, options, step % 3 == 0);
+          for (bool residual : {false, true}) {
+            run_rmsnorm({1, in_features, type, value_type, layout, options, residual, step % 2 == 0 && residual, true});
+          }
+        }
+      }
+    }
+  }
+}
+
+void check_refusals() {
+  current = "refusals";
+  const long before = emulation::launches;
+  alignas(16) static unsigned char memory[64];
+  const auto silu = [&](int offset, int64_t stride, int in_features, ElementType type, ElementType value_type) {
+    SiluMulCompressParams params{memory + offset, memory, stride, 1, in_features, type, {}};
+    params.out.value_type = value_type;
+    params.out.layout = layout_of(value_type, 0);
+    return launch_silu_mul_compress(params, nullptr);
+  };
+  const auto rmsnorm = [&](int offset, int64_t tokens, int in_features, ElementType type) {
+    RmsNormCompressParams params{memory, nullptr, nullptr, memory + offset, 1, tokens, in_features, type, {}};
+    params.out.value_type = type;
+    params.out.layout = layout_of(type, 0);
+    return launch_rmsnorm_compress(params, nullptr);
+  };
+  const cudaError_t refused = cudaErrorInvalidValue;
+  check(silu(2, 64, 64, kBf16, kBf16) == refused, "an unaligned gate");
+  check(silu(0, 68, 64, kBf16, kBf16) == refused, "rows off 16 bytes");
+  check(silu(0, 64, 24, kBf16, kBf16) == refused, "features off a step");
+  check(silu(0, 64, 48, kBf16, kFp8) == refused, "features off a step of e4m3");
+  check(silu(0, 64, 64, kBf16, kFp16) == refused, "another type's values");
+  check(silu(0, 64, 32800, kBf16, kBf16) == refused, "a row that is too long");
+  check(rmsnorm(8, 1, 64, kBf16) == refused, "an unaligned weight");
+  check(rmsnorm(0, 1, 64, ElementType::kFloat32) == refused, "float32");
+  check(rmsnorm(0, 0, 64, kBf16) == cudaSuccess, "no tokens");
+  check(emulation::launches == before, "no launch");
+}
+
+}  // namespace
+
+int main() {
+  return run_checks([] {
+    run_cases();
+    run_long_rows();
+    check_refusals();
+    current = "coverage";
+    // SiLU, RMSNorm and RMSNorm with a residual; two types; with e4m3 values and without; plain and general; four or
+    // eight chunks a thread.
+    constexpr size_t kKernels = 3 * 2 * 2 * 2 * 2;
+    check(emulation::kernels.size() == kKernels, "every kernel ran: " + std::to_string(emulation::kernels.size()));
+    check(emulation::most_threads == nm_act::kMaxRowThreads, "no more threads than the kernels are compiled for");
+  });
+}
