@@ -102,7 +102,7 @@ void run_rows() {
         if (options.token_shift == kNoShift && !options.variance) continue;
         const MetadataLayout layout = kLayouts16[step % 4];
         run(tokens, padded(in_features, 16), half, half, layout, options, memory, content);
-        const ElementType any = step % 3 == 0 ? kFp32 : half;
+        const ElementType any = (step + step / 9) % 3 == 0 ? kFp32 : half;
         run(tokens, in_features, any, any, MetadataLayout::kNeutral, options, memory, content);
       }
     }
@@ -115,7 +115,7 @@ void run_extremes() {
     run(6, 96, kBf16, kFp8, MetadataLayout::kSm90Bits8, options, kAligned);
     run(6, 96, kFp16, kFp16, MetadataLayout::kSm90Bits16T128, options, kAligned);
   }
-  for (int in_features : {2048, 4096, 16384, 18432, 32768, 32736}) {
+  for (int in_features : {2048, 4096, 16384, 17408, 18432, 32768, 32736}) {
     for (const Options& options : {kRowOptions[0], kRowOptions[6], kRowOptions[7]}) {
       const ElementType half = options.variance == (in_features % 4096 == 0) ? kBf16 : kFp16;
       const Memory& memory = options.token_shift == kMedian ? kOddRows : kAligned;

@@ -11,9 +11,22 @@ struct Options {
   bool variance;
 };
 
-inline const char* name_of(MetadataLayout layout) {
-  const char* names[] = {"neutral", "sm80", "sm90 64", "sm90 128", "sm90 e4m3"};
-  return names[static_cast<int>(layout)];
+inline std::string describe(int64_t tokens, int in_features, ElementType x_type, ElementType value_type,
+                            MetadataLayout layout, const Options& options) {
+  const char* layouts[] = {"neutral", "sm80", "sm90 64", "sm90 128", "sm90 e4m3"};
+  const char* shifts[] = {"", ", mean", ", median"};
+  return std::to_string(tokens) + " x " + std::to_string(in_features) + ", types " + std::to_string(int(x_type)) +
+         " and " + std::to_string(int(value_type)) + ", " + layouts[int(layout)] +
+         (options.channel_scale ? ", scale" : "") + (options.shift ? ", shift" : "") +
+         shifts[int(options.token_shift)] + (options.variance ? ", variance" : "");
+}
+
+// Is this the e4m3 scale of a token (1 without e4m3 values), times its variance factor where one is asked for?
+inline bool is_row_scale(float actual, bool variance, float e4m3_scale, const Token& token,
+                         const std::vector<bool>& kept) {
+  if (!variance) return actual == e4m3_scale || (std::isnan(actual) && std::isnan(e4m3_scale));
+  if (!std::isfinite(e4m3_scale)) return !std::isfinite(actual);
+  return is_variance_ratio(actual / e4m3_scale, token.z, kept);
 }
 
 // The outputs of a 2:4 compression of tokens x in_features, and its options.
@@ -41,13 +54,8 @@ class Compressed {
     out_.variance_correction = options.variance;
     out_.value_type = value_type;
     out_.layout = layout;
-    current = std::to_string(tokens) + " x " + std::to_string(in_features) + ", types " + std::to_string(int(x_type)) +
-              " and " + std::to_string(int(value_type)) + ", " + name_of(layout) +
-              (options.channel_scale ? ", scale" : "") + (options.shift ? ", shift" : "") +
-              (options.token_shift == TokenShift::kMean     ? ", mean"
-               : options.token_shift == TokenShift::kMedian ? ", median"
-                                                            : "") +
-              (options.variance ? ", variance" : "") + (aligned_channels ? "" : ", unaligned channels");
+    current = describe(tokens, in_features, x_type, value_type, layout, options) +
+              (aligned_channels ? "" : ", unaligned channels");
   }
   const CompressOutput& out() const { return out_; }
 
@@ -95,7 +103,9 @@ class Compressed {
       }
       const std::vector<bool> kept = survivors_of(token.z, {2, 4, {}}, out_.channel_scale);
       const float e4m3_scale = is_e4m3() ? e4m3_scale_of(token, kept) : 1.0f;
-      check_row_scale(t, token, kept, e4m3_scale);
+      if (out_.row_scale != nullptr) {
+        check(is_row_scale(out_.row_scale[t], options_.variance, e4m3_scale, token, kept), "row scale");
+      }
       for (int group = 0; group < in_features_ / 4; ++group) {
         int nibble = 0, found = 0;
         for (int i = 0; i < 4; ++i) {
@@ -110,19 +120,6 @@ class Compressed {
       }
     }
     return expected;
-  }
-
-  void check_row_scale(int64_t t, const Token& token, const std::vector<bool>& kept, float e4m3_scale) const {
-    if (out_.row_scale == nullptr) return;
-    const float actual = out_.row_scale[t];
-    if (!options_.variance) {
-      check(actual == e4m3_scale || (std::isnan(actual) && std::isnan(e4m3_scale)), "scale of a token");
-    } else if (!std::isfinite(e4m3_scale)) {
-      check(!std::isfinite(actual), "scale of a token that is not finite");
-    } else {
-      // A token of zeros has the smallest scale, and the quotient is its factor, 1.
-      check(is_variance_ratio(actual / e4m3_scale, token.z, kept), "variance factor");
-    }
   }
 
   int64_t tokens_;

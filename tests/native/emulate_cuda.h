@@ -1,7 +1,8 @@
 // Enough of CUDA to run a kernel's source on a host: every thread of a cluster is a fiber that runs until its next
-// barrier. Between barriers the fibers run in a random order, and so do the clusters of a launch, so that a missing
-// barrier shows as a wrong result. Shared memory, dynamic or static, starts out as NaNs in every cluster; clusters run
-// one after another. nm_act::launch_kernel is here, so launchers run as they are. Include it before any other header.
+// barrier. Between barriers the fibers run in a random order, some only when the others can go no further, and so do
+// the clusters of a launch: a missing barrier shows as a wrong result. Shared memory, dynamic or static, starts out as
+// NaNs in every cluster; clusters run one after another. nm_act::launch_kernel is here, so launchers run as they are.
+// Include it before any other header.
 #pragma once
 
 // With it, glibc refuses to jump from one stack to another.
@@ -112,6 +113,16 @@ inline bool release(int begin, int end, Wait wait) {
   return true;
 }
 
+// Shared memory of blocks that have left their cluster is gone.
+inline void poison_blocks_that_left(Cluster& state) {
+  for (size_t block = 0; block < state.shared.size(); ++block) {
+    const auto begin = fibers.begin() + block * state.threads;
+    const auto left = [](const std::unique_ptr<Fiber>& fiber) { return fiber->wait == Wait::kForever; };
+    if (!std::all_of(begin, begin + state.threads, left)) continue;
+    state.shared[block].assign(state.shared[block].size(), uint4{~0u, ~0u, ~0u, ~0u});
+  }
+}
+
 inline int poison_thread_locals(dl_phdr_info* info, size_t, void*) {
   for (int i = 0; i < info->dlpi_phnum; ++i) {
     const auto& header = info->dlpi_phdr[i];
@@ -144,6 +155,14 @@ inline void prepare_fibers(unsigned first_block, unsigned blocks, int threads) {
   }
 }
 
+// Half of the threads, or of the warps: until the next barrier they run when the others can go no further.
+inline std::vector<bool> choose_late(int count, std::mt19937& random) {
+  const int unit = random() % 2 == 0 ? 1 : 32;
+  std::vector<bool> late(count);
+  for (int i = 0; i < count; ++i) late[i] = i % unit == 0 ? random() % 2 == 0 : late[i - 1];
+  return late;
+}
+
 inline void run_cluster(unsigned first_block, unsigned blocks, int threads, int shared_bytes, std::mt19937& random,
                         const std::function<void()>& kernel) {
   Cluster state{threads, {}, kernel};
@@ -154,22 +173,32 @@ inline void run_cluster(unsigned first_block, unsigned blocks, int threads, int 
   const int count = static_cast<int>(blocks) * threads;
   std::vector<int> order(count);
   for (int i = 0; i < count; ++i) order[i] = i;
+  std::vector<bool> late = choose_late(count, random);
   while (true) {
     std::shuffle(order.begin(), order.end(), random);
+    bool progress = false;
     for (int i : order) {
-      if (fibers[i]->wait == Wait::kNothing) step(*fibers[i]);
+      if (fibers[i]->wait != Wait::kNothing || late[i]) continue;
+      step(*fibers[i]);
+      progress = true;
     }
     if (release(0, count, Wait::kForever)) break;
-    bool progress = release(0, count, Wait::kCluster);
+    if (blocks > 1) poison_blocks_that_left(state);
     if (release(0, count, Wait::kPreviousKernel)) {
       if (set_memory_visible != nullptr) set_memory_visible(true);
       progress = true;
     }
-    for (int i = 0; i < count; i += threads) progress |= release(i, i + threads, Wait::kBlock);
+    bool is_phase_over = release(0, count, Wait::kCluster);
+    for (int i = 0; i < count; i += threads) is_phase_over |= release(i, i + threads, Wait::kBlock);
     for (int i = 0; i < count; i += 32) progress |= release(i, std::min(i + 32, count), Wait::kWarp);
-    if (!progress) {
-      std::printf("FAILED: the threads wait for different barriers\n");
-      std::exit(1);
+    if (is_phase_over) {
+      late = choose_late(count, random);
+    } else if (!progress) {
+      if (std::find(late.begin(), late.end(), true) == late.end()) {
+        std::printf("FAILED: the threads wait for different barriers\n");
+        std::exit(1);
+      }
+      late.assign(count, false);
     }
   }
   cluster = nullptr;
@@ -228,6 +257,10 @@ inline void __syncthreads() { emulation::wait_for(emulation::Wait::kBlock); }
 template <class T, class Combine>
 auto exchange_in_warp(T shown, const Combine& combine) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
+  if (emulation::cluster->threads % 32 != 0) {
+    std::printf("FAILED: a warp without all of its lanes exchanges values\n");
+    std::exit(1);
+  }
   emulation::Fiber& own = emulation::self();
   const int turn = own.turn;
   own.turn ^= 1;

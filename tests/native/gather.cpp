@@ -1,57 +1,25 @@
-// The decode kernel's own source, run on the host (emulate_cuda.h), against a plain selection and float64 products: all
-// types, token counts, patterns and options, over configurations and sizes that do not fit them. Weight rows that no
-// token needs, everything around the operands and unused shared memory are NaN. Then the choice of a configuration.
-// Prints "N checks, 0 failed"; exits 1 on a mismatch.
+// launch_gather with its kernels' own source, run on the host (emulate_cuda.h), against a plain selection and float64
+// products: all types, token counts, patterns and options, over configurations and sizes that do not fit them. Weight
+// rows that no token needs, everything around the operands and unused shared memory are NaN. Then the choice of a
+// configuration. Prints "N checks, 0 failed"; exits 1 on a mismatch.
 #include "emulate_cuda.h"
-// After it: the kernel.
-#include <algorithm>
-#include <string>
-
-#include "kernels/gather/gather.cuh"
+// After it: the kernels; gather.cpp, which launches them, is a source of its own.
+#include "kernels/gather/gather_bits16.cu"
+#include "kernels/gather/gather_e4m3.cu"
+#include "kernels/gather/gather_int8.cu"
+#include "operands.h"
 
 namespace {
 
-using namespace nm_act;
+using namespace operands;
 
-long checks = 0;
-long failures = 0;
-std::mt19937 engine(7);
+constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3,
+                      kInt8 = ElementType::kInt8;
+constexpr GemmDevice kHopper{9, 132};
 
-void check(bool ok, const std::string& what) {
-  ++checks;
-  if (ok) return;
-  ++failures;
-  if (failures < 20) std::printf("FAILED %s\n", what.c_str());
-}
-
-float uniform() { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(engine); }
-
-template <class E>
-uint16_t to_bits(float value) {
-  return static_cast<uint16_t>(E::pack(value, 0.0f));
-}
-
-// What a weight's bytes mean, for the oracle.
-template <class W>
-double decode(const unsigned char* bytes);
-template <>
-double decode<Weight16<BFloat16>>(const unsigned char* bytes) {
-  return BFloat16::low(bytes[0] | bytes[1] << 8);
-}
-template <>
-double decode<Weight16<Float16>>(const unsigned char* bytes) {
-  return Float16::low(bytes[0] | bytes[1] << 8);
-}
-template <>
-double decode<WeightInt8>(const unsigned char* bytes) {
-  return static_cast<int8_t>(*bytes);
-}
-template <>
-double decode<WeightE4M3>(const unsigned char* bytes) {
-  const int exponent = *bytes >> 3 & 15, mantissa = *bytes & 7;
-  if ((*bytes & 0x7F) == 0x7F) return NAN;
-  const double magnitude = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
-  return *bytes & 0x80 ? -magnitude : magnitude;
+// What a weight's bits mean, for the oracle.
+double decode_weight(uint32_t bits, ElementType type) {
+  return type == kInt8 ? static_cast<int8_t>(bits) : decode(bits, type);
 }
 
 struct Options {
@@ -60,6 +28,7 @@ struct Options {
 
 struct Case {
   int tokens, in_features, out_features;
+  ElementType type, weight_type;
   Pattern pattern;
   GatherConfig config;
   Options options;
@@ -67,171 +36,144 @@ struct Case {
 
 std::string describe(const Case& c) {
   return std::to_string(c.tokens) + " x " + std::to_string(c.out_features) + " x " + std::to_string(c.in_features) +
-         " " + std::to_string(c.pattern.keep) + ":" + std::to_string(c.pattern.group) + ", lanes " +
+         ", types " + std::to_string(int(c.type)) + " and " + std::to_string(int(c.weight_type)) + ", " +
+         std::to_string(c.pattern.keep) + ":" + std::to_string(c.pattern.group) + ", lanes " +
          std::to_string(c.config.lanes) + " splits " + std::to_string(c.config.splits) + " threads " +
          std::to_string(c.config.threads);
 }
 
-std::vector<float> vector_or_none(bool wanted, int size) {
-  std::vector<float> values(wanted ? size : 0);
-  for (float& value : values) value = uniform();
-  return values;
-}
-
-const float* pointer(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
-
-// The contract, in a plain way: by key, then by position.
-std::vector<bool> survivors_of(const std::vector<float>& z, Pattern pattern, const std::vector<float>& scale) {
-  std::vector<bool> kept(z.size());
-  if (pattern.keep == 0) {
-    for (size_t i = 0; i < z.size(); ++i) kept[i] = z[i] != 0.0f;
-    return kept;
-  }
-  for (size_t begin = 0; begin < z.size(); begin += pattern.group) {
-    std::vector<int> order(pattern.group);
-    for (int i = 0; i < pattern.group; ++i) order[i] = i;
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-      const auto key = [&](int i) {
-        return std::fabs(z[begin + i]) * (scale.empty() ? 1.0f : std::fabs(scale[begin + i]));
-      };
-      return key(a) > key(b);
-    });
-    for (int i = 0; i < pattern.keep; ++i) kept[begin + order[i]] = true;
-  }
-  return kept;
-}
-
-template <class E, class W, int kTokens>
-void run_case(const Case& c, bool aligned) {
-  constexpr int kOutputs = 4 * W::kPerWord, kBytes = kGatherVector / kOutputs;
-  const int tokens = c.tokens, in = c.in_features, out = c.out_features;
-  const int x_stride = aligned ? (in + 15) / 8 * 8 : in + 3, x_offset = aligned ? 8 : 1, row = out + kOutputs;
-  std::vector<uint16_t> x(x_offset + tokens * x_stride + 16, 0xFFFF);
-  const auto scale = vector_or_none(c.options.channel_scale, in), shift = vector_or_none(c.options.shift, in);
-  const auto eta = vector_or_none(c.options.eta, tokens);
-  const bool full = c.options.full_epilogue;
-  const auto row_scale = vector_or_none(full, tokens), weight_scale = vector_or_none(full || kBytes == 1, out);
-  const auto shift_out = vector_or_none(full || c.options.eta || c.options.shift, out),
-             column_scale = vector_or_none(full, out);
-  std::vector<uint16_t> bias(full ? out : 0);
-  for (uint16_t& value : bias) value = to_bits<E>(uniform());
-
-  std::vector<std::vector<float>> z(tokens, std::vector<float>(in));
-  std::vector<std::vector<bool>> kept(tokens);
-  for (int t = 0; t < tokens; ++t) {
-    for (int k = 0; k < in; ++k) {
-      const bool zero = c.pattern.keep == 0 && uniform() < 0.2f;
-      const float drawn = zero ? 0.0f : c.options.ties ? std::round(2 * uniform()) : uniform();
-      uint16_t& bits = x[x_offset + t * x_stride + k];
-      bits = to_bits<E>(drawn);
-      if (drawn == 0.0f && k % 3 == 0) bits = 0x8000;  // -0.0
-      float value = E::low(bits);
-      if (c.pattern.keep > 0 && !eta.empty()) value = E::low(to_bits<E>(value - eta[t]));
-      if (c.pattern.keep > 0 && !shift.empty()) value = E::low(to_bits<E>(value - shift[k]));
-      z[t][k] = value;
-    }
-    kept[t] = survivors_of(z[t], c.pattern, scale);
-  }
-
-  std::vector<unsigned char> storage((size_t(in) * row + kOutputs) * kBytes + 32, 0xFF);
-  unsigned char* weight = storage.data() + (16 - reinterpret_cast<uintptr_t>(storage.data()) % 16) % 16;
-  for (int k = 0; k < in; ++k) {
-    bool needed = false;
-    for (int t = 0; t < tokens; ++t) needed |= kept[t][k];
-    for (int o = 0; needed && o < out; ++o) {
-      unsigned char* place = weight + (size_t(k) * row + o) * kBytes;
-      if (kBytes == 2) {
-        const uint16_t bits = to_bits<E>(uniform());
-        std::memcpy(place, &bits, 2);
+// The vectors of a case, and its inputs: what is selected of each token.
+struct Inputs {
+  Inputs(const Case& c, bool aligned)
+      : x(c.tokens, c.in_features, c.type, aligned ? (c.in_features + 15) / 8 * 8 - c.in_features : 3,
+          aligned ? 0 : engine() % 2),
+        scale(c.options.channel_scale, c.in_features, false, 0),
+        shift(c.options.shift, c.in_features, false, 0),
+        eta(c.options.eta, c.tokens, false, 0),
+        row_scale(c.options.full_epilogue, c.tokens, false, 0),
+        weight_scale(c.options.full_epilogue || weight_bytes(c.weight_type) == 1, c.out_features, false, 0),
+        shift_out(c.options.full_epilogue || c.options.eta || c.options.shift, c.out_features, false, 0),
+        column_scale(c.options.full_epilogue, c.out_features, false, 0),
+        bias(c.options.full_epilogue ? 1 : 0, c.out_features, c.type, 0, 0) {
+    for (int o = 0; c.options.full_epilogue && o < c.out_features; ++o) bias.set(0, o, encode(uniform(), c.type));
+    for (int t = 0; t < c.tokens; ++t) {
+      for (int k = 0; k < c.in_features; ++k) {
+        const bool zero = c.pattern.keep == 0 && uniform() < 0.2f;
+        const float drawn = zero ? 0.0f : c.options.ties ? std::round(2 * uniform()) : uniform();
+        x.set(t, k, drawn == 0.0f && k % 3 == 0 ? 0x8000 : encode(drawn, c.type));  // -0.0
+      }
+      const bool selects = c.pattern.keep > 0;
+      z.push_back(token_of(x.row(t), c.type, selects ? shift.pointer() : nullptr,
+                           selects && eta.wanted ? eta.pointer() + t : nullptr)
+                      .z);
+      if (selects) {
+        kept.push_back(survivors_of(z[t], c.pattern, scale.pointer()));
       } else {
-        do *place = static_cast<unsigned char>(engine());
-        while (std::isnan(decode<W>(place)));
+        kept.emplace_back();
+        for (float value : z[t]) kept[t].push_back(value != 0.0f);
       }
     }
   }
+  Rows x;
+  Channels scale, shift, eta, row_scale, weight_scale, shift_out, column_scale;
+  Rows bias;
+  std::vector<std::vector<float>> z;
+  std::vector<std::vector<bool>> kept;
+};
 
-  std::vector<uint32_t> y(size_t(tokens) * out / 2 + 4, 0xFFFFFFFFu);
-  GatherParams params{};
-  params.x = x.data() + x_offset;
-  params.x_stride = x_stride;
-  params.weight = weight;
-  params.weight_stride = row;
-  params.y = y.data();
-  params.channel_scale = pointer(scale);
-  params.shift = pointer(shift);
-  params.eta = pointer(eta);
-  params.row_scale = pointer(row_scale);
-  params.weight_scale = pointer(weight_scale);
-  params.shift_out = pointer(shift_out);
-  params.column_scale = pointer(column_scale);
-  params.bias = bias.empty() ? nullptr : bias.data();
-  params.tokens = tokens;
-  params.in_features = in;
-  params.out_features = out;
-  params.pattern = c.pattern;
-  const int tile = c.config.lanes * kOutputs, tiles = ceil_div(out, tile);
-  const int bytes = gather_shared(kTokens, slice_features(in, c.config.splits), tile, c.config.threads, kOutputs).bytes;
-  for (int i = 0; i < tiles; ++i) {
-    emulation::run_cluster(i * c.config.splits, c.config.splits, c.config.threads, bytes, engine,
-                           [&] { gather_kernel<E, W, kTokens>(params, c.config, aligned); });
+// Rows that some token needs; the others stay NaN.
+void fill_weight(Rows& weight, const Case& c, const Inputs& inputs) {
+  for (int k = 0; k < c.in_features; ++k) {
+    bool needed = false;
+    for (int t = 0; t < c.tokens; ++t) needed |= inputs.kept[t][k];
+    for (int o = 0; needed && o < c.out_features; ++o) {
+      uint32_t bits = encode(uniform(), c.type);
+      if (weight_bytes(c.weight_type) == 1) {
+        do bits = engine() & 0xFF;
+        while (std::isnan(decode_weight(bits, c.weight_type)));
+      }
+      weight.memory.put(k * weight.stride + o, bits, weight_bytes(c.weight_type));
+    }
   }
+}
+
+// The error of an output, as a share of what is allowed: half a unit of its last place, and what float32 sums may lose.
+double relative_error(const Case& c, const Inputs& inputs, const Rows& weight, int t, int o, float actual) {
+  double sum = 0, size = 0;
+  for (int k = 0; k < c.in_features; ++k) {
+    if (!inputs.kept[t][k]) continue;
+    const uint32_t bits = weight.memory.get(k * weight.stride + o, weight_bytes(c.weight_type));
+    const double product = inputs.z[t][k] * decode_weight(bits, c.weight_type);
+    sum += product;
+    size += std::fabs(product);
+  }
+  const auto scale_by = [&](double factor) { sum *= factor, size *= std::fabs(factor); };
+  if (inputs.weight_scale.wanted) scale_by(inputs.weight_scale.pointer()[o]);
+  if (inputs.row_scale.wanted) scale_by(inputs.row_scale.pointer()[t]);
+  if (inputs.shift_out.wanted)
+    sum += (inputs.eta.wanted ? inputs.eta.pointer()[t] : 1.0) * inputs.shift_out.pointer()[o];
+  if (inputs.column_scale.wanted) scale_by(inputs.column_scale.pointer()[o]);
+  if (c.options.full_epilogue) sum += decode(inputs.bias.bits(0, o), c.type);
+  if (decode(encode(sum, c.type), c.type) == actual) return 0;  // infinity among others
+  return std::fabs(actual - sum) / (std::fabs(sum) * (c.type == kBf16 ? 0x1p-8 : 0x1p-11) + size * 1e-5 + 1e-6);
+}
+
+void run_case(const Case& c, bool aligned) {
+  current = describe(c);
+  const Inputs inputs(c, aligned);
+  const int vector = outputs_per_lane(c.weight_type);
+  Rows weight(c.in_features, c.out_features, c.weight_type, vector, 0);
+  fill_weight(weight, c, inputs);
+  const Rows y(1, c.tokens * c.out_features, c.type, 0, 0);
+  GatherParams params{};
+  params.x = inputs.x.memory.data();
+  params.x_stride = inputs.x.stride;
+  params.weight = weight.memory.data();
+  params.weight_stride = weight.stride;
+  params.y = y.memory.data();
+  params.channel_scale = inputs.scale.pointer();
+  params.shift = inputs.shift.pointer();
+  params.eta = inputs.eta.pointer();
+  params.row_scale = inputs.row_scale.pointer();
+  params.weight_scale = inputs.weight_scale.pointer();
+  params.shift_out = inputs.shift_out.pointer();
+  params.column_scale = inputs.column_scale.pointer();
+  params.bias = c.options.full_epilogue ? inputs.bias.memory.data() : nullptr;
+  params.tokens = c.tokens;
+  params.in_features = c.in_features;
+  params.out_features = c.out_features;
+  params.pattern = c.pattern;
+  params.x_type = c.type;
+  params.weight_type = c.weight_type;
+  check(launch_gather(params, kHopper, c.config, nullptr) == cudaSuccess, "launch");
 
   double worst = 0;
-  for (int t = 0; t < tokens; ++t) {
-    for (int o = 0; o < out; ++o) {
-      double sum = 0, size = 0;
-      for (int k = 0; k < in; ++k) {
-        if (!kept[t][k]) continue;
-        const double product = z[t][k] * decode<W>(weight + (size_t(k) * row + o) * kBytes);
-        sum += product;
-        size += std::fabs(product);
-      }
-      if (!weight_scale.empty()) sum *= weight_scale[o], size *= std::fabs(weight_scale[o]);
-      if (!row_scale.empty()) sum *= row_scale[t], size *= std::fabs(row_scale[t]);
-      if (!shift_out.empty()) sum += (eta.empty() ? 1.0 : eta[t]) * shift_out[o];
-      if (!column_scale.empty()) sum *= column_scale[o], size *= std::fabs(column_scale[o]);
-      if (!bias.empty()) sum += E::low(bias[o]);
-      const uint16_t bits = static_cast<uint16_t>(y[(size_t(t) * out + o) / 2] >> 16 * (o % 2));
-      // Half a unit of the output's last place, and what float32 sums may lose.
-      const double allowed =
-          std::fabs(sum) * (E::kNanKeys == BFloat16::kNanKeys ? 0x1p-8 : 0x1p-11) + size * 1e-5 + 1e-6;
-      const double error = std::fabs(E::low(bits) - sum) / allowed;
+  for (int t = 0; t < c.tokens; ++t) {
+    for (int o = 0; o < c.out_features; ++o) {
+      const float actual = decode(y.bits(0, t * c.out_features + o), c.type);
+      const double error = relative_error(c, inputs, weight, t, o, actual);
       worst = error > worst || std::isnan(error) ? error : worst;
     }
   }
-  check(worst <= 1.0, describe(c) + " off by " + std::to_string(worst) + " of what is allowed");
-  for (size_t i = size_t(tokens) * out / 2; i < y.size(); ++i)
-    check(y[i] == 0xFFFFFFFFu, describe(c) + " wrote too far");
+  check(worst <= 1.0, "off by " + std::to_string(worst) + " of what is allowed");
+  check(y.memory.guards_are_intact() && inputs.x.memory.guards_are_intact(), "nothing beside the operands");
 }
 
-template <class E, class W>
-void run_tokens(const Case& c, bool aligned) {
-  switch (compiled_tokens(c.tokens)) {
-    case 1: return run_case<E, W, 1>(c, aligned);
-    case 2: return run_case<E, W, 2>(c, aligned);
-    case 4: return run_case<E, W, 4>(c, aligned);
-    default: return run_case<E, W, 8>(c, aligned);
+void run_types(Case c, int kind, bool aligned) {
+  const ElementType types[][2] = {{kBf16, kBf16}, {kFp16, kFp16}, {kBf16, kFp8},
+                                  {kFp16, kInt8}, {kFp16, kFp8},  {kBf16, kInt8}};
+  c.type = types[kind][0];
+  c.weight_type = types[kind][1];
+  if (weight_bytes(c.weight_type) == 1) {
+    c.out_features = ceil_div(c.out_features, 16) * 16;
+    c.tokens = std::min(c.tokens, kMaxDecodeTokens);
   }
-}
-
-void run_types(Case c, int step, bool aligned) {
-  switch (step % 6) {
-    case 0: return run_tokens<BFloat16, Weight16<BFloat16>>(c, aligned);
-    case 1: return run_tokens<Float16, Weight16<Float16>>(c, aligned);
-    default: break;
-  }
-  c.out_features = ceil_div(c.out_features, 16) * 16;
-  if (c.tokens > kMaxDecodeTokens) c.tokens = kMaxDecodeTokens;
-  switch (step % 6) {
-    case 2: return run_tokens<BFloat16, WeightE4M3>(c, aligned);
-    case 3: return run_tokens<Float16, WeightInt8>(c, aligned);
-    case 4: return run_tokens<Float16, WeightE4M3>(c, aligned);
-    default: return run_tokens<BFloat16, WeightInt8>(c, aligned);
-  }
+  run_case(c, aligned);
 }
 
 void run_cases() {
-  const Pattern patterns[] = {{1, 2}, {2, 4}, {4, 8}, {8, 16}, {16, 32}, {3, 16}, {31, 32}, {1, 8}, {0, 0}};
+  const Pattern patterns[] = {{1, 2, {}},  {2, 4, {}},   {4, 8, {}}, {8, 16, {}}, {16, 32, {}},
+                              {3, 16, {}}, {31, 32, {}}, {1, 8, {}}, {0, 0, {}}};
   const GatherConfig configs[] = {{16, 1, 128}, {32, 2, 128}, {64, 3, 128}, {16, 8, 128}, {32, 1, 256}, {128, 2, 256}};
   int step = 0;
   for (Pattern pattern : patterns) {
@@ -244,7 +186,8 @@ void run_cases() {
           const Options options{!plain && step % 3 != 0, !plain && shifted && step % 4 == 1, !plain && step % 4 == 3,
                                 !plain, plain && step % 2 == 0};
           const int in = groups * std::max(pattern.group, 1);
-          run_types({tokens, in, 8 * (1 + step % 50), pattern, config, options}, step / 2 + step, step % 5 != 0);
+          const int kind = tokens > kMaxDecodeTokens ? step % 2 : static_cast<int>(engine() % 6);
+          run_types({tokens, in, 8 * (1 + step % 50), kBf16, kBf16, pattern, config, options}, kind, step % 5 != 0);
         }
       }
     }
@@ -252,6 +195,7 @@ void run_cases() {
 }
 
 void check_configs() {
+  current = "configurations";
   const int shapes[][2] = {{6144, 4096},  {4096, 4096},   {28672, 4096}, {4096, 14336}, {10240, 8192},
                            {8192, 8192},  {57344, 8192},  {8192, 28672}, {16, 32},      {48, 4},
                            {1024, 32768}, {128256, 4096}, {576, 1536}};
@@ -259,7 +203,7 @@ void check_configs() {
     for (int tokens : {1, 2, 3, 4}) {
       for (ElementType type : {ElementType::kBFloat16, ElementType::kE4M3}) {
         for (const GemmDevice device : {GemmDevice{9, 132}, GemmDevice{8, 108}, GemmDevice{12, 170}}) {
-          const GatherProblem problem{tokens, out, in, type, {8, 16}, device};
+          const GatherProblem problem{tokens, out, in, type, {8, 16, {}}, device};
           const GatherConfig config = select_gather_config(problem);
           const std::string what = std::to_string(tokens) + " x " + std::to_string(out) + " x " + std::to_string(in);
           // Without clusters a block selects from all inputs, which must fit its shared memory.
@@ -282,16 +226,20 @@ void check_configs() {
       }
     }
   }
-  check(gather_pays(ElementType::kBFloat16, {8, 16}, 4), "four tokens at half");
-  check(!gather_pays(ElementType::kBFloat16, {12, 16}, 4), "four tokens at three quarters");
-  check(gather_pays(ElementType::kInt8, {12, 16}, 4), "8-bit weights always");
+  check(gather_pays(kBf16, {8, 16, {}}, 4), "four tokens at half");
+  check(!gather_pays(kBf16, {12, 16, {}}, 4), "four tokens at three quarters");
+  check(gather_pays(kInt8, {12, 16, {}}, 4), "8-bit weights always");
 }
 
 }  // namespace
 
 int main() {
-  run_cases();
-  check_configs();
-  std::printf("%ld checks, %ld failed\n", checks, failures);
-  return failures == 0 ? 0 : 1;
+  return run_checks([] {
+    run_cases();
+    check_configs();
+    current = "coverage";
+    // Two types of inputs by one, two or four tokens and three types of weights, and eight tokens with 16-bit weights.
+    check(emulation::kernels.size() == 2 * (3 * 3 + 1),
+          "every kernel ran: " + std::to_string(emulation::kernels.size()));
+  });
 }

@@ -228,7 +228,7 @@ void run_long_rows() {
   int step = 0;
   for (ElementType type : {kBf16, kFp16}) {
     for (ElementType value_type : {type, kFp8}) {
-      for (int in_features : {4096, 16384, 18432, 32768, 32736}) {
+      for (int in_features : {4096, 16384, 17408, 18432, 32768, 32736}) {
         for (const Options& options : {kPlain, kOptions[6]}) {
           const MetadataLayout layout = layout_of(value_type, ++step);
           run_silu(1, in_features, type, value_type, layout, options, step % 3 == 0);

@@ -9,6 +9,7 @@
 #include <array>
 #include <cstdio>
 
+#include "matching.h"
 #include "random_bits.h"
 
 namespace {
@@ -23,37 +24,6 @@ void check(bool ok, const char* what, uint32_t a, uint32_t b) {
   ++checks;
   if (!ok && ++failures <= 20) std::printf("FAILED %s: %04x %04x\n", what, a, b);
 }
-
-// Kuhn's algorithm: a place for each accepted feature, two in a window.
-class Matching {
- public:
-  explicit Matching(Pattern pattern) : windows_(4 + extra_windows(window_set(pattern))) {
-    for (int window = 0; window < windows_; ++window) {
-      for (int slot = 0; slot < 4; ++slot) covers_[window] |= 1u << window_feature(pattern, window, slot);
-    }
-    for (auto& place : holds_) place = -1;
-  }
-  bool accept(int feature) {
-    uint32_t visited = 0;
-    return place(feature, visited);
-  }
-
- private:
-  bool place(int feature, uint32_t& visited) {
-    for (int at = 0; at < 2 * windows_; ++at) {
-      if ((covers_[at / 2] >> feature & 1u) == 0 || (visited >> at & 1u) != 0) continue;
-      visited |= 1u << at;
-      if (holds_[at] < 0 || place(holds_[at], visited)) {
-        holds_[at] = feature;
-        return true;
-      }
-    }
-    return false;
-  }
-  int windows_;
-  std::array<uint32_t, kMaxWindows> covers_{};
-  std::array<int, 2 * kMaxWindows> holds_;
-};
 
 uint32_t greedy(const uint32_t (&key)[kUnit], Pattern pattern) {
   std::array<int, kUnit> order;
