@@ -156,10 +156,8 @@ __device__ __forceinline__ Lifted<kSet> lift(const Unit<E>& unit, const WindowSl
 #pragma unroll
   for (int window = 0; window < 4 + Lifted<kSet>::kExtras; ++window) {
     uint2 features = window_features<kSet>(word, extra, window);
-    if constexpr (!kFull) {
-      features.x &= permute_bytes(windows.held[window], 0, 0x1100);
-      features.y &= permute_bytes(windows.held[window], 0, 0x3322);
-    }
+    // A window with fewer than two is filled up at positions 0 and 1 (pad_nibble), with zeros.
+    if constexpr (!kFull) features.x &= permute_bytes(windows.held[window], 0, 0x1100);
     lifted.word[window] = gather_16(features.x, features.y, windows.slots[window]);
   }
   lifted.base = metadata_byte(windows.slots[0], windows.slots[1]) | metadata_byte(windows.slots[2], windows.slots[3])
