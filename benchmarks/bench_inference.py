@@ -1,10 +1,11 @@
 """End-to-end inference of whole models: time to first token, decode tokens/s, peak memory, energy.
 
-Every mode runs the same way: projections merged, elementwise parts compiled, a static cache, flash attention, prefills
-of up to 8192 tokens and all decode steps under CUDA graphs. The baselines of the same run are dense_bf16 and, for fp8
-modes, dense_fp8 too (fused per-token quantisation, row-wise scaled product; its output head stays in bf16, as in the
-sparse modes). A named model has random weights of the published shapes, built on the device: speed does not depend on
-them, quality is not measured. Rows are written after every measurement, so that an interrupted run keeps them.
+Every mode runs the same way: projections merged, elementwise parts compiled, a static cache, prefills of up to 8192
+tokens and all decode steps under CUDA graphs. The baselines of the same run are dense_bf16 and, for fp8 modes,
+dense_fp8 too (per-token quantisation in one kernel, not fused with the norm before it as in the sparse modes; row-wise
+scaled product; its output head stays in bf16, as in the sparse modes). A named model has random weights of the
+published shapes, built on the device: speed does not depend on them, quality is not measured. Rows are written after
+every measurement, so that an interrupted run keeps them; what fails is named, left out, and told by the exit status.
 
     python benchmarks/bench_inference.py --model llama-3-8b --prompt 512 4096 16384 --decode 128 --batch 1 8 \
         --mode dense nm-2:4 nm-2:4-fp8 nm-8:16 --csv benchmarks/results/h200/inference.csv
@@ -16,7 +17,8 @@ import argparse
 import gc
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from inference_models import CONFIGS, Mode, build, compile_parts, parse_modes
@@ -33,8 +35,7 @@ HIGHER_IS_BETTER = ("decode_tok_s",)
 GRAPH_TOKENS = 8192
 """Longer prefills keep the device busy for longer than their launches take."""
 
-LONG_TOKENS = 65536
-"""A prefill of more takes seconds: no run is spent on warming up, shorter prompts did that."""
+WARM_TOKENS = 16
 
 BLOCK = 8
 """Decode steps in one sample."""
@@ -132,16 +133,14 @@ def measure(report: Report, mode: Mode, model, device: Device, batch: int, promp
     ids = ids.to(device.torch)
     if device.cuda and batch * prompt <= GRAPH_TOKENS:
         decoder.capture_prefill(prompt)
-    if batch * prompt <= LONG_TOKENS:
-        decoder.prefill(ids)
+    decoder.prefill(ids)  # the first of a shape compiles and plans
     energy = device.joules()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < arguments.seconds and len(times) < 20):
         times.append(device.seconds(lambda: decoder.prefill(ids)))
     energies = {"ttft_j": _spent(device, energy, len(times))}
     report.add(mode, batch, prompt, "ttft_ms", [1e3 * seconds for seconds in times])
-    if device.cuda:
-        decoder.capture_step()
+    decoder.step()  # captures it, and uploads the graph
     energy, speeds = device.joules(), []
     for _ in range(max(1, arguments.decode // BLOCK)):
         steps = min(BLOCK, arguments.decode)
@@ -187,6 +186,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if not arguments.device.startswith("cuda") and any(mode.fp8 for mode in arguments.modes):
         parser.error("expected a CUDA device for fp8 modes, got cpu; leave them out")
+    if arguments.dtype != "bfloat16" and any(mode.fp8 for mode in arguments.modes):
+        parser.error(
+            f"expected bfloat16 for fp8 modes, whose baseline gives that, got {arguments.dtype}; leave them out"
+        )
     return arguments
 
 
@@ -196,35 +199,54 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report(arguments, device)
     longest = max(arguments.prompt) + arguments.decode + 1
     cells = list(itertools.product(arguments.batch, sorted(arguments.prompt)))
+    failed: list[str] = []
     try:
         for mode in arguments.modes:
-            _run_mode(report, mode, device, cells, longest, arguments)
+            _run_mode(report, mode, device, cells, longest, arguments, failed)
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; {len(report.rows.rows)} rows are kept") from None
     if arguments.plot:
         from plot_inference import draw
 
         draw(report.rows.rows, arguments.plot)
+    if failed:
+        raise SystemExit(f"{len(failed)} measurements failed, see above; {len(report.rows.rows)} rows are kept")
 
 
-def _run_mode(report, mode, device, cells, longest, arguments) -> None:
-    start = time.perf_counter()
-    model = build(arguments.model, mode, arguments.device, getattr(torch, arguments.dtype), longest)
+def _run_mode(report, mode, device, cells, longest, arguments, failed: list[str]) -> None:
+    start, model = time.perf_counter(), None
+    with _confined(f"{mode.name}: not built", failed):
+        model = build(arguments.model, mode, arguments.device, getattr(torch, arguments.dtype), longest)
+    if model is None:
+        return
     undo = compile_parts(model) if device.cuda and not arguments.no_compile else lambda: None
     print(f"{mode.name}: built in {time.perf_counter() - start:.1f} s", flush=True)
     try:
+        # Before the first peak: kernels are compiled and tuned in buffers that are no part of a model's memory.
+        with _confined(f"{mode.name}: no warm-up", failed):
+            _warm_up(model, device)
         for batch, prompt in cells:
-            _measure_or_say(report, mode, model, device, batch, prompt, arguments)
+            with _confined(f"{mode.name} {batch} x {prompt}: left out", failed):
+                measure(report, mode, model, device, batch, prompt, arguments)
     finally:
         undo()
 
 
-def _measure_or_say(report, mode, model, device, batch, prompt, arguments) -> None:
-    """One cell that does not fit must not cost the others."""
+def _warm_up(model, device: Device) -> None:
+    decoder = nm_act.StaticDecoder(model, max_tokens=WARM_TOKENS + 2)
+    decoder.prefill(torch.zeros(1, WARM_TOKENS, dtype=torch.long, device=device.torch))
+    decoder.step()
+
+
+@contextmanager
+def _confined(what: str, failed: list[str]) -> Iterator[None]:
+    """A failure costs its own cell only: one line, and a status other than 0 at the end."""
     try:
-        measure(report, mode, model, device, batch, prompt, arguments)
-    except torch.OutOfMemoryError as error:
-        print(f"{mode.name} {batch} x {prompt}: out of memory, left out ({str(error).split('.')[0]})", flush=True)
+        yield
+    except Exception as error:  # out of memory, a kernel without a plan, a shape that an operator refuses
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        print(f"{what} ({type(error).__name__}: {reason[:160]})", flush=True)
+        failed.append(what)
 
 
 if __name__ == "__main__":

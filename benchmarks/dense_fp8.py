@@ -27,8 +27,13 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return q, scales
 
 
-def product(q: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """``(q * scales) @ (weight * weight_scale[:, None])^T`` in bf16."""
-    return torch._scaled_mm(
-        q, weight.t(), scale_a=scales, scale_b=weight_scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+def product(
+    q: torch.Tensor,
+    scales: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``(q * scales) @ (weight * weight_scale[:, None])^T + bias`` in bf16."""
+    options = {"bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return torch._scaled_mm(q, weight.t(), scale_a=scales, scale_b=weight_scale[None], **options)

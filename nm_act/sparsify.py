@@ -111,7 +111,10 @@ def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
     macs = Counter()
     stacks = set()
     sparse_layers: dict[tuple[nn.Module, LinearSpec], NMLinear] = {}
-    for name, module in candidates:
+    shared = {key for key, names in Counter(id(module) for _, module in candidates).items() if names > 1}
+    candidates.reverse()
+    while candidates:  # consumed, so that a replaced layer's weight is freed before the next one is copied
+        name, module = candidates.pop()
         spec, reason = _decide(module, places[name], recipe)
         if places[name] is not None and isinstance(module, nn.Linear):
             macs[spec is not None] += module.in_features * module.out_features
@@ -120,9 +123,10 @@ def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
             continue
         report.replaced.append((name, spec))
         stacks.add(places[name].stack)
-        if (module, spec) not in sparse_layers:  # a layer may be shared under several names
-            sparse_layers[module, spec] = NMLinear.from_linear(module, spec)
-        _replace(model, name, sparse_layers[module, spec])
+        sparse = sparse_layers.get((module, spec)) or NMLinear.from_linear(module, spec)
+        if id(module) in shared:  # under several names
+            sparse_layers[module, spec] = sparse
+        _replace(model, name, sparse)
     report.mac_fraction = macs[True] / macs.total() if macs else 0.0
     if recipe.needs_token_context:
         _attach_context(model, sorted(stacks), report, TokenContext(recipe.dense_first_tokens))

@@ -61,6 +61,31 @@ def test_an_interruption_keeps_the_rows(tmp_path, monkeypatch):
     assert len(rows_of(out)) == 2
 
 
+def test_a_failure_costs_its_own_cell(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "inference.csv"
+    build, measure = bench_inference.build, bench_inference.measure
+
+    def failing_build(name, mode, *rest):
+        if mode.name == "nm-4:8":
+            raise NotImplementedError("no such weights\nand more")
+        return build(name, mode, *rest)
+
+    def failing_measure(report, mode, model, device, batch, prompt, arguments):
+        if (mode.name, prompt) == ("nm-2:4", 5):
+            raise RuntimeError("No valid execution plans built.")
+        measure(report, mode, model, device, batch, prompt, arguments)
+
+    monkeypatch.setattr(bench_inference, "build", failing_build)
+    monkeypatch.setattr(bench_inference, "measure", failing_measure)
+    modes = ["--prompt", "5", "8", "--batch", "1", "--mode", "nm-4:8", "nm-2:4", "nm-8:16"]
+    with pytest.raises(SystemExit, match="2 measurements failed, see above; 10 rows are kept"):
+        bench_inference.main([*TINY, *modes, "--csv", str(out)])
+    assert len(rows_of(out)) == 10  # dense and 8:16 of both prompts, 2:4 of one
+    printed = capsys.readouterr().out
+    assert "nm-4:8: not built (NotImplementedError: no such weights)" in printed
+    assert "nm-2:4 1 x 5: left out (RuntimeError: No valid execution plans built.)" in printed
+
+
 def test_modes():
     modes = inference_models.parse_modes(["nm-2:4-fp8", "dense", "nm-8:16-fp8", "nm-8:16"])
     assert [(mode.name, mode.fp8) for mode in modes] == [

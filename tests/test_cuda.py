@@ -242,6 +242,21 @@ def test_silu_mul_compress(dtype, fp8, tokens, in_features):
         assert_close_to_pruned(packed, F.silu(gate) * up)
 
 
+def test_halves_of_a_merged_projection_are_read_in_place():
+    merged = torch.randn(2, 700, 2 * 4096, device="cuda").bfloat16()
+    gate, up = merged.split(4096, dim=-1)
+    expected = nm_act.silu_mul_compress(gate.contiguous(), up.contiguous())
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    packed = nm_act.silu_mul_compress(gate, up)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken < 1.1 * sum(tensor.numel() * tensor.element_size() for tensor in packed) + 4096
+    assert all(torch.equal(a, b) for a, b in zip(packed, expected, strict=True))
+    for view in (gate[:, 3:], gate[:, ::2], merged[..., ::2], gate.transpose(0, 1)):
+        assert torch.equal(nm_act.prune(view, 2, 4), nm_act.prune(view.contiguous(), 2, 4))
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_producers_take_the_options_of_the_selection(fp8):
     tokens, in_features = 33, 1024

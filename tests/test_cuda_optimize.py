@@ -165,7 +165,8 @@ def test_optimizing_holds_one_copy_of_the_weights():
 
 # ---- the smallest case for compute-sanitizer -------------------------------------------------------------------------
 @pytest.mark.sanitizer
-def test_small_fused_model():
+def test_small_fused_model(monkeypatch):
+    monkeypatch.setattr(fused, "PACKED_TOKENS", 1)
     model = on_gpu(recipe=nm_act.Recipe("2:4"))
     expected = logits(model, prompt(33))
     nm_act.optimize(model)

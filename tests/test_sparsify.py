@@ -1,12 +1,14 @@
 """sparsify on plain modules and on skeletons of Transformers models: replaced, kept, refused."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from nm_act.linear import NMLinear
+from nm_act.optimize import model as optimizing
 from nm_act.recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe, Rule
 from nm_act.sparsify import sparsify
 
@@ -156,6 +158,29 @@ def test_a_shared_layer_is_replaced_everywhere():
     assert isinstance(first, NMLinear)
     assert isinstance(second, NMLinear)
     assert first.weight is second.weight
+
+
+@pytest.mark.parametrize("convert", ["sparsify", "quantise"])
+def test_replaced_weights_are_freed_one_by_one(convert, monkeypatch):
+    """A model is not held twice: when a layer is converted, those before it are gone."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"up_proj": nn.Linear(32, 32)}) for _ in range(6))
+    owner, name = (NMLinear, "from_linear") if convert == "sparsify" else (optimizing, "FP8Linear")
+    if convert == "quantise":
+        sparsify(model, Recipe("8:16", projections=["up_proj"]))
+    before = [weakref.ref(layer["up_proj"]) for layer in model.layers]
+    original, alive = getattr(owner, name), []
+
+    def converted(layer, *arguments):
+        alive.append(sum(reference() is not None for reference in before))
+        return original(layer, *arguments)
+
+    monkeypatch.setattr(owner, name, converted)
+    if convert == "sparsify":
+        sparsify(model, Recipe("8:16", projections=["up_proj"]))
+    else:
+        optimizing._quantise(optimizing.OptimizeReport(model), "decode")
+    assert alive == [6, 5, 4, 3, 2, 1]
 
 
 def test_only_the_text_decoder_is_touched():

@@ -7,6 +7,7 @@ import torch
 from tiny_families import KNOWN, family
 
 import nm_act
+from nm_act.optimize import static
 
 IDS = torch.arange(3, 27).view(2, 12)
 
@@ -101,3 +102,37 @@ def test_dense_first_tokens_have_no_graph(monkeypatch):
     monkeypatch.setattr(model, "parameters", lambda: [SimpleNamespace(device=torch.device("cuda", 0))])
     with pytest.raises(ValueError, match="expected a recipe without dense_first_tokens, which no CUDA"):
         nm_act.StaticDecoder(model, max_tokens=24)
+
+
+def flash(query, key, value, starts, ends, max_q, max_k, dropout, causal, debug, *, scale, seqused_k=None, **window):
+    """What torch documents of its flash attention, in float64: packed sequences ``[tokens, heads, dim]`` or a batch."""
+    assert (dropout, causal, debug) == (0.0, False, False)
+    if starts is not None:
+        assert (starts.tolist(), ends.tolist()) == ([0, max_q], [0, max_k])
+        query, key, value = (tensor[None] for tensor in (query, key, value))
+    assert (query.shape[1], key.shape[1]) == (max_q, max_k)
+    groups = query.shape[2] // key.shape[2]
+    used = max_k if seqused_k is None else seqused_k.item()
+    key, value = (tensor[:, :used].double().repeat_interleave(groups, dim=2) for tensor in (key, value))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key) * scale
+    behind = torch.arange(used - max_q, used)[:, None] - torch.arange(used)
+    left, right = window["window_size_left"], window["window_size_right"]
+    inside = ((behind <= left) | (left < 0)) & ((behind >= -right) | (right < 0))
+    weights = scores.masked_fill(~inside, float("-inf")).softmax(dim=-1)
+    y = torch.einsum("bhqk,bkhd->bqhd", weights, value).to(query.dtype)
+    return (y if starts is None else y[0],)
+
+
+@pytest.mark.parametrize("window", [None, 5, 100])
+@pytest.mark.parametrize("tokens", [1, 12])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_flash_attention_is_asked_for_the_same(window, tokens, groups, monkeypatch):
+    """The sequences of a batch as heads of one, windows that count the query: the arguments mean what the masks do."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    key, value = torch.randn(2, 3, 2, 20, 8)  # batch, key heads, cache, dim
+    query, length = torch.randn(3, 2 * groups, tokens, 8), 12
+    options = {"scaling": 0.3, "sliding_window": window}
+    options["nm_act_lengths"] = torch.full((3,), length, dtype=torch.int32)
+    masked, _ = static.static_attention(None, query, key, value, **options)
+    fast, _ = static.static_attention(None, query, key, value, nm_act_flash=True, **options)
+    torch.testing.assert_close(fast, masked)

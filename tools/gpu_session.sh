@@ -4,7 +4,7 @@
 #   tools/gpu_session.sh [STEP...]    steps: build test sanitize bench (these four if none is named), inference, tune
 # Environment: OUT (where logs and CSVs go), PYTHON, NM_ACT_CMAKE_ARGS and MAX_JOBS (as setup.py reads them), COMMIT (for
 # the CSVs where there is no git), QUICK=1 (shorter benchmarks), TEST_ARGS, BENCH_ARGS, INFERENCE_ARGS, and limits in seconds: BUILD_LIMIT,
-# TEST_LIMIT, SANITIZE_LIMIT (each tool), BENCH_LIMIT (each benchmark).
+# TEST_LIMIT, SANITIZE_LIMIT (each tool), BENCH_LIMIT (each benchmark), INFERENCE_LIMIT, TUNE_LIMIT.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${OUT:-build/gpu-session}
@@ -82,15 +82,15 @@ fi
 
 # Worth it in a build with NM_ACT_CMAKE_ARGS=-DNM_ACT_TUNING_TILES=ON.
 if wanted tune; then
-  TAIL_LINES=60 step tune_overlap "${BENCH_LIMIT:-280}" "$python" benchmarks/tune.py --overlapped --tokens 512 4096 \
+  TAIL_LINES=60 step tune_overlap "${TUNE_LIMIT:-560}" "$python" benchmarks/tune.py --overlapped --tokens 512 4096 \
     ${TUNE_ARGS:-}
-  TAIL_LINES=80 step tune "${BENCH_LIMIT:-280}" "$python" benchmarks/tune.py --csv "$out/gemm_tuning.csv" \
+  TAIL_LINES=80 step tune "${TUNE_LIMIT:-560}" "$python" benchmarks/tune.py --csv "$out/gemm_tuning.csv" \
     ${COMMIT:+--commit "$COMMIT"} ${QUICK:+--quick} ${TUNE_ARGS:-}
 fi
 
 if wanted inference; then
   # shellcheck disable=SC2086
-  TAIL_LINES=60 step bench_inference "${BENCH_LIMIT:-280}" "$python" benchmarks/bench_inference.py \
+  TAIL_LINES=60 step bench_inference "${INFERENCE_LIMIT:-560}" "$python" benchmarks/bench_inference.py \
     --csv "$out/inference.csv" ${COMMIT:+--commit "$COMMIT"} ${INFERENCE_ARGS:-}
 fi
 

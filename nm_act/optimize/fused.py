@@ -102,11 +102,19 @@ def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _mlp_tail(mlp: nn.Module, y: Tensor) -> Tensor:
-    """From gate and up side by side to the output of the MLP."""
+    """From gate and up side by side to the output of the MLP.
+
+    The largest tensors of a model: they are gone before the down layer runs, if the caller keeps no reference.
+    """
     gate, up = y.split(getattr(mlp, mlp.nm_act_gate_up).sizes, dim=-1)
+    shape = gate.shape
     if mlp.nm_act_packs and takes_packed(mlp.down_proj, gate):
-        return product(mlp.down_proj, silu_mul_compress(gate, up, **options(mlp.down_proj)), gate.shape)
-    return mlp.down_proj(gated(mlp.act_fn, gate, up))
+        operand = silu_mul_compress(gate, up, **options(mlp.down_proj))
+        del y, gate, up
+        return product(mlp.down_proj, operand, shape)
+    x = gated(mlp.act_fn, gate, up)
+    del y, gate, up
+    return mlp.down_proj(x)
 
 
 def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -156,8 +164,8 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> T
         hidden_states = self.input_layernorm(hidden_states)
     attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
     if packs_mlp:
-        y, hidden = norm_product(self.post_attention_layernorm, gate_up, attention, residual)
-        return hidden + _mlp_tail(self.mlp, y)
+        results = list(norm_product(self.post_attention_layernorm, gate_up, attention, residual))
+        return results.pop() + _mlp_tail(self.mlp, results.pop())
     hidden = residual + attention
     return hidden + self.mlp(self.post_attention_layernorm(hidden))
 

@@ -212,10 +212,11 @@ def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tu
 
 
 def _quantise(report: OptimizeReport, layout: str) -> None:
-    for name, module in list(report.model.named_modules()):
-        for child, layer in list(module.named_children()):
-            if not isinstance(layer, NMLinear):
-                continue
+    # Names, not modules: a layer's 16-bit weight is freed before the next one is converted.
+    for name in [name for name, _ in report.model.named_modules()]:
+        module = report.model.get_submodule(name)
+        for child in [child for child, layer in module.named_children() if isinstance(layer, NMLinear)]:
+            layer = module.get_submodule(child)
             why = not_fp8(layer, layout)
             if why:
                 report.kept.append((f"{name}.{child}", f"stays in 16 bits: {why}"))

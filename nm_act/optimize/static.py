@@ -1,13 +1,19 @@
 """Decoding with a cache of fixed size, under CUDA graphs where there is a GPU."""
 
+import functools
+import itertools
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..linear import NMLinear
+
+logger = logging.getLogger(__name__)
 
 ATTENTION = "nm_act_static"
 """Name of :func:`static_attention` among Transformers' attention implementations."""
@@ -40,9 +46,9 @@ class StaticDecoder:
 
     Notes
     -----
-    Attention reads the filled part of the cache only: flash attention for a prompt, and for the steps of one sequence
-    on CUDA too. Padding is not supported: use ``model.generate``, which is (``cache_implementation="static"`` compiles
-    it).
+    Attention reads the filled part of the cache only: torch's fastest kernel for a prompt, and for steps on CUDA flash
+    attention that takes the length from the device. Padding is not supported: use ``model.generate``, which is
+    (``cache_implementation="static"`` compiles it).
 
     Examples
     --------
@@ -79,7 +85,7 @@ class StaticDecoder:
         self._pool = None
         self._step_graph: Callable | None = None
         self._prefill_graphs: dict[int, tuple[Tensor, Callable]] = {}
-        self._flash = self.device.type == "cuda" and batch == 1 and _flash_works(self._config, model.dtype)
+        self._flash = self.device.type == "cuda" and _flash_works(self._config, model.dtype)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> Tensor:
@@ -191,7 +197,7 @@ class StaticDecoder:
 
     def _captured(self, function: Callable, before: Callable) -> Callable:
         """One launch for what ``function`` enqueues."""
-        side = torch.cuda.Stream(self.device)
+        side = _side_stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(WARMUP):
@@ -287,7 +293,7 @@ def static_attention(
     nm_act_lengths : Tensor [batch], int32
         Filled tokens, new ones included; several new tokens always are a prompt, which starts the cache.
     nm_act_flash : bool
-        One token of one sequence: read the length on the device in flash attention instead of masking the whole cache.
+        All sequences are of one length: flash attention, which reads it on the device, instead of masks.
 
     Returns
     -------
@@ -301,6 +307,8 @@ def static_attention(
         return y.transpose(1, 2).contiguous(), None
     if nm_act_flash and tokens == 1:
         return _flash_step(query, key, value, nm_act_lengths, scaling, sliding_window), None
+    if nm_act_flash:
+        return _flash_window(query, key, value, scaling, sliding_window), None
     positions = nm_act_lengths[:, None] - tokens + torch.arange(tokens, device=query.device)
     columns = torch.arange(key.shape[2], device=query.device)
     mask = columns <= positions[..., None]
@@ -309,24 +317,56 @@ def static_attention(
     if tokens == 1:
         # The queries of a group share their keys: they are rows of one product.
         query = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
+        with _no_cudnn(query):
+            y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
         return y.reshape(y.shape[0], 1, -1, y.shape[3]), None
     # With a mask, only the slow kernel of torch takes grouped heads.
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
+    with _no_cudnn(query):
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
     return y.transpose(1, 2).contiguous(), None
 
 
+def _no_cudnn(query: Tensor):
+    """Masked attention by torch's own kernels: cuDNN, which torch prefers on Hopper, need not take such masks."""
+    if not query.is_cuda:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def _flash_window(query, key, value, scaling, sliding_window) -> Tensor:
+    """A prompt longer than the window; ``[batch, tokens, heads, dim]``."""
+    tokens = query.shape[2]
+    y = torch.ops.aten._flash_attention_forward(
+        *(tensor.transpose(1, 2) for tensor in (query, key, value)),
+        None,
+        None,
+        tokens,
+        tokens,
+        0.0,
+        False,
+        False,
+        scale=scaling,
+        # The window counts the keys before the query itself.
+        window_size_left=sliding_window - 1,
+        window_size_right=0,
+    )[0]
+    return y
+
+
 def _flash_step(query, key, value, lengths, scaling, sliding_window) -> Tensor:
-    """One token of one sequence; ``[1, 1, heads, dim]``."""
+    """One token of each sequence, all of one length; ``[batch, 1, heads, dim]``.
+
+    The sequences are heads of one: their caches lie one after the other, and a group of heads still shares its keys.
+    """
+    batch, heads, _, dim = query.shape
     most = key.shape[2]
     starts = torch.arange(2, dtype=torch.int32, device=query.device)
-    # The window counts the keys before the query itself.
     window = -1 if sliding_window is None or sliding_window >= most else sliding_window - 1
     y = torch.ops.aten._flash_attention_forward(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        query.reshape(1, batch * heads, dim),
+        key.flatten(0, 1).transpose(0, 1),
+        value.flatten(0, 1).transpose(0, 1),
         starts,
         starts * most,
         1,
@@ -337,9 +377,9 @@ def _flash_step(query, key, value, lengths, scaling, sliding_window) -> Tensor:
         scale=scaling,
         window_size_left=window,
         window_size_right=-1 if window < 0 else 0,
-        seqused_k=lengths,
+        seqused_k=lengths[:1],
     )[0]
-    return y[None]
+    return y.view(batch, 1, heads, dim)
 
 
 @torch.inference_mode()
@@ -351,18 +391,29 @@ def _flash_works(config, dtype: torch.dtype) -> bool:
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     generator = torch.Generator("cuda").manual_seed(0)
     draw = lambda *size: torch.randn(size, generator=generator, device="cuda", dtype=dtype)  # noqa: E731
-    query, key, value = draw(1, heads, 1, dim), draw(1, key_heads, 512, dim), draw(1, key_heads, 512, dim)
-    lengths = torch.full((1,), 300, dtype=torch.int32, device="cuda")
+    query, key, value = draw(2, heads, 100, dim), draw(2, key_heads, 512, dim), draw(2, key_heads, 512, dim)
+    lengths = torch.full((2,), 300, dtype=torch.int32, device="cuda")
     windows = {None, getattr(config, "sliding_window", None) and 64}
     try:
-        for window in windows:
-            options = {"scaling": dim**-0.5, "sliding_window": window, "nm_act_lengths": lengths}
-            masked, _ = static_attention(None, query, key, value, **options)
-            flash, _ = static_attention(None, query, key, value, nm_act_flash=True, **options)
+        for window, tokens in itertools.product(windows, (1, 100)):
+            options = {"scaling": dim**-0.5, "sliding_window": window}
+            options["nm_act_lengths"] = lengths if tokens == 1 else torch.full_like(lengths, tokens)
+            masked, _ = static_attention(None, query[:, :, :tokens], key, value, **options)
+            flash, _ = static_attention(None, query[:, :, :tokens], key, value, nm_act_flash=True, **options)
             torch.testing.assert_close(flash, masked, atol=2e-2, rtol=2e-2)
-    except (RuntimeError, TypeError, AssertionError):  # other versions refuse arguments, or ignore them
+    except (RuntimeError, TypeError, AssertionError) as error:  # other versions refuse arguments, or ignore them
+        reason = str(error).strip().split("\n")[0]
+        logger.warning(
+            "no flash attention with the length on the device: every step masks the whole cache (%s)", reason
+        )
         return False
     return True
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are warmed up: one stream a device, since cuBLAS keeps a workspace for each that it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def _refuse_first_tokens(model: nn.Module) -> None:

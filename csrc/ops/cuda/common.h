@@ -24,7 +24,8 @@ void check_status(cudaError_t status, const char* op);
 // Attributes of the tensor's device, asked for once a device.
 GemmDevice gemm_device(const at::Tensor& x, const char* op);
 
-// x as rows [tokens, in_features] with unit stride in a row; a copy only if the strides are anything else.
+// x as rows [tokens, in_features] with unit stride in a row and one stride between rows, such as the halves of a merged
+// projection [batch, tokens, 2 x in_features] have; a copy only if the strides are anything else.
 struct Rows {
   at::Tensor tensor;
   int64_t stride;

@@ -31,8 +31,17 @@ GemmDevice gemm_device(const at::Tensor& x, const char* op) {
 
 Rows rows_of(const at::Tensor& x) {
   const int64_t in_features = x.size(-1);
-  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= in_features) return {x, x.stride(0)};
-  return {x.contiguous(), in_features};
+  int64_t stride = 0;  // of a row
+  int64_t span = 0;    // of the dimensions so far
+  bool in_place = x.stride(-1) == 1;
+  for (int64_t i = x.dim() - 2; i >= 0 && in_place; --i) {
+    if (x.size(i) == 1) continue;
+    in_place = stride == 0 ? x.stride(i) >= in_features : x.stride(i) == span;
+    if (stride == 0) stride = x.stride(i);
+    span = x.stride(i) * x.size(i);
+  }
+  if (!in_place) return {x.contiguous(), in_features};
+  return {x, stride == 0 ? in_features : stride};
 }
 
 at::Tensor aligned(const at::Tensor& tensor) {
