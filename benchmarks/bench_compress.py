@@ -208,7 +208,7 @@ def bench(rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: i
             report.fractions.append((fraction, f"{variant.name} {variant.label}", tokens, features, median, kind))
         line.append(f"{variant.name} {variant.label} {median:.1f} us {moved / speed / median:.0%}")
         if variant.name == "compress" and variant.label == "bf16":
-            for name in filter(times.__contains__, others):
+            for name in [name for name in others if name in times]:
                 rows.add(mine, times[name], **common, variant=variant.name, baseline=name)
                 line.append(f"{name} {percentiles(times[name])[1]:.0f} us")
     print(f"{tokens:>5} x {features:<5} copy {speed / 1e6:.2f} TB/s; " + "; ".join(line), flush=True)

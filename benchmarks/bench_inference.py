@@ -17,6 +17,7 @@ import argparse
 import gc
 import itertools
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -246,6 +247,7 @@ def _confined(what: str, failed: list[str]) -> Iterator[None]:
     except Exception as error:  # out of memory, a kernel without a plan, a shape that an operator refuses
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         print(f"{what} ({type(error).__name__}: {reason[:160]})", flush=True)
+        traceback.print_exc()
         failed.append(what)
 
 

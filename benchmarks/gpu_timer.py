@@ -66,6 +66,7 @@ class _Replay:
     def __init__(self, calls: Calls, graph: bool, pool, stream: torch.cuda.Stream):
         self.calls, self.graph, self.pool, self.stream = calls, None, pool, stream
         self._set_time(_one_call_us(calls))
+        self.host_us = 0.0 if graph else self._one_call_on_the_host_us()
         if graph:
             self._capture()
             # Launched one by one, short calls take the host's time; now their own is known.
@@ -77,6 +78,15 @@ class _Replay:
                 self._capture()
             else:
                 self.inner = before
+
+    def _one_call_on_the_host_us(self) -> float:
+        """With an idle device, and so few launches that its queue does not fill and hold the host up."""
+        torch.cuda.synchronize()
+        count, began = min(self.inner, 8), time.perf_counter()
+        _run(self.calls, count)
+        host_us = (time.perf_counter() - began) * 1e6 / count
+        torch.cuda.synchronize()
+        return host_us
 
     def _set_time(self, one_us: float) -> None:
         self.one_us = one_us
@@ -96,15 +106,13 @@ class _Replay:
         # Not before: with its last graph the shared pool would go too.
         self.graph = graph
 
-    def __call__(self) -> tuple[torch.cuda.Event, torch.cuda.Event, float]:
-        """Events around the calls, and the host's microseconds for one of them."""
-        start, began = _record(), time.perf_counter()
+    def __call__(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start = _record()
         if self.graph is not None:
             self.graph.replay()
         else:
             _run(self.calls, self.inner)
-        host_us = (time.perf_counter() - began) * 1e6 / self.inner
-        return start, _record(), host_us
+        return start, _record()
 
 
 def interleaved(
@@ -139,13 +147,12 @@ def interleaved(
             events[name].append(replays[name]())
     torch.cuda.synchronize()
     times = {
-        name: [start.elapsed_time(end) * 1e3 / replays[name].inner for start, end, _ in samples]
-        for name, samples in events.items()
+        name: [start.elapsed_time(end) * 1e3 / replays[name].inner for start, end in pairs]
+        for name, pairs in events.items()
     }
-    for name in set(eager) & set(times):
-        host_us = [us for _, _, us in events[name]]
-        if percentiles([host / device for host, device in zip(host_us, times[name], strict=True)])[1] > 0.9:
-            print(f"{name}: no row, a call takes the host {percentiles(host_us)[1]:.1f} us, as long as the device")
+    for name, replay in replays.items():
+        if replay.host_us > 0.9 * percentiles(times[name])[1] and not isinstance(replay.calls[0], DeviceCopy):
+            print(f"{name}: no row, a call takes the host {replay.host_us:.1f} us, as long as the device")
             del times[name]
     replays.clear()
     torch.cuda.empty_cache()

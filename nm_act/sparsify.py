@@ -123,7 +123,9 @@ def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
             continue
         report.replaced.append((name, spec))
         stacks.add(places[name].stack)
-        sparse = sparse_layers.get((module, spec)) or NMLinear.from_linear(module, spec)
+        sparse = sparse_layers.get((module, spec))
+        if sparse is None:
+            sparse = NMLinear.from_linear(module, spec)
         if id(module) in shared:  # under several names
             sparse_layers[module, spec] = sparse
         _replace(model, name, sparse)

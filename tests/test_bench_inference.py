@@ -112,6 +112,13 @@ def test_wrong_arguments_are_one_sentence(arguments, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_fp8_modes_are_bfloat16(monkeypatch, capsys):
+    monkeypatch.setattr(bench_inference.torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        bench_inference.parse(["--mode", "nm-2:4-fp8", "--dtype", "float16"])
+    assert "expected bfloat16 for fp8 modes, whose baseline gives that, got float16" in capsys.readouterr().err
+
+
 def test_kernels_have_kinds():
     names = {
         "void nm_act::(anonymous namespace)::compress_row_kernel<RmsNorm>": "compress",

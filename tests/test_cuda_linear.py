@@ -194,7 +194,8 @@ def test_every_tile_makes_the_product_with_the_same_bits_each_time(fp8, shape):
         for raster, swizzle in ((1, 1), (2, 2)):
             config = [tile["tile"], raster, swizzle, 0]
             first = OPS.sparse_gemm(*operands, **options, config=config)
-            assert relative_error(first, expected) < 5e-3, config
+            # Sums of the e4m3 tensor cores depend on where a tile is split.
+            assert relative_error(first, expected) < (1e-2 if fp8 else 5e-3), config
             for _ in range(3):
                 poison()
                 assert torch.equal(OPS.sparse_gemm(*operands, **options, config=config), first), config

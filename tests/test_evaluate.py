@@ -9,7 +9,6 @@ import pytest
 import tiny_model
 from typer.testing import CliRunner
 
-from nm_act import texts
 from nm_act.cli import app
 from nm_act.evaluate import results, run, study, tasks
 from nm_act.recipe import Recipe, Rule
@@ -47,35 +46,6 @@ def _refused(*arguments) -> str:
     assert "Traceback" not in result.stderr
     [complaint] = [line for line in result.stderr.splitlines() if line.startswith("nm-act: ")]
     return complaint
-
-
-# ---- data
-
-
-def test_files_are_found_by_name_folder_and_split(tmp_path):
-    (tmp_path / "boolq").mkdir()
-    (tmp_path / "boolq" / "train.jsonl").write_text("{}")
-    (tmp_path / "boolq" / "validation.jsonl").write_text("{}")
-    (tmp_path / "boolq" / "SOURCES.md").write_text("not data")
-    (tmp_path / "piqa.jsonl").write_text("{}")
-    assert texts.find_file(tmp_path, "boolq").name == "validation.jsonl"
-    assert texts.find_file(tmp_path, "piqa").name == "piqa.jsonl"
-    with pytest.raises(FileNotFoundError, match=r"no data for winogrande in .*: expected winogrande\.jsonl"):
-        texts.find_file(tmp_path, "winogrande")
-    with pytest.raises(FileNotFoundError, match="expected a data folder, but there is none"):
-        texts.find_file(tmp_path / "missing", "boolq")
-    (tmp_path / "arc").mkdir()
-    for name in ("a.jsonl", "b.jsonl"):
-        (tmp_path / "arc" / name).write_text("{}")
-    with pytest.raises(ValueError, match=r"expected one file for arc in .*, got arc/a\.jsonl, arc/b\.jsonl"):
-        texts.find_file(tmp_path, "arc")
-
-
-@pytest.mark.parametrize("content", ["", "[1]", "nonsense", '{"a": 1}\n3'])
-def test_rows_that_are_no_objects(tmp_path, content):
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"expected (JSON|a list of objects) in .*a\.jsonl"):
-        texts.read_rows(tmp_path / "a.jsonl")
 
 
 # ---- studies

@@ -1,5 +1,7 @@
 """The packed path of optimize(), its CUDA operators replaced by plain torch: which tensors go where, and the residuals."""
 
+import weakref
+
 import pytest
 import torch
 from tiny_families import family
@@ -162,3 +164,38 @@ def test_hidden_states_are_those_of_the_unfused_model(calls):
     assert len(actual) == len(expected) == 3
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+def test_gate_and_up_are_freed_before_the_down_layer_runs(pattern, calls, monkeypatch):
+    """They are the largest tensors of a model, and a layer that prunes makes a copy of its input."""
+    model = family("llama")
+    nm_act.sparsify(model, nm_act.Recipe(pattern))
+    nm_act.optimize(model)
+    down = {layer.mlp.down_proj for layer in model.model.layers}
+    seen, alive = [], []
+
+    def recording(function):
+        def call(*arguments, **options):
+            gate, up = arguments[-2:]
+            seen.extend(map(weakref.ref, (gate, up, gate._base)))
+            return function(*arguments, **options)
+
+        return call
+
+    def counting(function):
+        def call(linear, *arguments):
+            if linear in down:
+                alive.append(sum(reference() is not None for reference in seen))
+            return function(linear, *arguments)
+
+        return call
+
+    packed = pattern == "2:4"
+    for name in ("silu_mul_compress",) if packed else ("gated",):
+        monkeypatch.setattr(fused, name, recording(getattr(fused, name)))
+    owner, name = (fused, "product") if packed else (nm_act.NMLinear, "forward")
+    monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
+    logits(model)
+    assert len(seen) == 6
+    assert alive == [0, 0]

@@ -1,7 +1,6 @@
 """Perplexity against an independent float64 computation, and against models whose perplexity is known."""
 
 import importlib
-import json
 import math
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ from nm_act.evaluate.perplexity import perplexity
 from nm_act.evaluate.variants import sparse_copy
 from nm_act.linear import NMLinear
 from nm_act.recipe import Recipe
-from nm_act.texts import read_text, tokenize
+from nm_act.texts import tokenize
 
 module = importlib.import_module("nm_act.evaluate.perplexity")  # as an attribute, the function hides it
 
@@ -136,51 +135,6 @@ def test_window_out_of_range():
         perplexity(model, ids, window=1)
     with pytest.raises(ValueError, match="within the model's context of 64 tokens, got 65; shorten it"):
         perplexity(model, ids, window=65)
-
-
-def test_tokenize(tiny):
-    _, tokenizer = tiny
-    ids = tokenize(tokenizer, tiny_model.TEXT)
-    assert ids.dtype == torch.int64
-    assert tokenizer.decode(ids) == tiny_model.TEXT
-    assert torch.equal(tokenize(tokenizer, tiny_model.TEXT, 9), ids[:9])
-    with pytest.raises(ValueError, match="expected at least 2 tokens to evaluate on, got 1"):
-        tokenize(tokenizer, tiny_model.TEXT, 1)
-
-
-def test_read_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes("naïve\r\n".encode())
-    assert read_text(tmp_path / "a.txt") == "naïve\r\n"
-    # U+2028 ends a line for str.splitlines, but stands unescaped inside JSON strings.
-    rows = [{"text": "one\u2028more"}, {"text": "two", "id": 2}]
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "a.jsonl").write_text(lines + "\n\n", encoding="utf-8")
-    assert read_text(tmp_path / "a.jsonl") == "one\u2028more\n\ntwo"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"ab\xff", "expected UTF-8 text in .*, another encoding at byte 2; convert it"),
-        ("a.txt", b" \n", "expected text in .*, but there is none"),
-        ("a.jsonl", b"", "but there is none"),
-        ("a.jsonl", b'{"text": "x"}\nno json', 'expected an object with a "text" field on line 2'),
-        ("a.jsonl", b'{"content": "x"}', "on line 1"),
-        ("a.jsonl", b'["x"]', "on line 1"),
-        ("a.jsonl", b'{"text": 3}', "on line 1"),
-    ],
-)
-def test_bad_text(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_text(tmp_path / name)
-
-
-def test_no_text_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"cannot read '.*missing': no such file or directory"):
-        read_text(tmp_path / "missing")
-    with pytest.raises(ValueError, match="is a folder; name a file inside it"):
-        read_text(tmp_path)
 
 
 def test_sparse_copy_leaves_the_dense_model_alone():

@@ -136,3 +136,11 @@ def test_flash_attention_is_asked_for_the_same(window, tokens, groups, monkeypat
     masked, _ = static.static_attention(None, query, key, value, **options)
     fast, _ = static.static_attention(None, query, key, value, nm_act_flash=True, **options)
     torch.testing.assert_close(fast, masked)
+
+
+def test_masks_on_a_gpu_do_not_go_to_cudnn():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with static._no_cudnn(SimpleNamespace(is_cuda=True)):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

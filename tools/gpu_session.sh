@@ -3,8 +3,9 @@
 # Every step has a time limit and a log; a failing step does not stop the later ones.
 #   tools/gpu_session.sh [STEP...]    steps: build test sanitize bench (these four if none is named), inference, tune
 # Environment: OUT (where logs and CSVs go), PYTHON, NM_ACT_CMAKE_ARGS and MAX_JOBS (as setup.py reads them), COMMIT (for
-# the CSVs where there is no git), QUICK=1 (shorter benchmarks), TEST_ARGS, BENCH_ARGS, INFERENCE_ARGS, and limits in seconds: BUILD_LIMIT,
-# TEST_LIMIT, SANITIZE_LIMIT (each tool), BENCH_LIMIT (each benchmark), INFERENCE_LIMIT, TUNE_LIMIT.
+# the CSVs where there is no git), QUICK=1 (shorter benchmarks), TEST_ARGS, BENCH_ARGS, INFERENCE_ARGS, TUNE_ARGS, and
+# limits in seconds: BUILD_LIMIT, TEST_LIMIT, SANITIZE_LIMIT (each tool), BENCH_LIMIT (each benchmark), INFERENCE_LIMIT,
+# TUNE_LIMIT.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 out=${OUT:-build/gpu-session}

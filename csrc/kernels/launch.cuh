@@ -67,8 +67,9 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
   if (shape.shared_bytes > kSharedWithoutAsking) {
     // Always all that a block may have, not this launch's share: the attribute belongs to the kernel, and a thread that
     // lowers it makes another's launch fail. Such kernels have no static shared memory, which counts too.
+    const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>());
+                                                    most > shape.shared_bytes ? most : shape.shared_bytes);
     if (status != cudaSuccess) return forget(status);
   }
   cudaLaunchAttribute attributes[2]{};

@@ -165,7 +165,9 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> T
     attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
     if packs_mlp:
         results = list(norm_product(self.post_attention_layernorm, gate_up, attention, residual))
-        return results.pop() + _mlp_tail(self.mlp, results.pop())
+        hidden = results.pop()
+        # Popped, so that gate and up, the largest tensors, are _mlp_tail's alone to free.
+        return hidden + _mlp_tail(self.mlp, results.pop())
     hidden = residual + attention
     return hidden + self.mlp(self.post_attention_layernorm(hidden))
 

@@ -1,7 +1,6 @@
 """Decoding with a cache of fixed size, under CUDA graphs where there is a GPU."""
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -46,9 +45,9 @@ class StaticDecoder:
 
     Notes
     -----
-    Attention reads the filled part of the cache only: torch's fastest kernel for a prompt, and for steps on CUDA flash
-    attention that takes the length from the device. Padding is not supported: use ``model.generate``, which is
-    (``cache_implementation="static"`` compiles it).
+    Prompts attend to the filled part of the cache; so do steps on CUDA in 16 bits, where torch's flash attention takes
+    the length from the device. Other steps mask the whole cache; where it is a GPU that does, a logged line says why.
+    Padding is not supported: use ``model.generate``, which is (``cache_implementation="static"`` compiles it).
 
     Examples
     --------
@@ -85,7 +84,7 @@ class StaticDecoder:
         self._pool = None
         self._step_graph: Callable | None = None
         self._prefill_graphs: dict[int, tuple[Tensor, Callable]] = {}
-        self._flash = self.device.type == "cuda" and _flash_works(self._config, model.dtype)
+        self._flash = self.device.type == "cuda" and _flash_works(self._config, model.dtype, self.device)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> Tensor:
@@ -382,30 +381,31 @@ def _flash_step(query, key, value, lengths, scaling, sliding_window) -> Tensor:
     return y.view(batch, 1, heads, dim)
 
 
-@torch.inference_mode()
-def _flash_works(config, dtype: torch.dtype) -> bool:
-    """Whether this torch's flash attention takes a length from the device, tried on a small cache."""
+def _flash_works(config, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this torch's flash attention takes a length from the device, and windows; tried once on a small cache."""
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
-    generator = torch.Generator("cuda").manual_seed(0)
-    draw = lambda *size: torch.randn(size, generator=generator, device="cuda", dtype=dtype)  # noqa: E731
+    windowed = bool(getattr(config, "sliding_window", None))
+    return _flash_fits(config.num_attention_heads, config.num_key_value_heads, dim, windowed, dtype, device)
+
+
+@functools.cache
+@torch.inference_mode()
+def _flash_fits(heads: int, key_heads: int, dim: int, windowed: bool, dtype: torch.dtype, device: torch.device) -> bool:
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator, device=device, dtype=dtype)  # noqa: E731
     query, key, value = draw(2, heads, 100, dim), draw(2, key_heads, 512, dim), draw(2, key_heads, 512, dim)
-    lengths = torch.full((2,), 300, dtype=torch.int32, device="cuda")
-    windows = {None, getattr(config, "sliding_window", None) and 64}
     try:
-        for window, tokens in itertools.product(windows, (1, 100)):
-            options = {"scaling": dim**-0.5, "sliding_window": window}
-            options["nm_act_lengths"] = lengths if tokens == 1 else torch.full_like(lengths, tokens)
+        for window, tokens in ((None, 1), (64, 1), (64, 100)) if windowed else ((None, 1),):
+            lengths = torch.full((2,), 300 if tokens == 1 else tokens, dtype=torch.int32, device=device)
+            options = {"scaling": dim**-0.5, "sliding_window": window, "nm_act_lengths": lengths}
             masked, _ = static_attention(None, query[:, :, :tokens], key, value, **options)
             flash, _ = static_attention(None, query[:, :, :tokens], key, value, nm_act_flash=True, **options)
             torch.testing.assert_close(flash, masked, atol=2e-2, rtol=2e-2)
     except (RuntimeError, TypeError, AssertionError) as error:  # other versions refuse arguments, or ignore them
         reason = str(error).strip().split("\n")[0]
-        logger.warning(
-            "no flash attention with the length on the device: every step masks the whole cache (%s)", reason
-        )
+        logger.warning("no flash attention with lengths on the device: every step masks the whole cache (%s)", reason)
         return False
     return True
 

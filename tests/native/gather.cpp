@@ -174,7 +174,7 @@ void run_types(Case c, int kind, bool aligned) {
 void run_cases() {
   const Pattern patterns[] = {{1, 2, {}},  {2, 4, {}},   {4, 8, {}}, {8, 16, {}}, {16, 32, {}},
                               {3, 16, {}}, {31, 32, {}}, {1, 8, {}}, {0, 0, {}}};
-  const GatherConfig configs[] = {{16, 1, 128}, {32, 2, 128}, {64, 3, 128}, {16, 8, 128}, {32, 1, 256}, {128, 2, 256}};
+  const GatherConfig configs[] = {{16, 1, 128}, {32, 2, 256}, {64, 3, 256}, {16, 8, 256}, {32, 1, 512}, {128, 2, 512}};
   int step = 0;
   for (Pattern pattern : patterns) {
     for (const GatherConfig& config : configs) {
@@ -189,6 +189,27 @@ void run_cases() {
           const int kind = tokens > kMaxDecodeTokens ? step % 2 : static_cast<int>(engine() % 6);
           run_types({tokens, in, 8 * (1 + step % 50), kBf16, kBf16, pattern, config, options}, kind, step % 5 != 0);
         }
+      }
+    }
+  }
+}
+
+// Slices as long as those of large layers, 512 threads as launches have them: configurations of our choice, then the
+// kernel's own.
+void run_long_slices() {
+  const GatherConfig configs[] = {{32, 5, 512}, {64, 8, 512}, {128, 1, 512}, {16, 4, 512}, {}};
+  const Pattern patterns[] = {{8, 16, {}}, {2, 4, {}}, {16, 32, {}}};
+  int step = 0;
+  for (const GatherConfig& config : configs) {
+    for (int in_features : {4096, 9024, 14336}) {
+      for (int tokens : {1, 2, 3, 4}) {
+        const bool plain = step % 2 == 0;
+        const Options options{!plain, !plain && step % 3 == 0, false, !plain, plain && step % 4 == 0};
+        const int kind = step % 6, out_features = 16 * (1 + step % 9);
+        Case c{tokens, in_features, out_features, kBf16, kBf16, patterns[step++ % 3], config, options};
+        const GatherProblem problem{tokens, 4096, in_features, kBf16, c.pattern, kHopper};
+        if (config.threads == 0) c.config = select_gather_config(problem);
+        if (is_valid(problem, c.config)) run_types(c, kind, step % 5 != 0);
       }
     }
   }
@@ -219,9 +240,6 @@ void check_configs() {
           const bool large = double(out) * in >= 4096 * 4096 && device.compute_capability_major == 9;
           if (tokens == 1 && large) check(blocks <= resident_blocks(problem, config), "one wave, " + what);
           if (large && out >= 4096) check(blocks >= 0.7 * device.multiprocessors, "enough blocks, " + what);
-          if (std::getenv("VERBOSE") != nullptr && device.compute_capability_major == 9)
-            std::printf("%s type %d: lanes %d splits %d threads %d, %d blocks, %d bytes shared\n", what.c_str(),
-                        int(type), config.lanes, config.splits, config.threads, blocks, shared_bytes(problem, config));
         }
       }
     }
@@ -236,6 +254,7 @@ void check_configs() {
 int main() {
   return run_checks([] {
     run_cases();
+    run_long_slices();
     check_configs();
     current = "coverage";
     // Two types of inputs by one, two or four tokens and three types of weights, and eight tokens with 16-bit weights.

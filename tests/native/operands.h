@@ -30,8 +30,7 @@ inline void check(bool ok, const std::string& what) {
 inline float uniform() { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(engine); }
 inline float normal() { return std::normal_distribution<float>()(engine); }
 
-// ---- element types
-// ---------------------------------------------------------------------------------------------------
+// ---- element types ------------------------------------------------------------------------------------------------
 
 struct Format {
   int mantissa, min_exponent;
@@ -170,8 +169,7 @@ int run_checks(const Run& run) {
   return failures == 0 ? 0 : 1;
 }
 
-// ---- rows of activations
-// ---------------------------------------------------------------------------------------------
+// ---- rows of activations ------------------------------------------------------------------------------------------
 
 enum class Content { kHard, kFinite };  // kFinite: no NaN, infinity or square beyond float32
 
@@ -247,8 +245,7 @@ struct Channels {
   Buffer memory;
 };
 
-// ---- the contract
-// ----------------------------------------------------------------------------------------------------
+// ---- the contract -------------------------------------------------------------------------------------------------
 
 // One token: what is selected from, in bits of the type and as floats.
 struct Token {

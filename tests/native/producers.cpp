@@ -50,8 +50,7 @@ uint32_t draw_feature(int64_t row, int feature, int in_features, ElementType typ
   return encode(normal(), type);
 }
 
-// ---- SiLU * up
-// -------------------------------------------------------------------------------------------------------
+// ---- SiLU * up ----------------------------------------------------------------------------------------------------
 
 double silu_of(double gate) { return gate / (1 + std::exp(-gate)); }
 
@@ -92,8 +91,7 @@ void run_silu(int64_t tokens, int in_features, ElementType type, ElementType val
   check(both.memory.guards_are_intact() && up.memory.guards_are_intact(), "nothing beside the inputs");
 }
 
-// ---- RMSNorm
-// ---------------------------------------------------------------------------------------------------------
+// ---- RMSNorm ------------------------------------------------------------------------------------------------------
 
 struct RmsNormCase {
   int64_t tokens;
@@ -190,8 +188,7 @@ void run_rmsnorm(const RmsNormCase& c) {
   }
 }
 
-// ---- cases
-// -----------------------------------------------------------------------------------------------------------
+// ---- cases --------------------------------------------------------------------------------------------------------
 
 void run_cases() {
   int step = 0;

@@ -21,8 +21,7 @@ struct GemmLaunch {
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
 cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch);
 
-// Bytes of scratch memory: partial sums and barriers of the tiles that split along the features. Instantiated for
-// those.
+// Bytes of scratch memory for partial sums and barriers; instantiated for the tiles that split along the features.
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
 size_t sparse_gemm_workspace_sm90(const SparseGemmParams& params, const GemmLaunch& launch);
 
