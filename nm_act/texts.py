@@ -8,7 +8,7 @@ import torch
 
 __all__ = ["HUB_TEXTS", "find_file", "load_text", "read_rows", "read_text", "tokenize"]
 
-SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 """File formats that are read: JSON lines, a JSON list, plain text, Parquet."""
 
 SPLITS = ("test", "validation", "val")
@@ -38,7 +38,7 @@ def find_file(folder: str | Path, name: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a data folder, but there is none at {str(folder)!r}; check --data")
     for pattern in (f"{name}.*", f"*/{name}.*", f"{name}/*.*"):
-        files = sorted(path for path in folder.glob(pattern) if path.suffix in SUFFIXES)
+        files = sorted(path for path in folder.glob(pattern) if path.suffix in DATA_SUFFIXES)
         chosen = next((fits for split in SPLITS if (fits := [f for f in files if split in f.stem.lower()])), files)
         if len(chosen) == 1:
             return chosen[0]
