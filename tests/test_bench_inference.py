@@ -41,7 +41,7 @@ def test_rows_and_baselines(tmp_path):
         assert row["baseline_p50"] == dense["p50"]
         ratio = float(row["p50"]) / float(dense["p50"])
         faster = ratio if row["metric"] == "decode_tok_s" else 1 / ratio
-        assert float(row["speedup"]) == pytest.approx(faster, rel=2e-2)
+        assert float(row["speedup"]) == pytest.approx(faster, rel=2e-2, abs=6e-4)  # three decimals
         assert float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
     assert plot.stat().st_size > 1000
 
