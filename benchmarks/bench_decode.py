@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from gpu_timer import DeviceCopy, common_arguments, geometric_mean, interleaved, require_kernels
 from shapes import LLAMA_3_8B, LLAMA_3_70B
-from timer import Rows, percentiles
+from timer import Rows, percentiles, relative_error
 
 import nm_act
 from nm_act import NMPattern, reference
@@ -92,7 +92,7 @@ def verify(call: Callable, x: torch.Tensor, weight: torch.Tensor, scale, pattern
     for columns in (slice(0, 256), slice(-256, None)):
         part = {"weight_scale": scale[columns]} if scale is not None else {}
         exact = reference.sparse_linear(x, weight[columns], n=pattern.keep, m=pattern.group, **part)
-        error = ((y[:, columns].double() - exact).norm() / exact.norm()).item()
+        error = relative_error(y[:, columns], exact)
         if not error < LIMIT:
             raise SystemExit(
                 f"expected {what} at {list(weight.shape)} within {LIMIT} of float64, got {error}: not timed"

@@ -105,6 +105,7 @@ class Report:
             commit=arguments.commit,
         )
         self.medians: dict[tuple, float] = {}
+        self.failed: list[str] = []
 
     def add(self, mode: Mode, batch: int, prompt: int, metric: str, samples: Sequence[float]) -> None:
         low, median, high = percentiles(list(samples))
@@ -200,23 +201,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report(arguments, device)
     longest = max(arguments.prompt) + arguments.decode + 1
     cells = list(itertools.product(arguments.batch, sorted(arguments.prompt)))
-    failed: list[str] = []
     try:
         for mode in arguments.modes:
-            _run_mode(report, mode, device, cells, longest, arguments, failed)
+            _run_mode(report, mode, device, cells, longest, arguments)
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; {len(report.rows.rows)} rows are kept") from None
     if arguments.plot:
         from plot_inference import draw
 
         draw(report.rows.rows, arguments.plot)
-    if failed:
-        raise SystemExit(f"{len(failed)} measurements failed, see above; {len(report.rows.rows)} rows are kept")
+    if report.failed:
+        raise SystemExit(f"{len(report.failed)} measurements failed, see above; {len(report.rows.rows)} rows are kept")
 
 
-def _run_mode(report, mode, device, cells, longest, arguments, failed: list[str]) -> None:
+def _run_mode(report, mode, device, cells, longest, arguments) -> None:
     start, model = time.perf_counter(), None
-    with _confined(f"{mode.name}: not built", failed):
+    with _confined(f"{mode.name}: not built", report):
         model = build(arguments.model, mode, arguments.device, getattr(torch, arguments.dtype), longest)
     if model is None:
         return
@@ -224,10 +224,10 @@ def _run_mode(report, mode, device, cells, longest, arguments, failed: list[str]
     print(f"{mode.name}: built in {time.perf_counter() - start:.1f} s", flush=True)
     try:
         # Before the first peak: kernels are compiled and tuned in buffers that are no part of a model's memory.
-        with _confined(f"{mode.name}: no warm-up", failed):
+        with _confined(f"{mode.name}: no warm-up", report):
             _warm_up(model, device)
         for batch, prompt in cells:
-            with _confined(f"{mode.name} {batch} x {prompt}: left out", failed):
+            with _confined(f"{mode.name} {batch} x {prompt}: left out", report):
                 measure(report, mode, model, device, batch, prompt, arguments)
     finally:
         undo()
@@ -240,7 +240,7 @@ def _warm_up(model, device: Device) -> None:
 
 
 @contextmanager
-def _confined(what: str, failed: list[str]) -> Iterator[None]:
+def _confined(what: str, report: Report) -> Iterator[None]:
     """A failure costs its own cell only: one line, and a status other than 0 at the end."""
     try:
         yield
@@ -248,7 +248,7 @@ def _confined(what: str, failed: list[str]) -> Iterator[None]:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         print(f"{what} ({type(error).__name__}: {reason[:160]})", flush=True)
         traceback.print_exc()
-        failed.append(what)
+        report.failed.append(what)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from bench_sparse_linear import LIMITS, SHAPES
 from gpu_timer import DeviceCopy, common_arguments, copies_for, geometric_mean, interleaved, require_kernels
-from timer import Rows, percentiles
+from timer import Rows, percentiles, relative_error
 
 import nm_act
 from nm_act import NMPattern, reference
@@ -82,7 +82,7 @@ class Bench:
         else:
             left, right = pruned.double(), self.pairs[0][1].double()
         expected = left @ right[:columns].t()
-        error = ((call()[rows, :columns].double() - expected).norm() / expected.norm()).item()
+        error = relative_error(call()[rows, :columns], expected)
         if not error < LIMITS[dtype]:
             where = f"{self.tokens} x {self.out_features} x {self.in_features}"
             raise SystemExit(f"expected {name} at {where} within {LIMITS[dtype]} of float64, got {error}: not timed")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from gpu_timer import common_arguments, copies_for, geometric_mean, interleaved, require_kernels
 from shapes import LLAMA_3_8B, LLAMA_3_70B
-from timer import Rows, percentiles
+from timer import Rows, percentiles, relative_error
 
 import nm_act
 from nm_act import reference
@@ -69,7 +69,7 @@ class Case:
         rows[0] = self.tokens - 1
         columns = min(256, self.out_features)
         expected = exact(self.xs[0][rows], columns)
-        error = ((call()[rows, :columns].double() - expected).norm() / expected.norm()).item()
+        error = relative_error(call()[rows, :columns], expected)
         if not error < limit:
             where = f"{self.tokens} x {self.out_features} x {self.in_features}"
             raise SystemExit(f"expected {name} at {where} within {limit} of float64, got {error}: not timed")

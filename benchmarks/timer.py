@@ -39,6 +39,12 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
     return tuple(ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.5, 0.8))
 
 
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """``|got - exact| / |exact|``, Frobenius norms in float64."""
+    exact = exact.double()
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
 class Rows:
     """Benchmark rows, rewritten to the CSV after each so that an interrupted run keeps what it measured."""
 

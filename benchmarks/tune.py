@@ -16,7 +16,7 @@ from collections import defaultdict
 import torch
 from bench_sparse_linear import SHAPES
 from gpu_timer import copies_for, geometric_mean, interleaved, require_kernels
-from timer import percentiles
+from timer import percentiles, relative_error
 
 import nm_act
 from nm_act import _C
@@ -69,19 +69,15 @@ def candidates(dtype: str, tokens: int, out_features: int) -> list[Config]:
     return result
 
 
-def relative_error(expected: torch.Tensor, got: torch.Tensor) -> float:
-    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
 def check(expected: torch.Tensor, got: torch.Tensor, what: str, limit: float = 5e-3) -> None:
-    error = relative_error(expected, got)
+    error = relative_error(got, expected)
     if not error < limit:
         raise SystemExit(f"expected {what} within {limit}, got a relative error of {error}: not timed")
 
 
 def agrees(expected: torch.Tensor, got: torch.Tensor, what: str, limit: float) -> bool:
     """Whether a configuration may be timed; a line says it where not."""
-    error = relative_error(expected, got)
+    error = relative_error(got, expected)
     if not error < limit:
         print(f"{what}: no row, a relative error of {error:.1e} against the selected configuration")
     return error < limit

@@ -316,13 +316,13 @@ def static_attention(
     if tokens == 1:
         # The queries of a group share their keys: they are rows of one product.
         query = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
-        with _no_cudnn(query):
-            y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
-        return y.reshape(y.shape[0], 1, -1, y.shape[3]), None
-    # With a mask, only the slow kernel of torch takes grouped heads.
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    else:
+        # With a mask, only the slow kernel of torch takes grouped heads.
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     with _no_cudnn(query):
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
+    if tokens == 1:
+        return y.reshape(y.shape[0], 1, -1, y.shape[3]), None
     return y.transpose(1, 2).contiguous(), None
 
 
@@ -336,7 +336,7 @@ def _no_cudnn(query: Tensor):
 def _flash_window(query, key, value, scaling, sliding_window) -> Tensor:
     """A prompt longer than the window; ``[batch, tokens, heads, dim]``."""
     tokens = query.shape[2]
-    y = torch.ops.aten._flash_attention_forward(
+    return torch.ops.aten._flash_attention_forward(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)),
         None,
         None,
@@ -350,7 +350,6 @@ def _flash_window(query, key, value, scaling, sliding_window) -> Tensor:
         window_size_left=sliding_window - 1,
         window_size_right=0,
     )[0]
-    return y
 
 
 def _flash_step(query, key, value, lengths, scaling, sliding_window) -> Tensor:
@@ -361,6 +360,7 @@ def _flash_step(query, key, value, lengths, scaling, sliding_window) -> Tensor:
     batch, heads, _, dim = query.shape
     most = key.shape[2]
     starts = torch.arange(2, dtype=torch.int32, device=query.device)
+    # The window counts the keys before the query itself.
     window = -1 if sliding_window is None or sliding_window >= most else sliding_window - 1
     y = torch.ops.aten._flash_attention_forward(
         query.reshape(1, batch * heads, dim),

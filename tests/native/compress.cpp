@@ -10,11 +10,8 @@ namespace {
 
 using namespace operands;
 
-constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp32 = ElementType::kFloat32,
-                      kFp8 = ElementType::kE4M3;
 constexpr MetadataLayout kLayouts16[] = {MetadataLayout::kNeutral, MetadataLayout::kSm80Bits16,
                                          MetadataLayout::kSm90Bits16T64, MetadataLayout::kSm90Bits16T128};
-constexpr Options kPlain{false, false, TokenShift::kNone, false};
 
 struct Memory {
   int gap, offset;  // elements between rows, and from an aligned place
@@ -40,10 +37,8 @@ int padded(int in_features, int multiple) { return (in_features + multiple - 1) 
 // Rows of every length modulo a tile, in every layout.
 void run_streaming() {
   const Memory memories[] = {kAligned, kOddRows, kOddStart, kOddChannels};
-  const Options options[] = {kPlain,
-                             {true, false, TokenShift::kNone, false},
-                             {false, true, TokenShift::kNone, false},
-                             {true, true, TokenShift::kNone, false}};
+  const Options options[] = {
+      kPlain, {true, false, kNone, false}, {false, true, kNone, false}, {true, true, kNone, false}};
   int step = 0;
   for (int64_t tokens : {1, 17, 33, 129}) {
     for (int in_features : {4, 12, 36, 140, 268, 520}) {
@@ -62,7 +57,7 @@ void run_streaming() {
 
 // Launches of so many blocks that a thread takes several steps.
 void run_many_steps() {
-  const Options options[] = {kPlain, {true, true, TokenShift::kNone, false}};
+  const Options options[] = {kPlain, {true, true, kNone, false}};
   for (const Options& option : options) {
     for (ElementType type : {kBf16, kFp16}) {
       for (MetadataLayout layout : kLayouts16) run(8179, 48, type, type, layout, option, kAligned);
@@ -74,17 +69,6 @@ void run_many_steps() {
   run(4083, 520, kFp32, kFp32, MetadataLayout::kNeutral, kPlain, kAligned);
   run(8179, 784, kBf16, kBf16, MetadataLayout::kSm80Bits16, kPlain, kAligned);
 }
-
-constexpr TokenShift kNoShift = TokenShift::kNone, kMean = TokenShift::kMean, kMedian = TokenShift::kMedian;
-constexpr Options kRowOptions[] = {kPlain,
-                                   {true, false, kNoShift, false},
-                                   {false, true, kNoShift, true},
-                                   {false, false, kMean, false},
-                                   {true, false, kMedian, false},
-                                   {true, true, kNoShift, true},
-                                   {true, false, kMean, true},
-                                   {false, false, kMedian, true},
-                                   {false, false, kNoShift, true}};
 
 void run_rows() {
   const Memory memories[] = {kAligned, kOddRows, kAligned, kOddChannels};
@@ -99,7 +83,7 @@ void run_rows() {
         const ElementType half = step / 4 % 2 == 0 ? kBf16 : kFp16;
         run(tokens, padded(in_features, 32), half, kFp8, MetadataLayout::kSm90Bits8, options, memory, content);
         run(tokens, padded(in_features, 8), half, kFp8, MetadataLayout::kNeutral, options, memory, content);
-        if (options.token_shift == kNoShift && !options.variance) continue;
+        if (options.token_shift == kNone && !options.variance) continue;
         const MetadataLayout layout = kLayouts16[step % 4];
         run(tokens, padded(in_features, 16), half, half, layout, options, memory, content);
         const ElementType any = (step + step / 9) % 3 == 0 ? kFp32 : half;
@@ -163,12 +147,10 @@ int main() {
     run_rows();
     run_extremes();
     check_refusals();
-    current = "coverage";
     // Streaming: two types in four layouts and float32 in one, each unaligned (a step), aligned (one or many), scaled
     // (likewise). Rows: two types with and without e4m3 and float32, of four or eight chunks; plain e4m3 ones.
     constexpr size_t kStreaming = 9 * 5, kRow = 5 * 2 * 2 + 2 * 2;
-    check(emulation::kernels.size() == kStreaming + kRow,
-          "every kernel ran: " + std::to_string(emulation::kernels.size()));
+    check_every_kernel_ran(kStreaming + kRow);
     check(emulation::most_threads == nm_act::kMaxRowThreads, "no more threads than the kernels are compiled for");
   });
 }

@@ -11,7 +11,6 @@ namespace {
 
 using namespace operands;
 
-constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3;
 constexpr MetadataLayout kSm80 = MetadataLayout::kSm80Bits16, kT64 = MetadataLayout::kSm90Bits16T64,
                          kT128 = MetadataLayout::kSm90Bits16T128, kBits8 = MetadataLayout::kSm90Bits8;
 
@@ -91,7 +90,7 @@ bool padding_is_legal(const Case& c, int lifted, const Buffer& metadata) {
 
 void run(const Case& c) {
   const int lifted = static_cast<int>(lifted_features(window_set(c.pattern), c.in_features));
-  const bool e4m3 = c.value_type == kFp8, shifts = c.options.token_shift != TokenShift::kNone;
+  const bool e4m3 = c.value_type == kFp8, shifts = c.options.token_shift != kNone;
   Rows x(c.tokens, c.in_features, c.type, 8 * (c.tokens % 3), 0);
   x.fill(c.content);
   const auto before = x.memory.copy();
@@ -100,10 +99,7 @@ void run(const Case& c) {
   const Buffer values(size_t(c.tokens) * (lifted / 2) * bytes_of(c.value_type)),
       metadata(static_cast<size_t>(metadata_bytes(c.layout, c.tokens, lifted))),
       row_scale(e4m3 || c.options.variance ? size_t(c.tokens) * 4 : 0), eta(shifts ? size_t(c.tokens) * 4 : 0);
-  const ExtraColumns& extra = c.pattern.extra;
-  current = describe(c.tokens, c.in_features, c.type, c.value_type, c.layout, c.options) + ", " +
-            std::to_string(c.pattern.keep) + ":" + std::to_string(c.pattern.group) + "+" + std::to_string(extra.count) +
-            "@" + std::to_string(extra.column[0]) + std::to_string(extra.column[1]);
+  current = describe(c.tokens, c.in_features, c.type, c.value_type, c.layout, c.options) + ", " + name_of(c.pattern);
   CompressWindowsParams params{x.memory.data(), x.stride, c.tokens, c.in_features, c.type, c.pattern, {}};
   params.out = {values.data(),
                 metadata.data(),
@@ -145,7 +141,6 @@ void run(const Case& c) {
 constexpr Pattern kPatterns[] = {{2, 4, {1, {0, 0}}}, {2, 4, {1, {1, 0}}}, {2, 4, {1, {2, 0}}}, {2, 4, {1, {3, 0}}},
                                  {2, 4, {2, {0, 1}}}, {2, 4, {2, {3, 1}}}, {2, 4, {2, {2, 0}}}, {2, 4, {2, {2, 3}}},
                                  {4, 8, {}},          {5, 8, {}},          {6, 8, {}},          {8, 16, {}}};
-constexpr TokenShift kNone = TokenShift::kNone, kMean = TokenShift::kMean, kMedian = TokenShift::kMedian;
 
 // in_features made to fit: lifted rows are whole steps of 16 features, of 32 for e4m3 and sm80.
 int fitting(int in_features, const Pattern& pattern, int step) {
@@ -226,7 +221,7 @@ void check_refusals() {
         "another type's layout");
   check(launch(1, 64, kBf16, kFp16, kT128, of_16) == refused, "another type's values");
   check(launch(1, 64, kBf16, kBf16, kT128, of_16, 4) == refused, "rows off 16 bytes");
-  check(launch(1, 64, ElementType::kFloat32, ElementType::kFloat32, kT128, of_16) == refused, "float32");
+  check(launch(1, 64, kFp32, kFp32, kT128, of_16) == refused, "float32");
   check(launch(1, 32832, kBf16, kFp8, kBits8, of_16) == refused, "a row that is too long");
   check(launch(0, 64, kBf16, kBf16, kT128, of_16) == cudaSuccess, "no tokens");
   check(emulation::launches == before, "no launch");
@@ -239,12 +234,10 @@ int main() {
     run_streaming();
     run_rows();
     check_refusals();
-    current = "coverage";
     // Two types and four sets of windows; streaming staged or not, scaled or not; rows with e4m3 values or not, of two
     // or four units a thread. The token shift of two types.
     constexpr size_t kWindows = 2 * 4 * (4 + 4), kShift = 2;
-    check(emulation::kernels.size() == kWindows + kShift,
-          "every kernel ran: " + std::to_string(emulation::kernels.size()));
+    check_every_kernel_ran(kWindows + kShift);
     check(emulation::most_threads == nm_act::kMaxRowThreads, "no more threads than the kernels are compiled for");
   });
 }

@@ -11,6 +11,20 @@ struct Options {
   bool variance;
 };
 
+inline constexpr TokenShift kNone = TokenShift::kNone, kMean = TokenShift::kMean, kMedian = TokenShift::kMedian;
+inline constexpr Options kPlain{false, false, kNone, false};
+
+// What kernels that hold a token are run with.
+inline constexpr Options kRowOptions[] = {kPlain,
+                                          {true, false, kNone, false},
+                                          {false, true, kNone, true},
+                                          {false, false, kMean, false},
+                                          {true, false, kMedian, false},
+                                          {true, true, kNone, true},
+                                          {true, false, kMean, true},
+                                          {false, false, kMedian, true},
+                                          {false, false, kNone, true}};
+
 inline std::string describe(int64_t tokens, int in_features, ElementType x_type, ElementType value_type,
                             MetadataLayout layout, const Options& options) {
   const char* layouts[] = {"neutral", "sm80", "sm90 64", "sm90 128", "sm90 e4m3"};

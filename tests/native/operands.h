@@ -21,6 +21,9 @@ inline long failures = 0;
 inline std::string current;  // the case that runs
 inline std::mt19937 engine(7);
 
+inline constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16,
+                             kFp32 = ElementType::kFloat32, kFp8 = ElementType::kE4M3;
+
 inline void check(bool ok, const std::string& what) {
   ++checks;
   if (ok) return;
@@ -38,12 +41,9 @@ struct Format {
 };
 
 inline const Format& format_of(ElementType type) {
-  static const Format kBf16{7, -126, 0x8000, 0x7F7F, 0x7F80, 0x7FC0}, kFp16{10, -14, 0x8000, 0x7BFF, 0x7C00, 0x7E00},
-      kFp32{23, -126, 0x80000000u, 0x7F7FFFFF, 0x7F800000, 0x7FC00000}, kFp8{3, -6, 0x80, 0x7E, 0x7E, 0x7F};
-  return type == ElementType::kBFloat16  ? kBf16
-         : type == ElementType::kFloat16 ? kFp16
-         : type == ElementType::kFloat32 ? kFp32
-                                         : kFp8;
+  static const Format bf16{7, -126, 0x8000, 0x7F7F, 0x7F80, 0x7FC0}, fp16{10, -14, 0x8000, 0x7BFF, 0x7C00, 0x7E00},
+      fp32{23, -126, 0x80000000u, 0x7F7FFFFF, 0x7F800000, 0x7FC00000}, fp8{3, -6, 0x80, 0x7E, 0x7E, 0x7F};
+  return type == kBf16 ? bf16 : type == kFp16 ? fp16 : type == kFp32 ? fp32 : fp8;
 }
 
 inline int bytes_of(ElementType type) { return type == ElementType::kFloat32 ? 4 : type == ElementType::kE4M3 ? 1 : 2; }
@@ -167,6 +167,18 @@ int run_checks(const Run& run) {
   run();
   std::printf("%ld checks, %ld failed\n", checks, failures);
   return failures == 0 ? 0 : 1;
+}
+
+// At the end of a program: `compiled` different kernels have run.
+inline void check_every_kernel_ran(size_t compiled) {
+  current = "coverage";
+  check(emulation::kernels.size() == compiled, "every kernel ran: " + std::to_string(emulation::kernels.size()));
+}
+
+inline std::string name_of(const Pattern& pattern) {
+  return std::to_string(pattern.keep) + ":" + std::to_string(pattern.group) + "+" +
+         std::to_string(pattern.extra.count) + "@" + std::to_string(pattern.extra.column[0]) +
+         std::to_string(pattern.extra.column[1]);
 }
 
 // ---- rows of activations ------------------------------------------------------------------------------------------

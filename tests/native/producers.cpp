@@ -11,18 +11,6 @@ namespace {
 
 using namespace operands;
 
-constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3;
-constexpr TokenShift kNone = TokenShift::kNone, kMean = TokenShift::kMean, kMedian = TokenShift::kMedian;
-constexpr Options kPlain{false, false, kNone, false};
-constexpr Options kOptions[] = {kPlain,
-                                {true, false, kNone, false},
-                                {false, true, kNone, true},
-                                {false, false, kMean, false},
-                                {true, false, kMedian, false},
-                                {true, true, kNone, true},
-                                {true, false, kMean, true},
-                                {false, false, kMedian, true}};
-
 bool is_ambiguous(double value, ElementType type) {
   return std::isfinite(value) && encode(value * (1 - 0x1p-20), type) != encode(value * (1 + 0x1p-20), type);
 }
@@ -195,7 +183,7 @@ void run_cases() {
   for (int in_features : {32, 160, 288, 1024, 2080}) {
     for (int64_t tokens : {1, 17, 66}) {
       if (tokens * in_features > 40000) continue;
-      for (const Options& options : kOptions) {
+      for (const Options& options : kRowOptions) {
         for (ElementType type : {kBf16, kFp16}) {
           ++step;
           for (ElementType value_type : {type, kFp8}) {
@@ -211,7 +199,7 @@ void run_cases() {
   // Any rows, as far as all their features are far from a rounding's boundary.
   for (ElementType type : {kBf16, kFp16}) {
     for (int in_features : {32, 288, 512}) {
-      for (const Options& options : {kOptions[0], kOptions[1]}) {
+      for (const Options& options : {kRowOptions[0], kRowOptions[1]}) {
         for (ElementType value_type : {type, kFp8}) {
           const MetadataLayout layout = layout_of(value_type, ++step);
           run_rmsnorm({13, in_features, type, value_type, layout, options, step % 2 == 0, false, false});
@@ -226,7 +214,7 @@ void run_long_rows() {
   for (ElementType type : {kBf16, kFp16}) {
     for (ElementType value_type : {type, kFp8}) {
       for (int in_features : {4096, 16384, 17408, 18432, 32768, 32736}) {
-        for (const Options& options : {kPlain, kOptions[6]}) {
+        for (const Options& options : {kPlain, kRowOptions[6]}) {
           const MetadataLayout layout = layout_of(value_type, ++step);
           run_silu(1, in_features, type, value_type, layout, options, step % 3 == 0);
           for (bool residual : {false, true}) {
@@ -262,7 +250,7 @@ void check_refusals() {
   check(silu(0, 64, 64, kBf16, kFp16) == refused, "another type's values");
   check(silu(0, 64, 32800, kBf16, kBf16) == refused, "a row that is too long");
   check(rmsnorm(8, 1, 64, kBf16) == refused, "an unaligned weight");
-  check(rmsnorm(0, 1, 64, ElementType::kFloat32) == refused, "float32");
+  check(rmsnorm(0, 1, 64, kFp32) == refused, "float32");
   check(rmsnorm(0, 0, 64, kBf16) == cudaSuccess, "no tokens");
   check(emulation::launches == before, "no launch");
 }
@@ -274,11 +262,10 @@ int main() {
     run_cases();
     run_long_rows();
     check_refusals();
-    current = "coverage";
     // SiLU, RMSNorm and RMSNorm with a residual; two types; with e4m3 values and without; plain and general; four or
     // eight chunks a thread.
     constexpr size_t kKernels = 3 * 2 * 2 * 2 * 2;
-    check(emulation::kernels.size() == kKernels, "every kernel ran: " + std::to_string(emulation::kernels.size()));
+    check_every_kernel_ran(kKernels);
     check(emulation::most_threads == nm_act::kMaxRowThreads, "no more threads than the kernels are compiled for");
   });
 }

@@ -10,7 +10,7 @@ namespace {
 
 using namespace operands;
 
-constexpr ElementType kTypes[] = {ElementType::kBFloat16, ElementType::kFloat16, ElementType::kFloat32};
+constexpr ElementType kTypes[] = {kBf16, kFp16, kFp32};
 
 struct Options {
   bool channel_scale, shift, eta;
@@ -35,9 +35,7 @@ void run_prune(int64_t tokens, int in_features, ElementType type, Pattern patter
   const Channels scale(options.channel_scale, in_features, true, memory.channel_offset),
       shift(options.shift, in_features, false, memory.channel_offset), eta(options.eta, tokens, false, 0);
   const Buffer out(size_t(tokens) * in_features * bytes, memory.out_offset * bytes);
-  current = describe(tokens, in_features, type, "prune ") + std::to_string(pattern.keep) + ":" +
-            std::to_string(pattern.group) + "+" + std::to_string(pattern.extra.count) + "@" +
-            std::to_string(pattern.extra.column[0]) + std::to_string(pattern.extra.column[1]) +
+  current = describe(tokens, in_features, type, "prune ") + name_of(pattern) +
             (options.channel_scale ? ", scale" : "") + (options.shift ? ", shift" : "") + (options.eta ? ", eta" : "");
   PruneParams params{};
   params.x = x.memory.data();
@@ -203,12 +201,10 @@ int main() {
     run_windows();
     run_statistics();
     check_refusals();
-    current = "coverage";
     // Five group sizes and two sets of windows, each unaligned, by 32-bit keys and for 16-bit types bare; statistics of
     // three types, aligned and not, of four or eight chunks.
     constexpr size_t kPrune = (5 + 2) * (3 + 3 + 2), kStatistics = 2 * 3 * 2 * 2;
-    check(emulation::kernels.size() == kPrune + kStatistics,
-          "every kernel ran: " + std::to_string(emulation::kernels.size()));
+    check_every_kernel_ran(kPrune + kStatistics);
     check(emulation::most_threads == nm_act::kMaxRowThreads, "no more threads than the kernels are compiled for");
   });
 }

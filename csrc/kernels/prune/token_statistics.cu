@@ -48,9 +48,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 
 // A block a token, none of which starts before the kernel before has ended.
 LaunchShape in_order(const TokenStatisticsParams& params, int threads) {
-  LaunchShape shape{static_cast<unsigned>(params.tokens), threads};
-  shape.overlaps = false;
-  return shape;
+  return {static_cast<unsigned>(params.tokens), threads, 1, 0, /*overlaps=*/false};
 }
 
 // Four chunks a thread, or eight beyond kMaxRowThreads x 4 chunks.

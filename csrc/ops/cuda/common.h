@@ -32,6 +32,13 @@ struct Rows {
 };
 Rows rows_of(const at::Tensor& x);
 
+inline bool is_aligned(const at::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+// Rows of a 16-bit type that kernels can read in whole vectors.
+inline bool is_aligned(const Rows& rows) { return is_aligned(rows.tensor) && rows.stride % 8 == 0; }
+
 // Contiguous and 16-byte aligned, for kernels that read whole vectors: the tensor itself, or a copy if it has to be.
 at::Tensor aligned(const at::Tensor& tensor);
 

@@ -98,9 +98,7 @@ PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, b
   if (selection.tokens == 0) return operand;
   // Likewise a tensor that starts or steps off 16 bytes.
   Rows rows = rows_of(x);
-  if (rows.stride % 8 != 0 || reinterpret_cast<uintptr_t>(rows.tensor.const_data_ptr()) % 16 != 0) {
-    rows = {aligned(rows.tensor), selection.in_features};
-  }
+  if (!is_aligned(rows)) rows = {aligned(rows.tensor), selection.in_features};
   const CompressWindowsParams params{rows.tensor.const_data_ptr(),
                                      rows.stride,
                                      selection.tokens,
@@ -210,9 +208,6 @@ Packed silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const Opt
   if (selection.tokens != 0) {
     // The halves of a merged projection share a row stride and are read in place.
     const Rows gates = rows_of(gate), ups = rows_of(up);
-    const auto is_aligned = [](const Rows& rows) {
-      return reinterpret_cast<uintptr_t>(rows.tensor.const_data_ptr()) % 16 == 0 && rows.stride % 8 == 0;
-    };
     const bool in_place = gates.stride == ups.stride && is_aligned(gates) && is_aligned(ups);
     const at::Tensor first = in_place ? gates.tensor : aligned(gate), second = in_place ? ups.tensor : aligned(up);
     const SiluMulCompressParams params{first.const_data_ptr(),

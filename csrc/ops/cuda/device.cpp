@@ -47,7 +47,7 @@ Rows rows_of(const at::Tensor& x) {
 at::Tensor aligned(const at::Tensor& tensor) {
   if (!tensor.defined()) return tensor;
   const at::Tensor dense = tensor.contiguous();
-  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : dense.clone();
+  return is_aligned(dense) ? dense : dense.clone();
 }
 
 void check_row_statistics(const Selection& selection, bool needed, const char* op) {

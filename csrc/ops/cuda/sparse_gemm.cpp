@@ -66,10 +66,8 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
   TORCH_CHECK_VALUE(metadata.scalar_type() == at::kByte && metadata.numel() == bytes && metadata.is_contiguous(),
                     "nm_act::sparse_gemm expected ", bytes, " metadata bytes, got ", metadata.numel(), " of ",
                     metadata.scalar_type(), "; pass what compress_packed returned on this device");
-  const bool aligned_operand = reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16 == 0 &&
-                               reinterpret_cast<uintptr_t>(metadata.const_data_ptr()) % 16 == 0;
   TORCH_CHECK_NOT_IMPLEMENTED(
-      aligned_operand && weight_fits_gemm(weight, values.scalar_type(), type, device),
+      is_aligned(values) && is_aligned(metadata) && weight_fits_gemm(weight, values.scalar_type(), type, device),
       "nm_act::sparse_gemm expected a compiled combination (float16 or bfloat16 in ",
       "and out with either weight storage; e4m3 with an [out, in] weight on sm_90; 16-byte aligned rows), got values ",
       values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
