@@ -89,10 +89,8 @@ def _float32_product(z: Tensor, weight: Tensor, keep: int, group: int, **selecti
         return ops.sparse_linear(z, weight, None, keep, group, **selection).float()
     chosen = {name: selection[name] for name in ("channel_scale", "extra_columns") if name in selection}
     pruned = ops.prune(z, keep, group, **chosen).reshape(-1, z.shape[-1])
-    if z.is_cuda:
-        y = torch.mm(pruned, weight.t(), out_dtype=torch.float32)
-    else:
-        y = pruned.float() @ weight.float().t()
+    on_cuda = z.is_cuda
+    y = torch.mm(pruned, weight.t(), out_dtype=torch.float32) if on_cuda else pruned.float() @ weight.float().t()
     return y.view(*z.shape[:-1], weight.shape[0])
 
 
