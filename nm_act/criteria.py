@@ -132,6 +132,7 @@ def _quantiles(weight: torch.Tensor, levels: tuple[float, ...]) -> list[torch.Te
     return [torch.lerp(ordered[below], ordered[above], position - below) for position, (below, above) in pairs]
 
 
+@torch.no_grad()
 def call_scale(x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
     """CLACT's channel scale of one sequence: ``||X_:j||_2`` over its tokens.
 

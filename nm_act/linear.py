@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import composed, criteria, mitigations, ops, parallel
+from . import autograd, composed, criteria, mitigations, ops, parallel
 from .lifting import begins_with_weight, lift_weight
 from .patterns import NMPattern
 from .recipe import LinearSpec
@@ -61,8 +61,10 @@ class NMLinear(nn.Linear):
     :meth:`refresh` after changing the weight in any other way. Where the weight is sharded (a DTensor), all of its
     ranks have to do so together.
 
-    The layer is made for inference: the sparse operator has no gradient. A backward pass through it warns,
-    and neither its parameters nor whatever feeds it receive one. Calibration sets ``differentiable``.
+    The layer trains: its gradient is straight through the selection, with the forward's mask as a constant, as in the
+    training recipe of arXiv 2509.22166, and the forward computes the same bits as without one. While its weight
+    requires a gradient, each call that autograd records derives again what derives from it. Calibration sets
+    ``differentiable``.
 
     Examples
     --------
@@ -292,8 +294,8 @@ class NMLinear(nn.Linear):
 
     def _sparse(self, x: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
         """The operator on the input in the selection's basis."""
-        derived = self._derive() if self.differentiable else {name: getattr(self, name) for name in _DERIVED}
-        if self._visited and mitigations.replaces_weight(self.spec):
+        derived = self._derived()
+        if self._visited and mitigations.replaces_weight(self.spec) and derived["operand_weight"] is None:
             with _without_autocast(self.weight):
                 derived["operand_weight"] = mitigations.operand_weight(self.spec, self.weight.detach(), self.data())
         weight = self.weight if derived["operand_weight"] is None else derived["operand_weight"]
@@ -309,6 +311,27 @@ class NMLinear(nn.Linear):
         if self.spec.criterion == "clact" and x.ndim > 1:
             return self._by_sequence(x, weight, bias, derived["channel_scale"], options)
         return self._operator(x, weight, bias, derived["channel_scale"], options)
+
+    def _derived(self) -> dict[str, torch.Tensor | None]:
+        """What derives from the parameters, as stored; computed anew where a gradient goes to them through it."""
+        stored = {name: getattr(self, name) for name in _DERIVED}
+        follows = mitigations.reads_weight(self.spec) or mitigations.has_shift(self.spec)
+        trained = follows and autograd.needs_gradient(self.weight)
+        if trained and self.shard is not None:
+            sentence = (
+                f"expected a frozen weight in a layer that is split over ranks with {self.spec}, got one that requires "
+                "a gradient; train the unsplit model"
+            )
+            return {
+                name: each if each is None else autograd.refuse_backward(each.clone, sentence, self.weight)
+                for name, each in stored.items()
+            }
+        if self.differentiable or trained:
+            with _without_autocast(self.weight):
+                return self._derive()
+        if autograd.needs_gradient(self.bias):
+            stored["operand_bias"] = self._operand_bias(self._local_data())
+        return stored
 
     def _operator(self, x, weight, bias, channel_scale, options) -> torch.Tensor:
         pattern = self.spec.pattern

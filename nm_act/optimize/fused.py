@@ -9,7 +9,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from .. import _C
+from .. import _C, autograd
 from ..linear import NMLinear
 from ..packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
 from .eligible import has_hooks, not_2_4, why_stays
@@ -108,7 +108,7 @@ def _mlp_tail(mlp: nn.Module, y: Tensor) -> Tensor:
     """
     gate, up = y.split(getattr(mlp, mlp.nm_act_gate_up).sizes, dim=-1)
     shape = gate.shape
-    if mlp.nm_act_packs and takes_packed(mlp.down_proj, gate):
+    if mlp.nm_act_packs and _packs_input(mlp.down_proj, gate):
         operand = silu_mul_compress(gate, up, **options(mlp.down_proj))
         del y, gate, up
         return product(mlp.down_proj, operand, shape)
@@ -173,7 +173,12 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> T
 
 
 def _packs(norm: nn.Module, linear: nn.Module, x: Tensor) -> bool:
-    return norm.weight.dtype == x.dtype and takes_packed(linear, x)
+    return norm.weight.dtype == x.dtype and _packs_input(linear, x, norm.weight)
+
+
+def _packs_input(linear: nn.Module, x: Tensor, *others: Tensor) -> bool:
+    # A packed operand has no gradient: where one is recorded, the layers compute it one by one.
+    return not autograd.needs_gradient(x, *others, *linear.parameters()) and takes_packed(linear, x)
 
 
 def restore(module: nn.Module) -> None:
