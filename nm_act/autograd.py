@@ -13,7 +13,9 @@ differ in rounding. An operator whose result is no function that training could 
 refuses the backward pass in one sentence.
 """
 
+import operator
 from collections.abc import Callable
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ from . import composed, ops, reference
 from .patterns import NMPattern
 
 _LIBRARY = torch.library.Library("nm_act", "FRAGMENT")
+_RECORDING = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView")
+# Views too: a kernel shapes its result with view, and one that is tracked could not be changed in place afterwards.
+_RECORDED = reduce(operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _RECORDING))
 
 WITHOUT_GRADIENT = {
     "compress": "nm_act.prune",
@@ -62,17 +67,18 @@ class _Refused(torch.autograd.Function):
 
 def _register(name: str, differentiable: Callable) -> None:
     """Autograd kernel of an operator: ``differentiable(forward, *args, **kwargs)`` where a derivative is asked for."""
-    operator = getattr(torch.ops.nm_act, name).default
+    redispatch, behind = getattr(torch.ops.nm_act, name).default.redispatch, torch._C._after_autograd_keyset
+
+    def forward(keyset, *args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(_RECORDED):
+            return redispatch(keyset & behind, *args, **kwargs)
 
     def kernel(keyset, *args, **kwargs):
-        def forward(*args, **kwargs):
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
-
-        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-        if needs_gradient(*tensors) or _has_tangent(tensors):
-            return differentiable(forward, *args, **kwargs)
-        return forward(*args, **kwargs)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+            if needs_gradient(*tensors) or _has_tangent(tensors):
+                return differentiable(partial(forward, keyset), *args, **kwargs)
+        return forward(keyset, *args, **kwargs)
 
     _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 

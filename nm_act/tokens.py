@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 class TokenContext:
@@ -90,7 +91,25 @@ class TokenContext:
         self._shape = (0, 0)
 
     def _end(self, module, args, output) -> None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._resume_in_backward(output)
         self.end()
+
+    def _resume_in_backward(self, output) -> None:
+        """Gradient checkpointing runs layers again inside the backward pass, where the stack is not called.
+
+        The gradient of what the stack returns comes before those of its layers: with it the call is running again, to
+        the end of the backward pass.
+        """
+        state = self._shape, self._rows, self._valid
+
+        def resume(_gradient) -> None:
+            self._shape, self._rows, self._valid = state
+            torch.autograd.Variable._execution_engine.queue_callback(self.end)
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(resume)
 
     def _first_rows(self, positions, mask, cache) -> slice | torch.Tensor | None:
         batch, tokens = self._shape
