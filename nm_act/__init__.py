@@ -1,6 +1,6 @@
 """N:M activation sparsity for LLM inference in PyTorch: prune activations on the fly, without retraining."""
 
-from . import autograd, reference
+from . import reference
 from .calibrate import load_calibration
 from .explain import Explanation, explain
 from .integrations import register_with_transformers

@@ -14,7 +14,7 @@ refuses the backward pass in one sentence.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, reduce
 
 import torch
@@ -47,7 +47,7 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def refuse_backward(compute: Callable, sentence: str, *inputs: Tensor | None):
+def refuse_backward(compute: Callable, sentence: str, inputs: Iterable[Tensor | None]):
     """``compute()``, recorded as a function of ``inputs`` whose backward pass raises a RuntimeError of one sentence."""
     if not needs_gradient(*inputs):
         return compute()
@@ -96,7 +96,7 @@ def _is_transformed(*tensors: Tensor | None) -> bool:
     return _has_tangent([tensor for tensor in tensors if tensor is not None])
 
 
-# ---- the selection and its statistics, made again ------------------------------------------------------------------------
+# ---- the selection and its statistics, made again --------------------------------------------------------------------
 class _Selection:
     """``Z = X - eta`` [tokens, in], its mask and survivors, and the way back from their gradients to X and eta."""
 
@@ -149,7 +149,7 @@ class _Variance:
         return (self.z * (factor / total)).float(), (self.pruned * (-factor / kept)).float()
 
 
-# ---- prune ---------------------------------------------------------------------------------------------------------------
+# ---- prune -----------------------------------------------------------------------------------------------------------
 def _prune(forward, x, n, m, *, channel_scale=None, shift=None, token_shift="none", extra_columns=()):
     if _is_transformed(x, channel_scale, shift):
         z = reference.shifted(x, shift, token_shift)
@@ -184,7 +184,7 @@ def _selection(x, channel_scale, shift, options) -> _Selection:
     return _Selection(x.reshape(-1, x.shape[-1]), pattern, channel_scale, shift, options["token_shift"])
 
 
-# ---- sparse_linear -------------------------------------------------------------------------------------------------------
+# ---- sparse_linear ---------------------------------------------------------------------------------------------------
 def _sparse_linear(
     forward,
     x,
@@ -321,7 +321,7 @@ def _input_gradients(found, gradient, pruned, variance, weight, selection, shift
     found["x"] = selection.through_eta(of_z, of_eta)
 
 
-# ---- gather_linear and the operators without a gradient ------------------------------------------------------------------
+# ---- gather_linear and the operators without a gradient --------------------------------------------------------------
 def _gather_linear(forward, x, weight, bias=None):
     if _is_transformed(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
@@ -354,7 +354,7 @@ def _refuse(what: str, instead: str, compute: Callable, *tensors):
     tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     if _is_transformed(*tensors):
         raise RuntimeError(sentence)
-    return refuse_backward(compute, sentence, *tensors)
+    return refuse_backward(compute, sentence, tensors)
 
 
 def _refusing(name: str, instead: str) -> Callable:

@@ -302,6 +302,8 @@ class NMLinear(nn.Linear):
         bias = self.bias if derived["operand_bias"] is None else derived["operand_bias"]
         # As F.linear does under autocast; the operator itself takes one dtype only.
         lifted = self.lifted_weight if derived["operand_weight"] is None else None
+        if autograd.needs_gradient(self.weight):
+            lifted = None  # an optimizer changes the weight only, not the columns behind it
         weight, bias, lifted = (t if t is None else t.to(x.dtype) for t in (weight, bias, lifted))
         if self.spec.criterion in criteria.WEIGHT_PRUNING:
             return F.linear(x, weight, bias)
@@ -322,9 +324,10 @@ class NMLinear(nn.Linear):
                 f"expected a frozen weight in a layer that is split over ranks with {self.spec}, got one that requires "
                 "a gradient; train the unsplit model"
             )
+            refuse = partial(autograd.refuse_backward, sentence=sentence, inputs=(self.weight,))
             return {
-                name: each if each is None else autograd.refuse_backward(each.clone, sentence, self.weight)
-                for name, each in stored.items()
+                name: value if value is None else refuse(partial(value.view_as, value))
+                for name, value in stored.items()
             }
         if self.differentiable or trained:
             with _without_autocast(self.weight):

@@ -184,9 +184,9 @@ def sparse_linear(
     Notes
     -----
     The gradient goes straight through the selection, with the forward's mask as a constant; x and the weight are kept
-    for it. ``channel_scale`` only chooses, its gradient is 0; ``lifted_weight`` has none, it all goes to ``weight``. With
-    ``weight_scale`` a backward pass is refused. Under torch.func and forward-mode derivatives, values may differ in
-    rounding. Source: arXiv 2509.22166 (D-PTS, S-PTS, L-PTS, VAR, LS).
+    for it. ``channel_scale`` only chooses: its gradient is 0. ``lifted_weight`` has none, all of it goes to ``weight``.
+    With ``weight_scale`` a backward pass is refused. Under torch.func and forward-mode derivatives, values may differ
+    in rounding. Source: arXiv 2509.22166 (D-PTS, S-PTS, L-PTS, VAR, LS).
 
     Examples
     --------

@@ -34,7 +34,10 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def token_shift_values(x: torch.Tensor, token_shift: str) -> torch.Tensor:
-    """Per-token shift eta, float32 (float64 of float64) ``[..., 1]``, of ``x [..., in]`` for ``token_shift`` "mean" or "median" (D-PTS)."""
+    """Per-token shift eta ``[..., 1]`` of ``x [..., in]`` for ``token_shift`` "mean" or "median" (D-PTS).
+
+    Float32; of a float64 ``x`` float64.
+    """
     if token_shift == "mean":
         eta = x.double().mean(dim=-1, keepdim=True).to(_wide(x))
     elif token_shift == "median":

@@ -357,6 +357,19 @@ def test_a_layer_split_by_rows_refuses_only_what_needs_the_other_ranks(options):
         y.sum().backward()
 
 
+def test_a_split_layer_refuses_to_train_what_derives_from_the_whole_weight():
+    x = torch.randn(3, 64)
+    layer = NMLinear(64, 24, spec=LinearSpec("2:4", mitigation=("dpts-mean",)))
+    expected = layer(x).detach()
+    layer.shard = _alone()
+    torch.testing.assert_close(layer(x), expected)
+    with pytest.raises(RuntimeError, match="expected a frozen weight in a layer that is split over ranks"):
+        layer(x).sum().backward()
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.bias.grad is not None
+
+
 @pytest.mark.parametrize("name", ["var", "dpts-mean", "first 4", "8:16"])
 def test_an_optimized_model_has_the_same_gradients(name):
     recipe = RECIPES[name]
@@ -369,18 +382,24 @@ def test_an_optimized_model_has_the_same_gradients(name):
         if isinstance(module, nn.Linear):
             other = model.get_submodule(path)
             merged = getattr(other, "_merged", None)
-            gradient = other.weight.grad if merged is None else merged.linear.weight.grad.split(merged.sizes)[other._index]
+            gradient = (
+                other.weight.grad if merged is None else merged.linear.weight.grad.split(merged.sizes)[other._index]
+            )
             torch.testing.assert_close(gradient, module.weight.grad, rtol=1e-4, atol=1e-5)
             compared += 1
     assert compared == 15
-    torch.testing.assert_close(model.model.embed_tokens.weight.grad, expected.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model.model.embed_tokens.weight.grad, expected.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_model_with_e4m3_weights_refuses_the_backward_pass():
     model = sparse_llama(Recipe("8:16")).bfloat16()
     nm_act.optimize(model, fp8="decode")
     loss = loss_of(model)
-    with pytest.raises(RuntimeError, match=r"expected no gradient through nm_act::sparse_linear with weight_scale.*deoptimize"):
+    with pytest.raises(
+        RuntimeError, match=r"expected no gradient through nm_act::sparse_linear with weight_scale.*deoptimize"
+    ):
         loss.backward()
     nm_act.deoptimize(model)
     loss_of(model).backward()

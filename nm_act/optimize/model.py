@@ -93,10 +93,10 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     -----
     For inference, as the last step: sparsify, calibrate and search refuse an optimised model. Norms and activations
     write packed operands only where no gradient is recorded, so run it under ``torch.no_grad()``; a backward pass gives
-    the gradient of the separate layers, and is refused where weights are e4m3. Parameters of merged layers have names of
-    their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks, a forward that someone
-    replaced, or weights split over ranks stay as they are; hooks registered later on what was merged or fused may not
-    be called. :func:`deoptimize` undoes it.
+    the gradient of the separate layers, and is refused where weights are e4m3. Parameters of merged layers have names
+    of their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks, a forward that
+    someone replaced, or weights split over ranks stay as they are; hooks registered later on what was merged or fused
+    may not be called. :func:`deoptimize` undoes it.
 
     Examples
     --------

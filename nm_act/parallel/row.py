@@ -77,14 +77,14 @@ def row_sparse_linear(
         )
     eta = None
     if token_shift != "none":
-        eta = autograd.refuse_backward(lambda: token_shift_over_ranks(shard, x, token_shift), _NO_GRADIENT, x)
+        eta = autograd.refuse_backward(lambda: token_shift_over_ranks(shard, x, token_shift), _NO_GRADIENT, [x])
         shift = eta
     z = x if shift is None else (x.float() - shift.float()).to(x.dtype)
     y = ops.sparse_linear(z, weight, None, keep, group, **selection).float()
     if variance_correction:
         columns = options.get("extra_columns", ())
         pruned = ops.prune(z, keep, group, channel_scale=channel_scale, extra_columns=columns)
-        y = y * autograd.refuse_backward(lambda: variance_ratio_over_ranks(shard, z, pruned), _NO_GRADIENT, z)
+        y = y * autograd.refuse_backward(lambda: variance_ratio_over_ranks(shard, z, pruned), _NO_GRADIENT, [z])
     if shift is not None:
         y = y + _shift_term(weight, shift, eta, shift_out)
     if column_scale is not None:
