@@ -47,10 +47,23 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def needs_derivative(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these tensors, or one has a tangent (forward mode)."""
+    return needs_gradient(*tensors) or _has_tangent([tensor for tensor in tensors if tensor is not None])
+
+
 def refuse_backward(compute: Callable, sentence: str, inputs: Iterable[Tensor | None]):
-    """``compute()``, recorded as a function of ``inputs`` whose backward pass raises a RuntimeError of one sentence."""
-    if not needs_gradient(*inputs):
+    """``compute()``, recorded as a function of ``inputs`` whose backward pass raises a RuntimeError of one sentence.
+
+    Raises
+    ------
+    RuntimeError
+        The same at once under torch.func and in forward mode.
+    """
+    if not needs_derivative(*inputs):
         return compute()
+    if _is_transformed(*inputs):
+        raise RuntimeError(sentence)
     return _Refused.apply(compute, sentence, *inputs)
 
 
@@ -76,7 +89,7 @@ def _register(name: str, differentiable: Callable) -> None:
     def kernel(keyset, *args, **kwargs):
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-            if needs_gradient(*tensors) or _has_tangent(tensors):
+            if needs_derivative(*tensors):
                 return differentiable(partial(forward, keyset), *args, **kwargs)
         return forward(keyset, *args, **kwargs)
 
@@ -352,8 +365,6 @@ def _refuse(what: str, instead: str, compute: Callable, *tensors):
         "inputs"
     )
     tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    if _is_transformed(*tensors):
-        raise RuntimeError(sentence)
     return refuse_backward(compute, sentence, tensors)
 
 

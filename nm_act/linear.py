@@ -62,9 +62,9 @@ class NMLinear(nn.Linear):
     ranks have to do so together.
 
     The layer trains: its gradient is straight through the selection, with the forward's mask as a constant, as in the
-    training recipe of arXiv 2509.22166, and the forward computes the same bits as without one. While its weight
-    requires a gradient, each call that autograd records derives again what derives from it. Calibration sets
-    ``differentiable``.
+    training recipe of arXiv 2509.22166, and the forward computes the same bits as without one (a lifted weight is left
+    aside, which on CUDA may round otherwise). While its weight requires a gradient, each call that autograd records
+    derives again what derives from it. Calibration sets ``differentiable``.
 
     Examples
     --------
@@ -302,7 +302,7 @@ class NMLinear(nn.Linear):
         bias = self.bias if derived["operand_bias"] is None else derived["operand_bias"]
         # As F.linear does under autocast; the operator itself takes one dtype only.
         lifted = self.lifted_weight if derived["operand_weight"] is None else None
-        if autograd.needs_gradient(self.weight):
+        if autograd.needs_derivative(self.weight):
             lifted = None  # an optimizer changes the weight only, not the columns behind it
         weight, bias, lifted = (t if t is None else t.to(x.dtype) for t in (weight, bias, lifted))
         if self.spec.criterion in criteria.WEIGHT_PRUNING:
@@ -318,7 +318,7 @@ class NMLinear(nn.Linear):
         """What derives from the parameters, as stored; computed anew where a gradient goes to them through it."""
         stored = {name: getattr(self, name) for name in _DERIVED}
         follows = mitigations.reads_weight(self.spec) or mitigations.has_shift(self.spec)
-        trained = follows and autograd.needs_gradient(self.weight)
+        trained = follows and autograd.needs_derivative(self.weight)
         if trained and self.shard is not None:
             sentence = (
                 f"expected a frozen weight in a layer that is split over ranks with {self.spec}, got one that requires "
@@ -332,7 +332,7 @@ class NMLinear(nn.Linear):
         if self.differentiable or trained:
             with _without_autocast(self.weight):
                 return self._derive()
-        if autograd.needs_gradient(self.bias):
+        if autograd.needs_derivative(self.bias):
             stored["operand_bias"] = self._operand_bias(self._local_data())
         return stored
 

@@ -331,6 +331,15 @@ def test_a_compiled_training_step_is_one_graph():
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_operators_that_record_a_gradient_pass_opcheck():
+    named = tensors("mean given", tokens=(2, 3))
+    options = {"token_shift": "mean", "shift_out": named["shift_out"], "variance_correction": True}
+    arguments = (named["x"], named["weight"], named["bias"], 8, 16)
+    torch.library.opcheck(OPS.sparse_linear.default, arguments, options | {"column_scale": named["column_scale"]})
+    torch.library.opcheck(OPS.prune.default, (named["x"], 2, 4), {"token_shift": "mean", "extra_columns": [1]})
+    torch.library.opcheck(OPS.gather_linear.default, (named["x"], named["weight"], named["bias"]))
+
+
 # ---- torch.func and forward mode ---------------------------------------------------------------------------------------
 FUNCTIONS = {
     "sparse_linear": lambda x, weight: OPS.sparse_linear(x, weight, token_shift="mean", variance_correction=True),

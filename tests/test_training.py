@@ -322,6 +322,25 @@ def test_parameters_that_are_frozen_leave_the_others_their_gradient(name, traine
             torch.testing.assert_close(parameter.grad, dict(whole.named_parameters())[key].grad)
 
 
+@pytest.mark.parametrize("name", ["lpts ls", "rsparse", "dpts-mean", "wina", "weight-magnitude", "first 4"])
+def test_torch_func_over_the_parameters_of_a_layer_agrees_with_backward(name):
+    layer = next(iter(sparse_layers(sparse_llama(RECIPES[name])).values()))
+    x, parameters = torch.randn(2, 5, 64), dict(layer.named_parameters())
+    loss = lambda values: torch.func.functional_call(layer, values, (x,)).square().sum()  # noqa: E731
+    expected = dict(
+        zip(parameters, torch.autograd.grad(layer(x).square().sum(), list(parameters.values())), strict=True)
+    )
+    values = {key: value.detach() for key, value in parameters.items()}
+    found = torch.func.grad(loss)(values)
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-4)
+    tangents = {key: torch.randn(value.shape) for key, value in values.items()}
+    along = sum((expected[key] * tangents[key]).sum() for key in values)
+    for guard in (torch.enable_grad(), torch.no_grad()):
+        with guard:
+            assert torch.func.jvp(loss, (values,), (tangents,))[1].item() == pytest.approx(along.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("layout", ["in_out", "out_in"])
 def test_an_output_can_be_changed_in_place(layout):
     """What ``hidden = layer(x); hidden += residual`` does, with few tokens and with many."""
@@ -355,6 +374,9 @@ def test_a_layer_split_by_rows_refuses_only_what_needs_the_other_ranks(options):
         return
     with pytest.raises(RuntimeError, match="expected no gradient for the input of a layer split by rows"):
         y.sum().backward()
+    function = lambda x: parallel.row_sparse_linear(_alone(), x, weight, None, 2, 4, **options)  # noqa: E731
+    with pytest.raises(RuntimeError, match="expected no gradient for the input of a layer split by rows"):
+        torch.func.jvp(function, (x.detach(),), (x.detach(),))
 
 
 def test_a_split_layer_refuses_to_train_what_derives_from_the_whole_weight():
