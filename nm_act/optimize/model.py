@@ -7,9 +7,10 @@ from torch import nn
 
 from ..linear import NMLinear
 from . import fused
+from .changed import Changed, change
 from .eligible import not_fp8
 from .fp8 import FP8Linear, check_layout
-from .merged import LinearPart, MergedLinear, merge, merge_key, share_inside_forward, unmerge
+from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, unmerge
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 """Transformers' model folders whose attention and MLP are known to call each projection once, on one input."""
@@ -133,18 +134,25 @@ def deoptimize(model: nn.Module) -> nn.Module:
     Raises
     ------
     ValueError
-        If the model is not optimised.
+        If the model is not optimised, or the forward of a module that optimize() changed was replaced since.
     """
     if not is_optimized(model):
         raise ValueError("expected an optimized model, got one that optimize() has not changed; nothing to undo")
+    changed = {name: module for name, module in model.named_modules() if isinstance(module, Changed)}
+    replaced = next((name for name, module in changed.items() if "forward" in vars(module)), None)
+    if replaced is not None:
+        raise ValueError(
+            f"expected modules as optimize() left them, got another forward on {replaced}; undo that first (of "
+            "accelerate: remove_hook_from_module)"
+        )
     for _, module in list(model.named_modules()):
         for child, layer in list(module.named_children()):
             if isinstance(layer, FP8Linear):
                 setattr(module, child, layer.to_nm_linear())
     for _, module in list(model.named_modules()):
         children = [child for child, layer in module.named_children() if isinstance(layer, MergedLinear)]
-        if children or "nm_act_fused" in vars(module):
-            fused.restore(module)
+        if isinstance(module, Changed):
+            fused.unfuse(module)
         for child in children:
             unmerge(module, child)
     return model
@@ -208,7 +216,7 @@ def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tu
             merge(parent, children)
             report.merged.append((name, tuple(children)))
     if any(isinstance(child, MergedLinear) for child in parent.children()):
-        share_inside_forward(parent)
+        change(parent, SharesProducts)
 
 
 def _quantise(report: OptimizeReport, layout: str) -> None:
