@@ -1,6 +1,7 @@
 """Which tokens of a call are the first of their sequence or padding, for recipes that treat those apart."""
 
 import inspect
+import sys
 import threading
 from dataclasses import dataclass
 
@@ -141,13 +142,18 @@ class TokenContext:
             mask = _up_to_now(mask, past, shape[1])
             valid = mask[:, mask.shape[1] - shape[1] :].bool().expand(shape)
         rows = self._first_rows(shape, positions, mask, valid, past) if self.first_tokens else None
-        outer = self._running()
-        # A call of this stack that is still there was interrupted in a way that calls no hooks (Ctrl-C).
-        stale = outer
-        while stale is not None:
-            outer = stale.outer if stale.stack is module else outer
-            stale = stale.outer
-        self._here.call = _Call(module, shape, rows, valid, _mixed(call, shape, positions, valid), outer)
+        mixed = _mixed(call, shape, positions, valid)
+        self._here.call = _Call(module, shape, rows, valid, mixed, self._still_running(module))
+
+    def _still_running(self, stack: torch.nn.Module) -> _Call | None:
+        """The running call that one of ``stack`` begins inside of."""
+        outer = call = self._running()
+        while call is not None:
+            # One of this stack that is not on Python's own stack was interrupted where no hooks are called (Ctrl-C).
+            if call.stack is stack and _depth(stack) == 1:
+                outer = call.outer
+            call = call.outer
+        return outer
 
     def _end(self, module, args, output) -> None:
         call = self._running()
@@ -177,6 +183,16 @@ class TokenContext:
         if rows.numel() == leading * batch and bool(first[:, :leading].all()):
             return slice(0, leading)
         return rows
+
+
+def _depth(module: torch.nn.Module) -> int:
+    """How many calls of a module this thread is in."""
+    frame, depth = sys._getframe(), 0
+    while frame is not None:
+        if frame.f_code is torch.nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            depth += 1
+        frame = frame.f_back
+    return depth
 
 
 def _positions(call: dict) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..hooks import take_over_hooks
 from ..linear import NMLinear
 from .changed import Changed
 from .eligible import calibrated, why_stays
@@ -163,6 +164,7 @@ def unmerge(parent: nn.Module, child: str) -> None:
             layer.bias = nn.Parameter(bias.detach().clone(), linear.bias.requires_grad)
         if isinstance(layer, NMLinear):
             layer.refresh()
+        take_over_hooks(layer, getattr(parent, name))
         setattr(parent, name, layer.train(linear.training))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..hooks import take_over_hooks
 from ..linear import NMLinear
 from . import fused
 from .changed import Changed, change
@@ -94,8 +95,9 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     -----
     For inference, as the last step: sparsify, calibrate and search refuse an optimised model. Parameters of merged
     layers have names of their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks,
-    a forward that someone replaced, or weights split over ranks stay as they are; hooks registered later on what was
-    merged or fused may not be called. :func:`deoptimize` undoes it.
+    a forward that someone replaced, or weights split over ranks stay as they are; hooks registered later on gate, up,
+    down, a norm or an activation that was fused may not be called. Optimised models pickle, deepcopy and serve several
+    threads as stock ones do. :func:`deoptimize` undoes it.
 
     Examples
     --------
@@ -148,7 +150,9 @@ def deoptimize(model: nn.Module) -> nn.Module:
     for _, module in list(model.named_modules()):
         for child, layer in list(module.named_children()):
             if isinstance(layer, FP8Linear):
-                setattr(module, child, layer.to_nm_linear())
+                restored = layer.to_nm_linear()
+                take_over_hooks(restored, layer)
+                setattr(module, child, restored)
     for _, module in list(model.named_modules()):
         children = [child for child, layer in module.named_children() if isinstance(layer, MergedLinear)]
         if isinstance(module, Changed):
