@@ -347,7 +347,8 @@ class NMLinear(nn.Linear):
 
     def _by_sequence(self, x, weight, bias, channel_scale, options) -> torch.Tensor:
         """CLACT: every sequence has a channel scale of its own, from this call's tokens."""
-        sequences, valid = x.reshape(-1, *x.shape[-2:]), None
+        # The number of sequences is spelt out: of no tokens at all, none could be inferred.
+        sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
         if self.token_context is not None:
             sequences, valid = self.token_context.sequences(x, sequences)
         if sequences.shape[1] == 1:  # one token ranks its channels by themselves alone: act

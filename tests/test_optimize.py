@@ -8,9 +8,10 @@ import torch
 from tiny_families import KNOWN, family
 
 import nm_act
+from nm_act.integrations.kv_cache import cache_argument
 from nm_act.linear import NMLinear
 from nm_act.optimize import model as model_module
-from nm_act.optimize.merged import MergedLinear
+from nm_act.optimize.merged import MergedLinear, Product
 from nm_act.optimize.model import is_optimized
 from nm_act.parallel import Shard
 
@@ -215,12 +216,14 @@ def test_a_filled_product_is_only_given_to_its_placeholder():
     attention = model.model.layers[0].self_attn
     merged = next(child for child in attention.children() if isinstance(child, MergedLinear))
     x = torch.randn(3, 64)
-    merged.fill(x, torch.ones(3, 128))
-    merged.open()
-    with pytest.raises(RuntimeError, match="expected q_proj to be called with the tensor that its layer was given"):
-        attention.q_proj(x + 1)
-    assert attention.v_proj(x).eq(1).all()
-    merged.close()
+    product = Product(merged, x, torch.ones(3, 128))
+    with pytest.raises(
+        RuntimeError, match="expected q_proj to be called once with the tensor .*, got another one; call"
+    ):
+        attention.q_proj(x + 1, product=product)
+    assert attention.v_proj(x, product=product).eq(1).all()
+    with pytest.raises(RuntimeError, match="expected v_proj to be called once with the tensor .*, got it twice; call"):
+        attention.v_proj(x, product=product)
 
 
 def test_wrong_uses_are_one_sentence():
@@ -334,13 +337,13 @@ def test_decode_steps_with_a_static_cache_are_one_graph():
     nm_act.optimize(model)
     graphs, backend = recording_backend()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    cache = StaticCache(config=model.config, max_cache_len=32)
+    cache = {cache_argument(model): StaticCache(config=model.config, max_cache_len=32)}
     ids = IDS[:1]
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, position_ids=torch.arange(12)[None])
+        model(input_ids=ids, position_ids=torch.arange(12)[None], **cache)
         for step in range(4):
             token, position = torch.tensor([[40 + step]]), torch.tensor([[12 + step]])
-            y = compiled(input_ids=token, past_key_values=cache, position_ids=position).logits
+            y = compiled(input_ids=token, position_ids=position, **cache).logits
             ids = torch.cat([ids, token], dim=1)
             torch.testing.assert_close(y[:, -1], logits(model, input_ids=ids)[:, -1], atol=1e-4, rtol=1e-3)
     assert len(graphs) == 1

@@ -194,7 +194,7 @@ def test_checkpointing_of_two_calls_in_one_backward_pass_keeps_their_first_token
         hidden = each(input_ids=IDS, use_cache=False, output_hidden_states=True).hidden_states[1]
         other = each(input_ids=IDS[:, :7], attention_mask=mask, use_cache=False).logits[mask.bool()]
         (hidden.square().mean() + other.square().mean() + loss_of(each, IDS[:1, :9])).backward()
-        assert each.model.layers[0].mlp.up_proj.token_context._rows is None
+        assert each.model.layers[0].mlp.up_proj.token_context._running() is None
     for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-6)
 
