@@ -44,7 +44,7 @@ def takes_packed(linear: nn.Module, x: Tensor) -> bool:
         return False
     if isinstance(linear, FP8Linear):
         return True
-    return linear.weight.dtype == x.dtype and x.shape[:-1].numel() >= PACKED_TOKENS
+    return linear._parameters["weight"].dtype == x.dtype and x.shape[:-1].numel() >= PACKED_TOKENS
 
 
 def product(linear: nn.Module, operand: Packed, shape: torch.Size) -> Tensor:
@@ -57,7 +57,8 @@ def product(linear: nn.Module, operand: Packed, shape: torch.Size) -> Tensor:
             linear.like.dtype,
         )
     else:
-        weight, scale, shift_out, dtype = linear.weight, None, linear.shift_out, linear.weight.dtype
+        weight = linear._parameters["weight"]
+        scale, shift_out, dtype = None, linear.shift_out, weight.dtype
     y = sparse_gemm(
         operand.values,
         operand.metadata,
@@ -74,6 +75,8 @@ def product(linear: nn.Module, operand: Packed, shape: torch.Size) -> Tensor:
 
 def options(linear: nn.Module) -> dict:
     """Selection and statistics of a packable layer, as the producers take them."""
+    if not isinstance(linear, FP8Linear):
+        linear._derived_for_call()
     return {
         "channel_scale": linear.channel_scale,
         "token_shift": linear.spec.token_shift,
