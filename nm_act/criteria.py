@@ -132,6 +132,7 @@ def _quantiles(weight: torch.Tensor, levels: tuple[float, ...]) -> list[torch.Te
     return [torch.lerp(ordered[below], ordered[above], position - below) for position, (below, above) in pairs]
 
 
+@torch.no_grad()
 def call_scale(x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
     """CLACT's channel scale of one sequence: ``||X_:j||_2`` over its tokens.
 
@@ -148,7 +149,8 @@ def call_scale(x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tens
     # In float64, rounded once: the order of the sum is not seen then, and ranks with slices agree with one process.
     square = x.double().square()
     if valid is not None:
-        square = square * valid.unsqueeze(-1)
+        # Selected, not multiplied: 0 * inf is NaN, and padding may hold anything.
+        square = torch.where(valid.unsqueeze(-1), square, 0)
     return square.sum(dim=0).sqrt().float()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import composed, criteria, mitigations, ops, parallel
+from . import autograd, composed, criteria, mitigations, ops, parallel, stale
 from .lifting import begins_with_weight, lift_weight
 from .patterns import NMPattern
 from .recipe import LinearSpec
@@ -61,8 +61,10 @@ class NMLinear(nn.Linear):
     :meth:`refresh` after changing the weight in any other way. Where the weight is sharded (a DTensor), all of its
     ranks have to do so together.
 
-    The layer is made for inference: the sparse operator has no gradient. A backward pass through it warns,
-    and neither its parameters nor whatever feeds it receive one. Calibration sets ``differentiable``.
+    The layer trains: its gradient is straight through the selection, with the forward's mask as a constant, as in the
+    training recipe of arXiv 2509.22166, and the forward computes the same bits as without one (a lifted weight is left
+    aside, which on CUDA may round otherwise). While its weight requires a gradient, each call that autograd records
+    derives again what derives from it. Calibration sets ``differentiable``.
 
     Examples
     --------
@@ -111,13 +113,16 @@ class NMLinear(nn.Linear):
         self._underived = False  # the weight was not there yet: its first forward computes what derives from it
         self._visited = False  # the weight is there during a call only: what has its size is not kept either
         self._incomplete = ""  # calibrated data that is still missing
+        self._handed_out = False  # somebody had a parameter in hand since the last check, and may have written to it
+        self._unchecked = False  # train() or eval() was called since
+        self._sources: dict[str, stale.Source] = {}  # the parameters that the derived data came from
         for name in _DERIVED:
             self.register_buffer(name, None, persistent=False)
         self._data_names = mitigations.data_of(spec)
         rank = mitigations.rank_of(spec.mitigation)
         for name in self._data_names:
             shape = mitigations.shape_of(name, in_features, out_features, rank)
-            self.register_buffer(name, torch.full(shape, torch.nan, device=device))
+            self.register_buffer(name, torch.full(shape, torch.nan, dtype=torch.float32, device=device))
         self.refresh()
 
     @classmethod
@@ -148,15 +153,39 @@ class NMLinear(nn.Linear):
         )
         layer.weight, layer.bias = linear.weight, linear.bias
         for name in layer._data_names:
-            setattr(layer, name, torch.full(getattr(layer, name).shape, torch.nan, device=linear.weight.device))
+            empty = torch.full_like(getattr(layer, name), torch.nan, device=linear.weight.device)
+            setattr(layer, name, empty)
         layer.train(linear.training)
         layer.refresh()
+        hook = getattr(linear, "_hf_hook", None)
+        if hook is not None:  # accelerate's, which brings an offloaded weight in for each call
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(layer, hook)
         return layer
+
+    def __getattr__(self, name: str):
+        if name in ("weight", "bias"):  # asked for from outside: the layer itself reads _parameters
+            self.__dict__["_handed_out"] = True
+        return super().__getattr__(name)
+
+    def _own(self, name: str) -> torch.Tensor | None:
+        # Where torch's parametrize or prune computes it, it is no parameter but an attribute, new for each call.
+        return self._parameters[name] if name in self._parameters else getattr(self, name)
+
+    @property
+    def _own_weight(self) -> torch.Tensor:
+        return self._own("weight")
+
+    def train(self, mode: bool = True) -> "NMLinear":
+        """As ``nn.Module.train``; the next call also checks whether the weight was written to through ``.data``."""
+        self._unchecked = True
+        return super().train(mode)
 
     @property
     def lifted_weight(self) -> torch.Tensor | None:
         """The lifted weight of which ``weight`` is a view, or None: nothing is lifted, or the weight was set since."""
-        return self._lifted[1] if self._lifted is not None and self._lifted[0] is self.weight else None
+        return self._lifted[1] if self._lifted is not None and self._lifted[0] is self._own_weight else None
 
     def to_linear(self) -> nn.Linear:
         """The dense layer with the same (shared) parameters."""
@@ -167,7 +196,7 @@ class NMLinear(nn.Linear):
     @torch.no_grad()
     def refresh(self) -> None:
         """Store the weight in its layout and recompute what derives from it; a meta weight stays as it is."""
-        weight = self.weight
+        weight = self._own_weight
         self._lifted, self._visited = None, False
         if weight.is_meta:
             for name in _DERIVED:
@@ -179,13 +208,13 @@ class NMLinear(nn.Linear):
             stored = parallel.stored_in_out(weight) if self.weight_layout == "in_out" else weight
             lifted = lift_weight(stored.detach(), self.spec.pattern)
             self.weight = nn.Parameter(lifted[:, : self.in_features], weight.requires_grad)
-            weight = self.weight
+            weight = self._own_weight
             self._lifted = (weight, lifted)
         elif self.weight_layout == "in_out":
             stored = parallel.stored_in_out(weight)
             if stored is not weight:
                 self.weight = nn.Parameter(stored, weight.requires_grad)
-        self.shard = parallel.shard_of(self.weight)
+        self.shard = parallel.shard_of(self._own_weight)
         if self.shard is not None:
             kind, name = self.shard.kind, "this layer"
             parallel.check_split(name, self.spec, kind)
@@ -197,11 +226,57 @@ class NMLinear(nn.Linear):
     def _set_derived(self) -> None:
         for name in FOLLOW_WEIGHT:
             if name in self._data_names:
-                setattr(self, name, getattr(self, name).to(self.weight.dtype))
+                setattr(self, name, getattr(self, name).to(self._own_weight.dtype))
         self._incomplete = next((name for name, value in self.data().items() if value.isnan().any()), "")
         for name, value in self._derive().items():
             setattr(self, name, value)
-        self._underived = False
+        self._underived = self._handed_out = self._unchecked = False
+        names = self._follows()
+        self._sources = {name: stale.Source(self._own(name)) for name in names}
+
+    def _follows(self) -> list[str]:
+        """Names of the parameters that something derives from, if nobody else has to take part in deriving it."""
+        if self.shard is not None:
+            return []  # all ranks derive together, or none
+        lifted = self._lifted is not None
+        derives = mitigations.reads_weight(self.spec) or mitigations.has_shift(self.spec) or lifted
+        names = ["weight"] if derives else []
+        return names + (["bias"] if "added_bias" in self._data_names and self._own("bias") is not None else [])
+
+    def _derived_for_call(self) -> dict[str, torch.Tensor | None] | None:
+        """What derives from parameters lent for this call; None where what is stored holds, brought up to date."""
+        if not self._sources or self._visited:
+            return None
+        if torch.compiler.is_compiling():  # a guard of the graph: nothing is known about the values there
+            return self._derive() if self._handed_out else None
+        parameters = [(source, self._own(name)) for name, source in self._sources.items()]
+        seen = all(source.is_seen_in(parameter) for source, parameter in parameters)
+        if seen and not self._handed_out and not self._unchecked:
+            return None
+        with _without_autocast(self._own_weight), torch.no_grad():
+            if not all(stale.is_own(parameter) for _, parameter in parameters):
+                return self._derive()
+            if self._own_weight.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "expected a weight that no one has touched since the last call while a CUDA graph is captured, got "
+                    "one that may have changed; call refresh() or the layer itself once before the capture"
+                )
+            with torch.inference_mode(False):  # what is kept has to serve training too
+                if seen and all(source.is_equal_to(parameter) for source, parameter in parameters):
+                    self._handed_out = self._unchecked = False
+                else:
+                    self._lift_again()
+                    self._set_derived()
+        return None
+
+    def _lift_again(self) -> None:
+        if self._lifted is None:
+            return
+        weight, lifted = self._lifted
+        if weight is self._own_weight and weight.data_ptr() == lifted.data_ptr():
+            lifted[:, self.in_features :] = lift_weight(weight.detach(), self.spec.pattern)[:, self.in_features :]
+        else:  # another weight, of which no columns lie behind it
+            self._lifted = None
 
     def data(self) -> dict[str, torch.Tensor]:
         """The calibrated data of this layer, by name; NaN where it has not been set yet."""
@@ -232,9 +307,9 @@ class NMLinear(nn.Linear):
         """What the operator reads, by the names in _DERIVED; differentiable in the calibrated data."""
         if self._incomplete:
             return dict.fromkeys(_DERIVED)
-        spec, data, mine = self.spec, self.data(), parallel.local_weight(self.weight)
+        spec, data, mine = self.spec, self.data(), parallel.local_weight(self._own_weight)
         # A rank that holds a part derives from the whole as a single process does, bit for bit, and takes its part.
-        whole = parallel.whole_weight(self.weight) if mitigations.reads_weight(spec) else mine
+        whole = parallel.whole_weight(self._own_weight) if mitigations.reads_weight(spec) else mine
         v = mitigations.operand_weight(spec, whole, data)
         channel_scale = mitigations.selection_scale(spec, whole.detach(), v.detach(), data)
         operand = mine
@@ -254,11 +329,11 @@ class NMLinear(nn.Linear):
         """The bias with what calibration adds to it; None where that is nothing."""
         if "added_bias" not in data:
             return None
-        added = data["added_bias"].to(self.weight.dtype)
+        added = data["added_bias"].to(self._own_weight.dtype)
         if self.shard is not None and self.shard.kind == "row":
             # Added once; the layer's own bias is the caller's to add, behind the sum over the ranks.
             return added if self.shard.rank == 0 else None
-        return added if self.bias is None else parallel.local_weight(self.bias) + added
+        return added if self._own("bias") is None else parallel.local_weight(self._own("bias")) + added
 
     def _part(self, tensor: torch.Tensor | None, axes: tuple[str, ...]) -> torch.Tensor | None:
         return tensor if self.shard is None or tensor is None else self.shard.part(tensor, axes)
@@ -270,7 +345,7 @@ class NMLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in] -> [..., out]``, sparse in the phases of the spec."""
         if self._is_dense_phase(x):
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self._own_weight, self._own("bias"))
         self._check_ready()
         parallel.check_plain(x)
         if torch.is_autocast_enabled(x.device.type):
@@ -279,7 +354,7 @@ class NMLinear(nn.Linear):
         y = mitigations.add_low_rank(self._sparse(mitigations.in_basis(x, data), data), x, data)
         if self.token_context is None:
             return y
-        return self.token_context.overwrite_dense(y, x, lambda rows: F.linear(rows, self.weight, self.bias))
+        return self.token_context.overwrite_dense(y, x, lambda rows: F.linear(rows, self._own_weight, self._own("bias")))
 
     def _lifts(self, weight: torch.Tensor) -> bool:
         # Only the weight itself is lifted: not a part of it, and not where another one is multiplied in its place.
@@ -292,14 +367,16 @@ class NMLinear(nn.Linear):
 
     def _sparse(self, x: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
         """The operator on the input in the selection's basis."""
-        derived = self._derive() if self.differentiable else {name: getattr(self, name) for name in _DERIVED}
-        if self._visited and mitigations.replaces_weight(self.spec):
-            with _without_autocast(self.weight):
-                derived["operand_weight"] = mitigations.operand_weight(self.spec, self.weight.detach(), self.data())
-        weight = self.weight if derived["operand_weight"] is None else derived["operand_weight"]
-        bias = self.bias if derived["operand_bias"] is None else derived["operand_bias"]
+        derived = self._derived()
+        if self._visited and mitigations.replaces_weight(self.spec) and derived["operand_weight"] is None:
+            with _without_autocast(self._own_weight):
+                derived["operand_weight"] = mitigations.operand_weight(self.spec, self._own_weight.detach(), self.data())
+        weight = self._own_weight if derived["operand_weight"] is None else derived["operand_weight"]
+        bias = self._own("bias") if derived["operand_bias"] is None else derived["operand_bias"]
         # As F.linear does under autocast; the operator itself takes one dtype only.
         lifted = self.lifted_weight if derived["operand_weight"] is None else None
+        if autograd.needs_derivative(self._own_weight):
+            lifted = None  # an optimizer changes the weight only, not the columns behind it
         weight, bias, lifted = (t if t is None else t.to(x.dtype) for t in (weight, bias, lifted))
         if self.spec.criterion in criteria.WEIGHT_PRUNING:
             return F.linear(x, weight, bias)
@@ -309,6 +386,29 @@ class NMLinear(nn.Linear):
         if self.spec.criterion == "clact" and x.ndim > 1:
             return self._by_sequence(x, weight, bias, derived["channel_scale"], options)
         return self._operator(x, weight, bias, derived["channel_scale"], options)
+
+    def _derived(self) -> dict[str, torch.Tensor | None]:
+        """What derives from the parameters, as stored; computed anew where a gradient goes to them through it."""
+        mine = self._derived_for_call()
+        stored = {name: getattr(self, name) for name in _DERIVED} if mine is None else mine
+        follows = mitigations.reads_weight(self.spec) or mitigations.has_shift(self.spec)
+        trained = follows and autograd.needs_derivative(self._own_weight)
+        if trained and self.shard is not None:
+            sentence = (
+                f"expected a frozen weight in a layer that is split over ranks with {self.spec}, got one that requires "
+                "a gradient; train the unsplit model"
+            )
+            refuse = partial(autograd.refuse_backward, sentence=sentence, inputs=(self._own_weight,))
+            return {
+                name: value if value is None else refuse(partial(value.view_as, value))
+                for name, value in stored.items()
+            }
+        if self.differentiable or trained:
+            with _without_autocast(self._own_weight):
+                return self._derive()
+        if autograd.needs_derivative(self._own("bias")):
+            stored["operand_bias"] = self._operand_bias(self._local_data())
+        return stored
 
     def _operator(self, x, weight, bias, channel_scale, options) -> torch.Tensor:
         pattern = self.spec.pattern
@@ -321,7 +421,8 @@ class NMLinear(nn.Linear):
 
     def _by_sequence(self, x, weight, bias, channel_scale, options) -> torch.Tensor:
         """CLACT: every sequence has a channel scale of its own, from this call's tokens."""
-        sequences, valid = x.reshape(-1, *x.shape[-2:]), None
+        # The number of sequences is spelt out: of no tokens at all, none could be inferred.
+        sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
         if self.token_context is not None:
             sequences, valid = self.token_context.sequences(x, sequences)
         if sequences.shape[1] == 1:  # one token ranks its channels by themselves alone: act
@@ -338,7 +439,7 @@ class NMLinear(nn.Linear):
 
     def _check_ready(self) -> None:
         if self._underived:  # weights that accelerate keeps on disk are there for the first time
-            with _without_autocast(self.weight):
+            with _without_autocast(self._own_weight):
                 self._set_derived()
             self.operand_weight, self._visited = None, True
         if self._incomplete:
@@ -378,14 +479,27 @@ class NMLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.lifted_weight is not None and not keep_vars:
-            # Without the columns behind it: a file would hold the whole storage, and safetensors refuses such a view.
-            destination[f"{prefix}weight"] = self.weight.detach().clone()
+        weight = self._own_weight
+        if not keep_vars and self.shard is None and not weight.is_meta:
+            # In torch's layout, without what a lifted weight has behind it: safetensors refuses any other.
+            own = weight.detach() if self.lifted_weight is None else weight.detach().clone()
+            destination[f"{prefix}weight"] = own.contiguous()
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        state["_sources"] = {}
+        state["_handed_out"] = not all(s.is_seen_in(self._own(n)) for n, s in self._sources.items()) or (
+            self._handed_out or self._unchecked
+        )
+        return state
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        if self._lifted is not None:  # a copy of a view is a tensor of its own
+        # A copy of a lifted view is a tensor of its own, and what derives from a weight may be older than it.
+        if self._lifted is not None or self._handed_out:
             self.refresh()
+        elif self._follows() and not self._own_weight.is_meta:
+            self._sources = {name: stale.Source(self._own(name)) for name in self._follows()}
 
 
 def _without_autocast(weight: torch.Tensor) -> torch.autocast:

@@ -177,6 +177,11 @@ def reads_weight(spec) -> bool:
     return replaces_weight(spec) or criteria.CRITERIA[spec.criterion] is not None
 
 
+def has_shift(spec) -> bool:
+    """Whether the operator reads the image of a shift (:func:`shift_image`)."""
+    return spec.token_shift != "none" or "shift" in data_of(spec)
+
+
 def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
     """``V [out, in]``, the weight that the operator multiplies by; ``weight`` itself where no method changes it."""
     if spec.criterion in criteria.WEIGHT_PRUNING:

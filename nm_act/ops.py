@@ -63,7 +63,8 @@ def prune(
 
     Notes
     -----
-    Source: arXiv 2509.22166.
+    The gradient of a survivor is that of its output, of a pruned entry 0: the mask is a constant. Source: arXiv
+    2509.22166.
 
     Examples
     --------
@@ -93,6 +94,10 @@ def compress(
         Two survivors a group of four, in index order.
     metadata : Tensor [..., ceil(in_features / 8)], uint8
         One nibble a group, ``first_index | second_index << 2``, the lower group in the low nibble.
+
+    Notes
+    -----
+    A backward pass is refused; :func:`prune` has a gradient.
 
     Examples
     --------
@@ -178,7 +183,10 @@ def sparse_linear(
 
     Notes
     -----
-    Inference only: no gradient flows through it. Source: arXiv 2509.22166 (D-PTS, S-PTS, L-PTS, VAR, LS).
+    The gradient goes straight through the selection, with the forward's mask as a constant; x and the weight are kept
+    for it. ``channel_scale`` only chooses: its gradient is 0. ``lifted_weight`` has none, all of it goes to ``weight``.
+    With ``weight_scale`` a backward pass is refused. Under torch.func and forward-mode derivatives, values may differ
+    in rounding. Source: arXiv 2509.22166 (D-PTS, S-PTS, L-PTS, VAR, LS).
 
     Examples
     --------

@@ -34,11 +34,14 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def token_shift_values(x: torch.Tensor, token_shift: str) -> torch.Tensor:
-    """Per-token shift eta, float32 ``[..., 1]``, of ``x [..., in]`` for ``token_shift`` "mean" or "median" (D-PTS)."""
+    """Per-token shift eta ``[..., 1]`` of ``x [..., in]`` for ``token_shift`` "mean" or "median" (D-PTS).
+
+    Float32; of a float64 ``x`` float64.
+    """
     if token_shift == "mean":
-        eta = x.double().mean(dim=-1, keepdim=True).float()
+        eta = x.double().mean(dim=-1, keepdim=True).to(_wide(x))
     elif token_shift == "median":
-        eta = x.float().median(dim=-1, keepdim=True).values
+        eta = x.to(_wide(x)).median(dim=-1, keepdim=True).values
     else:
         raise ValueError(f'expected token_shift "mean" or "median", got {token_shift!r}')
     return eta + 0.0
@@ -47,10 +50,15 @@ def token_shift_values(x: torch.Tensor, token_shift: str) -> torch.Tensor:
 def shifted(x: torch.Tensor, shift: torch.Tensor | None, token_shift: str) -> torch.Tensor:
     """``Z = X - eta`` in the dtype of ``x``; ``x`` itself without a shift."""
     if token_shift != "none":
-        return (x.float() - token_shift_values(x, token_shift)).to(x.dtype)
+        return (x.to(_wide(x)) - token_shift_values(x, token_shift)).to(x.dtype)
     if shift is not None:
-        return (x.float() - shift.float()).to(x.dtype)
+        return (x.to(_wide(x)) - shift.to(_wide(x))).to(x.dtype)
     return x
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    # Float32 by contract; float64 is no dtype of the operators, but the one in which derivatives are checked.
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def selection_mask(
@@ -138,7 +146,14 @@ def decompress(values, metadata):
 def variance_ratio(z: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
     """VAR factor ``nu = sqrt(Var(Z) / Var(P))`` per token, float64 ``[..., 1]``; 1 where ``Var(P)`` is 0."""
     total, kept = (_variance(values.double()) for values in (z, pruned))
-    return torch.where(kept == 0, 1.0, (total / kept).sqrt())
+    return ratio_root(total, kept)
+
+
+def ratio_root(total: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """``sqrt(total / kept)``, 1 where ``kept`` is 0; with gradient 0 there and where ``total`` is 0."""
+    # Chosen before the division and the root, whose infinite derivatives would make the gradient 0 * inf.
+    ratio = torch.where(kept == 0, 1.0, total) / torch.where(kept == 0, 1.0, kept)
+    return torch.where(ratio == 0, 0.0, torch.where(ratio == 0, 1.0, ratio).sqrt())
 
 
 def _variance(values: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from . import mitigations, parallel
+from .hooks import refuse_uncarried, take_over_hooks
 from .linear import NMLinear
 from .optimize.model import refuse_optimized
 from .recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe
@@ -83,7 +84,9 @@ def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True, optimize
         If ``recipe`` is not a Recipe.
     ValueError
         If the recipe names a layer or projection that the model lacks, or the model is sparse or optimized
-        already, or it is an encoder-decoder. The model is unchanged then.
+        already, or it is an encoder-decoder, or a layer to be replaced has something registered that a sparse layer
+        cannot take over (hooks of its state, a weight computed by a hook, a forward of its own). The model is
+        unchanged then. Forward and backward hooks stay registered.
 
     Examples
     --------
@@ -126,6 +129,7 @@ def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
         sparse = sparse_layers.get((module, spec))
         if sparse is None:
             sparse = NMLinear.from_linear(module, spec)
+            take_over_hooks(sparse, module)
         if id(module) in shared:  # under several names
             sparse_layers[module, spec] = sparse
         _replace(model, name, sparse)
@@ -181,7 +185,10 @@ def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Modul
     places = {name: _place(name, prefix) for name, _ in candidates}
     _check_names(recipe, [place for place in places.values() if place is not None])
     for name, module in candidates:
-        _check_rank(name, module, _decide(module, places[name], recipe)[0])
+        spec, _ = _decide(module, places[name], recipe)
+        _check_rank(name, module, spec)
+        if spec is not None:
+            refuse_uncarried(name, module)
     return candidates, places
 
 

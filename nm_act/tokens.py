@@ -1,8 +1,25 @@
 """Which tokens of a call are the first of their sequence or padding, for recipes that treat those apart."""
 
 import inspect
+import sys
+import threading
+from dataclasses import dataclass, replace
 
 import torch
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What the layers of a running call of the decoder stack have to know about its tokens."""
+
+    stack: torch.nn.Module | None
+    shape: tuple[int, int]  # (batch, tokens)
+    rows: slice | torch.Tensor | None = None  # the first tokens: along the tokens, or [batch * tokens] indices
+    valid: torch.Tensor | None = None  # [batch, tokens] bool, False for padding
+    mixed: str = ""  # why a row is not one sequence
+    outer: "_Call | None" = None  # the call inside of which this one runs
+    backward: int | None = None  # the backward pass in which checkpointed layers of this call run again
 
 
 class TokenContext:
@@ -12,31 +29,44 @@ class TokenContext:
     of its tokens are padding.
 
     The first tokens of a sequence act as attention sinks; pruning their activations costs more accuracy
-    than their share of the work saves (TEAL and WINA leave them dense). Two hooks on the decoder stack fill
-    and clear the context around every call; layers read it.
+    than their share of the work saves (TEAL and WINA leave them dense). Two hooks on the decoder stack begin
+    and end a call around every forward; layers read it. Each thread has running calls of its own, so that
+    several may run one model.
 
     A token's position in its sequence comes from ``position_ids``, else from the 2-D ``attention_mask``,
-    else from the length of the KV cache. Padding is never a first token. Where there is no padding the
-    first tokens of a call are a slice; otherwise their rows are gathered. The hook reads one flag back from
-    the device per call that brings positions or a mask, and is not traced by ``torch.compile`` (the graph
-    breaks in front of the decoder stack).
+    else from the length of the KV cache, which is whatever argument has a ``get_seq_length``. Padding is never a
+    first token. Where there is no padding the first tokens of a call are a slice; otherwise their rows are gathered.
+    The hook reads a flag or two back from the device per call that brings positions or a mask, and is not traced by
+    ``torch.compile`` (the graph breaks in front of the decoder stack).
 
     Parameters
     ----------
     first_tokens : int
         Tokens per sequence that are computed dense; may be 0.
+
+    Notes
+    -----
+    A call of the stack raises a ValueError where the position of its tokens cannot be known (a state that is no KV
+    cache, without positions; a mask that does not cover the cache), and where clact meets several sequences in one row.
+    Where gradient checkpointing runs blocks again, the call does too, from the gradient of what the stack returned on; a
+    RuntimeError is raised where blocks run again without that.
     """
 
     def __init__(self, first_tokens: int):
         self.first_tokens = first_tokens
-        self._shape = (0, 0)  # (batch, tokens) of the running call
-        self._rows: slice | torch.Tensor | None = None  # along the tokens, or [batch * tokens] indices
-        self._valid: torch.Tensor | None = None  # [batch, tokens] bool, False for padding
+        # Thread-local rather than a context variable: torch.compile traces reads of the one, not of the other.
+        self._here = threading.local()
+
+    def __getstate__(self) -> dict:
+        return {"first_tokens": self.first_tokens}  # running calls stay where they run
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
 
     def attach(self, stack: torch.nn.Module) -> None:
         """Install the hooks on the module that owns the decoder layers."""
         stack.register_forward_pre_hook(self._begin, with_kwargs=True)
-        # Cleared even after an exception: a layer called on its own later must not see these rows.
+        # Over even after an exception: a layer called on its own later must not see these rows.
         stack.register_forward_hook(self._end, always_call=True)
 
     def overwrite_dense(self, y: torch.Tensor, x: torch.Tensor, dense) -> torch.Tensor:
@@ -45,12 +75,13 @@ class TokenContext:
         ``x`` holds the call's tokens as [batch, tokens, in] or flattened to [batch * tokens, in]. A layer
         that sees other tokens (an expert of a mixture) cannot tell which are first and stays as it is.
         """
-        if self._rows is None or x.shape[:-1].numel() != self._shape[0] * self._shape[1]:
+        call = self._call_of(x)
+        if call is None or call.rows is None:
             return y
-        if isinstance(self._rows, slice):
-            tokens, rows = x.reshape(*self._shape, x.shape[-1]), (slice(None), self._rows)
+        if isinstance(call.rows, slice):
+            tokens, rows = x.reshape(*call.shape, x.shape[-1]), (slice(None), call.rows)
         else:
-            tokens, rows = x.reshape(-1, x.shape[-1]), self._rows
+            tokens, rows = x.reshape(-1, x.shape[-1]), call.rows.to(x.device)
         flat = y.reshape(*tokens.shape[:-1], y.shape[-1])
         flat[rows] = dense(tokens[rows])
         return flat.reshape(y.shape)
@@ -59,51 +90,116 @@ class TokenContext:
         """``x [..., in]`` as sequences [batch, tokens, in] and which tokens are no padding (None: all).
 
         ``default`` is returned for a layer that sees other tokens than the running call's.
+
+        Raises
+        ------
+        ValueError
+            If a row of the running call holds tokens of several sequences.
         """
-        if x.shape[:-1].numel() != self._shape[0] * self._shape[1]:
+        call = self._call_of(x)
+        if call is None:
             return default, None
-        return x.reshape(*self._shape, x.shape[-1]), self._valid
+        if call.mixed:
+            raise ValueError(
+                f"expected one sequence a row for clact, which ranks channels by all tokens of a sequence, got "
+                f"{call.mixed}; use generate with padding, or another criterion"
+            )
+        return x.reshape(*call.shape, x.shape[-1]), None if call.valid is None else call.valid.to(x.device)
+
+    def begin_whole_sequences(self, batch: int, tokens: int) -> None:
+        """A call of blocks without their stack begins: whole sequences, no padding."""
+        rows = slice(0, min(self.first_tokens, tokens)) if self.first_tokens else None
+        self._here.call = _Call(None, (batch, tokens), rows, outer=self._running())
+
+    def end(self) -> None:
+        """The running call is over."""
+        self._here.call = self._here.call.outer
+
+    def _running(self) -> _Call | None:
+        call = getattr(self._here, "call", None)
+        while call is not None and call.backward is not None and call.backward != torch._C._current_graph_task_id():
+            call = call.outer  # that backward pass is over
+        return call
+
+    def _call_of(self, x: torch.Tensor) -> _Call | None:
+        """The running call, if ``x`` holds its tokens."""
+        call = self._running()
+        if call is None:
+            _refuse_rerun()
+            return None
+        return call if x.shape[:-1].numel() == call.shape[0] * call.shape[1] else None
 
     @torch.compiler.disable
     def _begin(self, module, args, kwargs) -> None:
-        call = {**inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
-        inputs = (call.get("input_ids"), call.get("inputs_embeds"), *args)
+        call = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        inputs = (call.get("input_ids"), call.get("inputs_embeds"), call.get("hidden_states"), *args)
         tokens = next((tensor for tensor in inputs if isinstance(tensor, torch.Tensor)), None)
         if tokens is None:  # the stack itself will say that its input is missing
             return
         leading = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
-        self._shape = (leading[:-1].numel(), leading[-1])
-        mask = call.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            self._valid = mask[:, -self._shape[1] :].bool().expand(self._shape)
-        if self.first_tokens:
-            self._rows = self._first_rows(call.get("position_ids"), mask, call.get("past_key_values"))
+        shape = (leading[:-1].numel(), leading[-1])
+        mask, positions = call.get("attention_mask"), _positions(call)
+        mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        needed = mask is not None or (positions is None and self.first_tokens)
+        past = _cached_tokens(call) if needed else None
+        valid = None
+        if mask is not None:
+            mask = _up_to_now(mask, past, shape[1])
+            valid = mask[:, mask.shape[1] - shape[1] :].bool().expand(shape)
+        rows = self._first_rows(shape, positions, mask, valid, past) if self.first_tokens else None
+        mixed = _mixed(call, shape, positions, valid)
+        self._here.call = _Call(module, shape, rows, valid, mixed, self._still_running(module))
 
-    def begin_whole_sequences(self, batch: int, tokens: int) -> None:
-        """A call of blocks without their stack begins: whole sequences, no padding."""
-        self._shape = (batch, tokens)
-        self._rows = slice(0, min(self.first_tokens, tokens)) if self.first_tokens else None
-
-    def end(self) -> None:
-        """The running call is over."""
-        self._rows = self._valid = None
-        self._shape = (0, 0)
+    def _still_running(self, stack: torch.nn.Module) -> _Call | None:
+        """The running call that one of ``stack`` begins inside of."""
+        outer = call = self._running()
+        while call is not None:
+            # One of this stack that is not on Python's own stack was interrupted where no hooks are called (Ctrl-C).
+            if call.stack is stack and _depth(stack) == 1:
+                outer = call.outer
+            call = call.outer
+        return outer
 
     def _end(self, module, args, output) -> None:
-        self.end()
+        call = self._running()
+        if call is not None and call.stack is module:  # else it was refused before it began
+            self.end()
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self._resume_in_backward(call, output)
 
-    def _first_rows(self, positions, mask, cache) -> slice | torch.Tensor | None:
-        batch, tokens = self._shape
-        mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-        positions = positions if positions is not None and positions.ndim == 2 else None
+    def _resume_in_backward(self, call: _Call, output) -> None:
+        """Gradient checkpointing runs layers again inside the backward pass, where the stack is not called.
+
+        The gradient of what the stack returns comes before those of its layers: with it the call runs again, in that
+        backward pass.
+        """
+
+        def resume(_gradient) -> None:
+            backward = torch._C._current_graph_task_id()
+            outer = getattr(self._here, "call", None)
+            while outer is not None and outer.backward is not None:
+                outer = outer.outer
+            self._here.call = replace(call, outer=outer, backward=backward)
+
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(resume)
+
+    def _first_rows(self, shape, positions, mask, valid, past) -> slice | torch.Tensor | None:
+        batch, tokens = shape
+        if positions is None and past is None and (mask is None or mask.shape[1] == tokens):
+            raise ValueError(
+                "expected position_ids or a KV cache with get_seq_length to tell which tokens are first in their "
+                "sequence, got a state of another kind; pass position_ids, or leave dense_first_tokens out of the recipe"
+            )
         if positions is None and mask is None:
-            left = self.first_tokens - (0 if cache is None else int(cache.get_seq_length()))
+            left = self.first_tokens - past
             return slice(0, min(left, tokens)) if left > 0 else None
         if positions is None:
             positions = (mask.long().cumsum(dim=-1) - 1)[:, -tokens:]
         first = (positions < self.first_tokens).expand(batch, tokens)
-        if mask is not None:
-            first = first & mask[:, -tokens:].bool()
+        if valid is not None:
+            first = first & valid.to(first.device)
         rows = first.flatten().nonzero().squeeze(-1)
         if rows.numel() == 0:
             return None
@@ -112,3 +208,85 @@ class TokenContext:
         if rows.numel() == leading * batch and bool(first[:, :leading].all()):
             return slice(0, leading)
         return rows
+
+
+def _depth(module: torch.nn.Module) -> int:
+    """How many calls of a module this thread is in."""
+    frame, depth = sys._getframe(), 0
+    while frame is not None:
+        if frame.f_code is torch.nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            depth += 1
+        frame = frame.f_back
+    return depth
+
+
+def _positions(call: dict) -> torch.Tensor | None:
+    """Positions of the call's tokens, ``[batch or 1, tokens]``; None where the call does not bring them."""
+    for name in ("position_ids", "cache_position"):
+        positions = call.get(name)
+        if isinstance(positions, torch.Tensor) and positions.ndim in (1, 2):
+            return positions if positions.ndim == 2 else positions[None]
+    return None
+
+
+def _cached_tokens(call: dict) -> int | None:
+    """Tokens that the call's state holds already, 0 without one; None where there is a state that does not say."""
+    for value in call.values():
+        if not callable(getattr(value, "get_seq_length", None)):
+            continue
+        try:
+            return int(value.get_seq_length())
+        except ValueError:  # a state without attention layers knows only whether it has begun
+            return None if value.has_previous_state() else 0
+    return None if any(_is_state(name, value) for name, value in call.items()) else 0
+
+
+def _is_state(name: str, value) -> bool:
+    """Whether an argument is what earlier calls left: tuples of tensors of each layer, or an object called a cache."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return False
+    if isinstance(value, (tuple, list)):
+        return any(isinstance(layer, (tuple, list)) for layer in value)
+    return any(word in text.lower() for word in ("cache", "past") for text in (name, type(value).__name__))
+
+
+def _up_to_now(mask: torch.Tensor, past: int | None, tokens: int) -> torch.Tensor:
+    """The columns of a 2-D mask for the cached tokens and the call's; a mask over a whole static cache has more."""
+    if mask.shape[1] < (past or 0) + tokens:
+        raise ValueError(
+            f"expected an attention_mask over {past or 0} cached and {tokens} new tokens, got {mask.shape[1]} columns; "
+            "pass the whole mask, or none"
+        )
+    return mask if past is None else mask[:, : past + tokens]
+
+
+def _mixed(call: dict, shape: tuple[int, int], positions: torch.Tensor | None, valid: torch.Tensor | None) -> str:
+    """Why a row of the call holds several sequences; empty where it holds one."""
+    packed = next((name for name, value in call.items() if _says_packed(name) and value is not None), None)
+    if packed is not None:
+        return f"requests packed into one ({packed}, as generate_batch passes it)"
+    if positions is None or shape[1] == 1 or positions.shape[-1] != shape[1]:
+        return ""
+    if positions.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot be asked
+        return ""
+    back = positions[:, 1:] < positions[:, :-1]
+    if valid is not None:  # padding has any position
+        valid = valid.to(back.device)
+        back = back & valid[:, 1:] & valid[:, :-1]
+    return "position_ids that start again within a row" if bool(back.any()) else ""
+
+
+def _says_packed(name: str) -> bool:
+    return name.startswith(("cu_seq_lens", "cu_seqlens")) or name == "seq_idx"
+
+
+def _refuse_rerun() -> None:
+    """Refuse a layer that autograd runs again: the call whose tokens it was given is over, and nothing tells them."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    if torch._C._current_graph_task_id() != -1:  # as torch.utils.checkpoint asks whether a backward pass runs
+        raise RuntimeError(
+            "expected a gradient that comes through what the decoder stack returns, got a layer with dense_first_tokens "
+            "or clact that is run again in the backward pass without it; compute the loss from the stack's outputs, or "
+            "call model.gradient_checkpointing_disable()"
+        )

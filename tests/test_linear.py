@@ -223,15 +223,16 @@ def test_a_weight_that_comes_after_the_layer_gives_the_same_output():
     torch.testing.assert_close(layer(x), NMLinear.from_linear(_dense(), FULL)(x))
 
 
-def test_a_backward_pass_does_not_go_unnoticed(request):
-    torch.set_warn_always(True)  # torch says it once per process otherwise
-    request.addfinalizer(lambda: torch.set_warn_always(False))
-    layer = NMLinear.from_linear(_dense(), LinearSpec("2:4"))
-    x = torch.randn(2, 64, requires_grad=True)
-    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
-        layer(x).sum().backward()
-    assert x.grad is None
-    assert layer.weight.grad is None
+def test_a_backward_pass_gives_the_gradient_of_the_masked_dense_layer():
+    dense, x = _dense(), torch.randn(2, 64, requires_grad=True)
+    layer = NMLinear.from_linear(copy.deepcopy(dense), LinearSpec("2:4"))
+    layer(x).square().sum().backward()
+    masked = (x.detach() * reference.selection_mask(x.detach(), nm_act.NMPattern("2:4"))).requires_grad_()
+    dense(masked).square().sum().backward()
+    torch.testing.assert_close(x.grad, masked.grad * (masked != 0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, dense.weight.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad, rtol=1e-5, atol=1e-5)
+    assert layer.weight.grad.stride() == layer.weight.stride()
 
 
 @torch.no_grad()

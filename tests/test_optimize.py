@@ -11,7 +11,7 @@ import nm_act
 from nm_act.integrations.kv_cache import cache_argument
 from nm_act.linear import NMLinear
 from nm_act.optimize import model as model_module
-from nm_act.optimize.merged import MergedLinear
+from nm_act.optimize.merged import MergedLinear, Product
 from nm_act.optimize.model import is_optimized
 from nm_act.parallel import Shard
 
@@ -216,12 +216,14 @@ def test_a_filled_product_is_only_given_to_its_placeholder():
     attention = model.model.layers[0].self_attn
     merged = next(child for child in attention.children() if isinstance(child, MergedLinear))
     x = torch.randn(3, 64)
-    merged.fill(x, torch.ones(3, 128))
-    merged.open()
-    with pytest.raises(RuntimeError, match="expected q_proj to be called with the tensor that its layer was given"):
-        attention.q_proj(x + 1)
-    assert attention.v_proj(x).eq(1).all()
-    merged.close()
+    product = Product(merged, x, torch.ones(3, 128))
+    with pytest.raises(
+        RuntimeError, match="expected q_proj to be called once with the tensor .*, got another one; call"
+    ):
+        attention.q_proj(x + 1, product=product)
+    assert attention.v_proj(x, product=product).eq(1).all()
+    with pytest.raises(RuntimeError, match="expected v_proj to be called once with the tensor .*, got it twice; call"):
+        attention.v_proj(x, product=product)
 
 
 def test_wrong_uses_are_one_sentence():

@@ -199,3 +199,24 @@ def test_gate_and_up_are_freed_before_the_down_layer_runs(pattern, calls, monkey
     logits(model)
     assert len(seen) == 6
     assert alive == [0, 0]
+
+
+def test_where_a_gradient_is_recorded_nothing_is_packed(calls):
+    model, expected = family("llama"), family("llama")
+    for each in (model, expected):
+        nm_act.sparsify(each, recipe_of())
+    nm_act.optimize(model)
+    for each in (model, expected):
+        each(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert calls == []
+    norms = [name for name, _ in expected.named_parameters() if "norm" in name or "down_proj" in name]
+    for name in norms:
+        actual = model.get_parameter(name).grad
+        torch.testing.assert_close(actual, expected.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
+    model.requires_grad_(False)
+    model(input_ids=IDS, use_cache=False)
+    assert calls == ["norm", "norm + residual", "silu"] * 2
+    calls.clear()
+    model.model.layers[1].post_attention_layernorm.weight.requires_grad_(True)  # reaches no other norm's operand
+    model(input_ids=IDS, use_cache=False)
+    assert calls == ["norm", "norm + residual", "silu", "norm"]

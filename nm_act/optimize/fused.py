@@ -4,22 +4,21 @@ Attention itself, with its rotary embedding, cache and masks, stays Transformers
 layer is given the product for this call, computed from the packed norm.
 """
 
-from types import MethodType
-
 import torch
 from torch import Tensor, nn
 
-from .. import _C
+from .. import _C, autograd
 from ..linear import NMLinear
 from ..packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
+from .changed import Changed, change, restore
 from .eligible import has_hooks, not_2_4, why_stays
 from .fp8 import FP8Linear
-from .merged import MergedLinear
+from .merged import HasMerged, MergedLinear, Product
 
 PACKED_TOKENS = _C.SPARSE_GEMM_TOKENS
 """Fewest tokens for which a packed 16-bit product pays."""
 
-_MARKS = ("nm_act_fused", "nm_act_gate_up", "nm_act_packs", "nm_act_qkv", "nm_act_packs_mlp")
+_MARKS = ("nm_act_gate_up", "nm_act_packs", "nm_act_qkv", "nm_act_packs_mlp")
 """Attributes that fusing leaves on Transformers' modules."""
 
 
@@ -45,7 +44,7 @@ def takes_packed(linear: nn.Module, x: Tensor) -> bool:
         return False
     if isinstance(linear, FP8Linear):
         return True
-    return linear.weight.dtype == x.dtype and x.shape[:-1].numel() >= PACKED_TOKENS
+    return linear._parameters["weight"].dtype == x.dtype and x.shape[:-1].numel() >= PACKED_TOKENS
 
 
 def product(linear: nn.Module, operand: Packed, shape: torch.Size) -> Tensor:
@@ -58,7 +57,8 @@ def product(linear: nn.Module, operand: Packed, shape: torch.Size) -> Tensor:
             linear.like.dtype,
         )
     else:
-        weight, scale, shift_out, dtype = linear.weight, None, linear.shift_out, linear.weight.dtype
+        weight = linear._parameters["weight"]
+        scale, shift_out, dtype = None, linear.shift_out, weight.dtype
     y = sparse_gemm(
         operand.values,
         operand.metadata,
@@ -75,6 +75,8 @@ def product(linear: nn.Module, operand: Packed, shape: torch.Size) -> Tensor:
 
 def options(linear: nn.Module) -> dict:
     """Selection and statistics of a packable layer, as the producers take them."""
+    if not isinstance(linear, FP8Linear):
+        linear._derived_for_call()
     return {
         "channel_scale": linear.channel_scale,
         "token_shift": linear.spec.token_shift,
@@ -94,11 +96,15 @@ def fuse_mlp(mlp: nn.Module, gate_up: str) -> None:
     mlp.nm_act_gate_up = gate_up  # a name, not the module, which has its place already
     silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
     mlp.nm_act_packs = silu and not why_stays(mlp.act_fn) and not packable(mlp.down_proj)
-    mlp.forward = MethodType(_mlp_forward, mlp)
+    change(mlp, FusedMLP)
 
 
-def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return _mlp_tail(self, getattr(self, self.nm_act_gate_up)(x))
+class FusedMLP(HasMerged):
+    """An MLP that computes gate and up as one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]``."""
+        return _mlp_tail(self, getattr(self, self.nm_act_gate_up)(x))
 
 
 def _mlp_tail(mlp: nn.Module, y: Tensor) -> Tensor:
@@ -108,7 +114,7 @@ def _mlp_tail(mlp: nn.Module, y: Tensor) -> Tensor:
     """
     gate, up = y.split(getattr(mlp, mlp.nm_act_gate_up).sizes, dim=-1)
     shape = gate.shape
-    if mlp.nm_act_packs and takes_packed(mlp.down_proj, gate):
+    if mlp.nm_act_packs and _packs_input(mlp.down_proj, gate):
         operand = silu_mul_compress(gate, up, **options(mlp.down_proj))
         del y, gate, up
         return product(mlp.down_proj, operand, shape)
@@ -134,8 +140,7 @@ def fuse_layer(layer: nn.Module) -> list[str]:
     fused = ["input_layernorm"] if layer.nm_act_qkv else []
     fused += ["post_attention_layernorm"] if layer.nm_act_packs_mlp else []
     if fused:
-        layer.nm_act_fused = True
-        layer.forward = MethodType(_layer_forward, layer)
+        change(layer, FusedLayer)
     return fused
 
 
@@ -147,19 +152,29 @@ def _sole_consumer(parent: nn.Module, names: tuple[str, ...]) -> str:
     return ""
 
 
+class FusedLayer(Changed):
+    """A decoder layer whose norms may be packed."""
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        """The hidden states of the next layer, ``[batch, tokens, hidden]``."""
+        return _layer_forward(self, hidden_states, *args, **kwargs)
+
+
 def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
     """A pre-norm layer, ``h = x + attention(norm(x)); h + mlp(norm(h))``, with whatever norm can be packed."""
-    merged = getattr(self.self_attn, self.nm_act_qkv).linear if self.nm_act_qkv else None
-    packs_attention = merged is not None and _packs(self.input_layernorm, merged, hidden_states)
+    qkv = getattr(self.self_attn, self.nm_act_qkv) if self.nm_act_qkv else None
+    packs_attention = qkv is not None and _packs(self.input_layernorm, qkv.linear, hidden_states)
+    packs_attention = packs_attention and not has_hooks(self.self_attn)  # which see the norm's output
     gate_up = getattr(self.mlp, self.mlp.nm_act_gate_up).linear if self.nm_act_packs_mlp else None
     packs_mlp = gate_up is not None and _packs(self.post_attention_layernorm, gate_up, hidden_states)
     if args or not (packs_attention or packs_mlp):
-        return type(self).forward(self, hidden_states, *args, **kwargs)
+        return self.nm_act_stock.forward(self, hidden_states, *args, **kwargs)
     residual = hidden_states
     if packs_attention:
-        y, _ = norm_product(self.input_layernorm, merged, hidden_states)
+        y, _ = norm_product(self.input_layernorm, qkv.linear, hidden_states)
         # Attention reads no value of its input, only its shape: the parts hand out y for it.
-        getattr(self.self_attn, self.nm_act_qkv).fill(hidden_states, y)
+        kwargs["nm_act_product"] = Product(qkv, hidden_states, y)
+        del y
     else:
         hidden_states = self.input_layernorm(hidden_states)
     attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
@@ -173,10 +188,16 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> T
 
 
 def _packs(norm: nn.Module, linear: nn.Module, x: Tensor) -> bool:
-    return norm.weight.dtype == x.dtype and takes_packed(linear, x)
+    return norm.weight.dtype == x.dtype and _packs_input(linear, x, norm.weight)
 
 
-def restore(module: nn.Module) -> None:
+def _packs_input(linear: nn.Module, x: Tensor, *others: Tensor) -> bool:
+    # A packed operand has no gradient: where one is recorded, the layers compute it one by one.
+    return not autograd.needs_gradient(x, *others, *linear.parameters()) and takes_packed(linear, x)
+
+
+def unfuse(module: nn.Module) -> None:
     """Give a module that was fused, or that shares a merged layer, its own forward back."""
-    for name in ("forward", *_MARKS):
+    restore(module)
+    for name in _MARKS:
         vars(module).pop(name, None)

@@ -1,11 +1,13 @@
 """Linear layers that read the same input, computed as one; checkpoints keep the stock names."""
 
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..hooks import take_over_hooks
 from ..linear import NMLinear
+from .changed import Changed
 from .eligible import calibrated, why_stays
 
 
@@ -23,56 +25,60 @@ class MergedLinear(nn.Module):
 
     Notes
     -----
-    The parent keeps a :class:`LinearPart` under every stock name. Inside the parent's forward (:meth:`open` to
-    :meth:`close`) the first part called computes all outputs, the others take theirs. ``state_dict`` gives the stock
-    names and layout, each weight a contiguous copy; ``load_state_dict`` takes them.
+    The parent keeps a :class:`LinearPart` under every stock name. Inside the parent's forward
+    (:class:`SharesProducts`) the first part called computes all outputs, the others take theirs. ``state_dict`` gives
+    the stock names and layout, each weight a contiguous copy; ``load_state_dict`` takes them.
     """
 
     def __init__(self, linear: nn.Module, names: tuple[str, ...], sizes: tuple[int, ...]):
         super().__init__()
         self.linear = linear
         self.names, self.sizes = tuple(names), tuple(sizes)
-        self._input: Tensor | None = None
-        self._outputs: list[Tensor | None] = []
-        self._shared = self._filled = False
         self.register_state_dict_post_hook(_split_state)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., sum(sizes)]``, all outputs."""
         return self.linear(x)
 
-    def part(self, x: Tensor, index: int) -> Tensor:
-        """Output of one of the merged layers, a view of the merged one."""
-        if not self._shared:
-            return self.linear(x).split(self.sizes, dim=-1)[index]
-        if self._input is not x:
-            if self._filled:
-                raise RuntimeError(
-                    f"expected {self.names[index]} to be called with the tensor that its layer was given, got another "
-                    "one; call deoptimize(model) for a model whose attention was changed"
-                )
-            self._input, self._outputs = x, list(self.linear(x).split(self.sizes, dim=-1))
-        output = self._outputs[index]
-        if output is None:  # asked for twice
-            return self.linear(x).split(self.sizes, dim=-1)[index]
-        self._outputs[index] = None
-        return output
-
-    def fill(self, placeholder: Tensor, y: Tensor) -> None:
-        """Announce ``y``, computed from a packed operand, as the output for ``placeholder`` in the next forward."""
-        self._input, self._outputs, self._filled = placeholder, list(y.split(self.sizes, dim=-1)), True
-
-    def open(self) -> None:
-        """Let the parts share one product from here on."""
-        self._shared = True
-
-    def close(self) -> None:
-        """Forget inputs and outputs: what changes in place later must not be served from here."""
-        self._input, self._outputs, self._shared, self._filled = None, [], False, False
-
     def extra_repr(self) -> str:
         """The merged layers, for printing."""
         return " + ".join(f"{name} ({size})" for name, size in zip(self.names, self.sizes, strict=True))
+
+
+class Product:
+    """The outputs of a merged layer for one input, in one call of its parent; each part takes its own.
+
+    Parameters
+    ----------
+    merged : MergedLinear
+    placeholder, y : Tensor, optional
+        ``y [..., sum(sizes)]``, computed from a packed operand, is what the parts give for ``placeholder``.
+    """
+
+    def __init__(self, merged: MergedLinear, placeholder: Tensor | None = None, y: Tensor | None = None):
+        self.merged = merged
+        self.filled = y is not None
+        self._input = placeholder
+        self._outputs = [] if y is None else list(y.split(merged.sizes, dim=-1))
+
+    def take(self, x: Tensor, index: int) -> Tensor:
+        """Output ``[..., sizes[index]]`` of one of the merged layers, a view of the merged one."""
+        if self._input is not x:
+            self._refuse_filled(index, "another one")
+            self._input, self._outputs = x, list(self.merged(x).split(self.merged.sizes, dim=-1))
+        output = self._outputs[index]
+        if output is None:
+            self._refuse_filled(index, "it twice")
+            return self.merged(x).split(self.merged.sizes, dim=-1)[index]
+        self._outputs[index] = None  # what nobody needs any more is freed
+        return output
+
+    def _refuse_filled(self, index: int, got: str) -> None:
+        if self.filled:
+            raise RuntimeError(
+                f"expected {self.merged.names[index]} to be called once with the tensor that its layer was given, got "
+                f"{got}; call deoptimize(model) for a model whose attention was changed"
+            )
 
 
 class LinearPart(nn.Module):
@@ -97,9 +103,9 @@ class LinearPart(nn.Module):
         bias = self._merged.linear.bias
         return bias if bias is None else bias.split(self._merged.sizes)[self._index]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]``."""
-        return self._merged.part(x, self._index)
+    def forward(self, x: Tensor, product: Product | None = None) -> Tensor:
+        """``x [..., in] -> [..., out]``, from the running call's product where there is one."""
+        return (Product(self._merged) if product is None else product).take(x, self._index)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
@@ -158,6 +164,7 @@ def unmerge(parent: nn.Module, child: str) -> None:
             layer.bias = nn.Parameter(bias.detach().clone(), linear.bias.requires_grad)
         if isinstance(layer, NMLinear):
             layer.refresh()
+        take_over_hooks(layer, getattr(parent, name))
         setattr(parent, name, layer.train(linear.training))
 
 
@@ -178,21 +185,41 @@ def merge_key(layer: nn.Module) -> tuple | str:
     return facts
 
 
-def share_inside_forward(parent: nn.Module) -> None:
-    """Let the merged layers of ``parent`` share their product during its forward."""
-    parent.forward = MethodType(_sharing_forward, parent)
-    parent.register_load_state_dict_pre_hook(_join_state)
+class HasMerged(Changed):
+    """A parent of merged layers: it loads the stock names."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        _join_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
-def _sharing_forward(self: nn.Module, *args, **kwargs):
-    shared = [child for child in self.children() if isinstance(child, MergedLinear)]
-    for merged in shared:
-        merged.open()
-    try:
-        return type(self).forward(self, *args, **kwargs)
-    finally:
-        for merged in shared:
-            merged.close()
+class SharesProducts(HasMerged):
+    """A parent whose own forward runs with each merged layer computing one product for all its parts."""
+
+    def forward(self, *args, nm_act_product: Product | None = None, **kwargs):
+        """The stock forward; ``nm_act_product`` is computed already."""
+        products = {child.names: Product(child) for child in self.children() if isinstance(child, MergedLinear)}
+        if nm_act_product is not None:
+            products[nm_act_product.merged.names] = nm_act_product
+        return self.nm_act_stock.forward(_Running(self, products), *args, **kwargs)
+
+
+class _Running:
+    """A module during one call, whose parts know the call's products; all else is the module's.
+
+    The products are the call's: on the module, another thread or the next call would find them.
+    """
+
+    def __init__(self, module: nn.Module, products: dict[tuple[str, ...], Product]):
+        parts = {name: product for names, product in products.items() for name in names}
+        self.__dict__.update({name: partial(getattr(module, name), product=each) for name, each in parts.items()})
+        self.__dict__["nm_act_module"] = module
+
+    def __getattr__(self, name: str):
+        return getattr(self.nm_act_module, name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self.nm_act_module, name, value)
 
 
 def _child_name(names: list[str]) -> str:
@@ -210,8 +237,8 @@ def _split_state(merged: MergedLinear, state: dict, prefix: str, _metadata) -> N
             state[f"{parent}.{name}.{kind}" if parent else f"{name}.{kind}"] = part.contiguous()
 
 
-def _join_state(parent: nn.Module, state: dict, prefix: str, *_unused) -> None:
-    """Load hook of the parent: the merged tensors from the stock ones; an incomplete set is left to torch to report."""
+def _join_state(parent: nn.Module, state: dict, prefix: str) -> None:
+    """The merged tensors from the stock ones; an incomplete set is left to torch to report."""
     for child, merged in parent.named_children():
         if not isinstance(merged, MergedLinear):
             continue

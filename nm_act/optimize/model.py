@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..hooks import take_over_hooks
 from ..linear import NMLinear
 from . import fused
+from .changed import Changed, change
 from .eligible import not_fp8
 from .fp8 import FP8Linear, check_layout
-from .merged import LinearPart, MergedLinear, merge, merge_key, share_inside_forward, unmerge
+from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, unmerge
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 """Transformers' model folders whose attention and MLP are known to call each projection once, on one input."""
@@ -91,10 +93,13 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
 
     Notes
     -----
-    For inference, as the last step: sparsify, calibrate and search refuse an optimised model. Parameters of merged
-    layers have names of their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks,
-    a forward that someone replaced, or weights split over ranks stay as they are; hooks registered later on what was
-    merged or fused may not be called. :func:`deoptimize` undoes it.
+    For inference, as the last step: sparsify, calibrate and search refuse an optimised model. Norms and activations
+    write packed operands only where no gradient is recorded, so run it under ``torch.no_grad()``; a backward pass gives
+    the gradient of the separate layers, and is refused where weights are e4m3. Parameters of merged layers have names
+    of their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks, a forward that
+    someone replaced, or weights split over ranks stay as they are; hooks registered later on gate, up, down, a norm or
+    an activation that was fused may not be called. Optimised models pickle, deepcopy and serve several threads as stock
+    ones do. :func:`deoptimize` undoes it.
 
     Examples
     --------
@@ -133,18 +138,27 @@ def deoptimize(model: nn.Module) -> nn.Module:
     Raises
     ------
     ValueError
-        If the model is not optimised.
+        If the model is not optimised, or the forward of a module that optimize() changed was replaced since.
     """
     if not is_optimized(model):
         raise ValueError("expected an optimized model, got one that optimize() has not changed; nothing to undo")
+    changed = {name: module for name, module in model.named_modules() if isinstance(module, Changed)}
+    replaced = next((name for name, module in changed.items() if "forward" in vars(module)), None)
+    if replaced is not None:
+        raise ValueError(
+            f"expected modules as optimize() left them, got another forward on {replaced}; undo that first (of "
+            "accelerate: remove_hook_from_module)"
+        )
     for _, module in list(model.named_modules()):
         for child, layer in list(module.named_children()):
             if isinstance(layer, FP8Linear):
-                setattr(module, child, layer.to_nm_linear())
+                restored = layer.to_nm_linear()
+                take_over_hooks(restored, layer)
+                setattr(module, child, restored)
     for _, module in list(model.named_modules()):
         children = [child for child, layer in module.named_children() if isinstance(layer, MergedLinear)]
-        if children or "nm_act_fused" in vars(module):
-            fused.restore(module)
+        if isinstance(module, Changed):
+            fused.unfuse(module)
         for child in children:
             unmerge(module, child)
     return model
@@ -208,7 +222,7 @@ def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tu
             merge(parent, children)
             report.merged.append((name, tuple(children)))
     if any(isinstance(child, MergedLinear) for child in parent.children()):
-        share_inside_forward(parent)
+        change(parent, SharesProducts)
 
 
 def _quantise(report: OptimizeReport, layout: str) -> None:

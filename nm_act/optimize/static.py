@@ -1,5 +1,6 @@
 """Decoding with a cache of fixed size, under CUDA graphs where there is a GPU."""
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -41,13 +42,15 @@ class StaticDecoder:
     Raises
     ------
     ValueError
-        If the model is spread over devices, a size is out of range, or the model is on CUDA and its recipe keeps first
+        If the model is spread over devices, a size is out of range, the forward of a module that reads the model's
+        config was replaced (by accelerate's hooks or torch.compile), or the model is on CUDA and its recipe keeps first
         tokens dense: which ones they are is read back from the device in every call, and a graph cannot do that.
 
     Notes
     -----
     Prompts attend to the filled part of the cache; so do steps on CUDA in 16 bits, where torch's flash attention takes
     the length from the device. Other steps mask the whole cache; where it is a GPU that does, a logged line says why.
+    A decoder is for one thread at a time; the model itself is not changed, and others may run it meanwhile.
     Padding is not supported: use ``model.generate``, which is (``cache_implementation="static"`` compiles it).
 
     Examples
@@ -75,6 +78,9 @@ class StaticDecoder:
         self.model, self.batch, self.max_tokens = model, batch, max_tokens
         self.device = next(iter(devices))
         self._config = model.config.get_text_config()
+        self._static_config = copy.deepcopy(self._config)
+        self._static_config._attn_implementation = ATTENTION
+        _with_config(model, self._config, self._static_config)  # whether it can be done
         self.length = 0
         new = lambda *size, dtype=torch.long: torch.zeros(size, dtype=dtype, device=self.device)  # noqa: E731
         self.token = new(batch, 1)
@@ -183,16 +189,17 @@ class StaticDecoder:
         self._position.add_(1)
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        with _attention(self._config):
-            output = self.model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                use_cache=True,
-                **{self._cache_name: self._cache},
-                logits_to_keep=1,
-                nm_act_lengths=self._lengths,
-                nm_act_flash=self._flash,
-            )
+        # Of this call's own: the model, its layers and weights as they are now, meanwhile serves others as ever.
+        model = _with_config(self.model, self._config, self._static_config) or self.model
+        output = model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=True,
+            **{self._cache_name: self._cache},
+            logits_to_keep=1,
+            nm_act_lengths=self._lengths,
+            nm_act_flash=self._flash,
+        )
         self.logits = output.logits
         self.token.copy_(output.logits[:, -1:].argmax(dim=-1))
 
@@ -428,15 +435,27 @@ def _refuse_first_tokens(model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def _attention(config):
-    """Let the model's attention run :func:`static_attention` meanwhile."""
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+def _with_config(module: nn.Module, before, after, name: str = "the model") -> nn.Module | None:
+    """A shallow copy of ``module`` that reads the config ``after`` in place of ``before``; None if none of it does.
+
+    Copied are the modules that hold the config, and their parents; all others, and all parameters, are the same.
+    """
+    changed = {}
+    for child, each in module._modules.items():
+        copied = None if each is None else _with_config(each, before, after, child)
+        if copied is not None:
+            changed[child] = copied
+    holds = vars(module).get("config") is before
+    if not (changed or holds):
+        return None
+    if "forward" in vars(module):  # bound to the original, whose attention is another
+        raise ValueError(
+            f"expected modules with the forward of their class, got another one on {name} ({type(module).__name__}); "
+            "make the decoder of a model without hooks of accelerate and without a compiled forward"
+        )
+    copied = module.__new__(type(module))
+    copied.__dict__ = vars(module) | {"_modules": module._modules | changed} | ({"config": after} if holds else {})
+    return copied
 
 
 def _register() -> None:

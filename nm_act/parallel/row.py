@@ -12,8 +12,13 @@ scale than one process has, never a coarser one, and needs no exchange.
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import autograd, ops, reference
 from .shard import Shard
+
+_NO_GRADIENT = (
+    "expected no gradient for the input of a layer split by rows with var or a per-token shift, whose statistics come "
+    "from all ranks, got a backward pass; train the unsplit model, or choose a recipe without them"
+)
 
 
 def row_sparse_linear(
@@ -55,6 +60,11 @@ def row_sparse_linear(
     Returns
     -------
     Tensor [..., out_features], dtype of x
+
+    Notes
+    -----
+    The gradient is that of this rank's term. Where ranks exchange statistics, a backward pass that needs the gradient
+    of ``x`` raises a RuntimeError.
     """
     if options.get("weight_scale") is not None:
         raise ValueError(
@@ -65,15 +75,16 @@ def row_sparse_linear(
         return ops.sparse_linear(
             x, weight, bias, keep, group, shift=shift, shift_out=shift_out, column_scale=column_scale, **selection
         )
-    eta = None if token_shift == "none" else token_shift_over_ranks(shard, x, token_shift)
-    if eta is not None:
+    eta = None
+    if token_shift != "none":
+        eta = autograd.refuse_backward(lambda: token_shift_over_ranks(shard, x, token_shift), _NO_GRADIENT, [x])
         shift = eta
     z = x if shift is None else (x.float() - shift.float()).to(x.dtype)
     y = _float32_product(z, weight, keep, group, **selection)
     if variance_correction:
         columns = options.get("extra_columns", ())
         pruned = ops.prune(z, keep, group, channel_scale=channel_scale, extra_columns=columns)
-        y = y * variance_ratio_over_ranks(shard, z, pruned)
+        y = y * autograd.refuse_backward(lambda: variance_ratio_over_ranks(shard, z, pruned), _NO_GRADIENT, [z])
     if shift is not None:
         y = y + _shift_term(weight, shift, eta, shift_out)
     if column_scale is not None:

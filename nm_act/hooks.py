@@ -1,0 +1,50 @@
+"""Hooks that users registered on a layer, when another layer takes its place."""
+
+from torch import nn
+
+_CARRIED = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+_STATE_HOOKS = (
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def take_over_hooks(layer: nn.Module, old: nn.Module) -> None:
+    """Let ``layer`` call the forward and backward hooks of ``old``, whose place it takes."""
+    # The same dictionaries, not copies: the handles that users keep remove hooks from these.
+    vars(layer).update({name: vars(old)[name] for name in _CARRIED})
+
+
+def refuse_uncarried(name: str, layer: nn.Linear) -> None:
+    """Raise a ValueError for a layer with something registered that another layer in its place would not do.
+
+    Parameters
+    ----------
+    name : str
+        Of the layer, for the message.
+    layer : nn.Linear
+    """
+    what = ""
+    if "weight" not in layer._parameters:
+        what = "a weight that a hook computes (weight_norm, spectral_norm, prune)"
+    elif any(getattr(layer, hooks) for hooks in _STATE_HOOKS):
+        what = "hooks of state_dict or load_state_dict"
+    # What accelerate puts there is a placement of the weight, not a user's own forward.
+    elif "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
+        what = "a forward set on the instance"
+    if what:
+        raise ValueError(
+            f"expected linear layers whose hooks a sparse layer can take over, got {what} on {name}; remove it first, "
+            "or leave the layer dense by the recipe"
+        )

@@ -1,0 +1,277 @@
+"""Weights that change under a layer: whatever derives from one follows, by every way to change it, for every recipe."""
+
+import copy
+import importlib.util
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from nm_act import NMLinear
+from nm_act.recipe import LinearSpec
+
+SPECS = {
+    "act": LinearSpec("2:4"),
+    "wina": LinearSpec("8:16", "wina"),
+    "variance": LinearSpec("8:16", "variance"),
+    "amber": LinearSpec("8:16", "amber"),
+    "amber-channel": LinearSpec("8:16", "amber-channel"),
+    "rsparse-4": LinearSpec("2:4", "wina", ("rsparse-4",)),
+    "weight-magnitude": LinearSpec("2:4", "weight-magnitude"),
+    "wanda": LinearSpec("2:4", "wanda"),
+    "dpts-mean": LinearSpec("2:4", mitigation=("dpts-mean",)),
+    "dpts-median": LinearSpec("2:4", mitigation=("dpts-median",)),
+    "spts": LinearSpec("2:4", mitigation=("spts",)),
+    "lpts": LinearSpec("2:4", mitigation=("lpts", "var")),
+    "ls": LinearSpec("2:4", mitigation=("ls",)),
+    "pcs": LinearSpec("2:4", "wina", ("pcs",)),
+    "larosa": LinearSpec("2:4", "wina", ("larosa",)),
+    "permute": LinearSpec("2:4", "wina", ("permute",)),
+    "lifted": LinearSpec("2:4+1", "wina"),
+}
+SIZES = (64, 24)
+
+
+def _dense(seed: int) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(*SIZES)
+
+
+def _data(layer: NMLinear) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    data = {name: torch.rand(value.shape) + 0.5 for name, value in layer.data().items()}
+    if "rotation" in data:
+        data["rotation"] = torch.linalg.qr(data["rotation"]).Q
+    if "input_order" in data:
+        data["input_order"] = torch.arange(SIZES[0]).float()
+    return data
+
+
+def _layer(name: str, dense: nn.Linear, layout: str = "in_out") -> NMLinear:
+    layer = NMLinear.from_linear(copy.deepcopy(dense), SPECS[name], weight_layout=layout, lift=name == "lifted")
+    layer.set_data(**_data(layer))
+    return layer.eval()
+
+
+X = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def _check(layer: NMLinear, weight: torch.Tensor, name: str) -> None:
+    """The layer equals one that was made from this weight; and the weight is one that matters."""
+    dense = _dense(0)
+    other = _layer(name, dense)(X)
+    dense.weight.copy_(weight)
+    expected = _layer(name, dense)(X)
+    assert (other - expected).abs().max() > 0.1
+    for _ in range(2):
+        torch.testing.assert_close(layer(X), expected, rtol=1e-4, atol=1e-5)
+
+
+def _in_place(layer, weight):
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+
+
+def _data_in_place(layer, weight):
+    layer.weight.data += weight - layer.weight.data
+
+
+def _data_set(layer, weight):
+    layer.weight.data = weight.clone()
+
+
+def _data_of_parameters(layer, weight):
+    next(iter(layer.parameters())).data.copy_(weight)
+    layer.eval()
+
+
+def _data_of_parameters_then_refresh(layer, weight):
+    next(iter(layer.parameters())).data.copy_(weight)
+    layer.refresh()
+
+
+def _parameter(layer, weight):
+    layer.weight = nn.Parameter(weight.clone())
+
+
+def _optimizer(layer, weight):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    next(iter(layer.parameters())).grad = (next(iter(layer.parameters())) - weight).detach()
+    optimizer.step()
+
+
+def _set_module_tensor(layer, weight):
+    utils = pytest.importorskip("accelerate.utils")
+    utils.set_module_tensor_to_device(layer, "weight", "cpu", value=weight)
+
+
+WAYS = [
+    _in_place,
+    _data_in_place,
+    _data_set,
+    _data_of_parameters,
+    _data_of_parameters_then_refresh,
+    _parameter,
+    _optimizer,
+    _set_module_tensor,
+]
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("change", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("layout", ["in_out", "out_in"])
+def test_a_changed_weight_is_followed(name, change, layout):
+    layer, weight = _layer(name, _dense(0), layout), _dense(1).weight.detach() * 2
+    with torch.no_grad():
+        layer(X)
+    change(layer, weight)
+    _check(layer, weight, name)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_copy_of_a_changed_layer_follows_too(name):
+    layer, weight = _layer(name, _dense(0)), _dense(1).weight.detach() * 2
+    layer.weight.data += weight - layer.weight.data
+    for each in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        _check(each, weight, name)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("kind", [torch.Tensor, nn.Parameter])
+def test_functional_call(name, kind):
+    """The lent weight's own data, for that call; the layer is as before afterwards."""
+    layer, weight = _layer(name, _dense(0)), (_dense(1).weight.detach() * 2)
+    dense = _dense(0)
+    with torch.no_grad():
+        before = layer(X)
+        dense.weight.copy_(weight)
+        lent = weight.clone() if kind is torch.Tensor else nn.Parameter(weight.clone())
+        called = torch.func.functional_call(layer, {"weight": lent}, (X,))
+        torch.testing.assert_close(called, _layer(name, dense)(X), rtol=1e-4, atol=1e-5)
+        assert torch.equal(layer(X), before)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("layout", ["in_out", "out_in"])
+def test_tied_layers_follow_each_others_writes(name, layout):
+    layer, other = _layer(name, _dense(0), layout), _layer(name, _dense(0), layout)
+    other.weight = layer.weight
+    if name != "lifted":
+        other.refresh()
+        assert other.weight is layer.weight
+    weight = _dense(1).weight.detach() * 2
+    with torch.no_grad():
+        other(X)
+        layer.weight.copy_(weight)
+    _check(layer, weight, name)
+    _check(other, weight, name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_lora(name):
+    """The adapter beside the sparse base; merged, a layer of the merged weight; unmerged, the first one again."""
+    import peft
+
+    base = nn.ModuleDict({"proj": _layer(name, _dense(0))})
+    before = base["proj"](X)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["proj"]))
+    lora = model.base_model.model["proj"]
+    torch.manual_seed(3)
+    a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    b.normal_()
+    torch.testing.assert_close(lora(X), before + X @ a.t() @ b.t() * 2, rtol=1e-4, atol=1e-4)
+    merged = _dense(0).weight + 2 * b @ a
+    for _ in range(2):
+        model.merge_adapter()
+        _check(lora, merged, name)
+        model.unmerge_adapter()
+        lora.merge()
+        _check(lora, merged, name)
+        lora.unmerge()
+        with model.disable_adapter():
+            torch.testing.assert_close(lora(X), before, rtol=1e-4, atol=1e-4)
+    _check(model.merge_and_unload()["proj"], merged, name)
+
+
+def test_derived_data_has_no_gradient_of_its_own():
+    """wina: the scale chooses survivors only, so the gradient of a weight is that of the product with the mask."""
+    layer = _layer("wina", _dense(0))
+    layer(X).sum().backward()
+    pruned = torch.func.functional_call(layer, {"weight": torch.eye(64)[:24], "bias": torch.zeros(24)}, (X,))
+    assert pruned.shape == (3, 5, 24)
+    assert layer.weight.grad.t().unique(dim=1).shape[1] == 1  # the sum of the survivors, for every output feature
+    assert not layer.channel_scale.requires_grad
+
+
+def test_the_check_is_made_once():
+    layer = _layer("wina", _dense(0))
+    with torch.no_grad():
+        layer(X)
+        scale = layer.channel_scale
+        assert layer.weight.shape == (24, 64)
+        layer(X)
+    assert layer.channel_scale is scale
+    assert not layer._handed_out
+
+
+@torch.no_grad()
+def test_a_compiled_layer_follows():
+    layer, weight = _layer("dpts-mean", _dense(0)), _dense(1).weight.detach() * 2
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(X)
+    layer.weight.data += weight - layer.weight.data
+    expected = copy.deepcopy(layer)(X)
+    torch.testing.assert_close(compiled(X), expected)
+
+
+@torch.no_grad()
+def test_a_parametrized_weight_is_derived_from_in_each_call():
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    layer = _layer("wina", _dense(0))
+    nn.utils.parametrize.register_parametrization(layer, "weight", Double())
+    _check(layer, 2 * _dense(0).weight, "wina")
+
+
+def test_calibrated_data_is_float32_under_another_default_dtype():
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        layer = NMLinear(64, 24, spec=SPECS["spts"])
+        taken = NMLinear.from_linear(nn.Linear(64, 24), SPECS["spts"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.shift.dtype == taken.shift.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["wina", "lifted", "rsparse-4"])
+@pytest.mark.parametrize("layout", ["in_out", "out_in"])
+def test_a_state_dict_goes_into_safetensors_as_it_is(name, layout, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    layer = _layer(name, _dense(0), layout)
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    assert torch.equal(load_file(tmp_path / "layer.safetensors")["weight"], _dense(0).weight)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+@pytest.mark.parametrize("name", ["act", "wina", "dpts-mean", "weight-magnitude"])
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_offloaded_before_it_becomes_sparse(name, autocast):
+    import accelerate
+
+    dense = _dense(0)
+    expected = _layer(name, dense)
+    model = accelerate.cpu_offload(nn.Sequential(copy.deepcopy(dense)), execution_device="cpu")
+    model[0] = NMLinear.from_linear(model[0], SPECS[name])
+    assert model[0].weight.is_meta
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(2):
+            torch.testing.assert_close(model(X), expected(X), rtol=1e-4, atol=1e-5)
+    assert model[0].weight.is_meta

@@ -1,0 +1,525 @@
+"""State: calls in several threads, copies and pickles of models, hooks that survive, and what a KV cache says."""
+
+import copy
+import functools
+import io
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from tiny_families import family
+from torch import nn
+
+import nm_act
+from nm_act import criteria
+from nm_act.integrations.kv_cache import cache_argument, cache_of
+from nm_act.linear import NMLinear
+from nm_act.optimize import static
+from nm_act.recipe import LinearSpec
+from nm_act.tokens import TokenContext
+
+pytestmark = pytest.mark.contract
+
+THREADS, CALLS = 4, 300
+RECIPES = {
+    "sparse": {"pattern": "2:4", "mitigation": ["var", "dpts-mean"]},
+    "first tokens": {"pattern": "8:16", "dense_first_tokens": 2},
+    "clact": {"pattern": "2:4", "criterion": "clact"},
+    "clact and first tokens": {"pattern": "2:4", "criterion": "clact", "dense_first_tokens": 1},
+}
+
+
+def sparse(recipe: dict, optimized: bool = False, name: str = "llama"):
+    model = family(name)
+    nm_act.sparsify(model, nm_act.Recipe(**recipe))
+    if optimized:
+        assert nm_act.optimize(model).merged
+    return model
+
+
+def padded_inputs(count: int) -> list[dict]:
+    """Batches of different sizes and lengths, every other one with padding on the left."""
+    inputs = []
+    for index in range(count):
+        batch, tokens = 1 + index % 3, 3 + 2 * index
+        mask = torch.ones(batch, tokens, dtype=torch.long)
+        if index % 2:
+            mask[0, : 1 + index // 2] = 0
+        inputs.append({"input_ids": torch.randint(3, 96, (batch, tokens)), "attention_mask": mask})
+    return inputs
+
+
+@pytest.fixture
+def busy_threads():
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@torch.no_grad()
+def logits(model, **inputs):
+    return model(**inputs, use_cache=False).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimized", [False, True], ids=["stock", "optimized"])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_threads_get_what_one_caller_gets(recipe, optimized, busy_threads):
+    model = sparse(recipe, optimized)
+    inputs = padded_inputs(8)
+    expected = [logits(model, **each) for each in inputs]
+    start = Barrier(THREADS)
+
+    def run(thread: int) -> list[int]:
+        start.wait()
+        calls = [(thread * 3 + call) % len(inputs) for call in range(CALLS)]
+        return [index for index in calls if not torch.equal(logits(model, **inputs[index]), expected[index])]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        wrong = list(pool.map(run, range(THREADS)))
+    assert wrong == [[]] * THREADS
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("recipe", [RECIPES["sparse"], RECIPES["clact and first tokens"]], ids=["sparse", "clact"])
+def test_a_call_inside_of_a_call_changes_nothing(recipe, name):
+    """What threads do, without chance: another call of the model runs in the middle of each layer of the first."""
+    model = sparse(recipe, optimized=True, name=name)
+    outer, inner = padded_inputs(4)[2:]
+    expected = [logits(model, **each) for each in (outer, inner)]
+    seen, busy = [], []
+
+    def interrupt(*_):
+        if not busy:
+            busy.append(True)
+            seen.append(logits(model, **inner))
+            busy.clear()
+
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_forward_pre_hook(interrupt)
+        layer.mlp.register_forward_pre_hook(interrupt)
+    assert torch.equal(logits(model, **outer), expected[0])
+    assert len(seen) == 4
+    assert all(torch.equal(each, expected[1]) for each in seen)
+
+
+def test_nothing_of_a_call_stays():
+    model = sparse(RECIPES["clact and first tokens"], optimized=True)
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(2, 5, 96)
+    with torch.no_grad():
+        alone = layer(x)
+        for failing in (False, True):
+            ids = torch.arange(10).view(2, 5) + (1000 if failing else 0)  # out of the vocabulary
+            if failing:
+                with pytest.raises(IndexError):
+                    model(input_ids=ids)
+            else:
+                model(input_ids=ids)
+            assert layer.token_context._running() is None
+            assert torch.equal(layer(x), alone)
+    assert not any(isinstance(value, torch.Tensor) for module in model.modules() for value in vars(module).values())
+
+
+def test_an_interrupted_call_is_forgotten_by_the_next():
+    model = sparse(RECIPES["first tokens"])
+    context = model.model.layers[0].mlp.down_proj.token_context
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            logits(model, input_ids=torch.arange(3, 9)[None])
+    handle.remove()
+    logits(model, input_ids=torch.arange(3, 9)[None])
+    assert context._running() is None
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: _saved(model),
+}
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("fp8", [None, "decode"])
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_copies_of_optimized_models_are_whole_and_their_own(recipe, how, fp8):
+    model = sparse(recipe)
+    nm_act.optimize(model, fp8=fp8)
+    inputs = padded_inputs(4)
+    expected = [logits(model, **each) for each in inputs]
+    other = how(model)
+    assert [type(module).__name__ for module in other.modules()] == [
+        type(module).__name__ for module in model.modules()
+    ]
+    assert all(torch.equal(logits(other, **each), y) for each, y in zip(inputs, expected, strict=True))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert all(torch.equal(logits(other, **each), y) for each, y in zip(inputs, expected, strict=True))
+    nm_act.deoptimize(other)
+    assert torch.allclose(logits(other, **inputs[0]), expected[0], atol=2e-5, rtol=1e-4)
+
+
+def test_shallow_copies_of_modules_run_their_own_children():
+    """As DataParallel's replicas do: a forward bound to the original would use the original's weights."""
+    model = sparse(RECIPES["sparse"], optimized=True)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    replica = copy.copy(mlp)
+    replica._modules = dict(mlp._modules, down_proj=nn.Linear(96, 64))
+    x = torch.randn(2, 3, 64)
+    assert torch.equal(replica(x), replica.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
+    assert type(attention).__name__ == "LlamaAttention"
+    assert isinstance(attention, attention.nm_act_stock)
+
+
+def test_hooks_of_users_survive_sparsify_and_optimize():
+    model = family("llama")
+    calls, handles = [], []
+    for layer in model.model.layers:
+        down = layer.mlp.down_proj
+        handles.append(down.register_forward_hook(lambda *_: calls.append("forward")))
+        handles.append(down.register_forward_pre_hook(lambda *_, **__: calls.append("pre"), with_kwargs=True))
+        handles.append(layer.self_attn.q_proj.register_forward_hook(lambda _m, _a, y: 0 * y))
+    ids = {"input_ids": torch.arange(3, 11)[None]}
+    for change in (lambda: nm_act.sparsify(model, nm_act.Recipe("2:4")), lambda: nm_act.optimize(model), lambda: None):
+        change()
+        calls.clear()
+        assert logits(model, **ids).isfinite().all()
+        assert calls == ["pre", "forward"] * 2
+    hooked = logits(model, **ids)
+    for handle in handles:  # the handles that the user got for the dense layers
+        handle.remove()
+    calls.clear()
+    assert not torch.equal(logits(model, **ids), hooked)
+    assert calls == []
+
+
+def test_a_hook_on_a_merged_projection_is_called_and_comes_along():
+    model = sparse(RECIPES["sparse"], optimized=True)
+    seen = []
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda _m, _a, y: seen.append(y.shape[-1]))
+    ids = {"input_ids": torch.arange(3, 11)[None]}
+    logits(model, **ids)
+    nm_act.deoptimize(model)
+    logits(model, **ids)
+    assert seen == [32] * 4
+
+
+@pytest.mark.parametrize(
+    ("register", "what"),
+    [
+        (nn.utils.weight_norm, "a weight that a hook computes"),
+        (lambda layer: layer._register_state_dict_hook(lambda *_: None), "hooks of state_dict"),
+        (lambda layer: layer.register_load_state_dict_post_hook(lambda *_: None), "hooks of state_dict"),
+        (lambda layer: setattr(layer, "forward", layer.forward), "a forward set on the instance"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_a_sparse_layer_cannot_take_over_is_refused_by_name(register, what):
+    model = family("llama")
+    register(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(
+        ValueError, match=rf"hooks a sparse layer can take over, got {what}.* on .*layers\.1\.mlp\.up_proj"
+    ):
+        nm_act.sparsify(model, nm_act.Recipe("2:4"))
+    assert not any(isinstance(module, NMLinear) for module in model.modules())
+    nm_act.sparsify(model, nm_act.Recipe("2:4", skip_layers=[1]))
+
+
+def test_deoptimize_refuses_a_forward_that_was_replaced_since():
+    model = sparse(RECIPES["sparse"], optimized=True)
+    attention = model.model.layers[1].self_attn
+    attention.forward = functools.partial(attention.forward)
+    with pytest.raises(ValueError, match=r"got another forward on model\.layers\.1\.self_attn; undo that first"):
+        nm_act.deoptimize(model)
+    del attention.forward
+    nm_act.deoptimize(model)
+
+
+class TestCache:
+    """Positions of a cached step, from the cache or the mask; the reference is the call of the whole sequence."""
+
+    IDS = torch.arange(3, 15).view(1, 12)
+    FIRST = {"pattern": "2:4", "dense_first_tokens": 4}
+
+    @torch.no_grad()
+    def stepwise(self, model, cuts, make, **options) -> torch.Tensor:
+        state, name, parts = make(), cache_argument(model), []
+        for begin, end in zip((0, *cuts), (*cuts, 12), strict=True):
+            inputs = {key: value(begin, end) for key, value in options.items()}
+            parts.append(model(input_ids=self.IDS[:, begin:end], use_cache=True, **{name: state}, **inputs).logits)
+        return torch.cat(parts, dim=1)
+
+    @pytest.mark.parametrize("cuts", [(1,), (3, 4), (6, 7, 8)])
+    @pytest.mark.parametrize(
+        ("kind", "mask"),
+        [
+            ("DynamicCache", "none"),
+            ("DynamicCache", "up to now"),
+            ("StaticCache", "none"),
+            ("StaticCache", "up to now"),
+            ("StaticCache", "whole cache"),
+        ],
+    )
+    def test_steps_equal_the_whole_sequence(self, cuts, kind, mask):
+        import transformers
+
+        model = sparse(self.FIRST)
+        options = {"max_cache_len": 16} if kind == "StaticCache" else {}
+        make = lambda: getattr(transformers, kind)(config=model.config, **options)  # noqa: E731
+        width = {"up to now": lambda _begin, end: end, "whole cache": lambda _begin, _end: 16}.get(mask)
+        masks = {} if width is None else {"attention_mask": lambda *cut: torch.ones(1, width(*cut), dtype=torch.long)}
+        expected = logits(model, input_ids=self.IDS)
+        actual = self.stepwise(model, cuts, make, **masks)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+
+    def test_a_mask_that_leaves_the_cache_out_is_refused(self):
+        import transformers
+
+        model = sparse(self.FIRST)
+        make = lambda: transformers.DynamicCache(config=model.config)  # noqa: E731
+        with pytest.raises(
+            ValueError, match="expected an attention_mask over 3 cached and 9 new tokens, got 9 columns"
+        ):
+            self.stepwise(model, (3,), make, attention_mask=lambda a, b: torch.ones(1, b - a, dtype=torch.long))
+        assert model.model.layers[0].mlp.down_proj.token_context._running() is None
+
+    def test_generated_steps_are_not_first_tokens(self):
+        """The dense rows of each call, worked out by hand: 4 of the first 12 tokens, none of any step."""
+        model = sparse(self.FIRST)
+        rows = []
+        layer = model.model.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda *_: rows.append(layer.token_context._running().rows))
+        with torch.no_grad():
+            output = model(input_ids=self.IDS, use_cache=True)
+            for _ in range(3):
+                token = output.logits[:, -1:].argmax(dim=-1)
+                output = model(input_ids=token, use_cache=True, **{cache_argument(model): cache_of(output)})
+        assert rows == [slice(0, 4), None, None, None]
+
+
+class Stack(nn.Module):
+    """A stack whose state is whatever it is given, under any name."""
+
+    def __init__(self, layer: NMLinear, context: TokenContext):
+        super().__init__()
+        self.layer = layer
+        layer.token_context = context
+        context.attach(self)
+
+    def forward(self, inputs_embeds, attention_mask=None, position_ids=None, memory=None, **kwargs):
+        return self.layer(inputs_embeds)
+
+
+class Held:
+    """A KV cache of some library: nothing but its length is known."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+
+class RecurrentCache:
+    """A state that says no length, as one without attention layers."""
+
+    def __init__(self, begun: bool):
+        self.begun = begun
+
+    def get_seq_length(self) -> int:
+        raise ValueError("no attention layer")
+
+    def has_previous_state(self) -> bool:
+        return self.begun
+
+
+@torch.no_grad()
+def first_rows(first: int, **inputs) -> list[int]:
+    """Which of 5 tokens a stack computes dense: where its output is the dense one's."""
+    layer = NMLinear.from_linear(nn.Linear(16, 8), LinearSpec("1:4"))
+    x = torch.randn(1, 5, 16)
+    y = Stack(layer, TokenContext(first))(x, **inputs)
+    dense = nn.functional.linear(x, layer.weight, layer.bias)
+    return (y - dense).abs().amax(dim=-1)[0].lt(1e-6).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({}, [0, 1, 2]),
+        ({"memory": Held(2)}, [0]),
+        ({"cache": Held(1), "use_cache": True}, [0, 1]),
+        ({"past_key_values": Held(7)}, []),
+        ({"cache": RecurrentCache(False)}, [0, 1, 2]),
+        ({"cache": RecurrentCache(True), "position_ids": torch.arange(1, 6)[None]}, [0, 1]),
+        ({"cache": RecurrentCache(True), "attention_mask": torch.ones(1, 7, dtype=torch.long)}, [0]),
+        ({"past_key_values": ((torch.zeros(1, 1, 3, 4),) * 2,), "position_ids": torch.arange(3, 8)}, []),
+        ({"position_ids": torch.tensor([[7, 8, 0, 1, 2]])}, [2, 3, 4]),
+        ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]])}, [1, 2, 3]),
+    ],
+)
+def test_positions_come_from_whatever_holds_them(inputs, expected):
+    assert first_rows(3, **inputs) == expected
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"cache": RecurrentCache(True)},
+        {"cache": RecurrentCache(True), "attention_mask": torch.ones(1, 5, dtype=torch.long)},
+        {"past_key_values": ((torch.zeros(1, 1, 3, 4),) * 2,)},
+        {"layer_past": [[torch.zeros(1, 1, 3, 4)] * 2]},
+        {"memory": type("PagedCache", (), {})()},
+    ],
+)
+def test_a_state_that_does_not_say_its_length_is_refused(inputs):
+    with pytest.raises(
+        ValueError, match="expected position_ids or a KV cache with get_seq_length .* got a state of anot"
+    ):
+        first_rows(3, **inputs)
+
+
+def test_a_layer_that_runs_again_without_its_call_is_refused():
+    """Within one, tests/test_training.py has the gradients."""
+    layer = NMLinear.from_linear(nn.Linear(16, 8), LinearSpec("1:4"))
+    layer.token_context = TokenContext(1)
+    x = torch.randn(1, 5, 16, requires_grad=True)
+    scale = torch.ones((), requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(lambda x: layer(x).detach() * scale.square(), x, use_reentrant=False)
+    with pytest.raises(
+        RuntimeError, match="got a layer with dense_first_tokens or clact that is run again in the backward pass"
+    ):
+        y.sum().backward()
+
+
+class TestClact:
+    CLACT = {"pattern": "2:4", "criterion": "clact"}
+
+    def layer(self) -> NMLinear:
+        return NMLinear.from_linear(nn.Linear(16, 8), LinearSpec("2:4", "clact"))
+
+    def test_the_scale_is_that_of_the_tokens_that_count(self):
+        x = torch.tensor([[3.0, 0.0], [4.0, 2.0], [float("nan"), float("inf")]])
+        valid = torch.tensor([True, True, False])
+        assert criteria.call_scale(x, valid).tolist() == [5.0, 2.0]
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @torch.no_grad()
+    def test_padding_may_hold_anything(self, value):
+        layer = self.layer()
+        stack = Stack(layer, TokenContext(0))
+        x, mask = torch.randn(2, 6, 16), torch.ones(2, 6, dtype=torch.long)
+        mask[0, :2], mask[1, 4:] = 0, 0
+        expected = stack(x, attention_mask=mask)
+        x[mask == 0] = value
+        actual = stack(x, attention_mask=mask)
+        assert torch.equal(actual[mask == 1], expected[mask == 1])
+
+    @pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16), (0, 5, 16), (0, 1, 16), (2, 3, 0, 16)], ids=str)
+    @torch.no_grad()
+    def test_no_tokens_have_no_output(self, shape):
+        assert self.layer()(torch.empty(shape)).shape == (*shape[:-1], 8)
+
+    @torch.no_grad()
+    def test_no_tokens_in_a_stack(self):
+        stack = Stack(self.layer(), TokenContext(0))
+        assert stack(torch.empty(2, 0, 16), attention_mask=torch.empty(2, 0)).shape == (2, 0, 8)
+
+    @pytest.mark.parametrize(
+        ("inputs", "what"),
+        [
+            ({"cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32)}, "packed into one .cu_seq_lens_q"),
+            ({"seq_idx": torch.tensor([[0, 0, 1, 1, 1]])}, "packed into one .seq_idx"),
+            ({"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, "position_ids that start again within a row"),
+        ],
+    )
+    def test_rows_of_several_sequences_are_refused(self, inputs, what):
+        stack = Stack(self.layer(), TokenContext(0))
+        with pytest.raises(
+            ValueError, match=f"expected one sequence a row for clact.*got .*{what}.*; use generate with"
+        ):
+            stack(torch.randn(1, 5, 16), **inputs)
+
+    def test_positions_of_padding_do_not_count(self):
+        stack = Stack(self.layer(), TokenContext(0))
+        mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+        stack(torch.randn(2, 5, 16), attention_mask=mask, position_ids=torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 3, 1]]))
+
+    @pytest.mark.parametrize("recipe", [RECIPES["clact"], RECIPES["first tokens"]], ids=["clact", "first tokens"])
+    def test_generate_batch(self, recipe):
+        """First tokens are told by the positions of each request; clact is refused, in each request's error."""
+        import transformers
+
+        model = sparse(recipe)
+        prompts = [[3, 4, 5, 6, 7], [9, 10, 11]]
+        config = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        sizes = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)
+        outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=sizes)
+        for prompt, output in zip(prompts, outputs.values(), strict=True):
+            if "criterion" in recipe:
+                assert output.error.startswith("expected one sequence a row for clact")
+                assert output.generated_tokens == []
+            else:
+                alone = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=None)
+                assert output.generated_tokens == alone[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def test_a_static_decoder_leaves_the_model_to_others():
+    model = sparse(RECIPES["sparse"], optimized=True)
+    ids = torch.arange(3, 11)[None]
+    expected, before = logits(model, input_ids=ids), model.config._attn_implementation
+    decoder = nm_act.StaticDecoder(model, max_tokens=16)
+    alone = decoder.generate(ids, 4)
+    seen, busy = [], []
+
+    def meanwhile(*_):
+        if not busy:
+            busy.append(True)
+            seen.append((torch.equal(logits(model, input_ids=ids), expected), model.config._attn_implementation))
+            busy.clear()
+
+    model.model.layers[1].mlp.register_forward_pre_hook(meanwhile)
+    assert torch.equal(decoder.generate(ids, 4), alone)
+    assert seen == [(True, before)] * 4
+    assert before != static.ATTENTION
+
+
+@torch.no_grad()
+def test_a_static_decoder_sees_layers_and_weights_that_change():
+    model = sparse(RECIPES["sparse"])
+    ids = torch.arange(3, 11)[None]
+    decoder = nm_act.StaticDecoder(model, max_tokens=16)
+    decoder.generate(ids, 2)
+    nm_act.optimize(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.flip(0))
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert torch.equal(decoder.generate(ids, 5), expected)
+
+
+def test_a_static_decoder_refuses_a_forward_of_the_instance():
+    model = family("llama")
+    model.model.layers[1].self_attn.forward = model.model.layers[1].self_attn.forward
+    with pytest.raises(
+        ValueError, match=r"with the forward of their class, got another one on self_attn \(LlamaAttention"
+    ):
+        nm_act.StaticDecoder(model, max_tokens=16)
