@@ -95,8 +95,8 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     -----
     For inference, as the last step: sparsify, calibrate and search refuse an optimised model. Parameters of merged
     layers have names of their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks,
-    a forward that someone replaced, or weights split over ranks stay as they are; hooks registered later on gate, up,
-    down, a norm or an activation that was fused may not be called. Optimised models pickle, deepcopy and serve several
+    a forward that someone replaced, or weights split over ranks stay as they are; a hook registered later is called,
+    unless it is on the activation of an MLP that packs its operand. Optimised models pickle, deepcopy and serve several
     threads as stock ones do. :func:`deoptimize` undoes it.
 
     Examples
