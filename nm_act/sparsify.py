@@ -292,8 +292,8 @@ def _check_kinds(recipe: Recipe, candidates: list[tuple[str, nn.Module]], places
     if sparse and not any(isinstance(module, nn.Linear) for module in named.values()):
         kind = type(named[sparse[0]]).__name__
         raise ValueError(
-            f"expected projections that are torch.nn.Linear, got {kind} in {sparse[0]} and all others; use a model whose "
-            "projections are linear layers"
+            f"expected projections that are torch.nn.Linear, got {kind} in {sparse[0]} and all others; use a model "
+            "whose projections are linear layers"
         )
 
 
