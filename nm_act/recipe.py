@@ -15,7 +15,38 @@ from .mitigations import check_mitigations
 from .patterns import NMPattern, TopKPattern, as_pattern
 
 DEFAULT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Linear layers of a Llama-like decoder block."""
+"""Linear layers of a Llama-like decoder block; as a recipe's projections they stand for any family's whole block."""
+
+ROLES = {
+    **{name: (name,) for name in DEFAULT_PROJECTIONS},
+    # Phi, OPT, StarCoder2, GPT-2, GPT-J, CodeGen, Falcon, GPT-NeoX, BLOOM, Persimmon, MPT, DBRX, GPT-BigCode
+    "dense": ("o_proj",),
+    "out_proj": ("o_proj",),
+    "fc1": ("up_proj",),
+    "fc2": ("down_proj",),
+    "fc_in": ("up_proj",),
+    "fc_out": ("down_proj",),
+    "c_fc": ("up_proj",),
+    "c_proj": ("o_proj", "down_proj"),
+    "dense_h_to_4h": ("up_proj",),
+    "dense_4h_to_h": ("down_proj",),
+    # one layer for several roles: Falcon, GPT-NeoX, BLOOM; GPT-2, GPT-BigCode; MPT, DBRX; Phi-3, CodeGen; GLM, Phi-3
+    "query_key_value": ("q_proj", "k_proj", "v_proj"),
+    "c_attn": ("q_proj", "k_proj", "v_proj"),
+    "Wqkv": ("q_proj", "k_proj", "v_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    # several layers for one role: DeepSeek's latent attention
+    "q_a_proj": ("q_proj",),
+    "q_b_proj": ("q_proj",),
+    "kv_a_proj_with_mqa": ("k_proj", "v_proj"),
+    "kv_b_proj": ("k_proj", "v_proj"),
+    # LFM2
+    "w1": ("gate_proj",),
+    "w2": ("down_proj",),
+    "w3": ("up_proj",),
+}
+"""Projection of a model family -> what it is in a Llama-like block."""
 
 PHASES = ("both", "prefill", "decode")
 """When a layer is sparse: a call with one token per sequence is decode, any other is prefill."""
@@ -132,7 +163,9 @@ class Recipe:
         "N:M", "2:4+1" or "2:4+2", a percentage kept by unstructured top-k such as "50%", or "dense" where only the
         rules prune.
     projections : sequence of str
-        Last name components of the layers in scope, e.g. "down_proj"; everything else stays dense.
+        Last name components of the layers in scope, e.g. "down_proj"; everything else stays dense. The default, the
+        seven of a Llama-like block, stands for the block as a whole: every projection that :data:`ROLES` knows,
+        whatever the family calls it. Any other list is read name by name.
     criterion, mitigation, phase
         Defaults of every layer in scope, as in :class:`LinearSpec`.
     dense_first_tokens : int
@@ -188,16 +221,20 @@ class Recipe:
                 "use 0 to treat all tokens alike"
             )
         for rule in self.rules:
-            outside = [name for name in rule.projections or () if name not in self.projections]
+            outside = [name for name in rule.projections or () if not self.covers(name)]
             if outside:
                 raise ValueError(
                     f"expected a rule's projections among the recipe's ({', '.join(self.projections)}), got "
                     f"{outside[0]!r}; add it to the recipe's projections"
                 )
 
+    def covers(self, projection: str) -> bool:
+        """Whether layers of that name are in scope."""
+        return projection in (ROLES if self.projections == DEFAULT_PROJECTIONS else self.projections)
+
     def resolve(self, layer: int, projection: str) -> LinearSpec | None:
         """Spec of one projection of one decoder layer; None where it stays dense."""
-        if layer in self.skip_layers or projection not in self.projections:
+        if layer in self.skip_layers or not self.covers(projection):
             return None
         fields = {name: getattr(self, name) for name in _SPEC_FIELDS}
         for rule in self.rules:
@@ -259,6 +296,20 @@ class Recipe:
     def save(self, path) -> None:
         """Write the recipe; the suffix (.yaml, .yml or .json) decides the format."""
         self.to_json(path) if _suffix(path) == ".json" else self.to_yaml(path)
+
+
+def in_state_space(name: str) -> bool:
+    """Whether a layer's name is that of a state-space mixer's output, whose kernels may be handed the weight alone.
+
+    A recipe with the default projections leaves such a layer out; one that lists ``out_proj`` has it.
+
+    Examples
+    --------
+    >>> in_state_space("layers.0.mixer.out_proj"), in_state_space("layers.0.self_attn.out_proj")
+    (True, False)
+    """
+    parent, _, last = name.removesuffix(".base_layer").rpartition(".")
+    return last == "out_proj" and "att" not in parent.rpartition(".")[2]
 
 
 def load_yaml(text: str):

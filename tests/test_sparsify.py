@@ -226,10 +226,10 @@ BAD_NAMES = [
 def test_a_recipe_that_names_nothing_is_refused(recipe, sentence):
     if recipe.projections == DEFAULT_PROJECTIONS:
         model = Model()
-        for block in model.model.layers:  # neither default name exists
-            block.fc1, block.fc2 = block.up_proj, block.down_proj
+        for block in model.model.layers:  # names of no known family
+            block.mix1, block.mix2 = block.up_proj, block.down_proj
             del block.up_proj, block.down_proj
-        sentence = sentence.replace("down_proj, up_proj", "fc1, fc2")
+        sentence = sentence.replace("down_proj, up_proj", "mix1, mix2")
     else:
         model = Model()
     with pytest.raises(ValueError, match=sentence):

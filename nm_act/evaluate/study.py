@@ -89,7 +89,8 @@ def from_recipe(recipe: Recipe, name: str | None = None, **fields) -> Variant:
 def resolved(recipe: Recipe) -> set[LinearSpec]:
     """Specs that a recipe gives to any layer: to those that it names, and to the layers behind them."""
     named = {*recipe.skip_layers, *(layer for rule in recipe.rules for layer in rule.layers or ())}
-    places = itertools.product([*named, max(named, default=-1) + 1], recipe.projections)
+    projections = {*recipe.projections, *(name for rule in recipe.rules for name in rule.projections or ())}
+    places = itertools.product([*named, max(named, default=-1) + 1], projections)
     return {recipe.resolve(layer, projection) for layer, projection in places} - {None}
 
 

@@ -113,6 +113,8 @@ def record_recipe(model, recipe: Recipe) -> str:
     """Write the recipe into a Transformers model's config for saving; returns a note where that cannot be."""
     from transformers import PreTrainedModel
 
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):  # PEFT: for the merged model
+        model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         return ""
     existing = getattr(model.config, "quantization_config", None)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from .. import mitigations
 from ..criteria import WEIGHT_PRUNING
-from ..recipe import LinearSpec, Recipe
+from ..recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe, in_state_space
 from ..supported import supported
 
 _TEXT_STACKS = (
@@ -106,7 +106,7 @@ def specs_of(
         Of the whole layer. As in :func:`nm_act.sparsify`, one that the group does not divide stays dense.
     """
     where = place(prefix)
-    if where is None:
+    if where is None or (recipe.projections == DEFAULT_PROJECTIONS and in_state_space(prefix)):
         return []
     layer, merged = where
     specs = [(name, recipe.resolve(layer, name)) for name in packed.get(merged, [merged])]

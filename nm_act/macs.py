@@ -1,0 +1,67 @@
+"""Multiply-accumulates per token of a decoder's modules: what linear layers compute, and what else does."""
+
+import math
+
+from torch import nn
+
+from .adapters import adapter_is_idle
+
+_TOP_K = (
+    *("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts"),
+    *("num_selected_experts", "moe_k"),
+)
+"""What Transformers' families call the number of experts that a token goes through."""
+
+
+def computes_itself(module: nn.Module) -> bool:
+    """Whether a module that is no linear layer has matrices of its own (fused experts, a router, Conv1D)."""
+    return not isinstance(module, nn.Embedding) and bool(matrices(module))
+
+
+def matrices(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters with two or more dimensions beyond 1; biases of experts are none."""
+    return [
+        name
+        for name, value in module.named_parameters(recurse=False)
+        if "bias" not in name and sum(size > 1 for size in value.shape) > 1
+    ]
+
+
+def macs_of(model: nn.Module, name: str) -> float | None:
+    """Multiply-accumulates per token of one module of ``model``, its children left out; None where that is not known.
+
+    An expert counts as often as a token takes it on average: ``top_k`` of all experts run. A LoRA adapter that is
+    merged or not active counts nothing.
+    """
+    module = model.get_submodule(name)
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if all(isinstance(size, int) for size in sizes):
+        return 0.0 if adapter_is_idle(model, name) else math.prod(sizes) * _share(model, name)
+    own = [module.get_parameter(each) for each in matrices(module)]
+    if own and all(value.ndim == 3 for value in own) and not isinstance(module, nn.modules.conv._ConvNd):
+        experts, active = own[0].shape[0], _top_k(model, name)
+        known = active is not None and all(value.shape[0] == experts for value in own)
+        return sum(value.numel() for value in own) * active / experts if known else None
+    # [in, out] of Conv1D, [experts, in] of a router, the kernel of a convolution over tokens: each used once a token.
+    single = matrices(module) == ["weight"] and (own[0].ndim == 2 or isinstance(module, nn.Conv1d))
+    return own[0].numel() * _share(model, name) if single else None
+
+
+def _share(model: nn.Module, name: str) -> float:
+    """Part of all tokens that a module sees: less than 1 inside a list of experts."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part == "experts" and parts[i + 1].isdigit():
+            path = ".".join(parts[: i + 1])
+            active, experts = _top_k(model, path), len(list(model.get_submodule(path).children()))
+            return 1.0 if active is None else active / experts
+    return 1.0
+
+
+def _top_k(model: nn.Module, name: str) -> int | None:
+    block = model.get_submodule(name.rpartition(".")[0])
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    owners = [model.get_submodule(name), block, *block.children(), text]
+    found = (getattr(owner, key, None) for owner in owners if owner is not None for key in _TOP_K)
+    return next((value for value in found if type(value) is int), None)
