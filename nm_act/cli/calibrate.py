@@ -83,6 +83,11 @@ def calibrate(
     print(f"written to {output}: nm-act ppl {model} --calibration {output}")
 
 
+def unfinished_calibration(output: Path) -> bool:
+    """Whether a stopped run left a finished block in its folder."""
+    return any((output / _STATE).glob("block-*.safetensors"))
+
+
 def _check_output(output: Path, model: str) -> None:
     """Refuse a folder in which the result would replace somebody's files, the model's above all."""
     from ..calibrate.state import IDENTITY

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +21,14 @@ INTERRUPTED = "interrupted; no result was written"
 INTERRUPTED_BUT_KEPT = "interrupted; run the same command to go on"
 
 
-def reports_errors(command, *, resumes: bool = False):
+MAX_THREADS = 1024
+"""No machine gains from more, and OpenMP ends the process where it cannot start as many as it was told."""
+
+
+def reports_errors(command, *, unfinished: Callable[[Path], bool] | None = None):
     """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
 
-    ``resumes`` is for a command that keeps what it has finished and goes on there.
+    ``unfinished`` is for a command that keeps what it has finished: whether its ``output`` has something to go on with.
 
     The environment variable NM_ACT_TRACEBACK=1 lets the exception through, for whoever debugs a command.
     """
@@ -33,7 +38,8 @@ def reports_errors(command, *, resumes: bool = False):
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            print(INTERRUPTED_BUT_KEPT if resumes else INTERRUPTED, file=sys.stderr)
+            kept = unfinished is not None and unfinished(kwargs["output"])
+            print(INTERRUPTED_BUT_KEPT if kept else INTERRUPTED, file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
         except BrokenPipeError:  # the reader of our output went away, as in `nm-act info | head`: typer exits quietly
             raise
@@ -155,8 +161,11 @@ def set_threads(threads: int | None) -> int:
     import torch
 
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"expected at least 1 thread, got {threads}")
+        if not 1 <= threads <= MAX_THREADS:
+            raise ValueError(
+                f"expected at least 1 thread and at most {MAX_THREADS}, got {threads}; this process has "
+                f"{usable_cores()} cores"
+            )
         torch.set_num_threads(threads)
     return torch.get_num_threads()
 

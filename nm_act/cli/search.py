@@ -111,6 +111,11 @@ def search(
     _finish(folder, points, best, sparse, used, as_json)
 
 
+def unfinished_search(output: Path) -> bool:
+    """Whether a stopped run left a measurement in its folder."""
+    return any((output / name).is_file() for name in ("sensitivities.jsonl", "points.jsonl"))
+
+
 def _check_goal(target_speedup: float | None, max_drop: float | None) -> None:
     if (target_speedup is None) == (max_drop is None):
         raise ValueError("expected either --target-speedup or --max-drop, got both or neither; give one of them")
