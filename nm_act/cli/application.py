@@ -1,4 +1,4 @@
-"""The application behind ``nm-act``. Commands import torch and Transformers when they run: ``--help`` waits for neither."""
+"""The application behind ``nm-act``. Commands import torch and Transformers when they run."""
 
 import os
 import sys

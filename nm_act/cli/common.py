@@ -115,36 +115,78 @@ def progress_bar(label: str):
 def print_table(
     title: str, columns: list[str], rows: list[list[str]], *, caption: str | None = None, numbers: bool = True
 ) -> None:
-    """Table on stdout; `numbers` puts all but the first column right. Empty headings are dropped."""
+    """Table on stdout; `numbers` puts all but the first column right. Empty headings are dropped.
+
+    Cells wrap at spaces to fit the width. Where a word alone is too long for that, the first column's cells, which name
+    the rows, become numbers with the names below the table.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(markup=False, highlight=False)
+    shown = [list(map(str, row)) for row in rows]
+    between = 3 * (len(columns) - 1)
+    widths = _column_widths(columns, shown, console.width - between)
+    names = []
+    if numbers and sum(widths) > console.width - between:
+        names = [row[0] for row in shown]
+        shown = [[f"[{index}]", *row[1:]] for index, row in enumerate(shown, 1)]
+        widths = _column_widths(columns, shown, console.width - between)
     table = Table(
         title=title,
         caption=caption,
         box=box.SIMPLE,
+        show_edge=False,
+        pad_edge=False,
         show_header=any(columns),
         title_justify="left",
         caption_justify="left",
     )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if numbers and index > 0 else "left", overflow="fold")
-    for row in rows:
+    for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        table.add_column(column, justify="right" if numbers and index > 0 else "left", overflow="fold", width=width)
+    for row in shown:
         table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
+    Console(markup=False, highlight=False, width=max(console.width, sum(widths) + between)).print(table)
+    for index, name in enumerate(names, 1):
+        print(f"[{index}] {name}")
+
+
+def _column_widths(columns: list[str], rows: list[list[str]], total: int) -> list[int]:
+    """Widths that sum up to `total` at most: the widest are narrowed, none below its longest word."""
+    cells = [[column, *(row[index] for row in rows)] for index, column in enumerate(columns)]
+    widths = [max(map(len, each), default=0) for each in cells]
+    least = [max((len(word) for cell in each for word in cell.split()), default=0) for each in cells]
+    while sum(widths) > total:
+        widest = max(range(len(widths)), key=lambda index: (widths[index] > least[index], widths[index]))
+        if widths[widest] == least[widest]:
+            break
+        widths[widest] -= 1
+    return widths
 
 
 def load(source: str, dtype: str = "auto", device: str = "cpu"):
     """`nm_act.integrations.checkpoints.load_model` without Transformers' own chatter and progress bars."""
-    import transformers
-
     from ..integrations.checkpoints import load_model
+
+    _quiet()
+    note(f"loading {source}")
+    return load_model(source, dtype=dtype, device=device)
+
+
+def load_config(source: str):
+    """`nm_act.integrations.checkpoints.load_config`, as quiet."""
+    from ..integrations import checkpoints
+
+    _quiet()
+    return checkpoints.load_config(source)
+
+
+def _quiet() -> None:
+    import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    note(f"loading {source}")
-    return load_model(source, dtype=dtype, device=device)
 
 
 def load_recipe(path: Path):

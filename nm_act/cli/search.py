@@ -11,6 +11,7 @@ import typer
 from .common import (
     check_dense,
     load,
+    load_config,
     model_name,
     note,
     print_json,
@@ -60,7 +61,7 @@ def search(
     from ..evaluate.perplexity import check_window
     from ..fingerprint import weights_fingerprint
     from ..recipe import DEFAULT_PROJECTIONS
-    from ..search.options import option_variant, parse_option, read_data
+    from ..search.options import find_calibrations, option_variant, parse_option, read_data
     from ..search.plan import baselines, check_reachable, measure_points, options_of
     from ..search.sensitivity import groups_of, sensitivities
     from ..search.solve import frontier, solve, to_recipe
@@ -71,7 +72,9 @@ def search(
     table = Rates.load(rates)
     check_output(output)
     content, source = _text(text, data)
+    find_calibrations(specs, calibrated)
     set_threads(threads)
+    check_window(load_config(model), window)
     dense, tokenizer = load(model, dtype, device)
     check_dense(dense, model)
     check_window(dense, window)

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["DTYPES", "check_device", "demo_model_path", "load_model"]
+__all__ = ["DTYPES", "check_device", "demo_model_path", "load_config", "load_model"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Names accepted by ``dtype`` of `load_model`."""
@@ -60,6 +60,22 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
     else:
         model, tokenizer = _load_checkpoint(place, kind, dtype)
     return model.to(device).eval(), tokenizer
+
+
+def load_config(source: str | os.PathLike):
+    """A model's configuration, to look at before its weights are loaded; None where `load_model` will say why not."""
+    kind, place = _classify(source)
+    if kind == "hub":
+        _check_hub(place)
+    from transformers import AutoConfig
+
+    folder, name = os.path.split(os.path.abspath(place))
+    try:
+        return (
+            AutoConfig.from_pretrained(folder, gguf_file=name) if kind == "gguf" else AutoConfig.from_pretrained(place)
+        )
+    except Exception:  # whatever a damaged file leads to
+        return None
 
 
 def check_device(device: str) -> None:
@@ -199,8 +215,8 @@ def _check_report(model, report: dict, place: str) -> None:
     order = {key: index for index, key in enumerate(model.state_dict())}
     for key, found, wanted in sorted(report["mismatched_keys"], key=lambda each: order.get(each[0], -1)):
         raise ValueError(
-            f"expected {key} of shape {list(wanted)} for this {name} in {place!r}, got {list(found)}; the configuration "
-            "and the weights belong to different models"
+            f"expected {key} of shape {list(wanted)} for this {name} in {place!r}, got {list(found)}; the "
+            "configuration and the weights belong to different models"
         )
     missing = sorted(report["missing_keys"], key=lambda key: order.get(key, -1))
     unexpected = sorted(report["unexpected_keys"], key=_natural)
