@@ -150,6 +150,7 @@ def print_table(
     Console(markup=False, highlight=False, width=max(console.width, sum(widths) + between)).print(table)
     for index, name in enumerate(names, 1):
         print(f"[{index}] {name}")
+    print()
 
 
 def _column_widths(columns: list[str], rows: list[list[str]], total: int) -> list[int]:
@@ -167,8 +168,9 @@ def _column_widths(columns: list[str], rows: list[list[str]], total: int) -> lis
 
 def load(source: str, dtype: str = "auto", device: str = "cpu"):
     """`nm_act.integrations.checkpoints.load_model` without Transformers' own chatter and progress bars."""
-    from ..integrations.checkpoints import load_model
+    from ..integrations.checkpoints import check_device, load_model
 
+    check_device(device)
     _quiet()
     note(f"loading {source}")
     return load_model(source, dtype=dtype, device=device)
