@@ -149,7 +149,7 @@ def _interrupted(arguments, seconds):
 def test_interrupted_during_imports(folder, text, seconds):
     code, stdout, stderr = _interrupted(["ppl", folder, "--text", text], seconds)
     assert "Traceback" not in stderr
-    assert code == 130
+    assert code in (130, -signal.SIGINT)  # a shell shows both as 130
     assert stdout == ""
     assert stderr.endswith("interrupted; no result was written\n")
 

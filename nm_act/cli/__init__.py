@@ -9,7 +9,9 @@ def main() -> None:
 
     try:
         from .application import app
+        from .common import remember_interrupts
 
+        remember_interrupts()
         app()
     except KeyboardInterrupt:  # while the command line was still being read
         print("interrupted; no result was written", file=sys.stderr)

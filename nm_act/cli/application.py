@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -9,7 +11,7 @@ from typer.core import TyperGroup
 
 from ..version import __version__
 from .calibrate import calibrate, unfinished_calibration
-from .common import EXIT_BAD_INPUT, reports_errors
+from .common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, INTERRUPTED, reports_errors
 from .demo import demo
 from .evaluate import evaluate, unfinished_evaluation
 from .generate import generate
@@ -18,8 +20,26 @@ from .ppl import ppl
 from .search import search, unfinished_search
 
 
+@contextmanager
+def _interrupts_told() -> Iterator[None]:
+    """Say that Ctrl-C ended the command line before its command had begun; Typer would say nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
 class _OneSentence(TyperGroup):
     """Wrong options are one sentence too, as every other error of the command line is."""
+
+    def make_context(self, *args, **kwargs):
+        with _interrupts_told():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx):
+        with _interrupts_told():
+            return super().invoke(ctx)
 
     def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
         args = list(sys.argv[1:] if args is None else args) or ["--help"]

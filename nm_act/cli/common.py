@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +26,29 @@ MAX_THREADS = 1024
 """No machine gains from more, and OpenMP ends the process where it cannot start as many as it was told."""
 
 
+_interrupts: list[int] = []
+
+
+def remember_interrupts() -> None:
+    """Keep that Ctrl-C was pressed, for `note` and `reports_errors` to see.
+
+    In the midst of an import a library may take it for a missing requirement, and Python itself drops it, with a
+    traceback, in the callbacks that clean up.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+
+        def interrupt(number, frame):
+            _interrupts.append(number)
+            raise KeyboardInterrupt
+
+        def unraisable(dropped):
+            if not issubclass(dropped.exc_type, KeyboardInterrupt):
+                sys.__unraisablehook__(dropped)
+
+        signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = unraisable
+
+
 def reports_errors(command, *, unfinished: Callable[[Path], bool] | None = None):
     """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
 
@@ -35,17 +59,22 @@ def reports_errors(command, *, unfinished: Callable[[Path], bool] | None = None)
 
     @functools.wraps(command)
     def wrapper(*args, **kwargs):
+        def interrupted() -> typer.Exit:
+            kept = unfinished is not None and unfinished(kwargs["output"])
+            print(INTERRUPTED_BUT_KEPT if kept else INTERRUPTED, file=sys.stderr)
+            return typer.Exit(EXIT_INTERRUPTED)
+
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            kept = unfinished is not None and unfinished(kwargs["output"])
-            print(INTERRUPTED_BUT_KEPT if kept else INTERRUPTED, file=sys.stderr)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            raise interrupted() from None
         except BrokenPipeError:  # the reader of our output went away, as in `nm-act info | head`: typer exits quietly
             raise
         except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
             if isinstance(error, typer.Exit) or os.environ.get("NM_ACT_TRACEBACK"):
                 raise
+            if _interrupts:
+                raise interrupted() from None
             print(f"nm-act: {sentence(error)}", file=sys.stderr)
             raise typer.Exit(EXIT_BAD_INPUT) from None
 
@@ -58,7 +87,9 @@ def sentence(error: BaseException) -> str:
 
 
 def note(text: str) -> None:
-    """One line on stderr, where it stays out of ``--json``."""
+    """One line on stderr, where it stays out of ``--json``; KeyboardInterrupt where an earlier one was lost."""
+    if _interrupts:
+        raise KeyboardInterrupt
     print(text, file=sys.stderr, flush=True)
 
 
