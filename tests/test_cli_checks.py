@@ -167,7 +167,10 @@ def test_what_wrote_nothing_does_not_promise_to_go_on(folder, files, monkeypatch
     arguments, kept = {
         "eval": ([*EVAL, "--pattern", "2:4"], "rows/dense.wikitext2.json"),
         "search": ([*SEARCH, "--window", "32"], "sensitivities.jsonl"),
-        "calibrate": ([*CALIBRATE, "--recipe", "{spts}", "--data", "{wikitext2}", "--length", "32"], "state/block-0000.safetensors"),
+        "calibrate": (
+            [*CALIBRATE, "--recipe", "{spts}", "--data", "{wikitext2}", "--length", "32"],
+            "state/block-0000.safetensors",
+        ),
     }[command]
     arguments = [argument.format(model=folder, **files) for argument in arguments]
     result = _run(*arguments)
@@ -255,3 +258,15 @@ def test_null_is_refused_in_every_field_of_a_recipe():
     for field in ("pattern", "projections", "criterion", "mitigation", "skip_layers", "rules"):
         with pytest.raises(ValueError, match=f"expected a value for {field} of a recipe, got none"):
             Recipe.from_dict({"pattern": "2:4", field: None})
+
+
+@pytest.mark.parametrize("facts", ["{", "[]", "{}", '{"seed": 0, "windows": 4}'])
+def test_damaged_facts_of_a_calibration(tmp_path, monkeypatch, facts):
+    from nm_act.calibrate.store import DATA_FILE, FACTS_FILE
+    from nm_act.evaluate import calibrated
+
+    monkeypatch.setattr(calibrated, "read_calibration", lambda folder: (Recipe(pattern="2:4"), {}, {}))
+    (tmp_path / DATA_FILE).touch()
+    (tmp_path / FACTS_FILE).write_text(facts)
+    with pytest.raises(ValueError, match="expected (seed|data) of a calibration in"):
+        calibrated.of_calibration(tmp_path)

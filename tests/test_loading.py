@@ -42,10 +42,16 @@ def _with(name, like=UP, rows=None):
     ("change", "message"),
     [
         (_without(UP), f"expected every weight of LlamaForCausalLM in {{place!r}}, but it lacks {UP}; download"),
-        (_without(UP, "model.layers.0.self_attn.q_proj.weight"), "lacks model.layers.0.self_attn.q_proj.weight (and 1 more);"),
+        (
+            _without(UP, "model.layers.0.self_attn.q_proj.weight"),
+            "lacks model.layers.0.self_attn.q_proj.weight (and 1 more);",
+        ),
         (_prefixed, "lacks model.embed_tokens.weight (and 20 more) and has foo.lm_head.weight (and 20 more) instead;"),
         (_with("model.layers.2.mlp.up_proj.weight"), "but the model has no model.layers.2.mlp.up_proj.weight;"),
-        (_with(UP, rows=50), f"expected {UP} of shape [96, 64] for this LlamaForCausalLM in {{place!r}}, got [50, 64];"),
+        (
+            _with(UP, rows=50),
+            f"expected {UP} of shape [96, 64] for this LlamaForCausalLM in {{place!r}}, got [50, 64];",
+        ),
     ],
     ids=["missing", "two missing", "prefix", "unexpected", "shape"],
 )
@@ -80,7 +86,9 @@ def test_calibrated_data_are_no_unexpected_weights_and_missing_ones_are_named(fo
     model.save_pretrained(tmp_path / "whole")
     tokenizer.save_pretrained(tmp_path / "whole")
     loaded, _ = load_model(tmp_path / "whole")
-    name, data = next((f"{n}.{key}", v) for n, m in loaded.named_modules() if isinstance(m, NMLinear) for key, v in m.data().items())
+    name, data = next(
+        (f"{n}.{key}", v) for n, m in loaded.named_modules() if isinstance(m, NMLinear) for key, v in m.data().items()
+    )
     assert torch.equal(data, torch.full_like(data, 0.5))
     with pytest.raises(ValueError, match="but it lacks") as refused:
         load_model(_changed(tmp_path / "whole", tmp_path / "part", _without(name)))
@@ -134,7 +142,9 @@ def test_one_part_of_a_gguf_file(monkeypatch, tmp_path):
 def test_a_gguf_file_split_into_one(monkeypatch, tmp_path):
     path = _gguf(tmp_path / "whole.gguf", monkeypatch, lambda name: True, [("split.no", 0), ("split.count", 1)])
     model, _ = load_model(path)
-    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, tiny_model.build()[0].model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(
+        model.model.layers[1].mlp.up_proj.weight, tiny_model.build()[0].model.layers[1].mlp.up_proj.weight
+    )
 
 
 # ---- every command
@@ -175,7 +185,9 @@ def test_load_config(folder, tmp_path):
     assert load_config(tiny_model.save_gguf(tmp_path / "m.gguf")).max_position_embeddings == 128
 
 
-@pytest.mark.parametrize(("device", "message"), [("meta", "holds no numbers"), ("lazy", "can use here"), ("nonsense", "such as cpu")])
+@pytest.mark.parametrize(
+    ("device", "message"), [("meta", "holds no numbers"), ("lazy", "can use here"), ("nonsense", "such as cpu")]
+)
 def test_devices_that_cannot_compute(device, message):
     with pytest.raises(ValueError, match=message):
         check_device(device)
