@@ -21,15 +21,25 @@ def register_with_transformers() -> None:
     is skipped with a warning, and the model would come out dense. So the registration happens now if the
     quantizers are loaded already, otherwise right after their first import; if that import is what
     imports torch now, at the next import of any module.
+
+    A program that imported nm_act before torch gets ``torch.ops.nm_act`` now.
     """
+    _load_operators()
     if _is_loaded():
         _register()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
-def _is_loaded() -> bool:
-    module = sys.modules.get(_TRIGGER)
+def _load_operators() -> None:
+    package = [name for name in sys.modules if name == "nm_act" or name.startswith("nm_act.")]
+    # Where one of its modules is what imports torch, that one brings what it needs.
+    if package and "torch" in sys.modules and all(map(_is_loaded, package)):
+        importlib.import_module("nm_act.ops")
+
+
+def _is_loaded(name: str = _TRIGGER) -> bool:
+    module = sys.modules.get(name)
     return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 

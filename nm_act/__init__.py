@@ -1,6 +1,6 @@
 """N:M activation sparsity for LLM inference in PyTorch: prune activations on the fly, without retraining."""
 
-import importlib
+import importlib.util
 import sys
 import types
 
@@ -104,11 +104,12 @@ class _Package(types.ModuleType):
     """This package: loads a public name at first use, and lets a function hide the submodule of its name."""
 
     def __getattr__(self, name: str):
-        if name == "reference":
-            return importlib.import_module(f"{__name__}.reference")
-        if name not in _HOME:
+        if name in _HOME:
+            value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        elif not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            value = importlib.import_module(f"{__name__}.{name}")
+        else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
         self.__dict__[name] = value
         return value
 

@@ -201,6 +201,9 @@ class Recipe:
 
     def __post_init__(self):
         _check_version(self.version)
+        empty = next((field.name for field in dataclasses.fields(self) if getattr(self, field.name) is None), None)
+        if empty is not None:  # a rule's field may be None, and then keeps what came before
+            raise ValueError(f"expected a value for {empty} of a recipe, got none (null); write one or leave it out")
         _normalise(
             self,
             pattern=_pattern,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["HUB_TEXTS", "find_file", "load_text", "read_rows", "read_text", "tokenize"]
+__all__ = ["HUB_TEXTS", "find_file", "find_splits", "load_text", "read_rows", "read_text", "tokenize"]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 """File formats that are read: JSON lines, a JSON list, plain text, Parquet."""
@@ -34,14 +34,20 @@ def find_file(folder: str | Path, name: str) -> Path:
     ValueError
         If several files fit and none of them names its split.
     """
+    return find_splits(folder, name)[0]
+
+
+def find_splits(folder: str | Path, name: str) -> list[Path]:
+    """Files of a data set's splits in a folder, as `find_file` prefers them: it takes the first."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a data folder, but there is none at {str(folder)!r}; check --data")
     for pattern in (f"{name}.*", f"*/{name}.*", f"{name}/*.*"):
         files = sorted(path for path in folder.glob(pattern) if path.suffix in DATA_SUFFIXES)
-        chosen = next((fits for split in SPLITS if (fits := [f for f in files if split in f.stem.lower()])), files)
+        splits = [fits for split in SPLITS if (fits := [f for f in files if split in f.stem.lower()])] or [files]
+        chosen = splits[0]
         if len(chosen) == 1:
-            return chosen[0]
+            return list(dict.fromkeys(fits[0] for fits in splits if len(fits) == 1))
         if chosen:
             names = ", ".join(str(path.relative_to(folder)) for path in chosen[:4])
             raise ValueError(
@@ -92,9 +98,7 @@ def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
     """
     if folder is not None:
         path = find_file(folder, name)
-        if path.suffix in (".txt", ".jsonl"):
-            return read_text(path), path.name
-        return "\n\n".join(str(row["text"]) for row in read_rows(path)), path.name
+        return read_text(path), path.name
     try:
         import datasets
     except ImportError as error:
@@ -110,19 +114,24 @@ def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Text of a UTF-8 file; of a ``.jsonl`` file, the rows' "text" fields with a blank line between.
+    """Text of a UTF-8 file; of a .jsonl, .json or .parquet file, the rows' "text" fields with a blank line between.
+
+    A byte order mark is no text.
 
     Raises
     ------
     OSError
         If the file cannot be read.
     ValueError
-        If it is empty, not UTF-8, or a row of a ``.jsonl`` file is not an object with a text in "text".
+        If it is empty, not UTF-8, or a row is not an object with a text in "text".
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"expected a text file, but {str(path)!r} is a folder; name a file inside it")
-    text = _decoded(path)
+    if path.suffix in (".json", ".parquet"):
+        text = "\n\n".join(_field(path, f"row {number}", row, row) for number, row in enumerate(read_rows(path), 1))
+    else:
+        text = _decoded(path)
     if path.suffix == ".jsonl":
         text = "\n\n".join(
             _row_text(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
@@ -159,7 +168,7 @@ def tokenize(tokenizer, text: str, max_tokens: int | None = None) -> torch.Tenso
 
 def _decoded(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"expected UTF-8 text in {str(path)!r}, another encoding at byte {error.start}; convert it"
@@ -170,12 +179,17 @@ def _decoded(path: Path) -> str:
 
 def _row_text(path: Path, number: int, line: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    return _field(path, f"line {number}", row, line)
+
+
+def _field(path: Path, place: str, row, shown) -> str:
+    text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise ValueError(
-            f'expected an object with a "text" field on line {number} of {str(path)!r}, got {line[:40]!r}; '
+            f'expected an object with a "text" field on {place} of {str(path)!r}, got {str(shown)[:40]!r}; '
             "fix the row or give a plain text file"
         )
     return text

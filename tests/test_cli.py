@@ -62,8 +62,8 @@ def _module(*arguments, **options):
 
 
 def test_help_is_quick_to_import():
-    heavy = ("transformers", "matplotlib", "gguf")
-    code = f"import sys, nm_act.cli; print([name for name in {heavy} if name in sys.modules])"
+    heavy = ("torch", "transformers", "matplotlib", "gguf")
+    code = f"import sys, nm_act.cli; nm_act.cli.app; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -80,10 +80,7 @@ TOO_FEW = [["ppl", "x", "--text", "y", option, "1"] for option in ("--window", "
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["ppl"], ["ppl", "x"], ["info", "--nonsense"], *TOO_FEW])
 def test_usage_errors(arguments):
-    result = _run(*arguments)
-    assert result.exit_code == 2
-    assert "Error: " in result.stderr
-    assert "Traceback" not in result.output
+    assert _refused(*arguments).endswith(" --help lists what it takes")
 
 
 def test_traceback_on_request(monkeypatch, text):

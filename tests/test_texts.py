@@ -84,3 +84,32 @@ def test_no_text_file(tmp_path):
         read_text(tmp_path / "missing")
     with pytest.raises(ValueError, match="is a folder; name a file inside it"):
         read_text(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.txt").write_bytes(mark + b"The fox")
+    (tmp_path / "a.jsonl").write_bytes(mark + b'{"text": "The fox"}\n')
+    (tmp_path / "only.txt").write_bytes(mark)
+    assert read_text(tmp_path / "a.txt") == "The fox"
+    assert read_text(tmp_path / "a.jsonl") == "The fox"
+    assert texts.read_rows(tmp_path / "a.jsonl") == [{"text": "The fox"}]
+    with pytest.raises(ValueError, match="expected text in .*, but there is none"):
+        read_text(tmp_path / "only.txt")
+
+
+def test_rows_of_json_are_texts_too_and_what_has_none_is_named(tmp_path):
+    (tmp_path / "c4.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}]))
+    assert read_text(tmp_path / "c4.json") == "a\n\nb"
+    assert texts.load_text("c4", tmp_path) == ("a\n\nb", "c4.json")
+    (tmp_path / "c4.json").write_text(json.dumps([{"text": "a"}, {"text": None}]))
+    with pytest.raises(ValueError, match=r'expected an object with a "text" field on row 2 of .*c4\.json'):
+        texts.load_text("c4", tmp_path)
+
+
+def test_splits_in_the_order_of_preference(tmp_path):
+    (tmp_path / "piqa").mkdir()
+    for name in ("train", "validation", "test"):
+        (tmp_path / "piqa" / f"{name}.jsonl").write_text("{}")
+    assert [path.stem for path in texts.find_splits(tmp_path, "piqa")] == ["test", "validation"]
+    assert texts.find_file(tmp_path, "piqa").stem == "test"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..texts import find_file, read_text
+from ..texts import find_file, read_text, tokenize
 
 SUFFIXES = (".txt", ".jsonl", ".md")
 """Files that are read from a folder of calibration text."""
@@ -44,7 +44,19 @@ def calibration_windows(
     check_seed(seed)
     if windows < 1 or length < 2:
         raise ValueError(f"expected at least 1 window of at least 2 tokens, got {windows} of {length}; ask for more")
-    ids = torch.cat([_token_ids(tokenizer, path) for path in _files(Path(source))])
+    return windows_of(tokenizer, read_texts(source), source, windows=windows, length=length, seed=seed)
+
+
+def read_texts(source: str | os.PathLike) -> list[str]:
+    """Texts of a source of `calibration_windows`, a file each."""
+    return [read_text(path) for path in _files(Path(source))]
+
+
+def windows_of(
+    tokenizer, texts: list[str], source: str | os.PathLike, *, windows: int, length: int, seed: int
+) -> torch.Tensor:
+    """What `calibration_windows` gives for the texts of a source."""
+    ids = torch.cat([tokenize(tokenizer, text) for text in texts])
     available = ids.numel() // length
     if available == 0:
         raise ValueError(
@@ -76,7 +88,3 @@ def _files(source: Path) -> list[Path]:
             f"expected text files ({', '.join(SUFFIXES)}) or c4 in {str(source)!r}, got neither; name a file or "
             "another folder"
         ) from error
-
-
-def _token_ids(tokenizer, path: Path) -> torch.Tensor:
-    return torch.tensor(tokenizer(read_text(path), verbose=False)["input_ids"], dtype=torch.int64)

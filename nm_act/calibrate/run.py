@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import mitigations
-from ..recipe import Recipe
+from ..recipe import LinearSpec, Recipe
 from ..sparsify import SparsifyReport, resolved_specs, sparsify
 from ..version import __version__
 from .blocks import BlockRunner, dense
@@ -157,7 +157,11 @@ def calibrate(
 
 
 def _check_calibrated(model: nn.Module, recipe: Recipe) -> None:
-    specs = resolved_specs(model, recipe).values()
+    check_needed(resolved_specs(model, recipe).values())
+
+
+def check_needed(specs: Collection[LinearSpec]) -> None:
+    """Raise a ValueError if none of a recipe's specs has anything to calibrate."""
     if not any(mitigations.data_of(spec) for spec in specs):
         got = "nothing to calibrate in any layer" if specs else "a recipe that leaves all layers dense"
         raise ValueError(

@@ -1,40 +1,26 @@
-"""The command ``nm-act``. Commands import Transformers only when they need it: ``--help`` waits for torch alone."""
-
-import sys
-
-import typer
-
-from .calibrate import calibrate
-from .common import EXIT_INTERRUPTED, INTERRUPTED, reports_errors
-from .demo import demo
-from .evaluate import evaluate
-from .generate import generate
-from .info import info
-from .ppl import ppl
-from .search import search
+"""The command ``nm-act``. Nothing is imported before `main` runs, so that Ctrl-C never meets an import unprepared."""
 
 __all__ = ["app", "main"]
-
-app = typer.Typer(
-    name="nm-act",
-    help="N:M activation sparsity: what it costs in quality, what it gains in speed.",
-    epilog="Errors are one sentence with exit code 2; NM_ACT_TRACEBACK=1 shows where they come from.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-for _command in (info, demo, ppl, generate):
-    app.command()(reports_errors(_command))
-for _command in (calibrate, search):
-    app.command()(reports_errors(_command, resumes=True))
-app.command(name="eval")(reports_errors(evaluate, resumes=True))
 
 
 def main() -> None:
     """Entry point of ``nm-act``: run the command line and exit with its code."""
+    import sys
+
     try:
+        from .application import app
+        from .common import remember_interrupts
+
+        remember_interrupts()
         app()
     except KeyboardInterrupt:  # while the command line was still being read
-        print(INTERRUPTED, file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        print("interrupted; no result was written", file=sys.stderr)
+        sys.exit(130)
+
+
+def __getattr__(name: str):
+    if name == "app":
+        from .application import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

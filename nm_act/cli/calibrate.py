@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .common import environment, load, load_recipe, model_name, note, print_json, progress_bar, set_threads, to_json
+from .common import (
+    environment,
+    load,
+    load_config,
+    load_recipe,
+    model_name,
+    note,
+    print_json,
+    progress_bar,
+    set_threads,
+    to_json,
+)
 from .ppl import DeviceOption, DtypeOption, JsonOption, ModelArgument, ThreadsOption
 
 _STATE = "state"
@@ -33,19 +44,25 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Calibrate a recipe's mitigations, decoder block by decoder block."""
-    from ..calibrate import CalibrationSettings, calibration_windows, save_calibration
+    from ..calibrate import CalibrationSettings, save_calibration
     from ..calibrate import calibrate as run
+    from ..calibrate.data import check_seed, read_texts, windows_of
+    from ..calibrate.run import check_needed
     from ..calibrate.store import FACTS_FILE
+    from ..evaluate.study import resolved
     from ..integrations.checkpoints import check_device
 
     _check_output(output, model)
     settings = CalibrationSettings(learning_rate=lr, epochs=epochs, loss=loss, seed=seed)
     chosen = load_recipe(recipe)
+    check_needed(resolved(chosen))
     check_device(device)
     set_threads(threads)
+    check_seed(seed)
+    texts = read_texts(data)
+    _check_length(load_config(model), length)
     dense, tokenizer = load(model, dtype, "cpu")
-    _check_length(dense, length)
-    ids = calibration_windows(tokenizer, data, windows=windows, length=length, seed=seed)
+    ids = windows_of(tokenizer, texts, data, windows=windows, length=length, seed=seed)
     if len(ids) < windows:
         note(f"the text has {len(ids)} windows of {length} tokens, fewer than {windows}: all are used")
     output.mkdir(parents=True, exist_ok=True)
@@ -81,6 +98,11 @@ def calibrate(
         return
     print(report)
     print(f"written to {output}: nm-act ppl {model} --calibration {output}")
+
+
+def unfinished_calibration(output: Path) -> bool:
+    """Whether a stopped run left a finished block in its folder."""
+    return any((output / _STATE).glob("block-*.safetensors"))
 
 
 def _check_output(output: Path, model: str) -> None:

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import platform
+import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,26 +22,59 @@ INTERRUPTED = "interrupted; no result was written"
 INTERRUPTED_BUT_KEPT = "interrupted; run the same command to go on"
 
 
-def reports_errors(command, *, resumes: bool = False):
+MAX_THREADS = 1024
+"""No machine gains from more, and OpenMP ends the process where it cannot start as many as it was told."""
+
+
+_interrupts: list[int] = []
+
+
+def remember_interrupts() -> None:
+    """Keep that Ctrl-C was pressed, for `note` and `reports_errors` to see.
+
+    In the midst of an import a library may take it for a missing requirement, and Python itself drops it, with a
+    traceback, in the callbacks that clean up.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+
+        def interrupt(number, frame):
+            _interrupts.append(number)
+            raise KeyboardInterrupt
+
+        def unraisable(dropped):
+            if not issubclass(dropped.exc_type, KeyboardInterrupt):
+                sys.__unraisablehook__(dropped)
+
+        signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = unraisable
+
+
+def reports_errors(command, *, unfinished: Callable[[Path], bool] | None = None):
     """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
 
-    ``resumes`` is for a command that keeps what it has finished and goes on there.
+    ``unfinished`` is for a command that keeps what it has finished: whether its ``output`` has something to go on with.
 
     The environment variable NM_ACT_TRACEBACK=1 lets the exception through, for whoever debugs a command.
     """
 
     @functools.wraps(command)
     def wrapper(*args, **kwargs):
+        def interrupted() -> typer.Exit:
+            kept = unfinished is not None and unfinished(kwargs["output"])
+            print(INTERRUPTED_BUT_KEPT if kept else INTERRUPTED, file=sys.stderr)
+            return typer.Exit(EXIT_INTERRUPTED)
+
         try:
             return command(*args, **kwargs)
         except KeyboardInterrupt:
-            print(INTERRUPTED_BUT_KEPT if resumes else INTERRUPTED, file=sys.stderr)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            raise interrupted() from None
         except BrokenPipeError:  # the reader of our output went away, as in `nm-act info | head`: typer exits quietly
             raise
         except (ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError) as error:
             if isinstance(error, typer.Exit) or os.environ.get("NM_ACT_TRACEBACK"):
                 raise
+            if _interrupts:
+                raise interrupted() from None
             print(f"nm-act: {sentence(error)}", file=sys.stderr)
             raise typer.Exit(EXIT_BAD_INPUT) from None
 
@@ -52,7 +87,9 @@ def sentence(error: BaseException) -> str:
 
 
 def note(text: str) -> None:
-    """One line on stderr, where it stays out of ``--json``."""
+    """One line on stderr, where it stays out of ``--json``; KeyboardInterrupt where an earlier one was lost."""
+    if _interrupts:
+        raise KeyboardInterrupt
     print(text, file=sys.stderr, flush=True)
 
 
@@ -109,36 +146,80 @@ def progress_bar(label: str):
 def print_table(
     title: str, columns: list[str], rows: list[list[str]], *, caption: str | None = None, numbers: bool = True
 ) -> None:
-    """Table on stdout; `numbers` puts all but the first column right. Empty headings are dropped."""
+    """Table on stdout; `numbers` puts all but the first column right. Empty headings are dropped.
+
+    Cells wrap at spaces to fit the width. Where a word alone is too long for that, the first column's cells, which name
+    the rows, become numbers with the names below the table.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(markup=False, highlight=False)
+    shown = [list(map(str, row)) for row in rows]
+    between = 3 * (len(columns) - 1)
+    widths = _column_widths(columns, shown, console.width - between)
+    names = []
+    if numbers and sum(widths) > console.width - between:
+        names = [row[0] for row in shown]
+        shown = [[f"[{index}]", *row[1:]] for index, row in enumerate(shown, 1)]
+        widths = _column_widths(columns, shown, console.width - between)
     table = Table(
         title=title,
         caption=caption,
         box=box.SIMPLE,
+        show_edge=False,
+        pad_edge=False,
         show_header=any(columns),
         title_justify="left",
         caption_justify="left",
     )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if numbers and index > 0 else "left", overflow="fold")
-    for row in rows:
+    for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        table.add_column(column, justify="right" if numbers and index > 0 else "left", overflow="fold", width=width)
+    for row in shown:
         table.add_row(*row)
-    Console(markup=False, highlight=False).print(table)
+    Console(markup=False, highlight=False, width=max(console.width, sum(widths) + between)).print(table)
+    for index, name in enumerate(names, 1):
+        print(f"[{index}] {name}")
+    print()
+
+
+def _column_widths(columns: list[str], rows: list[list[str]], total: int) -> list[int]:
+    """Widths that sum up to `total` at most: the widest are narrowed, none below its longest word."""
+    cells = [[column, *(row[index] for row in rows)] for index, column in enumerate(columns)]
+    widths = [max(map(len, each), default=0) for each in cells]
+    least = [max((len(word) for cell in each for word in cell.split()), default=0) for each in cells]
+    while sum(widths) > total:
+        widest = max(range(len(widths)), key=lambda index: (widths[index] > least[index], widths[index]))
+        if widths[widest] == least[widest]:
+            break
+        widths[widest] -= 1
+    return widths
 
 
 def load(source: str, dtype: str = "auto", device: str = "cpu"):
     """`nm_act.integrations.checkpoints.load_model` without Transformers' own chatter and progress bars."""
-    import transformers
+    from ..integrations.checkpoints import check_device, load_model
 
-    from ..integrations.checkpoints import load_model
+    check_device(device)
+    _quiet()
+    note(f"loading {source}")
+    return load_model(source, dtype=dtype, device=device)
+
+
+def load_config(source: str):
+    """`nm_act.integrations.checkpoints.load_config`, as quiet."""
+    from ..integrations import checkpoints
+
+    _quiet()
+    return checkpoints.load_config(source)
+
+
+def _quiet() -> None:
+    import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    note(f"loading {source}")
-    return load_model(source, dtype=dtype, device=device)
 
 
 def load_recipe(path: Path):
@@ -155,8 +236,11 @@ def set_threads(threads: int | None) -> int:
     import torch
 
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"expected at least 1 thread, got {threads}")
+        if not 1 <= threads <= MAX_THREADS:
+            raise ValueError(
+                f"expected at least 1 thread and at most {MAX_THREADS}, got {threads}; this process has "
+                f"{usable_cores()} cores"
+            )
         torch.set_num_threads(threads)
     return torch.get_num_threads()
 

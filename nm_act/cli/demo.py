@@ -40,7 +40,7 @@ def demo(
         Path | None,
         typer.Option("--text", help="Text to evaluate on; Python's own documentation by default."),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the text to read.")] = 4096,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of the text to read.")] = 4096,
     threads: ThreadsOption = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for demo.png and demo.json.")] = Path("demo"),
     as_json: JsonOption = False,

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from .common import check_dense, environment, load, model_name, note, print_json, print_table, set_threads, to_json
+from .common import (
+    check_dense,
+    environment,
+    load,
+    load_config,
+    model_name,
+    note,
+    print_json,
+    print_table,
+    set_threads,
+    to_json,
+)
 from .ppl import (
     CriterionOption,
     DeviceOption,
@@ -17,6 +28,8 @@ from .ppl import (
     PatternOption,
     ThreadsOption,
     build_recipes,
+    check_uncalibrated,
+    once,
 )
 
 DEFAULT_TASKS = "wikitext2,arc_easy,boolq,piqa,winogrande"
@@ -57,10 +70,12 @@ def evaluate(
     """Evaluate the dense model and sparse variants; relative drops, standard errors, JSON, CSV, Markdown and plots."""
     from ..evaluate.calibrated import calibrated_row, of_calibration
     from ..evaluate.folder import PERPLEXITY, RunFolder, check_output
+    from ..evaluate.perplexity import check_window
     from ..evaluate.run import check_context, run_study
     from ..evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
     from ..evaluate.tasks import build_task, check_available
     from ..fingerprint import weights_fingerprint
+    from ..recipe import Recipe
 
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
     if not names:
@@ -73,11 +88,19 @@ def evaluate(
     if calibrated is not None and not any(variant.calibrated for variant in variants):
         raise ValueError("expected --study with calibrated rows beside --calibrated, got none; leave --calibrated out")
     rows = [calibrated_row(each, calibrated) if each.calibrated else (each, None) for each in variants]
-    rows += [(of_calibration(path), path) for path in calibration or ()]
+    rows += [(of_calibration(path), path) for path in once(calibration, "--calibration")]
     _check_names([variant for variant, _ in rows])
+    check_uncalibrated(
+        ((each.name, Recipe.from_dict(each.recipe)) for each, folder in rows if folder is None),
+        "name the folder with --calibration",
+    )
     text, source = _text(data) if PERPLEXITY in names else (None, None)
     built = {name: build_task(name, data) for name in names if name != PERPLEXITY}
+    if data is not None:
+        note("data: " + ", ".join(f"{name} {each['file']}" for name, each in _files(source, built).items()))
     set_threads(threads)
+    if window is not None and text is not None:
+        check_window(load_config(model), window)
     dense, tokenizer = load(model, dtype, device)
     check_dense(dense, model)
     for name, (task, _) in built.items():
@@ -93,7 +116,7 @@ def evaluate(
             "limit": limit,
             "tokens": None if tokens is None else tokens.numel(),
             "window": window,
-            "data": {**({PERPLEXITY: source} if source else {}), **{n: s for n, (_, s) in sorted(built.items())}},
+            "data": dict(sorted(_files(source, built).items())),
         },
     )
     harness = {name: task for name, (task, _) in built.items()}
@@ -103,10 +126,19 @@ def evaluate(
     _finish(output, folder, as_json)
 
 
+def unfinished_evaluation(output: Path) -> bool:
+    """Whether a stopped run left a result in its folder."""
+    return any((output / "rows").glob("*.json"))
+
+
 def _recipes(paths, patterns, criterion, mitigation, compared: bool) -> list[tuple]:
     """(name or None, recipe) of the options; recipes of a file are named after it."""
     if paths:
-        return [item for path in paths for item in build_recipes(path, patterns, criterion, mitigation).items()]
+        return [
+            item
+            for path in once(paths, "--recipe")
+            for item in build_recipes(path, patterns, criterion, mitigation).items()
+        ]
     if patterns:
         return [(None, made) for made in build_recipes(None, patterns, criterion, mitigation).values()]
     if not compared:
@@ -126,6 +158,12 @@ def _check_names(variants: list) -> None:
         if variant.slug in slugs:
             raise ValueError(f"expected every row once, got two named {variant.name!r}; rename a recipe or drop one")
         slugs[variant.slug] = variant.name
+
+
+def _files(source: dict | None, built: dict) -> dict[str, dict]:
+    from ..evaluate.folder import PERPLEXITY
+
+    return {**({PERPLEXITY: source} if source else {}), **{name: each for name, (_, each) in built.items()}}
 
 
 def _text(data: Path | None) -> tuple[str, dict]:
@@ -157,7 +195,6 @@ def _models(dense, rows: list[tuple], tasks: list[str]):
 
     from ..calibrate.store import check_calibration
     from ..evaluate.tasks import GENERATION
-    from ..mitigations import data_of
     from ..recipe import Recipe
     from ..sparsify import check_recipe, decoder_linears
 
@@ -175,12 +212,6 @@ def _models(dense, rows: list[tuple], tasks: list[str]):
             check_calibration(dense, folder)
             yield variant, functools.partial(_calibrated, dense, folder)
             continue
-        needs = next((str(spec) for spec in specs if data_of(spec)), None)
-        if needs is not None:
-            raise ValueError(
-                f"expected recipes that need no calibration, got {needs!r} in {variant.name!r}; make its data with "
-                "nm-act calibrate and name the folder with --calibration"
-            )
         yield variant, functools.partial(_sparse, dense, recipe)
 
 
@@ -219,6 +250,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _lines(rows: list, name: str, averages: dict) -> list[list[str]]:
+    """Table of one variant: a line a task, and the average drop."""
+    lines = []
+    for row in rows:
+        if row.name == name:
+            fields = row.fields
+            change = "" if row.is_dense else f"{row.drop:.1f} % (± {row.drop_stderr:.1f})"
+            spread = f"{fields['value']:.4g} ± {fields['stderr']:.2g}"
+            lines.append([fields["task"], fields["metric"], spread, str(fields["samples"]), change])
+    if name in averages:
+        value, error, count = averages[name]
+        lines.append(["average", "", "", f"{count} tasks", f"{value:.1f} % (± {error:.1f})"])
+    return lines
+
+
 def _finish(output: Path, folder, as_json: bool) -> None:
     from ..evaluate.results import average_drops, collect, draw, to_csv, to_markdown
     from ..files import write_atomic
@@ -242,13 +288,7 @@ def _finish(output: Path, folder, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    lines = []
-    for row in rows:
-        fields = row.fields
-        change = "" if row.is_dense else f"{row.drop:.1f} % (± {row.drop_stderr:.1f})"
-        spread = f"{fields['value']:.4g} ± {fields['stderr']:.2g}"
-        lines.append([row.name, fields["task"], fields["metric"], spread, str(fields["samples"]), change])
-    lines += [[name, "average", "", "", f"{n} tasks", f"{v:.1f} % (± {e:.1f})"] for name, (v, e, n) in averages.items()]
-    title = f"{folder.identity['model']}: relative drop against dense, in pairs"
-    print_table(title, ["", "task", "metric", "value", "samples", "drop"], lines)
+    print(f"{folder.identity['model']}: relative drop against dense, in pairs\n")
+    for name in dict.fromkeys(row.name for row in rows):
+        print_table(name, ["", "metric", "value", "samples", "drop"], _lines(rows, name, averages))
     print(f"wrote {', '.join(files)} in {output}")

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -17,6 +19,7 @@ from .ppl import (
     RecipeOption,
     ThreadsOption,
     build_recipes,
+    check_uncalibrated,
 )
 
 
@@ -46,7 +49,8 @@ def generate(
         raise ValueError("expected a prompt with at least one character, got an empty one")
     if (criterion is not None or mitigation) and pattern is None and recipe is None:
         raise ValueError("expected --pattern or --recipe with --criterion and --mitigation, got neither; add one")
-    recipes = build_recipes(recipe, [pattern] if pattern else None, criterion, mitigation)
+    recipes = build_recipes(recipe, None if pattern is None else [pattern], criterion, mitigation)
+    check_uncalibrated(recipes.items(), "name the model that it writes, without --recipe")
     set_threads(threads)
     network, tokenizer = load(model, dtype, device)
     name = "as loaded"
@@ -79,7 +83,11 @@ def generate(
 
 
 def continue_text(network, tokenizer, prompt: str, max_new_tokens: int, stream: bool = False) -> tuple[str, int]:
-    """Greedy continuation of `prompt` and its number of tokens; `stream` also writes all text to stdout."""
+    """Greedy continuation of `prompt` and its number of tokens; `stream` also writes all text to stdout.
+
+    Of the model's generation_config only the tokens that end a text count: beams, penalties and the like would make
+    of it something else than the most probable next token, each time.
+    """
     import torch
     from transformers import TextStreamer
 
@@ -87,7 +95,7 @@ def continue_text(network, tokenizer, prompt: str, max_new_tokens: int, stream: 
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise ValueError("expected a prompt that makes at least one token, got none; write more text")
-    with torch.inference_mode():
+    with torch.inference_mode(), _greedy(network):
         output = network.generate(
             input_ids=inputs["input_ids"].to(network.device),
             attention_mask=inputs["attention_mask"].to(network.device),
@@ -100,6 +108,20 @@ def continue_text(network, tokenizer, prompt: str, max_new_tokens: int, stream: 
         sys.stdout.flush()
     new = output[0, length:]
     return tokenizer.decode(new, skip_special_tokens=True), int(new.numel())
+
+
+@contextmanager
+def _greedy(network) -> Iterator[None]:
+    """The model without its generation_config's settings: Transformers fills in those that a call leaves out."""
+    from transformers import GenerationConfig
+
+    own = network.generation_config
+    ends = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    network.generation_config = GenerationConfig(**ends)
+    try:
+        yield
+    finally:
+        network.generation_config = own
 
 
 def _pad_token(tokenizer) -> int | None:

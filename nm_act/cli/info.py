@@ -40,8 +40,10 @@ def info(
     print_table("Versions", ["package", "tested", "installed", ""], rows, numbers=False)
     rows = [[device["device"], device["name"], _text(device["detail"])] for device in devices]
     print_table("Devices", ["device", "name", "detail"], rows, numbers=False)
-    columns = list(support[0]) if support else []
-    print_table("Supported", columns, [[_text(row.get(key)) for key in columns] for row in support], numbers=False)
+    columns = [key for key in (support[0] if support else ()) if key != "device"]
+    for device in dict.fromkeys(row["device"] for row in support):
+        rows = [[_text(row.get(key)) for key in columns] for row in support if row["device"] == device]
+        print_table(f"Supported on {_text(device)}", columns, rows, numbers=False)
 
 
 def _judged(each) -> str:

@@ -14,6 +14,7 @@ from .common import (
     check_dense,
     environment,
     load,
+    load_config,
     load_recipe,
     model_name,
     note,
@@ -73,17 +74,25 @@ def ppl(
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity in non-overlapping windows; the dense model is always measured in the same run."""
+    from ..calibrate.store import read_calibration
+    from ..evaluate.perplexity import check_window
     from ..texts import read_text, tokenize
 
     _check_out(out)
     defaults = () if calibration else DEFAULT_PATTERNS
     recipes = build_recipes(recipe, pattern, criterion, mitigation, default_patterns=defaults)
+    check_uncalibrated(recipes.items(), "name the folder with --calibration")
+    calibration = once(calibration, "--calibration")
+    for folder in calibration:
+        read_calibration(folder)
     content = read_text(text)
     set_threads(threads)
+    if window is not None:
+        check_window(load_config(model), window)
     dense, tokenizer = load(model, dtype, device)
     check_dense(dense, model)
     tokens = tokenize(tokenizer, content, max_tokens)
-    rows = measure(variants(dense, recipes, calibration or ()), tokens, window)
+    rows = measure(variants(dense, recipes, calibration), tokens, window)
     result = {
         "model": model_name(model),
         "text": str(text),
@@ -129,11 +138,41 @@ def build_recipes(
         changes["mitigation"] = mitigation
     if path is not None and not patterns:
         return {path.stem: dataclasses.replace(load_recipe(path), **changes)}
-    names = list(dict.fromkeys(patterns or default_patterns))
+    names = once([_spelled(name) for name in patterns or default_patterns], "--pattern")
     if path is None:
         return {name: Recipe(pattern=name, **changes) for name in names}
     base = load_recipe(path)
     return {f"{path.stem} {name}": dataclasses.replace(base, pattern=name, **changes) for name in names}
+
+
+def once(values: list | None, option: str) -> list:
+    """The values of a repeatable option, each of them once, with a note where one was given again."""
+    found = list(dict.fromkeys(values or ()))
+    if len(found) < len(values or ()):
+        note(
+            f"{option} names {', '.join(v for v in map(str, found) if [*map(str, values)].count(v) > 1)} twice: one row"
+        )
+    return found
+
+
+def _spelled(pattern: str) -> str:
+    from ..recipe import DENSE, as_pattern
+
+    return pattern if pattern == DENSE else str(as_pattern(pattern))
+
+
+def check_uncalibrated(recipes: Iterable, remedy: str) -> None:
+    """Refuse a (name, recipe) that needs calibrated data, before a model is loaded for it."""
+    from ..evaluate.study import resolved
+    from ..mitigations import data_of
+
+    for name, recipe in recipes:
+        needs = next((str(spec) for spec in sorted(resolved(recipe), key=str) if data_of(spec)), None)
+        if needs is not None:
+            raise ValueError(
+                f"expected recipes that need no calibration, got {needs!r} in {name!r}; make its data with "
+                f"nm-act calibrate and {remedy}"
+            )
 
 
 def variants(dense, recipes: dict, calibrations: Iterable[Path] = ()) -> Iterator[dict]:
@@ -166,9 +205,12 @@ def variants(dense, recipes: dict, calibrations: Iterable[Path] = ()) -> Iterato
 
 def measure(models: Iterable[dict], tokens, window: int | None = None) -> list[dict]:
     """Perplexity of every variant as a row of plain data; all are compared with the first one, dense."""
+    from ..evaluate.perplexity import check_finite
+
     rows = []
     for variant in models:
         rows.append(_measure_one(variant, tokens, window))
+        check_finite(rows[0]["perplexity"])
         del variant  # before the next one is made: weights of one sparse copy at a time
     for row in rows[1:]:
         row["change_percent"] = 100 * (row["perplexity"] / rows[0]["perplexity"] - 1)

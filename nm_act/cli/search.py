@@ -11,6 +11,7 @@ import typer
 from .common import (
     check_dense,
     load,
+    load_config,
     model_name,
     note,
     print_json,
@@ -60,7 +61,7 @@ def search(
     from ..evaluate.perplexity import check_window
     from ..fingerprint import weights_fingerprint
     from ..recipe import DEFAULT_PROJECTIONS
-    from ..search.options import option_variant, parse_option, read_data
+    from ..search.options import find_calibrations, option_variant, parse_option, read_data
     from ..search.plan import baselines, check_reachable, measure_points, options_of
     from ..search.sensitivity import groups_of, sensitivities
     from ..search.solve import frontier, solve, to_recipe
@@ -71,7 +72,9 @@ def search(
     table = Rates.load(rates)
     check_output(output)
     content, source = _text(text, data)
+    find_calibrations(specs, calibrated)
     set_threads(threads)
+    check_window(load_config(model), window)
     dense, tokenizer = load(model, dtype, device)
     check_dense(dense, model)
     check_window(dense, window)
@@ -109,6 +112,11 @@ def search(
     used = {name: option_data[name] for name in specs if name in option_data.keys() & options_of(best.recipe)}
     sparse = option_variant(dense, best.recipe, used) if used else None
     _finish(folder, points, best, sparse, used, as_json)
+
+
+def unfinished_search(output: Path) -> bool:
+    """Whether a stopped run left a measurement in its folder."""
+    return any((output / name).is_file() for name in ("sensitivities.jsonl", "points.jsonl"))
 
 
 def _check_goal(target_speedup: float | None, max_drop: float | None) -> None:

@@ -11,12 +11,14 @@ from .study import Variant, from_recipe
 __all__ = ["calibrated_row", "of_calibration"]
 
 
+_TRAINING = ("data", "windows", "length", "learning_rate", "epochs", "loss")
+
+
 def of_calibration(folder: Path) -> Variant:
     """Variant of a folder that nm-act calibrate wrote."""
     recipe, _, _ = read_calibration(folder)
     digest = hashlib.sha256((folder / DATA_FILE).read_bytes()).hexdigest()
-    file = folder / FACTS_FILE  # beside what nm-act calibrate and search write
-    facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    facts = _facts(folder / FACTS_FILE)
     return from_recipe(
         recipe,
         folder.resolve().name,
@@ -25,6 +27,21 @@ def of_calibration(folder: Path) -> Variant:
         calibration=digest,
         calibrated_on=_text_and_training(facts) if "windows" in facts else "",
     )
+
+
+def _facts(file: Path) -> dict:
+    """What nm-act calibrate and search write beside a calibration; none beside one that a program saved."""
+    if not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no UTF-8
+        facts = None
+    needed = ("seed", *_TRAINING) if isinstance(facts, dict) and "windows" in facts else ("seed",)
+    lacking = next((key for key in needed if not isinstance(facts, dict) or key not in facts), None)
+    if lacking is not None:
+        raise ValueError(f"expected {lacking} of a calibration in {str(file)!r}, got none; calibrate again")
+    return facts
 
 
 def _text_and_training(facts: dict) -> str:

@@ -104,15 +104,24 @@ def perplexity(
     return Perplexity(_exp(nll / tokens), nll, tokens, total, window, tuple(losses))
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Positions that a model's configuration allows; None if it does not say."""
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
+def check_finite(value: float) -> None:
+    """Raise a RuntimeError for a dense model's perplexity with which nothing can be compared."""
+    if not math.isfinite(value):
+        raise RuntimeError(
+            f"expected a finite perplexity of the dense model, got {value}; "
+            "the checkpoint is damaged or its dtype overflows, try --dtype float32"
+        )
+
+
+def context_length(model) -> int | None:
+    """Positions that a model, or its Transformers configuration, allows; None if it does not say."""
+    config = getattr(model, "config", model)
+    if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
-def check_window(model: nn.Module, window: int | None) -> int:
+def check_window(model, window: int | None) -> int:
     """Tokens per window: `window` if the model's context allows it, else ValueError; 2048 or the context for None."""
     context = context_length(model)
     if window is None:

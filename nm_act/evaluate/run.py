@@ -1,6 +1,5 @@
 """Runs of a study: every (variant, task) is one result file, so that a killed run goes on where it was."""
 
-import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -11,7 +10,7 @@ from ..cost import extra_macs, macs_by_pattern
 from ..linear import NMLinear
 from ..version import commit
 from .folder import PERPLEXITY, RunFolder
-from .perplexity import check_window, context_length, perplexity
+from .perplexity import check_finite, check_window, context_length, perplexity
 from .study import Variant
 from .tasks import harness_model, run_task
 
@@ -65,11 +64,8 @@ def run_study(
             start = time.perf_counter()
             if name == PERPLEXITY:
                 result = _perplexity(model, tokens, folder.identity["window"])
-                if variant.recipe is None and not math.isfinite(result["value"]):
-                    raise RuntimeError(
-                        f"expected a finite perplexity of the dense model, got {result['value']}; "
-                        "the checkpoint is damaged or its dtype overflows, try --dtype float32"
-                    )
+                if variant.recipe is None:
+                    check_finite(result["value"])
             else:
                 at_once = 1 if _reads_sequences(model) else batch_size
                 found = run_task(tasks[name], harness_model(model, tokenizer, at_once), folder.identity["limit"])

@@ -10,12 +10,14 @@ import hashlib
 import importlib.util
 import io
 import logging
+import math
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..texts import find_file, read_rows
+from ..texts import find_splits, read_rows
 
 __all__ = ["TASKS", "TaskResult", "build_task", "run_task"]
 
@@ -25,56 +27,113 @@ _FOLDERS = ("arc", "super_glue/boolq", "piqa", "winogrande", "hellaswag", "ifeva
 EXTRA = "run `pip install nm_act[eval]`"
 
 
+def _never(row: dict) -> tuple[None, tuple]:
+    return None, (None,)  # nothing to check
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Documents in one layout.
+
+    Attributes
+    ----------
+    fields : tuple of str
+        Fields that every document has.
+    answer : callable
+        Document -> its label, and the labels that it may have.
+    overrides : dict
+        Of the harness's task configuration, to read this layout; none for the harness's own.
+    """
+
+    fields: tuple[str, ...]
+    answer: Callable[[dict], tuple[object, Collection]] = _never
+    overrides: dict = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class TaskKind:
-    """A task of the harness: its main metric, and how files in other layouts map to it.
+    """A task of the harness: its main metric, and the layouts that its documents may have.
 
     Attributes
     ----------
     metric : str
         Metric that is reported.
-    fields : tuple of str
-        Fields of a document in the harness's own layout.
-    layouts : dict
-        Fields of another layout -> the overrides of the harness's task configuration that read it.
+    layouts : tuple of Layout
+        The harness's own first.
     """
 
     metric: str
-    fields: tuple[str, ...]
-    layouts: dict[tuple[str, ...], dict]
+    layouts: tuple[Layout, ...]
 
 
-_QUERY_CHOICES = {
-    "doc_to_text": "{{query}}\nAnswer:",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "{{gold}}",
-}
-# Not Jinja: the harness takes an index only as an integer here, as its own functions for this task return one.
-_PARTIAL = {
-    "doc_to_text": lambda row: row["gold"],
-    "doc_to_choice": lambda row: row["context_options"],
-    "doc_to_target": lambda row: row["continuation"],
-}
-_ENDINGS = {"doc_to_text": "{{query}}", "doc_to_choice": "choices", "doc_to_target": "{{label}}"}
+def _labelled(label: str, choices: str | int, text: bool = True) -> Callable[[dict], tuple[object, Collection]]:
+    """Answer in the field `label`: an index, of a number of `choices` or of a field's items; as text where it may be.
 
-_ARC = TaskKind("acc", ("question", "choices", "answerKey"), {("query", "choices", "gold"): _QUERY_CHOICES})
+    The harness takes text for an index only where it renders a template; elsewhere it would look up the words.
+    """
+
+    def answer(row: dict) -> tuple[object, Collection]:
+        value = row[label]
+        if text and isinstance(value, str) and value.isdigit():
+            value = int(value)
+        return value, range(choices if isinstance(choices, int) else len(row[choices]))
+
+    return answer
+
+
+_QUERY_CHOICES = Layout(
+    ("query", "choices", "gold"),
+    _labelled("gold", "choices"),
+    {"doc_to_text": "{{query}}\nAnswer:", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"},
+)
+_PARTIAL = Layout(
+    ("context_options", "continuation", "gold"),
+    _labelled("gold", "context_options"),
+    # Not Jinja: the harness takes an index only as an integer here, as its own functions for this task return one.
+    {
+        "doc_to_text": lambda row: int(row["gold"]),
+        "doc_to_choice": lambda row: row["context_options"],
+        "doc_to_target": lambda row: row["continuation"],
+    },
+)
+_ENDINGS = Layout(
+    ("query", "choices", "label"),
+    _labelled("label", "choices"),
+    {
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "{{label}}",
+        "process_docs": lambda documents: documents,
+    },
+)
+
+_ARC = TaskKind(
+    "acc",
+    (
+        Layout(("question", "choices", "answerKey"), lambda row: (row["answerKey"], row["choices"]["label"])),
+        _QUERY_CHOICES,
+    ),
+)
 
 TASKS = {
     "arc_easy": _ARC,
     "arc_challenge": _ARC,
-    "boolq": TaskKind("acc", ("passage", "question", "label"), {("query", "choices", "gold"): _QUERY_CHOICES}),
-    "piqa": TaskKind("acc", ("goal", "sol1", "sol2", "label"), {}),
+    "boolq": TaskKind(
+        "acc", (Layout(("passage", "question", "label"), _labelled("label", 2, text=False)), _QUERY_CHOICES)
+    ),
+    "piqa": TaskKind("acc", (Layout(("goal", "sol1", "sol2", "label"), _labelled("label", 2, text=False)),)),
     "winogrande": TaskKind(
         "acc",
-        ("sentence", "option1", "option2", "answer"),
-        {("context_options", "continuation", "gold"): _PARTIAL},
+        (Layout(("sentence", "option1", "option2", "answer"), lambda row: (row["answer"], ("1", "2"))), _PARTIAL),
     ),
     "hellaswag": TaskKind(
         "acc",
-        ("ctx_a", "ctx_b", "activity_label", "endings", "label"),
-        {("query", "choices", "label"): {**_ENDINGS, "process_docs": lambda documents: documents}},
+        (
+            Layout(("ctx_a", "ctx_b", "activity_label", "endings", "label"), _labelled("label", "endings")),
+            _ENDINGS,
+        ),
     ),
-    "ifeval": TaskKind("prompt_level_strict_acc", ("key", "prompt", "instruction_id_list", "kwargs"), {}),
+    "ifeval": TaskKind("prompt_level_strict_acc", (Layout(("key", "prompt", "instruction_id_list", "kwargs")),)),
 }
 """Task name (the harness's) -> how it is read and which metric is reported."""
 
@@ -148,7 +207,8 @@ def build_task(name: str, folder: str | Path | None = None):
     Raises
     ------
     ValueError
-        If the task is unknown or its file has an unknown layout.
+        If the task is unknown, its file has an unknown layout, or a row lacks a field or a valid label. Of several
+        splits, the first one in which every row has a label is taken.
     OSError
         If there is no file, or the hub cannot be read.
     """
@@ -157,8 +217,8 @@ def build_task(name: str, folder: str | Path | None = None):
     member: dict = {"task": name}
     source: dict = {"hub": name}
     if folder is not None:
-        path = find_file(folder, name)
-        member |= _overrides(name, path)
+        path, rows, layout = _documents(name, folder)
+        member |= _overrides(rows, layout)
         source = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     try:
         # A group of one: how the harness lets a registered task be changed.
@@ -183,15 +243,53 @@ def _manager():
     return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
 
 
-def _overrides(name: str, path: Path) -> dict:
+def _documents(name: str, folder: str | Path) -> tuple[Path, list[dict], Layout]:
+    """Documents of a data folder: of the first split that is labelled throughout."""
+    unlabelled = None
+    for path in find_splits(folder, name):
+        rows = read_rows(path)
+        layout = _layout(name, path, rows)
+        try:
+            _check_labels(path, rows, layout)
+        except ValueError as error:
+            unlabelled = unlabelled or error
+        else:
+            return path, rows, layout
+    raise unlabelled
+
+
+def _layout(name: str, path: Path, rows: list[dict]) -> Layout:
+    layouts = TASKS[name].layouts
+    found = next((layout for layout in layouts if set(layout.fields) <= set(rows[0])), None)
+    if found is None:
+        allowed = " or ".join("{" + ", ".join(layout.fields) + "}" for layout in layouts)
+        raise ValueError(f"expected rows {allowed} in {str(path)!r}, got {{{', '.join(rows[0])}}}; convert the file")
+    return found
+
+
+def _check_labels(path: Path, rows: list[dict], layout: Layout) -> None:
+    """Refuse rows without a valid label: no answer is right where there is none, and the harness counts it as wrong."""
+    for number, row in enumerate(rows, 1):
+        lacking = next((name for name in layout.fields if row.get(name) is None), None)
+        if lacking is not None:
+            raise ValueError(f"expected {lacking} in row {number} of {str(path)!r}, got none; repair or remove the row")
+        try:
+            label, allowed = layout.answer(row)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected fields as {', '.join(layout.fields)} have them in row {number} of {str(path)!r}, got "
+                f"another kind ({' '.join(str(error).split())}); convert the file"
+            ) from error
+        if not any(type(label) is type(each) and label == each for each in allowed):  # True is not 1, nor is 1.0
+            raise ValueError(
+                f"expected in row {number} of {str(path)!r} a label among {', '.join(map(repr, allowed))}, got "
+                f"{label!r}; use a labelled split or remove the row"
+            )
+
+
+def _overrides(rows: list[dict], layout: Layout) -> dict:
     from datasets import Dataset, DatasetDict
 
-    kind, rows = TASKS[name], read_rows(path)
-    layouts = {kind.fields: {}, **kind.layouts}
-    mapping = next((over for fields, over in layouts.items() if set(fields) <= set(rows[0])), None)
-    if mapping is None:
-        allowed = " or ".join("{" + ", ".join(fields) + "}" for fields in layouts)
-        raise ValueError(f"expected rows {allowed} in {str(path)!r}, got {{{', '.join(rows[0])}}}; convert the file")
     documents = DatasetDict({"test": Dataset.from_list(rows)})
     return {
         "custom_dataset": lambda **_: documents,
@@ -200,7 +298,7 @@ def _overrides(name: str, path: Path) -> dict:
         "test_split": "test",
         "fewshot_split": None,
         "should_decontaminate": False,
-        **mapping,
+        **layout.overrides,
     }
 
 
@@ -227,7 +325,7 @@ def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
     Raises
     ------
     RuntimeError
-        If a score is not finite.
+        If the likelihood of an answer is NaN.
     """
     import lm_eval
 
@@ -239,8 +337,19 @@ def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
     [name] = output["results"]
     metric = TASKS[name].metric
     samples = sorted(output["samples"][name], key=lambda sample: sample["doc_id"])
+    _check_scores(name, samples)
     scores = tuple(float(sample[metric]) for sample in samples)
     return TaskResult(metric, *mean_and_stderr(scores), scores)
+
+
+def _check_scores(name: str, samples: list[dict]) -> None:
+    """Refuse NaN among the likelihoods of answers: the first of them would count as the model's choice."""
+    for sample in samples if name not in GENERATION else ():
+        if any(math.isnan(likelihood) for likelihood, _ in sample["filtered_resps"]):
+            raise RuntimeError(
+                f"expected finite likelihoods from the model, got NaN in document {sample['doc_id']} of {name}; try "
+                "--dtype float32"
+            )
 
 
 def mean_and_stderr(values) -> tuple[float, float]:

@@ -2,14 +2,18 @@
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
-__all__ = ["DTYPES", "check_device", "demo_model_path", "load_model"]
+__all__ = ["DTYPES", "check_device", "demo_model_path", "load_config", "load_model"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Names accepted by ``dtype`` of `load_model`."""
 
 _GGUF_MAGIC = b"GGUF"
+
+_REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Options of ``from_pretrained``: report what does not fit. A wrong shape too: the error would not name the tensor."""
 
 
 def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = "cpu"):
@@ -43,8 +47,9 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
     OSError
         If `source` is neither a folder nor a model that the hub (or its local cache) gives.
     ValueError
-        If `dtype` or `device` is unknown or not available, a GGUF file is truncated or of another format, a
-        folder holds no model, or there is no tokenizer. Every message is one sentence.
+        If `dtype` or `device` is unknown or not available, a GGUF file is truncated, of another format or one part
+        of several, a folder holds no model, there is no tokenizer, or the checkpoint's weights are not the model's:
+        one is missing, has another shape, or belongs nowhere. Every message is one sentence.
     """
     if dtype not in DTYPES:
         raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
@@ -57,16 +62,38 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
     return model.to(device).eval(), tokenizer
 
 
+def load_config(source: str | os.PathLike):
+    """A model's configuration, to look at before its weights are loaded; None where `load_model` will say why not."""
+    kind, place = _classify(source)
+    if kind == "hub":
+        _check_hub(place)
+    from transformers import AutoConfig
+
+    folder, name = os.path.split(os.path.abspath(place))
+    try:
+        return (
+            AutoConfig.from_pretrained(folder, gguf_file=name) if kind == "gguf" else AutoConfig.from_pretrained(place)
+        )
+    except Exception:  # whatever a damaged file leads to
+        return None
+
+
 def check_device(device: str) -> None:
     """Raise a ValueError of one sentence for a device that is unknown or not available."""
     import torch
 
     try:
-        kind = torch.device(device).type
+        place = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"expected a device such as cpu or cuda, got {device!r}; choose one of those") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"expected a device that torch {torch.__version__} can use here, got {device!r}; use cpu")
+    if place.type == "meta":
+        raise ValueError("expected a device that computes, got 'meta', which holds no numbers; use cpu or cuda")
+    try:
+        torch.empty(1, device=place)
+    except Exception as error:  # every back-end has its own kind for "not compiled", "no driver", "no such index"
+        raise ValueError(
+            f"expected a device that torch {torch.__version__} can use here, got {device!r}; use cpu"
+        ) from error
 
 
 def demo_model_path() -> Path:
@@ -133,9 +160,13 @@ def _load_gguf(path: str, dtype: str):
     folder, name = os.path.split(os.path.abspath(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype, **_REPORTED)
     except Exception as error:  # the GGUF reader raises whatever a short buffer leads to
         raise _gguf_sentence(path, error) from error
+    try:
+        _check_report(model, report, path)
+    except ValueError as error:
+        raise _gguf_part(path) or error from None
     _forget_gguf(model)
     return model, tokenizer
 
@@ -149,16 +180,67 @@ def _forget_gguf(model) -> None:
 
 def _gguf_sentence(path: str, error: Exception) -> Exception:
     """Say whether the file itself is broken or Transformers does not know the model in it."""
-    from gguf import GGUFReader
-
     try:
-        GGUFReader(path)
+        part = _gguf_part(path)
     except Exception as damage:
         return ValueError(
             f"the GGUF file {path!r} ({os.path.getsize(path)} bytes) is truncated or damaged "
             f"({_short(damage)}); download or copy it again"
         )
-    return ValueError(f"transformers cannot load the GGUF file {path!r}: {_short(error)}")
+    return part or ValueError(f"transformers cannot load the GGUF file {path!r}: {_short(error)}")
+
+
+def _gguf_part(path: str) -> ValueError | None:
+    """The sentence for one file of a model that was split over several; None for a whole model."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    count = int(fields["split.count"].contents()) if "split.count" in fields else 1
+    if count < 2:
+        return None
+    number = f"part {int(fields['split.no'].contents()) + 1}" if "split.no" in fields else "one part"
+    return ValueError(
+        f"expected a whole model in {path!r}, got {number} of a GGUF file split in {count}; merge the parts with "
+        "llama-gguf-split --merge"
+    )
+
+
+def _check_report(model, report: dict, place: str) -> None:
+    """Refuse a checkpoint that is not the model's whole: Transformers fills in random weights and goes on.
+
+    `report` is what ``output_loading_info`` gives: tied weights, and names that the model's class says may be absent
+    or left over, are not in it.
+    """
+    name = type(model).__name__
+    order = {key: index for index, key in enumerate(model.state_dict())}
+    for key, found, wanted in sorted(report["mismatched_keys"], key=lambda each: order.get(each[0], -1)):
+        raise ValueError(
+            f"expected {key} of shape {list(wanted)} for this {name} in {place!r}, got {list(found)}; the "
+            "configuration and the weights belong to different models"
+        )
+    missing = sorted(report["missing_keys"], key=lambda key: order.get(key, -1))
+    unexpected = sorted(report["unexpected_keys"], key=_natural)
+    if missing:
+        beside = f" and has {_first(unexpected)} instead" if unexpected else ""
+        raise ValueError(
+            f"expected every weight of {name} in {place!r}, but it lacks {_first(missing)}{beside}; download or save "
+            "the model again"
+        )
+    if unexpected:
+        raise ValueError(
+            f"expected only weights of {name} in {place!r}, but the model has no {_first(unexpected)}; name the "
+            "checkpoint that belongs to its configuration"
+        )
+    if report["error_msgs"]:
+        raise ValueError(f"transformers cannot load the model in {place!r}: {_short(report['error_msgs'][0])}")
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+def _natural(name: str) -> list:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _load_checkpoint(place: str, kind: str, dtype: str):
@@ -176,11 +258,12 @@ def _load_checkpoint(place: str, kind: str, dtype: str):
     if not tokenizer.get_vocab():
         raise _no_tokenizer(place, None)
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype)
+        model, report = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **_REPORTED)
     except Exception as error:
         if kind == "hub":
             raise _hub_sentence(place, error) from error
         raise ValueError(f"transformers cannot load the model in {place!r}: {_short(error)}") from error
+    _check_report(model, report, place)
     return model, tokenizer
 
 

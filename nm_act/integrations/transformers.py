@@ -85,6 +85,7 @@ class NMActQuantizer(HfQuantizer):
         model._keep_in_fp32_modules_strict = vectors | set(model._keep_in_fp32_modules_strict or ())
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        _check_weights(model)
         for module in model.modules():
             if isinstance(module, NMLinear):
                 # Transformers allocates what the checkpoint lacks and leaves it as it finds it.
@@ -107,6 +108,19 @@ class NMActQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the model: what looks at sequences breaks the graph."""
         return not self.quantization_config.recipe.needs_token_context
+
+
+def _check_weights(model) -> None:
+    """Refuse a sparse layer whose weight the checkpoint lacks: Transformers would leave a random one in its place."""
+    for name, module in model.named_modules():
+        own = module.named_parameters(recurse=False) if isinstance(module, NMLinear) else ()
+        # Transformers marks what it has read or tied. Calibrated data are buffers, which the layer itself checks.
+        lacking = next((key for key, value in own if not getattr(value, "_is_hf_initialized", False)), None)
+        if lacking is not None:
+            raise ValueError(
+                f"expected every sparse layer's weight in the checkpoint of this {type(model).__name__}, but it lacks "
+                f"{name}.{lacking} in that shape; download or save the model again"
+            )
 
 
 def record_recipe(model, recipe: Recipe) -> str:

@@ -9,13 +9,13 @@ from torch import nn
 from ..calibrate.store import check_calibration, set_layers
 from ..criteria import CRITERIA
 from ..evaluate.calibrated import calibrated_row
-from ..evaluate.study import from_recipe
+from ..evaluate.study import Variant, from_recipe
 from ..evaluate.variants import sparse_copy
 from ..linear import NMLinear
 from ..mitigations import data_of
 from ..recipe import LinearSpec, Recipe
 
-__all__ = ["CalibratedData", "option_recipe", "option_variant", "parse_option", "read_data"]
+__all__ = ["CalibratedData", "find_calibrations", "option_recipe", "option_variant", "parse_option", "read_data"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,19 @@ def option_recipe(spec: LinearSpec, **fields) -> Recipe:
     return Recipe(pattern=str(spec.pattern), criterion=spec.criterion, mitigation=spec.mitigation, **fields)
 
 
+def find_calibrations(specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, tuple[Variant, Path]]:
+    """Option -> what its calibration says it is, and its folder; raises of `read_data` what needs no model."""
+    found = {
+        name: calibrated_row(from_recipe(option_recipe(spec)), calibrated)
+        for name, spec in specs.items()
+        if data_of(spec)
+    }
+    seeds = sorted({variant.seed for variant, _ in found.values()})
+    if len(seeds) > 1:
+        raise ValueError(f"expected calibrations with one seed, got {seeds}; calibrate the options alike")
+    return found
+
+
 def read_data(model: nn.Module, specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, CalibratedData]:
     """Data of the options that need some, from the calibrations of a folder.
 
@@ -86,15 +99,10 @@ def read_data(model: nn.Module, specs: dict[str, LinearSpec], calibrated: Path |
     ValueError
         If it is one of another recipe or of another model, or if their seeds differ.
     """
-    data = {}
-    for name, spec in specs.items():
-        if data_of(spec):
-            found, folder = calibrated_row(from_recipe(option_recipe(spec)), calibrated)
-            data[name] = CalibratedData(check_calibration(model, folder)[1], found.calibration, found.seed)
-    seeds = sorted({each.seed for each in data.values()})
-    if len(seeds) > 1:
-        raise ValueError(f"expected calibrations with one seed, got {seeds}; calibrate the options alike")
-    return data
+    return {
+        name: CalibratedData(check_calibration(model, folder)[1], found.calibration, found.seed)
+        for name, (found, folder) in find_calibrations(specs, calibrated).items()
+    }
 
 
 def option_variant(model: nn.Module, recipe: Recipe, calibrated: dict[str, CalibratedData]) -> nn.Module:

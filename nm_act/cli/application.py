@@ -1,0 +1,96 @@
+"""The application behind ``nm-act``. Commands import torch and Transformers when they run."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from ..version import __version__
+from .calibrate import calibrate, unfinished_calibration
+from .common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, INTERRUPTED, reports_errors
+from .demo import demo
+from .evaluate import evaluate, unfinished_evaluation
+from .generate import generate
+from .info import info
+from .ppl import ppl
+from .search import search, unfinished_search
+
+
+@contextmanager
+def _interrupts_told() -> Iterator[None]:
+    """Say that Ctrl-C ended the command line before its command had begun; Typer would say nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(INTERRUPTED, file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+class _OneSentence(TyperGroup):
+    """Wrong options are one sentence too, as every other error of the command line is."""
+
+    def make_context(self, *args, **kwargs):
+        with _interrupts_told():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx):
+        with _interrupts_told():
+            return super().invoke(ctx)
+
+    def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
+        args = list(sys.argv[1:] if args is None else args) or ["--help"]
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+        except Exception as error:
+            # Typer has its own copy of click, older ones use the package: their usage errors share no public class.
+            if not hasattr(error, "format_message") or os.environ.get("NM_ACT_TRACEBACK"):
+                raise
+            print(f"nm-act: {_usage_sentence(error)}", file=sys.stderr)
+            code = EXIT_BAD_INPUT
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_sentence(error) -> str:
+    text = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = "nm-act" if context is None or context.parent is None else f"nm-act {context.info_name}"
+    return f"{text[:1].lower()}{text[1:]}; {command} --help lists what it takes"
+
+
+app = typer.Typer(
+    name="nm-act",
+    cls=_OneSentence,
+    help="N:M activation sparsity: what it costs in quality, what it gains in speed.",
+    epilog="Errors are one sentence with exit code 2; NM_ACT_TRACEBACK=1 shows where they come from.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nm-act {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _command in (info, demo, ppl, generate):
+    app.command()(reports_errors(_command))
+app.command()(reports_errors(calibrate, unfinished=unfinished_calibration))
+app.command()(reports_errors(search, unfinished=unfinished_search))
+app.command(name="eval")(reports_errors(evaluate, unfinished=unfinished_evaluation))
