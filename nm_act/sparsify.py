@@ -143,6 +143,8 @@ def _replace_linears(
     stacks = set()
     sparse_layers: dict[tuple[nn.Module, LinearSpec], NMLinear] = {}
     shared = {key for key, names in Counter(id(module) for _, module in candidates).items() if names > 1}
+    weights = (getattr(module, "weight", None) for module in model.modules())
+    tied = {key for key, count in Counter(id(weight) for weight in weights if weight is not None).items() if count > 1}
     candidates.reverse()
     while candidates:  # consumed, so that a replaced layer's weight is freed before the next one is copied
         name, module = candidates.pop()
@@ -155,7 +157,10 @@ def _replace_linears(
         stacks.add(places[name].stack)
         sparse = sparse_layers.get((module, spec))
         if sparse is None:
-            sparse = NMLinear.from_linear(plain_linear(module), spec)
+            # A weight that several modules share stays as it is: a copy in another layout would be no longer theirs.
+            linear = plain_linear(module)
+            kept = {"weight_layout": "out_in", "lift": False} if id(linear.weight) in tied else {}
+            sparse = NMLinear.from_linear(linear, spec, **kept)
             take_over_hooks(sparse, module)
         if id(module) in shared:  # under several names
             sparse_layers[module, spec] = sparse

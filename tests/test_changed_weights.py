@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nm_act import NMLinear
+from nm_act import NMLinear, Recipe, deoptimize, optimize, sparsify
 from nm_act.recipe import LinearSpec
 
 SPECS = {
@@ -275,3 +275,73 @@ def test_offloaded_before_it_becomes_sparse(name, autocast):
         for _ in range(2):
             torch.testing.assert_close(model(X), expected(X), rtol=1e-4, atol=1e-5)
     assert model[0].weight.is_meta
+
+
+# ---- whole models ---------------------------------------------------------------------------------------------------
+def _llama():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=96)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+IDS = torch.arange(12)[None] * 7 % 96
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("criterion", ["act", "wina", "weight-magnitude"])
+def test_tied_layers_stay_tied(criterion):
+    model = _llama()
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    sparsify(model, Recipe("2:4", criterion=criterion))
+    assert second.up_proj.weight is first.up_proj.weight
+    model.double().float()
+    assert second.up_proj.weight is first.up_proj.weight
+
+
+@torch.no_grad()
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+@pytest.mark.parametrize("recipe", [Recipe("2:4"), Recipe("8:16", criterion="wina", mitigation=["dpts-mean"])], ids=str)
+def test_a_model_that_is_offloaded_first(recipe):
+    import accelerate
+
+    model = _llama()
+    expected = sparsify(copy.deepcopy(model), recipe).model(IDS).logits
+    accelerate.cpu_offload(model, execution_device="cpu")
+    sparsify(model, recipe)
+    assert model.model.layers[1].mlp.up_proj.weight.is_meta
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(IDS).logits.isfinite().all()
+
+
+REFUSED = r"expected no write to the \w+ of an optimized layer, got .*; call nm_act\.deoptimize\(model\)"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["e4m3", "part"])
+def test_lost_writes_are_refused(kind):
+    model = _llama()
+    sparsify(model, Recipe("2:4", mitigation=["dpts-mean"]))
+    optimize(model, fp8="decode" if kind == "e4m3" else None)
+    layer = model.model.layers[0].mlp.up_proj if kind == "part" else model.model.layers[0].mlp.down_proj
+    before, delta = model(IDS).logits, torch.ones_like(layer.weight)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        layer.weight = nn.Parameter(delta)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        layer.weight.data = delta
+    if kind == "e4m3":
+        for write in (lambda w: w.add_(1), lambda w: w.data.mul_(2), lambda w: w.__setitem__(0, 1.0)):
+            with pytest.raises(RuntimeError, match=REFUSED):
+                write(layer.weight)
+        with pytest.raises(RuntimeError, match=REFUSED):
+            layer.weight.data += delta
+        assert torch.equal(model(IDS).logits, before)
+        assert type(layer.weight + 1) is torch.Tensor
+        return
+    layer.weight.data += 0.5 * delta
+    changed = model(IDS).logits
+    assert (changed - before).abs().max() > 0.01
+    torch.testing.assert_close(deoptimize(model)(IDS).logits, changed, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from .. import criteria, mitigations, ops, packed
 from ..linear import NMLinear
+from . import readonly
 from .eligible import not_fp8
 
 E4M3 = torch.float8_e4m3fn
@@ -109,8 +110,13 @@ class FP8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[out, in]``, dequantised to the model's dtype: a new tensor at every access."""
-        return self.dequantised(self.like.dtype)
+        """``[out, in]``, dequantised to the model's dtype: a new tensor at every access, which refuses writes."""
+        return self.dequantised(self.like.dtype).as_subclass(readonly.Computed)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "weight":
+            readonly.refuse_set(name)
+        super().__setattr__(name, value)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """``[out, in]`` in 16 or 32 bits, in the order of the stored one."""
@@ -139,7 +145,7 @@ class FP8Linear(nn.Module):
         """A 16-bit layer with the dequantised weight."""
         options = {"weight_layout": self.weight_layout, "lift": self.lift, "device": "meta"}
         layer = NMLinear(self.in_features, self.out_features, self.bias is not None, spec=self.spec, **options)
-        layer.weight = nn.Parameter(self.weight, requires_grad=False)
+        layer.weight = nn.Parameter(self.dequantised(self.like.dtype), requires_grad=False)
         layer.bias = self.bias
         layer.refresh()
         return layer.train(self.training)
@@ -175,4 +181,4 @@ class FP8Linear(nn.Module):
 
 
 def _dequantised_state(layer: FP8Linear, state: dict, prefix: str, _metadata) -> None:
-    state[f"{prefix}weight"] = layer.weight.contiguous()
+    state[f"{prefix}weight"] = layer.dequantised(layer.like.dtype).contiguous()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..hooks import take_over_hooks
 from ..linear import NMLinear
+from . import readonly
 from .changed import Changed
 from .eligible import calibrated, why_stays
 
@@ -94,14 +95,20 @@ class LinearPart(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[out, in]``, a view of the merged weight."""
-        return self._merged.linear.weight.split(self._merged.sizes)[self._index]
+        """``[out, in]``, a view of the merged weight; refuses writes that would not reach it."""
+        part = self._merged.linear.weight.split(self._merged.sizes)[self._index]
+        return part if isinstance(part, readonly.Computed) else part.as_subclass(readonly.Part)
 
     @property
     def bias(self) -> Tensor | None:
         """``[out]``, a view of the merged bias."""
         bias = self._merged.linear.bias
         return bias if bias is None else bias.split(self._merged.sizes)[self._index]
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in ("weight", "bias"):
+            readonly.refuse_set(name)
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor, product: Product | None = None) -> Tensor:
         """``x [..., in] -> [..., out]``, from the running call's product where there is one."""
