@@ -450,10 +450,11 @@ class NMLinear(nn.Linear):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def _check_ready(self) -> None:
-        if self._underived:  # weights that accelerate keeps on disk are there for the first time
+        if self._underived:  # the weight is there for the first time
             with _without_autocast(self._own_weight):
                 self._set_derived()
-            self.operand_weight, self._visited = None, True
+            if hasattr(self, "_hf_hook"):  # and, from accelerate's disk or memory, for this call only
+                self.operand_weight, self._visited = None, True
         if self._incomplete:
             raise RuntimeError(
                 f"expected calibrated data for {self.spec}, got no {self._incomplete}; make it with nm-act calibrate "

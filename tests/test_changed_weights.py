@@ -345,3 +345,16 @@ def test_lost_writes_are_refused(kind):
     changed = model(IDS).logits
     assert (changed - before).abs().max() > 0.01
     torch.testing.assert_close(deoptimize(model)(IDS).logits, changed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wina", "weight-magnitude", "dpts-mean"])
+@pytest.mark.parametrize("change", [_in_place, _data_in_place, _parameter, _set_module_tensor])
+def test_a_weight_that_came_after_the_layer_is_followed(name, change):
+    layer, weight = NMLinear(*SIZES, spec=SPECS[name], device="meta").eval(), _dense(1).weight.detach() * 2
+    layer.weight, layer.bias = _dense(0).weight, _dense(0).bias
+    if layer.data():
+        layer.set_data(**_data(layer))
+    with torch.no_grad():
+        layer(X)
+    change(layer, weight)
+    _check(layer, weight, name)
