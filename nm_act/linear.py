@@ -57,9 +57,15 @@ class NMLinear(nn.Linear):
     ``weight`` always is the dense one. What the operator reads derives from it and from the calibrated data and is not
     saved: ``channel_scale``, ``shift_out``, ``operand_bias``, and ``operand_weight`` where a method changes the weight
     (which then costs its memory a second time; a layer whose weight accelerate brings in for each call keeps only the
-    vectors, and changes the weight in each call). They are recomputed by every ``.to()`` and ``load_state_dict``; call
-    :meth:`refresh` after changing the weight in any other way. Where the weight is sharded (a DTensor), all of its
-    ranks have to do so together.
+    vectors, and changes the weight in each call).
+
+    It follows the weight. Every call sees a parameter set anew, lent by ``functional_call``, or changed by any
+    operation that torch counts. A write through ``.data`` is not counted: after ``layer.weight`` was read (as LoRA
+    merging does), or ``train()`` or ``eval()`` called, the next call compares a fingerprint of the weight, once. A
+    write to ``.data`` that reached the weight otherwise (through ``parameters()``, or a reference kept since an earlier
+    call) needs :meth:`refresh` or ``eval()``; so does any while the layer is compiled or in a CUDA graph, which has to
+    be captured again. Where the weight is sharded (a DTensor), or brought in for each call, nothing is checked:
+    call :meth:`refresh`, of a sharded one on all of its ranks together.
 
     The layer trains: its gradient is straight through the selection, with the forward's mask as a constant, as in the
     training recipe of arXiv 2509.22166, and the forward computes the same bits as without one (a lifted weight is left
@@ -249,10 +255,12 @@ class NMLinear(nn.Linear):
             return None
         if torch.compiler.is_compiling():  # a guard of the graph: nothing is known about the values there
             return self._derive() if self._handed_out else None
-        parameters = [(source, self._own(name)) for name, source in self._sources.items()]
-        seen = all(source.is_seen_in(parameter) for source, parameter in parameters)
+        seen = True
+        for name, source in self._sources.items():  # in every call: spelt out, for its time
+            seen = seen and source.is_seen_in(self._parameters.get(name))
         if seen and not self._handed_out and not self._unchecked:
             return None
+        parameters = [(source, self._own(name)) for name, source in self._sources.items()]
         with _without_autocast(self._own_weight), torch.no_grad():
             if not all(stale.is_own(parameter) for _, parameter in parameters):
                 return self._derive()
@@ -354,7 +362,9 @@ class NMLinear(nn.Linear):
         y = mitigations.add_low_rank(self._sparse(mitigations.in_basis(x, data), data), x, data)
         if self.token_context is None:
             return y
-        return self.token_context.overwrite_dense(y, x, lambda rows: F.linear(rows, self._own_weight, self._own("bias")))
+        return self.token_context.overwrite_dense(
+            y, x, lambda rows: F.linear(rows, self._own_weight, self._own("bias"))
+        )
 
     def _lifts(self, weight: torch.Tensor) -> bool:
         # Only the weight itself is lifted: not a part of it, and not where another one is multiplied in its place.
@@ -370,7 +380,9 @@ class NMLinear(nn.Linear):
         derived = self._derived()
         if self._visited and mitigations.replaces_weight(self.spec) and derived["operand_weight"] is None:
             with _without_autocast(self._own_weight):
-                derived["operand_weight"] = mitigations.operand_weight(self.spec, self._own_weight.detach(), self.data())
+                derived["operand_weight"] = mitigations.operand_weight(
+                    self.spec, self._own_weight.detach(), self.data()
+                )
         weight = self._own_weight if derived["operand_weight"] is None else derived["operand_weight"]
         bias = self._own("bias") if derived["operand_bias"] is None else derived["operand_bias"]
         # As F.linear does under autocast; the operator itself takes one dtype only.
@@ -438,10 +450,11 @@ class NMLinear(nn.Linear):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def _check_ready(self) -> None:
-        if self._underived:  # weights that accelerate keeps on disk are there for the first time
+        if self._underived:  # the weight is there for the first time
             with _without_autocast(self._own_weight):
                 self._set_derived()
-            self.operand_weight, self._visited = None, True
+            if hasattr(self, "_hf_hook"):  # and, from accelerate's disk or memory, for this call only
+                self.operand_weight, self._visited = None, True
         if self._incomplete:
             raise RuntimeError(
                 f"expected calibrated data for {self.spec}, got no {self._incomplete}; make it with nm-act calibrate "

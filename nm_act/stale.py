@@ -1,7 +1,7 @@
 """Noticing that a parameter changed since something was derived from it.
 
-An in-place operation raises a tensor's version counter, and a parameter set anew is another object; both cost well under
-a microsecond to see. A write through ``.data`` (as LoRA merging does) leaves the counter as it is: that takes a
+An in-place operation raises a tensor's version counter, and a parameter set anew is another object: both are cheap to
+see in every call. A write through ``.data`` (as LoRA merging does) leaves the counter as it is: that takes a
 fingerprint of the bits, which the layer compares where somebody had the parameter in hand.
 """
 
@@ -16,16 +16,25 @@ class Source:
 
     def __init__(self, parameter: Tensor):
         self._parameter = weakref.ref(parameter)  # an offloaded weight has to be freed after its call
-        self._state = _state(parameter)
+        # Subclasses (fake tensors, say) have no address; tensors made in inference mode have no counter.
+        self._has_address = is_own(parameter)
+        self._is_counted = self._has_address and not parameter.is_inference()
+        self._address = parameter.data_ptr() if self._has_address else 0
+        self._version = parameter._version if self._is_counted else 0
         self._bits = fingerprint(parameter)
 
     def is_seen_in(self, parameter: Tensor) -> bool:
         """Whether it is the same object in the same memory, untouched by any operation that torch counts."""
-        return self._parameter() is parameter and self._state == _state(parameter)
+        return (
+            self._parameter() is parameter
+            and (not self._is_counted or parameter._version == self._version)
+            and (not self._has_address or parameter.data_ptr() == self._address)
+        )
 
     def is_equal_to(self, parameter: Tensor) -> bool:
         """Whether the values are the same too; reads the whole parameter, and waits for its device."""
-        return self.is_seen_in(parameter) and torch.equal(self._bits, fingerprint(parameter))
+        bits = fingerprint(parameter)
+        return self.is_seen_in(parameter) and bits.shape == self._bits.shape and torch.equal(self._bits, bits)
 
 
 def is_own(parameter: Tensor) -> bool:
@@ -34,16 +43,20 @@ def is_own(parameter: Tensor) -> bool:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Sums of the bits over each axis, int64: exact, the same in any order of summing."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.detach().view(integer)
-    if bits.ndim < 2:
-        return bits.to(torch.int64, copy=True)
-    return torch.cat([bits.sum(dim=axis, dtype=torch.int64).flatten() for axis in range(bits.ndim)])
+    """Sums of the bits over each axis, int64 (modulo 2^64): the same in any order of summing."""
+    tensor = tensor.detach()
+    size = tensor.element_size()
+    if tensor.ndim < 2:
+        return tensor.view(_INTEGERS[size]).to(torch.int64, copy=True)
+    if tensor.stride(0) < tensor.stride(1):
+        tensor = tensor.t()
+    packs = 8 // size
+    starts = (tensor.shape[1], tensor.stride(0), tensor.storage_offset())
+    if tensor.stride(1) == 1 and all(start % packs == 0 for start in starts):
+        bits = tensor.view(torch.int64)  # a sum in another dtype would make a copy in it
+    else:
+        bits = tensor.view(_INTEGERS[size])
+    return torch.cat([bits.sum(dim=axis, dtype=torch.int64) for axis in (0, 1)])
 
 
-def _state(parameter: Tensor) -> tuple:
-    # Subclasses (fake tensors, say) have neither; tensors made in inference mode have no counter.
-    if type(parameter) is not nn.Parameter:
-        return ()
-    return parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version, parameter.dtype
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

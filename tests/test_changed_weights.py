@@ -345,3 +345,37 @@ def test_lost_writes_are_refused(kind):
     changed = model(IDS).logits
     assert (changed - before).abs().max() > 0.01
     torch.testing.assert_close(deoptimize(model)(IDS).logits, changed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["wina", "weight-magnitude", "dpts-mean"])
+@pytest.mark.parametrize("change", [_in_place, _data_in_place, _parameter, _set_module_tensor])
+def test_a_weight_that_came_after_the_layer_is_followed(name, change):
+    layer, weight = NMLinear(*SIZES, spec=SPECS[name], device="meta").eval(), _dense(1).weight.detach() * 2
+    layer.weight, layer.bias = _dense(0).weight, _dense(0).bias
+    if layer.data():
+        layer.set_data(**_data(layer))
+    with torch.no_grad():
+        layer(X)
+    change(layer, weight)
+    _check(layer, weight, name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.parametrize("criterion", ["wina", "weight-magnitude"])
+@torch.no_grad()
+def test_a_merged_model_is_one_of_the_merged_weights(criterion):
+    import peft
+
+    recipe, dense = Recipe("2:4", criterion=criterion, mitigation=["dpts-mean"] * (criterion == "wina")), _llama()
+    model = sparsify(copy.deepcopy(dense), recipe).model
+    before = model(IDS).logits
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])).eval()
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_()
+    merged = model.merge_and_unload()
+    dense.load_state_dict(merged.state_dict())
+    expected = sparsify(dense, recipe).model(IDS).logits
+    assert (expected - before).abs().max() > 0.1
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
