@@ -190,7 +190,7 @@ class TokenContext:
         if positions is None and past is None and (mask is None or mask.shape[1] == tokens):
             raise ValueError(
                 "expected position_ids or a KV cache with get_seq_length to tell which tokens are first in their "
-                "sequence, got a state of another kind; pass position_ids, or leave dense_first_tokens out of the recipe"
+                "sequence, got a state of another kind; pass position_ids, or a recipe without dense_first_tokens"
             )
         if positions is None and mask is None:
             left = self.first_tokens - past
@@ -242,9 +242,11 @@ def _cached_tokens(call: dict) -> int | None:
 
 
 def _is_state(name: str, value) -> bool:
-    """Whether an argument is what earlier calls left: tuples of tensors of each layer, or an object called a cache."""
+    """Whether an argument is what earlier calls left: tuples of tensors of each layer, or what is called a cache."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return False
+    if name in ("state", "mems"):  # RWKV, Transformer-XL
+        return True
     if isinstance(value, (tuple, list)):
         return any(isinstance(layer, (tuple, list)) for layer in value)
     return any(word in text.lower() for word in ("cache", "past") for text in (name, type(value).__name__))

@@ -218,11 +218,11 @@ def test_a_filled_product_is_only_given_to_its_placeholder():
     x = torch.randn(3, 64)
     product = Product(merged, x, torch.ones(3, 128))
     with pytest.raises(
-        RuntimeError, match="expected q_proj to be called once with the tensor .*, got another one; call"
+        RuntimeError, match=r"expected q_proj to be called once with the tensor .*, got another one; call"
     ):
         attention.q_proj(x + 1, product=product)
     assert attention.v_proj(x, product=product).eq(1).all()
-    with pytest.raises(RuntimeError, match="expected v_proj to be called once with the tensor .*, got it twice; call"):
+    with pytest.raises(RuntimeError, match=r"expected v_proj to be called once with the tensor .*, got it twice; call"):
         attention.v_proj(x, product=product)
 
 

@@ -1,5 +1,6 @@
 """The packed path of optimize(), its CUDA operators replaced by plain torch: which tensors go where, and the residuals."""
 
+import copy
 import weakref
 
 import pytest
@@ -152,6 +153,41 @@ def test_what_has_hooks_is_called(hooked, expected_calls, calls):
     torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
     assert calls == expected_calls * 2
     torch.testing.assert_close(seen, before, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hooked", "expected_calls"),
+    [
+        ("input_layernorm", ["norm + residual", "silu"]),
+        ("self_attn", ["norm + residual", "silu"]),
+        ("self_attn.v_proj", ["norm", "norm + residual", "silu"]),
+        ("post_attention_layernorm", ["norm", "silu"]),
+        ("mlp", ["norm", "silu"]),
+        ("mlp.up_proj", ["norm"]),
+    ],
+)
+def test_hooks_that_come_later_see_what_the_stock_layer_gives(hooked, expected_calls, calls):
+    model = family("llama")
+    nm_act.sparsify(model, recipe_of())
+    seen = []
+
+    def register():
+        for layer in model.model.layers:
+            layer.get_submodule(hooked).register_forward_hook(
+                lambda _m, args, kwargs, y: seen.append(y), with_kwargs=True
+            )
+
+    reference_model = copy.deepcopy(model)
+    nm_act.optimize(model)
+    register()
+    actual, ours = logits(model), list(seen)
+    assert calls == expected_calls * 2
+    model = reference_model
+    seen.clear()
+    register()
+    torch.testing.assert_close(actual, logits(model), atol=2e-5, rtol=1e-4)
+    assert len(ours) == 2
+    torch.testing.assert_close(ours, seen, atol=2e-5, rtol=1e-4)
 
 
 def test_hidden_states_are_those_of_the_unfused_model(calls):

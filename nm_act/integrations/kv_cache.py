@@ -1,4 +1,4 @@
-"""The KV cache in Transformers' calls: its argument and output field are `cache` from 5.24 on, `past_key_values` before."""
+"""The KV cache in Transformers' calls: `cache`, argument and output field, from 5.24 on, `past_key_values` before."""
 
 import inspect
 

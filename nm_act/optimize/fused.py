@@ -13,7 +13,7 @@ from ..packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
 from .changed import Changed, change, restore
 from .eligible import has_hooks, not_2_4, why_stays
 from .fp8 import FP8Linear
-from .merged import HasMerged, MergedLinear, Product
+from .merged import MergedLinear, Product, SharesProducts
 
 PACKED_TOKENS = _C.SPARSE_GEMM_TOKENS
 """Fewest tokens for which a packed 16-bit product pays."""
@@ -40,7 +40,7 @@ def takes_packed(linear: nn.Module, x: Tensor) -> bool:
     """Whether this call of a packable layer runs on the sparse tensor cores."""
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type):
         return False
-    if linear._is_dense_phase(x):
+    if linear._is_dense_phase(x) or has_hooks(linear):
         return False
     if isinstance(linear, FP8Linear):
         return True
@@ -96,12 +96,18 @@ def fuse_mlp(mlp: nn.Module, gate_up: str) -> None:
     change(mlp, FusedMLP)
 
 
-class FusedMLP(HasMerged):
+class FusedMLP(SharesProducts):
     """An MLP that computes gate and up as one."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]``."""
+        if _parts_have_hooks(self):
+            return super().forward(x)
         return _mlp_tail(self, getattr(self, self.nm_act_gate_up)(x))
+
+
+def _parts_have_hooks(mlp: nn.Module) -> bool:
+    return any(has_hooks(getattr(mlp, name)) for name in getattr(mlp, mlp.nm_act_gate_up).names)
 
 
 def _mlp_tail(mlp: nn.Module, y: Tensor) -> Tensor:
@@ -161,9 +167,12 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> T
     """A pre-norm layer, ``h = x + attention(norm(x)); h + mlp(norm(h))``, with whatever norm can be packed."""
     qkv = getattr(self.self_attn, self.nm_act_qkv) if self.nm_act_qkv else None
     packs_attention = qkv is not None and _packs(self.input_layernorm, qkv.linear, hidden_states)
-    packs_attention = packs_attention and not has_hooks(self.self_attn)  # which see the norm's output
+    # Hooks that were registered since are called with what they would get of the stock layer.
+    packs_attention = packs_attention and not (has_hooks(self.self_attn) or has_hooks(self.input_layernorm))
     gate_up = getattr(self.mlp, self.mlp.nm_act_gate_up).linear if self.nm_act_packs_mlp else None
     packs_mlp = gate_up is not None and _packs(self.post_attention_layernorm, gate_up, hidden_states)
+    packs_mlp = packs_mlp and not (has_hooks(self.mlp) or has_hooks(self.post_attention_layernorm))
+    packs_mlp = packs_mlp and not _parts_have_hooks(self.mlp)
     if args or not (packs_attention or packs_mlp):
         return self.nm_act_stock.forward(self, hidden_states, *args, **kwargs)
     residual = hidden_states

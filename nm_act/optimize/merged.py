@@ -185,16 +185,8 @@ def merge_key(layer: nn.Module) -> tuple | str:
     return facts
 
 
-class HasMerged(Changed):
-    """A parent of merged layers: it loads the stock names."""
-
-    def _load_from_state_dict(self, state_dict, prefix, *others):
-        _join_state(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *others)
-
-
-class SharesProducts(HasMerged):
-    """A parent whose own forward runs with each merged layer computing one product for all its parts."""
+class SharesProducts(Changed):
+    """A parent of merged layers: in its own forward each computes one product for all its parts."""
 
     def forward(self, *args, nm_act_product: Product | None = None, **kwargs):
         """The stock forward; ``nm_act_product`` is computed already."""
@@ -202,6 +194,10 @@ class SharesProducts(HasMerged):
         if nm_act_product is not None:
             products[nm_act_product.merged.names] = nm_act_product
         return self.nm_act_stock.forward(_Running(self, products), *args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        _join_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class _Running:

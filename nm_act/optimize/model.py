@@ -97,9 +97,9 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     write packed operands only where no gradient is recorded, so run it under ``torch.no_grad()``; a backward pass gives
     the gradient of the separate layers, and is refused where weights are e4m3. Parameters of merged layers have names
     of their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks, a forward that
-    someone replaced, or weights split over ranks stay as they are; hooks registered later on gate, up, down, a norm or
-    an activation that was fused may not be called. Optimised models pickle, deepcopy and serve several threads as stock
-    ones do. :func:`deoptimize` undoes it.
+    someone replaced, or weights split over ranks stay as they are; a hook registered later is called, unless it is on
+    the activation of an MLP that packs its operand. Optimised models pickle, deepcopy and serve several threads as
+    stock ones do. :func:`deoptimize` undoes it.
 
     Examples
     --------
