@@ -48,8 +48,8 @@ class TokenContext:
     -----
     A call of the stack raises a ValueError where the position of its tokens cannot be known (a state that is no KV
     cache, without positions; a mask that does not cover the cache), and where clact meets several sequences in one row.
-    Where gradient checkpointing runs blocks again, the call does too, from the gradient of what the stack returned on; a
-    RuntimeError is raised where blocks run again without that.
+    Where gradient checkpointing runs blocks again, the call does too, from the gradient of what the stack returned on;
+    a RuntimeError is raised where blocks run again without that.
     """
 
     def __init__(self, first_tokens: int):
@@ -288,7 +288,7 @@ def _refuse_rerun() -> None:
         return
     if torch._C._current_graph_task_id() != -1:  # as torch.utils.checkpoint asks whether a backward pass runs
         raise RuntimeError(
-            "expected a gradient that comes through what the decoder stack returns, got a layer with dense_first_tokens "
-            "or clact that is run again in the backward pass without it; compute the loss from the stack's outputs, or "
-            "call model.gradient_checkpointing_disable()"
+            "expected a gradient that comes through what the decoder stack returns, got a layer with "
+            "dense_first_tokens or clact that is run again in the backward pass without it; compute the loss from the "
+            "stack's outputs, or call model.gradient_checkpointing_disable()"
         )
