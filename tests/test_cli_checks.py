@@ -268,5 +268,5 @@ def test_damaged_facts_of_a_calibration(tmp_path, monkeypatch, facts):
     monkeypatch.setattr(calibrated, "read_calibration", lambda folder: (Recipe(pattern="2:4"), {}, {}))
     (tmp_path / DATA_FILE).touch()
     (tmp_path / FACTS_FILE).write_text(facts)
-    with pytest.raises(ValueError, match="expected (seed|data) of a calibration in"):
+    with pytest.raises(ValueError, match=r"expected (seed|data) of a calibration in"):
         calibrated.of_calibration(tmp_path)

@@ -66,48 +66,48 @@ class OptimizeReport:
 def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     """Make a dense or sparse model faster without changing what it computes, in place.
 
-        Projections that read the same activation and share one spec (q/k/v, gate/up) become one layer, so that the
-        activation is selected and compressed once for all of them. On CUDA, where such a layer is 2:4, RMSNorm (with the
-        residual) and SiLU * up write its packed operand directly. Llama, Qwen2, Qwen3 and Gemma 3 of Transformers are
-        known; of other models every layer stays as it is. Checkpoints keep the stock names and layout.
+    Projections that read the same activation and share one spec (q/k/v, gate/up) become one layer, so that the
+    activation is selected and compressed once for all of them. On CUDA, where such a layer is 2:4, RMSNorm (with the
+    residual) and SiLU * up write its packed operand directly. Llama, Qwen2, Qwen3 and Gemma 3 of Transformers are
+    known; of other models every layer stays as it is. Checkpoints keep the stock names and layout.
 
-        Parameters
-        ----------
-        model : nn.Module
-            A Transformers model, dense or from :func:`nm_act.sparsify`; each group's weights on one device.
-        fp8 : {"prefill", "decode"}, optional
-            Store the weights of sparse layers in float8_e4m3fn, in one copy: "prefill" as [out, in] for the fp8 tensor
-            cores (2:4 layers only), "decode" as [in, out] for row skipping (any pattern). The model's outputs change by the
-            rounding; dense layers stay in 16 bits.
+    Parameters
+    ----------
+    model : nn.Module
+        A Transformers model, dense or from :func:`nm_act.sparsify`; each group's weights on one device.
+    fp8 : {"prefill", "decode"}, optional
+        Store the weights of sparse layers in float8_e4m3fn, in one copy: "prefill" as [out, in] for the fp8 tensor
+        cores (2:4 layers only), "decode" as [in, out] for row skipping (any pattern). The model's outputs change by the
+        rounding; dense layers stay in 16 bits.
 
-        Returns
-        -------
-        OptimizeReport
-            What was merged and fused, and why the rest was not.
+    Returns
+    -------
+    OptimizeReport
+        What was merged and fused, and why the rest was not.
 
-        Raises
-        ------
-        ValueError
-            If the model is optimised already, ``fp8`` is unknown, fp8 is asked for a model without sparse layers, or
-            "prefill" for one that is not on CUDA. The model is unchanged then.
+    Raises
+    ------
+    ValueError
+        If the model is optimised already, ``fp8`` is unknown, fp8 is asked for a model without sparse layers, or
+        "prefill" for one that is not on CUDA. The model is unchanged then.
 
-        Notes
-        -----
-        For inference, as the last step: sparsify, calibrate and search refuse an optimised model. Norms and activations
-        write packed operands only where no gradient is recorded, so run it under ``torch.no_grad()``; a backward pass gives
-        the gradient of the separate layers, and is refused where weights are e4m3. Parameters of merged layers have names
-        of their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks, a forward that
-        someone replaced, or weights split over ranks stay as they are; a hook registered later is called, unless it is on
-            the activation of an MLP that packs its operand. Optimised models pickle, deepcopy and serve several threads as stock
-        ones do. :func:`deoptimize` undoes it.
-    
-        Examples
-        --------
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        ...                      vocab_size=99)
-        >>> len(optimize(LlamaForCausalLM(config)).merged)
-        4
+    Notes
+    -----
+    For inference, as the last step: sparsify, calibrate and search refuse an optimised model. Norms and activations
+    write packed operands only where no gradient is recorded, so run it under ``torch.no_grad()``; a backward pass gives
+    the gradient of the separate layers, and is refused where weights are e4m3. Parameters of merged layers have names
+    of their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks, a forward that
+    someone replaced, or weights split over ranks stay as they are; a hook registered later is called, unless it is on
+    the activation of an MLP that packs its operand. Optimised models pickle, deepcopy and serve several threads as
+    stock ones do. :func:`deoptimize` undoes it.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    ...                      vocab_size=99)
+    >>> len(optimize(LlamaForCausalLM(config)).merged)
+    4
     """
     _check(model, fp8)
     report = OptimizeReport(model)
