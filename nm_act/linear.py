@@ -351,12 +351,28 @@ class NMLinear(nn.Linear):
         return {name: self._part(value, mitigations.DATA[name]) for name, value in self.data().items()}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x [..., in] -> [..., out]``, sparse in the phases of the spec."""
+        """``x [..., in] -> [..., out]``, sparse in the phases of the spec.
+
+        Raises
+        ------
+        TypeError
+            If ``x`` is no tensor, or outside of autocast not in the dtype of the weight.
+        RuntimeError
+            If calibrated data is missing.
+        """
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"expected x as a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if x.dtype != self._own_weight.dtype and not autocast:
+            raise TypeError(
+                f"expected x in the dtype of the layer's weight, {self._own_weight.dtype}, got {x.dtype}; convert one of "
+                "them, or run under torch.autocast"
+            )
         if self._is_dense_phase(x):
             return F.linear(x, self._own_weight, self._own("bias"))
         self._check_ready()
         parallel.check_plain(x)
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         data = self._local_data()
         y = mitigations.add_low_rank(self._sparse(mitigations.in_basis(x, data), data), x, data)

@@ -72,6 +72,7 @@ def prune(
     >>> nm_act.prune(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), 2, 4)
     tensor([[ 0., -3.,  2.,  0.]])
     """
+    _check_kinds("prune", n, m, x=x, channel_scale=channel_scale, shift=shift)
     return torch.ops.nm_act.prune(
         x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift, extra_columns=extra_columns
     )
@@ -105,6 +106,7 @@ def compress(
     >>> nm_act.compress(torch.tensor([[1.0, -3.0, 2.0, 0.5]]))
     (tensor([[-3.,  2.]]), tensor([[9]], dtype=torch.uint8))
     """
+    _check_kinds("compress", x=x, channel_scale=channel_scale, shift=shift)
     return torch.ops.nm_act.compress(x, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
 
 
@@ -117,6 +119,7 @@ def decompress(values: Tensor, metadata: Tensor) -> Tensor:
     >>> nm_act.decompress(*nm_act.compress(torch.tensor([[1.0, -3.0, 2.0, 0.5]])))
     tensor([[ 0., -3.,  2.,  0.]])
     """
+    _check_kinds("decompress", values=values, metadata=metadata)
     return torch.ops.nm_act.decompress(values, metadata)
 
 
@@ -196,21 +199,20 @@ def sparse_linear(
     >>> torch.allclose(y, nm_act.prune(x, 8, 16) @ weight.t(), atol=1e-5)
     True
     """
+    vectors = {"channel_scale": channel_scale, "shift": shift, "shift_out": shift_out, "column_scale": column_scale}
+    others = {"weight_scale": weight_scale, "lifted_weight": lifted_weight}
+    _check_kinds("sparse_linear", n, m, x=x, weight=weight, bias=bias, **vectors, **others)
     return torch.ops.nm_act.sparse_linear(
         x,
         weight,
         bias,
         n,
         m,
-        channel_scale=channel_scale,
-        shift=shift,
         token_shift=token_shift,
-        shift_out=shift_out,
         variance_correction=variance_correction,
-        column_scale=column_scale,
-        weight_scale=weight_scale,
         extra_columns=extra_columns,
-        lifted_weight=lifted_weight,
+        **vectors,
+        **others,
     )
 
 
@@ -233,6 +235,7 @@ def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     >>> torch.allclose(nm_act.gather_linear(x, weight), x @ weight.t(), atol=1e-5)
     True
     """
+    _check_kinds("gather_linear", x=x, weight=weight, bias=bias)
     return torch.ops.nm_act.gather_linear(x, weight, bias)
 
 
@@ -286,6 +289,18 @@ def build_info() -> dict[str, object]:
 def support_table() -> list[dict[str, str]]:
     """Which operator runs where, with which dtypes and patterns, and how: one dict a row."""
     return _C.support_table()
+
+
+def _check_kinds(op: str, n: int = 2, m: int = 4, **tensors: Tensor | None) -> None:
+    """Torch's own sentence about an argument of another kind shows the schema and no remedy."""
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(
+                f"nm_act::{op} expected {name} as a torch.Tensor, got {type(value).__name__}; convert it with "
+                "torch.as_tensor"
+            )
+    if not (isinstance(n, int) and isinstance(m, int)):
+        raise TypeError(f"nm_act::{op} expected n and m as whole numbers, got {n!r} and {m!r}; pass n=2, m=4 for 2:4")
 
 
 def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:

@@ -326,3 +326,18 @@ def test_what_cannot_be_lifted():
         NMLinear(64, 8, spec=LinearSpec("2:4"), lift=True)
     with pytest.raises(ValueError, match="expected in_features to be a multiple of the group 16, got 24"):
         NMLinear(24, 8, spec=LinearSpec("2:4+1"))
+
+
+@pytest.mark.parametrize("phase", ["both", "prefill"])
+def test_an_input_of_another_kind_or_dtype_is_our_sentence(phase):
+    layer = NMLinear.from_linear(nn.Linear(16, 8), LinearSpec("2:4", phase=phase))
+    x = torch.randn(1, 16)
+    told = (
+        r"expected x in the dtype of the layer's weight, torch.float32, got torch.bfloat16; convert one of them, or run"
+    )
+    with pytest.raises(TypeError, match=told):
+        layer(x.bfloat16())
+    with pytest.raises(TypeError, match=r"expected x as a torch.Tensor, got ndarray; convert it with torch.as_tensor"):
+        layer(x.numpy())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == layer(x.bfloat16()).dtype == torch.bfloat16

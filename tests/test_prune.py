@@ -150,3 +150,31 @@ X = torch.zeros(2, 32)
 def test_error_sentences(error, sentence, call):
     with pytest.raises(error, match=re.escape(sentence)):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda x: nm_act.prune(x.numpy(), 2, 4),
+            "nm_act::prune expected x as a torch.Tensor, got ndarray; convert it",
+        ),
+        (
+            lambda x: nm_act.prune(x, "2", "4"),
+            "nm_act::prune expected n and m as whole numbers, got '2' and '4'; pass n=2",
+        ),
+        (lambda x: nm_act.compress([[1.0] * 4]), "nm_act::compress expected x as a torch.Tensor, got list; convert it"),
+        (
+            lambda x: nm_act.sparse_linear(x, x, n=2, m=4, channel_scale=[1.0]),
+            "nm_act::sparse_linear expected channel_scale as a torch.Tensor, got list; convert it",
+        ),
+        (
+            lambda x: nm_act.sparse_linear(x, x.numpy()),
+            "nm_act::sparse_linear expected weight as a torch.Tensor, got nda",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_our_sentence(call, message):
+    with pytest.raises(TypeError) as caught:
+        call(torch.randn(4, 16))
+    assert str(caught.value).startswith(message)
