@@ -108,7 +108,7 @@ def test_closed_pipe_is_quiet(monkeypatch):
 
 def test_info_json():
     data = json.loads(_ok("info", "--json"))
-    assert set(data) == {"build", "devices", "support"}
+    assert set(data) == {"build", "versions", "devices", "support"}
     assert data["devices"][0]["device"] == "cpu"
     assert data["build"]["version"]
 

@@ -108,6 +108,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
                          const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
                          at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight) {
   constexpr const char* kOp = "sparse_linear";
+  const NoAutocast no_autocast;
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
   const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
   check_lifted_weight(lifted_weight, selection, x, stored_weight, kOp);

@@ -2,12 +2,19 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <vector>
 
 #include "ops/paths.h"
 
 namespace nm_act {
+
+// The torch operations inside of an operator compute in the dtypes that they are given, as its kernels do: autocast has
+// cast the operator's arguments or not, and would cast float32 vectors and products once more.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 inline WeightFacts facts_of(const at::Tensor& weight) {
   return {weight.size(0), weight.size(1), weight.stride(0), weight.stride(1),

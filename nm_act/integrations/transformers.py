@@ -114,8 +114,10 @@ def _check_weights(model) -> None:
     """Refuse a sparse layer whose weight the checkpoint lacks: Transformers would leave a random one in its place."""
     for name, module in model.named_modules():
         own = module.named_parameters(recurse=False) if isinstance(module, NMLinear) else ()
-        # Transformers marks what it has read or tied. Calibrated data are buffers, which the layer itself checks.
-        lacking = next((key for key, value in own if not getattr(value, "_is_hf_initialized", False)), None)
+        # Transformers marks what it has read or tied; what it left on disk is on the meta device, and a file's to say.
+        # Calibrated data are buffers, which the layer itself checks.
+        read = lambda value: value.is_meta or getattr(value, "_is_hf_initialized", False)  # noqa: E731
+        lacking = next((key for key, value in own if not read(value)), None)
         if lacking is not None:
             raise ValueError(
                 f"expected every sparse layer's weight in the checkpoint of this {type(model).__name__}, but it lacks "

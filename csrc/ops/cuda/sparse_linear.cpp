@@ -63,6 +63,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
                          const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
                          at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight) {
   constexpr const char* kOp = "sparse_linear";
+  const NoAutocast no_autocast;
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
   const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
   const at::Tensor lifted = check_lifted_weight(lifted_weight, selection, x, stored_weight, kOp);
@@ -103,6 +104,7 @@ at::Tensor sparse_linear_fp8(const at::Tensor& x, const at::Tensor& weight, cons
                              const OptionalTensor& shift, c10::string_view token_shift, const OptionalTensor& shift_out,
                              bool variance_correction, const OptionalTensor& column_scale) {
   constexpr const char* kOp = "sparse_linear_fp8";
+  const NoAutocast no_autocast;
   const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat8_e4m3fn, "nm_act::sparse_linear_fp8 expected weight in ",
                    "float8_e4m3fn, got ", weight.scalar_type(), "; quantise it per output channel");
