@@ -14,7 +14,7 @@ from nm_act.calibrate import CalibrationSettings, calibrate, calibration_windows
 from nm_act.calibrate import run as run_module
 from nm_act.calibrate.static import InputStatistics
 from nm_act.cli import app
-from nm_act.cli import calibrate as command
+from nm_act.cli.calibrate import calibrate as command
 from nm_act.linear import NMLinear
 from nm_act.mitigations import fitted_low_rank_of
 from nm_act.recipe import LinearSpec, Recipe, Rule

@@ -57,7 +57,7 @@ CONTEXT = "within the model's context of 128 tokens"
         (["generate", "{model}", "x", "--pattern", "2:4", "--mitigation", "spts"], NEEDS),
         (["generate", "{model}", "x", "--pattern", ""], "expected a pattern"),
         ([*SEARCH, "--window", "129"], CONTEXT),
-        ([*SEARCH, "--window", "32", "--option", "2:4 spts"], "expected a calibration for"),
+        ([*SEARCH, "--window", "32", "--option", "2:4 spts", "--calibrated", "{here}"], "expected a calibration for"),
         ([*CALIBRATE, "--recipe", "{spts}", "--data", "{wikitext2}", "--length", "129"], CONTEXT),
         ([*CALIBRATE, "--recipe", "{spts}", "--data", "{latin}"], "expected UTF-8 text in"),
         ([*CALIBRATE, "--recipe", "{spts}", "--data", "missing.txt"], "cannot read 'missing.txt'"),
@@ -268,5 +268,5 @@ def test_damaged_facts_of_a_calibration(tmp_path, monkeypatch, facts):
     monkeypatch.setattr(calibrated, "read_calibration", lambda folder: (Recipe(pattern="2:4"), {}, {}))
     (tmp_path / DATA_FILE).touch()
     (tmp_path / FACTS_FILE).write_text(facts)
-    with pytest.raises(ValueError, match="expected (seed|data) of a calibration in"):
+    with pytest.raises(ValueError, match=r"expected (seed|data) of a calibration in"):
         calibrated.of_calibration(tmp_path)

@@ -69,7 +69,7 @@ def test_a_row_that_lacks_a_field(tmp_path, row):
 
 def test_fields_of_another_kind(tmp_path):
     _write(tmp_path, "arc_easy.jsonl", [{**ARC, "choices": ["x", "y"]}])
-    with pytest.raises(ValueError, match="in row 1 of .* got another kind"):
+    with pytest.raises(ValueError, match=r"in row 1 of .* got another kind"):
         tasks.build_task("arc_easy", tmp_path)
 
 

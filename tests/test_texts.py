@@ -94,7 +94,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert read_text(tmp_path / "a.txt") == "The fox"
     assert read_text(tmp_path / "a.jsonl") == "The fox"
     assert texts.read_rows(tmp_path / "a.jsonl") == [{"text": "The fox"}]
-    with pytest.raises(ValueError, match="expected text in .*, but there is none"):
+    with pytest.raises(ValueError, match=r"expected text in .*, but there is none"):
         read_text(tmp_path / "only.txt")
 
 
