@@ -57,7 +57,7 @@ CONTEXT = "within the model's context of 128 tokens"
         (["generate", "{model}", "x", "--pattern", "2:4", "--mitigation", "spts"], NEEDS),
         (["generate", "{model}", "x", "--pattern", ""], "expected a pattern"),
         ([*SEARCH, "--window", "129"], CONTEXT),
-        ([*SEARCH, "--window", "32", "--option", "2:4 spts"], "expected a calibration for"),
+        ([*SEARCH, "--window", "32", "--option", "2:4 spts", "--calibrated", "{here}"], "expected a calibration for"),
         ([*CALIBRATE, "--recipe", "{spts}", "--data", "{wikitext2}", "--length", "129"], CONTEXT),
         ([*CALIBRATE, "--recipe", "{spts}", "--data", "{latin}"], "expected UTF-8 text in"),
         ([*CALIBRATE, "--recipe", "{spts}", "--data", "missing.txt"], "cannot read 'missing.txt'"),

@@ -72,7 +72,8 @@ def search(
     table = Rates.load(rates)
     check_output(output)
     content, source = _text(text, data)
-    find_calibrations(specs, calibrated)
+    if calibrated is not None:  # without one, whether an option that needs data is worth calibrating is said first
+        find_calibrations(specs, calibrated)
     set_threads(threads)
     check_window(load_config(model), window)
     dense, tokenizer = load(model, dtype, device)
