@@ -36,9 +36,7 @@ def refuse_uncarried(name: str, layer: nn.Linear) -> None:
     layer : nn.Linear
     """
     what = ""
-    if "weight" not in layer._parameters:
-        what = "a weight that a hook computes (weight_norm, spectral_norm, prune)"
-    elif any(getattr(layer, hooks) for hooks in _STATE_HOOKS):
+    if any(getattr(layer, hooks) for hooks in _STATE_HOOKS):
         what = "hooks of state_dict or load_state_dict"
     # What accelerate puts there is a placement of the weight, not a user's own forward.
     elif "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):

@@ -219,16 +219,23 @@ def test_a_hook_on_a_merged_projection_is_called_and_comes_along():
     assert seen == [32] * 4
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_a_hook_computes_stays_dense_by_name():
+    model = family("llama")
+    nn.utils.weight_norm(model.model.layers[1].mlp.up_proj)
+    report = nm_act.sparsify(model, nm_act.Recipe("2:4"))
+    assert ("model.layers.1.mlp.up_proj", "its weight is a Tensor, not a plain parameter") in report.kept
+    assert len(report.replaced) == 13
+
+
 @pytest.mark.parametrize(
     ("register", "what"),
     [
-        (nn.utils.weight_norm, "a weight that a hook computes"),
         (lambda layer: layer._register_state_dict_hook(lambda *_: None), "hooks of state_dict"),
         (lambda layer: layer.register_load_state_dict_post_hook(lambda *_: None), "hooks of state_dict"),
         (lambda layer: setattr(layer, "forward", layer.forward), "a forward set on the instance"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_what_a_sparse_layer_cannot_take_over_is_refused_by_name(register, what):
     model = family("llama")
     register(model.model.layers[1].mlp.up_proj)

@@ -58,7 +58,7 @@ def _in_the_record(monkeypatch):
 
 
 def _in_merging(monkeypatch):
-    _fails_after(monkeypatch, optimizing.model, "merge", 2)
+    _fails_after(monkeypatch, optimizing.model, "merge", 1)
 
 
 def _interrupted(monkeypatch):
