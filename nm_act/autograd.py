@@ -251,7 +251,7 @@ class _SparseLinear(torch.autograd.Function):
             **options,
         )
         ctx.save_for_backward(x, weight, channel_scale, shift, shift_out, column_scale)
-        ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
+        ctx.options = options
         return y
 
     @staticmethod
@@ -274,9 +274,18 @@ def _linear_gradients(gradient: Tensor, saved: tuple, options: dict, needs: dict
     if needs["channel_scale"]:
         found["channel_scale"] = torch.zeros_like(channel_scale)
     if needs["column_scale"]:
-        unscaled = {"channel_scale": channel_scale, "shift": shift, "shift_out": shift_out}
-        y = torch.ops.nm_act.sparse_linear(selection.x, weight, **unscaled, **options)
-        found["column_scale"] = (gradient.float() * y.float()).sum(dim=0).to(column_scale.dtype)
+        # In float32, as in the forward: in float16 the unscaled product may overflow.
+        y = reference.linear_of_pruned(
+            selection.x,
+            selection.prune(),
+            weight,
+            shift=shift,
+            token_shift=options["token_shift"],
+            shift_out=shift_out,
+            variance_correction=options["variance_correction"],
+            compute_dtype=torch.float32,
+        )
+        found["column_scale"] = (gradient.float() * y).sum(dim=0).to(column_scale.dtype)
     # From here on the gradient of nu * (P @ W^T) + shift term.
     if column_scale is not None:
         gradient = (gradient.float() * column_scale.float()).to(x.dtype)

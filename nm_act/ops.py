@@ -3,6 +3,7 @@
 The selection contract, identical on every device, is written in ``csrc/ops/schemas.cpp`` and ``nm_act/reference.py``.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -72,9 +73,8 @@ def prune(
     >>> nm_act.prune(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), 2, 4)
     tensor([[ 0., -3.,  2.,  0.]])
     """
-    _check_kinds("prune", n, m, x=x, channel_scale=channel_scale, shift=shift)
-    return torch.ops.nm_act.prune(
-        x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift, extra_columns=extra_columns
+    return call(
+        "prune", x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift, extra_columns=extra_columns
     )
 
 
@@ -106,8 +106,7 @@ def compress(
     >>> nm_act.compress(torch.tensor([[1.0, -3.0, 2.0, 0.5]]))
     (tensor([[-3.,  2.]]), tensor([[9]], dtype=torch.uint8))
     """
-    _check_kinds("compress", x=x, channel_scale=channel_scale, shift=shift)
-    return torch.ops.nm_act.compress(x, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
+    return call("compress", x, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
 
 
 def decompress(values: Tensor, metadata: Tensor) -> Tensor:
@@ -119,8 +118,7 @@ def decompress(values: Tensor, metadata: Tensor) -> Tensor:
     >>> nm_act.decompress(*nm_act.compress(torch.tensor([[1.0, -3.0, 2.0, 0.5]])))
     tensor([[ 0., -3.,  2.,  0.]])
     """
-    _check_kinds("decompress", values=values, metadata=metadata)
-    return torch.ops.nm_act.decompress(values, metadata)
+    return call("decompress", values, metadata)
 
 
 def sparse_linear(
@@ -199,20 +197,22 @@ def sparse_linear(
     >>> torch.allclose(y, nm_act.prune(x, 8, 16) @ weight.t(), atol=1e-5)
     True
     """
-    vectors = {"channel_scale": channel_scale, "shift": shift, "shift_out": shift_out, "column_scale": column_scale}
-    others = {"weight_scale": weight_scale, "lifted_weight": lifted_weight}
-    _check_kinds("sparse_linear", n, m, x=x, weight=weight, bias=bias, **vectors, **others)
-    return torch.ops.nm_act.sparse_linear(
+    return call(
+        "sparse_linear",
         x,
         weight,
         bias,
         n,
         m,
+        channel_scale=channel_scale,
+        shift=shift,
         token_shift=token_shift,
+        shift_out=shift_out,
         variance_correction=variance_correction,
+        column_scale=column_scale,
+        weight_scale=weight_scale,
         extra_columns=extra_columns,
-        **vectors,
-        **others,
+        lifted_weight=lifted_weight,
     )
 
 
@@ -235,8 +235,7 @@ def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     >>> torch.allclose(nm_act.gather_linear(x, weight), x @ weight.t(), atol=1e-5)
     True
     """
-    _check_kinds("gather_linear", x=x, weight=weight, bias=bias)
-    return torch.ops.nm_act.gather_linear(x, weight, bias)
+    return call("gather_linear", x, weight, bias)
 
 
 def pack_metadata(metadata: Tensor, in_features: int, layout: str) -> Tensor:
@@ -291,16 +290,23 @@ def support_table() -> list[dict[str, str]]:
     return _C.support_table()
 
 
-def _check_kinds(op: str, n: int = 2, m: int = 4, **tensors: Tensor | None) -> None:
-    """Torch's own sentence about an argument of another kind shows the schema and no remedy."""
-    for name, value in tensors.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(
-                f"nm_act::{op} expected {name} as a torch.Tensor, got {type(value).__name__}; convert it with "
-                "torch.as_tensor"
-            )
-    if not (isinstance(n, int) and isinstance(m, int)):
-        raise TypeError(f"nm_act::{op} expected n and m as whole numbers, got {n!r} and {m!r}; pass n=2, m=4 for 2:4")
+def call(op: str, *arguments, **options):
+    """The operator; an argument of another kind is our sentence, since torch's shows the schema and no remedy."""
+    function = getattr(torch.ops.nm_act, op)
+    if torch.compiler.is_compiling():
+        return function(*arguments, **options)
+    try:
+        return function(*arguments, **options)
+    except RuntimeError as error:
+        refused = _OTHER_KIND.search(str(error))
+        if refused is None:
+            raise
+        wanted, name, found = refused.groups()
+        wanted = "torch.Tensor" if "Tensor" in wanted else wanted
+        raise TypeError(f"nm_act::{op} expected {name} of type {wanted}, got {found}; convert it first") from None
+
+
+_OTHER_KIND = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)' but instead found type '(.+?)'")
 
 
 def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
@@ -374,3 +380,5 @@ if _C.build_info()["cuda"]:
 else:
     for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear", "gather_configured"):
         refuse(_op, "CUDA")
+
+from . import autograd  # noqa: E402, F401  (registers the gradients of what is above)

@@ -74,7 +74,8 @@ def compress_packed(
         If ``x`` is not on CUDA, or a row is too long for its statistics.
     """
     return Packed(
-        *torch.ops.nm_act.compress_packed(
+        *ops.call(
+            "compress_packed",
             x,
             n,
             m,
@@ -108,7 +109,7 @@ def rms_norm_compress(
     hidden : Tensor
         ``x + residual`` (``x`` itself without one), the next residual.
     """
-    *packed, hidden = torch.ops.nm_act.rms_norm_compress(x, weight, eps, residual, **options)
+    *packed, hidden = ops.call("rms_norm_compress", x, weight, eps, residual, **options)
     return *packed, x if residual is None else hidden
 
 
@@ -122,7 +123,7 @@ def silu_mul_compress(gate: Tensor, up: Tensor, **options) -> Packed:
     **options
         As in :func:`compress_packed`.
     """
-    return Packed(*torch.ops.nm_act.silu_mul_compress(gate, up, **options))
+    return Packed(*ops.call("silu_mul_compress", gate, up, **options))
 
 
 def sparse_gemm(
@@ -161,7 +162,8 @@ def sparse_gemm(
     NotImplementedError
         If no compiled kernel takes the combination; the sentence lists what is compiled.
     """
-    return torch.ops.nm_act.sparse_gemm(
+    return ops.call(
+        "sparse_gemm",
         values,
         metadata,
         weight,
@@ -198,7 +200,7 @@ def sparse_linear_fp8(
     -------
     Tensor [..., out_features], dtype of x
     """
-    return torch.ops.nm_act.sparse_linear_fp8(x, weight, weight_scale, bias, **options)
+    return ops.call("sparse_linear_fp8", x, weight, weight_scale, bias, **options)
 
 
 def _fake_packed(

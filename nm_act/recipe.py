@@ -311,7 +311,7 @@ def in_state_space(name: str) -> bool:
     >>> in_state_space("layers.0.mixer.out_proj"), in_state_space("layers.0.self_attn.out_proj")
     (True, False)
     """
-    parent, _, last = name.removesuffix(".base_layer").rpartition(".")
+    parent, _, last = name.rpartition(".")
     return last == "out_proj" and "att" not in parent.rpartition(".")[2]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from . import mitigations, parallel
-from .adapters import is_adapter, is_plain_linear, plain_linear, projection_name, why_wrapped_stays
+from .adapters import BASE, is_adapter, is_plain_linear, plain_linear, projection_name, why_wrapped_stays
 from .hooks import refuse_uncarried, take_over_hooks
 from .linear import NMLinear
 from .macs import computes_itself, macs_of
@@ -276,7 +276,7 @@ def _decide(
     if spec is None:
         return None, "dense by the recipe"
     reason = _other_kind(module) or why_wrapped_stays(model, name)
-    if recipe.projections == DEFAULT_PROJECTIONS and in_state_space(name):
+    if recipe.projections == DEFAULT_PROJECTIONS and in_state_space(name.removesuffix(f".{BASE}")):
         reason = reason or "output of a state-space layer; list out_proj to have it"
     if reason:
         return None, reason

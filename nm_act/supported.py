@@ -59,9 +59,10 @@ def _requirements() -> list[str]:
     """This package's requirements: of its sources where it runs from them, else of what is installed."""
     project = Path(__file__).resolve().parents[1] / "pyproject.toml"
     if project.is_file():  # an editable install's metadata is as old as its last `pip install`
-        tables = tomllib.loads(project.read_text())["project"]
-        extras = tables["optional-dependencies"].values()
-        return [*tables["dependencies"], *(text for texts in extras for text in texts)]
+        tables = tomllib.loads(project.read_text()).get("project", {})
+        if tables.get("name") == "nm_act":  # site-packages may hold the file of another project
+            extras = tables["optional-dependencies"].values()
+            return [*tables["dependencies"], *(text for texts in extras for text in texts)]
     return metadata.requires("nm_act") or []
 
 

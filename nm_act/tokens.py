@@ -4,6 +4,7 @@ import inspect
 import sys
 import threading
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -17,9 +18,26 @@ class _Call:
     shape: tuple[int, int]  # (batch, tokens)
     rows: slice | torch.Tensor | None = None  # the first tokens: along the tokens, or [batch * tokens] indices
     valid: torch.Tensor | None = None  # [batch, tokens] bool, False for padding
-    mixed: str = ""  # why a row is not one sequence
+    positions: torch.Tensor | None = None  # [batch or 1, tokens]
+    packed: str = ""  # the argument that says that a row holds several requests
     outer: "_Call | None" = None  # the call inside of which this one runs
     backward: int | None = None  # the backward pass in which checkpointed layers of this call run again
+
+    @cached_property
+    def mixed(self) -> str:
+        """Why a row of the call holds several sequences; empty where it holds one. Waits for the device, once."""
+        if self.packed:
+            return f"requests packed into one ({self.packed}, as generate_batch passes it)"
+        positions, tokens = self.positions, self.shape[1]
+        if positions is None or tokens == 1 or positions.shape[-1] != tokens:
+            return ""
+        if positions.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot be asked
+            return ""
+        back = positions[:, 1:] < positions[:, :-1]
+        if self.valid is not None:  # padding has any position
+            valid = self.valid.to(back.device)
+            back = back & valid[:, 1:] & valid[:, :-1]
+        return "position_ids that start again within a row" if bool(back.any()) else ""
 
 
 class TokenContext:
@@ -147,8 +165,8 @@ class TokenContext:
             mask = _up_to_now(mask, past, shape[1])
             valid = mask[:, mask.shape[1] - shape[1] :].bool().expand(shape)
         rows = self._first_rows(shape, positions, mask, valid, past) if self.first_tokens else None
-        mixed = _mixed(call, shape, positions, valid)
-        self._here.call = _Call(module, shape, rows, valid, mixed, self._still_running(module))
+        packed = next((name for name, value in call.items() if _says_packed(name) and value is not None), "")
+        self._here.call = _Call(module, shape, rows, valid, positions, packed, self._still_running(module))
 
     def _still_running(self, stack: torch.nn.Module) -> _Call | None:
         """The running call that one of ``stack`` begins inside of."""
@@ -182,7 +200,7 @@ class TokenContext:
             self._here.call = replace(call, outer=outer, backward=backward)
 
         for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:  # a leaf would keep the hook
                 tensor.register_hook(resume)
 
     def _first_rows(self, shape, positions, mask, valid, past) -> slice | torch.Tensor | None:
@@ -260,22 +278,6 @@ def _up_to_now(mask: torch.Tensor, past: int | None, tokens: int) -> torch.Tenso
             "pass the whole mask, or none"
         )
     return mask if past is None else mask[:, : past + tokens]
-
-
-def _mixed(call: dict, shape: tuple[int, int], positions: torch.Tensor | None, valid: torch.Tensor | None) -> str:
-    """Why a row of the call holds several sequences; empty where it holds one."""
-    packed = next((name for name, value in call.items() if _says_packed(name) and value is not None), None)
-    if packed is not None:
-        return f"requests packed into one ({packed}, as generate_batch passes it)"
-    if positions is None or shape[1] == 1 or positions.shape[-1] != shape[1]:
-        return ""
-    if positions.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot be asked
-        return ""
-    back = positions[:, 1:] < positions[:, :-1]
-    if valid is not None:  # padding has any position
-        valid = valid.to(back.device)
-        back = back & valid[:, 1:] & valid[:, :-1]
-    return "position_ids that start again within a row" if bool(back.any()) else ""
 
 
 def _says_packed(name: str) -> bool:

@@ -1,6 +1,8 @@
 """Gradients of the operators: against formulas in float64, their edges, refusals, torch.func, compile, checkpointing."""
 
 import itertools
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -416,3 +418,28 @@ def test_every_operator_either_has_a_gradient_or_refuses():
     assert names == {"prune", "sparse_linear", "gather_linear", *WITHOUT_GRADIENT}
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nm_act::{name}", "Autograd")
+
+
+def test_the_operators_have_their_gradient_whatever_else_is_imported():
+    program = (
+        "import torch, nm_act\n"
+        "x, w = torch.randn(3, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)\n"
+        "nm_act.sparse_linear(x, w).sum().backward()\n"
+        "kept = nm_act.prune(x.detach(), 2, 4) != 0\n"
+        "assert torch.allclose(x.grad, torch.where(kept, w.detach().sum(0), 0.0), atol=1e-6), x.grad\n"
+        "x.grad = None\n"
+        "nm_act.prune(x, 2, 4).sum().backward()\n"
+        "assert torch.equal(x.grad, kept.float()), x.grad\n"
+    )
+    run = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_gradient_of_a_column_scale_does_not_overflow_in_float16():
+    x, weight = torch.full((5, 64), 250.0).half(), torch.full((16, 64), 10.0).half()
+    scale = torch.full((16,), 0.25, requires_grad=True)
+    y = nm_act.sparse_linear(x, weight, n=8, m=16, column_scale=scale)
+    y.backward(torch.full_like(y, 0.01))
+    # 32 survivors x 250 x 10 is 80 000, beyond float16; five tokens, each with a gradient of 0.01 in float16.
+    expected = 5 * 80_000.0 * torch.tensor(0.01).half().float()
+    torch.testing.assert_close(scale.grad, expected.expand(16), rtol=1e-5, atol=0.0)

@@ -157,20 +157,23 @@ def test_error_sentences(error, sentence, call):
     [
         (
             lambda x: nm_act.prune(x.numpy(), 2, 4),
-            "nm_act::prune expected x as a torch.Tensor, got ndarray; convert it",
+            "nm_act::prune expected x of type torch.Tensor, got ndarray; convert it first",
         ),
         (
             lambda x: nm_act.prune(x, "2", "4"),
-            "nm_act::prune expected n and m as whole numbers, got '2' and '4'; pass n=2",
+            "nm_act::prune expected n of type int, got str; convert it first",
         ),
-        (lambda x: nm_act.compress([[1.0] * 4]), "nm_act::compress expected x as a torch.Tensor, got list; convert it"),
+        (
+            lambda x: nm_act.compress([[1.0] * 4]),
+            "nm_act::compress expected x of type torch.Tensor, got list; convert it first",
+        ),
         (
             lambda x: nm_act.sparse_linear(x, x, n=2, m=4, channel_scale=[1.0]),
-            "nm_act::sparse_linear expected channel_scale as a torch.Tensor, got list; convert it",
+            "nm_act::sparse_linear expected channel_scale of type torch.Tensor, got list; convert it first",
         ),
         (
             lambda x: nm_act.sparse_linear(x, x.numpy()),
-            "nm_act::sparse_linear expected weight as a torch.Tensor, got nda",
+            "nm_act::sparse_linear expected weight of type torch.Tensor, got ndarray; convert it first",
         ),
     ],
 )

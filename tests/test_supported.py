@@ -68,6 +68,15 @@ def test_installed_metadata_serves_where_there_are_no_sources(monkeypatch):
     ]
 
 
+def test_the_file_of_another_project_beside_an_installed_package_says_nothing(monkeypatch, tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[tool.black]\n")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "nm_act" / "supported.py"))
+    monkeypatch.setattr(module.metadata, "requires", lambda package: ["torch<2.14,>=2.11"])
+    assert [each.package for each in supported()] == ["torch"]
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "other"\ndependencies = ["torch>=1,<2"]\n')
+    assert supported()[0].versions == ">=2.11,<2.14"
+
+
 def test_info_prints_the_ranges():
     command = [sys.executable, "-c", "from nm_act.cli import main; main()", "info", "--json"]
     run = subprocess.run(command, capture_output=True, text=True)

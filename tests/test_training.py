@@ -287,6 +287,23 @@ def test_trainer_takes_the_steps_of_the_hooked_model(name, tmp_path):
         torch.testing.assert_close(parameter.double(), other, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_trainer_takes_a_saved_sparse_checkpoint(adapter, tmp_path):
+    sparse_llama(RECIPES["8:16"]).save_pretrained(tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    if adapter:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj", "q_proj"], r=2))
+    before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(**options, learning_rate=0.05)
+    transformers.Trainer(model=model, args=arguments, train_dataset=_Rows()).train()
+    moved = [
+        name for name, value in model.named_parameters() if name in before and not torch.equal(value, before[name])
+    ]
+    assert any("up_proj" in name for name in moved) and any("q_proj" in name for name in moved)  # noqa: PT018
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_layer_trains_whole_under_compile(compiled):
     spec = LinearSpec("8:16", "wina", ("var", "dpts-mean"))

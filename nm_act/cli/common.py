@@ -238,8 +238,8 @@ def set_threads(threads: int | None) -> int:
     if threads is not None:
         if not 1 <= threads <= MAX_THREADS:
             raise ValueError(
-                f"expected at least 1 thread and at most {MAX_THREADS}, got {threads}; this process has "
-                f"{usable_cores()} cores"
+                f"expected at least 1 thread and at most {MAX_THREADS}, got {threads}; give the number of cores, "
+                f"{usable_cores()} here"
             )
         torch.set_num_threads(threads)
     return torch.get_num_threads()

@@ -101,8 +101,13 @@ class NMActQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the sparse layers have a gradient."""
-        return False
+        """Whether ``Trainer`` may fine-tune the model, through adapters at least."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether it may train the weights themselves: they are the dense ones."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

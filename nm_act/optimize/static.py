@@ -80,7 +80,11 @@ class StaticDecoder:
         self._config = model.config.get_text_config()
         self._static_config = copy.deepcopy(self._config)
         self._static_config._attn_implementation = ATTENTION
-        _with_config(model, self._config, self._static_config)  # whether it can be done
+        if _with_config(model, self._config, self._static_config) is None:
+            raise ValueError(
+                f"expected a model whose attention reads its config, got a {type(model).__name__} where no module holds "
+                "it; use model.generate"
+            )
         self.length = 0
         new = lambda *size, dtype=torch.long: torch.zeros(size, dtype=dtype, device=self.device)  # noqa: E731
         self.token = new(batch, 1)
@@ -190,7 +194,7 @@ class StaticDecoder:
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
         # Of this call's own: the model, its layers and weights as they are now, meanwhile serves others as ever.
-        model = _with_config(self.model, self._config, self._static_config) or self.model
+        model = _with_config(self.model, self._config, self._static_config)
         output = model(
             input_ids=input_ids,
             position_ids=position_ids,

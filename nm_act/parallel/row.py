@@ -119,7 +119,7 @@ def token_shift_over_ranks(shard: Shard, x: Tensor, token_shift: str) -> Tensor:
 def variance_ratio_over_ranks(shard: Shard, z: Tensor, pruned: Tensor) -> Tensor:
     """:func:`nm_act.reference.variance_ratio` of the whole token, float32 ``[..., 1]``, from slices of it."""
     total, kept = (_square_deviations(shard, each.double()) for each in (z, pruned))
-    return torch.where(kept == 0, 1.0, (total / kept).sqrt()).float()
+    return reference.ratio_root(total, kept).float()
 
 
 def _square_deviations(shard: Shard, values: Tensor) -> Tensor:
