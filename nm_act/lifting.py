@@ -86,6 +86,10 @@ def lift_weight(weight: Tensor, pattern: NMPattern | str) -> Tensor:
     >>> lifted.shape, torch.equal(lifted[:, :64], weight)
     (torch.Size([8, 80]), True)
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"expected weight as a torch.Tensor, got {type(weight).__name__}; convert it with torch.as_tensor"
+        )
     if weight.dim() != 2:
         raise ValueError(f"expected weight of shape [out_features, in_features], got {list(weight.shape)}; reshape it")
     columns = lifted_columns(pattern, weight.shape[1]).to(weight.device)

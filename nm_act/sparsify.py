@@ -218,12 +218,17 @@ def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Modul
     places = {name: _place(name, prefix) for name, _ in candidates}
     _check_names(recipe, [place for place in places.values() if place is not None])
     _check_kinds(recipe, candidates, places)
-    for name, module in candidates:
-        spec, _ = _decide(model, name, module, places[name], recipe)
+    decided = [_decide(model, name, module, places[name], recipe) for name, module in candidates]
+    _check_effect(candidates, decided)
+    for (name, module), (spec, _) in zip(candidates, decided, strict=True):
         _check_rank(name, module, spec)
         if spec is not None:
             refuse_uncarried(name, module)
     return candidates, places
+
+
+OUTSIDE, DENSE_BY_RECIPE = "outside the decoder layers", "dense by the recipe"
+"""Reasons that a report gives for a layer that stays dense."""
 
 
 @dataclass(frozen=True)
@@ -267,14 +272,14 @@ def _decide(
     model: nn.Module, name: str, module: nn.Module, place: _Place | None, recipe: Recipe
 ) -> tuple[LinearSpec | None, str]:
     if place is None:
-        return None, "outside the decoder layers"
+        return None, OUTSIDE
     if not recipe.covers(place.projection):
         if isinstance(module, nn.Linear):
             return None, why_wrapped_stays(model, name) or "not among the recipe's projections"
         return None, f"{type(module).__name__} is not torch.nn.Linear"
     spec = recipe.resolve(place.layer, place.projection)
     if spec is None:
-        return None, "dense by the recipe"
+        return None, DENSE_BY_RECIPE
     reason = _other_kind(module) or why_wrapped_stays(model, name)
     if recipe.projections == DEFAULT_PROJECTIONS and in_state_space(name.removesuffix(f".{BASE}")):
         reason = reason or "output of a state-space layer; list out_proj to have it"
@@ -307,6 +312,19 @@ def _check_kinds(recipe: Recipe, candidates: list[tuple[str, nn.Module]], places
             f"expected projections that are torch.nn.Linear, got {kind} in {sparse[0]} and all others; use a model "
             "whose projections are linear layers"
         )
+
+
+def _check_effect(candidates: list[tuple[str, nn.Module]], decided: list[tuple[LinearSpec | None, str]]) -> None:
+    """Refuse a recipe under which every layer stays dense for a reason that is not the recipe's."""
+    reasons = [(name, reason) for (name, _), (spec, reason) in zip(candidates, decided, strict=True) if spec is None]
+    if len(reasons) < len(decided) or any(reason == DENSE_BY_RECIPE for _, reason in reasons):
+        return
+    inside = [(name, reason) for name, reason in reasons if reason != OUTSIDE]
+    name, reason = (inside or reasons or [("any layer", "there is no linear layer")])[0]
+    raise ValueError(
+        f"expected at least one layer that the recipe can make sparse, got none: {name} and all others stay dense "
+        f"({reason}); choose another pattern, or name the model's projections"
+    )
 
 
 def _check_names(recipe: Recipe, places: list[_Place]) -> None:
