@@ -143,8 +143,9 @@ def _replace_linears(
     stacks = set()
     sparse_layers: dict[tuple[nn.Module, LinearSpec], NMLinear] = {}
     shared = {key for key, names in Counter(id(module) for _, module in candidates).items() if names > 1}
-    weights = (getattr(module, "weight", None) for module in model.modules())
-    tied = {key for key, count in Counter(id(weight) for weight in weights if weight is not None).items() if count > 1}
+    # Its owners: a wrapper such as PEFT's only passes on the weight of the layer inside it.
+    owned = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    tied = {key for key, count in owned.items() if count > 1}
     candidates.reverse()
     while candidates:  # consumed, so that a replaced layer's weight is freed before the next one is copied
         name, module = candidates.pop()

@@ -23,10 +23,11 @@ class Source:
         self._version = parameter._version if self._is_counted else 0
         self._bits = fingerprint(parameter)
 
-    def is_seen_in(self, parameter: Tensor) -> bool:
+    def is_seen_in(self, parameter: Tensor | None) -> bool:
         """Whether it is the same object in the same memory, untouched by any operation that torch counts."""
         return (
-            self._parameter() is parameter
+            parameter is not None
+            and self._parameter() is parameter
             and (not self._is_counted or parameter._version == self._version)
             and (not self._has_address or parameter.data_ptr() == self._address)
         )
@@ -35,6 +36,12 @@ class Source:
         """Whether the values are the same too; reads the whole parameter, and waits for its device."""
         bits = fingerprint(parameter)
         return self.is_seen_in(parameter) and bits.shape == self._bits.shape and torch.equal(self._bits, bits)
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor | None:
+    """A module's parameter, without an NMLinear taking that for a reader who may write to it."""
+    # Where torch's parametrize or prune computes it, it is no parameter but an attribute, new for each call.
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 def is_own(parameter: Tensor) -> bool:

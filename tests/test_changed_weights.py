@@ -201,9 +201,11 @@ def test_derived_data_has_no_gradient_of_its_own():
     """wina: the scale chooses survivors only, so the gradient of a weight is that of the product with the mask."""
     layer = _layer("wina", _dense(0))
     layer(X).sum().backward()
-    pruned = torch.func.functional_call(layer, {"weight": torch.eye(64)[:24], "bias": torch.zeros(24)}, (X,))
-    assert pruned.shape == (3, 5, 24)
-    assert layer.weight.grad.t().unique(dim=1).shape[1] == 1  # the sum of the survivors, for every output feature
+    scores = X.abs() * _dense(0).weight.detach().square().sum(dim=0).sqrt()
+    kept = scores.view(3, 5, 4, 16).topk(8, dim=-1).indices
+    survivors = X.view(3, 5, 4, 16) * torch.zeros(3, 5, 4, 16).scatter(-1, kept, 1.0)
+    expected = survivors.sum(dim=(0, 1)).flatten().expand(24, 64)  # the sum of survivors, for every output feature
+    torch.testing.assert_close(layer._parameters["weight"].grad, expected, rtol=1e-5, atol=1e-5)
     assert not layer.channel_scale.requires_grad
 
 
@@ -228,15 +230,151 @@ def test_a_compiled_layer_follows():
     torch.testing.assert_close(compiled(X), expected)
 
 
-@torch.no_grad()
-def test_a_parametrized_weight_is_derived_from_in_each_call():
-    class Double(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
+class _Scaled(nn.Module):
+    """A weight with a scale of its own for every channel: what survives depends on it."""
 
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, weight):
+        return weight * self.scale
+
+    def change(self) -> torch.Tensor:
+        self.scale.copy_(torch.linspace(0.1, 5, 64).roll(7))
+        return _dense(0).weight * self.scale
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("how", ["", "float", "load_state_dict", "refresh", "eval"])
+@torch.no_grad()
+def test_a_parametrized_weight_is_derived_from_in_each_call(name, how):
+    layer, scaled = _layer(name, _dense(0)), _Scaled()
+    nn.utils.parametrize.register_parametrization(layer, "weight", scaled)
+    if how:
+        arguments = (layer.state_dict(),) if how == "load_state_dict" else ()
+        getattr(layer, how)(*arguments)
+    layer(X)
+    _check(layer, scaled.change(), name)
+
+
+@torch.no_grad()
+def test_a_compiled_layer_derives_from_a_parametrized_weight():
+    layer, scaled = _layer("dpts-mean", _dense(0)), _Scaled()
+    nn.utils.parametrize.register_parametrization(layer, "weight", scaled)
+    compiled = torch.compile(layer, backend="aot_eager")
+    compiled(X)
+    scaled.change()
+    torch.testing.assert_close(compiled(X), layer(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("name", ["wina", "dpts-mean", "weight-magnitude", "lifted"])
+@torch.no_grad()
+def test_a_weight_norm_is_followed(name):
+    layer = _layer(name, _dense(0))
+    nn.utils.weight_norm(layer)
+    layer(X)
+    layer.float()
+    layer(X)
+    weight = _dense(0).weight * torch.linspace(0.2, 6, 24)[:, None]
+    layer.weight_g.copy_(weight.norm(dim=1, keepdim=True))
+    _check(layer, weight, name)
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@torch.no_grad()
+def test_torch_may_swap_parameters(name, swapping):
+    layer, dense = _layer(name, _dense(0)), _dense(1)
+    parameter = layer.weight if name != "lifted" else None
+    layer.bfloat16().float()
+    dense.weight.mul_(2)
+    layer.load_state_dict(dense.state_dict() | layer.data())
+    assert parameter is None or layer.weight is parameter
+    layer.bias.copy_(_dense(0).bias)
+    layer.set_data(**_data(layer))
+    _check(layer, dense.weight, name)
+
+
+@pytest.mark.parametrize("name", ["wina", "weight-magnitude"])
+@pytest.mark.parametrize("touch", ["eval", "weight"])
+@torch.no_grad()
+def test_fake_tensors_ask_for_no_values_and_leave_none_behind(name, touch):
+    from torch._subclasses import FakeTensorMode
+
+    layer, weight = _layer(name, _dense(0)), _dense(1).weight.detach() * 2
+    expected = layer(X)
+    next(iter(layer.parameters())).data.copy_(weight)
+    layer.eval() if touch == "eval" else layer.weight
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(X)).shape == expected.shape
+    assert all(type(value) is torch.Tensor for value in layer.buffers())
+    _check(layer, weight, name)
+
+
+@pytest.mark.parametrize("name", ["act", "wina", "weight-magnitude", "dpts-mean"])
+def test_a_layer_without_a_weight_gives_shapes(name):
+    layer = NMLinear(*SIZES, spec=SPECS[name], device="meta")
+    assert layer(X.to("meta")).shape == (3, 5, 24)
+    layer.load_state_dict(_dense(0).state_dict(), assign=True)
+    torch.testing.assert_close(layer(X), _layer(name, _dense(0))(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("how", ["first call", "refresh", "set_data"])
+def test_what_inference_mode_derived_serves_training(name, how):
+    layer = _layer(name, _dense(0))
+    if how == "first call":
+        layer = NMLinear(*SIZES, spec=SPECS[name], device="meta", lift=name == "lifted").eval()
+        layer.weight, layer.bias = _dense(0).weight, _dense(0).bias
+        for key, value in _data(_layer(name, _dense(0))).items():
+            setattr(layer, key, value)
+    layer.requires_grad_(False)
+    with torch.inference_mode():
+        if how == "refresh":
+            layer.refresh()
+        if how == "set_data":
+            layer.set_data(**_data(layer))
+        layer(X)
+    assert not any(value.is_inference() for value in layer.buffers())
+    x = X.clone().requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_a_state_dict_has_only_what_torch_puts_there():
     layer = _layer("wina", _dense(0))
-    nn.utils.parametrize.register_parametrization(layer, "weight", Double())
-    _check(layer, 2 * _dense(0).weight, "wina")
+    nn.utils.parametrize.register_parametrization(layer, "weight", _Scaled())
+    expected = _dense(0)
+    nn.utils.parametrize.register_parametrization(expected, "weight", _Scaled())
+    assert sorted(layer.state_dict()) == sorted(expected.state_dict())
+
+
+@torch.no_grad()
+def test_printing_a_layer_touches_nothing():
+    layer = _layer("wina", _dense(0))
+    assert repr(layer) == "NMLinear(in_features=64, out_features=24, bias=True, 8:16 wina)"
+    assert not layer._handed_out
+
+
+@pytest.mark.parametrize("name", ["act", "wina", "dpts-mean", "lifted", "lpts"])
+def test_a_training_step_derives_once(name, monkeypatch):
+    layer = _layer(name, _dense(0))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    made, derive = [], NMLinear._derive
+    monkeypatch.setattr(NMLinear, "_derive", lambda self: made.append(1) or derive(self))
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(X).sum().backward()
+        optimizer.step()
+    assert len(made) == (0 if name == "act" else 3)
 
 
 def test_calibrated_data_is_float32_under_another_default_dtype():
@@ -317,7 +455,23 @@ def test_a_model_that_is_offloaded_first(recipe):
         assert model(IDS).logits.isfinite().all()
 
 
-REFUSED = r"expected no write to the \w+ of an optimized layer, got .*; call nm_act\.deoptimize\(model\)"
+LOST_WRITES = [
+    lambda w: w.add_(1),
+    lambda w: w.data.mul_(2),
+    lambda w: w.__setitem__(0, 1.0),
+    lambda w: w.narrow(0, 0, 1).mul_(2),
+    lambda w: w.t().flatten().mul_(2),
+    lambda w: w.T.mul_(2),
+    lambda w: w.unbind()[0].mul_(2),
+    lambda w: w.t().contiguous().mul_(2),
+    lambda w: torch.add(torch.ones_like(w), 1, out=w),
+    lambda w: torch.mul(1, 2 * torch.ones(()), out=w[0, 0]),
+    lambda w: w.set_(torch.ones_like(w)),
+    lambda w: torch._foreach_mul_([w], 2),
+    lambda w: torch.nn.functional.relu(w, inplace=True),
+]
+
+REFUSED = r"expected no write to the [\w ]+ of an optimized layer, got .*; call nm_act\.deoptimize\(model\)"
 
 
 @torch.no_grad()
@@ -333,7 +487,7 @@ def test_lost_writes_are_refused(kind):
     with pytest.raises(RuntimeError, match=REFUSED):
         layer.weight.data = delta
     if kind == "e4m3":
-        for write in (lambda w: w.add_(1), lambda w: w.data.mul_(2), lambda w: w.__setitem__(0, 1.0)):
+        for write in LOST_WRITES:
             with pytest.raises(RuntimeError, match=REFUSED):
                 write(layer.weight)
         with pytest.raises(RuntimeError, match=REFUSED):
@@ -341,6 +495,8 @@ def test_lost_writes_are_refused(kind):
         assert torch.equal(model(IDS).logits, before)
         assert type(layer.weight + 1) is torch.Tensor
         return
+    with pytest.raises(RuntimeError, match=REFUSED):
+        layer.weight.set_(delta)
     layer.weight.data += 0.5 * delta
     changed = model(IDS).logits
     assert (changed - before).abs().max() > 0.01
@@ -379,3 +535,43 @@ def test_a_merged_model_is_one_of_the_merged_weights(criterion):
     expected = sparsify(dense, recipe).model(IDS).logits
     assert (expected - before).abs().max() > 0.1
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_write_to_the_bias_of_a_merged_layer_reaches_it_or_is_refused():
+    model = _llama()
+    for layer in model.model.layers:
+        layer.mlp.up_proj.bias, layer.mlp.gate_proj.bias = nn.Parameter(torch.zeros(96)), nn.Parameter(torch.zeros(96))
+    sparsify(model, Recipe("2:4"))
+    optimize(model)
+    before, bias = model(IDS).logits, model.model.layers[0].mlp.up_proj.bias
+    with pytest.raises(RuntimeError, match=REFUSED):
+        bias.data = torch.ones(96)
+    assert torch.equal(model(IDS).logits, before)
+    bias.data.add_(1)
+    assert not torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_only_weights_with_two_owners_keep_their_layout():
+    import peft
+
+    model = _llama()
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight = first.up_proj.weight
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
+    sparsify(model, Recipe("2:4"))
+    layouts = {name: layer.weight_layout for name, layer in model.named_modules() if isinstance(layer, NMLinear)}
+    assert {layout for name, layout in layouts.items() if "up_proj" in name} == {"out_in"}
+    assert {layout for name, layout in layouts.items() if "up_proj" not in name} == {"in_out"}
+    assert sum("base_layer" in name for name in layouts) == 4
+
+
+@torch.no_grad()
+def test_an_optimized_model_has_no_layer_left_to_check():
+    model = _llama()
+    sparsify(model, Recipe("2:4", criterion="wina"))
+    optimize(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
+    assert layers
+    assert not any(layer._handed_out or layer._unchecked for layer in layers)

@@ -256,3 +256,33 @@ def test_where_a_gradient_is_recorded_nothing_is_packed(calls):
     model.model.layers[1].post_attention_layernorm.weight.requires_grad_(True)  # reaches no other norm's operand
     model(input_ids=IDS, use_cache=False)
     assert calls == ["norm", "norm + residual", "silu", "norm"]
+
+
+def test_packed_calls_read_no_fingerprint(calls, monkeypatch):
+    model = family("llama")
+    nm_act.sparsify(model, recipe_of())
+    nm_act.optimize(model)
+    logits(model)
+    monkeypatch.setattr(nm_act.stale, "fingerprint", lambda parameter: pytest.fail("the weight was read"))
+    logits(model)
+    assert calls == ["norm", "norm + residual", "silu"] * 4
+    assert not any(layer._handed_out for layer in model.modules() if isinstance(layer, nm_act.NMLinear))
+
+
+@torch.no_grad()
+def test_lent_weights_are_packed_with_what_derives_from_them(calls):
+    model, other = family("llama"), family("llama")
+    for each in (model, other):
+        rule = nm_act.Rule(projections=["down_proj"], criterion="wina")
+        nm_act.sparsify(each, nm_act.Recipe("2:4", mitigation=["dpts-mean"], rules=[rule]))
+    for name, parameter in other.named_parameters():
+        if "down_proj" in name:
+            parameter.copy_(torch.randn(parameter.shape) * torch.linspace(0.1, 2, parameter.shape[1]).roll(5))
+    other.eval()
+    expected = logits(other)
+    assert not torch.allclose(logits(model), expected, atol=1e-3)
+    nm_act.optimize(model)
+    lent = {name: p.clone() for name, p in other.named_parameters() if "down_proj" in name}
+    actual = torch.func.functional_call(model, lent, kwargs={"input_ids": IDS, "use_cache": False}).logits
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+    assert "silu" in calls

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import _C, autograd
 from ..linear import NMLinear
 from ..packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
+from ..stale import parameter_of
 from .changed import Changed, change, restore
 from .eligible import has_hooks, not_2_4, why_stays
 from .fp8 import FP8Linear
@@ -44,26 +45,30 @@ def takes_packed(linear: nn.Module, x: Tensor) -> bool:
         return False
     if isinstance(linear, FP8Linear):
         return True
-    return linear._parameters["weight"].dtype == x.dtype and x.shape[:-1].numel() >= PACKED_TOKENS
+    return parameter_of(linear, "weight").dtype == x.dtype and x.shape[:-1].numel() >= PACKED_TOKENS
 
 
-def product(linear: nn.Module, operand: Packed, shape: torch.Size) -> Tensor:
+def derived(linear: nn.Module) -> dict[str, Tensor | None]:
+    """What derives from a packable layer's weight, that weight as it is in this call."""
+    mine = None if isinstance(linear, FP8Linear) else linear.derived_for_call()
+    if mine is not None:
+        return mine
+    shift_out = linear.scaled_shift_out if isinstance(linear, FP8Linear) else linear.shift_out
+    return {"channel_scale": linear.channel_scale, "shift_out": shift_out}
+
+
+def product(linear: nn.Module, operand: Packed, shape: torch.Size, shift_out: Tensor | None) -> Tensor:
     """``linear`` of a packed operand: ``[..., out]`` for an input of the given shape."""
     if isinstance(linear, FP8Linear):
-        weight, scale, shift_out, dtype = (
-            linear.e4m3,
-            linear.weight_scale,
-            linear.scaled_shift_out,
-            linear.like.dtype,
-        )
+        weight, scale, dtype = linear.e4m3, linear.weight_scale, linear.like.dtype
     else:
-        weight = linear._parameters["weight"]
-        scale, shift_out, dtype = None, linear.shift_out, weight.dtype
+        weight = parameter_of(linear, "weight")
+        scale, dtype = None, weight.dtype
     y = sparse_gemm(
         operand.values,
         operand.metadata,
         weight,
-        linear.bias,
+        parameter_of(linear, "bias"),
         row_scale=operand.row_scale,
         eta=operand.eta,
         shift_out=shift_out,
@@ -73,12 +78,10 @@ def product(linear: nn.Module, operand: Packed, shape: torch.Size) -> Tensor:
     return y.view(*shape[:-1], linear.out_features)
 
 
-def options(linear: nn.Module) -> dict:
+def options(linear: nn.Module, channel_scale: Tensor | None) -> dict:
     """Selection and statistics of a packable layer, as the producers take them."""
-    if not isinstance(linear, FP8Linear):
-        linear._derived_for_call()
     return {
-        "channel_scale": linear.channel_scale,
+        "channel_scale": channel_scale,
         "token_shift": linear.spec.token_shift,
         "variance_correction": linear.spec.variance_correction,
         "fp8": isinstance(linear, FP8Linear),
@@ -87,8 +90,10 @@ def options(linear: nn.Module) -> dict:
 
 def norm_product(norm: nn.Module, linear: nn.Module, x: Tensor, residual: Tensor | None = None):
     """``linear(norm(x + residual))`` and ``x + residual``."""
-    *operand, hidden = rms_norm_compress(x, norm.weight, norm.variance_epsilon, residual, **options(linear))
-    return product(linear, Packed(*operand), x.shape), hidden
+    mine = derived(linear)
+    taken = options(linear, mine["channel_scale"])
+    *operand, hidden = rms_norm_compress(x, norm.weight, norm.variance_epsilon, residual, **taken)
+    return product(linear, Packed(*operand), x.shape, mine["shift_out"]), hidden
 
 
 def fuse_mlp(mlp: nn.Module, gate_up: str) -> None:
@@ -121,9 +126,10 @@ def _mlp_tail(mlp: nn.Module, y: Tensor) -> Tensor:
     gate, up = y.split(getattr(mlp, mlp.nm_act_gate_up).sizes, dim=-1)
     shape = gate.shape
     if mlp.nm_act_packs and _packs_input(mlp.down_proj, gate):
-        operand = silu_mul_compress(gate, up, **options(mlp.down_proj))
+        mine = derived(mlp.down_proj)
+        operand = silu_mul_compress(gate, up, **options(mlp.down_proj, mine["channel_scale"]))
         del y, gate, up
-        return product(mlp.down_proj, operand, shape)
+        return product(mlp.down_proj, operand, shape, mine["shift_out"])
     x = gated(mlp.act_fn, gate, up)
     del y, gate, up
     return mlp.down_proj(x)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..hooks import take_over_hooks
 from ..linear import NMLinear
+from ..stale import parameter_of
 from . import readonly
 from .changed import Changed
 from .eligible import calibrated, why_stays
@@ -101,9 +102,9 @@ class LinearPart(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """``[out]``, a view of the merged bias."""
+        """``[out]``, a view of the merged bias; refuses writes that would not reach it."""
         bias = self._merged.linear.bias
-        return bias if bias is None else bias.split(self._merged.sizes)[self._index]
+        return bias if bias is None else bias.split(self._merged.sizes)[self._index].as_subclass(readonly.Part)
 
     def __setattr__(self, name: str, value) -> None:
         if name in ("weight", "bias"):
@@ -182,7 +183,8 @@ def merge_key(layer: nn.Module) -> tuple | str:
     why = why_stays(layer)
     if why:
         return why
-    facts = (layer.in_features, layer.bias is not None, layer.weight.dtype, layer.weight.device)
+    weight, bias = (parameter_of(layer, name) for name in ("weight", "bias"))
+    facts = (layer.in_features, bias is not None, weight.dtype, weight.device)
     if isinstance(layer, NMLinear):
         if layer.channel_scale is not None:
             return f"the scores of {layer.spec.criterion!r} differ from layer to layer"

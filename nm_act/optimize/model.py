@@ -7,6 +7,7 @@ from torch import nn
 
 from ..hooks import take_over_hooks
 from ..linear import NMLinear
+from ..stale import parameter_of
 from . import fused
 from .changed import Changed, change
 from .eligible import not_fp8
@@ -129,6 +130,9 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     for name, layer in model.named_modules():
         if type(layer).__name__.endswith("DecoderLayer"):
             _fuse_layer(report, name, layer)
+    for layer in model.modules():
+        if isinstance(layer, NMLinear):
+            layer.derived_for_call()  # compares now what somebody touched: a compiled layer never could
     return report
 
 
@@ -186,7 +190,7 @@ def _check(model: nn.Module, fp8: str | None) -> None:
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     if not layers:
         raise ValueError("expected a sparse model for fp8, got a dense one; call sparsify(model, recipe) first")
-    elsewhere = {layer.weight.device.type for layer in layers} - {"meta", *PREFILL_DEVICES}
+    elsewhere = {parameter_of(layer, "weight").device.type for layer in layers} - {"meta", *PREFILL_DEVICES}
     if fp8 == "prefill" and elsewhere:
         raise ValueError(
             f'expected a model on CUDA for fp8="prefill", got one on {", ".join(sorted(elsewhere))}; move it there '

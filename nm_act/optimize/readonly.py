@@ -1,11 +1,13 @@
 """A layer's weight that is computed or part of another one: writes that would be lost are refused."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
 REMEDY = "call nm_act.deoptimize(model), change the weight, and optimize again"
 
-_VIEWS = ("__get__", "detach", "__getitem__", "t", "transpose", "view", "split")
 _IN_PLACE = [f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow")]
 _SET_DATA = Tensor.data.__set__
 
@@ -13,37 +15,79 @@ _SET_DATA = Tensor.data.__set__
 class Computed(Tensor):
     """A tensor that was computed for its reader: whatever writes to it raises a RuntimeError."""
 
+    what = "weight"
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         """Run the operation on plain tensors, unless it writes to one of these."""
-        target = args[0] if args else None
-        if isinstance(target, Computed) and target._loses(func, args):
-            raise RuntimeError(
-                f"expected no write to the weight of an optimized layer, got one ({func.__name__}); {REMEDY}"
-            )
+        kwargs = kwargs or {}
+        for target in _targets(func.__name__, args, kwargs):
+            if target._loses(func, args):
+                target._refuse(func.__name__)
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        views = func.__name__ in _VIEWS
-        wrap = lambda value: value.as_subclass(type(target) if views else Tensor)  # noqa: E731
+            result = func(*args, **kwargs)
+        sources = {_storage(value): value for value in _computed((args, tuple(kwargs.values())))}
+        wrap = partial(_wrapped, sources=sources)
         if isinstance(result, tuple | list):
-            return type(result)(wrap(r) if type(r) in (Tensor, cls) else r for r in result)
-        return wrap(result) if type(result) in (Tensor, cls) else result
+            results = [wrap(value) for value in result]
+            # torch.return_types, such as max's, take one sequence; named tuples of others stay as they are.
+            return type(result)(results) if type(result) in (tuple, list) or hasattr(result, "n_fields") else result
+        return wrap(result)
+
+    def set_(self, *args, **kwargs):
+        """Refused, as it takes other memory; of torch's writes the one that ``__torch_function__`` does not see."""
+        self._refuse("set_")
+
+    def _refuse(self, name: str) -> None:
+        raise RuntimeError(f"expected no write to the {self.what} of an optimized layer, got one ({name}); {REMEDY}")
 
     def _loses(self, func, args) -> bool:
-        name = func.__name__
-        if name.startswith("__"):
-            return name in ("__setitem__", "__set__", *_IN_PLACE)
-        return name.endswith("_") and name not in ("requires_grad_", "retain_grad_")
+        return True
 
 
 class Part(Computed):
-    """A view of a merged weight: writes reach it, another tensor in its place does not."""
+    """A view of a merged weight or bias: writes reach it, another tensor in its place does not."""
+
+    what = "weight or bias"
 
     def _loses(self, func, args) -> bool:
         if func != _SET_DATA:
             return False
         with torch._C.DisableTorchFunctionSubclass():
             return args[0].data_ptr() != args[1].data_ptr() or args[0].stride() != args[1].stride()
+
+
+def _targets(name: str, args: tuple, kwargs: dict) -> Iterator[Computed]:
+    """The tensors of these kinds that an operation of this name writes to."""
+    yield from _computed(kwargs.get("out"))
+    if name.startswith("__"):
+        writes = name in ("__setitem__", "__set__", *_IN_PLACE)
+    else:
+        writes = (name.endswith("_") and name not in ("requires_grad_", "retain_grad_")) or kwargs.get("inplace")
+    if writes:
+        yield from _computed(args[0] if args else None)
+
+
+def _computed(value) -> Iterator[Computed]:
+    if isinstance(value, Computed):
+        yield value
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _computed(each)
+
+
+def _storage(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.untyped_storage()._cdata
+
+
+def _wrapped(value, sources: dict[int, Computed]):
+    """A result that shares its storage with one of these tensors refuses the same writes; others are plain."""
+    if not (isinstance(value, Computed) or type(value) is Tensor) or value.layout != torch.strided:
+        return value
+    source = sources.get(_storage(value))
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor if source is None else type(source))
 
 
 def refuse_set(name: str) -> None:
