@@ -30,12 +30,21 @@ pytestmark = [
 ]
 
 
+def candidate(tile: str, value: str) -> str:
+    """The source that a build with NM_ACT_TUNING_TILES writes for a candidate of an [out, in] weight."""
+    text = (ROOT / "cmake/candidate.cu.in").read_text()
+    for name, replacement in {"tile": tile, "value": value, "in_out": "false", "storage": "out_in"}.items():
+        text = text.replace(f"@{name}@", replacement)
+    return text
+
+
 GEMMS, PRUNE, GATHER = "matmul/inst", "prune", "gather"
 SM80, SM90 = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"
 CASES = {
     "hopper": (f"{GEMMS}/sm90_bf16_out_in_256x128x128.cu", SM90),
-    "overlapped": (f"{GEMMS}/tuning_sm90_e4m3_128x256x128_overlapped.cu", SM90, "-DNM_ACT_TUNING_TILES"),
-    "streamk": (f"{GEMMS}/tuning_sm90_bf16_256x128x128_streamk.cu", SM90, "-DNM_ACT_TUNING_TILES"),
+    "overlapped": (candidate("k128x256x128OverlappedE4M3", "kE4M3"), SM90, "-DNM_ACT_TUNING_TILES"),
+    "stepped": (candidate("k256x192x64C21Stepped", "kBFloat16"), SM90, "-DNM_ACT_TUNING_TILES"),
+    "streamk": (candidate("k256x128x128StreamK", "kBFloat16"), SM90, "-DNM_ACT_TUNING_TILES"),
     "ampere": (f"{GEMMS}/sm80_bf16_out_in.cu", SM80),
     "compress": (f"{PRUNE}/compress.cu", SM90),
     "compress_windows": (f"{PRUNE}/compress_windows.cu", SM90),
@@ -50,7 +59,7 @@ CASES = {
         for number, flags in ((80, SM80), (90, SM90))
     },
 }
-"""Name -> source and flags. The slowest come first: all are compiled side by side while the tests take them in turn."""
+"""Name -> source (its file, or its text) and flags. The slowest come first: all are compiled side by side while the tests take them in turn."""
 
 
 def compile_kernels(source: str, folder: Path, *flags: str) -> tuple[str, str]:
@@ -59,7 +68,10 @@ def compile_kernels(source: str, folder: Path, *flags: str) -> tuple[str, str]:
     common = ["-std=c++17", "-O3", "-DNDEBUG", "-DNM_ACT_CUDA", "-DCUTLASS_ENABLE_GDC_FOR_SM90"]
     common += ["--expt-relaxed-constexpr", "-Xptxas=-v", "--keep", "--keep-dir", folder]
     includes = [f"-I{KERNELS.parent}", f"-I{KERNELS}", f"-I{CUTLASS}"]
-    command = [NVCC, *common, *includes, *flags, "-cubin", "-o", folder / "out.cubin", KERNELS / source]
+    file = KERNELS / source if "\n" not in source else folder / "candidate.cu"
+    if "\n" in source:
+        file.write_text(source)
+    command = [NVCC, *common, *includes, *flags, "-cubin", "-o", folder / "out.cubin", file]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stderr, "".join(path.read_text(errors="replace") for path in folder.glob("*.ptx"))
@@ -99,6 +111,14 @@ def test_overlapped_candidate(compiled):
     report, ptx = compiled("overlapped")
     assert re.search(r"wgmma\.mma_async\.sp\S*\.m64n256k64\.f32\.e4m3\.e4m3", ptx)
     # One batch stays in flight, and ptxas does not serialise what the loop overlaps.
+    assert re.search(r"wgmma\.wait_group\.sync\.aligned 1", ptx)
+    assert "serialized" not in report
+    assert_no_spills(report)
+
+
+def test_stepped_candidate(compiled):
+    report, ptx = compiled("stepped")
+    assert re.search(r"wgmma\.mma_async\.sp\S*\.m64n192k32\.f32\.bf16\.bf16", ptx)
     assert re.search(r"wgmma\.wait_group\.sync\.aligned 1", ptx)
     assert "serialized" not in report
     assert_no_spills(report)

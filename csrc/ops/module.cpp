@@ -108,12 +108,20 @@ nm_act::ElementType value_type_named(const std::string& name) {
 py::list gemm_tiles(const std::string& dtype) {
   const nm_act::ElementType type = value_type_named(dtype);
   py::list tiles;
-  for (const nm_act::TileRange range : {nm_act::tiles_of(type), nm_act::candidates_of(type)}) {
-    for (const nm_act::TileFacts& tile : range) {
-      tiles.append(py::dict(py::arg("tile") = int(tile.tile), py::arg("tokens") = tile.tokens,
-                            py::arg("out_features") = tile.out_features));
-    }
+  const auto add = [&](const nm_act::TileFacts& tile, const std::string& name) {
+    tiles.append(py::dict(py::arg("tile") = int(tile.tile), py::arg("tokens") = tile.tokens,
+                          py::arg("out_features") = tile.out_features, py::arg("name") = name,
+                          py::arg("layout") = int(nm_act::metadata_layout_of(type, tile.tile))));
+  };
+  for (const nm_act::TileFacts& tile : nm_act::tiles_of(type)) {
+    add(tile, "shipped_" + std::to_string(tile.tokens) + "x" + std::to_string(tile.out_features) + "x" +
+                  std::to_string(tile.in_features));
   }
+#ifdef NM_ACT_TUNING_TILES
+  for (const nm_act::CandidateFacts& candidate : nm_act::kCandidates) {
+    if (candidate.value_type == type) add(candidate.facts, candidate.name);
+  }
+#endif
   return tiles;
 }
 

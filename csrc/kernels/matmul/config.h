@@ -5,28 +5,26 @@
 #include <iterator>
 
 #include "../nm_act.h"
+#ifdef NM_ACT_TUNING_TILES
+#include "tuning_tiles.h"
+#endif
 
 namespace nm_act {
 
-// Tokens x out_features x in_features of a block's tile. All have TileK >= 128, so one metadata layout serves all tiles
-// of a type.
+// How the main loop and the scheduler run. Overlapped: overlapped_mainloop.cuh. StreamK: blocks share tiles along the
+// features where waves are not full.
+enum class GemmVariant { kPlain, kOverlapped, kStepped, kStreamK, kOverlappedStreamK };
+
+// Tokens x out_features x in_features of a block's tile.
 enum class GemmTile : int {
   k256x128x128 = 0,          // cooperative, cluster 2x1
   k128x128x128 = 1,          // cooperative, cluster 2x1
   k128x256x128 = 2,          // cooperative, cluster 2x1; e4m3: fast accumulation
   k128x128x256PingPong = 3,  // ping-pong, cluster 2x1; e4m3: fast accumulation
 #ifdef NM_ACT_TUNING_TILES
-  // Candidates that benchmarks/tune.py times; one that wins moves up. "Overlapped": with overlapped_mainloop.cuh.
-  k256x128x128Overlapped,          // cooperative, cluster 2x1
-  k128x256x128Overlapped,          // cooperative, cluster 2x1
-  k128x128x128PingPongOverlapped,  // ping-pong, cluster 2x1: hides the epilogue
-  k128x128x256PingPongOverlapped,  // ping-pong, cluster 2x1
-  k64x128x256PingPongOverlapped,   // ping-pong, no cluster: one tile for up to 64 tokens, none for padding
-  // "StreamK": cooperative, cluster 2x1; where waves are not full, blocks share a tile along its features.
-  k256x128x128StreamK,
-  k128x128x128StreamK,
-  k128x256x128StreamK,
-  k128x128x256StreamK,
+#define NM_ACT_TILE(name, ...) name,
+  NM_ACT_CANDIDATES(NM_ACT_TILE)
+#undef NM_ACT_TILE
 #endif
 };
 
@@ -50,6 +48,7 @@ struct TileFacts {
   GemmTile tile;
   int tokens;
   int out_features;
+  int in_features;
   double rate;  // speed of a full wave relative to the best tile of the type
   GemmRaster raster;
 };
@@ -60,24 +59,25 @@ inline constexpr int kClusterTokens = 2;  // tiles along the tokens that share a
 // medians of both rasters and four swizzles, against each other): the second tile is 8 to 15 % slower in bf16 and 10 to
 // 25 % in e4m3 where waves are full, and wins up to 16 % where they are not. Rasters: the one given is within 3 % of
 // the best, the other up to 12 % off.
-inline constexpr TileFacts kBits16Tiles[] = {{GemmTile::k256x128x128, 256, 128, 1.0, GemmRaster::kAlongOutputs},
-                                             {GemmTile::k128x128x128, 128, 128, 0.87, GemmRaster::kAlongTokens}};
-inline constexpr TileFacts kE4M3Tiles[] = {{GemmTile::k128x256x128, 128, 256, 1.0, GemmRaster::kAlongOutputs},
-                                           {GemmTile::k128x128x256PingPong, 128, 128, 0.83, GemmRaster::kAlongTokens}};
+inline constexpr TileFacts kBits16Tiles[] = {{GemmTile::k256x128x128, 256, 128, 128, 1.0, GemmRaster::kAlongOutputs},
+                                             {GemmTile::k128x128x128, 128, 128, 128, 0.87, GemmRaster::kAlongTokens}};
+inline constexpr TileFacts kE4M3Tiles[] = {
+    {GemmTile::k128x256x128, 128, 256, 128, 1.0, GemmRaster::kAlongOutputs},
+    {GemmTile::k128x128x256PingPong, 128, 128, 256, 0.83, GemmRaster::kAlongTokens}};
 
 #ifdef NM_ACT_TUNING_TILES
-inline constexpr TileFacts kBits16Candidates[] = {
-    {GemmTile::k256x128x128Overlapped, 256, 128, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k128x128x128PingPongOverlapped, 128, 128, 1.0, GemmRaster::kAlongTokens},
-    {GemmTile::k256x128x128StreamK, 256, 128, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k128x128x128StreamK, 128, 128, 1.0, GemmRaster::kAlongTokens}};
-inline constexpr TileFacts kE4M3Candidates[] = {
-    {GemmTile::k128x256x128Overlapped, 128, 256, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k256x128x128Overlapped, 256, 128, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k128x128x256PingPongOverlapped, 128, 128, 1.0, GemmRaster::kAlongTokens},
-    {GemmTile::k64x128x256PingPongOverlapped, 64, 128, 1.0, GemmRaster::kAlongTokens},
-    {GemmTile::k128x256x128StreamK, 128, 256, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k128x128x256StreamK, 128, 128, 1.0, GemmRaster::kAlongTokens}};
+struct CandidateFacts {
+  TileFacts facts;
+  ElementType value_type;
+  const char* name;
+};
+
+inline constexpr CandidateFacts kCandidates[] = {
+#define NM_ACT_FACTS(name, value, tokens, outputs, features, ...) \
+  {{GemmTile::name, tokens, outputs, features, 1.0, GemmRaster::kAlongOutputs}, ElementType::value, #name},
+    NM_ACT_CANDIDATES(NM_ACT_FACTS)
+#undef NM_ACT_FACTS
+};
 #endif
 
 // The widest band that pads the grid by at most 5 %: the scheduler rounds both sides of the grid up to whole bands, and
@@ -105,14 +105,17 @@ inline TileRange tiles_of(ElementType value_type) {
                                           : TileRange{std::begin(kBits16Tiles), std::end(kBits16Tiles)};
 }
 
-// Tiles that only benchmarks/tune.py runs; none unless they were asked for.
-inline TileRange candidates_of([[maybe_unused]] ElementType value_type) {
+// The metadata layout that a tile reads: T = min(TileK, 128) in 16 bits.
+inline MetadataLayout metadata_layout_of(ElementType value_type, GemmTile tile) {
+  if (value_type == ElementType::kE4M3) return MetadataLayout::kSm90Bits8;
 #ifdef NM_ACT_TUNING_TILES
-  return value_type == ElementType::kE4M3 ? TileRange{std::begin(kE4M3Candidates), std::end(kE4M3Candidates)}
-                                          : TileRange{std::begin(kBits16Candidates), std::end(kBits16Candidates)};
+  for (const CandidateFacts& candidate : kCandidates) {
+    if (candidate.facts.tile == tile && candidate.facts.in_features < 128) return MetadataLayout::kSm90Bits16T64;
+  }
 #else
-  return {nullptr, nullptr};
+  static_cast<void>(tile);
 #endif
+  return MetadataLayout::kSm90Bits16T128;
 }
 
 // How this problem runs with this tile.

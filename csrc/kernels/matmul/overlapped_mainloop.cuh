@@ -5,8 +5,8 @@
 // uses set i % 2, which tile i - 2 has finished with, so the tensor cores always hold the next tile when one ends. A
 // stage of shared memory is given back when its tile is done, as before.
 //
-// A stage of shared memory holds the metadata in the order of the sm90 layouts with T = 128 (format/metadata.h): slabs
-// of 128 features, in each the 64-token tiles one after the other. A thread needs one 32-bit word a tile and wgmma.
+// A stage of shared memory holds the metadata in the order of the sm90 layouts (format/metadata.h): slabs of T
+// features, in each the 64-token tiles one after the other. A thread needs one 32-bit word a tile and wgmma.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -34,7 +34,12 @@ struct OverlappedMainloop : Base {
   static constexpr int kRowBlocks = kTileTokens / (64 * kWarpGroups);  // of 64 tokens, a warp group
   static constexpr int kSteps = kTileFeatures / kInstructionFeatures;  // wgmma along the features, a k-tile
   static constexpr int kStageBytes = kTileTokens * kTileFeatures / 8;
-  static_assert(kTileFeatures % 128 == 0, "the metadata's tile is 128 features wide");
+  static constexpr MetadataLayout kLayout = kBits8                ? MetadataLayout::kSm90Bits8
+                                            : kTileFeatures < 128 ? MetadataLayout::kSm90Bits16T64
+                                                                  : MetadataLayout::kSm90Bits16T128;
+  static constexpr int kSlabFeatures = static_cast<int>(metadata_tile_features(kLayout));
+  static constexpr int kSlabSteps = kSlabFeatures / kInstructionFeatures;
+  static_assert(kTileFeatures % kSlabFeatures == 0, "a k-tile holds whole metadata tiles");
 
   struct Metadata {
     uint32_t word[kSteps][kRowBlocks];
@@ -45,13 +50,18 @@ struct OverlappedMainloop : Base {
     CUTLASS_PRAGMA_UNROLL
     for (int block = 0; block < kRowBlocks; ++block) {
       CUTLASS_PRAGMA_UNROLL
-      for (int slab = 0; slab < kTileFeatures / 128; ++slab) {
-        const uint8_t* words = stage + slab * (kTileTokens * 16) + (first_block + kWarpGroups * block) * 1024 +
-                               wgmma_metadata_byte(kBits8, thread % 128, 0);
+      for (int slab = 0; slab < kTileFeatures / kSlabFeatures; ++slab) {
+        const uint8_t* words = stage + slab * (kTileTokens * kSlabFeatures / 8) +
+                               (first_block + kWarpGroups * block) * (64 * kSlabFeatures / 8) +
+                               wgmma_metadata_byte(kLayout, thread % 128, 0);
         if constexpr (kBits8) {
           metadata.word[2 * slab][block] = *reinterpret_cast<const uint32_t*>(words);
           metadata.word[2 * slab + 1][block] = *reinterpret_cast<const uint32_t*>(words + 8);
-        } else {  // the words of the tile's four steps lie side by side
+        } else if constexpr (kSlabSteps == 2) {  // the words of a tile's steps lie side by side
+          const uint2 two = *reinterpret_cast<const uint2*>(words);
+          metadata.word[2 * slab][block] = two.x;
+          metadata.word[2 * slab + 1][block] = two.y;
+        } else {
           const uint4 four = *reinterpret_cast<const uint4*>(words);
           metadata.word[4 * slab][block] = four.x;
           metadata.word[4 * slab + 1][block] = four.y;
@@ -118,6 +128,71 @@ struct OverlappedMainloop : Base {
     if (tiles == 0) return;
     release.advance(tiles - 1);
     pipeline.consumer_release(release);
+  }
+};
+
+// The same with one set of metadata registers, for tiles whose accumulators leave no room for two: a step's word is
+// loaded when the same step of the k-tile before has finished, the k-tile's other steps stay in flight meanwhile.
+template <class Base>
+struct SteppedMainloop : OverlappedMainloop<Base> {
+  using Overlapped = OverlappedMainloop<Base>;
+  using typename Overlapped::ElementEMma;
+  using typename Overlapped::MainloopPipeline;
+  using typename Overlapped::Params;
+  using typename Overlapped::PipelineState;
+  using typename Overlapped::TensorStorage;
+  using typename Overlapped::TiledMma;
+  static constexpr int kSteps = Overlapped::kSteps, kRowBlocks = Overlapped::kRowBlocks;
+  static_assert(kSteps >= 2 && Overlapped::kSlabSteps == kSteps, "a k-tile is one metadata tile of several steps");
+
+  template <class Accumulators>
+  CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState read, Accumulators& accumulators, int tiles,
+                          int thread, TensorStorage& shared, const Params&) {
+    using namespace cute;
+    const auto smem_a = make_tensor(make_smem_ptr(shared.smem_A.begin()), typename Base::SmemLayoutA{});
+    const auto smem_b = make_tensor(make_smem_ptr(shared.smem_B.begin()), typename Base::SmemLayoutB{});
+    const int warp_group = __shfl_sync(0xFFFFFFFFu, thread / 128, 0);
+    const uint8_t* words = reinterpret_cast<const uint8_t*>(&shared.smem_E) +
+                           warp_group * (64 * Overlapped::kSlabFeatures / 8) +
+                           wgmma_metadata_byte(Overlapped::kLayout, thread % 128, 0);
+    TiledMma tiled_mma;
+    const auto slice = tiled_mma.get_thread_slice(warp_group * 128);
+    const auto a = slice.make_fragment_A(slice.partition_A(smem_a));  // (atom, row block, step, stage)
+    const auto b = slice.make_fragment_B(slice.partition_B(smem_b));
+    const auto fragment = make_layout(make_shape(Int<32>{}, Int<kRowBlocks>{}));
+
+    PipelineState release = read;
+    tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
+    uint32_t word[kSteps][kRowBlocks];
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int tile = 0; tile < tiles; ++tile) {
+      pipeline.consumer_wait(read, pipeline.consumer_try_wait(read));
+      CUTLASS_PRAGMA_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        warpgroup_wait<kSteps - 1>();
+        if (step == kSteps - 1 && tile > 0) {  // the k-tile before has finished as a whole
+          pipeline.consumer_release(release);
+          ++release;
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int block = 0; block < kRowBlocks; ++block) {
+          word[step][block] = *reinterpret_cast<const uint32_t*>(
+              words + read.index() * Overlapped::kStageBytes +
+              block * (Overlapped::kWarpGroups * 64 * Overlapped::kSlabFeatures / 8) +
+              (Overlapped::kBits8 ? 8 : 4) * step);
+        }
+        warpgroup_fence_operand(accumulators);
+        warpgroup_arrive();
+        const auto e = make_tensor(recast_ptr<ElementEMma>(&word[step][0]), fragment);
+        cute::gemm(tiled_mma, make_zip_tensor(a(_, _, step, read.index()), e), b(_, _, step, read.index()),
+                   accumulators);
+        tiled_mma.accumulate_ = GMMA::ScaleOut::One;
+        warpgroup_commit_batch();
+      }
+      ++read;
+    }
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(accumulators);
   }
 };
 

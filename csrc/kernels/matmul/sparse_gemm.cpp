@@ -29,46 +29,47 @@ constexpr Sm90Instance sm90_instance() {
 }
 
 #ifdef NM_ACT_TUNING_TILES
-template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
-constexpr Sm90Instance sm90_split_instance() {
-  Sm90Instance instance = sm90_instance<kValue, kOutput, kWeightInOut, kTile>();
-  instance.workspace = sparse_gemm_workspace_sm90<kValue, kOutput, kWeightInOut, kTile>;
-  return instance;
+// Candidates have the ordinary epilogue only.
+template <ElementType kValue, bool kWeightInOut, GemmTile kTile>
+constexpr Sm90Instance candidate_instance() {
+  return {kValue,
+          ElementType::kBFloat16,
+          kWeightInOut,
+          kTile,
+          {run_sparse_gemm_sm90<kValue, ElementType::kBFloat16, kWeightInOut, kTile, GemmEpilogue::kPlain>, nullptr},
+          sparse_gemm_workspace_sm90<kValue, ElementType::kBFloat16, kWeightInOut, kTile>};
 }
 #endif
 
 constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3,
                       kFp32 = ElementType::kFloat32;
 
-const Sm90Instance kSm90Instances[] = {
-    sm90_instance<kBf16, kBf16, false, GemmTile::k256x128x128>(),
-    sm90_instance<kBf16, kBf16, false, GemmTile::k128x128x128>(),
-    sm90_instance<kBf16, kBf16, true, GemmTile::k256x128x128>(),
-    sm90_instance<kBf16, kBf16, true, GemmTile::k128x128x128>(),
-    sm90_instance<kFp16, kFp16, false, GemmTile::k256x128x128>(),
-    sm90_instance<kFp16, kFp16, false, GemmTile::k128x128x128>(),
-    sm90_instance<kFp16, kFp16, true, GemmTile::k256x128x128>(),
-    sm90_instance<kFp16, kFp16, true, GemmTile::k128x128x128>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k128x256x128>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k128x128x256PingPong>(),
-    sm90_instance<kFp8, kFp16, false, GemmTile::k128x256x128>(),
-    sm90_instance<kFp8, kFp16, false, GemmTile::k128x128x256PingPong>(),
-    sm90_instance<kBf16, kFp32, false, GemmTile::k128x128x128>(),
-    sm90_instance<kBf16, kFp32, true, GemmTile::k128x128x128>(),
-    sm90_instance<kFp16, kFp32, false, GemmTile::k128x128x128>(),
-    sm90_instance<kFp16, kFp32, true, GemmTile::k128x128x128>(),
-    sm90_instance<kFp8, kFp32, false, GemmTile::k128x256x128>(),
+const Sm90Instance kSm90Instances[] = {sm90_instance<kBf16, kBf16, false, GemmTile::k256x128x128>(),
+                                       sm90_instance<kBf16, kBf16, false, GemmTile::k128x128x128>(),
+                                       sm90_instance<kBf16, kBf16, true, GemmTile::k256x128x128>(),
+                                       sm90_instance<kBf16, kBf16, true, GemmTile::k128x128x128>(),
+                                       sm90_instance<kFp16, kFp16, false, GemmTile::k256x128x128>(),
+                                       sm90_instance<kFp16, kFp16, false, GemmTile::k128x128x128>(),
+                                       sm90_instance<kFp16, kFp16, true, GemmTile::k256x128x128>(),
+                                       sm90_instance<kFp16, kFp16, true, GemmTile::k128x128x128>(),
+                                       sm90_instance<kFp8, kBf16, false, GemmTile::k128x256x128>(),
+                                       sm90_instance<kFp8, kBf16, false, GemmTile::k128x128x256PingPong>(),
+                                       sm90_instance<kFp8, kFp16, false, GemmTile::k128x256x128>(),
+                                       sm90_instance<kFp8, kFp16, false, GemmTile::k128x128x256PingPong>(),
+                                       sm90_instance<kBf16, kFp32, false, GemmTile::k128x128x128>(),
+                                       sm90_instance<kBf16, kFp32, true, GemmTile::k128x128x128>(),
+                                       sm90_instance<kFp16, kFp32, false, GemmTile::k128x128x128>(),
+                                       sm90_instance<kFp16, kFp32, true, GemmTile::k128x128x128>(),
+                                       sm90_instance<kFp8, kFp32, false, GemmTile::k128x256x128>(),
 #ifdef NM_ACT_TUNING_TILES
-    sm90_instance<kBf16, kBf16, false, GemmTile::k256x128x128Overlapped>(),
-    sm90_instance<kBf16, kBf16, false, GemmTile::k128x128x128PingPongOverlapped>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k128x256x128Overlapped>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k256x128x128Overlapped>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k128x128x256PingPongOverlapped>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k64x128x256PingPongOverlapped>(),
-    sm90_split_instance<kBf16, kBf16, false, GemmTile::k256x128x128StreamK>(),
-    sm90_split_instance<kBf16, kBf16, false, GemmTile::k128x128x128StreamK>(),
-    sm90_split_instance<kFp8, kBf16, false, GemmTile::k128x256x128StreamK>(),
-    sm90_split_instance<kFp8, kBf16, false, GemmTile::k128x128x256StreamK>(),
+#define NM_ACT_OUT_IN(name, value) candidate_instance<ElementType::value, false, GemmTile::name>(),
+#define NM_ACT_STORAGES_OutIn(name, value) NM_ACT_OUT_IN(name, value)
+#define NM_ACT_STORAGES_Both(name, value) \
+  NM_ACT_OUT_IN(name, value) candidate_instance<ElementType::value, true, GemmTile::name>(),
+#define NM_ACT_INSTANCE(name, value, tokens, outputs, features, token_tiles, output_tiles, schedule, variant, \
+                        storages)                                                                             \
+  NM_ACT_STORAGES_##storages(name, value)
+                                       NM_ACT_CANDIDATES(NM_ACT_INSTANCE)
 #endif
 };
 
@@ -136,7 +137,8 @@ bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device) {
 cudaError_t launch_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
   const Sm90Instance* instance = find_sm90(params, launch.config.tile);
   if (instance == nullptr) return cudaErrorInvalidValue;
-  return instance->run[static_cast<int>(epilogue_for(params))](params, launch);
+  const RunSm90 run = instance->run[static_cast<int>(epilogue_for(params))];
+  return run == nullptr ? cudaErrorInvalidValue : run(params, launch);
 }
 
 size_t sparse_gemm_workspace(const SparseGemmParams& params, const GemmLaunch& launch) {

@@ -38,47 +38,40 @@ using CutlassElement = std::conditional_t<
     std::conditional_t<kType == ElementType::kFloat16, cutlass::half_t,
                        std::conditional_t<kType == ElementType::kE4M3, cutlass::float_e4m3_t, float>>>;
 
-enum class Variant { kPlain, kOverlapped, kStreamK };
+enum class Schedule { kCooperative, kPingPong };
 
-template <int kTokens, int kOutputs, int kFeatures, int kClusterTokens, bool kPingPongSchedule, Variant kVariant>
+template <int kTokens, int kOutputs, int kFeatures, int kTokenTiles, int kOutputTiles, Schedule kSchedule,
+          GemmVariant kVariant>
 struct TileTraits {
   using Shape = cute::Shape<cute::Int<kTokens>, cute::Int<kOutputs>, cute::Int<kFeatures>>;
-  using Cluster = cute::Shape<cute::Int<kClusterTokens>, cute::_1, cute::_1>;
-  static constexpr bool kPingPong = kPingPongSchedule;
-  static constexpr bool kOverlapped = kVariant == Variant::kOverlapped;
-  static constexpr bool kStreamK = kVariant == Variant::kStreamK;
+  using Cluster = cute::Shape<cute::Int<kTokenTiles>, cute::Int<kOutputTiles>, cute::_1>;
+  static constexpr bool kPingPong = kSchedule == Schedule::kPingPong;
+  static constexpr bool kStepped = kVariant == GemmVariant::kStepped;
+  static constexpr bool kOverlapped =
+      kVariant == GemmVariant::kOverlapped || kVariant == GemmVariant::kOverlappedStreamK;
+  static constexpr bool kStreamK = kVariant == GemmVariant::kStreamK || kVariant == GemmVariant::kOverlappedStreamK;
 };
 template <GemmTile kTile>
 struct TileShape;
 template <>
-struct TileShape<GemmTile::k256x128x128> : TileTraits<256, 128, 128, 2, false, Variant::kPlain> {};
+struct TileShape<GemmTile::k256x128x128>
+    : TileTraits<256, 128, 128, 2, 1, Schedule::kCooperative, GemmVariant::kPlain> {};
 template <>
-struct TileShape<GemmTile::k128x128x128> : TileTraits<128, 128, 128, 2, false, Variant::kPlain> {};
+struct TileShape<GemmTile::k128x128x128>
+    : TileTraits<128, 128, 128, 2, 1, Schedule::kCooperative, GemmVariant::kPlain> {};
 template <>
-struct TileShape<GemmTile::k128x256x128> : TileTraits<128, 256, 128, 2, false, Variant::kPlain> {};
+struct TileShape<GemmTile::k128x256x128>
+    : TileTraits<128, 256, 128, 2, 1, Schedule::kCooperative, GemmVariant::kPlain> {};
 template <>
-struct TileShape<GemmTile::k128x128x256PingPong> : TileTraits<128, 128, 256, 2, true, Variant::kPlain> {};
+struct TileShape<GemmTile::k128x128x256PingPong>
+    : TileTraits<128, 128, 256, 2, 1, Schedule::kPingPong, GemmVariant::kPlain> {};
 #ifdef NM_ACT_TUNING_TILES
-template <>
-struct TileShape<GemmTile::k256x128x128Overlapped> : TileTraits<256, 128, 128, 2, false, Variant::kOverlapped> {};
-template <>
-struct TileShape<GemmTile::k128x256x128Overlapped> : TileTraits<128, 256, 128, 2, false, Variant::kOverlapped> {};
-template <>
-struct TileShape<GemmTile::k128x128x128PingPongOverlapped> : TileTraits<128, 128, 128, 2, true, Variant::kOverlapped> {
-};
-template <>
-struct TileShape<GemmTile::k128x128x256PingPongOverlapped> : TileTraits<128, 128, 256, 2, true, Variant::kOverlapped> {
-};
-template <>
-struct TileShape<GemmTile::k64x128x256PingPongOverlapped> : TileTraits<64, 128, 256, 1, true, Variant::kOverlapped> {};
-template <>
-struct TileShape<GemmTile::k256x128x128StreamK> : TileTraits<256, 128, 128, 2, false, Variant::kStreamK> {};
-template <>
-struct TileShape<GemmTile::k128x128x128StreamK> : TileTraits<128, 128, 128, 2, false, Variant::kStreamK> {};
-template <>
-struct TileShape<GemmTile::k128x256x128StreamK> : TileTraits<128, 256, 128, 2, false, Variant::kStreamK> {};
-template <>
-struct TileShape<GemmTile::k128x128x256StreamK> : TileTraits<128, 128, 256, 2, false, Variant::kStreamK> {};
+#define NM_ACT_SHAPE(name, value, tokens, outputs, features, token_tiles, output_tiles, schedule, variant, storages) \
+  template <>                                                                                                        \
+  struct TileShape<GemmTile::name> : TileTraits<tokens, outputs, features, token_tiles, output_tiles,                \
+                                                Schedule::k##schedule, GemmVariant::variant> {};
+NM_ACT_CANDIDATES(NM_ACT_SHAPE)
+#undef NM_ACT_SHAPE
 #endif
 
 // The epilogue's visitor tree and its arguments.
@@ -149,8 +142,9 @@ struct SparseGemm {
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
-  using CollectiveMainloop =
-      std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<CutlassMainloop>, CutlassMainloop>;
+  using CollectiveMainloop = std::conditional_t<
+      TileShape<kTile>::kStepped, SteppedMainloop<CutlassMainloop>,
+      std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<CutlassMainloop>, CutlassMainloop>>;
   static constexpr bool kStreamK = TileShape<kTile>::kStreamK;
   using Scheduler = std::conditional_t<kStreamK, StreamK, cutlass::gemm::PersistentScheduler>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
@@ -224,7 +218,6 @@ template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile k
 size_t sparse_gemm_workspace_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
   // The visitors need none, so either epilogue's answer holds for both.
   using Gemm = sm90::SparseGemm<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kPlain>;
-  static_assert(Gemm::kStreamK, "the persistent scheduler needs no workspace");
   return Gemm::Adapter::get_workspace_size(Gemm::arguments(params, launch));
 }
 

@@ -61,8 +61,11 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
   const at::ScalarType type = out_dtype.value_or(fp8 ? at::kBFloat16 : values.scalar_type());
   const int64_t tokens = values.size(0), out_features = weight.size(0);
   const GemmDevice device = gemm_device(values, kOp);
-  const int64_t bytes =
-      metadata_bytes(gemm_metadata_layout(element_type(values.scalar_type()), device), tokens, weight.size(1));
+  const ElementType value_type = element_type(values.scalar_type());
+  const bool configured = config.has_value() && config->size() == 4;
+  const MetadataLayout layout = configured ? metadata_layout_of(value_type, static_cast<GemmTile>((*config)[0]))
+                                           : gemm_metadata_layout(value_type, device);
+  const int64_t bytes = metadata_bytes(layout, tokens, weight.size(1));
   TORCH_CHECK_VALUE(metadata.scalar_type() == at::kByte && metadata.numel() == bytes && metadata.is_contiguous(),
                     "nm_act::sparse_gemm expected ", bytes, " metadata bytes, got ", metadata.numel(), " of ",
                     metadata.scalar_type(), "; pass what compress_packed returned on this device");
