@@ -143,7 +143,7 @@ struct SteppedMainloop : OverlappedMainloop<Base> {
   using typename Overlapped::TensorStorage;
   using typename Overlapped::TiledMma;
   static constexpr int kSteps = Overlapped::kSteps, kRowBlocks = Overlapped::kRowBlocks;
-  static_assert(kSteps >= 2 && Overlapped::kSlabSteps == kSteps, "a k-tile is one metadata tile of several steps");
+  static_assert(kSteps == 2 && Overlapped::kSlabSteps == 2, "a k-tile is one metadata tile of two steps");
 
   template <class Accumulators>
   CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState read, Accumulators& accumulators, int tiles,
@@ -163,34 +163,41 @@ struct SteppedMainloop : OverlappedMainloop<Base> {
 
     PipelineState release = read;
     tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
-    uint32_t word[kSteps][kRowBlocks];
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int tile = 0; tile < tiles; ++tile) {
-      pipeline.consumer_wait(read, pipeline.consumer_try_wait(read));
+    uint32_t even[kRowBlocks], odd[kRowBlocks];
+    const auto issue = [&](uint32_t (&word)[kRowBlocks], auto step) {
       CUTLASS_PRAGMA_UNROLL
-      for (int step = 0; step < kSteps; ++step) {
-        warpgroup_wait<kSteps - 1>();
-        if (step == kSteps - 1 && tile > 0) {  // the k-tile before has finished as a whole
-          pipeline.consumer_release(release);
-          ++release;
-        }
-        CUTLASS_PRAGMA_UNROLL
-        for (int block = 0; block < kRowBlocks; ++block) {
-          word[step][block] = *reinterpret_cast<const uint32_t*>(
-              words + read.index() * Overlapped::kStageBytes +
-              block * (Overlapped::kWarpGroups * 64 * Overlapped::kSlabFeatures / 8) +
-              (Overlapped::kBits8 ? 8 : 4) * step);
-        }
-        warpgroup_fence_operand(accumulators);
-        warpgroup_arrive();
-        const auto e = make_tensor(recast_ptr<ElementEMma>(&word[step][0]), fragment);
-        cute::gemm(tiled_mma, make_zip_tensor(a(_, _, step, read.index()), e), b(_, _, step, read.index()),
-                   accumulators);
-        tiled_mma.accumulate_ = GMMA::ScaleOut::One;
-        warpgroup_commit_batch();
+      for (int block = 0; block < kRowBlocks; ++block) {
+        word[block] =
+            *reinterpret_cast<const uint32_t*>(words + read.index() * Overlapped::kStageBytes +
+                                               block * (Overlapped::kWarpGroups * 64 * Overlapped::kSlabFeatures / 8) +
+                                               (Overlapped::kBits8 ? 8 : 4) * step);
       }
-      ++read;
+      warpgroup_fence_operand(accumulators);
+      warpgroup_arrive();
+      const auto e = make_tensor(recast_ptr<ElementEMma>(&word[0]), fragment);
+      cute::gemm(tiled_mma, make_zip_tensor(a(_, _, step, read.index()), e), b(_, _, step, read.index()), accumulators);
+      tiled_mma.accumulate_ = GMMA::ScaleOut::One;
+      warpgroup_commit_batch();
+    };
+    const auto wait_for_stage = [&] { pipeline.consumer_wait(read, pipeline.consumer_try_wait(read)); };
+    if (tiles > 0) {
+      wait_for_stage();
+      issue(even, Int<0>{});
     }
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (; tiles > 1; --tiles) {
+      issue(odd, Int<1>{});
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(accumulators);
+      ++read;
+      wait_for_stage();
+      issue(even, Int<0>{});
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(accumulators);
+      pipeline.consumer_release(release);  // the k-tile before has finished as a whole
+      ++release;
+    }
+    if (tiles > 0) issue(odd, Int<1>{});
     warpgroup_wait<0>();
     warpgroup_fence_operand(accumulators);
   }
