@@ -1,10 +1,9 @@
 """Which tile of the sm_90a GEMMs wins where: every candidate, cuBLAS, _scaled_mm and cuSPARSELt in one process.
 
-csrc/kernels/matmul/config.h is fitted to the CSV. A build with NM_ACT_CMAKE_ARGS=-DNM_ACT_TUNING_TILES=ON adds the
-candidate tiles that are not shipped (csrc/kernels/matmul/tuning_tiles.h).
+csrc/kernels/matmul/config.h is fitted to the CSV. A candidate is a line more in csrc/kernels/matmul/tiles.h.
 
 A problem is scanned, then decided. Scan: every tile with both rasters and its widest band, the best tiles with every
-band. Final: the best tiles, the shipped ones, the baselines and the whole operator (in stream order and overlapped), in
+band. Final: the best tiles, the baselines and the whole operator (in stream order and overlapped), in
 turn. Whatever is timed was compared with a float64 product of the pruned rows first: its error is at most twice
 torch's. Rows are appended as they come. A candidate that fails costs its own row; one that breaks the device or hangs
 restarts the process without it, and the run goes on where it was.
@@ -47,7 +46,7 @@ HANG_SECONDS = 30
 GRAPH_US = 150.0
 LAUNCH_CYCLES = 150_000
 Problem = collections.namedtuple("Problem", "part dtype storage tokens out_features in_features")
-Config = collections.namedtuple("Config", "name tile layout raster swizzle")
+Config = collections.namedtuple("Config", "name tile raster swizzle")
 Calls = list[Callable[[], object]]
 
 
@@ -168,7 +167,7 @@ class Case:
             quantised = [quantise_rows(w) for w in self.stock]
             self.weights = [w for w, _ in quantised]
             self.options = [{"column_scale": s, "out_dtype": torch.bfloat16} for _, s in quantised]
-        self.packed: dict[int, list] = {}
+        self.packed: list[tuple] = []
         self.anchor = None
         flops, moved = 2 * tokens * out_features * in_features, out_features * in_features * (1 if self.fp8 else 2)
         self.estimate_us = max(flops / (1.8e9 if self.fp8 else 0.95e9), moved / 2.8e6, 4.0)
@@ -193,29 +192,23 @@ class Case:
         self.torch_error = relative_error(torchs, self.exact)
         self.limit = max(2 * self.torch_error, E4M3_FLOOR) if self.fp8 else 2 * self.torch_error
 
-    def pack(self, x: torch.Tensor, layout: int) -> tuple[torch.Tensor, ...]:
-        if hasattr(torch.ops.nm_act, "compress_packed_in"):
-            return torch.ops.nm_act.compress_packed_in(x, self.fp8, layout)
+    def pack(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         packed = nm_act.compress_packed(x, fp8=self.fp8)
         return packed.values, packed.metadata, packed.row_scale
 
     def product(self, packed: tuple, index: int, config: Config, overlapped: bool = False) -> torch.Tensor:
         values, metadata, row_scale = packed
         scale = {"row_scale": row_scale} if self.fp8 else {}
-        options = {**self.options[index], **scale, "config": [*config[1:2], *config[3:], int(overlapped)]}
+        options = {**self.options[index], **scale, "config": [*config[1:], int(overlapped)]}
         return torch.ops.nm_act.sparse_gemm(values, metadata, self.weights[index], **options)
 
     def gemm(self, config: Config) -> Calls:
-        if config.layout not in self.packed:
-            self.packed[config.layout] = [self.pack(x, config.layout) for x in self.xs]
-        packed = self.packed[config.layout]
-        return [lambda p=p, i=i: self.product(p, i, config) for i, p in enumerate(packed)]
+        if not self.packed:
+            self.packed = [self.pack(x) for x in self.xs]
+        return [lambda p=p, i=i: self.product(p, i, config) for i, p in enumerate(self.packed)]
 
     def operator(self, config: Config, overlapped: bool) -> Calls:
-        return [
-            lambda x=x, i=i: self.product(self.pack(x, config.layout), i, config, overlapped)
-            for i, x in enumerate(self.xs)
-        ]
+        return [lambda x=x, i=i: self.product(self.pack(x), i, config, overlapped) for i, x in enumerate(self.xs)]
 
     def error_of(self, y: torch.Tensor) -> tuple[float, str]:
         """The error on the exact rows, and a complaint if y may not be timed: the rest is compared with other tiles."""
@@ -304,17 +297,15 @@ class Tuner:
         tiles = {tile["name"]: tile for tile in self.tiles[problem.dtype]}
 
         def config(name, raster, swizzle):
-            return Config(name, tiles[name]["tile"], tiles[name]["layout"], raster, swizzle)
+            return Config(name, tiles[name]["tile"], raster, swizzle)
 
         times: dict[Config, float] = {}
         errors: dict[Config, float] = {}
         sizes = problem.tokens, problem.out_features
-        first = [config(name, 2, widest_band(*sizes, tile)) for name, tile in tiles.items()]
+        first = [config(name, r, widest_band(*sizes, tile)) for name, tile in tiles.items() for r in BOTH_RASTERS]
         self.scan(case, first, times, errors)
         if not times:
             return f"{problem}: no candidate could be timed"
-        fast = [c for c in times if times[c] < 1.3 * min(times.values())]
-        self.scan(case, [c._replace(raster=1) for c in fast], times, errors)
         best = self.best_of_tiles(times)
         if problem.part != "families":
             for name in list(best)[:3]:
@@ -323,9 +314,7 @@ class Tuner:
                 self.scan(case, [config(name, r, b) for r in BOTH_RASTERS for b in bands], times, errors)
             best = self.best_of_tiles(times)
         case.anchor = None
-        shipped = [name for name in best if name.startswith("shipped")][:1]
-        contenders = [best[name] for name in dict.fromkeys([*list(best)[:3], *shipped])]
-        return self.decide(case, contenders, errors)
+        return self.decide(case, [best[name] for name in list(best)[:3]], errors)
 
     @staticmethod
     def best_of_tiles(times: dict[Config, float]) -> dict[str, Config]:
@@ -352,7 +341,7 @@ class Tuner:
         if not samples:
             return f"{problem}: no candidate could be captured"
         chosen = contenders[0]
-        expected = case.product(case.packed[chosen.layout][0], 0, chosen)
+        expected = case.product(case.packed[0], 0, chosen)
         for _ in range(0 if "op_overlapped" in self.arguments.skip else 3):
             y = guarded("op_overlapped", case.operator(chosen, True)[0])
             if y is None or not torch.equal(y, expected):
@@ -361,7 +350,7 @@ class Tuner:
         add("op", case.operator(chosen, False))
         if "op_overlapped" not in notes:
             add("op_overlapped", case.operator(chosen, True))
-        add("compress", [lambda x=x: case.pack(x, chosen.layout) for x in case.xs], 0.1 * case.estimate_us + 2)
+        add("compress", [lambda x=x: case.pack(x) for x in case.xs], 0.1 * case.estimate_us + 2)
         self.add_baselines(case, add, samples, notes)
         rounds = 5 if case.estimate_us > 3000 else 7
         medians = self.clock.medians(samples, rounds)
@@ -466,7 +455,7 @@ def main() -> None:
         for sizes in ((300, 528, 1088), (1, 16, 64)):
             case = Case(Problem("check", dtype, storage, *sizes))
             for tile in list(tuner.tiles[dtype]):
-                config = Config(tile["name"], tile["tile"], tile["layout"], 1, 1)
+                config = Config(tile["name"], tile["tile"], 1, 1)
                 y = guarded(config.name, case.gemm(config)[0])
                 wrong = "not compiled or refused" if y is None else case.error_of(y)[1]
                 if wrong:

@@ -81,7 +81,6 @@ if wanted bench; then
     --csv "$out/patterns.csv" "${options[@]}"
 fi
 
-# Worth it in a build with NM_ACT_CMAKE_ARGS=-DNM_ACT_TUNING_TILES=ON.
 if wanted tune; then
   TAIL_LINES=80 step tune "${TUNE_LIMIT:-560}" "$python" benchmarks/tune.py --csv "$out/gemm_tuning.csv" \
     --seconds "${TUNE_SECONDS:-480}" ${COMMIT:+--commit "$COMMIT"} ${TUNE_ARGS:-}

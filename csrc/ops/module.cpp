@@ -108,20 +108,13 @@ nm_act::ElementType value_type_named(const std::string& name) {
 py::list gemm_tiles(const std::string& dtype) {
   const nm_act::ElementType type = value_type_named(dtype);
   py::list tiles;
-  const auto add = [&](const nm_act::TileFacts& tile, const std::string& name) {
+  for (const nm_act::TileFacts& tile : nm_act::kTiles) {
+    if (!nm_act::is_tile_of(tile, type)) continue;
     tiles.append(py::dict(py::arg("tile") = int(tile.tile), py::arg("tokens") = tile.tokens,
-                          py::arg("out_features") = tile.out_features, py::arg("name") = name,
-                          py::arg("layout") = int(nm_act::metadata_layout_of(type, tile.tile))));
-  };
-  for (const nm_act::TileFacts& tile : nm_act::tiles_of(type)) {
-    add(tile, "shipped_" + std::to_string(tile.tokens) + "x" + std::to_string(tile.out_features) + "x" +
-                  std::to_string(tile.in_features));
+                          py::arg("out_features") = tile.out_features, py::arg("name") = tile.name,
+                          py::arg("cluster_tokens") = tile.cluster_tokens,
+                          py::arg("cluster_outputs") = tile.cluster_outputs));
   }
-#ifdef NM_ACT_TUNING_TILES
-  for (const nm_act::CandidateFacts& candidate : nm_act::kCandidates) {
-    if (candidate.value_type == type) add(candidate.facts, candidate.name);
-  }
-#endif
   return tiles;
 }
 
@@ -129,7 +122,7 @@ py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t o
                              int multiprocessors) {
   const nm_act::GemmConfig config =
       nm_act::select_config({tokens, out_features, in_features, value_type_named(dtype), multiprocessors});
-  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle);
+  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.overlapped);
 }
 
 // (lanes, splits, threads) of every configuration that the decode kernel can run this problem with; the one it would

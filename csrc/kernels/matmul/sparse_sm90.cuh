@@ -27,7 +27,6 @@
 
 #include "overlapped_mainloop.cuh"
 #include "sparse_gemm.h"
-#include "stream_k.cuh"
 
 namespace nm_act {
 namespace sm90 {
@@ -40,39 +39,23 @@ using CutlassElement = std::conditional_t<
 
 enum class Schedule { kCooperative, kPingPong };
 
-template <int kTokens, int kOutputs, int kFeatures, int kTokenTiles, int kOutputTiles, Schedule kSchedule,
-          GemmVariant kVariant>
+enum class Loop { kPlain, kOverlapped };
+
+template <int kTokens, int kOutputs, int kFeatures, int kTokenTiles, int kOutputTiles, Schedule kSchedule, Loop kLoop>
 struct TileTraits {
   using Shape = cute::Shape<cute::Int<kTokens>, cute::Int<kOutputs>, cute::Int<kFeatures>>;
   using Cluster = cute::Shape<cute::Int<kTokenTiles>, cute::Int<kOutputTiles>, cute::_1>;
   static constexpr bool kPingPong = kSchedule == Schedule::kPingPong;
-  static constexpr bool kStepped = kVariant == GemmVariant::kStepped;
-  static constexpr bool kOverlapped =
-      kVariant == GemmVariant::kOverlapped || kVariant == GemmVariant::kOverlappedStreamK;
-  static constexpr bool kStreamK = kVariant == GemmVariant::kStreamK || kVariant == GemmVariant::kOverlappedStreamK;
+  static constexpr bool kOverlapped = kLoop == Loop::kOverlapped;
 };
 template <GemmTile kTile>
 struct TileShape;
-template <>
-struct TileShape<GemmTile::k256x128x128>
-    : TileTraits<256, 128, 128, 2, 1, Schedule::kCooperative, GemmVariant::kPlain> {};
-template <>
-struct TileShape<GemmTile::k128x128x128>
-    : TileTraits<128, 128, 128, 2, 1, Schedule::kCooperative, GemmVariant::kPlain> {};
-template <>
-struct TileShape<GemmTile::k128x256x128>
-    : TileTraits<128, 256, 128, 2, 1, Schedule::kCooperative, GemmVariant::kPlain> {};
-template <>
-struct TileShape<GemmTile::k128x128x256PingPong>
-    : TileTraits<128, 128, 256, 2, 1, Schedule::kPingPong, GemmVariant::kPlain> {};
-#ifdef NM_ACT_TUNING_TILES
-#define NM_ACT_SHAPE(name, value, tokens, outputs, features, token_tiles, output_tiles, schedule, variant, storages) \
-  template <>                                                                                                        \
-  struct TileShape<GemmTile::name> : TileTraits<tokens, outputs, features, token_tiles, output_tiles,                \
-                                                Schedule::k##schedule, GemmVariant::variant> {};
-NM_ACT_CANDIDATES(NM_ACT_SHAPE)
+#define NM_ACT_SHAPE(name, value, tokens, outputs, features, token_tiles, output_tiles, schedule, loop) \
+  template <>                                                                                           \
+  struct TileShape<GemmTile::name> : TileTraits<tokens, outputs, features, token_tiles, output_tiles,   \
+                                                Schedule::k##schedule, Loop::k##loop> {};
+NM_ACT_TILES(NM_ACT_SHAPE)
 #undef NM_ACT_SHAPE
-#endif
 
 // The epilogue's visitor tree and its arguments.
 template <class Tile, class Output, bool kScaled, GemmEpilogue kEpilogue>
@@ -142,13 +125,10 @@ struct SparseGemm {
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
-  using CollectiveMainloop = std::conditional_t<
-      TileShape<kTile>::kStepped, SteppedMainloop<CutlassMainloop>,
-      std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<CutlassMainloop>, CutlassMainloop>>;
-  static constexpr bool kStreamK = TileShape<kTile>::kStreamK;
-  using Scheduler = std::conditional_t<kStreamK, StreamK, cutlass::gemm::PersistentScheduler>;
+  using CollectiveMainloop =
+      std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<CutlassMainloop>, CutlassMainloop>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
-                                                      CollectiveEpilogue, Scheduler>;
+                                                      CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
   using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using SparseConfig = typename CollectiveMainloop::SparseConfig;
 
@@ -178,12 +158,6 @@ struct SparseGemm {
     arguments.epilogue.dD = y_stride;
     arguments.hw_info.sm_count = launch.multiprocessors;
     arguments.scheduler.max_swizzle_size = launch.config.swizzle;
-    if constexpr (kStreamK) {
-      // Blocks that share a tile add up in one order, so results are the same bits every time. Not CUTLASS's own
-      // choice, which turns the split off where the last wave is more than half full: that is for the caller to decide.
-      arguments.scheduler.reduction_mode = decltype(arguments.scheduler.reduction_mode)::Deterministic;
-      arguments.scheduler.decomposition_mode = decltype(arguments.scheduler.decomposition_mode)::StreamK;
-    }
     using Raster = std::remove_reference_t<decltype(arguments.scheduler.raster_order)>;
     arguments.scheduler.raster_order = launch.config.raster == GemmRaster::kAlongTokens    ? Raster::AlongM
                                        : launch.config.raster == GemmRaster::kAlongOutputs ? Raster::AlongN
@@ -206,19 +180,12 @@ cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunc
 #error "an overlapped launch waits for its operands only with CUTLASS_ENABLE_GDC_FOR_SM90"
 #endif
   typename Gemm::Adapter gemm;
-  if (gemm.initialize(arguments, launch.workspace, launch.stream) != cutlass::Status::kSuccess ||
+  if (gemm.initialize(arguments, /*workspace=*/nullptr, launch.stream) != cutlass::Status::kSuccess ||
       gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/launch.overlapped) != cutlass::Status::kSuccess) {
     const cudaError_t error = cudaGetLastError();
     return error != cudaSuccess ? error : cudaErrorLaunchFailure;
   }
   return cudaGetLastError();
-}
-
-template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
-size_t sparse_gemm_workspace_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
-  // The visitors need none, so either epilogue's answer holds for both.
-  using Gemm = sm90::SparseGemm<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kPlain>;
-  return Gemm::Adapter::get_workspace_size(Gemm::arguments(params, launch));
 }
 
 }  // namespace nm_act
