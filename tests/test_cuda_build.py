@@ -104,7 +104,8 @@ def assert_no_spills(report: str, kernels: str = "") -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "instruction"), [("hopper", r"m64n192k32\.f32\.bf16\.bf16"), ("hopper_in_out", r"m64n192k32\.f32\.f16\.f16")]
+    ("name", "instruction"),
+    [("hopper", r"m64n192k32\.f32\.bf16\.bf16"), ("hopper_in_out", r"m64n192k32\.f32\.f16\.f16")],
 )
 def test_hopper_gemm(compiled, name, instruction):
     report, ptx = compiled(name)

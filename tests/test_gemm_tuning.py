@@ -22,7 +22,11 @@ def scanned():
     with TABLE.open(newline="") as file:
         for row in csv.DictReader(file):
             if row["stage"] == "scan":
-                problem = row["dtype"], row["storage"], *(int(row[c]) for c in ("tokens", "out_features", "in_features"))
+                problem = (
+                    row["dtype"],
+                    row["storage"],
+                    *(int(row[c]) for c in ("tokens", "out_features", "in_features")),
+                )
                 config = row["what"], int(row["raster"]), int(row["swizzle"])
                 times[problem][config] = float(row["us_p50"])
     return times
@@ -46,7 +50,7 @@ def losses(scanned, dtype: str, storage: str) -> tuple[list[float], int]:
 
 @pytest.mark.parametrize(
     ("dtype", "mean", "worst", "over_eight_percent", "unmeasured"),
-    [("bf16", 1.022, 1.21, 19, 0), ("e4m3", 1.014, 1.35, 19, 6)],
+    [("bf16", 1.016, 1.20, 12, 9), ("e4m3", 1.014, 1.35, 19, 6)],
 )
 def test_choice_against_the_table(scanned, dtype, mean, worst, over_eight_percent, unmeasured):
     lost, missing = losses(scanned, dtype, "out_in")

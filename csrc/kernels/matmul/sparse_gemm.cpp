@@ -28,7 +28,7 @@ constexpr Sm90Instance sm90_instance() {
 constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3;
 
 const Sm90Instance kSm90Instances[] = {
-#define NM_ACT_INSTANCES_Bits16(name)                                                                   \
+#define NM_ACT_INSTANCES_Bits16(name)                                                                        \
   sm90_instance<kBf16, kBf16, false, GemmTile::name>(), sm90_instance<kBf16, kBf16, true, GemmTile::name>(), \
       sm90_instance<kFp16, kFp16, false, GemmTile::name>(), sm90_instance<kFp16, kFp16, true, GemmTile::name>(),
 #define NM_ACT_INSTANCES_E4M3(name) \

@@ -52,8 +52,8 @@ template <GemmTile kTile>
 struct TileShape;
 #define NM_ACT_SHAPE(name, value, tokens, outputs, features, token_tiles, output_tiles, schedule, loop) \
   template <>                                                                                           \
-  struct TileShape<GemmTile::name> : TileTraits<tokens, outputs, features, token_tiles, output_tiles,   \
-                                                Schedule::k##schedule, Loop::k##loop> {};
+  struct TileShape<GemmTile::name>                                                                      \
+      : TileTraits<tokens, outputs, features, token_tiles, output_tiles, Schedule::k##schedule, Loop::k##loop> {};
 NM_ACT_TILES(NM_ACT_SHAPE)
 #undef NM_ACT_SHAPE
 
