@@ -1,195 +1,484 @@
-"""Times every tile, raster and swizzle of the sm_90a GEMMs and compares select_config's choice with the best.
+"""Which tile of the sm_90a GEMMs wins where: every candidate, cuBLAS, _scaled_mm and cuSPARSELt in one process.
 
-The CSV is what csrc/kernels/matmul/config.h is fitted to: its rates and rasters are read off the summary. A build with
-NM_ACT_CMAKE_ARGS=-DNM_ACT_TUNING_TILES=ON adds the candidate tiles that are not shipped. --overlapped times compression
-and product together, in stream order and with a launch that overlaps the two, for the selected configuration.
+csrc/kernels/matmul/config.h is fitted to the CSV. A candidate is a line more in csrc/kernels/matmul/tiles.h.
 
-    python benchmarks/tune.py --csv benchmarks/results/h200/gemm_tuning.csv
+A problem is scanned, then decided. Scan: every tile with both rasters and its widest band, the best tiles with every
+band. Final: the best tiles, the baselines and the whole operator (in stream order and overlapped), in
+turn. Whatever is timed was compared with a float64 product of the pruned rows first: its error is at most twice
+torch's. Rows are appended as they come. A candidate that fails costs its own row; one that breaks the device or hangs
+restarts the process without it, and the run goes on where it was.
+
+    python benchmarks/tune.py --csv gemm_tuning.csv --seconds 300
 """
 
 import argparse
+import collections
 import csv
 import datetime
-import io
-from collections import defaultdict
+import math
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
 
 import torch
-from bench_sparse_linear import SHAPES
-from gpu_timer import copies_for, geometric_mean, interleaved, require_kernels
+from gpu_timer import copies_for, require_kernels
+from shapes import FAMILY_SHAPES, LLAMA_3_8B, LLAMA_3_70B, TOKEN_COUNTS
 from timer import percentiles, relative_error
 
 import nm_act
-from nm_act import _C
-from nm_act.files import write_atomic
+from nm_act import _C, reference
 from nm_act.optimize.fp8 import quantise_rows
 from nm_act.version import commit
 
-TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 16384)
-QUICK_TOKENS = (64, 1024, 4096, 16384)
-RASTERS = {1: "along_tokens", 2: "along_outputs"}
-SWIZZLES = (1, 2, 4, 8)
+LLAMA_TOKENS = (4096, 16384, 1024)
+PARTS = ("bf16", "e4m3", "in_out", "families")
+BOTH_RASTERS, BANDS = (1, 2), (1, 2, 4, 8)
 COLUMNS = (
-    *("device", "dtype", "tokens", "out_features", "in_features", "tile", "raster", "swizzle", "us_p50", "selected"),
-    *("torch", "cuda", "commit", "date"),
+    *("part", "dtype", "storage", "tokens", "out_features", "in_features", "stage", "what", "raster", "swizzle"),
+    *("us_p50", "error", "torch_error", "note", "device", "torch", "cuda", "commit", "date"),
 )
-Config = tuple[int, int, int]
+DIFFERENCE = {"bf16": 5e-3, "e4m3": 1e-2}  # between two tiles; sums of e4m3 tensor cores depend on a tile's split
+E4M3_FLOOR = 6e-3  # of the error that is allowed: bench_sparse_linear's
+HANG_SECONDS = 30
+GRAPH_US = 150.0
+LAUNCH_CYCLES = 150_000
+Problem = collections.namedtuple("Problem", "part dtype storage tokens out_features in_features")
+Config = collections.namedtuple("Config", "name tile raster swizzle")
+Calls = list[Callable[[], object]]
 
 
-def operands(dtype: str, tokens: int, out_features: int, in_features: int) -> list[tuple[torch.Tensor, dict]]:
-    """x and what sparse_gemm needs besides its packed form, as often as the rotation asks for."""
-    result = []
-    for _ in range(copies_for(out_features * in_features + tokens * in_features)):
-        x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
-        options = {"weight": weight}
-        if dtype == "e4m3":
-            quantised, scale = quantise_rows(weight)
-            options = {"weight": quantised, "column_scale": scale, "out_dtype": torch.bfloat16}
-        result.append((x, options))
+def restart(name: str, why: str) -> None:
+    """Begin again without this candidate; rows that are written stay."""
+    print(f"{name}: {why}; starting again without it", flush=True)
+    os.execv(sys.executable, [sys.executable, *sys.argv, "--skip", name])
+
+
+def guarded(name: str, function: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+    """The result of a candidate's first call, complete; None if it was refused."""
+    watchdog = threading.Timer(HANG_SECONDS, restart, (name, f"hung for {HANG_SECONDS} s"))
+    watchdog.start()
+    try:
+        result = function()
+        torch.cuda.synchronize()
+        return result
+    except (RuntimeError, ValueError) as error:
+        try:
+            torch.cuda.synchronize()
+            torch.ones(1, device="cuda").item()
+        except RuntimeError:
+            restart(name, f"broke the device: {str(error).splitlines()[0]}")
+        return None
+    finally:
+        watchdog.cancel()
+
+
+class Clock:
+    """Device time: calls captured in a graph, long enough that its launch is lost in them."""
+
+    def __init__(self):
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.keeper = self.captured([lambda: torch.empty(1, device="cuda")], 1)  # keeps the pool
+
+    def captured(self, calls: Calls, count: int) -> torch.cuda.CUDAGraph:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=self.pool)
+            try:
+                # As many results as operands stay alive, so that each goes to memory of its own.
+                alive: collections.deque = collections.deque(maxlen=len(calls))
+                for i in range(count):
+                    alive.append(calls[i % len(calls)]())
+            finally:
+                graph.capture_end()
+        return graph
+
+    def timer(self, calls: Calls, estimate_us: float) -> Callable[[], tuple]:
+        """A function that enqueues one sample and returns its events and number of calls."""
+        if estimate_us > 1000:
+            calls, count, launch = calls[:1], 1, calls[0]
+        else:
+            count = max(len(calls), math.ceil(GRAPH_US / estimate_us))
+            launch = self.captured(calls, count).replay
+
+        def sample():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(LAUNCH_CYCLES)  # the host runs ahead, so its launch is not in the time
+            start.record()
+            launch()
+            end.record()
+            return start, end, count
+
+        return sample
+
+    @staticmethod
+    def behind_a_sleep(calls: Calls, host_us: float) -> Callable[[], tuple]:
+        """For calls that cannot be captured: enqueued while the device sleeps, so that the host's time is hidden."""
+        count = 4
+        cycles = int(2000 * 2 * count * max(host_us, 100))  # 2 GHz, twice the host's time
+
+        def sample():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(cycles)
+            start.record()
+            for i in range(count):
+                calls[i % len(calls)]()
+            end.record()
+            return start, end, count
+
+        return sample
+
+    @staticmethod
+    def medians(samples: dict[str, Callable], rounds: int) -> dict[str, float]:
+        for sample in samples.values():
+            sample()
+        events = {name: [] for name in samples}
+        for index in range(rounds):
+            for name in list(samples)[:: 1 if index % 2 == 0 else -1]:
+                events[name].append(samples[name]())
+        torch.cuda.synchronize()
+        return {
+            name: percentiles([start.elapsed_time(end) * 1e3 / count for start, end, count in entries])[1]
+            for name, entries in events.items()
+        }
+
+
+class Case:
+    """The operands of one problem, its exact result on some rows, and every function that is timed."""
+
+    def __init__(self, problem: Problem):
+        self.problem, self.fp8 = problem, problem.dtype == "e4m3"
+        tokens, out_features, in_features = problem[3:]
+        copies = copies_for((out_features * in_features + tokens * in_features) * (1 if self.fp8 else 2))
+        copies = min(copies, max(1, int(8e9 / (out_features * in_features * 2))))
+        self.xs = [torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+        self.stock = [
+            torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) / in_features**0.5
+            for _ in range(copies)
+        ]
+        self.weights = self.stock
+        self.options: list[dict] = [{} for _ in range(copies)]
+        if problem.storage == "in_out":
+            self.weights = [w.t().contiguous().t() for w in self.stock]
+        if self.fp8:
+            quantised = [quantise_rows(w) for w in self.stock]
+            self.weights = [w for w, _ in quantised]
+            self.options = [{"column_scale": s, "out_dtype": torch.bfloat16} for _, s in quantised]
+        self.packed: list[tuple] = []
+        self.anchor = None
+        flops, moved = 2 * tokens * out_features * in_features, out_features * in_features * (1 if self.fp8 else 2)
+        self.estimate_us = max(flops / (1.8e9 if self.fp8 else 0.95e9), moved / 2.8e6, 4.0)
+        self._exact()
+
+    def _exact(self) -> None:
+        """A float64 product of the pruned input, one row of every 64 and the last, and torch's error against it."""
+        tokens = self.problem.tokens
+        blocks = torch.arange(0, tokens, 64)
+        rows = (blocks + torch.randint(0, 64, blocks.shape)).clamp(max=tokens - 1)
+        self.rows = torch.unique(torch.cat([rows, torch.tensor([tokens - 1])])).cuda()
+        pruned = reference.prune(self.xs[0][self.rows], 2, 4)
+        if self.fp8:
+            quantised, scale = quantise_rows(pruned)
+            weight_scale = self.options[0]["column_scale"]
+            left = quantised.double() * scale.double()[:, None]
+            self.exact = (left @ self.weights[0].double().t()) * weight_scale.double()
+            torchs = scaled_mm(quantised, scale[:, None], self.weights[0], weight_scale)
+        else:
+            self.exact = pruned.double() @ self.stock[0].double().t()
+            torchs = torch.mm(pruned, self.stock[0].t())
+        self.torch_error = relative_error(torchs, self.exact)
+        self.limit = max(2 * self.torch_error, E4M3_FLOOR) if self.fp8 else 2 * self.torch_error
+
+    def pack(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        packed = nm_act.compress_packed(x, fp8=self.fp8)
+        return packed.values, packed.metadata, packed.row_scale
+
+    def product(self, packed: tuple, index: int, config: Config, overlapped: bool = False) -> torch.Tensor:
+        values, metadata, row_scale = packed
+        scale = {"row_scale": row_scale} if self.fp8 else {}
+        options = {**self.options[index], **scale, "config": [*config[1:], int(overlapped)]}
+        return torch.ops.nm_act.sparse_gemm(values, metadata, self.weights[index], **options)
+
+    def gemm(self, config: Config) -> Calls:
+        if not self.packed:
+            self.packed = [self.pack(x) for x in self.xs]
+        return [lambda p=p, i=i: self.product(p, i, config) for i, p in enumerate(self.packed)]
+
+    def operator(self, config: Config, overlapped: bool) -> Calls:
+        return [lambda x=x, i=i: self.product(self.pack(x), i, config, overlapped) for i, x in enumerate(self.xs)]
+
+    def error_of(self, y: torch.Tensor) -> tuple[float, str]:
+        """The error on the exact rows, and a complaint if y may not be timed: the rest is compared with other tiles."""
+        error = relative_error(y[self.rows], self.exact)
+        if not error <= self.limit:
+            return error, f"wrong: error {error:.2e}, limit {self.limit:.2e}"
+        if self.anchor is None:
+            self.anchor = y
+        norm = torch.linalg.vector_norm
+        difference = (norm(y - self.anchor, dtype=torch.float32) / norm(self.anchor, dtype=torch.float32)).item()
+        if not difference <= DIFFERENCE[self.problem.dtype]:
+            return error, f"wrong: {difference:.2e} from another tile"
+        return error, ""
+
+
+def scaled_mm(quantised, scale, weight, weight_scale):
+    options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return torch._scaled_mm(quantised, weight.t(), scale_a=scale, scale_b=weight_scale[None], **options)
+
+
+def widest_band(tokens: int, out_features: int, tile: dict) -> int:
+    """config.h's select_swizzle: the widest band that pads the grid by at most 5 %."""
+    rows, columns = -(-tokens // tile["tokens"]), -(-out_features // tile["out_features"])
+
+    def padded(band):
+        return -(-rows // (2 * band)) * 2 * band * (-(-columns // band) * band)
+
+    return next(band for band in (8, 4, 2, 1) if band == 1 or padded(band) <= 1.05 * padded(1))
+
+
+class Tuner:
+    def __init__(self, arguments: argparse.Namespace, device: str):
+        self.arguments, self.clock = arguments, Clock()
+        self.facts = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda}
+        self.facts |= {"commit": arguments.commit, "date": datetime.date.today().isoformat()}
+        self.tiles = {
+            dtype: [tile for tile in _C.gemm_tiles(dtype) if tile["name"] not in arguments.skip]
+            for dtype in ("bf16", "e4m3")
+        }
+        self.refused: set[tuple] = set()
+        resumed = os.path.exists(arguments.csv) and os.path.getsize(arguments.csv) > 0
+        self.done = set()
+        if resumed:
+            with open(arguments.csv, newline="") as file:
+                self.done = {
+                    tuple(row[c] for c in Problem._fields) for row in csv.DictReader(file) if row["stage"] == "final"
+                }
+        self.file = open(arguments.csv, "a", newline="")  # noqa: SIM115 - open as long as the run
+        self.writer = csv.DictWriter(self.file, COLUMNS, restval="", lineterminator="\n")
+        if not resumed:
+            self.writer.writeheader()
+
+    def row(self, problem: Problem, stage: str, what: str, **facts: object) -> None:
+        self.writer.writerow({**problem._asdict(), **self.facts, "stage": stage, "what": what, **facts})
+        self.file.flush()
+
+    def scan(self, case: Case, configs: list[Config], times: dict[Config, float], errors: dict[Config, float]) -> None:
+        problem = case.problem
+        for config in configs:
+            if config in times or (problem.dtype, problem.storage, config.tile) in self.refused:
+                continue
+            facts = {"raster": config.raster, "swizzle": config.swizzle, "torch_error": f"{case.torch_error:.3e}"}
+            calls = case.gemm(config)
+            y = guarded(config.name, calls[0])
+            if y is None:
+                self.refused.add((problem.dtype, problem.storage, config.tile))
+                self.row(problem, "scan", config.name, **facts, note="refused")
+                continue
+            errors[config], wrong = case.error_of(y)
+            del y
+            facts["error"] = f"{errors[config]:.3e}"
+            if wrong:
+                self.row(problem, "scan", config.name, **facts, note=wrong)
+                print(f"{config} at {problem}: {wrong}", flush=True)
+                continue
+            try:
+                sample = self.clock.timer(calls, case.estimate_us)
+                times[config] = self.clock.medians({"": sample}, 2 if case.estimate_us > 1000 else 3)[""]
+            except RuntimeError as error:
+                self.row(problem, "scan", config.name, **facts, note=str(error).splitlines()[0][:120])
+                continue
+            self.row(problem, "scan", config.name, **facts, us_p50=f"{times[config]:.2f}")
+
+    def tune(self, problem: Problem) -> str:
+        case = Case(problem)
+        tiles = {tile["name"]: tile for tile in self.tiles[problem.dtype]}
+
+        def config(name, raster, swizzle):
+            return Config(name, tiles[name]["tile"], raster, swizzle)
+
+        times: dict[Config, float] = {}
+        errors: dict[Config, float] = {}
+        sizes = problem.tokens, problem.out_features
+        first = [config(name, r, widest_band(*sizes, tile)) for name, tile in tiles.items() for r in BOTH_RASTERS]
+        self.scan(case, first, times, errors)
+        if not times:
+            return f"{problem}: no candidate could be timed"
+        best = self.best_of_tiles(times)
+        if problem.part != "families":
+            for name in list(best)[:3]:
+                shortest = min(-(-problem.tokens // tiles[name]["tokens"]), -(-sizes[1] // tiles[name]["out_features"]))
+                bands = [band for band in BANDS if band <= 2 * shortest]
+                self.scan(case, [config(name, r, b) for r in BOTH_RASTERS for b in bands], times, errors)
+            best = self.best_of_tiles(times)
+        case.anchor = None
+        return self.decide(case, [best[name] for name in list(best)[:3]], errors)
+
+    @staticmethod
+    def best_of_tiles(times: dict[Config, float]) -> dict[str, Config]:
+        """Each tile's best configuration, the fastest tile first."""
+        best: dict[str, Config] = {}
+        for config in sorted(times, key=times.get):
+            best.setdefault(config.name, config)
+        return best
+
+    def decide(self, case: Case, contenders: list[Config], errors: dict[Config, float]) -> str:
+        problem, samples, notes = case.problem, {}, {}
+
+        def add(name: str, calls: Calls, estimate_us: float = case.estimate_us) -> None:
+            if name in self.arguments.skip or guarded(name, calls[0]) is None:
+                notes[name] = "refused"
+                return
+            try:
+                samples[name] = self.clock.timer(calls, estimate_us)
+            except RuntimeError as error:
+                notes[name] = str(error).splitlines()[0][:120]
+
+        for config in contenders:
+            add(config.name, case.gemm(config))
+        if not samples:
+            return f"{problem}: no candidate could be captured"
+        chosen = contenders[0]
+        expected = case.product(case.packed[0], 0, chosen)
+        for _ in range(0 if "op_overlapped" in self.arguments.skip else 3):
+            y = guarded("op_overlapped", case.operator(chosen, True)[0])
+            if y is None or not torch.equal(y, expected):
+                notes["op_overlapped"] = "other bits than in stream order"
+        y = expected = None
+        add("op", case.operator(chosen, False))
+        if "op_overlapped" not in notes:
+            add("op_overlapped", case.operator(chosen, True))
+        add("compress", [lambda x=x: case.pack(x) for x in case.xs], 0.1 * case.estimate_us + 2)
+        self.add_baselines(case, add, samples, notes)
+        rounds = 5 if case.estimate_us > 3000 else 7
+        medians = self.clock.medians(samples, rounds)
+        by_name = {config.name: config for config in contenders}
+        for name, us in medians.items():
+            facts = {"us_p50": f"{us:.2f}", "note": chosen.name if name.startswith(("op", "compress")) else ""}
+            if name in by_name:
+                config = by_name[name]
+                facts |= {"raster": config.raster, "swizzle": config.swizzle, "error": f"{errors[config]:.3e}"}
+            self.row(problem, "final", name, **facts, torch_error=f"{case.torch_error:.3e}")
+        for name, note in notes.items():
+            self.row(problem, "final", name, note=note)
+        return "; ".join(f"{name} {us:.1f}" for name, us in medians.items()) + (f"; {notes}" if notes else "")
+
+    def add_baselines(self, case: Case, add: Callable, samples: dict, notes: dict) -> None:
+        pairs = list(zip(case.xs, case.stock, strict=True))
+        add("cublas_bf16", [lambda x=x, w=w: torch.mm(x, w.t()) for x, w in pairs])
+        if not case.fp8:
+            add("prune_cublas", [lambda x=x, w=w: torch.mm(nm_act.prune(x, 2, 4), w.t()) for x, w in pairs])
+        else:
+            try:
+                from dense_fp8 import quantise
+
+                quantise(case.xs[0])
+            except Exception as error:  # Triton compiles here; without it the baseline is left out
+                notes["quantise_scaled_mm"] = str(error).splitlines()[0][:120]
+
+                def quantise(x):
+                    q, scale = quantise_rows(x)
+                    return q, scale[:, None]
+
+            scales = [options["column_scale"] for options in case.options]
+            rows = list(zip([quantise(x) for x in case.xs], case.weights, scales, strict=True))
+            add("scaled_mm", [lambda q=q, w=w, s=s: scaled_mm(*q, w, s) for q, w, s in rows])
+            if "quantise_scaled_mm" not in notes:
+                inputs = list(zip(case.xs, case.weights, scales, strict=True))
+                add("quantise_scaled_mm", [lambda x=x, w=w, s=s: scaled_mm(*quantise(x), w, s) for x, w, s in inputs])
+        if case.problem.part in ("bf16", "e4m3") and not self.arguments.no_cusparselt:
+            try:
+                samples["cusparselt"] = self.cusparselt(case)
+            except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+                notes["cusparselt"] = str(error).splitlines()[0][:120]
+
+    def cusparselt(self, case: Case) -> Callable[[], tuple]:
+        pruned = [nm_act.prune(x, 2, 4) for x in case.xs]
+        out = {"out_dtype": torch.bfloat16} if case.fp8 else {}
+        if case.fp8:
+            pruned = [quantise_rows(x)[0] for x in pruned]
+        compressed = [torch._cslt_compress(x) for x in pruned]
+        try:
+            operands = compressed[0], case.weights[0].t()
+            found = torch._C._cusparselt.mm_search(*operands, None, None, out.get("out_dtype"), False)
+            options = dict(zip(("alg_id", "split_k", "split_k_mode"), found[:3], strict=True))
+        except (AttributeError, TypeError):
+            options = {"alg_id": torch._cslt_sparse_mm_search(compressed[0], case.weights[0].t(), **out)}
+        calls = [
+            lambda c=c, w=w: torch._cslt_sparse_mm(c, w.t(), **out, **options)
+            for c, w in zip(compressed, case.weights, strict=True)
+        ]
+        exact = pruned[0][case.rows].double() @ case.weights[0].double().t()
+        error = relative_error(calls[0]()[case.rows], exact)
+        if not error <= max(case.limit, 1e-2):
+            raise ValueError(f"wrong: error {error:.2e}")
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        calls[0]()
+        host_us = (time.perf_counter() - began) * 1e6
+        torch.cuda.synchronize()
+        return self.clock.behind_a_sleep(calls, host_us)
+
+
+def problems_of(arguments: argparse.Namespace) -> list[Problem]:
+    llama = [*LLAMA_3_8B.values(), *LLAMA_3_70B.values()]
+    main_parts = [(tokens, *shape) for tokens in LLAMA_TOKENS for shape in llama]
+    kinds = {"bf16": ("bf16", "out_in"), "e4m3": ("e4m3", "out_in"), "in_out": ("bf16", "in_out")}
+    result = [
+        Problem(part, *kinds[part], *sizes) for part in arguments.parts if part != "families" for sizes in main_parts
+    ]
+    if "families" in arguments.parts:
+        shapes = [shape for layers in FAMILY_SHAPES.values() for shape in layers.values()]
+        drawn = [(tokens, *shape) for shape in [*shapes, *llama] for tokens in TOKEN_COUNTS]
+        random.Random(0).shuffle(drawn)  # so that a run cut short is not one of small layers
+        result += [Problem("families", dtype, "out_in", *sizes) for sizes in drawn for dtype in ("bf16", "e4m3")]
     return result
-
-
-def compress(x: torch.Tensor, dtype: str) -> dict:
-    packed = nm_act.compress_packed(x, fp8=dtype == "e4m3")
-    scale = {"row_scale": packed.row_scale} if dtype == "e4m3" else {}
-    return {"values": packed.values, "metadata": packed.metadata, **scale}
-
-
-def gemm(arguments: dict, config: Config, overlapped: bool = False) -> torch.Tensor:
-    return torch.ops.nm_act.sparse_gemm(**arguments, config=[*config, int(overlapped)])
-
-
-def candidates(dtype: str, tokens: int, out_features: int) -> list[Config]:
-    """Every configuration whose bands are not wider than twice the grid's short side."""
-    result = []
-    for tile in _C.gemm_tiles(dtype):
-        short_side = min(-(-tokens // tile["tokens"]), -(-out_features // tile["out_features"]))
-        swizzles = [swizzle for swizzle in SWIZZLES if swizzle <= 2 * short_side]
-        result += [(tile["tile"], raster, swizzle) for raster in RASTERS for swizzle in swizzles]
-    return result
-
-
-def check(expected: torch.Tensor, got: torch.Tensor, what: str, limit: float = 5e-3) -> None:
-    error = relative_error(got, expected)
-    if not error < limit:
-        raise SystemExit(f"expected {what} within {limit}, got a relative error of {error}: not timed")
-
-
-def agrees(expected: torch.Tensor, got: torch.Tensor, what: str, limit: float) -> bool:
-    """Whether a configuration may be timed; a line says it where not."""
-    error = relative_error(got, expected)
-    if not error < limit:
-        print(f"{what}: no row, a relative error of {error:.1e} against the selected configuration")
-    return error < limit
-
-
-def check_against_dense(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, dtype: str) -> None:
-    """The selected configuration against float64 of the unquantised operands, on the last tokens and first outputs."""
-    expected = nm_act.prune(x[-64:], 2, 4).double() @ weight[:256].double().t()
-    check(expected, y[-64:, :256], f"the selected configuration in {dtype}", 6e-2 if dtype == "e4m3" else 5e-3)
-
-
-def tune(dtype: str, problem: tuple[int, int, int], chosen: Config, seconds: float) -> dict[Config, float]:
-    """Median microseconds of every configuration of one problem."""
-    drawn = operands(dtype, *problem)
-    sets = [{**options, **compress(x, dtype)} for x, options in drawn]
-    configs = list(dict.fromkeys([chosen, *candidates(dtype, *problem[:2])]))
-    expected = gemm(sets[0], chosen)
-    x, options = drawn[0]
-    scale = options.get("column_scale", torch.ones(problem[1], device="cuda"))
-    check_against_dense(x, options["weight"].float() * scale[:, None], expected, dtype)
-    # Sums of the e4m3 tensor cores depend on where a tile is split.
-    limit = 1e-2 if dtype == "e4m3" else 5e-3
-    configs = [c for c in configs if agrees(expected, gemm(sets[0], c), f"{dtype} {c} at {problem}", limit)]
-    calls = {str(c): [lambda a=a, c=c: gemm(a, c) for a in sets] for c in configs}
-    times = interleaved(calls, seconds, warmup=0.02, rounds=5)
-    return {config: percentiles(times[str(config)])[1] for config in configs}
-
-
-def time_overlap(dtype: str, problem: tuple[int, int, int], chosen: Config, seconds: float) -> dict[bool, float]:
-    """Median microseconds of compression and product, in stream order and overlapped."""
-    sets = operands(dtype, *problem)
-
-    def whole(x, options, overlapped):
-        return gemm({**options, **compress(x, dtype)}, chosen, overlapped)
-
-    expected = whole(*sets[0], False)
-    for x, options in sets[:1] * 20:
-        check(expected, whole(x, options, True), f"an overlapped launch at {problem} in {dtype}")
-    calls = {str(o): [lambda s=s, o=o: whole(*s, o) for s in sets] for o in (False, True)}
-    times = interleaved(calls, seconds, warmup=0.02)
-    return {overlapped: percentiles(times[str(overlapped)])[1] for overlapped in (False, True)}
-
-
-def write(path: str, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue())
-
-
-def summary(rows: list[dict]) -> None:
-    """The cost of select_config's choices, and each tile and raster against the best of its problem."""
-    problems = defaultdict(list)
-    for row in rows:
-        problems[row["dtype"], row["tokens"], row["out_features"], row["in_features"]].append(row)
-    regrets, relative = defaultdict(list), defaultdict(list)
-    for (dtype, tokens, *_), entries in problems.items():
-        best = min(float(row["us_p50"]) for row in entries)
-        regrets[dtype, tokens].append(next(float(row["us_p50"]) for row in entries if row["selected"]) / best)
-        for key in {(row["tile"], row["raster"]) for row in entries}:
-            mine = min(float(row["us_p50"]) for row in entries if (row["tile"], row["raster"]) == key)
-            relative[dtype, tokens, *key].append(mine / best)
-    for (dtype, tokens), values in sorted(regrets.items()):
-        print(f"{dtype} {tokens:>5} tokens: selected {geometric_mean(values):.3f}x the best, worst {max(values):.3f}x")
-    for (dtype, tokens, tile, raster), values in sorted(relative.items()):
-        spread = f"{min(values):.3f} to {max(values):.3f}"
-        print(f"  {dtype} {tokens:>5} tile {tile} {raster}: {geometric_mean(values):.3f}x the best, {spread}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", help="write the table to this file")
+    parser.add_argument("--csv", required=True, help="rows are appended; problems that it holds are not run again")
     parser.add_argument("--commit", default=commit(), help="what the column commit says, where there is no git")
-    parser.add_argument("--dtypes", nargs="+", default=["bf16", "e4m3"], choices=["bf16", "e4m3"])
-    parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument("--shapes", nargs="+", metavar="OUTxIN", help="instead of Llama-3's, such as 4096x14336")
-    parser.add_argument("--seconds", type=float, default=0.25, help="measuring time of one problem")
-    parser.add_argument("--quick", action="store_true", help="fewer token counts")
-    parser.add_argument("--overlapped", action="store_true", help="time overlapped launches instead of configurations")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="in this order")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no problem after this time")
+    parser.add_argument("--no-cusparselt", action="store_true", help="leave out that baseline and its long search")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave a candidate out")
     arguments = parser.parse_args()
+    began = float(os.environ.setdefault("NM_ACT_TUNE_BEGAN", str(time.time())))  # a restart's time counts too
     device = require_kernels(nm_act.build_info())
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes] if arguments.shapes else SHAPES
-    common = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda}
-    common |= {"commit": arguments.commit, "date": datetime.date.today().isoformat()}
     torch.manual_seed(0)
-    rows: list[dict] = []
-    counts = arguments.tokens or (QUICK_TOKENS if arguments.quick else TOKENS)
-    problems = [(tokens, *shape) for shape in shapes for tokens in counts]
-    for dtype in arguments.dtypes:
-        for problem in problems:
-            chosen = _C.select_gemm_config(dtype, *problem, multiprocessors)
-            name = f"{dtype} " + " x ".join(map(str, problem))
-            if arguments.overlapped:
-                order, overlap = time_overlap(dtype, problem, chosen, arguments.seconds).values()
-                print(f"{name}: in stream order {order:.1f} us, overlapped {overlap:.1f} us", flush=True)
-                continue
-            times = tune(dtype, problem, chosen, arguments.seconds)
-            sizes = dict(zip(("tokens", "out_features", "in_features"), problem, strict=True))
-            for config, us in times.items():
-                tile, raster, swizzle = config
-                facts = {"tile": tile, "raster": RASTERS[raster], "swizzle": swizzle, "us_p50": f"{us:.2f}"}
-                rows.append({**common, "dtype": dtype, **sizes, **facts, "selected": int(config == chosen)})
-            if arguments.csv:
-                write(arguments.csv, rows)
-            best = min(times, key=times.get)
-            tiles = sorted({config[0] for config in times})
-            by_tile = [f"{t}: {min(us for c, us in times.items() if c[0] == t):.1f}" for t in tiles]
-            selected = f"selected {chosen} {times[chosen]:.1f} us, best {best} {times[best]:.1f}"
-            print(f"{name}: {selected}; tiles {' '.join(by_tile)}", flush=True)
-    summary(rows)
+    tuner = Tuner(arguments, device)
+    # Sizes that no tile divides, first: what fails is out before anything is timed.
+    for dtype, storage in (("bf16", "out_in"), ("bf16", "in_out"), ("e4m3", "out_in")):
+        for sizes in ((300, 528, 1088), (1, 16, 64)):
+            case = Case(Problem("check", dtype, storage, *sizes))
+            for tile in list(tuner.tiles[dtype]):
+                config = Config(tile["name"], tile["tile"], 1, 1)
+                y = guarded(config.name, case.gemm(config)[0])
+                wrong = "not compiled or refused" if y is None else case.error_of(y)[1]
+                if wrong:
+                    print(f"check {dtype} {storage} {sizes}: {config.name}: {wrong}", flush=True)
+                    if y is None:
+                        tuner.refused.add((dtype, storage, config.tile))
+                    else:
+                        tuner.tiles[dtype].remove(tile)
+    for problem in problems_of(arguments):
+        if tuple(map(str, problem)) in tuner.done:
+            continue
+        if time.time() - began > arguments.seconds:
+            print("out of time", flush=True)
+            break
+        started = time.time()
+        try:
+            line = tuner.tune(problem)
+        except (torch.cuda.OutOfMemoryError, RuntimeError, SystemExit) as error:
+            line = f"failed: {str(error).splitlines()[0][:160]}"
+            tuner.row(problem, "failed", "problem", note=line)
+        print(f"{' '.join(map(str, problem))} ({time.time() - started:.1f} s): {line}", flush=True)
+        if torch.cuda.memory_reserved() > 40e9:
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def packed_layout(dtype: torch.dtype) -> str:
     """Name of the metadata layout that this device's sparse GEMM reads, by the dtype of the values."""
     if dtype == E4M3:
         return "sm90_8bit"
-    return "sm90_16bit_t128" if torch.cuda.get_device_capability()[0] == 9 else "sm80_16bit"
+    return "sm90_16bit_t64" if torch.cuda.get_device_capability()[0] == 9 else "sm80_16bit"
 
 
 def poison() -> None:

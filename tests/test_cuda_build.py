@@ -31,12 +31,24 @@ pytestmark = [
 ]
 
 
+def gemm(tile: str, value: str, output: str = "kBFloat16", storage: str = "out_in") -> str:
+    """The source that CMakeLists.txt writes for a tile of csrc/kernels/matmul/tiles.h."""
+    text = (ROOT / "cmake/sparse_gemm_sm90.cu.in").read_text()
+    in_out = "true" if storage == "in_out" else "false"
+    names = {"tile": tile, "value": value, "output": output, "storage": storage, "in_out": in_out}
+    for name, replacement in names.items():
+        text = text.replace(f"@{name}@", replacement)
+    return text
+
+
 GEMMS, PRUNE, GATHER = "matmul/inst", "prune", "gather"
 SM80, SM90 = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"
 CASES = {
-    "hopper": (f"{GEMMS}/sm90_bf16_out_in_256x128x128.cu", SM90),
-    "overlapped": (f"{GEMMS}/tuning_sm90_e4m3_128x256x128_overlapped.cu", SM90, "-DNM_ACT_TUNING_TILES"),
-    "streamk": (f"{GEMMS}/tuning_sm90_bf16_256x128x128_streamk.cu", SM90, "-DNM_ACT_TUNING_TILES"),
+    "hopper": (gemm("k256x192x64", "kBFloat16"), SM90),
+    "hopper_in_out": (gemm("k256x192x64", "kFloat16", "kFloat16", "in_out"), SM90),
+    "overlapped": (gemm("k128x256x64", "kBFloat16"), SM90),
+    "overlapped_e4m3": (gemm("k128x256x128E4M3", "kE4M3"), SM90),
+    "few_tokens": (gemm("k64x64x256E4M3", "kE4M3"), SM90),
     "ampere": (f"{GEMMS}/sm80_bf16_out_in.cu", SM80),
     "compress": (f"{PRUNE}/compress.cu", SM90),
     "compress_windows": (f"{PRUNE}/compress_windows.cu", SM90),
@@ -51,7 +63,7 @@ CASES = {
         for number, flags in ((80, SM80), (90, SM90))
     },
 }
-"""Name -> source and flags. The slowest come first: all are compiled side by side while the tests take them in turn."""
+"""Name -> source (its file, or its text) and flags. The slowest come first: all are compiled side by side while the tests take them in turn."""
 
 
 def compile_kernels(source: str, folder: Path, *flags: str) -> tuple[str, str]:
@@ -60,7 +72,10 @@ def compile_kernels(source: str, folder: Path, *flags: str) -> tuple[str, str]:
     common = ["-std=c++17", "-O3", "-DNDEBUG", "-DNM_ACT_CUDA", "-DCUTLASS_ENABLE_GDC_FOR_SM90"]
     common += ["--expt-relaxed-constexpr", "-Xptxas=-v", "--keep", "--keep-dir", folder]
     includes = [f"-I{KERNELS.parent}", f"-I{KERNELS}", f"-I{CUTLASS}"]
-    command = [NVCC, *common, *includes, *flags, "-cubin", "-o", folder / "out.cubin", KERNELS / source]
+    file = KERNELS / source if "\n" not in source else folder / "gemm.cu"
+    if "\n" in source:
+        file.write_text(source)
+    command = [NVCC, *common, *includes, *flags, "-cubin", "-o", folder / "out.cubin", file]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stderr, "".join(path.read_text(errors="replace") for path in folder.glob("*.ptx"))
@@ -89,27 +104,32 @@ def assert_no_spills(report: str, kernels: str = "") -> None:
     assert not {name: size for name, size in hot.items() if size}
 
 
-def test_hopper_gemm(compiled):
-    report, ptx = compiled("hopper")
-    assert re.search(r"wgmma\.mma_async\.sp\S*\.m64n128k32\.f32\.bf16\.bf16", ptx)
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [("hopper", r"m64n192k32\.f32\.bf16\.bf16"), ("hopper_in_out", r"m64n192k32\.f32\.f16\.f16")],
+)
+def test_hopper_gemm(compiled, name, instruction):
+    report, ptx = compiled(name)
+    assert re.search(rf"wgmma\.mma_async\.sp\S*\.{instruction}", ptx)
     assert "griddepcontrol.wait" in ptx
     assert_no_spills(report)
 
 
-def test_overlapped_candidate(compiled):
-    report, ptx = compiled("overlapped")
-    assert re.search(r"wgmma\.mma_async\.sp\S*\.m64n256k64\.f32\.e4m3\.e4m3", ptx)
+@pytest.mark.parametrize(
+    ("name", "instruction"),
+    [
+        ("overlapped", r"m64n256k32\.f32\.bf16\.bf16"),
+        ("overlapped_e4m3", r"m64n256k64\.f32\.e4m3\.e4m3"),
+        ("few_tokens", r"m64n64k64\.f32\.e4m3\.e4m3"),
+    ],
+)
+def test_overlapped_mainloop(compiled, name, instruction):
+    report, ptx = compiled(name)
+    assert re.search(rf"wgmma\.mma_async\.sp\S*\.{instruction}", ptx)
     # One batch stays in flight, and ptxas does not serialise what the loop overlaps.
     assert re.search(r"wgmma\.wait_group\.sync\.aligned 1", ptx)
-    assert "serialized" not in report
-    assert_no_spills(report)
-
-
-def test_stream_k_candidate(compiled):
-    report, ptx = compiled("streamk")
-    assert re.search(r"wgmma\.mma_async\.sp\S*\.m64n128k32\.f32\.bf16\.bf16", ptx)
     assert "griddepcontrol.wait" in ptx
-    assert re.search(r"ld\.global\.acquire\.gpu", ptx)  # waits for the blocks that share its tile
+    assert "serialized" not in report
     assert_no_spills(report)
 
 

@@ -81,12 +81,9 @@ if wanted bench; then
     --csv "$out/patterns.csv" "${options[@]}"
 fi
 
-# Worth it in a build with NM_ACT_CMAKE_ARGS=-DNM_ACT_TUNING_TILES=ON.
 if wanted tune; then
-  TAIL_LINES=60 step tune_overlap "${TUNE_LIMIT:-560}" "$python" benchmarks/tune.py --overlapped --tokens 512 4096 \
-    ${TUNE_ARGS:-}
   TAIL_LINES=80 step tune "${TUNE_LIMIT:-560}" "$python" benchmarks/tune.py --csv "$out/gemm_tuning.csv" \
-    ${COMMIT:+--commit "$COMMIT"} ${QUICK:+--quick} ${TUNE_ARGS:-}
+    --seconds "${TUNE_SECONDS:-480}" ${COMMIT:+--commit "$COMMIT"} ${TUNE_ARGS:-}
 fi
 
 if wanted inference; then

@@ -108,11 +108,12 @@ nm_act::ElementType value_type_named(const std::string& name) {
 py::list gemm_tiles(const std::string& dtype) {
   const nm_act::ElementType type = value_type_named(dtype);
   py::list tiles;
-  for (const nm_act::TileRange range : {nm_act::tiles_of(type), nm_act::candidates_of(type)}) {
-    for (const nm_act::TileFacts& tile : range) {
-      tiles.append(py::dict(py::arg("tile") = int(tile.tile), py::arg("tokens") = tile.tokens,
-                            py::arg("out_features") = tile.out_features));
-    }
+  for (const nm_act::TileFacts& tile : nm_act::kTiles) {
+    if (!nm_act::is_tile_of(tile, type)) continue;
+    tiles.append(py::dict(py::arg("tile") = int(tile.tile), py::arg("tokens") = tile.tokens,
+                          py::arg("out_features") = tile.out_features, py::arg("name") = tile.name,
+                          py::arg("cluster_tokens") = tile.cluster_tokens,
+                          py::arg("cluster_outputs") = tile.cluster_outputs));
   }
   return tiles;
 }
@@ -121,7 +122,7 @@ py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t o
                              int multiprocessors) {
   const nm_act::GemmConfig config =
       nm_act::select_config({tokens, out_features, in_features, value_type_named(dtype), multiprocessors});
-  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle);
+  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.overlapped);
 }
 
 // (lanes, splits, threads) of every configuration that the decode kernel can run this problem with; the one it would

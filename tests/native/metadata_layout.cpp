@@ -86,14 +86,15 @@ void check_sm90(MetadataLayout layout) {
 // The words that a thread gives to wgmma.sp, feature by feature: CuTe says which (token, feature) each bit is of, the
 // layout above where that lies.
 template <class Layout, int kStepFeatures>
-void check_wgmma(MetadataLayout layout, bool bits8) {
+void check_wgmma(MetadataLayout layout) {
+  const int tile = static_cast<int>(metadata_tile_features(layout));
   for (int thread = 0; thread < 128; ++thread) {
-    for (int step = 0; step < 128 / kStepFeatures; ++step) {
+    for (int step = 0; step < tile / kStepFeatures; ++step) {
       for (int bit = 0; bit < 32; ++bit) {
         const int place = Layout{}(thread, bit), token = place % 64, feature = place / 64 + step * kStepFeatures;
-        const NibbleAddress at = metadata_address(layout, 64, 128, token, feature / 4);
-        const bool same = at.byte * 8 + at.shift + feature % 4 == wgmma_metadata_byte(bits8, thread, step) * 8 + bit;
-        check(same, "word of a thread", layout, 64, 128, token, feature / 4);
+        const NibbleAddress at = metadata_address(layout, 64, tile, token, feature / 4);
+        const bool same = at.byte * 8 + at.shift + feature % 4 == wgmma_metadata_byte(layout, thread, step) * 8 + bit;
+        check(same, "word of a thread", layout, 64, tile, token, feature / 4);
       }
     }
   }
@@ -201,8 +202,9 @@ int main() {
   check_sm90<cutlass::bfloat16_t, 256>(MetadataLayout::kSm90Bits16T128);
   check_sm90<cutlass::float_e4m3_t, 128>(MetadataLayout::kSm90Bits8);
   check_sm90<cutlass::float_e4m3_t, 256>(MetadataLayout::kSm90Bits8);
-  check_wgmma<cute::SM90::GMMA::ELayout_64x32, 32>(MetadataLayout::kSm90Bits16T128, false);
-  check_wgmma<cute::SM90::GMMA::ELayout_64x64, 64>(MetadataLayout::kSm90Bits8, true);
+  check_wgmma<cute::SM90::GMMA::ELayout_64x32, 32>(MetadataLayout::kSm90Bits16T64);
+  check_wgmma<cute::SM90::GMMA::ELayout_64x32, 32>(MetadataLayout::kSm90Bits16T128);
+  check_wgmma<cute::SM90::GMMA::ELayout_64x64, 64>(MetadataLayout::kSm90Bits8);
   for (int i = 0; i < kMetadataLayouts; ++i) {
     check_bijection(static_cast<MetadataLayout>(i));
     check_round_trip(static_cast<MetadataLayout>(i));

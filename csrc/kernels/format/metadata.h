@@ -57,12 +57,15 @@ NM_ACT_HOST_DEVICE constexpr uint32_t metadata_tile_features(MetadataLayout layo
   }
 }
 
-// In a 64-token by 128-feature tile of the sm90 layouts with T = 128: the byte at which the 32-bit word begins that
-// this thread of a warp group hands to the tile's wgmma.sp number `step` (32 features each in 16 bits, 64 in 8 bits).
-NM_ACT_HOST_DEVICE constexpr int wgmma_metadata_byte(bool bits8, int thread, int step) {
-  const int row = thread / 4 % 8, quarter = thread / 32;
-  return bits8 ? 16 * (row + 8 * (thread % 2) + 16 * quarter) + 4 * (thread / 2 % 2) + 8 * step
-               : 16 * row + 128 * (thread % 2) + 256 * quarter + 4 * step;
+// In a 64-token by T-feature tile of an sm90 layout: the byte at which the 32-bit word begins that this thread of a
+// warp group hands to the tile's wgmma.sp number `step` (32 features each in 16 bits, 64 in 8 bits).
+NM_ACT_HOST_DEVICE constexpr int wgmma_metadata_byte(MetadataLayout layout, int thread, int step) {
+  const int row = thread / 4 % 8, half = thread % 2, quarter = thread / 32;
+  if (layout == MetadataLayout::kSm90Bits8) {
+    return 16 * (row + 8 * half + 16 * quarter) + 4 * (thread / 2 % 2) + 8 * step;
+  }
+  const int steps = static_cast<int>(metadata_tile_features(layout)) / 32;
+  return 4 * (steps * (row + 8 * half + 16 * quarter) + step);
 }
 
 NM_ACT_HOST_DEVICE constexpr int64_t round_up(int64_t value, uint32_t multiple) {

@@ -1,33 +1,22 @@
 // Which tile a 2:4 GEMM runs with: a pure function of the problem, testable without a device.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <iterator>
+#include <utility>
 
 #include "../nm_act.h"
+#include "tiles.h"
 
 namespace nm_act {
 
-// Tokens x out_features x in_features of a block's tile. All have TileK >= 128, so one metadata layout serves all tiles
-// of a type.
+// Tokens x out_features x in_features of a block's tile.
 enum class GemmTile : int {
-  k256x128x128 = 0,          // cooperative, cluster 2x1
-  k128x128x128 = 1,          // cooperative, cluster 2x1
-  k128x256x128 = 2,          // cooperative, cluster 2x1; e4m3: fast accumulation
-  k128x128x256PingPong = 3,  // ping-pong, cluster 2x1; e4m3: fast accumulation
-#ifdef NM_ACT_TUNING_TILES
-  // Candidates that benchmarks/tune.py times; one that wins moves up. "Overlapped": with overlapped_mainloop.cuh.
-  k256x128x128Overlapped,          // cooperative, cluster 2x1
-  k128x256x128Overlapped,          // cooperative, cluster 2x1
-  k128x128x128PingPongOverlapped,  // ping-pong, cluster 2x1: hides the epilogue
-  k128x128x256PingPongOverlapped,  // ping-pong, cluster 2x1
-  k64x128x256PingPongOverlapped,   // ping-pong, no cluster: one tile for up to 64 tokens, none for padding
-  // "StreamK": cooperative, cluster 2x1; where waves are not full, blocks share a tile along its features.
-  k256x128x128StreamK,
-  k128x128x128StreamK,
-  k128x256x128StreamK,
-  k128x128x256StreamK,
-#endif
+#define NM_ACT_TILE(name, ...) name,
+  NM_ACT_TILES(NM_ACT_TILE)
+#undef NM_ACT_TILE
 };
 
 enum class GemmRaster : int { kHeuristic = 0, kAlongTokens = 1, kAlongOutputs = 2 };
@@ -35,7 +24,8 @@ enum class GemmRaster : int { kHeuristic = 0, kAlongTokens = 1, kAlongOutputs = 
 struct GemmConfig {
   GemmTile tile;
   GemmRaster raster;
-  int swizzle;  // tiles a band of the raster is wide: 1, 2, 4, 8
+  int swizzle;      // tiles a band of the raster is wide: 1, 2, 4, 8
+  bool overlapped;  // launched while the kernel before ends
 };
 
 struct GemmProblem {
@@ -46,46 +36,69 @@ struct GemmProblem {
   int multiprocessors;
 };
 
+// What a tile costs, in microseconds, on an H100 SXM; see estimate_us.
+struct TileCost {
+  double fixed;         // a launch
+  double wave_k;        // a wave, for every 1000 features
+  double wave;          // a wave, its beginning and its end
+  double memory_mb;     // a MB of operands and result that memory moves at least once
+  double multicast_mb;  // a MB that all blocks together bring into shared memory
+};
+
 struct TileFacts {
   GemmTile tile;
   int tokens;
   int out_features;
-  double rate;  // speed of a full wave relative to the best tile of the type
-  GemmRaster raster;
+  int in_features;
+  int cluster_tokens;  // tiles along the tokens that share a weight tile
+  int cluster_outputs;
+  bool bits8;
+  const char* name;
 };
 
-inline constexpr int kClusterTokens = 2;  // tiles along the tokens that share a weight tile
+inline constexpr bool kIsBits16 = false, kIsE4M3 = true;
+inline constexpr TileFacts kTiles[] = {
+#define NM_ACT_FACTS(name, value, tokens, outputs, features, token_tiles, output_tiles, ...) \
+  {GemmTile::name, tokens, outputs, features, token_tiles, output_tiles, kIs##value, #name},
+    NM_ACT_TILES(NM_ACT_FACTS)
+#undef NM_ACT_FACTS
+};
 
-// Measured on an H200 (CUDA 13.0, November 2026; 8 Llama-3 shapes x 1024, 4096, 16384 tokens, random normal data,
-// medians of both rasters and four swizzles, against each other): the second tile is 8 to 15 % slower in bf16 and 10 to
-// 25 % in e4m3 where waves are full, and wins up to 16 % where they are not. Rasters: the one given is within 3 % of
-// the best, the other up to 12 % off.
-inline constexpr TileFacts kBits16Tiles[] = {{GemmTile::k256x128x128, 256, 128, 1.0, GemmRaster::kAlongOutputs},
-                                             {GemmTile::k128x128x128, 128, 128, 0.87, GemmRaster::kAlongTokens}};
-inline constexpr TileFacts kE4M3Tiles[] = {{GemmTile::k128x256x128, 128, 256, 1.0, GemmRaster::kAlongOutputs},
-                                           {GemmTile::k128x128x256PingPong, 128, 128, 0.83, GemmRaster::kAlongTokens}};
+// Fitted to benchmarks/results/h100/gemm_tuning.csv: first each tile's times, then, from there, the time lost by the
+// tile that the costs choose (its mean and its square), over every problem of the table (bf16: from 323 tokens on). A
+// wave of 256x192x64 is then counted 10 % longer, which chooses better still. tests/test_gemm_tuning.py holds the
+// choice to the table.
+inline constexpr TileCost kTileCosts[] = {
+    {1.981, 6.904, 1.181, 0.086, 0.048},   // k128x256x64
+    {0.277, 10.220, 2.219, 0.092, 0.066},  // k256x192x64
+    {2.022, 4.363, 0.076, 0.318, 0.040},   // k128x128x64
+    {2.160, 2.797, 3.537, 0.367, 0.003},   // k128x256x128E4M3
+    {0.264, 4.130, 4.966, 0.434, 0.008},   // k256x192x128E4M3
+    {5.089, 1.826, 0.381, 0.179, 0.055},   // k128x128x256E4M3
+    {4.657, 1.170, 1.124, 0.396, 0.009},   // k64x128x256E4M3
+    {3.086, 0.930, 1.320, 0.342, 0.007},   // k64x64x256E4M3
+};
+static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
 
-#ifdef NM_ACT_TUNING_TILES
-inline constexpr TileFacts kBits16Candidates[] = {
-    {GemmTile::k256x128x128Overlapped, 256, 128, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k128x128x128PingPongOverlapped, 128, 128, 1.0, GemmRaster::kAlongTokens},
-    {GemmTile::k256x128x128StreamK, 256, 128, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k128x128x128StreamK, 128, 128, 1.0, GemmRaster::kAlongTokens}};
-inline constexpr TileFacts kE4M3Candidates[] = {
-    {GemmTile::k128x256x128Overlapped, 128, 256, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k256x128x128Overlapped, 256, 128, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k128x128x256PingPongOverlapped, 128, 128, 1.0, GemmRaster::kAlongTokens},
-    {GemmTile::k64x128x256PingPongOverlapped, 64, 128, 1.0, GemmRaster::kAlongTokens},
-    {GemmTile::k128x256x128StreamK, 128, 256, 1.0, GemmRaster::kAlongOutputs},
-    {GemmTile::k128x128x256StreamK, 128, 128, 1.0, GemmRaster::kAlongTokens}};
-#endif
+struct TileGrid {
+  int64_t rows, columns;  // in tiles, whole clusters
+};
+
+inline TileGrid grid_of(const GemmProblem& problem, const TileFacts& tile) {
+  const auto tiles = [](int64_t size, int tile_size, int cluster) {
+    return round_up((size + tile_size - 1) / tile_size, static_cast<uint32_t>(cluster));
+  };
+  return {tiles(problem.tokens, tile.tokens, tile.cluster_tokens),
+          tiles(problem.out_features, tile.out_features, tile.cluster_outputs)};
+}
 
 // The widest band that pads the grid by at most 5 %: the scheduler rounds both sides of the grid up to whole bands, and
-// blocks beyond the problem cost a full tile (a band of 8 at 1024 tokens took 2.0 to 2.8 times the time).
-inline int select_swizzle(int64_t token_tiles, int64_t output_tiles) {
+// blocks beyond the problem cost a full tile (a band of 8 at 1024 tokens took 2.0 to 2.8 times the time). Counted as
+// for a cluster of two along the tokens whatever the tile's own, as the table was measured.
+inline int select_swizzle(const TileGrid& grid) {
   const auto padded = [&](int64_t swizzle) {
-    return round_up(token_tiles, static_cast<uint32_t>(swizzle * kClusterTokens)) *
-           round_up(output_tiles, static_cast<uint32_t>(swizzle));
+    return round_up(grid.rows, static_cast<uint32_t>(swizzle * 2)) *
+           round_up(grid.columns, static_cast<uint32_t>(swizzle));
   };
   for (int swizzle = 8; swizzle > 1; swizzle /= 2) {
     if (padded(swizzle) * 20 <= padded(1) * 21) return swizzle;
@@ -93,50 +106,68 @@ inline int select_swizzle(int64_t token_tiles, int64_t output_tiles) {
   return 1;
 }
 
-struct TileRange {
-  const TileFacts* first;
-  const TileFacts* last;
-  const TileFacts* begin() const { return first; }
-  const TileFacts* end() const { return last; }
-};
-
-inline TileRange tiles_of(ElementType value_type) {
-  return value_type == ElementType::kE4M3 ? TileRange{std::begin(kE4M3Tiles), std::end(kE4M3Tiles)}
-                                          : TileRange{std::begin(kBits16Tiles), std::end(kBits16Tiles)};
+// The order of the tiles that lets the blocks of a wave share most of their operands in L2: a wave runs along one side
+// of the grid in a band as wide as the swizzle, and what it reads is rows of values and columns of weight. Bands of 8
+// differ little between the two. Along the tokens the tiles of 64 and of 256 are faster almost everywhere.
+inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
+  if (swizzle >= 8) return GemmRaster::kAlongOutputs;
+  if (tile.tokens != 128) return GemmRaster::kAlongTokens;
+  const auto bands = [&](int64_t across, int64_t length, int64_t whole, int64_t band) {
+    // Tiles along the band, and the width of the bands that a wave covers.
+    const int64_t blocks = problem.multiprocessors;
+    const int64_t width = std::min(across, band), along = std::min(length, (blocks + width - 1) / width);
+    const int64_t needed = along == length
+                               ? std::min(across, round_up((blocks + along - 1) / along, static_cast<uint32_t>(whole)))
+                               : width;
+    return std::pair<int64_t, int64_t>{needed, along};
+  };
+  const auto read = [&](int64_t rows, int64_t columns) {
+    return static_cast<double>(rows * tile.tokens) * 0.5625 + static_cast<double>(columns * tile.out_features);
+  };
+  const int64_t row_band = int64_t{swizzle} * tile.cluster_tokens,
+                column_band = int64_t{swizzle} * tile.cluster_outputs;
+  const auto [rows, row_length] = bands(grid.rows, grid.columns, row_band, row_band);
+  const auto [columns, column_length] = bands(grid.columns, grid.rows, column_band, column_band);
+  return read(column_length, columns) < read(rows, row_length) ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
 }
 
-// Tiles that only benchmarks/tune.py runs; none unless they were asked for.
-inline TileRange candidates_of([[maybe_unused]] ElementType value_type) {
-#ifdef NM_ACT_TUNING_TILES
-  return value_type == ElementType::kE4M3 ? TileRange{std::begin(kE4M3Candidates), std::end(kE4M3Candidates)}
-                                          : TileRange{std::begin(kBits16Candidates), std::end(kBits16Candidates)};
-#else
-  return {nullptr, nullptr};
-#endif
-}
-
-// How this problem runs with this tile.
+// How this problem runs with this tile. Blocks without a cluster lose step with one another when they start while
+// another kernel ends, and then read a weight column once for each row of tiles (up to 1.5 times the time).
 inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile) {
-  const int64_t token_tiles = (problem.tokens + tile.tokens - 1) / tile.tokens;
-  const int64_t output_tiles = (problem.out_features + tile.out_features - 1) / tile.out_features;
-  return {tile.tile, tile.raster, select_swizzle(token_tiles, output_tiles)};
+  const TileGrid grid = grid_of(problem, tile);
+  const int swizzle = select_swizzle(grid);
+  const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;
+  return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, clustered || grid.rows == 1};
 }
 
-// The tile whose waves cost least. A block has its multiprocessor to itself, so a wave costs the tile's area over its
-// rate however many blocks run in it.
+// Waves of tiles on one side, memory and L2 on the other, added by their cubes: whichever is larger, and more where
+// both are close. A block has its multiprocessor to itself, so a wave takes the same however many blocks run in it.
+inline double estimate_us(const GemmProblem& problem, const TileFacts& tile) {
+  const TileCost& cost = kTileCosts[static_cast<int>(tile.tile)];
+  const TileGrid grid = grid_of(problem, tile);
+  const int64_t tiles = grid.rows * grid.columns;
+  const double waves = static_cast<double>((tiles + problem.multiprocessors - 1) / problem.multiprocessors);
+  const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
+               features = static_cast<double>(problem.in_features), bytes = tile.bits8 ? 1 : 2;
+  const double values = tokens * features * bytes * 0.5625;  // half of them, and metadata
+  const double moved = (outputs * features * bytes + values + tokens * outputs * 2) / 1e6;
+  const double shared =
+      static_cast<double>(tiles) * (tile.tokens * 0.5625 + tile.out_features) * features * bytes / 1e6;
+  const double work = waves * (cost.wave_k * features / 1e3 + cost.wave);
+  const double traffic = cost.memory_mb * moved + cost.multicast_mb * shared;
+  return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic);
+}
+
+inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
+  return tile.bits8 == (value_type == ElementType::kE4M3);
+}
+
+// The tile that is estimated to take least.
 inline GemmConfig select_config(const GemmProblem& problem) {
   const TileFacts* best = nullptr;
-  double best_cost = 0;
-  for (const TileFacts& tile : tiles_of(problem.value_type)) {
-    const int64_t token_tiles = (problem.tokens + tile.tokens - 1) / tile.tokens;
-    const int64_t output_tiles = (problem.out_features + tile.out_features - 1) / tile.out_features;
-    const int64_t tiles = round_up(token_tiles, kClusterTokens) * output_tiles;
-    const int64_t waves = (tiles + problem.multiprocessors - 1) / problem.multiprocessors;
-    const double cost = static_cast<double>(waves * tile.tokens * tile.out_features) / tile.rate;
-    if (best == nullptr || cost < best_cost) {
-      best = &tile;
-      best_cost = cost;
-    }
+  for (const TileFacts& tile : kTiles) {
+    if (!is_tile_of(tile, problem.value_type)) continue;
+    if (best == nullptr || estimate_us(problem, tile) < estimate_us(problem, *best)) best = &tile;
   }
   return configure(problem, *best);
 }

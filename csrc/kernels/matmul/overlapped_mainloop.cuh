@@ -5,8 +5,8 @@
 // uses set i % 2, which tile i - 2 has finished with, so the tensor cores always hold the next tile when one ends. A
 // stage of shared memory is given back when its tile is done, as before.
 //
-// A stage of shared memory holds the metadata in the order of the sm90 layouts with T = 128 (format/metadata.h): slabs
-// of 128 features, in each the 64-token tiles one after the other. A thread needs one 32-bit word a tile and wgmma.
+// A stage of shared memory holds the metadata in the order of the sm90 layouts (format/metadata.h): slabs of T
+// features, in each the 64-token tiles one after the other. A thread needs one 32-bit word a tile and wgmma.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -34,7 +34,12 @@ struct OverlappedMainloop : Base {
   static constexpr int kRowBlocks = kTileTokens / (64 * kWarpGroups);  // of 64 tokens, a warp group
   static constexpr int kSteps = kTileFeatures / kInstructionFeatures;  // wgmma along the features, a k-tile
   static constexpr int kStageBytes = kTileTokens * kTileFeatures / 8;
-  static_assert(kTileFeatures % 128 == 0, "the metadata's tile is 128 features wide");
+  static constexpr MetadataLayout kLayout = kBits8                ? MetadataLayout::kSm90Bits8
+                                            : kTileFeatures < 128 ? MetadataLayout::kSm90Bits16T64
+                                                                  : MetadataLayout::kSm90Bits16T128;
+  static constexpr int kSlabFeatures = static_cast<int>(metadata_tile_features(kLayout));
+  static constexpr int kSlabSteps = kSlabFeatures / kInstructionFeatures;
+  static_assert(kTileFeatures % kSlabFeatures == 0, "a k-tile holds whole metadata tiles");
 
   struct Metadata {
     uint32_t word[kSteps][kRowBlocks];
@@ -45,13 +50,18 @@ struct OverlappedMainloop : Base {
     CUTLASS_PRAGMA_UNROLL
     for (int block = 0; block < kRowBlocks; ++block) {
       CUTLASS_PRAGMA_UNROLL
-      for (int slab = 0; slab < kTileFeatures / 128; ++slab) {
-        const uint8_t* words = stage + slab * (kTileTokens * 16) + (first_block + kWarpGroups * block) * 1024 +
-                               wgmma_metadata_byte(kBits8, thread % 128, 0);
+      for (int slab = 0; slab < kTileFeatures / kSlabFeatures; ++slab) {
+        const uint8_t* words = stage + slab * (kTileTokens * kSlabFeatures / 8) +
+                               (first_block + kWarpGroups * block) * (64 * kSlabFeatures / 8) +
+                               wgmma_metadata_byte(kLayout, thread % 128, 0);
         if constexpr (kBits8) {
           metadata.word[2 * slab][block] = *reinterpret_cast<const uint32_t*>(words);
           metadata.word[2 * slab + 1][block] = *reinterpret_cast<const uint32_t*>(words + 8);
-        } else {  // the words of the tile's four steps lie side by side
+        } else if constexpr (kSlabSteps == 2) {  // the words of a tile's steps lie side by side
+          const uint2 two = *reinterpret_cast<const uint2*>(words);
+          metadata.word[2 * slab][block] = two.x;
+          metadata.word[2 * slab + 1][block] = two.y;
+        } else {
           const uint4 four = *reinterpret_cast<const uint4*>(words);
           metadata.word[4 * slab][block] = four.x;
           metadata.word[4 * slab + 1][block] = four.y;

@@ -5,7 +5,6 @@ namespace nm_act {
 namespace {
 
 using RunSm90 = cudaError_t (*)(const SparseGemmParams&, const GemmLaunch&);
-using WorkspaceSm90 = size_t (*)(const SparseGemmParams&, const GemmLaunch&);
 using RunSm80 = cudaError_t (*)(const SparseGemmParams&, cudaStream_t);
 
 struct Sm90Instance {
@@ -13,8 +12,7 @@ struct Sm90Instance {
   ElementType y_type;
   bool weight_in_out;
   GemmTile tile;
-  RunSm90 run[2];           // by GemmEpilogue
-  WorkspaceSm90 workspace;  // null: needs none
+  RunSm90 run[2];  // by GemmEpilogue
 };
 
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
@@ -24,52 +22,22 @@ constexpr Sm90Instance sm90_instance() {
           kWeightInOut,
           kTile,
           {run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kPlain>,
-           run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kFull>},
-          nullptr};
+           run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kFull>}};
 }
 
-#ifdef NM_ACT_TUNING_TILES
-template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
-constexpr Sm90Instance sm90_split_instance() {
-  Sm90Instance instance = sm90_instance<kValue, kOutput, kWeightInOut, kTile>();
-  instance.workspace = sparse_gemm_workspace_sm90<kValue, kOutput, kWeightInOut, kTile>;
-  return instance;
-}
-#endif
-
-constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3,
-                      kFp32 = ElementType::kFloat32;
+constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3;
 
 const Sm90Instance kSm90Instances[] = {
-    sm90_instance<kBf16, kBf16, false, GemmTile::k256x128x128>(),
-    sm90_instance<kBf16, kBf16, false, GemmTile::k128x128x128>(),
-    sm90_instance<kBf16, kBf16, true, GemmTile::k256x128x128>(),
-    sm90_instance<kBf16, kBf16, true, GemmTile::k128x128x128>(),
-    sm90_instance<kFp16, kFp16, false, GemmTile::k256x128x128>(),
-    sm90_instance<kFp16, kFp16, false, GemmTile::k128x128x128>(),
-    sm90_instance<kFp16, kFp16, true, GemmTile::k256x128x128>(),
-    sm90_instance<kFp16, kFp16, true, GemmTile::k128x128x128>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k128x256x128>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k128x128x256PingPong>(),
-    sm90_instance<kFp8, kFp16, false, GemmTile::k128x256x128>(),
-    sm90_instance<kFp8, kFp16, false, GemmTile::k128x128x256PingPong>(),
-    sm90_instance<kBf16, kFp32, false, GemmTile::k128x128x128>(),
-    sm90_instance<kBf16, kFp32, true, GemmTile::k128x128x128>(),
-    sm90_instance<kFp16, kFp32, false, GemmTile::k128x128x128>(),
-    sm90_instance<kFp16, kFp32, true, GemmTile::k128x128x128>(),
-    sm90_instance<kFp8, kFp32, false, GemmTile::k128x256x128>(),
-#ifdef NM_ACT_TUNING_TILES
-    sm90_instance<kBf16, kBf16, false, GemmTile::k256x128x128Overlapped>(),
-    sm90_instance<kBf16, kBf16, false, GemmTile::k128x128x128PingPongOverlapped>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k128x256x128Overlapped>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k256x128x128Overlapped>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k128x128x256PingPongOverlapped>(),
-    sm90_instance<kFp8, kBf16, false, GemmTile::k64x128x256PingPongOverlapped>(),
-    sm90_split_instance<kBf16, kBf16, false, GemmTile::k256x128x128StreamK>(),
-    sm90_split_instance<kBf16, kBf16, false, GemmTile::k128x128x128StreamK>(),
-    sm90_split_instance<kFp8, kBf16, false, GemmTile::k128x256x128StreamK>(),
-    sm90_split_instance<kFp8, kBf16, false, GemmTile::k128x128x256StreamK>(),
-#endif
+#define NM_ACT_INSTANCES_Bits16(name)                                                                        \
+  sm90_instance<kBf16, kBf16, false, GemmTile::name>(), sm90_instance<kBf16, kBf16, true, GemmTile::name>(), \
+      sm90_instance<kFp16, kFp16, false, GemmTile::name>(), sm90_instance<kFp16, kFp16, true, GemmTile::name>(),
+#define NM_ACT_INSTANCES_E4M3(name) \
+  sm90_instance<kFp8, kBf16, false, GemmTile::name>(), sm90_instance<kFp8, kFp16, false, GemmTile::name>(),
+#define NM_ACT_INSTANCES(name, value, ...) NM_ACT_INSTANCES_##value(name)
+    NM_ACT_TILES(NM_ACT_INSTANCES)
+#undef NM_ACT_INSTANCES
+#undef NM_ACT_INSTANCES_Bits16
+#undef NM_ACT_INSTANCES_E4M3
 };
 
 struct Sm80Instance {
@@ -115,7 +83,7 @@ GemmEpilogue epilogue_for(const SparseGemmParams& params) {
 
 MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device) {
   if (value_type == ElementType::kE4M3) return MetadataLayout::kSm90Bits8;
-  return device.compute_capability_major == 9 ? MetadataLayout::kSm90Bits16T128 : MetadataLayout::kSm80Bits16;
+  return device.compute_capability_major == 9 ? MetadataLayout::kSm90Bits16T64 : MetadataLayout::kSm80Bits16;
 }
 
 bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device) {
@@ -139,24 +107,14 @@ cudaError_t launch_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLa
   return instance->run[static_cast<int>(epilogue_for(params))](params, launch);
 }
 
-size_t sparse_gemm_workspace(const SparseGemmParams& params, const GemmLaunch& launch) {
-  const Sm90Instance* instance = find_sm90(params, launch.config.tile);
-  return instance == nullptr || instance->workspace == nullptr ? 0 : instance->workspace(params, launch);
-}
-
 cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, cudaStream_t stream) {
   if (!sparse_gemm_supports(params, device)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
   if (device.compute_capability_major != 9) return find_sm80(params)->run(params, stream);
   const GemmProblem problem{params.tokens, params.out_features, params.in_features, params.value_type,
                             device.multiprocessors};
-  GemmConfig config = select_config(problem);
-  // fp32 output is compiled for one tile only.
-  for (const TileFacts& tile : tiles_of(params.value_type)) {
-    if (find_sm90(params, config.tile) == nullptr) config = configure(problem, tile);
-  }
-  // In stream order until overlapped launches have passed the tests on a device: they once raced.
-  return launch_sparse_gemm_sm90(params, {config, device.multiprocessors, stream, /*overlapped=*/false, nullptr});
+  const GemmConfig config = select_config(problem);
+  return launch_sparse_gemm_sm90(params, {config, device.multiprocessors, stream, config.overlapped});
 }
 
 }  // namespace nm_act

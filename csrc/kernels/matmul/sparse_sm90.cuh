@@ -27,7 +27,6 @@
 
 #include "overlapped_mainloop.cuh"
 #include "sparse_gemm.h"
-#include "stream_k.cuh"
 
 namespace nm_act {
 namespace sm90 {
@@ -38,48 +37,25 @@ using CutlassElement = std::conditional_t<
     std::conditional_t<kType == ElementType::kFloat16, cutlass::half_t,
                        std::conditional_t<kType == ElementType::kE4M3, cutlass::float_e4m3_t, float>>>;
 
-enum class Variant { kPlain, kOverlapped, kStreamK };
+enum class Schedule { kCooperative, kPingPong };
 
-template <int kTokens, int kOutputs, int kFeatures, int kClusterTokens, bool kPingPongSchedule, Variant kVariant>
+enum class Loop { kPlain, kOverlapped };
+
+template <int kTokens, int kOutputs, int kFeatures, int kTokenTiles, int kOutputTiles, Schedule kSchedule, Loop kLoop>
 struct TileTraits {
   using Shape = cute::Shape<cute::Int<kTokens>, cute::Int<kOutputs>, cute::Int<kFeatures>>;
-  using Cluster = cute::Shape<cute::Int<kClusterTokens>, cute::_1, cute::_1>;
-  static constexpr bool kPingPong = kPingPongSchedule;
-  static constexpr bool kOverlapped = kVariant == Variant::kOverlapped;
-  static constexpr bool kStreamK = kVariant == Variant::kStreamK;
+  using Cluster = cute::Shape<cute::Int<kTokenTiles>, cute::Int<kOutputTiles>, cute::_1>;
+  static constexpr bool kPingPong = kSchedule == Schedule::kPingPong;
+  static constexpr bool kOverlapped = kLoop == Loop::kOverlapped;
 };
 template <GemmTile kTile>
 struct TileShape;
-template <>
-struct TileShape<GemmTile::k256x128x128> : TileTraits<256, 128, 128, 2, false, Variant::kPlain> {};
-template <>
-struct TileShape<GemmTile::k128x128x128> : TileTraits<128, 128, 128, 2, false, Variant::kPlain> {};
-template <>
-struct TileShape<GemmTile::k128x256x128> : TileTraits<128, 256, 128, 2, false, Variant::kPlain> {};
-template <>
-struct TileShape<GemmTile::k128x128x256PingPong> : TileTraits<128, 128, 256, 2, true, Variant::kPlain> {};
-#ifdef NM_ACT_TUNING_TILES
-template <>
-struct TileShape<GemmTile::k256x128x128Overlapped> : TileTraits<256, 128, 128, 2, false, Variant::kOverlapped> {};
-template <>
-struct TileShape<GemmTile::k128x256x128Overlapped> : TileTraits<128, 256, 128, 2, false, Variant::kOverlapped> {};
-template <>
-struct TileShape<GemmTile::k128x128x128PingPongOverlapped> : TileTraits<128, 128, 128, 2, true, Variant::kOverlapped> {
-};
-template <>
-struct TileShape<GemmTile::k128x128x256PingPongOverlapped> : TileTraits<128, 128, 256, 2, true, Variant::kOverlapped> {
-};
-template <>
-struct TileShape<GemmTile::k64x128x256PingPongOverlapped> : TileTraits<64, 128, 256, 1, true, Variant::kOverlapped> {};
-template <>
-struct TileShape<GemmTile::k256x128x128StreamK> : TileTraits<256, 128, 128, 2, false, Variant::kStreamK> {};
-template <>
-struct TileShape<GemmTile::k128x128x128StreamK> : TileTraits<128, 128, 128, 2, false, Variant::kStreamK> {};
-template <>
-struct TileShape<GemmTile::k128x256x128StreamK> : TileTraits<128, 256, 128, 2, false, Variant::kStreamK> {};
-template <>
-struct TileShape<GemmTile::k128x128x256StreamK> : TileTraits<128, 128, 256, 2, false, Variant::kStreamK> {};
-#endif
+#define NM_ACT_SHAPE(name, value, tokens, outputs, features, token_tiles, output_tiles, schedule, loop) \
+  template <>                                                                                           \
+  struct TileShape<GemmTile::name>                                                                      \
+      : TileTraits<tokens, outputs, features, token_tiles, output_tiles, Schedule::k##schedule, Loop::k##loop> {};
+NM_ACT_TILES(NM_ACT_SHAPE)
+#undef NM_ACT_SHAPE
 
 // The epilogue's visitor tree and its arguments.
 template <class Tile, class Output, bool kScaled, GemmEpilogue kEpilogue>
@@ -151,10 +127,8 @@ struct SparseGemm {
       MainloopSchedule>::CollectiveOp;
   using CollectiveMainloop =
       std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<CutlassMainloop>, CutlassMainloop>;
-  static constexpr bool kStreamK = TileShape<kTile>::kStreamK;
-  using Scheduler = std::conditional_t<kStreamK, StreamK, cutlass::gemm::PersistentScheduler>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
-                                                      CollectiveEpilogue, Scheduler>;
+                                                      CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
   using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using SparseConfig = typename CollectiveMainloop::SparseConfig;
 
@@ -184,12 +158,6 @@ struct SparseGemm {
     arguments.epilogue.dD = y_stride;
     arguments.hw_info.sm_count = launch.multiprocessors;
     arguments.scheduler.max_swizzle_size = launch.config.swizzle;
-    if constexpr (kStreamK) {
-      // Blocks that share a tile add up in one order, so results are the same bits every time. Not CUTLASS's own
-      // choice, which turns the split off where the last wave is more than half full: that is for the caller to decide.
-      arguments.scheduler.reduction_mode = decltype(arguments.scheduler.reduction_mode)::Deterministic;
-      arguments.scheduler.decomposition_mode = decltype(arguments.scheduler.decomposition_mode)::StreamK;
-    }
     using Raster = std::remove_reference_t<decltype(arguments.scheduler.raster_order)>;
     arguments.scheduler.raster_order = launch.config.raster == GemmRaster::kAlongTokens    ? Raster::AlongM
                                        : launch.config.raster == GemmRaster::kAlongOutputs ? Raster::AlongN
@@ -212,20 +180,12 @@ cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunc
 #error "an overlapped launch waits for its operands only with CUTLASS_ENABLE_GDC_FOR_SM90"
 #endif
   typename Gemm::Adapter gemm;
-  if (gemm.initialize(arguments, launch.workspace, launch.stream) != cutlass::Status::kSuccess ||
+  if (gemm.initialize(arguments, /*workspace=*/nullptr, launch.stream) != cutlass::Status::kSuccess ||
       gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/launch.overlapped) != cutlass::Status::kSuccess) {
     const cudaError_t error = cudaGetLastError();
     return error != cudaSuccess ? error : cudaErrorLaunchFailure;
   }
   return cudaGetLastError();
-}
-
-template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
-size_t sparse_gemm_workspace_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
-  // The visitors need none, so either epilogue's answer holds for both.
-  using Gemm = sm90::SparseGemm<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kPlain>;
-  static_assert(Gemm::kStreamK, "the persistent scheduler needs no workspace");
-  return Gemm::Adapter::get_workspace_size(Gemm::arguments(params, launch));
 }
 
 }  // namespace nm_act

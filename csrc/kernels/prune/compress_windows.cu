@@ -5,7 +5,7 @@
 //
 // Without a row statistic (e4m3 scale, variance) compress_windows_kernel streams as compress_kernel does: a block of 8
 // warps takes 16 tokens by 512 features, a warp two tokens, a lane a unit of each. In the sm90 16-bit layout 16 tokens
-// by 128 features of metadata are one run of 256 bytes; where both parts of the lifted row begin on such a tile they
+// by 64 features of metadata are one run of 128 bytes; where both parts of the lifted row begin on such a tile they
 // are put together in shared memory. Otherwise, and with other layouts, the bytes go straight out. With a statistic, a
 // block holds a token, as in compress_row.cuh. A per-token shift is computed by a kernel of its own before.
 // docs/kernels/windows.md holds the floor.
@@ -19,8 +19,9 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 constexpr int kBlockTokens = 2 * kWarps;
 constexpr int kSpan = 32 * kUnit;
-constexpr int kTile = 128;                                  // features of a run of staged metadata
+constexpr int kTile = 64;                                   // features of a run of staged metadata
 constexpr int kRunVectors = kBlockTokens * kTile / 8 / 16;  // 16-byte vectors
+constexpr int kSpanRuns = kSpan / kTile;                    // and a quarter of them for every extra window
 
 __device__ constexpr CycleTable kCycleTable = make_cycle_table();
 
@@ -32,7 +33,7 @@ __device__ __forceinline__ uint8_t* staged_at(uint4* staged, int token, int feat
   const int at =
       feature / kTile * kRunVectors * 16 +
       static_cast<int>(
-          metadata_address(MetadataLayout::kSm90Bits16T128, kBlockTokens, kTile, token, feature % kTile / 4).byte);
+          metadata_address(MetadataLayout::kSm90Bits16T64, kBlockTokens, kTile, token, feature % kTile / 4).byte);
   return reinterpret_cast<uint8_t*>(staged) + staged_vector(at / 16) * 16 + at % 16;
 }
 
@@ -100,10 +101,10 @@ struct UnitMetadata {
 template <class E, WindowSet kSet, bool kStaged, bool kScaled>
 __global__ void __launch_bounds__(kThreads)
     compress_windows_kernel(const __grid_constant__ CompressWindowsParams params) {
-  constexpr int kExtras = extra_windows(kSet), kRuns = 4 + kExtras;
+  constexpr int kExtras = extra_windows(kSet), kRuns = kSpanRuns + kSpanRuns / 4 * kExtras;
   __shared__ uint4 staged[kStaged ? kRuns * kRunVectors : 1];
   const CompressOutput& out = params.out;
-  const MetadataLayout layout = kStaged ? MetadataLayout::kSm90Bits16T128 : out.layout;
+  const MetadataLayout layout = kStaged ? MetadataLayout::kSm90Bits16T64 : out.layout;
   const int64_t tokens = params.tokens;
   const int in_features = params.in_features, lifted_row = in_features + in_features / 4 * kExtras;
   const unsigned spans = static_cast<unsigned>(in_features + kSpan - 1) / kSpan;
@@ -159,8 +160,9 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     const int run = threadIdx.x / kRunVectors;
     if (run >= kRuns) return;
-    const int tile_feature = run < 4 ? span * kSpan + run * kTile : in_features + (span * kExtras + run - 4) * kTile;
-    if (tile_feature >= (run < 4 ? in_features : lifted_row)) return;
+    const int extra_run = span * (kSpanRuns / 4) * kExtras + run - kSpanRuns;
+    const int tile_feature = run < kSpanRuns ? span * kSpan + run * kTile : in_features + extra_run * kTile;
+    if (tile_feature >= (run < kSpanRuns ? in_features : lifted_row)) return;
     uint8_t* target = out.metadata + metadata_address(layout, tokens, lifted_row, first_token, tile_feature / 4).byte;
     reinterpret_cast<uint4*>(target)[threadIdx.x % kRunVectors] = staged[staged_vector(threadIdx.x)];
   }
@@ -277,7 +279,7 @@ cudaError_t launch_streaming(const CompressWindowsParams& params, cudaStream_t s
   const int64_t slabs = (metadata_padded_tokens(out.layout, params.tokens) + kBlockTokens - 1) / kBlockTokens;
   const int64_t grid = slabs * ((params.in_features + kSpan - 1) / kSpan);
   if (grid > INT32_MAX) return cudaErrorInvalidValue;
-  const bool staged = out.layout == MetadataLayout::kSm90Bits16T128 && params.in_features % kTile == 0;
+  const bool staged = out.layout == MetadataLayout::kSm90Bits16T64 && params.in_features % kTile == 0;
   const bool scaled = out.channel_scale != nullptr || out.shift != nullptr || out.eta != nullptr;
   const auto kernel =
       staged

@@ -61,8 +61,9 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
   const at::ScalarType type = out_dtype.value_or(fp8 ? at::kBFloat16 : values.scalar_type());
   const int64_t tokens = values.size(0), out_features = weight.size(0);
   const GemmDevice device = gemm_device(values, kOp);
-  const int64_t bytes =
-      metadata_bytes(gemm_metadata_layout(element_type(values.scalar_type()), device), tokens, weight.size(1));
+  const ElementType value_type = element_type(values.scalar_type());
+  const MetadataLayout layout = gemm_metadata_layout(value_type, device);
+  const int64_t bytes = metadata_bytes(layout, tokens, weight.size(1));
   TORCH_CHECK_VALUE(metadata.scalar_type() == at::kByte && metadata.numel() == bytes && metadata.is_contiguous(),
                     "nm_act::sparse_gemm expected ", bytes, " metadata bytes, got ", metadata.numel(), " of ",
                     metadata.scalar_type(), "; pass what compress_packed returned on this device");
@@ -100,12 +101,8 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
     return y;
   }
   const GemmConfig chosen{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
-                          static_cast<int>((*config)[2])};
-  GemmLaunch launch{chosen, device.multiprocessors, stream, (*config)[3] != 0, nullptr};
-  const int64_t scratch = static_cast<int64_t>(sparse_gemm_workspace(params, launch));
-  const at::Tensor workspace = at::empty({scratch}, values.options().dtype(at::kByte));
-  launch.workspace = workspace.mutable_data_ptr();
-  check_status(launch_sparse_gemm_sm90(params, launch), kOp);
+                          static_cast<int>((*config)[2]), (*config)[3] != 0};
+  check_status(launch_sparse_gemm_sm90(params, {chosen, device.multiprocessors, stream, chosen.overlapped}), kOp);
   return y;
 }
 
