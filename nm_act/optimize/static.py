@@ -82,7 +82,7 @@ class StaticDecoder:
         self._static_config._attn_implementation = ATTENTION
         if _with_config(model, self._config, self._static_config) is None:
             raise ValueError(
-                f"expected a model whose attention reads its config, got a {type(model).__name__} where no module holds "
+                f"expected a model whose attention reads its config, got {type(model).__name__}, where no module holds "
                 "it; use model.generate"
             )
         self.length = 0
