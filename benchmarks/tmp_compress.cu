@@ -12,8 +12,16 @@ extern "C" int run_prune(const void* x, long long stride, void* out, const float
 extern "C" int run_compress(const void* x, long long stride, long long tokens, int in, int type, void* values,
                             void* metadata, float* row_scale, float* eta, const float* scale, int token_shift,
                             int variance, int value_type, int layout, void* stream) {
-  CompressOutput out{values, static_cast<uint8_t*>(metadata), row_scale, eta, scale, nullptr,
-                     TokenShift(token_shift), variance != 0, ElementType(value_type), MetadataLayout(layout)};
+  CompressOutput out{values,
+                     static_cast<uint8_t*>(metadata),
+                     row_scale,
+                     eta,
+                     scale,
+                     nullptr,
+                     TokenShift(token_shift),
+                     variance != 0,
+                     ElementType(value_type),
+                     MetadataLayout(layout)};
   CompressParams p{x, stride, tokens, in, ElementType(type), out};
   return launch_compress(p, static_cast<cudaStream_t>(stream));
 }

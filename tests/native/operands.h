@@ -344,7 +344,8 @@ inline bool is_variance_ratio(float nu, const std::vector<float>& z, const std::
   if (variance_p == 0) return nu == 1.0f;
   const double ratio = variance_z / variance_p;
   if (!std::isfinite(ratio)) return std::isnan(nu);
-  const double allowed = 0x1p-21 * ratio + 1e-12 * size_z / variance_p;  // of a token without spread only size_z is left
+  const double allowed =
+      0x1p-21 * ratio + 1e-12 * size_z / variance_p;  // of a token without spread only size_z is left
   return std::fabs(double(nu) * nu - ratio) <= allowed;
 }
 

@@ -1,7 +1,7 @@
-// The n of every m bare 16-bit features with the largest keys, m = 4 to 32, for a warp that holds rows of chunks: step s
-// of lane l is chunk 32 * s + l, as coalesced loads give them. A group of 16 or 32 is in two or four lanes, so as many
-// steps as lanes are exchanged first and each lane gets a whole group of one of them. The n-th largest key of a group
-// goes back to its lanes, and each compares its own features with it where they are.
+// The n of every m bare 16-bit features with the largest keys, m = 4 to 32, for a warp that holds rows of chunks: step
+// s of lane l is chunk 32 * s + l, as coalesced loads give them. A group of 16 or 32 is in two or four lanes, so as
+// many steps as lanes are exchanged first and each lane gets a whole group of one of them. The n-th largest key of a
+// group goes back to its lanes, and each compares its own features with it where they are.
 //
 // A threshold does not depend on the order of the keys. Hence the two keys of a word stay together: a sorting network
 // over the words sorts the low and the high keys of the group at once, and the larger of the i-th of one list and the
@@ -125,8 +125,7 @@ __device__ __forceinline__ void thresholds_of(const uint32_t (&key)[kSteps][4], 
     const uint32_t own = nth_largest_of_words(group, n);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
-      threshold[first + i] =
-          kLanes == 1 ? own : __shfl_sync(kAllLanes, own, (lane & ~(kLanes - 1)) | i);
+      threshold[first + i] = kLanes == 1 ? own : __shfl_sync(kAllLanes, own, (lane & ~(kLanes - 1)) | i);
     }
   }
 }

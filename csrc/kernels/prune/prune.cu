@@ -1,12 +1,11 @@
 // prune: the n of every m features with the largest keys, dense output, zeros elsewhere. m in {2, 4, 8, 16, 32}, any n.
 //
 // prune_steps_kernel takes bare 16-bit features in aligned rows: a warp has four rows of 32 chunks, 2048 consecutive
-// bytes, in four coalesced loads that are all issued before the first is used, and stores them as it loaded them. Groups
-// of more than a chunk are selected across lanes (group_select.cuh). Without shifts, contiguous rows are one long row:
-// groups do not straddle rows.
-// prune_kernel takes everything else: a thread has one group (more if m < 8), its features are contiguous and have
-// 32-bit keys; the survivors follow from the n-th largest key (threshold.cuh).
-// No shared memory. Limit: in_features % m == 0. 2:4+r: prune_windows.cu.
+// bytes, in four coalesced loads that are all issued before the first is used, and stores them as it loaded them.
+// Groups of more than a chunk are selected across lanes (group_select.cuh). Without shifts, contiguous rows are one
+// long row: groups do not straddle rows. prune_kernel takes everything else: a thread has one group (more if m < 8),
+// its features are contiguous and have 32-bit keys; the survivors follow from the n-th largest key (threshold.cuh). No
+// shared memory. Limit: in_features % m == 0. 2:4+r: prune_windows.cu.
 #include "../launch.cuh"
 #include "group_select.cuh"
 
@@ -52,9 +51,8 @@ __global__ void __launch_bounds__(kThreads, NM_ACT_PRUNE_BLOCKS)
   Chunk<E> z[kSteps];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    z[step] = feature + step * kStepFeatures < row_features
-                  ? load_chunk<E, true>(source + step * kStepFeatures, kChunk)
-                  : zero_chunk<E>();
+    z[step] = feature + step * kStepFeatures < row_features ? load_chunk<E, true>(source + step * kStepFeatures, kChunk)
+                                                            : zero_chunk<E>();
   }
   if (params.eta != nullptr) {
     const float eta = __ldg(params.eta + token);
