@@ -1,9 +1,10 @@
 """2:4 compression against the device's copy bandwidth, alone and fused behind RMSNorm and SiLU.
 
 The baseline `copy` is the time that the call's bytes (read + written) would take at the speed of a large copy measured
-in turn with it, so `speedup` is the fraction of copy bandwidth. The producers have a second row, `<name>/dense_floor`:
-the bytes of the same fused operator with a dense output of x's type. `cusparselt_bf16` is `torch._cslt_compress` of an
-operand that is pruned already, `cutlass_compressor` CUTLASS's kernel for the same operand (nvcc builds it).
+in turn with it, so `speedup` is the fraction of copy bandwidth. Stage prune is the selection kernel with a dense output.
+The producers have a second row, `<name>/dense_floor`: the bytes of the same fused operator with a dense output of x's
+type. `cusparselt_bf16` is `torch._cslt_compress` of an operand that is pruned already, `cutlass_compressor` CUTLASS's
+kernel for the same operand (nvcc builds it).
 
     python benchmarks/bench_compress.py --csv benchmarks/results/h200/compress.csv
 """
@@ -18,13 +19,22 @@ from gpu_timer import DeviceCopy, common_arguments, copies_for, interleaved, req
 from timer import Rows, percentiles, relative_error
 
 import nm_act
-from nm_act import reference
+from nm_act import NMPattern, reference
 
 FEATURES = (4096, 8192, 14336, 28672)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK = {"features": (4096, 14336), "tokens": (64, 512, 4096, 16384)}
+PRUNED = ("2:4", "4:8", "8:16", "16:32")  # stage prune: the selection kernel with a dense output
 OTHERS_TOKENS = 1024  # below, the host time of the other compressors would be measured
 E4M3 = torch.float8_e4m3fn
+# Per cent of the copy bandwidth from 4096 x 4096 on.
+BARS = {
+    **{f"compress {label}": 85 for label in ("bf16", "e4m3")},
+    **{f"compress+{statistic} {label}": 85 for statistic in ("variance", "mean") for label in ("bf16", "e4m3")},
+    **{f"compress+median {label}": 60 for label in ("bf16", "e4m3")},
+    "compress+channel_scale e4m3": 85,
+    **{f"prune {text}": 90 for text in ("8:16", "16:32")},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +72,11 @@ class Operands:
 
 def rms_norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (h.float() * torch.rsqrt(h.float().square().mean(dim=-1, keepdim=True) + 1e-6)).to(h.dtype) * weight
+
+
+def prune(x: torch.Tensor, text: str) -> torch.Tensor:
+    pattern = NMPattern(text)
+    return nm_act.prune(x, pattern.keep, pattern.group)
 
 
 def variants() -> list[Variant]:
@@ -120,6 +135,13 @@ def verify(variant: Variant, features: int) -> None:
         )
 
 
+def verify_prune(text: str, features: int) -> None:
+    x = torch.randn(70, features, device="cuda").bfloat16()
+    pattern = NMPattern(text)
+    if not torch.equal(prune(x, text), reference.prune(x, pattern.keep, pattern.group)):
+        raise SystemExit(f"expected prune {text} to equal the oracle, got other bits: not timed")
+
+
 # Compressors of an operand that is pruned already: their own time, without the pruning.
 OTHERS: dict[str, Callable[[torch.Tensor], object]] = {
     "cusparselt_bf16": torch._cslt_compress,
@@ -150,16 +172,11 @@ class Report:
         self.reasons: set[str] = set()
 
     def print(self) -> None:
-        for label in ("bf16", "e4m3"):
-            large = [
-                entry
-                for entry in self.fractions
-                if entry[5] == "copy" and entry[1] == f"compress {label}" and min(entry[2], entry[3]) >= 4096
-            ]
+        for name, bar in BARS.items():
+            large = [e for e in self.fractions if e[5] == "copy" and e[1] == name and min(e[2], e[3]) >= 4096]
             if large:
                 fraction, _, tokens, features, *_ = min(large)
-                where = f"{tokens} x {features}"
-                print(f"compress {label}, >= 4096 x 4096: worst {fraction:.0%} of copy at {where} (bar 85 %)")
+                print(f"{name}: worst {fraction:.0%} of copy at {tokens} x {features} (bar {bar} %)")
         for _, name, tokens, features, us, kind in self.fractions:
             if kind == "copy" and name in ("compress bf16", "compress e4m3") and (tokens, features) == (64, 4096):
                 print(f"{name}, 64 x 4096: {us:.1f} us (bar 4 us)")
@@ -184,6 +201,8 @@ def bench(rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: i
     if tokens >= OTHERS_TOKENS:
         others = other_compressors([o.x for o in operands[torch.bfloat16]], report)
     calls |= others
+    prunes = {text: [lambda o=o, text=text: prune(o.x, text) for o in operands[torch.bfloat16]] for text in PRUNED}
+    calls |= {f"prune {text}": prunes[text] for text in PRUNED}
     # The copy too is launched as it is: as a node of a graph it ran at 2.75 TB/s on an H200, a yardstick too weak.
     times = interleaved(calls, seconds, eager=("copy", "cusparselt_bf16"))
     speed = copy.bytes_per_us(times["copy"])
@@ -211,6 +230,14 @@ def bench(rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: i
             for name in [name for name in others if name in times]:
                 rows.add(mine, times[name], **common, variant=variant.name, baseline=name)
                 line.append(f"{name} {percentiles(times[name])[1]:.0f} us")
+    moved = 4 * tokens * features
+    common = {"dtype": "bf16", "stage": "prune", "tokens": tokens, "in_features": features, "baseline": "copy"}
+    for text in PRUNED:
+        mine = times[f"prune {text}"]
+        median = percentiles(mine)[1]
+        rows.add(mine, [moved / speed], variant="prune", pattern=text, gbps=f"{moved / median / 1e3:.1f}", **common)
+        report.fractions.append((moved / speed / median, f"prune {text}", tokens, features, median, "copy"))
+        line.append(f"prune {text} {median:.1f} us {moved / speed / median:.0%}")
     print(f"{tokens:>5} x {features:<5} copy {speed / 1e6:.2f} TB/s; " + "; ".join(line), flush=True)
 
 
@@ -225,6 +252,8 @@ def main() -> None:
     torch.manual_seed(0)
     for variant in variants():
         verify(variant, min(features))
+    for text in PRUNED:
+        verify_prune(text, min(features))
     rows, report, copy = (
         Rows(arguments.csv, bench="compress", device=device, commit=arguments.commit),
         Report(),

@@ -326,6 +326,13 @@ inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
 inline float __fdividef(float x, float y) { return std::fabs(y) > 0x1p126f ? x * 0.0f : x / y; }
 inline float __expf(float x) { return std::exp(x); }
 
+// One fiber runs at a time.
+inline uint32_t atomicAdd(uint32_t* sum, uint32_t value) {
+  const uint32_t before = *sum;
+  *sum += value;
+  return before;
+}
+
 inline int __popc(uint32_t word) { return __builtin_popcount(word); }
 inline int __clz(int word) { return word == 0 ? 32 : __builtin_clz(static_cast<unsigned>(word)); }
 

@@ -329,13 +329,13 @@ inline bool is_token_shift(float eta, TokenShift kind, const std::vector<float>&
   return std::isfinite(mean) ? std::fabs(eta - mean) <= allowed : std::isnan(mean) ? std::isnan(eta) : eta == mean;
 }
 
-// Is `nu` sqrt(Var(z) / Var(p))? Sums of a chunk are float32, so a variance may be off by a share of the mean square.
+// Is `nu` sqrt(Var(z) / Var(p)), to float32's last places?
 inline bool is_variance_ratio(float nu, const std::vector<float>& z, const std::vector<bool>& kept) {
-  double mean_z = 0, mean_p = 0, variance_z = 0, variance_p = 0, size_z = 0, size_p = 0;
+  double mean_z = 0, mean_p = 0, variance_z = 0, variance_p = 0, size_z = 0;
   const double n = static_cast<double>(z.size());
   for (size_t k = 0; k < z.size(); ++k) {
     const double value = z[k], p = kept[k] ? value : 0;
-    mean_z += value / n, mean_p += p / n, size_z += value * value / n, size_p += p * p / n;
+    mean_z += value / n, mean_p += p / n, size_z += value * value / n;
   }
   for (size_t k = 0; k < z.size(); ++k) {
     const double value = z[k] - mean_z, p = (kept[k] ? z[k] : 0.0) - mean_p;
@@ -344,7 +344,8 @@ inline bool is_variance_ratio(float nu, const std::vector<float>& z, const std::
   if (variance_p == 0) return nu == 1.0f;
   const double ratio = variance_z / variance_p;
   if (!std::isfinite(ratio)) return std::isnan(nu);
-  const double allowed = 2e-6 * (size_z / variance_p + ratio * (1 + size_p / variance_p));
+  const double allowed =
+      0x1p-21 * ratio + 1e-12 * size_z / variance_p;  // of a token without spread only size_z is left
   return std::fabs(double(nu) * nu - ratio) <= allowed;
 }
 

@@ -144,6 +144,49 @@ void run_variance(int64_t tokens, int in_features, ElementType type, Options opt
   check(nu.guards_are_intact(), "nothing beside the output");
 }
 
+// Tokens whose squares leave float32, or whose mean is far beyond their spread, the first feature by itself or not.
+void run_variance_extremes() {
+  struct Extreme {
+    double size, mean;
+  };
+  for (ElementType type : {kTypes[0], kTypes[2]}) {
+    for (const Extreme& extreme : {Extreme{1e19, 0}, {1e-23, 0}, {1, 3e4}, {1e-3, 1}, {1e30, 1e36}, {1e-30, -1e-28}}) {
+      for (int in_features : {64, 4096, 16392}) {
+        Rows x(2, in_features, type, 0, 0), pruned(2, in_features, type, 0, 0);
+        const Buffer nu(2 * 4);
+        current = describe(2, in_features, type, "variance of ") + std::to_string(extreme.mean / extreme.size);
+        std::vector<Token> z;
+        std::vector<std::vector<bool>> kept;
+        for (int64_t t = 0; t < 2; ++t) {
+          for (int k = 0; k < in_features; ++k) x.set(t, k, encode(extreme.size * normal() + extreme.mean, type));
+          if (t == 1) x.set(t, 0, 0);
+          z.push_back(token_of(x.row(t), type, nullptr, nullptr));
+          kept.push_back(survivors_of(z[t].z, {2, 4, {}}, nullptr));
+          for (int k = 0; k < in_features; ++k) pruned.set(t, k, kept[t][k] ? z[t].bits[k] : 0);
+        }
+        const TokenStatisticsParams params{x.memory.data(), x.stride, 2, in_features, type};
+        check(launch_variance_ratio(params, pruned.memory.data(), nullptr, nullptr, nu.data<float>(), nullptr) ==
+                  cudaSuccess,
+              "launch");
+        for (int64_t t = 0; t < 2; ++t) {
+          check(is_variance_ratio(nu.data<float>()[t], z[t].z, kept[t]), "token " + std::to_string(t));
+        }
+      }
+    }
+  }
+}
+
+// Rows of several blocks, each by itself and as one.
+void run_long_rows() {
+  for (const Pattern& pattern : {Pattern{8, 16, {}}, Pattern{16, 32, {}}, Pattern{2, 4, {}}}) {
+    for (ElementType type : {kTypes[0], kTypes[1]}) {
+      run_prune(3, 16896, type, pattern, {false, false, true}, kAligned);
+      run_prune(2, 8224, type, pattern, {false, true, false}, {0, 0, 0, 0});
+      run_prune(5, 8224, type, pattern, {false, false, false}, {0, 0, 0, 0});
+    }
+  }
+}
+
 void run_statistics() {
   int step = 0;
   for (ElementType type : kTypes) {
@@ -199,7 +242,9 @@ int main() {
   return run_checks([] {
     run_patterns();
     run_windows();
+    run_long_rows();
     run_statistics();
+    run_variance_extremes();
     check_refusals();
     // Five group sizes and two sets of windows, each unaligned, by 32-bit keys and for 16-bit types bare; statistics of
     // three types, aligned and not, of four or eight chunks.

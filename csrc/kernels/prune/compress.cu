@@ -104,8 +104,9 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(const __grid_constan
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Chunk<E>& z = x[step][half];
-      const Kept<E> kept =
-          keep_survivors(z, group_survivors<E, kScaled>(z, scale, 0), group_survivors<E, kScaled>(z, scale, 1));
+      uint32_t mask[2];
+      chunk_survivors<E, kScaled>(z, scale, mask);
+      const Kept<E> kept = keep_survivors(z, mask[0], mask[1]);
       const bool real = token[half] < tokens && count > 0;
       if (real) store_values<E, kVector>(values[half] + step * (kStepFeatures / 2), kept, count);
       // A shift or scale would give a padding token survivors of its own.

@@ -16,23 +16,32 @@ struct Kept {
   uint32_t metadata;
 };
 
-// The survivors of group `group` of a chunk, as a byte mask. kScaled: keys are |z| * scale.
+// The survivors of a chunk's two groups, as byte masks. kScaled: keys are |z| * scale.
 template <class E, bool kScaled>
-__device__ __forceinline__ uint32_t group_survivors(const Chunk<E>& z, const ChannelChunk& scale, int group) {
+__device__ __forceinline__ void chunk_survivors(const Chunk<E>& z, const ChannelChunk& scale, uint32_t (&mask)[2]) {
   if constexpr (E::k16Bit && !kScaled) {
-    return survivors_16(z.word[2 * group], z.word[2 * group + 1], E::kNanKeys);
+    mask[0] = survivors_16(z.word[0], z.word[1], E::kNanKeys);
+    mask[1] = survivors_16(z.word[2], z.word[3], E::kNanKeys);
   } else {
-    uint32_t key[4];
+    uint32_t key[kChunk];
+    if constexpr (kScaled) {
+      // A finite product is the key as it is; others, of which there are hardly any, need a closer look.
+      uint32_t largest = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float feature = z.get(4 * group + i);
-      if constexpr (kScaled) {
-        key[i] = scaled_key(feature, scale.value[4 * group + i]);
-      } else {
-        key[i] = magnitude_key(feature);
+      for (int i = 0; i < kChunk; ++i) {
+        key[i] = float_bits(fabsf(z.get(i)) * fabsf(scale.value[i])) & 0x7FFFFFFFu;
+        largest = max(largest, key[i]);
       }
+      if (largest >= kInfinityKey) {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) key[i] = scaled_key(z.get(i), scale.value[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) key[i] = magnitude_key(z.get(i));
     }
-    return survivors_key(key[0], key[1], key[2], key[3]);
+    mask[0] = survivors_key(key[0], key[1], key[2], key[3]);
+    mask[1] = survivors_key(key[4], key[5], key[6], key[7]);
   }
 }
 
@@ -69,12 +78,17 @@ __device__ __forceinline__ void subtract(Chunk<E>& x, const ChannelChunk& eta) {
   }
 }
 
-// Features [count, 8) become 0.
-template <class E>
+// Features [count, 8) become 0. kVector: count is 0 or 8.
+template <bool kVector, class E>
 __device__ __forceinline__ void clear_from(Chunk<E>& x, int count) {
+  if constexpr (kVector) {
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
-    x.set_pair(i, 2 * i < count ? x.get(2 * i) : 0.0f, 2 * i + 1 < count ? x.get(2 * i + 1) : 0.0f);
+    for (int i = 0; i < Chunk<E>::kWords; ++i) x.word[i] = count > 0 ? x.word[i] : 0;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) {
+      x.set_pair(i, 2 * i < count ? x.get(2 * i) : 0.0f, 2 * i + 1 < count ? x.get(2 * i + 1) : 0.0f);
+    }
   }
 }
 

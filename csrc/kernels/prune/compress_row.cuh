@@ -20,6 +20,10 @@
 #include "../launch.cuh"
 #include "row_stats.cuh"
 
+#ifndef NM_ACT_ROW_BLOCKS  // temporary: variants for the device
+#define NM_ACT_ROW_BLOCKS 2
+#endif
+
 namespace nm_act {
 
 inline constexpr float kE4M3Max = 448.0f;
@@ -29,6 +33,14 @@ inline constexpr int kMaxRowThreads = 512;  // leaves 128 registers a thread: th
 // chunks a thread without padding, and e4m3 values only with 8-bit metadata: no test is left inside. kVector: all of
 // it, rows of whole aligned chunks. kScalar: any row.
 enum class RowKind { kPlain, kVector, kScalar };
+
+// Blocks of kMaxRowThreads that a multiprocessor is to hold, 0 for the compiler's choice. Left to itself it takes 80
+// registers for the general kernel, which leaves one block of a long row, and nothing to run while that waits for its
+// loads and at its barriers.
+template <class E, RowKind kKind, int kChunks>
+__host__ __device__ constexpr int row_blocks() {
+  return E::k16Bit && kKind == RowKind::kVector && kChunks <= 4 ? NM_ACT_ROW_BLOCKS : 0;
+}
 
 template <RowKind kKind>
 __device__ __forceinline__ int row_chunk_count(int in_features, int chunk) {
@@ -80,66 +92,23 @@ __device__ __forceinline__ float e4m3_scale(uint32_t largest, RowReducer& reduce
   return scale < FLT_MIN ? FLT_MIN : scale;  // keeps the reciprocal finite, also for a token of zeros
 }
 
-// Sums of a token for its variance, before and after the selection: a chunk's features in float32, beyond that in
-// float64.
-struct VarianceSums {
-  double z = 0, z_squared = 0, p = 0, p_squared = 0;
-
-  template <class E>
-  static __device__ __forceinline__ void add(const Chunk<E>& chunk, int features, double& sum, double& squares) {
-    float chunk_sum = 0, chunk_squares = 0;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (i >= features) break;
-      chunk_sum += chunk.get(i);
-      chunk_squares = fmaf(chunk.get(i), chunk.get(i), chunk_squares);
-    }
-    sum += chunk_sum;
-    squares += chunk_squares;
-  }
-  template <class E>
-  __device__ __forceinline__ void add_dense(const Chunk<E>& chunk) {
-    add(chunk, kChunk, z, z_squared);
-  }
-  // Survivors only, or with the zeros between them.
-  template <class E>
-  __device__ __forceinline__ void add_kept(const Chunk<E>& chunk) {
-    add(chunk, kChunk, p, p_squared);
-  }
-  template <class E>
-  __device__ __forceinline__ void add_kept(const Kept<E>& kept) {
-    Chunk<E> survivors;
-#pragma unroll
-    for (int i = 0; i < Kept<E>::kWords; ++i) survivors.word[i] = kept.word[i];
-    add(survivors, kChunk / 2, p, p_squared);
-  }
-
-  __device__ __forceinline__ float ratio(int in_features, RowReducer& reducer) const {
-    const double n = in_features;
-    const double mean_z = reducer.sum(z) / n, mean_p = reducer.sum(p) / n;
-    const double variance_z = reducer.sum(z_squared) / n - mean_z * mean_z;
-    const double variance_p = reducer.sum(p_squared) / n - mean_p * mean_p;
-    if (variance_p == 0) return 1.0f;
-    return static_cast<float>(sqrt((variance_z < 0 ? 0 : variance_z) / variance_p));
-  }
-};
-
 // Selects, stores and scales one token, given its features.
 template <class E, bool kE4M3, RowKind kKind, int kChunks>
 __device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const CompressOutput& out, MetadataLayout layout,
                                                int64_t tokens, int64_t token, int in_features, RowReducer& reducer) {
   constexpr bool kGeneral = kKind != RowKind::kPlain, kVector = kKind != RowKind::kScalar;
   const bool has_scale = kGeneral && out.channel_scale != nullptr;
+  const auto count_of = [in_features](int i) { return row_chunk_count<kKind>(in_features, row_chunk<kChunks>(i)); };
   if constexpr (kGeneral) {
     if (out.token_shift != TokenShift::kNone) {
       const float eta = out.token_shift == TokenShift::kMean ? row_mean(z, in_features, reducer)
-                                                             : row_median(z, in_features, reducer);
+                                                             : row_median(z, in_features, count_of);
       if (threadIdx.x == 0) out.eta[token] = eta;
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
         subtract(z[i], eta);
         // What lies beyond the row must stay zero: it takes part in the amax and the variance.
-        clear_from(z[i], row_chunk_count<kKind>(in_features, row_chunk<kChunks>(i)));
+        clear_from<kVector>(z[i], count_of(i));
       }
     }
   }
@@ -151,23 +120,21 @@ __device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const Com
   const int64_t metadata_stride = metadata_address(layout, tokens, in_features, 0, 2 * 32).byte;
   const int stored_chunks = static_cast<int>(metadata_padded_features(layout, in_features) / kChunk);
   Kept<E> kept[kChunks];
-  VarianceSums sums;
+  VarianceSums sums{};
   uint32_t largest = 0;  // magnitudes of survivors, two halves
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const int chunk = row_chunk<kChunks>(i);
-    const int count = row_chunk_count<kKind>(in_features, chunk);
+    const int count = count_of(i);
     if (kGeneral && out.shift != nullptr && count > 0) {
       subtract(z[i], load_channels<kVector>(out.shift + chunk * kChunk, count, 0.0f));
     }
     uint32_t mask[2];
     if (has_scale && count > 0) {
       const ChannelChunk scale = load_channels<kVector>(out.channel_scale + chunk * kChunk, count, 1.0f);
-#pragma unroll
-      for (int group = 0; group < 2; ++group) mask[group] = group_survivors<E, true>(z[i], scale, group);
+      chunk_survivors<E, true>(z[i], scale, mask);
     } else {
-#pragma unroll
-      for (int group = 0; group < 2; ++group) mask[group] = group_survivors<E, false>(z[i], {}, group);
+      chunk_survivors<E, false>(z[i], {}, mask);
     }
     kept[i] = keep_survivors(z[i], mask[0], mask[1]);
     if (!kGeneral || chunk < stored_chunks) {
@@ -183,7 +150,8 @@ __device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const Com
     }
     if constexpr (kGeneral) {
       if (out.variance_correction) {
-        sums.add_dense(z[i]);
+        if (i == 0) sums.start_at(z[0].get(0));
+        sums.add_dense(z[i], count);
         sums.add_kept(kept[i]);
       }
     }
@@ -206,13 +174,13 @@ __device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const Com
     }
   }
   if constexpr (kGeneral) {
-    if (out.variance_correction) row_scale *= sums.ratio(in_features, reducer);
+    if (out.variance_correction) row_scale *= sums.ratio(in_features);
   }
   if (out.row_scale != nullptr && threadIdx.x == 0) out.row_scale[token] = row_scale;
 }
 
 template <class Producer, bool kE4M3, RowKind kKind, int kChunks>
-__global__ void __launch_bounds__(kMaxRowThreads)
+__global__ void __launch_bounds__(kMaxRowThreads, row_blocks<typename Producer::Element, kKind, kChunks>())
     compress_row_kernel(const __grid_constant__ Producer producer, const __grid_constant__ CompressOutput out,
                         const int64_t tokens, const int in_features) {
   using E = typename Producer::Element;

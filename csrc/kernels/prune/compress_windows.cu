@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   for (int i = 0; i < kUnits; ++i) unit[i] = load_unit<E>(row + feature_of(i), feature_of(i) < in_features);
 
   Lifted<kSet> lifted[kUnits];
-  VarianceSums sums;
+  VarianceSums sums{};
   uint32_t largest = 0;
 #pragma unroll
   for (int first = 0; first < kUnits; first += 2) {
@@ -233,8 +233,10 @@ __global__ void __launch_bounds__(kMaxRowThreads)
         for (uint32_t word : result.word) largest = max_halves(largest, word & 0x7FFF7FFFu);
       }
       if (out.variance_correction) {
-        sums.add_dense(pair[u].chunk[0]);
-        sums.add_dense(pair[u].chunk[1]);
+        if (first + u == 0) sums.start_at(pair[0].chunk[0].get(0));
+        const int count = feature_of(first + u) < in_features ? kChunk : 0;
+        sums.add_dense(pair[u].chunk[0], count);
+        sums.add_dense(pair[u].chunk[1], count);
         add_lifted<E, kSet>(sums, result);
       }
     }
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     }
   }
   if (threadIdx.x < 32) pad_row(out.metadata, layout, tokens, lifted_row, token, threadIdx.x);
-  if (out.variance_correction) row_scale *= sums.ratio(in_features, reducer);
+  if (out.variance_correction) row_scale *= sums.ratio(in_features);
   if (out.row_scale != nullptr && threadIdx.x == 0) out.row_scale[token] = row_scale;
 }
 

@@ -1,23 +1,107 @@
 // prune: the n of every m features with the largest keys, dense output, zeros elsewhere. m in {2, 4, 8, 16, 32}, any n.
 //
-// The survivors follow from the n-th largest key (threshold.cuh). Bare 16-bit features are sorted two groups at once,
-// so a thread takes two groups (more if m < 4); scaled or 32-bit features have 32-bit keys, one group at a time. A
-// thread's features are contiguous: 128 bytes for m = 32, so its 16-byte loads meet in L1. No shared memory, no
-// communication. Limit: in_features % m == 0. 2:4+r: prune_windows.cu.
+// prune_steps_kernel takes bare 16-bit features in aligned rows: a warp has four rows of 32 chunks, 2048 consecutive
+// bytes, in four coalesced loads that are all issued before the first is used, and stores them as it loaded them.
+// Groups of more than a chunk are selected across lanes (group_select.cuh). Without shifts, contiguous rows are one
+// long row: groups do not straddle rows. prune_kernel takes everything else: a thread has one group (more if m < 8),
+// its features are contiguous and have 32-bit keys; the survivors follow from the n-th largest key (threshold.cuh). No
+// shared memory. Limit: in_features % m == 0. 2:4+r: prune_windows.cu.
 #include "../launch.cuh"
-#include "compress.cuh"
-#include "threshold.cuh"
+#include "group_select.cuh"
+
+#ifndef NM_ACT_PRUNE_BLOCKS  // temporary: variants for the device
+#define NM_ACT_PRUNE_BLOCKS 0
+#endif
 
 namespace nm_act {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kStepWarps = kThreads / 32;
+constexpr int kSteps = 4;
+constexpr int kStepFeatures = 32 * kChunk;
 
-template <class E, int kGroup, bool kVector, bool kScaled>
+// Who of a pair or a group of four beats enough others to be among the n largest, by all comparisons.
+template <class E>
+__device__ __forceinline__ uint32_t survivors_of_pairs(uint32_t low, uint32_t high) {
+  const uint32_t a = magnitude_keys(low, E::kNanKeys), b = magnitude_keys(high, E::kNanKeys);
+  return byte_mask({a - swap_halves(a) + 0x7FFF8000u, b - swap_halves(b) + 0x7FFF8000u});
+}
+
+template <class E>
+__device__ __forceinline__ uint32_t survivors_of_four(uint32_t low, uint32_t high, int n) {
+  const Comparisons c = compare_keys(magnitude_keys(low, E::kNanKeys), magnitude_keys(high, E::kNanKeys));
+  if (n == 2) return byte_mask(winners_of(c));
+  const uint32_t not_straight = ~c.straight;
+  if (n == 1) return byte_mask({c.straight & c.crossed & c.within_a, not_straight & c.from_b & c.within_b});
+  return byte_mask({c.straight | c.crossed | c.within_a, not_straight | c.from_b | c.within_b});
+}
+
+template <class E, int kGroup>
+__global__ void __launch_bounds__(kThreads, NM_ACT_PRUNE_BLOCKS)
+    prune_steps_kernel(const __grid_constant__ PruneParams params, const int64_t row_features,
+                       const unsigned blocks_a_row) {
+  const int64_t token = blockIdx.x / blocks_a_row;
+  const unsigned warp = blockIdx.x % blocks_a_row * kStepWarps + threadIdx.x / 32;
+  const int64_t feature = int64_t{warp} * (kSteps * kStepFeatures) + threadIdx.x % 32 * kChunk;  // of step 0
+  const auto* source = static_cast<const uint16_t*>(params.x) + token * params.x_stride + feature;
+  auto* destination = static_cast<uint16_t*>(params.out) + token * row_features + feature;
+  wait_for_previous_kernel();
+  allow_next_kernel();
+  Chunk<E> z[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    z[step] = feature + step * kStepFeatures < row_features ? load_chunk<E, true>(source + step * kStepFeatures, kChunk)
+                                                            : zero_chunk<E>();
+  }
+  if (params.eta != nullptr) {
+    const float eta = __ldg(params.eta + token);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) subtract(z[step], eta);
+  }
+  if (params.shift != nullptr) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int64_t at = feature + step * kStepFeatures;
+      if (at < row_features) subtract(z[step], load_channels<true>(params.shift + at, kChunk, 0.0f));
+    }
+  }
+  const int n = params.pattern.keep;
+  ChunkMask kept[kSteps];
+  if constexpr (kGroup < kChunk) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t low = z[step].word[2 * i], high = z[step].word[2 * i + 1];
+        kept[step].word[i] = kGroup == 2 ? survivors_of_pairs<E>(low, high) : survivors_of_four<E>(low, high, n);
+      }
+    }
+  } else {
+    uint32_t word[kSteps][4];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) word[step][i] = z[step].word[i];
+    }
+    survivors_of_steps<E, kGroup>(word, n, kept);
+  }
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      z[step].word[i] &= permute_bytes(kept[step].word[i / 2], 0, i % 2 ? 0x3322 : 0x1100);
+    }
+    if (feature + step * kStepFeatures < row_features) {
+      store_chunk<E, true>(destination + step * kStepFeatures, z[step], kChunk);
+    }
+  }
+}
+
+template <class E, int kGroup, bool kVector>
 __global__ void __launch_bounds__(kThreads) prune_kernel(const __grid_constant__ PruneParams params) {
   using Raw = typename E::Raw;
-  constexpr bool kHalves = E::k16Bit && !kScaled;
-  constexpr int kFeatures = kHalves ? (2 * kGroup < kChunk ? kChunk : 2 * kGroup) : (kGroup < kChunk ? kChunk : kGroup);
+  constexpr int kFeatures = kGroup < kChunk ? kChunk : kGroup;
   constexpr int kChunks = kFeatures / kChunk;
   const int in_features = params.in_features;
   const unsigned threads_per_token = static_cast<unsigned>(in_features + kFeatures - 1) / kFeatures;
@@ -41,47 +125,31 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const __grid_constant__
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) subtract(z[i], eta);
   }
-  uint32_t key[kHalves ? 1 : kFeatures];
+  uint32_t key[kFeatures];
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const int at = feature + i * kChunk;
     if (params.shift != nullptr && count[i] > 0)
       subtract(z[i], load_channels<kVector>(params.shift + at, count[i], 0.0f));
-    if constexpr (!kHalves) {
-      ChannelChunk scale;
-      if (kScaled && params.channel_scale != nullptr && count[i] > 0) {
-        scale = load_channels<kVector>(params.channel_scale + at, count[i], 1.0f);
-      } else {
+    ChannelChunk scale;
+    if (params.channel_scale != nullptr && count[i] > 0) {
+      scale = load_channels<kVector>(params.channel_scale + at, count[i], 1.0f);
+    } else {
 #pragma unroll
-        for (int j = 0; j < kChunk; ++j) scale.value[j] = 1.0f;
-      }
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) key[i * kChunk + j] = scaled_key(z[i].get(j), scale.value[j]);
+      for (int j = 0; j < kChunk; ++j) scale.value[j] = 1.0f;
     }
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) key[i * kChunk + j] = scaled_key(z[i].get(j), scale.value[j]);
   }
 
   const int n = params.pattern.keep;
   uint32_t kept[kFeatures / 32 + 1] = {};  // a bit a feature
-  if constexpr (kHalves) {
 #pragma unroll
-    for (int group = 0; group < kFeatures / kGroup; group += 2) {
-      constexpr int kWords = kGroup / 2;
-      uint32_t words[2 * kWords];
+  for (int group = 0; group < kFeatures / kGroup; ++group) {
+    uint32_t group_key[kGroup];
 #pragma unroll
-      for (int i = 0; i < 2 * kWords; ++i) words[i] = z[(group * kWords + i) / 4].word[(group * kWords + i) % 4];
-      uint32_t mask[2];
-      survivors_of_two<E, kGroup>(words, words + kWords, n, mask[0], mask[1]);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) kept[(group + i) * kGroup / 32] |= mask[i] << (group + i) * kGroup % 32;
-    }
-  } else {
-#pragma unroll
-    for (int group = 0; group < kFeatures / kGroup; ++group) {
-      uint32_t group_key[kGroup];
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) group_key[i] = key[group * kGroup + i];
-      kept[group * kGroup / 32] |= survivors_of_one<kGroup>(group_key, n) << group * kGroup % 32;
-    }
+    for (int i = 0; i < kGroup; ++i) group_key[i] = key[group * kGroup + i];
+    kept[group * kGroup / 32] |= survivors_of_one<kGroup>(group_key, n) << group * kGroup % 32;
   }
 
   Raw* destination = static_cast<Raw*>(params.out) + token * in_features + feature;
@@ -102,22 +170,32 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const __grid_constant__
 }
 
 template <class E, int kGroup>
+cudaError_t launch_steps(const PruneParams& params, cudaStream_t stream) {
+  const bool flat = params.x_stride == params.in_features && params.eta == nullptr && params.shift == nullptr;
+  const int64_t rows = flat ? 1 : params.tokens;
+  const int64_t features = flat ? params.tokens * params.in_features : params.in_features;
+  constexpr int kBlockFeatures = kStepWarps * kSteps * kStepFeatures;
+  const int64_t blocks_a_row = (features + kBlockFeatures - 1) / kBlockFeatures;
+  if (rows * blocks_a_row > INT32_MAX) return cudaErrorInvalidValue;
+  return launch_kernel(prune_steps_kernel<E, kGroup>, static_cast<unsigned>(rows * blocks_a_row), kThreads, stream,
+                       params, features, static_cast<unsigned>(blocks_a_row));
+}
+
+template <class E, int kGroup>
 cudaError_t launch_group(const PruneParams& params, cudaStream_t stream) {
   const bool scaled = params.channel_scale != nullptr;
   const bool vector = rows_vectorise(params.x, params.x_stride, params.in_features, params.x_type) &&
                       is_aligned(params.out, 16) && is_aligned(params.channel_scale, 16) &&
                       is_aligned(params.shift, 16);
-  const auto launch = [&](auto* kernel, int features) {
-    const int64_t per_token = (params.in_features + features - 1) / features;
-    const int64_t blocks = (params.tokens * per_token + kThreads - 1) / kThreads;
-    if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-    return launch_kernel(kernel, static_cast<unsigned>(blocks), kThreads, stream, params);
-  };
-  constexpr int kOne = kGroup < kChunk ? kChunk : kGroup, kTwo = 2 * kGroup < kChunk ? kChunk : 2 * kGroup;
-  if (!vector) return launch(prune_kernel<E, kGroup, false, true>, kOne);
-  if (scaled || !E::k16Bit) return launch(prune_kernel<E, kGroup, true, true>, kOne);
-  if constexpr (E::k16Bit) return launch(prune_kernel<E, kGroup, true, false>, kTwo);
-  return cudaErrorInvalidValue;
+  if constexpr (E::k16Bit) {
+    if (vector && !scaled) return launch_steps<E, kGroup>(params, stream);
+  }
+  constexpr int kFeatures = kGroup < kChunk ? kChunk : kGroup;
+  const int64_t per_token = (params.in_features + kFeatures - 1) / kFeatures;
+  const int64_t blocks = (params.tokens * per_token + kThreads - 1) / kThreads;
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;
+  const auto kernel = vector ? prune_kernel<E, kGroup, true> : prune_kernel<E, kGroup, false>;
+  return launch_kernel(kernel, static_cast<unsigned>(blocks), kThreads, stream, params);
 }
 
 template <class E>

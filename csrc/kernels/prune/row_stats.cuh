@@ -66,107 +66,180 @@ __device__ __forceinline__ float row_mean(const Chunk<E> (&x)[kChunks], int in_f
   return static_cast<float>(reducer.sum(sum) / in_features) + 0.0f;
 }
 
-// Exact lower median, by binary search over the bits of the keys: 15 (31 for float32) counting passes over registers,
-// no histogram, so no contention when the features share a few exponents. First the sign is settled by counting the
-// negatives; then keys of the side that holds the median are searched: key < t is counted as in survivors_16, two
-// 15-bit keys a word.
+// Exact lower median by radix selection: features in the order of their bits, negatives turned round, are counted by
+// their upper byte in shared memory, then those with the median's upper byte by the next one. A bin's count goes up by
+// one instruction that adds up a warp's equal bins itself.
 template <class E>
 struct MedianKeys {
-  static constexpr int kBits = E::k16Bit ? 15 : 31;
-  static constexpr uint32_t kTop = E::k16Bit ? 0x7FFFu : 0x7FFFFFFFu;  // beyond every key searched for
-  uint32_t word[Chunk<E>::kWords];
+  static constexpr int kBytes = E::k16Bit ? 2 : 4;
+  static constexpr uint32_t kTop = E::k16Bit ? 0x8000u : 0x80000000u;
+  static constexpr uint32_t kSigns = E::k16Bit ? 0x80008000u : 0x80000000u;
 
-  MedianKeys() = default;
-
-  __device__ __forceinline__ static uint32_t bits_of(const Chunk<E>& x, int i) {
-    if constexpr (E::k16Bit) return x.word[i / 2] >> 16 * (i % 2) & 0xFFFFu;
-    return x.word[i];
+  // The keys of a word of features: they grow with the features.
+  static __device__ __forceinline__ uint32_t of_word(uint32_t word) {
+    return word ^ (permute_bytes(word, word, E::k16Bit ? 0xBB99 : 0xBBBB) | kSigns);
   }
-  __device__ __forceinline__ static bool is_negative(uint32_t bits) { return bits > kTop + 1; }  // -0.0 is not
-  __device__ __forceinline__ static bool is_nan(uint32_t bits) {
-    return (bits & kTop) >= (E::k16Bit ? infinity_bits() + 1 : 0x7F800001u);
+  static __device__ __forceinline__ float feature_of(uint32_t key) {
+    const uint32_t bits = key & kTop ? key ^ kTop : key ^ (2 * kTop - 1);
+    if constexpr (E::k16Bit) return E::low(bits);
+    return __uint_as_float(bits);
   }
-  __device__ __forceinline__ static uint32_t infinity_bits() {
-    if constexpr (E::k16Bit) return (E::kNanKeys & 0xFFFFu) - 1;
-    return 0x7F800000u;
-  }
-
-  // Keys of the negative side grow with the value too; the other side's features are below (negatives) or beyond all
-  // keys.
-  __device__ __forceinline__ MedianKeys(const Chunk<E>& x, int count, bool negative) {
-#pragma unroll
-    for (int i = 0; i < Chunk<E>::kWords; ++i) word[i] = 0;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      const uint32_t bits = bits_of(x, i), magnitude = bits & kTop;
-      const uint32_t on_negative_side = is_negative(bits) ? kTop - magnitude : kTop;
-      const uint32_t on_positive_side = is_negative(bits) ? 0 : magnitude;
-      const uint32_t key = i >= count ? kTop : negative ? on_negative_side : on_positive_side;
-      if constexpr (E::k16Bit) {
-        word[i / 2] |= (key | 0x8000u) << 16 * (i % 2);
-      } else {
-        word[i] = key;
-      }
-    }
-  }
-
-  // sum + the number of keys >= t
-  __device__ __forceinline__ uint32_t count_at_least(uint32_t t, uint32_t sum) const {
+  // Has one of these words a NaN?
+  static __device__ __forceinline__ bool has_nan(const Chunk<E>& x) {
+    uint32_t largest = 0;
     if constexpr (E::k16Bit) {
-      const uint32_t both = t * 0x10001u;
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const uint32_t mask = permute_bytes(word[i] - both, word[i + 1] - both, 0xFDB9);
-        sum = subtract_masked(mask, 0xFFFFFFFFu, sum);
-      }
+      for (int i = 0; i < Chunk<E>::kWords; ++i) largest = max_halves(largest, x.word[i] & 0x7FFF7FFFu);
+      return max(largest & 0xFFFFu, largest >> 16) >= (E::kNanKeys & 0xFFFFu);
     } else {
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) sum += word[i] >= t ? 1u : 0u;
+      for (int i = 0; i < Chunk<E>::kWords; ++i) largest = max(largest, x.word[i] & 0x7FFFFFFFu);
+      return largest >= kNanKey;
     }
-    return sum;
   }
 };
 
-template <class E, int kChunks>
-__device__ __forceinline__ float row_median(const Chunk<E> (&x)[kChunks], int in_features, RowReducer& reducer) {
+inline constexpr int kBins = 256;
+
+// The bin that holds the feature of rank `rank`; `rank` becomes its rank in the bin. Every warp finds it by itself.
+__device__ __forceinline__ uint32_t bin_of_rank(const uint32_t (&bins)[kBins], uint32_t& rank) {
+  constexpr int kPerLane = kBins / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  uint32_t count[kPerLane], own = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    count[i] = bins[lane * kPerLane + i];
+    own += count[i];
+  }
+  uint32_t up_to = own;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint32_t before = __shfl_up_sync(0xFFFFFFFFu, up_to, distance);
+    if (lane >= distance) up_to += before;
+  }
+  const uint32_t before = up_to - own;
+  const uint32_t mask = __ballot_sync(0xFFFFFFFFu, rank >= before && rank < up_to);
+  uint32_t bin = static_cast<uint32_t>(lane * kPerLane), left = rank - before;
+  bool beyond = true;
+#pragma unroll
+  for (int i = 0; i < kPerLane - 1; ++i) {
+    beyond = beyond && left >= count[i];
+    bin += beyond ? 1u : 0u;
+    left -= beyond ? count[i] : 0u;
+  }
+  const int source = 31 - __clz(static_cast<int>(mask));
+  rank = __shfl_sync(0xFFFFFFFFu, left, source);
+  return __shfl_sync(0xFFFFFFFFu, bin, source);
+}
+
+// `count_of(i)` features of chunk i belong to the row.
+template <class E, int kChunks, class CountOf>
+__device__ __forceinline__ float row_median(const Chunk<E> (&x)[kChunks], int in_features, const CountOf& count_of) {
   using Keys = MedianKeys<E>;
-  uint32_t negatives = 0, nans = 0;
+  constexpr int kWordFeatures = E::k16Bit ? 2 : 1, kBits = 8 * Keys::kBytes;
+  __shared__ __align__(16) uint32_t bins[Keys::kBytes][kBins];
+  __shared__ uint32_t nans;
+  for (int i = threadIdx.x; i < Keys::kBytes * kBins; i += blockDim.x) bins[i / kBins][i % kBins] = 0;
+  if (threadIdx.x == 0) nans = 0;
+  __syncthreads();
+  uint32_t rank = static_cast<uint32_t>(in_features - 1) / 2, prefix = 0;
 #pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const int count = chunk_count<false>(in_features, row_chunk<kChunks>(i));
+  for (int byte = 0; byte < Keys::kBytes; ++byte) {
+    const int shift = kBits - 8 * (byte + 1);
 #pragma unroll
-    for (int j = 0; j < kChunk; ++j) {
-      const uint32_t bits = Keys::bits_of(x[i], j);
-      negatives += j < count && Keys::is_negative(bits) ? 1u : 0u;
-      nans |= j < count && Keys::is_nan(bits) ? 1u : 0u;
+    for (int i = 0; i < kChunks; ++i) {
+      const int count = count_of(i);
+      if (count == 0) continue;
+      if (byte == 0 && Keys::has_nan(x[i])) atomicAdd(&nans, 1u);
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        const uint32_t word = Keys::of_word(x[i].word[j / kWordFeatures]);
+        const uint32_t key = E::k16Bit ? (j % 2 ? word >> 16 : word & 0xFFFFu) : word;
+        const bool counts = j < count && (byte == 0 || key >> (shift + 8) % kBits == prefix);
+        if (counts) atomicAdd(&bins[byte][key >> shift & 0xFFu], 1u);
+      }
+    }
+    __syncthreads();
+    prefix = prefix << 8 | bin_of_rank(bins[byte], rank);
+  }
+  // + 0.0f: -0.0 reads 0.0.
+  return nans != 0 ? __uint_as_float(0x7FC00000u) : Keys::feature_of(prefix) + 0.0f;
+}
+
+// Sums of a token for the variances before and after the selection, in float64, which no 16-bit or float32 square
+// leaves. Sums of a thread are of differences from its first feature, those of a warp from its first thread's, and so
+// on: an origin that is one of n numbers costs at most log2(n) of 53 bits, however far their mean is from zero. The
+// survivors need none: beside as many zeros their variance is at least their mean square / in_features.
+struct VarianceSums {
+  float origin;
+  int features;
+  double z, z_squared, p, p_squared;
+
+  // The first feature that a thread adds.
+  __device__ __forceinline__ void start_at(float first) { origin = first; }
+
+  template <class E>
+  __device__ __forceinline__ void add_dense(const Chunk<E>& chunk, int count) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i >= count) break;
+      const double difference = static_cast<double>(chunk.get(i)) - static_cast<double>(origin);
+      z += difference;
+      z_squared = fma(difference, difference, z_squared);
+    }
+    features += count;
+  }
+  // Survivors only, or with the zeros between them.
+  template <class E>
+  __device__ __forceinline__ void add_kept(const Chunk<E>& chunk, int count = kChunk) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i >= count) break;
+      const double value = chunk.get(i);
+      p += value;
+      p_squared = fma(value, value, p_squared);
     }
   }
-  negatives = reducer.count(negatives);
-  nans = reducer.max(nans);
-  const uint32_t rank = static_cast<uint32_t>(in_features - 1) / 2;
-  const bool negative = rank < negatives;
+  template <class E>
+  __device__ __forceinline__ void add_kept(const Kept<E>& kept) {
+    Chunk<E> survivors;
+#pragma unroll
+    for (int i = 0; i < Kept<E>::kWords; ++i) survivors.word[i] = kept.word[i];
+    add_kept(survivors, kChunk / 2);
+  }
 
-  Keys keys[kChunks];
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    keys[i] = Keys(x[i], chunk_count<false>(in_features, row_chunk<kChunks>(i)), negative);
+  // sqrt(Var(z) / Var(p)), 1 where Var(p) is 0. The whole block calls; threads of warp 0 get the result.
+  __device__ __forceinline__ float ratio(int in_features) {
+    __shared__ VarianceSums of_warp[kMaxWarps];
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    combine_lanes();
+    if (lane == 0) of_warp[threadIdx.x / 32] = *this;
+    __syncthreads();
+    if (threadIdx.x >= 32) return 1.0f;
+    *this = lane < warps ? of_warp[lane] : VarianceSums{};
+    combine_lanes();
+    const double n = in_features;
+    const double variance_z = z_squared / n - z / n * (z / n), variance_p = p_squared / n - p / n * (p / n);
+    if (variance_p == 0) return 1.0f;
+    return static_cast<float>(sqrt((variance_z < 0 ? 0 : variance_z) / variance_p));
   }
-  const uint32_t slots = kChunks * kChunk * blockDim.x;
-  uint32_t prefix = 0;
-#pragma unroll 1
-  for (int bit = Keys::kBits - 1; bit >= 0; --bit) {
-    const uint32_t candidate = prefix | 1u << bit;
-    uint32_t at_least = 0;
+
+ private:
+  __device__ __forceinline__ void combine_lanes() {
+    const float first = __shfl_sync(0xFFFFFFFFu, origin, 0);
+    const double moved = static_cast<double>(origin) - static_cast<double>(first);
+    z_squared += moved * (2 * z + features * moved);
+    z += features * moved;
+    origin = first;
+    features = static_cast<int>(__reduce_add_sync(0xFFFFFFFFu, static_cast<uint32_t>(features)));
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) at_least = keys[i].count_at_least(candidate, at_least);
-    // Slots beyond the row count as at least anything.
-    if (slots - reducer.count(at_least) <= rank) prefix = candidate;
+    for (int offset = 16; offset > 0; offset /= 2) {
+      z += __shfl_xor_sync(0xFFFFFFFFu, z, offset);
+      z_squared += __shfl_xor_sync(0xFFFFFFFFu, z_squared, offset);
+      p += __shfl_xor_sync(0xFFFFFFFFu, p, offset);
+      p_squared += __shfl_xor_sync(0xFFFFFFFFu, p_squared, offset);
+    }
   }
-  if (nans != 0) return __uint_as_float(0x7FC00000u);
-  const uint32_t magnitude = negative ? Keys::kTop - prefix : prefix;
-  const uint32_t bits = magnitude | (negative ? Keys::kTop + 1 : 0u);
-  if constexpr (E::k16Bit) return E::low(bits);
-  return __uint_as_float(bits);
-}
+};
 
 }  // namespace nm_act

@@ -15,8 +15,9 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   Chunk<E> x[kChunks];
   const auto* row = static_cast<const typename E::Raw*>(params.x) + token * params.x_stride;
   load_row<E, kVector ? RowKind::kVector : RowKind::kScalar>(x, row, params.in_features);
-  const float value =
-      kind == TokenShift::kMean ? row_mean(x, params.in_features, reducer) : row_median(x, params.in_features, reducer);
+  const auto count_of = [&](int i) { return chunk_count<kVector>(params.in_features, row_chunk<kChunks>(i)); };
+  const float value = kind == TokenShift::kMean ? row_mean(x, params.in_features, reducer)
+                                                : row_median(x, params.in_features, count_of);
   if (threadIdx.x == 0) eta[token] = value;
 }
 
@@ -24,12 +25,10 @@ template <class E, bool kVector, int kChunks>
 __global__ void __launch_bounds__(kMaxRowThreads)
     variance_ratio_kernel(const __grid_constant__ TokenStatisticsParams params, const typename E::Raw* const pruned,
                           const float* const shift, const float* const eta, float* const nu) {
-  __shared__ RowReducer::Slots slots;
-  RowReducer reducer(slots);
   const int64_t token = blockIdx.x;
   const int in_features = params.in_features;
   const auto* row = static_cast<const typename E::Raw*>(params.x) + token * params.x_stride;
-  VarianceSums sums;
+  VarianceSums sums{};
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const int chunk = row_chunk<kChunks>(i);
@@ -38,11 +37,11 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     Chunk<E> z = load_chunk<E, kVector>(row + chunk * kChunk, count);
     if (eta != nullptr) subtract(z, __ldg(eta + token));
     if (shift != nullptr) subtract(z, load_channels<kVector>(shift + chunk * kChunk, count, 0.0f));
-    clear_from(z, count);
-    sums.add_dense(z);
+    if (i == 0) sums.start_at(z.get(0));
+    sums.add_dense(z, count);
     sums.add_kept(load_chunk<E, kVector>(pruned + token * in_features + chunk * kChunk, count));
   }
-  const float ratio = sums.ratio(in_features, reducer);
+  const float ratio = sums.ratio(in_features);
   if (threadIdx.x == 0) nu[token] = ratio;
 }
 
