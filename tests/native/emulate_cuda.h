@@ -57,6 +57,9 @@ struct Fiber {
   Wait wait = Wait::kForever;
   uint64_t slot[2];  // what this lane shows to its warp, in turn
   int turn;
+  bool arrived;                                                    // at its cluster
+  std::vector<std::pair<void*, const void*>> copies;               // asynchronous ones of a group that is not ended
+  std::vector<std::vector<std::pair<void*, const void*>>> groups;  // ended, not waited for
 };
 
 struct Cluster {
@@ -152,6 +155,9 @@ inline void prepare_fibers(unsigned first_block, unsigned blocks, int threads) {
     fiber.block = first_block + i / threads;
     fiber.wait = Wait::kNothing;
     fiber.turn = 0;
+    fiber.arrived = false;
+    fiber.copies.clear();
+    fiber.groups.clear();
   }
 }
 
@@ -273,6 +279,8 @@ auto exchange_in_warp(T shown, const Combine& combine) {
   });
 }
 
+inline void __syncwarp() { emulation::wait_for(emulation::Wait::kWarp); }
+
 inline int lane_in_warp() { return static_cast<int>(emulation::self().thread) % 32; }
 
 inline uint32_t __ballot_sync(uint32_t, bool predicate) {
@@ -363,16 +371,52 @@ inline unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>(emulation::cluster->shared[block].data());
 }
 
-inline void sync_cluster() { emulation::wait_for(emulation::Wait::kCluster); }
+// The later of a barrier's two halves stops a thread: what it does in between may come at any time on a device.
+inline void change_arrived(bool before) {
+  if (emulation::self().arrived == before) {
+    emulation::self().arrived = !before;
+    return;
+  }
+  std::printf("FAILED: a thread arrives at its cluster and waits for it, in turn\n");
+  std::exit(1);
+}
 
-inline void leave_cluster() { sync_cluster(); }
+inline void arrive_at_cluster() { change_arrived(false); }
 
-inline float2 read_peer(const float2* local, int rank) {
+inline void wait_for_cluster() {
+  change_arrived(true);
+  emulation::wait_for(emulation::Wait::kCluster);
+}
+
+inline void write_peer(float* local, int rank, float value) {
   const auto offset = reinterpret_cast<const unsigned char*>(local) - dynamic_shared();
-  float2 value;
-  std::memcpy(&value, reinterpret_cast<const unsigned char*>(emulation::cluster->shared[rank].data()) + offset,
-              sizeof value);
-  return value;
+  std::memcpy(reinterpret_cast<unsigned char*>(emulation::cluster->shared[rank].data()) + offset, &value, sizeof value);
+}
+
+inline void prefetch_line(const void*) {}
+
+inline void copy_weight(void* target, const void* source) {
+  if (reinterpret_cast<uintptr_t>(target) % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) {
+    std::printf("FAILED: a copy to or from an address that is not aligned\n");
+    std::exit(1);
+  }
+  std::memset(target, 0xFF, 16);  // undefined until it is waited for
+  emulation::self().copies.emplace_back(target, source);
+}
+
+inline void end_copies() {
+  emulation::Fiber& fiber = emulation::self();
+  fiber.groups.push_back(std::move(fiber.copies));
+  fiber.copies.clear();
+}
+
+template <int kGroups>
+void wait_for_copies() {
+  auto& groups = emulation::self().groups;
+  while (groups.size() > kGroups) {
+    for (const auto& [target, source] : groups.front()) std::memcpy(target, source, 16);
+    groups.erase(groups.begin());
+  }
 }
 
 inline uint4 load_weight(const void* source) { return *static_cast<const uint4*>(source); }

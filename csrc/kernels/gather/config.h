@@ -16,12 +16,15 @@ inline constexpr int kGatherVector = 16;     // bytes a thread loads at once
 inline constexpr int kGatherSliceStep = 32;  // slices begin at whole groups of every pattern, and at whole warps
 inline constexpr int kGatherMaxSplits = 8;   // the largest portable cluster
 inline constexpr int kGatherMaxThreads = 512;
+inline constexpr int kGatherMaxAhead = 4;
 inline constexpr int kGatherMaxSlice = 1 << 15;  // row numbers are 16 bits wide
 
 struct GatherConfig {
   int lanes;    // threads along the outputs: 16, 32, 64 or 128
   int splits;   // slices of the inputs: 1 to kGatherMaxSplits
   int threads;  // of a block: 128, 256 or 512, a multiple of lanes
+  int depth;    // rows in flight a thread through shared memory: 8 or 16; 0: batches in registers
+  int ahead;    // lines a thread fetches into the L2 before anything is selected: 0 to kGatherMaxAhead
 };
 
 struct GatherProblem {
@@ -56,38 +59,53 @@ NM_ACT_HOST_DEVICE constexpr int gather_blocks(int tokens, int outputs_per_threa
   return tokens * outputs_per_thread <= 8 ? 2 : 1;
 }
 
-// Byte offsets into the dynamic shared memory of a block. The survivors' list takes the place of the keys it came from,
-// and the threads' sums the place of everything but the totals.
+// The ring of rows exists up to kMaxDecodeTokens; eight tokens have no registers to gain from it.
+NM_ACT_HOST_DEVICE constexpr bool has_depth(int tokens, int depth) {
+  return depth == 0 || (tokens <= kMaxDecodeTokens && (depth == 8 || depth == 16));
+}
+
+// Byte offsets into the dynamic shared memory of a block. With several tokens the survivors' list takes the place of
+// the keys it came from; what the threads gather takes the place of everything that only the selection needs.
 struct GatherShared {
-  int z;             // uint16 [tokens, slice]: the shifted inputs
-  int keys;          // uint32 [tokens, slice]
+  int offsets;       // int32 [slice / 32 + 1]: survivors before each 32 features
   int rows;          // uint16 [slice]: survivors, by number in the slice
   int coefficients;  // uint16 [slice, tokens]
+  int keys;          // uint32 [tokens, slice]
+  int z;             // uint16 [tokens, slice]: the shifted inputs
   int masks;         // uint32 [tokens, slice / 32]: who survives in which token
-  int offsets;       // int32 [slice / 32 + 1]: survivors before each 32 features
-  int sums;          // float [threads / lanes, outputs of the tile]
-  int bytes;         // totals, float [tokens, outputs of the tile], come first
+  int own;           // 16 bytes a thread, as often as the depth or its sums need it: its rows, then its sums
+  int bytes;         // what the slices of the tile sent, float [splits, share of the outputs], comes first
 };
 
-NM_ACT_HOST_DEVICE constexpr GatherShared gather_shared(int tokens, int slice, int tile_outputs, int threads,
+// Each block of a cluster finishes 2^bits of a tile's outputs, pairs at least: powers of two divide fast.
+NM_ACT_HOST_DEVICE constexpr int share_bits(int outputs, int splits) {
+  int bits = 1;
+  while ((splits << bits) < outputs) ++bits;
+  return bits;
+}
+
+NM_ACT_HOST_DEVICE constexpr GatherShared gather_shared(int tokens, int slice, const GatherConfig& config,
                                                         int outputs_per_thread) {
   GatherShared at{};
-  const int begin = tokens * tile_outputs * 4;
-  at.z = begin;
-  at.keys = at.rows = at.z + 2 * tokens * slice;
+  const int bits = share_bits(tokens * config.lanes * outputs_per_thread, config.splits);
+  at.offsets = ceil_div(4 * config.splits << bits, 16) * 16;
+  at.rows = at.offsets + ceil_div(4 * (slice / 32 + 1), 16) * 16;
   at.coefficients = at.rows + 2 * slice;
-  at.masks = at.keys + 4 * tokens * slice;
-  at.offsets = at.masks + 4 * tokens * (slice / 32);
-  at.sums = begin;
-  const int selection = at.offsets + 4 * (slice / 32 + 1), sums = begin + threads * outputs_per_thread * 4;
-  at.bytes = selection > sums ? selection : sums;
+  at.own = at.coefficients + 2 * slice * tokens;
+  at.keys = tokens == 1 ? at.own : at.rows;
+  const int after_keys = at.keys + 4 * tokens * slice;
+  at.z = after_keys > at.own ? after_keys : at.own;
+  at.masks = at.z + 2 * tokens * slice;
+  const int selection = at.masks + 4 * tokens * (slice / 32);
+  const int places = config.depth > outputs_per_thread / 4 ? config.depth : outputs_per_thread / 4;
+  const int gathered = at.own + config.threads * places * kGatherVector;
+  at.bytes = selection > gathered ? selection : gathered;
   return at;
 }
 
 inline int shared_bytes(const GatherProblem& problem, const GatherConfig& config) {
-  const int outputs = outputs_per_lane(problem.weight_type);
-  return gather_shared(compiled_tokens(problem.tokens), slice_features(problem.in_features, config.splits),
-                       config.lanes * outputs, config.threads, outputs)
+  return gather_shared(compiled_tokens(problem.tokens), slice_features(problem.in_features, config.splits), config,
+                       outputs_per_lane(problem.weight_type))
       .bytes;
 }
 
@@ -98,7 +116,9 @@ inline bool is_valid(const GatherProblem& problem, const GatherConfig& config) {
   const bool lanes = config.lanes == 16 || config.lanes == 32 || config.lanes == 64 || config.lanes == 128;
   const bool threads = config.threads == 128 || config.threads == 256 || config.threads == kGatherMaxThreads;
   const int most = problem.device.compute_capability_major == 9 ? kGatherMaxSplits : 1;
+  const bool ahead = config.ahead >= 0 && config.ahead <= kGatherMaxAhead;
   return lanes && threads && config.lanes <= config.threads && config.splits >= 1 && config.splits <= most &&
+         has_depth(compiled_tokens(problem.tokens), config.depth) && ahead &&
          slice_features(problem.in_features, config.splits) <= kGatherMaxSlice &&
          shared_bytes(problem, config) <= shared_limit(problem.device);
 }
@@ -134,7 +154,7 @@ inline int resident_blocks(const GatherProblem& problem, const GatherConfig& con
 // where a last wave is not full, plus the bytes that memory could have moved while a block selects and adds up. What
 // matters is that all blocks run at once with equal work; the number of blocks on a multiprocessor matters little,
 // because one multiprocessor can take about three times its share of the memory bandwidth. The constants are estimates
-// (docs/kernels/gather.md); `bench_decode.py --sweep` measures every candidate.
+// (docs/kernels/gather.md); `benchmarks/tune_decode.py` measures every candidate.
 inline double gather_cost(const GatherProblem& problem, const GatherConfig& config) {
   const int tile = config.lanes * outputs_per_lane(problem.weight_type);
   const int tiles = ceil_div(problem.out_features, tile);
@@ -157,15 +177,17 @@ inline double gather_cost(const GatherProblem& problem, const GatherConfig& conf
          kBytesPerMicrosecond * (select + 0.05 * config.splits);
 }
 
-// Calls visit with every configuration that the problem can run with.
+// Calls visit with every configuration that the problem can run with, but for the lines fetched ahead.
 template <class Visit>
 void for_each_gather_config(const GatherProblem& problem, const Visit& visit) {
-  for (int threads : {512, 256}) {
+  for (int threads : {512, 256, 128}) {
     for (int lanes : {128, 64, 32, 16}) {
       for (int splits = 1; splits <= kGatherMaxSplits; ++splits) {
-        const GatherConfig config{lanes, splits, threads};
-        const bool empty_slices = (splits - 1) * slice_features(problem.in_features, splits) >= problem.in_features;
-        if (is_valid(problem, config) && (splits == 1 || !empty_slices)) visit(config);
+        for (int depth : {0, 8, 16}) {
+          const GatherConfig config{lanes, splits, threads, depth, 0};
+          const bool empty_slices = (splits - 1) * slice_features(problem.in_features, splits) >= problem.in_features;
+          if (is_valid(problem, config) && (splits == 1 || !empty_slices)) visit(config);
+        }
       }
     }
   }
@@ -176,7 +198,7 @@ inline GatherConfig select_gather_config(const GatherProblem& problem) {
   GatherConfig best{};
   double best_cost = 0;
   for_each_gather_config(problem, [&](const GatherConfig& config) {
-    if (config.threads != kGatherMaxThreads) return;
+    if (config.threads != kGatherMaxThreads || config.depth != 0) return;
     const double cost = gather_cost(problem, config);
     if (best.splits == 0 || cost < best_cost) {
       best = config;
