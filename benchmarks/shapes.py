@@ -3,8 +3,8 @@
 LLAMA_3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 LLAMA_3_70B = {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)}
 
-# What the decode kernel's configurations are fitted to: Llama-3's shapes and sixteen others of Qwen2.5 and Qwen3, Gemma 2,
-# Mistral, Phi-3 and OLMo 2, small ones of grouped keys and values among them, few of them powers of two.
+# What the decode kernel's configurations are fitted to: Llama-3's shapes and sixteen others of Qwen2.5 and Qwen3,
+# Gemma 2, Mistral, Phi-3 and OLMo 2, small ones of grouped keys and values among them, few of them powers of two.
 DECODE_SHAPES = (
     *LLAMA_3_8B.values(),
     *LLAMA_3_70B.values(),

@@ -2,9 +2,9 @@
 
 One row a configuration, written as soon as it is timed, besides two baselines of the same run: cublas_bf16
 (torch.nn.functional.linear) and dense_e4m3 (torch._scaled_mm, its input quantised before). Everything is a CUDA graph
-over rotated operands, so that every weight is cold; what is wrong against float32 is not timed. Each shape, type of weight and
-number of tokens is given its share of --seconds: all configurations once (stage "all"), the fastest of them again with
-lines fetched ahead, then the fastest of all in turn (stage "final"), whose times are the ones to compare.
+over rotated operands, so that every weight is cold; what is wrong against float32 is not timed. Each shape, type of
+weight and number of tokens is given its share of --seconds: all configurations once (stage "all"), the fastest of them
+again with lines fetched ahead, then the fastest of all in turn (stage "final"), whose times are the ones to compare.
 
     python benchmarks/tune_decode.py --seconds 230 --csv decode_tuning.csv
 """
@@ -106,7 +106,7 @@ class Graph:
                     results.append(calls[i % len(calls)]())
             finally:
                 graph.capture_end()
-        self.graph = graph
+        self.graph, self.calls = graph, calls  # whose operands the graph reads
 
     def __call__(self, replays: int) -> list[float]:
         """Microseconds a call, of each replay."""
@@ -215,11 +215,14 @@ class Sweep:
         for config in sorted(times, key=times.get)[: FINALISTS // 2]:
             for ahead in AHEAD:
                 times[(*config[:4], ahead)] = self.first(job, operands, (*config[:4], ahead), expected_us)
-        ranked = sorted(times, key=times.get)
+        ranked = [config for config in sorted(times, key=times.get) if times[config] < math.inf]
+        if not ranked:
+            return math.nan
         self.best[job.shape, job.kind, job.tokens] = ranked[:40]
-        return self.final(job, operands, list(dict.fromkeys([chosen, *ranked[:FINALISTS]])), expected_us)
+        finalists = list(dict.fromkeys([*ranked[:FINALISTS], *(c for c in ranked if c == chosen)]))
+        return self.final(job, operands, finalists, chosen, expected_us)
 
-    def final(self, job: Job, operands: Operands, finalists: list[Config], expected_us: float) -> float:
+    def final(self, job: Job, operands: Operands, finalists: list[Config], chosen: Config, expected_us: float) -> float:
         graphs = {config: self.graph(operands.gather(config), expected_us) for config in finalists}
         baseline = "cublas_bf16" if job.kind == "bf16" else "dense_e4m3"
         if job.kind != "int8":
@@ -236,11 +239,11 @@ class Sweep:
             if name == baseline:
                 self.table.add(job, baseline, "final", None, times)
             else:
-                self.table.add(job, "gather", "final", name, times, chosen=int(name == finalists[0]))
+                self.table.add(job, "gather", "final", name, times, chosen=int(name == chosen))
         medians = {name: percentiles(times)[1] for name, times in samples.items()}
         dense = medians.pop(baseline, math.nan)
         best = min(medians, key=medians.get)
-        loss = medians[finalists[0]] / medians[best]
+        loss = medians.get(chosen, math.nan) / medians[best]
         shape = f"{job.tokens} x {job.shape[0]} x {job.shape[1]} {job.kind}"
         print(f"{shape}: best {best} {medians[best]:.2f} us, chosen {loss:.3f}x, dense {dense:.2f} us", flush=True)
         return loss
@@ -273,7 +276,10 @@ def main() -> None:
             print(f"out of time: {len(jobs) - done} of {len(jobs)} jobs are left out")
             break
         losses.append(sweep.run(job, share))
-    print(f"chosen over fastest: {geometric_mean(losses):.3f}x in the mean, {max(losses):.3f}x at worst")
+    losses = [loss for loss in losses if loss == loss]
+    print(
+        f"chosen over fastest: {geometric_mean(losses):.3f}x in the mean, {max(losses, default=math.nan):.3f}x at worst"
+    )
 
 
 if __name__ == "__main__":
