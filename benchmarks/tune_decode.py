@@ -158,11 +158,14 @@ def candidates(job: Job, best: dict[tuple, list[Config]]) -> tuple[Config, list[
     if job.kind == "int8" and alike:
         return listed[0], alike
 
+    def blocks(config: Config) -> int:
+        return math.ceil(out_features / (config[0] * (16 if eight else 8))) * config[1]
+
+    enough = min(0.6 * multiprocessors, 0.4 * max(map(blocks, listed)))
+
     def fits(config: Config) -> bool:
-        lanes, splits, threads, _, _ = config
-        blocks = math.ceil(out_features / (lanes * (16 if eight else 8))) * splits
-        waves = blocks * threads / (2048 * multiprocessors)
-        return blocks >= 0.6 * multiprocessors and waves <= 3
+        waves = blocks(config) * config[2] / (2048 * multiprocessors)
+        return blocks(config) >= enough and waves <= 3
 
     # Many slices first: they win most often, should time run out.
     few = [config for config in listed if fits(config)] or listed

@@ -174,8 +174,9 @@ void run_types(Case c, int kind, bool aligned) {
 void run_cases() {
   const Pattern patterns[] = {{1, 2, {}},  {2, 4, {}},   {4, 8, {}}, {8, 16, {}}, {16, 32, {}},
                               {3, 16, {}}, {31, 32, {}}, {1, 8, {}}, {0, 0, {}}};
-  const GatherConfig configs[] = {{16, 1, 128, 0, 0},  {32, 2, 256, 8, 1}, {64, 3, 256, 16, 0}, {16, 8, 256, 8, 2},
-                                  {32, 1, 512, 16, 4}, {64, 5, 128, 0, 1}, {128, 2, 512, 8, 0}, {32, 7, 256, 0, 0}};
+  const GatherConfig configs[] = {{16, 1, 128, 0, 0},  {32, 2, 256, 8, 1},  {64, 3, 256, 16, 0},
+                                  {16, 8, 256, 8, 2},  {32, 1, 512, 16, 4}, {8, 5, 128, 0, 1},
+                                  {128, 2, 512, 8, 0}, {8, 7, 512, 16, 0},  {64, 7, 128, 0, 0}};
   int step = 0;
   for (Pattern pattern : patterns) {
     for (const GatherConfig& config : configs) {

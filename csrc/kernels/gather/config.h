@@ -20,7 +20,7 @@ inline constexpr int kGatherMaxAhead = 4;
 inline constexpr int kGatherMaxSlice = 1 << 15;  // row numbers are 16 bits wide
 
 struct GatherConfig {
-  int lanes;    // threads along the outputs: 16, 32, 64 or 128
+  int lanes;    // threads along the outputs: 8, 16, 32, 64 or 128
   int splits;   // slices of the inputs: 1 to kGatherMaxSplits
   int threads;  // of a block: 128, 256 or 512, a multiple of lanes
   int depth;    // rows in flight a thread through shared memory: 8 or 16; 0: batches in registers
@@ -113,7 +113,8 @@ inline int shared_bytes(const GatherProblem& problem, const GatherConfig& config
 inline int shared_limit(GemmDevice device) { return (device.compute_capability_major == 9 ? 227 : 99) * 1024; }
 
 inline bool is_valid(const GatherProblem& problem, const GatherConfig& config) {
-  const bool lanes = config.lanes == 16 || config.lanes == 32 || config.lanes == 64 || config.lanes == 128;
+  const bool lanes =
+      config.lanes == 8 || config.lanes == 16 || config.lanes == 32 || config.lanes == 64 || config.lanes == 128;
   const bool threads = config.threads == 128 || config.threads == 256 || config.threads == kGatherMaxThreads;
   const int most = problem.device.compute_capability_major == 9 ? kGatherMaxSplits : 1;
   const bool ahead = config.ahead >= 0 && config.ahead <= kGatherMaxAhead;
@@ -181,7 +182,7 @@ inline double gather_cost(const GatherProblem& problem, const GatherConfig& conf
 template <class Visit>
 void for_each_gather_config(const GatherProblem& problem, const Visit& visit) {
   for (int threads : {512, 256, 128}) {
-    for (int lanes : {128, 64, 32, 16}) {
+    for (int lanes : {128, 64, 32, 16, 8}) {
       for (int splits = 1; splits <= kGatherMaxSplits; ++splits) {
         for (int depth : {0, 8, 16}) {
           const GatherConfig config{lanes, splits, threads, depth, 0};
