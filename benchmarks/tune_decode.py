@@ -3,8 +3,8 @@
 One row a configuration, written as soon as it is timed, besides two baselines of the same run: cublas_bf16
 (torch.nn.functional.linear) and dense_e4m3 (torch._scaled_mm, its input quantised before). Everything is a CUDA graph
 over rotated operands, so that every weight is cold; what is wrong against float32 is not timed. Each shape, type of
-weight and number of tokens is given its share of --seconds: all configurations once (stage "all"), the fastest of them
-again with lines fetched ahead, then the fastest of all in turn (stage "final"), whose times are the ones to compare.
+weight and number of tokens is given its share of --seconds: all configurations once (stage "all"), then the fastest in
+turn (stage "final"), whose times are the ones to compare.
 
     python benchmarks/tune_decode.py --seconds 230 --csv decode_tuning.csv
 """
@@ -29,7 +29,7 @@ from nm_act.version import commit
 
 COLUMNS = (
     *("device", "stage", "dtype", "pattern", "tokens", "out_features", "in_features", "variant", "lanes", "splits"),
-    *("threads", "depth", "ahead", "us_min", "us_p50", "chosen", "note", "torch", "cuda", "commit"),
+    *("threads", "ahead", "us_min", "us_p50", "chosen", "note", "torch", "cuda", "commit"),
 )
 KEEP, GROUP = 8, 16
 KINDS = ("bf16", "e4m3", "int8")
@@ -39,8 +39,7 @@ MAX_COPIES = 64
 REPLAY_US = 700.0
 LIMIT = 5e-3
 FINALISTS = 10
-AHEAD = (1, 2)
-Config = tuple[int, int, int, int, int]
+Config = tuple[int, int, int, bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Table:
         self.common = {"torch": torch.__version__, "cuda": torch.version.cuda or "", **common}
 
     def add(self, job: Job, variant: str, stage: str, config: Config | None, times: list[float], **rest) -> None:
-        names = ("lanes", "splits", "threads", "depth", "ahead")
+        names = ("lanes", "splits", "threads", "ahead")
         row = {
             "stage": stage,
             "dtype": job.kind,
@@ -138,7 +137,7 @@ class Table:
             "out_features": job.shape[0],
             "in_features": job.shape[1],
             "variant": variant,
-            **(dict(zip(names, config, strict=True)) if config else {}),
+            **(dict(zip(names, map(int, config), strict=True)) if config else {}),
             **({"us_min": f"{min(times):.2f}", "us_p50": f"{percentiles(times)[1]:.2f}"} if times else {}),
         }
         self.writer.writerow({**self.common, **row, **rest})
@@ -169,7 +168,7 @@ def candidates(job: Job, best: dict[tuple, list[Config]]) -> tuple[Config, list[
 
     # Many slices first: they win most often, should time run out.
     few = [config for config in listed if fits(config)] or listed
-    return listed[0], sorted(few, key=lambda config: (-config[1], config[2] == 128, config[3] == 0))
+    return listed[0], sorted(few, key=lambda config: (-config[1], not config[3]))
 
 
 class Sweep:
@@ -215,9 +214,6 @@ class Sweep:
                 print(f"{job}: out of time after {len(times)} of {len(configs)} configurations")
                 break
             times[config] = self.first(job, operands, config, expected_us)
-        for config in sorted(times, key=times.get)[: FINALISTS // 2]:
-            for ahead in AHEAD:
-                times[(*config[:4], ahead)] = self.first(job, operands, (*config[:4], ahead), expected_us)
         ranked = [config for config in sorted(times, key=times.get) if times[config] < math.inf]
         if not ranked:
             return math.nan

@@ -57,9 +57,7 @@ struct Fiber {
   Wait wait = Wait::kForever;
   uint64_t slot[2];  // what this lane shows to its warp, in turn
   int turn;
-  bool arrived;                                                    // at its cluster
-  std::vector<std::pair<void*, const void*>> copies;               // asynchronous ones of a group that is not ended
-  std::vector<std::vector<std::pair<void*, const void*>>> groups;  // ended, not waited for
+  bool arrived;      // at its cluster
 };
 
 struct Cluster {
@@ -156,8 +154,6 @@ inline void prepare_fibers(unsigned first_block, unsigned blocks, int threads) {
     fiber.wait = Wait::kNothing;
     fiber.turn = 0;
     fiber.arrived = false;
-    fiber.copies.clear();
-    fiber.groups.clear();
   }
 }
 
@@ -394,30 +390,6 @@ inline void write_peer(float* local, int rank, float value) {
 }
 
 inline void prefetch_line(const void*) {}
-
-inline void copy_weight(void* target, const void* source) {
-  if (reinterpret_cast<uintptr_t>(target) % 16 != 0 || reinterpret_cast<uintptr_t>(source) % 16 != 0) {
-    std::printf("FAILED: a copy to or from an address that is not aligned\n");
-    std::exit(1);
-  }
-  std::memset(target, 0xFF, 16);  // undefined until it is waited for
-  emulation::self().copies.emplace_back(target, source);
-}
-
-inline void end_copies() {
-  emulation::Fiber& fiber = emulation::self();
-  fiber.groups.push_back(std::move(fiber.copies));
-  fiber.copies.clear();
-}
-
-template <int kGroups>
-void wait_for_copies() {
-  auto& groups = emulation::self().groups;
-  while (groups.size() > kGroups) {
-    for (const auto& [target, source] : groups.front()) std::memcpy(target, source, 16);
-    groups.erase(groups.begin());
-  }
-}
 
 inline uint4 load_weight(const void* source) { return *static_cast<const uint4*>(source); }
 

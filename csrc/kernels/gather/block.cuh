@@ -43,21 +43,6 @@ __device__ __forceinline__ void prefetch_line(const void* source) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
 }
 
-// 16 bytes of a weight into shared memory, which this thread alone reads, after wait_for_copies. Not through L1.
-__device__ __forceinline__ void copy_weight(void* target, const void* source) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
-}
-
-// Ends a group of copies, an empty one too.
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// All of this thread's groups but the last kGroups.
-template <int kGroups>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-}
-
 // 16 bytes of a weight, which is read once: not through L1.
 __device__ __forceinline__ uint4 load_weight(const void* source) {
   uint4 v;

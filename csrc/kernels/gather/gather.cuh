@@ -3,9 +3,7 @@
 //
 //   block (tile, slice): selects the survivors of its slice of the inputs (survivors.cuh; x is small and in L2), then
 //   reads their weight rows. `lanes` threads lie along a row, 16 bytes each, threads / lanes rows are read at a time.
-//   About 26 to 40 KiB in flight a multiprocessor saturate an H200's memory. With a depth, every thread copies its
-//   next rows into a ring of its own in shared memory, so that the flight never ends between two batches and takes no
-//   registers; without, it has kUnroll loads in flight before it waits for the first.
+//   Each thread has kUnroll loads in flight before it waits for the first.
 //   Sums are float32: in registers over a thread's rows, then over the rows' threads through shared memory, then over
 //   the slices of the tile, a cluster, through distributed shared memory. Every order is fixed: no atomics, the same
 //   bits every time.
@@ -125,43 +123,6 @@ __device__ __forceinline__ void gather_rows(const unsigned char* weight, uint32_
   }
 }
 
-// The same through a ring of kDepth rows in shared memory: `ring` is this thread's first place, the next ones lie
-// 16 bytes * threads apart.
-template <class E, class W, int kTokens, int kDepth, int kOutputs>
-__device__ __forceinline__ void gather_through_ring(const unsigned char* weight, uint32_t row_bytes,
-                                                    const GatherSlice& slice, int survivors, int group, int groups,
-                                                    unsigned char* ring, float (&sum)[kTokens][kOutputs]) {
-  constexpr int kBatch = 4, kBatches = kDepth / kBatch;
-  const int step = static_cast<int>(blockDim.x) * kGatherVector;
-  const auto request = [&](int first, int place) {
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const int slot = first + u * groups;
-      if (slot < survivors) {
-        copy_weight(ring + (place + u) * step, weight + static_cast<uint64_t>(slice.rows[slot]) * row_bytes);
-      }
-    }
-    end_copies();
-  };
-  int next = group;
-#pragma unroll
-  for (int batch = 0; batch < kBatches; ++batch, next += kBatch * groups) request(next, batch * kBatch);
-  int place = 0;
-  for (int first = group; first < survivors; first += kBatch * groups, next += kBatch * groups) {
-    wait_for_copies<kBatches - 1>();
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const int slot = first + u * groups;
-      if (slot < survivors) {
-        add_row<E, W, kTokens>(*reinterpret_cast<const uint4*>(ring + (place + u) * step), slice, slot, sum);
-      }
-    }
-    request(next, place);
-    place = place + kBatch == kDepth ? 0 : place + kBatch;
-  }
-  wait_for_copies<0>();
-}
-
 // Loads in flight a thread, and blocks a multiprocessor that registers are kept for: more sums leave room for fewer.
 template <int kTokens, int kOutputs>
 struct GatherTuning {
@@ -169,18 +130,15 @@ struct GatherTuning {
   static constexpr int kBlocks = gather_blocks(kTokens, kOutputs);
 };
 
-// Lines of the slice's first rows in this tile, `ahead` a thread, whether their features survive or not: memory is idle
-// until the selection is done, and of every two such lines one is needed at a 50 % pattern.
-__device__ __forceinline__ void fetch_ahead(const unsigned char* tile, uint32_t row_bytes, int line_bytes, int rows,
-                                            int ahead) {
+// A line a thread of the slice's first rows in this tile, whether their features survive or not: memory is idle until
+// the selection is done, and of every two such lines one is needed at a 50 % pattern.
+__device__ __forceinline__ void fetch_ahead(const unsigned char* tile, uint32_t row_bytes, int line_bytes, int rows) {
   constexpr int kLine = 128;
-  const int lines = ceil_div(line_bytes, kLine), count = min(ahead * static_cast<int>(blockDim.x), rows * lines);
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
-    prefetch_line(tile + static_cast<uint64_t>(i / lines) * row_bytes + i % lines * kLine);
-  }
+  const int lines = ceil_div(line_bytes, kLine), i = static_cast<int>(threadIdx.x);
+  if (i < rows * lines) prefetch_line(tile + static_cast<uint64_t>(i / lines) * row_bytes + i % lines * kLine);
 }
 
-template <class E, class W, int kTokens, int kDepth>
+template <class E, class W, int kTokens>
 __global__ void __launch_bounds__(kGatherMaxThreads, GatherTuning<kTokens, 4 * W::kPerWord>::kBlocks)
     gather_kernel(const __grid_constant__ GatherParams params, const GatherConfig config, const bool vector) {
   constexpr int kOutputs = 4 * W::kPerWord, kBytes = kGatherVector / kOutputs;
@@ -201,23 +159,16 @@ __global__ void __launch_bounds__(kGatherMaxThreads, GatherTuning<kTokens, 4 * W
   fetch_vectors(params, outputs, slice.begin, slice.count);
   wait_for_previous_kernel();
   allow_next_kernel();
-  if (config.ahead > 0) {
-    fetch_ahead(weight, static_cast<uint32_t>(row_bytes), min(tile, params.out_features - first) * kBytes, slice.count,
-                config.ahead);
+  if (config.ahead) {
+    fetch_ahead(weight, static_cast<uint32_t>(row_bytes), min(tile, params.out_features - first) * kBytes, slice.count);
   }
   const int survivors = select_survivors<E, kTokens>(params, slice, vector);
 
   float sum[kTokens][kOutputs] = {};
-  unsigned char* const own = shared + at.own + threadIdx.x * kGatherVector;
   if (first + lane * kOutputs < params.out_features) {
-    const unsigned char* mine = weight + lane * kGatherVector;
-    if constexpr (kDepth > 0) {
-      gather_through_ring<E, W, kTokens, kDepth>(mine, static_cast<uint32_t>(row_bytes), slice, survivors, group,
-                                                 groups, own, sum);
-    } else {
-      gather_rows<E, W, kTokens, GatherTuning<kTokens, kOutputs>::kUnroll>(mine, static_cast<uint32_t>(row_bytes),
-                                                                           slice, survivors, group, groups, sum);
-    }
+    gather_rows<E, W, kTokens, GatherTuning<kTokens, kOutputs>::kUnroll>(weight + lane * kGatherVector,
+                                                                         static_cast<uint32_t>(row_bytes), slice,
+                                                                         survivors, group, groups, sum);
   }
   reduce_block(sum, shared + at.own, outputs, config.lanes, groups);
   write_outputs<E>(params, outputs);
