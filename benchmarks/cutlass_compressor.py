@@ -20,6 +20,7 @@ def _include() -> Path:
     candidates = [
         *([Path(os.environ["NM_ACT_CUTLASS_DIR"])] if "NM_ACT_CUTLASS_DIR" in os.environ else []),
         ROOT / "third_party/cutlass",
+        ROOT / "build/cutlass/cutlass_library/source",
         *([Path(package.submodule_search_locations[0]) / "source"] if package else []),
     ]
     folders = [path for candidate in candidates for path in (candidate / "include", candidate)]

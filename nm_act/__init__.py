@@ -1,27 +1,10 @@
 """N:M activation sparsity for LLM inference in PyTorch: prune activations on the fly, without retraining."""
 
-from . import reference
-from .calibrate import load_calibration
-from .explain import Explanation, explain
+import importlib
+import sys
+import types
+
 from .integrations import register_with_transformers
-from .lifting import lift_weight, unlift
-from .linear import NMLinear
-from .ops import (
-    build_info,
-    compress,
-    decompress,
-    gather_linear,
-    pack_metadata,
-    prune,
-    sparse_linear,
-    support_table,
-    unpack_metadata,
-)
-from .optimize import FP8Linear, OptimizeReport, StaticDecoder, deoptimize, optimize
-from .packed import Packed, compress_packed, rms_norm_compress, silu_mul_compress, sparse_gemm, sparse_linear_fp8
-from .patterns import NMPattern
-from .recipe import LinearSpec, Recipe, Rule
-from .sparsify import SparsifyReport, sparsify
 from .version import __version__
 
 __all__ = [
@@ -62,13 +45,84 @@ __all__ = [
     "unpack_metadata",
 ]
 
+_MODULES = {
+    "calibrate": ("load_calibration",),
+    "explain": (
+        "Explanation",
+        "explain",
+    ),
+    "integrations.transformers": ("NMActConfig",),
+    "lifting": (
+        "lift_weight",
+        "unlift",
+    ),
+    "linear": ("NMLinear",),
+    "ops": (
+        "build_info",
+        "compress",
+        "decompress",
+        "gather_linear",
+        "pack_metadata",
+        "prune",
+        "sparse_linear",
+        "support_table",
+        "unpack_metadata",
+    ),
+    "optimize": (
+        "FP8Linear",
+        "OptimizeReport",
+        "StaticDecoder",
+        "deoptimize",
+        "optimize",
+    ),
+    "packed": (
+        "Packed",
+        "compress_packed",
+        "rms_norm_compress",
+        "silu_mul_compress",
+        "sparse_gemm",
+        "sparse_linear_fp8",
+    ),
+    "patterns": ("NMPattern",),
+    "recipe": (
+        "LinearSpec",
+        "Recipe",
+        "Rule",
+    ),
+    "sparsify": (
+        "SparsifyReport",
+        "sparsify",
+    ),
+}
+"""Module -> its public names. They are loaded when they are asked for: torch takes seconds, which ``nm-act --help`` and
+whoever interrupts it should not wait for, and Transformers as long again."""
+
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+class _Package(types.ModuleType):
+    """This package: loads a public name at first use, and lets a function hide the submodule of its name."""
+
+    def __getattr__(self, name: str):
+        if name == "reference":
+            return importlib.import_module(f"{__name__}.reference")
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value) -> None:
+        # Python binds a submodule to its package once it is imported: nm_act.sparsify has to stay the function.
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self):
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
+
+if "torch" in sys.modules:  # a program that has torch may call torch.ops.nm_act without another import
+    importlib.import_module(f"{__name__}.ops")
 register_with_transformers()
-
-
-def __getattr__(name: str):
-    # NMActConfig needs Transformers, whose import takes seconds: only those who use it wait for it.
-    if name == "NMActConfig":
-        from .integrations.transformers import NMActConfig
-
-        return NMActConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,10 @@ import tp_cases  # noqa: E402
 
 from nm_act import NMLinear, Recipe, Rule  # noqa: E402
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+pytestmark = [
+    pytest.mark.contract,
+    pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed"),
+]
 
 RECIPES = {
     "act": Recipe("8:16"),

@@ -11,6 +11,8 @@ import torch
 from nm_act.integrations import checkpoints
 from nm_act.integrations.checkpoints import demo_model_path, load_model
 
+pytestmark = pytest.mark.contract
+
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory):

@@ -18,7 +18,8 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 def cutlass_include() -> Path | None:
     probe = "import importlib.util as u; s = u.find_spec('cutlass_library'); print(s.submodule_search_locations[0] if s else '')"
     package = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip()
-    candidates = [ROOT / "third_party/cutlass/include", *([Path(package) / "source/include"] if package else [])]
+    packages = [ROOT / "build/cutlass/cutlass_library", *([Path(package)] if package else [])]
+    candidates = [ROOT / "third_party/cutlass/include", *(path / "source/include" for path in packages)]
     return next((path for path in candidates if (path / "cutlass/version.h").exists()), None)
 
 

@@ -81,6 +81,15 @@ def test_every_option(dtype, layout, tokens, pattern):
             assert_within_twice_torch(y, x, weight, given_bias, *pattern, options, name)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 5, 200, 1000])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pattern", [(2, 4), (8, 16)])
+def test_a_float16_product_beyond_the_range_is_scaled_before_it_is_rounded(pattern, layout, tokens):
+    x, weight = torch.full((tokens, 64), 250.0).half().cuda(), stored(torch.full((16, 64), 10.0).half().cuda(), layout)
+    y = nm_act.sparse_linear(x, weight, None, *pattern, column_scale=torch.full((16,), 0.25).cuda())
+    assert (y == 20_000.0).all(), y  # 32 survivors x 250 x 10 is 80 000, beyond float16
+
+
 @pytest.mark.parametrize("tokens", [3, 1000])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_given_shift_out_replaces_the_computed_one(tokens, layout):

@@ -10,6 +10,8 @@ from nm_act.evaluate.decode_speed import DecodeSpeed, decode_speed
 from nm_act.evaluate.variants import sparse_copy
 from nm_act.recipe import Recipe
 
+pytestmark = pytest.mark.contract
+
 module = importlib.import_module("nm_act.evaluate.decode_speed")  # as an attribute, the function hides it
 
 

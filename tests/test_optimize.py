@@ -8,6 +8,7 @@ import torch
 from tiny_families import KNOWN, family
 
 import nm_act
+from nm_act.integrations.kv_cache import cache_argument
 from nm_act.linear import NMLinear
 from nm_act.optimize import model as model_module
 from nm_act.optimize.merged import MergedLinear
@@ -334,13 +335,13 @@ def test_decode_steps_with_a_static_cache_are_one_graph():
     nm_act.optimize(model)
     graphs, backend = recording_backend()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    cache = StaticCache(config=model.config, max_cache_len=32)
+    cache = {cache_argument(model): StaticCache(config=model.config, max_cache_len=32)}
     ids = IDS[:1]
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, position_ids=torch.arange(12)[None])
+        model(input_ids=ids, position_ids=torch.arange(12)[None], **cache)
         for step in range(4):
             token, position = torch.tensor([[40 + step]]), torch.tensor([[12 + step]])
-            y = compiled(input_ids=token, past_key_values=cache, position_ids=position).logits
+            y = compiled(input_ids=token, position_ids=position, **cache).logits
             ids = torch.cat([ids, token], dim=1)
             torch.testing.assert_close(y[:, -1], logits(model, input_ids=ids)[:, -1], atol=1e-4, rtol=1e-3)
     assert len(graphs) == 1

@@ -73,6 +73,44 @@ def test_every_option_against_the_oracle(dtype, layout, tokens):
         assert relative_error(y, exact) < tolerance, name
 
 
+# 32 survivors of 64, each 250 times 10: the product is 80 000, beyond float16's 65 504; the scaled result is not.
+OVERFLOWING = {
+    "column_scale": ({"column_scale": torch.full((16,), 0.25)}, 20_000.0),
+    "scale and shift": ({"column_scale": torch.full((16,), 0.25), "shift": torch.zeros(64)}, 20_000.0),
+    "shift": ({"shift": torch.full((64,), 100.0), "shift_out": torch.full((16,), -40_000.0)}, 8_000.0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 4, 5, 9, 600])
+@pytest.mark.parametrize("case", OVERFLOWING)
+def test_a_float16_product_beyond_the_range_is_scaled_before_it_is_rounded(case, tokens, layout):
+    options, expected = OVERFLOWING[case]
+    x, weight = torch.full((tokens, 64), 250.0).half(), stored(torch.full((16, 64), 10.0).half(), layout)
+    y = nm_act.sparse_linear(x, weight, n=8, m=16, **options)
+    assert (y == expected).all(), y
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [4, 5])
+def test_a_float16_row_scale_comes_before_the_rounding(tokens, layout):
+    x = torch.zeros(tokens, 64)
+    x[:, ::2], x[:, 1::2] = 250.0, -249.0  # 8:16 keeps the even ones: Var 249.5^2, of what is kept 125^2
+    weight = torch.zeros(16, 64)
+    weight[:, ::2] = 10.0
+    y = nm_act.sparse_linear(x.half(), stored(weight.half(), layout), n=8, m=16, variance_correction=True)
+    assert y.isinf().all()  # 1.996 x 80 000: infinite however it is computed, and never NaN
+    small = nm_act.sparse_linear(
+        x.half(),
+        stored(weight.half(), layout),
+        n=8,
+        m=16,
+        variance_correction=True,
+        column_scale=torch.full((16,), 0.25),
+    )
+    torch.testing.assert_close(small, torch.full((tokens, 16), 39_920.0).half(), rtol=1e-3, atol=0.0)
+
+
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_given_shift_out_replaces_the_computed_one(tokens):
     x, weight, shift = torch.randn(tokens, 64), stored(torch.randn(32, 64), "in_out"), torch.randn(64)

@@ -9,6 +9,8 @@ from tiny_families import KNOWN, family
 import nm_act
 from nm_act.optimize import static
 
+pytestmark = pytest.mark.contract
+
 IDS = torch.arange(3, 27).view(2, 12)
 
 

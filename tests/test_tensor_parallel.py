@@ -247,6 +247,22 @@ def test_row_parallel_terms_add_up(options, size, dtype):
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_row_parallel_float16_is_scaled_before_it_is_rounded(size):
+    x, weight = torch.zeros(5, 64), torch.zeros(16, 64)
+    x[:, ::2], x[:, 1::2] = 250.0, -249.0  # Var 249.5^2, of the kept even ones 125^2
+    weight[:, ::2] = 10.0
+    x, weight = x.half(), weight.half()
+
+    def term(shard):
+        part, columns = (each.chunk(size, dim=-1)[shard.rank] for each in (x, weight))
+        options = {"variance_correction": True, "column_scale": torch.full((16,), 0.25)}
+        return parallel.row_sparse_linear(shard, part, columns, None, 8, 16, **options)
+
+    y = sum(each.double() for each in _in_threads(size, term))
+    torch.testing.assert_close(y, torch.full((5, 16), 39_920.0).double(), rtol=1e-3, atol=0.0)
+
+
 @pytest.mark.parametrize("kind", ["mean", "median"])
 def test_statistics_over_ranks_are_the_whole_tokens(kind):
     x = hard_activations(40, 64, torch.float32)

@@ -13,11 +13,14 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 from nm_act import reference  # noqa: E402
+from nm_act.integrations.kv_cache import cache_argument  # noqa: E402
 from nm_act.integrations.transformers import NMActConfig  # noqa: E402
 from nm_act.linear import NMLinear  # noqa: E402
 from nm_act.patterns import NMPattern  # noqa: E402
 from nm_act.recipe import DEFAULT_PROJECTIONS, Recipe, Rule  # noqa: E402
 from nm_act.sparsify import sparsify  # noqa: E402
+
+pytestmark = pytest.mark.contract
 
 SIZES = {
     "vocab_size": 128,
@@ -239,9 +242,9 @@ def test_left_padded_batch_equals_each_sequence_alone(name):
 def test_first_tokens_with_a_cache(name, cut):
     sparse = sparsify(_tiny(name), FIRST).model
     ids = _ids()
-    cache = transformers.DynamicCache(config=sparse.config)
+    cache = {cache_argument(sparse): transformers.DynamicCache(config=sparse.config)}
     pieces = [ids[:, :cut], ids[:, cut : cut + 1], ids[:, cut + 1 :]]
-    logits = torch.cat([sparse(piece, past_key_values=cache).logits for piece in pieces], dim=1)
+    logits = torch.cat([sparse(piece, **cache).logits for piece in pieces], dim=1)
     torch.testing.assert_close(logits, _logits(sparse, ids), rtol=1e-3, atol=1e-4)
 
 

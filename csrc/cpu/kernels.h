@@ -53,9 +53,14 @@ struct GatherParams {
   Epilogue epilogue;
 };
 
+// Some columns of a finished product; all pointers but those of the epilogue begin at the first of them.
 struct EpilogueParams {
-  void* y;  // [tokens, out_features], dtype, in place
-  int64_t out_features;
+  const float* product;  // [tokens, columns], a row every product_stride
+  void* y;               // [tokens, columns], dtype, a row every y_stride
+  int64_t product_stride;
+  int64_t y_stride;
+  int64_t column_begin;  // in the epilogue's vectors
+  int64_t columns;
   DType dtype;
   Epilogue epilogue;
 };

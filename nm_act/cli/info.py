@@ -1,5 +1,6 @@
 """``nm-act info``: how this installation was built, what it runs on, what it supports."""
 
+import dataclasses
 from typing import Annotated
 
 import typer
@@ -25,18 +26,26 @@ def info(
 ) -> None:
     """Show the build, the devices and the table of supported operators."""
     from ..ops import build_info, support_table
+    from ..supported import supported
 
-    build, support = build_info(), support_table()
+    build, support, versions = build_info(), support_table(), supported()
     devices = _devices()
     if as_json:
-        print_json({"build": build, "devices": devices, "support": support})
+        tested = [dataclasses.asdict(each) | {"tested": each.tested} for each in versions]
+        print_json({"build": build, "versions": tested, "devices": devices, "support": support})
         return
     rows = [[_LABELS.get(key, key), _text(value)] for key, value in build.items() if value not in (None, [], ())]
     print_table("Build", ["", ""], rows, numbers=False)
+    rows = [[each.package, each.versions, each.installed or "–", _judged(each)] for each in versions]
+    print_table("Versions", ["package", "tested", "installed", ""], rows, numbers=False)
     rows = [[device["device"], device["name"], _text(device["detail"])] for device in devices]
     print_table("Devices", ["device", "name", "detail"], rows, numbers=False)
     columns = list(support[0]) if support else []
     print_table("Supported", columns, [[_text(row.get(key)) for key in columns] for row in support], numbers=False)
+
+
+def _judged(each) -> str:
+    return "" if each.installed is None or each.tested else "untested"
 
 
 def _devices() -> list[dict]:

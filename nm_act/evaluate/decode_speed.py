@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..integrations.kv_cache import cache_argument, cache_of
+
 __all__ = ["DecodeSpeed", "decode_speed"]
 
 
@@ -55,9 +57,10 @@ class _Decoder:
 
     def __init__(self, model: nn.Module, input_ids: torch.Tensor):
         self.model = model
+        self.cache_name = cache_argument(model)
         self.device = next(model.parameters()).device
         output = model(input_ids=input_ids.to(self.device), use_cache=True)
-        self.cache = output.past_key_values
+        self.cache = cache_of(output)
         self.token = output.logits[:, -1:].argmax(dim=-1)
 
     def run(self, steps: int) -> float:
@@ -65,8 +68,8 @@ class _Decoder:
         self._synchronize()
         start = time.perf_counter()
         for _ in range(steps):
-            output = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
-            self.cache = output.past_key_values
+            output = self.model(input_ids=self.token, use_cache=True, **{self.cache_name: self.cache})
+            self.cache = cache_of(output)
             self.token = output.logits[:, -1:].argmax(dim=-1)
         self._synchronize()
         return time.perf_counter() - start

@@ -14,9 +14,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..linear import FOLLOW_WEIGHT, NMLinear
 from ..recipe import Recipe
 from ..sparsify import replace_linears
+from ..supported import warn_if_untested
 from .tensor_parallel import check_plan
 
 QUANT_METHOD = "nm_act"
+
+warn_if_untested("transformers")
 
 
 @register_quantization_config(QUANT_METHOD)

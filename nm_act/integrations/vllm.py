@@ -20,9 +20,7 @@ from torch.nn import functional
 from .. import mitigations
 from ..criteria import WEIGHT_PRUNING
 from ..recipe import LinearSpec, Recipe
-
-TESTED_VLLM = "0.32.0"
-"""The version of vLLM that the tests ran with; see the README."""
+from ..supported import supported
 
 _TEXT_STACKS = (
     *("model", "language_model", "llm", "lm", "language", "text", "text_model", "thinker", "backbone"),
@@ -51,9 +49,10 @@ def interface_sentence(error: Exception) -> str:
     except Exception:  # this is said from register(), which must not raise
         found = "one without version"
     reason = " ".join(str(error).split())
+    versions = supported("vllm")[0].versions
     return (
-        f"nm_act expected the interface of vLLM {TESTED_VLLM}, got {found} ({reason}), so sparse checkpoints cannot be "
-        f"served; install vllm=={TESTED_VLLM} or another nm_act"
+        f"nm_act expected the interface of vLLM {versions}, got {found} ({reason}), so sparse checkpoints cannot be "
+        f"served; install vllm{versions} or another nm_act"
     )
 
 

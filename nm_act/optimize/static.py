@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..integrations.kv_cache import cache_argument
 from ..linear import NMLinear
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class StaticDecoder:
         self._position = new(1, 1)
         self._lengths = new(batch, dtype=torch.int32)
         self._cache = _full_cache(self._config, max_tokens)
+        self._cache_name = cache_argument(model)
         self._pool = None
         self._step_graph: Callable | None = None
         self._prefill_graphs: dict[int, tuple[Tensor, Callable]] = {}
@@ -185,8 +187,8 @@ class StaticDecoder:
             output = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                past_key_values=self._cache,
                 use_cache=True,
+                **{self._cache_name: self._cache},
                 logits_to_keep=1,
                 nm_act_lengths=self._lengths,
                 nm_act_flash=self._flash,

@@ -69,7 +69,7 @@ def row_sparse_linear(
     if eta is not None:
         shift = eta
     z = x if shift is None else (x.float() - shift.float()).to(x.dtype)
-    y = ops.sparse_linear(z, weight, None, keep, group, **selection).float()
+    y = _float32_product(z, weight, keep, group, **selection)
     if variance_correction:
         columns = options.get("extra_columns", ())
         pruned = ops.prune(z, keep, group, channel_scale=channel_scale, extra_columns=columns)
@@ -81,6 +81,17 @@ def row_sparse_linear(
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
+
+
+def _float32_product(z: Tensor, weight: Tensor, keep: int, group: int, **selection) -> Tensor:
+    """``P(z) weight^T [..., out]``; in float16, a product rounded here may overflow where the scaled one does not."""
+    if z.dtype != torch.float16:
+        return ops.sparse_linear(z, weight, None, keep, group, **selection).float()
+    chosen = {name: selection[name] for name in ("channel_scale", "extra_columns") if name in selection}
+    pruned = ops.prune(z, keep, group, **chosen).reshape(-1, z.shape[-1])
+    on_cuda = z.is_cuda
+    y = torch.mm(pruned, weight.t(), out_dtype=torch.float32) if on_cuda else pruned.float() @ weight.float().t()
+    return y.view(*z.shape[:-1], weight.shape[0])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-// The epilogue over the finished product of a dense GEMM, in place.
+// The epilogue over the finished product of a dense GEMM.
 #include "cpu/isa/epilogue.h"
 
 #include "cpu/isa/table.h"
@@ -9,9 +9,10 @@ namespace {
 template <class T>
 void apply(const EpilogueParams& p, int64_t token_begin, int64_t token_end) {
   for (int64_t token = token_begin; token < token_end; ++token) {
-    T* row = static_cast<T*>(p.y) + token * p.out_features;
-    for (int64_t column = 0; column < p.out_features; ++column)
-      row[column] = finish<T>(to_float(row[column]), p.epilogue, token, column);
+    const float* product = p.product + token * p.product_stride;
+    T* row = static_cast<T*>(p.y) + token * p.y_stride;
+    for (int64_t column = 0; column < p.columns; ++column)
+      row[column] = finish<T>(product[column], p.epilogue, token, p.column_begin + column);
   }
 }
 

@@ -5,6 +5,7 @@
 // pays; everything else prunes and runs cuBLAS. An 8-bit weight that the decode kernel does not take is first
 // multiplied by its scale, in the dtype of x.
 #include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
@@ -35,14 +36,16 @@ LinearPath choose_path(const at::Tensor& x, const at::Tensor& weight, const at::
   return choose_on_cuda(facts, device).path;
 }
 
-// Prune, then torch's dense product; the rest of the epilogue as torch operations in float32.
+// Prune, then torch's dense product; the rest of the epilogue as torch operations in float32, on a product that is not
+// rounded to 16 bits before (in float16 it may overflow where the scaled one does not).
 at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                          const Selection& selection, bool variance_correction, const at::Tensor& shift_out,
                          const at::Tensor& column_scale, const char* op) {
   const DenseOperand operand = prune_dense(x, selection, variance_correction, op);
   if (!operand.nu.defined() && !shift_out.defined() && !column_scale.defined())
     return at::linear(operand.values, weight, bias);
-  at::Tensor y = at::linear(operand.values, weight).to(at::kFloat);
+  at::Tensor y = x.scalar_type() == at::kFloat ? at::linear(operand.values, weight)
+                                               : at::mm(operand.values, weight.t(), at::kFloat);
   if (operand.nu.defined()) y.mul_(operand.nu.unsqueeze(1));
   if (operand.eta.defined()) {
     y.addcmul_(operand.eta.unsqueeze(1), shift_out);

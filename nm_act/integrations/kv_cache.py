@@ -1,0 +1,26 @@
+"""The KV cache in calls of Transformers: argument and field are `cache` from 5.24 on, `past_key_values` before."""
+
+import inspect
+
+
+def cache_argument(model) -> str:
+    """Name of the argument that ``model.forward`` takes its KV cache by.
+
+    Raises
+    ------
+    TypeError
+        If the model takes none.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    if name is None:
+        raise TypeError(
+            f"expected a model that takes a KV cache, got {type(model).__name__}, whose forward has neither cache nor "
+            "past_key_values; use a decoder-only Transformers model"
+        )
+    return name
+
+
+def cache_of(output):
+    """The KV cache in a model's output."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values

@@ -1,0 +1,72 @@
+"""Which versions of other packages the tests ran with: the ranges in this package's own requirements, nowhere else."""
+
+import tomllib
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+
+@dataclass(frozen=True)
+class Supported:
+    """A package, its tested range, and what is installed.
+
+    Attributes
+    ----------
+    package : str
+    versions : str
+        Tested range, as in requirements: ">=5.17,<5.25".
+    installed : str or None
+        None where the package is not installed.
+    """
+
+    package: str
+    versions: str
+    installed: str | None
+
+    @property
+    def tested(self) -> bool:
+        """Whether the installed version is inside the range, a local build ("2.13.0+cpu") counting as its release."""
+        return self.installed is not None and SpecifierSet(self.versions).contains(self.installed, prereleases=True)
+
+
+def supported(package: str | None = None) -> list[Supported]:
+    """Every package with a tested range, in the order of the requirements; with ``package`` that one only."""
+    found = {}
+    for text in _requirements():
+        requirement = Requirement(text)
+        if len(requirement.specifier) == 2 and package in (None, requirement.name):  # a range has two ends
+            versions = ",".join(sorted(map(str, requirement.specifier), reverse=True))
+            found[requirement.name] = Supported(requirement.name, versions, _installed(requirement.name))
+    return list(found.values())
+
+
+def warn_if_untested(package: str) -> None:
+    """Warn in one sentence if the installed version of a package is outside its tested range."""
+    for each in supported(package):
+        if each.installed is not None and not each.tested:
+            warnings.warn(
+                f"expected {package}{each.versions}, the versions that nm_act is tested with, got {each.installed}; "
+                "install one of those, or check that results agree",
+                stacklevel=3,
+            )
+
+
+def _requirements() -> list[str]:
+    """This package's requirements: of its sources where it runs from them, else of what is installed."""
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if project.is_file():  # an editable install's metadata is as old as its last `pip install`
+        tables = tomllib.loads(project.read_text())["project"]
+        extras = tables["optional-dependencies"].values()
+        return [*tables["dependencies"], *(text for texts in extras for text in texts)]
+    return metadata.requires("nm_act") or []
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
