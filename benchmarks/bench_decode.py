@@ -4,8 +4,6 @@ The whole operator is timed, selection included, as a CUDA graph over rotated op
 The baseline cublas_bf16 is torch.nn.functional.linear over the weight as models store it, [out, in]. gbps counts the
 bytes that the operator has to read and write; it is also printed as a share of a device-to-device copy's bandwidth.
 
---sweep times every configuration of the kernel instead, per shape, and prints the fastest next to the one it chooses.
-
     python benchmarks/bench_decode.py --csv benchmarks/results/h200/decode.csv
 """
 
@@ -160,74 +158,28 @@ def summary(rows: list[dict]) -> None:
     print(f"  bf16 {HEADLINE} of 4096 x 4096: {mean(small):.3f}x (bar {SMALL_BAR}x)")
 
 
-def sweep(weights: Weights, tokens: int, pattern: NMPattern, seconds: float) -> float:
-    """Times every configuration; returns the chosen one's time over the fastest one's, averaged over the kinds."""
-    out_features, in_features = weights.shape
-    properties = torch.cuda.get_device_properties(0)
-    xs = [torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(weights.copies)]
-    losses = []
-    for kind, operands in weights.by_kind.items():
-        configs = nm_act._C.gather_configs(
-            tokens,
-            out_features,
-            in_features,
-            kind != "bf16",
-            pattern.keep,
-            pattern.group,
-            properties.major,
-            properties.multi_processor_count,
-        )
-        calls = {
-            config: [
-                lambda x=x, w=w, s=s, c=config: torch.ops.nm_act.gather_configured(
-                    x, w, s, pattern.keep, pattern.group, *c
-                )
-                for x, (w, s) in zip(xs, operands, strict=True)
-            ]
-            for config in configs
-        }
-        for config, functions in calls.items():
-            verify(functions[0], xs[0], *operands[0], pattern, f"{kind} {config}")
-        times = {config: percentiles(values)[1] for config, values in interleaved(calls, seconds, rounds=5).items()}
-        best = sorted(times, key=times.get)[:6]
-        chosen = times[configs[0]]
-        losses.append(chosen / times[best[0]])
-        fastest = ", ".join(f"{config} {times[config]:.2f}" for config in best)
-        what = f"{tokens} x {out_features} x {in_features} {kind} {pattern} (lanes, splits, threads)"
-        print(f"{what}: chosen {configs[0]} {chosen:.2f} us; fastest {fastest}", flush=True)
-    return geometric_mean(losses)
-
-
 def main() -> None:
     parser = common_arguments(__doc__)
     parser.add_argument("--tokens", nargs="+", type=int, choices=(1, 2, 3, 4))
     parser.add_argument("--patterns", nargs="+", metavar="N:M")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="dtype of the weight")
     parser.add_argument("--shapes", nargs="+", metavar="OUTxIN", help="instead of Llama-3's, such as 4096x14336")
-    parser.add_argument("--sweep", action="store_true", help="time every configuration of the kernel, write no rows")
     arguments = parser.parse_args()
     device = require_kernels(nm_act.build_info())
-    short = arguments.quick or arguments.sweep
+    short = arguments.quick
     tokens = arguments.tokens or ((1,) if short else TOKENS)
     patterns = arguments.patterns or ([HEADLINE] if short else PATTERNS)
     kinds = arguments.kinds or (("bf16", "e4m3") if short else KINDS)
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes] if arguments.shapes else SHAPES
     seconds = arguments.seconds / (2 if arguments.quick else 1)
     torch.manual_seed(0)
-    rows, copy, losses = Rows(arguments.csv, bench="decode", device=device, commit=arguments.commit), DeviceCopy(), []
+    rows, copy = Rows(arguments.csv, bench="decode", device=device, commit=arguments.commit), DeviceCopy()
     for shape in shapes:
         weights = Weights(shape, list(kinds))
         for count in tokens:
-            if arguments.sweep:
-                pattern = NMPattern(*map(int, patterns[0].split(":")))
-                losses.append(sweep(weights, count, pattern, seconds))
-            else:
-                bench(rows, weights, count, list(patterns), copy, seconds)
+            bench(rows, weights, count, list(patterns), copy, seconds)
         del weights
-    if arguments.sweep:
-        print(f"\nchosen over fastest: {geometric_mean(losses):.3f}x in the geometric mean")
-    else:
-        summary(rows.rows)
+    summary(rows.rows)
 
 
 if __name__ == "__main__":

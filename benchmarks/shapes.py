@@ -25,3 +25,21 @@ def _draw_token_counts(count: int, largest: int, seed: int) -> tuple[int, ...]:
 
 TOKEN_COUNTS = _draw_token_counts(12, 20000, seed=0)
 """Log-uniform from 1 to 20000."""
+
+# What the decode kernel's configurations are fitted to: Llama-3's shapes and sixteen others of Qwen2.5 and Qwen3,
+# Gemma 2, Mistral, Phi-3 and OLMo 2, small ones of grouped keys and values among them, few of them powers of two.
+DECODE_SHAPES = (
+    *LLAMA_3_8B.values(),
+    *LLAMA_3_70B.values(),
+    *((1024, 4096), (1536, 8960), (2048, 5120), (2560, 4096), (2560, 9728), (3072, 3072), (3584, 3584), (3584, 14336)),
+    *(
+        (4608, 3584),
+        (5120, 5120),
+        (6144, 2560),
+        (9216, 3072),
+        (14336, 4096),
+        (18944, 3584),
+        (19456, 2560),
+        (28672, 5120),
+    ),
+)

@@ -355,7 +355,7 @@ def _(x, weight, bias=None):
 
 
 @torch.library.register_fake("nm_act::gather_configured")
-def _(x, weight, weight_scale, n, m, lanes, splits, threads):
+def _(x, weight, weight_scale, n, m, lanes, splits, threads, ahead=False):
     _check_devices("gather_configured", x, weight=weight, weight_scale=weight_scale)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

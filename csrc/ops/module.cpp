@@ -125,8 +125,8 @@ py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t o
   return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.overlapped);
 }
 
-// (lanes, splits, threads) of every configuration that the decode kernel can run this problem with; the one it would
-// choose comes first.
+// (lanes, splits, threads, ahead) of every configuration that the decode kernel can run this problem with; the one it
+// would choose comes first.
 py::list gather_configs(int tokens, int out_features, int in_features, bool bits8, int keep, int group,
                         int compute_capability_major, int multiprocessors) {
   const nm_act::GatherProblem problem{tokens,
@@ -135,7 +135,9 @@ py::list gather_configs(int tokens, int out_features, int in_features, bool bits
                                       bits8 ? nm_act::ElementType::kE4M3 : nm_act::ElementType::kBFloat16,
                                       {keep, group, {}},
                                       {compute_capability_major, multiprocessors}};
-  const auto tuple = [](const nm_act::GatherConfig& c) { return py::make_tuple(c.lanes, c.splits, c.threads); };
+  const auto tuple = [](const nm_act::GatherConfig& c) {
+    return py::make_tuple(c.lanes, c.splits, c.threads, c.ahead);
+  };
   const py::tuple chosen = tuple(nm_act::select_gather_config(problem));
   py::list result;
   result.append(chosen);

@@ -58,7 +58,7 @@ TORCH_LIBRARY(nm_act, m) {
   // (csrc/kernels/gather/config.h).
   m.def(
       "gather_configured(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int lanes, int splits, "
-      "int threads) -> Tensor");
+      "int threads, bool ahead=False) -> Tensor");
 
   // CUDA only. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
   // [tokens, in_features / 2] in the dtype of x (float8_e4m3fn with fp8, scaled per token by its largest |Z| / 448),

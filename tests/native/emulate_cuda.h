@@ -57,6 +57,7 @@ struct Fiber {
   Wait wait = Wait::kForever;
   uint64_t slot[2];  // what this lane shows to its warp, in turn
   int turn;
+  bool arrived;      // at its cluster
 };
 
 struct Cluster {
@@ -152,6 +153,7 @@ inline void prepare_fibers(unsigned first_block, unsigned blocks, int threads) {
     fiber.block = first_block + i / threads;
     fiber.wait = Wait::kNothing;
     fiber.turn = 0;
+    fiber.arrived = false;
   }
 }
 
@@ -273,6 +275,8 @@ auto exchange_in_warp(T shown, const Combine& combine) {
   });
 }
 
+inline void __syncwarp() { emulation::wait_for(emulation::Wait::kWarp); }
+
 inline int lane_in_warp() { return static_cast<int>(emulation::self().thread) % 32; }
 
 inline uint32_t __ballot_sync(uint32_t, bool predicate) {
@@ -370,17 +374,29 @@ inline unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>(emulation::cluster->shared[block].data());
 }
 
-inline void sync_cluster() { emulation::wait_for(emulation::Wait::kCluster); }
-
-inline void leave_cluster() { sync_cluster(); }
-
-inline float2 read_peer(const float2* local, int rank) {
-  const auto offset = reinterpret_cast<const unsigned char*>(local) - dynamic_shared();
-  float2 value;
-  std::memcpy(&value, reinterpret_cast<const unsigned char*>(emulation::cluster->shared[rank].data()) + offset,
-              sizeof value);
-  return value;
+// The later of a barrier's two halves stops a thread: what it does in between may come at any time on a device.
+inline void change_arrived(bool before) {
+  if (emulation::self().arrived == before) {
+    emulation::self().arrived = !before;
+    return;
+  }
+  std::printf("FAILED: a thread arrives at its cluster and waits for it, in turn\n");
+  std::exit(1);
 }
+
+inline void arrive_at_cluster() { change_arrived(false); }
+
+inline void wait_for_cluster() {
+  change_arrived(true);
+  emulation::wait_for(emulation::Wait::kCluster);
+}
+
+inline void write_peer(float* local, int rank, float value) {
+  const auto offset = reinterpret_cast<const unsigned char*>(local) - dynamic_shared();
+  std::memcpy(reinterpret_cast<unsigned char*>(emulation::cluster->shared[rank].data()) + offset, &value, sizeof value);
+}
+
+inline void prefetch_line(const void*) {}
 
 inline uint4 load_weight(const void* source) { return *static_cast<const uint4*>(source); }
 

@@ -38,7 +38,7 @@ std::string describe(const Case& c) {
          ", types " + std::to_string(int(c.type)) + " and " + std::to_string(int(c.weight_type)) + ", " +
          std::to_string(c.pattern.keep) + ":" + std::to_string(c.pattern.group) + ", lanes " +
          std::to_string(c.config.lanes) + " splits " + std::to_string(c.config.splits) + " threads " +
-         std::to_string(c.config.threads);
+         std::to_string(c.config.threads) + " ahead " + std::to_string(c.config.ahead);
 }
 
 // The vectors of a case, and its inputs: what is selected of each token.
@@ -173,7 +173,9 @@ void run_types(Case c, int kind, bool aligned) {
 void run_cases() {
   const Pattern patterns[] = {{1, 2, {}},  {2, 4, {}},   {4, 8, {}}, {8, 16, {}}, {16, 32, {}},
                               {3, 16, {}}, {31, 32, {}}, {1, 8, {}}, {0, 0, {}}};
-  const GatherConfig configs[] = {{16, 1, 128}, {32, 2, 256}, {64, 3, 256}, {16, 8, 256}, {32, 1, 512}, {128, 2, 512}};
+  const GatherConfig configs[] = {{16, 1, 256, false}, {32, 2, 256, true},  {64, 3, 256, false},
+                                  {16, 8, 256, true},  {32, 1, 512, false}, {16, 5, 512, true},
+                                  {128, 2, 512, true}, {64, 7, 512, false}};
   int step = 0;
   for (Pattern pattern : patterns) {
     for (const GatherConfig& config : configs) {
@@ -196,7 +198,8 @@ void run_cases() {
 // Slices as long as those of large layers, 512 threads as launches have them: configurations of our choice, then the
 // kernel's own.
 void run_long_slices() {
-  const GatherConfig configs[] = {{32, 5, 512}, {64, 8, 512}, {128, 1, 512}, {16, 4, 512}, {}};
+  const GatherConfig configs[] = {{32, 5, 512, true},  {64, 8, 512, false}, {128, 1, 512, true},
+                                  {16, 4, 512, false}, {32, 8, 256, true},  {}};
   const Pattern patterns[] = {{8, 16, {}}, {2, 4, {}}, {16, 32, {}}};
   int step = 0;
   for (const GatherConfig& config : configs) {

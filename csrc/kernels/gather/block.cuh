@@ -12,33 +12,35 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>(memory);
 }
 
-// All blocks of the cluster, their writes to shared memory included.
-__device__ __forceinline__ void sync_cluster() {
+// A barrier of the cluster's blocks in two halves: what a block wrote to any shared memory before it arrives is there
+// for whoever has waited. Every thread arrives and waits.
+__device__ __forceinline__ void arrive_at_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 
-// As sync_cluster, for blocks that are done: they have used what they read from others, and write nothing more for
-// them. Without the fence, which would wait for the outputs to reach memory.
-__device__ __forceinline__ void leave_cluster() {
+__device__ __forceinline__ void wait_for_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
-// What block `rank` of the cluster has where `local` is in this block's shared memory.
-__device__ __forceinline__ float2 read_peer(const float2* local, int rank) {
+// Writes where block `rank` of the cluster has what `local` is in this block's shared memory.
+__device__ __forceinline__ void write_peer(float* local, int rank, float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
   uint32_t remote;
-  float2 value;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(remote) : "memory");
-  return value;
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 #else
-  return *local;
+  *local = value;
 #endif
+}
+
+// Fetches a line into the L2, where every write shows, so it may come before wait_for_previous_kernel(). Any address.
+__device__ __forceinline__ void prefetch_line(const void* source) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
 }
 
 // 16 bytes of a weight, which is read once: not through L1.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "../nm_act.h"
@@ -21,7 +22,8 @@ inline constexpr int kGatherMaxSlice = 1 << 15;  // row numbers are 16 bits wide
 struct GatherConfig {
   int lanes;    // threads along the outputs: 16, 32, 64 or 128
   int splits;   // slices of the inputs: 1 to kGatherMaxSplits
-  int threads;  // of a block: 128, 256 or 512, a multiple of lanes
+  int threads;  // of a block: 256 or 512
+  bool ahead;   // each thread fetches a line into the L2 before anything is selected
 };
 
 struct GatherProblem {
@@ -56,38 +58,47 @@ NM_ACT_HOST_DEVICE constexpr int gather_blocks(int tokens, int outputs_per_threa
   return tokens * outputs_per_thread <= 8 ? 2 : 1;
 }
 
-// Byte offsets into the dynamic shared memory of a block. The survivors' list takes the place of the keys it came from,
-// and the threads' sums the place of everything but the totals.
+// Byte offsets into the dynamic shared memory of a block. With several tokens the survivors' list takes the place of
+// the keys it came from; what the threads gather takes the place of everything that only the selection needs.
 struct GatherShared {
-  int z;             // uint16 [tokens, slice]: the shifted inputs
-  int keys;          // uint32 [tokens, slice]
+  int offsets;       // int32 [slice / 32 + 1]: survivors before each 32 features
   int rows;          // uint16 [slice]: survivors, by number in the slice
   int coefficients;  // uint16 [slice, tokens]
+  int keys;          // uint32 [tokens, slice]
+  int z;             // uint16 [tokens, slice]: the shifted inputs
   int masks;         // uint32 [tokens, slice / 32]: who survives in which token
-  int offsets;       // int32 [slice / 32 + 1]: survivors before each 32 features
-  int sums;          // float [threads / lanes, outputs of the tile]
-  int bytes;         // totals, float [tokens, outputs of the tile], come first
+  int own;           // the threads' sums, 16 bytes a thread as often as it has four
+  int bytes;         // what the slices of the tile sent, float [splits, share of the outputs], comes first
 };
 
-NM_ACT_HOST_DEVICE constexpr GatherShared gather_shared(int tokens, int slice, int tile_outputs, int threads,
+// Each block of a cluster finishes 2^bits of a tile's outputs, pairs at least: powers of two divide fast.
+NM_ACT_HOST_DEVICE constexpr int share_bits(int outputs, int splits) {
+  int bits = 1;
+  while ((splits << bits) < outputs) ++bits;
+  return bits;
+}
+
+NM_ACT_HOST_DEVICE constexpr GatherShared gather_shared(int tokens, int slice, const GatherConfig& config,
                                                         int outputs_per_thread) {
   GatherShared at{};
-  const int begin = tokens * tile_outputs * 4;
-  at.z = begin;
-  at.keys = at.rows = at.z + 2 * tokens * slice;
+  const int bits = share_bits(tokens * config.lanes * outputs_per_thread, config.splits);
+  at.offsets = ceil_div(4 * config.splits << bits, 16) * 16;
+  at.rows = at.offsets + ceil_div(4 * (slice / 32 + 1), 16) * 16;
   at.coefficients = at.rows + 2 * slice;
-  at.masks = at.keys + 4 * tokens * slice;
-  at.offsets = at.masks + 4 * tokens * (slice / 32);
-  at.sums = begin;
-  const int selection = at.offsets + 4 * (slice / 32 + 1), sums = begin + threads * outputs_per_thread * 4;
-  at.bytes = selection > sums ? selection : sums;
+  at.own = at.coefficients + 2 * slice * tokens;
+  at.keys = tokens == 1 ? at.own : at.rows;
+  const int after_keys = at.keys + 4 * tokens * slice;
+  at.z = after_keys > at.own ? after_keys : at.own;
+  at.masks = at.z + 2 * tokens * slice;
+  const int selection = at.masks + 4 * tokens * (slice / 32);
+  const int gathered = at.own + config.threads * outputs_per_thread / 4 * kGatherVector;
+  at.bytes = selection > gathered ? selection : gathered;
   return at;
 }
 
 inline int shared_bytes(const GatherProblem& problem, const GatherConfig& config) {
-  const int outputs = outputs_per_lane(problem.weight_type);
-  return gather_shared(compiled_tokens(problem.tokens), slice_features(problem.in_features, config.splits),
-                       config.lanes * outputs, config.threads, outputs)
+  return gather_shared(compiled_tokens(problem.tokens), slice_features(problem.in_features, config.splits), config,
+                       outputs_per_lane(problem.weight_type))
       .bytes;
 }
 
@@ -96,9 +107,9 @@ inline int shared_limit(GemmDevice device) { return (device.compute_capability_m
 
 inline bool is_valid(const GatherProblem& problem, const GatherConfig& config) {
   const bool lanes = config.lanes == 16 || config.lanes == 32 || config.lanes == 64 || config.lanes == 128;
-  const bool threads = config.threads == 128 || config.threads == 256 || config.threads == kGatherMaxThreads;
+  const bool threads = config.threads == 256 || config.threads == kGatherMaxThreads;
   const int most = problem.device.compute_capability_major == 9 ? kGatherMaxSplits : 1;
-  return lanes && threads && config.lanes <= config.threads && config.splits >= 1 && config.splits <= most &&
+  return lanes && threads && config.splits >= 1 && config.splits <= most &&
          slice_features(problem.in_features, config.splits) <= kGatherMaxSlice &&
          shared_bytes(problem, config) <= shared_limit(problem.device);
 }
@@ -118,43 +129,71 @@ inline bool gather_pays(ElementType weight_type, Pattern pattern, int tokens) {
   return weight_bytes(weight_type) == 1 || union_fraction(pattern, tokens) <= 0.95;
 }
 
-// Blocks that can run at once, by registers and shared memory. Clusters do not the groups of 16 or 18 multiprocessors
-// to the last one.
-inline int resident_blocks(const GatherProblem& problem, const GatherConfig& config) {
-  constexpr int kPerMultiprocessor = 224 * 1024;
-  const int by_shared = std::max(1, kPerMultiprocessor / (shared_bytes(problem, config) + 1024));
-  const int by_registers = gather_blocks(compiled_tokens(problem.tokens), outputs_per_lane(problem.weight_type)) *
-                           kGatherMaxThreads / config.threads;
-  const int multiprocessors = problem.device.multiprocessors;
-  const int usable = config.splits > 1 && multiprocessors > 16 ? multiprocessors / 16 * 16 : multiprocessors;
-  return usable * std::max(1, std::min(by_shared, by_registers));
+// Registers of a thread, as the kernels are compiled for 9.0.
+inline int gather_registers(int tokens, int outputs_per_thread) {
+  const bool bits8 = outputs_per_thread == 16;
+  return tokens == 1 ? (bits8 ? 80 : 56) : tokens == 2 ? (bits8 ? 96 : 72) : 120;
 }
 
-// Relative time of a configuration: the bytes it streams, stretched where too few blocks run to keep memory busy or
-// where a last wave is not full, plus the bytes that memory could have moved while a block selects and adds up. What
-// matters is that all blocks run at once with equal work; the number of blocks on a multiprocessor matters little,
-// because one multiprocessor can take about three times its share of the memory bandwidth. The constants are estimates
-// (docs/kernels/gather.md); `bench_decode.py --sweep` measures every candidate.
+inline int blocks_per_multiprocessor(const GatherProblem& problem, const GatherConfig& config) {
+  constexpr int kRegisters = 64 * 1024, kThreads = 2048, kShared = 227 * 1024;
+  const int registers = gather_registers(compiled_tokens(problem.tokens), outputs_per_lane(problem.weight_type));
+  const int by_threads = std::min(kRegisters / registers, kThreads) / config.threads;
+  return std::max(1, std::min(by_threads, kShared / (shared_bytes(problem, config) + 1024)));
+}
+
+// Blocks that run at once, `each` on a multiprocessor. A cluster stays within a group of multiprocessors: the sweep shows
+// that 132 of them hold 14 clusters of eight or seven blocks, 16 of six, 38 of three, as six groups of 16 and two of
+// 13 would.
+inline int resident_blocks(GemmDevice device, int splits, int each) {
+  if (splits == 1) return device.multiprocessors * each;
+  const int groups = std::max(3, device.multiprocessors / 16);
+  return ((groups - 2) * (16 * each / splits) + 2 * (13 * each / splits)) * splits;
+}
+
+inline int resident_blocks(const GatherProblem& problem, const GatherConfig& config) {
+  return resident_blocks(problem.device, config.splits, blocks_per_multiprocessor(problem, config));
+}
+
+// What fetching ahead takes of a block's weights. It pays up to about 0.3 while half of the rows survive.
+inline double ahead_share(const GatherProblem& problem, const GatherConfig& config) {
+  constexpr double kLine = 128;
+  const double tile_bytes = config.lanes * kGatherVector;
+  return config.threads * kLine / (tile_bytes * slice_features(problem.in_features, config.splits));
+}
+
+inline constexpr double kMaxAheadShare = 0.3;
+
+inline bool ahead_pays(const GatherProblem& problem, const GatherConfig& config) {
+  return problem.pattern.keep * 2 >= problem.pattern.group && problem.pattern.keep > 0 &&
+         ahead_share(problem, config) < kMaxAheadShare;
+}
+
+// Microseconds of a configuration, but for what all have in common. Waves of blocks follow each other; in each, every
+// block selects its slice, then streams its rows, as fast as memory, its multiprocessor and its own loads in flight
+// let it. The constants are fitted to benchmarks/results/h100/decode_tuning.csv (docs/kernels/gather.md).
 inline double gather_cost(const GatherProblem& problem, const GatherConfig& config) {
+  constexpr double kMemory = 3.2e6, kMultiprocessor = 5e4;  // bytes a microsecond
+  constexpr double kLatency = 0.69, kWave = 3.1, kAhead = 0.9;
+  constexpr double kSelect = 0.2;  // a feature and token, for one thread
   const int tile = config.lanes * outputs_per_lane(problem.weight_type);
-  const int tiles = ceil_div(problem.out_features, tile);
-  const double blocks = static_cast<double>(tiles) * config.splits;
-  const int resident = resident_blocks(problem, config), multiprocessors = problem.device.multiprocessors;
-  const double kept = problem.pattern.keep == 0 ? 0.5 : union_fraction(problem.pattern, problem.tokens);
-  const double padded = static_cast<double>(tiles) * tile / problem.out_features;
-  const double bytes = kept * problem.out_features * weight_bytes(problem.weight_type) * problem.in_features * padded;
-  const double waves = std::max(1.0, static_cast<double>(ceil_div(static_cast<int>(blocks), resident)));
-  const double unfilled = waves > 1 ? waves * resident / blocks : 1.0;
-  const double idle = std::max(1.0, 0.9 * multiprocessors / blocks);
-  const double imbalance = ceil_div(static_cast<int>(blocks), multiprocessors) * multiprocessors / blocks - 1.0;
-  const double narrow = 0.02 * 32 / config.lanes;
-  // 4 TB/s move 4 MB a microsecond; a block selects some 3000 features of a token in that time.
-  constexpr double kBytesPerMicrosecond = 4e6;
+  const int blocks = ceil_div(problem.out_features, tile) * config.splits;
+  const int most = blocks_per_multiprocessor(problem, config);
+  const int resident = resident_blocks(problem.device, config.splits, most);
+  int each = 1;
+  while (each < most && resident_blocks(problem.device, config.splits, each) < std::min(blocks, resident)) ++each;
+  const int waves = ceil_div(blocks, resident);
   const int slice = slice_features(problem.in_features, config.splits);
-  const double select =
-      waves * problem.tokens * slice / 3000.0 * std::min(2.0, std::max(1.0, blocks / multiprocessors));
-  return bytes * unfilled * idle * (1 + 0.05 * imbalance + narrow) +
-         kBytesPerMicrosecond * (select + 0.05 * config.splits);
+  const double kept = problem.pattern.keep == 0 ? 0.5 : union_fraction(problem.pattern, problem.tokens);
+  const double bytes = kept * slice * config.lanes * kGatherVector;  // a block
+  const double select = kSelect * problem.tokens * slice / config.threads * std::min(each, 2);
+  const double memory = blocks * bytes / kMemory;
+  const double multiprocessor = waves * each * bytes / kMultiprocessor;
+  const double flight = waves * bytes * kLatency / (config.threads * 8 * kGatherVector);
+  const double stream =
+      std::cbrt(memory * memory * memory + multiprocessor * multiprocessor * multiprocessor + flight * flight * flight);
+  const double hidden = config.ahead ? kAhead * (1 - ahead_share(problem, config) / kMaxAheadShare) : 0.0;
+  return waves * (select + kWave) + stream - hidden;
 }
 
 // Calls visit with every configuration that the problem can run with.
@@ -163,9 +202,11 @@ void for_each_gather_config(const GatherProblem& problem, const Visit& visit) {
   for (int threads : {512, 256}) {
     for (int lanes : {128, 64, 32, 16}) {
       for (int splits = 1; splits <= kGatherMaxSplits; ++splits) {
-        const GatherConfig config{lanes, splits, threads};
-        const bool empty_slices = (splits - 1) * slice_features(problem.in_features, splits) >= problem.in_features;
-        if (is_valid(problem, config) && (splits == 1 || !empty_slices)) visit(config);
+        for (bool ahead : {false, true}) {
+          const GatherConfig config{lanes, splits, threads, ahead};
+          const bool empty_slices = (splits - 1) * slice_features(problem.in_features, splits) >= problem.in_features;
+          if (is_valid(problem, config) && (splits == 1 || !empty_slices)) visit(config);
+        }
       }
     }
   }
@@ -176,7 +217,7 @@ inline GatherConfig select_gather_config(const GatherProblem& problem) {
   GatherConfig best{};
   double best_cost = 0;
   for_each_gather_config(problem, [&](const GatherConfig& config) {
-    if (config.threads != kGatherMaxThreads) return;
+    if (config.ahead != ahead_pays(problem, config)) return;
     const double cost = gather_cost(problem, config);
     if (best.splits == 0 || cost < best_cost) {
       best = config;

@@ -6,17 +6,19 @@
 
 namespace nm_act {
 
+template <class E, class W, int kTokens>
+cudaError_t launch_gather_kernel(const GatherParams& params, const GatherLaunch& launch) {
+  return launch_kernel(gather_kernel<E, W, kTokens>, launch.shape, launch.stream, params, launch.config, launch.vector);
+}
+
 template <class E, class W, int kMaxTokens>
 cudaError_t launch_gather_tokens(const GatherParams& params, const GatherLaunch& launch) {
-  const auto run = [&](auto* kernel) {
-    return launch_kernel(kernel, launch.shape, launch.stream, params, launch.config, launch.vector);
-  };
   switch (compiled_tokens(params.tokens)) {
-    case 1: return run(gather_kernel<E, W, 1>);
-    case 2: return run(gather_kernel<E, W, 2>);
-    case 4: return run(gather_kernel<E, W, 4>);
+    case 1: return launch_gather_kernel<E, W, 1>(params, launch);
+    case 2: return launch_gather_kernel<E, W, 2>(params, launch);
+    case 4: return launch_gather_kernel<E, W, 4>(params, launch);
     default:
-      if constexpr (kMaxTokens == 8) return run(gather_kernel<E, W, 8>);
+      if constexpr (kMaxTokens == 8) return launch_gather_kernel<E, W, 8>(params, launch);
       return cudaErrorInvalidValue;
   }
 }

@@ -2,9 +2,8 @@
 // the rows of W [in, out] that some token needs. One launch: select, gather, reduce.
 //
 //   block (tile, slice): selects the survivors of its slice of the inputs (survivors.cuh; x is small and in L2), then
-//   reads their weight rows. `lanes` threads lie along a row, 16 bytes each, threads / lanes rows are read at a time,
-//   and every thread has kUnroll loads in flight before it waits for the first:
-//   512 threads x 8 x 16 bytes = 64 KiB a block, where about 26 to 40 KiB a multiprocessor saturate an H200's memory.
+//   reads their weight rows. `lanes` threads lie along a row, 16 bytes each, threads / lanes rows are read at a time.
+//   Each thread has kUnroll loads in flight before it waits for the first.
 //   Sums are float32: in registers over a thread's rows, then over the rows' threads through shared memory, then over
 //   the slices of the tile, a cluster, through distributed shared memory. Every order is fixed: no atomics, the same
 //   bits every time.
@@ -12,6 +11,7 @@
 #pragma once
 
 #include "../launch.cuh"
+#include "outputs.cuh"
 #include "survivors.cuh"
 
 namespace nm_act {
@@ -67,6 +67,28 @@ __device__ __forceinline__ void load_coefficients(const uint16_t* list, int slot
   }
 }
 
+// Adds 16 bytes of the row at place `slot` of the list to a thread's sums.
+template <class E, class W, int kTokens, int kOutputs>
+__device__ __forceinline__ void add_row(uint4 row, const GatherSlice& slice, int slot,
+                                        float (&sum)[kTokens][kOutputs]) {
+  float c[kTokens];
+  load_coefficients<E, kTokens>(slice.coefficients, slot, c);
+  const uint32_t word[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float w[W::kPerWord];
+    W::unpack(word[i], w);
+#pragma unroll
+    for (int j = 0; j < W::kPerWord; ++j) {
+#pragma unroll
+      for (int token = 0; token < kTokens; ++token) {
+        float& target = sum[token][i * W::kPerWord + j];
+        target = fmaf(c[token], w[j], target);
+      }
+    }
+  }
+}
+
 // Adds kUnroll rows to a thread's sums, those at places first, first + step, ... of the list. Not kFull: as many of
 // them as there are.
 template <class E, class W, int kTokens, int kUnroll, bool kFull, int kOutputs>
@@ -83,22 +105,7 @@ __device__ __forceinline__ void gather_batch(const unsigned char* weight, uint32
   for (int u = 0; u < kUnroll; ++u) {
     const int slot = first + u * step;
     if (!kFull && slot >= survivors) break;
-    float c[kTokens];
-    load_coefficients<E, kTokens>(slice.coefficients, slot, c);
-    const uint32_t word[4] = {loaded[u].x, loaded[u].y, loaded[u].z, loaded[u].w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float w[W::kPerWord];
-      W::unpack(word[i], w);
-#pragma unroll
-      for (int j = 0; j < W::kPerWord; ++j) {
-#pragma unroll
-        for (int token = 0; token < kTokens; ++token) {
-          float& target = sum[token][i * W::kPerWord + j];
-          target = fmaf(c[token], w[j], target);
-        }
-      }
-    }
+    add_row<E, W, kTokens>(loaded[u], slice, slot, sum);
   }
 }
 
@@ -116,69 +123,6 @@ __device__ __forceinline__ void gather_rows(const unsigned char* weight, uint32_
   }
 }
 
-// totals [kTokens, tile]: the threads' sums added up in the order of their groups. Ends with a barrier.
-template <int kTokens, int kOutputs>
-__device__ __forceinline__ void reduce_block(const float (&sum)[kTokens][kOutputs], float* sums, float* totals,
-                                             int lane, int group, int groups, int tile) {
-#pragma unroll
-  for (int token = 0; token < kTokens; ++token) {
-    __syncthreads();
-    float4* target = reinterpret_cast<float4*>(sums + group * tile + lane * kOutputs);
-#pragma unroll
-    for (int i = 0; i < kOutputs / 4; ++i) {
-      const float* part = sum[token] + 4 * i;
-      target[i] = make_float4(part[0], part[1], part[2], part[3]);
-    }
-    __syncthreads();
-    for (int output = static_cast<int>(threadIdx.x); output < tile; output += static_cast<int>(blockDim.x)) {
-      float total = 0.0f;
-#pragma unroll 4
-      for (int i = 0; i < groups; ++i) total += sums[i * tile + output];
-      totals[token * tile + output] = total;
-    }
-  }
-  __syncthreads();
-}
-
-// One output: the product's sum through the epilogue.
-__device__ __forceinline__ float finish_output(const GatherParams& params, float sum, int token, int output) {
-  if (params.weight_scale != nullptr) sum *= __ldg(params.weight_scale + output);
-  if (params.row_scale != nullptr) sum *= __ldg(params.row_scale + token);
-  if (params.shift_out != nullptr) {
-    const float eta = params.eta != nullptr ? __ldg(params.eta + token) : 1.0f;
-    sum = fmaf(eta, __ldg(params.shift_out + output), sum);
-  }
-  if (params.column_scale != nullptr) sum *= __ldg(params.column_scale + output);
-  return sum;
-}
-
-// Adds up the slices in their order, two outputs a thread; the blocks of the cluster share the outputs.
-template <class E>
-__device__ __forceinline__ void write_outputs(const GatherParams& params, const float* totals, int tile, int first,
-                                              int slice, int splits) {
-  const int pairs = tile / 2, step = splits * static_cast<int>(blockDim.x);
-  for (int i = slice * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x); i < params.tokens * pairs;
-       i += step) {
-    const int token = i / pairs, output = first + i % pairs * 2;
-    if (output >= params.out_features) continue;
-    const float2* place = reinterpret_cast<const float2*>(totals) + i;
-    float2 sum = splits == 1 ? *place : read_peer(place, 0);
-    for (int rank = 1; rank < splits; ++rank) {
-      const float2 part = read_peer(place, rank);
-      sum.x += part.x;
-      sum.y += part.y;
-    }
-    float low = finish_output(params, sum.x, token, output), high = finish_output(params, sum.y, token, output + 1);
-    if (params.bias != nullptr) {
-      const auto* bias = static_cast<const uint16_t*>(params.bias);
-      low += E::low(bias[output]);
-      high += E::low(bias[output + 1]);
-    }
-    auto* y = static_cast<uint16_t*>(params.y) + static_cast<int64_t>(token) * params.out_features + output;
-    *reinterpret_cast<uint32_t*>(y) = E::pack(low, high);
-  }
-}
-
 // Loads in flight a thread, and blocks a multiprocessor that registers are kept for: more sums leave room for fewer.
 template <int kTokens, int kOutputs>
 struct GatherTuning {
@@ -186,38 +130,48 @@ struct GatherTuning {
   static constexpr int kBlocks = gather_blocks(kTokens, kOutputs);
 };
 
+// A line a thread of the slice's first rows in this tile, whether their features survive or not: memory is idle until
+// the selection is done, and of every two such lines one is needed at a 50 % pattern.
+__device__ __forceinline__ void fetch_ahead(const unsigned char* tile, uint32_t row_bytes, int line_bytes, int rows) {
+  constexpr int kLine = 128;
+  const int lines = ceil_div(line_bytes, kLine), i = static_cast<int>(threadIdx.x);
+  if (i < rows * lines) prefetch_line(tile + static_cast<uint64_t>(i / lines) * row_bytes + i % lines * kLine);
+}
+
 template <class E, class W, int kTokens>
 __global__ void __launch_bounds__(kGatherMaxThreads, GatherTuning<kTokens, 4 * W::kPerWord>::kBlocks)
     gather_kernel(const __grid_constant__ GatherParams params, const GatherConfig config, const bool vector) {
-  constexpr int kOutputs = 4 * W::kPerWord;
+  constexpr int kOutputs = 4 * W::kPerWord, kBytes = kGatherVector / kOutputs;
+  if (config.splits > 1) arrive_at_cluster();
   const int tile = config.lanes * kOutputs, size = slice_features(params.in_features, config.splits);
-  const int slice_index = static_cast<int>(blockIdx.x) % config.splits;
+  const int rank = static_cast<int>(blockIdx.x) % config.splits;
   const int first = static_cast<int>(blockIdx.x) / config.splits * tile;
   const int lane = static_cast<int>(threadIdx.x) & (config.lanes - 1);
   const int group = static_cast<int>(threadIdx.x) / config.lanes, groups = config.threads / config.lanes;
   unsigned char* const shared = dynamic_shared();
-  const GatherShared at = gather_shared(kTokens, size, tile, config.threads, kOutputs);
-  const GatherSlice slice(shared, at, slice_index * size, size, params.in_features);
+  const GatherShared at = gather_shared(kTokens, size, config, kOutputs);
+  const GatherSlice slice(shared, at, rank * size, size, params.in_features);
+  const GatherTile outputs{reinterpret_cast<float*>(shared),          first, 31 - __clz(tile),
+                           share_bits(kTokens * tile, config.splits), rank,  config.splits};
+  const int64_t row_bytes = params.weight_stride * kBytes;
+  const auto* weight = static_cast<const unsigned char*>(params.weight) + slice.begin * row_bytes + first * kBytes;
 
+  fetch_vectors(params, outputs, slice.begin, slice.count);
   wait_for_previous_kernel();
   allow_next_kernel();
+  if (config.ahead) {
+    fetch_ahead(weight, static_cast<uint32_t>(row_bytes), min(tile, params.out_features - first) * kBytes, slice.count);
+  }
   const int survivors = select_survivors<E, kTokens>(params, slice, vector);
 
   float sum[kTokens][kOutputs] = {};
-  const int output = first + lane * kOutputs;
-  if (output < params.out_features) {
-    constexpr int kBytes = kGatherVector / kOutputs;
-    const int64_t row_bytes = params.weight_stride * kBytes;
-    const auto* weight = static_cast<const unsigned char*>(params.weight) + slice.begin * row_bytes + output * kBytes;
-    gather_rows<E, W, kTokens, GatherTuning<kTokens, kOutputs>::kUnroll>(weight, static_cast<uint32_t>(row_bytes),
-                                                                         slice, survivors, group, groups, sum);
+  if (first + lane * kOutputs < params.out_features) {
+    gather_rows<E, W, kTokens, GatherTuning<kTokens, kOutputs>::kUnroll>(weight + lane * kGatherVector,
+                                                                         static_cast<uint32_t>(row_bytes), slice,
+                                                                         survivors, group, groups, sum);
   }
-  float* const totals = reinterpret_cast<float*>(shared);
-  reduce_block(sum, reinterpret_cast<float*>(shared + at.sums), totals, lane, group, groups, tile);
-  if (config.splits > 1) sync_cluster();
-  write_outputs<E>(params, totals, tile, first, slice_index, config.splits);
-  // Nobody leaves while another block may still read its totals.
-  if (config.splits > 1) leave_cluster();
+  reduce_block(sum, shared + at.own, outputs, config.lanes, groups);
+  write_outputs<E>(params, outputs);
 }
 
 }  // namespace nm_act

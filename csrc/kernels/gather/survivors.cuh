@@ -4,7 +4,8 @@
 // sign bits. Bare 16-bit features have keys of 15 bits with the position below them, which makes all keys different;
 // under a channel scale the keys have 31 bits and ties are broken by comparing positions. One warp takes 32 features at
 // a time and a ballot gives their mask. Of one token, 32 * keep / group survive in every 32 features, so each knows its
-// place in the list; the union over several tokens, or the inputs that are not zero, need a prefix sum of the counts.
+// place in the list, and a warp does its share of the features alone; the union over several tokens, or the inputs that
+// are not zero, need a prefix sum of the counts.
 #pragma once
 
 #include "../prune/compress.cuh"
@@ -59,46 +60,77 @@ struct GatherSlice {
         offsets(reinterpret_cast<int*>(shared + at.offsets)) {}
 };
 
-// z = x - shift of all tokens, and the keys; zeros beyond the slice and the tokens. `vector`: x, channel_scale and
-// shift can be read 16 bytes at a time.
-template <class E, int kTokens>
-__device__ __forceinline__ void load_inputs(const GatherParams& params, const GatherSlice& slice, bool vector) {
+// z = x - shift of kChunk features of a token, and their keys; zeros beyond the slice and the tokens. `vector`: x,
+// channel_scale and shift can be read 16 bytes at a time.
+template <class E>
+__device__ __forceinline__ void load_inputs(const GatherParams& params, const GatherSlice& slice, int token,
+                                            int feature, bool vector) {
   const bool selects = params.pattern.keep > 0;
-  const int chunks = slice.size / kChunk;
+  const int at = slice.begin + feature;
+  const int count = token < params.tokens ? max(0, min(kChunk, slice.count - feature)) : 0;
+  const bool whole = vector && count == kChunk;
+  Chunk<E> z = zero_chunk<E>();
+  if (count > 0) {
+    const auto* source = static_cast<const uint16_t*>(params.x) + token * params.x_stride + at;
+    z = whole ? load_chunk<E, true>(source, count) : load_chunk<E, false>(source, count);
+    if (selects && params.eta != nullptr) subtract(z, __ldg(params.eta + token));
+    if (selects && params.shift != nullptr) {
+      subtract(z, whole ? load_channels<true>(params.shift + at, count, 0.0f)
+                        : load_channels<false>(params.shift + at, count, 0.0f));
+    }
+  }
+  *reinterpret_cast<uint4*>(slice.z + token * slice.size + feature) =
+      make_uint4(z.word[0], z.word[1], z.word[2], z.word[3]);
+  if (!selects) return;
+  uint32_t key[kChunk];
+  if (params.channel_scale != nullptr) {
+    const ChannelChunk scale = whole ? load_channels<true>(params.channel_scale + at, count, 1.0f)
+                                     : load_channels<false>(params.channel_scale + at, count, 1.0f);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) key[j] = scaled_key(z.get(j), scale.value[j]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      const uint32_t halves = magnitude_keys(z.word[j / 2], E::kNanKeys);
+      key[j] = unique_key(j % 2 ? halves >> 16 : halves & 0xFFFFu, feature + j);
+    }
+  }
+  uint4* keys = reinterpret_cast<uint4*>(slice.keys + token * slice.size + feature);
+  keys[0] = make_uint4(key[0], key[1], key[2], key[3]);
+  keys[1] = make_uint4(key[4], key[5], key[6], key[7]);
+}
+
+// Does a feature of the slice survive in a token, by the keys of its group?
+__device__ __forceinline__ bool survives(const GatherParams& params, const GatherSlice& slice, int token, int feature) {
+  const int group = params.pattern.group, own = feature & (group - 1);
+  const uint32_t* keys = slice.keys + token * slice.size + feature - own;
+  const int rank =
+      params.channel_scale == nullptr ? rank_in_group<true>(keys, group, own) : rank_in_group<false>(keys, group, own);
+  return feature < slice.count && rank < params.pattern.keep;
+}
+
+// One token and a pattern: a warp's share of the features from x to its places in the list, without a barrier of the
+// block.
+template <class E>
+__device__ __forceinline__ void select_share(const GatherParams& params, const GatherSlice& slice, bool vector) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+  const int blocks = slice.size / 32, share = ceil_div(blocks, warps);
+  const int begin = min(static_cast<int>(threadIdx.x) / 32 * share, blocks), end = min(begin + share, blocks);
+  const int per_block = 32 / params.pattern.group * params.pattern.keep;
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kTokens * chunks; i += static_cast<int>(blockDim.x)) {
-    const int token = i / chunks, feature = i % chunks * kChunk, at = slice.begin + feature;
-    const int count = token < params.tokens ? max(0, min(kChunk, slice.count - feature)) : 0;
-    const bool whole = vector && count == kChunk;
-    Chunk<E> z = zero_chunk<E>();
-    if (count > 0) {
-      const auto* source = static_cast<const uint16_t*>(params.x) + token * params.x_stride + at;
-      z = whole ? load_chunk<E, true>(source, count) : load_chunk<E, false>(source, count);
-      if (selects && params.eta != nullptr) subtract(z, __ldg(params.eta + token));
-      if (selects && params.shift != nullptr) {
-        subtract(z, whole ? load_channels<true>(params.shift + at, count, 0.0f)
-                          : load_channels<false>(params.shift + at, count, 0.0f));
-      }
-    }
-    *reinterpret_cast<uint4*>(slice.z + token * slice.size + feature) =
-        make_uint4(z.word[0], z.word[1], z.word[2], z.word[3]);
-    if (!selects) continue;
-    uint32_t key[kChunk];
-    if (params.channel_scale != nullptr) {
-      const ChannelChunk scale = whole ? load_channels<true>(params.channel_scale + at, count, 1.0f)
-                                       : load_channels<false>(params.channel_scale + at, count, 1.0f);
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) key[j] = scaled_key(z.get(j), scale.value[j]);
-    } else {
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) {
-        const uint32_t halves = magnitude_keys(z.word[j / 2], E::kNanKeys);
-        key[j] = unique_key(j % 2 ? halves >> 16 : halves & 0xFFFFu, feature + j);
-      }
-    }
-    uint4* keys = reinterpret_cast<uint4*>(slice.keys + token * slice.size + feature);
-    keys[0] = make_uint4(key[0], key[1], key[2], key[3]);
-    keys[1] = make_uint4(key[4], key[5], key[6], key[7]);
+  for (int feature = 32 * begin + kChunk * lane; feature < 32 * end; feature += 32 * kChunk) {
+    load_inputs<E>(params, slice, 0, feature, vector);
+  }
+  __syncwarp();
+#pragma unroll 1
+  for (int block = begin; block < end; ++block) {
+    const int feature = 32 * block + lane;
+    const bool kept = survives(params, slice, 0, feature);
+    const uint32_t mask = __ballot_sync(0xFFFFFFFFu, kept);
+    if (!kept) continue;
+    const int slot = block * per_block + __popc(mask & ((1u << lane) - 1u));
+    slice.rows[slot] = static_cast<uint16_t>(feature);
+    slice.coefficients[slot] = slice.z[feature];
   }
 }
 
@@ -106,20 +138,16 @@ __device__ __forceinline__ void load_inputs(const GatherParams& params, const Ga
 template <int kTokens>
 __device__ __forceinline__ void mark_survivors(const GatherParams& params, const GatherSlice& slice) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
-  const int keep = params.pattern.keep, group = params.pattern.group, blocks = slice.size / 32;
-  const bool unique = params.channel_scale == nullptr;
+  const int blocks = slice.size / 32;
   for (int block = static_cast<int>(threadIdx.x) / 32; block < blocks; block += warps) {
     const int feature = 32 * block + lane;
 #pragma unroll 1
     for (int token = 0; token < kTokens; ++token) {
       bool kept = token < params.tokens && feature < slice.count;
-      if (keep == 0) {
+      if (params.pattern.keep == 0) {
         kept = kept && (slice.z[token * slice.size + feature] & 0x7FFFu) != 0;
       } else if (token < params.tokens) {
-        const int own = feature & (group - 1);
-        const uint32_t* keys = slice.keys + token * slice.size + feature - own;
-        const int rank = unique ? rank_in_group<true>(keys, group, own) : rank_in_group<false>(keys, group, own);
-        kept = kept && rank < keep;
+        kept = survives(params, slice, token, feature);
       }
       const uint32_t mask = __ballot_sync(0xFFFFFFFFu, kept);
       if (lane == 0) slice.masks[token * blocks + block] = mask;
@@ -158,14 +186,13 @@ __device__ __forceinline__ void sum_counts(const GatherSlice& slice) {
 
 // The list: rows ascending, and the value of each token there (0 where it does not survive in that token).
 template <int kTokens>
-__device__ __forceinline__ void list_survivors(const GatherParams& params, const GatherSlice& slice, bool even) {
+__device__ __forceinline__ void list_survivors(const GatherSlice& slice) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
   const int blocks = slice.size / 32;
   for (int block = static_cast<int>(threadIdx.x) / 32; block < blocks; block += warps) {
     const uint32_t mask = union_mask<kTokens>(slice, block);
     if ((mask >> lane & 1u) == 0) continue;
-    const int before = even ? block * (32 / params.pattern.group) * params.pattern.keep : slice.offsets[block];
-    const int slot = before + __popc(mask & ((1u << lane) - 1u)), feature = 32 * block + lane;
+    const int slot = slice.offsets[block] + __popc(mask & ((1u << lane) - 1u)), feature = 32 * block + lane;
     slice.rows[slot] = static_cast<uint16_t>(feature);
 #pragma unroll
     for (int token = 0; token < kTokens; ++token) {
@@ -178,18 +205,24 @@ __device__ __forceinline__ void list_survivors(const GatherParams& params, const
 // Fills the list and returns its length; ends with a barrier.
 template <class E, int kTokens>
 __device__ __forceinline__ int select_survivors(const GatherParams& params, const GatherSlice& slice, bool vector) {
-  load_inputs<E, kTokens>(params, slice, vector);
+  if (kTokens == 1 && params.pattern.keep > 0) {
+    select_share<E>(params, slice, vector);
+    __syncthreads();
+    return slice.count / params.pattern.group * params.pattern.keep;
+  }
+  const int chunks = slice.size / kChunk;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < kTokens * chunks; i += static_cast<int>(blockDim.x)) {
+    load_inputs<E>(params, slice, i / chunks, i % chunks * kChunk, vector);
+  }
   __syncthreads();
   mark_survivors<kTokens>(params, slice);
   __syncthreads();
-  const bool even = kTokens == 1 && params.pattern.keep > 0;
-  if (!even) {
-    sum_counts<kTokens>(slice);
-    __syncthreads();
-  }
-  list_survivors<kTokens>(params, slice, even);
+  sum_counts<kTokens>(slice);
   __syncthreads();
-  return even ? slice.count / params.pattern.group * params.pattern.keep : slice.offsets[slice.size / 32];
+  list_survivors<kTokens>(slice);
+  __syncthreads();
+  return slice.offsets[slice.size / 32];
 }
 
 }  // namespace nm_act

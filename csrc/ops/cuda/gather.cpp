@@ -100,14 +100,14 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
 }
 
 at::Tensor gather_configured(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& weight_scale,
-                             int64_t n, int64_t m, int64_t lanes, int64_t splits, int64_t threads) {
+                             int64_t n, int64_t m, int64_t lanes, int64_t splits, int64_t threads, bool ahead) {
   constexpr const char* kOp = "gather_configured";
   const Selection selection = check_selection(x, n, m, {}, {}, "none", kOp);
   const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, {}, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   const GemmDevice device = gemm_device(x, kOp);
   const Pattern pattern = selection.pattern;
-  const GatherConfig config{int(lanes), int(splits), int(threads)};
+  const GatherConfig config{int(lanes), int(splits), int(threads), ahead};
   const GatherProblem problem{int(selection.tokens),
                               int(weight.size(0)),
                               int(weight.size(1)),
@@ -118,7 +118,7 @@ at::Tensor gather_configured(const at::Tensor& x, const at::Tensor& weight, cons
                         takes_gather(x, weight, pattern, selection.tokens, device) && is_valid(problem, config),
                     "nm_act::gather_configured expected a product and a configuration of the decode kernel, got ",
                     selection.tokens, " tokens, weight ", weight.sizes(), " with strides ", weight.strides(),
-                    ", lanes ", lanes, ", splits ", splits, ", threads ", threads,
+                    ", lanes ", lanes, ", splits ", splits, ", threads ", threads, ", ahead ", ahead,
                     "; see csrc/kernels/gather/config.h");
   const Rows rows = rows_of(x);
   const at::Tensor y = at::empty(with_last(x.sizes(), weight.size(0)), x.options());
