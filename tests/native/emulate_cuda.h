@@ -57,7 +57,7 @@ struct Fiber {
   Wait wait = Wait::kForever;
   uint64_t slot[2];  // what this lane shows to its warp, in turn
   int turn;
-  bool arrived;      // at its cluster
+  bool arrived;  // at its cluster
 };
 
 struct Cluster {

@@ -173,9 +173,8 @@ void run_types(Case c, int kind, bool aligned) {
 void run_cases() {
   const Pattern patterns[] = {{1, 2, {}},  {2, 4, {}},   {4, 8, {}}, {8, 16, {}}, {16, 32, {}},
                               {3, 16, {}}, {31, 32, {}}, {1, 8, {}}, {0, 0, {}}};
-  const GatherConfig configs[] = {{16, 1, 256, false}, {32, 2, 256, true},  {64, 3, 256, false},
-                                  {16, 8, 256, true},  {32, 1, 512, false}, {16, 5, 512, true},
-                                  {128, 2, 512, true}, {64, 7, 512, false}};
+  const GatherConfig configs[] = {{16, 1, 256, false}, {32, 2, 256, true}, {64, 3, 256, false}, {16, 8, 256, true},
+                                  {32, 1, 512, false}, {16, 5, 512, true}, {128, 2, 512, true}, {64, 7, 512, false}};
   int step = 0;
   for (Pattern pattern : patterns) {
     for (const GatherConfig& config : configs) {

@@ -142,7 +142,7 @@ inline int blocks_per_multiprocessor(const GatherProblem& problem, const GatherC
   return std::max(1, std::min(by_threads, kShared / (shared_bytes(problem, config) + 1024)));
 }
 
-// Blocks that run at once, `each` on a multiprocessor. A cluster stays within a group of multiprocessors: the sweep shows
+// Blocks that run at once, `each` on a multiprocessor. A cluster stays within a group of them: the sweep shows
 // that 132 of them hold 14 clusters of eight or seven blocks, 16 of six, 38 of three, as six groups of 16 and two of
 // 13 would.
 inline int resident_blocks(GemmDevice device, int splits, int each) {
@@ -155,14 +155,14 @@ inline int resident_blocks(const GatherProblem& problem, const GatherConfig& con
   return resident_blocks(problem.device, config.splits, blocks_per_multiprocessor(problem, config));
 }
 
-// What fetching ahead takes of a block's weights. It pays up to about 0.3 while half of the rows survive.
+// What fetching ahead takes of a block's weights. It pays up to 0.3 while half of the rows survive.
 inline double ahead_share(const GatherProblem& problem, const GatherConfig& config) {
   constexpr double kLine = 128;
   const double tile_bytes = config.lanes * kGatherVector;
   return config.threads * kLine / (tile_bytes * slice_features(problem.in_features, config.splits));
 }
 
-inline constexpr double kMaxAheadShare = 0.3;
+inline constexpr double kMaxAheadShare = 0.314;
 
 inline bool ahead_pays(const GatherProblem& problem, const GatherConfig& config) {
   return problem.pattern.keep * 2 >= problem.pattern.group && problem.pattern.keep > 0 &&
@@ -173,9 +173,9 @@ inline bool ahead_pays(const GatherProblem& problem, const GatherConfig& config)
 // block selects its slice, then streams its rows, as fast as memory, its multiprocessor and its own loads in flight
 // let it. The constants are fitted to benchmarks/results/h100/decode_tuning.csv (docs/kernels/gather.md).
 inline double gather_cost(const GatherProblem& problem, const GatherConfig& config) {
-  constexpr double kMemory = 3.2e6, kMultiprocessor = 5e4;  // bytes a microsecond
-  constexpr double kLatency = 0.69, kWave = 3.1, kAhead = 0.9;
-  constexpr double kSelect = 0.2;  // a feature and token, for one thread
+  constexpr double kMemory = 3.156e6, kMultiprocessor = 4.928e4;  // bytes a microsecond
+  constexpr double kLatency = 0.744, kWave = 3.256, kAhead = 1.0;
+  constexpr double kSelect = 0.2107;  // a feature and token, for one thread
   const int tile = config.lanes * outputs_per_lane(problem.weight_type);
   const int blocks = ceil_div(problem.out_features, tile) * config.splits;
   const int most = blocks_per_multiprocessor(problem, config);
@@ -193,7 +193,8 @@ inline double gather_cost(const GatherProblem& problem, const GatherConfig& conf
   const double stream =
       std::cbrt(memory * memory * memory + multiprocessor * multiprocessor * multiprocessor + flight * flight * flight);
   const double hidden = config.ahead ? kAhead * (1 - ahead_share(problem, config) / kMaxAheadShare) : 0.0;
-  return waves * (select + kWave) + stream - hidden;
+  const double idle = std::max(1.0, 0.6 * problem.device.multiprocessors / blocks);  // so few were not measured
+  return waves * (select + kWave) + stream * idle - hidden;
 }
 
 // Calls visit with every configuration that the problem can run with.

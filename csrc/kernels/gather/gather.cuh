@@ -166,9 +166,8 @@ __global__ void __launch_bounds__(kGatherMaxThreads, GatherTuning<kTokens, 4 * W
 
   float sum[kTokens][kOutputs] = {};
   if (first + lane * kOutputs < params.out_features) {
-    gather_rows<E, W, kTokens, GatherTuning<kTokens, kOutputs>::kUnroll>(weight + lane * kGatherVector,
-                                                                         static_cast<uint32_t>(row_bytes), slice,
-                                                                         survivors, group, groups, sum);
+    gather_rows<E, W, kTokens, GatherTuning<kTokens, kOutputs>::kUnroll>(
+        weight + lane * kGatherVector, static_cast<uint32_t>(row_bytes), slice, survivors, group, groups, sum);
   }
   reduce_block(sum, shared + at.own, outputs, config.lanes, groups);
   write_outputs<E>(params, outputs);
