@@ -1,10 +1,10 @@
 """2:4 compression against the device's copy bandwidth, alone and fused behind RMSNorm and SiLU.
 
 The baseline `copy` is the time that the call's bytes (read + written) would take at the speed of a large copy measured
-in turn with it, so `speedup` is the fraction of copy bandwidth. Stage prune is the selection kernel with a dense output.
+in turn with it, so `speedup` is the fraction of copy bandwidth. Stage prune is the selection kernel, dense output.
 The producers have a second row, `<name>/dense_floor`: the bytes of the same fused operator with a dense output of x's
-type. `cusparselt_bf16` is `torch._cslt_compress` of an operand that is pruned already, `cutlass_compressor` CUTLASS's
-kernel for the same operand (nvcc builds it).
+type. With --others: `cusparselt_bf16` is `torch._cslt_compress` of an operand that is pruned already,
+`cutlass_compressor` CUTLASS's kernel for the same operand (nvcc builds it, which takes longer than a quick run).
 
     python benchmarks/bench_compress.py --csv benchmarks/results/h200/compress.csv
 """
@@ -188,7 +188,9 @@ class Report:
             print(reason)
 
 
-def bench(rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: int, seconds: float) -> None:
+def bench(
+    rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: int, seconds: float, others: bool
+) -> None:
     chosen = variants()
     copies = max(2, copies_for(2 * chosen[0].bytes(tokens, features)))
     calls: dict[str, list[Callable]] = {"copy": [copy]}
@@ -197,10 +199,10 @@ def bench(rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: i
     }
     for index, variant in enumerate(chosen):
         calls[str(index)] = [lambda o=o, variant=variant: variant.call(o) for o in operands[variant.dtype]]
-    others = {}
-    if tokens >= OTHERS_TOKENS:
-        others = other_compressors([o.x for o in operands[torch.bfloat16]], report)
-    calls |= others
+    baselines = {}
+    if others and tokens >= OTHERS_TOKENS:
+        baselines = other_compressors([o.x for o in operands[torch.bfloat16]], report)
+    calls |= baselines
     prunes = {text: [lambda o=o, text=text: prune(o.x, text) for o in operands[torch.bfloat16]] for text in PRUNED}
     calls |= {f"prune {text}": prunes[text] for text in PRUNED}
     # The copy too is launched as it is: as a node of a graph it ran at 2.75 TB/s on an H200, a yardstick too weak.
@@ -227,7 +229,7 @@ def bench(rows: Rows, report: Report, copy: DeviceCopy, tokens: int, features: i
             report.fractions.append((fraction, f"{variant.name} {variant.label}", tokens, features, median, kind))
         line.append(f"{variant.name} {variant.label} {median:.1f} us {moved / speed / median:.0%}")
         if variant.name == "compress" and variant.label == "bf16":
-            for name in [name for name in others if name in times]:
+            for name in [name for name in baselines if name in times]:
                 rows.add(mine, times[name], **common, variant=variant.name, baseline=name)
                 line.append(f"{name} {percentiles(times[name])[1]:.0f} us")
     moved = 4 * tokens * features
@@ -245,6 +247,7 @@ def main() -> None:
     parser = common_arguments(__doc__)
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--features", nargs="+", type=int)
+    parser.add_argument("--others", action="store_true", help="time cuSPARSELt's and CUTLASS's compressors too")
     arguments = parser.parse_args()
     device = require_kernels(nm_act.build_info())
     tokens = arguments.tokens or (QUICK["tokens"] if arguments.quick else TOKENS)
@@ -261,7 +264,8 @@ def main() -> None:
     )
     for count in features:
         for token_count in tokens:
-            bench(rows, report, copy, token_count, count, arguments.seconds / (2 if arguments.quick else 1))
+            seconds = arguments.seconds / (2 if arguments.quick else 1)
+            bench(rows, report, copy, token_count, count, seconds, arguments.others)
     report.print()
 
 

@@ -20,10 +20,6 @@
 #include "../launch.cuh"
 #include "row_stats.cuh"
 
-#ifndef NM_ACT_ROW_BLOCKS  // temporary: variants for the device
-#define NM_ACT_ROW_BLOCKS 2
-#endif
-
 namespace nm_act {
 
 inline constexpr float kE4M3Max = 448.0f;
@@ -39,7 +35,7 @@ enum class RowKind { kPlain, kVector, kScalar };
 // loads and at its barriers.
 template <class E, RowKind kKind, int kChunks>
 __host__ __device__ constexpr int row_blocks() {
-  return E::k16Bit && kKind == RowKind::kVector && kChunks <= 4 ? NM_ACT_ROW_BLOCKS : 0;
+  return E::k16Bit && kKind == RowKind::kVector && kChunks <= 4 ? 2 : 0;
 }
 
 template <RowKind kKind>

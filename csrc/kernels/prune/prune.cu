@@ -9,10 +9,6 @@
 #include "../launch.cuh"
 #include "group_select.cuh"
 
-#ifndef NM_ACT_PRUNE_BLOCKS  // temporary: variants for the device
-#define NM_ACT_PRUNE_BLOCKS 0
-#endif
-
 namespace nm_act {
 namespace {
 
@@ -38,7 +34,7 @@ __device__ __forceinline__ uint32_t survivors_of_four(uint32_t low, uint32_t hig
 }
 
 template <class E, int kGroup>
-__global__ void __launch_bounds__(kThreads, NM_ACT_PRUNE_BLOCKS)
+__global__ void __launch_bounds__(kThreads)
     prune_steps_kernel(const __grid_constant__ PruneParams params, const int64_t row_features,
                        const unsigned blocks_a_row) {
   const int64_t token = blockIdx.x / blocks_a_row;
