@@ -317,7 +317,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(OPS.sparse_linear.default, (x, weight, bias, 8, 16), {"token_shift": "mean"})
     torch.library.opcheck(OPS.sparse_linear.default, (x, in_out(w8), bias, 8, 16), {"weight_scale": scale})
     torch.library.opcheck(OPS.gather_linear.default, (x, weight, bias), {})
-    torch.library.opcheck(OPS.gather_configured.default, (x, weight, None, 8, 16, 16, 1, 128), {})
+    torch.library.opcheck(OPS.gather_configured.default, (x, weight, None, 8, 16, 16, 1, 256), {})
 
 
 def test_error_sentences():

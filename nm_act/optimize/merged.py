@@ -216,9 +216,11 @@ class _Running:
     """
 
     def __init__(self, module: nn.Module, products: dict[tuple[str, ...], Product]):
-        parts = {name: product for names, product in products.items() for name in names}
-        self.__dict__.update({name: partial(getattr(module, name), product=each) for name, each in parts.items()})
-        self.__dict__["nm_act_module"] = module
+        # One by one, not through __dict__, which torch.compile of torch 2.11 does not trace.
+        super().__setattr__("nm_act_module", module)
+        for names, product in products.items():
+            for name in names:
+                super().__setattr__(name, partial(getattr(module, name), product=product))
 
     def __getattr__(self, name: str):
         return getattr(self.nm_act_module, name)
