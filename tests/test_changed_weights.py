@@ -230,6 +230,26 @@ def test_a_compiled_layer_follows():
     torch.testing.assert_close(compiled(X), expected)
 
 
+@torch.no_grad()
+def test_a_compiled_layer_derives_anew_only_until_an_eager_call():
+    layer = _layer("dpts-mean", _dense(0))
+    nodes = []
+
+    def backend(graph, _inputs):
+        nodes.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph.forward
+
+    assert repr(layer)
+    torch.compile(layer, backend=backend, fullgraph=True)(X)
+    assert layer.weight.shape == (24, 64)
+    torch.compiler.reset()
+    torch.compile(layer, backend=backend, fullgraph=True)(X)
+    layer(X)
+    torch.compiler.reset()
+    torch.compile(layer, backend=backend, fullgraph=True)(X)
+    assert nodes[0] == nodes[2] < nodes[1]
+
+
 class _Scaled(nn.Module):
     """A weight with a scale of its own for every channel: what survives depends on it."""
 
