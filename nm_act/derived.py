@@ -75,7 +75,7 @@ class Deriving(nn.Linear):
         return super().__getattr__(name)
 
     def _own(self, name: str) -> torch.Tensor | None:
-        return self._parameters[name] if name in self._parameters else stale.parameter_of(self, name)
+        return stale.parameter_of(self, name)
 
     @property
     def _own_weight(self) -> torch.Tensor:

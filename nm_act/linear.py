@@ -54,7 +54,8 @@ class NMLinear(Deriving):
     ``weight`` always is the dense one. What the operator reads derives from it and from the calibrated data and is not
     saved: ``channel_scale``, ``shift_out``, ``operand_bias``, and ``operand_weight`` where a method changes the weight
     (which then costs its memory a second time; a layer whose weight accelerate brings in for each call keeps only the
-    vectors, and changes the weight in each call).
+    vectors, and changes the weight in each call). From a weight that torch computes (``parametrize``) it derives in
+    each call.
 
     It follows the weight. Every call sees a parameter set anew, lent by ``functional_call``, or changed by any
     operation that torch counts. A write through ``.data`` is not counted: after ``layer.weight`` was read (as LoRA

@@ -7,66 +7,13 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from weight_cases import SIZES, SPECS, X
+from weight_cases import check_follows as _check
+from weight_cases import dense_layer as _dense
+from weight_cases import random_data as _data
+from weight_cases import sparse_layer as _layer
 
 from nm_act import NMLinear, Recipe, deoptimize, optimize, sparsify
-from nm_act.recipe import LinearSpec
-
-SPECS = {
-    "act": LinearSpec("2:4"),
-    "wina": LinearSpec("8:16", "wina"),
-    "variance": LinearSpec("8:16", "variance"),
-    "amber": LinearSpec("8:16", "amber"),
-    "amber-channel": LinearSpec("8:16", "amber-channel"),
-    "rsparse-4": LinearSpec("2:4", "wina", ("rsparse-4",)),
-    "weight-magnitude": LinearSpec("2:4", "weight-magnitude"),
-    "wanda": LinearSpec("2:4", "wanda"),
-    "dpts-mean": LinearSpec("2:4", mitigation=("dpts-mean",)),
-    "dpts-median": LinearSpec("2:4", mitigation=("dpts-median",)),
-    "spts": LinearSpec("2:4", mitigation=("spts",)),
-    "lpts": LinearSpec("2:4", mitigation=("lpts", "var")),
-    "ls": LinearSpec("2:4", mitigation=("ls",)),
-    "pcs": LinearSpec("2:4", "wina", ("pcs",)),
-    "larosa": LinearSpec("2:4", "wina", ("larosa",)),
-    "permute": LinearSpec("2:4", "wina", ("permute",)),
-    "lifted": LinearSpec("2:4+1", "wina"),
-}
-SIZES = (64, 24)
-
-
-def _dense(seed: int) -> nn.Linear:
-    torch.manual_seed(seed)
-    return nn.Linear(*SIZES)
-
-
-def _data(layer: NMLinear) -> dict[str, torch.Tensor]:
-    torch.manual_seed(5)
-    data = {name: torch.rand(value.shape) + 0.5 for name, value in layer.data().items()}
-    if "rotation" in data:
-        data["rotation"] = torch.linalg.qr(data["rotation"]).Q
-    if "input_order" in data:
-        data["input_order"] = torch.arange(SIZES[0]).float()
-    return data
-
-
-def _layer(name: str, dense: nn.Linear, layout: str = "in_out") -> NMLinear:
-    layer = NMLinear.from_linear(copy.deepcopy(dense), SPECS[name], weight_layout=layout, lift=name == "lifted")
-    layer.set_data(**_data(layer))
-    return layer.eval()
-
-
-X = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(2))
-
-
-@torch.no_grad()
-def _check(layer: NMLinear, weight: torch.Tensor, name: str) -> None:
-    """The layer equals one that was made from this weight; and the weight is one that matters."""
-    dense = _dense(0)
-    other = _layer(name, dense)(X)
-    dense.weight.copy_(weight)
-    expected = _layer(name, dense)(X)
-    assert (other - expected).abs().max() > 0.1
-    for _ in range(2):
-        torch.testing.assert_close(layer(X), expected, rtol=1e-4, atol=1e-5)
 
 
 def _in_place(layer, weight):
@@ -230,151 +177,24 @@ def test_a_compiled_layer_follows():
     torch.testing.assert_close(compiled(X), expected)
 
 
-class _Scaled(nn.Module):
-    """A weight with a scale of its own for every channel: what survives depends on it."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(64))
-
-    def forward(self, weight):
-        return weight * self.scale
-
-    def change(self) -> torch.Tensor:
-        self.scale.copy_(torch.linspace(0.1, 5, 64).roll(7))
-        return _dense(0).weight * self.scale
-
-
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("how", ["", "float", "load_state_dict", "refresh", "eval"])
 @torch.no_grad()
-def test_a_parametrized_weight_is_derived_from_in_each_call(name, how):
-    layer, scaled = _layer(name, _dense(0)), _Scaled()
-    nn.utils.parametrize.register_parametrization(layer, "weight", scaled)
-    if how:
-        arguments = (layer.state_dict(),) if how == "load_state_dict" else ()
-        getattr(layer, how)(*arguments)
+def test_a_compiled_layer_derives_anew_only_until_an_eager_call():
+    layer = _layer("dpts-mean", _dense(0))
+    nodes = []
+
+    def backend(graph, _inputs):
+        nodes.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph.forward
+
+    assert repr(layer)
+    torch.compile(layer, backend=backend, fullgraph=True)(X)
+    assert layer.weight.shape == (24, 64)
+    torch.compiler.reset()
+    torch.compile(layer, backend=backend, fullgraph=True)(X)
     layer(X)
-    _check(layer, scaled.change(), name)
-
-
-@torch.no_grad()
-def test_a_compiled_layer_derives_from_a_parametrized_weight():
-    layer, scaled = _layer("dpts-mean", _dense(0)), _Scaled()
-    nn.utils.parametrize.register_parametrization(layer, "weight", scaled)
-    compiled = torch.compile(layer, backend="aot_eager")
-    compiled(X)
-    scaled.change()
-    torch.testing.assert_close(compiled(X), layer(X))
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("name", ["wina", "dpts-mean", "weight-magnitude", "lifted"])
-@torch.no_grad()
-def test_a_weight_norm_is_followed(name):
-    layer = _layer(name, _dense(0))
-    nn.utils.weight_norm(layer)
-    layer(X)
-    layer.float()
-    layer(X)
-    weight = _dense(0).weight * torch.linspace(0.2, 6, 24)[:, None]
-    layer.weight_g.copy_(weight.norm(dim=1, keepdim=True))
-    _check(layer, weight, name)
-
-
-@pytest.fixture
-def swapping():
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    yield
-    torch.__future__.set_swap_module_params_on_conversion(False)
-
-
-@pytest.mark.parametrize("name", SPECS)
-@torch.no_grad()
-def test_torch_may_swap_parameters(name, swapping):
-    layer, dense = _layer(name, _dense(0)), _dense(1)
-    parameter = layer.weight if name != "lifted" else None
-    layer.bfloat16().float()
-    dense.weight.mul_(2)
-    layer.load_state_dict(dense.state_dict() | layer.data())
-    assert parameter is None or layer.weight is parameter
-    layer.bias.copy_(_dense(0).bias)
-    layer.set_data(**_data(layer))
-    _check(layer, dense.weight, name)
-
-
-@pytest.mark.parametrize("name", ["wina", "weight-magnitude"])
-@pytest.mark.parametrize("touch", ["eval", "weight"])
-@torch.no_grad()
-def test_fake_tensors_ask_for_no_values_and_leave_none_behind(name, touch):
-    from torch._subclasses import FakeTensorMode
-
-    layer, weight = _layer(name, _dense(0)), _dense(1).weight.detach() * 2
-    expected = layer(X)
-    next(iter(layer.parameters())).data.copy_(weight)
-    layer.eval() if touch == "eval" else layer.weight
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert layer(mode.from_tensor(X)).shape == expected.shape
-    assert all(type(value) is torch.Tensor for value in layer.buffers())
-    _check(layer, weight, name)
-
-
-@pytest.mark.parametrize("name", ["act", "wina", "weight-magnitude", "dpts-mean"])
-def test_a_layer_without_a_weight_gives_shapes(name):
-    layer = NMLinear(*SIZES, spec=SPECS[name], device="meta")
-    assert layer(X.to("meta")).shape == (3, 5, 24)
-    layer.load_state_dict(_dense(0).state_dict(), assign=True)
-    torch.testing.assert_close(layer(X), _layer(name, _dense(0))(X), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("how", ["first call", "refresh", "set_data"])
-def test_what_inference_mode_derived_serves_training(name, how):
-    layer = _layer(name, _dense(0))
-    if how == "first call":
-        layer = NMLinear(*SIZES, spec=SPECS[name], device="meta", lift=name == "lifted").eval()
-        layer.weight, layer.bias = _dense(0).weight, _dense(0).bias
-        for key, value in _data(_layer(name, _dense(0))).items():
-            setattr(layer, key, value)
-    layer.requires_grad_(False)
-    with torch.inference_mode():
-        if how == "refresh":
-            layer.refresh()
-        if how == "set_data":
-            layer.set_data(**_data(layer))
-        layer(X)
-    assert not any(value.is_inference() for value in layer.buffers())
-    x = X.clone().requires_grad_()
-    layer(x).sum().backward()
-    assert x.grad.abs().sum() > 0
-
-
-def test_a_state_dict_has_only_what_torch_puts_there():
-    layer = _layer("wina", _dense(0))
-    nn.utils.parametrize.register_parametrization(layer, "weight", _Scaled())
-    expected = _dense(0)
-    nn.utils.parametrize.register_parametrization(expected, "weight", _Scaled())
-    assert sorted(layer.state_dict()) == sorted(expected.state_dict())
-
-
-@torch.no_grad()
-def test_printing_a_layer_touches_nothing():
-    layer = _layer("wina", _dense(0))
-    assert repr(layer) == "NMLinear(in_features=64, out_features=24, bias=True, 8:16 wina)"
-    assert not layer._handed_out
-
-
-@pytest.mark.parametrize("name", ["act", "wina", "dpts-mean", "lifted", "lpts"])
-def test_a_training_step_derives_once(name, monkeypatch):
-    layer = _layer(name, _dense(0))
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    made, derive = [], NMLinear._derive
-    monkeypatch.setattr(NMLinear, "_derive", lambda self: made.append(1) or derive(self))
-    for _ in range(3):
-        optimizer.zero_grad()
-        layer(X).sum().backward()
-        optimizer.step()
-    assert len(made) == (0 if name == "act" else 3)
+    torch.compiler.reset()
+    torch.compile(layer, backend=backend, fullgraph=True)(X)
+    assert nodes[0] == nodes[2] < nodes[1]
 
 
 def test_calibrated_data_is_float32_under_another_default_dtype():
