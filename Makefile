@@ -47,7 +47,7 @@ format:
 
 docs: environment
 	$(BIN)/python tools/pattern_frontier.py docs/images/patterns.png
-	for name in sparse_linear inference; do csv=benchmarks/results/h200/$$name.csv; test ! -f $$csv || \
+	for name in sparse_linear inference; do csv=benchmarks/results/h100/$$name.csv; test ! -f $$csv || \
 	  $(BIN)/python benchmarks/plot_$$name.py $$csv docs/images/$$name.png || exit 1; done
 	$(BIN)/python tools/readme.py
 

@@ -6,7 +6,7 @@ The producers have a second row, `<name>/dense_floor`: the bytes of the same fus
 type. With --others: `cusparselt_bf16` is `torch._cslt_compress` of an operand that is pruned already,
 `cutlass_compressor` CUTLASS's kernel for the same operand (nvcc builds it, which takes longer than a quick run).
 
-    python benchmarks/bench_compress.py --csv benchmarks/results/h200/compress.csv
+    python benchmarks/bench_compress.py --csv benchmarks/results/h100/compress.csv
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ The whole operator is timed, selection included, as a CUDA graph over rotated op
 The baseline cublas_bf16 is torch.nn.functional.linear over the weight as models store it, [out, in]. gbps counts the
 bytes that the operator has to read and write; it is also printed as a share of a device-to-device copy's bandwidth.
 
-    python benchmarks/bench_decode.py --csv benchmarks/results/h200/decode.csv
+    python benchmarks/bench_decode.py --csv benchmarks/results/h100/decode.csv
 """
 
 import dataclasses

@@ -8,7 +8,7 @@ published shapes, built on the device: speed does not depend on them, quality is
 every measurement, so that an interrupted run keeps them; what fails is named, left out, and told by the exit status.
 
     python benchmarks/bench_inference.py --model llama-3-8b --prompt 512 4096 16384 --decode 128 --batch 1 8 \
-        --mode dense nm-2:4 nm-2:4-fp8 nm-8:16 --csv benchmarks/results/h200/inference.csv
+        --mode dense nm-2:4 nm-2:4-fp8 nm-8:16 --csv benchmarks/results/h100/inference.csv
 
 speedup is above 1 where a mode is better than the baseline, for every metric (peak_gib: less memory).
 """

@@ -10,7 +10,7 @@ Stage compress and prune: the kernel alone. Their baseline `copy` is the time of
 the speed of a large copy measured in turn, so `speedup` is the fraction of copy bandwidth. Stage prune has every group
 size.
 
-    python benchmarks/bench_patterns.py --csv benchmarks/results/h200/patterns.csv
+    python benchmarks/bench_patterns.py --csv benchmarks/results/h100/patterns.csv
 """
 
 import dataclasses

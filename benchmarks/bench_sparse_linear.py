@@ -6,7 +6,7 @@ Baselines of the same run, in turn with ours:
   cusparselt_*     torch._cslt_sparse_mm with its algorithm searched; stage op adds _cslt_compress of an operand that is
                    pruned (and quantised) already: what that costs is not counted; from 1024 tokens on
 
-    python benchmarks/bench_sparse_linear.py --csv benchmarks/results/h200/sparse_linear.csv
+    python benchmarks/bench_sparse_linear.py --csv benchmarks/results/h100/sparse_linear.csv
 """
 
 import dataclasses

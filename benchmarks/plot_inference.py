@@ -1,6 +1,6 @@
 """Draws the end-to-end speed-ups from rows of bench_inference.py.
 
-python benchmarks/plot_inference.py benchmarks/results/h200/inference.csv docs/images/inference.png
+python benchmarks/plot_inference.py benchmarks/results/h100/inference.csv docs/images/inference.png
 """
 
 from pathlib import Path

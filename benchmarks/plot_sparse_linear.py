@@ -1,6 +1,6 @@
 """Draws the speed-up of sparse_linear over dense products against the number of tokens, from the committed CSV.
 
-python benchmarks/plot_sparse_linear.py benchmarks/results/h200/sparse_linear.csv docs/images/sparse_linear.png
+python benchmarks/plot_sparse_linear.py benchmarks/results/h100/sparse_linear.csv docs/images/sparse_linear.png
 """
 
 from pathlib import Path

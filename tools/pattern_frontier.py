@@ -45,11 +45,11 @@ class Speed:
         return means
 
 
-PREFILL = tuple(f"benchmarks/results/h200/{name}.csv" for name in ("patterns", "sparse_linear"))
+PREFILL = tuple(f"benchmarks/results/h100/{name}.csv" for name in ("patterns", "sparse_linear"))
 SPEEDS = (
-    Speed("prefill, H200, bf16", PREFILL, "bf16", "cublas_bf16", "4096"),
-    Speed("prefill, H200, e4m3", PREFILL, "e4m3", "scaled_mm_fp8", "4096"),
-    Speed("decode, H200, bf16", ("benchmarks/results/h200/decode.csv",), "bf16", "cublas_bf16", "1"),
+    Speed("prefill, H100, bf16", PREFILL, "bf16", "cublas_bf16", "4096"),
+    Speed("prefill, H100, e4m3", PREFILL, "e4m3", "scaled_mm_fp8", "4096"),
+    Speed("decode, H100, bf16", ("benchmarks/results/h100/decode.csv",), "bf16", "cublas_bf16", "1"),
     Speed("decode, CPU, bf16", ("benchmarks/results/cpu/patterns.csv",), "bf16", "F.linear", "1"),
 )
 

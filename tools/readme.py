@@ -52,7 +52,7 @@ GPU_PAIRS = (
 
 
 def gpu_speed() -> str:
-    rows = [row for row in read_rows("benchmarks/results/h200/sparse_linear.csv") if row["stage"] == "op"]
+    rows = [row for row in read_rows("benchmarks/results/h100/sparse_linear.csv") if row["stage"] == "op"]
     speedup = {
         (row["tokens"], row["out_features"], row["in_features"], row["dtype"], row["variant"], row["baseline"]): float(
             row["speedup"]
@@ -76,7 +76,7 @@ def gpu_speed() -> str:
     first = rows[0]
     origin = (
         f"{first['device']}, torch {first['torch']}, CUDA {first['cuda']}, {first['date']}: geometric means over the "
-        "shapes, the worst shape in brackets; `benchmarks/results/h200/sparse_linear.csv`."
+        "shapes, the worst shape in brackets; `benchmarks/results/h100/sparse_linear.csv`."
     )
     return f"{table(header, lines, right=0)}\n\n{origin}"
 
@@ -161,7 +161,7 @@ INFERENCE_METRICS = {"ttft_ms": "time to first token, ms", "decode_tok_s": "deco
 
 def inference() -> str:
     """One row a mode, batch and prompt; each metric with its ratio to the dense baselines of the run."""
-    source = "benchmarks/results/h200/inference.csv"
+    source = "benchmarks/results/h100/inference.csv"
     measured = measured_rows(source)
     if not measured:
         return "Whole models on a GPU: not measured yet (`benchmarks/bench_inference.py`)."
