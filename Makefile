@@ -37,7 +37,7 @@ test-gpu: environment
 test-vllm:
 	$(MAKE) environment VENV=$(VLLM_VENV)
 	$(VLLM_VENV)/bin/python tools/ensure.py vllm -- $(VLLM)
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py $(TEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest tests/integrations/test_vllm.py $(TEST_ARGS)
 
 lint: environment
 	$(BIN)/python tools/lint.py

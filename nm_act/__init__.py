@@ -46,53 +46,23 @@ __all__ = [
 ]
 
 _MODULES = {
-    "calibrate": ("load_calibration",),
-    "explain": (
-        "Explanation",
-        "explain",
-    ),
+    "conversion.calibration": ("load_calibration",),
+    "conversion.sparsify": ("SparsifyReport", "sparsify"),
     "integrations.transformers": ("NMActConfig",),
-    "lifting": (
-        "lift_weight",
-        "unlift",
-    ),
-    "linear": ("NMLinear",),
+    "layers.linear": ("NMLinear",),
     "ops": (
-        "build_info",
-        "compress",
-        "decompress",
-        "gather_linear",
-        "pack_metadata",
-        "prune",
-        "sparse_linear",
-        "support_table",
-        "unpack_metadata",
+        *("build_info", "compress", "decompress", "gather_linear", "pack_metadata", "prune"),
+        *("sparse_linear", "support_table", "unpack_metadata"),
     ),
-    "optimize": (
-        "FP8Linear",
-        "OptimizeReport",
-        "StaticDecoder",
-        "deoptimize",
-        "optimize",
+    "ops.explain": ("Explanation", "explain"),
+    "ops.lifting": ("lift_weight", "unlift"),
+    "ops.packed": (
+        *("Packed", "compress_packed", "rms_norm_compress", "silu_mul_compress"),
+        *("sparse_gemm", "sparse_linear_fp8"),
     ),
-    "packed": (
-        "Packed",
-        "compress_packed",
-        "rms_norm_compress",
-        "silu_mul_compress",
-        "sparse_gemm",
-        "sparse_linear_fp8",
-    ),
+    "optimize": ("FP8Linear", "OptimizeReport", "StaticDecoder", "deoptimize", "optimize"),
     "patterns": ("NMPattern",),
-    "recipe": (
-        "LinearSpec",
-        "Recipe",
-        "Rule",
-    ),
-    "sparsify": (
-        "SparsifyReport",
-        "sparsify",
-    ),
+    "recipe": ("LinearSpec", "Recipe", "Rule"),
 }
 """Module -> its public names. They are loaded when they are asked for: torch takes seconds, which ``nm-act --help`` and
 whoever interrupts it should not wait for, and Transformers as long again."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from .criteria import WEIGHT_PRUNING, check_criterion
 from .files import write_atomic
-from .mitigations import check_mitigations
+from .methods.criteria import WEIGHT_PRUNING, check_criterion
+from .methods.mitigations import check_mitigations
 from .patterns import NMPattern, TopKPattern, as_pattern
 
 DEFAULT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -65,9 +65,9 @@ class LinearSpec:
         Pattern of the input activations: N:M, or 2:4+1, 2:4+2 (:class:`nm_act.NMPattern`); or the percentage kept by
         unstructured top-k ("50%", a baseline).
     criterion : str
-        How survivors are chosen, or which baseline prunes the weights instead; see :mod:`nm_act.criteria`.
+        How survivors are chosen, or which baseline prunes the weights instead; see :mod:`nm_act.methods.criteria`.
     mitigation : sequence of str
-        What is done about the error; see :mod:`nm_act.mitigations`. Some exclude each other.
+        What is done about the error; see :mod:`nm_act.methods.mitigations`. Some exclude each other.
     phase : str
         "both", "prefill" or "decode".
 

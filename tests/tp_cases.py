@@ -14,8 +14,9 @@ import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401  (once, for all ranks)
 from conftest import assert_same_bits
 
-from nm_act import NMLinear, Recipe, composed, ops, optimize, parallel, sparsify
-from nm_act.criteria import WEIGHT_PRUNING
+from nm_act import NMLinear, Recipe, ops, optimize, parallel, sparsify
+from nm_act.methods.criteria import WEIGHT_PRUNING
+from nm_act.ops import composed
 
 SIZES = {
     "vocab_size": 128,

@@ -12,7 +12,7 @@ import tp_cases
 from conftest import assert_same_bits
 
 from nm_act import NMLinear, ops
-from nm_act.criteria import WEIGHT_PRUNING
+from nm_act.methods.criteria import WEIGHT_PRUNING
 
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a layer's largest output

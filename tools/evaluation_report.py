@@ -9,10 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from nm_act.cost import Rates
-from nm_act.criteria import WEIGHT_PRUNING
-from nm_act.evaluate import results
 from nm_act.files import write_atomic
+from nm_act.lab.cost import Rates
+from nm_act.lab.evaluate import results
+from nm_act.methods.criteria import WEIGHT_PRUNING
 
 
 def main(arguments: list[str]) -> int:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from result_files import geometric_mean, measured_rows, perplexities, times, with_error
 
-from nm_act.evaluate.results import markdown_table
 from nm_act.files import write_atomic
-from nm_act.lifting import begins_with_weight, lifted_features, windows
+from nm_act.lab.evaluate.results import markdown_table
+from nm_act.ops.lifting import begins_with_weight, lifted_features, windows
 from nm_act.patterns import WINDOW_SPAN, TopKPattern, as_pattern
 
 PATTERNS = ("2:4", "4:8", "8:16", "16:32", "2:4+1", "2:4+2", "6:8", "50%")

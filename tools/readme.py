@@ -11,7 +11,7 @@ import pattern_frontier
 from result_files import EVALUATION, ROOT, geometric_mean, measured_rows, perplexities, read_rows, times, with_error
 
 import nm_act
-from nm_act.evaluate.results import markdown_table as table
+from nm_act.lab.evaluate.results import markdown_table as table
 
 DOCUMENTS = ("README.md", "docs/search.md", "docs/kernels/cpu_decode.md")
 

@@ -44,13 +44,13 @@ def calibrate(
     as_json: JsonOption = False,
 ) -> None:
     """Calibrate a recipe's mitigations, decoder block by decoder block."""
-    from ..calibrate import CalibrationSettings, save_calibration
-    from ..calibrate import calibrate as run
-    from ..calibrate.data import check_seed, read_texts, windows_of
-    from ..calibrate.run import check_needed
-    from ..calibrate.store import FACTS_FILE
-    from ..evaluate.study import resolved
+    from ..conversion.calibration import FACTS_FILE
     from ..integrations.checkpoints import check_device
+    from ..lab.calibrate import CalibrationSettings, save_calibration
+    from ..lab.calibrate import calibrate as run
+    from ..lab.calibrate.data import check_seed, read_texts, windows_of
+    from ..lab.calibrate.run import check_needed
+    from ..lab.evaluate.study import resolved
 
     _check_output(output, model)
     settings = CalibrationSettings(learning_rate=lr, epochs=epochs, loss=loss, seed=seed)
@@ -107,8 +107,8 @@ def unfinished_calibration(output: Path) -> bool:
 
 def _check_output(output: Path, model: str) -> None:
     """Refuse a folder in which the result would replace somebody's files, the model's above all."""
-    from ..calibrate.state import IDENTITY
-    from ..calibrate.store import DATA_FILE
+    from ..conversion.calibration import DATA_FILE
+    from ..lab.calibrate.state import IDENTITY
 
     place, source = output.resolve(), Path(model).expanduser().resolve()
     if source in (place, *place.parents) and Path(model).expanduser().exists():
@@ -129,7 +129,7 @@ def _check_output(output: Path, model: str) -> None:
 
 
 def _check_length(model, length: int) -> None:
-    from ..evaluate.perplexity import context_length
+    from ..lab.evaluate.perplexity import context_length
 
     context = context_length(model)
     if context is not None and length > context:
@@ -137,8 +137,8 @@ def _check_length(model, length: int) -> None:
 
 
 def _note_orders(model) -> None:
-    from ..calibrate.store import is_reordered
-    from ..linear import NMLinear
+    from ..conversion.calibration import is_reordered
+    from ..layers.linear import NMLinear
 
     layers = [each for each in model.modules() if isinstance(each, NMLinear) and "permute" in each.spec.mitigation]
     if layers and not any(map(is_reordered, layers)):

@@ -247,7 +247,7 @@ def set_threads(threads: int | None) -> int:
 
 def check_dense(model, source: str) -> None:
     """Refuse a checkpoint that is sparse already: there would be nothing dense to compare with."""
-    from ..linear import NMLinear
+    from ..layers.linear import NMLinear
 
     if any(isinstance(module, NMLinear) for module in model.modules()):
         raise ValueError(

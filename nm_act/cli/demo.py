@@ -74,8 +74,8 @@ def demo(
 
 def run(dense, tokenizer, content: str, max_tokens: int) -> dict:
     """Measure the dense model and a sparse copy for each pattern; rows and samples as plain data."""
+    from ..lab.texts import tokenize
     from ..recipe import Recipe
-    from ..texts import tokenize
 
     # All variants live at once, for their decode speeds are measured in turns.
     made = list(variants(dense, {name: Recipe(pattern=name) for name in DEFAULT_PATTERNS}))
@@ -100,7 +100,7 @@ def run(dense, tokenizer, content: str, max_tokens: int) -> dict:
 
 
 def _speeds(models: dict, tokenizer) -> dict:
-    from ..evaluate.decode_speed import decode_speed
+    from ..lab.evaluate.decode_speed import decode_speed
 
     note("decode speed, all in turns")
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
@@ -128,7 +128,7 @@ def _prepare(out: Path) -> tuple[Path, Path]:
 def _text(path: Path | None) -> tuple[str, dict]:
     """The text to evaluate on and where it is from."""
     if path is not None:
-        from ..texts import read_text
+        from ..lab.texts import read_text
 
         content, source = read_text(path), str(path)
     else:

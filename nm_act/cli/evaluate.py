@@ -68,13 +68,13 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate the dense model and sparse variants; relative drops, standard errors, JSON, CSV, Markdown and plots."""
-    from ..evaluate.calibrated import calibrated_row, of_calibration
-    from ..evaluate.folder import PERPLEXITY, RunFolder, check_output
-    from ..evaluate.perplexity import check_window
-    from ..evaluate.run import check_context, run_study
-    from ..evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
-    from ..evaluate.tasks import build_task, check_available
-    from ..fingerprint import weights_fingerprint
+    from ..conversion.fingerprint import weights_fingerprint
+    from ..lab.evaluate.calibrated import calibrated_row, of_calibration
+    from ..lab.evaluate.folder import PERPLEXITY, RunFolder, check_output
+    from ..lab.evaluate.perplexity import check_window
+    from ..lab.evaluate.run import check_context, run_study
+    from ..lab.evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
+    from ..lab.evaluate.tasks import build_task, check_available
     from ..recipe import Recipe
 
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
@@ -161,14 +161,14 @@ def _check_names(variants: list) -> None:
 
 
 def _files(source: dict | None, built: dict) -> dict[str, dict]:
-    from ..evaluate.folder import PERPLEXITY
+    from ..lab.evaluate.folder import PERPLEXITY
 
     return {**({PERPLEXITY: source} if source else {}), **{name: each for name, (_, each) in built.items()}}
 
 
 def _text(data: Path | None) -> tuple[str, dict]:
-    from ..evaluate.folder import PERPLEXITY
-    from ..texts import load_text
+    from ..lab.evaluate.folder import PERPLEXITY
+    from ..lab.texts import load_text
 
     text, source = load_text(PERPLEXITY, data)
     return text, {"file": source, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -176,8 +176,8 @@ def _text(data: Path | None) -> tuple[str, dict]:
 
 def _tokens(tokenizer, text: str, max_tokens: int | None, window: int | None, model):
     """The tokens that are read, whole windows, and how many make a window."""
-    from ..evaluate.perplexity import check_window
-    from ..texts import tokenize
+    from ..lab.evaluate.perplexity import check_window
+    from ..lab.texts import tokenize
 
     tokens = tokenize(tokenizer, text, max_tokens)
     window = check_window(model, window)
@@ -193,10 +193,10 @@ def _models(dense, rows: list[tuple], tasks: list[str]):
     """(variant, how to make its model) of every (variant, calibration or None), after all of them were looked at."""
     import functools
 
-    from ..calibrate.store import check_calibration
-    from ..evaluate.tasks import GENERATION
+    from ..conversion.calibration import check_calibration
+    from ..conversion.sparsify import check_recipe, decoder_linears
+    from ..lab.evaluate.tasks import GENERATION
     from ..recipe import Recipe
-    from ..sparsify import check_recipe, decoder_linears
 
     scored = next((task for task in tasks if task not in GENERATION), None)
     for variant, folder in rows:
@@ -216,21 +216,21 @@ def _models(dense, rows: list[tuple], tasks: list[str]):
 
 
 def _sparse(dense, recipe):
-    from ..evaluate.variants import sparse_copy
+    from ..lab.evaluate.variants import sparse_copy
 
     return sparse_copy(dense, recipe).model
 
 
 def _calibrated(dense, folder: Path):
-    from ..evaluate.variants import calibrated_copy
+    from ..lab.evaluate.variants import calibrated_copy
 
     return calibrated_copy(dense, folder).model
 
 
 def _announce(dense, tokenizer, models, folder, tokens, harness: dict, limit: int | None) -> None:
     """Say how long the missing results will take, before the first one starts."""
-    from ..evaluate.folder import PERPLEXITY
-    from ..evaluate.run import estimate, request_tokens
+    from ..lab.evaluate.folder import PERPLEXITY
+    from ..lab.evaluate.run import estimate, request_tokens
 
     work = {PERPLEXITY: tokens.numel()} if tokens is not None else {}
     work |= {name: request_tokens(task, tokenizer, limit) for name, task in harness.items()}
@@ -266,8 +266,8 @@ def _lines(rows: list, name: str, averages: dict) -> list[list[str]]:
 
 
 def _finish(output: Path, folder, as_json: bool) -> None:
-    from ..evaluate.results import average_drops, collect, draw, to_csv, to_markdown
     from ..files import write_atomic
+    from ..lab.evaluate.results import average_drops, collect, draw, to_csv, to_markdown
 
     rows = collect([output])
     averages = average_drops(rows)

@@ -55,7 +55,7 @@ def generate(
     network, tokenizer = load(model, dtype, device)
     name = "as loaded"
     if recipes:
-        from ..sparsify import sparsify
+        from ..conversion.sparsify import sparsify
 
         [(name, chosen)] = recipes.items()
         sparsify(network, chosen)

@@ -74,9 +74,9 @@ def ppl(
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity in non-overlapping windows; the dense model is always measured in the same run."""
-    from ..calibrate.store import read_calibration
-    from ..evaluate.perplexity import check_window
-    from ..texts import read_text, tokenize
+    from ..conversion.calibration import read_calibration
+    from ..lab.evaluate.perplexity import check_window
+    from ..lab.texts import read_text, tokenize
 
     _check_out(out)
     defaults = () if calibration else DEFAULT_PATTERNS
@@ -163,8 +163,8 @@ def _spelled(pattern: str) -> str:
 
 def check_uncalibrated(recipes: Iterable, remedy: str) -> None:
     """Refuse a (name, recipe) that needs calibrated data, before a model is loaded for it."""
-    from ..evaluate.study import resolved
-    from ..mitigations import data_of
+    from ..lab.evaluate.study import resolved
+    from ..methods.mitigations import data_of
 
     for name, recipe in recipes:
         needs = next((str(spec) for spec in sorted(resolved(recipe), key=str) if data_of(spec)), None)
@@ -177,9 +177,9 @@ def check_uncalibrated(recipes: Iterable, remedy: str) -> None:
 
 def variants(dense, recipes: dict, calibrations: Iterable[Path] = ()) -> Iterator[dict]:
     """The dense model, then a sparse copy for each recipe and calibration, made when its turn comes."""
-    from ..calibrate.store import check_calibration
-    from ..evaluate.variants import calibrated_copy, sparse_copy
-    from ..sparsify import check_recipe
+    from ..conversion.calibration import check_calibration
+    from ..conversion.sparsify import check_recipe
+    from ..lab.evaluate.variants import calibrated_copy, sparse_copy
 
     for recipe in recipes.values():
         check_recipe(dense, recipe)  # before minutes are spent on the dense model
@@ -205,7 +205,7 @@ def variants(dense, recipes: dict, calibrations: Iterable[Path] = ()) -> Iterato
 
 def measure(models: Iterable[dict], tokens, window: int | None = None) -> list[dict]:
     """Perplexity of every variant as a row of plain data; all are compared with the first one, dense."""
-    from ..evaluate.perplexity import check_finite
+    from ..lab.evaluate.perplexity import check_finite
 
     rows = []
     for variant in models:
@@ -224,7 +224,7 @@ def format_quality(row: dict) -> list[str]:
 
 
 def _measure_one(variant: dict, tokens, window: int | None) -> dict:
-    from ..evaluate.perplexity import perplexity
+    from ..lab.evaluate.perplexity import perplexity
 
     label = f"perplexity, {variant['name']}"
     note(label)

@@ -56,16 +56,16 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find a recipe: sensitivities on calibration text, costs from measured tables, and an optimal assignment."""
-    from ..cost import Rates
-    from ..evaluate.folder import RunFolder, check_output
-    from ..evaluate.perplexity import check_window
-    from ..fingerprint import weights_fingerprint
+    from ..conversion.fingerprint import weights_fingerprint
+    from ..conversion.sparsify import decoder_linears
+    from ..lab.cost import Rates
+    from ..lab.evaluate.folder import RunFolder, check_output
+    from ..lab.evaluate.perplexity import check_window
+    from ..lab.search.options import find_calibrations, option_variant, parse_option, read_data
+    from ..lab.search.plan import baselines, check_reachable, measure_points, options_of
+    from ..lab.search.sensitivity import groups_of, sensitivities
+    from ..lab.search.solve import frontier, solve, to_recipe
     from ..recipe import DEFAULT_PROJECTIONS
-    from ..search.options import find_calibrations, option_variant, parse_option, read_data
-    from ..search.plan import baselines, check_reachable, measure_points, options_of
-    from ..search.sensitivity import groups_of, sensitivities
-    from ..search.solve import frontier, solve, to_recipe
-    from ..sparsify import decoder_linears
 
     _check_goal(target_speedup, max_drop)
     specs = {str(spec): spec for spec in map(parse_option, option or DEFAULT_OPTIONS)}
@@ -130,13 +130,13 @@ def _check_goal(target_speedup: float | None, max_drop: float | None) -> None:
 
 
 def _text(text: Path | None, data: Path | None) -> tuple[str, str]:
-    from ..texts import load_text, read_text
+    from ..lab.texts import load_text, read_text
 
     return (read_text(text), text.name) if text is not None else load_text("c4", data)
 
 
 def _calibration(tokenizer, content: str, windows: int, window: int):
-    from ..texts import tokenize
+    from ..lab.texts import tokenize
 
     # A token is a few characters: a text much longer than what is read need not be tokenised to its end.
     ids = tokenize(tokenizer, content[: 32 * windows * window], windows * window)
@@ -161,7 +161,7 @@ def _best(points: list, chosen, max_drop: float | None):
 
 def _finish(folder: Path, points: list, best, sparse, used: dict, as_json: bool) -> None:
     """Write the best point's recipe, its sparse model's data where options `used` some, the frontier and the plot."""
-    from ..calibrate.store import DATA_FILE, FACTS_FILE, RECIPE_FILE, save_calibration
+    from ..conversion.calibration import DATA_FILE, FACTS_FILE, RECIPE_FILE, save_calibration
     from ..files import write_atomic
 
     dense = points[0].perplexity

@@ -6,7 +6,7 @@ follows.
 
 import re
 
-from ..linear import NMLinear
+from ..layers.linear import NMLinear
 from ..parallel import Part, check_size, check_split, part_of
 
 _KINDS = {"rowwise": "row", "colwise": "column"}

@@ -11,9 +11,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..linear import FOLLOW_WEIGHT, NMLinear
+from ..conversion.sparsify import replace_linears
+from ..layers.linear import FOLLOW_WEIGHT, NMLinear
 from ..recipe import Recipe
-from ..sparsify import replace_linears
 from ..supported import warn_if_untested
 from .tensor_parallel import check_plan
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import mitigations
-from ..criteria import WEIGHT_PRUNING
+from ..methods import mitigations
+from ..methods.criteria import WEIGHT_PRUNING
 from ..recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe, in_state_space
 from ..supported import supported
 

@@ -37,8 +37,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
-from .. import criteria, mitigations, ops, parallel
-from ..linear import FOLLOW_WEIGHT
+from .. import ops, parallel
+from ..layers.linear import FOLLOW_WEIGHT
+from ..methods import criteria, mitigations
 from ..recipe import LinearSpec, Recipe
 from . import vllm as plan
 

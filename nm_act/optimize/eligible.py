@@ -3,7 +3,7 @@
 from torch import nn
 
 from .. import _C, parallel
-from ..linear import NMLinear
+from ..layers.linear import NMLinear
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
 

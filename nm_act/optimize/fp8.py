@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import criteria, mitigations, ops, packed
-from ..linear import NMLinear
+from .. import ops
+from ..layers.linear import NMLinear
+from ..methods import criteria, mitigations
+from ..ops import packed
 from . import readonly
 from .eligible import not_fp8
 

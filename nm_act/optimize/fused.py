@@ -7,10 +7,11 @@ layer is given the product for this call, computed from the packed norm.
 import torch
 from torch import Tensor, nn
 
-from .. import _C, autograd
-from ..linear import NMLinear
-from ..packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
-from ..stale import parameter_of
+from .. import _C
+from ..layers.linear import NMLinear
+from ..layers.stale import parameter_of
+from ..ops import autograd
+from ..ops.packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
 from .changed import Changed, change, restore
 from .eligible import has_hooks, not_2_4, why_stays
 from .fp8 import FP8Linear

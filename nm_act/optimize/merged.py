@@ -5,9 +5,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..hooks import take_over_hooks
-from ..linear import NMLinear
-from ..stale import parameter_of
+from ..layers.hooks import take_over_hooks
+from ..layers.linear import NMLinear
+from ..layers.stale import parameter_of
 from . import readonly
 from .changed import Changed
 from .eligible import calibrated, why_stays

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..hooks import take_over_hooks
-from ..linear import NMLinear
-from ..stale import parameter_of
+from ..layers.hooks import take_over_hooks
+from ..layers.linear import NMLinear
+from ..layers.stale import parameter_of
 from . import fused
 from .changed import Changed, change
 from .eligible import not_fp8

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..integrations.kv_cache import cache_argument
-from ..linear import NMLinear
+from ..layers.linear import NMLinear
 
 logger = logging.getLogger(__name__)
 

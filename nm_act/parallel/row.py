@@ -12,7 +12,8 @@ scale than one process has, never a coarser one, and needs no exchange.
 import torch
 from torch import Tensor
 
-from .. import autograd, ops, reference
+from .. import ops, reference
+from ..ops import autograd
 from .shard import Shard
 
 _NO_GRADIENT = (

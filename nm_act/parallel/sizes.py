@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..criteria import WEIGHT_PRUNING
-from ..mitigations import data_of
+from ..methods.criteria import WEIGHT_PRUNING
+from ..methods.mitigations import data_of
 from ..patterns import NMPattern
 
 

@@ -66,8 +66,8 @@ inline constexpr TileFacts kTiles[] = {
 
 // Fitted to benchmarks/results/h100/gemm_tuning.csv: first each tile's times, then, from there, the time lost by the
 // tile that the costs choose (its mean and its square), over every problem of the table (bf16: from 323 tokens on). A
-// wave of 256x192x64 is then counted 10 % longer, which chooses better still. tests/test_gemm_tuning.py holds the
-// choice to the table.
+// wave of 256x192x64 is then counted 10 % longer, which chooses better still. tests/operators/test_gemm_tuning.py holds
+// the choice to the table.
 inline constexpr TileCost kTileCosts[] = {
     {1.981, 6.904, 1.181, 0.086, 0.048},   // k128x256x64
     {0.277, 10.220, 2.219, 0.092, 0.066},  // k256x192x64

@@ -1,7 +1,0 @@
-"""Calibration: the data that mitigations need, from a few windows of text, decoder block by decoder block."""
-
-from .data import calibration_windows
-from .run import CalibrationSettings, calibrate
-from .store import load_calibration, save_calibration
-
-__all__ = ["CalibrationSettings", "calibrate", "calibration_windows", "load_calibration", "save_calibration"]

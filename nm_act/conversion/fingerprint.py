@@ -1,0 +1,47 @@
+"""What tells a model's weights from another's: one digest of every parameter's name, shape and values."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+
+def weights_fingerprint(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
+    """SHA-256 of all parameters, rounded to ``dtype``: the same on every device and number of threads.
+
+    Rounding makes a checkpoint in float32 and its bfloat16 cast one model, as is a dense model and its sparse form,
+    whose parameters are the same. A reordered weight differs, and so does one changed value, up to the rounding.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On any device, in any floating-point dtype; not changed.
+    dtype : torch.dtype
+        bfloat16, or float16 for a model that may have been rounded to it before.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Raises
+    ------
+    ValueError
+        If a parameter has no values yet (meta device).
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from nm_act.conversion.fingerprint import weights_fingerprint
+    >>> layer = nn.Linear(4, 2)
+    >>> weights_fingerprint(layer) == weights_fingerprint(layer.bfloat16())
+    True
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.named_parameters()):
+        if value.is_meta:
+            raise ValueError(f"expected loaded weights, got {name} on the meta device; load the checkpoint first")
+        digest.update(f"{name} {list(value.shape)}\n".encode())
+        # Bit patterns as int16, because NumPy knows no bfloat16.
+        digest.update(value.detach().to(dtype).cpu().contiguous().view(torch.int16).numpy())
+    return digest.hexdigest()

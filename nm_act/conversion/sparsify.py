@@ -1,0 +1,377 @@
+"""Making a model sparse: replace the linear layers that a recipe names, and report what was done."""
+
+import copy
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .. import parallel
+from ..layers.hooks import refuse_uncarried, take_over_hooks
+from ..layers.linear import NMLinear
+from ..layers.tokens import TokenContext
+from ..methods import mitigations
+from ..optimize.model import refuse_optimized
+from ..recipe import DEFAULT_PROJECTIONS, ROLES, LinearSpec, Recipe, in_state_space
+from .adapters import BASE, is_adapter, is_plain_linear, plain_linear, projection_name, why_wrapped_stays
+from .macs import computes_itself, macs_of
+from .undo import unchanged_on_error
+
+
+@dataclass
+class SparsifyReport:
+    """What :func:`sparsify` did.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The sparse model.
+    recipe : Recipe
+        The recipe that was applied.
+    replaced : list of (str, LinearSpec)
+        Name of every layer that is sparse now, and how.
+    kept : list of (str, str)
+        Name of every linear layer that stayed as it was, and why; also of what else multiplies by weights inside the
+        decoder layers (fused experts, routers, Conv1D, convolutions, state-space layers).
+    mac_fraction : float
+        Share of the multiply-accumulates by weights inside decoder layers whose input is sparse now (in at least one
+        phase). A token goes through ``top_k`` of a mixture's experts, and they count so often; the output head is not
+        counted, nor is what ``uncounted`` names.
+    uncounted : list of str
+        Name of every module in the decoder layers that has weights of a form whose products are not known here; they
+        are no part of ``mac_fraction``.
+    note : str
+        What the caller should know about saving the model; often empty.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    replaced: list[tuple[str, LinearSpec]] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
+    mac_fraction: float = 0.0
+    uncounted: list[str] = field(default_factory=list)
+    note: str = ""
+
+    def __str__(self) -> str:
+        total = len(self.replaced) + len(self.kept)
+        lines = [
+            f"sparse: {len(self.replaced)} of {total} linear layers, "
+            f"{self.mac_fraction:.1%} of the decoder's {'counted ' if self.uncounted else ''}multiply-accumulates"
+        ]
+        lines += _table(Counter((projection_name(name), str(spec)) for name, spec in self.replaced))
+        if self.kept:
+            lines += ["dense:", *_table(Counter((projection_name(name), reason) for name, reason in self.kept))]
+        return "\n".join(lines + ([self.note] if self.note else []))
+
+
+def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True, optimize: bool = False) -> SparsifyReport:
+    """Replace the linear layers that a recipe names by :class:`~nm_act.NMLinear`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A decoder-only Transformers model, or any module whose layers are numbered
+        (``...layers.3.mlp.down_proj``): the first number in a name is its layer. Embeddings and the output
+        head are never touched.
+    recipe : Recipe
+        What to make sparse, and how.
+    inplace : bool
+        Change ``model`` itself (default) or a deep copy.
+    optimize : bool
+        Also merge and fuse for inference, as :func:`nm_act.optimize` does.
+
+    Returns
+    -------
+    SparsifyReport
+        With the sparse model as ``.model``, which also carries the recipe as ``nm_act_recipe``. A
+        Transformers model records it in its config, so that ``save_pretrained`` and ``from_pretrained``
+        give the sparse model again.
+
+    Raises
+    ------
+    TypeError
+        If ``recipe`` is not a Recipe.
+    ValueError
+        If the recipe names a layer or projection that the model lacks, or the model is sparse or optimized
+        already, or it is an encoder-decoder, or none of its projections is a ``torch.nn.Linear``, or a layer to be
+        replaced has something registered that a sparse layer cannot take over (hooks of its state, a weight computed by
+        a hook, a forward of its own).
+
+    Notes
+    -----
+    The model is unchanged after any error, also one that comes late (out of memory in the last layer, say). Layers that
+    were replaced by then come back with bit-equal values; who held a layer or a weight gets that very object back.
+    Forward and backward hooks stay registered.
+
+    Examples
+    --------
+    >>> layers = nn.ModuleList(nn.ModuleDict({"up_proj": nn.Linear(32, 64)}) for _ in range(2))
+    >>> report = sparsify(layers, Recipe("8:16", projections=["up_proj"]))
+    >>> [name for name, spec in report.replaced]
+    ['0.up_proj', '1.up_proj']
+    """
+    checked = _checked(model, recipe)
+    if not inplace:
+        model = copy.deepcopy(model)
+        checked = _checked(model, recipe)
+    with unchanged_on_error(model):
+        report = _replace_linears(model, recipe, *checked)
+        if "transformers" in sys.modules:
+            from ..integrations.transformers import record_recipe
+
+            report.note = record_recipe(model, recipe)
+        if optimize:
+            from ..optimize import optimize as merge_and_fuse
+
+            merge_and_fuse(model)
+    return report
+
+
+def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
+    """The work of :func:`sparsify` on any module, in place, without touching a Transformers config."""
+    checked = _checked(model, recipe)
+    with unchanged_on_error(model):
+        return _replace_linears(model, recipe, *checked)
+
+
+def _replace_linears(
+    model: nn.Module, recipe: Recipe, candidates: list[tuple[str, nn.Module]], places: dict[str, "_Place | None"]
+) -> SparsifyReport:
+    report = SparsifyReport(model, recipe)
+    macs = {name: macs_of(model, name) for name, _ in candidates if places[name] is not None}
+    report.uncounted = [name for name, count in macs.items() if count is None]
+    stacks = set()
+    sparse_layers: dict[tuple[nn.Module, LinearSpec], NMLinear] = {}
+    shared = {key for key, names in Counter(id(module) for _, module in candidates).items() if names > 1}
+    # Its owners: a wrapper such as PEFT's only passes on the weight of the layer inside it.
+    owned = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    tied = {key for key, count in owned.items() if count > 1}
+    candidates.reverse()
+    while candidates:  # consumed, so that a replaced layer's weight is freed before the next one is copied
+        name, module = candidates.pop()
+        spec, reason = _decide(model, name, module, places[name], recipe)
+        if spec is None:
+            uncounted = "; its multiply-accumulates are not counted" if name in report.uncounted else ""
+            report.kept.append((name, reason + uncounted))
+            continue
+        report.replaced.append((name, spec))
+        stacks.add(places[name].stack)
+        sparse = sparse_layers.get((module, spec))
+        if sparse is None:
+            # A weight that several modules share stays as it is: a copy in another layout would be no longer theirs.
+            linear = plain_linear(module)
+            kept = {"weight_layout": "out_in", "lift": False} if id(linear.weight) in tied else {}
+            sparse = NMLinear.from_linear(linear, spec, **kept)
+            take_over_hooks(sparse, module)
+        if id(module) in shared:  # under several names
+            sparse_layers[module, spec] = sparse
+        _replace(model, name, sparse)
+    total = sum(count or 0 for count in macs.values())
+    report.mac_fraction = sum(macs[name] or 0 for name, _ in report.replaced) / total if total else 0.0
+    if recipe.needs_token_context:
+        _attach_context(model, sorted(stacks), report, TokenContext(recipe.dense_first_tokens))
+    model.nm_act_recipe = recipe
+    return report
+
+
+def check_recipe(model: nn.Module, recipe: Recipe) -> None:
+    """Raise what :func:`sparsify` would raise for this model and recipe, and change nothing."""
+    _checked(model, recipe)
+
+
+def resolved_specs(model: nn.Module, recipe: Recipe) -> dict[str, LinearSpec]:
+    """Name -> spec of every layer that :func:`sparsify` would make sparse, after its checks; changes nothing."""
+    candidates, places = _checked(model, recipe)
+    decided = {name: _decide(model, name, module, places[name], recipe)[0] for name, module in candidates}
+    return {name: spec for name, spec in decided.items() if spec is not None}
+
+
+def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
+    """Name -> (layer, projection, module) of every linear layer inside the numbered decoder layers.
+
+    Raises
+    ------
+    ValueError
+        If the model is optimized: merged and e4m3 layers are none of its linear layers.
+    """
+    refuse_optimized(model)
+    prefix = _decoder_prefix(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    places = {name: _place(name, prefix) for name in linears if not is_adapter(model, name)}
+    return {name: (p.layer, p.projection, linears[name]) for name, p in places.items() if p is not None}
+
+
+def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Module]], dict[str, "_Place | None"]]:
+    """Candidates for replacement and their places in the model, after all checks."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"expected a Recipe, got {type(recipe).__name__}; use Recipe(...) or Recipe.load(path)")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"expected a decoder-only model, got the encoder-decoder {type(model).__name__}; use a decoder"
+        )
+    refuse_optimized(model)
+    prefix = _decoder_prefix(model)
+    candidates = _candidates(model, recipe, prefix)
+    sparse = next((name for name, module in candidates if isinstance(module, NMLinear)), None)
+    if sparse is not None:
+        raise ValueError(f"expected a dense model, got one where {sparse} is sparse already; reload the dense model")
+    parallel.refuse_sharded((name, module.weight) for name, module in candidates if isinstance(module, nn.Linear))
+    places = {name: _place(name, prefix) for name, _ in candidates}
+    _check_names(recipe, [place for place in places.values() if place is not None])
+    _check_kinds(recipe, candidates, places)
+    decided = [_decide(model, name, module, places[name], recipe) for name, module in candidates]
+    _check_effect(candidates, decided)
+    for (name, module), (spec, _) in zip(candidates, decided, strict=True):
+        _check_rank(name, module, spec)
+        if spec is not None:
+            refuse_uncarried(name, module)
+    return candidates, places
+
+
+OUTSIDE, DENSE_BY_RECIPE = "outside the decoder layers", "dense by the recipe"
+"""Reasons that a report gives for a layer that stays dense."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    stack: str  # name of the module that owns the list of layers
+    layer: int
+    projection: str
+
+
+def _candidates(model: nn.Module, recipe: Recipe, prefix: str) -> list[tuple[str, nn.Module]]:
+    """Linear layers and whatever else bears a projection's name or multiplies by weights, under each of its names."""
+
+    def wanted(name: str, module: nn.Module) -> bool:
+        named = recipe.covers(projection_name(name)) and not list(module.children())
+        return isinstance(module, nn.Linear) or named or (_in_layer(name, prefix) and computes_itself(module))
+
+    return [(name, module) for name, module in model.named_modules(remove_duplicate=False) if wanted(name, module)]
+
+
+def _in_layer(name: str, prefix: str) -> bool:
+    return _place(name, prefix) is not None
+
+
+def _decoder_prefix(model: nn.Module) -> str:
+    """Name prefix of the text decoder: a vision tower has projections of the same names."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def _place(name: str, prefix: str) -> _Place | None:
+    if prefix and not name.startswith(prefix + "."):
+        return None
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
+    if number is None:
+        return None
+    return _Place(".".join(parts[: max(number - 1, 0)]), int(parts[number]), projection_name(name))
+
+
+def _decide(
+    model: nn.Module, name: str, module: nn.Module, place: _Place | None, recipe: Recipe
+) -> tuple[LinearSpec | None, str]:
+    if place is None:
+        return None, OUTSIDE
+    if not recipe.covers(place.projection):
+        if isinstance(module, nn.Linear):
+            return None, why_wrapped_stays(model, name) or "not among the recipe's projections"
+        return None, f"{type(module).__name__} is not torch.nn.Linear"
+    spec = recipe.resolve(place.layer, place.projection)
+    if spec is None:
+        return None, DENSE_BY_RECIPE
+    reason = _other_kind(module) or why_wrapped_stays(model, name)
+    if recipe.projections == DEFAULT_PROJECTIONS and in_state_space(name.removesuffix(f".{BASE}")):
+        reason = reason or "output of a state-space layer; list out_proj to have it"
+    if reason:
+        return None, reason
+    if module.in_features % spec.pattern.span:
+        return None, f"in_features {module.in_features} is not a multiple of the group {spec.pattern.span}"
+    return spec, ""
+
+
+def _other_kind(module: nn.Module) -> str:
+    """Why a module is not a plain linear layer; empty if it is."""
+    if not is_plain_linear(module):
+        return f"{type(module).__name__} is not torch.nn.Linear"
+    weight = module.weight
+    if type(weight) is not nn.Parameter:  # a quantised tensor, or one that is computed
+        return f"its weight is a {type(weight).__name__}, not a plain parameter"
+    if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        return f"its weight is quantised ({str(weight.dtype).removeprefix('torch.')})"
+    return ""
+
+
+def _check_kinds(recipe: Recipe, candidates: list[tuple[str, nn.Module]], places: dict[str, "_Place | None"]) -> None:
+    """Refuse a model of whose named projections none is a linear layer, where the recipe would do nothing."""
+    named = {name: module for name, module in candidates if places[name] and recipe.covers(places[name].projection)}
+    sparse = [name for name in named if recipe.resolve(places[name].layer, places[name].projection) is not None]
+    if sparse and not any(isinstance(module, nn.Linear) for module in named.values()):
+        kind = type(named[sparse[0]]).__name__
+        raise ValueError(
+            f"expected projections that are torch.nn.Linear, got {kind} in {sparse[0]} and all others; use a model "
+            "whose projections are linear layers"
+        )
+
+
+def _check_effect(candidates: list[tuple[str, nn.Module]], decided: list[tuple[LinearSpec | None, str]]) -> None:
+    """Refuse a recipe under which every layer stays dense for a reason that is not the recipe's."""
+    reasons = [(name, reason) for (name, _), (spec, reason) in zip(candidates, decided, strict=True) if spec is None]
+    if len(reasons) < len(decided) or any(reason == DENSE_BY_RECIPE for _, reason in reasons):
+        return
+    inside = [(name, reason) for name, reason in reasons if reason != OUTSIDE]
+    name, reason = (inside or reasons or [("any layer", "there is no linear layer")])[0]
+    raise ValueError(
+        f"expected at least one layer that the recipe can make sparse, got none: {name} and all others stay dense "
+        f"({reason}); choose another pattern, or name the model's projections"
+    )
+
+
+def _check_names(recipe: Recipe, places: list[_Place]) -> None:
+    layers = {place.layer for place in places}
+    projections = {place.projection for place in places}
+    named_layers = [*recipe.skip_layers, *(layer for rule in recipe.rules for layer in rule.layers or ())]
+    unknown_layers = [layer for layer in named_layers if layer not in layers]
+    if unknown_layers:
+        span = f"layers {min(layers)} to {max(layers)}" if layers else "no numbered layers"
+        raise ValueError(f"expected layers that the model has ({span}), got {unknown_layers[0]}; correct the recipe")
+    # The default list fits Llama-like models as a whole; a list that someone wrote has to fit name by name.
+    named = [name for rule in recipe.rules for name in rule.projections or ()]
+    if recipe.projections != DEFAULT_PROJECTIONS or not any(map(recipe.covers, projections)):
+        named += recipe.projections
+    unknown = [name for name in named if name not in projections]
+    if unknown:
+        same = sorted(name for name in projections if unknown[0] in ROLES.get(name, ()))
+        hint = f" (its {unknown[0]} is {' and '.join(same)})" if same else ""
+        raise ValueError(
+            f"expected projections that the model has ({', '.join(sorted(projections)) or 'none'}), "
+            f"got {unknown[0]!r}; correct the recipe{hint}"
+        )
+
+
+def _check_rank(name: str, module: nn.Module, spec: LinearSpec | None) -> None:
+    rank = 0 if spec is None else mitigations.rank_of(spec.mitigation)
+    if rank and rank > min(module.in_features, module.out_features):
+        raise ValueError(
+            f"expected a low-rank pair of at most rank {min(module.in_features, module.out_features)} for {name}, got "
+            f"rank {rank}; use a smaller one"
+        )
+
+
+def _replace(model: nn.Module, name: str, layer: NMLinear) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def _attach_context(model: nn.Module, stacks: list[str], report: SparsifyReport, context: TokenContext) -> None:
+    for stack in stacks:
+        context.attach(model.get_submodule(stack))
+    for name, _ in report.replaced:
+        model.get_submodule(name).token_context = context
+
+
+def _table(rows: Counter) -> list[str]:
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"  {name:<{width}}  {text}  x {count}" for (name, text), count in rows.items()]

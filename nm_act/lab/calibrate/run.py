@@ -1,0 +1,210 @@
+"""A calibration run: block by block, each finished block on disk, so that a killed run goes on where it was."""
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...conversion.calibration import dense_weights, set_layers
+from ...conversion.permutation import find_order, fold_order
+from ...conversion.sparsify import SparsifyReport, resolved_specs, sparsify
+from ...methods import mitigations
+from ...recipe import LinearSpec, Recipe
+from ...version import __version__
+from .blocks import BlockRunner, dense
+from .data import check_seed
+from .state import RunState
+from .static import collect, initial_data
+from .training import LOSSES, train_block
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How to train what is learned.
+
+    Parameters
+    ----------
+    learning_rate : float
+        Of AdamW, after warm-up.
+    epochs : float
+        Passes over the windows in each block.
+    loss : str
+        "relative" (every token alike) or "mse" (the paper's).
+    seed : int
+        Of the order of the windows; from 0, below 2**63.
+
+    Raises
+    ------
+    ValueError
+        If a number is not positive and finite, or the loss is unknown.
+    """
+
+    learning_rate: float = 1e-4
+    epochs: float = 1.0
+    loss: str = "mse"
+    seed: int = 0
+
+    def __post_init__(self):
+        if not all(value > 0 and math.isfinite(value) for value in (self.learning_rate, self.epochs)):
+            raise ValueError(
+                "expected a positive, finite learning rate and number of epochs, got "
+                f"{self.learning_rate} and {self.epochs}; the paper trains one epoch at 1e-4"
+            )
+        if self.loss not in LOSSES:
+            raise ValueError(f"expected a loss among {', '.join(LOSSES)}, got {self.loss!r}; choose one of those")
+        check_seed(self.seed)
+
+
+def calibrate(
+    model: nn.Module,
+    recipe: Recipe,
+    windows: torch.Tensor,
+    *,
+    settings: CalibrationSettings | None = None,
+    device: str | torch.device = "cpu",
+    state: str | Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[SparsifyReport, list[dict]]:
+    """Make a dense model sparse and calibrate what its recipe needs.
+
+    Block by block: the block runs dense on what the sparse blocks before it give, which yields the statistics for the
+    static data and the target of training; then it is trained, and its sparse output feeds the next block. One block
+    is on ``device`` at a time; the hidden states of one boundary, [windows, length, hidden], stay in memory.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A dense decoder-only Transformers model, on the CPU; changed in place.
+    recipe : Recipe
+    windows : Tensor [windows, length], int64
+        Token ids, as from :func:`calibration_windows`.
+    settings : CalibrationSettings, optional
+    device : str or torch.device
+        Where blocks run.
+    state : path, optional
+        Folder for finished blocks; an existing one of the same run is taken up. None keeps nothing.
+    progress : callable, optional
+        Called with blocks done, their total, and what is going on.
+
+    Returns
+    -------
+    report : SparsifyReport
+        With the calibrated model as ``.model``.
+    history : list of dict
+        For every block: its index, the losses of :func:`~nm_act.lab.calibrate.training.train_block`, and the seconds
+        that it took, in whichever session.
+
+    Raises
+    ------
+    ValueError
+        If the recipe does not fit the model or needs no calibration, the state is another run's, or a loss is not
+        finite.
+    """
+    settings = settings or CalibrationSettings()
+    device = torch.device(device)
+    _check_calibrated(model, recipe)
+    original = dense_weights(model)
+    identity = {
+        "version": __version__,
+        "recipe": recipe.to_dict(),
+        "model": original["weights"],
+        "dtype": str(next(model.parameters()).dtype),  # the fingerprint is that of the model in any dtype
+        "windows": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+        "settings": dataclasses.asdict(settings),
+    }
+    store = RunState(state, identity)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    report = sparsify(model.eval(), recipe)
+    report.model.nm_act_dense_weights = original
+    with dense(each for each in model.modules() if hasattr(each, "bypass")):
+        runner = BlockRunner(model, windows[0])
+        hidden = runner.first_inputs(windows)
+    history = []
+    total = len(runner.names)
+    for index in range(total):
+
+        def note(text: str, index: int = index) -> None:
+            if progress is not None:
+                progress(index, total, text)
+
+        runner.block(index).to(device)
+        start = time.perf_counter()
+        finished = store.load(index)
+        if finished is not None:
+            note("taking up")
+            tensors, facts = finished
+            set_layers(model, runner.layers(index), tensors)
+        else:
+            facts = _calibrate_block(runner, index, hidden, settings, device, note)
+        note("output")
+        hidden = runner.run_all(index, hidden, device)
+        _check_finite(hidden, index)
+        if finished is None:
+            facts = {**facts, "seconds": round(time.perf_counter() - start, 3)}
+            store.save(index, runner.layers(index), facts)
+        history.append({"block": index, **facts})
+        runner.block(index).to(hidden.device)
+    if progress is not None:
+        progress(total, total, "done")
+    return report, history
+
+
+def _check_calibrated(model: nn.Module, recipe: Recipe) -> None:
+    check_needed(resolved_specs(model, recipe).values())
+
+
+def check_needed(specs: Collection[LinearSpec]) -> None:
+    """Raise a ValueError if none of a recipe's specs has anything to calibrate."""
+    if not any(mitigations.data_of(spec) for spec in specs):
+        got = "nothing to calibrate in any layer" if specs else "a recipe that leaves all layers dense"
+        raise ValueError(
+            f"expected a recipe with something to calibrate (lpts, ls, spts, rsparse-64, ...), got {got}; "
+            "correct its rules, or use it as it is, without calibration"
+        )
+
+
+def _calibrate_block(runner: BlockRunner, index: int, hidden, settings, device, note) -> dict:
+    layers, block = runner.layers(index), runner.block(index)
+    if not layers:
+        return {}
+    note("statistics")
+    if any("permute" in layer.spec.mitigation for layer in layers.values()):
+        # A pass of its own: what selections drop, which other data need, depends on the order.
+        with dense(layers.values()), collect(layers, device, matrices=False) as statistics:
+            runner.run_all(index, hidden, device)
+        prefix = runner.names[index] + "."
+        for name, layer in layers.items():
+            if "permute" in layer.spec.mitigation:
+                order = find_order(block, name.removeprefix(prefix), statistics[name].square)
+                fold_order(block, name.removeprefix(prefix), order)
+                layer.input_order.copy_(order)
+    with dense(layers.values()), collect(layers, device) as statistics:
+        targets = runner.run_all(index, hidden, device)
+    for name, layer in layers.items():
+        layer.set_data(**initial_data(layer, statistics[name]))
+    return train_block(
+        runner,
+        index,
+        hidden,
+        targets,
+        learning_rate=settings.learning_rate,
+        epochs=settings.epochs,
+        loss=settings.loss,
+        seed=settings.seed,
+        device=device,
+        progress=lambda step, steps, loss: note(f"step {step}/{steps}, loss {loss:.3g}"),
+    )
+
+
+def _check_finite(hidden: torch.Tensor, index: int) -> None:
+    if not hidden.isfinite().all():
+        raise ValueError(
+            f"expected finite hidden states, got infinities or NaN after block {index}; lower --lr, or use float32"
+        )

@@ -1,0 +1,96 @@
+"""An unfinished calibration on disk: what it was started with, and every finished block."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from ...files import write_atomic
+
+IDENTITY = "run.json"
+"""What an unfinished run was started with, in its folder."""
+
+_FACTS = "facts"
+
+
+class RunState:
+    """Finished blocks on disk, tied to one run by what determines its result.
+
+    Parameters
+    ----------
+    folder : path, optional
+        Made if need be; None keeps nothing.
+    identity : dict
+        What determines the result, as JSON has it; "settings" is a dict of its own.
+
+    Raises
+    ------
+    ValueError
+        If the folder has finished blocks of another run, or its ``run.json`` is damaged.
+    """
+
+    def __init__(self, folder, identity: dict):
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / IDENTITY
+        known = _read(path) if path.is_file() else None
+        if known == identity:
+            return
+        if known is not None and any(self.folder.glob("block-*.safetensors")):
+            raise ValueError(
+                f"expected the unfinished run in {str(self.folder)!r} to be this one, got another "
+                f"{_difference(known, identity)}; finish that run, remove the folder or choose another output"
+            )
+        write_atomic(path, json.dumps(identity, indent=2) + "\n")  # over that of a run that came to nothing
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.safetensors"
+
+    def load(self, index: int) -> tuple[dict[str, torch.Tensor], dict] | None:
+        """Data of a finished block and the facts about it; None if it is not finished, or its file is damaged."""
+        if self.folder is None or not self._path(index).is_file():
+            return None
+        try:
+            with safe_open(self._path(index), framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get(_FACTS, "{}"))
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
+        except SafetensorError:
+            return None
+
+    def save(self, index: int, layers: dict[str, nn.Module], facts: dict) -> None:
+        """Keep the data of a block that has just been finished, and facts about it that JSON can hold."""
+        if self.folder is not None:
+            tensors = {
+                f"{name}.{key}": value.detach().cpu().contiguous()
+                for name, layer in layers.items()
+                for key, value in layer.data().items()
+            }
+            write_atomic(self._path(index), save(tensors, {_FACTS: json.dumps(facts)}))
+
+
+def _read(path: Path) -> dict:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no UTF-8
+        known = None
+    if not isinstance(known, dict):
+        raise ValueError(
+            f"expected in {str(path)!r} what the unfinished run was started with, got a damaged file; remove its "
+            "folder or choose another output"
+        )
+    return known
+
+
+def _difference(known: dict, identity: dict) -> str:
+    key = next((key for key, value in identity.items() if known.get(key) != value), "version")
+    before, now = known.get(key), identity.get(key)
+    if key == "settings" and isinstance(before, dict):
+        name = next((name for name in now if before.get(name) != now[name]), None)
+        if name is not None:
+            return f"{name} ({before.get(name)} then, {now[name]} now)"
+    return key

@@ -1,0 +1,138 @@
+"""Statistics of a block's inputs, taken while it runs dense, and the data that follows from them in closed form."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ... import reference
+from ...layers.linear import NMLinear
+from ...methods import criteria, mitigations
+from ...ops import composed
+
+
+class InputStatistics:
+    """Running statistics of one layer's input channels over calibration tokens.
+
+    Attributes
+    ----------
+    tokens : int
+    total : Tensor [in], float64, sum of X_j
+    square : Tensor [in], float64, sum of X_j^2
+    largest : Tensor [in], float32, max |X_j|
+    covariance : Tensor [in, in], float32, sum of X^T X, or None if nobody asked for it
+    lost : Tensor [in, in], float32, sum of R^T R for R = Z - P(Z), every token divided by its root mean square, or None
+    """
+
+    def __init__(self, in_features: int, device, *, covariance: bool = False, lost: bool = False):
+        self.tokens = 0
+        self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.square = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.largest = torch.zeros(in_features, device=device)
+        self.covariance = torch.zeros(in_features, in_features, device=device) if covariance else None
+        self.lost = torch.zeros(in_features, in_features, device=device) if lost else None
+        self._weight_scale: tuple[torch.Tensor | None] | None = None
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take in the tokens of ``x [..., in]``."""
+        x = x.detach().flatten(0, -2).float()
+        self.tokens += x.shape[0]
+        self.total += x.sum(dim=0, dtype=torch.float64)
+        self.square += x.square().sum(dim=0, dtype=torch.float64)
+        self.largest = torch.maximum(self.largest, x.abs().amax(dim=0))
+        if self.covariance is not None:
+            self.covariance.addmm_(x.t(), x)
+
+    def add_lost(self, layer: NMLinear, x: torch.Tensor) -> None:
+        """Take in what a layer's selection drops of ``x [..., tokens, in]``.
+
+        A static shift is not known yet and left out. The channel scale is that of the layer's forward: with clact that
+        of every sequence's own tokens.
+        """
+        if self._weight_scale is None:  # the same in every window
+            self._weight_scale = (mitigations.selection_scale(layer.spec, layer.weight, layer.weight, {}),)
+        [static] = self._weight_scale
+        x = x.detach()
+        for tokens in x.reshape(-1, *x.shape[-2:]):
+            scale = criteria.call_scale(tokens) if layer.spec.criterion == "clact" and len(tokens) > 1 else static
+            z = reference.shifted(tokens, None, layer.spec.token_shift)
+            dropped = (z - composed.select(z, layer.spec.pattern, scale)).float()
+            # A token with a thousandfold input would be all that the sum knows of.
+            size = tokens.float().square().mean(dim=-1, keepdim=True).sqrt()
+            dropped = dropped / size.clamp_min(torch.finfo(torch.float32).tiny)
+            self.lost.addmm_(dropped.t(), dropped)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of every channel, float32 [in]."""
+        return (self.total / self.tokens).float()
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """``||X_:j||_2``, float32 [in]."""
+        return self.square.sqrt().float()
+
+
+@contextmanager
+def collect(layers: dict[str, NMLinear], device, *, matrices: bool = True) -> Iterator[dict[str, InputStatistics]]:
+    """Statistics of the layers' inputs over all calls inside the context, by the layers' names.
+
+    Without `matrices` only those a channel are taken.
+    """
+    statistics = {
+        name: InputStatistics(
+            layer.in_features,
+            device,
+            covariance=matrices and "larosa" in layer.spec.mitigation,
+            lost=matrices and mitigations.is_fitted(layer.spec.mitigation),
+        )
+        for name, layer in layers.items()
+    }
+
+    def add(layer, name, x):
+        statistics[name].add(x)
+        if statistics[name].lost is not None:
+            statistics[name].add_lost(layer, x)
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: add(module, name, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield statistics
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def initial_data(layer: NMLinear, statistics: InputStatistics) -> dict[str, torch.Tensor]:
+    """All calibrated data of a layer before training: static ones in closed form, learned ones where they start."""
+    spec, device = layer.spec, layer.weight.device
+    weight = layer.weight.detach()
+    data = {}
+    rank = mitigations.rank_of(spec.mitigation)
+    for name in spec.mitigation:
+        if name == "lpts":
+            data["shift"] = torch.zeros(layer.in_features, device=device)
+        elif name == "ls":
+            data["column_scale"] = torch.ones(layer.out_features, device=device)
+            data["added_bias"] = torch.zeros(layer.out_features, device=device)
+        elif name == "pcs":
+            data["smoothing"] = mitigations.smoothing_of(statistics.largest, weight)
+        elif name == "larosa":
+            mean = statistics.mean.double()
+            covariance = statistics.covariance.double() / statistics.tokens - torch.outer(mean, mean)
+            data["rotation"] = mitigations.rotation_of(covariance)
+        elif name == "permute":  # the orders were folded into the weights already
+            data["input_order"] = layer.input_order
+    if mitigations.is_fitted(spec.mitigation):
+        pair = mitigations.fitted_low_rank_of(weight, statistics.lost, rank)
+        data["low_rank_in"], data["low_rank_out"] = pair
+    elif rank:
+        data["low_rank_in"], data["low_rank_out"] = mitigations.low_rank_of(weight, rank)
+    if "spts" in spec.mitigation or "spts-scalar" in spec.mitigation:
+        mean = statistics.mean if "rotation" not in data else statistics.mean @ data["rotation"]
+        data["shift"] = mean if "spts" in spec.mitigation else mean.mean().expand_as(mean)
+    if spec.criterion == "wanda":
+        data["input_norm"] = statistics.norm
+    return data

@@ -1,0 +1,89 @@
+"""Calibrations as rows of a study or options of a search: found by the variant's name, told apart by their digest."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from ...conversion.calibration import DATA_FILE, FACTS_FILE, read_calibration
+from .study import Variant, from_recipe
+
+__all__ = ["calibrated_row", "of_calibration"]
+
+
+_TRAINING = ("data", "windows", "length", "learning_rate", "epochs", "loss")
+
+
+def of_calibration(folder: Path) -> Variant:
+    """Variant of a folder that nm-act calibrate wrote."""
+    recipe, _, _ = read_calibration(folder)
+    digest = hashlib.sha256((folder / DATA_FILE).read_bytes()).hexdigest()
+    facts = _facts(folder / FACTS_FILE)
+    return from_recipe(
+        recipe,
+        folder.resolve().name,
+        calibrated=True,
+        seed=int(facts.get("seed", 0)),
+        calibration=digest,
+        calibrated_on=_text_and_training(facts) if "windows" in facts else "",
+    )
+
+
+def _facts(file: Path) -> dict:
+    """What nm-act calibrate and search write beside a calibration; none beside one that a program saved."""
+    if not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no UTF-8
+        facts = None
+    needed = ("seed", *_TRAINING) if isinstance(facts, dict) and "windows" in facts else ("seed",)
+    lacking = next((key for key in needed if not isinstance(facts, dict) or key not in facts), None)
+    if lacking is not None:
+        raise ValueError(f"expected {lacking} of a calibration in {str(file)!r}, got none; calibrate again")
+    return facts
+
+
+def _text_and_training(facts: dict) -> str:
+    return (
+        f"{facts['data']}, {facts['windows']} windows of {facts['length']} tokens; what is learned: learning rate "
+        f"{facts['learning_rate']:g}, {facts['epochs']:g} epochs, {facts['loss']}"
+    )
+
+
+def calibrated_row(variant: Variant, calibrated: Path | None) -> tuple[Variant, Path]:
+    """A calibrated variant with the identity of its calibration, and the folder of that.
+
+    Parameters
+    ----------
+    variant : Variant
+    calibrated : Path or None
+        Where calibrations are: one folder each, named by the variant's slug.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none for this variant.
+    ValueError
+        If it is one of another recipe or seed.
+    """
+    folder = None if calibrated is None else calibrated / variant.slug
+    if folder is None or not (folder / DATA_FILE).is_file():
+        where = "--calibrated" if folder is None else repr(str(folder))
+        raise FileNotFoundError(
+            f"expected a calibration for {variant.name!r} in {where}, got none; "
+            f"make it with nm-act calibrate --output .../{variant.slug}"
+        )
+    found = of_calibration(folder)
+    if found.recipe != variant.recipe:
+        raise ValueError(
+            f"expected in {str(folder)!r} a calibration of the recipe of {variant.name!r}, got another; calibrate again"
+        )
+    if variant.seed not in (0, found.seed):
+        raise ValueError(
+            f"expected in {str(folder)!r} a calibration with the seed {variant.seed} of {variant.name!r}, got "
+            f"{found.seed}; calibrate again or name that seed"
+        )
+    return dataclasses.replace(
+        variant, seed=found.seed, calibration=found.calibration, calibrated_on=found.calibrated_on
+    ), folder

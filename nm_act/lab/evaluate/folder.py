@@ -1,0 +1,175 @@
+"""Folders of runs: what was measured how, and one file a result."""
+
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...files import write_atomic
+from ...version import commit
+from .study import Variant
+
+__all__ = ["PERPLEXITY", "RUN_FILE", "RunFolder", "check_output"]
+
+PERPLEXITY = "wikitext2"
+"""The task that is a perplexity; all others are the harness's."""
+
+RUN_FILE = "run.json"
+
+_FORMAT = 2
+"""Of a run's files: 2 adds extra_macs to the results, and the tokens and window in use to the identity."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder with one run: ``run.json`` says what was measured how, ``rows/`` has one file a result.
+
+    Attributes
+    ----------
+    path : Path
+    identity : dict
+        What must be equal for results to be comparable: model, dtype, limit, windows, data.
+    """
+
+    path: Path
+    identity: dict
+
+    @classmethod
+    def open(cls, path: str | Path, identity: dict) -> "RunFolder":
+        """Create the folder, or go on with the run in it.
+
+        A run may have gained tasks: the data of those that both name have to be equal, and of settings that concern
+        tasks of one kind only, those in use.
+
+        Raises
+        ------
+        ValueError
+            If it holds another run (the sentence names the first difference), other files, results without their
+            ``run.json``, or a ``run.json`` of another program, command or format.
+        OSError
+            If it cannot be written.
+        """
+        path = Path(path)
+        check_output(path)
+        file = path / RUN_FILE
+        found = _read_identity(file) if file.is_file() else None
+        try:
+            (path / "rows").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise type(error)(f"cannot make the folder {str(path)!r}: {reason}; choose another --output") from error
+        identity = json.loads(json.dumps(identity))
+        merged = identity if found is None else _merged(found, identity, path)
+        if merged != found:
+            write_atomic(file, json.dumps({"format": _FORMAT, "identity": merged}, indent=2) + "\n")
+        return cls(path, merged)
+
+    def result_path(self, variant: Variant, task: str) -> Path:
+        """File of one result."""
+        return self.path / "rows" / f"{variant.slug}.{task}.json"
+
+    def has(self, variant: Variant, task: str) -> bool:
+        """Whether the result is there; ValueError if it is one of another recipe or calibration of the same name."""
+        path = self.result_path(variant, task)
+        if not path.is_file():
+            return False
+        found, wanted = _read_result(path)["variant"], json.loads(json.dumps(variant.to_dict()))
+        if any(found.get(key) != wanted[key] for key in ("recipe", "calibrated", "seed", "calibration")):
+            raise ValueError(
+                f"expected in {str(path)!r} a result of this recipe and calibration, got one of another with the name "
+                f"{variant.name!r}; rename it, remove the file or choose another --output"
+            )
+        return True
+
+    def write(self, variant: Variant, task: str, result: dict) -> None:
+        """Write one result, whole or not at all."""
+        record = {"variant": variant.to_dict(), "task": task, **result, "commit": commit(), "date": _today()}
+        write_atomic(self.result_path(variant, task), json.dumps(record) + "\n")
+
+    @staticmethod
+    def read(path: str | Path) -> tuple[dict, list[dict]]:
+        """Identity and results of a finished or unfinished run; ValueError if the folder holds none."""
+        path = Path(path)
+        if not (path / RUN_FILE).is_file():
+            raise ValueError(
+                f"expected the folder of an evaluation, got {str(path)!r} without {RUN_FILE}; check the path"
+            )
+        identity = _read_identity(path / RUN_FILE)
+        return identity, [_read_result(file) for file in sorted((path / "rows").glob("*.json"))]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {str(path)!r}, got invalid text ({error}); remove the file") from error
+
+
+_RESULT = ("variant", "task", "metric", "value", "stderr", "samples", "scores", "macs", "extra_macs", "commit", "date")
+
+
+def _read_result(path: Path) -> dict:
+    found = _read_json(path)
+    lacking = _RESULT if not isinstance(found, dict) else [key for key in _RESULT if key not in found]
+    if lacking:
+        raise ValueError(f"expected a result in {str(path)!r}, got something without {lacking[0]}; remove the file")
+    return found
+
+
+def check_output(path: Path) -> None:
+    """Refuse a folder that holds something else than a run, before anything is loaded."""
+    if path.is_dir() and not (path / RUN_FILE).is_file():
+        other = next((each.name for each in sorted(path.iterdir()) if each.name != "rows"), None)
+        if other is not None or any((path / "rows").glob("*")):
+            raise ValueError(
+                f"expected a new folder or that of an earlier run, got {str(path)!r} with {other or 'results'} and "
+                f"without {RUN_FILE}; choose another --output"
+            )
+
+
+def _merged(found: dict, wanted: dict, path: Path) -> dict:
+    """Identity of a run that measures what `found` and `wanted` name; ValueError if they are of different runs."""
+    data = dict(found.get("data", {}))
+    if "data" in found and "data" in wanted:
+        for task in sorted(data.keys() & wanted["data"].keys()):
+            _check_same(f"data of {task}", data[task], wanted["data"][task], path)
+        data |= wanted["data"]
+        for keys, in_use in ((("tokens", "window"), _has_perplexity), (("limit",), _has_tasks)):
+            if not in_use(wanted):
+                wanted = {**wanted, **{key: found.get(key) for key in keys}}
+            elif not in_use(found):
+                found = {**found, **{key: wanted.get(key) for key in keys}}
+        found, wanted = {**found, "data": data}, {**wanted, "data": data}
+    for key in {**found, **wanted}:
+        _check_same(key, found.get(key), wanted.get(key), path)
+    return wanted
+
+
+def _has_perplexity(identity: dict) -> bool:
+    return PERPLEXITY in identity["data"]
+
+
+def _has_tasks(identity: dict) -> bool:
+    return bool(identity["data"].keys() - {PERPLEXITY})
+
+
+def _check_same(what: str, found, wanted, path: Path) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"expected in {str(path)!r} a run with {what} {wanted!r}, got one with {found!r}; choose another --output "
+            "or the same settings"
+        )
+
+
+def _read_identity(file: Path) -> dict:
+    found = _read_json(file)
+    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
+        raise ValueError(
+            f"expected a run of format {_FORMAT} in {str(file.parent)!r}, got a {RUN_FILE} of another kind (an older "
+            "run, or the state of nm-act calibrate); choose another folder"
+        )
+    return found["identity"]
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -1,0 +1,150 @@
+"""Perplexity of a causal language model over a text, in non-overlapping windows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+__all__ = ["DEFAULT_WINDOW", "Perplexity", "perplexity"]
+
+DEFAULT_WINDOW = 2048
+"""Tokens per window where the model's context allows it; the value that published WikiText-2 figures use."""
+
+_SCORED_AT_ONCE = 256  # rows of logits in one softmax: bounds the float32 copy to 256 x vocabulary
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Result of `perplexity`.
+
+    Attributes
+    ----------
+    value : float
+        ``exp(nll / tokens)``; inf if that overflows, NaN if the model gave NaN.
+    nll : float
+        Sum of the negative log-likelihoods, in nats.
+    tokens : int
+        How many tokens were predicted: one less than the window's length, for each window.
+    windows : int
+        How many windows were read.
+    window : int
+        Tokens per window.
+    window_nll : tuple of float
+        Sum of the negative log-likelihoods of each window.
+    """
+
+    value: float
+    nll: float
+    tokens: int
+    windows: int
+    window: int
+    window_nll: tuple[float, ...] = ()
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `value` over the windows, ``value * stderr(mean nll of a window)``; NaN for one window."""
+        if self.windows < 2:
+            return math.nan
+        means = torch.tensor(self.window_nll, dtype=torch.float64) * (self.windows / self.tokens)
+        return self.value * (means.std() / math.sqrt(self.windows)).item()
+
+
+@torch.inference_mode()
+def perplexity(
+    model: nn.Module,
+    token_ids: torch.Tensor,
+    *,
+    window: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Perplexity:
+    """Perplexity over consecutive windows that do not overlap.
+
+    ``exp(-1/T * sum log p(token | earlier tokens of its window))`` over the T tokens that have an earlier
+    token in their window. Log-probabilities are taken in float32 whatever the model's dtype, and summed in
+    float64. The tail that fills no whole window is left out, so that every window has the same context; a
+    text that is shorter than one window is read as a single, shorter one (``result.window`` says so).
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A Transformers causal language model. Its training mode is restored at the end.
+    token_ids : torch.Tensor
+        int64, ``[tokens]``, as from `nm_act.lab.texts.tokenize`.
+    window : int, optional
+        Tokens per window. By default 2048, or the model's context if that is shorter.
+    progress : callable, optional
+        Called after every window with the windows done, their total, and the perplexity so far.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two tokens, or the window is below two or above the model's context.
+    """
+    window = check_window(model, window)
+    if token_ids.ndim != 1 or token_ids.numel() < 2:
+        raise ValueError(f"expected at least 2 tokens in one dimension, got {list(token_ids.shape)}; use a longer text")
+    window = min(window, token_ids.numel())
+    total = token_ids.numel() // window
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for index in range(total):
+            ids = token_ids[index * window : (index + 1) * window].to(device)
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            losses.append(_negative_log_likelihood(logits[:-1], ids[1:]))
+            if progress is not None:
+                progress(index + 1, total, _exp(sum(losses) / (len(losses) * (window - 1))))
+    finally:
+        model.train(was_training)
+    nll, tokens = sum(losses), total * (window - 1)
+    return Perplexity(_exp(nll / tokens), nll, tokens, total, window, tuple(losses))
+
+
+def check_finite(value: float) -> None:
+    """Raise a RuntimeError for a dense model's perplexity with which nothing can be compared."""
+    if not math.isfinite(value):
+        raise RuntimeError(
+            f"expected a finite perplexity of the dense model, got {value}; "
+            "the checkpoint is damaged or its dtype overflows, try --dtype float32"
+        )
+
+
+def context_length(model) -> int | None:
+    """Positions that a model, or its Transformers configuration, allows; None if it does not say."""
+    config = getattr(model, "config", model)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def check_window(model, window: int | None) -> int:
+    """Tokens per window: `window` if the model's context allows it, else ValueError; 2048 or the context for None."""
+    context = context_length(model)
+    if window is None:
+        return DEFAULT_WINDOW if context is None else min(DEFAULT_WINDOW, context)
+    if window < 2:
+        raise ValueError(f"expected a window of at least 2 tokens, got {window}; the first token of one is not scored")
+    if context is not None and window > context:
+        raise ValueError(f"expected a window within the model's context of {context} tokens, got {window}; shorten it")
+    return window
+
+
+def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Summed negative log-probability of targets ``[tokens]`` under logits ``[tokens, vocabulary]``."""
+    total = 0.0
+    for start in range(0, targets.numel(), _SCORED_AT_ONCE):
+        part = slice(start, start + _SCORED_AT_ONCE)
+        losses = nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="none")
+        total += losses.double().sum().item()
+    return total
+
+
+def _exp(mean: float) -> float:
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf

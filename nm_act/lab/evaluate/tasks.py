@@ -1,0 +1,367 @@
+"""Zero-shot tasks through EleutherAI's lm-evaluation-harness, on the user's own files or on the hub's data.
+
+A task is the harness's own (prompt, metrics, aggregation). With a data folder only its documents are replaced; files
+in the layout of common converted sets ({query, choices, gold}, ...) bring the three expressions that map their fields.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import io
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..texts import find_splits, read_rows
+
+__all__ = ["TASKS", "TaskResult", "build_task", "run_task"]
+
+_FOLDERS = ("arc", "super_glue/boolq", "piqa", "winogrande", "hellaswag", "ifeval")
+"""Where the harness (0.4.13) keeps these tasks."""
+
+EXTRA = "run `pip install nm_act[eval]`"
+
+
+def _never(row: dict) -> tuple[None, tuple]:
+    return None, (None,)  # nothing to check
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Documents in one layout.
+
+    Attributes
+    ----------
+    fields : tuple of str
+        Fields that every document has.
+    answer : callable
+        Document -> its label, and the labels that it may have.
+    overrides : dict
+        Of the harness's task configuration, to read this layout; none for the harness's own.
+    """
+
+    fields: tuple[str, ...]
+    answer: Callable[[dict], tuple[object, Collection]] = _never
+    overrides: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A task of the harness: its main metric, and the layouts that its documents may have.
+
+    Attributes
+    ----------
+    metric : str
+        Metric that is reported.
+    layouts : tuple of Layout
+        The harness's own first.
+    """
+
+    metric: str
+    layouts: tuple[Layout, ...]
+
+
+def _labelled(label: str, choices: str | int, text: bool = True) -> Callable[[dict], tuple[object, Collection]]:
+    """Answer in the field `label`: an index, of a number of `choices` or of a field's items; as text where it may be.
+
+    The harness takes text for an index only where it renders a template; elsewhere it would look up the words.
+    """
+
+    def answer(row: dict) -> tuple[object, Collection]:
+        value = row[label]
+        if text and isinstance(value, str) and value.isdigit():
+            value = int(value)
+        return value, range(choices if isinstance(choices, int) else len(row[choices]))
+
+    return answer
+
+
+_QUERY_CHOICES = Layout(
+    ("query", "choices", "gold"),
+    _labelled("gold", "choices"),
+    {"doc_to_text": "{{query}}\nAnswer:", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"},
+)
+_PARTIAL = Layout(
+    ("context_options", "continuation", "gold"),
+    _labelled("gold", "context_options"),
+    # Not Jinja: the harness takes an index only as an integer here, as its own functions for this task return one.
+    {
+        "doc_to_text": lambda row: int(row["gold"]),
+        "doc_to_choice": lambda row: row["context_options"],
+        "doc_to_target": lambda row: row["continuation"],
+    },
+)
+_ENDINGS = Layout(
+    ("query", "choices", "label"),
+    _labelled("label", "choices"),
+    {
+        "doc_to_text": "{{query}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "{{label}}",
+        "process_docs": lambda documents: documents,
+    },
+)
+
+_ARC = TaskKind(
+    "acc",
+    (
+        Layout(("question", "choices", "answerKey"), lambda row: (row["answerKey"], row["choices"]["label"])),
+        _QUERY_CHOICES,
+    ),
+)
+
+TASKS = {
+    "arc_easy": _ARC,
+    "arc_challenge": _ARC,
+    "boolq": TaskKind(
+        "acc", (Layout(("passage", "question", "label"), _labelled("label", 2, text=False)), _QUERY_CHOICES)
+    ),
+    "piqa": TaskKind("acc", (Layout(("goal", "sol1", "sol2", "label"), _labelled("label", 2, text=False)),)),
+    "winogrande": TaskKind(
+        "acc",
+        (Layout(("sentence", "option1", "option2", "answer"), lambda row: (row["answer"], ("1", "2"))), _PARTIAL),
+    ),
+    "hellaswag": TaskKind(
+        "acc",
+        (
+            Layout(("ctx_a", "ctx_b", "activity_label", "endings", "label"), _labelled("label", "endings")),
+            _ENDINGS,
+        ),
+    ),
+    "ifeval": TaskKind("prompt_level_strict_acc", (Layout(("key", "prompt", "instruction_id_list", "kwargs")),)),
+}
+"""Task name (the harness's) -> how it is read and which metric is reported."""
+
+GENERATION = {"ifeval"}
+"""Tasks that generate text; all others score given answers."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Result of one task for one model.
+
+    Attributes
+    ----------
+    metric : str
+    value : float
+        Mean over the documents.
+    stderr : float
+        Standard error of that mean.
+    scores : tuple of float
+        One score a document, in order; the same documents for every model of a run, so differences can be paired.
+    """
+
+    metric: str
+    value: float
+    stderr: float
+    scores: tuple[float, ...]
+
+
+def check_available(tasks: list[str]) -> None:
+    """Raise a sentence if a task is unknown or a package (or resource) that it needs is missing."""
+    unknown = next((name for name in tasks if name not in TASKS), None)
+    if unknown is not None:
+        raise ValueError(f"expected tasks among wikitext2, {', '.join(TASKS)}, got {unknown!r}; choose of those")
+    needs = ["lm_eval"] if tasks else []
+    needs += ["langdetect", "immutabledict", "nltk"] if "ifeval" in tasks else []
+    missing = next((package for package in needs if importlib.util.find_spec(package) is None), None)
+    if missing is not None:
+        raise ImportError(f"the tasks need the package {missing}, which is not installed; {EXTRA}")
+    if "ifeval" in tasks:
+        _check_punkt()
+
+
+def _check_punkt() -> None:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        raise FileNotFoundError(
+            "the task ifeval needs nltk's resource punkt_tab, which is not installed; run "
+            "`python -m nltk.downloader punkt_tab`, or set NLTK_DATA to a folder that has it, or leave ifeval out"
+        ) from error
+
+
+def build_task(name: str, folder: str | Path | None = None):
+    """The harness's task object, and a record of where its documents are from.
+
+    Parameters
+    ----------
+    name : str
+        One of `TASKS`.
+    folder : str or Path, optional
+        Data folder (see `nm_act.lab.texts.find_file`); without one the harness downloads from the hub.
+
+    Returns
+    -------
+    task : lm_eval.api.task.Task
+    source : dict
+        "file" and "sha256", or "hub".
+
+    Raises
+    ------
+    ValueError
+        If the task is unknown, its file has an unknown layout, or a row lacks a field or a valid label. Of several
+        splits, the first one in which every row has a label is taken.
+    OSError
+        If there is no file, or the hub cannot be read.
+    """
+    check_available([name])
+    _quiet()
+    member: dict = {"task": name}
+    source: dict = {"hub": name}
+    if folder is not None:
+        path, rows, layout = _documents(name, folder)
+        member |= _overrides(rows, layout)
+        source = {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    try:
+        # A group of one: how the harness lets a registered task be changed.
+        tasks = _manager().load([{"group": "nm_act", "task": [member]}])["tasks"]
+    except Exception as error:
+        if folder is not None:
+            raise
+        first = " ".join(str(error).split())[:160]
+        raise OSError(f"cannot read the task {name} from the hub ({first}); name a folder with --data") from error
+    return tasks[name], source
+
+
+@functools.cache
+def _manager():
+    """The harness's index of our tasks; of all of its tasks, thousands of files, it would take ten seconds."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = [str(root / folder) for folder in _FOLDERS]
+    if not all(map(os.path.isdir, folders)):  # another version keeps them elsewhere
+        return lm_eval.tasks.TaskManager()
+    return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
+
+
+def _documents(name: str, folder: str | Path) -> tuple[Path, list[dict], Layout]:
+    """Documents of a data folder: of the first split that is labelled throughout."""
+    unlabelled = None
+    for path in find_splits(folder, name):
+        rows = read_rows(path)
+        layout = _layout(name, path, rows)
+        try:
+            _check_labels(path, rows, layout)
+        except ValueError as error:
+            unlabelled = unlabelled or error
+        else:
+            return path, rows, layout
+    raise unlabelled
+
+
+def _layout(name: str, path: Path, rows: list[dict]) -> Layout:
+    layouts = TASKS[name].layouts
+    found = next((layout for layout in layouts if set(layout.fields) <= set(rows[0])), None)
+    if found is None:
+        allowed = " or ".join("{" + ", ".join(layout.fields) + "}" for layout in layouts)
+        raise ValueError(f"expected rows {allowed} in {str(path)!r}, got {{{', '.join(rows[0])}}}; convert the file")
+    return found
+
+
+def _check_labels(path: Path, rows: list[dict], layout: Layout) -> None:
+    """Refuse rows without a valid label: no answer is right where there is none, and the harness counts it as wrong."""
+    for number, row in enumerate(rows, 1):
+        lacking = next((name for name in layout.fields if row.get(name) is None), None)
+        if lacking is not None:
+            raise ValueError(f"expected {lacking} in row {number} of {str(path)!r}, got none; repair or remove the row")
+        try:
+            label, allowed = layout.answer(row)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected fields as {', '.join(layout.fields)} have them in row {number} of {str(path)!r}, got "
+                f"another kind ({' '.join(str(error).split())}); convert the file"
+            ) from error
+        if not any(type(label) is type(each) and label == each for each in allowed):  # True is not 1, nor is 1.0
+            raise ValueError(
+                f"expected in row {number} of {str(path)!r} a label among {', '.join(map(repr, allowed))}, got "
+                f"{label!r}; use a labelled split or remove the row"
+            )
+
+
+def _overrides(rows: list[dict], layout: Layout) -> dict:
+    from datasets import Dataset, DatasetDict
+
+    documents = DatasetDict({"test": Dataset.from_list(rows)})
+    return {
+        "custom_dataset": lambda **_: documents,
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": None,
+        "should_decontaminate": False,
+        **layout.overrides,
+    }
+
+
+def harness_model(model, tokenizer, batch_size: int = 8):
+    """The harness's wrapper around a loaded model."""
+    _quiet()
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
+    """Evaluate a model on one task, zero-shot.
+
+    Parameters
+    ----------
+    task : lm_eval.api.task.Task
+        From `build_task`.
+    wrapped : lm_eval.api.model.LM
+        From `harness_model`.
+    limit : int, optional
+        Only the first so many documents.
+
+    Raises
+    ------
+    RuntimeError
+        If the likelihood of an answer is NaN.
+    """
+    import lm_eval
+
+    # The harness draws progress bars wherever it is: without a terminal they would fill a log file.
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        output = lm_eval.simple_evaluate(
+            model=wrapped, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=True
+        )
+    [name] = output["results"]
+    metric = TASKS[name].metric
+    samples = sorted(output["samples"][name], key=lambda sample: sample["doc_id"])
+    _check_scores(name, samples)
+    scores = tuple(float(sample[metric]) for sample in samples)
+    return TaskResult(metric, *mean_and_stderr(scores), scores)
+
+
+def _check_scores(name: str, samples: list[dict]) -> None:
+    """Refuse NaN among the likelihoods of answers: the first of them would count as the model's choice."""
+    for sample in samples if name not in GENERATION else ():
+        if any(math.isnan(likelihood) for likelihood, _ in sample["filtered_resps"]):
+            raise RuntimeError(
+                f"expected finite likelihoods from the model, got NaN in document {sample['doc_id']} of {name}; try "
+                "--dtype float32"
+            )
+
+
+def mean_and_stderr(values) -> tuple[float, float]:
+    """Mean and its standard error (sample standard deviation over the root of the count; NaN for one value)."""
+    count = len(values)
+    mean = sum(values) / count
+    if count < 2:
+        return mean, float("nan")
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
+    return mean, (variance / count) ** 0.5
+
+
+def _quiet() -> None:
+    """Keep the harness's log lines out of the output."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

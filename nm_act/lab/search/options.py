@@ -1,0 +1,124 @@
+"""What a layer may get in a search: specs from the command line, and the calibrated data of those that need some."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...conversion.calibration import check_calibration, set_layers
+from ...layers.linear import NMLinear
+from ...methods.criteria import CRITERIA
+from ...methods.mitigations import data_of
+from ...recipe import LinearSpec, Recipe
+from ..evaluate.calibrated import calibrated_row
+from ..evaluate.study import Variant, from_recipe
+from ..evaluate.variants import sparse_copy
+
+__all__ = ["CalibratedData", "find_calibrations", "option_recipe", "option_variant", "parse_option", "read_data"]
+
+
+@dataclass(frozen=True)
+class CalibratedData:
+    """One option's calibrated data.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        "layer.key" -> data, for all layers; shapes as :data:`nm_act.methods.mitigations.DATA` says.
+    digest : str
+        SHA-256 of the file that they are from.
+    seed : int
+        Of their calibration.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    digest: str
+    seed: int = 0
+
+
+def parse_option(text: str) -> LinearSpec:
+    """Spec from "PATTERN [CRITERION] [MITIGATION ...]", as specs are printed.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or reorders weights (``permute``): those belong to several layers, which choose apart.
+
+    Examples
+    --------
+    >>> str(parse_option("2:4 var"))
+    '2:4 act var'
+    """
+    pattern, *names = text.split() or [""]
+    criteria = [name for name in names if name in CRITERIA]
+    if len(criteria) > 1:
+        raise ValueError(f"expected at most one criterion in the option {text!r}, got {', '.join(criteria)}")
+    spec = LinearSpec(pattern, *criteria, mitigation=tuple(name for name in names if name not in CRITERIA))
+    if "input_order" in data_of(spec):
+        raise ValueError(
+            f"expected an option that leaves weights as they are, got {str(spec)!r}; leave permute out and calibrate "
+            "the recipe that is found with it"
+        )
+    return spec
+
+
+def option_recipe(spec: LinearSpec, **fields) -> Recipe:
+    """Recipe that gives a spec to every projection, or to those in `fields`."""
+    return Recipe(pattern=str(spec.pattern), criterion=spec.criterion, mitigation=spec.mitigation, **fields)
+
+
+def find_calibrations(specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, tuple[Variant, Path]]:
+    """Option -> what its calibration says it is, and its folder; raises of `read_data` what needs no model."""
+    found = {
+        name: calibrated_row(from_recipe(option_recipe(spec)), calibrated)
+        for name, spec in specs.items()
+        if data_of(spec)
+    }
+    seeds = sorted({variant.seed for variant, _ in found.values()})
+    if len(seeds) > 1:
+        raise ValueError(f"expected calibrations with one seed, got {seeds}; calibrate the options alike")
+    return found
+
+
+def read_data(model: nn.Module, specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, CalibratedData]:
+    """Data of the options that need some, from the calibrations of a folder.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model.
+    specs : dict of str to LinearSpec
+    calibrated : Path or None
+        Has a folder of ``nm-act calibrate`` for each such option, all layers alike, as for ``nm-act eval --study``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If an option's calibration is missing.
+    ValueError
+        If it is one of another recipe or of another model, or if their seeds differ.
+    """
+    return {
+        name: CalibratedData(check_calibration(model, folder)[1], found.calibration, found.seed)
+        for name, (found, folder) in find_calibrations(specs, calibrated).items()
+    }
+
+
+def option_variant(model: nn.Module, recipe: Recipe, calibrated: dict[str, CalibratedData]) -> nn.Module:
+    """Sparse copy of the dense model with a recipe of options, each layer with the data of its own.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The dense model.
+    recipe : Recipe
+        Every spec in it that needs data is a key of `calibrated`.
+    calibrated : dict of str to CalibratedData
+        Option -> data, from `read_data`.
+    """
+    variant = sparse_copy(model, recipe).model
+    layers = {name: each for name, each in variant.named_modules() if isinstance(each, NMLinear) and each.data()}
+    for name, layer in layers.items():
+        set_layers(variant, {name: layer}, calibrated[str(layer.spec)].tensors)
+    return variant

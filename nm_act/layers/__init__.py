@@ -1,0 +1,1 @@
+"""Layers: NMLinear, what it derives from its weight, and which tokens of a call it treats apart."""

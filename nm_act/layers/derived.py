@@ -1,0 +1,353 @@
+"""What a sparse layer derives from its weight and its calibrated data, kept up to date with both."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+
+from .. import parallel
+from ..methods import mitigations
+from ..ops import autograd
+from ..ops.lifting import lift_weight
+from ..recipe import LinearSpec
+from . import stale
+
+DERIVED = ("channel_scale", "shift_out", "operand_weight", "operand_bias")
+"""Buffers that refresh() computes."""
+
+FOLLOW_WEIGHT = ("low_rank_in", "low_rank_out", "rotation")
+"""Calibrated matrices: GEMM operands, so they have the weight's dtype; the vectors stay float32."""
+
+
+class Deriving(nn.Linear):
+    """A linear layer with calibrated data, and with what its operator reads in place of the weight.
+
+    :class:`nm_act.NMLinear` is the layer; this is its part that knows nothing of how it computes.
+
+    Parameters
+    ----------
+    in_features, out_features, bias, device, dtype
+        As in ``torch.nn.Linear``.
+    spec : LinearSpec
+    weight_layout : str
+    lift : bool or str
+        As in :class:`nm_act.NMLinear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        spec: LinearSpec,
+        weight_layout: str,
+        lift: bool | str,
+        device,
+        dtype,
+    ):
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.spec = spec
+        self.weight_layout = weight_layout
+        self.lift = lift
+        # A tuple: as an attribute of its own the weight would be a parameter twice.
+        self._lifted: tuple[nn.Parameter, torch.Tensor] | None = None
+        self.differentiable = False
+        self.shard: parallel.Shard | None = None
+        self._underived = False  # the weight was not there yet: its first forward computes what derives from it
+        self._visited = False  # the weight is there during a call only: what has its size is not kept either
+        self._incomplete = ""  # calibrated data that is still missing
+        self._handed_out = False  # somebody had a parameter in hand since the last check, and may have written to it
+        self._unchecked = False  # train() or eval() was called since
+        # The parameters that the derived data came from; None for one that is computed, or may have been swapped.
+        self._sources: dict[str, stale.Source | None] = {}
+        for name in DERIVED:
+            self.register_buffer(name, None, persistent=False)
+        self._data_names = mitigations.data_of(spec)
+        self._reads_weight = mitigations.reads_weight(spec) or mitigations.has_shift(spec)
+        self._adds_bias = "added_bias" in self._data_names
+        rank = mitigations.rank_of(spec.mitigation)
+        for name in self._data_names:
+            shape = mitigations.shape_of(name, in_features, out_features, rank)
+            self.register_buffer(name, torch.full(shape, torch.nan, dtype=torch.float32, device=device))
+
+    def __getattr__(self, name: str):
+        if name in ("weight", "bias"):  # asked for from outside: the layer itself reads _parameters
+            self.__dict__["_handed_out"] = True
+        return super().__getattr__(name)
+
+    def _own(self, name: str) -> torch.Tensor | None:
+        return stale.parameter_of(self, name)
+
+    @property
+    def _own_weight(self) -> torch.Tensor:
+        return self._own("weight")
+
+    def train(self, mode: bool = True) -> "Deriving":
+        """As ``nn.Module.train``; the next call also checks whether the weight was written to through ``.data``."""
+        self._unchecked = True
+        return super().train(mode)
+
+    @property
+    def lifted_weight(self) -> torch.Tensor | None:
+        """The lifted weight of which ``weight`` is a view, or None: nothing is lifted, or the weight was set since."""
+        return self._lifted[1] if self._lifted is not None and self._lifted[0] is self._own_weight else None
+
+    @torch.inference_mode(False)  # what is kept has to serve training too
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Store the weight in its layout and recompute what derives from it; a meta weight stays as it is."""
+        self._lifted, self._visited = None, False
+        if self._own_weight.is_meta:
+            for name in DERIVED:
+                setattr(self, name, None)
+            self._sources, self._underived = {}, True
+            return
+        if self._parameters.get("weight") is not None:  # else it is computed, and its storage not the layer's
+            self._store(self._own_weight)
+        self.shard = parallel.shard_of(self._own_weight)
+        if self.shard is not None:
+            kind, name = self.shard.kind, "this layer"
+            parallel.check_split(name, self.spec, kind)
+            part = parallel.part_of(name, self.spec, kind, self.in_features, self.out_features)
+            parallel.check_size(self.shard.size, [part])
+        self._set_derived()
+
+    def _store(self, weight: nn.Parameter) -> None:
+        """Put a weight of another layout, or one to be lifted, into a parameter of its own: others may share this."""
+        stored = parallel.stored_in_out(weight) if self.weight_layout == "in_out" else weight
+        if self._lifts(weight):
+            lifted = lift_weight(stored.detach(), self.spec.pattern)
+            self.weight = nn.Parameter(lifted[:, : self.in_features], weight.requires_grad)
+            self._lifted = (self._own_weight, lifted)
+        elif stored is not weight:
+            self.weight = nn.Parameter(stored, weight.requires_grad)
+
+    def _lifts(self, weight: torch.Tensor) -> bool:
+        # Only the weight itself is lifted: not a part of it, and not where another one is multiplied in its place.
+        if parallel.shard_of(weight) is not None or mitigations.replaces_weight(self.spec):
+            return False
+        if self.lift != "auto":
+            return self.lift
+        is_half = weight.dtype in (torch.bfloat16, torch.float16)
+        return weight.is_cuda and is_half and len(self.spec.pattern.extra_columns) == 1
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _set_derived(self) -> None:
+        for name in FOLLOW_WEIGHT:
+            if name in self._data_names:
+                setattr(self, name, getattr(self, name).to(self._own_weight.dtype))
+        self._incomplete = next((name for name, value in self.data().items() if value.isnan().any()), "")
+        for name, value in self._derive().items():
+            setattr(self, name, value)
+        self._underived = self._handed_out = self._unchecked = False
+        self._set_sources()
+
+    def _set_sources(self) -> None:
+        """Remember the parameters that something derives from, if nobody else has to take part in deriving it."""
+        names = ["weight"] if self._reads_weight or self._lifted is not None else []
+        names += ["bias"] if self._adds_bias and self._own("bias") is not None else []
+        if self.shard is not None:
+            names = []  # all ranks derive together, or none
+        parameters = {name: self._parameters.get(name) for name in names}
+        self._sources = {name: p if p is None else stale.Source(p) for name, p in parameters.items()}
+
+    def derived_for_call(self) -> dict[str, torch.Tensor | None] | None:
+        """What derives from parameters lent for this call; None where what is stored holds, brought up to date."""
+        if not self._sources or self._visited:
+            return None
+        if torch.compiler.is_compiling():  # a guard of the graph: nothing is known about the values there
+            computed = any(self._parameters.get(name) is None for name in self._sources)
+            return self._derive() if self._handed_out or computed else None
+        seen = True
+        for name, source in self._sources.items():  # in every call: spelt out, for its time
+            seen = seen and source is not None and source.is_seen_in(self._parameters.get(name))
+        if seen and not self._handed_out and not self._unchecked:
+            return None
+        with without_autocast(self._own_weight), torch.inference_mode(False), torch.no_grad():
+            return self._brought_up_to_date(seen)
+
+    def _brought_up_to_date(self, seen: bool) -> dict[str, torch.Tensor | None] | None:
+        parameters = [(source, self._own(name)) for name, source in self._sources.items()]
+        if not all(stale.is_own(parameter) for _, parameter in parameters):
+            return self._derive()
+        if torch._guards.detect_fake_mode() is not None:  # as in a compiled graph, and nothing of it may be kept
+            return None if seen and not self._handed_out else self._derive()
+        if self._own_weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "expected a weight that no one has touched since the last call while a CUDA graph is captured, got "
+                "one that may have changed; call refresh() or the layer itself once before the capture"
+            )
+        if seen and all(source.is_equal_to(parameter) for source, parameter in parameters):
+            self._handed_out = self._unchecked = False
+        else:
+            self._lift_again()
+            self._set_derived()
+        return None
+
+    def _lift_again(self) -> None:
+        if self._lifted is None:
+            return
+        weight, lifted = self._lifted
+        if weight is self._own_weight and weight.data_ptr() == lifted.data_ptr():
+            lifted[:, self.in_features :] = lift_weight(weight.detach(), self.spec.pattern)[:, self.in_features :]
+        else:  # another weight, of which no columns lie behind it
+            self._lifted = None
+
+    def _check_ready(self) -> None:
+        if self._underived and not self._own_weight.is_meta:  # the weight is there for the first time
+            with without_autocast(self._own_weight):
+                self._set_derived()
+            if hasattr(self, "_hf_hook"):  # and, from accelerate's disk or memory, for this call only
+                self.operand_weight, self._visited = None, True
+        if self._incomplete:
+            raise RuntimeError(
+                f"expected calibrated data for {self.spec}, got no {self._incomplete}; make it with nm-act calibrate "
+                "and read it with nm_act.load_calibration, or leave the mitigation out"
+            )
+
+    def data(self) -> dict[str, torch.Tensor]:
+        """The calibrated data of this layer, by name; NaN where it has not been set yet."""
+        return {name: self._buffers[name] for name in self._data_names}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def set_data(self, **data: torch.Tensor) -> None:
+        """Set calibrated data and recompute what derives from it.
+
+        Raises
+        ------
+        ValueError
+            If this layer needs no data of that name, or its shape does not fit.
+        """
+        for name, value in data.items():
+            known = self.data().get(name)
+            if known is None or known.shape != value.shape:
+                wanted = ", ".join(f"{key} {list(each.shape)}" for key, each in self.data().items()) or "none"
+                raise ValueError(
+                    f"expected calibrated data among {wanted}, got {name} {list(value.shape)}; it belongs to another "
+                    "recipe or model"
+                )
+        for name, value in data.items():
+            value = value.clone() if value.is_inference() else value.detach()
+            setattr(self, name, value.to(known.device, torch.float32).contiguous())
+        self.refresh()
+
+    def _derived(self, weight: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        """What derives from the parameters, as stored; computed anew where a gradient goes to them through it."""
+        trained = autograd.needs_derivative(weight)
+        if trained and self._reads_weight and self.shard is not None:
+            return self._refusing_to_train(weight)
+        if self.differentiable or (trained and self._reads_weight):
+            with without_autocast(weight):
+                return self._derive()
+        # In training a lifted weight is left aside: then only an added bias can have changed.
+        mine = self.derived_for_call() if self._adds_bias or not trained else None
+        stored = {name: self._buffers[name] for name in DERIVED} if mine is None else mine
+        if self._adds_bias and autograd.needs_derivative(self._own("bias")):
+            stored["operand_bias"] = self._operand_bias(self._local_data())
+        return stored
+
+    def _refusing_to_train(self, weight: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        sentence = (
+            f"expected a frozen weight in a layer that is split over ranks with {self.spec}, got one that requires a "
+            "gradient; train the unsplit model"
+        )
+        refuse = partial(autograd.refuse_backward, sentence=sentence, inputs=(weight,))
+        stored = {name: self._buffers[name] for name in DERIVED}
+        return {
+            name: value if value is None else refuse(partial(value.view_as, value)) for name, value in stored.items()
+        }
+
+    def _derive(self) -> dict[str, torch.Tensor | None]:
+        """What the operator reads, by the names in DERIVED; differentiable in the calibrated data."""
+        if self._incomplete:
+            return dict.fromkeys(DERIVED)
+        spec, data, mine = self.spec, self.data(), parallel.local_weight(self._own_weight)
+        # A rank that holds a part derives from the whole as a single process does, bit for bit, and takes its part.
+        whole = parallel.whole_weight(self._own_weight) if mitigations.reads_weight(spec) else mine
+        v = mitigations.operand_weight(spec, whole, data)
+        channel_scale = mitigations.selection_scale(spec, whole.detach(), v.detach(), data)
+        operand = mine
+        if v is not whole:
+            part = self._part(v, ("out", "in"))
+            operand = part.contiguous() if self.weight_layout == "out_in" else part.t().contiguous().t()
+        local = self._local_data()
+        return {
+            "channel_scale": self._part(channel_scale, ("in",)),
+            # Of this rank's part: a row-parallel layer's images add up as its outputs do.
+            "shift_out": mitigations.shift_image(spec, operand, local),
+            "operand_weight": None if v is whole else operand,
+            "operand_bias": self._operand_bias(local),
+        }
+
+    def _operand_bias(self, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The bias with what calibration adds to it; None where that is nothing."""
+        if not self._adds_bias:
+            return None
+        added = data["added_bias"].to(self._own_weight.dtype)
+        if self.shard is not None and self.shard.kind == "row":
+            # Added once; the layer's own bias is the caller's to add, behind the sum over the ranks.
+            return added if self.shard.rank == 0 else None
+        return added if self._own("bias") is None else parallel.local_weight(self._own("bias")) + added
+
+    def _part(self, tensor: torch.Tensor | None, axes: tuple[str, ...]) -> torch.Tensor | None:
+        return tensor if self.shard is None or tensor is None else self.shard.part(tensor, axes)
+
+    def _local_data(self) -> dict[str, torch.Tensor]:
+        """The calibrated data, of a layer that is split over ranks this rank's part of it."""
+        if self.shard is None:
+            return self.data()
+        return {name: self._part(value, mitigations.DATA[name]) for name, value in self.data().items()}
+
+    def _apply(self, fn, recurse=True):
+        # Not left to fn: the vectors stay float32 in a bfloat16 model and follow the weight as it is stored.
+        before = self.data()
+        self._forget_sources()
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = getattr(self, name)
+            if name not in FOLLOW_WEIGHT and after.dtype != value.dtype:
+                setattr(self, name, value.to(after.device))
+        self.refresh()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._forget_sources()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def _forget_sources(self) -> None:
+        # torch.utils.swap_tensors, with which torch may convert and load, refuses what has a weak reference.
+        self._sources = dict.fromkeys(self._sources)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self._parameters.get("weight")
+        saved = f"{prefix}weight" in destination
+        if saved and weight is not None and not keep_vars and self.shard is None and not weight.is_meta:
+            # In torch's layout, without what a lifted weight has behind it: safetensors refuses any other.
+            own = weight.detach() if self.lifted_weight is None else weight.detach().clone()
+            destination[f"{prefix}weight"] = own.contiguous()
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        sources = self._sources.items()
+        seen = all(source is not None and source.is_seen_in(self._parameters.get(name)) for name, source in sources)
+        state |= {"_sources": {}, "_handed_out": not seen or self._handed_out or self._unchecked}
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        # A copy of a lifted view is a tensor of its own, and what derives from a weight may be older than it.
+        if self._lifted is not None or self._handed_out:
+            self.refresh()
+        elif not self._own_weight.is_meta:
+            self._set_sources()
+
+
+def without_autocast(weight: torch.Tensor) -> AbstractContextManager:
+    """Inside, what derives from a weight is computed as it is while a model loads."""
+    return nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)

@@ -1,0 +1,1 @@
+"""How survivors are chosen (criteria) and what is done about the error (mitigations), as data for the operators."""

@@ -1,0 +1,138 @@
+"""Which path ``sparse_linear`` takes for given arguments, and why; the rules are those of the dispatch itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..patterns import NMPattern
+from .lifting import lifted_features, windows
+
+PATHS = {
+    "gather": "reads only the weight rows of survivors",
+    "sparse": "2:4 on the sparse tensor cores",
+    "lifted": "2:4 on the sparse tensor cores, over the lifted weight",
+    "dense": "prunes, then runs torch's dense product",
+}
+"""Path -> what it does."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found.
+
+    Attributes
+    ----------
+    path : str
+        One of ``PATHS``: "gather", "sparse", "lifted" or "dense".
+    why : str
+        The reason, with what would change it.
+    device : str
+        "cpu" or "cuda".
+    """
+
+    path: str
+    why: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.path} on {self.device} ({PATHS[self.path]}): {self.why}"
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    n: int = 2,
+    m: int = 4,
+    *,
+    extra_columns: Sequence[int] = (),
+    lifted_weight: Tensor | None = None,
+    device: str | None = None,
+    compute_capability: int | None = None,
+    multiprocessors: int | None = None,
+) -> Explanation:
+    """Tell which path :func:`nm_act.sparse_linear` takes for these arguments, and why.
+
+    Nothing is computed: the tensors' shapes, strides and dtypes decide, so meta tensors do, and the options that
+    change neither (shifts, scales, bias) are left out.
+
+    Parameters
+    ----------
+    x : Tensor [..., in_features]
+    weight : Tensor [out_features, in_features]
+    n, m, extra_columns, lifted_weight
+        As in :func:`nm_act.sparse_linear`.
+    device : {"cpu", "cuda"}, optional
+        Where it would run; that of ``x`` if absent.
+    compute_capability, multiprocessors : int, optional
+        Facts of the CUDA device (its major compute capability, its multiprocessors): those of the device of ``x``, or
+        of an H200 if ``x`` is not on CUDA.
+
+    Returns
+    -------
+    Explanation
+
+    Raises
+    ------
+    TypeError
+        If the dtype of x is not one of the operator's.
+    ValueError
+        If shapes, pattern or device do not fit.
+
+    Examples
+    --------
+    >>> import torch, nm_act
+    >>> print(nm_act.explain(torch.zeros(1, 64), torch.zeros(32, 64), 8, 16).why)
+    the weight is stored [out, in], so no row of it can be skipped; store it with weight.t().contiguous().t()
+    """
+    pattern = NMPattern(n, m, extra_columns)
+    if device is None:
+        device = "cpu" if x.device.type == "meta" else x.device.type
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"expected the device cpu or cuda, got {device!r}; name one of them")
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"expected x [..., in_features] and weight [out_features, in_features], got {list(x.shape)} and "
+            f"{list(weight.shape)}; transpose the weight or check the layer's input"
+        )
+    if x.shape[-1] == 0 or x.shape[-1] % pattern.span:
+        raise ValueError(
+            f"expected in_features divisible by {pattern.span} for {pattern}, got {x.shape[-1]}; choose another pattern"
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"expected x in float32, bfloat16 or float16, got {x.dtype}; convert it first")
+    if x.numel() == 0:
+        return Explanation("dense", "there are no tokens, so nothing runs", device)
+    lifted = None
+    if lifted_weight is not None:
+        if not windows(pattern):
+            raise ValueError(
+                f"expected lifted_weight with 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16, got it with {pattern}; leave it out"
+            )
+        expected = [weight.shape[0], lifted_features(pattern, weight.shape[1])]
+        if list(lifted_weight.shape) != expected:
+            raise ValueError(
+                f"expected lifted_weight of shape {expected} for {pattern}, got {list(lifted_weight.shape)}; use "
+                "nm_act.lift_weight(weight, pattern)"
+            )
+        lifted = (*lifted_weight.shape, *lifted_weight.stride())
+    if x.is_cuda:
+        facts = torch.cuda.get_device_properties(x.device)
+        compute_capability = compute_capability or facts.major
+        multiprocessors = multiprocessors or facts.multi_processor_count
+    path, why = ops._C.choose_path(
+        device == "cuda",
+        x.numel() // x.shape[-1],
+        str(x.dtype).removeprefix("torch."),
+        n,
+        m,
+        list(pattern.extra_columns),
+        (*weight.shape, *weight.stride()),
+        lifted,
+        compute_capability or 9,
+        multiprocessors or 132,
+        str(weight.dtype).removeprefix("torch."),
+    )
+    return Explanation(path, why, device)

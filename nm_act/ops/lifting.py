@@ -1,0 +1,117 @@
+"""Lifting a weight: duplicated columns, over which a pattern richer than 2:4 is a 2:4 pattern.
+
+The windows of a pattern are defined once, in ``csrc/kernels/format/windows.h``; ``docs/kernels/windows.md`` explains
+them.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..patterns import WINDOW_SPAN, NMPattern
+
+
+def windows(pattern: NMPattern | str) -> list[list[int]]:
+    """The features, of every sixteen, that each window of a pattern covers; empty if it has no windows.
+
+    Examples
+    --------
+    >>> windows("2:4+1")
+    [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [0, 4, 8, 12]]
+    """
+    pattern = NMPattern(pattern)
+    return ops._C.window_table(pattern.keep, pattern.group, list(pattern.extra_columns))
+
+
+def lifted_features(pattern: NMPattern | str, in_features: int) -> int:
+    """Columns of a lifted weight: in_features itself for a pattern without windows."""
+    count = len(windows(pattern))
+    return in_features if count == 0 else in_features // 4 * count
+
+
+def lifted_columns(pattern: NMPattern | str, in_features: int) -> Tensor:
+    """Index ``[lifted in_features]`` of the weight's column that each column of the lifted weight repeats.
+
+    The first four windows of every sixteen features come first, ``in_features`` columns in all, then the others.
+
+    Raises
+    ------
+    ValueError
+        If the pattern has no windows, or 16 does not divide in_features.
+    """
+    pattern = NMPattern(pattern)
+    table = torch.tensor(windows(pattern))
+    if table.numel() == 0:
+        raise ValueError(
+            f"expected one of 2:4+1, 2:4+2, 4:8, 5:8, 6:8 and 8:16, got {pattern}; it needs no lifted weight"
+        )
+    if in_features % WINDOW_SPAN:
+        raise ValueError(f"expected in_features divisible by {WINDOW_SPAN}, got {in_features}; pad the features")
+    units = torch.arange(0, in_features, WINDOW_SPAN)[:, None]
+    return torch.cat([(units + part.flatten()).flatten() for part in (table[:4], table[4:])])
+
+
+def begins_with_weight(pattern: NMPattern | str, in_features: int) -> bool:
+    """Whether a lifted weight begins with the weight, so that one copy is enough; raises as `lifted_columns`."""
+    return torch.equal(lifted_columns(pattern, in_features)[:in_features], torch.arange(in_features))
+
+
+def lift_weight(weight: Tensor, pattern: NMPattern | str) -> Tensor:
+    """Repeat the columns of a weight as the windows of a pattern need them, once, for ``sparse_linear``.
+
+    For all patterns but 8:16 the first ``in_features`` columns of the result are ``weight`` itself: the view
+    ``lifted[:, :in_features]`` can take its place, so that one copy serves every path.
+
+    Parameters
+    ----------
+    weight : Tensor [out_features, in_features]
+        Any dtype, either stride order, which the result keeps; in_features divisible by 16.
+    pattern : NMPattern or str
+        "2:4+1" (1.25 times the columns), "2:4+2", "4:8", "5:8", "6:8" or "8:16" (1.5 times).
+
+    Returns
+    -------
+    Tensor [out_features, lifted in_features]
+
+    Raises
+    ------
+    ValueError
+        If the pattern has no windows, or the weight's shape does not fit.
+
+    Examples
+    --------
+    >>> import torch, nm_act
+    >>> weight = torch.randn(8, 64)
+    >>> lifted = nm_act.lift_weight(weight, "2:4+1")
+    >>> lifted.shape, torch.equal(lifted[:, :64], weight)
+    (torch.Size([8, 80]), True)
+    """
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"expected weight as a torch.Tensor, got {type(weight).__name__}; convert it with torch.as_tensor"
+        )
+    if weight.dim() != 2:
+        raise ValueError(f"expected weight of shape [out_features, in_features], got {list(weight.shape)}; reshape it")
+    columns = lifted_columns(pattern, weight.shape[1]).to(weight.device)
+    # e4m3 has no index_select; its bytes do.
+    bits = weight.view(torch.uint8) if weight.element_size() == 1 else weight
+    if weight.stride(1) != 1 and weight.stride(0) == 1:
+        lifted = bits.t().index_select(0, columns).t()
+    else:
+        lifted = bits.index_select(1, columns)
+    return lifted.view(weight.dtype)
+
+
+def unlift(operand: Tensor, pattern: NMPattern | str, in_features: int) -> Tensor:
+    """The pruned activation ``[tokens, in_features]`` that a lifted operand holds, to the bit: the inverse of lifting.
+
+    Parameters
+    ----------
+    operand : Tensor [tokens, lifted in_features]
+        Decompressed, of any floating dtype: each survivor in one of its columns, +0.0 in the others.
+    """
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[operand.element_size()]
+    columns = lifted_columns(pattern, in_features).to(operand.device)
+    # A sum of integers: of a feature's columns at most one has any bit set, and -0.0 stays what it is.
+    bits = torch.zeros(operand.shape[0], in_features, dtype=integer, device=operand.device)
+    return bits.index_add_(1, columns, operand.contiguous().view(integer)).view(operand.dtype)

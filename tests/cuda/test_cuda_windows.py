@@ -1,0 +1,241 @@
+"""Patterns with windows on CUDA: prune and compress_packed bit for bit against the oracle, the lifted product and dispatch."""
+
+import pytest
+import torch
+from conftest import DTYPES, assert_same_bits, hard_activations
+from cuda_cases import (
+    E4M3,
+    GPU_MARKS,
+    HALVES,
+    linear_options,
+    packed_layout,
+    poison,
+    quantise_rows,
+    relative_error,
+    strided,
+)
+from cuda_cases import stored as stored_as
+
+import nm_act
+from nm_act import NMPattern, reference
+from nm_act.ops.lifting import lifted_features
+
+pytestmark = GPU_MARKS
+LIFTED = ("2:4+1", "2:4+1@3", "2:4+2", "2:4+2@1,2", "4:8", "6:8", "8:16")
+EXTRAS = ((0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 3))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    poison()
+
+
+def keywords(pattern: NMPattern) -> dict:
+    return {"n": pattern.keep, "m": pattern.group, "extra_columns": pattern.extra_columns}
+
+
+def selections(in_features: int) -> dict[str, dict]:
+    scale = torch.rand(in_features)
+    scale[0], scale[1], scale[-1] = 0.0, float("inf"), float("nan")
+    return {
+        "plain": {},
+        "channel scale": {"channel_scale": scale},
+        "static shift": {"shift": torch.randn(in_features)},
+        "mean": {"token_shift": "mean"},
+        "median": {"token_shift": "median"},
+    }
+
+
+def on_gpu(options: dict) -> dict:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
+def unpacked(packed: nm_act.Packed, pattern: NMPattern, in_features: int) -> torch.Tensor:
+    """The pruned activation that a lifted operand holds; its metadata must be legal, padding included."""
+    nibbles = torch.stack([packed.metadata & 15, packed.metadata >> 4])
+    assert ((nibbles & 3) < (nibbles >> 2)).all()
+    values, features = packed.values.cpu(), lifted_features(pattern, in_features)
+    metadata = nm_act.unpack_metadata(packed.metadata.cpu(), values.shape[0], features, packed_layout(values.dtype))
+    if values.dtype == E4M3:  # decompress takes no bytes: two zero bytes below each
+        wide = values.view(torch.uint8).to(torch.int16) << 8
+        dense = nm_act.decompress(wide.view(torch.float16), metadata).view(torch.int16) >> 8
+        return nm_act.unlift(dense.to(torch.uint8).view(E4M3), pattern, in_features)
+    return nm_act.unlift(nm_act.decompress(values, metadata), pattern, in_features)
+
+
+# ---- prune -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("tokens", [1, 33, 129])
+def test_prune_equals_oracle(dtype, extra, tokens):
+    for in_features in (16, 272, 1024):
+        x = hard_activations(tokens, in_features, dtype, seed=tokens)
+        for options in selections(in_features).values():
+            pruned = nm_act.prune(x.cuda(), 2, 4, extra_columns=extra, **on_gpu(options))
+            expected = reference.prune(x, 2, 4, extra_columns=extra, **options)
+            assert_same_bits(pruned.cpu(), expected, any_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prune_of_strided_inputs(dtype):
+    x = hard_activations(33, 272, dtype)
+    expected = reference.prune(x, 2, 4, extra_columns=(2,))
+    for view in strided(x.cuda()).values():
+        assert_same_bits(nm_act.prune(view, 2, 4, extra_columns=(2,)).cpu(), expected, any_nan=True)
+
+
+# ---- compress_packed ---------------------------------------------------------------------------------------------------
+# 64 and 832 leave the extra windows off the metadata's tiles; 640 ends within a block's span.
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("text", LIFTED)
+@pytest.mark.parametrize("tokens", [1, 33, 300])
+@pytest.mark.parametrize("in_features", [64, 640, 832, 4096])
+def test_lifted_operand_holds_the_pruned_activation(dtype, text, tokens, in_features):
+    if torch.cuda.get_device_capability()[0] != 9 and lifted_features(text, in_features) % 32:
+        pytest.skip("no GEMM on this device takes such a row")
+    pattern = NMPattern(text)
+    x = hard_activations(tokens, in_features, dtype, seed=tokens)
+    for options in selections(in_features).values():
+        packed = nm_act.compress_packed(x.cuda(), **keywords(pattern), **on_gpu(options))
+        expected = reference.prune(x, **keywords(pattern), **options)
+        assert_same_bits(unpacked(packed, pattern, in_features), expected, any_nan=True)
+
+
+@pytest.mark.parametrize("text", LIFTED)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_packed_of_strided_inputs(text, fp8):
+    pattern, x = NMPattern(text), torch.randn(33, 384, device="cuda").bfloat16()
+    expected = nm_act.compress_packed(x, **keywords(pattern), fp8=fp8)
+    for view in strided(x).values():
+        for actual, wanted in zip(nm_act.compress_packed(view, **keywords(pattern), fp8=fp8), expected, strict=True):
+            assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("text", LIFTED)
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("in_features", [128, 640, 4096, 28672])
+def test_fp8_selects_before_it_quantises(dtype, text, tokens, in_features):
+    pattern, x = NMPattern(text), torch.randn(tokens, in_features).to(dtype)
+    x[0] *= 2.0**-10
+    if tokens > 2:
+        x[1], x[2] = torch.randint(-2, 3, (in_features,)), 0.0
+    for name in ("plain", "channel scale", "mean"):
+        options = selections(in_features)[name]
+        packed = nm_act.compress_packed(x.cuda(), **keywords(pattern), fp8=True, **on_gpu(options))
+        values, scale = quantise_rows(reference.prune(x, **keywords(pattern), **options))
+        torch.testing.assert_close(packed.row_scale.cpu(), scale, rtol=2e-7, atol=0)
+        actual = unpacked(packed, pattern, in_features).view(torch.uint8)
+        # A pruned value is +0; a survivor that rounds to zero keeps its sign.
+        assert torch.equal(actual, values.view(torch.uint8))
+
+
+@pytest.mark.parametrize("text", LIFTED)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_variance_factor(text, fp8):
+    pattern, x = NMPattern(text), (torch.randn(65, 1024) + 0.25).bfloat16()
+    packed = nm_act.compress_packed(x.cuda(), **keywords(pattern), fp8=fp8, variance_correction=True)
+    pruned = reference.prune(x, **keywords(pattern))
+    expected = reference.variance_ratio(x, pruned).squeeze(-1)
+    if fp8:
+        expected = expected * quantise_rows(pruned)[1].double()
+    else:
+        assert_same_bits(unpacked(packed, pattern, 1024), pruned)
+    torch.testing.assert_close(packed.row_scale.cpu().double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("text", LIFTED)
+def test_no_tokens(text):
+    packed = nm_act.compress_packed(
+        torch.zeros(0, 128, dtype=torch.bfloat16, device="cuda"), **keywords(NMPattern(text))
+    )
+    assert packed.values.shape == (0, lifted_features(text, 128) // 2)
+
+
+# ---- the product ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("text", LIFTED)
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_lifted_gemm(dtype, text, layout):
+    pattern, x = NMPattern(text), torch.randn(300, 1024, device="cuda").to(dtype)
+    weight = stored_as(torch.randn(256, 1024, device="cuda").to(dtype), layout)
+    lifted = nm_act.lift_weight(weight, pattern)
+    assert stored_as(lifted, layout).stride() == lifted.stride()
+    y = nm_act.sparse_gemm(*nm_act.compress_packed(x, **keywords(pattern))[:2], lifted)
+    exact = reference.sparse_linear(x, weight, **keywords(pattern))
+    torch_error = relative_error(nm_act.prune(x, **keywords(pattern)) @ weight.t(), exact)
+    assert relative_error(y, exact) <= 2 * torch_error
+
+
+@pytest.mark.parametrize("text", LIFTED)
+def test_lifted_gemm_in_fp8(text):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("e4m3 sparse GEMMs need sm_90")
+    pattern, x = NMPattern(text), torch.randn(300, 1024, device="cuda").bfloat16()
+    weight, scale = quantise_rows(torch.randn(256, 1024, device="cuda"))
+    packed = nm_act.compress_packed(x, **keywords(pattern), fp8=True)
+    y = nm_act.sparse_gemm(
+        *packed[:2], nm_act.lift_weight(weight, pattern), row_scale=packed.row_scale, column_scale=scale
+    )
+    values, row_scale = quantise_rows(reference.prune(x, **keywords(pattern)))
+    exact = (values.double() * row_scale.double()[:, None]) @ (weight.double() * scale.double()[:, None]).t()
+    assert relative_error(y, exact) < 6e-3
+
+
+@pytest.mark.parametrize("text", ["2:4+1", "2:4+1@2", "2:4+2", "8:16"])
+@pytest.mark.parametrize("tokens", [3, 1100])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_sparse_linear_with_a_lifted_weight(text, tokens, layout):
+    pattern, x = NMPattern(text), torch.randn(tokens, 512, device="cuda").bfloat16()
+    weight = stored_as(torch.randn(256, 512, device="cuda").bfloat16(), layout)
+    lifted, bias = nm_act.lift_weight(weight, pattern), torch.randn(256, device="cuda").bfloat16()
+    path = nm_act.explain(x, weight, **keywords(pattern), lifted_weight=lifted).path
+    decode = tokens == 3 and layout == "in_out" and text != "2:4+2"  # of its rows three tokens need 98 %
+    lifts = tokens > 1024 and len(pattern.extra_columns) == 1
+    assert path == ("gather" if decode else "lifted" if lifts else "dense")
+    for options in linear_options(512, 256).values():
+        y = nm_act.sparse_linear(x, weight, bias, **keywords(pattern), lifted_weight=lifted, **options)
+        exact = reference.sparse_linear(x, weight, bias, **keywords(pattern), **options)
+        fallback = nm_act.sparse_linear(x, weight, bias, **keywords(pattern), **options)
+        assert relative_error(y, exact) <= 2 * max(relative_error(fallback, exact), 2e-3)
+
+
+def test_the_weight_may_be_a_view_of_the_lifted_one():
+    x = torch.randn(1100, 512, device="cuda").bfloat16()
+    for layout in ("out_in", "in_out"):
+        lifted = nm_act.lift_weight(stored_as(torch.randn(256, 512, device="cuda").bfloat16(), layout), "2:4+1")
+        weight = lifted[:, :512]
+        for rows in (x, x[:2]):
+            y = nm_act.sparse_linear(rows, weight, extra_columns=(0,), lifted_weight=lifted)
+            assert relative_error(y, reference.sparse_linear(rows, weight, extra_columns=(0,))) < 5e-3
+
+
+def test_graph_replay():
+    x = torch.randn(1100, 512, device="cuda").bfloat16()
+    lifted = nm_act.lift_weight(torch.randn(256, 512, device="cuda").bfloat16(), "2:4+1")
+    call = lambda: nm_act.sparse_linear(x, lifted[:, :512], extra_columns=(0,), lifted_weight=lifted)  # noqa: E731
+    expected = call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    y.zero_()
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
+# ---- the smallest cases for compute-sanitizer ------------------------------------------------------------------------
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("text", LIFTED)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_small_operands(text, fp8):
+    if fp8 and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("e4m3 sparse GEMMs need sm_90")
+    pattern, x = NMPattern(text), torch.randn(33, 384, device="cuda").bfloat16()
+    pruned = nm_act.prune(x, **keywords(pattern))
+    assert_same_bits(pruned.cpu(), reference.prune(x.cpu(), **keywords(pattern)))
+    packed = nm_act.compress_packed(x, **keywords(pattern), fp8=fp8)
+    weight = torch.randn(48, 384, device="cuda").to(packed.values.dtype)
+    scale = {"row_scale": packed.row_scale, "column_scale": torch.ones(48, device="cuda")} if fp8 else {}
+    y = nm_act.sparse_gemm(*packed[:2], nm_act.lift_weight(weight, pattern), **scale)
+    exact = pruned.double() @ weight.double().t()
+    assert relative_error(y, exact) < (5e-2 if fp8 else 8e-3)

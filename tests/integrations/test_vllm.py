@@ -1,0 +1,296 @@
+"""The vLLM plug-in: its plan without vLLM; its layers, model and engine where vLLM is installed."""
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import tp_cases
+from ranks import run_ranks
+
+from nm_act import LinearSpec, Recipe, Rule
+from nm_act.integrations import vllm as plugin
+from nm_act.supported import supported
+
+LLAMA = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("model.layers.12.self_attn.qkv_proj", (12, "qkv_proj")),
+        ("language_model.model.layers.0.mlp.down_proj", (0, "down_proj")),
+        ("transformer.h.3.mlp.c_fc", (3, "c_fc")),
+        ("llm.model.layers.2.mlp.gate_up_proj", (2, "gate_up_proj")),
+        ("model.language_model.layers.4.self_attn.o_proj", (4, "o_proj")),
+        ("thinker.model.layers.1.mlp.down_proj", (1, "down_proj")),
+        ("transformer.encoder.layers.5.self_attention.dense", (5, "dense")),
+        ("model.encoder.layers.5.self_attn.q_proj", None),
+        ("model.audio_tower.layers.5.self_attn.q_proj", None),
+        ("model.mtp.layers.0.mlp.down_proj", None),
+        ("model.layers.3.mlp.experts.7.w1", None),  # a mixture's experts have a kernel of their own
+        ("visual.blocks.3.attn.qkv", None),
+        ("vision_tower.encoder.layers.2.mlp.up_proj", None),
+        ("lm_head", None),
+    ],
+)
+def test_place(prefix, expected):
+    assert plugin.place(prefix) == expected
+
+
+def test_specs_of_merged_layers():
+    recipe = Recipe("8:16", skip_layers=[0], rules=[Rule(projections=["up_proj"], pattern="dense")])
+    name = "model.layers.{}.self_attn.qkv_proj"
+    assert plugin.specs_of(recipe, name.format(0), LLAMA, 64) == []
+    assert [each for each, _ in plugin.specs_of(recipe, name.format(1), LLAMA, 64)] == ["q_proj", "k_proj", "v_proj"]
+    assert plugin.specs_of(recipe, name.format(1), LLAMA, 72) == []  # as sparsify: 16 does not divide 72
+    gate, up = plugin.specs_of(recipe, "model.layers.1.mlp.gate_up_proj", LLAMA, 64)
+    assert gate == ("gate_proj", LinearSpec("8:16"))
+    assert up == ("up_proj", None)
+    assert plugin.specs_of(recipe, "lm_head", LLAMA, 64) == []
+
+
+def _spans(specs, sizes, scales=None, data=None):
+    found = plugin.segments(specs, sizes, scales or [None] * len(specs), data or [{} for _ in specs])
+    return [(each.start, each.stop, each.spec) for each in found]
+
+
+def test_segments():
+    act, other = LinearSpec("8:16"), LinearSpec("2:4")
+    assert _spans([act, act, act], [8, 4, 4]) == [(0, 16, act)]
+    assert _spans([act, None, None], [8, 4, 4]) == [(0, 8, act), (8, 16, None)]
+    assert _spans([act, other], [8, 8]) == [(0, 8, act), (8, 16, other)]
+    assert _spans([act, act], [8, 8], [torch.ones(4), torch.zeros(4)]) == [(0, 8, act), (8, 16, act)]
+
+
+def test_segments_with_data():
+    """Data over the inputs has to be the same in a product, data over the outputs is put together."""
+    spec, one, two = LinearSpec("8:16", mitigation=["spts", "ls"]), torch.ones(4), torch.zeros(4)
+    data = [{"shift": shift, "column_scale": torch.full((8,), scale)} for shift, scale in ((one, 1.0), (one, 2.0))]
+    (segment,) = plugin.segments([spec, spec], [8, 8], [None, None], data)
+    assert segment.data["column_scale"].tolist() == [1.0] * 8 + [2.0] * 8
+    assert segment.data["shift"] is one
+    assert _spans([spec, spec], [8, 8], data=[data[0], data[1] | {"shift": two}]) == [(0, 8, spec), (8, 16, spec)]
+
+
+def test_what_is_said_after_loading():
+    level, text = plugin.loaded_sentence(8, 2, "visual.proj")
+    assert (level, text) == (logging.INFO, "nm_act: 8 linear layers are sparse, 2 are dense")
+    level, text = plugin.loaded_sentence(0, 2, "visual.proj")
+    assert level == logging.WARNING
+    assert "got 2 others (such as visual.proj), so the model is served dense" in text
+
+
+def test_what_a_server_cannot_follow():
+    plugin.check_servable(Recipe("8:16", mitigation=["var"]))
+    for recipe in (Recipe("8:16", phase="prefill"), Recipe("8:16", rules=[Rule(layers=[0], phase="prefill")])):
+        with pytest.raises(ValueError, match=r"expected a recipe with phase both for vLLM, .* got phase prefill; save"):
+            plugin.check_servable(recipe)
+    with pytest.raises(ValueError, match=r"expected a recipe with dense_first_tokens 0 for vLLM, .* got 4; save"):
+        plugin.check_servable(Recipe("8:16", dense_first_tokens=4))
+    for recipe, got in (
+        (Recipe("2:4", criterion="clact"), "clact"),
+        (Recipe("2:4", rules=[Rule(pattern="50%")]), "50%"),
+    ):
+        with pytest.raises(ValueError, match=f"expected a recipe without clact and top-k for vLLM, got {got}; save"):
+            plugin.check_servable(recipe)
+
+
+@pytest.mark.parametrize(
+    ("module", "version"), [(SimpleNamespace(__version__="9.1"), "9.1"), (None, "one without version")]
+)
+def test_another_interface_is_one_warning(monkeypatch, caplog, module, version):
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setitem(sys.modules, "nm_act.integrations.vllm_linear", None)  # importing it raises ImportError
+    with caplog.at_level(logging.WARNING):
+        plugin.register()
+    (record,) = caplog.records
+    versions = supported("vllm")[0].versions
+    assert record.message.startswith(f"nm_act expected the interface of vLLM {versions}, got {version} (")
+    assert record.message.endswith(f"install vllm{versions} or another nm_act")
+    assert "\n" not in record.message
+
+
+def test_without_vllm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.delitem(sys.modules, "nm_act.integrations.vllm_linear", raising=False)
+    with pytest.raises(ImportError, match=r"expected vLLM, got none; install it with: pip install 'nm_act\[vllm\]'"):
+        importlib.import_module("nm_act.integrations.vllm_linear")
+
+
+def test_entry_point_names_the_function():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    points = tomllib.loads(text)["project"]["entry-points"]["vllm.general_plugins"]
+    assert points == {"nm_act": f"{plugin.register.__module__}:{plugin.register.__name__}"}
+
+
+# ---- with the real vLLM ----
+
+RECIPES = {
+    "act": Recipe("2:4", mitigation=["dpts-mean"]),
+    "mixed": Recipe(
+        "8:16", criterion="wina", mitigation=["var"], rules=[Rule(projections=["v_proj", "up_proj"], pattern="2:4")]
+    ),
+    "amber-median": Recipe("4:8", criterion="amber", mitigation=["dpts-median", "var"]),
+    "windows": Recipe("2:4+1", criterion="wina", mitigation=["dpts-mean"]),
+    "spts-ls-var": Recipe("8:16", criterion="wina", mitigation=["spts", "ls", "var"]),
+    "low-rank-pcs-lpts": Recipe("2:4", criterion="amber", mitigation=["rsparse-4", "pcs", "lpts"]),
+    "rest": Recipe(
+        "4:8",
+        criterion="wanda",
+        rules=[
+            Rule(projections=["q_proj", "k_proj"], criterion="act", mitigation=["larosa", "ls"]),
+            Rule(projections=["gate_proj"], criterion="wina", mitigation=["rsparse-4-fit", "ls", "permute"]),
+            Rule(projections=["o_proj"], criterion="weight-magnitude"),
+        ],
+    ),
+}
+
+
+ENGINE = ("act", "amber-median", "low-rank-pcs-lpts")
+"""Those that the whole engine runs."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("vllm")
+    return {name: tp_cases.save(place / name, recipe) for name, recipe in RECIPES.items()}
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_layers_equal_the_transformers_model(folders, size):
+    import vllm_cases
+
+    run_ranks(vllm_cases.layers, list(folders.values()), size=size, timeout=400)
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size", "mode"),
+    [*((name, size, "eager") for name in ENGINE for size in (1, 2)), ("amber-median", 2, "compiled")],
+)
+def test_the_engine_generates_what_transformers_does(name, size, mode, folders):
+    """In float32, with no near tie: then the order of sums decides nothing. One rank, compiled: test_examples.py."""
+    model, prompt = tp_cases.load(folders[name]), torch.tensor([[5, 7, 11, 13]])
+    tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)[0].tolist()
+    with torch.no_grad():
+        best = model(torch.tensor([tokens[:-1]])).logits[0, 3:].topk(2).values
+    assert (best[:, 0] - best[:, 1]).min() > 1e-3
+    run = subprocess.run(
+        [sys.executable, Path(__file__).parents[1] / "vllm_cases.py", folders[name], str(size), mode],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert f"generated {tokens[4:]}" in run.stdout, run.stderr[-3000:]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_what_loading_says(tmp_path):
+    import vllm_cases
+
+    folders = (
+        tp_cases.save(tmp_path / "sparse", Recipe("8:16", skip_layers=[0])),
+        tp_cases.save(tmp_path / "dense", Recipe("8:16", skip_layers=[0, 1])),
+        tp_cases.save(tmp_path / "uncalibrated", Recipe("8:16", mitigation=["spts"]), calibrated=False),
+    )
+    run_ranks(vllm_cases.loading_says, *folders, size=1, timeout=400)
+
+
+@needs_vllm
+def test_config_of_a_newer_version():
+    from nm_act.integrations.vllm_linear import NMActVLLMConfig
+
+    with pytest.raises(ValueError, match="expected recipe version 1, got 2; upgrade nm_act"):
+        NMActVLLMConfig.from_config(json.loads('{"quant_method": "nm_act", "recipe": {"version": 2, "new": 1}}'))
+
+
+@needs_vllm
+def test_an_interface_that_differs_is_noticed(monkeypatch):
+    from nm_act.integrations import vllm_linear
+
+    monkeypatch.setattr(vllm_linear.LinearMethodBase, "create_weights", lambda self, layer, sizes: None)
+    with pytest.raises(TypeError, match="create_weights takes self, layer, sizes"):
+        vllm_linear._check_interface()
+    monkeypatch.undo()
+    monkeypatch.setattr(vllm_linear.NMActVLLMConfig, "__abstractmethods__", frozenset({"new_one", "another"}))
+    with pytest.raises(TypeError, match=r"^new abstract methods another, new_one$"):
+        vllm_linear._check_interface()
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (
+            LinearSpec("2:4", mitigation=["larosa"]),
+            r"expected a\.o_proj, whose in_features are split over ranks, without a",
+        ),
+        (
+            LinearSpec("16:32"),
+            "expected a tensor-parallel size among 1, 3, got 2, which would cut the 96 in_features of a",
+        ),
+    ],
+    ids=str,
+)
+def test_layers_that_cannot_be_split(spec, sentence):
+    from nm_act.integrations.vllm_linear import NMActLinearMethod
+
+    method = NMActLinearMethod([("o_proj", spec)], lambda: None)
+    with pytest.raises(ValueError, match=sentence):
+        method.create_weights(SimpleNamespace(prefix="a.o_proj"), 48, [64], 96, 64, torch.float32)
+
+
+@needs_vllm
+def test_another_number_of_projections():
+    from nm_act.integrations.vllm_linear import NMActLinearMethod
+
+    method = NMActLinearMethod([(name, LinearSpec("2:4")) for name in ("q_proj", "k_proj")], lambda: None)
+    with pytest.raises(
+        ValueError, match=r"expected 3 projections in a\.qkv_proj, got q_proj, k_proj; leave this layer "
+    ):
+        method.create_weights(SimpleNamespace(prefix="a.qkv_proj"), 64, [64, 32, 32], 64, 128, torch.float32)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (
+            LinearSpec("2:4", mitigation=["spts"]),
+            r"expected calibrated data for up_proj in a\.up_proj, got no shift; load ",
+        ),
+        (
+            LinearSpec("2:4", criterion="wina"),
+            r"expected the weight of up_proj in a\.up_proj from a checkpoint, from which the criterion 'wina' .*, got none",
+        ),
+    ],
+    ids=str,
+)
+def test_weights_that_are_not_a_checkpoints(spec, sentence, monkeypatch):
+    """vLLM's dummy weights, which its own loader never sees."""
+    from vllm.model_executor import parameter
+
+    from nm_act.integrations.vllm_linear import NMActLinearMethod
+
+    for name, value in (("rank", 0), ("world_size", 1)):  # vLLM's group of one, without a group
+        monkeypatch.setattr(parameter, f"get_tensor_model_parallel_{name}", lambda value=value: value)
+    method = NMActLinearMethod([("up_proj", spec)], lambda: None)
+    layer = torch.nn.Module()
+    layer.prefix = "a.up_proj"
+    method.create_weights(layer, 64, [32], 64, 32, torch.float32, weight_loader=lambda *_: None)
+    with pytest.raises(RuntimeError, match=sentence):
+        method.process_weights_after_loading(layer)

@@ -1,0 +1,60 @@
+"""The decode kernel's choice of a configuration, against the times of benchmarks/tune_decode.py on a device."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import nm_act
+
+TABLE = Path(__file__).parents[2] / "benchmarks/results/h100/decode_tuning.csv"
+MULTIPROCESSORS = 132  # of the device that the table is from
+DENSE = ("cublas_bf16", "dense_e4m3")
+
+
+def times() -> dict[tuple, dict]:
+    """Microseconds by (dtype, tokens, out_features, in_features), then by configuration or baseline."""
+    table = defaultdict(dict)
+    with TABLE.open(newline="") as file:
+        for row in csv.DictReader(file):
+            job = (row["dtype"], *(int(row[name]) for name in ("tokens", "out_features", "in_features")))
+            names = ("lanes", "splits", "threads", "ahead")
+            key = row["variant"] if row["variant"] in DENSE else tuple(int(row[name]) for name in names)
+            table[job][key] = float(row["us_p50"])
+    return table
+
+
+def choice(job: tuple) -> tuple:
+    dtype, *sizes = job
+    return tuple(map(int, nm_act._C.gather_configs(*sizes, dtype != "bf16", 8, 16, 9, MULTIPROCESSORS)[0]))
+
+
+def loss(job: tuple, measured: dict) -> float:
+    """The choice's time over the fastest; both without lines fetched ahead where the choice was timed so only."""
+    config = choice(job)
+    ahead = config in measured
+    rivals = [us for key, us in measured.items() if key not in DENSE and (ahead or key[3] == 0)]
+    return measured[config if ahead else (*config[:3], 0)] / min(rivals)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("dtype", ["bf16", "e4m3", "int8"])
+def test_choice_is_near_the_fastest(dtype, tokens):
+    jobs = {job: measured for job, measured in times().items() if job[:2] == (dtype, tokens)}
+    if dtype == "int8" and tokens > 1:
+        assert not jobs
+        return
+    assert len(jobs) == (24 if tokens == 1 else 4)
+    losses = {job: loss(job, measured) for job, measured in jobs.items()}
+    assert max(losses.values()) <= 1.10, losses
+    assert sum(losses.values()) / len(losses) <= 1.03, losses
+
+
+def test_bf16_loses_little_to_dense():
+    jobs = {job: measured for job, measured in times().items() if job[0] == "bf16"}
+    assert jobs
+    for job, measured in jobs.items():
+        config = choice(job)
+        us = measured.get(config) or measured[*config[:3], 0]
+        assert us <= 1.05 * measured["cublas_bf16"] + 5, job

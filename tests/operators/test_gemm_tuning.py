@@ -1,0 +1,74 @@
+"""The choice of a GEMM tile, held to the committed tuning table: no device, no fit, only measured times."""
+
+import csv
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from nm_act import _C
+
+TABLE = Path(__file__).resolve().parents[2] / "benchmarks/results/h100/gemm_tuning.csv"
+MULTIPROCESSORS = 132
+# bf16 GEMMs run from 512 tokens on; the table's next smaller count is held as well.
+FEWEST = {"bf16": 323, "e4m3": 1}
+
+
+@pytest.fixture(scope="module")
+def scanned():
+    """(dtype, storage, tokens, out_features, in_features) -> {(tile, raster, swizzle): microseconds} of every tile."""
+    times = defaultdict(dict)
+    with TABLE.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["stage"] == "scan":
+                problem = (
+                    row["dtype"],
+                    row["storage"],
+                    *(int(row[c]) for c in ("tokens", "out_features", "in_features")),
+                )
+                config = row["what"], int(row["raster"]), int(row["swizzle"])
+                times[problem][config] = float(row["us_p50"])
+    return times
+
+
+def losses(scanned, dtype: str, storage: str) -> tuple[list[float], int]:
+    """Time of the choice over the best of the table, a problem where it was measured; the number where it was not."""
+    names = {tile["tile"]: tile["name"] for tile in _C.gemm_tiles(dtype)}
+    lost, unmeasured = [], 0
+    for (of, stored, *shape), times in scanned.items():
+        if (of, stored) != (dtype, storage) or shape[0] < FEWEST[dtype]:
+            continue
+        tile, raster, swizzle, _ = _C.select_gemm_config(dtype, *shape, MULTIPROCESSORS)
+        chosen = times.get((names[tile], raster, swizzle))
+        if chosen is None:
+            unmeasured += 1
+        else:
+            lost.append(chosen / min(times.values()))
+    return lost, unmeasured
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "worst", "over_eight_percent", "unmeasured"),
+    [("bf16", 1.016, 1.20, 12, 9), ("e4m3", 1.014, 1.35, 19, 6)],
+)
+def test_choice_against_the_table(scanned, dtype, mean, worst, over_eight_percent, unmeasured):
+    lost, missing = losses(scanned, dtype, "out_in")
+    figures = math.exp(sum(map(math.log, lost)) / len(lost)), max(lost), sum(x > 1.08 for x in lost)
+    print(dtype, len(lost), missing, figures)
+    assert len(lost) >= 170
+    assert figures[0] <= mean
+    assert figures[1] <= worst
+    assert figures[2] <= over_eight_percent
+    assert missing <= unmeasured
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "e4m3"])
+def test_every_tile_is_chosen_somewhere(scanned, dtype):
+    """A tile that nothing chooses is dead weight in the library."""
+    chosen = {
+        _C.select_gemm_config(dtype, *shape, MULTIPROCESSORS)[0]
+        for of, _, *shape in scanned
+        if of == dtype and shape[0] >= FEWEST[dtype]
+    }
+    assert chosen == {tile["tile"] for tile in _C.gemm_tiles(dtype)}

@@ -1,0 +1,467 @@
+"""optimize(): the same outputs from fewer layers, stock checkpoints, and sentences for what cannot be."""
+
+import copy
+import re
+
+import pytest
+import torch
+from tiny_families import KNOWN, family
+
+import nm_act
+from nm_act.integrations.kv_cache import cache_argument
+from nm_act.layers.linear import NMLinear
+from nm_act.optimize import model as model_module
+from nm_act.optimize.merged import MergedLinear, Product
+from nm_act.optimize.model import is_optimized
+from nm_act.parallel import Shard
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def sparse(name: str, recipe: nm_act.Recipe | None = None):
+    model = family(name)
+    nm_act.sparsify(model, recipe or nm_act.Recipe("2:4"))
+    return model
+
+
+@torch.no_grad()
+def logits(model, **inputs):
+    return model(**({"input_ids": IDS} | inputs)).logits
+
+
+def assert_same_state(actual: dict, expected: dict) -> None:
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+        merged = name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+        assert actual[name].is_contiguous() or not merged, name
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("pattern", ["dense", "2:4", "8:16"])
+def test_outputs_equal_the_unfused_model(name, pattern):
+    model = family(name)
+    if pattern != "dense":
+        nm_act.sparsify(model, nm_act.Recipe(pattern, mitigation=["var", "dpts-mean"]))
+    expected = logits(model)
+    report = nm_act.optimize(model)
+    assert len(report.merged) == 4
+    assert not any(layer.endswith("proj") for layer, _ in report.kept)
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_one_product_serves_all_consumers(name, monkeypatch):
+    model = sparse(name)
+    nm_act.optimize(model)
+    inputs = []
+    forward = NMLinear.forward
+    monkeypatch.setattr(NMLinear, "forward", lambda self, x: inputs.append(self.out_features) or forward(self, x))
+    logits(model)
+    assert len(inputs) == 4 * 2  # q/k/v, o, gate/up, down of two layers
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_generate_equals_the_unfused_model(name):
+    model = sparse(name, nm_act.Recipe("8:16"))
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0  # padding on the left
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    expected = model.generate(IDS, **options)
+    nm_act.optimize(model)
+    assert torch.equal(model.generate(IDS, **options), expected)
+    assert torch.equal(model.generate(IDS, cache_implementation="static", **options), expected)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_state_dict_is_the_stock_one_and_loads(name):
+    model = sparse(name)
+    stock = {key: value.clone() for key, value in model.state_dict().items()}
+    nm_act.optimize(model)
+    assert_same_state(model.state_dict(), stock)
+    expected = logits(model)
+    torch.manual_seed(1)
+    noise = {key: value + torch.randn_like(value) for key, value in stock.items()}
+    model.load_state_dict(noise)
+    assert not torch.allclose(logits(model), expected)
+    model.load_state_dict(stock)
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+    model.load_state_dict(copy.deepcopy(stock), assign=True)
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+
+
+def test_an_incomplete_state_dict_is_an_error():
+    model = sparse("llama")
+    nm_act.optimize(model)
+    state = model.state_dict()
+    del state["model.layers.0.self_attn.k_proj.weight"]
+    with pytest.raises(RuntimeError, match="merged_q_k_v"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_save_pretrained_and_from_pretrained(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = sparse(name)
+    expected = logits(model)
+    nm_act.optimize(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert sum(isinstance(module, NMLinear) for module in again.modules()) == 14
+    torch.testing.assert_close(logits(again), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fp8", [None, "decode"])
+def test_deoptimize_restores_the_stock_modules(fp8):
+    model = sparse("qwen2")
+    names = {name: type(module) for name, module in model.named_modules()}
+    nm_act.optimize(model, fp8=fp8)
+    expected = logits(model)
+    state = model.state_dict()
+    assert nm_act.deoptimize(model) is model
+    assert {name: type(module) for name, module in model.named_modules()} == names
+    restored = model.state_dict()
+    assert all(torch.equal(restored[key], value) for key, value in state.items())
+    assert all("forward" not in vars(module) for module in model.modules())
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    nm_act.optimize(model)  # and once more
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_deep_copies_and_dtypes_are_independent():
+    model = sparse("llama")
+    nm_act.optimize(model)
+    expected = logits(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    torch.testing.assert_close(logits(other), expected, atol=0, rtol=0)
+    half = other.bfloat16()
+    assert {value.dtype for value in half.state_dict().values()} == {torch.bfloat16}
+    assert logits(half).dtype == torch.bfloat16
+
+
+def test_only_equal_specs_are_merged():
+    rules = [nm_act.Rule(projections=["q_proj", "gate_proj"], pattern="2:4")]
+    model = sparse("llama", nm_act.Recipe("dense", rules=rules))
+    expected = logits(model)
+    report = nm_act.optimize(model)
+    assert {names for _, names in report.merged} == {("k_proj", "v_proj")}
+    reasons = dict(report.kept)
+    assert reasons["model.layers.0.self_attn.q_proj"].startswith("the other projections")
+    assert reasons["model.layers.0.mlp.up_proj"].startswith("the other projections")
+    assert not report.fused
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_scores_that_differ_by_layer_are_not_merged():
+    model = sparse("llama", nm_act.Recipe("2:4", criterion="wina"))
+    expected = logits(model)
+    report = nm_act.optimize(model)
+    assert report.merged == []
+    assert dict(report.kept)["model.layers.1.mlp.gate_proj"].startswith("the scores of 'wina'")
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+
+
+def test_first_tokens_dense_survive_merging():
+    model = sparse("llama", nm_act.Recipe("2:4", dense_first_tokens=2))
+    expected = logits(model)
+    assert nm_act.optimize(model).merged
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_unknown_architectures_stay_as_they_are():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x):
+            return self.q_proj(x) + self.k_proj(x + 1) + self.v_proj(x)
+
+    model = torch.nn.ModuleList([Attention()])
+    nm_act.sparsify(model, nm_act.Recipe("2:4"))
+    x = torch.randn(2, 32)
+    expected = model[0](x)
+    report = nm_act.optimize(model)
+    assert report.kept == [("0", "Attention is not of a known family (llama, qwen2, qwen3, gemma3)")]
+    assert torch.equal(model[0](x), expected)
+    assert "as they were" in str(report)
+
+
+def test_a_part_called_on_its_own_computes_its_own_output():
+    model = sparse("llama")
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(3, 64)
+    expected = [attention.q_proj(x), attention.k_proj(x)]
+    nm_act.optimize(model)
+    first = attention.q_proj(x)
+    torch.testing.assert_close(first, expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(attention.k_proj(x), expected[1], atol=1e-5, rtol=1e-4)
+    x.zero_()  # nothing may be served from before
+    assert attention.v_proj(x).abs().max() == 0
+    assert attention.k_proj.weight.shape == (32, 64)
+    assert attention.k_proj.bias is None
+
+
+def test_a_filled_product_is_only_given_to_its_placeholder():
+    model = sparse("llama")
+    nm_act.optimize(model)
+    attention = model.model.layers[0].self_attn
+    merged = next(child for child in attention.children() if isinstance(child, MergedLinear))
+    x = torch.randn(3, 64)
+    product = Product(merged, x, torch.ones(3, 128))
+    with pytest.raises(
+        RuntimeError, match=r"expected q_proj to be called once with the tensor .*, got another one; call"
+    ):
+        attention.q_proj(x + 1, product=product)
+    assert attention.v_proj(x, product=product).eq(1).all()
+    with pytest.raises(RuntimeError, match=r"expected v_proj to be called once with the tensor .*, got it twice; call"):
+        attention.v_proj(x, product=product)
+
+
+def test_wrong_uses_are_one_sentence():
+    model = family("llama")
+    with pytest.raises(ValueError, match="expected an optimized model"):
+        nm_act.deoptimize(model)
+    with pytest.raises(ValueError, match="expected a sparse model for fp8, got a dense one"):
+        nm_act.optimize(model, fp8="decode")
+    with pytest.raises(ValueError, match="expected fp8 among prefill, decode, got 'e5m2'"):
+        nm_act.optimize(model, fp8="e5m2")
+    nm_act.optimize(model)
+    for recipe in (nm_act.Recipe("2:4"), nm_act.Recipe("2:4", projections=["o_proj"])):
+        with pytest.raises(ValueError, match=r"expected a model that is not optimized, got one that is"):
+            nm_act.sparsify(model, recipe)
+    with pytest.raises(ValueError, match=r"model that is not optimized, got one that is; call nm_act\.deoptimize"):
+        nm_act.optimize(model)
+
+
+def test_offloaded_layers_stay_as_they_are():
+    model = sparse("llama")
+    model.model.layers[1].self_attn.to("meta")
+    report = nm_act.optimize(model)
+    assert dict(report.kept)["model.layers.1.self_attn.q_proj"] == "its weight is on the meta device (offloaded)"
+    assert ("model.layers.0.self_attn", ("q_proj", "k_proj", "v_proj")) in report.merged
+
+
+def test_hooks_forwards_and_shards_keep_a_layer_as_it_is():
+    """One check for merging and e4m3: hooks still run, and no layer of a split model is replaced."""
+    model = sparse("llama")
+    first, second = model.model.layers
+    calls = []
+    first.mlp.down_proj.register_forward_hook(lambda *_: calls.append("down"))
+    first.self_attn.o_proj.forward = lambda x: calls.append("o") or NMLinear.forward(first.self_attn.o_proj, x)
+    second.mlp.up_proj.register_full_backward_hook(lambda *_: None)
+    second.mlp.down_proj.shard = Shard("row", 0, 2, lambda tensor: tensor)
+    second.self_attn.q_proj.shard = Shard("column", 0, 2, lambda tensor: tensor)
+    report = nm_act.optimize(model, fp8="decode")
+    reasons = dict(report.kept)
+    assert reasons["model.layers.0.mlp.down_proj"] == "stays in 16 bits: it has hooks"
+    assert reasons["model.layers.0.self_attn.o_proj"] == "stays in 16 bits: its forward is replaced already"
+    assert reasons["model.layers.1.mlp.up_proj"] == "stays in 16 bits: it has hooks"
+    assert reasons["model.layers.1.mlp.down_proj"] == "stays in 16 bits: its weight is split over ranks"
+    assert ("model.layers.1.self_attn.q_proj", "its weight is split over ranks") in report.kept
+    assert ("model.layers.1.self_attn", ("k_proj", "v_proj")) in report.merged
+    for layer in (second.mlp.down_proj, second.self_attn.q_proj):
+        layer.shard = None  # this is no rank of a group
+    logits(model)
+    assert calls == ["o", "down"]
+
+
+@pytest.mark.parametrize("layout", ["in_out", "out_in"])
+@pytest.mark.parametrize("fp8", [None, "decode"])
+def test_layout_and_lift_come_back(layout, fp8):
+    model = family("llama")
+    nm_act.sparsify(model, nm_act.Recipe("2:4+1"))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, NMLinear):
+            parent, _, child = name.rpartition(".")
+            again = NMLinear.from_linear(layer.to_linear(), layer.spec, weight_layout=layout, lift=True)
+            setattr(model.get_submodule(parent), child, again)
+    expected = logits(model)
+    nm_act.optimize(model, fp8=fp8)
+    merged = model.model.layers[0].mlp.merged_gate_up.linear
+    assert (merged.weight_layout, merged.lift) == (layout, True)
+    assert fp8 or merged.lifted_weight is not None
+    nm_act.deoptimize(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
+    assert {(layer.weight_layout, layer.lift) for layer in layers} == {(layout, True)}
+    assert all(layer.lifted_weight is not None for layer in layers)
+    if fp8 is None:
+        torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_layers_that_lift_otherwise_are_not_merged():
+    model = sparse("llama", nm_act.Recipe("2:4+1"))
+    model.model.layers[0].mlp.up_proj.lift = True
+    assert not any(parent == "model.layers.0.mlp" for parent, _ in nm_act.optimize(model).merged)
+
+
+def recording_backend():
+    """A list, and a backend for torch.compile that runs graphs as they are and puts them there."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    return graphs, backend
+
+
+def test_compiles_to_one_graph_for_all_prompt_lengths():
+    model = sparse("llama")
+    nm_act.optimize(model)
+    graphs, backend = recording_backend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (5, 9, 17):
+        ids = IDS.view(1, -1)[:, :tokens]
+        with torch.inference_mode():
+            torch.testing.assert_close(
+                compiled(input_ids=ids, use_cache=False).logits, logits(model, input_ids=ids), atol=1e-5, rtol=1e-4
+            )
+    assert len(graphs) == 1
+
+
+def test_decode_steps_with_a_static_cache_are_one_graph():
+    """What generate() compiles: a step over a static cache, again and again."""
+    from transformers import StaticCache
+
+    model = sparse("llama")
+    nm_act.optimize(model)
+    graphs, backend = recording_backend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    cache = {cache_argument(model): StaticCache(config=model.config, max_cache_len=32)}
+    ids = IDS[:1]
+    with torch.inference_mode():
+        model(input_ids=ids, position_ids=torch.arange(12)[None], **cache)
+        for step in range(4):
+            token, position = torch.tensor([[40 + step]]), torch.tensor([[12 + step]])
+            y = compiled(input_ids=token, position_ids=position, **cache).logits
+            ids = torch.cat([ids, token], dim=1)
+            torch.testing.assert_close(y[:, -1], logits(model, input_ids=ids)[:, -1], atol=1e-4, rtol=1e-3)
+    assert len(graphs) == 1
+
+
+def test_sparsify_can_optimize_at_once():
+    model = family("llama")
+    nm_act.sparsify(model, nm_act.Recipe("2:4"), optimize=True)
+    assert any(isinstance(module, MergedLinear) for module in model.modules())
+
+
+class TestFP8:
+    @pytest.mark.parametrize("name", ["llama", "qwen2"])
+    def test_stores_a_byte_a_weight_and_stays_near(self, name):
+        model = sparse(name, nm_act.Recipe("8:16"))
+        expected = logits(model)
+        report = nm_act.optimize(model, fp8="decode")
+        assert len(report.fp8) == 8
+        layers = [module for module in model.modules() if isinstance(module, nm_act.FP8Linear)]
+        assert all(layer.codes.numel() == layer.in_features * layer.out_features for layer in layers)
+        error = (logits(model) - expected).norm() / expected.norm()
+        assert 1e-4 < error < 0.1
+
+    def test_equals_the_layer_with_the_rounded_weight(self):
+        linear = torch.nn.Linear(64, 48)
+        layer = NMLinear.from_linear(linear, nm_act.LinearSpec("8:16", mitigation=("var", "dpts-mean")))
+        fp8 = nm_act.FP8Linear(layer, "decode")
+        scale = linear.weight.abs().amax(dim=1) / 448
+        rounded = (linear.weight / scale[:, None]).to(torch.float8_e4m3fn).float() * scale[:, None]
+        layer.load_state_dict({"weight": rounded, "bias": linear.bias})
+        for tokens in (1, 5, 40):
+            x = torch.randn(tokens, 64)
+            torch.testing.assert_close(fp8(x), layer(x), atol=1e-4, rtol=1e-4)
+
+    def test_checkpoints_are_stock_and_load(self):
+        model = sparse("qwen2")
+        names = set(model.state_dict())
+        nm_act.optimize(model, fp8="decode")
+        state = model.state_dict()
+        assert set(state) == names
+        expected = logits(model)
+        model.load_state_dict(state)  # rounded already: nothing changes
+        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+
+    def test_follows_the_dtype_but_keeps_its_bytes_and_scales(self):
+        layer = NMLinear.from_linear(torch.nn.Linear(64, 48), nm_act.LinearSpec("2:4"))
+        fp8 = nm_act.FP8Linear(layer, "decode").bfloat16()
+        assert (fp8.codes.dtype, fp8.weight_scale.dtype) == (torch.uint8, torch.float32)
+        assert fp8.weight.dtype == torch.bfloat16
+        assert fp8(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("criterion", ["act", "wina"])
+    def test_scores_and_row_sums_follow_a_loaded_weight(self, criterion):
+        spec = nm_act.LinearSpec("2:4", criterion=criterion, mitigation=("dpts-mean",))
+        fp8 = nm_act.FP8Linear(NMLinear.from_linear(torch.nn.Linear(64, 48), spec), "decode")
+        other = torch.nn.Linear(64, 48)
+        with torch.no_grad():
+            other.weight[:, ::3] *= 20
+        fp8.load_state_dict(other.state_dict())
+        stored = fp8.to_nm_linear()  # its vectors come from the dequantised weight
+        x = torch.randn(9, 64)
+        torch.testing.assert_close(fp8(x), stored(x), atol=1e-4, rtol=1e-4)
+        for name in ("channel_scale", "shift_out"):
+            assert (getattr(fp8, name) is None) == (getattr(stored, name) is None)
+            if getattr(stored, name) is not None:
+                torch.testing.assert_close(getattr(fp8, name), getattr(stored, name))
+
+    def test_top_k_stays_in_16_bits(self):
+        rules = [nm_act.Rule(projections=["down_proj"], pattern="8:16")]
+        model = sparse("llama", nm_act.Recipe("50%", rules=rules))
+        expected = logits(model)
+        report = nm_act.optimize(model, fp8="decode")
+        assert [name for name in report.fp8] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+        assert dict(report.kept)["model.layers.0.self_attn.o_proj"] == "stays in 16 bits: 50% act"
+        assert (logits(model) - expected).norm() < 0.1 * expected.norm()
+
+    @pytest.mark.parametrize(
+        ("layout", "spec", "why"),
+        [
+            ("prefill", {"pattern": "8:16"}, "8:16 act (pattern 8:16)"),
+            ("prefill", {"pattern": "2:4+1"}, "2:4+1 act (pattern 2:4+1)"),
+            ("decode", {"pattern": "50%"}, "50% act (50% act)"),
+            ("decode", {"pattern": "8:16", "criterion": "clact"}, "8:16 clact (8:16 clact)"),
+            ("decode", {"pattern": "8:16", "criterion": "weight-magnitude"}, "(8:16 weight-magnitude)"),
+            ("decode", {"pattern": "8:16", "mitigation": ["spts"]}, "8:16 act spts (8:16 act spts)"),
+            ("decode", {"pattern": "8:16", "phase": "prefill"}, "(dense in decode)"),
+        ],
+    )
+    def test_the_constructor_takes_what_it_computes(self, layout, spec, why):
+        layer = NMLinear.from_linear(torch.nn.Linear(64, 48), nm_act.LinearSpec(**spec))
+        sentence = f"expected a layer whose weight can be e4m3 for {layout}, got .*{re.escape(why)}; keep it in 16 bits"
+        with pytest.raises(ValueError, match=sentence):
+            nm_act.FP8Linear(layer, layout)
+
+    def test_the_constructor_knows_its_layouts_and_layers(self):
+        layer = NMLinear.from_linear(torch.nn.Linear(64, 48), nm_act.LinearSpec("2:4"))
+        with pytest.raises(ValueError, match="expected fp8 among prefill, decode, got 'in_out'"):
+            nm_act.FP8Linear(layer, "in_out")
+        with pytest.raises(TypeError, match="expected an NMLinear, got Linear"):
+            nm_act.FP8Linear(torch.nn.Linear(64, 48), "decode")
+
+    def test_prefill_storage_needs_cuda(self):
+        model = sparse("llama")
+        with pytest.raises(ValueError, match='expected a model on CUDA for fp8="prefill", got one on cpu; move it'):
+            nm_act.optimize(model, fp8="prefill")
+        assert not is_optimized(model)
+
+    def test_calibrated_layers_stay_in_16_bits(self):
+        model = sparse("llama", nm_act.Recipe("8:16"))
+        model.model.layers[0].mlp.down_proj.register_buffer("shift", torch.ones(96))
+        report = nm_act.optimize(model, fp8="decode")
+        assert dict(report.kept)["model.layers.0.mlp.down_proj"] == "stays in 16 bits: 8:16 act"
+        assert len(report.fp8) == 7
+
+    def test_prefill_storage_takes_2_4_only(self, monkeypatch):
+        monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
+        rules = [nm_act.Rule(projections=["down_proj"], pattern="8:16")]
+        model = sparse("llama", nm_act.Recipe("2:4", rules=rules))
+        report = nm_act.optimize(model, fp8="prefill")
+        assert dict(report.kept)["model.layers.0.mlp.down_proj"] == "stays in 16 bits: pattern 8:16"
+        assert len(report.fp8) == 6

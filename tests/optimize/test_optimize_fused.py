@@ -1,0 +1,288 @@
+"""The packed path of optimize(), its CUDA operators replaced by plain torch: which tensors go where, and the residuals."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from tiny_families import family
+from torch.nn import functional as F
+
+import nm_act
+from nm_act import reference
+from nm_act.optimize import fused
+from nm_act.optimize import model as model_module
+
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def compressed(x, calls, name, *, token_shift, variance_correction, channel_scale, fp8):
+    """A "packed" operand whose values are the pruned activation itself."""
+    calls.append(name)
+    flat = x.reshape(-1, x.shape[-1])
+    pruned = reference.prune(flat, 2, 4, channel_scale=channel_scale, token_shift=token_shift)
+    empty = flat.new_empty(0)
+    shifted = reference.shifted(flat, None, token_shift)
+    nu = reference.variance_ratio(shifted, pruned).flatten().float() if variance_correction else empty
+    eta = reference.token_shift_values(flat, token_shift).flatten() if token_shift != "none" else empty
+    return nm_act.Packed(pruned, empty, nu, eta)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    made = []
+
+    def rms_norm_compress(x, weight, eps, residual=None, **options):
+        hidden = x if residual is None else x + residual
+        normed = F.rms_norm(hidden, (x.shape[-1],), weight, eps)
+        return *compressed(normed, made, "norm" if residual is None else "norm + residual", **options), hidden
+
+    def silu_mul_compress(gate, up, **options):
+        return compressed(F.silu(gate) * up, made, "silu", **options)
+
+    def sparse_gemm(values, _metadata, weight, bias, *, row_scale, eta, shift_out, column_scale, out_dtype):
+        assert out_dtype == torch.float32
+        y = values @ weight.float().t()
+        y = y * row_scale[:, None] if row_scale.numel() else y
+        y = y + eta[:, None] * shift_out if eta.numel() else y
+        y = y if column_scale is None else y * column_scale
+        return y if bias is None else y + bias
+
+    for replaced in (rms_norm_compress, silu_mul_compress, sparse_gemm):
+        monkeypatch.setattr(fused, replaced.__name__, replaced)
+    monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
+    monkeypatch.setattr(fused, "takes_packed", lambda linear, x: not linear._is_dense_phase(x))
+    monkeypatch.setattr(
+        nm_act.ops.packed,
+        "sparse_linear_fp8",
+        lambda x, w, scale, bias, **options: nm_act.sparse_linear(x, w.float() * scale[:, None], bias, **options),
+    )
+    return made
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+def recipe_of(**projections):
+    rules = [nm_act.Rule(projections=[name], pattern=pattern) for name, pattern in projections.items()]
+    return nm_act.Recipe("2:4", mitigation=["var", "dpts-mean"], rules=rules)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_norms_and_activations_feed_their_products(name, calls):
+    model = family(name)
+    nm_act.sparsify(model, recipe_of())
+    expected = logits(model)
+    report = nm_act.optimize(model)
+    assert len(report.fused) == 6
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert calls == ["norm", "norm + residual", "silu"] * 2
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected_calls"),
+    [
+        ({"v_proj": "8:16"}, ["norm + residual", "silu"]),
+        ({"up_proj": "dense"}, ["norm"]),
+        ({"down_proj": "4:8"}, ["norm", "norm + residual"]),
+        ({"q_proj": "dense", "gate_proj": "dense"}, []),
+    ],
+)
+def test_what_is_not_plain_2_4_stays_unfused(rules, expected_calls, calls):
+    model = family("llama")
+    nm_act.sparsify(model, recipe_of(**rules))
+    expected = logits(model)
+    nm_act.optimize(model)
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert calls == expected_calls * 2
+
+
+def test_the_norm_of_gemma_and_its_gelu_stay_unfused(calls):
+    model = family("gemma3")
+    nm_act.sparsify(model, recipe_of())
+    expected = logits(model)
+    assert nm_act.optimize(model).fused == []
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert calls == []
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_phases_are_respected(phase, calls):
+    model = family("llama")
+    nm_act.sparsify(model, nm_act.Recipe("2:4", phase=phase))
+    expected = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    nm_act.optimize(model)
+    calls.clear()
+    assert torch.equal(model.generate(IDS, max_new_tokens=4, do_sample=False), expected)
+    assert calls.count("silu") == (2 if phase == "prefill" else 6)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_e4m3_products_scale_their_outputs_and_shifts(name, calls):
+    model = family(name)
+    nm_act.sparsify(model, recipe_of())
+    nm_act.optimize(model, fp8="prefill")
+    fast = logits(model)
+    assert calls == ["norm", "norm + residual", "silu"] * 2
+    nm_act.deoptimize(model)  # now with the rounded weights
+    torch.testing.assert_close(fast, logits(model), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hooked", "expected_calls"),
+    [
+        ("input_layernorm", ["norm + residual", "silu"]),
+        ("post_attention_layernorm", ["norm", "silu"]),
+        ("mlp", ["norm", "silu"]),
+        ("mlp.act_fn", ["norm", "norm + residual"]),
+        ("mlp.down_proj", ["norm", "norm + residual"]),
+    ],
+)
+def test_what_has_hooks_is_called(hooked, expected_calls, calls):
+    model = family("llama")
+    nm_act.sparsify(model, recipe_of())
+    seen = []
+    for layer in model.model.layers:
+        layer.get_submodule(hooked).register_forward_hook(lambda _module, _args, y: seen.append(y))
+    expected = logits(model)
+    before = list(seen)
+    seen.clear()
+    nm_act.optimize(model)
+    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert calls == expected_calls * 2
+    torch.testing.assert_close(seen, before, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hooked", "expected_calls"),
+    [
+        ("input_layernorm", ["norm + residual", "silu"]),
+        ("self_attn", ["norm + residual", "silu"]),
+        ("self_attn.v_proj", ["norm", "norm + residual", "silu"]),
+        ("post_attention_layernorm", ["norm", "silu"]),
+        ("mlp", ["norm", "silu"]),
+        ("mlp.up_proj", ["norm"]),
+    ],
+)
+def test_hooks_that_come_later_see_what_the_stock_layer_gives(hooked, expected_calls, calls):
+    model = family("llama")
+    nm_act.sparsify(model, recipe_of())
+    seen = []
+
+    def register():
+        for layer in model.model.layers:
+            layer.get_submodule(hooked).register_forward_hook(
+                lambda _m, args, kwargs, y: seen.append(y), with_kwargs=True
+            )
+
+    reference_model = copy.deepcopy(model)
+    nm_act.optimize(model)
+    register()
+    actual, ours = logits(model), list(seen)
+    assert calls == expected_calls * 2
+    model = reference_model
+    seen.clear()
+    register()
+    torch.testing.assert_close(actual, logits(model), atol=2e-5, rtol=1e-4)
+    assert len(ours) == 2
+    torch.testing.assert_close(ours, seen, atol=2e-5, rtol=1e-4)
+
+
+def test_hidden_states_are_those_of_the_unfused_model(calls):
+    model = family("llama")
+    nm_act.sparsify(model, recipe_of())
+    with torch.no_grad():
+        expected = model(input_ids=IDS, output_hidden_states=True).hidden_states
+        nm_act.optimize(model)
+        actual = model(input_ids=IDS, output_hidden_states=True).hidden_states
+    assert len(actual) == len(expected) == 3
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+def test_gate_and_up_are_freed_before_the_down_layer_runs(pattern, calls, monkeypatch):
+    """They are the largest tensors of a model, and a layer that prunes makes a copy of its input."""
+    model = family("llama")
+    nm_act.sparsify(model, nm_act.Recipe(pattern))
+    nm_act.optimize(model)
+    down = {layer.mlp.down_proj for layer in model.model.layers}
+    seen, alive = [], []
+
+    def recording(function):
+        def call(*arguments, **options):
+            gate, up = arguments[-2:]
+            seen.extend(map(weakref.ref, (gate, up, gate._base)))
+            return function(*arguments, **options)
+
+        return call
+
+    def counting(function):
+        def call(linear, *arguments):
+            if linear in down:
+                alive.append(sum(reference() is not None for reference in seen))
+            return function(linear, *arguments)
+
+        return call
+
+    packed = pattern == "2:4"
+    for name in ("silu_mul_compress",) if packed else ("gated",):
+        monkeypatch.setattr(fused, name, recording(getattr(fused, name)))
+    owner, name = (fused, "product") if packed else (nm_act.NMLinear, "forward")
+    monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
+    logits(model)
+    assert len(seen) == 6
+    assert alive == [0, 0]
+
+
+def test_where_a_gradient_is_recorded_nothing_is_packed(calls):
+    model, expected = family("llama"), family("llama")
+    for each in (model, expected):
+        nm_act.sparsify(each, recipe_of())
+    nm_act.optimize(model)
+    for each in (model, expected):
+        each(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert calls == []
+    norms = [name for name, _ in expected.named_parameters() if "norm" in name or "down_proj" in name]
+    for name in norms:
+        actual = model.get_parameter(name).grad
+        torch.testing.assert_close(actual, expected.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
+    model.requires_grad_(False)
+    model(input_ids=IDS, use_cache=False)
+    assert calls == ["norm", "norm + residual", "silu"] * 2
+    calls.clear()
+    model.model.layers[1].post_attention_layernorm.weight.requires_grad_(True)  # reaches no other norm's operand
+    model(input_ids=IDS, use_cache=False)
+    assert calls == ["norm", "norm + residual", "silu", "norm"]
+
+
+def test_packed_calls_read_no_fingerprint(calls, monkeypatch):
+    model = family("llama")
+    nm_act.sparsify(model, recipe_of())
+    nm_act.optimize(model)
+    logits(model)
+    monkeypatch.setattr(nm_act.layers.stale, "fingerprint", lambda parameter: pytest.fail("the weight was read"))
+    logits(model)
+    assert calls == ["norm", "norm + residual", "silu"] * 4
+    assert not any(layer._handed_out for layer in model.modules() if isinstance(layer, nm_act.NMLinear))
+
+
+@torch.no_grad()
+def test_lent_weights_are_packed_with_what_derives_from_them(calls):
+    model, other = family("llama"), family("llama")
+    for each in (model, other):
+        rule = nm_act.Rule(projections=["down_proj"], criterion="wina")
+        nm_act.sparsify(each, nm_act.Recipe("2:4", mitigation=["dpts-mean"], rules=[rule]))
+    for name, parameter in other.named_parameters():
+        if "down_proj" in name:
+            parameter.copy_(torch.randn(parameter.shape) * torch.linspace(0.1, 2, parameter.shape[1]).roll(5))
+    other.eval()
+    expected = logits(other)
+    assert not torch.allclose(logits(model), expected, atol=1e-3)
+    nm_act.optimize(model)
+    lent = {name: p.clone() for name, p in other.named_parameters() if "down_proj" in name}
+    actual = torch.func.functional_call(model, lent, kwargs={"input_ids": IDS, "use_cache": False}).logits
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+    assert "silu" in calls

@@ -1,0 +1,141 @@
+"""The end-to-end benchmark on a tiny model and a CPU: its rows, its baselines, and that an interruption keeps them."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import bench_cpu_generate
+import bench_inference
+import inference_models
+from inference_profile import kind_of
+
+TINY = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--decode", "4", "--seconds", "0"]
+
+
+def rows_of(path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_and_baselines(tmp_path):
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text("pattern: 8:16\nskip_layers: [0]\n")
+    out, plot = tmp_path / "inference.csv", tmp_path / "inference.png"
+    arguments = ["--prompt", "5", "8", "--batch", "1", "2", "--mode", "nm-2:4", str(recipe)]
+    bench_inference.main([*TINY, *arguments, "--csv", str(out), "--plot", str(plot)])
+    rows = rows_of(out)
+    assert tuple(rows[0]) == bench_inference.COLUMNS
+    assert [row["mode"] for row in rows[::8]] == ["dense_bf16", "nm-2:4", "mixed"]
+    assert {row["metric"] for row in rows} == {"ttft_ms", "decode_tok_s"}
+    assert {row["model"] for row in rows} == {"tiny (random weights)"}
+    for row in rows:
+        dense = next(
+            r
+            for r in rows
+            if r["mode"] == "dense_bf16" and all(r[key] == row[key] for key in ("batch", "prompt", "metric"))
+        )
+        assert row["baseline_p50"] == dense["p50"]
+        ratio = float(row["p50"]) / float(dense["p50"])
+        faster = ratio if row["metric"] == "decode_tok_s" else 1 / ratio
+        assert float(row["speedup"]) == pytest.approx(faster, rel=2e-2, abs=6e-4)  # three decimals
+        assert float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+    assert plot.stat().st_size > 1000
+
+
+def test_an_interruption_keeps_the_rows(tmp_path, monkeypatch):
+    out = tmp_path / "inference.csv"
+    build = bench_inference.build
+
+    def interrupted(name, mode, *rest):
+        if mode.name != "dense_bf16":
+            raise KeyboardInterrupt
+        return build(name, mode, *rest)
+
+    monkeypatch.setattr(bench_inference, "build", interrupted)
+    with pytest.raises(SystemExit, match="interrupted; 2 rows are kept"):
+        bench_inference.main([*TINY, "--prompt", "5", "--batch", "1", "--mode", "nm-2:4", "--csv", str(out)])
+    assert len(rows_of(out)) == 2
+
+
+def test_a_failure_costs_its_own_cell(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "inference.csv"
+    build, measure = bench_inference.build, bench_inference.measure
+
+    def failing_build(name, mode, *rest):
+        if mode.name == "nm-4:8":
+            raise NotImplementedError("no such weights\nand more")
+        return build(name, mode, *rest)
+
+    def failing_measure(report, mode, model, device, batch, prompt, arguments):
+        if (mode.name, prompt) == ("nm-2:4", 5):
+            raise RuntimeError("No valid execution plans built.")
+        measure(report, mode, model, device, batch, prompt, arguments)
+
+    monkeypatch.setattr(bench_inference, "build", failing_build)
+    monkeypatch.setattr(bench_inference, "measure", failing_measure)
+    modes = ["--prompt", "5", "8", "--batch", "1", "--mode", "nm-4:8", "nm-2:4", "nm-8:16"]
+    with pytest.raises(SystemExit, match="2 measurements failed, see above; 10 rows are kept"):
+        bench_inference.main([*TINY, *modes, "--csv", str(out)])
+    assert len(rows_of(out)) == 10  # dense and 8:16 of both prompts, 2:4 of one
+    printed = capsys.readouterr().out
+    assert "nm-4:8: not built (NotImplementedError: no such weights)" in printed
+    assert "nm-2:4 1 x 5: left out (RuntimeError: No valid execution plans built.)" in printed
+
+
+def test_modes():
+    modes = inference_models.parse_modes(["nm-2:4-fp8", "dense", "nm-8:16-fp8", "nm-8:16"])
+    assert [(mode.name, mode.fp8) for mode in modes] == [
+        ("dense_bf16", None),
+        ("dense_fp8", "prefill"),
+        ("nm-2:4-fp8", "prefill"),
+        ("nm-8:16-fp8", "decode"),
+        ("nm-8:16", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--mode", "sparse"], "expected a mode such as dense, nm-2:4"),
+        (["--mode", "nm-2:5"], "2:5"),
+        (["--mode", "nm-2:4-fp8"], "expected a CUDA device for fp8 modes, got cpu"),
+        (["--prompt", "0"], "expected prompts, batches and decoded tokens of at least 1"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, sentence, capsys):
+    with pytest.raises(SystemExit):
+        bench_inference.main([*TINY, *arguments])
+    assert sentence in capsys.readouterr().err
+
+
+def test_fp8_modes_are_bfloat16(monkeypatch, capsys):
+    monkeypatch.setattr(bench_inference.torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        bench_inference.parse(["--mode", "nm-2:4-fp8", "--dtype", "float16"])
+    assert "expected bfloat16 for fp8 modes, whose baseline gives that, got float16" in capsys.readouterr().err
+
+
+def test_kernels_have_kinds():
+    names = {
+        "void nm_act::(anonymous namespace)::compress_row_kernel<RmsNorm>": "compress",
+        "void pytorch_flash::flash_fwd_splitkv_kernel<...>": "attention",
+        "void cutlass::device_kernel<GemmUniversal<SparseTensorOp>>": "linear",
+        "nvjet_sm90_tst_128x256": "linear",
+        "triton_per_fused__to_copy_mean_mul_rsqrt_0": "norm",
+        "triton_poi_fused_cat_mul_neg_1": "other",
+    }
+    assert {name: kind_of(name) for name in names} == names
+
+
+def test_generate_on_a_cpu(tmp_path):
+    model, out = tiny_model.save(tmp_path / "tiny"), tmp_path / "generate.csv"
+    bench_cpu_generate.main([str(model), "--tokens", "3", "--rounds", "1", "--csv", str(out)])
+    rows = rows_of(out)
+    assert [row["mode"] for row in rows] == ["dense", "nm-8:16", "nm-8:16 optimized"]
+    assert {row["model"] for row in rows} == {"tiny"}
+    for row in rows:
+        assert float(row["speedup"]) == pytest.approx(float(row["p50"]) / float(rows[0]["p50"]), rel=2e-2)

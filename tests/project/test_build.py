@@ -1,0 +1,131 @@
+"""The build: what is compiled says so, the kernels stay free of torch, the layouts equal CUTLASS's, errors name the remedy."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+import pytest
+import torch
+
+import nm_act
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCH_FREE = [*(ROOT / "csrc/kernels").rglob("*"), *(ROOT / "csrc/cpu").rglob("*")]
+needs_source = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="not a source checkout")
+
+
+def cmake(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    program = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    environment = {**os.environ, **environment}
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def configure(build: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    python = f"-DPython_EXECUTABLE={sys.executable}"
+    pybind = f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
+    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    return cmake("-S", ROOT, "-B", build, *generator, python, pybind, *options, **environment)
+
+
+def test_build_info_names_the_running_torch():
+    info = nm_act.build_info()
+    assert info["torch"] == torch.__version__
+    assert info["version"] == nm_act.__version__
+    assert info["cpu_isa"] in info["cpu_isas"]
+    assert info["cpu_isas"][-1] == "generic"
+    assert info["cuda"] or info["why_no_cuda"]
+
+
+@pytest.mark.parametrize("isa", nm_act.build_info()["cpu_isas"])
+def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
+    script = (
+        "import torch, nm_act; torch.manual_seed(0); x = torch.randn(9, 96); w = torch.randn(64, 96).t().contiguous().t();"
+        "out = [nm_act.prune(x.to(d), 8, 16, token_shift='mean') for d in (torch.float32, torch.bfloat16, torch.float16)];"
+        "out += [nm_act.sparse_linear(torch.randn(2, 64), torch.randn(64, 24).t(), n=3, m=8)];"
+        f"torch.save((nm_act.build_info()['cpu_isa'], out), r'{tmp_path / 'out.pt'}')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "NM_ACT_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    if "supports" in result.stderr:
+        pytest.skip(f"this processor does not run {isa}")
+    assert result.returncode == 0, result.stderr
+    used, outputs = torch.load(tmp_path / "out.pt")
+    assert used == isa
+    torch.manual_seed(0)
+    x = torch.randn(9, 96)
+    torch.randn(64, 96)
+    for dtype, output in zip((torch.float32, torch.bfloat16, torch.float16), outputs, strict=False):
+        assert torch.equal(output, nm_act.prune(x.to(dtype), 8, 16, token_shift="mean"))
+    y, weight = torch.randn(2, 64), torch.randn(64, 24).t()
+    torch.testing.assert_close(outputs[3], nm_act.sparse_linear(y, weight, n=3, m=8), rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_instruction_set_is_one_sentence():
+    script = "import nm_act; nm_act.build_info()"
+    environment = {**os.environ, "NM_ACT_CPU_ISA": "sse9"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "expected NM_ACT_CPU_ISA to name one of" in result.stderr
+    assert "got 'sse9'; unset it" in result.stderr
+
+
+@needs_source
+@pytest.mark.parametrize("path", [path for path in TORCH_FREE if path.is_file()], ids=lambda path: path.name)
+def test_kernels_include_no_torch(path):
+    assert not re.search(r"#include\s*[<\"](torch|ATen|c10|pybind11)/", path.read_text())
+
+
+@needs_source
+def test_missing_cutlass_names_all_three_remedies(tmp_path):
+    result = configure(tmp_path, "-DNM_ACT_NATIVE_TESTS=ON", NM_ACT_CUTLASS_DIR=str(tmp_path / "nowhere"))
+    assert result.returncode != 0
+    message = " ".join(result.stderr.split())
+    assert "git submodule update --init third_party/cutlass" in message
+    assert "nvidia-cutlass==4.2.0.0" in message
+    assert "NM_ACT_CUTLASS_DIR" in message
+
+
+@needs_source
+def test_wrong_cutlass_version_is_refused(tmp_path):
+    header = tmp_path / "include/cutlass/version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define CUTLASS_MAJOR 3\n#define CUTLASS_MINOR 5\n#define CUTLASS_PATCH 1\n")
+    result = configure(tmp_path / "build", "-DNM_ACT_NATIVE_TESTS=ON", f"-DNM_ACT_CUTLASS_DIR={tmp_path}")
+    assert result.returncode != 0
+    assert "expected CUTLASS 4.2, found 3.5.1" in " ".join(result.stderr.split())
+
+
+@needs_source
+@pytest.mark.slow
+def test_native_checks(tmp_path):
+    """Layouts against CUTLASS, selection against a plain sort, the kernels' own source, choices: all on the host."""
+    result = configure(tmp_path, "-DNM_ACT_NATIVE_TESTS=ON")
+    reason = " ".join(result.stderr.split())
+    if "expected the CUTLASS 4.2 headers" in reason or "expected the CUDA headers" in reason:
+        pytest.skip(reason)
+    assert result.returncode == 0, result.stderr
+    for name, at_least in (
+        ("metadata_layout", 15_000_000),
+        ("select", 25_000_000),
+        ("gather", 2_000),
+        ("compress", 25_000),
+        ("producers", 35_000),
+        ("prune", 13_000),
+        ("compress_windows", 50_000),
+        ("windows", 4_500_000),
+        ("gemm_config", 2_000),
+    ):
+        built = cmake("--build", tmp_path, "--target", name)
+        assert built.returncode == 0, built.stdout
+        run = subprocess.run([tmp_path / name], capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout
+        checks = re.search(r"(\d+) checks, 0 failed", run.stdout)
+        assert int(checks[1]) > at_least

@@ -1,0 +1,107 @@
+"""The report is made from result files alone, and names what is wrong with them."""
+
+import csv
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from nm_act.lab.evaluate import folder as run_folder
+from nm_act.lab.evaluate import results, study
+from nm_act.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("evaluation_report", ROOT / "tools" / "evaluation_report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _write(folder, variant, value, macs):
+    result = {"metric": "ppl", "value": value, "stderr": 0.5, "samples": 20, "scores": [1.0, 2.0]}
+    folder.write(variant, "wikitext2", {**result, "macs": macs, "extra_macs": 0})
+
+
+def test_report(tool, tmp_path):
+    folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
+    variants = [Recipe("2:4"), Recipe("8:16", criterion="wina"), Recipe("2:4", mitigation=["var"])]
+    variants += [Recipe("2:4", projections=["k_proj", "v_proj", "gate_proj", "down_proj"])]
+    _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
+    for index, recipe in enumerate(variants):
+        _write(folder, study.from_recipe(recipe), 30.0 + index, {"dense": 2, recipe.pattern: 2})
+    assert tool.main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "evaluation.md").read_text()
+    for title in ("Criteria by pattern", "Mitigations by pattern", "Layer subsets", "Every row"):
+        assert f"### {title}" in text
+    assert "### Weights against activations" not in text
+    assert "| act+var | 32.00 ± 0.50; 1.17x |" in text
+    subsets = text.partition("### Layer subsets")[2].partition("###")[0]
+    assert "| dense | all | dense | dense | 1.000x | 20.00 ± 0.50 |" in subsets
+    assert "Samples: wikitext2 20." in subsets
+    rows = list(csv.DictReader((tmp_path / "evaluation" / "results.csv").open()))
+    assert len(rows) == 5
+    assert {row["layers"] for row in rows} == {"all", "alanova"}
+    assert {row["dense_value"] for row in rows} == {"20.0"}
+    assert float(rows[0]["predicted_speedup"]) == 1
+    assert (tmp_path / "evaluation" / "run1-perplexity.png").is_file()
+
+
+def test_calibrated_rows_say_on_what_and_with_which_seed(tool, tmp_path):
+    folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
+    _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
+    for seed in (0, 1):
+        made = {"calibrated": True, "seed": seed, "calibrated_on": "c4.jsonl, 8 windows of 512 tokens"}
+        _write(
+            folder, study.from_recipe(Recipe("2:4", mitigation=["ls"]), f"seed-{seed}", **made), 30.0 + seed, {"2:4": 4}
+        )
+    assert tool.main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "evaluation.md").read_text()
+    for seed in (0, 1):
+        assert f"| act+ls, seed {seed} | {30 + seed:.2f} ± 0.50; 1.41x |" in text
+        assert f"| seed-{seed} | c4.jsonl, 8 windows of 512 tokens | {seed} |" in text
+
+
+def test_only_one_run_is_compared(tool, tmp_path, capsys):
+    identity = {"model": "tiny", "weights": "a", "dtype": "float32", "window": 64}
+    others = [{"weights": "b"}, {"data": {"wikitext2": "c"}}, {"window": 32}]
+    for index, change in enumerate([{}, *others]):
+        folder = run_folder.RunFolder.open(tmp_path / str(index), {**identity, **change})
+        _write(folder, study.DENSE_VARIANT, 20.0 + index, {"dense": 4})
+        _write(folder, study.from_recipe(Recipe("2:4")), 30.0, {"2:4": 4})
+    runs = [str(tmp_path / str(index)) for index in range(4)]
+    assert tool.main([*runs, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "evaluation.md").read_text().count("## tiny") == 4
+    more = run_folder.RunFolder.open(tmp_path / "more", identity)
+    _write(more, study.DENSE_VARIANT, 20.0, {"dense": 4})
+    _write(more, study.from_recipe(Recipe("8:16")), 25.0, {"dense": 4})
+    assert [row.name for row in results.collect([runs[0], more.path])] == ["dense", "act 2:4", "act 8:16"]
+    assert tool.main([*runs, runs[1], "--out", str(tmp_path)]) == 2
+    assert "expected every row once, got 'act 2:4' on wikitext2 of tiny again in" in capsys.readouterr().err
+    _write(more, study.DENSE_VARIANT, 20.5, {"dense": 4})
+    with pytest.raises(ValueError, match="expected every row once, got 'dense' on wikitext2"):
+        results.collect([runs[0], more.path])
+
+
+def test_error_bars(monkeypatch, tmp_path):
+    folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny"})
+    _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
+    drawn = []
+    monkeypatch.setattr(results, "_bars", lambda values, errors, *rest: drawn.append(errors) or b"")
+    results.draw(results.collect([tmp_path / "run"]))
+    assert drawn == [[0.5]]
+
+
+def test_no_run(tool, tmp_path, capsys):
+    assert tool.main([str(tmp_path)]) == 2
+    assert "expected the folder of an evaluation" in capsys.readouterr().err
+
+
+def test_committed_studies_multiply_out():
+    folder = ROOT / "docs" / "evaluation"
+    rows = [row for name in ("study", "calibrated") for row in study.load_study(folder / f"{name}.yaml")]
+    names = [study.row_variant(row).name for row in rows]
+    assert len(set(names)) == len(names) > 50

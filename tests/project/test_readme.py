@@ -1,0 +1,82 @@
+"""The documentation is true: examples run, commands exist, generated blocks equal their data, names on `__all__` resolve."""
+
+import doctest
+import importlib.util
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nm_act
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def run(*command: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_example_runs():
+    example = re.search(r"a test runs this block -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
+    result = run("-c", example)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "torch.Size([1, 11008])"
+
+
+def test_generated_blocks_are_up_to_date():
+    result = run("tools/readme.py", "--check")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_command_named_exists():
+    commands = set(re.findall(r"^nm-act (\w+)", README, re.MULTILINE))
+    assert commands == {"calibrate", "demo", "eval", "generate", "info", "ppl", "search"}
+    for command in sorted(commands):
+        result = run("-m", "nm_act", command, "--help")
+        assert result.returncode == 0, result.stderr
+        options = re.findall(rf"^nm-act {command}.*?(--[a-z-]+)", README, re.MULTILINE)
+        assert all(option in result.stdout for option in options)
+
+
+@pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, re.MULTILINE))
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+)
+def test_links_lead_somewhere(document):
+    path = ROOT / document
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+        assert (path.parent / link).exists(), link
+
+
+def test_all_names_resolve():
+    for name in nm_act.__all__:
+        assert getattr(nm_act, name) is not None
+
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(nm_act.__path__, "nm_act.")
+    if not module.name.endswith(("._C", ".__main__", ".libnm_act_kernels"))
+    and (importlib.util.find_spec("vllm") or module.name != "nm_act.integrations.vllm_linear")  # imports vLLM
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    failures, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failures == 0
+
+
+def test_public_functions_have_docstrings():
+    for name in nm_act.__all__:
+        value = getattr(nm_act, name)
+        assert not callable(value) or value.__doc__, name
