@@ -72,9 +72,9 @@ class Operands:
         return exact if self.scale is None else exact * self.scale
 
     def gather(self, config: Config) -> list[Callable]:
-        op = torch.ops.nm_act.gather_configured
+        op, numbers = torch.ops.nm_act._tune_gather, [*map(int, config)]
         return [
-            lambda x=x, w=w: op(x, w, self.scale, KEEP, GROUP, *config)
+            lambda x=x, w=w: op(x, w, self.scale, KEEP, GROUP, numbers)
             for x, w in zip(self.xs, self.weights, strict=True)
         ]
 

@@ -70,8 +70,8 @@ struct CompressParams {
 inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
 cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
 
-// compress for a pattern with windows (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted
-// weight. out.values and out.metadata are those of lifted_features(window_set(pattern), in_features) features.
+// compress for 2:4+1 (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted weight. out.values
+// and out.metadata are those of lifted_features(in_features) features.
 struct CompressWindowsParams {
   const void* x;  // [tokens, in_features], rows x_stride elements apart, all 16-byte aligned, kBFloat16 or kFloat16
   int64_t x_stride;
@@ -161,7 +161,7 @@ struct SparseGemmParams {
   int out_features;  // a multiple of 8 (of 16 for kE4M3)
   int in_features;   // a multiple of 16, 32 for kE4M3 and on sm80
   ElementType value_type;
-  ElementType y_type;  // value_type (kBFloat16 or kFloat16 for kE4M3), or kFloat32 on sm_90
+  ElementType y_type;  // value_type; kBFloat16 or kFloat16 for kE4M3
   bool weight_in_out;
 };
 cudaError_t query_gemm_device(int device, GemmDevice* result);

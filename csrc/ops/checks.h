@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "cpu/kernels.h"
@@ -40,6 +41,11 @@ inline void check_pattern(int64_t n, int64_t m, int64_t in_features, const char*
                     "; use torch.nn.functional.linear where nothing is pruned");
   TORCH_CHECK_VALUE(in_features % m == 0, "nm_act::", op, " expected in_features divisible by m, got in_features ",
                     in_features, " and pattern ", n, ":", m, "; choose a smaller group or pad the features");
+}
+
+inline std::string pattern_text(Pattern pattern) {
+  const std::string text = std::to_string(pattern.keep) + ":" + std::to_string(pattern.group);
+  return pattern.extra.count == 0 ? text : text + "+" + std::to_string(pattern.extra.count);
 }
 
 // Columns of the extra windows of 2:4+r; none for any other pattern.

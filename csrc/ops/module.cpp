@@ -53,11 +53,10 @@ nm_act::MetadataLayout layout_named(const std::string& name) {
   if (name == "neutral") return nm_act::MetadataLayout::kNeutral;
   if (name == "sm80_16bit") return nm_act::MetadataLayout::kSm80Bits16;
   if (name == "sm90_16bit_t64") return nm_act::MetadataLayout::kSm90Bits16T64;
-  if (name == "sm90_16bit_t128") return nm_act::MetadataLayout::kSm90Bits16T128;
   if (name == "sm90_8bit") return nm_act::MetadataLayout::kSm90Bits8;
   throw std::invalid_argument(
-      "expected a metadata layout named neutral, sm80_16bit, sm90_16bit_t64, sm90_16bit_t128 or sm90_8bit, got '" +
-      name + "'; choose one of those");
+      "expected a metadata layout named neutral, sm80_16bit, sm90_16bit_t64 or sm90_8bit, got '" + name +
+      "'; choose one of those");
 }
 
 void check_sizes(int64_t tokens, int64_t in_features) {
@@ -153,19 +152,6 @@ nm_act::Pattern pattern_of(int n, int m, const std::vector<int>& extra_columns) 
   return pattern;
 }
 
-// The features of each window of a unit, in the order of the lifted operand; empty if the pattern has none.
-std::vector<std::array<int, 4>> window_table(int n, int m, const std::vector<int>& extra_columns) {
-  const nm_act::Pattern pattern = pattern_of(n, m, extra_columns);
-  const nm_act::WindowSet set = nm_act::window_set(pattern);
-  std::vector<std::array<int, 4>> table(set == nm_act::WindowSet::kNone ? 0 : 4 + nm_act::extra_windows(set));
-  for (size_t window = 0; window < table.size(); ++window) {
-    for (int slot = 0; slot < 4; ++slot) {
-      table[window][slot] = nm_act::window_feature(pattern, static_cast<int>(window), slot);
-    }
-  }
-  return table;
-}
-
 // Sizes and strides of a weight.
 using Sizes = std::array<int64_t, 4>;
 
@@ -210,7 +196,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_tiles", gemm_tiles, py::arg("dtype"));
   m.def("select_gemm_config", select_gemm_config, py::arg("dtype"), py::arg("tokens"), py::arg("out_features"),
         py::arg("in_features"), py::arg("multiprocessors"));
-  m.def("window_table", window_table, py::arg("n"), py::arg("m"), py::arg("extra_columns"));
   m.def("choose_path", choose_path, py::arg("on_cuda"), py::arg("tokens"), py::arg("dtype"), py::arg("n"), py::arg("m"),
         py::arg("extra_columns"), py::arg("weight"), py::arg("lifted"), py::arg("compute_capability_major"),
         py::arg("multiprocessors"), py::arg("weight_dtype"));

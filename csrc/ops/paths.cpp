@@ -23,16 +23,13 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
     case Why::kTooFewTokens:
       return tokens + (one ? " is" : " are") + " too few for the sparse tensor cores to pay; they do from " +
              std::to_string(kSparseGemmTokens) + " on";
-    case Why::kNoSparsePath:
-      return "this pattern has no sparse tensor-core path; 2:4, 2:4+1, 2:4+2, 4:8, 5:8, 6:8 and 8:16 do";
+    case Why::kNoSparsePath: return "this pattern has no sparse tensor-core path; 2:4 and 2:4+1 do";
     case Why::kNoLiftedWeight:
       return "no lifted_weight was given, which this pattern needs on the sparse tensor cores; "
              "nm_act.lift_weight makes it";
     case Why::kLiftedDoesNotPay:
-      return tokens + " and a weight lifted from " + std::to_string(facts.weight.in_features) + " to " +
-             std::to_string(facts.lifted->in_features) + " columns do not pay; that is expected from " +
-             std::to_string(kLiftedTokens) + " tokens on and for at most " + std::to_string(kLiftedPercent) +
-             " % more columns";
+      return tokens + " over a lifted weight do not pay; that is expected from " + std::to_string(kLiftedTokens) +
+             " tokens on";
     case Why::kLongRow:
       return std::to_string(facts.weight.in_features) + " in_features are more than the " +
              std::to_string(kMaxRowFeatures) + " that a compression kernel takes";

@@ -43,9 +43,9 @@ enum class Why : int {
   kStoredOutIn,       // gather would need [in, out]
   kFloat32,           // tensor cores take 16 bits
   kTooFewTokens,      // too few for the sparse tensor cores to pay
-  kNoSparsePath,      // neither 2:4 nor windows
-  kNoLiftedWeight,    // windows, but the weight was not lifted
-  kLiftedDoesNotPay,  // windows and a lifted weight, but slower
+  kNoSparsePath,      // neither 2:4 nor 2:4+1
+  kNoLiftedWeight,    // 2:4+1, but the weight was not lifted
+  kLiftedDoesNotPay,  // 2:4+1 and a lifted weight, but slower
   kLongRow,           // more features than a compression kernel holds
   kShape,             // sizes, strides or alignment that no GEMM takes
   kDecodeShape,       // sizes, strides or alignment that the decode kernel does not take
@@ -90,8 +90,8 @@ inline LinearChoice choose_decode_on_cuda(const LinearFacts& facts, GemmDevice d
 inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) {
   if (facts.tokens <= kMaxDecodeTokens) return choose_decode_on_cuda(facts, device);
   const auto dense = [](Why why) { return LinearChoice{LinearPath::kDense, why}; };
-  const bool plain = facts.pattern.keep == 2 && facts.pattern.group == 4 && facts.pattern.extra.count == 0;
-  if (!plain && window_set(facts.pattern) == WindowSet::kNone) return dense(Why::kNoSparsePath);
+  const bool plain = is_2_4(facts.pattern);
+  if (!plain && !is_lifted(facts.pattern)) return dense(Why::kNoSparsePath);
   if (facts.type == ElementType::kFloat32) return dense(Why::kFloat32);
   if (!plain && !facts.lifted) return dense(Why::kNoLiftedWeight);
   const WeightFacts& weight = plain ? facts.weight : *facts.lifted;
@@ -101,7 +101,7 @@ inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) 
                             device.multiprocessors};
   if (!sparse_gemm_pays(problem)) return dense(Why::kTooFewTokens);
   if (plain) return {LinearPath::kSparse, Why::kEnoughTokens};
-  if (!lifted_path_pays(problem, weight.in_features)) return dense(Why::kLiftedDoesNotPay);
+  if (!lifted_path_pays(problem)) return dense(Why::kLiftedDoesNotPay);
   return {LinearPath::kLifted, Why::kEnoughTokens};
 }
 

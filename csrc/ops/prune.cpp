@@ -26,16 +26,14 @@ Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const Optio
 at::Tensor check_lifted_weight(const OptionalTensor& lifted_weight, const Selection& selection, const at::Tensor& x,
                                const at::Tensor& weight, const char* op) {
   if (!lifted_weight.has_value() || !lifted_weight->defined()) return {};
-  const WindowSet set = window_set(selection.pattern);
-  TORCH_CHECK_VALUE(set != WindowSet::kNone && selection.in_features % kUnit == 0, "nm_act::", op,
-                    " expected lifted_weight with 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16 and in_features divisible by ",
-                    kUnit, ", got it with ", selection.pattern.keep, ":", selection.pattern.group, " and in_features ",
-                    selection.in_features, "; leave lifted_weight out");
+  const Pattern& pattern = selection.pattern;
+  TORCH_CHECK_VALUE(is_lifted(pattern), "nm_act::", op, " expected lifted_weight with 2:4+1 only, got it with ",
+                    pattern_text(pattern), "; leave lifted_weight out");
   check_same_device(x, *lifted_weight, "lifted_weight", op);
   TORCH_CHECK_TYPE(lifted_weight->scalar_type() == x.scalar_type(), "nm_act::", op,
                    " expected lifted_weight in the dtype of x, ", x.scalar_type(), ", got ",
                    lifted_weight->scalar_type(), "; lift the weight that is passed along");
-  const int64_t lifted = lifted_features(set, selection.in_features);
+  const int64_t lifted = lifted_features(selection.in_features);
   TORCH_CHECK_VALUE(
       lifted_weight->dim() == 2 && lifted_weight->size(0) == weight.size(0) && lifted_weight->size(1) == lifted,
       "nm_act::", op, " expected lifted_weight of shape [", weight.size(0), ", ", lifted, "] for this pattern, got ",

@@ -20,7 +20,6 @@ struct SupportRow {
 inline constexpr char kAllDtypes[] = "float32, bfloat16, float16";
 inline constexpr char kBits16[] = "bfloat16, float16";
 inline constexpr char kAllPatterns[] = "N:M, M in {2, 4, 8, 16, 32}; 2:4+1, 2:4+2";
-inline constexpr char kWindowPatterns[] = "2:4+1, 2:4+2, 4:8, 5:8, 6:8, 8:16";
 
 inline constexpr SupportRow kSupport[] = {
     {"prune", "always", "cpu", kAllDtypes, kAllPatterns, "vectorised selection, one pass"},
@@ -38,8 +37,8 @@ inline constexpr SupportRow kSupport[] = {
     {"decompress", "always", "cuda sm_80+", kAllDtypes, "2:4", "plain torch operations"},
     {"compress_packed", "also as rms_norm_compress, silu_mul_compress", "cuda sm_80+", kBits16, "2:4",
      "compression in the GEMM's layout; e4m3 values on sm_90"},
-    {"compress_packed", "for sparse_gemm over a lifted weight", "cuda sm_80+", kBits16, kWindowPatterns,
-     "selection, assignment to windows and compression in one kernel; e4m3 values on sm_90"},
+    {"compress_packed", "for sparse_gemm over a lifted weight", "cuda sm_80+", kBits16, "2:4+1",
+     "selection and compression of the lifted operand in one kernel; e4m3 values on sm_90"},
     {"sparse_gemm", "always", "cuda sm_90", "bfloat16, float16, e4m3", "2:4", "sparse tensor cores (wgmma.sp)"},
     {"sparse_gemm", "always", "cuda sm_80+", kBits16, "2:4",
      "sparse tensor cores (mma.sp); speed on Ampere not measured"},

@@ -19,7 +19,7 @@ except ImportError as error:
         f"expected the compiled part of nm_act for this Python and torch, got: {error}; build it with: pip install -e ."
     ) from error
 
-METADATA_LAYOUTS = ("neutral", "sm80_16bit", "sm90_16bit_t64", "sm90_16bit_t128", "sm90_8bit")
+METADATA_LAYOUTS = ("neutral", "sm80_16bit", "sm90_16bit_t64", "sm90_8bit")
 """Names of the 2:4 metadata layouts; the sm80 and sm90 ones are what the tensor cores read."""
 
 
@@ -168,8 +168,8 @@ def sparse_linear(
     extra_columns : sequence of int
         As in :func:`prune`.
     lifted_weight : Tensor [out_features, lifted in_features], dtype of x, optional
-        :func:`nm_act.lift_weight` of ``weight``, for 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16 on the sparse tensor cores;
-        used where that pays, which :func:`nm_act.explain` tells.
+        :func:`nm_act.lift_weight` of ``weight``, for 2:4+1 on the sparse tensor cores; used where that pays, which
+        :func:`nm_act.explain` tells.
 
     Returns
     -------
@@ -354,12 +354,6 @@ def _(x, weight, bias=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("nm_act::gather_configured")
-def _(x, weight, weight_scale, n, m, lanes, splits, threads, ahead=False):
-    _check_devices("gather_configured", x, weight=weight, weight_scale=weight_scale)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 def refuse(op: str, device: str) -> None:
     """Register one sentence for an operator that has no kernel for the CPU or, in this build, for CUDA."""
     wanted = "CUDA" if device == "CPU" else "CPU"
@@ -374,11 +368,10 @@ def refuse(op: str, device: str) -> None:
     torch.library.impl(f"nm_act::{op}", device)(refused)
 
 
-refuse("gather_configured", "CPU")
 if _C.build_info()["cuda"]:
     torch.library.impl("nm_act::decompress", "CUDA")(reference.decompress)
 else:
-    for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear", "gather_configured"):
+    for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear"):
         refuse(_op, "CUDA")
 
 from . import autograd  # noqa: E402, F401  (registers the gradients of what is above)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..patterns import NMPattern
-from .lifting import lifted_features, windows
+from .lifting import is_lifted, lifted_features
 
 PATHS = {
     "gather": "reads only the weight rows of survivors",
@@ -107,10 +107,8 @@ def explain(
         return Explanation("dense", "there are no tokens, so nothing runs", device)
     lifted = None
     if lifted_weight is not None:
-        if not windows(pattern):
-            raise ValueError(
-                f"expected lifted_weight with 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16, got it with {pattern}; leave it out"
-            )
+        if not is_lifted(pattern):
+            raise ValueError(f"expected lifted_weight with 2:4+1 only, got it with {pattern}; leave it out")
         expected = [weight.shape[0], lifted_features(pattern, weight.shape[1])]
         if list(lifted_weight.shape) != expected:
             raise ValueError(

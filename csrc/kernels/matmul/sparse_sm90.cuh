@@ -98,6 +98,8 @@ template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile k
 struct SparseGemm {
   static constexpr bool kE4M3 = kValue == ElementType::kE4M3;
   static_assert(!kE4M3 || !kWeightInOut, "wgmma takes e4m3 weights K-major only");
+  static_assert(kE4M3 == (cute::size<2>(typename TileShape<kTile>::Shape{}) >= 128),
+                "16-bit metadata is laid out for tiles 64 features deep, 8-bit metadata for 128 and more");
   using Value = CutlassElement<kValue>;
   using Output = CutlassElement<kOutput>;
   using Tile = typename TileShape<kTile>::Shape;

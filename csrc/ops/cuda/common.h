@@ -55,7 +55,7 @@ void check_row_statistics(const Selection& selection, bool needed, const char* o
 
 // The 2:4 operand in the layout of this device's GEMM.
 struct PackedOperand {
-  at::Tensor values;     // [tokens, in_features / 2], lifted in_features for a pattern with windows
+  at::Tensor values;     // [tokens, in_features / 2], lifted in_features for 2:4+1
   at::Tensor metadata;   // [bytes]
   at::Tensor row_scale;  // [tokens] or undefined
   at::Tensor eta;        // [tokens] or undefined
@@ -70,7 +70,7 @@ std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, co
 PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op);
 
-// The same for a pattern with windows: the operand of the lifted weight.
+// The same for 2:4+1: the operand of the lifted weight.
 PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op);
 

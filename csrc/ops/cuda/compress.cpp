@@ -30,14 +30,12 @@ Packed results(const PackedOperand& operand) {
   return {operand.values, operand.metadata, or_empty(operand.row_scale), or_empty(operand.eta)};
 }
 
-// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM (of 16 features, in e4m3 of 32; more of them for
-// a pattern with windows), rows that fit on chip if statistics are needed.
+// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM (of 16 features, in e4m3 of 32; of 2:4+1 four at
+// a time, so that the fifth windows make whole ones), rows that fit on chip if statistics are needed.
 void check_packable(const at::Tensor& x, const Selection& selection, bool statistics, bool fp8, const char* op) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", op,
                    " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
-  const WindowSet set = window_set(selection.pattern);
-  const int64_t steps_a_gemm_step = set == WindowSet::kNone ? 1 : set == WindowSet::kPlusOne ? 4 : 2;
-  const int64_t step = (fp8 ? 32 : 16) * steps_a_gemm_step;
+  const int64_t step = (fp8 ? 32 : 16) * (is_lifted(selection.pattern) ? 4 : 1);
   TORCH_CHECK_VALUE(selection.in_features % step == 0, "nm_act::", op, " expected in_features divisible by ", step,
                     ", got ", selection.in_features, "; use sparse_linear, which falls back to a dense product");
   check_row_statistics(selection, statistics || fp8, op);
@@ -92,7 +90,7 @@ PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, b
   check_packable(x, selection, statistics, fp8, op);
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
-  const int64_t lifted = lifted_features(window_set(selection.pattern), selection.in_features);
+  const int64_t lifted = lifted_features(selection.in_features);
   const Selection vectors = with_aligned_vectors(selection);
   auto [operand, out] = allocate_packed(x, vectors, variance_correction, value_type, layout, lifted);
   if (selection.tokens == 0) return operand;
@@ -136,10 +134,10 @@ Packed compress_packed_op(const at::Tensor& x, int64_t n, int64_t m, const Optio
                           at::IntArrayRef extra_columns) {
   constexpr const char* kOp = "compress_packed";
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
-  const bool lifted = window_set(selection.pattern) != WindowSet::kNone;
-  TORCH_CHECK_VALUE(lifted || (n == 2 && m == 4),
-                    "nm_act::compress_packed expected the pattern 2:4, 2:4+1, 2:4+2, 4:8, ", "5:8, 6:8 or 8:16, got ",
-                    n, ":", m, "; use sparse_linear, which falls back to a dense product");
+  const bool lifted = is_lifted(selection.pattern);
+  TORCH_CHECK_VALUE(lifted || is_2_4(selection.pattern),
+                    "nm_act::compress_packed expected the pattern 2:4 or 2:4+1, got ", pattern_text(selection.pattern),
+                    "; use sparse_linear, which falls back to a dense product");
   const c10::cuda::CUDAGuard guard(x.device());
   const auto compress = lifted ? compress_lifted : compress_packed;
   return results(compress(x, selection, variance_correction, fp8, gemm_device(x, kOp), kOp));

@@ -99,15 +99,17 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   return y;
 }
 
-at::Tensor gather_configured(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& weight_scale,
-                             int64_t n, int64_t m, int64_t lanes, int64_t splits, int64_t threads, bool ahead) {
-  constexpr const char* kOp = "gather_configured";
+at::Tensor tune_gather(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& weight_scale, int64_t n,
+                       int64_t m, at::IntArrayRef given) {
+  constexpr const char* kOp = "_tune_gather";
   const Selection selection = check_selection(x, n, m, {}, {}, "none", kOp);
   const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, {}, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   const GemmDevice device = gemm_device(x, kOp);
   const Pattern pattern = selection.pattern;
-  const GatherConfig config{int(lanes), int(splits), int(threads), ahead};
+  TORCH_CHECK_VALUE(given.size() == 4, "nm_act::_tune_gather expected config as (lanes, splits, threads, ahead), got ",
+                    given, "; see csrc/kernels/gather/config.h");
+  const GatherConfig config{int(given[0]), int(given[1]), int(given[2]), given[3] != 0};
   const GatherProblem problem{int(selection.tokens),
                               int(weight.size(0)),
                               int(weight.size(1)),
@@ -116,10 +118,9 @@ at::Tensor gather_configured(const at::Tensor& x, const at::Tensor& weight, cons
                               device};
   TORCH_CHECK_VALUE(selection.tokens <= kMaxDecodeTokens &&
                         takes_gather(x, weight, pattern, selection.tokens, device) && is_valid(problem, config),
-                    "nm_act::gather_configured expected a product and a configuration of the decode kernel, got ",
+                    "nm_act::_tune_gather expected a product and a configuration of the decode kernel, got ",
                     selection.tokens, " tokens, weight ", weight.sizes(), " with strides ", weight.strides(),
-                    ", lanes ", lanes, ", splits ", splits, ", threads ", threads, ", ahead ", ahead,
-                    "; see csrc/kernels/gather/config.h");
+                    ", config ", given, "; see csrc/kernels/gather/config.h");
   const Rows rows = rows_of(x);
   const at::Tensor y = at::empty(with_last(x.sizes(), weight.size(0)), x.options());
   GatherParams params = operand_params(rows.tensor, rows.stride, weight, pattern, selection.tokens);
@@ -133,7 +134,7 @@ at::Tensor gather_configured(const at::Tensor& x, const at::Tensor& weight, cons
 
 TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
   m.impl("gather_linear", gather_linear);
-  m.impl("gather_configured", gather_configured);
+  m.impl("_tune_gather", tune_gather);
 }
 
 }  // namespace nm_act::cuda_ops

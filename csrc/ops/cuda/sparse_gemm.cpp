@@ -44,10 +44,10 @@ bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::S
 
 namespace {
 
-at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
-                       const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
-                       const OptionalTensor& shift_out, const OptionalTensor& column_scale,
-                       std::optional<at::ScalarType> out_dtype, at::OptionalIntArrayRef config) {
+at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
+               const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
+               const OptionalTensor& shift_out, const OptionalTensor& column_scale,
+               std::optional<at::ScalarType> out_dtype, at::OptionalIntArrayRef config) {
   constexpr const char* kOp = "sparse_gemm";
   TORCH_CHECK_VALUE(
       values.dim() == 2 && values.is_contiguous() && weight.dim() == 2 && weight.size(1) == 2 * values.size(1),
@@ -74,9 +74,9 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
       values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
       " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
   TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 4 && device.compute_capability_major == 9),
-                    "nm_act::sparse_gemm expected config as (tile, raster, swizzle, overlapped) on sm_90, got ",
+                    "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, overlapped) on sm_90, got ",
                     config.value_or(at::IntArrayRef{}), " on compute capability ", device.compute_capability_major,
-                    ".x; leave it out");
+                    ".x; use sparse_gemm");
   const bool biased = bias.has_value() && bias->defined();
   TORCH_CHECK_VALUE(!biased || (bias->dim() == 1 && bias->size(0) == out_features && bias->is_floating_point()),
                     "nm_act::sparse_gemm expected a floating-point bias [", out_features, "], got ",
@@ -106,8 +106,24 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
   return y;
 }
 
+at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
+                       const OptionalTensor& shift_out, const OptionalTensor& column_scale,
+                       std::optional<at::ScalarType> out_dtype) {
+  return run(values, metadata, weight, bias, row_scale, eta, shift_out, column_scale, out_dtype, {});
+}
+
+at::Tensor tune_sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
+                            const OptionalTensor& row_scale, const OptionalTensor& column_scale,
+                            std::optional<at::ScalarType> out_dtype, at::IntArrayRef config) {
+  return run(values, metadata, weight, {}, row_scale, {}, {}, column_scale, out_dtype, config);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(nm_act, CUDA, m) { m.impl("sparse_gemm", sparse_gemm); }
+TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
+  m.impl("sparse_gemm", sparse_gemm);
+  m.impl("_tune_sparse_gemm", tune_sparse_gemm);
+}
 
 }  // namespace nm_act::cuda_ops

@@ -1,7 +1,7 @@
 // nm_act::sparse_linear and sparse_linear_fp8 on CUDA.
 //
 // ops/paths.h chooses: a few tokens over a weight stored [in, out] go to the decode kernel; with enough tokens, 2:4 in
-// 16 bits goes to the sparse tensor cores, and so does a pattern with windows that brings its lifted weight, where that
+// 16 bits goes to the sparse tensor cores, and so does 2:4+1 that brings its lifted weight, where that
 // pays; everything else prunes and runs cuBLAS. An 8-bit weight that the decode kernel does not take is first
 // multiplied by its scale, in the dtype of x.
 #include <ATen/ops/linear.h>
