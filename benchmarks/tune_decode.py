@@ -1,4 +1,4 @@
-"""Times the configurations of the decode kernel over 24 layer shapes, for csrc/kernels/gather/config.h to be fitted to.
+"""Times the configurations of the gather kernel over 24 layer shapes, for csrc/kernels/gather/config.h to be fitted to.
 
 One row a configuration, written as soon as it is timed, besides two baselines of the same run: cublas_bf16
 (torch.nn.functional.linear) and dense_e4m3 (torch._scaled_mm, its input quantised before). Everything is a CUDA graph

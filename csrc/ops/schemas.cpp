@@ -52,7 +52,7 @@ TORCH_LIBRARY(nm_act, m) {
       "-> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
-  // decode kernel of sparse_linear without the selection. At most 8 tokens.
+  // gather kernel of sparse_linear without the selection. At most 8 tokens.
   m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 
   // CUDA only. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
@@ -87,7 +87,7 @@ TORCH_LIBRARY(nm_act, m) {
       "bool variance_correction=False, Tensor? column_scale=None) -> Tensor");
 
   // Private, for benchmarks/tune_decode.py and tune.py: the kernels with a configuration of the caller's choice. That
-  // of the decode kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); of the GEMM on sm_90: tile,
+  // of the gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); of the GEMM on sm_90: tile,
   // raster, swizzle, overlapped (csrc/kernels/matmul/config.h).
   m.def("_tune_gather(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int[] config) -> Tensor");
   m.def(

@@ -163,7 +163,7 @@ def sparse_linear(
     column_scale : Tensor [out_features], float32 or the dtype of x, optional
         LS: ``1 + s``.
     weight_scale : Tensor [out_features], float32, optional
-        Scale of each output channel of an 8-bit weight: ``W = weight * weight_scale``. Where the decode kernel does
+        Scale of each output channel of an 8-bit weight: ``W = weight * weight_scale``. Where the gather kernel does
         not apply (more tokens, another storage, a CPU), W is written out in the dtype of x at every call.
     extra_columns : sequence of int
         As in :func:`prune`.
@@ -219,7 +219,7 @@ def sparse_linear(
 def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.t() + bias`` for one to eight tokens, reading only the weight rows whose input is not zero.
 
-    The decode kernel of :func:`sparse_linear` without the selection, for inputs that are sparse already (ReLU, top-k).
+    The gather kernel of :func:`sparse_linear` without the selection, for inputs that are sparse already (ReLU, top-k).
 
     Parameters
     ----------

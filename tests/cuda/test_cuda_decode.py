@@ -1,4 +1,4 @@
-"""CUDA decode kernel (sparse_linear of 1 to 4 tokens over a weight stored [in, out], gather_linear): selection, error, states."""
+"""CUDA gather kernel (sparse_linear of 1 to 4 tokens over a weight stored [in, out], gather_linear): selection, error, states."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -192,7 +192,7 @@ def test_every_configuration(kind, tokens):
         y = OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, config)])
         assert_within_twice_torch(y, x, weight, None, 8, 16, options, config)
     assert torch.equal(OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, configs[0])]), nm_act.sparse_linear(x, weight, n=8, m=16, **options))  # fmt: skip
-    with pytest.raises(ValueError, match="expected a product and a configuration of the decode kernel"):
+    with pytest.raises(ValueError, match="expected a product and a configuration of the gather kernel"):
         OPS._tune_gather(x, weight, scale, 8, 16, [24, 1, 512, 0])
 
 

@@ -268,6 +268,15 @@ def test_explain_rows_that_the_decode_kernel_does_not_take():
     assert "out_features divisible by 8 (16 in 8 bits)" in found.why
 
 
+@pytest.mark.parametrize(("offset", "path"), [(0, "sparse"), (1, "dense"), (8, "sparse")])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_explain_reads_the_alignment(device, offset, path):
+    weight = torch.zeros(64 * 64 + 8, dtype=torch.bfloat16, device=device)[offset:][: 64 * 64].view(64, 64)
+    found = nm_act.explain(torch.zeros(1024, 64, dtype=torch.bfloat16, device=device), weight, device="cuda")
+    assert found.path == path
+    assert path == "sparse" or "alignment" in found.why
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------------
 X, W = torch.zeros(2, 64), torch.zeros(8, 64)
 

@@ -25,7 +25,7 @@ struct GemmConfig {
   GemmTile tile;
   GemmRaster raster;
   int swizzle;      // tiles a band of the raster is wide: 1, 2, 4, 8
-  bool overlapped;  // launched while the kernel before ends
+  bool overlapped;  // programmatic dependent launch: starts while the kernel before ends
 };
 
 struct GemmProblem {

@@ -1,4 +1,4 @@
-// Dispatch of sparse_gemm: a table of what is instantiated, the pure choice of a tile, the call.
+// Dispatch of sparse_gemm: a table of what is instantiated, and the call.
 #include "sparse_gemm.h"
 
 namespace nm_act {
@@ -101,20 +101,14 @@ bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device) {
   return false;
 }
 
-cudaError_t launch_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
-  const Sm90Instance* instance = find_sm90(params, launch.config.tile);
-  if (instance == nullptr) return cudaErrorInvalidValue;
-  return instance->run[static_cast<int>(epilogue_for(params))](params, launch);
-}
-
-cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, cudaStream_t stream) {
+cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, const GemmConfig& config,
+                               cudaStream_t stream) {
   if (!sparse_gemm_supports(params, device)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
   if (device.compute_capability_major != 9) return find_sm80(params)->run(params, stream);
-  const GemmProblem problem{params.tokens, params.out_features, params.in_features, params.value_type,
-                            device.multiprocessors};
-  const GemmConfig config = select_config(problem);
-  return launch_sparse_gemm_sm90(params, {config, device.multiprocessors, stream, config.overlapped});
+  const Sm90Instance* instance = find_sm90(params, config.tile);
+  if (instance == nullptr) return cudaErrorInvalidValue;
+  return instance->run[static_cast<int>(epilogue_for(params))](params, {config, device.multiprocessors, stream});
 }
 
 }  // namespace nm_act

@@ -14,7 +14,6 @@ struct GemmLaunch {
   GemmConfig config;
   int multiprocessors;
   cudaStream_t stream;
-  bool overlapped;  // programmatic dependent launch: start while the kernel before ends
 };
 
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
@@ -23,8 +22,5 @@ cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunc
 // Any epilogue; e4m3 and outputs of another type are not served.
 template <ElementType kValue, bool kWeightInOut>
 cudaError_t run_sparse_gemm_sm80(const SparseGemmParams& params, cudaStream_t stream);
-
-// launch_sparse_gemm on sm_90a with a configuration of the caller's choice, for tuning.
-cudaError_t launch_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch);
 
 }  // namespace nm_act

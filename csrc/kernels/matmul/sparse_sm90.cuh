@@ -4,7 +4,7 @@
 //   A   values [tokens, in / 2] row-major with metadata in Sm90GemmSparseConfig's layout (format/metadata.h)
 //   W   [out, in] (K-major) or, 16-bit only, [in, out] (N-major): equal speed at equal tiles, so one copy of a weight
 //   serves
-//       this kernel and the decode kernel that skips rows
+//       this kernel and the gather kernel that skips rows
 //   y   row-major; the epilogue is a visitor tree in float32:
 //         kPlain, 16-bit  acc + bias
 //         kPlain, e4m3    column_scale * (row_scale * acc) + bias
@@ -183,7 +183,7 @@ cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunc
 #endif
   typename Gemm::Adapter gemm;
   if (gemm.initialize(arguments, /*workspace=*/nullptr, launch.stream) != cutlass::Status::kSuccess ||
-      gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/launch.overlapped) != cutlass::Status::kSuccess) {
+      gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/launch.config.overlapped) != cutlass::Status::kSuccess) {
     const cudaError_t error = cudaGetLastError();
     return error != cudaSuccess ? error : cudaErrorLaunchFailure;
   }

@@ -9,11 +9,9 @@
 #include <utility>
 
 #include "kernels/nm_act.h"
-#include "ops/prune.h"
+#include "ops/selection.h"
 
 namespace nm_act::cuda_ops {
-
-inline TokenShift token_shift_kind(cpu::TokenShift shift) { return static_cast<TokenShift>(static_cast<int>(shift)); }
 
 inline cudaStream_t current_stream(const at::Tensor& x) {
   return c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
@@ -73,6 +71,9 @@ PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, b
 // The same for 2:4+1: the operand of the lifted weight.
 PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op);
+
+// The per-token shift [tokens] of rows, one launch; undefined if the selection has none.
+at::Tensor token_shift_of(const Rows& rows, const Selection& selection, const char* op);
 
 // The pruned operand as a dense tensor, with eta and nu where they are asked for.
 struct DenseOperand {

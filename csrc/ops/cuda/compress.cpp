@@ -16,7 +16,7 @@ CompressOutput output_for(const Selection& selection, bool variance_correction, 
   CompressOutput out{};
   out.channel_scale = data_or_null(selection.channel_scale);
   out.shift = data_or_null(selection.shift);
-  out.token_shift = token_shift_kind(selection.token_shift);
+  out.token_shift = selection.token_shift;
   out.variance_correction = variance_correction;
   out.value_type = element_type(value_type);
   out.layout = layout;
@@ -60,7 +60,7 @@ std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, co
   operand.values = at::empty({rows, in_features / 2}, x.options().dtype(value_type)).narrow(0, 0, tokens);
   operand.metadata = at::empty({metadata_bytes(layout, tokens, in_features)}, x.options().dtype(at::kByte));
   if (variance_correction || value_type == at::kFloat8_e4m3fn) operand.row_scale = empty_vector(x, tokens);
-  if (selection.token_shift != cpu::TokenShift::kNone) operand.eta = empty_vector(x, tokens);
+  if (selection.token_shift != TokenShift::kNone) operand.eta = empty_vector(x, tokens);
   CompressOutput out = output_for(selection, variance_correction, value_type, layout);
   out.values = operand.values.mutable_data_ptr();
   out.metadata = operand.metadata.mutable_data_ptr<uint8_t>();
@@ -71,22 +71,22 @@ std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, co
 
 PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op) {
-  const bool statistics = variance_correction || selection.token_shift != cpu::TokenShift::kNone;
+  const bool statistics = variance_correction || selection.token_shift != TokenShift::kNone;
   check_packable(x, selection, statistics, fp8, op);
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
   auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout, selection.in_features);
   if (selection.tokens == 0) return operand;
   const Rows rows = rows_of(x);
-  const CompressParams params{rows.tensor.const_data_ptr(),  rows.stride, selection.tokens, int(selection.in_features),
-                              element_type(x.scalar_type()), out};
+  const CompressParams params{rows.tensor.const_data_ptr(), rows.stride,    selection.tokens,
+                              int(selection.in_features),   selection.type, out};
   check_status(launch_compress(params, current_stream(x)), op);
   return operand;
 }
 
 PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op) {
-  const bool statistics = variance_correction || selection.token_shift != cpu::TokenShift::kNone;
+  const bool statistics = variance_correction || selection.token_shift != TokenShift::kNone;
   check_packable(x, selection, statistics, fp8, op);
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
@@ -101,7 +101,7 @@ PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, b
                                      rows.stride,
                                      selection.tokens,
                                      int(selection.in_features),
-                                     element_type(x.scalar_type()),
+                                     selection.type,
                                      selection.pattern,
                                      out};
   check_status(launch_compress_windows(params, current_stream(x)), op);
@@ -114,15 +114,14 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalT
                                             const OptionalTensor& shift, c10::string_view token_shift) {
   constexpr const char* kOp = "compress";
   const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
-  check_row_statistics(selection, selection.token_shift != cpu::TokenShift::kNone, kOp);
+  check_row_statistics(selection, selection.token_shift != TokenShift::kNone, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   auto [operand, out] =
       allocate_packed(x, selection, false, x.scalar_type(), MetadataLayout::kNeutral, selection.in_features);
   if (operand.values.numel() != 0) {
     const Rows rows = rows_of(x);
-    const CompressParams params{
-        rows.tensor.const_data_ptr(),  rows.stride, selection.tokens, int(selection.in_features),
-        element_type(x.scalar_type()), out};
+    const CompressParams params{rows.tensor.const_data_ptr(), rows.stride,    selection.tokens,
+                                int(selection.in_features),   selection.type, out};
     check_status(launch_compress(params, current_stream(x)), kOp);
   }
   return {operand.values.view(with_last(x.sizes(), selection.in_features / 2)),
@@ -183,7 +182,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_
                                        float(eps),
                                        selection.tokens,
                                        int(selection.in_features),
-                                       element_type(x.scalar_type()),
+                                       selection.type,
                                        out};
     check_status(launch_rmsnorm_compress(params, current_stream(x)), kOp);
   }
@@ -213,7 +212,7 @@ Packed silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const Opt
                                        in_place ? gates.stride : selection.in_features,
                                        selection.tokens,
                                        int(selection.in_features),
-                                       element_type(gate.scalar_type()),
+                                       selection.type,
                                        out};
     check_status(launch_silu_mul_compress(params, current_stream(gate)), kOp);
   }

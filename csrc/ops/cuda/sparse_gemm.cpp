@@ -1,9 +1,9 @@
 // nm_act::sparse_gemm: the product of a packed 2:4 operand and a weight on sparse tensor cores, epilogue included.
 #include "ops/cuda/sparse_gemm.h"
 
-#include "kernels/matmul/sparse_gemm.h"
-
 #include <torch/library.h>
+
+#include "kernels/matmul/config.h"
 
 namespace nm_act::cuda_ops {
 
@@ -95,14 +95,11 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, const at::T
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
   params.y = y.mutable_data_ptr();
-  const cudaStream_t stream = current_stream(values);
-  if (!config.has_value()) {
-    check_status(launch_sparse_gemm(params, device, stream), kOp);
-    return y;
-  }
-  const GemmConfig chosen{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
-                          static_cast<int>((*config)[2]), (*config)[3] != 0};
-  check_status(launch_sparse_gemm_sm90(params, {chosen, device.multiprocessors, stream, chosen.overlapped}), kOp);
+  const GemmConfig chosen =
+      config.has_value() ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
+                                      static_cast<int>((*config)[2]), (*config)[3] != 0}
+                         : select_config({tokens, out_features, weight.size(1), value_type, device.multiprocessors});
+  check_status(launch_sparse_gemm(params, device, chosen, current_stream(values)), kOp);
   return y;
 }
 

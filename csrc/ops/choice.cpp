@@ -1,12 +1,12 @@
 // What nm_act.explain says about a choice.
-#include "ops/paths.h"
+#include "ops/choice.h"
 
 namespace nm_act {
 
 std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
   const bool one = facts.tokens == 1;
   const std::string tokens = std::to_string(facts.tokens) + (one ? " token" : " tokens");
-  const int64_t few = cpu_decode_tokens(facts.type == ElementType::kFloat32);
+  const int64_t few = cpu_gather_tokens(facts.type == ElementType::kFloat32);
   switch (choice.why) {
     case Why::kFewTokens: return tokens + " over a weight stored [in, out]: only the rows of surviving inputs are read";
     case Why::kEnoughTokens:
@@ -33,8 +33,8 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
     case Why::kLongRow:
       return std::to_string(facts.weight.in_features) + " in_features are more than the " +
              std::to_string(kMaxRowFeatures) + " that a compression kernel takes";
-    case Why::kDecodeShape:
-      return "the sizes, strides or alignment of the weight do not fit the decode kernel, which takes out_features "
+    case Why::kGatherShape:
+      return "the sizes, strides or alignment of the weight do not fit the gather kernel, which takes out_features "
              "divisible by 8 (16 in 8 bits) in rows aligned to 16 bytes, and inputs that fit its shared memory";
     default:
       return "the sizes, strides or alignment of the weight fit no sparse GEMM; (lifted) in_features divisible by 32 "

@@ -1,9 +1,5 @@
-// nm_act::prune: the sparse operand as a dense tensor.
-#include "ops/prune.h"
-
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+// Checks of a selection and of what goes with it.
+#include "ops/selection.h"
 
 namespace nm_act {
 
@@ -12,7 +8,7 @@ Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const Optio
                           at::IntArrayRef extra_columns) {
   Selection s;
   check_features(x, op);
-  s.dtype = check_dtype(x, op);
+  s.type = check_dtype(x, op);
   s.in_features = x.size(-1);
   check_pattern(n, m, s.in_features, op);
   s.token_shift = check_token_shift(token_shift, shift.has_value() && shift->defined(), op);
@@ -63,42 +59,5 @@ int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const
                     "; use torch.nn.functional.linear for more");
   return tokens;
 }
-
-cpu::PruneParams prune_params(const Selection& s, const at::Tensor& x) {
-  cpu::PruneParams p{};
-  p.x = x.const_data_ptr();
-  p.channel_scale = data_or_null(s.channel_scale);
-  p.shift = data_or_null(s.shift);
-  p.tokens = s.tokens;
-  p.in_features = s.in_features;
-  p.pattern = s.pattern;
-  p.dtype = s.dtype;
-  p.token_shift = s.token_shift;
-  return p;
-}
-
-void launch_prune(const cpu::PruneParams& params) {
-  const cpu::CpuKernels& kernels = cpu::cpu_kernels();
-  // About 20 us of work for a thread: less does not pay for waking it.
-  const int64_t grain = 1 + 16384 / (1 + params.in_features);
-  at::parallel_for(0, params.tokens, grain, [&](int64_t begin, int64_t end) { kernels.prune(params, begin, end); });
-}
-
-namespace {
-
-at::Tensor prune(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
-                 const OptionalTensor& shift, c10::string_view token_shift, at::IntArrayRef extra_columns) {
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, "prune", extra_columns);
-  const at::Tensor dense = x.contiguous();
-  at::Tensor out = at::empty(x.sizes(), x.options());
-  cpu::PruneParams params = prune_params(selection, dense);
-  params.out = out.mutable_data_ptr();
-  launch_prune(params);
-  return out;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(nm_act, CPU, m) { m.impl("prune", prune); }
 
 }  // namespace nm_act
