@@ -1,5 +1,5 @@
-// The seam between dispatch (plain C++) and the GEMM instantiations (CUTLASS): one function template. CMakeLists.txt
-// writes a source for each combination of sm_90a (tiles.h), those of sm_80 are in inst/.
+// The seam between dispatch (plain C++) and the GEMM instantiations (CUTLASS): a function template for each architecture.
+// CMakeLists.txt writes a source for each combination of tile (tiles.h), type and weight storage.
 #pragma once
 
 #include "config.h"
