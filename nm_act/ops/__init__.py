@@ -137,6 +137,7 @@ def sparse_linear(
     weight_scale: Tensor | None = None,
     extra_columns: Sequence[int] = (),
     lifted_weight: Tensor | None = None,
+    activation_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A linear layer over an activation pruned to N:M on the fly.
 
@@ -170,6 +171,9 @@ def sparse_linear(
     lifted_weight : Tensor [out_features, lifted in_features], dtype of x, optional
         :func:`nm_act.lift_weight` of ``weight``, for 2:4+1 on the sparse tensor cores; used where that pays, which
         :func:`nm_act.explain` tells.
+    activation_dtype : torch.dtype, optional
+        torch.float8_e4m3fn casts the survivors to e4m3, one dynamic scale a token, for the fp8 tensor cores: 2:4 on CUDA
+        (sm_90), x in 16 bits, the weight in float8_e4m3fn and contiguous. Otherwise the dtype of x.
 
     Returns
     -------
@@ -181,6 +185,8 @@ def sparse_linear(
         If a dtype is not supported or dtypes differ.
     ValueError
         If a pattern, shape, device or option does not fit.
+    NotImplementedError
+        If no fp8 kernel takes the combination; the sentence lists what is compiled.
 
     Notes
     -----
@@ -213,6 +219,7 @@ def sparse_linear(
         weight_scale=weight_scale,
         extra_columns=extra_columns,
         lifted_weight=lifted_weight,
+        activation_dtype=activation_dtype,
     )
 
 

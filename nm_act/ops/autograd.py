@@ -39,7 +39,6 @@ WITHOUT_GRADIENT = {
     "sparse_gemm": "nm_act.sparse_linear",
     "_tune_gather": "nm_act.sparse_linear",
     "_tune_sparse_gemm": "nm_act.sparse_linear",
-    "sparse_linear_fp8": "nm_act.sparse_linear with a weight in the dtype of x (nm_act.deoptimize gives such layers)",
 }
 """Operators without a gradient, and what has one in their place."""
 
@@ -217,6 +216,7 @@ def _sparse_linear(
     weight_scale=None,
     extra_columns=(),
     lifted_weight=None,
+    activation_dtype=None,
 ):
     options = {"token_shift": token_shift, "variance_correction": variance_correction, "extra_columns": extra_columns}
     vectors = {"channel_scale": channel_scale, "shift": shift, "shift_out": shift_out, "column_scale": column_scale}
@@ -225,7 +225,17 @@ def _sparse_linear(
         return _refuse(
             "sparse_linear with weight_scale",
             "nm_act.sparse_linear with a weight in the dtype of x (nm_act.deoptimize gives such layers)",
-            lambda: forward(x, weight, bias, n, m, weight_scale=weight_scale, **vectors, **options),
+            lambda: forward(
+                x,
+                weight,
+                bias,
+                n,
+                m,
+                weight_scale=weight_scale,
+                activation_dtype=activation_dtype,
+                **vectors,
+                **options,
+            ),
             *tensors,
             weight_scale,
         )
