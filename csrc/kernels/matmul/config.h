@@ -25,6 +25,7 @@ struct GemmConfig {
   GemmTile tile;
   GemmRaster raster;
   int swizzle;      // tiles a band of the raster is wide: 1, 2, 4, 8
+  int splits;       // blocks that share a tile along its features; 1 but for tiles of the split schedule
   bool overlapped;  // launched while the kernel before ends
 };
 
@@ -43,6 +44,7 @@ struct TileCost {
   double wave;          // a wave, its beginning and its end
   double memory_mb;     // a MB of operands and result that memory moves at least once
   double multicast_mb;  // a MB that all blocks together bring into shared memory
+  double partial_mb;    // a MB of partial sums that blocks which share a tile write and read
 };
 
 struct TileFacts {
@@ -53,13 +55,15 @@ struct TileFacts {
   int cluster_tokens;  // tiles along the tokens that share a weight tile
   int cluster_outputs;
   bool bits8;
+  bool split;
   const char* name;
 };
 
 inline constexpr bool kIsBits16 = false, kIsE4M3 = true;
+inline constexpr bool kIsCooperative = false, kIsPingPong = false, kIsSplit = true;
 inline constexpr TileFacts kTiles[] = {
-#define NM_ACT_FACTS(name, value, tokens, outputs, features, token_tiles, output_tiles, ...) \
-  {GemmTile::name, tokens, outputs, features, token_tiles, output_tiles, kIs##value, #name},
+#define NM_ACT_FACTS(name, value, tokens, outputs, features, token_tiles, output_tiles, schedule, loop) \
+  {GemmTile::name, tokens, outputs, features, token_tiles, output_tiles, kIs##value, kIs##schedule, #name},
     NM_ACT_TILES(NM_ACT_FACTS)
 #undef NM_ACT_FACTS
 };
@@ -69,16 +73,20 @@ inline constexpr TileFacts kTiles[] = {
 // wave of 256x192x64 is then counted 10 % longer, which chooses better still. tests/operators/test_gemm_tuning.py holds
 // the choice to the table.
 inline constexpr TileCost kTileCosts[] = {
-    {1.981, 6.904, 1.181, 0.086, 0.048},   // k128x256x64
-    {0.277, 10.220, 2.219, 0.092, 0.066},  // k256x192x64
-    {2.022, 4.363, 0.076, 0.318, 0.040},   // k128x128x64
-    {2.160, 2.797, 3.537, 0.367, 0.003},   // k128x256x128E4M3
-    {0.264, 4.130, 4.966, 0.434, 0.008},   // k256x192x128E4M3
-    {5.089, 1.826, 0.381, 0.179, 0.055},   // k128x128x256E4M3
-    {4.657, 1.170, 1.124, 0.396, 0.009},   // k64x128x256E4M3
-    {3.086, 0.930, 1.320, 0.342, 0.007},   // k64x64x256E4M3
+    {1.981, 6.904, 1.181, 0.086, 0.048, 0},   // k128x256x64
+    {0.277, 10.220, 2.219, 0.092, 0.066, 0},  // k256x192x64
+    {2.022, 4.363, 0.076, 0.318, 0.040, 0},   // k128x128x64
+    {6.0, 6.904, 1.181, 0.086, 0.048, 0.5},   // k128x256x64Split
+    {2.160, 2.797, 3.537, 0.367, 0.003, 0},   // k128x256x128E4M3
+    {0.264, 4.130, 4.966, 0.434, 0.008, 0},   // k256x192x128E4M3
+    {6.0, 2.797, 3.537, 0.367, 0.003, 0.5},   // k128x256x128E4M3Split
+    {5.089, 1.826, 0.381, 0.179, 0.055, 0},   // k128x128x256E4M3
+    {4.657, 1.170, 1.124, 0.396, 0.009, 0},   // k64x128x256E4M3
+    {3.086, 0.930, 1.320, 0.342, 0.007, 0},   // k64x64x256E4M3
 };
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
+
+constexpr const TileFacts& facts_of(GemmTile tile) { return kTiles[static_cast<int>(tile)]; }
 
 struct TileGrid {
   int64_t rows, columns;  // in tiles, whole clusters
@@ -133,43 +141,55 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
 
 // How this problem runs with this tile. Blocks without a cluster lose step with one another when they start while
 // another kernel ends, and then read a weight column once for each row of tiles (up to 1.5 times the time).
-inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile) {
+inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileGrid grid = grid_of(problem, tile);
   const int swizzle = select_swizzle(grid);
   const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;
-  return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, clustered || grid.rows == 1};
+  return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, splits, clustered || grid.rows == 1};
 }
 
 // Waves of tiles on one side, memory and L2 on the other, added by their cubes: whichever is larger, and more where
 // both are close. A block has its multiprocessor to itself, so a wave takes the same however many blocks run in it.
-inline double estimate_us(const GemmProblem& problem, const TileFacts& tile) {
+inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileCost& cost = kTileCosts[static_cast<int>(tile.tile)];
   const TileGrid grid = grid_of(problem, tile);
   const int64_t tiles = grid.rows * grid.columns;
-  const double waves = static_cast<double>((tiles + problem.multiprocessors - 1) / problem.multiprocessors);
+  const double waves = static_cast<double>((tiles * splits + problem.multiprocessors - 1) / problem.multiprocessors);
   const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
                features = static_cast<double>(problem.in_features), bytes = tile.bits8 ? 1 : 2;
   const double values = tokens * features * bytes * 0.5625;  // half of them, and metadata
   const double moved = (outputs * features * bytes + values + tokens * outputs * 2) / 1e6;
   const double shared =
       static_cast<double>(tiles) * (tile.tokens * 0.5625 + tile.out_features) * features * bytes / 1e6;
-  const double work = waves * (cost.wave_k * features / 1e3 + cost.wave);
+  const double work = waves * (cost.wave_k * features / splits / 1e3 + cost.wave);
   const double traffic = cost.memory_mb * moved + cost.multicast_mb * shared;
-  return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic);
+  const double partial = static_cast<double>(tiles * (splits - 1)) * tile.tokens * tile.out_features * 4 / 1e6;
+  return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic) + cost.partial_mb * partial;
 }
 
 inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
   return tile.bits8 == (value_type == ElementType::kE4M3);
 }
 
-// The tile that is estimated to take least.
+inline constexpr int kMaxSplits = 8;
+inline constexpr int64_t kSplitFeatures = 1024;  // a block's at least
+
+// The tile, and the number of blocks that share one, that are estimated to take least.
 inline GemmConfig select_config(const GemmProblem& problem) {
   const TileFacts* best = nullptr;
+  double best_us = 0;
+  int best_splits = 1;
   for (const TileFacts& tile : kTiles) {
     if (!is_tile_of(tile, problem.value_type)) continue;
-    if (best == nullptr || estimate_us(problem, tile) < estimate_us(problem, *best)) best = &tile;
+    const int most =
+        tile.split ? static_cast<int>(std::min<int64_t>(kMaxSplits, problem.in_features / kSplitFeatures)) : 1;
+    for (int splits = tile.split ? 2 : 1; splits <= most; ++splits) {
+      const double us = estimate_us(problem, tile, splits);
+      if (best != nullptr && us >= best_us) continue;
+      best = &tile, best_us = us, best_splits = splits;
+    }
   }
-  return configure(problem, *best);
+  return configure(problem, *best, best_splits);
 }
 
 // Whether compression plus sparse GEMM beats pruning and the dense product. From a sweep of 64 to 768 tokens over the

@@ -42,6 +42,24 @@ bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::S
   return sparse_gemm_supports(params, device);
 }
 
+void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConfig& config, const at::Tensor& y,
+                     const char* op) {
+  params.y = y.mutable_data_ptr();
+  GemmLaunch launch{device, config, current_stream(y), nullptr, nullptr};
+  at::Tensor workspace;
+  if (const size_t bytes = sparse_gemm_workspace(params, launch); bytes > 0) {
+    workspace = at::empty({static_cast<int64_t>(bytes)}, y.options().dtype(at::kByte));
+    launch.workspace = workspace.mutable_data_ptr();
+  }
+  check_status(launch_sparse_gemm(params, launch), op);
+}
+
+void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const at::Tensor& y, const char* op) {
+  const GemmProblem problem{params.tokens, params.out_features, params.in_features, params.value_type,
+                            device.multiprocessors};
+  run_sparse_gemm(params, device, select_config(problem), y, op);
+}
+
 namespace {
 
 at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
@@ -73,8 +91,8 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
       "and out with either weight storage; e4m3 with an [out, in] weight on sm_90; 16-byte aligned rows), got values ",
       values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
       " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
-  TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 4 && device.compute_capability_major == 9),
-                    "nm_act::sparse_gemm expected config as (tile, raster, swizzle, overlapped) on sm_90, got ",
+  TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 5 && device.compute_capability_major == 9),
+                    "nm_act::sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on sm_90, got ",
                     config.value_or(at::IntArrayRef{}), " on compute capability ", device.compute_capability_major,
                     ".x; leave it out");
   const bool biased = bias.has_value() && bias->defined();
@@ -94,15 +112,13 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
       vector(column_scale, out_features, "column_scale"), biased ? aligned(bias->to(type)) : at::Tensor()};
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
-  params.y = y.mutable_data_ptr();
-  const cudaStream_t stream = current_stream(values);
   if (!config.has_value()) {
-    check_status(launch_sparse_gemm(params, device, stream), kOp);
+    run_sparse_gemm(params, device, y, kOp);
     return y;
   }
   const GemmConfig chosen{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
-                          static_cast<int>((*config)[2]), (*config)[3] != 0};
-  check_status(launch_sparse_gemm_sm90(params, {chosen, device.multiprocessors, stream, chosen.overlapped}), kOp);
+                          static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0};
+  run_sparse_gemm(params, device, chosen, y, kOp);
   return y;
 }
 

@@ -15,6 +15,11 @@ struct GemmEpilogueTensors {
 SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
                              const GemmEpilogueTensors& epilogue, at::ScalarType y_type);
 
+// Runs the product into y, with the configuration that is estimated to take least or a given one.
+void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const at::Tensor& y, const char* op);
+void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConfig& config, const at::Tensor& y,
+                     const char* op);
+
 // Whether a kernel takes this weight: dtype, alignment and sizes, before anything is compressed.
 bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::ScalarType y_type, GemmDevice device);
 

@@ -94,8 +94,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
                                      aligned(bias.value_or(at::Tensor()))};
   const at::Tensor& multiplied = path == LinearPath::kLifted ? lifted : weight;
   SparseGemmParams params = gemm_params(operand, multiplied, epilogue, x.scalar_type());
-  params.y = y.mutable_data_ptr();
-  check_status(launch_sparse_gemm(params, device, current_stream(x)), kOp);
+  run_sparse_gemm(params, device, y, kOp);
   return y;
 }
 
@@ -130,8 +129,7 @@ at::Tensor sparse_linear_fp8(const at::Tensor& x, const at::Tensor& weight, cons
       operand.row_scale, operand.eta, given.defined() ? given.div(scale) : shift_image(weight, selection, given),
       column_vector.defined() ? scale.mul(column_vector) : aligned(scale), aligned(bias.value_or(at::Tensor()))};
   SparseGemmParams params = gemm_params(operand, weight, epilogue, x.scalar_type());
-  params.y = y.mutable_data_ptr();
-  check_status(launch_sparse_gemm(params, device, current_stream(x)), kOp);
+  run_sparse_gemm(params, device, y, kOp);
   return y;
 }
 
