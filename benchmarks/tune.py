@@ -247,7 +247,8 @@ def widest_band(tokens: int, out_features: int, tile: dict) -> int:
     rows, columns = -(-tokens // tile["tokens"]), -(-out_features // tile["out_features"])
 
     def padded(band):
-        return -(-rows // (2 * band)) * 2 * band * (-(-columns // band) * band)
+        tall, wide = band * tile["cluster_tokens"], band * tile["cluster_outputs"]
+        return -(-rows // tall) * tall * (-(-columns // wide) * wide)
 
     return next(band for band in (8, 4, 2, 1) if band == 1 or padded(band) <= 1.05 * padded(1))
 

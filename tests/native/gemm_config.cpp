@@ -41,10 +41,9 @@ void check_properties(const GemmProblem& problem) {
   check(power, "swizzle", problem);
   const int64_t token_tiles = (problem.tokens + tile.tokens - 1) / tile.tokens;
   const int64_t output_tiles = (problem.out_features + tile.out_features - 1) / tile.out_features;
-  const auto padded = [&](int swizzle) {  // whole clusters, then whole bands
-    const int64_t rows = round_up(token_tiles, static_cast<uint32_t>(tile.cluster_tokens));
-    const int64_t columns = round_up(output_tiles, static_cast<uint32_t>(tile.cluster_outputs));
-    return round_up(rows, static_cast<uint32_t>(2 * swizzle)) * round_up(columns, static_cast<uint32_t>(swizzle));
+  const auto padded = [&](int swizzle) {  // whole bands of whole clusters
+    return round_up(token_tiles, static_cast<uint32_t>(swizzle * tile.cluster_tokens)) *
+           round_up(output_tiles, static_cast<uint32_t>(swizzle * tile.cluster_outputs));
   };
   check(padded(config.swizzle) * 20 <= padded(1) * 21, "padding of the grid", problem);
   const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;
