@@ -212,8 +212,9 @@ class Case:
     def product(self, packed: tuple, index: int, config: Config, overlapped: bool = False) -> torch.Tensor:
         values, metadata, row_scale = packed
         scale = {"row_scale": row_scale} if self.fp8 else {}
-        options = {**self.options[index], **scale, "config": [*config[1:], int(overlapped)]}
-        return torch.ops.nm_act.sparse_gemm(values, metadata, self.weights[index], **options)
+        options = {"row_scale": None, "column_scale": None, "out_dtype": None, **self.options[index], **scale}
+        numbers = [*config[1:], int(overlapped)]
+        return torch.ops.nm_act._tune_sparse_gemm(values, metadata, self.weights[index], **options, config=numbers)
 
     def gemm(self, config: Config) -> Calls:
         if not self.packed:

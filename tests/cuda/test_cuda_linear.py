@@ -178,7 +178,7 @@ def test_overlapped_launches_wait_for_their_operands(fp8, shape):
     def product(x, overlapped):
         packed = nm_act.compress_packed(x, fp8=fp8)
         options = {"row_scale": packed.row_scale, "column_scale": scale, "out_dtype": torch.bfloat16} if fp8 else {}
-        return OPS.sparse_gemm(packed.values, packed.metadata, weight, **options, config=[*config, int(overlapped)])
+        return OPS._tune_sparse_gemm(packed.values, packed.metadata, weight, **options, config=[*config, int(overlapped)])
 
     for _ in range(10):
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
@@ -204,12 +204,12 @@ def test_every_tile_makes_the_product_with_the_same_bits_each_time(fp8, full, sh
         operands = (packed.values, packed.metadata, weight)
         for raster, swizzle, splits in ((1, 1, 2), (2, 2, 3), (1, 2, 8)):
             config = [tile["tile"], raster, swizzle, splits if tile["split"] else 1, 0]
-            first = OPS.sparse_gemm(*operands, **options, config=config)
+            first = OPS._tune_sparse_gemm(*operands, **options, config=config)
             # Sums of the e4m3 tensor cores depend on where a tile is split.
             assert relative_error(first, expected) < (1e-2 if fp8 else 5e-3), config
             for _ in range(3):
                 poison()
-                assert torch.equal(OPS.sparse_gemm(*operands, **options, config=config), first), config
+                assert torch.equal(OPS._tune_sparse_gemm(*operands, **options, config=config), first), config
 
 
 # ---- sparse_gemm and its epilogue ------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ struct GemmConfig {
   GemmRaster raster;
   int swizzle;      // tiles a band of the raster is wide: 1, 2, 4, 8
   int splits;       // blocks that share a tile along its features; 1 but for tiles of the split schedule
-  bool overlapped;  // launched while the kernel before ends
+  bool overlapped;  // programmatic dependent launch: starts while the kernel before ends
 };
 
 struct GemmProblem {
@@ -205,13 +205,10 @@ inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
          (weight_in_out && problem.tokens >= kSparseGemmTokensInOut && problem.out_features >= kSparseGemmOutputsInOut);
 }
 
-// Whether lifting to `lifted_features` columns beats pruning and the dense product. By estimate from the GEMM's speed
-// over cuBLAS (1.3x to 1.6x in bf16), not measured: a quarter more columns leave a gain, half more none.
+// Whether 2:4+1 over a lifted weight, a quarter more columns, beats pruning and the dense product. By estimate from the
+// GEMM's speed over cuBLAS (1.3x to 1.6x in bf16), not measured.
 inline constexpr int64_t kLiftedTokens = 1024;
-inline constexpr int64_t kLiftedPercent = 25;
-inline bool lifted_path_pays(const GemmProblem& problem, int64_t lifted_features) {
-  return problem.tokens >= kLiftedTokens && lifted_features * 100 <= problem.in_features * (100 + kLiftedPercent);
-}
+inline bool lifted_path_pays(const GemmProblem& problem) { return problem.tokens >= kLiftedTokens; }
 
 // Sizes and strides (in elements) that a compiled GEMM takes on this compute capability.
 inline bool gemm_shape_fits(ElementType value_type, int64_t out_features, int64_t in_features, int64_t weight_stride,

@@ -4,7 +4,7 @@
 //   A   values [tokens, in / 2] row-major with metadata in Sm90GemmSparseConfig's layout (format/metadata.h)
 //   W   [out, in] (K-major) or, 16-bit only, [in, out] (N-major): equal speed at equal tiles, so one copy of a weight
 //   serves
-//       this kernel and the decode kernel that skips rows
+//       this kernel and the gather kernel that skips rows
 //   y   row-major; the epilogue is a visitor tree in float32:
 //         kPlain, 16-bit  acc + bias
 //         kPlain, e4m3    column_scale * (row_scale * acc) + bias
@@ -100,6 +100,8 @@ template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile k
 struct SparseGemm {
   static constexpr bool kE4M3 = kValue == ElementType::kE4M3;
   static_assert(!kE4M3 || !kWeightInOut, "wgmma takes e4m3 weights K-major only");
+  static_assert(kE4M3 == (cute::size<2>(typename TileShape<kTile>::Shape{}) >= 128),
+                "16-bit metadata is laid out for tiles 64 features deep, 8-bit metadata for 128 and more");
   using Value = CutlassElement<kValue>;
   using Output = CutlassElement<kOutput>;
   using Tile = typename TileShape<kTile>::Shape;

@@ -1,9 +1,9 @@
 // nm_act::sparse_gemm: the product of a packed 2:4 operand and a weight on sparse tensor cores, epilogue included.
 #include "ops/cuda/sparse_gemm.h"
 
-#include "kernels/matmul/sparse_gemm.h"
-
 #include <torch/library.h>
+
+#include "kernels/matmul/config.h"
 
 namespace nm_act::cuda_ops {
 
@@ -54,18 +54,12 @@ void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConf
   check_status(launch_sparse_gemm(params, launch), op);
 }
 
-void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const at::Tensor& y, const char* op) {
-  const GemmProblem problem{params.tokens, params.out_features, params.in_features, params.value_type,
-                            device.multiprocessors};
-  run_sparse_gemm(params, device, select_config(problem), y, op);
-}
-
 namespace {
 
-at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
-                       const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
-                       const OptionalTensor& shift_out, const OptionalTensor& column_scale,
-                       std::optional<at::ScalarType> out_dtype, at::OptionalIntArrayRef config) {
+at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
+               const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
+               const OptionalTensor& shift_out, const OptionalTensor& column_scale,
+               std::optional<at::ScalarType> out_dtype, at::OptionalIntArrayRef config) {
   constexpr const char* kOp = "sparse_gemm";
   TORCH_CHECK_VALUE(
       values.dim() == 2 && values.is_contiguous() && weight.dim() == 2 && weight.size(1) == 2 * values.size(1),
@@ -92,9 +86,9 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
       values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
       " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
   TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 5 && device.compute_capability_major == 9),
-                    "nm_act::sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on sm_90, got ",
-                    config.value_or(at::IntArrayRef{}), " on compute capability ", device.compute_capability_major,
-                    ".x; leave it out");
+                    "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on ",
+                    "sm_90, got ", config.value_or(at::IntArrayRef{}), " on compute capability ",
+                    device.compute_capability_major, ".x; use sparse_gemm");
   const bool biased = bias.has_value() && bias->defined();
   TORCH_CHECK_VALUE(!biased || (bias->dim() == 1 && bias->size(0) == out_features && bias->is_floating_point()),
                     "nm_act::sparse_gemm expected a floating-point bias [", out_features, "], got ",
@@ -112,18 +106,32 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
       vector(column_scale, out_features, "column_scale"), biased ? aligned(bias->to(type)) : at::Tensor()};
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
-  if (!config.has_value()) {
-    run_sparse_gemm(params, device, y, kOp);
-    return y;
-  }
-  const GemmConfig chosen{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
-                          static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0};
+  const GemmConfig chosen =
+      config.has_value() ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
+                                      static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
+                         : select_config({tokens, out_features, weight.size(1), value_type, device.multiprocessors});
   run_sparse_gemm(params, device, chosen, y, kOp);
   return y;
 }
 
+at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
+                       const OptionalTensor& shift_out, const OptionalTensor& column_scale,
+                       std::optional<at::ScalarType> out_dtype) {
+  return run(values, metadata, weight, bias, row_scale, eta, shift_out, column_scale, out_dtype, {});
+}
+
+at::Tensor tune_sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
+                            const OptionalTensor& row_scale, const OptionalTensor& column_scale,
+                            std::optional<at::ScalarType> out_dtype, at::IntArrayRef config) {
+  return run(values, metadata, weight, {}, row_scale, {}, {}, column_scale, out_dtype, config);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(nm_act, CUDA, m) { m.impl("sparse_gemm", sparse_gemm); }
+TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
+  m.impl("sparse_gemm", sparse_gemm);
+  m.impl("_tune_sparse_gemm", tune_sparse_gemm);
+}
 
 }  // namespace nm_act::cuda_ops

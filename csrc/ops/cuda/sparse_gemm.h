@@ -15,8 +15,7 @@ struct GemmEpilogueTensors {
 SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
                              const GemmEpilogueTensors& epilogue, at::ScalarType y_type);
 
-// Runs the product into y, with the configuration that is estimated to take least or a given one.
-void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const at::Tensor& y, const char* op);
+// Runs the product into y; scratch memory that the configuration needs comes from torch's allocator.
 void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConfig& config, const at::Tensor& y,
                      const char* op);
 
