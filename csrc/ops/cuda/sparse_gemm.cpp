@@ -1,6 +1,8 @@
 // nm_act::sparse_gemm: the product of a packed 2:4 operand and a weight on sparse tensor cores, epilogue included.
 #include "ops/cuda/sparse_gemm.h"
 
+#include "kernels/matmul/sparse_gemm.h"
+
 #include <torch/library.h>
 
 #include "kernels/matmul/config.h"
