@@ -87,8 +87,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
                                      aligned(bias.value_or(at::Tensor()))};
   const at::Tensor& multiplied = choice.path == LinearPath::kLifted ? lifted : weight;
   SparseGemmParams params = gemm_params(operand, multiplied, epilogue, x.scalar_type());
-  params.y = y.mutable_data_ptr();
-  check_status(launch_sparse_gemm(params, device, choice.gemm, current_stream(x)), kOp);
+  run_sparse_gemm(params, device, choice.gemm, y, kOp);
   return y;
 }
 
@@ -123,10 +122,9 @@ at::Tensor sparse_linear_fp8(const at::Tensor& x, const at::Tensor& weight, cons
       operand.row_scale, operand.eta, given.defined() ? given.div(scale) : shift_image(weight, selection, given),
       column_vector.defined() ? scale.mul(column_vector) : aligned(scale), aligned(bias.value_or(at::Tensor()))};
   SparseGemmParams params = gemm_params(operand, weight, epilogue, x.scalar_type());
-  params.y = y.mutable_data_ptr();
   const GemmConfig config = select_config(
       {selection.tokens, out_features, selection.in_features, ElementType::kE4M3, device.multiprocessors});
-  check_status(launch_sparse_gemm(params, device, config, current_stream(x)), kOp);
+  run_sparse_gemm(params, device, config, y, kOp);
   return y;
 }
 
