@@ -401,7 +401,7 @@ def test_command(folder, text, tmp_path):
     [
         (["--length", "500"], "expected --length within the model's context of 128 tokens, got 500"),
         (["--lr", "0"], "expected a positive, finite learning rate"),
-        (["--recipe", "missing.yaml"], "no recipe at 'missing.yaml'"),
+        (["--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
         (["--data", "missing.txt"], "cannot read 'missing.txt'"),
         (["--device", "abacus"], "expected a device such as cpu or cuda"),
     ],
