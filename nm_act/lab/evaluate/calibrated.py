@@ -52,20 +52,9 @@ def _text_and_training(facts: dict) -> str:
 
 
 def calibrated_row(variant: Variant, calibrated: Path | None) -> Variant:
-    """A calibrated variant with its calibration.
+    """A calibrated variant with its calibration, from the folder named by its slug in the folder `calibrated`.
 
-    Parameters
-    ----------
-    variant : Variant
-    calibrated : Path or None
-        Folder with one calibration per variant, in a folder of the variant's slug.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none for this variant.
-    ValueError
-        If it is one of another recipe or seed.
+    A FileNotFoundError if there is none, a ValueError if it is one of another recipe or seed.
     """
     folder = None if calibrated is None else calibrated / variant.slug
     if folder is None or not (folder / DATA_FILE).is_file():

@@ -20,7 +20,7 @@ def compare(
     note: Callable[[str], None],
     bar: Callable[[str], AbstractContextManager],
 ) -> list[dict]:
-    """Perplexity of every model as a row of plain data.
+    """Perplexity of every model as a row of plain data, with its change against the dense model's in per cent.
 
     Parameters
     ----------
@@ -32,11 +32,6 @@ def compare(
     note, bar : callable
         Called with a line before a measurement, and with a label for a context that yields
         ``update(done, total, detail)``.
-
-    Returns
-    -------
-    list of dict
-        ``change_percent`` is the change of the perplexity against the dense model's, None in its own row.
 
     Raises
     ------

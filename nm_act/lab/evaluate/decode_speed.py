@@ -15,13 +15,10 @@ __all__ = ["DecodeSpeed", "decode_speed"]
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Decode speed of one model, one sample a round.
+    """Decode speed of one model in tokens per second, one sample per round.
 
-    Attributes
-    ----------
-    samples : tuple of float
-        Tokens per second in each round, in order. Rounds of equal index of all models of one `decode_speed` call were
-        measured next to each other, at the same cache length.
+    Samples of equal index of all models of one `decode_speed` call were measured next to each other, at the same cache
+    length.
     """
 
     samples: tuple[float, ...]
@@ -38,12 +35,9 @@ class DecodeSpeed:
         return float(low), float(high)
 
     def speedup_over(self, other: "DecodeSpeed") -> "DecodeSpeed":
-        """Round-by-round ratio to `other`: what slows a round of both models cancels out.
+        """Ratio to `other`, round by round: what slows a round of both models cancels out.
 
-        Raises
-        ------
-        ValueError
-            If the two have different numbers of rounds, so were not measured together.
+        A ValueError if the two have different numbers of rounds, so were not measured together.
         """
         if len(self.samples) != len(other.samples):
             raise ValueError(

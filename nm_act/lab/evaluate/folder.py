@@ -22,32 +22,18 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder with one run: ``run.json`` has its identity, ``rows/`` one file per result.
-
-    Attributes
-    ----------
-    path : Path
-    identity : dict
-        Settings that comparable results share: model, dtype, limit, windows, data.
-    """
+    """A folder with one run: ``run.json`` has its identity, ``rows/`` one file per result."""
 
     path: Path
-    identity: dict
+    identity: dict  # settings that comparable results share: model, dtype, limit, windows, data
 
     @classmethod
     def open(cls, path: str | Path, identity: dict) -> "RunFolder":
         """Create the folder, or continue the run in it.
 
         A run may gain tasks: the data of common tasks have to be equal, and so have the settings of common kinds of
-        tasks (windows for a perplexity, the limit for the harness's tasks).
-
-        Raises
-        ------
-        ValueError
-            If the folder holds another run (the sentence names the first difference), other files, results without
-            their ``run.json``, or a ``run.json`` of another program, command or format.
-        OSError
-            If it cannot be written.
+        tasks (windows for a perplexity, the limit for the harness's tasks). A ValueError if the folder holds another
+        run (it names the first difference), other files, or a ``run.json`` of another program, command or format.
         """
         path = Path(path)
         check_output(path)

@@ -18,30 +18,14 @@ _SCORED_AT_ONCE = 256  # rows of logits in one softmax: bounds the float32 copy 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Result of `perplexity`.
+    """Result of `perplexity`."""
 
-    Attributes
-    ----------
-    value : float
-        ``exp(nll / tokens)``; inf if that overflows, NaN if the model gave NaN.
-    nll : float
-        Sum of the negative log-likelihoods, in nats.
-    tokens : int
-        Number of predicted tokens: one less than the window's length, for each window.
-    windows : int
-        Number of windows.
-    window : int
-        Tokens per window.
-    window_nll : tuple of float
-        Sum of the negative log-likelihoods of each window.
-    """
-
-    value: float
-    nll: float
-    tokens: int
+    value: float  # exp(nll / tokens); inf if that overflows, NaN if the model gave NaN
+    nll: float  # sum of the negative log-likelihoods, nats
+    tokens: int  # predicted ones: one less than the window's length, for each window
     windows: int
-    window: int
-    window_nll: tuple[float, ...] = ()
+    window: int  # tokens per window
+    window_nll: tuple[float, ...] = ()  # nats, of each window
 
     @property
     def window_losses(self) -> list[float]:

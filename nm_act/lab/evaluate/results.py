@@ -28,32 +28,15 @@ _COMPARABLE = ("model", "weights", "dtype", "limit", "tokens", "window", "data")
 
 @dataclass(frozen=True)
 class Row:
-    """One result beside the dense model's of the same run.
+    """One result beside the dense model's of the same run."""
 
-    Attributes
-    ----------
-    fields : dict
-        The `COLUMNS`.
-    name : str
-        Variant's name.
-    drop, drop_stderr : float
-        Relative drop in per cent, ``100 (dense - value) / dense`` (a perplexity's rise counts as a drop), and the
-        standard error of the paired differences document by document. NaN for the dense row.
-    protocol : str
-        Settings of the run, as text.
-    identity : dict
-        Of the run, from its folder.
-    calibrated_on : str
-        Description of the text and training of the row's calibration, "" without one.
-    """
-
-    fields: dict
-    name: str
-    drop: float
-    drop_stderr: float
-    protocol: str = ""
-    identity: dict = field(default_factory=dict, repr=False)
-    calibrated_on: str = ""
+    fields: dict  # the COLUMNS
+    name: str  # variant's name
+    drop: float  # relative drop in %, 100 (dense - value) / dense, for a perplexity its rise; NaN for the dense row
+    drop_stderr: float  # standard error of the paired differences, document by document
+    protocol: str = ""  # settings of the run, as text
+    identity: dict = field(default_factory=dict, repr=False)  # of the run
+    calibrated_on: str = ""  # text and training of the row's calibration
 
     @property
     def run(self) -> str:
@@ -67,15 +50,10 @@ class Row:
 
 
 def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
-    """Rows of one or several run folders, dense first, then in the order of names.
+    """Rows of run folders, dense first, then in the order of names; dense rows of the same `Row.run` are taken once.
 
-    Of several folders with the same `Row.run`, the dense rows, which every folder has, are taken once.
-
-    Raises
-    ------
-    ValueError
-        If a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the same run (for
-        dense rows: with another value).
+    A ValueError if a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the same
+    run (for dense rows: with another value).
     """
     rates = rates or Rates.load()
     rows: dict[tuple[str, str, str], Row] = {}

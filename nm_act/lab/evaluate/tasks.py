@@ -30,28 +30,15 @@ EXTRA = "run `pip install nm_act[eval]`"
 
 @dataclass(frozen=True)
 class Layout:
-    """Documents in one layout.
+    """Documents in one layout."""
 
-    Attributes
-    ----------
-    fields : tuple of str
-        Fields that every document has.
-    label : str
-        Field of the right answer; "" where there is nothing to check.
-    choices : callable
-        Document -> labels that it may have.
-    text : bool
-        Whether a number may be written as text. The harness takes text for an index only where it renders a template;
-        elsewhere it would look up the words.
-    overrides : dict
-        Of the harness's task configuration, to read this layout; none for the harness's own.
-    """
-
-    fields: tuple[str, ...]
-    label: str = ""
-    choices: Callable[[dict], Collection] = lambda row: (None,)
+    fields: tuple[str, ...]  # that every document has
+    label: str = ""  # field of the right answer; "" where there is nothing to check
+    choices: Callable[[dict], Collection] = lambda row: (None,)  # document -> labels that it may have
+    # Whether a number may be written as text. The harness takes text for an index only where it renders a template;
+    # elsewhere it would look up the words.
     text: bool = False
-    overrides: dict = field(default_factory=dict)
+    overrides: dict = field(default_factory=dict)  # of the harness's task configuration, to read this layout
 
     def answer(self, row: dict) -> tuple[object, Collection]:
         """A document's label, and those that it may have."""
@@ -127,23 +114,12 @@ METRICS = {"ifeval": "prompt_level_strict_acc"}
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Result of one task for one model.
-
-    Attributes
-    ----------
-    metric : str
-    value : float
-        Mean over the documents.
-    stderr : float
-        Standard error of that mean.
-    scores : tuple of float
-        One per document, in order. Every model of a run sees the same documents, so differences can be paired.
-    """
+    """Result of one task for one model."""
 
     metric: str
-    value: float
-    stderr: float
-    scores: tuple[float, ...]
+    value: float  # mean over the documents
+    stderr: float  # standard error of that mean
+    scores: tuple[float, ...]  # one per document, the same documents for every model: differences can be paired
 
 
 def check_available(tasks: list[str]) -> None:
@@ -173,27 +149,11 @@ def _check_punkt() -> None:
 
 
 def build_task(name: str, folder: str | Path | None = None):
-    """The harness's task object, and where its documents are from.
+    """The harness's task object, and where its documents are from: "file" and "sha256", or "hub".
 
-    Parameters
-    ----------
-    name : str
-        One of `TASKS`.
-    folder : str or Path, optional
-        Data folder (see `nm_act.lab.texts.find_file`); without one the harness downloads from the hub.
-
-    Returns
-    -------
-    task : lm_eval.api.task.Task
-    source : dict
-        "file" and "sha256", or "hub".
-
-    Raises
-    ------
-    ValueError
-        If the task is unknown, its file has an unknown layout, or a row of every split lacks a field or a valid label.
-    OSError
-        If there is no file, or the hub cannot be read.
+    Without a data folder (see `nm_act.lab.texts.find_file`) the harness downloads from the hub. A ValueError if the
+    task is unknown, its file has an unknown layout, or a row of every split lacks a field or a valid label; an OSError
+    if there is no file, or the hub cannot be read.
     """
     check_available([name])
     _quiet()
@@ -293,21 +253,9 @@ def harness_model(model, tokenizer, batch_size: int = 8):
 
 
 def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
-    """Evaluate a model on one task, zero-shot.
+    """Evaluate a `harness_model` on a task of `build_task`, zero-shot, on at most `limit` documents.
 
-    Parameters
-    ----------
-    task : lm_eval.api.task.Task
-        From `build_task`.
-    wrapped : lm_eval.api.model.LM
-        From `harness_model`.
-    limit : int, optional
-        Only the first so many documents.
-
-    Raises
-    ------
-    RuntimeError
-        If the likelihood of an answer is NaN.
+    A RuntimeError if the likelihood of an answer is NaN.
     """
     import lm_eval
 

@@ -17,43 +17,18 @@ __all__ = ["DENSE_VARIANT", "Variant", "calibrated_copy", "from_recipe", "resolv
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a study.
+    """One row of a study: the dense model, a recipe, or a calibration."""
 
-    Attributes
-    ----------
-    name : str
-        Unique in a study.
-    method : str
-        Criterion and mitigations, "wina+var", and "first-1" where a sequence's first token stays dense; "mixed" where
-        layers differ; "dense" for the dense model.
-    pattern : str
-        "2:4", ...; "mixed" where layers differ.
-    layers : str
-        "all", "amber", "alanova", "search" or "custom".
-    recipe : Recipe or None
-        None for the dense model.
-    calibrated : bool
-        Whether ``nm-act calibrate`` made the variant's data.
-    seed : int
-        Of the calibration.
-    calibration : str
-        SHA-256 of the calibration's data; "" where nothing is calibrated.
-    calibrated_on : str
-        Description of the calibration's text and training.
-    folder : Path or None
-        Folder of the calibration; it is no part of a result.
-    """
-
-    name: str
-    method: str
-    pattern: str
-    layers: str
-    recipe: Recipe | None = None
-    calibrated: bool = False
-    seed: int = 0
-    calibration: str = ""
-    calibrated_on: str = ""
-    folder: Path | None = None
+    name: str  # unique in a study
+    method: str  # criterion and mitigations, "wina+var" or "act+first-1"; "mixed" where layers differ
+    pattern: str  # "2:4", ...; "mixed" where layers differ
+    layers: str  # "all", "amber", "alanova", "search" or "custom"
+    recipe: Recipe | None = None  # None for the dense model
+    calibrated: bool = False  # whether nm-act calibrate made its data
+    seed: int = 0  # of the calibration
+    calibration: str = ""  # SHA-256 of the calibration's data
+    calibrated_on: str = ""  # text and training of the calibration
+    folder: Path | None = None  # of the calibration; not part of a result
 
     def to_dict(self) -> dict:
         """Plain mapping of the fields, without the folder."""

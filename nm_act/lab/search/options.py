@@ -19,31 +19,18 @@ __all__ = ["CalibratedData", "find_calibrations", "option_recipe", "option_varia
 
 @dataclass(frozen=True)
 class CalibratedData:
-    """One option's calibrated data.
+    """One option's calibrated data."""
 
-    Attributes
-    ----------
-    tensors : dict of str to Tensor
-        "layer.key" -> data of all layers; shapes as in :data:`nm_act.methods.mitigations.DATA`.
-    digest : str
-        SHA-256 of their file.
-    seed : int
-        Of their calibration.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    digest: str
-    seed: int = 0
+    tensors: dict[str, torch.Tensor]  # "layer.key" -> data of all layers, as nm_act.methods.mitigations.DATA says
+    digest: str  # SHA-256 of their file
+    seed: int = 0  # of their calibration
 
 
 def parse_option(text: str) -> LinearSpec:
     """Spec from "PATTERN [CRITERION] [MITIGATION ...]", as specs are printed.
 
-    Raises
-    ------
-    ValueError
-        If the text is no spec, or the spec reorders weights (``permute``): an order is shared by several layers, each
-        of which may get another option.
+    A ValueError if it is no spec, or reorders weights (``permute``): an order is shared by several layers, which may
+    get different options.
 
     Examples
     --------
@@ -69,7 +56,11 @@ def option_recipe(spec: LinearSpec, **fields) -> Recipe:
 
 
 def find_calibrations(specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, Variant]:
-    """Option -> the variant that its calibration was made for, with its folder; raises as `read_data` does."""
+    """Option -> its calibration, for the options that need one.
+
+    The folder `calibrated` has one of ``nm-act calibrate``, all layers alike, for each, as for ``nm-act eval --study``.
+    A FileNotFoundError if one is missing, a ValueError if it is one of another recipe or if the seeds differ.
+    """
     found = {
         name: calibrated_row(from_recipe(option_recipe(spec)), calibrated)
         for name, spec in specs.items()
@@ -82,23 +73,7 @@ def find_calibrations(specs: dict[str, LinearSpec], calibrated: Path | None) -> 
 
 
 def read_data(model: nn.Module, specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, CalibratedData]:
-    """Data of the options that need some, from the calibrations in a folder.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The dense model.
-    specs : dict of str to LinearSpec
-    calibrated : Path or None
-        Has a folder of ``nm-act calibrate`` for each such option, all layers alike, as for ``nm-act eval --study``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If an option's calibration is missing.
-    ValueError
-        If it is one of another recipe or of another model, or if the seeds differ.
-    """
+    """Option -> data of its calibration (`find_calibrations`); ValueError if it was made for another model."""
     return {
         name: CalibratedData(check_calibration(model, found.folder)[1], found.calibration, found.seed)
         for name, found in find_calibrations(specs, calibrated).items()

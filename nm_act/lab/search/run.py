@@ -54,17 +54,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Point:
-    """A recipe with its predicted speed-up and its perplexity on the calibration text.
-
-    Attributes
-    ----------
-    name : str
-        "dense", "search", or the baseline's.
-    recipe : Recipe or None
-        None for the dense model.
-    speedup : float
-    perplexity : float
-    """
+    """A recipe (None: dense) with its predicted speed-up and its perplexity on the calibration text."""
 
     name: str
     recipe: Recipe | None
@@ -86,7 +76,7 @@ def search(
     note: Callable[[str], None],
     bar: Callable[[str], AbstractContextManager],
 ) -> tuple[Point, list[Point], list[str]]:
-    """Find a recipe for a goal and write it with its frontier; finished measurements in `output` are not repeated.
+    """Find a recipe for a goal, and write it with its frontier; finished measurements in `output` are not repeated.
 
     Parameters
     ----------
@@ -100,7 +90,7 @@ def search(
     output : Path
         A new folder or that of an earlier run.
     identity : dict
-        Facts about model and text for the folder; the weights, token ids and `layers_together` are added here.
+        Facts about model and text for the folder, beside those that follow from the other arguments.
     layers_together : int
         Consecutive layers that get one choice.
     calibrated : Path, optional

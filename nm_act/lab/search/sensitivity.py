@@ -26,22 +26,12 @@ __all__ = ["Group", "groups_of", "sensitivities"]
 
 @dataclass(frozen=True)
 class Group:
-    """Projections that get one choice together: the same projection of consecutive layers.
-
-    Attributes
-    ----------
-    layers : tuple of int
-    projections : tuple of str
-    shapes : tuple of (int, int)
-        in_features and out_features of each linear layer.
-    names : tuple of str
-        Module names.
-    """
+    """Linear layers that get one choice together: the same projection of consecutive decoder layers."""
 
     layers: tuple[int, ...]
     projections: tuple[str, ...]
-    shapes: tuple[tuple[int, int], ...]
-    names: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]  # in_features and out_features of each linear layer
+    names: tuple[str, ...]  # of the modules
 
     @property
     def macs(self) -> int:
@@ -81,7 +71,7 @@ def sensitivities(
     progress: Callable[[int, int], None] | None = None,
     calibrated: dict[str, CalibratedData] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """KL divergence per token for every group and spec, on calibration text.
+    """KL divergence for every group and spec on calibration text: group key -> spec name -> nats per token.
 
     Decoder layers in front of a group are not run again: their dense output is kept, one window at a time.
 
@@ -99,11 +89,6 @@ def sensitivities(
         Called with the number of finished measurements and their total.
     calibrated : dict of str to CalibratedData, optional
         Spec name -> data of the specs that need some.
-
-    Returns
-    -------
-    dict
-        Group key -> spec name -> mean KL in nats per token.
 
     Raises
     ------

@@ -17,24 +17,12 @@ _SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Choice:
-    """An assignment of a spec's name (or "dense") to every group.
+    """An assignment of a spec's name (or "dense") to every group."""
 
-    Attributes
-    ----------
-    names : tuple of str
-        One per group.
-    speedup : float
-        Predicted for all linear layers of the decoder.
-    sensitivity : float
-        Sum over the groups, nats per token.
-    bound : float
-        Lower bound of the sensitivity of any choice that is as fast as the target.
-    """
-
-    names: tuple[str, ...]
-    speedup: float
-    sensitivity: float
-    bound: float
+    names: tuple[str, ...]  # one per group
+    speedup: float  # predicted for all linear layers of the decoder
+    sensitivity: float  # sum over the groups, nats per token
+    bound: float  # lower bound of the sensitivity of any choice that is as fast as the target
 
 
 def solve(
@@ -47,24 +35,11 @@ def solve(
 ) -> Choice:
     """Least total sensitivity at a predicted speed-up of at least the target: a multiple-choice knapsack.
 
-    Solved exactly (up to a millionth) by HiGHS, as an integer program with one binary variable per group and option.
+    Solved exactly (up to a millionth) by HiGHS, as an integer program with one binary variable per group and option. A
+    ValueError if even the fastest option everywhere does not reach the target.
 
-    Parameters
-    ----------
-    groups : list of Group
-    costs : dict
-        Group key -> spec name -> sensitivity, from `sensitivities`.
-    specs : dict of str to LinearSpec
-    rates : Rates
-    target_speedup : float
-        Of all linear layers together.
-    other_macs : int
-        Multiply-accumulates per token of the linear layers in no group, which stay dense.
-
-    Raises
-    ------
-    ValueError
-        If even the fastest option everywhere does not reach the target.
+    `costs` has the sensitivities by group key and spec name, from `sensitivities`; `other_macs` counts the
+    multiply-accumulates per token of the linear layers in no group, which stay dense.
     """
     return _Problem.of(groups, costs, specs, rates, other_macs).solved(target_speedup)
 

@@ -10,21 +10,9 @@ SENSITIVITIES, POINTS = "sensitivities.jsonl", "points.jsonl"
 
 
 class ResultLines:
-    """Rows of a JSON-lines file by some of their fields.
+    """Rows of a JSON-lines file by the fields `key`, of which the last one may be missing (None).
 
-    Parameters
-    ----------
-    path : Path
-        Need not exist.
-    key : tuple of str
-        Fields that tell rows apart. The last one may be missing: None.
-    values : tuple of str
-        The other fields that every row has.
-
-    Raises
-    ------
-    ValueError
-        If a line of the file lacks a field.
+    The file need not exist. A ValueError if a line lacks one of the other fields or of the `values`.
     """
 
     def __init__(self, path: Path, key: tuple[str, ...], values: tuple[str, ...]):
