@@ -166,10 +166,6 @@ cudaError_t query_gemm_device(int device, GemmDevice* result);
 const char* cuda_error_text(cudaError_t status);
 MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device);
 bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device);
-// config: select_config's, or for tuning another; on sm_80 it is not read.
-struct GemmConfig;  // matmul/config.h
-cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, const GemmConfig& config,
-                               cudaStream_t stream);
 
 // gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens, in one launch;
 // P is the selection of x - shift, or x itself without a pattern. Only those rows of W are read that have a survivor,

@@ -22,7 +22,13 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
     case Why::kFloat32: return "float32 has no kernel on CUDA that gains; use bfloat16 or float16";
     case Why::kTooFewTokens:
       return tokens + (one ? " is" : " are") + " too few for the sparse tensor cores to pay; they do from " +
-             std::to_string(kSparseGemmTokens) + " on";
+             std::to_string(facts.weight.stored_in_out() && facts.weight.out_features >= kSparseGemmOutputsInOut
+                                ? kSparseGemmTokensInOut
+                                : kSparseGemmTokens) +
+             " on";
+    case Why::kUnmeasured:
+      return "the sparse GEMM was measured on compute capability 9.0 alone, and others keep the dense product; "
+             "nm_act.sparse_gemm runs it";
     case Why::kNoSparsePath: return "this pattern has no sparse tensor-core path; 2:4 and 2:4+1 do";
     case Why::kNoLiftedWeight:
       return "no lifted_weight was given, which this pattern needs on the sparse tensor cores; "

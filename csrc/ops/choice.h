@@ -45,6 +45,7 @@ enum class Why : int {
   kStoredOutIn,       // gather would need [in, out]
   kFloat32,           // tensor cores take 16 bits
   kTooFewTokens,      // too few for the sparse tensor cores to pay
+  kUnmeasured,        // whether they pay on this device was never measured
   kNoSparsePath,      // neither 2:4 nor 2:4+1
   kNoLiftedWeight,    // 2:4+1, but the weight was not lifted
   kLiftedDoesNotPay,  // 2:4+1 and a lifted weight, but slower
@@ -136,7 +137,8 @@ inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) 
   if (facts.weight.in_features > kMaxRowFeatures) return dense(Why::kLongRow);
   if (!gemm_takes(facts.type, weight, device.compute_capability_major)) return dense(Why::kShape);
   GemmProblem problem{facts.tokens, weight.out_features, facts.weight.in_features, facts.type, device.multiprocessors};
-  if (!sparse_gemm_pays(problem)) return dense(Why::kTooFewTokens);
+  if (device.compute_capability_major != 9) return dense(Why::kUnmeasured);
+  if (!sparse_gemm_pays(problem, weight.stored_in_out())) return dense(Why::kTooFewTokens);
   if (!plain && !lifted_path_pays(problem)) return dense(Why::kLiftedDoesNotPay);
   problem.in_features = weight.in_features;
   return {plain ? LinearPath::kSparse : LinearPath::kLifted, Why::kEnoughTokens, {}, select_config(problem)};

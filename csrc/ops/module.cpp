@@ -119,7 +119,7 @@ py::list gemm_tiles(const std::string& dtype) {
     tiles.append(py::dict(py::arg("tile") = int(tile.tile), py::arg("tokens") = tile.tokens,
                           py::arg("out_features") = tile.out_features, py::arg("name") = tile.name,
                           py::arg("cluster_tokens") = tile.cluster_tokens,
-                          py::arg("cluster_outputs") = tile.cluster_outputs));
+                          py::arg("cluster_outputs") = tile.cluster_outputs, py::arg("split") = tile.split));
   }
   return tiles;
 }
@@ -128,7 +128,7 @@ py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t o
                              int multiprocessors) {
   const nm_act::GemmConfig config =
       nm_act::select_config({tokens, out_features, in_features, element_type_named(dtype), multiprocessors});
-  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.overlapped);
+  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.splits, config.overlapped);
 }
 
 // (lanes, splits, threads, ahead) of every configuration that the gather kernel can run this problem with; the one it

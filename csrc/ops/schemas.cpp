@@ -86,9 +86,10 @@ TORCH_LIBRARY(nm_act, m) {
 
   // Private, for benchmarks/tune_decode.py and tune.py: the kernels with a configuration of the caller's choice. That
   // of the gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); of the GEMM on sm_90: tile,
-  // raster, swizzle, overlapped (csrc/kernels/matmul/config.h).
+  // raster, swizzle, splits, overlapped (csrc/kernels/matmul/config.h).
   m.def("_tune_gather(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int[] config) -> Tensor");
   m.def(
-      "_tune_sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, Tensor? row_scale, "
-      "Tensor? column_scale, ScalarType? out_dtype, int[] config) -> Tensor");
+      "_tune_sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, int[] config, *, "
+      "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, "
+      "ScalarType? out_dtype=None) -> Tensor");
 }

@@ -172,8 +172,8 @@ def sparse_linear(
         :func:`nm_act.lift_weight` of ``weight``, for 2:4+1 on the sparse tensor cores; used where that pays, which
         :func:`nm_act.explain` tells.
     activation_dtype : torch.dtype, optional
-        torch.float8_e4m3fn casts the survivors to e4m3, one dynamic scale a token, for the fp8 tensor cores: 2:4 on CUDA
-        (sm_90), x in 16 bits, the weight in float8_e4m3fn and contiguous. Otherwise the dtype of x.
+        torch.float8_e4m3fn casts the survivors to e4m3, one dynamic scale a token, for the fp8 tensor cores: 2:4 on
+        CUDA (sm_90), x in 16 bits, the weight in float8_e4m3fn and contiguous. Otherwise the dtype of x.
 
     Returns
     -------

@@ -221,8 +221,8 @@ def _check_operand(operand: Packed, weight: Tensor) -> None:
     if operand.values.shape != (operand.tokens, features // 2) or not operand.values.is_contiguous():
         raise ValueError(
             f"expected an operand with contiguous values [{operand.tokens}, {features // 2}] for {operand.tokens} "
-            f"tokens of {operand.in_features} features in {operand.pattern}, got {list(operand.values.shape)} with strides "
-            f"{operand.values.stride()}; compress the part of x that is wanted"
+            f"tokens of {operand.in_features} features in {operand.pattern}, got {list(operand.values.shape)} with "
+            f"strides {operand.values.stride()}; compress the part of x that is wanted"
         )
     if weight.dim() != 2 or weight.shape[1] != features:
         lifted = "; use nm_act.lift_weight(weight, pattern)" if is_lifted(operand.pattern) else "; use the layer's own"
@@ -233,7 +233,7 @@ def _check_operand(operand: Packed, weight: Tensor) -> None:
 
 
 def sparse_linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options) -> Tensor:
-    """Deprecated name of :func:`nm_act.sparse_linear` with ``weight_scale`` and ``activation_dtype=torch.float8_e4m3fn``."""
+    """Deprecated: :func:`nm_act.sparse_linear` with ``weight_scale`` and ``activation_dtype=torch.float8_e4m3fn``."""
     warnings.warn(
         "nm_act.sparse_linear_fp8 is deprecated; use nm_act.sparse_linear(x, weight, bias, weight_scale=weight_scale, "
         "activation_dtype=torch.float8_e4m3fn)",

@@ -35,8 +35,8 @@ class FP8Linear(nn.Module):
     layer : NMLinear
         Its weight is quantised per output channel: ``weight_scale = max|W| / 448``, rounded to nearest.
     layout : {"prefill", "decode"}
-        "prefill" stores [out, in], which fp8 tensor cores need: any number of tokens runs in e4m3 on
-        both sides (the pattern must be 2:4). "decode" stores [in, out], of which few tokens read the rows of survivors only; more
+        "prefill" stores [out, in], which fp8 tensor cores need: any number of tokens runs in e4m3 on both sides (the
+        pattern must be 2:4). "decode" stores [in, out], of which few tokens read the rows of survivors only; more
         tokens dequantise the weight to the dtype of x for the time of the call, so they gain no fp8 speed.
 
     Raises

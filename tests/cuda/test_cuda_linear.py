@@ -170,11 +170,10 @@ def test_non_finite_inputs_reach_the_output(tokens, layout):
 HOPPER = pytest.mark.skipif(KERNELS and torch.cuda.get_device_capability()[0] != 9, reason="sm_90a only")
 
 
-def tuned(packed, weight, scale, config):
-    row_scale = None if scale is None else packed.row_scale
-    return OPS._tune_sparse_gemm(
-        packed.values, packed.metadata, packed.layout, weight, row_scale, scale, torch.bfloat16, config
-    )
+def tuned(packed, weight, config, column_scale=None, **terms):
+    """sparse_gemm with a configuration of csrc/kernels/matmul/config.h."""
+    options = {"row_scale": packed.row_scale, "eta": packed.eta, "column_scale": column_scale, **terms}
+    return OPS._tune_sparse_gemm(packed.values, packed.metadata, packed.layout, weight, config, **options)
 
 
 @HOPPER
@@ -183,13 +182,13 @@ def tuned(packed, weight, scale, config):
 def test_overlapped_launches_wait_for_their_operands(fp8, shape):
     """A GEMM that starts while the compression before it ends gives the bits of one in stream order, every time."""
     tokens, out_features, in_features = shape
-    config = list(nm_act._C.select_gemm_config("e4m3" if fp8 else "bf16", *shape, 132))[:3]
+    config = list(nm_act._C.select_gemm_config("e4m3" if fp8 else "bf16", *shape, 132))[:4]
     weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
     weight, scale = quantise_weight(weight) if fp8 else (weight, None)
 
     def product(x, overlapped):
         packed = nm_act.compress_packed(x, fp8=fp8)
-        return tuned(packed, weight, scale, [*config, int(overlapped)])
+        return tuned(packed, weight, [*config, int(overlapped)], scale)
 
     for _ in range(10):
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
@@ -199,22 +198,27 @@ def test_overlapped_launches_wait_for_their_operands(fp8, shape):
 
 @HOPPER
 @pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("shape", [(1, 16, 64), (129, 272, 288), (200, 1024, 14336), (512, 10240, 4096)])
-def test_every_tile_makes_the_product_with_the_same_bits_each_time(fp8, shape):
+def test_every_tile_makes_the_product_with_the_same_bits_each_time(fp8, full, shape):
     x, weight, _ = problem(*shape)
     packed, scale = nm_act.compress_packed(x, fp8=fp8), None
     if fp8:
         weight, scale = quantise_weight(weight)
-    expected = nm_act.sparse_gemm(packed, weight, column_scale=scale)
+    terms = {"column_scale": scale}
+    if full:
+        packed = dataclasses.replace(packed, eta=torch.randn(shape[0], device="cuda"))
+        terms["shift_out"] = torch.randn(shape[1], device="cuda")
+    expected = nm_act.sparse_gemm(packed, weight, **terms)
     for tile in nm_act._C.gemm_tiles("e4m3" if fp8 else "bf16"):
-        for raster, swizzle in ((1, 1), (2, 2)):
-            config = [tile["tile"], raster, swizzle, 0]
-            first = tuned(packed, weight, scale, config)
+        for raster, swizzle, splits in ((1, 1, 2), (2, 2, 3), (1, 2, 8)):
+            config = [tile["tile"], raster, swizzle, splits if tile["split"] else 1, 0]
+            first = tuned(packed, weight, config, **terms)
             # Sums of the e4m3 tensor cores depend on where a tile is split.
             assert relative_error(first, expected) < (1e-2 if fp8 else 5e-3), config
             for _ in range(3):
                 poison()
-                assert torch.equal(tuned(packed, weight, scale, config), first), config
+                assert torch.equal(tuned(packed, weight, config, **terms), first), config
 
 
 # ---- sparse_gemm and its epilogue ------------------------------------------------------------------------------------

@@ -101,14 +101,20 @@ bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device) {
   return false;
 }
 
-cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, const GemmConfig& config,
-                               cudaStream_t stream) {
-  if (!sparse_gemm_supports(params, device)) return cudaErrorInvalidValue;
+size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch) {
+  if (launch.device.compute_capability_major != 9 || !facts_of(launch.config.tile).split) return 0;
+  size_t bytes = 0;
+  launch.workspace_bytes = &bytes;
+  return launch_sparse_gemm(params, launch) == cudaSuccess ? bytes : 0;
+}
+
+cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch& launch) {
+  if (!sparse_gemm_supports(params, launch.device)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
-  if (device.compute_capability_major != 9) return find_sm80(params)->run(params, stream);
-  const Sm90Instance* instance = find_sm90(params, config.tile);
+  if (launch.device.compute_capability_major != 9) return find_sm80(params)->run(params, launch.stream);
+  const Sm90Instance* instance = find_sm90(params, launch.config.tile);
   if (instance == nullptr) return cudaErrorInvalidValue;
-  return instance->run[static_cast<int>(epilogue_for(params))](params, {config, device.multiprocessors, stream});
+  return instance->run[static_cast<int>(epilogue_for(params))](params, launch);
 }
 
 }  // namespace nm_act

@@ -3,7 +3,7 @@
 
 #include <torch/library.h>
 
-#include "kernels/matmul/config.h"
+#include "kernels/matmul/sparse_gemm.h"
 
 namespace nm_act::cuda_ops {
 
@@ -40,6 +40,18 @@ bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::S
   params.value_type = element_type(value_type);
   params.y_type = element_type(y_type);
   return sparse_gemm_supports(params, device);
+}
+
+void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConfig& config, const at::Tensor& y,
+                     const char* op) {
+  params.y = y.mutable_data_ptr();
+  GemmLaunch launch{device, config, current_stream(y), nullptr, nullptr};
+  at::Tensor workspace;
+  if (const size_t bytes = sparse_gemm_workspace(params, launch); bytes > 0) {
+    workspace = at::empty({static_cast<int64_t>(bytes)}, y.options().dtype(at::kByte));
+    launch.workspace = workspace.mutable_data_ptr();
+  }
+  check_status(launch_sparse_gemm(params, launch), op);
 }
 
 namespace {
@@ -83,10 +95,10 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
       "and out with either weight storage; e4m3 with an [out, in] weight on sm_90; 16-byte aligned rows), got values ",
       values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
       " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
-  TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 4 && device.compute_capability_major == 9),
-                    "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, overlapped) on sm_90, got ",
-                    config.value_or(at::IntArrayRef{}), " on compute capability ", device.compute_capability_major,
-                    ".x; use sparse_gemm");
+  TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 5 && device.compute_capability_major == 9),
+                    "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on ",
+                    "sm_90, got ", config.value_or(at::IntArrayRef{}), " on compute capability ",
+                    device.compute_capability_major, ".x; use sparse_gemm");
   const bool biased = bias.has_value() && bias->defined();
   TORCH_CHECK_VALUE(!biased || (bias->dim() == 1 && bias->size(0) == out_features && bias->is_floating_point()),
                     "nm_act::sparse_gemm expected a floating-point bias [", out_features, "], got ",
@@ -104,12 +116,11 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
       vector(column_scale, out_features, "column_scale"), biased ? aligned(bias->to(type)) : at::Tensor()};
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
-  params.y = y.mutable_data_ptr();
   const GemmConfig chosen =
       config.has_value() ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
-                                      static_cast<int>((*config)[2]), (*config)[3] != 0}
+                                      static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
                          : select_config({tokens, out_features, weight.size(1), value_type, device.multiprocessors});
-  check_status(launch_sparse_gemm(params, device, chosen, current_stream(values)), kOp);
+  run_sparse_gemm(params, device, chosen, y, kOp);
   return y;
 }
 
@@ -121,10 +132,10 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, c10
 }
 
 at::Tensor tune_sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout,
-                            const at::Tensor& weight, const OptionalTensor& row_scale,
-                            const OptionalTensor& column_scale, std::optional<at::ScalarType> out_dtype,
-                            at::IntArrayRef config) {
-  return run(values, metadata, layout, weight, {}, row_scale, {}, {}, column_scale, out_dtype, config);
+                            const at::Tensor& weight, at::IntArrayRef config, const OptionalTensor& row_scale,
+                            const OptionalTensor& eta, const OptionalTensor& shift_out,
+                            const OptionalTensor& column_scale, std::optional<at::ScalarType> out_dtype) {
+  return run(values, metadata, layout, weight, {}, row_scale, eta, shift_out, column_scale, out_dtype, config);
 }
 
 }  // namespace

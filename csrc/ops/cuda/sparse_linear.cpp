@@ -58,8 +58,7 @@ at::Tensor sparse_product(const at::Tensor& x, const at::Tensor& weight, const S
   epilogue.eta = operand.eta;
   for (at::Tensor* vector : {&epilogue.shift_out, &epilogue.column_scale, &epilogue.bias}) *vector = aligned(*vector);
   SparseGemmParams params = gemm_params(operand, weight, epilogue, x.scalar_type());
-  params.y = y.mutable_data_ptr();
-  check_status(launch_sparse_gemm(params, device, config, current_stream(x)), op);
+  run_sparse_gemm(params, device, config, y, op);
   return y;
 }
 
