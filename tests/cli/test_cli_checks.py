@@ -4,21 +4,14 @@ import importlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import tiny_model
 import torch
-from typer.testing import CliRunner
+from commands import interrupted, python, run
 
-from nm_act.cli import app
 from nm_act.recipe import Recipe
-
-
-def _run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
@@ -72,7 +65,7 @@ def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments,
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(checkpoints, "load_model", load_model)
-    result = _run(*(argument.format(model=folder, **files) for argument in arguments))
+    result = run(*(argument.format(model=folder, **files) for argument in arguments))
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     assert "loading" not in result.stderr
@@ -82,19 +75,14 @@ def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments,
 
 
 def test_no_arguments_is_help_and_version():
-    assert "Commands:" in _run().stdout
+    assert "Commands:" in run().stdout
     from nm_act.version import __version__
 
-    result = _run("--version")
+    result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"nm-act {__version__}\n")
 
 
 # ---- the package's names
-
-
-def _python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout.split()
 
 
 def test_importing_the_package_leaves_torch_alone_and_finds_every_name():
@@ -105,7 +93,7 @@ for name in nm_act.__all__:
     getattr(nm_act, name)
 print(nm_act.NMActConfig.__name__, nm_act.methods.mitigations.__name__, hasattr(nm_act, "nonsense"))
 """
-    assert _python(code) == ["False", "NMActConfig", "nm_act.methods.mitigations", "False"]
+    assert python(code) == ["False", "NMActConfig", "nm_act.methods.mitigations", "False"]
 
 
 def test_a_function_hides_the_module_of_its_name_whatever_was_imported_first():
@@ -114,40 +102,21 @@ import nm_act.conversion.sparsify, nm_act.ops.explain, nm_act.optimize.model
 import nm_act
 print(*(type(getattr(nm_act, name)).__name__ for name in ("sparsify", "explain", "optimize")))
 """
-    assert _python(code) == ["function"] * 3
+    assert python(code) == ["function"] * 3
 
 
 def test_operators_are_there_after_torch_and_the_package_are_imported():
     code = "import torch, nm_act; print(torch.ops.nm_act.prune)"
-    assert _python(code) == ["nm_act.prune"]
+    assert python(code) == ["nm_act.prune"]
 
 
 # ---- Ctrl-C
 
 
-def _interrupted(arguments, seconds):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nm_act", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A shell's background job ignores SIGINT, and so would its grandchildren.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        time.sleep(seconds)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    return process.returncode, stdout, stderr
-
-
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 1.0])
 def test_interrupted_during_imports(folder, text, seconds):
-    code, stdout, stderr = _interrupted(["ppl", folder, "--text", text], seconds)
+    code, stdout, stderr = interrupted(["ppl", folder, "--text", text], lambda process: time.sleep(seconds))
     assert "Traceback" not in stderr
     assert code in (130, -signal.SIGINT)  # a shell shows both as 130
     assert stdout == ""
@@ -172,14 +141,14 @@ def test_what_wrote_nothing_does_not_promise_to_go_on(folder, files, monkeypatch
         ),
     }[command]
     arguments = [argument.format(model=folder, **files) for argument in arguments]
-    result = _run(*arguments)
+    result = run(*arguments)
     assert result.exit_code == 130
     assert result.stderr.endswith(common.INTERRUPTED + "\n")
     (files["out"] / kept).parent.mkdir(parents=True)
     (files["out"] / kept).touch()
     for name in {"eval": ["run.json"], "search": ["run.json"], "calibrate": ["state/run.json"]}[command]:
         (files["out"] / name).touch()
-    result = _run(*arguments)
+    result = run(*arguments)
     assert result.exit_code == 130
     assert result.stderr.endswith(common.INTERRUPTED_BUT_KEPT + "\n")
 
@@ -189,7 +158,7 @@ def test_what_wrote_nothing_does_not_promise_to_go_on(folder, files, monkeypatch
 
 def test_a_pattern_given_twice_is_one_row_with_a_note(folder, text):
     options = ["--pattern", "2:4", "--pattern", "8:16", "--pattern", "2:4", "--max-tokens", 64, "--json"]
-    result = _run("ppl", folder, "--text", text, *options)
+    result = run("ppl", folder, "--text", text, *options)
     assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ["dense", "2:4", "8:16"]
     assert "--pattern names 2:4 twice: one row\n" in result.stderr
 
@@ -200,7 +169,7 @@ def test_ppl_refuses_a_dense_model_that_gives_nan(text, tmp_path):
         model.lm_head.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    result = _run("ppl", tmp_path, "--text", text, "--pattern", "2:4", "--max-tokens", 64)
+    result = run("ppl", tmp_path, "--text", text, "--pattern", "2:4", "--max-tokens", 64)
     assert result.exit_code == 2
     assert "expected a finite perplexity of the dense model, got nan" in result.stderr
     assert "perplexity, 2:4" not in result.stderr
@@ -248,7 +217,7 @@ def test_info_fits_80_columns(monkeypatch):
     from nm_act.ops import support_table
 
     monkeypatch.setenv("COLUMNS", "80")
-    out = _run("info").stdout
+    out = run("info").stdout
     assert max(map(len, out.splitlines())) <= 80
     assert {row["op"] for row in support_table()} <= set(out.split())
 

@@ -8,11 +8,10 @@ import shutil
 import pytest
 import tiny_model
 import torch
+from commands import ok, run
 from torch import nn
-from typer.testing import CliRunner
 
 import nm_act
-from nm_act.cli import app
 from nm_act.conversion.calibration import set_layers
 from nm_act.conversion.permutation import fold_order
 from nm_act.integrations.checkpoints import load_model
@@ -375,7 +374,7 @@ def test_data_of_a_layer_is_missing(calibrated):
 
 
 def _command(*arguments):
-    return CliRunner().invoke(app, ["calibrate", *(str(argument) for argument in arguments)])
+    return run("calibrate", *arguments)
 
 
 def test_command(folder, text, tmp_path):
@@ -388,10 +387,8 @@ def test_command(folder, text, tmp_path):
     assert json.loads((output / "calibration.json").read_text())["windows"] == 4
     model, _ = load_model(output)
     assert model.model.layers[0].mlp.down_proj.shift.abs().max() > 0
-    ppl = CliRunner().invoke(
-        app, ["ppl", str(folder), "--text", str(text), "--calibration", str(output), "--window", "32", "--json"]
-    )
-    assert [row["name"] for row in json.loads(ppl.stdout)["rows"]] == ["dense", "out"]
+    ppl = ok("ppl", folder, "--text", text, "--calibration", output, "--window", 32, "--json")
+    assert [row["name"] for row in json.loads(ppl)["rows"]] == ["dense", "out"]
     again = _command(*arguments)
     assert again.exit_code == 2
     assert "expected a folder without a finished calibration" in again.stderr

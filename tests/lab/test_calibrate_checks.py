@@ -5,11 +5,10 @@ import json
 import pytest
 import tiny_model
 import torch
+from commands import run
 from safetensors import safe_open
-from typer.testing import CliRunner
 
 import nm_act
-from nm_act.cli import app
 from nm_act.cli.calibrate import calibrate as command
 from nm_act.conversion.sparsify import check_recipe
 from nm_act.lab.calibrate import CalibrationSettings, calibrate, calibration_windows, save_calibration
@@ -33,7 +32,7 @@ def _sparse(model) -> bool:
 
 
 def _command(*arguments):
-    return CliRunner().invoke(app, ["calibrate", *(str(argument) for argument in arguments)])
+    return run("calibrate", *arguments)
 
 
 @pytest.mark.parametrize("mitigation", ["spts", "permute"])
