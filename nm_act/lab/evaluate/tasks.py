@@ -262,7 +262,13 @@ def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
     # The harness draws progress bars wherever it is: without a terminal they would fill a log file.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         output = lm_eval.simple_evaluate(
-            model=wrapped, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=True
+            model=wrapped,
+            tasks=[task],
+            num_fewshot=0,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            task_manager=_manager(),
         )
     [name] = output["results"]
     metric = METRICS.get(name, "acc")
