@@ -8,7 +8,7 @@ import typer
 
 from . import common
 from . import options as opt
-from .ppl import build_recipes, check_uncalibrated, once
+from .recipes import build_recipes, check_uncalibrated, once
 
 DEFAULT_TASKS = "wikitext2,arc_easy,boolq,piqa,winogrande"
 
@@ -76,9 +76,7 @@ def evaluate(
     if data is not None:
         common.note("data: " + ", ".join(f"{name} {source['file']}" for name, source in sources.items()))
     common.set_threads(threads)
-    if window is not None and text is not None:
-        check_window(common.load_config(model), window)
-    dense, tokenizer = common.load_dense(model, dtype, device)
+    dense, tokenizer = common.load_dense(model, dtype, device, None if text is None else window)
     for name, task in built.items():
         check_context(name, task, dense)
     for variant in variants:

@@ -97,7 +97,7 @@ def test_an_output_that_holds_files_is_refused(text, tmp_path, kind):
     if kind == "a folder of files":
         output.mkdir()
         (output / "thesis.tex").write_text("years")
-        sentence = "holds 'thesis.tex'"
+        sentence = "with thesis.tex and without state/run.json"
     elif kind in ("a file", "inside a file"):
         output.write_text("years")
         output = output if kind == "a file" else output / "new"

@@ -109,14 +109,14 @@ def make_folder(folder: Path, shown: Path, option: str) -> None:
         raise type(error)(f"cannot make the folder {str(shown)!r}: {reason}; choose another {option}") from error
 
 
-def check_output(path: Path) -> None:
-    """Raise a ValueError if a folder holds something other than a run."""
-    if path.is_dir() and not (path / RUN_FILE).is_file():
-        other = next((each.name for each in sorted(path.iterdir()) if each.name != "rows"), None)
-        if other is not None or any((path / "rows").glob("*")):
+def check_output(path: Path, run_file: str = RUN_FILE, part: str = "rows") -> None:
+    """Raise a ValueError if a folder holds files, but not `run_file`; the folder `part` in it may be there, empty."""
+    if path.is_dir() and not (path / run_file).is_file():
+        other = next((each.name for each in sorted(path.iterdir()) if each.name != part), part)
+        if other != part or any((path / part).glob("*")):
             raise ValueError(
-                f"expected a new folder or that of an earlier run, got {str(path)!r} with {other or 'results'} and "
-                f"without {RUN_FILE}; choose another --output"
+                f"expected a new folder or that of an earlier run, got {str(path)!r} with {other} and without "
+                f"{run_file}; choose another --output"
             )
 
 
