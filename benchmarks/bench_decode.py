@@ -1,4 +1,4 @@
-"""sparse_linear of 1 to 4 tokens over a weight stored [in, out] against cuBLAS in bf16: the decode kernel.
+"""sparse_linear of 1 to 4 tokens over a weight stored [in, out] against cuBLAS in bf16: the gather kernel.
 
 The whole operator is timed, selection included, as a CUDA graph over rotated operands, so that every weight is cold.
 The baseline cublas_bf16 is torch.nn.functional.linear over the weight as models store it, [out, in]. gbps counts the

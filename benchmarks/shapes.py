@@ -26,7 +26,7 @@ def _draw_token_counts(count: int, largest: int, seed: int) -> tuple[int, ...]:
 TOKEN_COUNTS = _draw_token_counts(12, 20000, seed=0)
 """Log-uniform from 1 to 20000."""
 
-# What the decode kernel's configurations are fitted to: Llama-3's shapes and sixteen others of Qwen2.5 and Qwen3,
+# What the gather kernel's configurations are fitted to: Llama-3's shapes and sixteen others of Qwen2.5 and Qwen3,
 # Gemma 2, Mistral, Phi-3 and OLMo 2, small ones of grouped keys and values among them, few of them powers of two.
 DECODE_SHAPES = (
     *LLAMA_3_8B.values(),

@@ -147,9 +147,9 @@ void prune_rows(const PruneParams& p, int64_t token_begin, int64_t token_end) {
 
 void prune(const PruneParams& p, int64_t token_begin, int64_t token_end) {
   switch (p.dtype) {
-    case DType::kFloat32: return prune_rows<float>(p, token_begin, token_end);
-    case DType::kBFloat16: return prune_rows<BFloat16>(p, token_begin, token_end);
-    case DType::kFloat16: return prune_rows<Float16>(p, token_begin, token_end);
+    case ElementType::kFloat32: return prune_rows<float>(p, token_begin, token_end);
+    case ElementType::kBFloat16: return prune_rows<BFloat16>(p, token_begin, token_end);
+    default: return prune_rows<Float16>(p, token_begin, token_end);
   }
 }
 

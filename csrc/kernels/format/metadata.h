@@ -11,9 +11,9 @@
 //   tokens
 //                     are interleaved 8 by 8, 2x2 blocks of words are transposed, words lie column-major in pairs of
 //                     columns (CUTLASS 2.x: reorder_meta into ColumnMajorInterleaved<2>)
-//   kSm90Bits16T64/T128, kSm90Bits8
+//   kSm90Bits16T64, kSm90Bits8
 //                     64-token by T-feature tiles, tokens fastest (CUTLASS 3.x: Sm90GemmSparseConfig); T = min(TileK,
-//                     128) is part of the 16-bit layout and is always 128 in the 8-bit one, which needs TileK >= 128
+//                     128) is 64 in the 16-bit layout, as its tiles are 64 features deep, and 128 in the 8-bit one
 //
 // The nibble's place is a sum of a term in the token and a term in the group, so kernels hoist the token's part.
 // Physical layouts are allocated for padded tokens and features; padding nibbles are kPaddingNibble, which is legal
@@ -27,15 +27,9 @@
 
 namespace nm_act {
 
-enum class MetadataLayout : int {
-  kNeutral = 0,
-  kSm80Bits16 = 1,
-  kSm90Bits16T64 = 2,
-  kSm90Bits16T128 = 3,
-  kSm90Bits8 = 4
-};
+enum class MetadataLayout : int { kNeutral = 0, kSm80Bits16 = 1, kSm90Bits16T64 = 2, kSm90Bits8 = 3 };
 
-inline constexpr int kMetadataLayouts = 5;
+inline constexpr int kMetadataLayouts = 4;
 inline constexpr uint8_t kPaddingNibble = 0x4;
 
 struct NibbleAddress {
@@ -100,13 +94,12 @@ NM_ACT_HOST_DEVICE constexpr uint64_t sm80_byte(uint64_t padded_tokens, uint32_t
 }
 
 // Offsets count features: two metadata bits a kept feature make eight features a byte.
-NM_ACT_HOST_DEVICE constexpr uint64_t sm90_bits16_byte(uint32_t tile, uint64_t padded_tokens, uint32_t token,
-                                                       uint32_t group) {
-  const uint32_t blocks = tile / 32;  // a 16-token by 32-feature block is what one wgmma.sp reads
+NM_ACT_HOST_DEVICE constexpr uint64_t sm90_bits16_byte(uint64_t padded_tokens, uint32_t token, uint32_t group) {
+  constexpr uint32_t kTile = 64, kBlocks = kTile / 32;  // a 16-token by 32-feature block is what one wgmma.sp reads
   const uint32_t k = group * 4;
-  const uint64_t slab = uint64_t{token / 64} * (64 * tile) + k / tile * padded_tokens * tile;
-  const uint32_t in_slab = token % 64 / 16 * 512 * blocks + token % 8 * 32 * blocks + token / 8 % 2 * 16 +
-                           k / 16 % 2 * 256 * blocks + k % tile / 32 * 32 + k % 16;
+  const uint64_t slab = uint64_t{token / 64} * (64 * kTile) + k / kTile * padded_tokens * kTile;
+  const uint32_t in_slab = token % 64 / 16 * 512 * kBlocks + token % 8 * 32 * kBlocks + token / 8 % 2 * 16 +
+                           k / 16 % 2 * 256 * kBlocks + k % kTile / 32 * 32 + k % 16;
   return slab / 8 + in_slab / 8;
 }
 
@@ -129,8 +122,7 @@ NM_ACT_HOST_DEVICE constexpr NibbleAddress metadata_address(MetadataLayout layou
   switch (layout) {
     case MetadataLayout::kNeutral: byte = detail::neutral_byte(static_cast<uint32_t>(in_features), t, g); break;
     case MetadataLayout::kSm80Bits16: byte = detail::sm80_byte(padded_tokens, t, g); break;
-    case MetadataLayout::kSm90Bits16T64: byte = detail::sm90_bits16_byte(64, padded_tokens, t, g); break;
-    case MetadataLayout::kSm90Bits16T128: byte = detail::sm90_bits16_byte(128, padded_tokens, t, g); break;
+    case MetadataLayout::kSm90Bits16T64: byte = detail::sm90_bits16_byte(padded_tokens, t, g); break;
     case MetadataLayout::kSm90Bits8: byte = detail::sm90_bits8_byte(padded_tokens, t, g); break;
   }
   return {static_cast<int64_t>(byte), shift};

@@ -1,4 +1,4 @@
-// What the decode kernel asks of its block and its cluster. tests/native/emulate_cuda.h answers the same on a host.
+// What the gather kernel asks of its block and its cluster. tests/native/emulate_cuda.h answers the same on a host.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The compiled decode kernels, by type of the weight; each source file defines one.
+// The compiled gather kernels, by type of the weight; each source file defines one.
 #pragma once
 
 #include "../launch.cuh"

@@ -25,7 +25,8 @@ struct GemmConfig {
   GemmTile tile;
   GemmRaster raster;
   int swizzle;      // tiles a band of the raster is wide: 1, 2, 4, 8
-  bool overlapped;  // launched while the kernel before ends
+  int splits;       // blocks that share a tile along its features; 1 but for tiles of the split schedule
+  bool overlapped;  // programmatic dependent launch: starts while the kernel before ends
 };
 
 struct GemmProblem {
@@ -43,6 +44,7 @@ struct TileCost {
   double wave;          // a wave, its beginning and its end
   double memory_mb;     // a MB of operands and result that memory moves at least once
   double multicast_mb;  // a MB that all blocks together bring into shared memory
+  double partial_mb;    // a MB of partial sums that blocks which share a tile write and read
 };
 
 struct TileFacts {
@@ -53,32 +55,36 @@ struct TileFacts {
   int cluster_tokens;  // tiles along the tokens that share a weight tile
   int cluster_outputs;
   bool bits8;
+  bool split;
   const char* name;
 };
 
 inline constexpr bool kIsBits16 = false, kIsE4M3 = true;
+inline constexpr bool kIsCooperative = false, kIsPingPong = false, kIsSplit = true;
 inline constexpr TileFacts kTiles[] = {
-#define NM_ACT_FACTS(name, value, tokens, outputs, features, token_tiles, output_tiles, ...) \
-  {GemmTile::name, tokens, outputs, features, token_tiles, output_tiles, kIs##value, #name},
+#define NM_ACT_FACTS(name, value, tokens, outputs, features, token_tiles, output_tiles, schedule, loop) \
+  {GemmTile::name, tokens, outputs, features, token_tiles, output_tiles, kIs##value, kIs##schedule, #name},
     NM_ACT_TILES(NM_ACT_FACTS)
 #undef NM_ACT_FACTS
 };
 
-// Fitted to benchmarks/results/h100/gemm_tuning.csv: first each tile's times, then, from there, the time lost by the
-// tile that the costs choose (its mean and its square), over every problem of the table (bf16: from 323 tokens on). A
-// wave of 256x192x64 is then counted 10 % longer, which chooses better still. tests/operators/test_gemm_tuning.py holds
-// the choice to the table.
+// Fitted to a run of benchmarks/tune.py: first each tile's times, then, from there, the time lost by the tile that the
+// costs choose, over every problem of the run (bf16: from 323 tokens on). tests/operators/test_gemm_tuning.py holds the
+// choice to benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
-    {1.981, 6.904, 1.181, 0.086, 0.048},   // k128x256x64
-    {0.277, 10.220, 2.219, 0.092, 0.066},  // k256x192x64
-    {2.022, 4.363, 0.076, 0.318, 0.040},   // k128x128x64
-    {2.160, 2.797, 3.537, 0.367, 0.003},   // k128x256x128E4M3
-    {0.264, 4.130, 4.966, 0.434, 0.008},   // k256x192x128E4M3
-    {5.089, 1.826, 0.381, 0.179, 0.055},   // k128x128x256E4M3
-    {4.657, 1.170, 1.124, 0.396, 0.009},   // k64x128x256E4M3
-    {3.086, 0.930, 1.320, 0.342, 0.007},   // k64x64x256E4M3
+    {0.000, 6.121, 3.979, 0.248, 0.029, 0},      // k128x256x64
+    {1.815, 9.131, 4.234, 0.122, 0.063, 0},      // k256x192x64
+    {3.920, 3.326, 0.548, 0.145, 0.084, 0},      // k128x128x64
+    {9.729, 6.520, 0.728, 0.346, 0.000, 0.557},  // k128x256x64Split
+    {1.647, 3.390, 3.585, 0.367, 0.019, 0},      // k128x256x128E4M3
+    {0.804, 4.834, 3.415, 0.321, 0.072, 0},      // k256x192x128E4M3
+    {4.304, 1.903, 0.382, 0.165, 0.063, 0},      // k128x128x256E4M3
+    {3.606, 1.480, 0.522, 0.355, 0.000, 0},      // k64x128x256E4M3
+    {3.521, 1.043, 0.161, 0.351, 0.000, 0},      // k64x64x256E4M3
 };
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
+
+constexpr const TileFacts& facts_of(GemmTile tile) { return kTiles[static_cast<int>(tile)]; }
 
 struct TileGrid {
   int64_t rows, columns;  // in tiles, whole clusters
@@ -92,26 +98,29 @@ inline TileGrid grid_of(const GemmProblem& problem, const TileFacts& tile) {
           tiles(problem.out_features, tile.out_features, tile.cluster_outputs)};
 }
 
-// The widest band that pads the grid by at most 5 %: the scheduler rounds both sides of the grid up to whole bands, and
-// blocks beyond the problem cost a full tile (a band of 8 at 1024 tokens took 2.0 to 2.8 times the time). Counted as
-// for a cluster of two along the tokens whatever the tile's own, as the table was measured.
-inline int select_swizzle(const TileGrid& grid) {
-  const auto padded = [&](int64_t swizzle) {
-    return round_up(grid.rows, static_cast<uint32_t>(swizzle * 2)) *
-           round_up(grid.columns, static_cast<uint32_t>(swizzle));
-  };
+// Tiles of the grid with both sides rounded up to whole bands, as the scheduler does; blocks beyond the problem cost a
+// full tile (a band of 8 at 1024 tokens took 2.0 to 2.8 times the time).
+inline int64_t banded_tiles(const TileGrid& grid, const TileFacts& tile, int swizzle) {
+  return round_up(grid.rows, static_cast<uint32_t>(swizzle * tile.cluster_tokens)) *
+         round_up(grid.columns, static_cast<uint32_t>(swizzle * tile.cluster_outputs));
+}
+
+// The widest band that pads the grid by at most 5 %.
+inline int select_swizzle(const TileGrid& grid, const TileFacts& tile) {
+  const int64_t whole = banded_tiles(grid, tile, 1);
   for (int swizzle = 8; swizzle > 1; swizzle /= 2) {
-    if (padded(swizzle) * 20 <= padded(1) * 21) return swizzle;
+    if (banded_tiles(grid, tile, swizzle) * 20 <= whole * 21) return swizzle;
   }
   return 1;
 }
 
 // The order of the tiles that lets the blocks of a wave share most of their operands in L2: a wave runs along one side
 // of the grid in a band as wide as the swizzle, and what it reads is rows of values and columns of weight. Bands of 8
-// differ little between the two. Along the tokens the tiles of 64 and of 256 are faster almost everywhere.
+// differ little between the two. Tiles of 64 tokens follow the table alone: along the outputs they took up to 1.8 times
+// as long with bands of 1 or 2, along the tokens up to 1.7 times with bands of 4.
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
   if (swizzle >= 8) return GemmRaster::kAlongOutputs;
-  if (tile.tokens != 128) return GemmRaster::kAlongTokens;
+  if (tile.tokens == 64) return swizzle < 4 ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
   const auto bands = [&](int64_t across, int64_t length, int64_t whole, int64_t band) {
     // Tiles along the band, and the width of the bands that a wave covers.
     const int64_t blocks = problem.multiprocessors;
@@ -133,57 +142,73 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
 
 // How this problem runs with this tile. Blocks without a cluster lose step with one another when they start while
 // another kernel ends, and then read a weight column once for each row of tiles (up to 1.5 times the time).
-inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile) {
+inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileGrid grid = grid_of(problem, tile);
-  const int swizzle = select_swizzle(grid);
+  const int swizzle = select_swizzle(grid, tile);
   const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;
-  return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, clustered || grid.rows == 1};
+  return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, splits, clustered || grid.rows == 1};
 }
 
 // Waves of tiles on one side, memory and L2 on the other, added by their cubes: whichever is larger, and more where
 // both are close. A block has its multiprocessor to itself, so a wave takes the same however many blocks run in it.
-inline double estimate_us(const GemmProblem& problem, const TileFacts& tile) {
+inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileCost& cost = kTileCosts[static_cast<int>(tile.tile)];
   const TileGrid grid = grid_of(problem, tile);
-  const int64_t tiles = grid.rows * grid.columns;
-  const double waves = static_cast<double>((tiles + problem.multiprocessors - 1) / problem.multiprocessors);
+  const int64_t tiles = banded_tiles(grid, tile, select_swizzle(grid, tile));
+  const double waves = static_cast<double>((tiles * splits + problem.multiprocessors - 1) / problem.multiprocessors);
   const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
                features = static_cast<double>(problem.in_features), bytes = tile.bits8 ? 1 : 2;
   const double values = tokens * features * bytes * 0.5625;  // half of them, and metadata
   const double moved = (outputs * features * bytes + values + tokens * outputs * 2) / 1e6;
   const double shared =
       static_cast<double>(tiles) * (tile.tokens * 0.5625 + tile.out_features) * features * bytes / 1e6;
-  const double work = waves * (cost.wave_k * features / 1e3 + cost.wave);
+  const double work = waves * (cost.wave_k * features / splits / 1e3 + cost.wave);
   const double traffic = cost.memory_mb * moved + cost.multicast_mb * shared;
-  return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic);
+  const double partial = static_cast<double>(tiles * (splits - 1)) * tile.tokens * tile.out_features * 4 / 1e6;
+  return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic) + cost.partial_mb * partial;
 }
 
 inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
   return tile.bits8 == (value_type == ElementType::kE4M3);
 }
 
-// The tile that is estimated to take least.
+inline constexpr int kMaxSplits = 8;
+inline constexpr int64_t kSplitFeatures = 1024;  // a block's at least
+
+// The tile, and the number of blocks that share one, that are estimated to take least.
 inline GemmConfig select_config(const GemmProblem& problem) {
   const TileFacts* best = nullptr;
+  double best_us = 0;
+  int best_splits = 1;
   for (const TileFacts& tile : kTiles) {
     if (!is_tile_of(tile, problem.value_type)) continue;
-    if (best == nullptr || estimate_us(problem, tile) < estimate_us(problem, *best)) best = &tile;
+    const int most =
+        tile.split ? static_cast<int>(std::min<int64_t>(kMaxSplits, problem.in_features / kSplitFeatures)) : 1;
+    for (int splits = tile.split ? 2 : 1; splits <= most; ++splits) {
+      const double us = estimate_us(problem, tile, splits);
+      if (best != nullptr && us >= best_us) continue;
+      best = &tile, best_us = us, best_splits = splits;
+    }
   }
-  return configure(problem, *best);
+  return configure(problem, *best, best_splits);
 }
 
-// Whether compression plus sparse GEMM beats pruning and the dense product. From a sweep of 64 to 768 tokens over the
-// eight Llama-3 shapes in bf16 (H200, November 2026): at 512 all eight win, at 384 four do, at 192 and 256 some.
-inline constexpr int64_t kSparseGemmTokens = 512;
-inline bool sparse_gemm_pays(const GemmProblem& problem) { return problem.tokens >= kSparseGemmTokens; }
+// Whether compression plus sparse GEMM beats pruning and the dense product, from a sweep of 11 token counts over 32
+// layer shapes of seven families in bf16 on an H100. Up to 384 tokens cuBLAS has a row of 128 tokens less than the sparse
+// tiles, whose clusters take an even number, and is ahead on most shapes; from 385 on both have four rows. Over a weight
+// stored [in, out] cuBLAS is slower, and from 6144 outputs on the sparse product is as fast or faster from 129 tokens
+// on. docs/kernels/sparse_gemm.md has what a choice by estimates would win.
+inline constexpr int64_t kSparseGemmTokens = 385;
+inline constexpr int64_t kSparseGemmTokensInOut = 129, kSparseGemmOutputsInOut = 6144;
+inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
+  return problem.tokens >= kSparseGemmTokens ||
+         (weight_in_out && problem.tokens >= kSparseGemmTokensInOut && problem.out_features >= kSparseGemmOutputsInOut);
+}
 
-// Whether lifting to `lifted_features` columns beats pruning and the dense product. By estimate from the GEMM's speed
-// over cuBLAS (1.3x to 1.6x in bf16), not measured: a quarter more columns leave a gain, half more none.
+// Whether 2:4+1 over a lifted weight, a quarter more columns, beats pruning and the dense product. By estimate from the
+// GEMM's speed over cuBLAS (1.3x to 1.6x in bf16), not measured.
 inline constexpr int64_t kLiftedTokens = 1024;
-inline constexpr int64_t kLiftedPercent = 25;
-inline bool lifted_path_pays(const GemmProblem& problem, int64_t lifted_features) {
-  return problem.tokens >= kLiftedTokens && lifted_features * 100 <= problem.in_features * (100 + kLiftedPercent);
-}
+inline bool lifted_path_pays(const GemmProblem& problem) { return problem.tokens >= kLiftedTokens; }
 
 // Sizes and strides (in elements) that a compiled GEMM takes on this compute capability.
 inline bool gemm_shape_fits(ElementType value_type, int64_t out_features, int64_t in_features, int64_t weight_stride,

@@ -1,5 +1,5 @@
-// The seam between dispatch (plain C++) and the GEMM instantiations (CUTLASS): one function template. CMakeLists.txt
-// writes a source for each combination of sm_90a (tiles.h), those of sm_80 are in inst/.
+// The seam between dispatch (plain C++) and the GEMM instantiations (CUTLASS): a function template for each architecture.
+// CMakeLists.txt writes a source for each combination of tile (tiles.h), type and weight storage.
 #pragma once
 
 #include "config.h"
@@ -11,10 +11,11 @@ namespace nm_act {
 enum class GemmEpilogue : int { kPlain = 0, kFull = 1 };
 
 struct GemmLaunch {
-  GemmConfig config;
-  int multiprocessors;
+  GemmDevice device;
+  GemmConfig config;  // of sm_90; select_config's, or a caller's own for tuning
   cudaStream_t stream;
-  bool overlapped;  // programmatic dependent launch: start while the kernel before ends
+  void* workspace;          // as many bytes as workspace_bytes is told, 16-byte aligned; null where none are needed
+  size_t* workspace_bytes;  // not null: nothing is launched, only this is written
 };
 
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
@@ -24,7 +25,9 @@ cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunc
 template <ElementType kValue, bool kWeightInOut>
 cudaError_t run_sparse_gemm_sm80(const SparseGemmParams& params, cudaStream_t stream);
 
-// launch_sparse_gemm on sm_90a with a configuration of the caller's choice, for tuning.
-cudaError_t launch_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch);
+// Bytes that launch.workspace needs (which is not read here).
+size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch);
+
+cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch& launch);
 
 }  // namespace nm_act
