@@ -27,7 +27,7 @@ def ppl(
     out: Annotated[Path | None, typer.Option("--out", help="Also write the result to a .json or .csv file.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Measure perplexity in non-overlapping windows, always of the dense model, too."""
+    """Measure the perplexity of the dense model and its sparse variants in non-overlapping windows."""
     from ..lab.evaluate.calibrated import of_calibration
     from ..lab.evaluate.compare import compare
     from ..lab.evaluate.variants import DENSE_VARIANT, from_recipe

@@ -32,8 +32,9 @@ class RunFolder:
         """Create the folder, or continue the run in it.
 
         A run may gain tasks: the data of common tasks have to be equal, and so have the settings of common kinds of
-        tasks (windows for a perplexity, the limit for the harness's tasks). A ValueError if the folder holds another
-        run (it names the first difference), other files, or a ``run.json`` of another program, command or format.
+        tasks (windows for a perplexity, the limit for the harness's tasks). Raises ValueError if the folder holds
+        another run (it names the first difference), other files, or a ``run.json`` of another program, command or
+        format.
         """
         path = Path(path)
         check_output(path)

@@ -52,8 +52,8 @@ class Row:
 def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
     """Rows of run folders, dense first, then in the order of names; dense rows of the same `Row.run` are taken once.
 
-    A ValueError if a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the same
-    run (for dense rows: with another value).
+    Raises ValueError if a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the
+    same run (for dense rows: with another value).
     """
     rates = rates or Rates.load()
     rows: dict[tuple[str, str, str], Row] = {}

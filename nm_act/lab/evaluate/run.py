@@ -31,27 +31,19 @@ def run_study(
 ) -> None:
     """Measure every variant on every task, except for results that the folder has.
 
+    A variant is made only if a result is missing, and released before the next one is made. Raises RuntimeError if the
+    dense model's perplexity is not finite.
+
     Parameters
     ----------
-    dense : nn.Module
-    variants : list of Variant
-        Each is made only if a result is missing, and released before the next one is made.
-    folder : RunFolder
-    tokenizer : transformers.PreTrainedTokenizerBase
     tokens : Tensor [tokens], int64, optional
         Text of the perplexity; None leaves it out.
     tasks : dict of str to lm_eval Task
-        Tasks of the harness.
     progress : callable
         Called with a line before each measurement.
     batch_size : int
         Of the harness's requests. A criterion that reads whole sequences gets 1: the harness pads the sequences of a
         batch to one length without a mask.
-
-    Raises
-    ------
-    RuntimeError
-        If the dense model's perplexity is not finite.
     """
     names = ([PERPLEXITY] if tokens is not None else []) + list(tasks)
     commit()  # of the code that is loaded now, even if the checkout changes during the run

@@ -85,14 +85,12 @@ def search(
         Calibration text.
     specs : dict of str to LinearSpec
         The options of a layer.
-    rates : Rates
-    goal : Goal
     output : Path
         A new folder or that of an earlier run.
     identity : dict
         Facts about model and text for the folder, beside those that follow from the other arguments.
     layers_together : int
-        Consecutive layers that get one choice.
+        Number of consecutive layers that get one choice.
     calibrated : Path, optional
         Folder of the calibrations that options need.
     note, bar : callable
@@ -100,11 +98,8 @@ def search(
 
     Returns
     -------
-    best : Point
-    points : list of Point
-        All that were measured, the dense model's first.
-    files : list of str
-        Names of the written files, the recipe first.
+    (Point, list of Point, list of str)
+        The best point, all that were measured (the dense model's first), and the files' names, the recipe's first.
     """
     groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together)
     if not groups:
