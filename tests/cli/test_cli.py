@@ -4,14 +4,14 @@ import csv
 import gc
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import weakref
 
 import pytest
 import tiny_model
-from commands import interrupted, ok, python, refused, run
+import torch
+from commands import ok, python, refused, run
 
 from nm_act.recipe import Recipe, Rule
 
@@ -150,28 +150,6 @@ def test_nan_is_null_in_json():
     assert json.loads(to_json({"a": [float("nan"), (1.0, float("inf"))]})) == {"a": [None, [1.0, None]]}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--pattern", "4:2"], "expected 1 <= N < M, got pattern 4:2"),
-        (["--pattern", "2:5"], "expected a group size M in"),
-        (["--pattern", "two"], 'expected a pattern written "N:M"'),
-        (["--pattern", "2:4+1@4"], "expected one or two distinct extra columns in 0 to 3"),
-        (["--criterion", "nonsense"], "nonsense"),
-        (["--mitigation", "nonsense"], "nonsense"),
-        (["--dtype", "int4"], "expected a dtype among"),
-        (["--window", "4096"], "within the model's context of 128 tokens"),
-        (["--threads", "0"], "'--threads'"),
-        (["--device", "nonsense"], "nonsense"),
-        (["--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
-        (["--out", "result.xlsx"], "expected --out to end in .json or .csv"),
-        (["--out", "missing/result.json"], "does not exist; create it"),
-    ],
-)
-def test_ppl_refusals(folder, text, options, message):
-    assert message in refused("ppl", folder, "--text", text, *options)
-
-
 def test_only_one_sparse_copy_lives_at_a_time(monkeypatch):
     from nm_act.cli import common
     from nm_act.lab.evaluate.compare import compare
@@ -193,32 +171,6 @@ def test_only_one_sparse_copy_lives_at_a_time(monkeypatch):
     rows = [module.DENSE_VARIANT, *(module.from_recipe(Recipe(pattern)) for pattern in ("2:4", "4:8", "8:16"))]
     reports = ((each.name, each.make(dense)) for each in rows)
     assert len(compare(reports, ids, note=print, bar=common.progress_bar)) == 4
-
-
-def test_ppl_refuses_before_the_work(folder, text, tmp_path):
-    """The output path and the recipe are looked at before the model is loaded."""
-    bad, unwritable = tmp_path / "bad.yaml", tmp_path / "missing" / "r.json"
-    bad.write_text("patern: '2:4'\n")
-    for options in (["--out", tmp_path], ["--out", unwritable], ["--recipe", bad], ["--pattern", "9:4"]):
-        result = run("ppl", folder, "--text", text, *options)
-        assert result.exit_code == 2
-        assert "loading" not in result.stderr
-    assert "patern" in refused("ppl", folder, "--text", text, "--recipe", bad)
-
-
-def test_ppl_recipe_that_names_nothing(folder, text, tmp_path):
-    Recipe(pattern="2:4", skip_layers=[77]).save(tmp_path / "r.json")
-    assert "77" in refused("ppl", folder, "--text", text, "--recipe", tmp_path / "r.json")
-
-
-def test_ppl_bad_files(folder, text, tmp_path):
-    (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
-    (tmp_path / "empty.txt").write_text("")
-    assert "truncated or damaged" in refused("ppl", tmp_path / "bad.gguf", "--text", text)
-    assert "there is no such file or folder" in refused("ppl", tmp_path / "missing", "--text", text)
-    assert "holds no config.json" in refused("ppl", tmp_path, "--text", text)
-    assert "cannot read" in refused("ppl", folder, "--text", tmp_path / "missing.txt")
-    assert "but there is none" in refused("ppl", folder, "--text", tmp_path / "empty.txt")
 
 
 def test_ppl_wants_a_dense_model(text, tmp_path):
@@ -265,20 +217,6 @@ def test_generate_dense_is_what_transformers_gives(folder):
     output = network.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=1)
     expected = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert json.loads(ok("generate", folder, "The quick", "--max-new-tokens", 6, "--json"))["text"] == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([""], "expected a prompt with at least one character"),
-        (["x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
-        (["x", "--pattern", "3"], 'expected a pattern written "N:M"'),
-        (["x", "--criterion", "wina"], "expected --pattern or --recipe with --criterion"),
-        (["x", "--mitigation", "var"], "expected --pattern or --recipe with --criterion and --mitigation"),
-    ],
-)
-def test_generate_refusals(folder, arguments, message):
-    assert message in refused("generate", folder, *arguments)
 
 
 # ---- demo
@@ -331,34 +269,127 @@ def test_demo_without_model(monkeypatch, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-# ---- Ctrl-C
+# ---- names of the package, tables, and more
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_interrupted_ppl_writes_nothing(folder, tmp_path):
-    long, out = tmp_path / "long.txt", tmp_path / "out"
-    long.write_text(tiny_model.TEXT * 100)
-    out.mkdir()
+def test_no_arguments_is_help_and_version():
+    assert "Commands:" in run().stdout
+    from nm_act.version import __version__
 
-    def measured(process):
-        assert [process.stderr.readline(), process.stderr.readline()][1] == "perplexity, dense\n"
-
-    arguments = ["ppl", folder, "--text", long, "--window", "4", "--out", out / "r.json"]
-    assert interrupted(arguments, measured) == (130, "", "interrupted; no result was written\n")
-    assert list(out.iterdir()) == []
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"nm-act {__version__}\n")
 
 
-def test_interrupt_between_measuring_and_writing(folder, text, tmp_path, monkeypatch):
-    from nm_act.lab import output
+# ---- the package's names
 
-    def interrupt(data):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(output, "to_json", interrupt)
-    result = run("ppl", folder, "--text", text, "--max-tokens", 64, "--out", tmp_path / "r.json")
-    assert result.exit_code == 130
-    assert result.stderr.endswith("interrupted; no result was written\n")
-    assert list(tmp_path.iterdir()) == []
+def test_importing_the_package_leaves_torch_alone_and_finds_every_name():
+    code = """
+import sys, nm_act
+print("torch" in sys.modules)
+for name in nm_act.__all__:
+    getattr(nm_act, name)
+print(nm_act.NMActConfig.__name__, nm_act.methods.mitigations.__name__, hasattr(nm_act, "nonsense"))
+"""
+    assert python(code) == ["False", "NMActConfig", "nm_act.methods.mitigations", "False"]
+
+
+def test_a_function_hides_the_module_of_its_name_whatever_was_imported_first():
+    code = """
+import nm_act.conversion.sparsify, nm_act.ops.explain, nm_act.optimize.model
+import nm_act
+print(*(type(getattr(nm_act, name)).__name__ for name in ("sparsify", "explain", "optimize")))
+"""
+    assert python(code) == ["function"] * 3
+
+
+def test_operators_are_there_after_torch_and_the_package_are_imported():
+    code = "import torch, nm_act; print(torch.ops.nm_act.prune)"
+    assert python(code) == ["nm_act.prune"]
+
+
+def test_a_pattern_given_twice_is_one_row_with_a_note(folder, text):
+    options = ["--pattern", "2:4", "--pattern", "8:16", "--pattern", "2:4", "--max-tokens", 64, "--json"]
+    result = run("ppl", folder, "--text", text, *options)
+    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == ["dense", "2:4", "8:16"]
+    assert "--pattern names 2:4 twice: one row\n" in result.stderr
+
+
+def test_ppl_refuses_a_dense_model_that_gives_nan(text, tmp_path):
+    model, tokenizer = tiny_model.build()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    result = run("ppl", tmp_path, "--text", text, "--pattern", "2:4", "--max-tokens", 64)
+    assert result.exit_code == 2
+    assert "expected a finite perplexity of the dense model, got nan" in result.stderr
+    assert "perplexity, 2:4" not in result.stderr
+
+
+def test_generate_is_greedy_whatever_the_generation_config_says(text):
+    """Each new token is the most probable one after those before it, worked out here step by step."""
+    from nm_act.cli.generate import continue_text
+
+    model, tokenizer = tiny_model.build()
+    ids = tokenizer("The quick", return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    with torch.inference_mode():
+        for _ in range(8):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(dim=-1)], dim=1)
+    expected = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    assert tokenizer.eos_token_id not in ids
+    settings = {"do_sample": True, "temperature": 5.0, "num_beams": 3, "repetition_penalty": 9.0}
+    settings |= {"suppress_tokens": ids[0, start:].tolist(), "no_repeat_ngram_size": 1, "min_new_tokens": 3}
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    assert continue_text(model, tokenizer, "The quick", 8) == (expected, 8)
+    assert model.generation_config.num_beams == 3  # the model keeps its own
+
+
+LONG = "a-recipe-file-with-a-name-that-alone-takes-most-of-a-line 8:16"
+SPACED = "a recipe of several words which together are too long 8:16"
+
+
+@pytest.mark.parametrize("name", [LONG, SPACED, "2:4"])
+def test_tables_fit_80_columns_and_break_no_name(monkeypatch, capsys, name):
+    from nm_act.cli.common import print_table
+
+    monkeypatch.setenv("COLUMNS", "80")
+    columns = ["", "perplexity", "change", "decode tokens/s", "p20 - p80", "speed-up"]
+    print_table("Title", columns, [["dense", "12.34", "", "10.1", "9.9 - 10.3", "1.00x"], [name, *"12345"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = " ".join(lines).split()
+    assert set(name.split()) <= set(words)
+    assert "perplexity" in words
+
+
+def test_info_fits_80_columns(monkeypatch):
+    from nm_act.ops import support_table
+
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run("info").stdout
+    assert max(map(len, out.splitlines())) <= 80
+    assert {row["op"] for row in support_table()} <= set(out.split())
+
+
+def test_null_is_refused_in_every_field_of_a_recipe():
+    for field in ("pattern", "projections", "criterion", "mitigation", "skip_layers", "rules"):
+        with pytest.raises(ValueError, match=f"expected a value for {field} of a recipe, got none"):
+            Recipe.from_dict({"pattern": "2:4", field: None})
+
+
+@pytest.mark.parametrize("facts", ["{", "[]", "{}", '{"seed": 0, "windows": 4}'])
+def test_damaged_facts_of_a_calibration(tmp_path, monkeypatch, facts):
+    from nm_act.conversion.calibration import DATA_FILE, FACTS_FILE
+    from nm_act.lab.evaluate import calibrated
+
+    monkeypatch.setattr(calibrated, "read_calibration", lambda folder: (Recipe(pattern="2:4"), {}, {}))
+    (tmp_path / DATA_FILE).touch()
+    (tmp_path / FACTS_FILE).write_text(facts)
+    with pytest.raises(ValueError, match=r"expected (seed|data) of a calibration in"):
+        calibrated.of_calibration(tmp_path)
 
 
 # ---- the real model

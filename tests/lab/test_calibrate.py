@@ -394,25 +394,6 @@ def test_command(folder, text, tmp_path):
     assert "expected a folder without a finished calibration" in again.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["--length", "500"], "expected --length within the model's context of 128 tokens, got 500"),
-        (["--lr", "0"], "expected a positive, finite learning rate"),
-        (["--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
-        (["--data", "missing.txt"], "cannot read 'missing.txt'"),
-        (["--device", "abacus"], "expected a device such as cpu or cuda"),
-    ],
-)
-def test_command_with_bad_input(folder, text, tmp_path, options, sentence):
-    recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
-    Recipe("2:4", mitigation=["lpts"]).save(recipe)
-    result = _command(folder, "--recipe", recipe, "--data", text, "--output", output, "--length", "16", *options)
-    assert result.exit_code == 2
-    assert sentence in result.stderr
-    assert not output.exists()
-
-
 def test_an_infinite_loss_in_the_command_leaves_no_result(folder, text, tmp_path):
     recipe, output, broken = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "broken"
     Recipe("2:4", mitigation=["lpts"]).save(recipe)

@@ -307,22 +307,6 @@ def test_a_block_with_infinite_outputs_is_not_kept(windows, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["block-0000.safetensors", "run.json"]
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["--epochs", "inf"], "expected a positive, finite learning rate and number of epochs, got 0.0001 and inf;"),
-        (["--seed", str(2**70)], f"expected a seed from 0 to 2**63 - 1, got {2**70};"),
-        (["--seed", "-1"], "expected a seed from 0 to 2**63 - 1, got -1;"),
-    ],
-)
-def test_settings_that_no_run_has(folder, text, tmp_path, options, sentence):
-    result = _command(folder, *_options(tmp_path, text, tmp_path / "out", *options))
-    assert result.exit_code == 2
-    assert sentence in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(("projection", "noted"), [("up_proj", True), ("down_proj", False)])
 def test_permute_where_nothing_folds_is_noted(folder, text, tmp_path, projection, noted):
     recipe = tmp_path / "permute.yaml"

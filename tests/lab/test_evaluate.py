@@ -275,19 +275,6 @@ def test_damaged_results(folder, data, tmp_path, content):
     assert "remove the file" in _refused(*base)
 
 
-def test_options_that_would_do_nothing(folder, data, tmp_path):
-    (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4}]")
-    (tmp_path / "decode.yaml").write_text("pattern: 2:4\nphase: decode\n")
-    base = (folder, "--tasks", "wikitext2", "--data", data, "--output", tmp_path / "out")
-    study_rows = ("--study", tmp_path / "study.yaml")
-    assert "--criterion and --mitigation beside --pattern" in _refused(*base, *study_rows, "--criterion", "wina")
-    assert "--study with calibrated rows beside --calibrated" in _refused(*base, *study_rows, "--calibrated", tmp_path)
-    assert "expected recipes that prune in prefill, where wikitext2 is scored" in _refused(
-        *base, "--recipe", tmp_path / "decode.yaml"
-    )
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_task_that_writes_more_than_the_context_is_refused(folder):
     transformers = pytest.importorskip("transformers")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)  # a context of 128
@@ -342,26 +329,6 @@ def test_calibrations(folder, data, tmp_path):
     single = _eval(*other, "--calibration", place, "--json")
     assert single.exit_code == 0, single.stderr
     assert [row["name"] for row in json.loads(single.stdout)["rows"]] == ["dense", "act+spts-2x4"]
-
-
-def test_bad_input(folder, data, tmp_path):
-    base = (folder, "--data", data, "--output", tmp_path / "o")
-    assert "got nothing; add --pattern, --recipe, --calibration or --study" in _refused(*base, "--tasks", "wikitext2")
-    assert "expected tasks among wikitext2, arc_easy" in _refused(*base, "--pattern", "2:4", "--tasks", "mmlu")
-    assert "no data for wikitext2" in _refused(
-        folder, "--data", data / "arc", "--pattern", "2:4", "--tasks", "wikitext2", "--output", tmp_path / "o"
-    )
-    (tmp_path / "other.yaml").write_text("pattern: 2:4\nskip_layers: [17]\n")
-    told = _refused(*base, "--recipe", tmp_path / "other.yaml", "--tasks", "wikitext2")
-    assert "expected layers that the model has (layers 0 to 1), got 17" in told
-    (tmp_path / "s.yaml").write_text("rows: [{pattern: 2:4, calibrated: true}]")
-    told = _refused(*base, "--study", tmp_path / "s.yaml", "--tasks", "wikitext2")
-    assert "expected a calibration for 'act 2:4' in --calibrated, got none; make it with nm-act calibrate" in told
-    told = _refused(*base, "--pattern", "2:4", "--mitigation", "lpts", "--tasks", "wikitext2")
-    assert "expected recipes that need no calibration, got '2:4 act lpts' in 'act+lpts 2:4'; make its data with" in told
-    (data / "wikitext2" / "test_rows.jsonl").write_text('{"text": "too short"}')
-    told = _refused(*base, "--pattern", "2:4", "--tasks", "wikitext2")
-    assert "expected a text of at least one window of 128 tokens, got" in told
 
 
 def test_harness_missing(monkeypatch):

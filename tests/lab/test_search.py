@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from commands import ok, refused, run
+from commands import ok, run
 
 import nm_act
 from nm_act.integrations import checkpoints
@@ -266,26 +266,3 @@ def test_results_of_another_text_or_model_are_not_taken_up(folder, tmp_path):
     network.save_pretrained(other)
     tokenizer.save_pretrained(other)
     assert "a run with weights '" in _search(other, *base, "--windows", 1).stderr
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        ((), "expected either --target-speedup or --max-drop, got both or neither"),
-        (("--target-speedup", "0.5"), "expected --target-speedup of at least 1"),
-        (("--max-drop", "0"), "expected --max-drop above 0"),
-        (("--max-drop", "9", "--option", "8:16"), "expected an option faster than dense, got none among 8:16 act; "),
-        (("--max-drop", "9", "--option", "2:4 rsparse-24"), "an option faster than dense, got none among 2:4 act rsp"),
-        (("--target-speedup", "9"), "expected a target speed-up of at most 1.4"),
-        (("--target-speedup", "1.1", "--windows", "99"), "expected calibration text of 99 windows of 64 tokens, got"),
-        (("--target-speedup", "1.1", "--option", "3:5"), "expected a group size M"),
-        (
-            ("--target-speedup", "1.1", "--window", "256"),
-            "expected a window within the model's context of 128 tokens, got 256",
-        ),
-    ],
-)
-def test_bad_input(folder, text, tmp_path, extra, message):
-    output = tmp_path / "s"
-    assert message in refused("search", folder, "--text", text, "--window", 64, "--output", output, *extra)
-    assert not output.exists()
