@@ -16,7 +16,7 @@ from nm_act.lab.cost import Rates, extra_macs, macs_by_pattern, predicted_speedu
 from nm_act.lab.evaluate.variants import sparse_copy
 from nm_act.lab.search.options import parse_option
 from nm_act.lab.search.sensitivity import Group, groups_of, sensitivities
-from nm_act.lab.search.solve import frontier, solve, to_recipe
+from nm_act.lab.search.solve import Problem
 from nm_act.recipe import LinearSpec, Recipe, Rule
 
 RATES = Rates({"2:4": (1.4, "test"), "4:8": (1.15, "test")})
@@ -94,9 +94,9 @@ def test_solver_against_brute_force(seed, target):
             best = min(best, sum(costs[g.key][n] for g, n in zip(groups, names, strict=True) if n != "dense"))
     if best == float("inf"):
         with pytest.raises(ValueError, match="expected a target speed-up of at most"):
-            solve(groups, costs, SPECS, RATES, target, other_macs=3)
+            Problem(groups, costs, SPECS, RATES, other_macs=3).solve(target)
         return
-    found = solve(groups, costs, SPECS, RATES, target, other_macs=3)
+    found = Problem(groups, costs, SPECS, RATES, other_macs=3).solve(target)
     assert found.speedup >= target - 1e-9
     assert found.sensitivity == pytest.approx(best, abs=1e-12)
 
@@ -109,7 +109,7 @@ def test_solver_on_a_whole_model(target):
     groups = [Group((i,), ("x",), ((1, size),), (str(i),)) for i, size in enumerate(sizes)]
     values = (10 ** (-2 * torch.rand(210, 3, generator=generator))).tolist()
     costs = {g.key: dict(zip(SPECS, row, strict=True)) for g, row in zip(groups, values, strict=True)}
-    found = solve(groups, costs, SPECS, RATES, target)
+    found = Problem(groups, costs, SPECS, RATES).solve(target)
     bound = found.bound
     assert found.speedup >= target - 1e-9
     assert 0 < bound <= found.sensitivity + 1e-12
@@ -122,14 +122,14 @@ def test_solver_on_layers_of_nearly_equal_sizes():
     values = torch.rand(40, generator=generator).tolist()
     costs = {g.key: {"fast": value, "slow": value / 3} for g, value in zip(groups, values, strict=True)}
     specs = {name: SPECS[name] for name in ("fast", "slow")}
-    found = solve(groups, costs, specs, RATES, 1.2)
+    found = Problem(groups, costs, specs, RATES).solve(1.2)
     assert found.speedup >= 1.2 - 1e-9
     assert found.sensitivity <= found.bound * (1 + 1e-6)
 
 
 def test_frontier_rises():
     groups, costs = _problem(0)
-    points = frontier(groups, costs, SPECS, RATES, points=8)
+    points = Problem(groups, costs, SPECS, RATES).frontier(8)
     assert points[0].speedup == 1
     assert points[-1].speedup == pytest.approx(1.4)
     assert [p.sensitivity for p in points] == sorted(p.sensitivity for p in points)
@@ -140,11 +140,11 @@ def test_solver_counts_what_mitigations_add():
     groups = [Group((i,), ("x",), ((size, size),), (str(i),)) for i, size in enumerate((32, 512))]
     specs = {"pair": LinearSpec("2:4", mitigation=("rsparse-8",))}
     costs = {group.key: {"pair": 1.0} for group in groups}
-    [*_, fastest] = frontier(groups, costs, specs, RATES, points=2)
+    [*_, fastest] = Problem(groups, costs, specs, RATES).frontier(2)
     assert fastest.names == ("dense", "pair")
     total, saved = 32**2 + 512**2, 512**2 * (1 - 1 / 1.4) - 8 * 1024
     assert fastest.speedup == pytest.approx(total / (total - saved))
-    assert solve(groups, costs, specs, RATES, 1.1).names == ("dense", "pair")
+    assert Problem(groups, costs, specs, RATES).solve(1.1).names == ("dense", "pair")
 
 
 def test_recipe_of_a_choice():
@@ -152,8 +152,9 @@ def test_recipe_of_a_choice():
     groups = groups_of(model, ("q_proj", "up_proj"))
     costs = {group.key: {"fast": 1.0 + index} for index, group in enumerate(groups)}
     specs = {"fast": LinearSpec("2:4", "wina", ("var",))}
-    chosen = solve(groups, costs, specs, RATES, 1.01)
-    recipe = to_recipe(chosen, groups, specs)
+    problem = Problem(groups, costs, specs, RATES)
+    chosen = problem.solve(1.01)
+    recipe = problem.recipe(chosen)
     for group, name in zip(groups, chosen.names, strict=True):
         spec = recipe.resolve(group.layers[0], group.projections[0])
         assert spec == (None if name == "dense" else specs["fast"])
