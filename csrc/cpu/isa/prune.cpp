@@ -1,9 +1,9 @@
-// Prune or compress rows: shift, key, rank, emit, and the per-token statistics, one row at a time through L1/L2.
+// Prunes or compresses rows: shift, keys, ranks, output and per-token statistics, one row at a time in L1 and L2.
 //
 //   Z = round(X - eta),  key = |Z| * channel_scale,  P = the N of every M of Z with the largest keys
 //   nu = sqrt(Var(Z) / Var(P)), sums in float64
 //
-// A row is staged as float32 once; without a shift the emitted bits are the input's own.
+// A row is converted to float32 once; without a shift the bits of the output are those of the input.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -133,7 +133,7 @@ template <class T>
 void prune_rows(const PruneParams& p, int64_t token_begin, int64_t token_end) {
   const int64_t block = int64_t(kBlockGroups) * span_of(p.pattern);
   const int64_t padded = (p.in_features + block - 1) / block * block;
-  // Kept between calls: for one token, mapping fresh pages would cost more than the selection.
+  // Kept between calls: for one token, allocating fresh pages costs more than the selection.
   static thread_local Scratch scratch;
   scratch.z.resize(p.in_features);
   scratch.keys.resize(padded);

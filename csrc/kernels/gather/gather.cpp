@@ -1,4 +1,4 @@
-// Dispatch of gather: what is supported, the pure choice of a configuration, the launch.
+// Dispatch of gather: what is supported, the choice of a configuration, the launch.
 #include "instances.h"
 
 namespace nm_act {
@@ -50,7 +50,8 @@ cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const G
 }
 
 cudaError_t launch_gather(const GatherParams& params, GemmDevice device, cudaStream_t stream) {
-  // The caller has asked gather_supports, whose search for a configuration takes microseconds.
+  // The caller has called gather_supports, so its search for a configuration, which takes microseconds, is not
+  // repeated.
   if (!types_fit(params) || !pattern_fits(params)) return cudaErrorInvalidValue;
   return launch_gather(params, device, select_gather_config(problem_of(params, device)), stream);
 }

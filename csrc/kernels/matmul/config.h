@@ -1,4 +1,4 @@
-// Which tile a 2:4 GEMM runs with: a pure function of the problem, testable without a device.
+// The choice of a tile for a 2:4 GEMM: a pure function of the problem, testable without a device.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace nm_act {
 
-// Tokens x out_features x in_features of a block's tile.
+// Tiles, named by tokens x out_features x in_features of a block.
 enum class GemmTile : int {
 #define NM_ACT_TILE(name, ...) name,
   NM_ACT_TILES(NM_ACT_TILE)
@@ -24,8 +24,8 @@ enum class GemmRaster : int { kHeuristic = 0, kAlongTokens = 1, kAlongOutputs = 
 struct GemmConfig {
   GemmTile tile;
   GemmRaster raster;
-  int swizzle;      // tiles a band of the raster is wide: 1, 2, 4, 8
-  bool overlapped;  // launched while the kernel before ends
+  int swizzle;      // width of a band of the raster, in tiles: 1, 2, 4 or 8
+  bool overlapped;  // the launch may overlap the end of the previous kernel
 };
 
 struct GemmProblem {
@@ -36,13 +36,13 @@ struct GemmProblem {
   int multiprocessors;
 };
 
-// What a tile costs, in microseconds, on an H100 SXM; see estimate_us.
+// Costs of a tile in microseconds on an H100 SXM; estimate_us combines them.
 struct TileCost {
-  double fixed;         // a launch
-  double wave_k;        // a wave, for every 1000 features
-  double wave;          // a wave, its beginning and its end
-  double memory_mb;     // a MB of operands and result that memory moves at least once
-  double multicast_mb;  // a MB that all blocks together bring into shared memory
+  double fixed;         // per launch
+  double wave_k;        // per wave and 1000 features
+  double wave;          // per wave: its start and its end
+  double memory_mb;     // per MB of operands and result, each moved once
+  double multicast_mb;  // per MB that all blocks together load into shared memory
 };
 
 struct TileFacts {
@@ -50,8 +50,8 @@ struct TileFacts {
   int tokens;
   int out_features;
   int in_features;
-  int cluster_tokens;  // tiles along the tokens that share a weight tile
-  int cluster_outputs;
+  int cluster_tokens;   // tiles along the tokens that share a weight tile
+  int cluster_outputs;  // tiles along the outputs that share a values tile
   bool bits8;
   const char* name;
 };
@@ -64,10 +64,10 @@ inline constexpr TileFacts kTiles[] = {
 #undef NM_ACT_FACTS
 };
 
-// Fitted to benchmarks/results/h100/gemm_tuning.csv: first each tile's times, then, from there, the time lost by the
-// tile that the costs choose (its mean and its square), over every problem of the table (bf16: from 323 tokens on). A
-// wave of 256x192x64 is then counted 10 % longer, which chooses better still. tests/operators/test_gemm_tuning.py holds
-// the choice to the table.
+// Fitted to benchmarks/results/h100/gemm_tuning.csv in two steps: to each tile's times, and from there to the least
+// time lost by the chosen tile (mean and mean square) over all problems of the table (bf16: from 323 tokens on). A wave
+// of 256x192x64 is then counted as 10 % longer, which improves the choice further. tests/operators/test_gemm_tuning.py
+// checks the choice against the table.
 inline constexpr TileCost kTileCosts[] = {
     {1.981, 6.904, 1.181, 0.086, 0.048},   // k128x256x64
     {0.277, 10.220, 2.219, 0.092, 0.066},  // k256x192x64
@@ -81,7 +81,7 @@ inline constexpr TileCost kTileCosts[] = {
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
 
 struct TileGrid {
-  int64_t rows, columns;  // in tiles, whole clusters
+  int64_t rows, columns;  // in tiles, rounded up to whole clusters
 };
 
 inline TileGrid grid_of(const GemmProblem& problem, const TileFacts& tile) {
@@ -92,9 +92,10 @@ inline TileGrid grid_of(const GemmProblem& problem, const TileFacts& tile) {
           tiles(problem.out_features, tile.out_features, tile.cluster_outputs)};
 }
 
-// The widest band that pads the grid by at most 5 %: the scheduler rounds both sides of the grid up to whole bands, and
-// blocks beyond the problem cost a full tile (a band of 8 at 1024 tokens took 2.0 to 2.8 times the time). Counted as
-// for a cluster of two along the tokens whatever the tile's own, as the table was measured.
+// The widest band that pads the grid by at most 5 %. The scheduler rounds both sides of the grid up to whole bands, and
+// a block outside the problem costs a full tile (with a band of 8, 1024 tokens took 2.0 to 2.8 times as long). The
+// padding is computed for a cluster of two along the tokens whatever the tile's cluster is, as when the table was
+// measured.
 inline int select_swizzle(const TileGrid& grid) {
   const auto padded = [&](int64_t swizzle) {
     return round_up(grid.rows, static_cast<uint32_t>(swizzle * 2)) *
@@ -106,14 +107,14 @@ inline int select_swizzle(const TileGrid& grid) {
   return 1;
 }
 
-// The order of the tiles that lets the blocks of a wave share most of their operands in L2: a wave runs along one side
-// of the grid in a band as wide as the swizzle, and what it reads is rows of values and columns of weight. Bands of 8
-// differ little between the two. Along the tokens the tiles of 64 and of 256 are faster almost everywhere.
+// The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
+// the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With bands of 8 the two
+// orders differ little. Tiles of 64 and of 256 tokens are faster along the tokens almost everywhere.
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
   if (swizzle >= 8) return GemmRaster::kAlongOutputs;
   if (tile.tokens != 128) return GemmRaster::kAlongTokens;
   const auto bands = [&](int64_t across, int64_t length, int64_t whole, int64_t band) {
-    // Tiles along the band, and the width of the bands that a wave covers.
+    // The width of the bands that a wave covers, and the number of tiles along them.
     const int64_t blocks = problem.multiprocessors;
     const int64_t width = std::min(across, band), along = std::min(length, (blocks + width - 1) / width);
     const int64_t needed = along == length
@@ -131,8 +132,8 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
   return read(column_length, columns) < read(rows, row_length) ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
 }
 
-// How this problem runs with this tile. Blocks without a cluster lose step with one another when they start while
-// another kernel ends, and then read a weight column once for each row of tiles (up to 1.5 times the time).
+// The configuration for this problem and tile. Blocks without a cluster get out of step when they start while another
+// kernel ends, and then read a weight column once per row of tiles (up to 1.5 times as long).
 inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile) {
   const TileGrid grid = grid_of(problem, tile);
   const int swizzle = select_swizzle(grid);
@@ -140,8 +141,9 @@ inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile) {
   return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, clustered || grid.rows == 1};
 }
 
-// Waves of tiles on one side, memory and L2 on the other, added by their cubes: whichever is larger, and more where
-// both are close. A block has its multiprocessor to itself, so a wave takes the same however many blocks run in it.
+// Estimated time: the cube root of the sum of the cubes of the waves' time and the time for memory and L2 traffic,
+// which is close to the larger of the two, and above both where they are close. A block has its multiprocessor to
+// itself, so a wave takes the same time however many blocks run in it.
 inline double estimate_us(const GemmProblem& problem, const TileFacts& tile) {
   const TileCost& cost = kTileCosts[static_cast<int>(tile.tile)];
   const TileGrid grid = grid_of(problem, tile);
@@ -149,7 +151,7 @@ inline double estimate_us(const GemmProblem& problem, const TileFacts& tile) {
   const double waves = static_cast<double>((tiles + problem.multiprocessors - 1) / problem.multiprocessors);
   const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
                features = static_cast<double>(problem.in_features), bytes = tile.bits8 ? 1 : 2;
-  const double values = tokens * features * bytes * 0.5625;  // half of them, and metadata
+  const double values = tokens * features * bytes * 0.5625;  // one half survives, and metadata is one sixteenth
   const double moved = (outputs * features * bytes + values + tokens * outputs * 2) / 1e6;
   const double shared =
       static_cast<double>(tiles) * (tile.tokens * 0.5625 + tile.out_features) * features * bytes / 1e6;
@@ -162,7 +164,7 @@ inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
   return tile.bits8 == (value_type == ElementType::kE4M3);
 }
 
-// The tile that is estimated to take least.
+// The tile with the lowest estimate.
 inline GemmConfig select_config(const GemmProblem& problem) {
   const TileFacts* best = nullptr;
   for (const TileFacts& tile : kTiles) {
@@ -172,8 +174,8 @@ inline GemmConfig select_config(const GemmProblem& problem) {
   return configure(problem, *best);
 }
 
-// Whether compression plus sparse GEMM beats pruning and the dense product. From a sweep of 64 to 768 tokens over the
-// eight Llama-3 shapes in bf16 (H200, November 2026): at 512 all eight win, at 384 four do, at 192 and 256 some.
+// Whether compression and the sparse GEMM beat pruning and the dense product. From a sweep of 64 to 768 tokens over the
+// eight Llama-3 shapes in bf16 (H200, November 2026): at 512 tokens all eight win, at 384 four, at 192 and 256 a few.
 inline constexpr int64_t kSparseGemmTokens = 512;
 inline bool sparse_gemm_pays(const GemmProblem& problem) { return problem.tokens >= kSparseGemmTokens; }
 
@@ -185,7 +187,7 @@ inline bool lifted_path_pays(const GemmProblem& problem, int64_t lifted_features
   return problem.tokens >= kLiftedTokens && lifted_features * 100 <= problem.in_features * (100 + kLiftedPercent);
 }
 
-// Sizes and strides (in elements) that a compiled GEMM takes on this compute capability.
+// Whether a compiled GEMM supports these sizes and this stride (in elements) on this compute capability.
 inline bool gemm_shape_fits(ElementType value_type, int64_t out_features, int64_t in_features, int64_t weight_stride,
                             int compute_capability_major) {
   const int bytes = value_type == ElementType::kE4M3 ? 1 : 2;

@@ -1,4 +1,4 @@
-// Dispatch of sparse_gemm: a table of what is instantiated, the pure choice of a tile, the call.
+// Dispatch of sparse_gemm: the table of instances, the choice of a tile, the call.
 #include "sparse_gemm.h"
 
 namespace nm_act {
