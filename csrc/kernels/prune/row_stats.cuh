@@ -172,7 +172,7 @@ __device__ __forceinline__ float row_median(const Chunk<E> (&x)[kChunks], int in
 // Sums over a token for the variances before and after the selection, in float64, where no square of a 16-bit or
 // float32 feature overflows. Sums of the dense features are taken about an origin: a thread's first feature, then the
 // first thread's in its warp, and so on. With one of the n features as the origin, cancellation costs at most log2(n)
-// of the 53 bits, however far the mean is from zero. The survivors need no origin: at least half of the pruned token is
+// of the 53 bits, however far the mean is from zero. The survivors need no origin: the pruned token contains
 // zeros, so its variance is at least its mean square / in_features.
 struct VarianceSums {
   float origin;
