@@ -2,8 +2,9 @@
 
     python tools/pattern_frontier.py docs/images/patterns.png
 
-draws perplexity against speed-up; `summary()` is the README's table of the same figures. A speed-up is the geometric
-mean over the measured shapes, of the fastest variant. What no file has is missing in the plot and a dash in the table.
+draws perplexity against speed-up; `summary()` is the table of the same figures in docs/results.md. A speed-up is the
+geometric mean over the measured shapes, of the fastest variant. What no file has is missing in the plot and a dash in
+the table.
 """
 
 import io
