@@ -3,8 +3,8 @@
     python tools/pattern_frontier.py docs/images/patterns.png
 
 draws perplexity against speed-up; `summary()` is the table of the same figures in docs/results.md. A speed-up is the
-geometric mean over the measured shapes, of the fastest variant. What no file has is missing in the plot and a dash in
-the table.
+geometric mean over the measured shapes, of the fastest variant. What was not measured is missing in the plot and a
+dash in the table.
 """
 
 import io
@@ -24,7 +24,7 @@ PATTERNS = ("2:4", "4:8", "8:16", "16:32", "2:4+1", "2:4+2", "6:8", "50%")
 
 @dataclass(frozen=True)
 class Speed:
-    """A speed-up that benchmarks measure for several patterns, and which rows of their CSV files hold it."""
+    """A speed-up that benchmarks measure for several patterns, and where their CSV files have it."""
 
     title: str
     paths: tuple[str, ...]
@@ -56,13 +56,13 @@ SPEEDS = (
 
 
 def lifted(text: str) -> str:
-    """Extra weight memory of the pattern's windows on sparse tensor cores."""
+    """Extra weight memory that the pattern needs on sparse tensor cores."""
     pattern = as_pattern(text)
     if text == "2:4":
         return "0 %"
     if isinstance(pattern, TopKPattern) or not windows(pattern):
         return "–"
-    # A lifted weight that begins with the weight takes its place; another one is a second copy.
+    # A lifted weight that begins with the weight replaces it; any other is a second copy.
     extra = lifted_features(pattern, WINDOW_SPAN) / WINDOW_SPAN - begins_with_weight(pattern, WINDOW_SPAN)
     return f"{100 * extra:g} %"
 
@@ -74,7 +74,7 @@ def perplexity_by_pattern() -> dict[str, dict[str, str]]:
 
 
 def summary() -> str:
-    """A line a pattern: kept fraction, perplexity, extra weight memory, speed-ups."""
+    """A line per pattern: kept fraction, perplexity, extra weight memory, speed-ups."""
     quality, speeds = perplexity_by_pattern(), [speed.by_pattern() for speed in SPEEDS]
     lines = []
     for text in PATTERNS:

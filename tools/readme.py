@@ -160,7 +160,7 @@ INFERENCE_METRICS = {"ttft_ms": "time to first token, ms", "decode_tok_s": "deco
 
 
 def inference() -> str:
-    """One row a mode, batch and prompt; each metric with its ratio to the dense baselines of the run."""
+    """One row per mode, batch and prompt; each metric with its ratio to the dense baselines of the run."""
     source = "benchmarks/results/h100/inference.csv"
     measured = measured_rows(source)
     if not measured:
@@ -235,7 +235,7 @@ def perplexity_table(rows: list[dict[str, str]]) -> str:
 
 
 def quality() -> str:
-    """Perplexity against predicted speed-up: what no other row beats in both, and plain ACT."""
+    """Perplexity against predicted speed-up: plain ACT, and the rows that no other row beats in both."""
     points = [(row, (float(row["predicted_speedup"]), -float(row["value"]))) for row in perplexities()]
     return perplexity_table(
         [
@@ -252,7 +252,7 @@ def searched() -> str:
 
 
 def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """Whether a point is nowhere below another, and not the same."""
+    """Whether a point is at least another in every coordinate, and not equal to it."""
     return one != other and all(a >= b for a, b in zip(one, other, strict=True))
 
 
