@@ -34,10 +34,23 @@ from nm_act.optimize.fp8 import quantise_rows
 from nm_act.version import commit
 
 LLAMA_TOKENS = (4096, 16384, 1024)
-PARTS = ("bf16", "e4m3", "in_out", "families")
-BOTH_RASTERS, BANDS = (1, 2), (1, 2, 4, 8)
+PARTS = ("bf16", "e4m3", "in_out", "crossover", "families")
+CROSSOVER_TOKENS = (48, 96, 192, 256, 384, 448, 512, 640, 768, 1024, 1536)  # where the dense product may win
+BOTH_RASTERS, BANDS, SPLITS = (1, 2), (1, 2, 4, 8), (2, 3, 4, 5, 6, 8)
 COLUMNS = (
-    *("part", "dtype", "storage", "tokens", "out_features", "in_features", "stage", "what", "raster", "swizzle"),
+    *(
+        "part",
+        "dtype",
+        "storage",
+        "tokens",
+        "out_features",
+        "in_features",
+        "stage",
+        "what",
+        "raster",
+        "swizzle",
+        "splits",
+    ),
     *("us_p50", "error", "torch_error", "note", "device", "torch", "cuda", "commit", "date"),
 )
 DIFFERENCE = {"bf16": 5e-3, "e4m3": 1e-2}  # between two tiles; sums of e4m3 tensor cores depend on a tile's split
@@ -46,7 +59,7 @@ HANG_SECONDS = 30
 GRAPH_US = 150.0
 LAUNCH_CYCLES = 150_000
 Problem = collections.namedtuple("Problem", "part dtype storage tokens out_features in_features")
-Config = collections.namedtuple("Config", "name tile raster swizzle")
+Config = collections.namedtuple("Config", "name tile raster swizzle splits")
 Calls = list[Callable[[], object]]
 
 
@@ -199,8 +212,9 @@ class Case:
     def product(self, packed: tuple, index: int, config: Config, overlapped: bool = False) -> torch.Tensor:
         values, metadata, row_scale = packed
         scale = {"row_scale": row_scale} if self.fp8 else {}
-        options = {**self.options[index], **scale, "config": [*config[1:], int(overlapped)]}
-        return torch.ops.nm_act.sparse_gemm(values, metadata, self.weights[index], **options)
+        options = {"row_scale": None, "column_scale": None, "out_dtype": None, **self.options[index], **scale}
+        numbers = [*config[1:], int(overlapped)]
+        return torch.ops.nm_act._tune_sparse_gemm(values, metadata, self.weights[index], **options, config=numbers)
 
     def gemm(self, config: Config) -> Calls:
         if not self.packed:
@@ -234,9 +248,18 @@ def widest_band(tokens: int, out_features: int, tile: dict) -> int:
     rows, columns = -(-tokens // tile["tokens"]), -(-out_features // tile["out_features"])
 
     def padded(band):
-        return -(-rows // (2 * band)) * 2 * band * (-(-columns // band) * band)
+        tall, wide = band * tile["cluster_tokens"], band * tile["cluster_outputs"]
+        return -(-rows // tall) * tall * (-(-columns // wide) * wide)
 
     return next(band for band in (8, 4, 2, 1) if band == 1 or padded(band) <= 1.05 * padded(1))
+
+
+def splits_of(problem: Problem, tile: dict) -> tuple[int, ...]:
+    """How many blocks may share a tile: where a grid leaves multiprocessors idle, and each has features enough."""
+    if not tile["split"]:
+        return (1,)
+    tiles = -(-problem.tokens // tile["tokens"]) * -(-problem.out_features // tile["out_features"])
+    return tuple(s for s in SPLITS if problem.in_features >= 512 * s and tiles * (s - 1) < 400)
 
 
 class Tuner:
@@ -270,7 +293,8 @@ class Tuner:
         for config in configs:
             if config in times or (problem.dtype, problem.storage, config.tile) in self.refused:
                 continue
-            facts = {"raster": config.raster, "swizzle": config.swizzle, "torch_error": f"{case.torch_error:.3e}"}
+            facts = {"raster": config.raster, "swizzle": config.swizzle, "splits": config.splits}
+            facts["torch_error"] = f"{case.torch_error:.3e}"
             calls = case.gemm(config)
             y = guarded(config.name, calls[0])
             if y is None:
@@ -296,22 +320,28 @@ class Tuner:
         case = Case(problem)
         tiles = {tile["name"]: tile for tile in self.tiles[problem.dtype]}
 
-        def config(name, raster, swizzle):
-            return Config(name, tiles[name]["tile"], raster, swizzle)
+        def config(name, raster, swizzle, splits=1):
+            return Config(name, tiles[name]["tile"], raster, swizzle, splits)
 
         times: dict[Config, float] = {}
         errors: dict[Config, float] = {}
         sizes = problem.tokens, problem.out_features
-        first = [config(name, r, widest_band(*sizes, tile)) for name, tile in tiles.items() for r in BOTH_RASTERS]
+        first = [
+            config(name, r, widest_band(*sizes, tile), splits)
+            for name, tile in tiles.items()
+            for splits in splits_of(problem, tile)
+            for r in BOTH_RASTERS
+        ]
         self.scan(case, first, times, errors)
         if not times:
             return f"{problem}: no candidate could be timed"
         best = self.best_of_tiles(times)
-        if problem.part != "families":
+        if problem.part not in ("families", "crossover"):
             for name in list(best)[:3]:
                 shortest = min(-(-problem.tokens // tiles[name]["tokens"]), -(-sizes[1] // tiles[name]["out_features"]))
                 bands = [band for band in BANDS if band <= 2 * shortest]
-                self.scan(case, [config(name, r, b) for r in BOTH_RASTERS for b in bands], times, errors)
+                splits = best[name].splits
+                self.scan(case, [config(name, r, b, splits) for r in BOTH_RASTERS for b in bands], times, errors)
             best = self.best_of_tiles(times)
         case.anchor = None
         return self.decide(case, [best[name] for name in list(best)[:3]], errors)
@@ -359,7 +389,8 @@ class Tuner:
             facts = {"us_p50": f"{us:.2f}", "note": chosen.name if name.startswith(("op", "compress")) else ""}
             if name in by_name:
                 config = by_name[name]
-                facts |= {"raster": config.raster, "swizzle": config.swizzle, "error": f"{errors[config]:.3e}"}
+                facts |= {"raster": config.raster, "swizzle": config.swizzle, "splits": config.splits}
+                facts["error"] = f"{errors[config]:.3e}"
             self.row(problem, "final", name, **facts, torch_error=f"{case.torch_error:.3e}")
         for name, note in notes.items():
             self.row(problem, "final", name, note=note)
@@ -370,6 +401,10 @@ class Tuner:
         add("cublas_bf16", [lambda x=x, w=w: torch.mm(x, w.t()) for x, w in pairs])
         if not case.fp8:
             add("prune_cublas", [lambda x=x, w=w: torch.mm(nm_act.prune(x, 2, 4), w.t()) for x, w in pairs])
+            if case.problem.part == "crossover":
+                pairs = [(x, w.t().contiguous().t()) for x, w in pairs]
+                name = "prune_cublas_in_out"
+                add(name, [lambda x=x, w=w: torch.mm(nm_act.prune(x, 2, 4), w.t()) for x, w in pairs])
         else:
             try:
                 from dense_fp8 import quantise
@@ -426,14 +461,13 @@ def problems_of(arguments: argparse.Namespace) -> list[Problem]:
     llama = [*LLAMA_3_8B.values(), *LLAMA_3_70B.values()]
     main_parts = [(tokens, *shape) for tokens in LLAMA_TOKENS for shape in llama]
     kinds = {"bf16": ("bf16", "out_in"), "e4m3": ("e4m3", "out_in"), "in_out": ("bf16", "in_out")}
-    result = [
-        Problem(part, *kinds[part], *sizes) for part in arguments.parts if part != "families" for sizes in main_parts
-    ]
-    if "families" in arguments.parts:
-        shapes = [shape for layers in FAMILY_SHAPES.values() for shape in layers.values()]
-        drawn = [(tokens, *shape) for shape in [*shapes, *llama] for tokens in TOKEN_COUNTS]
+    result = [Problem(part, *kinds[part], *sizes) for part in arguments.parts if part in kinds for sizes in main_parts]
+    shapes = [shape for layers in FAMILY_SHAPES.values() for shape in layers.values()]
+    for part, counts in (("crossover", CROSSOVER_TOKENS), ("families", TOKEN_COUNTS)):
+        drawn = [(tokens, *shape) for shape in [*shapes, *llama] for tokens in counts]
         random.Random(0).shuffle(drawn)  # so that a run cut short is not one of small layers
-        result += [Problem("families", dtype, "out_in", *sizes) for sizes in drawn for dtype in ("bf16", "e4m3")]
+        if part in arguments.parts:
+            result += [Problem(part, dtype, "out_in", *sizes) for sizes in drawn for dtype in ("bf16", "e4m3")]
     return result
 
 
@@ -455,7 +489,7 @@ def main() -> None:
         for sizes in ((300, 528, 1088), (1, 16, 64)):
             case = Case(Problem("check", dtype, storage, *sizes))
             for tile in list(tuner.tiles[dtype]):
-                config = Config(tile["name"], tile["tile"], 1, 1)
+                config = Config(tile["name"], tile["tile"], 1, 1, 2 if tile["split"] else 1)
                 y = guarded(config.name, case.gemm(config)[0])
                 wrong = "not compiled or refused" if y is None else case.error_of(y)[1]
                 if wrong:

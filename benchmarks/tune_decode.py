@@ -1,4 +1,4 @@
-"""Times the configurations of the decode kernel over 24 layer shapes, for csrc/kernels/gather/config.h to be fitted to.
+"""Times the configurations of the gather kernel over 24 layer shapes, for csrc/kernels/gather/config.h to be fitted to.
 
 One row a configuration, written as soon as it is timed, besides two baselines of the same run: cublas_bf16
 (torch.nn.functional.linear) and dense_e4m3 (torch._scaled_mm, its input quantised before). Everything is a CUDA graph
@@ -72,9 +72,9 @@ class Operands:
         return exact if self.scale is None else exact * self.scale
 
     def gather(self, config: Config) -> list[Callable]:
-        op = torch.ops.nm_act.gather_configured
+        op, numbers = torch.ops.nm_act._tune_gather, [*map(int, config)]
         return [
-            lambda x=x, w=w: op(x, w, self.scale, KEEP, GROUP, *config)
+            lambda x=x, w=w: op(x, w, self.scale, KEEP, GROUP, numbers)
             for x, w in zip(self.xs, self.weights, strict=True)
         ]
 

@@ -16,7 +16,7 @@ from result_files import geometric_mean, measured_rows, perplexities, times, wit
 
 from nm_act.files import write_atomic
 from nm_act.lab.evaluate.results import markdown_table
-from nm_act.ops.lifting import begins_with_weight, lifted_features, windows
+from nm_act.ops.lifting import is_lifted, lifted_features
 from nm_act.patterns import WINDOW_SPAN, TopKPattern, as_pattern
 
 PATTERNS = ("2:4", "4:8", "8:16", "16:32", "2:4+1", "2:4+2", "6:8", "50%")
@@ -60,11 +60,9 @@ def lifted(text: str) -> str:
     pattern = as_pattern(text)
     if text == "2:4":
         return "0 %"
-    if isinstance(pattern, TopKPattern) or not windows(pattern):
+    if isinstance(pattern, TopKPattern) or not is_lifted(pattern):
         return "–"
-    # A lifted weight that begins with the weight replaces it; any other is a second copy.
-    extra = lifted_features(pattern, WINDOW_SPAN) / WINDOW_SPAN - begins_with_weight(pattern, WINDOW_SPAN)
-    return f"{100 * extra:g} %"
+    return f"{100 * (lifted_features(pattern, WINDOW_SPAN) / WINDOW_SPAN - 1):g} %"
 
 
 def perplexity_by_pattern() -> dict[str, dict[str, str]]:

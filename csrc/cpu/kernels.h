@@ -8,11 +8,9 @@
 #include <cstdint>
 
 #include "kernels/format/pattern.h"
+#include "kernels/format/types.h"
 
 namespace nm_act::cpu {
-
-enum class DType { kFloat32, kBFloat16, kFloat16 };
-enum class TokenShift { kNone, kMean, kMedian };
 
 struct PruneParams {
   const void* x;               // [tokens, in_features], dtype
@@ -26,7 +24,7 @@ struct PruneParams {
   int64_t tokens;
   int64_t in_features;
   Pattern pattern;
-  DType dtype;
+  ElementType dtype;  // kFloat32, kBFloat16 or kFloat16
   TokenShift token_shift;
 };
 
@@ -49,7 +47,7 @@ struct GatherParams {
   int64_t tokens;  // 1 to kGatherTokens
   int64_t out_features;
   int64_t row_stride;  // elements
-  DType dtype;
+  ElementType dtype;   // kFloat32, kBFloat16 or kFloat16
   Epilogue epilogue;
 };
 
@@ -61,7 +59,7 @@ struct EpilogueParams {
   int64_t y_stride;
   int64_t column_begin;  // index of the first column in the epilogue's vectors
   int64_t columns;
-  DType dtype;
+  ElementType dtype;  // kFloat32, kBFloat16 or kFloat16
   Epilogue epilogue;
 };
 

@@ -7,6 +7,7 @@
 
 #include "format/metadata.h"
 #include "format/pattern.h"
+#include "format/types.h"
 #include "format/windows.h"
 
 #if defined(NM_ACT_CUDA) || defined(__CUDACC__)
@@ -26,9 +27,6 @@ void pack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features, c
 // writes it.
 void unpack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features, const uint8_t* physical,
                      uint8_t* neutral);
-
-enum class ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kE4M3 = 3, kInt8 = 4 };
-enum class TokenShift : int { kNone = 0, kMean = 1, kMedian = 2 };
 
 inline constexpr int kMaxRowFeatures = 32768;  // limit of the kernels that hold a whole row on chip
 
@@ -70,8 +68,8 @@ struct CompressParams {
 inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
 cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
 
-// compress for a pattern with windows (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted
-// weight. out.values and out.metadata are those of lifted_features(window_set(pattern), in_features) features.
+// compress for 2:4+1 (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted weight. out.values
+// and out.metadata are those of lifted_features(in_features) features.
 struct CompressWindowsParams {
   const void* x;  // [tokens, in_features], rows x_stride elements apart, all 16-byte aligned, kBFloat16 or kFloat16
   int64_t x_stride;
@@ -160,14 +158,13 @@ struct SparseGemmParams {
   int out_features;  // a multiple of 8 (of 16 for kE4M3)
   int in_features;   // a multiple of 16, 32 for kE4M3 and on sm80
   ElementType value_type;
-  ElementType y_type;  // value_type (kBFloat16 or kFloat16 for kE4M3), or kFloat32 on sm_90
+  ElementType y_type;  // value_type; kBFloat16 or kFloat16 for kE4M3
   bool weight_in_out;
 };
 cudaError_t query_gemm_device(int device, GemmDevice* result);
 const char* cuda_error_text(cudaError_t status);
 MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device);
 bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device);
-cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, cudaStream_t stream);
 
 // gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens, in one launch.
 // P is the selection of x - shift, or x itself without a pattern. A row of W is read only if its feature survives
@@ -194,10 +191,9 @@ struct GatherParams {
   ElementType x_type;          // kBFloat16 or kFloat16
   ElementType weight_type;     // x_type, kE4M3 or kInt8
 };
+// config: one of for_each_gather_config, such as choose_gather_config's.
 struct GatherConfig;  // gather/config.h
 bool gather_supports(const GatherParams& params, GemmDevice device);
-cudaError_t launch_gather(const GatherParams& params, GemmDevice device, cudaStream_t stream);
-// With a configuration of the caller's choice, for tuning.
 cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const GatherConfig& config,
                           cudaStream_t stream);
 

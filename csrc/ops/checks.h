@@ -5,20 +5,21 @@
 #include <c10/util/Exception.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 
-#include "cpu/kernels.h"
+#include "kernels/format/types.h"
 #include "kernels/format/windows.h"
 
 namespace nm_act {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-inline cpu::DType check_dtype(const at::Tensor& x, const char* op) {
+inline ElementType check_dtype(const at::Tensor& x, const char* op) {
   switch (x.scalar_type()) {
-    case at::kFloat: return cpu::DType::kFloat32;
-    case at::kBFloat16: return cpu::DType::kBFloat16;
-    case at::kHalf: return cpu::DType::kFloat16;
+    case at::kFloat: return ElementType::kFloat32;
+    case at::kBFloat16: return ElementType::kBFloat16;
+    case at::kHalf: return ElementType::kFloat16;
     default:
       TORCH_CHECK_TYPE(false, "nm_act::", op, " expected x in float32, bfloat16 or float16, got ", x.scalar_type(),
                        "; convert it first");
@@ -40,6 +41,11 @@ inline void check_pattern(int64_t n, int64_t m, int64_t in_features, const char*
                     "; use torch.nn.functional.linear where nothing is pruned");
   TORCH_CHECK_VALUE(in_features % m == 0, "nm_act::", op, " expected in_features divisible by m, got in_features ",
                     in_features, " and pattern ", n, ":", m, "; choose a smaller group or pad the features");
+}
+
+inline std::string pattern_text(Pattern pattern) {
+  const std::string text = std::to_string(pattern.keep) + ":" + std::to_string(pattern.group);
+  return pattern.extra.count == 0 ? text : text + "+" + std::to_string(pattern.extra.count);
 }
 
 // Columns of the extra windows of 2:4+r; none for any other pattern.
@@ -76,7 +82,7 @@ inline at::Tensor check_vector(const OptionalTensor& vector, const at::Tensor& x
   return vector->to(at::kFloat).contiguous();
 }
 
-inline cpu::TokenShift check_token_shift(std::string_view token_shift, bool has_shift, const char* op) {
+inline TokenShift check_token_shift(std::string_view token_shift, bool has_shift, const char* op) {
   const bool none = token_shift == "none", mean = token_shift == "mean", median = token_shift == "median";
   TORCH_CHECK_VALUE(none || mean || median, "nm_act::", op,
                     " expected token_shift to be \"none\", \"mean\" or \"median\", got \"", token_shift,
@@ -84,7 +90,7 @@ inline cpu::TokenShift check_token_shift(std::string_view token_shift, bool has_
   TORCH_CHECK_VALUE(none || !has_shift, "nm_act::", op,
                     " expected either shift or token_shift, got both (token_shift \"", token_shift,
                     "\"); drop one of them");
-  return none ? cpu::TokenShift::kNone : mean ? cpu::TokenShift::kMean : cpu::TokenShift::kMedian;
+  return none ? TokenShift::kNone : mean ? TokenShift::kMean : TokenShift::kMedian;
 }
 
 // Shapes and devices of a weight [out, in] and a bias [out]; the weight's dtype is the caller's business.

@@ -2,10 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -14,7 +14,7 @@
 #include "kernels/gather/config.h"
 #include "kernels/matmul/config.h"
 #include "kernels/nm_act.h"
-#include "ops/paths.h"
+#include "ops/choice.h"
 #include "ops/support.h"
 
 namespace py = pybind11;
@@ -53,11 +53,10 @@ nm_act::MetadataLayout layout_named(const std::string& name) {
   if (name == "neutral") return nm_act::MetadataLayout::kNeutral;
   if (name == "sm80_16bit") return nm_act::MetadataLayout::kSm80Bits16;
   if (name == "sm90_16bit_t64") return nm_act::MetadataLayout::kSm90Bits16T64;
-  if (name == "sm90_16bit_t128") return nm_act::MetadataLayout::kSm90Bits16T128;
   if (name == "sm90_8bit") return nm_act::MetadataLayout::kSm90Bits8;
   throw std::invalid_argument(
-      "expected a metadata layout named neutral, sm80_16bit, sm90_16bit_t64, sm90_16bit_t128 or sm90_8bit, got '" +
-      name + "'; choose one of those");
+      "expected a metadata layout named neutral, sm80_16bit, sm90_16bit_t64 or sm90_8bit, got '" + name +
+      "'; choose one of those");
 }
 
 void check_sizes(int64_t tokens, int64_t in_features) {
@@ -97,23 +96,26 @@ py::bytes unpack_metadata(const py::bytes& physical, int64_t tokens, int64_t in_
 
 // The choice of a GEMM tile, for benchmarks/tune.py and the tests.
 
-nm_act::ElementType value_type_named(const std::string& name) {
-  if (name == "bf16") return nm_act::ElementType::kBFloat16;
-  if (name == "fp16") return nm_act::ElementType::kFloat16;
-  if (name == "e4m3") return nm_act::ElementType::kE4M3;
-  throw std::invalid_argument("expected a value type named bf16, fp16 or e4m3, got '" + name +
+// By torch's name or the short one.
+nm_act::ElementType element_type_named(const std::string& name) {
+  if (name == "float32") return nm_act::ElementType::kFloat32;
+  if (name == "bfloat16" || name == "bf16") return nm_act::ElementType::kBFloat16;
+  if (name == "float16" || name == "fp16") return nm_act::ElementType::kFloat16;
+  if (name == "float8_e4m3fn" || name == "e4m3") return nm_act::ElementType::kE4M3;
+  if (name == "int8") return nm_act::ElementType::kInt8;
+  throw std::invalid_argument("expected a dtype named float32, bfloat16, float16, float8_e4m3fn or int8, got '" + name +
                               "'; choose one of those");
 }
 
 py::list gemm_tiles(const std::string& dtype) {
-  const nm_act::ElementType type = value_type_named(dtype);
+  const nm_act::ElementType type = element_type_named(dtype);
   py::list tiles;
   for (const nm_act::TileFacts& tile : nm_act::kTiles) {
     if (!nm_act::is_tile_of(tile, type)) continue;
     tiles.append(py::dict(py::arg("tile") = int(tile.tile), py::arg("tokens") = tile.tokens,
                           py::arg("out_features") = tile.out_features, py::arg("name") = tile.name,
                           py::arg("cluster_tokens") = tile.cluster_tokens,
-                          py::arg("cluster_outputs") = tile.cluster_outputs));
+                          py::arg("cluster_outputs") = tile.cluster_outputs, py::arg("split") = tile.split));
   }
   return tiles;
 }
@@ -121,11 +123,11 @@ py::list gemm_tiles(const std::string& dtype) {
 py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t out_features, int64_t in_features,
                              int multiprocessors) {
   const nm_act::GemmConfig config =
-      nm_act::select_config({tokens, out_features, in_features, value_type_named(dtype), multiprocessors});
-  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.overlapped);
+      nm_act::select_config({tokens, out_features, in_features, element_type_named(dtype), multiprocessors});
+  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.splits, config.overlapped);
 }
 
-// (lanes, splits, threads, ahead) of every configuration that the decode kernel can run this problem with; the one it
+// (lanes, splits, threads, ahead) of every configuration that the gather kernel can run this problem with; the one it
 // would choose comes first.
 py::list gather_configs(int tokens, int out_features, int in_features, bool bits8, int keep, int group,
                         int compute_capability_major, int multiprocessors) {
@@ -153,39 +155,22 @@ nm_act::Pattern pattern_of(int n, int m, const std::vector<int>& extra_columns) 
   return pattern;
 }
 
-// The features of each window of a unit, in the order of the lifted operand; empty if the pattern has none.
-std::vector<std::array<int, 4>> window_table(int n, int m, const std::vector<int>& extra_columns) {
-  const nm_act::Pattern pattern = pattern_of(n, m, extra_columns);
-  const nm_act::WindowSet set = nm_act::window_set(pattern);
-  std::vector<std::array<int, 4>> table(set == nm_act::WindowSet::kNone ? 0 : 4 + nm_act::extra_windows(set));
-  for (size_t window = 0; window < table.size(); ++window) {
-    for (int slot = 0; slot < 4; ++slot) {
-      table[window][slot] = nm_act::window_feature(pattern, static_cast<int>(window), slot);
-    }
-  }
-  return table;
-}
-
-// Sizes and strides of a weight.
-using Sizes = std::array<int64_t, 4>;
-
-nm_act::WeightFacts weight_facts(const Sizes& sizes) { return {sizes[0], sizes[1], sizes[2], sizes[3], true}; }
+// Sizes and strides of a weight, and whether its storage is aligned to 16 bytes.
+using Facts = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
 // The path of sparse_linear and the sentence why, from facts alone.
 std::pair<std::string, std::string> choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, int n, int m,
-                                                const std::vector<int>& extra_columns, const Sizes& weight,
-                                                const std::optional<Sizes>& lifted, int compute_capability_major,
+                                                const std::vector<int>& extra_columns, const Facts& weight,
+                                                const std::optional<Facts>& lifted, int compute_capability_major,
                                                 int multiprocessors, const std::string& weight_dtype) {
-  const auto type_of = [](const std::string& name) {
-    return name == "bfloat16"        ? nm_act::ElementType::kBFloat16
-           : name == "float16"       ? nm_act::ElementType::kFloat16
-           : name == "float8_e4m3fn" ? nm_act::ElementType::kE4M3
-           : name == "int8"          ? nm_act::ElementType::kInt8
-                                     : nm_act::ElementType::kFloat32;
-  };
-  nm_act::LinearFacts facts{
-      tokens, type_of(dtype), type_of(weight_dtype), pattern_of(n, m, extra_columns), weight_facts(weight), {}};
-  if (lifted) facts.lifted = weight_facts(*lifted);
+  nm_act::LinearFacts facts{tokens,
+                            element_type_named(dtype),
+                            element_type_named(weight_dtype),
+                            pattern_of(n, m, extra_columns),
+                            std::make_from_tuple<nm_act::WeightFacts>(weight),
+                            {},
+                            false};
+  if (lifted) facts.lifted = std::make_from_tuple<nm_act::WeightFacts>(*lifted);
   const nm_act::LinearChoice choice = on_cuda
                                           ? nm_act::choose_on_cuda(facts, {compute_capability_major, multiprocessors})
                                           : nm_act::choose_on_cpu(facts);
@@ -210,7 +195,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_tiles", gemm_tiles, py::arg("dtype"));
   m.def("select_gemm_config", select_gemm_config, py::arg("dtype"), py::arg("tokens"), py::arg("out_features"),
         py::arg("in_features"), py::arg("multiprocessors"));
-  m.def("window_table", window_table, py::arg("n"), py::arg("m"), py::arg("extra_columns"));
   m.def("choose_path", choose_path, py::arg("on_cuda"), py::arg("tokens"), py::arg("dtype"), py::arg("n"), py::arg("m"),
         py::arg("extra_columns"), py::arg("weight"), py::arg("lifted"), py::arg("compute_capability_major"),
         py::arg("multiprocessors"), py::arg("weight_dtype"));

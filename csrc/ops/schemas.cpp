@@ -43,8 +43,8 @@ TORCH_LIBRARY(nm_act, m) {
       "-> (Tensor values, Tensor metadata)");
   m.def("decompress(Tensor values, Tensor metadata) -> Tensor");
 
-  // lifted_weight: what nm_act.lift_weight makes of the weight for a pattern with windows; the sparse tensor cores use
-  // it where that pays. It has to belong to `weight`, which serves everywhere else.
+  // lifted_weight: what nm_act.lift_weight makes of the weight for 2:4+1; the sparse tensor cores use it where that
+  // pays. It has to belong to `weight`, which serves everywhere else.
   m.def(
       "sparse_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, "
       "Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, bool variance_correction=False, "
@@ -52,19 +52,14 @@ TORCH_LIBRARY(nm_act, m) {
       "-> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
-  // decode kernel of sparse_linear without the selection. At most 8 tokens.
+  // gather kernel of sparse_linear without the selection. At most 8 tokens.
   m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
-  // CUDA only, for tuning: sparse_linear's decode kernel with a configuration of the caller's choice
-  // (csrc/kernels/gather/config.h).
-  m.def(
-      "gather_configured(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int lanes, int splits, "
-      "int threads, bool ahead=False) -> Tensor");
 
   // CUDA only. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
   // [tokens, in_features / 2] in the dtype of x (float8_e4m3fn with fp8, scaled per token by its largest |Z| / 448),
   // metadata uint8 [bytes], row_scale [tokens] (nu times the fp8 scale) and eta [tokens], float32, empty where not
-  // asked for. The producers take 2:4; compress_packed also the patterns with windows (2:4+1, 2:4+2, 4:8, 5:8, 6:8,
-  // 8:16), whose operand has the in_features of the lifted weight (csrc/kernels/format/windows.h).
+  // asked for. The producers take 2:4; compress_packed also 2:4+1, whose operand has the in_features of the lifted
+  // weight (csrc/kernels/format/windows.h).
   m.def(
       "compress_packed(Tensor x, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? shift=None, str "
       "token_shift=\"none\", "
@@ -81,16 +76,21 @@ TORCH_LIBRARY(nm_act, m) {
       "str token_shift=\"none\", bool variance_correction=False, bool fp8=False) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32.
-  // config, for tuning on sm_90: tile, raster and swizzle as in csrc/kernels/matmul/config.h, and 1 for a launch that
-  // overlaps the kernel before it.
   m.def(
       "sparse_gemm(Tensor values, Tensor metadata, Tensor weight, Tensor? bias=None, *, Tensor? row_scale=None, "
-      "Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? out_dtype=None, "
-      "int[]? config=None) -> Tensor");
+      "Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? out_dtype=None) -> Tensor");
   // sparse_linear with 2:4 and dynamic per-token e4m3 activations; weight float8_e4m3fn [out, in] = W /
   // weight_scale[out].
   m.def(
       "sparse_linear_fp8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, *, "
       "Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, "
       "bool variance_correction=False, Tensor? column_scale=None) -> Tensor");
+
+  // Private, for benchmarks/tune_decode.py and tune.py: the kernels with a configuration of the caller's choice. That
+  // of the gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); of the GEMM on sm_90: tile,
+  // raster, swizzle, overlapped (csrc/kernels/matmul/config.h).
+  m.def("_tune_gather(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int[] config) -> Tensor");
+  m.def(
+      "_tune_sparse_gemm(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? column_scale, "
+      "ScalarType? out_dtype, int[] config) -> Tensor");
 }

@@ -5,7 +5,8 @@
 
 namespace nm_act {
 
-static_assert(kSparseGemmTokens == 512 && kLiftedTokens == 1024 && kMaxDecodeTokens == 4 && kMaxGatherTokens == 8,
+static_assert(kSparseGemmTokens == 385 && kSparseGemmTokensInOut == 129 && kSparseGemmOutputsInOut == 6144 &&
+                  kLiftedTokens == 1024 && kMaxDecodeTokens == 4 && kMaxGatherTokens == 8,
               "the rows below name these numbers");
 
 struct SupportRow {
@@ -20,7 +21,6 @@ struct SupportRow {
 inline constexpr char kAllDtypes[] = "float32, bfloat16, float16";
 inline constexpr char kBits16[] = "bfloat16, float16";
 inline constexpr char kAllPatterns[] = "N:M, M in {2, 4, 8, 16, 32}; 2:4+1, 2:4+2";
-inline constexpr char kWindowPatterns[] = "2:4+1, 2:4+2, 4:8, 5:8, 6:8, 8:16";
 
 inline constexpr SupportRow kSupport[] = {
     {"prune", "always", "cpu", kAllDtypes, kAllPatterns, "vectorised selection, one pass"},
@@ -30,7 +30,7 @@ inline constexpr SupportRow kSupport[] = {
      "reads only the weight rows of survivors"},
     {"sparse_linear", "otherwise", "cpu", kAllDtypes, kAllPatterns, "prune, then torch's dense GEMM"},
     {"sparse_linear", "weight_scale given", "cpu, cuda sm_80+", "e4m3 or int8 weight", kAllPatterns,
-     "as above, the decode kernel on CUDA; otherwise the weight is dequantised at every call"},
+     "as above, the gather kernel on CUDA; otherwise the weight is dequantised at every call"},
     {"gather_linear", "1 to 8 tokens, weight stored [in, out]", "cpu", kAllDtypes, "any zeros in the input",
      "reads only the weight rows of non-zero inputs"},
     {"prune", "always", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel"},
@@ -38,15 +38,16 @@ inline constexpr SupportRow kSupport[] = {
     {"decompress", "always", "cuda sm_80+", kAllDtypes, "2:4", "plain torch operations"},
     {"compress_packed", "also as rms_norm_compress, silu_mul_compress", "cuda sm_80+", kBits16, "2:4",
      "compression in the GEMM's layout; e4m3 values on sm_90"},
-    {"compress_packed", "for sparse_gemm over a lifted weight", "cuda sm_80+", kBits16, kWindowPatterns,
-     "selection, assignment to windows and compression in one kernel; e4m3 values on sm_90"},
+    {"compress_packed", "for sparse_gemm over a lifted weight", "cuda sm_80+", kBits16, "2:4+1",
+     "selection and compression of the lifted operand in one kernel; e4m3 values on sm_90"},
     {"sparse_gemm", "always", "cuda sm_90", "bfloat16, float16, e4m3", "2:4", "sparse tensor cores (wgmma.sp)"},
     {"sparse_gemm", "always", "cuda sm_80+", kBits16, "2:4",
      "sparse tensor cores (mma.sp); speed on Ampere not measured"},
     {"sparse_linear", "1 to 4 tokens, weight stored [in, out], at most 95 % of its rows needed", "cuda sm_80+",
      "bfloat16, float16 x; weight of x's dtype, e4m3 or int8", kAllPatterns,
-     "decode kernel: reads only the weight rows of survivors; slices in clusters on sm_90"},
-    {"sparse_linear", "2:4, 512 tokens and more", "cuda sm_80+", kBits16, "2:4", "compress_packed, then sparse_gemm"},
+     "gather kernel: reads only the weight rows of survivors; slices in clusters on sm_90"},
+    {"sparse_linear", "2:4, 385 tokens and more; weight stored [in, out] of 6144 outputs and more, 129", "cuda sm_90",
+     kBits16, "2:4", "compress_packed, then sparse_gemm"},
     {"sparse_linear", "lifted_weight given, 1024 tokens and more", "cuda sm_80+", kBits16, "2:4+1",
      "compress_packed, then sparse_gemm over the lifted weight"},
     {"sparse_linear", "otherwise", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel, then cuBLAS"},

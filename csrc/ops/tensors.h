@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "ops/paths.h"
+#include "ops/choice.h"
 
 namespace nm_act {
 

@@ -22,7 +22,7 @@ from .search import search, unfinished_search
 
 @contextmanager
 def _interrupts_told() -> Iterator[None]:
-    """Say that Ctrl-C ended the command line before its command had begun; Typer would say nothing."""
+    """Report a Ctrl-C that came before the command itself started; Typer would print nothing."""
     try:
         yield
     except KeyboardInterrupt:
@@ -31,7 +31,7 @@ def _interrupts_told() -> Iterator[None]:
 
 
 class _OneSentence(TyperGroup):
-    """Wrong options are one sentence too, as every other error of the command line is."""
+    """Usage errors are one sentence, as all other errors of the command line."""
 
     def make_context(self, *args, **kwargs):
         with _interrupts_told():

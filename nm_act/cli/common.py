@@ -1,8 +1,6 @@
 """What the commands share: errors as sentences, progress on stderr, loading, and facts about the machine."""
 
 import functools
-import json
-import math
 import os
 import platform
 import signal
@@ -14,26 +12,24 @@ from pathlib import Path
 
 import typer
 
+from ..lab.output import to_json
+
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 LINE_SECONDS = 60
-"""How often progress is a line, where there is no terminal for a bar."""
+"""Interval of progress lines where there is no terminal for a bar."""
 INTERRUPTED = "interrupted; no result was written"
 INTERRUPTED_BUT_KEPT = "interrupted; run the same command to go on"
-
-
-MAX_THREADS = 1024
-"""No machine gains from more, and OpenMP ends the process where it cannot start as many as it was told."""
 
 
 _interrupts: list[int] = []
 
 
 def remember_interrupts() -> None:
-    """Keep that Ctrl-C was pressed, for `note` and `reports_errors` to see.
+    """Record every Ctrl-C for `note` and `reports_errors`.
 
-    In the midst of an import a library may take it for a missing requirement, and Python itself drops it, with a
-    traceback, in the callbacks that clean up.
+    During an import a library may take a KeyboardInterrupt for a missing requirement, and in clean-up callbacks Python
+    itself drops it with a traceback.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
@@ -52,9 +48,8 @@ def remember_interrupts() -> None:
 def reports_errors(command, *, unfinished: Callable[[Path], bool] | None = None):
     """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
 
-    ``unfinished`` is for a command that keeps what it has finished: whether its ``output`` has something to go on with.
-
-    The environment variable NM_ACT_TRACEBACK=1 lets the exception through, for whoever debugs a command.
+    `unfinished` belongs to a command that can be resumed: whether its ``output`` holds finished work. With the
+    environment variable NM_ACT_TRACEBACK=1 exceptions pass through.
     """
 
     @functools.wraps(command)
@@ -82,12 +77,12 @@ def reports_errors(command, *, unfinished: Callable[[Path], bool] | None = None)
 
 
 def sentence(error: BaseException) -> str:
-    """An exception's message on one line, or its kind if it has none."""
+    """An exception's message on one line, or the name of its class if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def note(text: str) -> None:
-    """One line on stderr, where it stays out of ``--json``; KeyboardInterrupt where an earlier one was lost."""
+    """Print a line on stderr, apart from ``--json``; raises a KeyboardInterrupt that a library has swallowed."""
     if _interrupts:
         raise KeyboardInterrupt
     print(text, file=sys.stderr, flush=True)
@@ -98,39 +93,22 @@ def print_json(data: dict) -> None:
     print(to_json(data))
 
 
-def to_json(data: dict) -> str:
-    """Indented JSON that any reader accepts: infinities and NaN, which JSON lacks, become null."""
-    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value):
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
 @contextmanager
 def progress_bar(label: str):
     """Progress bar on stderr; yields ``update(done, total, detail="")``. Without a terminal, a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     console = Console(stderr=True)
-    with Progress(
-        *columns,
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None, detail="")
-
         last = time.monotonic()
 
         def update(done: int, total: int, detail: str = "") -> None:
@@ -146,10 +124,10 @@ def progress_bar(label: str):
 def print_table(
     title: str, columns: list[str], rows: list[list[str]], *, caption: str | None = None, numbers: bool = True
 ) -> None:
-    """Table on stdout; `numbers` puts all but the first column right. Empty headings are dropped.
+    """Table on stdout; with `numbers`, all columns but the first are right-aligned. A header of empty cells is dropped.
 
-    Cells wrap at spaces to fit the width. Where a word alone is too long for that, the first column's cells, which name
-    the rows, become numbers with the names below the table.
+    Cells wrap at spaces to fit the width. If words alone are too long for that, the cells of the first column, which
+    name the rows, become numbers, explained below the table.
     """
     from rich import box
     from rich.console import Console
@@ -185,7 +163,7 @@ def print_table(
 
 
 def _column_widths(columns: list[str], rows: list[list[str]], total: int) -> list[int]:
-    """Widths that sum up to `total` at most: the widest are narrowed, none below its longest word."""
+    """Widths with a sum of at most `total`, if possible: the widest are narrowed, none below its longest word."""
     cells = [[column, *(row[index] for row in rows)] for index, column in enumerate(columns)]
     widths = [max(map(len, each), default=0) for each in cells]
     least = [max((len(word) for cell in each for word in cell.split()), default=0) for each in cells]
@@ -208,7 +186,7 @@ def load(source: str, dtype: str = "auto", device: str = "cpu"):
 
 
 def load_config(source: str):
-    """`nm_act.integrations.checkpoints.load_config`, as quiet."""
+    """`nm_act.integrations.checkpoints.load_config` without Transformers' own chatter."""
     from ..integrations import checkpoints
 
     _quiet()
@@ -222,38 +200,25 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def load_recipe(path: Path):
-    """Recipe of a file; one sentence where there is none."""
-    from ..recipe import Recipe
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {str(path)!r}: there is no such file; check the path")
-    return Recipe.load(path)
-
-
-def set_threads(threads: int | None) -> int:
-    """Set torch's thread count, or leave it; how many threads are in use."""
-    import torch
-
-    if threads is not None:
-        if not 1 <= threads <= MAX_THREADS:
-            raise ValueError(
-                f"expected at least 1 thread and at most {MAX_THREADS}, got {threads}; give the number of cores, "
-                f"{usable_cores()} here"
-            )
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()
-
-
-def check_dense(model, source: str) -> None:
-    """Refuse a checkpoint that is sparse already: there would be nothing dense to compare with."""
+def load_dense(source: str, dtype: str = "auto", device: str = "cpu"):
+    """`load`, of a dense model only: a sparse checkpoint has no dense model to compare with."""
     from ..layers.linear import NMLinear
 
+    model, tokenizer = load(source, dtype, device)
     if any(isinstance(module, NMLinear) for module in model.modules()):
         raise ValueError(
             f"expected a dense model to compare with, but {source!r} is a sparse checkpoint; "
             "name the checkpoint it was made from"
         )
+    return model, tokenizer
+
+
+def set_threads(threads: int | None) -> None:
+    """Set torch's thread count, or leave it."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def environment() -> dict:

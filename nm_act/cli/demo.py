@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import io
 import platform
 import time
 from pathlib import Path
@@ -10,26 +9,16 @@ from typing import Annotated
 
 import typer
 
-from .common import (
-    check_dense,
-    environment,
-    load,
-    model_name,
-    note,
-    print_json,
-    print_table,
-    progress_bar,
-    set_threads,
-    to_json,
-)
+from . import common
+from . import options as opt
 from .generate import continue_text
-from .ppl import DEFAULT_PATTERNS, JsonOption, ThreadsOption, format_quality, measure, variants
+from .ppl import format_quality
 
 PROMPT = "The most important thing to remember when learning to cook is"
 SAMPLED = ("dense", "2:4", "8:16")
 SAMPLE_TOKENS = 40
 DECODE_SECONDS = 60.0
-"""No further decode round after that: on a busy machine the demo ends with fewer rounds, not minutes later."""
+"""No decode round starts after that: on a busy machine the demo has fewer rounds rather than taking minutes longer."""
 
 
 def demo(
@@ -41,95 +30,85 @@ def demo(
         typer.Option("--text", help="Text to evaluate on; Python's own documentation by default."),
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=2, help="Tokens of the text to read.")] = 4096,
-    threads: ThreadsOption = None,
+    threads: opt.Threads = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for demo.png and demo.json.")] = Path("demo"),
-    as_json: JsonOption = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Prune a small real model with four patterns: perplexity, decode speed, sample texts, plot, JSON."""
+    import matplotlib.figure  # noqa: F401 (missing, it is told now and not after minutes)
+
+    from ..files import check_writable, write_atomic
     from ..integrations.checkpoints import demo_model_path
+    from ..lab.evaluate.folder import make_folder
+    from ..lab.output import write_json
 
     start = time.perf_counter()
     content, source = _text(text)
     place = str(demo_model_path()) if model is None else model
-    set_threads(threads)
-    plot_path, json_path = _prepare(out)
-    dense, tokenizer = load(place, "float32")
-    check_dense(dense, place)
-    result = run(dense, tokenizer, content, tokens)
+    common.set_threads(threads)
+    make_folder(out, out, "--out")
+    plot_path, json_path = out / "demo.png", out / "demo.json"
+    for path in (plot_path, json_path):
+        check_writable(path)
+    dense, tokenizer = common.load_dense(place, "float32")
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "model": model_name(place),
+        "model": common.model_name(place),
         "dtype": str(dense.dtype).removeprefix("torch."),
         "text": source,
-        "environment": environment(),
-        **result,
+        "environment": common.environment(),
+        **_measure(dense, tokenizer, content, tokens),
         "seconds": time.perf_counter() - start,
     }
-    _write(result, plot_path, json_path)
+    plot = _draw(result)  # everything is computed before the first file appears
+    write_atomic(plot_path, plot)
+    write_json(json_path, result)
     if as_json:
-        print_json(result)
-    else:
-        _show(result, plot_path, json_path)
+        common.print_json(result)
+        return
+    _show(result)
+    print(f"{result['seconds']:.0f} s; wrote {plot_path} and {json_path}")
 
 
-def run(dense, tokenizer, content: str, max_tokens: int) -> dict:
-    """Measure the dense model and a sparse copy for each pattern; rows and samples as plain data."""
+def _measure(dense, tokenizer, content: str, max_tokens: int) -> dict:
+    """Rows and samples of the dense model and a sparse copy per pattern, as plain data."""
+    from ..lab.evaluate.compare import compare
+    from ..lab.evaluate.decode_speed import decode_speed
+    from ..lab.evaluate.variants import DENSE_VARIANT, from_recipe
     from ..lab.texts import tokenize
     from ..recipe import Recipe
 
-    # All variants live at once, for their decode speeds are measured in turns.
-    made = list(variants(dense, {name: Recipe(pattern=name) for name in DEFAULT_PATTERNS}))
-    models = {variant["name"]: variant["model"] for variant in made}
-    rows = measure(made, tokenize(tokenizer, content, max_tokens))
-    speeds = _speeds(models, tokenizer)
+    # All variants live at once, because their decode speeds are measured in turns.
+    variants = [DENSE_VARIANT, *(from_recipe(Recipe(pattern=name), name) for name in opt.DEFAULT_PATTERNS)]
+    reports = {variant.name: variant.make(dense) for variant in variants}
+    models = {name: report.model for name, report in reports.items()}
+    tokens = tokenize(tokenizer, content, max_tokens)
+    rows = compare(reports.items(), tokens, note=common.note, bar=common.progress_bar)
+    common.note("decode speed, all in turns")
+    prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with common.progress_bar("decode speed") as update:
+        speeds = decode_speed(models, prompt, max_seconds=DECODE_SECONDS, progress=update)
     for row in rows:
-        speed, ratio = speeds[row["name"]], speeds[row["name"]].speedup_over(speeds["dense"])
-        row["decode_tokens_per_second"] = {
-            "median": speed.median,
-            "p20": speed.spread[0],
-            "p80": speed.spread[1],
-            "rounds": len(speed.samples),
-        }
-        row["decode_speedup"] = {"median": ratio.median, "p20": ratio.spread[0], "p80": ratio.spread[1]}
+        speed = speeds[row["name"]]
+        row["decode_tokens_per_second"] = _figures(speed) | {"rounds": len(speed.samples)}
+        row["decode_speedup"] = _figures(speed.speedup_over(speeds["dense"]))
     samples = []
     for name in SAMPLED:
-        note(f"sample text, {name}")
+        common.note(f"sample text, {name}")
         continuation, _ = continue_text(models[name], tokenizer, PROMPT, SAMPLE_TOKENS)
         samples.append({"name": name, "prompt": PROMPT, "text": continuation})
     return {"rows": rows, "samples": samples}
 
 
-def _speeds(models: dict, tokenizer) -> dict:
-    from ..lab.evaluate.decode_speed import decode_speed
-
-    note("decode speed, all in turns")
-    prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
-    with progress_bar("decode speed") as update:
-        return decode_speed(models, prompt, max_seconds=DECODE_SECONDS, progress=update)
-
-
-def _prepare(out: Path) -> tuple[Path, Path]:
-    """Make the folder and find out now, not in minutes, that the files cannot be written or drawn."""
-    import matplotlib.figure  # noqa: F401
-
-    from ..files import check_writable
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        raise type(error)(f"cannot make the folder {str(out)!r}: {reason}; choose another --out") from error
-    paths = out / "demo.png", out / "demo.json"
-    for path in paths:
-        check_writable(path)
-    return paths
+def _figures(speed) -> dict:
+    return {"median": speed.median, "p20": speed.spread[0], "p80": speed.spread[1]}
 
 
 def _text(path: Path | None) -> tuple[str, dict]:
     """The text to evaluate on and where it is from."""
-    if path is not None:
-        from ..lab.texts import read_text
+    from ..lab.texts import read_text
 
+    if path is not None:
         content, source = read_text(path), str(path)
     else:
         try:
@@ -142,23 +121,21 @@ def _text(path: Path | None) -> tuple[str, dict]:
     return content, {"source": source, "sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
-def _show(result: dict, plot_path: Path, json_path: Path) -> None:
+def _title(result: dict) -> str:
     machine = result["environment"]
+    return f"{result['model']}, {result['dtype']}, {machine['threads']} threads on {machine['cpu']}"
+
+
+def _show(result: dict) -> None:
     rows = []
     for row in result["rows"]:
         speed, ratio = row["decode_tokens_per_second"], row["decode_speedup"]
-        rows.append(
-            [
-                row["name"],
-                *format_quality(row),
-                f"{speed['median']:.1f}",
-                f"{speed['p20']:.1f} - {speed['p80']:.1f}",
-                f"{ratio['median']:.2f}x",
-            ]
-        )
+        spread = f"{speed['p20']:.1f} - {speed['p80']:.1f}"
+        cells = [f"{speed['median']:.1f}", spread, f"{ratio['median']:.2f}x"]
+        rows.append([row["name"], *format_quality(row), *cells])
     first = result["rows"][0]
-    print_table(
-        f"{result['model']}, {result['dtype']}, {machine['threads']} threads on {machine['cpu']}",
+    common.print_table(
+        _title(result),
         ["", "perplexity", "change", "decode tokens/s", "p20 - p80", "speed-up"],
         rows,
         caption=f"Perplexity: {first['tokens']} tokens predicted in {first['windows']} windows of "
@@ -166,45 +143,30 @@ def _show(result: dict, plot_path: Path, json_path: Path) -> None:
     )
     for sample in result["samples"]:
         print(f"[{sample['name']}] {sample['prompt']}{sample['text'].rstrip()}\n")
-    print(f"{result['seconds']:.0f} s; wrote {plot_path} and {json_path}")
 
 
-def _write(result: dict, plot_path: Path, json_path: Path) -> None:
-    from ..files import write_atomic
-
-    plot = draw(result)  # everything is computed before the first file appears
-    write_atomic(plot_path, plot)
-    write_atomic(json_path, to_json(result) + "\n")
-
-
-def draw(result: dict) -> bytes:
+def _draw(result: dict) -> bytes:
     """PNG with two panels: perplexity and decode speed of every row of `result`."""
-    from matplotlib.figure import Figure
+    from ..lab.output import new_figure, png
 
     rows = result["rows"]
     names = [row["name"] for row in rows]
     colours = ["0.55" if name == "dense" else "C0" for name in names]
     speeds = [row["decode_tokens_per_second"] for row in rows]
-    medians = [speed["median"] for speed in speeds]
     errors = [
         [speed["median"] - speed["p20"] for speed in speeds],
         [speed["p80"] - speed["median"] for speed in speeds],
     ]
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = new_figure(9, 3.8)
     quality, speed = figure.subplots(1, 2)
     bars = quality.bar(names, [row["perplexity"] for row in rows], color=colours)
     quality.bar_label(bars, fmt="%.1f", padding=2)
     quality.set_title("Perplexity (lower is better)", fontsize=10)
-    bars = speed.bar(names, medians, yerr=errors, capsize=3, color=colours)
-    speed.bar_label(bars, labels=[f"{median:.1f}" for median in medians], padding=2)
+    bars = speed.bar(names, [each["median"] for each in speeds], yerr=errors, capsize=3, color=colours)
+    speed.bar_label(bars, fmt="%.1f", padding=2)
     speed.set_title("Decode tokens/s, batch 1 (higher is better; p20 - p80)", fontsize=10)
     for axes in (quality, speed):
         axes.margins(y=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-    machine = result["environment"]
-    figure.suptitle(
-        f"{result['model']}, {result['dtype']}, {machine['cpu']}, {machine['threads']} threads", fontsize=11
-    )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    figure.suptitle(_title(result), fontsize=11)
+    return png(figure)

@@ -8,57 +8,48 @@ from typing import Annotated
 
 import typer
 
-from .common import load, model_name, note, print_json, set_threads
-from .ppl import (
-    CriterionOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    MitigationOption,
-    ModelArgument,
-    RecipeOption,
-    ThreadsOption,
-    build_recipes,
-    check_uncalibrated,
-)
+from . import common
+from . import options as opt
+from .ppl import build_recipes, check_uncalibrated
 
 
 def generate(
-    model: ModelArgument,
+    model: opt.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.", show_default=False)],
     pattern: Annotated[
         str | None,
         typer.Option("--pattern", metavar="N:M", help="Pattern, e.g. 2:4+1; without one the model stays as it is."),
     ] = None,
-    recipe: RecipeOption = None,
-    criterion: CriterionOption = None,
-    mitigation: MitigationOption = None,
+    recipe: opt.Recipe = None,
+    criterion: opt.Criterion = None,
+    mitigation: opt.Mitigations = None,
     optimize: Annotated[
         bool, typer.Option("--optimize", help="Merge projections and fuse norms; the text stays the same.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Tokens to add at most.")] = 128,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "cpu",
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to add at most.")] = 128,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "cpu",
+    threads: opt.Threads = None,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Continue a prompt greedily and stream the text to stdout."""
-    if max_new_tokens < 1:
-        raise ValueError(f"expected --max-new-tokens of at least 1, got {max_new_tokens}")
+    from ..lab.evaluate.variants import from_recipe
+
     if not prompt:
         raise ValueError("expected a prompt with at least one character, got an empty one")
     if (criterion is not None or mitigation) and pattern is None and recipe is None:
         raise ValueError("expected --pattern or --recipe with --criterion and --mitigation, got neither; add one")
     recipes = build_recipes(recipe, None if pattern is None else [pattern], criterion, mitigation)
-    check_uncalibrated(recipes.items(), "name the model that it writes, without --recipe")
-    set_threads(threads)
-    network, tokenizer = load(model, dtype, device)
+    variants = [from_recipe(made, name) for name, made in recipes.items()]
+    check_uncalibrated(variants, "name the model that it writes, without --recipe")
+    common.set_threads(threads)
+    network, tokenizer = common.load(model, dtype, device)
     name = "as loaded"
-    if recipes:
+    if variants:
         from ..conversion.sparsify import sparsify
 
-        [(name, chosen)] = recipes.items()
-        sparsify(network, chosen)
+        name = variants[0].name
+        sparsify(network, variants[0].recipe)
     if optimize:
         from ..optimize import optimize as merge_and_fuse
 
@@ -68,25 +59,17 @@ def generate(
     text, count = continue_text(network, tokenizer, prompt, max_new_tokens, stream=not as_json)
     seconds = time.perf_counter() - start
     if as_json:
-        print_json(
-            {
-                "model": model_name(model),
-                "variant": name,
-                "prompt": prompt,
-                "text": text,
-                "new_tokens": count,
-                "seconds": seconds,
-            }
-        )
+        result = {"model": common.model_name(model), "variant": name, "prompt": prompt, "text": text}
+        common.print_json({**result, "new_tokens": count, "seconds": seconds})
     else:
-        note(f"{count} tokens in {seconds:.1f} s ({name})")
+        common.note(f"{count} tokens in {seconds:.1f} s ({name})")
 
 
 def continue_text(network, tokenizer, prompt: str, max_new_tokens: int, stream: bool = False) -> tuple[str, int]:
     """Greedy continuation of `prompt` and its number of tokens; `stream` also writes all text to stdout.
 
-    Of the model's generation_config only the tokens that end a text count: beams, penalties and the like would make
-    of it something else than the most probable next token, each time.
+    Of the model's generation_config only the special tokens apply: with beams, penalties and the like the next token
+    would not be the most probable one.
     """
     import torch
     from transformers import TextStreamer
@@ -101,7 +84,7 @@ def continue_text(network, tokenizer, prompt: str, max_new_tokens: int, stream: 
             attention_mask=inputs["attention_mask"].to(network.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            pad_token_id=_pad_token(tokenizer),
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             streamer=TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True) if stream else None,
         )
     if stream:
@@ -112,7 +95,7 @@ def continue_text(network, tokenizer, prompt: str, max_new_tokens: int, stream: 
 
 @contextmanager
 def _greedy(network) -> Iterator[None]:
-    """The model without its generation_config's settings: Transformers fills in those that a call leaves out."""
+    """The model with the special tokens of its generation_config only: a call takes its other settings from there."""
     from transformers import GenerationConfig
 
     own = network.generation_config
@@ -122,8 +105,3 @@ def _greedy(network) -> Iterator[None]:
         yield
     finally:
         network.generation_config = own
-
-
-def _pad_token(tokenizer) -> int | None:
-    """Any id will do for one prompt; naming one keeps Transformers from warning."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -1,11 +1,9 @@
 """``nm-act info``: how this installation was built, what it runs on, what it supports."""
 
 import dataclasses
-from typing import Annotated
 
-import typer
-
-from .common import cpu_name, print_json, print_table, usable_cores
+from . import common
+from . import options as opt
 
 _LABELS = {
     "version": "nm_act",
@@ -21,9 +19,7 @@ _LABELS = {
 }
 
 
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
-) -> None:
+def info(as_json: opt.AsJson = False) -> None:
     """Show the build, the devices and the table of supported operators."""
     from ..ops import build_info, support_table
     from ..supported import supported
@@ -32,18 +28,18 @@ def info(
     devices = _devices()
     if as_json:
         tested = [dataclasses.asdict(each) | {"tested": each.tested} for each in versions]
-        print_json({"build": build, "versions": tested, "devices": devices, "support": support})
+        common.print_json({"build": build, "versions": tested, "devices": devices, "support": support})
         return
     rows = [[_LABELS.get(key, key), _text(value)] for key, value in build.items() if value not in (None, [], ())]
-    print_table("Build", ["", ""], rows, numbers=False)
+    common.print_table("Build", ["", ""], rows, numbers=False)
     rows = [[each.package, each.versions, each.installed or "–", _judged(each)] for each in versions]
-    print_table("Versions", ["package", "tested", "installed", ""], rows, numbers=False)
+    common.print_table("Versions", ["package", "tested", "installed", ""], rows, numbers=False)
     rows = [[device["device"], device["name"], _text(device["detail"])] for device in devices]
-    print_table("Devices", ["device", "name", "detail"], rows, numbers=False)
+    common.print_table("Devices", ["device", "name", "detail"], rows, numbers=False)
     columns = [key for key in (support[0] if support else ()) if key != "device"]
     for device in dict.fromkeys(row["device"] for row in support):
         rows = [[_text(row.get(key)) for key in columns] for row in support if row["device"] == device]
-        print_table(f"Supported on {_text(device)}", columns, rows, numbers=False)
+        common.print_table(f"Supported on {_text(device)}", columns, rows, numbers=False)
 
 
 def _judged(each) -> str:
@@ -53,7 +49,7 @@ def _judged(each) -> str:
 def _devices() -> list[dict]:
     import torch
 
-    found = [{"device": "cpu", "name": cpu_name(), "detail": f"{usable_cores()} cores"}]
+    found = [{"device": "cpu", "name": common.cpu_name(), "detail": f"{common.usable_cores()} cores"}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         detail = f"sm{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"

@@ -1,11 +1,9 @@
-"""Static order of input channels [ours]: strong channels spread over the groups, folded into the layers in front.
+"""A static order of a layer's input channels, folded into its weight and those of the layers in front.
 
-N:M keeps N of each M neighbours, so two strong channels in one group compete while another group keeps weak ones. An
-order that deals the channels out by their energy, one of each strength to every group, makes the groups alike. It costs
-nothing at run time where the layer in front can produce its outputs in that order: down_proj's input comes channel by
-channel from gate_proj and up_proj, o_proj's within a head from v_proj (all query heads that share a value head get one
-order). The dense function stays the same; the inputs of q, k, v, gate and up come from the residual stream and keep
-their order.
+It costs nothing at run time where the layers in front can produce their outputs in that order: the inputs of down_proj
+come channel by channel from gate_proj and up_proj, those of o_proj, within a head, from v_proj (all query heads that
+share a value head get one order). The dense function stays the same. The inputs of q, k, v, gate and up come from the
+residual stream and keep their order. :mod:`nm_act.lab.calibrate.order` finds a good order.
 """
 
 import torch
@@ -14,59 +12,11 @@ from torch import nn
 from ..layers.linear import NMLinear
 
 
-def channel_order(energy: torch.Tensor, group: int) -> torch.Tensor:
-    """Order ``[in]`` (int64) that gives every group one channel of each strength.
-
-    With G groups, position ``g * group + k`` gets the channel of rank ``k * G + g``; in every other round the groups
-    take their turn backwards, so that none always comes first.
-
-    Parameters
-    ----------
-    energy : Tensor [in]
-        E[X_j^2] over calibration text.
-    group : int
-        M, a divisor of ``in``.
-
-    Examples
-    --------
-    >>> channel_order(torch.tensor([9.0, 8.0, 2.0, 1.0]), 2)
-    tensor([0, 3, 1, 2])
-    """
-    rounds = energy.argsort(descending=True, stable=True).view(group, -1).clone()
-    rounds[1::2] = rounds[1::2].flip(-1)
-    return rounds.t().flatten()
-
-
-def find_order(block: nn.Module, name: str, energy: torch.Tensor) -> torch.Tensor:
-    """Order of a layer's input channels that can be folded into ``block``; the identity where none can.
-
-    Parameters
-    ----------
-    block : nn.Module
-    name : str
-        Name inside the block of an :class:`~nm_act.NMLinear`, e.g. "mlp.down_proj".
-    energy : Tensor [in]
-    """
-    layer = block.get_submodule(name)
-    group = layer.spec.pattern.span
-    identity = torch.arange(layer.in_features, device=energy.device)
-    heads = _value_heads(block, name)
-    if heads is not None:
-        value_heads, head_dim = heads
-        if head_dim % group:
-            return identity
-        shared = energy.view(value_heads, -1, head_dim)
-        orders = [channel_order(head, group) for head in shared.sum(dim=1)]
-        inside = torch.stack(orders).repeat_interleave(shared.shape[1], dim=0).flatten()
-        return inside + identity // head_dim * head_dim
-    return channel_order(energy, group) if _gate_and_up(block, name) else identity
-
-
 @torch.no_grad()
 def fold_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
     """Put a layer's input channels into ``order``, and the outputs of the layers in front likewise.
 
-    Every changed weight is a new parameter: a copy of the model that shares the old ones is left alone.
+    Every changed weight is a new parameter, so copies of the model that share the old ones do not change.
 
     Raises
     ------
@@ -77,17 +27,17 @@ def fold_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
     order = order.long()
     if torch.equal(order, torch.arange(len(order), device=order.device)):
         return
-    heads, pair = _value_heads(block, name), _gate_and_up(block, name)
+    heads, pair = value_heads(block, name), gate_and_up(block, name)
     layer = block.get_submodule(name)
     _set_weight(layer, layer.weight[:, order.to(layer.weight.device)])
     if heads is None:
         for module in pair:
             _reorder_outputs(module, order)
         return
-    value_heads, head_dim = heads
-    # The first query head of each value head says how that value head's rows go.
-    inside = order.view(value_heads, -1, head_dim)[:, 0] % head_dim
-    start = torch.arange(value_heads, device=order.device).unsqueeze(1) * head_dim
+    count, head_dim = heads
+    # The order of the first query head of each value head is that of the value head's rows.
+    inside = order.view(count, -1, head_dim)[:, 0] % head_dim
+    start = torch.arange(count, device=order.device).unsqueeze(1) * head_dim
     _reorder_outputs(_sibling(block, name, "v_proj"), (inside + start).flatten())
 
 
@@ -96,7 +46,7 @@ def check_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
     identity = torch.arange(len(order), dtype=order.dtype, device=order.device)
     if not torch.equal(order.sort().values, identity):
         raise ValueError(f"expected every input channel once in the order for {name}, got another; calibrate again")
-    if torch.equal(order, identity) or _value_heads(block, name) is not None or _gate_and_up(block, name):
+    if torch.equal(order, identity) or value_heads(block, name) is not None or gate_and_up(block, name):
         return
     raise ValueError(
         f"expected gate_proj and up_proj, or v_proj, in front of {name} to fold its input order into, got none; "
@@ -104,7 +54,7 @@ def check_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
     )
 
 
-def _value_heads(block: nn.Module, name: str) -> tuple[int, int] | None:
+def value_heads(block: nn.Module, name: str) -> tuple[int, int] | None:
     """Value heads and their size for an attention output projection, None for any other layer."""
     value = _sibling(block, name, "v_proj")
     attention = block.get_submodule(name.rpartition(".")[0])
@@ -115,7 +65,8 @@ def _value_heads(block: nn.Module, name: str) -> tuple[int, int] | None:
     return (value.out_features // head_dim, head_dim) if fits else None
 
 
-def _gate_and_up(block: nn.Module, name: str) -> list[nn.Linear]:
+def gate_and_up(block: nn.Module, name: str) -> list[nn.Linear]:
+    """The layers in front of a down projection, [] for any other layer."""
     pair = [_sibling(block, name, other) for other in ("gate_proj", "up_proj")]
     width = block.get_submodule(name).in_features
     fits = name.rpartition(".")[2] == "down_proj" and all(m is not None and m.out_features == width for m in pair)

@@ -26,29 +26,23 @@ SHAPE = {"tokens": str(PREFILL_TOKENS), "out_features": "4096", "in_features": "
 
 @dataclass(frozen=True)
 class Rates:
-    """Speed-up of one linear layer over dense bfloat16, by pattern.
-
-    Attributes
-    ----------
-    table : dict of str to (float, str)
-        Pattern -> speed-up and where it is from.
-    """
+    """Speed-up of one linear layer over dense bfloat16: pattern -> (speed-up, source)."""
 
     table: dict[str, tuple[float, str]]
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> "Rates":
-        """Rates of the packaged table, with those of `path` in their place where it has some.
+        """Rates of the packaged table; those of `path`, where it has some, take their place.
 
         `path` is a CSV with the columns ``pattern,speedup,source``, or one that ``benchmarks/bench_sparse_linear.py``
-        wrote; of the latter the whole-operator rows in bfloat16 at 4096 tokens, 4096 in and out features are read.
+        wrote, of which the whole-operator rows in bfloat16 with 4096 tokens, in and out features are read.
 
         Raises
         ------
         OSError
             If there is no such file.
         ValueError
-            If it has other columns, no row that counts, or a speed-up that is no positive number.
+            If it has other columns, no row that counts, or a speed-up that is not a positive number.
         """
         table = _read(Path(__file__).with_name("rates.csv"))
         return cls(table if path is None else table | _read(Path(path)))
@@ -56,16 +50,14 @@ class Rates:
     def speedup(self, pattern: str) -> tuple[float, str]:
         """Speed-up of a pattern, and its source.
 
-        Which columns the windows of "2:4+r@..." hold makes no difference: the row of "2:4+r" counts. Without one it
-        costs ``1 + r/4`` times the 2:4 product, whose inner dimension it lengthens by that factor. Any other pattern
-        without a row runs the dense product: 1.
+        The row of "2:4+r" stands for every "2:4+r@columns". Without one, the product costs ``1 + r/4`` times that of
+        2:4, because its inner dimension is longer by that factor. Other patterns without a row run the dense product.
         """
         chosen = None if pattern == DENSE else as_pattern(pattern)
         windows = len(chosen.extra_columns) if isinstance(chosen, NMPattern) else 0
-        rows = (pattern, f"{chosen.keep}:{chosen.group}+{windows}") if windows else (pattern,)
-        row = next((row for row in rows if row in self.table), None)
-        if row is not None:
-            return self.table[row]
+        for row in (pattern, f"{chosen.keep}:{chosen.group}+{windows}") if windows else (pattern,):
+            if row in self.table:
+                return self.table[row]
         if windows and "2:4" in self.table:
             factor = 1 + windows / 4
             return self.table["2:4"][0] / factor, f"cost model: the 2:4 row / {factor:g}"
@@ -73,38 +65,32 @@ class Rates:
 
 
 def _read(path: Path) -> dict[str, tuple[float, str]]:
+    where = repr(str(path))
     if not path.is_file():
-        raise FileNotFoundError(f"no table of rates at {str(path)!r}: there is no such file; check --rates")
+        raise FileNotFoundError(f"no table of rates at {where}: there is no such file; check --rates")
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     columns = set(rows[0]) if rows else set()
     if {"bench", "stage", "variant", "dtype", "baseline", *SHAPE} <= columns:
         wanted = {"stage": "op", "dtype": "bf16", "baseline": "cublas_bf16", **SHAPE}
-        rows = [
-            {**row, "source": f"{row['device']}, torch {row['torch']}, {row['date']}: {row['variant']}"}
-            for row in rows
-            if all(row[key] == value for key, value in wanted.items())
-        ]
+        rows = [row for row in rows if wanted.items() <= row.items()]
+        for row in rows:
+            row["source"] = f"{row['device']}, torch {row['torch']}, {row['date']}: {row['variant']}"
     elif not {"pattern", "speedup", "source"} <= columns:
-        raise ValueError(
-            f"expected a CSV with the columns pattern, speedup, source in {str(path)!r}; see docs/search.md"
-        )
+        raise ValueError(f"expected a CSV with the columns pattern, speedup, source in {where}; see docs/search.md")
     table: dict[str, tuple[float, str]] = {}
     for row in rows:
         try:
             value = float(row["speedup"])
         except (TypeError, ValueError):  # text, or a row that ends early
             value = 0.0
-        if not 0 < value < float("inf"):
-            raise ValueError(
-                f"expected a positive speed-up for {row['pattern']} in {str(path)!r}, got {row['speedup']!r}"
-            )
+        if not 0 < value < math.inf:
+            raise ValueError(f"expected a positive speed-up for {row['pattern']} in {where}, got {row['speedup']!r}")
         pattern = str(as_pattern(row["pattern"]))
-        if value > table.get(pattern, (0.0, ""))[0]:  # the best of several kernels
-            table[pattern] = value, row["source"]
+        table[pattern] = max(table.get(pattern, (0.0, "")), (value, row["source"]), key=lambda rate: rate[0])
     if not table:
         raise ValueError(
-            f"expected rates in {str(path)!r}, got no row that counts (stage op, bf16 over cublas_bf16, "
+            f"expected rates in {where}, got no row that counts (stage op, bf16 over cublas_bf16, "
             f"{' x '.join(SHAPE.values())}); see docs/search.md"
         )
     return table
@@ -115,20 +101,13 @@ def layer_macs(linear: nn.Linear) -> int:
     return linear.in_features * linear.out_features
 
 
-def pattern_of(spec: LinearSpec | None) -> str:
-    """Pattern that a spec's prefill runs with; "dense" where the activations are not pruned then."""
-    if spec is None or spec.phase == "decode" or not prunes_activations(spec):
-        return DENSE
-    return str(spec.pattern)
-
-
-def prunes_activations(spec: LinearSpec) -> bool:
-    """False for the baselines that prune weights: their speed-up is that of another operator."""
-    return spec.criterion not in WEIGHT_PRUNING
+def pattern_of(spec: LinearSpec) -> str:
+    """Pattern of a spec's product in prefill; "dense" if activations are not pruned there."""
+    return DENSE if spec.phase == "decode" or spec.criterion in WEIGHT_PRUNING else str(spec.pattern)
 
 
 def macs_by_pattern(model: nn.Module) -> dict[str, int]:
-    """Multiply-accumulates a token of the decoder's linear layers, by the pattern that prefill runs them with."""
+    """Multiply-accumulates per token of the decoder's linear layers, by the pattern of their product in prefill."""
     macs: Counter[str] = Counter()
     for _, _, linear in decoder_linears(model).values():
         macs[pattern_of(linear.spec) if isinstance(linear, NMLinear) else DENSE] += layer_macs(linear)
@@ -136,11 +115,10 @@ def macs_by_pattern(model: nn.Module) -> dict[str, int]:
 
 
 def extra_macs(model: nn.Module) -> float:
-    """Multiply-accumulates a token that sparse layers add to their own in prefill, at the dense speed.
+    """Multiply-accumulates per token that sparse layers add to their own in prefill, at the dense speed.
 
-    The GEMMs of a low-rank pair, R (in + out); of a rotation, in * in; and the first tokens of a sequence that are
-    computed dense as well, of one sequence of `PREFILL_TOKENS`. What has no GEMM (scores, shifts, scales) is not
-    counted.
+    These are the GEMMs of low-rank pairs, R (in + out), and rotations, in * in, and the first tokens of a sequence of
+    `PREFILL_TOKENS` that are computed dense as well. Scores, shifts and scales, which have no GEMM, are not counted.
     """
     return sum(_extra(linear) for _, _, linear in decoder_linears(model).values() if isinstance(linear, NMLinear))
 
@@ -149,13 +127,12 @@ def _extra(linear: NMLinear) -> float:
     if linear.spec.phase == "decode":
         return 0.0
     first = 0 if linear.token_context is None else min(linear.token_context.first_tokens, PREFILL_TOKENS)
-    return (
-        added_macs(linear.spec, linear.in_features, linear.out_features) + layer_macs(linear) * first / PREFILL_TOKENS
-    )
+    added = added_macs(linear.spec, linear.in_features, linear.out_features)
+    return added + layer_macs(linear) * first / PREFILL_TOKENS
 
 
 def added_macs(spec: LinearSpec, in_features: int, out_features: int) -> int:
-    """Multiply-accumulates a token of the GEMMs that a spec's mitigations add to a layer's own."""
+    """Multiply-accumulates per token of the GEMMs that a spec's mitigations add to a layer's own."""
     sizes = in_features, out_features, rank_of(spec.mitigation)
     return sum(math.prod(shape_of(name, *sizes)) for name in data_of(spec) if name in FOLLOW_WEIGHT)
 
@@ -163,13 +140,8 @@ def added_macs(spec: LinearSpec, in_features: int, out_features: int) -> int:
 def predicted_speedup(macs: dict[str, int], rates: Rates, extra: float = 0.0) -> float:
     """Predicted prefill speed-up of the linear layers, ``sum(m) / (sum(m / rate) + extra)``.
 
-    Parameters
-    ----------
-    macs : dict of str to int
-        Multiply-accumulates m by pattern, from `macs_by_pattern`.
-    rates : Rates
-    extra : float
-        What mitigations add, from `extra_macs`; it runs at the dense speed.
+    `macs` has the multiply-accumulates m by pattern (`macs_by_pattern`), `extra` those at the dense speed that
+    mitigations add (`extra_macs`).
 
     Examples
     --------

@@ -1,18 +1,22 @@
-"""Texts and data sets from the user's own files; where there is no folder of them, from the Hugging Face hub."""
+"""Texts and data sets from the user's own files; without a folder of them, from the Hugging Face hub."""
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-__all__ = ["HUB_TEXTS", "find_file", "find_splits", "load_text", "read_rows", "read_text", "tokenize"]
+__all__ = [
+    *("HUB_TEXTS", "find_file", "find_splits", "first_windows", "load_text", "read_rows", "read_text", "tokenize"),
+    "whole_windows",
+]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 """File formats that are read: JSON lines, a JSON list, plain text, Parquet."""
 
 SPLITS = ("test", "validation", "val")
-"""Where a folder holds several splits, the first of these that occurs in a file's name is taken."""
+"""Splits in the order of preference; a file is of a split if its name contains it."""
 
 HUB_TEXTS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -38,7 +42,7 @@ def find_file(folder: str | Path, name: str) -> Path:
 
 
 def find_splits(folder: str | Path, name: str) -> list[Path]:
-    """Files of a data set's splits in a folder, as `find_file` prefers them: it takes the first."""
+    """Files of a data set's splits in a folder, the one that `find_file` takes first."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"expected a data folder, but there is none at {str(folder)!r}; check --data")
@@ -61,33 +65,24 @@ def find_splits(folder: str | Path, name: str) -> list[Path]:
 
 def read_rows(path: Path) -> list[dict]:
     """Rows of a .jsonl, .json or .parquet file; ValueError if there are none or one is not an object."""
-    if path.suffix == ".parquet":
-        from datasets import Dataset
-
-        rows = Dataset.from_parquet(str(path)).to_list()
-    else:
-        text = _decoded(path)
-        try:
-            # Not splitlines(): U+2028 may stand unescaped inside a JSON string.
-            rows = (
-                json.loads(text) if path.suffix == ".json" else [json.loads(r) for r in text.split("\n") if r.strip()]
-            )
-        except ValueError as error:
-            raise ValueError(f"expected JSON in {str(path)!r}, got invalid text ({error}); repair the file") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+    rows = [row for _, row, _ in _rows(path)]
+    broken = next((row for row in rows if isinstance(row, ValueError)), None)
+    if broken is not None:
+        raise ValueError(f"expected JSON in {str(path)!r}, got invalid text ({broken}); repair the file") from broken
+    if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"expected a list of objects in {str(path)!r}, got something else; one JSON object a line")
     return rows
 
 
 def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
-    """A text for perplexity or calibration and where it is from; rows are joined by a blank line.
+    """A text for perplexity or calibration, its rows joined by blank lines, and where it is from.
 
     Parameters
     ----------
     name : str
         "wikitext2" or "c4".
     folder : str or Path, optional
-        Folder to take it from; without one it comes from the hub.
+        Folder that has it; without one it is read from the hub.
 
     Raises
     ------
@@ -114,9 +109,9 @@ def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Text of a UTF-8 file; of a .jsonl, .json or .parquet file, the rows' "text" fields with a blank line between.
+    """Text of a UTF-8 file; of a .jsonl, .json or .parquet file, the rows' "text" fields joined by blank lines.
 
-    A byte order mark is no text.
+    A byte order mark is not part of the text.
 
     Raises
     ------
@@ -128,14 +123,10 @@ def read_text(path: str | os.PathLike) -> str:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"expected a text file, but {str(path)!r} is a folder; name a file inside it")
-    if path.suffix in (".json", ".parquet"):
-        text = "\n\n".join(_field(path, f"row {number}", row, row) for number, row in enumerate(read_rows(path), 1))
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        text = "\n\n".join(_field(path, *row) for row in _rows(path))
     else:
         text = _decoded(path)
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(
-            _row_text(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()
-        )
     if not text.strip():
         raise ValueError(f"expected text in {str(path)!r}, but there is none; name a file with text")
     return text
@@ -144,8 +135,8 @@ def read_text(path: str | os.PathLike) -> str:
 def tokenize(tokenizer, text: str, max_tokens: int | None = None) -> torch.Tensor:
     """Token ids of a whole text, int64 ``[tokens]``.
 
-    Special tokens are the tokenizer's own choice: one that starts texts with a beginning-of-sequence token
-    puts it at the start of the text, not of every window.
+    Special tokens are up to the tokenizer: a beginning-of-sequence token stands at the start of the text, not of every
+    window.
 
     Parameters
     ----------
@@ -166,6 +157,29 @@ def tokenize(tokenizer, text: str, max_tokens: int | None = None) -> torch.Tenso
     return torch.tensor(ids[:max_tokens], dtype=torch.int64)
 
 
+def whole_windows(tokenizer, text: str, window: int, max_tokens: int | None = None) -> torch.Tensor:
+    """Token ids of a text's whole windows, int64 ``[tokens]``; ValueError if there is none."""
+    ids = tokenize(tokenizer, text, max_tokens)
+    if ids.numel() < window:
+        raise ValueError(
+            f"expected a text of at least one window of {window} tokens, got {ids.numel()}; use --window"
+            + ("" if max_tokens is None else " or more --max-tokens")
+        )
+    return ids[: ids.numel() // window * window]
+
+
+def first_windows(tokenizer, text: str, windows: int, window: int) -> torch.Tensor:
+    """The first windows of a text, int64 ``[windows, window]``; ValueError if it has fewer."""
+    # A token is a few characters: a text much longer than that need not be tokenised to its end.
+    ids = tokenize(tokenizer, text[: 32 * windows * window], windows * window)
+    if ids.numel() < windows * window:
+        raise ValueError(
+            f"expected calibration text of {windows} windows of {window} tokens, got {ids.numel()} tokens; "
+            "give a longer text, or fewer or shorter windows"
+        )
+    return ids.view(windows, window)
+
+
 def _decoded(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -177,19 +191,35 @@ def _decoded(path: Path) -> str:
         raise type(error)(f"cannot read {str(path)!r}: {(error.strerror or str(error)).lower()}") from error
 
 
-def _row_text(path: Path, number: int, line: str) -> str:
+def _rows(path: Path) -> Iterator[tuple[str, object, str]]:
+    """Place, value and text of every row of a JSON-lines, .json or .parquet file; the value may be a ValueError."""
+    if path.suffix == ".parquet":
+        from datasets import Dataset
+
+        values = Dataset.from_parquet(str(path)).to_list()
+    elif path.suffix == ".json":
+        value = _json(_decoded(path))
+        values = value if isinstance(value, list) else [value]
+    else:
+        # Not splitlines(): U+2028 may stand unescaped inside a JSON string.
+        lines = enumerate(_decoded(path).split("\n"), 1)
+        yield from ((f"line {number}", _json(line), line) for number, line in lines if line.strip())
+        return
+    yield from ((f"row {number}", value, str(value)) for number, value in enumerate(values, 1))
+
+
+def _json(text: str):
     try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    return _field(path, f"line {number}", row, line)
+        return json.loads(text)
+    except ValueError as error:
+        return error
 
 
-def _field(path: Path, place: str, row, shown) -> str:
+def _field(path: Path, place: str, row, shown: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise ValueError(
-            f'expected an object with a "text" field on {place} of {str(path)!r}, got {str(shown)[:40]!r}; '
+            f'expected an object with a "text" field on {place} of {str(path)!r}, got {shown[:40]!r}; '
             "fix the row or give a plain text file"
         )
     return text

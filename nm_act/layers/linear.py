@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from .. import ops, parallel
 from ..methods import criteria, mitigations
 from ..ops import autograd, composed
-from ..ops.lifting import begins_with_weight
+from ..ops.lifting import is_lifted
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
 from .derived import FOLLOW_WEIGHT, Deriving, without_autocast
@@ -38,15 +38,14 @@ class NMLinear(Deriving):
         contiguous), so that a decode step reads the rows of surviving inputs only; "out_in" keeps torch's
         own layout.
     lift : bool or str
-        Keep the weight lifted (:func:`nm_act.lift_weight`), of which ``weight`` is then a view: a quarter more
-        memory for 2:4+1, half more for the other patterns with windows. "auto" (default) does where the sparse
-        tensor cores can use it with profit: on CUDA, in 16 bits, for 2:4+1.
+        Keep the weight of a 2:4+1 layer lifted (:func:`nm_act.lift_weight`), of which ``weight`` is then a view: a
+        quarter more memory. "auto" (default) does where the sparse tensor cores can use it: on CUDA, in 16 bits.
 
     Raises
     ------
     ValueError
-        If the pattern's group does not divide ``in_features``, the layout is unknown, or ``lift`` is True for a
-        pattern whose lifted weight does not begin with the weight itself.
+        If the pattern's group does not divide ``in_features``, the layout is unknown, or ``lift`` is True for
+        another pattern than 2:4+1.
 
     Notes
     -----
@@ -106,7 +105,7 @@ class NMLinear(Deriving):
                 f"expected a weight layout among {', '.join(WEIGHT_LAYOUTS)}, got {weight_layout!r}; "
                 "choose one of those"
             )
-        _check_lift(lift, spec.pattern, in_features)
+        _check_lift(lift, spec.pattern)
         options = {"spec": spec, "weight_layout": weight_layout, "lift": lift, "device": device, "dtype": dtype}
         super().__init__(in_features, out_features, bias, **options)
         self.token_context: TokenContext | None = None
@@ -254,15 +253,8 @@ class NMLinear(Deriving):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.spec}"
 
 
-def _check_lift(lift: bool | str, pattern: NMPattern, in_features: int) -> None:
+def _check_lift(lift: bool | str, pattern: NMPattern) -> None:
     if lift not in (True, False, "auto"):
         raise ValueError(f'expected lift to be True, False or "auto", got {lift!r}; choose one of those')
-    if lift is not True:
-        return
-    if not isinstance(pattern, NMPattern):
-        raise ValueError(f"expected an N:M pattern to lift the weight for, got {pattern}; leave lift out")
-    if not begins_with_weight(pattern, in_features):
-        raise ValueError(
-            f"expected a pattern whose lifted weight begins with the weight, got {pattern}; pass lifted_weight to "
-            "nm_act.sparse_linear instead"
-        )
+    if lift is True and not (isinstance(pattern, NMPattern) and is_lifted(pattern)):
+        raise ValueError(f"expected 2:4+1 to lift the weight for, got {pattern}; leave lift out")

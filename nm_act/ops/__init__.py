@@ -19,7 +19,7 @@ except ImportError as error:
         f"expected the compiled part of nm_act for this Python and torch, got: {error}; build it with: pip install -e ."
     ) from error
 
-METADATA_LAYOUTS = ("neutral", "sm80_16bit", "sm90_16bit_t64", "sm90_16bit_t128", "sm90_8bit")
+METADATA_LAYOUTS = ("neutral", "sm80_16bit", "sm90_16bit_t64", "sm90_8bit")
 """Names of the 2:4 metadata layouts; the sm80 and sm90 ones are what the tensor cores read."""
 
 
@@ -163,13 +163,13 @@ def sparse_linear(
     column_scale : Tensor [out_features], float32 or the dtype of x, optional
         LS: ``1 + s``.
     weight_scale : Tensor [out_features], float32, optional
-        Scale of each output channel of an 8-bit weight: ``W = weight * weight_scale``. Where the decode kernel does
+        Scale of each output channel of an 8-bit weight: ``W = weight * weight_scale``. Where the gather kernel does
         not apply (more tokens, another storage, a CPU), W is written out in the dtype of x at every call.
     extra_columns : sequence of int
         As in :func:`prune`.
     lifted_weight : Tensor [out_features, lifted in_features], dtype of x, optional
-        :func:`nm_act.lift_weight` of ``weight``, for 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16 on the sparse tensor cores;
-        used where that pays, which :func:`nm_act.explain` tells.
+        :func:`nm_act.lift_weight` of ``weight``, for 2:4+1 on the sparse tensor cores; used where that pays, which
+        :func:`nm_act.explain` tells.
 
     Returns
     -------
@@ -219,7 +219,7 @@ def sparse_linear(
 def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.t() + bias`` for one to eight tokens, reading only the weight rows whose input is not zero.
 
-    The decode kernel of :func:`sparse_linear` without the selection, for inputs that are sparse already (ReLU, top-k).
+    The gather kernel of :func:`sparse_linear` without the selection, for inputs that are sparse already (ReLU, top-k).
 
     Parameters
     ----------
@@ -354,12 +354,6 @@ def _(x, weight, bias=None):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("nm_act::gather_configured")
-def _(x, weight, weight_scale, n, m, lanes, splits, threads, ahead=False):
-    _check_devices("gather_configured", x, weight=weight, weight_scale=weight_scale)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
 def refuse(op: str, device: str) -> None:
     """Register one sentence for an operator that has no kernel for the CPU or, in this build, for CUDA."""
     wanted = "CUDA" if device == "CPU" else "CPU"
@@ -374,11 +368,10 @@ def refuse(op: str, device: str) -> None:
     torch.library.impl(f"nm_act::{op}", device)(refused)
 
 
-refuse("gather_configured", "CPU")
 if _C.build_info()["cuda"]:
     torch.library.impl("nm_act::decompress", "CUDA")(reference.decompress)
 else:
-    for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear", "gather_configured"):
+    for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear"):
         refuse(_op, "CUDA")
 
 from . import autograd  # noqa: E402, F401  (registers the gradients of what is above)

@@ -33,11 +33,12 @@ _RECORDED = reduce(operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.Dispa
 WITHOUT_GRADIENT = {
     "compress": "nm_act.prune",
     "decompress": "nm_act.prune",
-    "gather_configured": "nm_act.sparse_linear",
     "compress_packed": "nm_act.prune",
     "rms_norm_compress": "nm_act.prune of the norm",
     "silu_mul_compress": "nm_act.prune of the product",
     "sparse_gemm": "nm_act.sparse_linear",
+    "_tune_gather": "nm_act.sparse_linear",
+    "_tune_sparse_gemm": "nm_act.sparse_linear",
     "sparse_linear_fp8": "nm_act.sparse_linear with a weight in the dtype of x (nm_act.deoptimize gives such layers)",
 }
 """Operators without a gradient, and what has one in their place."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..patterns import NMPattern
-from .lifting import lifted_features, windows
+from .lifting import is_lifted, lifted_features
 
 PATHS = {
     "gather": "reads only the weight rows of survivors",
@@ -55,8 +55,8 @@ def explain(
 ) -> Explanation:
     """Tell which path :func:`nm_act.sparse_linear` takes for these arguments, and why.
 
-    Nothing is computed: the tensors' shapes, strides and dtypes decide, so meta tensors do, and the options that
-    change neither (shifts, scales, bias) are left out.
+    Nothing is computed: the tensors' shapes, strides, dtypes and alignment decide, so meta tensors do, and the options
+    that change none of them (shifts, scales, bias) are left out.
 
     Parameters
     ----------
@@ -107,17 +107,15 @@ def explain(
         return Explanation("dense", "there are no tokens, so nothing runs", device)
     lifted = None
     if lifted_weight is not None:
-        if not windows(pattern):
-            raise ValueError(
-                f"expected lifted_weight with 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16, got it with {pattern}; leave it out"
-            )
+        if not is_lifted(pattern):
+            raise ValueError(f"expected lifted_weight with 2:4+1 only, got it with {pattern}; leave it out")
         expected = [weight.shape[0], lifted_features(pattern, weight.shape[1])]
         if list(lifted_weight.shape) != expected:
             raise ValueError(
                 f"expected lifted_weight of shape {expected} for {pattern}, got {list(lifted_weight.shape)}; use "
                 "nm_act.lift_weight(weight, pattern)"
             )
-        lifted = (*lifted_weight.shape, *lifted_weight.stride())
+        lifted = _facts(lifted_weight)
     if x.is_cuda:
         facts = torch.cuda.get_device_properties(x.device)
         compute_capability = compute_capability or facts.major
@@ -129,10 +127,16 @@ def explain(
         n,
         m,
         list(pattern.extra_columns),
-        (*weight.shape, *weight.stride()),
+        _facts(weight),
         lifted,
         compute_capability or 9,
         multiprocessors or 132,
         str(weight.dtype).removeprefix("torch."),
     )
     return Explanation(path, why, device)
+
+
+def _facts(weight: Tensor) -> tuple[int, int, int, int, bool]:
+    """Sizes, strides and whether the storage is aligned to 16 bytes: what the dispatch reads of a weight."""
+    start = weight.storage_offset() * weight.element_size() if weight.is_meta else weight.data_ptr()
+    return *weight.shape, *weight.stride(), start % 16 == 0

@@ -1,82 +1,76 @@
-"""Lifting a weight: duplicated columns, over which a pattern richer than 2:4 is a 2:4 pattern.
+"""Lifting a weight: duplicated columns, over which 2:4+1 is a 2:4 pattern.
 
-The windows of a pattern are defined once, in ``csrc/kernels/format/windows.h``; ``docs/kernels/windows.md`` explains
-them.
+``csrc/kernels/format/windows.h`` says where each column lies; ``docs/kernels/windows.md`` explains windows.
 """
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..patterns import WINDOW_SPAN, NMPattern
 
 
 def windows(pattern: NMPattern | str) -> list[list[int]]:
-    """The features, of every sixteen, that each window of a pattern covers; empty if it has no windows.
+    """The features, of every sixteen, that each window of 2:4+r covers; empty for any other pattern.
 
     Examples
     --------
     >>> windows("2:4+1")
     [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [0, 4, 8, 12]]
     """
-    pattern = NMPattern(pattern)
-    return ops._C.window_table(pattern.keep, pattern.group, list(pattern.extra_columns))
+    columns = NMPattern(pattern).extra_columns
+    quads = [[*range(first, first + 4)] for first in range(0, WINDOW_SPAN, 4)]
+    return [*quads, *([*range(column, WINDOW_SPAN, 4)] for column in columns)] if columns else []
+
+
+def is_lifted(pattern: NMPattern | str) -> bool:
+    """Whether the sparse tensor cores run the pattern over a lifted weight: 2:4+1 alone."""
+    return len(NMPattern(pattern).extra_columns) == 1
 
 
 def lifted_features(pattern: NMPattern | str, in_features: int) -> int:
-    """Columns of a lifted weight: in_features itself for a pattern without windows."""
-    count = len(windows(pattern))
-    return in_features if count == 0 else in_features // 4 * count
+    """Columns of a lifted weight, 1.25 times in_features; in_features itself for a pattern that is not lifted."""
+    return in_features + in_features // 4 if is_lifted(pattern) else in_features
 
 
 def lifted_columns(pattern: NMPattern | str, in_features: int) -> Tensor:
     """Index ``[lifted in_features]`` of the weight's column that each column of the lifted weight repeats.
 
-    The first four windows of every sixteen features come first, ``in_features`` columns in all, then the others.
+    The first ``in_features`` columns are those of the weight, the fifth windows of every sixteen features follow.
 
     Raises
     ------
     ValueError
-        If the pattern has no windows, or 16 does not divide in_features.
+        If the pattern is not 2:4+1, or 16 does not divide in_features.
     """
-    pattern = NMPattern(pattern)
-    table = torch.tensor(windows(pattern))
-    if table.numel() == 0:
-        raise ValueError(
-            f"expected one of 2:4+1, 2:4+2, 4:8, 5:8, 6:8 and 8:16, got {pattern}; it needs no lifted weight"
-        )
+    if not is_lifted(pattern):
+        raise ValueError(f"expected 2:4+1, got {pattern}; no other pattern has a use for a lifted weight")
     if in_features % WINDOW_SPAN:
         raise ValueError(f"expected in_features divisible by {WINDOW_SPAN}, got {in_features}; pad the features")
-    units = torch.arange(0, in_features, WINDOW_SPAN)[:, None]
-    return torch.cat([(units + part.flatten()).flatten() for part in (table[:4], table[4:])])
-
-
-def begins_with_weight(pattern: NMPattern | str, in_features: int) -> bool:
-    """Whether a lifted weight begins with the weight, so that one copy is enough; raises as `lifted_columns`."""
-    return torch.equal(lifted_columns(pattern, in_features)[:in_features], torch.arange(in_features))
+    features = torch.arange(in_features)
+    return torch.cat([features, features[NMPattern(pattern).extra_columns[0] :: 4]])
 
 
 def lift_weight(weight: Tensor, pattern: NMPattern | str) -> Tensor:
-    """Repeat the columns of a weight as the windows of a pattern need them, once, for ``sparse_linear``.
+    """Repeat the columns of a weight as the windows of 2:4+1 need them, once, for ``sparse_linear``.
 
-    For all patterns but 8:16 the first ``in_features`` columns of the result are ``weight`` itself: the view
-    ``lifted[:, :in_features]`` can take its place, so that one copy serves every path.
+    The first ``in_features`` columns of the result are ``weight`` itself: the view ``lifted[:, :in_features]`` can take
+    its place, so that one copy serves every path.
 
     Parameters
     ----------
     weight : Tensor [out_features, in_features]
         Any dtype, either stride order, which the result keeps; in_features divisible by 16.
     pattern : NMPattern or str
-        "2:4+1" (1.25 times the columns), "2:4+2", "4:8", "5:8", "6:8" or "8:16" (1.5 times).
+        "2:4+1", with any column.
 
     Returns
     -------
-    Tensor [out_features, lifted in_features]
+    Tensor [out_features, 1.25 in_features]
 
     Raises
     ------
     ValueError
-        If the pattern has no windows, or the weight's shape does not fit.
+        If the pattern is not 2:4+1, or the weight's shape does not fit.
 
     Examples
     --------

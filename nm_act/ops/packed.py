@@ -47,14 +47,14 @@ def compress_packed(
 ) -> Packed:
     """Select and pack for this device's sparse GEMM, in one pass over ``x``.
 
-    2:4 is packed as it is. A pattern with windows (2:4+1, 2:4+2, 4:8, 5:8, 6:8, 8:16) becomes the 2:4 operand of the
-    lifted weight, with the in_features of :func:`nm_act.lift_weight`.
+    2:4 is packed as it is; 2:4+1 becomes the 2:4 operand of the lifted weight, with the in_features of
+    :func:`nm_act.lift_weight`.
 
     Parameters
     ----------
     x : Tensor [..., in_features], bfloat16 or float16, on CUDA
-        in_features divisible by 16, with ``fp8`` by 32; for 2:4+1 by four times, for the other patterns with windows by
-        twice that; at most 32768 with fp8 or a per-token statistic.
+        in_features divisible by 16, with ``fp8`` by 32, for 2:4+1 by four times that; at most 32768 with fp8 or a
+        per-token statistic.
     n, m : int
         The pattern.
     channel_scale, shift, token_shift

@@ -92,12 +92,10 @@ def test_traceback_on_request(monkeypatch, text):
 def test_closed_pipe_is_quiet(monkeypatch):
     from nm_act.cli import common
 
-    info = importlib.import_module("nm_act.cli.info")  # as an attribute, the function hides it
-
     def closed(data):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(info, "print_json", closed)
+    monkeypatch.setattr(common, "print_json", closed)
     result = _run("info", "--json")
     assert result.exit_code != common.EXIT_BAD_INPUT
     assert "nm-act:" not in result.stderr
@@ -192,7 +190,7 @@ def test_ppl_jsonl_text_and_dtype(model, tmp_path):
 
 
 def test_nan_is_null_in_json():
-    from nm_act.cli.common import to_json
+    from nm_act.lab.output import to_json
 
     assert json.loads(to_json({"a": [float("nan"), (1.0, float("inf"))]})) == {"a": [None, [1.0, None]]}
 
@@ -208,9 +206,9 @@ def test_nan_is_null_in_json():
         (["--mitigation", "nonsense"], "nonsense"),
         (["--dtype", "int4"], "expected a dtype among"),
         (["--window", "4096"], "within the model's context of 128 tokens"),
-        (["--threads", "0"], "expected at least 1 thread"),
+        (["--threads", "0"], "'--threads'"),
         (["--device", "nonsense"], "nonsense"),
-        (["--recipe", "missing.yaml"], "no recipe at 'missing.yaml'"),
+        (["--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
         (["--out", "result.xlsx"], "expected --out to end in .json or .csv"),
         (["--out", "missing/result.json"], "does not exist; create it"),
     ],
@@ -220,7 +218,9 @@ def test_ppl_refusals(model, text, options, message):
 
 
 def test_only_one_sparse_copy_lives_at_a_time(monkeypatch):
-    ppl = importlib.import_module("nm_act.cli.ppl")
+    from nm_act.cli import common
+    from nm_act.lab.evaluate.compare import compare
+
     module = importlib.import_module("nm_act.lab.evaluate.variants")
     dense, tokenizer = tiny_model.build()
     ids = tokenizer(tiny_model.TEXT[:40], return_tensors="pt")["input_ids"][0]
@@ -235,8 +235,9 @@ def test_only_one_sparse_copy_lives_at_a_time(monkeypatch):
 
     sparse_copy = module.sparse_copy
     monkeypatch.setattr(module, "sparse_copy", watched)
-    recipes = {name: Recipe(pattern=name) for name in ("2:4", "4:8", "8:16")}
-    assert len(ppl.measure(ppl.variants(dense, recipes), ids)) == 4
+    rows = [module.DENSE_VARIANT, *(module.from_recipe(Recipe(pattern)) for pattern in ("2:4", "4:8", "8:16"))]
+    reports = ((each.name, each.make(dense)) for each in rows)
+    assert len(compare(reports, ids, note=print, bar=common.progress_bar)) == 4
 
 
 def test_ppl_refuses_before_the_work(model, text, tmp_path):
@@ -326,7 +327,7 @@ def test_generate_dense_is_what_transformers_gives(model):
     ("arguments", "message"),
     [
         ([""], "expected a prompt with at least one character"),
-        (["x", "--max-new-tokens", "0"], "expected --max-new-tokens of at least 1, got 0"),
+        (["x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
         (["x", "--pattern", "3"], 'expected a pattern written "N:M"'),
         (["x", "--criterion", "wina"], "expected --pattern or --recipe with --criterion"),
         (["x", "--mitigation", "var"], "expected --pattern or --recipe with --criterion and --mitigation"),
@@ -443,12 +444,12 @@ def test_interrupted_ppl_writes_nothing(model, tmp_path):
 
 
 def test_interrupt_between_measuring_and_writing(model, text, tmp_path, monkeypatch):
-    ppl = importlib.import_module("nm_act.cli.ppl")
+    from nm_act.lab import output
 
     def interrupt(data):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ppl, "to_json", interrupt)
+    monkeypatch.setattr(output, "to_json", interrupt)
     result = _run("ppl", model, "--text", text, "--max-tokens", 64, "--out", tmp_path / "r.json")
     assert result.exit_code == 130
     assert result.stderr.endswith("interrupted; no result was written\n")

@@ -31,9 +31,9 @@ pytestmark = [
 ]
 
 
-def gemm(tile: str, value: str, output: str = "kBFloat16", storage: str = "out_in") -> str:
+def gemm(tile: str, value: str, output: str = "kBFloat16", storage: str = "out_in", arch: str = "sm90") -> str:
     """The source that CMakeLists.txt writes for a tile of csrc/kernels/matmul/tiles.h."""
-    text = (ROOT / "cmake/sparse_gemm_sm90.cu.in").read_text()
+    text = (ROOT / f"cmake/sparse_gemm_{arch}.cu.in").read_text()
     in_out = "true" if storage == "in_out" else "false"
     names = {"tile": tile, "value": value, "output": output, "storage": storage, "in_out": in_out}
     for name, replacement in names.items():
@@ -41,7 +41,7 @@ def gemm(tile: str, value: str, output: str = "kBFloat16", storage: str = "out_i
     return text
 
 
-GEMMS, PRUNE, GATHER = "matmul/inst", "prune", "gather"
+PRUNE, GATHER = "prune", "gather"
 SM80, SM90 = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"
 CASES = {
     "hopper": (gemm("k256x192x64", "kBFloat16"), SM90),
@@ -49,7 +49,7 @@ CASES = {
     "overlapped": (gemm("k128x256x64", "kBFloat16"), SM90),
     "overlapped_e4m3": (gemm("k128x256x128E4M3", "kE4M3"), SM90),
     "few_tokens": (gemm("k64x64x256E4M3", "kE4M3"), SM90),
-    "ampere": (f"{GEMMS}/sm80_bf16_out_in.cu", SM80),
+    "ampere": (gemm("k128x128x64", "kBFloat16", arch="sm80"), SM80),
     "compress": (f"{PRUNE}/compress.cu", SM90),
     "compress_windows": (f"{PRUNE}/compress_windows.cu", SM90),
     **{

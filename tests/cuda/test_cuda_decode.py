@@ -1,4 +1,4 @@
-"""CUDA decode kernel (sparse_linear of 1 to 4 tokens over a weight stored [in, out], gather_linear): selection, error, states."""
+"""CUDA gather kernel (sparse_linear of 1 to 4 tokens over a weight stored [in, out], gather_linear): selection, error, states."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -189,11 +189,11 @@ def test_every_configuration(kind, tokens):
     configs = nm_act._C.gather_configs(tokens, 4112, 2080, kind != "same", 8, 16, major, multiprocessors)
     assert len(configs) > 4
     for config in configs:
-        y = OPS.gather_configured(x, weight, scale, 8, 16, *config)
+        y = OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, config)])
         assert_within_twice_torch(y, x, weight, None, 8, 16, options, config)
-    assert torch.equal(OPS.gather_configured(x, weight, scale, 8, 16, *configs[0]), nm_act.sparse_linear(x, weight, n=8, m=16, **options))  # fmt: skip
-    with pytest.raises(ValueError, match="expected a product and a configuration of the decode kernel"):
-        OPS.gather_configured(x, weight, scale, 8, 16, 24, 1, 512)
+    assert torch.equal(OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, configs[0])]), nm_act.sparse_linear(x, weight, n=8, m=16, **options))  # fmt: skip
+    with pytest.raises(ValueError, match="expected a product and a configuration of the gather kernel"):
+        OPS._tune_gather(x, weight, scale, 8, 16, [24, 1, 512, 0])
 
 
 def calls_on(x, weight, bias, options):
@@ -317,7 +317,6 @@ def test_opcheck(dtype):
     torch.library.opcheck(OPS.sparse_linear.default, (x, weight, bias, 8, 16), {"token_shift": "mean"})
     torch.library.opcheck(OPS.sparse_linear.default, (x, in_out(w8), bias, 8, 16), {"weight_scale": scale})
     torch.library.opcheck(OPS.gather_linear.default, (x, weight, bias), {})
-    torch.library.opcheck(OPS.gather_configured.default, (x, weight, None, 8, 16, 16, 1, 256), {})
 
 
 def test_error_sentences():

@@ -171,14 +171,16 @@ HOPPER = pytest.mark.skipif(KERNELS and torch.cuda.get_device_capability()[0] !=
 def test_overlapped_launches_wait_for_their_operands(fp8, shape):
     """A GEMM that starts while the compression before it ends gives the bits of one in stream order, every time."""
     tokens, out_features, in_features = shape
-    config = list(nm_act._C.select_gemm_config("e4m3" if fp8 else "bf16", *shape, 132))[:3]
+    config = list(nm_act._C.select_gemm_config("e4m3" if fp8 else "bf16", *shape, 132))[:4]
     weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
     weight, scale = quantise_weight(weight) if fp8 else (weight, None)
 
     def product(x, overlapped):
         packed = nm_act.compress_packed(x, fp8=fp8)
         options = {"row_scale": packed.row_scale, "column_scale": scale, "out_dtype": torch.bfloat16} if fp8 else {}
-        return OPS.sparse_gemm(packed.values, packed.metadata, weight, **options, config=[*config, int(overlapped)])
+        return OPS._tune_sparse_gemm(
+            packed.values, packed.metadata, weight, **options, config=[*config, int(overlapped)]
+        )
 
     for _ in range(10):
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
@@ -188,25 +190,28 @@ def test_overlapped_launches_wait_for_their_operands(fp8, shape):
 
 @HOPPER
 @pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("shape", [(1, 16, 64), (129, 272, 288), (200, 1024, 14336), (512, 10240, 4096)])
-def test_every_tile_makes_the_product_with_the_same_bits_each_time(fp8, shape):
+def test_every_tile_makes_the_product_with_the_same_bits_each_time(fp8, full, shape):
     x, weight, _ = problem(*shape)
     packed = nm_act.compress_packed(x, fp8=fp8)
     options = {}
     if fp8:
         weight, scale = quantise_weight(weight)
         options = {"row_scale": packed.row_scale, "column_scale": scale, "out_dtype": torch.bfloat16}
+    if full:
+        options |= {"eta": torch.randn(shape[0], device="cuda"), "shift_out": torch.randn(shape[1], device="cuda")}
     expected = OPS.sparse_gemm(packed.values, packed.metadata, weight, **options)
     for tile in nm_act._C.gemm_tiles("e4m3" if fp8 else "bf16"):
         operands = (packed.values, packed.metadata, weight)
-        for raster, swizzle in ((1, 1), (2, 2)):
-            config = [tile["tile"], raster, swizzle, 0]
-            first = OPS.sparse_gemm(*operands, **options, config=config)
+        for raster, swizzle, splits in ((1, 1, 2), (2, 2, 3), (1, 2, 8)):
+            config = [tile["tile"], raster, swizzle, splits if tile["split"] else 1, 0]
+            first = OPS._tune_sparse_gemm(*operands, **options, config=config)
             # Sums of the e4m3 tensor cores depend on where a tile is split.
             assert relative_error(first, expected) < (1e-2 if fp8 else 5e-3), config
             for _ in range(3):
                 poison()
-                assert torch.equal(OPS.sparse_gemm(*operands, **options, config=config), first), config
+                assert torch.equal(OPS._tune_sparse_gemm(*operands, **options, config=config), first), config
 
 
 # ---- sparse_gemm and its epilogue ------------------------------------------------------------------------------------

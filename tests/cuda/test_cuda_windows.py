@@ -21,7 +21,7 @@ from nm_act import NMPattern, reference
 from nm_act.ops.lifting import lifted_features
 
 pytestmark = GPU_MARKS
-LIFTED = ("2:4+1", "2:4+1@3", "2:4+2", "2:4+2@1,2", "4:8", "6:8", "8:16")
+LIFTED = ("2:4+1", "2:4+1@1", "2:4+1@2", "2:4+1@3")
 EXTRAS = ((0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 3))
 
 
@@ -182,7 +182,7 @@ def test_lifted_gemm_in_fp8(text):
     assert relative_error(y, exact) < 6e-3
 
 
-@pytest.mark.parametrize("text", ["2:4+1", "2:4+1@2", "2:4+2", "8:16"])
+@pytest.mark.parametrize("text", ["2:4+1", "2:4+1@2"])
 @pytest.mark.parametrize("tokens", [3, 1100])
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 def test_sparse_linear_with_a_lifted_weight(text, tokens, layout):
@@ -190,9 +190,8 @@ def test_sparse_linear_with_a_lifted_weight(text, tokens, layout):
     weight = stored_as(torch.randn(256, 512, device="cuda").bfloat16(), layout)
     lifted, bias = nm_act.lift_weight(weight, pattern), torch.randn(256, device="cuda").bfloat16()
     path = nm_act.explain(x, weight, **keywords(pattern), lifted_weight=lifted).path
-    decode = tokens == 3 and layout == "in_out" and text != "2:4+2"  # of its rows three tokens need 98 %
-    lifts = tokens > 1024 and len(pattern.extra_columns) == 1
-    assert path == ("gather" if decode else "lifted" if lifts else "dense")
+    decode = tokens == 3 and layout == "in_out"
+    assert path == ("gather" if decode else "lifted" if tokens > 1024 else "dense")
     for options in linear_options(512, 256).values():
         y = nm_act.sparse_linear(x, weight, bias, **keywords(pattern), lifted_weight=lifted, **options)
         exact = reference.sparse_linear(x, weight, bias, **keywords(pattern), **options)

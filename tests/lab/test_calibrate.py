@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 import nm_act
 from nm_act.cli import app
 from nm_act.conversion.calibration import set_layers
-from nm_act.conversion.permutation import channel_order, find_order, fold_order
+from nm_act.conversion.permutation import fold_order
 from nm_act.integrations.checkpoints import load_model
 from nm_act.lab.calibrate import CalibrationSettings, calibrate, calibration_windows, save_calibration
 from nm_act.lab.calibrate import run as run_module
-from nm_act.lab.calibrate.blocks import BlockRunner, dense
+from nm_act.lab.calibrate.blocks import BlockRunner, switched
+from nm_act.lab.calibrate.order import channel_order, find_order
 from nm_act.lab.calibrate.static import InputStatistics
 from nm_act.lab.calibrate.training import _linear, block_loss
 from nm_act.layers.linear import NMLinear
@@ -193,7 +194,7 @@ def test_folding_an_order_keeps_the_dense_function(windows, bias, sparse):
     shared = orders["self_attn.o_proj"].view(2, 2, 16) % 16  # value heads, query heads of each, head_dim
     assert torch.equal(shared[:, 0], shared[:, 1])
     if sparse:
-        with dense(module for module in twin.modules() if isinstance(module, NMLinear)):
+        with switched((module for module in twin.modules() if isinstance(module, NMLinear)), "bypass"):
             actual = _logits(twin, windows)
     else:
         actual = _logits(model, windows)
@@ -401,7 +402,7 @@ def test_command(folder, text, tmp_path):
     [
         (["--length", "500"], "expected --length within the model's context of 128 tokens, got 500"),
         (["--lr", "0"], "expected a positive, finite learning rate"),
-        (["--recipe", "missing.yaml"], "no recipe at 'missing.yaml'"),
+        (["--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
         (["--data", "missing.txt"], "cannot read 'missing.txt'"),
         (["--device", "abacus"], "expected a device such as cpu or cuda"),
     ],

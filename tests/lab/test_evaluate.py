@@ -61,8 +61,8 @@ def test_study_multiplies_lists_out(tmp_path):
     assert len(variants) == 11
     assert [v.name for v in variants[:3]] == ["act 2:4", "act+var 2:4", "wina 2:4"]
     assert [v.name for v in variants[-3:]] == ["act 2:4 alanova", "act+first-1 2:4", "act+first-4 2:4"]
-    assert set(variants[-3].recipe["projections"]) == {"k_proj", "v_proj", "gate_proj", "down_proj"}
-    assert variants[-1].recipe["dense_first_tokens"] == 4
+    assert set(variants[-3].recipe.projections) == {"k_proj", "v_proj", "gate_proj", "down_proj"}
+    assert variants[-1].recipe.dense_first_tokens == 4
     assert len({v.slug for v in variants}) == 11
 
 
@@ -316,7 +316,7 @@ def test_estimate_of_a_short_context(model):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
     config = transformers.OPTConfig(**sizes, max_position_embeddings=48, word_embed_proj_dim=32)
-    assert run.estimate(transformers.OPTForCausalLM(config), 100, 1) > 0
+    assert run.estimate(transformers.OPTForCausalLM(config), 100) > 0
 
 
 def test_calibrations(model, folder, tmp_path):

@@ -114,19 +114,18 @@ def test_solver_on_a_whole_model(target):
     bound = found.bound
     assert found.speedup >= target - 1e-9
     assert 0 < bound <= found.sensitivity + 1e-12
-    assert found.sensitivity <= bound * 1.003  # the bound may divide a group
+    assert found.sensitivity <= bound * (1 + 1e-6)
 
 
-def test_solver_thins_out_what_it_cannot_keep(monkeypatch):
+def test_solver_on_layers_of_nearly_equal_sizes():
     generator = torch.Generator().manual_seed(5)
     groups = [Group((i,), ("x",), ((1, 10**6 + 7919 * i),), (str(i),)) for i in range(40)]
     values = torch.rand(40, generator=generator).tolist()
     costs = {g.key: {"fast": value, "slow": value / 3} for g, value in zip(groups, values, strict=True)}
     specs = {name: SPECS[name] for name in ("fast", "slow")}
-    monkeypatch.setattr("nm_act.lab.search.solve._STATES", 50)
     found = solve(groups, costs, specs, RATES, 1.2)
     assert found.speedup >= 1.2 - 1e-9
-    assert found.sensitivity <= found.bound * 1.03
+    assert found.sensitivity <= found.bound * (1 + 1e-6)
 
 
 def test_frontier_rises():

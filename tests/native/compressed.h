@@ -27,7 +27,7 @@ inline constexpr Options kRowOptions[] = {kPlain,
 
 inline std::string describe(int64_t tokens, int in_features, ElementType x_type, ElementType value_type,
                             MetadataLayout layout, const Options& options) {
-  const char* layouts[] = {"neutral", "sm80", "sm90 64", "sm90 128", "sm90 e4m3"};
+  const char* layouts[] = {"neutral", "sm80", "sm90", "sm90 e4m3"};
   const char* shifts[] = {"", ", mean", ", median"};
   return std::to_string(tokens) + " x " + std::to_string(in_features) + ", types " + std::to_string(int(x_type)) +
          " and " + std::to_string(int(value_type)) + ", " + layouts[int(layout)] +

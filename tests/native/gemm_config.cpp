@@ -30,17 +30,20 @@ void check_properties(const GemmProblem& problem) {
   check(is_tile_of(tile, problem.value_type), "tile of the type", problem);
   for (const TileFacts& other : kTiles) {
     if (!is_tile_of(other, problem.value_type)) continue;
-    check(estimate_us(problem, tile) <= estimate_us(problem, other), "least time", problem);
+    const int64_t most = std::min<int64_t>(kMaxSplits, problem.in_features / kSplitFeatures);
+    for (int splits = other.split ? 2 : 1; splits <= (other.split ? most : 1); ++splits) {
+      check(estimate_us(problem, tile, config.splits) <= estimate_us(problem, other, splits), "least time", problem);
+    }
   }
+  check(config.splits == 1 || (tile.split && config.splits * kSplitFeatures <= problem.in_features), "splits", problem);
   check(config.raster == GemmRaster::kAlongTokens || config.raster == GemmRaster::kAlongOutputs, "raster", problem);
   const bool power = config.swizzle == 1 || config.swizzle == 2 || config.swizzle == 4 || config.swizzle == 8;
   check(power, "swizzle", problem);
   const int64_t token_tiles = (problem.tokens + tile.tokens - 1) / tile.tokens;
   const int64_t output_tiles = (problem.out_features + tile.out_features - 1) / tile.out_features;
-  const auto padded = [&](int swizzle) {  // whole clusters, then whole bands
-    const int64_t rows = round_up(token_tiles, static_cast<uint32_t>(tile.cluster_tokens));
-    const int64_t columns = round_up(output_tiles, static_cast<uint32_t>(tile.cluster_outputs));
-    return round_up(rows, static_cast<uint32_t>(2 * swizzle)) * round_up(columns, static_cast<uint32_t>(swizzle));
+  const auto padded = [&](int swizzle) {  // whole bands of whole clusters
+    return round_up(token_tiles, static_cast<uint32_t>(swizzle * tile.cluster_tokens)) *
+           round_up(output_tiles, static_cast<uint32_t>(swizzle * tile.cluster_outputs));
   };
   check(padded(config.swizzle) * 20 <= padded(1) * 21, "padding of the grid", problem);
   const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;

@@ -8,12 +8,19 @@
 
 namespace nm_act {
 
+inline constexpr int kMaxWindows = 6;
+
+// The feature of the unit in slot 0 ... 3 of a window of 2:4+r, ascending in the slot.
+inline int window_feature(ExtraColumns extra, int window, int slot) {
+  return window < 4 ? 4 * window + slot : 4 * slot + extra.column[window - 4];
+}
+
 // Kuhn's algorithm: a place for each accepted feature, two in a window.
 class Matching {
  public:
-  explicit Matching(Pattern pattern) : windows_(4 + extra_windows(window_set(pattern))) {
+  explicit Matching(Pattern pattern) : windows_(4 + pattern.extra.count) {
     for (int window = 0; window < windows_; ++window) {
-      for (int slot = 0; slot < 4; ++slot) covers_[window] |= 1u << window_feature(pattern, window, slot);
+      for (int slot = 0; slot < 4; ++slot) covers_[window] |= 1u << window_feature(pattern.extra, window, slot);
     }
     for (auto& place : holds_) place = -1;
   }

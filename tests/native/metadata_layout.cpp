@@ -197,13 +197,9 @@ int main() {
   check_sm80();
   check_sm90<cutlass::half_t, 64>(MetadataLayout::kSm90Bits16T64);
   check_sm90<cutlass::bfloat16_t, 64>(MetadataLayout::kSm90Bits16T64);
-  check_sm90<cutlass::half_t, 128>(MetadataLayout::kSm90Bits16T128);
-  check_sm90<cutlass::bfloat16_t, 128>(MetadataLayout::kSm90Bits16T128);
-  check_sm90<cutlass::bfloat16_t, 256>(MetadataLayout::kSm90Bits16T128);
   check_sm90<cutlass::float_e4m3_t, 128>(MetadataLayout::kSm90Bits8);
   check_sm90<cutlass::float_e4m3_t, 256>(MetadataLayout::kSm90Bits8);
   check_wgmma<cute::SM90::GMMA::ELayout_64x32, 32>(MetadataLayout::kSm90Bits16T64);
-  check_wgmma<cute::SM90::GMMA::ELayout_64x32, 32>(MetadataLayout::kSm90Bits16T128);
   check_wgmma<cute::SM90::GMMA::ELayout_64x64, 64>(MetadataLayout::kSm90Bits8);
   for (int i = 0; i < kMetadataLayouts; ++i) {
     check_bijection(static_cast<MetadataLayout>(i));

@@ -16,9 +16,9 @@ bool is_ambiguous(double value, ElementType type) {
 }
 
 MetadataLayout layout_of(ElementType value_type, int step) {
-  const MetadataLayout layouts[] = {MetadataLayout::kSm90Bits16T128, MetadataLayout::kSm80Bits16,
-                                    MetadataLayout::kSm90Bits16T64, MetadataLayout::kNeutral};
-  return value_type == kFp8 ? MetadataLayout::kSm90Bits8 : layouts[step % 4];
+  const MetadataLayout layouts[] = {MetadataLayout::kSm80Bits16, MetadataLayout::kSm90Bits16T64,
+                                    MetadataLayout::kNeutral};
+  return value_type == kFp8 ? MetadataLayout::kSm90Bits8 : layouts[step % 3];
 }
 
 // Random, ties, -0.0, zero and, if wanted, non-finite rows.

@@ -1,4 +1,4 @@
-"""The decode kernel's choice of a configuration, against the times of benchmarks/tune_decode.py on a device."""
+"""The gather kernel's choice of a configuration, against the times of benchmarks/tune_decode.py on a device."""
 
 import csv
 from collections import defaultdict

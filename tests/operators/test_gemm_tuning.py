@@ -17,7 +17,7 @@ FEWEST = {"bf16": 323, "e4m3": 1}
 
 @pytest.fixture(scope="module")
 def scanned():
-    """(dtype, storage, tokens, out_features, in_features) -> {(tile, raster, swizzle): microseconds} of every tile."""
+    """(dtype, storage, tokens, out_features, in_features) -> {(tile, raster, swizzle, splits): microseconds} of every tile."""
     times = defaultdict(dict)
     with TABLE.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -27,7 +27,7 @@ def scanned():
                     row["storage"],
                     *(int(row[c]) for c in ("tokens", "out_features", "in_features")),
                 )
-                config = row["what"], int(row["raster"]), int(row["swizzle"])
+                config = row["what"], int(row["raster"]), int(row["swizzle"]), int(row.get("splits") or 1)
                 times[problem][config] = float(row["us_p50"])
     return times
 
@@ -39,8 +39,8 @@ def losses(scanned, dtype: str, storage: str) -> tuple[list[float], int]:
     for (of, stored, *shape), times in scanned.items():
         if (of, stored) != (dtype, storage) or shape[0] < FEWEST[dtype]:
             continue
-        tile, raster, swizzle, _ = _C.select_gemm_config(dtype, *shape, MULTIPROCESSORS)
-        chosen = times.get((names[tile], raster, swizzle))
+        tile, raster, swizzle, splits, _ = _C.select_gemm_config(dtype, *shape, MULTIPROCESSORS)
+        chosen = times.get((names[tile], raster, swizzle, splits))
         if chosen is None:
             unmeasured += 1
         else:

@@ -12,7 +12,6 @@ PHYSICAL = METADATA_LAYOUTS[1:]
 TILES = {
     "sm80_16bit": (32, 32),
     "sm90_16bit_t64": (64, 64),
-    "sm90_16bit_t128": (64, 128),
     "sm90_8bit": (64, 128),
 }
 
@@ -49,7 +48,6 @@ def formula_sm80(tokens: int, token: int, k: int) -> int:
 FORMULAS = {
     "sm80_16bit": formula_sm80,
     "sm90_16bit_t64": lambda tokens, token, k: formula_sm90_16bit(tokens, token, k, 64),
-    "sm90_16bit_t128": lambda tokens, token, k: formula_sm90_16bit(tokens, token, k, 128),
     "sm90_8bit": formula_sm90_8bit,
 }
 

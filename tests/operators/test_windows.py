@@ -16,7 +16,8 @@ from nm_act import NMPattern, reference
 from nm_act.ops.lifting import lifted_columns, lifted_features, windows
 
 EXTRAS = [(e,) for e in range(4)] + list(itertools.combinations(range(4), 2))
-LIFTED = ("2:4+1", "2:4+1@3", "2:4+2", "2:4+2@1,3", "4:8", "5:8", "6:8", "8:16")
+LIFTED = ("2:4+1", "2:4+1@1", "2:4+1@2", "2:4+1@3")
+NOT_LIFTED = ("2:4", "2:4+2", "2:4+2@1,3", "4:8", "5:8", "6:8", "8:16")
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -156,9 +157,9 @@ def test_a_lifted_weight_changes_nothing_on_a_cpu(text):
 
 def test_operators_pass_opcheck_and_compile_to_one_graph():
     x, weight = torch.randn(3, 64), torch.randn(24, 64)
-    lifted = nm_act.lift_weight(weight, "2:4+2")
+    lifted = nm_act.lift_weight(weight, "2:4+1")
     torch.library.opcheck(torch.ops.nm_act.prune.default, (x, 2, 4), {"extra_columns": [1]})
-    options = {"extra_columns": [0, 1], "lifted_weight": lifted}
+    options = {"extra_columns": [0], "lifted_weight": lifted}
     torch.library.opcheck(torch.ops.nm_act.sparse_linear.default, (x, weight), options)
     compiled = torch.compile(
         lambda x: nm_act.sparse_linear(x, weight, **options), fullgraph=True, dynamic=True, backend="aot_eager"
@@ -171,22 +172,21 @@ def test_window_tables():
     quads = [[4 * q + i for i in range(4)] for q in range(4)]
     assert windows("2:4+1@2") == [*quads, [2, 6, 10, 14]]
     assert windows("2:4+2@1,3") == [*quads, [1, 5, 9, 13], [3, 7, 11, 15]]
-    assert windows("6:8") == [*quads, [2, 3, 4, 5], [10, 11, 12, 13]]
-    assert windows("8:16") == [
-        [0, 1, 8, 9],
-        [2, 3, 10, 11],
-        [4, 8, 12, 13],
-        [5, 9, 14, 15],
-        [6, 10, 12, 14],
-        [7, 11, 13, 15],
-    ]
-    assert windows("2:4") == windows("7:8") == windows("16:32") == []
+    assert windows("2:4") == windows("6:8") == windows("16:32") == []
 
 
-def test_the_windows_of_8_16_hold_every_mask():
-    table = windows("8:16")
-    for mask in list(itertools.combinations(range(16), 8))[::37]:  # all 12870: tests/native/windows.cpp
-        assert fits(set(mask), table)
+@pytest.mark.parametrize("text", NOT_LIFTED)
+def test_no_other_pattern_is_lifted(text):
+    pattern = NMPattern(text)
+    assert lifted_features(pattern, 64) == 64
+    with pytest.raises(ValueError, match=re.escape(f"expected 2:4+1, got {pattern}")):
+        nm_act.lift_weight(W, pattern)
+    options = {"n": pattern.keep, "m": pattern.group, "extra_columns": pattern.extra_columns, "lifted_weight": W}
+    for call in (nm_act.sparse_linear, nm_act.explain):
+        with pytest.raises(
+            ValueError, match=r"expected lifted_weight with 2:4\+1 only, got it with " + re.escape(text[:5])
+        ):
+            call(X, W, **options)
 
 
 @pytest.mark.parametrize("text", LIFTED)
@@ -197,10 +197,10 @@ def test_lift_weight_repeats_columns_and_keeps_the_storage(text, layout, dtype):
     weight = weight.t().contiguous().t() if layout == "in_out" else weight
     lifted = nm_act.lift_weight(weight, text)
     assert lifted.dtype == dtype
-    assert lifted.shape == (24, lifted_features(text, 64)) == (24, 80 if "+1" in text else 96)
+    assert lifted.shape == (24, lifted_features(text, 64)) == (24, 80)
     assert (lifted.t() if layout == "in_out" else lifted).is_contiguous()
     assert torch.equal(lifted.float(), weight.float()[:, lifted_columns(text, 64)])
-    assert torch.equal(lifted[:, :64].float(), weight.float()) is (text != "8:16")
+    assert torch.equal(lifted[:, :64].float(), weight.float())
 
 
 @pytest.mark.parametrize("text", LIFTED)
@@ -268,6 +268,15 @@ def test_explain_rows_that_the_decode_kernel_does_not_take():
     assert "out_features divisible by 8 (16 in 8 bits)" in found.why
 
 
+@pytest.mark.parametrize(("offset", "path"), [(0, "sparse"), (1, "dense"), (8, "sparse")])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_explain_reads_the_alignment(device, offset, path):
+    weight = torch.zeros(64 * 64 + 8, dtype=torch.bfloat16, device=device)[offset:][: 64 * 64].view(64, 64)
+    found = nm_act.explain(torch.zeros(1024, 64, dtype=torch.bfloat16, device=device), weight, device="cuda")
+    assert found.path == path
+    assert path == "sparse" or "alignment" in found.why
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------------
 X, W = torch.zeros(2, 64), torch.zeros(8, 64)
 
@@ -289,16 +298,13 @@ X, W = torch.zeros(2, 64), torch.zeros(8, 64)
         ("expected one or two distinct extra_columns in 0 to 3, got [1, 1]", lambda: nm_act.prune(X, 2, 4, extra_columns=[1, 1])),
         ("expected one or two distinct extra_columns in 0 to 3, got [0, 1, 2]", lambda: nm_act.prune(X, 2, 4, extra_columns=[0, 1, 2])),
         ("expected in_features divisible by 16 for 2:4+1, got in_features 24", lambda: nm_act.prune(X[:, :24], 2, 4, extra_columns=[0])),
-        ("expected lifted_weight of shape [8, 80] for this pattern, got [8, 96]", lambda: nm_act.sparse_linear(X, W, extra_columns=[0], lifted_weight=nm_act.lift_weight(W, "2:4+2"))),
-        ("expected lifted_weight of shape [8, 96] for this pattern, got [7, 96]", lambda: nm_act.sparse_linear(X, W, n=8, m=16, lifted_weight=nm_act.lift_weight(W, "8:16")[:7])),
-        ("expected lifted_weight with 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16", lambda: nm_act.sparse_linear(X, W, lifted_weight=W)),
-        ("expected one of 2:4+1, 2:4+2, 4:8, 5:8, 6:8 and 8:16, got 2:4", lambda: nm_act.lift_weight(W, "2:4")),
-        ("expected in_features divisible by 16, got 24", lambda: nm_act.lift_weight(W[:, :24], "4:8")),
-        ("expected weight of shape [out_features, in_features], got [8]", lambda: nm_act.lift_weight(W[:, 0], "4:8")),
-        ("expected lifted_weight of shape [8, 80] for 2:4+1, got [8, 96]", lambda: nm_act.explain(X, W, extra_columns=[0], lifted_weight=nm_act.lift_weight(W, "4:8"))),
+        ("expected lifted_weight of shape [8, 80] for this pattern, got [8, 64]", lambda: nm_act.sparse_linear(X, W, extra_columns=[0], lifted_weight=W)),
+        ("expected lifted_weight of shape [8, 80] for this pattern, got [7, 80]", lambda: nm_act.sparse_linear(X, W, extra_columns=[0], lifted_weight=nm_act.lift_weight(W, "2:4+1")[:7])),
+        ("expected in_features divisible by 16, got 24", lambda: nm_act.lift_weight(W[:, :24], "2:4+1")),
+        ("expected weight of shape [out_features, in_features], got [8]", lambda: nm_act.lift_weight(W[:, 0], "2:4+1")),
+        ("expected lifted_weight of shape [8, 80] for 2:4+1, got [8, 64]", lambda: nm_act.explain(X, W, extra_columns=[0], lifted_weight=W)),
         ("expected in_features divisible by 16 for 2:4+1, got 24", lambda: nm_act.explain(X[:, :24], W[:, :24], extra_columns=[0])),
         ("expected x [..., in_features] and weight [out_features, in_features], got [2, 64] and [64, 8]", lambda: nm_act.explain(X, W.t())),
-        ("expected lifted_weight with 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16, got it with 2:4", lambda: nm_act.explain(X, W, lifted_weight=W)),
         ("expected the device cpu or cuda, got 'tpu'", lambda: nm_act.explain(X, W, device="tpu")),
     ],
 )  # fmt: skip

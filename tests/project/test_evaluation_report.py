@@ -90,7 +90,9 @@ def test_error_bars(monkeypatch, tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny"})
     _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
     drawn = []
-    monkeypatch.setattr(results, "_bars", lambda values, errors, *rest: drawn.append(errors) or b"")
+    monkeypatch.setattr(
+        results, "_bars", lambda bars, *rest: drawn.append([error for _, error in bars.values()]) or b""
+    )
     results.draw(results.collect([tmp_path / "run"]))
     assert drawn == [[0.5]]
 

@@ -20,9 +20,9 @@ void apply(const EpilogueParams& p, int64_t token_begin, int64_t token_end) {
 
 void epilogue(const EpilogueParams& p, int64_t token_begin, int64_t token_end) {
   switch (p.dtype) {
-    case DType::kFloat32: return apply<float>(p, token_begin, token_end);
-    case DType::kBFloat16: return apply<BFloat16>(p, token_begin, token_end);
-    case DType::kFloat16: return apply<Float16>(p, token_begin, token_end);
+    case ElementType::kFloat32: return apply<float>(p, token_begin, token_end);
+    case ElementType::kBFloat16: return apply<BFloat16>(p, token_begin, token_end);
+    default: return apply<Float16>(p, token_begin, token_end);
   }
 }
 

@@ -88,9 +88,9 @@ void gather_tokens(const GatherParams& p, int64_t begin, int64_t end) {
 
 void gather(const GatherParams& p, int64_t column_begin, int64_t column_end) {
   switch (p.dtype) {
-    case DType::kFloat32: return gather_tokens<float>(p, column_begin, column_end);
-    case DType::kBFloat16: return gather_tokens<BFloat16>(p, column_begin, column_end);
-    case DType::kFloat16: return gather_tokens<Float16>(p, column_begin, column_end);
+    case ElementType::kFloat32: return gather_tokens<float>(p, column_begin, column_end);
+    case ElementType::kBFloat16: return gather_tokens<BFloat16>(p, column_begin, column_end);
+    default: return gather_tokens<Float16>(p, column_begin, column_end);
   }
 }
 

@@ -46,9 +46,9 @@ float lower_median_of(const float* z, int64_t n, std::vector<float>& sorted) {
 
 bool survives(const uint32_t* mask, int64_t k) { return mask[k / 32] >> (k % 32) & 1; }
 
-// Sums in float64, where no square of a float32 feature overflows. The dense features are taken about the first of them:
-// with one of the n features as the origin, cancellation costs at most log2(n) of the 53 bits, however far the mean is
-// from zero. The pruned row needs no origin: its zeros make its variance a fixed share of its mean square.
+// Sums in float64, where no square of a float32 feature overflows. The dense features are taken about the first of
+// them: with one of the n features as the origin, cancellation costs at most log2(n) of the 53 bits, however far the
+// mean is from zero. The pruned row needs no origin: its zeros make its variance a fixed share of its mean square.
 float variance_ratio(const float* z, const uint32_t* mask, int64_t n) {
   constexpr int kSums = 8;
   typedef float Floats __attribute__((vector_size(kSums * 4)));
@@ -160,9 +160,9 @@ void prune_rows(const PruneParams& p, int64_t token_begin, int64_t token_end) {
 
 void prune(const PruneParams& p, int64_t token_begin, int64_t token_end) {
   switch (p.dtype) {
-    case DType::kFloat32: return prune_rows<float>(p, token_begin, token_end);
-    case DType::kBFloat16: return prune_rows<BFloat16>(p, token_begin, token_end);
-    case DType::kFloat16: return prune_rows<Float16>(p, token_begin, token_end);
+    case ElementType::kFloat32: return prune_rows<float>(p, token_begin, token_end);
+    case ElementType::kBFloat16: return prune_rows<BFloat16>(p, token_begin, token_end);
+    default: return prune_rows<Float16>(p, token_begin, token_end);
   }
 }
 

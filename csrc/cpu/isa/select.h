@@ -99,7 +99,7 @@ inline uint32_t plus_two_unit(const int32_t* keys, ExtraColumns extra) {
       place[2 * quad + found++] = uint32_t(4 * quad + i);
     }
   }
-  return ~drop_four(loser, place, extra.column[0], extra.column[1]).features & 0xffff;
+  return ~drop_four(loser, place, extra.column[0], extra.column[1]) & 0xffff;
 }
 
 // Sets bit k % 32 of mask[k / 32] if element k of the row survives. keys must be readable, and mask writable, up to the

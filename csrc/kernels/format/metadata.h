@@ -9,9 +9,9 @@
 //   kSm80Bits16       uint16 words of 16 features, [tokens, in / 16], in the order that ldmatrix must find for mma.sp:
 //                     32 tokens are interleaved 8 by 8, 2x2 blocks of words are transposed, and words lie column-major
 //                     in pairs of columns (CUTLASS 2.x: reorder_meta into ColumnMajorInterleaved<2>)
-//   kSm90Bits16T64, kSm90Bits16T128, kSm90Bits8
+//   kSm90Bits16T64, kSm90Bits8
 //                     tiles of 64 tokens by T features, tokens fastest (CUTLASS 3.x: Sm90GemmSparseConfig). T is
-//                     min(TileK, 128) for 16-bit values; it is always 128 for 8-bit ones, which need TileK >= 128
+//                     min(TileK, 128): 64 for 16-bit values, whose tiles are 64 features deep, and 128 for 8-bit ones
 //
 // A nibble's offset is the sum of a term in the token and a term in the group, so kernels compute the token's term
 // once. Buffers are allocated for padded tokens and features. Padding nibbles are kPaddingNibble (positions 0 and 1),
@@ -25,15 +25,9 @@
 
 namespace nm_act {
 
-enum class MetadataLayout : int {
-  kNeutral = 0,
-  kSm80Bits16 = 1,
-  kSm90Bits16T64 = 2,
-  kSm90Bits16T128 = 3,
-  kSm90Bits8 = 4
-};
+enum class MetadataLayout : int { kNeutral = 0, kSm80Bits16 = 1, kSm90Bits16T64 = 2, kSm90Bits8 = 3 };
 
-inline constexpr int kMetadataLayouts = 5;
+inline constexpr int kMetadataLayouts = 4;
 inline constexpr uint8_t kPaddingNibble = 0x4;
 
 struct NibbleAddress {
@@ -99,13 +93,12 @@ NM_ACT_HOST_DEVICE constexpr uint64_t sm80_byte(uint64_t padded_tokens, uint32_t
 }
 
 // Offsets are counted in features: a kept feature has two bits of metadata, so a byte describes eight features.
-NM_ACT_HOST_DEVICE constexpr uint64_t sm90_bits16_byte(uint32_t tile, uint64_t padded_tokens, uint32_t token,
-                                                       uint32_t group) {
-  const uint32_t blocks = tile / 32;  // a 16-token by 32-feature block is what one wgmma.sp reads
+NM_ACT_HOST_DEVICE constexpr uint64_t sm90_bits16_byte(uint64_t padded_tokens, uint32_t token, uint32_t group) {
+  constexpr uint32_t kTile = 64, kBlocks = kTile / 32;  // a 16-token by 32-feature block is what one wgmma.sp reads
   const uint32_t k = group * 4;
-  const uint64_t slab = uint64_t{token / 64} * (64 * tile) + k / tile * padded_tokens * tile;
-  const uint32_t in_slab = token % 64 / 16 * 512 * blocks + token % 8 * 32 * blocks + token / 8 % 2 * 16 +
-                           k / 16 % 2 * 256 * blocks + k % tile / 32 * 32 + k % 16;
+  const uint64_t slab = uint64_t{token / 64} * (64 * kTile) + k / kTile * padded_tokens * kTile;
+  const uint32_t in_slab = token % 64 / 16 * 512 * kBlocks + token % 8 * 32 * kBlocks + token / 8 % 2 * 16 +
+                           k / 16 % 2 * 256 * kBlocks + k % kTile / 32 * 32 + k % 16;
   return slab / 8 + in_slab / 8;
 }
 
@@ -128,8 +121,7 @@ NM_ACT_HOST_DEVICE constexpr NibbleAddress metadata_address(MetadataLayout layou
   switch (layout) {
     case MetadataLayout::kNeutral: byte = detail::neutral_byte(static_cast<uint32_t>(in_features), t, g); break;
     case MetadataLayout::kSm80Bits16: byte = detail::sm80_byte(padded_tokens, t, g); break;
-    case MetadataLayout::kSm90Bits16T64: byte = detail::sm90_bits16_byte(64, padded_tokens, t, g); break;
-    case MetadataLayout::kSm90Bits16T128: byte = detail::sm90_bits16_byte(128, padded_tokens, t, g); break;
+    case MetadataLayout::kSm90Bits16T64: byte = detail::sm90_bits16_byte(padded_tokens, t, g); break;
     case MetadataLayout::kSm90Bits8: byte = detail::sm90_bits8_byte(padded_tokens, t, g); break;
   }
   return {static_cast<int64_t>(byte), shift};

@@ -24,6 +24,10 @@ NM_ACT_HOST_DEVICE constexpr bool is_group_size(int group) {
   return group >= 2 && group <= kMaxGroup && (group & (group - 1)) == 0;
 }
 
+NM_ACT_HOST_DEVICE constexpr bool is_2_4(Pattern pattern) {
+  return pattern.keep == 2 && pattern.group == 4 && pattern.extra.count == 0;
+}
+
 NM_ACT_HOST_DEVICE constexpr bool is_supported(Pattern pattern) {
   return is_group_size(pattern.group) && pattern.keep >= 1 && pattern.keep < pattern.group;
 }

@@ -231,20 +231,20 @@ inline GatherConfig select_gather_config(const GatherProblem& problem) {
   return best;
 }
 
-// Whether the kernel supports these sizes, with rows weight_stride elements apart. The caller checks pointers.
-inline bool gather_shape_fits(ElementType weight_type, Pattern pattern, int64_t tokens, int64_t out_features,
-                              int64_t in_features, int64_t weight_stride, GemmDevice device) {
+// The configuration for these sizes, with rows weight_stride elements apart; splits is 0 if the kernel does not support
+// them. The caller checks pointers.
+inline GatherConfig choose_gather_config(ElementType weight_type, Pattern pattern, int64_t tokens, int64_t out_features,
+                                         int64_t in_features, int64_t weight_stride, GemmDevice device) {
   const int bytes = weight_bytes(weight_type);
   const bool few = pattern.keep > 0 || bytes == 1;
   const int64_t row_bytes = weight_stride * bytes;
   if (tokens < 1 || tokens > (few ? kMaxDecodeTokens : kMaxGatherTokens) || in_features <= 0 || out_features <= 0 ||
-      in_features > INT32_MAX || out_features > INT32_MAX || row_bytes > INT32_MAX) {
-    return false;
+      in_features > INT32_MAX || out_features > INT32_MAX || row_bytes > INT32_MAX ||
+      out_features % outputs_per_lane(weight_type) != 0 || row_bytes % kGatherVector != 0) {
+    return {};
   }
-  return out_features % outputs_per_lane(weight_type) == 0 && row_bytes % kGatherVector == 0 &&
-         select_gather_config({static_cast<int>(tokens), static_cast<int>(out_features), static_cast<int>(in_features),
-                               weight_type, pattern, device})
-                 .splits > 0;
+  return select_gather_config({static_cast<int>(tokens), static_cast<int>(out_features), static_cast<int>(in_features),
+                               weight_type, pattern, device});
 }
 
 }  // namespace nm_act

@@ -1,14 +1,10 @@
-// Dispatch of gather: what is supported, the choice of a configuration, the launch.
+// Dispatch of gather: what is supported, and the launch.
 #include "instances.h"
 
 namespace nm_act {
 namespace {
 
 bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-GatherProblem problem_of(const GatherParams& params, GemmDevice device) {
-  return {params.tokens, params.out_features, params.in_features, params.weight_type, params.pattern, device};
-}
 
 bool types_fit(const GatherParams& params) {
   const bool half = params.x_type == ElementType::kBFloat16 || params.x_type == ElementType::kFloat16;
@@ -26,14 +22,16 @@ bool pattern_fits(const GatherParams& params) {
 bool gather_supports(const GatherParams& params, GemmDevice device) {
   return types_fit(params) && pattern_fits(params) && is_aligned(params.weight, kGatherVector) &&
          is_aligned(params.y, 4) &&
-         gather_shape_fits(params.weight_type, params.pattern, params.tokens, params.out_features, params.in_features,
-                           params.weight_stride, device);
+         choose_gather_config(params.weight_type, params.pattern, params.tokens, params.out_features,
+                              params.in_features, params.weight_stride, device)
+                 .splits > 0;
 }
 
 cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const GatherConfig& config,
                           cudaStream_t stream) {
-  const GatherProblem problem = problem_of(params, device);
-  if (!is_valid(problem, config)) return cudaErrorInvalidValue;
+  const GatherProblem problem{params.tokens,      params.out_features, params.in_features,
+                              params.weight_type, params.pattern,      device};
+  if (!types_fit(params) || !pattern_fits(params) || !is_valid(problem, config)) return cudaErrorInvalidValue;
   const int tiles = ceil_div(params.out_features, config.lanes * outputs_per_lane(params.weight_type));
   GatherLaunch launch{};
   launch.config = config;
@@ -47,13 +45,6 @@ cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const G
     case ElementType::kInt8: return launch_gather_int8(params, launch);
     default: return launch_gather_bits16(params, launch);
   }
-}
-
-cudaError_t launch_gather(const GatherParams& params, GemmDevice device, cudaStream_t stream) {
-  // The caller has called gather_supports, so its search for a configuration, which takes microseconds, is not
-  // repeated.
-  if (!types_fit(params) || !pattern_fits(params)) return cudaErrorInvalidValue;
-  return launch_gather(params, device, select_gather_config(problem_of(params, device)), stream);
 }
 
 }  // namespace nm_act

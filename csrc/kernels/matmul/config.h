@@ -25,7 +25,8 @@ struct GemmConfig {
   GemmTile tile;
   GemmRaster raster;
   int swizzle;      // width of a band of the raster, in tiles: 1, 2, 4 or 8
-  bool overlapped;  // the launch may overlap the end of the previous kernel
+  int splits;       // blocks that share a tile along its features; 1 except for tiles of the split schedule
+  bool overlapped;  // programmatic dependent launch: starts while the previous kernel ends
 };
 
 struct GemmProblem {
@@ -43,6 +44,7 @@ struct TileCost {
   double wave;          // per wave: its start and its end
   double memory_mb;     // per MB of operands and result, each moved once
   double multicast_mb;  // per MB that all blocks together load into shared memory
+  double partial_mb;    // per MB of partial sums that blocks which share a tile write and read
 };
 
 struct TileFacts {
@@ -53,32 +55,36 @@ struct TileFacts {
   int cluster_tokens;   // tiles along the tokens that share a weight tile
   int cluster_outputs;  // tiles along the outputs that share a values tile
   bool bits8;
+  bool split;
   const char* name;
 };
 
 inline constexpr bool kIsBits16 = false, kIsE4M3 = true;
+inline constexpr bool kIsCooperative = false, kIsPingPong = false, kIsSplit = true;
 inline constexpr TileFacts kTiles[] = {
-#define NM_ACT_FACTS(name, value, tokens, outputs, features, token_tiles, output_tiles, ...) \
-  {GemmTile::name, tokens, outputs, features, token_tiles, output_tiles, kIs##value, #name},
+#define NM_ACT_FACTS(name, value, tokens, outputs, features, token_tiles, output_tiles, schedule, loop) \
+  {GemmTile::name, tokens, outputs, features, token_tiles, output_tiles, kIs##value, kIs##schedule, #name},
     NM_ACT_TILES(NM_ACT_FACTS)
 #undef NM_ACT_FACTS
 };
 
-// Fitted to benchmarks/results/h100/gemm_tuning.csv in two steps: to each tile's times, and from there to the least
-// time lost by the chosen tile (mean and mean square) over all problems of the table (bf16: from 323 tokens on). A wave
-// of 256x192x64 is then counted as 10 % longer, which improves the choice further. tests/operators/test_gemm_tuning.py
-// checks the choice against the table.
+// Fitted to a run of benchmarks/tune.py in two steps: to each tile's times, and from there to the least time lost by
+// the chosen tile over all problems of the run (bf16: from 323 tokens on). tests/operators/test_gemm_tuning.py checks
+// the choice against benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
-    {1.981, 6.904, 1.181, 0.086, 0.048},   // k128x256x64
-    {0.277, 10.220, 2.219, 0.092, 0.066},  // k256x192x64
-    {2.022, 4.363, 0.076, 0.318, 0.040},   // k128x128x64
-    {2.160, 2.797, 3.537, 0.367, 0.003},   // k128x256x128E4M3
-    {0.264, 4.130, 4.966, 0.434, 0.008},   // k256x192x128E4M3
-    {5.089, 1.826, 0.381, 0.179, 0.055},   // k128x128x256E4M3
-    {4.657, 1.170, 1.124, 0.396, 0.009},   // k64x128x256E4M3
-    {3.086, 0.930, 1.320, 0.342, 0.007},   // k64x64x256E4M3
+    {0.000, 6.121, 3.979, 0.248, 0.029, 0},      // k128x256x64
+    {1.815, 9.131, 4.234, 0.122, 0.063, 0},      // k256x192x64
+    {3.920, 3.326, 0.548, 0.145, 0.084, 0},      // k128x128x64
+    {9.729, 6.520, 0.728, 0.346, 0.000, 0.557},  // k128x256x64Split
+    {1.647, 3.390, 3.585, 0.367, 0.019, 0},      // k128x256x128E4M3
+    {0.804, 4.834, 3.415, 0.321, 0.072, 0},      // k256x192x128E4M3
+    {4.304, 1.903, 0.382, 0.165, 0.063, 0},      // k128x128x256E4M3
+    {3.606, 1.480, 0.522, 0.355, 0.000, 0},      // k64x128x256E4M3
+    {3.521, 1.043, 0.161, 0.351, 0.000, 0},      // k64x64x256E4M3
 };
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
+
+constexpr const TileFacts& facts_of(GemmTile tile) { return kTiles[static_cast<int>(tile)]; }
 
 struct TileGrid {
   int64_t rows, columns;  // in tiles, rounded up to whole clusters
@@ -92,27 +98,29 @@ inline TileGrid grid_of(const GemmProblem& problem, const TileFacts& tile) {
           tiles(problem.out_features, tile.out_features, tile.cluster_outputs)};
 }
 
-// The widest band that pads the grid by at most 5 %. The scheduler rounds both sides of the grid up to whole bands, and
-// a block outside the problem costs a full tile (with a band of 8, 1024 tokens took 2.0 to 2.8 times as long). The
-// padding is computed for a cluster of two along the tokens whatever the tile's cluster is, as when the table was
-// measured.
-inline int select_swizzle(const TileGrid& grid) {
-  const auto padded = [&](int64_t swizzle) {
-    return round_up(grid.rows, static_cast<uint32_t>(swizzle * 2)) *
-           round_up(grid.columns, static_cast<uint32_t>(swizzle));
-  };
+// Number of tiles if both sides of the grid are rounded up to whole bands, as the scheduler does. A block outside the
+// problem costs a full tile (with a band of 8, 1024 tokens took 2.0 to 2.8 times as long).
+inline int64_t banded_tiles(const TileGrid& grid, const TileFacts& tile, int swizzle) {
+  return round_up(grid.rows, static_cast<uint32_t>(swizzle * tile.cluster_tokens)) *
+         round_up(grid.columns, static_cast<uint32_t>(swizzle * tile.cluster_outputs));
+}
+
+// The widest band that pads the grid by at most 5 %.
+inline int select_swizzle(const TileGrid& grid, const TileFacts& tile) {
+  const int64_t whole = banded_tiles(grid, tile, 1);
   for (int swizzle = 8; swizzle > 1; swizzle /= 2) {
-    if (padded(swizzle) * 20 <= padded(1) * 21) return swizzle;
+    if (banded_tiles(grid, tile, swizzle) * 20 <= whole * 21) return swizzle;
   }
   return 1;
 }
 
 // The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
 // the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With bands of 8 the two
-// orders differ little. Tiles of 64 and of 256 tokens are faster along the tokens almost everywhere.
+// orders differ little. For tiles of 64 tokens the choice is the measured one: along the outputs they took up to 1.8
+// times as long with bands of 1 or 2, along the tokens up to 1.7 times with bands of 4.
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
   if (swizzle >= 8) return GemmRaster::kAlongOutputs;
-  if (tile.tokens != 128) return GemmRaster::kAlongTokens;
+  if (tile.tokens == 64) return swizzle < 4 ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
   const auto bands = [&](int64_t across, int64_t length, int64_t whole, int64_t band) {
     // The width of the bands that a wave covers, and the number of tiles along them.
     const int64_t blocks = problem.multiprocessors;
@@ -134,58 +142,74 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
 
 // The configuration for this problem and tile. Blocks without a cluster get out of step when they start while another
 // kernel ends, and then read a weight column once per row of tiles (up to 1.5 times as long).
-inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile) {
+inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileGrid grid = grid_of(problem, tile);
-  const int swizzle = select_swizzle(grid);
+  const int swizzle = select_swizzle(grid, tile);
   const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;
-  return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, clustered || grid.rows == 1};
+  return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, splits, clustered || grid.rows == 1};
 }
 
 // Estimated time: the cube root of the sum of the cubes of the waves' time and the time for memory and L2 traffic,
 // which is close to the larger of the two, and above both where they are close. A block has its multiprocessor to
 // itself, so a wave takes the same time however many blocks run in it.
-inline double estimate_us(const GemmProblem& problem, const TileFacts& tile) {
+inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileCost& cost = kTileCosts[static_cast<int>(tile.tile)];
   const TileGrid grid = grid_of(problem, tile);
-  const int64_t tiles = grid.rows * grid.columns;
-  const double waves = static_cast<double>((tiles + problem.multiprocessors - 1) / problem.multiprocessors);
+  const int64_t tiles = banded_tiles(grid, tile, select_swizzle(grid, tile));
+  const double waves = static_cast<double>((tiles * splits + problem.multiprocessors - 1) / problem.multiprocessors);
   const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
                features = static_cast<double>(problem.in_features), bytes = tile.bits8 ? 1 : 2;
   const double values = tokens * features * bytes * 0.5625;  // one half survives, and metadata is one sixteenth
   const double moved = (outputs * features * bytes + values + tokens * outputs * 2) / 1e6;
   const double shared =
       static_cast<double>(tiles) * (tile.tokens * 0.5625 + tile.out_features) * features * bytes / 1e6;
-  const double work = waves * (cost.wave_k * features / 1e3 + cost.wave);
+  const double work = waves * (cost.wave_k * features / splits / 1e3 + cost.wave);
   const double traffic = cost.memory_mb * moved + cost.multicast_mb * shared;
-  return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic);
+  const double partial = static_cast<double>(tiles * (splits - 1)) * tile.tokens * tile.out_features * 4 / 1e6;
+  return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic) + cost.partial_mb * partial;
 }
 
 inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
   return tile.bits8 == (value_type == ElementType::kE4M3);
 }
 
-// The tile with the lowest estimate.
+inline constexpr int kMaxSplits = 8;
+inline constexpr int64_t kSplitFeatures = 1024;  // the fewest that a block may have
+
+// The tile, and the number of blocks that share it, with the lowest estimate.
 inline GemmConfig select_config(const GemmProblem& problem) {
   const TileFacts* best = nullptr;
+  double best_us = 0;
+  int best_splits = 1;
   for (const TileFacts& tile : kTiles) {
     if (!is_tile_of(tile, problem.value_type)) continue;
-    if (best == nullptr || estimate_us(problem, tile) < estimate_us(problem, *best)) best = &tile;
+    const int most =
+        tile.split ? static_cast<int>(std::min<int64_t>(kMaxSplits, problem.in_features / kSplitFeatures)) : 1;
+    for (int splits = tile.split ? 2 : 1; splits <= most; ++splits) {
+      const double us = estimate_us(problem, tile, splits);
+      if (best != nullptr && us >= best_us) continue;
+      best = &tile, best_us = us, best_splits = splits;
+    }
   }
-  return configure(problem, *best);
+  return configure(problem, *best, best_splits);
 }
 
-// Whether compression and the sparse GEMM beat pruning and the dense product. From a sweep of 64 to 768 tokens over the
-// eight Llama-3 shapes in bf16 (H200, November 2026): at 512 tokens all eight win, at 384 four, at 192 and 256 a few.
-inline constexpr int64_t kSparseGemmTokens = 512;
-inline bool sparse_gemm_pays(const GemmProblem& problem) { return problem.tokens >= kSparseGemmTokens; }
+// Whether compression and the sparse GEMM beat pruning and the dense product; from a sweep of 11 token counts over 32
+// layer shapes of seven families in bf16 on an H100. Up to 384 tokens cuBLAS has one row of 128 tokens less than the
+// sparse tiles, whose clusters need an even number, and is faster on most shapes; from 385 on both have four rows. With
+// a weight stored [in, out] cuBLAS is slower: from 6144 outputs on, the sparse product is at least as fast from 129
+// tokens on. docs/kernels/sparse_gemm.md says what a choice by estimates would gain.
+inline constexpr int64_t kSparseGemmTokens = 385;
+inline constexpr int64_t kSparseGemmTokensInOut = 129, kSparseGemmOutputsInOut = 6144;
+inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
+  return problem.tokens >= kSparseGemmTokens ||
+         (weight_in_out && problem.tokens >= kSparseGemmTokensInOut && problem.out_features >= kSparseGemmOutputsInOut);
+}
 
-// Whether lifting to `lifted_features` columns beats pruning and the dense product. By estimate from the GEMM's speed
-// over cuBLAS (1.3x to 1.6x in bf16), not measured: a quarter more columns leave a gain, half more none.
+// Whether 2:4+1 over a lifted weight, a quarter more columns, beats pruning and the dense product. By estimate from the
+// GEMM's speed over cuBLAS (1.3x to 1.6x in bf16), not measured.
 inline constexpr int64_t kLiftedTokens = 1024;
-inline constexpr int64_t kLiftedPercent = 25;
-inline bool lifted_path_pays(const GemmProblem& problem, int64_t lifted_features) {
-  return problem.tokens >= kLiftedTokens && lifted_features * 100 <= problem.in_features * (100 + kLiftedPercent);
-}
+inline bool lifted_path_pays(const GemmProblem& problem) { return problem.tokens >= kLiftedTokens; }
 
 // Whether a compiled GEMM supports these sizes and this stride (in elements) on this compute capability.
 inline bool gemm_shape_fits(ElementType value_type, int64_t out_features, int64_t in_features, int64_t weight_stride,

@@ -34,11 +34,8 @@ struct OverlappedMainloop : Base {
   static constexpr int kRowBlocks = kTileTokens / (64 * kWarpGroups);  // 64-token blocks per warp group
   static constexpr int kSteps = kTileFeatures / kInstructionFeatures;  // wgmma per k-tile, along the features
   static constexpr int kStageBytes = kTileTokens * kTileFeatures / 8;
-  static constexpr MetadataLayout kLayout = kBits8                ? MetadataLayout::kSm90Bits8
-                                            : kTileFeatures < 128 ? MetadataLayout::kSm90Bits16T64
-                                                                  : MetadataLayout::kSm90Bits16T128;
+  static constexpr MetadataLayout kLayout = kBits8 ? MetadataLayout::kSm90Bits8 : MetadataLayout::kSm90Bits16T64;
   static constexpr int kSlabFeatures = static_cast<int>(metadata_tile_features(kLayout));
-  static constexpr int kSlabSteps = kSlabFeatures / kInstructionFeatures;
   static_assert(kTileFeatures % kSlabFeatures == 0, "a k-tile holds whole metadata tiles");
 
   struct Metadata {
@@ -57,16 +54,10 @@ struct OverlappedMainloop : Base {
         if constexpr (kBits8) {
           metadata.word[2 * slab][block] = *reinterpret_cast<const uint32_t*>(words);
           metadata.word[2 * slab + 1][block] = *reinterpret_cast<const uint32_t*>(words + 8);
-        } else if constexpr (kSlabSteps == 2) {  // the words of a tile's steps are adjacent
+        } else {  // the words of a tile's steps are adjacent
           const uint2 two = *reinterpret_cast<const uint2*>(words);
           metadata.word[2 * slab][block] = two.x;
           metadata.word[2 * slab + 1][block] = two.y;
-        } else {
-          const uint4 four = *reinterpret_cast<const uint4*>(words);
-          metadata.word[4 * slab][block] = four.x;
-          metadata.word[4 * slab + 1][block] = four.y;
-          metadata.word[4 * slab + 2][block] = four.z;
-          metadata.word[4 * slab + 3][block] = four.w;
         }
       }
     }

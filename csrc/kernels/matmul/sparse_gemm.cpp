@@ -1,4 +1,4 @@
-// Dispatch of sparse_gemm: the table of instances, the choice of a tile, the call.
+// Dispatch of sparse_gemm: the table of instances, and the call.
 #include "sparse_gemm.h"
 
 namespace nm_act {
@@ -101,20 +101,20 @@ bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device) {
   return false;
 }
 
-cudaError_t launch_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
+size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch) {
+  if (launch.device.compute_capability_major != 9 || !facts_of(launch.config.tile).split) return 0;
+  size_t bytes = 0;
+  launch.workspace_bytes = &bytes;
+  return launch_sparse_gemm(params, launch) == cudaSuccess ? bytes : 0;
+}
+
+cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch& launch) {
+  if (!sparse_gemm_supports(params, launch.device)) return cudaErrorInvalidValue;
+  if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
+  if (launch.device.compute_capability_major != 9) return find_sm80(params)->run(params, launch.stream);
   const Sm90Instance* instance = find_sm90(params, launch.config.tile);
   if (instance == nullptr) return cudaErrorInvalidValue;
   return instance->run[static_cast<int>(epilogue_for(params))](params, launch);
-}
-
-cudaError_t launch_sparse_gemm(const SparseGemmParams& params, GemmDevice device, cudaStream_t stream) {
-  if (!sparse_gemm_supports(params, device)) return cudaErrorInvalidValue;
-  if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
-  if (device.compute_capability_major != 9) return find_sm80(params)->run(params, stream);
-  const GemmProblem problem{params.tokens, params.out_features, params.in_features, params.value_type,
-                            device.multiprocessors};
-  const GemmConfig config = select_config(problem);
-  return launch_sparse_gemm_sm90(params, {config, device.multiprocessors, stream, config.overlapped});
 }
 
 }  // namespace nm_act

@@ -1,5 +1,5 @@
 // The interface between dispatch (plain C++) and the GEMM instances (CUTLASS): one function template for each
-// architecture. CMakeLists.txt generates a source for each sm_90a instance (tiles.h); those for sm_80 are in inst/.
+// architecture. CMakeLists.txt generates a source for each tile (tiles.h), type and weight storage.
 #pragma once
 
 #include "config.h"
@@ -11,10 +11,11 @@ namespace nm_act {
 enum class GemmEpilogue : int { kPlain = 0, kFull = 1 };
 
 struct GemmLaunch {
-  GemmConfig config;
-  int multiprocessors;
+  GemmDevice device;
+  GemmConfig config;  // of sm_90; select_config's, or a caller's own for tuning
   cudaStream_t stream;
-  bool overlapped;  // programmatic dependent launch: start while the previous kernel ends
+  void* workspace;          // the bytes that sparse_gemm_workspace returns, 16-byte aligned; null if there are none
+  size_t* workspace_bytes;  // if not null, only this is written and nothing is launched
 };
 
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
@@ -24,7 +25,9 @@ cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunc
 template <ElementType kValue, bool kWeightInOut>
 cudaError_t run_sparse_gemm_sm80(const SparseGemmParams& params, cudaStream_t stream);
 
-// launch_sparse_gemm on sm_90a with the caller's configuration, for tuning.
-cudaError_t launch_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch);
+// Number of bytes of launch.workspace, which is not read here.
+size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch);
+
+cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch& launch);
 
 }  // namespace nm_act

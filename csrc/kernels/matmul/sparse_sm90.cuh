@@ -27,6 +27,7 @@
 
 #include "overlapped_mainloop.cuh"
 #include "sparse_gemm.h"
+#include "split_scheduler.cuh"
 
 namespace nm_act {
 namespace sm90 {
@@ -37,7 +38,7 @@ using CutlassElement = std::conditional_t<
     std::conditional_t<kType == ElementType::kFloat16, cutlass::half_t,
                        std::conditional_t<kType == ElementType::kE4M3, cutlass::float_e4m3_t, float>>>;
 
-enum class Schedule { kCooperative, kPingPong };
+enum class Schedule { kCooperative, kPingPong, kSplit };
 
 enum class Loop { kPlain, kOverlapped };
 
@@ -46,6 +47,7 @@ struct TileTraits {
   using Shape = cute::Shape<cute::Int<kTokens>, cute::Int<kOutputs>, cute::Int<kFeatures>>;
   using Cluster = cute::Shape<cute::Int<kTokenTiles>, cute::Int<kOutputTiles>, cute::_1>;
   static constexpr bool kPingPong = kSchedule == Schedule::kPingPong;
+  static constexpr bool kSplit = kSchedule == Schedule::kSplit;
   static constexpr bool kOverlapped = kLoop == Loop::kOverlapped;
 };
 template <GemmTile kTile>
@@ -98,6 +100,8 @@ template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile k
 struct SparseGemm {
   static constexpr bool kE4M3 = kValue == ElementType::kE4M3;
   static_assert(!kE4M3 || !kWeightInOut, "wgmma takes e4m3 weights K-major only");
+  static_assert(kE4M3 == (cute::size<2>(typename TileShape<kTile>::Shape{}) >= 128),
+                "16-bit metadata is laid out for tiles 64 features deep, 8-bit metadata for 128 and more");
   using Value = CutlassElement<kValue>;
   using Output = CutlassElement<kOutput>;
   using Tile = typename TileShape<kTile>::Shape;
@@ -127,8 +131,10 @@ struct SparseGemm {
       MainloopSchedule>::CollectiveOp;
   using CollectiveMainloop =
       std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<CutlassMainloop>, CutlassMainloop>;
+  static constexpr bool kSplit = TileShape<kTile>::kSplit;
+  using Scheduler = std::conditional_t<kSplit, SplitScheduler, cutlass::gemm::PersistentScheduler>;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
-                                                      CollectiveEpilogue, cutlass::gemm::PersistentScheduler>;
+                                                      CollectiveEpilogue, Scheduler>;
   using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   using SparseConfig = typename CollectiveMainloop::SparseConfig;
 
@@ -156,8 +162,13 @@ struct SparseGemm {
     arguments.epilogue.thread = Fusion::arguments(params);
     arguments.epilogue.ptr_D = static_cast<Output*>(params.y);
     arguments.epilogue.dD = y_stride;
-    arguments.hw_info.sm_count = launch.multiprocessors;
+    arguments.hw_info.sm_count = launch.device.multiprocessors;
     arguments.scheduler.max_swizzle_size = launch.config.swizzle;
+    if constexpr (kSplit) {
+      arguments.scheduler.splits = launch.config.splits;
+      arguments.scheduler.reduction_mode = decltype(arguments.scheduler.reduction_mode)::Deterministic;
+      arguments.scheduler.decomposition_mode = decltype(arguments.scheduler.decomposition_mode)::SplitK;
+    }
     using Raster = std::remove_reference_t<decltype(arguments.scheduler.raster_order)>;
     arguments.scheduler.raster_order = launch.config.raster == GemmRaster::kAlongTokens    ? Raster::AlongM
                                        : launch.config.raster == GemmRaster::kAlongOutputs ? Raster::AlongN
@@ -172,6 +183,10 @@ template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile k
 cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
   using Gemm = sm90::SparseGemm<kValue, kOutput, kWeightInOut, kTile, kEpilogue>;
   const auto arguments = Gemm::arguments(params, launch);
+  if (launch.workspace_bytes != nullptr) {
+    *launch.workspace_bytes = Gemm::Adapter::get_workspace_size(arguments);
+    return cudaSuccess;
+  }
   if (Gemm::Adapter::can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
   // An overlapped launch starts while the previous kernel ends. CUTLASS's producer warp waits for that kernel
   // (griddepcontrol.wait) before it loads. The consumer warps read the epilogue's vectors after a tile's main loop, and
@@ -180,8 +195,8 @@ cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunc
 #error "an overlapped launch waits for its operands only with CUTLASS_ENABLE_GDC_FOR_SM90"
 #endif
   typename Gemm::Adapter gemm;
-  if (gemm.initialize(arguments, /*workspace=*/nullptr, launch.stream) != cutlass::Status::kSuccess ||
-      gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/launch.overlapped) != cutlass::Status::kSuccess) {
+  if (gemm.initialize(arguments, launch.workspace, launch.stream) != cutlass::Status::kSuccess ||
+      gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/launch.config.overlapped) != cutlass::Status::kSuccess) {
     const cudaError_t error = cudaGetLastError();
     return error != cudaSuccess ? error : cudaErrorLaunchFailure;
   }

@@ -18,10 +18,6 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kBlockTokens = 2 * kWarps;
 constexpr int kStepFeatures = 32 * kChunk;
 
-NM_ACT_HOST_DEVICE constexpr bool is_staged(MetadataLayout layout) {
-  return layout == MetadataLayout::kSm90Bits16T64 || layout == MetadataLayout::kSm90Bits16T128;
-}
-
 // Index of a 16-byte vector of the staged metadata, swizzled so that the bytes of a warp's lanes fall into different
 // banks.
 __device__ __forceinline__ int staged_vector(int vector) { return vector ^ (vector >> 3 & 3); }
@@ -31,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(const __grid_constan
   using Raw = typename E::Raw;
   constexpr int kSpan = kSteps * kStepFeatures;
   constexpr int kTile = metadata_tile_features(kLayout);
-  constexpr bool kStaged = is_staged(kLayout);
+  constexpr bool kStaged = kLayout == MetadataLayout::kSm90Bits16T64;
   __shared__ uint4 staged[kStaged ? kBlockTokens * kSpan / 128 : 1];
   const CompressOutput& out = params.out;
   const int64_t tokens = params.tokens;
@@ -164,8 +160,6 @@ cudaError_t launch_streaming(const CompressParams& params, bool vector, cudaStre
       case MetadataLayout::kSm80Bits16: return launch_streaming<E, MetadataLayout::kSm80Bits16>(params, vector, stream);
       case MetadataLayout::kSm90Bits16T64:
         return launch_streaming<E, MetadataLayout::kSm90Bits16T64>(params, vector, stream);
-      case MetadataLayout::kSm90Bits16T128:
-        return launch_streaming<E, MetadataLayout::kSm90Bits16T128>(params, vector, stream);
       default: break;
     }
   }

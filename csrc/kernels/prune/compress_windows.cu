@@ -1,7 +1,7 @@
-// compress for patterns with windows: P(x - eta) as the lifted 2:4 operand (format/windows.h), from a row-major x.
+// compress for 2:4+1: P(x - eta) as the lifted 2:4 operand (format/windows.h), from a row-major x.
 //
 // A thread takes units of sixteen features: 32 bytes in, and out of them 16 bytes of survivors of the first four
-// windows, 4 or 8 of the extra ones, whose part of the row begins at in_features, and the metadata of both.
+// windows, 4 of the fifth, whose part of the row begins at in_features, and the metadata of both.
 //
 // Without a row statistic (e4m3 scale, variance) compress_windows_kernel streams as compress_kernel does: a block of 8
 // warps takes 16 tokens by 512 features, a warp two tokens, a lane a unit of each. In the sm90 16-bit layout 16 tokens
@@ -21,9 +21,8 @@ constexpr int kBlockTokens = 2 * kWarps;
 constexpr int kSpan = 32 * kUnit;
 constexpr int kTile = 64;                                   // features of a run of staged metadata
 constexpr int kRunVectors = kBlockTokens * kTile / 8 / 16;  // 16-byte vectors
-constexpr int kSpanRuns = kSpan / kTile;                    // and a quarter of them for every extra window
-
-__device__ constexpr CycleTable kCycleTable = make_cycle_table();
+constexpr int kSpanRuns = kSpan / kTile;                    // and a quarter of them for the fifth windows
+constexpr int kRuns = kSpanRuns + kSpanRuns / 4;
 
 // Index of a 16-byte vector of staged metadata, exchanged so that the bytes of a warp's lanes fall into different
 // banks.
@@ -76,43 +75,38 @@ __device__ __forceinline__ void pad_row(uint8_t* metadata, MetadataLayout layout
   }
 }
 
-template <WindowSet kSet>
-__device__ __forceinline__ void store_16_bit(uint8_t* row, int in_features, int feature, const Lifted<kSet>& lifted) {
+__device__ __forceinline__ void store_16_bit(uint8_t* row, int in_features, int feature, const Lifted& lifted) {
   *reinterpret_cast<uint4*>(row + feature) = make_uint4(lifted.word[0], lifted.word[1], lifted.word[2], lifted.word[3]);
-  uint8_t* extra = row + in_features + feature / 4 * Lifted<kSet>::kExtras;
-  if constexpr (Lifted<kSet>::kExtras == 1) {
-    *reinterpret_cast<uint32_t*>(extra) = lifted.word[4];
-  } else {
-    *reinterpret_cast<uint2*>(extra) = make_uint2(lifted.word[4], lifted.word[5]);
-  }
+  *reinterpret_cast<uint32_t*>(row + in_features + feature / 4) = lifted.word[4];
 }
 
-// Where a unit's metadata lies in the layout itself: two bytes of the first windows, and the extra ones' byte.
-template <int kExtras>
+// Two lanes share the metadata byte of their fifth windows.
+__device__ __forceinline__ bool stores_extra_byte() { return threadIdx.x % 2 == 0; }
+
+// Where a unit's metadata lies in the layout itself: two bytes of the first four windows, and the fifth's byte.
 struct UnitMetadata {
   uint8_t *base, *extra;
   __device__ __forceinline__ UnitMetadata(uint8_t* metadata, MetadataLayout layout, int64_t tokens, int in_features,
                                           int lifted, int64_t token, int feature)
       : base(metadata + metadata_address(layout, tokens, lifted, token, feature / 4).byte),
-        extra(metadata +
-              metadata_address(layout, tokens, lifted, token, (in_features + feature / 4 * kExtras) / 4).byte) {}
+        extra(metadata + metadata_address(layout, tokens, lifted, token, (in_features + feature / 4) / 4).byte) {}
 };
 
-template <class E, WindowSet kSet, bool kStaged, bool kScaled>
+template <class E, bool kStaged, bool kScaled>
 __global__ void __launch_bounds__(kThreads)
     compress_windows_kernel(const __grid_constant__ CompressWindowsParams params) {
-  constexpr int kExtras = extra_windows(kSet), kRuns = kSpanRuns + kSpanRuns / 4 * kExtras;
   __shared__ uint4 staged[kStaged ? kRuns * kRunVectors : 1];
   const CompressOutput& out = params.out;
   const MetadataLayout layout = kStaged ? MetadataLayout::kSm90Bits16T64 : out.layout;
   const int64_t tokens = params.tokens;
-  const int in_features = params.in_features, lifted_row = in_features + in_features / 4 * kExtras;
+  const int in_features = params.in_features, lifted_row = in_features + in_features / 4,
+            e = params.pattern.extra.column[0];
   const unsigned spans = static_cast<unsigned>(in_features + kSpan - 1) / kSpan;
   const int64_t first_token = blockIdx.x / spans * int64_t{kBlockTokens};
   const int span = static_cast<int>(blockIdx.x % spans);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int feature = span * kSpan + lane * kUnit;
-  const WindowRule rule = window_rule<kSet>(params.pattern, kCycleTable.right);
+  const Removal removal = removal_of(e);
 
   wait_for_previous_kernel();
   allow_next_kernel();
@@ -133,25 +127,22 @@ __global__ void __launch_bounds__(kThreads)
       scale[half] = shift_and_scale(unit[half], out, token[half], feature, real[half]);
     }
   }
-  WindowSlots windows[2];
-  select_pair<E, kSet, kScaled>(unit, scale, rule, windows);
-
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const Lifted<kSet> lifted = lift<E, kSet>(unit[half], windows[half], params.pattern.extra);
+    const Lifted lifted = lift(unit[half], select_plus_one<E, kScaled>(unit[half], scale[half], e, removal), e);
     if (real[half]) {
-      store_16_bit<kSet>(static_cast<uint8_t*>(out.values) + token[half] * lifted_row, in_features, feature, lifted);
+      store_16_bit(static_cast<uint8_t*>(out.values) + token[half] * lifted_row, in_features, feature, lifted);
     }
     const auto base = static_cast<uint16_t>(real[half] ? lifted.base : kPaddingByte * 0x101u);
-    const auto extra = static_cast<uint8_t>(extra_byte(lifted, real[half]));
+    const uint8_t extra = extra_byte(lifted, real[half]);
     if constexpr (kStaged) {
       const int row = warp + half * kWarps;
       *reinterpret_cast<uint16_t*>(staged_at(staged, row, lane * kUnit)) = base;
-      if (stores_extra_byte<kSet>()) *staged_at(staged, row, kSpan + lane * 4 * kExtras) = extra;
+      if (stores_extra_byte()) *staged_at(staged, row, kSpan + lane * 4) = extra;
     } else if (token[half] < metadata_padded_tokens(layout, tokens)) {
-      const UnitMetadata<kExtras> at(out.metadata, layout, tokens, in_features, lifted_row, token[half], feature);
+      const UnitMetadata at(out.metadata, layout, tokens, in_features, lifted_row, token[half], feature);
       if (feature < in_features) *reinterpret_cast<uint16_t*>(at.base) = base;
-      if (feature < in_features && stores_extra_byte<kSet>()) *at.extra = extra;
+      if (feature < in_features && stores_extra_byte()) *at.extra = extra;
       if (span == 0) pad_row(out.metadata, layout, tokens, lifted_row, token[half], lane);
     }
   }
@@ -160,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     const int run = threadIdx.x / kRunVectors;
     if (run >= kRuns) return;
-    const int extra_run = span * (kSpanRuns / 4) * kExtras + run - kSpanRuns;
+    const int extra_run = span * (kSpanRuns / 4) + run - kSpanRuns;
     const int tile_feature = run < kSpanRuns ? span * kSpan + run * kTile : in_features + extra_run * kTile;
     if (tile_feature >= (run < kSpanRuns ? in_features : lifted_row)) return;
     uint8_t* target = out.metadata + metadata_address(layout, tokens, lifted_row, first_token, tile_feature / 4).byte;
@@ -168,27 +159,27 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class E, WindowSet kSet>
-__device__ __forceinline__ void add_lifted(VarianceSums& sums, const Lifted<kSet>& lifted) {
+template <class E>
+__device__ __forceinline__ void add_lifted(VarianceSums& sums, const Lifted& lifted) {
 #pragma unroll
-  for (int i = 0; i < 4 + Lifted<kSet>::kExtras; i += 2) {
+  for (int i = 0; i < kWindows; i += 2) {
     Kept<E> kept;
     kept.word[0] = lifted.word[i];
-    kept.word[1] = i + 1 < 4 + Lifted<kSet>::kExtras ? lifted.word[i + 1] : 0;
+    kept.word[1] = i + 1 < kWindows ? lifted.word[i + 1] : 0;
     sums.add_kept(kept);
   }
 }
 
-template <class E, WindowSet kSet, bool kE4M3, int kUnits>
+template <class E, bool kE4M3, int kUnits>
 __global__ void __launch_bounds__(kMaxRowThreads)
     compress_windows_row_kernel(const __grid_constant__ CompressWindowsParams params) {
-  constexpr int kExtras = extra_windows(kSet);
   __shared__ RowReducer::Slots slots;
   RowReducer reducer(slots);
   const CompressOutput& out = params.out;
   const MetadataLayout layout = kE4M3 ? MetadataLayout::kSm90Bits8 : out.layout;
   const int64_t tokens = params.tokens, token = blockIdx.x;
-  const int in_features = params.in_features, lifted_row = in_features + in_features / 4 * kExtras;
+  const int in_features = params.in_features, lifted_row = in_features + in_features / 4,
+            e = params.pattern.extra.column[0];
   wait_for_previous_kernel();
   allow_next_kernel();
   if (token >= tokens) {
@@ -198,7 +189,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
     }
     return;
   }
-  const WindowRule rule = window_rule<kSet>(params.pattern, kCycleTable.right);
+  const Removal removal = removal_of(e);
   const bool has_scale = out.channel_scale != nullptr;
   const auto* row = static_cast<const typename E::Raw*>(params.x) + token * params.x_stride;
   const auto feature_of = [](int i) { return row_chunk<kUnits>(i) * kUnit; };
@@ -206,39 +197,26 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 #pragma unroll
   for (int i = 0; i < kUnits; ++i) unit[i] = load_unit<E>(row + feature_of(i), feature_of(i) < in_features);
 
-  Lifted<kSet> lifted[kUnits];
+  Lifted lifted[kUnits];
   VarianceSums sums{};
   uint32_t largest = 0;
 #pragma unroll
-  for (int first = 0; first < kUnits; first += 2) {
-    Unit<E>(&pair)[2] = reinterpret_cast<Unit<E>(&)[2]>(unit[first]);
-    ChannelUnit scale[2];
+  for (int i = 0; i < kUnits; ++i) {
+    const int feature = feature_of(i);
+    const ChannelUnit scale = shift_and_scale(unit[i], out, token, feature, feature < in_features);
+    const WindowSlots windows = has_scale ? select_plus_one<E, true>(unit[i], scale, e, removal)
+                                          : select_plus_one<E, false>(unit[i], scale, e, removal);
+    lifted[i] = lift(unit[i], windows, e);
+    if constexpr (kE4M3) {
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      const int feature = feature_of(first + u);
-      scale[u] = shift_and_scale(pair[u], out, token, feature, feature < in_features);
+      for (uint32_t word : lifted[i].word) largest = max_halves(largest, word & 0x7FFF7FFFu);
     }
-    WindowSlots windows[2];
-    if (has_scale) {
-      select_pair<E, kSet, true>(pair, scale, rule, windows);
-    } else {
-      select_pair<E, kSet, false>(pair, scale, rule, windows);
-    }
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-      Lifted<kSet>& result = lifted[first + u];
-      result = lift<E, kSet>(pair[u], windows[u], params.pattern.extra);
-      if constexpr (kE4M3) {
-#pragma unroll
-        for (uint32_t word : result.word) largest = max_halves(largest, word & 0x7FFF7FFFu);
-      }
-      if (out.variance_correction) {
-        if (first + u == 0) sums.start_at(pair[0].chunk[0].get(0));
-        const int count = feature_of(first + u) < in_features ? kChunk : 0;
-        sums.add_dense(pair[u].chunk[0], count);
-        sums.add_dense(pair[u].chunk[1], count);
-        add_lifted<E, kSet>(sums, result);
-      }
+    if (out.variance_correction) {
+      if (i == 0) sums.start_at(unit[0].chunk[0].get(0));
+      const int count = feature < in_features ? kChunk : 0;
+      sums.add_dense(unit[i].chunk[0], count);
+      sums.add_dense(unit[i].chunk[1], count);
+      add_lifted<E>(sums, lifted[i]);
     }
   }
 
@@ -250,24 +228,19 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   for (int i = 0; i < kUnits; ++i) {
     const int feature = feature_of(i);
     const bool real = feature < in_features;
-    const auto extra = static_cast<uint8_t>(extra_byte(lifted[i], real));
+    const uint8_t extra = extra_byte(lifted[i], real);
     if (!real) continue;
-    const UnitMetadata<kExtras> at(out.metadata, layout, tokens, in_features, lifted_row, token, feature);
+    const UnitMetadata at(out.metadata, layout, tokens, in_features, lifted_row, token, feature);
     *reinterpret_cast<uint16_t*>(at.base) = static_cast<uint16_t>(lifted[i].base);
-    if (stores_extra_byte<kSet>()) *at.extra = extra;
+    if (stores_extra_byte()) *at.extra = extra;
     if constexpr (kE4M3) {
-      uint32_t pair[4 + kExtras];
+      uint32_t pair[kWindows];
 #pragma unroll
-      for (int w = 0; w < 4 + kExtras; ++w) pair[w] = pair_to_e4m3<E>(lifted[i].word[w], inverse_scale);
+      for (int w = 0; w < kWindows; ++w) pair[w] = pair_to_e4m3<E>(lifted[i].word[w], inverse_scale);
       *reinterpret_cast<uint2*>(values + feature / 2) = make_uint2(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16);
-      uint8_t* extras = values + in_features / 2 + feature / 8 * kExtras;
-      if constexpr (kExtras == 1) {
-        *reinterpret_cast<uint16_t*>(extras) = static_cast<uint16_t>(pair[4]);
-      } else {
-        *reinterpret_cast<uint32_t*>(extras) = pair[4] | pair[5] << 16;
-      }
+      *reinterpret_cast<uint16_t*>(values + in_features / 2 + feature / 8) = static_cast<uint16_t>(pair[4]);
     } else {
-      store_16_bit<kSet>(values, in_features, feature, lifted[i]);
+      store_16_bit(values, in_features, feature, lifted[i]);
     }
   }
   if (threadIdx.x < 32) pad_row(out.metadata, layout, tokens, lifted_row, token, threadIdx.x);
@@ -275,7 +248,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   if (out.row_scale != nullptr && threadIdx.x == 0) out.row_scale[token] = row_scale;
 }
 
-template <class E, WindowSet kSet>
+template <class E>
 cudaError_t launch_streaming(const CompressWindowsParams& params, cudaStream_t stream) {
   const CompressOutput& out = params.out;
   const int64_t slabs = (metadata_padded_tokens(out.layout, params.tokens) + kBlockTokens - 1) / kBlockTokens;
@@ -284,44 +257,31 @@ cudaError_t launch_streaming(const CompressWindowsParams& params, cudaStream_t s
   const bool staged = out.layout == MetadataLayout::kSm90Bits16T64 && params.in_features % kTile == 0;
   const bool scaled = out.channel_scale != nullptr || out.shift != nullptr || out.eta != nullptr;
   const auto kernel =
-      staged
-          ? (scaled ? compress_windows_kernel<E, kSet, true, true> : compress_windows_kernel<E, kSet, true, false>)
-          : (scaled ? compress_windows_kernel<E, kSet, false, true> : compress_windows_kernel<E, kSet, false, false>);
+      staged ? (scaled ? compress_windows_kernel<E, true, true> : compress_windows_kernel<E, true, false>)
+             : (scaled ? compress_windows_kernel<E, false, true> : compress_windows_kernel<E, false, false>);
   return launch_kernel(kernel, static_cast<unsigned>(grid), kThreads, stream, params);
-}
-
-template <class E, WindowSet kSet>
-cudaError_t launch_set(const CompressWindowsParams& params, cudaStream_t stream) {
-  const bool e4m3 = params.out.value_type == ElementType::kE4M3;
-  if (!e4m3 && !params.out.variance_correction) return launch_streaming<E, kSet>(params, stream);
-  if (params.in_features > kMaxRowFeatures || params.tokens > kMaxTokens) return cudaErrorInvalidValue;
-  const int units = params.in_features / kUnit, a_thread = units <= 2 * kMaxRowThreads ? 2 : 4;
-  const int threads = static_cast<int>(round_up((units + a_thread - 1) / a_thread, 32));
-  const auto kernel = e4m3 ? (a_thread == 2 ? compress_windows_row_kernel<E, kSet, true, 2>
-                                            : compress_windows_row_kernel<E, kSet, true, 4>)
-                           : (a_thread == 2 ? compress_windows_row_kernel<E, kSet, false, 2>
-                                            : compress_windows_row_kernel<E, kSet, false, 4>);
-  const auto blocks = static_cast<unsigned>(metadata_padded_tokens(params.out.layout, params.tokens));
-  return launch_kernel(kernel, blocks, threads, stream, params);
 }
 
 template <class E>
 cudaError_t launch_typed(const CompressWindowsParams& params, cudaStream_t stream) {
-  switch (window_set(params.pattern)) {
-    case WindowSet::kPlusOne: return launch_set<E, WindowSet::kPlusOne>(params, stream);
-    case WindowSet::kPlusTwo: return launch_set<E, WindowSet::kPlusTwo>(params, stream);
-    case WindowSet::kOf8: return launch_set<E, WindowSet::kOf8>(params, stream);
-    case WindowSet::k8Of16: return launch_set<E, WindowSet::k8Of16>(params, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  const bool e4m3 = params.out.value_type == ElementType::kE4M3;
+  if (!e4m3 && !params.out.variance_correction) return launch_streaming<E>(params, stream);
+  if (params.in_features > kMaxRowFeatures || params.tokens > kMaxTokens) return cudaErrorInvalidValue;
+  const int units = params.in_features / kUnit, a_thread = units <= 2 * kMaxRowThreads ? 2 : 4;
+  const int threads = static_cast<int>(round_up((units + a_thread - 1) / a_thread, 32));
+  const auto kernel =
+      e4m3 ? (a_thread == 2 ? compress_windows_row_kernel<E, true, 2> : compress_windows_row_kernel<E, true, 4>)
+           : (a_thread == 2 ? compress_windows_row_kernel<E, false, 2> : compress_windows_row_kernel<E, false, 4>);
+  const auto blocks = static_cast<unsigned>(metadata_padded_tokens(params.out.layout, params.tokens));
+  return launch_kernel(kernel, blocks, threads, stream, params);
 }
 
 bool is_served(const CompressWindowsParams& params) {
-  const WindowSet set = window_set(params.pattern);
-  if (set == WindowSet::kNone || params.in_features % kUnit != 0 || !are_supported(params.pattern.extra)) return false;
+  const Pattern& pattern = params.pattern;
+  if (!is_lifted(pattern) || params.in_features % kUnit != 0 || !are_supported(pattern.extra)) return false;
   const CompressOutput& out = params.out;
   const bool e4m3 = out.value_type == ElementType::kE4M3;
-  const int64_t lifted = lifted_features(set, params.in_features);
+  const int64_t lifted = lifted_features(params.in_features);
   const bool fits = e4m3 == (out.layout == MetadataLayout::kSm90Bits8) && out.layout != MetadataLayout::kNeutral &&
                     (e4m3 || out.value_type == params.x_type) && lifted % (e4m3 ? 32 : 16) == 0;
   return fits && rows_vectorise(params.x, params.x_stride, params.in_features, params.x_type) &&

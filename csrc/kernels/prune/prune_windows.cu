@@ -8,14 +8,27 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class E, WindowSet kSet, bool kVector, bool kKeys>
+template <class E, bool kKeys>
+__device__ __forceinline__ uint32_t select_plus_two(const Unit<E>& unit, const ChannelUnit& scale, int e0, int e1) {
+  if constexpr (kKeys) {
+    uint32_t key[kUnit];
+    keys_of(unit, scale, key);
+    return plus_two_of_keys(key, e0, e1);
+  } else {
+    uint32_t word[8];
+    words_of(unit, word);
+    return plus_two_16(word, E::kNanKeys, e0, e1);
+  }
+}
+
+template <class E, int kExtras, bool kVector, bool kKeys>
 __global__ void __launch_bounds__(kThreads) prune_windows_kernel(const __grid_constant__ PruneParams params) {
   using Raw = typename E::Raw;
   const unsigned units = static_cast<unsigned>(params.in_features) / kUnit;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t token = thread / units;
   const int feature = static_cast<int>(thread - token * units) * kUnit;
-  const WindowRule rule = window_rule<kSet>(params.pattern, nullptr);
+  const int e0 = params.pattern.extra.column[0], e1 = params.pattern.extra.column[1];
   wait_for_previous_kernel();
   allow_next_kernel();
   if (token >= params.tokens) return;
@@ -37,7 +50,16 @@ __global__ void __launch_bounds__(kThreads) prune_windows_kernel(const __grid_co
       for (int j = 0; j < kChunk; ++j) scale.chunk[i].value[j] = 1.0f;
     }
   }
-  const WindowSlots windows = select_plus<E, kSet, kKeys>(unit, scale, rule);
+  uint32_t survivors[4];  // byte masks of the quads
+  if constexpr (kExtras == 1) {
+    const WindowSlots windows = select_plus_one<E, kKeys>(unit, scale, e0, removal_of(e0));
+#pragma unroll
+    for (int quad = 0; quad < 4; ++quad) survivors[quad] = quad_survivors(windows, e0, quad);
+  } else {
+    const uint32_t mask = select_plus_two<E, kKeys>(unit, scale, e0, e1);
+#pragma unroll
+    for (int quad = 0; quad < 4; ++quad) survivors[quad] = spread_nibble(mask >> 4 * quad & 15u);
+  }
 
   Raw* destination = static_cast<Raw*>(params.out) + token * params.in_features + feature;
 #pragma unroll
@@ -45,21 +67,21 @@ __global__ void __launch_bounds__(kThreads) prune_windows_kernel(const __grid_co
     Chunk<E>& chunk = unit.chunk[i];
 #pragma unroll
     for (int group = 0; group < 2; ++group) {
-      const uint32_t survivors = quad_survivors(windows, params.pattern.extra, 2 * i + group);
+      const uint32_t kept = survivors[2 * i + group];
       if constexpr (E::k16Bit) {
-        chunk.word[2 * group] &= permute_bytes(survivors, 0, 0x1100);
-        chunk.word[2 * group + 1] &= permute_bytes(survivors, 0, 0x3322);
+        chunk.word[2 * group] &= permute_bytes(kept, 0, 0x1100);
+        chunk.word[2 * group + 1] &= permute_bytes(kept, 0, 0x3322);
       } else {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) chunk.word[4 * group + j] &= replicate_byte(survivors, j);
+        for (int j = 0; j < 4; ++j) chunk.word[4 * group + j] &= replicate_byte(kept, j);
       }
     }
     store_chunk<E, kVector>(destination + i * kChunk, chunk, kChunk);
   }
 }
 
-template <class E, WindowSet kSet>
-cudaError_t launch_set(const PruneParams& params, cudaStream_t stream) {
+template <class E, int kExtras>
+cudaError_t launch_extras(const PruneParams& params, cudaStream_t stream) {
   const bool vector = rows_vectorise(params.x, params.x_stride, params.in_features, params.x_type) &&
                       is_aligned(params.out, 16) && is_aligned(params.channel_scale, 16) &&
                       is_aligned(params.shift, 16);
@@ -68,17 +90,16 @@ cudaError_t launch_set(const PruneParams& params, cudaStream_t stream) {
   const auto launch = [&](auto* kernel) {
     return launch_kernel(kernel, static_cast<unsigned>(blocks), kThreads, stream, params);
   };
-  if (!vector) return launch(prune_windows_kernel<E, kSet, false, true>);
+  if (!vector) return launch(prune_windows_kernel<E, kExtras, false, true>);
   if constexpr (E::k16Bit) {
-    if (params.channel_scale == nullptr) return launch(prune_windows_kernel<E, kSet, true, false>);
+    if (params.channel_scale == nullptr) return launch(prune_windows_kernel<E, kExtras, true, false>);
   }
-  return launch(prune_windows_kernel<E, kSet, true, true>);
+  return launch(prune_windows_kernel<E, kExtras, true, true>);
 }
 
 template <class E>
 cudaError_t launch_typed(const PruneParams& params, cudaStream_t stream) {
-  return window_set(params.pattern) == WindowSet::kPlusOne ? launch_set<E, WindowSet::kPlusOne>(params, stream)
-                                                           : launch_set<E, WindowSet::kPlusTwo>(params, stream);
+  return params.pattern.extra.count == 1 ? launch_extras<E, 1>(params, stream) : launch_extras<E, 2>(params, stream);
 }
 
 }  // namespace

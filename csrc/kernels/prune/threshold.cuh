@@ -69,33 +69,7 @@ __device__ __forceinline__ uint32_t drop_ties(uint32_t at_least, uint32_t above,
   return at_least;
 }
 
-// Masks of the survivors of two groups of 16-bit features given as words of two features.
-template <class E, int kGroup>
-__device__ __forceinline__ void survivors_of_two(const uint32_t* first, const uint32_t* second, int n, uint32_t& mask0,
-                                                 uint32_t& mask1) {
-  uint32_t key[kGroup], sorted[kGroup];
-#pragma unroll
-  for (int i = 0; i < kGroup / 2; ++i) {
-    const uint32_t a = magnitude_keys(first[i], E::kNanKeys), b = magnitude_keys(second[i], E::kNanKeys);
-    key[2 * i] = permute_bytes(a, b, 0x5410);
-    key[2 * i + 1] = permute_bytes(a, b, 0x7632);
-  }
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) sorted[i] = key[i];
-  const uint32_t threshold = nth_largest<Halves>(sorted, n);
-  uint32_t at_least0 = 0, at_least1 = 0, above0 = 0, above1 = 0;
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    const uint32_t not_below = key[i] - threshold + 0x80008000u, beyond = key[i] - threshold + 0x7FFF7FFFu;
-    at_least0 |= (not_below >> 15 & 1u) << i;
-    at_least1 |= (not_below >> 31) << i;
-    above0 |= (beyond >> 15 & 1u) << i;
-    above1 |= (beyond >> 31) << i;
-  }
-  mask0 = drop_ties(at_least0, above0, n);
-  mask1 = drop_ties(at_least1, above1, n);
-}
-
+// Mask of the survivors of a group.
 template <int kGroup>
 __device__ __forceinline__ uint32_t survivors_of_one(const uint32_t (&key)[kGroup], int n) {
   uint32_t sorted[kGroup];

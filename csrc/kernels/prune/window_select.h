@@ -1,5 +1,4 @@
-// Which features of a unit of sixteen survive under a pattern with windows (format/windows.h), and which window holds
-// each: for host and device.
+// Which features of a unit of sixteen survive under 2:4+1 and 2:4+2 (format/windows.h): for host and device.
 //
 // The survivors are the best set that the windows can hold: take the features by descending key, the lowest index first
 // among equals, and accept each that still fits. What windows can hold is a transversal matroid, so this greedy set is
@@ -10,12 +9,8 @@
 //   2:4+2   Twelve of sixteen survive: the top two of every quad, and all but four of the eight others, its "losers".
 //           Dropping losers from the lowest key up, a drop is refused if it leaves one of the extra windows with fewer
 //           than two quads to serve. A quad that loses two is served by neither, one that loses only e not by e's.
-//   n:8     Of an eight's survivors (at most six) a quad with three or four gives the middle window what it has in it.
-//   8:16    Features 0 to 7 have one window each. 8 to 11 go to window 0 or 1 as far as there is room, and of two
-//           where there is room for one, the one whose other window is fuller. 12 to 15 are the edges of a cycle of
-//           windows 2, 4, 3, 5; a table says which way they go.
 //
-// tests/native/windows.cpp holds each of them to the greedy set, exhaustively over masks and over orders of the keys.
+// tests/native/windows.cpp holds both to the greedy set, exhaustively over masks and over orders of the keys.
 #pragma once
 
 #include "../format/windows.h"
@@ -23,20 +18,13 @@
 
 namespace nm_act {
 
-// Byte masks over the four slots of each window. A window with fewer than two survivors has two slots all the same.
+// Byte masks over the four slots of each window of 2:4+1: two survivors each.
 struct WindowSlots {
-  uint32_t held[kMaxWindows];   // 0xFF where a survivor is
-  uint32_t slots[kMaxWindows];  // exactly two bytes 0xFF, held's among them
+  uint32_t held[kWindows];
 };
 
 // Bit i of a nibble to byte i.
 NM_ACT_INLINE uint32_t spread_nibble(uint32_t nibble) { return (nibble * 0x00204081u & 0x01010101u) * 0xFFu; }
-
-// Bit 4 * i of the word to byte i.
-NM_ACT_INLINE uint32_t spread_fourths(uint32_t word) {
-  const uint32_t pairs = (word & 0x0011u) | (word & 0x1100u) << 8;
-  return ((pairs & 0x00010001u) | (pairs & 0x00100010u) << 4) * 0xFFu;
-}
 
 // All ones if byte i of a byte mask is set.
 NM_ACT_INLINE uint32_t replicate_byte(uint32_t mask, int i) { return permute_bytes(mask, 0, 0x8888u + 0x1111u * i); }
@@ -44,8 +32,8 @@ NM_ACT_INLINE uint32_t replicate_byte(uint32_t mask, int i) { return permute_byt
 NM_ACT_INLINE uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 
 // ---- 2:4+1
-// ----------------------------------------------------------------------------------------------------------- What
-// makes feature e of a group lose every comparison: x' = (x & keep) | set, for each word of Comparisons.
+
+// What makes feature e of a group lose every comparison: x' = (x & keep) | set, for each word of Comparisons.
 struct Removal {
   Comparisons keep, set;
   Winners feature;  // e itself
@@ -97,10 +85,10 @@ NM_ACT_INLINE WindowSlots plus_one_16(const uint32_t (&word)[8], uint32_t nan_ke
   NM_ACT_UNROLL
   for (int quad = 0; quad < 4; ++quad) {
     const uint32_t is_served = replicate_byte(served, quad);
-    result.held[quad] = result.slots[quad] =
+    result.held[quad] =
         byte_mask({choose(is_served, others[quad].a, all[quad].a), choose(is_served, others[quad].b, all[quad].b)});
   }
-  result.held[4] = result.slots[4] = served;
+  result.held[4] = served;
   return result;
 }
 
@@ -124,20 +112,18 @@ NM_ACT_INLINE WindowSlots plus_one_of_keys(const uint32_t (&key)[kUnit], int e) 
   const uint32_t served = survivors_key(gain[0], gain[1], gain[2], gain[3]);
   NM_ACT_UNROLL
   for (int quad = 0; quad < 4; ++quad) {
-    result.held[quad] = result.slots[quad] = choose(replicate_byte(served, quad), others[quad], all[quad]);
+    result.held[quad] = choose(replicate_byte(served, quad), others[quad], all[quad]);
   }
-  result.held[4] = result.slots[4] = served;
+  result.held[4] = served;
   return result;
 }
 
-// ---- 2:4+2
-// ----------------------------------------------------------------------------------------------------------- Bit 4 *
-// quad + column of each of the four dropped features, and what follows for the windows, at bits 4 * quad.
-struct Drops {
-  uint32_t features;
-  uint32_t one, two;     // quads that lost at least one, two
-  uint32_t unserved[2];  // quads that extra window 0, 1 cannot serve
-};
+// Byte mask of the survivors of a quad.
+NM_ACT_INLINE uint32_t quad_survivors(const WindowSlots& windows, int e, int quad) {
+  return windows.held[quad] | (replicate_byte(windows.held[4], quad) & 0xFFu << 8 * e);
+}
+
+// ---- 2:4+2: bit 4 * quad + column of each survivor
 
 NM_ACT_LOCAL int count_bits(uint32_t word) {
 #if defined(__CUDA_ARCH__)
@@ -149,8 +135,9 @@ NM_ACT_LOCAL int count_bits(uint32_t word) {
 #endif
 }
 
-// The losers' keys and places (4 * quad + column) in ascending order of place, two a quad.
-NM_ACT_LOCAL Drops drop_four(const uint32_t (&key)[8], const uint32_t (&place)[8], int e0, int e1) {
+// The four features that are dropped, as bits, from the losers' keys and places (4 * quad + column) in ascending order
+// of place, two a quad.
+NM_ACT_LOCAL uint32_t drop_four(const uint32_t (&key)[8], const uint32_t (&place)[8], int e0, int e1) {
   // Lowest key first, and of equal keys the highest place: nibble i of `order` is the place of the i-th to go.
   uint32_t order = 0;
   NM_ACT_UNROLL
@@ -162,48 +149,27 @@ NM_ACT_LOCAL Drops drop_four(const uint32_t (&key)[8], const uint32_t (&place)[8
     }
     order |= place[i] << 4 * rank;
   }
-  Drops drops{};
+  // At bits 4 * quad: the quads that lost one, and those that an extra window cannot serve.
+  uint32_t dropped = 0, lost_one = 0, unserved_0 = 0, unserved_1 = 0;
   int count = 0;
   NM_ACT_UNROLL
   for (int i = 0; i < 8; ++i) {
     const uint32_t at = order >> 4 * i & 15u, quad = 1u << (at & 12u), column = at & 3u;
-    const bool second = (drops.one & quad) != 0;
-    const uint32_t unserved0 = drops.unserved[0] | (second || column == static_cast<uint32_t>(e0) ? quad : 0u);
-    const uint32_t unserved1 = drops.unserved[1] | (second || column == static_cast<uint32_t>(e1) ? quad : 0u);
-    if (count < 4 && count_bits(unserved0) <= 2 && count_bits(unserved1) <= 2) {
+    const bool second = (lost_one & quad) != 0;
+    const uint32_t then_0 = unserved_0 | (second || column == static_cast<uint32_t>(e0) ? quad : 0u);
+    const uint32_t then_1 = unserved_1 | (second || column == static_cast<uint32_t>(e1) ? quad : 0u);
+    if (count < 4 && count_bits(then_0) <= 2 && count_bits(then_1) <= 2) {
       ++count;
-      drops.features |= 1u << at;
-      drops.two |= drops.one & quad;
-      drops.one |= quad;
-      drops.unserved[0] = unserved0;
-      drops.unserved[1] = unserved1;
+      dropped |= 1u << at;
+      lost_one |= quad;
+      unserved_0 = then_0;
+      unserved_1 = then_1;
     }
   }
-  return drops;
+  return dropped;
 }
 
-NM_ACT_INLINE WindowSlots assign_plus_two(const Drops& drops, int e0, int e1) {
-  constexpr uint32_t kQuads = 0x1111u;
-  const uint32_t whole = ~drops.one & kQuads;  // needs both windows
-  const uint32_t lost_0 = drops.unserved[0] & ~drops.two, lost_1 = drops.unserved[1] & ~drops.two;
-  const uint32_t either = drops.one & ~drops.two & ~lost_0 & ~lost_1;
-  uint32_t served_0 = whole | lost_1;
-  const int room = 2 - count_bits(served_0);
-  const uint32_t first = either & (0u - either), rest = either ^ first;
-  served_0 |= (room > 0 ? first : 0u) | (room > 1 ? rest & (0u - rest) : 0u);
-  const uint32_t served_1 = whole | lost_0 | (either & ~served_0);
-  const uint32_t in_quads = ~drops.features & ~(served_0 << e0) & ~(served_1 << e1);
-  WindowSlots result;
-  NM_ACT_UNROLL
-  for (int quad = 0; quad < 4; ++quad) {
-    result.held[quad] = result.slots[quad] = spread_nibble(in_quads >> 4 * quad & 15u);
-  }
-  result.held[4] = result.slots[4] = spread_fourths(served_0);
-  result.held[5] = result.slots[5] = spread_fourths(served_1);
-  return result;
-}
-
-NM_ACT_INLINE WindowSlots plus_two_16(const uint32_t (&word)[8], uint32_t nan_keys, int e0, int e1) {
+NM_ACT_INLINE uint32_t plus_two_16(const uint32_t (&word)[8], uint32_t nan_keys, int e0, int e1) {
   uint32_t key[8], place[8];
   NM_ACT_UNROLL
   for (int quad = 0; quad < 4; ++quad) {
@@ -215,10 +181,10 @@ NM_ACT_INLINE WindowSlots plus_two_16(const uint32_t (&word)[8], uint32_t nan_ke
     place[2 * quad] = 4 * quad + (columns & 0xFFFFu);
     place[2 * quad + 1] = 4 * quad + (columns >> 16);
   }
-  return assign_plus_two(drop_four(key, place, e0, e1), e0, e1);
+  return ~drop_four(key, place, e0, e1) & 0xFFFFu;
 }
 
-NM_ACT_INLINE WindowSlots plus_two_of_keys(const uint32_t (&key)[kUnit], int e0, int e1) {
+NM_ACT_INLINE uint32_t plus_two_of_keys(const uint32_t (&key)[kUnit], int e0, int e1) {
   uint32_t loser[8], place[8];
   NM_ACT_UNROLL
   for (int quad = 0; quad < 4; ++quad) {
@@ -229,99 +195,7 @@ NM_ACT_INLINE WindowSlots plus_two_of_keys(const uint32_t (&key)[kUnit], int e0,
     loser[2 * quad + 1] = !kept3 ? k[3] : !kept2 ? k[2] : k[1];
     place[2 * quad + 1] = 4 * quad + (!kept3 ? 3 : !kept2 ? 2 : 1);
   }
-  return assign_plus_two(drop_four(loser, place, e0, e1), e0, e1);
-}
-
-// Byte mask of the survivors of a quad under 2:4+1 or 2:4+2.
-NM_ACT_INLINE uint32_t quad_survivors(const WindowSlots& windows, ExtraColumns extra, int quad) {
-  uint32_t survivors = windows.held[quad];
-  NM_ACT_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    if (i < extra.count) survivors |= replicate_byte(windows.held[4 + i], quad) & 0xFFu << 8 * extra.column[i];
-  }
-  return survivors;
-}
-
-// ---- exact n:8 and 8:16: from the mask of a unit's survivors
-// ---------------------------------------------------------- Nibble n of a packed table of sixteen.
-NM_ACT_INLINE uint32_t look_up_nibble(uint64_t table, uint32_t n) {
-  return static_cast<uint32_t>(table >> 4 * n) & 15u;
-}
-
-// A window's nibble with others added until it has two.
-NM_ACT_INLINE uint32_t pad_nibble(uint32_t held) { return look_up_nibble(0x000C'0A99'0655'3333ull, held); }
-
-NM_ACT_INLINE void set_window(WindowSlots& result, int window, uint32_t held) {
-  result.held[window] = spread_nibble(held);
-  result.slots[window] = spread_nibble(pad_nibble(held));
-}
-
-// At most six survivors in either eight.
-NM_ACT_INLINE WindowSlots assign_of_8(uint32_t mask) {
-  // By the nibble of a quad: what it gives the middle. The lower quad gives column 3 (of three survivors; 2 if 3 is
-  // none) or 2 and 3 (of four), the upper one column 0 (else 1), or both.
-  constexpr uint64_t kLowerGives = 0xC880'8000'4000'0000ull, kUpperGives = 0x3210'1000'1000'0000ull;
-  WindowSlots result{};
-  NM_ACT_UNROLL
-  for (int eight = 0; eight < 2; ++eight) {
-    const uint32_t lower = mask >> 8 * eight & 15u, upper = mask >> (8 * eight + 4) & 15u;
-    const uint32_t from_lower = look_up_nibble(kLowerGives, lower), from_upper = look_up_nibble(kUpperGives, upper);
-    set_window(result, 2 * eight, lower & ~from_lower);
-    set_window(result, 2 * eight + 1, upper & ~from_upper);
-    set_window(result, 4 + eight, from_lower >> 2 | (from_upper << 2 & 15u));
-  }
-  return result;
-}
-
-// Which of the features 12 to 15 (bits 0 to 3) go to windows 4 and 5, the others present going to 2 and 3: by the room
-// (0 to 2) in windows 2, 3, 4, 5, two bits each, and the features present << 8.
-struct CycleTable {
-  uint8_t right[4096];
-};
-
-constexpr CycleTable make_cycle_table() {
-  CycleTable table{};
-  for (int at = 0; at < 4096; ++at) {
-    const int room[4] = {at & 3, at >> 2 & 3, at >> 4 & 3, at >> 6 & 3}, present = at >> 8;
-    if (room[0] == 3 || room[1] == 3 || room[2] == 3 || room[3] == 3) continue;
-    for (int right = 0; right < 16; ++right) {
-      const int left = present & ~right;
-      if ((right & ~present) != 0) continue;
-      const bool fits = (left & 1) + (left >> 1 & 1) <= room[0] && (left >> 2 & 1) + (left >> 3) <= room[1] &&
-                        (right & 1) + (right >> 2 & 1) <= room[2] && (right >> 1 & 1) + (right >> 3) <= room[3];
-      if (fits) {
-        table.right[at] = static_cast<uint8_t>(right);
-        break;
-      }
-    }
-  }
-  return table;
-}
-
-// Of the features `at` and `at` + 1 (bits 0 and 1 of `pair`), those that do not fit beside `others` (0 to 2) in their
-// first window; of two for one place, the one whose second window is no fuller than the other's.
-NM_ACT_INLINE uint32_t overflow(uint32_t pair, uint32_t others, bool first_goes) {
-  return others == 0 ? 0u : others == 2 ? pair : pair == 3u ? (first_goes ? 1u : 2u) : 0u;
-}
-
-// Exactly eight survivors.
-NM_ACT_INLINE WindowSlots assign_8_of_16(uint32_t mask, const uint8_t* cycle_table) {
-  const auto bit = [mask](int i) { return mask >> i & 1u; };
-  const uint32_t cycle = mask >> 12 & 15u, low = mask >> 8 & 3u, high = mask >> 10 & 3u;
-  const bool to_2 = bit(4) + bit(12) + bit(13) <= bit(5) + bit(14) + bit(15);
-  const bool to_4 = bit(6) + bit(12) + bit(14) <= bit(7) + bit(13) + bit(15);
-  const uint32_t from_0 = overflow(low, bit(0) + bit(1), to_2), from_1 = overflow(high, bit(2) + bit(3), to_4);
-  const uint32_t room = 0xAAu - (bit(4) + (from_0 & 1u)) - ((bit(5) + (from_0 >> 1)) << 2) -
-                        ((bit(6) + (from_1 & 1u)) << 4) - ((bit(7) + (from_1 >> 1)) << 6);
-  const uint32_t right = cycle_table[room | cycle << 8], left = cycle & ~right;
-  WindowSlots result{};
-  set_window(result, 0, (mask & 3u) | (low & ~from_0) << 2);
-  set_window(result, 1, (mask >> 2 & 3u) | (high & ~from_1) << 2);
-  set_window(result, 2, bit(4) | (from_0 & 1u) << 1 | (left & 3u) << 2);
-  set_window(result, 3, bit(5) | (from_0 & 2u) | (left >> 2) << 2);
-  set_window(result, 4, bit(6) | (from_1 & 1u) << 1 | (right & 1u) << 2 | (right & 4u) << 1);
-  set_window(result, 5, bit(7) | (from_1 & 2u) | (right & 2u) << 1 | (right & 8u));
-  return result;
+  return ~drop_four(loser, place, e0, e1) & 0xFFFFu;
 }
 
 }  // namespace nm_act

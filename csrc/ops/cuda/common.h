@@ -9,11 +9,9 @@
 #include <utility>
 
 #include "kernels/nm_act.h"
-#include "ops/prune.h"
+#include "ops/selection.h"
 
 namespace nm_act::cuda_ops {
-
-inline TokenShift token_shift_kind(cpu::TokenShift shift) { return static_cast<TokenShift>(static_cast<int>(shift)); }
 
 inline cudaStream_t current_stream(const at::Tensor& x) {
   return c10::cuda::getCurrentCUDAStream(x.device().index()).stream();
@@ -55,7 +53,7 @@ void check_row_statistics(const Selection& selection, bool needed, const char* o
 
 // The 2:4 operand in the layout of this device's GEMM.
 struct PackedOperand {
-  at::Tensor values;     // [tokens, in_features / 2], lifted in_features for a pattern with windows
+  at::Tensor values;     // [tokens, in_features / 2], lifted in_features for 2:4+1
   at::Tensor metadata;   // [bytes]
   at::Tensor row_scale;  // [tokens] or undefined
   at::Tensor eta;        // [tokens] or undefined
@@ -70,9 +68,12 @@ std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, co
 PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op);
 
-// The same for a pattern with windows: the operand of the lifted weight.
+// The same for 2:4+1: the operand of the lifted weight.
 PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op);
+
+// The per-token shift [tokens] of rows, one launch; undefined if the selection has none.
+at::Tensor token_shift_of(const Rows& rows, const Selection& selection, const char* op);
 
 // The pruned operand as a dense tensor, with eta and nu where they are asked for.
 struct DenseOperand {

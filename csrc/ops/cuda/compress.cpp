@@ -16,7 +16,7 @@ CompressOutput output_for(const Selection& selection, bool variance_correction, 
   CompressOutput out{};
   out.channel_scale = data_or_null(selection.channel_scale);
   out.shift = data_or_null(selection.shift);
-  out.token_shift = token_shift_kind(selection.token_shift);
+  out.token_shift = selection.token_shift;
   out.variance_correction = variance_correction;
   out.value_type = element_type(value_type);
   out.layout = layout;
@@ -30,14 +30,12 @@ Packed results(const PackedOperand& operand) {
   return {operand.values, operand.metadata, or_empty(operand.row_scale), or_empty(operand.eta)};
 }
 
-// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM (of 16 features, in e4m3 of 32; more of them for
-// a pattern with windows), rows that fit on chip if statistics are needed.
+// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM (of 16 features, in e4m3 of 32; of 2:4+1 four at
+// a time, so that the fifth windows make whole ones), rows that fit on chip if statistics are needed.
 void check_packable(const at::Tensor& x, const Selection& selection, bool statistics, bool fp8, const char* op) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", op,
                    " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
-  const WindowSet set = window_set(selection.pattern);
-  const int64_t steps_a_gemm_step = set == WindowSet::kNone ? 1 : set == WindowSet::kPlusOne ? 4 : 2;
-  const int64_t step = (fp8 ? 32 : 16) * steps_a_gemm_step;
+  const int64_t step = (fp8 ? 32 : 16) * (is_lifted(selection.pattern) ? 4 : 1);
   TORCH_CHECK_VALUE(selection.in_features % step == 0, "nm_act::", op, " expected in_features divisible by ", step,
                     ", got ", selection.in_features, "; use sparse_linear, which falls back to a dense product");
   check_row_statistics(selection, statistics || fp8, op);
@@ -62,7 +60,7 @@ std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, co
   operand.values = at::empty({rows, in_features / 2}, x.options().dtype(value_type)).narrow(0, 0, tokens);
   operand.metadata = at::empty({metadata_bytes(layout, tokens, in_features)}, x.options().dtype(at::kByte));
   if (variance_correction || value_type == at::kFloat8_e4m3fn) operand.row_scale = empty_vector(x, tokens);
-  if (selection.token_shift != cpu::TokenShift::kNone) operand.eta = empty_vector(x, tokens);
+  if (selection.token_shift != TokenShift::kNone) operand.eta = empty_vector(x, tokens);
   CompressOutput out = output_for(selection, variance_correction, value_type, layout);
   out.values = operand.values.mutable_data_ptr();
   out.metadata = operand.metadata.mutable_data_ptr<uint8_t>();
@@ -73,26 +71,26 @@ std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, co
 
 PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op) {
-  const bool statistics = variance_correction || selection.token_shift != cpu::TokenShift::kNone;
+  const bool statistics = variance_correction || selection.token_shift != TokenShift::kNone;
   check_packable(x, selection, statistics, fp8, op);
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
   auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout, selection.in_features);
   if (selection.tokens == 0) return operand;
   const Rows rows = rows_of(x);
-  const CompressParams params{rows.tensor.const_data_ptr(),  rows.stride, selection.tokens, int(selection.in_features),
-                              element_type(x.scalar_type()), out};
+  const CompressParams params{rows.tensor.const_data_ptr(), rows.stride,    selection.tokens,
+                              int(selection.in_features),   selection.type, out};
   check_status(launch_compress(params, current_stream(x)), op);
   return operand;
 }
 
 PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op) {
-  const bool statistics = variance_correction || selection.token_shift != cpu::TokenShift::kNone;
+  const bool statistics = variance_correction || selection.token_shift != TokenShift::kNone;
   check_packable(x, selection, statistics, fp8, op);
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
   const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
-  const int64_t lifted = lifted_features(window_set(selection.pattern), selection.in_features);
+  const int64_t lifted = lifted_features(selection.in_features);
   const Selection vectors = with_aligned_vectors(selection);
   auto [operand, out] = allocate_packed(x, vectors, variance_correction, value_type, layout, lifted);
   if (selection.tokens == 0) return operand;
@@ -103,7 +101,7 @@ PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, b
                                      rows.stride,
                                      selection.tokens,
                                      int(selection.in_features),
-                                     element_type(x.scalar_type()),
+                                     selection.type,
                                      selection.pattern,
                                      out};
   check_status(launch_compress_windows(params, current_stream(x)), op);
@@ -116,15 +114,14 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalT
                                             const OptionalTensor& shift, c10::string_view token_shift) {
   constexpr const char* kOp = "compress";
   const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
-  check_row_statistics(selection, selection.token_shift != cpu::TokenShift::kNone, kOp);
+  check_row_statistics(selection, selection.token_shift != TokenShift::kNone, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   auto [operand, out] =
       allocate_packed(x, selection, false, x.scalar_type(), MetadataLayout::kNeutral, selection.in_features);
   if (operand.values.numel() != 0) {
     const Rows rows = rows_of(x);
-    const CompressParams params{
-        rows.tensor.const_data_ptr(),  rows.stride, selection.tokens, int(selection.in_features),
-        element_type(x.scalar_type()), out};
+    const CompressParams params{rows.tensor.const_data_ptr(), rows.stride,    selection.tokens,
+                                int(selection.in_features),   selection.type, out};
     check_status(launch_compress(params, current_stream(x)), kOp);
   }
   return {operand.values.view(with_last(x.sizes(), selection.in_features / 2)),
@@ -136,10 +133,10 @@ Packed compress_packed_op(const at::Tensor& x, int64_t n, int64_t m, const Optio
                           at::IntArrayRef extra_columns) {
   constexpr const char* kOp = "compress_packed";
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
-  const bool lifted = window_set(selection.pattern) != WindowSet::kNone;
-  TORCH_CHECK_VALUE(lifted || (n == 2 && m == 4),
-                    "nm_act::compress_packed expected the pattern 2:4, 2:4+1, 2:4+2, 4:8, ", "5:8, 6:8 or 8:16, got ",
-                    n, ":", m, "; use sparse_linear, which falls back to a dense product");
+  const bool lifted = is_lifted(selection.pattern);
+  TORCH_CHECK_VALUE(lifted || is_2_4(selection.pattern),
+                    "nm_act::compress_packed expected the pattern 2:4 or 2:4+1, got ", pattern_text(selection.pattern),
+                    "; use sparse_linear, which falls back to a dense product");
   const c10::cuda::CUDAGuard guard(x.device());
   const auto compress = lifted ? compress_lifted : compress_packed;
   return results(compress(x, selection, variance_correction, fp8, gemm_device(x, kOp), kOp));
@@ -185,7 +182,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_
                                        float(eps),
                                        selection.tokens,
                                        int(selection.in_features),
-                                       element_type(x.scalar_type()),
+                                       selection.type,
                                        out};
     check_status(launch_rmsnorm_compress(params, current_stream(x)), kOp);
   }
@@ -215,7 +212,7 @@ Packed silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const Opt
                                        in_place ? gates.stride : selection.in_features,
                                        selection.tokens,
                                        int(selection.in_features),
-                                       element_type(gate.scalar_type()),
+                                       selection.type,
                                        out};
     check_status(launch_silu_mul_compress(params, current_stream(gate)), kOp);
   }

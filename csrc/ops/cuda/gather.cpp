@@ -1,25 +1,26 @@
-// nm_act::gather_linear on CUDA, and the decode path of sparse_linear.
+// nm_act::gather_linear on CUDA, and sparse_linear over few tokens.
 #include "ops/cuda/gather.h"
 
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
+#include "ops/choice.h"
+
 namespace nm_act::cuda_ops {
 namespace {
 
-// Operands that decide which kernel runs, and where they are; pointers to vectors stay null.
-GatherParams operand_params(const at::Tensor& x, int64_t x_stride, const at::Tensor& weight, Pattern pattern,
-                            int64_t tokens) {
+// Pointers to vectors and to y stay null.
+GatherParams operand_params(const Rows& x, const at::Tensor& weight, Pattern pattern, int64_t tokens) {
   GatherParams params{};
-  params.x = x.const_data_ptr();
-  params.x_stride = x_stride;
+  params.x = x.tensor.const_data_ptr();
+  params.x_stride = x.stride;
   params.weight = weight.const_data_ptr();
   params.weight_stride = weight.stride(1);
   params.tokens = int(tokens);
   params.in_features = int(weight.size(1));
   params.out_features = int(weight.size(0));
   params.pattern = pattern;
-  params.x_type = element_type(x.scalar_type());
+  params.x_type = element_type(x.tensor.scalar_type());
   params.weight_type = element_type(weight.scalar_type());
   return params;
 }
@@ -35,47 +36,30 @@ at::Tensor contiguous_or_undefined(const at::Tensor& tensor) { return tensor.def
 
 }  // namespace
 
-bool takes_gather(const at::Tensor& x, const at::Tensor& weight, Pattern pattern, int64_t tokens, GemmDevice device) {
-  if (!stored_in_out(weight) || weight.size(0) > INT32_MAX || weight.size(1) > INT32_MAX) return false;
-  return gather_supports(operand_params(x, weight.size(1), weight, pattern, tokens), device);
-}
-
 at::Tensor gather_product(const at::Tensor& x, const at::Tensor& weight, const Selection& selection,
-                          bool variance_correction, const GatherEpilogueTensors& epilogue, GemmDevice device,
-                          const char* op) {
-  const cudaStream_t stream = current_stream(x);
+                          bool variance_correction, const GatherEpilogueTensors& epilogue, const GatherConfig& config,
+                          GemmDevice device, const char* op) {
+  const Pattern pattern = gather_pattern(selection.pattern, variance_correction);
+  const bool selects = pattern.keep > 0;
+  DenseOperand operand;
+  Rows rows;
+  if (selects) {
+    rows = rows_of(x);
+    operand.eta = token_shift_of(rows, selection, op);
+  } else {
+    operand = prune_dense(x, selection, variance_correction, op);
+    rows = {operand.values, selection.in_features};
+  }
   const at::Tensor y = at::empty({selection.tokens, weight.size(0)}, x.options());
   const at::Tensor bias = contiguous_or_undefined(epilogue.bias);
-  if (variance_correction || selection.pattern.extra.count > 0) {
-    // The factor needs the whole token, and windows a kernel of their own: the selection runs by itself and the decode
-    // kernel skips its zeros.
-    const DenseOperand operand = prune_dense(x, selection, variance_correction, op);
-    GatherParams params = operand_params(operand.values, selection.in_features, weight, {}, selection.tokens);
-    set_epilogue(params, epilogue, bias);
-    params.y = y.mutable_data_ptr();
-    params.row_scale = data_or_null(operand.nu);
-    params.eta = data_or_null(operand.eta);
-    check_status(launch_gather(params, device, stream), op);
-    return y;
-  }
-  const Rows rows = rows_of(x);
-  const bool token_shift = selection.token_shift != cpu::TokenShift::kNone;
-  check_row_statistics(selection, token_shift, op);
-  const at::Tensor eta = token_shift ? empty_vector(x, selection.tokens) : at::Tensor();
-  if (token_shift) {
-    const TokenStatisticsParams statistics{rows.tensor.const_data_ptr(), rows.stride, selection.tokens,
-                                           int(selection.in_features), element_type(x.scalar_type())};
-    check_status(
-        launch_token_shift(statistics, token_shift_kind(selection.token_shift), eta.mutable_data_ptr<float>(), stream),
-        op);
-  }
-  GatherParams params = operand_params(rows.tensor, rows.stride, weight, selection.pattern, selection.tokens);
+  GatherParams params = operand_params(rows, weight, pattern, selection.tokens);
   set_epilogue(params, epilogue, bias);
   params.y = y.mutable_data_ptr();
-  params.channel_scale = data_or_null(selection.channel_scale);
-  params.shift = data_or_null(selection.shift);
-  params.eta = data_or_null(eta);
-  check_status(launch_gather(params, device, stream), op);
+  params.channel_scale = selects ? data_or_null(selection.channel_scale) : nullptr;
+  params.shift = selects ? data_or_null(selection.shift) : nullptr;
+  params.row_scale = data_or_null(operand.nu);
+  params.eta = data_or_null(operand.eta);
+  check_status(launch_gather(params, device, config, current_stream(x)), op);
   return y;
 }
 
@@ -88,43 +72,44 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   const std::vector<int64_t> sizes = with_last(x.sizes(), weight.size(0));
   if (tokens == 0 || weight.size(0) == 0) return at::empty(sizes, x.options());
   const GemmDevice device = gemm_device(x, kOp);
-  if (!takes_gather(x, weight, {}, tokens, device)) return at::linear(x, weight, bias);
+  const ElementType type = element_type(x.scalar_type());
+  const WeightFacts facts = facts_of(weight);
+  const GatherConfig config =
+      facts.aligned && type != ElementType::kFloat32
+          ? choose_gather_config(type, {}, tokens, facts.out_features, facts.in_features, facts.row_stride(), device)
+          : GatherConfig{};
+  if (config.splits == 0) return at::linear(x, weight, bias);
   const Rows rows = rows_of(x);
   const at::Tensor y = at::empty(sizes, x.options());
   const at::Tensor bias_vector = contiguous_or_undefined(bias.value_or(at::Tensor()));
-  GatherParams params = operand_params(rows.tensor, rows.stride, weight, {}, tokens);
+  GatherParams params = operand_params(rows, weight, {}, tokens);
   set_epilogue(params, {}, bias_vector);
   params.y = y.mutable_data_ptr();
-  check_status(launch_gather(params, device, current_stream(x)), kOp);
+  check_status(launch_gather(params, device, config, current_stream(x)), kOp);
   return y;
 }
 
-at::Tensor gather_configured(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& weight_scale,
-                             int64_t n, int64_t m, int64_t lanes, int64_t splits, int64_t threads, bool ahead) {
-  constexpr const char* kOp = "gather_configured";
+at::Tensor tune_gather(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& weight_scale, int64_t n,
+                       int64_t m, at::IntArrayRef given) {
+  constexpr const char* kOp = "_tune_gather";
   const Selection selection = check_selection(x, n, m, {}, {}, "none", kOp);
   const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, {}, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   const GemmDevice device = gemm_device(x, kOp);
-  const Pattern pattern = selection.pattern;
-  const GatherConfig config{int(lanes), int(splits), int(threads), ahead};
-  const GatherProblem problem{int(selection.tokens),
-                              int(weight.size(0)),
-                              int(weight.size(1)),
-                              element_type(weight.scalar_type()),
-                              pattern,
-                              device};
-  TORCH_CHECK_VALUE(selection.tokens <= kMaxDecodeTokens &&
-                        takes_gather(x, weight, pattern, selection.tokens, device) && is_valid(problem, config),
-                    "nm_act::gather_configured expected a product and a configuration of the decode kernel, got ",
-                    selection.tokens, " tokens, weight ", weight.sizes(), " with strides ", weight.strides(),
-                    ", lanes ", lanes, ", splits ", splits, ", threads ", threads, ", ahead ", ahead,
-                    "; see csrc/kernels/gather/config.h");
+  TORCH_CHECK_VALUE(given.size() == 4, "nm_act::_tune_gather expected config as (lanes, splits, threads, ahead), got ",
+                    given, "; see csrc/kernels/gather/config.h");
+  const GatherConfig config{int(given[0]), int(given[1]), int(given[2]), given[3] != 0};
   const Rows rows = rows_of(x);
   const at::Tensor y = at::empty(with_last(x.sizes(), weight.size(0)), x.options());
-  GatherParams params = operand_params(rows.tensor, rows.stride, weight, pattern, selection.tokens);
+  GatherParams params = operand_params(rows, weight, selection.pattern, selection.tokens);
   params.weight_scale = data_or_null(scale);
   params.y = y.mutable_data_ptr();
+  const GatherProblem problem{params.tokens,      params.out_features, params.in_features,
+                              params.weight_type, params.pattern,      device};
+  TORCH_CHECK_VALUE(stored_in_out(weight) && gather_supports(params, device) && is_valid(problem, config),
+                    "nm_act::_tune_gather expected a product and a configuration of the gather kernel, got ",
+                    selection.tokens, " tokens, weight ", weight.sizes(), " with strides ", weight.strides(),
+                    ", config ", given, "; see csrc/kernels/gather/config.h");
   check_status(launch_gather(params, device, config, current_stream(x)), kOp);
   return y;
 }
@@ -133,7 +118,7 @@ at::Tensor gather_configured(const at::Tensor& x, const at::Tensor& weight, cons
 
 TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
   m.impl("gather_linear", gather_linear);
-  m.impl("gather_configured", gather_configured);
+  m.impl("_tune_gather", tune_gather);
 }
 
 }  // namespace nm_act::cuda_ops

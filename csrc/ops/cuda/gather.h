@@ -1,4 +1,4 @@
-// The decode kernel as a function of tensors, for sparse_linear and gather_linear.
+// The gather kernel as a function of tensors, for sparse_linear and gather_linear.
 #pragma once
 
 #include "kernels/gather/config.h"
@@ -12,13 +12,9 @@ struct GatherEpilogueTensors {
   at::Tensor bias;                                   // dtype of x
 };
 
-// Whether the decode kernel takes this product: few tokens, a weight stored [in, out] with aligned rows. A pattern with
-// keep 0 stands for an input that is sparse already.
-bool takes_gather(const at::Tensor& x, const at::Tensor& weight, Pattern pattern, int64_t tokens, GemmDevice device);
-
-// y [tokens, out_features] of a product that takes_gather.
+// y [tokens, out_features] with the configuration of choose_on_cuda.
 at::Tensor gather_product(const at::Tensor& x, const at::Tensor& weight, const Selection& selection,
-                          bool variance_correction, const GatherEpilogueTensors& epilogue, GemmDevice device,
-                          const char* op);
+                          bool variance_correction, const GatherEpilogueTensors& epilogue, const GatherConfig& config,
+                          GemmDevice device, const char* op);
 
 }  // namespace nm_act::cuda_ops

@@ -1,32 +1,40 @@
 // nm_act::prune on CUDA: the token shift, then the selection, then the variance factor, each one launch if asked for.
-#include "ops/prune.h"
-
 #include <torch/library.h>
 
 #include "ops/cuda/common.h"
 
 namespace nm_act::cuda_ops {
 
+namespace {
+
+TokenStatisticsParams statistics_params(const Rows& rows, const Selection& selection) {
+  return {rows.tensor.const_data_ptr(), rows.stride, selection.tokens, int(selection.in_features), selection.type};
+}
+
+}  // namespace
+
+at::Tensor token_shift_of(const Rows& rows, const Selection& selection, const char* op) {
+  if (selection.token_shift == TokenShift::kNone) return {};
+  check_row_statistics(selection, true, op);
+  const at::Tensor eta = empty_vector(rows.tensor, selection.tokens);
+  if (eta.numel() == 0) return eta;
+  check_status(launch_token_shift(statistics_params(rows, selection), selection.token_shift,
+                                  eta.mutable_data_ptr<float>(), current_stream(rows.tensor)),
+               op);
+  return eta;
+}
+
 DenseOperand prune_dense(const at::Tensor& x, const Selection& selection, bool variance_correction, const char* op) {
-  const bool token_shift = selection.token_shift != cpu::TokenShift::kNone;
-  check_row_statistics(selection, token_shift || variance_correction, op);
+  check_row_statistics(selection, variance_correction, op);
   const Rows rows = rows_of(x);
   const cudaStream_t stream = current_stream(x);
   DenseOperand operand;
+  operand.eta = token_shift_of(rows, selection, op);
   operand.values = at::empty({selection.tokens, selection.in_features}, x.options());
-  if (token_shift) operand.eta = empty_vector(x, selection.tokens);
   if (variance_correction) operand.nu = empty_vector(x, selection.tokens);
   if (operand.values.numel() == 0) return operand;
-
-  const TokenStatisticsParams statistics{rows.tensor.const_data_ptr(), rows.stride, selection.tokens,
-                                         int(selection.in_features), element_type(x.scalar_type())};
-  if (token_shift) {
-    check_status(launch_token_shift(statistics, token_shift_kind(selection.token_shift),
-                                    operand.eta.mutable_data_ptr<float>(), stream),
-                 op);
-  }
   PruneParams params{};
-  params.x = statistics.x;
+  params.x = rows.tensor.const_data_ptr();
   params.x_stride = rows.stride;
   params.out = operand.values.mutable_data_ptr();
   params.channel_scale = data_or_null(selection.channel_scale);
@@ -35,10 +43,10 @@ DenseOperand prune_dense(const at::Tensor& x, const Selection& selection, bool v
   params.tokens = selection.tokens;
   params.in_features = int(selection.in_features);
   params.pattern = selection.pattern;
-  params.x_type = statistics.x_type;
+  params.x_type = selection.type;
   check_status(launch_prune(params, stream), op);
   if (variance_correction) {
-    check_status(launch_variance_ratio(statistics, params.out, params.shift, params.eta,
+    check_status(launch_variance_ratio(statistics_params(rows, selection), params.out, params.shift, params.eta,
                                        operand.nu.mutable_data_ptr<float>(), stream),
                  op);
   }

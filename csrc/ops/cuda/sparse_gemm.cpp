@@ -5,6 +5,8 @@
 
 #include <torch/library.h>
 
+#include "kernels/matmul/config.h"
+
 namespace nm_act::cuda_ops {
 
 SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
@@ -42,12 +44,24 @@ bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::S
   return sparse_gemm_supports(params, device);
 }
 
+void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConfig& config, const at::Tensor& y,
+                     const char* op) {
+  params.y = y.mutable_data_ptr();
+  GemmLaunch launch{device, config, current_stream(y), nullptr, nullptr};
+  at::Tensor workspace;
+  if (const size_t bytes = sparse_gemm_workspace(params, launch); bytes > 0) {
+    workspace = at::empty({static_cast<int64_t>(bytes)}, y.options().dtype(at::kByte));
+    launch.workspace = workspace.mutable_data_ptr();
+  }
+  check_status(launch_sparse_gemm(params, launch), op);
+}
+
 namespace {
 
-at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
-                       const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
-                       const OptionalTensor& shift_out, const OptionalTensor& column_scale,
-                       std::optional<at::ScalarType> out_dtype, at::OptionalIntArrayRef config) {
+at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
+               const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
+               const OptionalTensor& shift_out, const OptionalTensor& column_scale,
+               std::optional<at::ScalarType> out_dtype, at::OptionalIntArrayRef config) {
   constexpr const char* kOp = "sparse_gemm";
   TORCH_CHECK_VALUE(
       values.dim() == 2 && values.is_contiguous() && weight.dim() == 2 && weight.size(1) == 2 * values.size(1),
@@ -73,10 +87,10 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
       "and out with either weight storage; e4m3 with an [out, in] weight on sm_90; 16-byte aligned rows), got values ",
       values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
       " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
-  TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 4 && device.compute_capability_major == 9),
-                    "nm_act::sparse_gemm expected config as (tile, raster, swizzle, overlapped) on sm_90, got ",
-                    config.value_or(at::IntArrayRef{}), " on compute capability ", device.compute_capability_major,
-                    ".x; leave it out");
+  TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 5 && device.compute_capability_major == 9),
+                    "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on ",
+                    "sm_90, got ", config.value_or(at::IntArrayRef{}), " on compute capability ",
+                    device.compute_capability_major, ".x; use sparse_gemm");
   const bool biased = bias.has_value() && bias->defined();
   TORCH_CHECK_VALUE(!biased || (bias->dim() == 1 && bias->size(0) == out_features && bias->is_floating_point()),
                     "nm_act::sparse_gemm expected a floating-point bias [", out_features, "], got ",
@@ -94,20 +108,32 @@ at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, con
       vector(column_scale, out_features, "column_scale"), biased ? aligned(bias->to(type)) : at::Tensor()};
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
-  params.y = y.mutable_data_ptr();
-  const cudaStream_t stream = current_stream(values);
-  if (!config.has_value()) {
-    check_status(launch_sparse_gemm(params, device, stream), kOp);
-    return y;
-  }
-  const GemmConfig chosen{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
-                          static_cast<int>((*config)[2]), (*config)[3] != 0};
-  check_status(launch_sparse_gemm_sm90(params, {chosen, device.multiprocessors, stream, chosen.overlapped}), kOp);
+  const GemmConfig chosen =
+      config.has_value() ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
+                                      static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
+                         : select_config({tokens, out_features, weight.size(1), value_type, device.multiprocessors});
+  run_sparse_gemm(params, device, chosen, y, kOp);
   return y;
+}
+
+at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
+                       const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
+                       const OptionalTensor& shift_out, const OptionalTensor& column_scale,
+                       std::optional<at::ScalarType> out_dtype) {
+  return run(values, metadata, weight, bias, row_scale, eta, shift_out, column_scale, out_dtype, {});
+}
+
+at::Tensor tune_sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
+                            const OptionalTensor& row_scale, const OptionalTensor& column_scale,
+                            std::optional<at::ScalarType> out_dtype, at::IntArrayRef config) {
+  return run(values, metadata, weight, {}, row_scale, {}, {}, column_scale, out_dtype, config);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(nm_act, CUDA, m) { m.impl("sparse_gemm", sparse_gemm); }
+TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
+  m.impl("sparse_gemm", sparse_gemm);
+  m.impl("_tune_sparse_gemm", tune_sparse_gemm);
+}
 
 }  // namespace nm_act::cuda_ops

@@ -15,6 +15,10 @@ struct GemmEpilogueTensors {
 SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
                              const GemmEpilogueTensors& epilogue, at::ScalarType y_type);
 
+// Runs the product into y; scratch memory that the configuration needs comes from torch's allocator.
+void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConfig& config, const at::Tensor& y,
+                     const char* op);
+
 // Whether a kernel takes this weight: dtype, alignment and sizes, before anything is compressed.
 bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::ScalarType y_type, GemmDevice device);
 

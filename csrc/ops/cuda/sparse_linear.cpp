@@ -1,8 +1,8 @@
 // nm_act::sparse_linear and sparse_linear_fp8 on CUDA.
 //
-// ops/paths.h chooses: a few tokens over a weight stored [in, out] go to the decode kernel; with enough tokens, 2:4 in
-// 16 bits goes to the sparse tensor cores, and so does a pattern with windows that brings its lifted weight, where that
-// pays; everything else prunes and runs cuBLAS. An 8-bit weight that the decode kernel does not take is first
+// ops/choice.h chooses: a few tokens over a weight stored [in, out] go to the gather kernel; with enough tokens, 2:4 in
+// 16 bits goes to the sparse tensor cores, and so does 2:4+1 that brings its lifted weight, where that
+// pays; everything else prunes and runs cuBLAS. An 8-bit weight that the gather kernel does not take is first
 // multiplied by its scale, in the dtype of x.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -10,6 +10,7 @@
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
+#include "ops/choice.h"
 #include "ops/cuda/gather.h"
 #include "ops/cuda/sparse_gemm.h"
 
@@ -22,18 +23,6 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection, con
   if (selection.shift.defined()) return at::mv(weight.to(at::kFloat), selection.shift);
   return weight.scalar_type() == at::kFloat8_e4m3fn ? at::sum(weight.to(at::kFloat), {1})
                                                     : at::sum(weight, {1}, false, at::kFloat);
-}
-
-LinearPath choose_path(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& lifted,
-                       const Selection& selection, GemmDevice device) {
-  LinearFacts facts{selection.tokens,
-                    element_type(x.scalar_type()),
-                    element_type(weight.scalar_type()),
-                    selection.pattern,
-                    facts_of(weight),
-                    {}};
-  if (lifted.defined()) facts.lifted = facts_of(lifted);
-  return choose_on_cuda(facts, device).path;
 }
 
 // Prune, then torch's dense product; the rest of the epilogue as torch operations in float32, on a product that is not
@@ -77,25 +66,28 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   const at::Tensor shift_vector = selection.has_shift() && !given.defined()
                                       ? shift_image(dequantised(stored_weight, scale, at::kFloat), selection, given)
                                       : given;
-  LinearPath path = choose_path(x, stored_weight, lifted, selection, device);
-  if (path == LinearPath::kGather) {
+  LinearFacts facts{selection.tokens,   selection.type,          element_type(stored_weight.scalar_type()),
+                    selection.pattern,  facts_of(stored_weight), {},
+                    variance_correction};
+  if (lifted.defined()) facts.lifted = facts_of(lifted);
+  const LinearChoice choice = choose_on_cuda(facts, device);
+  if (choice.path == LinearPath::kGather) {
     const GatherEpilogueTensors epilogue{scale, shift_vector, column_vector, bias.value_or(at::Tensor())};
-    return gather_product(x, stored_weight, selection, variance_correction, epilogue, device, kOp).view(sizes);
+    return gather_product(x, stored_weight, selection, variance_correction, epilogue, choice.gather, device, kOp)
+        .view(sizes);
   }
   const at::Tensor weight = dequantised(stored_weight, scale, x.scalar_type());
-  if (scale.defined() && selection.tokens > kMaxDecodeTokens) path = choose_path(x, weight, lifted, selection, device);
-  if (path == LinearPath::kDense) {
+  if (choice.path == LinearPath::kDense) {
     return dense_product(x, weight, bias, selection, variance_correction, shift_vector, column_vector, kOp).view(sizes);
   }
-  const auto compress = path == LinearPath::kLifted ? compress_lifted : compress_packed;
+  const auto compress = choice.path == LinearPath::kLifted ? compress_lifted : compress_packed;
   const PackedOperand operand = compress(x, selection, variance_correction, false, device, kOp);
   const at::Tensor y = at::empty(sizes, x.options());
   const GemmEpilogueTensors epilogue{operand.row_scale, operand.eta, aligned(shift_vector), aligned(column_vector),
                                      aligned(bias.value_or(at::Tensor()))};
-  const at::Tensor& multiplied = path == LinearPath::kLifted ? lifted : weight;
+  const at::Tensor& multiplied = choice.path == LinearPath::kLifted ? lifted : weight;
   SparseGemmParams params = gemm_params(operand, multiplied, epilogue, x.scalar_type());
-  params.y = y.mutable_data_ptr();
-  check_status(launch_sparse_gemm(params, device, current_stream(x)), kOp);
+  run_sparse_gemm(params, device, choice.gemm, y, kOp);
   return y;
 }
 
@@ -130,8 +122,9 @@ at::Tensor sparse_linear_fp8(const at::Tensor& x, const at::Tensor& weight, cons
       operand.row_scale, operand.eta, given.defined() ? given.div(scale) : shift_image(weight, selection, given),
       column_vector.defined() ? scale.mul(column_vector) : aligned(scale), aligned(bias.value_or(at::Tensor()))};
   SparseGemmParams params = gemm_params(operand, weight, epilogue, x.scalar_type());
-  params.y = y.mutable_data_ptr();
-  check_status(launch_sparse_gemm(params, device, current_stream(x)), kOp);
+  const GemmConfig config = select_config(
+      {selection.tokens, out_features, selection.in_features, ElementType::kE4M3, device.multiprocessors});
+  run_sparse_gemm(params, device, config, y, kOp);
   return y;
 }
 

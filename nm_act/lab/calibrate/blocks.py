@@ -1,28 +1,29 @@
 """Running a decoder one block at a time."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ...layers.linear import NMLinear
 
 
-class _Reached(Exception):
-    """The call of the model has come to its first block; nothing after it is needed."""
+class _ReachedError(Exception):
+    """The model's forward has reached its first block; the rest is not needed."""
 
 
 class BlockRunner:
-    """The decoder blocks of a sparse model, and what they are called with.
+    """The decoder blocks of a sparse model, and the arguments of their calls beside the hidden states.
 
     Parameters
     ----------
     model : nn.Module
         A decoder-only Transformers model with at least one :class:`~nm_act.NMLinear`.
     window : Tensor [length], int64
-        One window; all others are as long, so that masks and positions are the same for each.
+        One window; all others have its length, and so the same masks and positions.
 
     Raises
     ------
@@ -32,26 +33,20 @@ class BlockRunner:
 
     def __init__(self, model: nn.Module, window: torch.Tensor):
         self.model = model
-        self.length = window.numel()
         self.names = block_names(model)
         self._arguments: dict[str, tuple[tuple, dict]] = {}
-        hooks = [
-            model.get_submodule(name).register_forward_pre_hook(self._recorder(name), with_kwargs=True)
-            for name in self.names
-        ]
-        try:
-            with torch.no_grad():
-                model(input_ids=window[None].to(_device(model)), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with torch.no_grad(), ExitStack() as hooks:
+            for name in self.names:
 
-    def _recorder(self, name: str):
-        def record(module, args, kwargs):
-            # The hidden states come first, or by name; the rest is the same for every window.
-            self._arguments[name] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
+                def record(module, args, kwargs, name=name):
+                    kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+                    self._arguments[name] = args[1:], kwargs
 
-        return record
+                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(record, with_kwargs=True))
+            self._call(window)
+
+    def _call(self, window: torch.Tensor) -> None:
+        self.model(input_ids=window[None].to(next(self.model.parameters()).device), use_cache=False)
 
     @torch.no_grad()
     def first_inputs(self, windows: torch.Tensor) -> torch.Tensor:
@@ -60,15 +55,12 @@ class BlockRunner:
 
         def record(module, args, kwargs):
             inputs.append((args[0] if args else kwargs["hidden_states"]).detach())
-            raise _Reached
+            raise _ReachedError
 
-        hook = self.model.get_submodule(self.names[0]).register_forward_pre_hook(record, with_kwargs=True)
-        try:
+        with self.block(0).register_forward_pre_hook(record, with_kwargs=True):
             for window in windows:
-                with suppress(_Reached):
-                    self.model(input_ids=window[None].to(_device(self.model)), use_cache=False)
-        finally:
-            hook.remove()
+                with suppress(_ReachedError):
+                    self._call(window)
         return torch.cat(inputs)
 
     def block(self, index: int) -> nn.Module:
@@ -81,12 +73,18 @@ class BlockRunner:
         return {f"{prefix}.{n}": m for n, m in self.block(index).named_modules() if isinstance(m, NMLinear)}
 
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Output ``[1, length, hidden]`` of a block for one window's ``hidden``."""
-        args, kwargs = self._arguments[self.names[index]]
-        args, kwargs = _to((args, kwargs), hidden.device)
+        """Output ``[1, length, hidden]`` of a block for the ``hidden`` of one window."""
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(hidden.device), self._arguments[self.names[index]])
+        # The decoder stack, whose hooks tell the layers where sequences start, is not called: do it here.
         contexts = {id(layer.token_context): layer.token_context for layer in self.layers(index).values()}
-        with _running([context for context in contexts.values() if context is not None], hidden):
+        contexts = [context for context in contexts.values() if context is not None]
+        for context in contexts:
+            context.begin_whole_sequences(*hidden.shape[:-1])
+        try:
             output = self.block(index)(hidden, *args, **kwargs)
+        finally:
+            for context in contexts:
+                context.end()
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -96,45 +94,20 @@ class BlockRunner:
 
 
 @contextmanager
-def dense(layers) -> Iterator[None]:
-    """The layers compute their dense product inside."""
-    with _attribute(layers, "bypass"):
-        yield
-
-
-@contextmanager
-def differentiable(layers) -> Iterator[None]:
-    """The layers are sparse in every phase and have a gradient inside."""
-    with _attribute(layers, "differentiable"):
-        yield
-
-
-@contextmanager
-def _attribute(layers, name: str) -> Iterator[None]:
+def switched(layers: Iterable[NMLinear], name: str) -> Iterator[None]:
+    """Layers with a switch on: "bypass" (the dense product) or "differentiable" (sparse always, with a gradient)."""
     layers = list(layers)
-    for layer in layers:
-        setattr(layer, name, True)
     try:
+        for layer in layers:
+            setattr(layer, name, True)
         yield
     finally:
         for layer in layers:
             setattr(layer, name, False)
 
 
-@contextmanager
-def _running(contexts, hidden: torch.Tensor) -> Iterator[None]:
-    """The decoder stack, whose hooks tell layers where sequences start, is not called: tell them here."""
-    for context in contexts:
-        context.begin_whole_sequences(*hidden.shape[:-1])
-    try:
-        yield
-    finally:
-        for context in contexts:
-            context.end()
-
-
 def block_names(model: nn.Module) -> list[str]:
-    """Names of all blocks of the list that holds the sparse layers."""
+    """Names of all blocks in the list that holds the sparse layers."""
     sparse = [name for name, module in model.named_modules() if isinstance(module, NMLinear)]
     if not sparse:
         raise ValueError("expected a model with sparse layers to calibrate, got none; sparsify it first")
@@ -146,17 +119,3 @@ def block_names(model: nn.Module) -> list[str]:
         )
     stack = stacks.pop()
     return [f"{stack}.{child}" for child, _ in model.get_submodule(stack).named_children()]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _to(value, device: torch.device):
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return value

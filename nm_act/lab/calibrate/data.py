@@ -21,9 +21,9 @@ def calibration_windows(
     tokenizer : transformers.PreTrainedTokenizerBase
     source : str or os.PathLike
         A UTF-8 text file, a ``.jsonl`` file with "text" fields, a folder of such files (read in order of name), or a
-        data folder as ``nm-act eval`` takes one, of which C4 is read.
+        data folder of ``nm-act eval``, of which C4 is read.
     windows : int
-        How many to draw; all there are where the text has fewer.
+        Number of windows; all there are if the text has fewer.
     length : int
         Tokens per window.
     seed : int
@@ -47,15 +47,8 @@ def calibration_windows(
     return windows_of(tokenizer, read_texts(source), source, windows=windows, length=length, seed=seed)
 
 
-def read_texts(source: str | os.PathLike) -> list[str]:
-    """Texts of a source of `calibration_windows`, a file each."""
-    return [read_text(path) for path in _files(Path(source))]
-
-
-def windows_of(
-    tokenizer, texts: list[str], source: str | os.PathLike, *, windows: int, length: int, seed: int
-) -> torch.Tensor:
-    """What `calibration_windows` gives for the texts of a source."""
+def windows_of(tokenizer, texts: list[str], source, *, windows: int, length: int, seed: int) -> torch.Tensor:
+    """`calibration_windows` of the texts of a source."""
     ids = torch.cat([tokenize(tokenizer, text) for text in texts])
     available = ids.numel() // length
     if available == 0:
@@ -73,17 +66,18 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"expected a seed from 0 to 2**63 - 1, got {seed}; choose one of those")
 
 
-def _files(source: Path) -> list[Path]:
-    if not source.is_dir():
-        return [source]
-    files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    # A folder's description of itself is no calibration text.
-    files = [path for path in files if path.stem.upper() not in ("README", "SOURCES", "LICENSE")]
-    if files:
-        return files
+def read_texts(source: str | os.PathLike) -> list[str]:
+    """Texts of a source of `calibration_windows`, one per file."""
+    source = Path(source)
+    files = [source]
+    if source.is_dir():
+        files = sorted(path for path in source.iterdir() if path.suffix in SUFFIXES and path.is_file())
+        files = [path for path in files if path.stem.upper() not in ("README", "SOURCES", "LICENSE")]
     try:
-        return [find_file(source, "c4")]
+        return [read_text(path) for path in files or [find_file(source, "c4")]]
     except FileNotFoundError as error:
+        if files:
+            raise
         raise ValueError(
             f"expected text files ({', '.join(SUFFIXES)}) or c4 in {str(source)!r}, got neither; name a file or "
             "another folder"

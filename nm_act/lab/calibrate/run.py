@@ -1,4 +1,4 @@
-"""A calibration run: block by block, each finished block on disk, so that a killed run goes on where it was."""
+"""A calibration run, block by block; finished blocks are on disk, so that a stopped run continues where it was."""
 
 import dataclasses
 import hashlib
@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from ...conversion.calibration import dense_weights, set_layers
-from ...conversion.permutation import find_order, fold_order
+from ...conversion.permutation import fold_order
 from ...conversion.sparsify import SparsifyReport, resolved_specs, sparsify
+from ...layers.linear import NMLinear
 from ...methods import mitigations
 from ...recipe import LinearSpec, Recipe
 from ...version import __version__
-from .blocks import BlockRunner, dense
+from .blocks import BlockRunner, switched
 from .data import check_seed
+from .order import find_order
 from .state import RunState
 from .static import collect, initial_data
 from .training import LOSSES, train_block
@@ -26,7 +28,7 @@ from .training import LOSSES, train_block
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How to train what is learned.
+    """Settings of the training of learned data.
 
     Parameters
     ----------
@@ -35,7 +37,7 @@ class CalibrationSettings:
     epochs : float
         Passes over the windows in each block.
     loss : str
-        "relative" (every token alike) or "mse" (the paper's).
+        "relative" (every token has the same weight) or "mse" (the paper's).
     seed : int
         Of the order of the windows; from 0, below 2**63.
 
@@ -73,9 +75,9 @@ def calibrate(
 ) -> tuple[SparsifyReport, list[dict]]:
     """Make a dense model sparse and calibrate what its recipe needs.
 
-    Block by block: the block runs dense on what the sparse blocks before it give, which yields the statistics for the
-    static data and the target of training; then it is trained, and its sparse output feeds the next block. One block
-    is on ``device`` at a time; the hidden states of one boundary, [windows, length, hidden], stay in memory.
+    Each block first runs dense on the output of the sparse blocks before it, which yields the statistics for the static
+    data and the target of training; then it is trained, and its sparse output is the input of the next block. One block
+    is on ``device`` at a time; the hidden states between two blocks, [windows, length, hidden], stay in memory.
 
     Parameters
     ----------
@@ -88,17 +90,16 @@ def calibrate(
     device : str or torch.device
         Where blocks run.
     state : path, optional
-        Folder for finished blocks; an existing one of the same run is taken up. None keeps nothing.
+        Folder for finished blocks; that of an earlier, stopped run is continued. None keeps nothing.
     progress : callable, optional
-        Called with blocks done, their total, and what is going on.
+        Called with the number of finished blocks, their total, and the current step as text.
 
     Returns
     -------
     report : SparsifyReport
         With the calibrated model as ``.model``.
     history : list of dict
-        For every block: its index, the losses of :func:`~nm_act.lab.calibrate.training.train_block`, and the seconds
-        that it took, in whichever session.
+        For every block its index, the losses of :func:`~nm_act.lab.calibrate.training.train_block`, and its seconds.
 
     Raises
     ------
@@ -108,7 +109,7 @@ def calibrate(
     """
     settings = settings or CalibrationSettings()
     device = torch.device(device)
-    _check_calibrated(model, recipe)
+    check_needed(resolved_specs(model, recipe).values())
     original = dense_weights(model)
     identity = {
         "version": __version__,
@@ -123,7 +124,7 @@ def calibrate(
         parameter.requires_grad_(False)
     report = sparsify(model.eval(), recipe)
     report.model.nm_act_dense_weights = original
-    with dense(each for each in model.modules() if hasattr(each, "bypass")):
+    with switched((each for each in model.modules() if isinstance(each, NMLinear)), "bypass"):
         runner = BlockRunner(model, windows[0])
         hidden = runner.first_inputs(windows)
     history = []
@@ -138,14 +139,17 @@ def calibrate(
         start = time.perf_counter()
         finished = store.load(index)
         if finished is not None:
-            note("taking up")
+            note("reading")
             tensors, facts = finished
             set_layers(model, runner.layers(index), tensors)
         else:
             facts = _calibrate_block(runner, index, hidden, settings, device, note)
         note("output")
         hidden = runner.run_all(index, hidden, device)
-        _check_finite(hidden, index)
+        if not hidden.isfinite().all():
+            raise ValueError(
+                f"expected finite hidden states, got infinities or NaN after block {index}; lower --lr, or use float32"
+            )
         if finished is None:
             facts = {**facts, "seconds": round(time.perf_counter() - start, 3)}
             store.save(index, runner.layers(index), facts)
@@ -154,10 +158,6 @@ def calibrate(
     if progress is not None:
         progress(total, total, "done")
     return report, history
-
-
-def _check_calibrated(model: nn.Module, recipe: Recipe) -> None:
-    check_needed(resolved_specs(model, recipe).values())
 
 
 def check_needed(specs: Collection[LinearSpec]) -> None:
@@ -175,36 +175,22 @@ def _calibrate_block(runner: BlockRunner, index: int, hidden, settings, device, 
     if not layers:
         return {}
     note("statistics")
-    if any("permute" in layer.spec.mitigation for layer in layers.values()):
+    permuted = [name for name, layer in layers.items() if "permute" in layer.spec.mitigation]
+    if permuted:
         # A pass of its own: what selections drop, which other data need, depends on the order.
-        with dense(layers.values()), collect(layers, device, matrices=False) as statistics:
+        with switched(layers.values(), "bypass"), collect(layers, device, matrices=False) as statistics:
             runner.run_all(index, hidden, device)
-        prefix = runner.names[index] + "."
-        for name, layer in layers.items():
-            if "permute" in layer.spec.mitigation:
-                order = find_order(block, name.removeprefix(prefix), statistics[name].square)
-                fold_order(block, name.removeprefix(prefix), order)
-                layer.input_order.copy_(order)
-    with dense(layers.values()), collect(layers, device) as statistics:
+        for name in permuted:
+            inner = name.removeprefix(runner.names[index] + ".")
+            order = find_order(block, inner, statistics[name].square)
+            fold_order(block, inner, order)
+            layers[name].input_order.copy_(order)
+    with switched(layers.values(), "bypass"), collect(layers, device) as statistics:
         targets = runner.run_all(index, hidden, device)
     for name, layer in layers.items():
         layer.set_data(**initial_data(layer, statistics[name]))
-    return train_block(
-        runner,
-        index,
-        hidden,
-        targets,
-        learning_rate=settings.learning_rate,
-        epochs=settings.epochs,
-        loss=settings.loss,
-        seed=settings.seed,
-        device=device,
-        progress=lambda step, steps, loss: note(f"step {step}/{steps}, loss {loss:.3g}"),
-    )
 
+    def trained(step: int, steps: int, loss: float) -> None:
+        note(f"step {step}/{steps}, loss {loss:.3g}")
 
-def _check_finite(hidden: torch.Tensor, index: int) -> None:
-    if not hidden.isfinite().all():
-        raise ValueError(
-            f"expected finite hidden states, got infinities or NaN after block {index}; lower --lr, or use float32"
-        )
+    return train_block(runner, index, hidden, targets, settings, device, trained)

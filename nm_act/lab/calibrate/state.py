@@ -1,4 +1,4 @@
-"""An unfinished calibration on disk: what it was started with, and every finished block."""
+"""An unfinished calibration on disk: the identity of its run, and every finished block."""
 
 import json
 from pathlib import Path
@@ -11,20 +11,20 @@ from torch import nn
 from ...files import write_atomic
 
 IDENTITY = "run.json"
-"""What an unfinished run was started with, in its folder."""
+"""File with the identity of an unfinished run, in its folder."""
 
 _FACTS = "facts"
 
 
 class RunState:
-    """Finished blocks on disk, tied to one run by what determines its result.
+    """Finished blocks on disk, all of one run.
 
     Parameters
     ----------
     folder : path, optional
         Made if need be; None keeps nothing.
     identity : dict
-        What determines the result, as JSON has it; "settings" is a dict of its own.
+        What determines the result, as JSON reads it back; "settings" is a dict of its own.
 
     Raises
     ------
@@ -38,15 +38,13 @@ class RunState:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / IDENTITY
-        known = _read(path) if path.is_file() else None
-        if known == identity:
-            return
-        if known is not None and any(self.folder.glob("block-*.safetensors")):
+        known = _read(path) if path.is_file() else identity
+        if known != identity and any(self.folder.glob("block-*.safetensors")):
             raise ValueError(
                 f"expected the unfinished run in {str(self.folder)!r} to be this one, got another "
                 f"{_difference(known, identity)}; finish that run, remove the folder or choose another output"
             )
-        write_atomic(path, json.dumps(identity, indent=2) + "\n")  # over that of a run that came to nothing
+        write_atomic(path, json.dumps(identity, indent=2) + "\n")
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"
@@ -63,13 +61,10 @@ class RunState:
             return None
 
     def save(self, index: int, layers: dict[str, nn.Module], facts: dict) -> None:
-        """Keep the data of a block that has just been finished, and facts about it that JSON can hold."""
+        """Keep the data of a finished block, and facts about it that JSON can hold."""
         if self.folder is not None:
-            tensors = {
-                f"{name}.{key}": value.detach().cpu().contiguous()
-                for name, layer in layers.items()
-                for key, value in layer.data().items()
-            }
+            data = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.data().items()}
+            tensors = {name: value.detach().cpu().contiguous() for name, value in data.items()}
             write_atomic(self._path(index), save(tensors, {_FACTS: json.dumps(facts)}))
 
 
@@ -87,10 +82,10 @@ def _read(path: Path) -> dict:
 
 
 def _difference(known: dict, identity: dict) -> str:
+    """Name of the first field that differs, with both values if it is a setting."""
     key = next((key for key, value in identity.items() if known.get(key) != value), "version")
     before, now = known.get(key), identity.get(key)
     if key == "settings" and isinstance(before, dict):
         name = next((name for name in now if before.get(name) != now[name]), None)
-        if name is not None:
-            return f"{name} ({before.get(name)} then, {now[name]} now)"
+        return key if name is None else f"{name} ({before.get(name)} then, {now[name]} now)"
     return key

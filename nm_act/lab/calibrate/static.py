@@ -1,7 +1,7 @@
-"""Statistics of a block's inputs, taken while it runs dense, and the data that follows from them in closed form."""
+"""Statistics of the inputs of a block's layers while it runs dense, and the data that follow in closed form."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -20,7 +20,7 @@ class InputStatistics:
     total : Tensor [in], float64, sum of X_j
     square : Tensor [in], float64, sum of X_j^2
     largest : Tensor [in], float32, max |X_j|
-    covariance : Tensor [in, in], float32, sum of X^T X, or None if nobody asked for it
+    covariance : Tensor [in, in], float32, sum of X^T X, or None if it is not needed
     lost : Tensor [in, in], float32, sum of R^T R for R = Z - P(Z), every token divided by its root mean square, or None
     """
 
@@ -34,7 +34,7 @@ class InputStatistics:
         self._weight_scale: tuple[torch.Tensor | None] | None = None
 
     def add(self, x: torch.Tensor) -> None:
-        """Take in the tokens of ``x [..., in]``."""
+        """Add the tokens of ``x [..., in]``."""
         x = x.detach().flatten(0, -2).float()
         self.tokens += x.shape[0]
         self.total += x.sum(dim=0, dtype=torch.float64)
@@ -44,10 +44,10 @@ class InputStatistics:
             self.covariance.addmm_(x.t(), x)
 
     def add_lost(self, layer: NMLinear, x: torch.Tensor) -> None:
-        """Take in what a layer's selection drops of ``x [..., tokens, in]``.
+        """Add the part of ``x [..., tokens, in]`` that a layer's selection drops.
 
-        A static shift is not known yet and left out. The channel scale is that of the layer's forward: with clact that
-        of every sequence's own tokens.
+        A static shift is not known yet and left out. The channel scale is that of the layer's forward: with clact it
+        comes from the tokens of each sequence.
         """
         if self._weight_scale is None:  # the same in every window
             self._weight_scale = (mitigations.selection_scale(layer.spec, layer.weight, layer.weight, {}),)
@@ -57,7 +57,7 @@ class InputStatistics:
             scale = criteria.call_scale(tokens) if layer.spec.criterion == "clact" and len(tokens) > 1 else static
             z = reference.shifted(tokens, None, layer.spec.token_shift)
             dropped = (z - composed.select(z, layer.spec.pattern, scale)).float()
-            # A token with a thousandfold input would be all that the sum knows of.
+            # Otherwise a token with a thousandfold input would dominate the sum.
             size = tokens.float().square().mean(dim=-1, keepdim=True).sqrt()
             dropped = dropped / size.clamp_min(torch.finfo(torch.float32).tiny)
             self.lost.addmm_(dropped.t(), dropped)
@@ -77,7 +77,7 @@ class InputStatistics:
 def collect(layers: dict[str, NMLinear], device, *, matrices: bool = True) -> Iterator[dict[str, InputStatistics]]:
     """Statistics of the layers' inputs over all calls inside the context, by the layers' names.
 
-    Without `matrices` only those a channel are taken.
+    Without `matrices`, only statistics per channel are taken.
     """
     statistics = {
         name: InputStatistics(
@@ -94,19 +94,15 @@ def collect(layers: dict[str, NMLinear], device, *, matrices: bool = True) -> It
         if statistics[name].lost is not None:
             statistics[name].add_lost(layer, x)
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, args, name=name: add(module, name, args[0]))
-        for name, layer in layers.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda module, args, name=name: add(module, name, args[0]))
+            hooks.enter_context(hook)
         yield statistics
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def initial_data(layer: NMLinear, statistics: InputStatistics) -> dict[str, torch.Tensor]:
-    """All calibrated data of a layer before training: static ones in closed form, learned ones where they start."""
+    """All calibrated data of a layer before training: static ones in closed form, learned ones at their start."""
     spec, device = layer.spec, layer.weight.device
     weight = layer.weight.detach()
     data = {}

@@ -1,4 +1,4 @@
-"""Learned mitigations: one decoder block's eta, s, b', A and B against its dense output."""
+"""Training of learned mitigations: eta, s, b', A and B of one decoder block against its dense output."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,10 @@ import torch
 
 from ...layers.linear import NMLinear
 from ...methods import mitigations
-from .blocks import BlockRunner, differentiable
+from .blocks import BlockRunner, switched
 
 LOSSES = ("relative", "mse")
-"""Names accepted for the loss: the squared error of every token over its mean square, or plain."""
+"""Names of losses: the squared error of every token, over its mean square or plain."""
 
 BETAS = (0.9, 0.95)
 WARM_UP = 0.03
@@ -22,61 +22,43 @@ def train_block(
     index: int,
     inputs: torch.Tensor,
     targets: torch.Tensor,
-    *,
-    learning_rate: float,
-    epochs: float,
-    loss: str,
-    seed: int,
+    settings,
     device: torch.device,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Callable[[int, int, float], None],
 ) -> dict[str, float]:
-    """Train the learned data of one block in place: AdamW, no weight decay, linear schedule, batch 1.
+    """Train the learned data of a block in place: AdamW, linear schedule, batch 1, at least one step.
 
-    There is at least one step, however small ``epochs`` is.
+    `inputs` are the outputs of the sparse blocks in front, `targets` those of the dense block for them, both
+    ``[windows, length, hidden]``; `settings` are the run's, and `progress` is called with step, steps and loss.
 
-    Parameters
-    ----------
-    inputs : Tensor [windows, length, hidden]
-        What the sparse prefix gives.
-    targets : Tensor [windows, length, hidden]
-        The dense block's output for them.
-
-    Returns
-    -------
-    dict
-        Mean loss over the first and the last tenth of the steps; empty where nothing is learned.
-
-    Raises
-    ------
-    ValueError
-        If the loss is not finite.
+    Returns the mean loss over the first and the last tenth of the steps; nothing if nothing is learned. A loss that is
+    not finite is a ValueError.
     """
     layers = runner.layers(index)
     parameters = [_master(layer, name) for layer in layers.values() for name in mitigations.learned_data_of(layer.spec)]
-    steps = max(1, round(len(inputs) * epochs))
+    steps = max(1, round(len(inputs) * settings.epochs))
     if not parameters:
         return {}
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(step, steps))
     losses = []
     try:
-        with differentiable(layers.values()):
-            for step, window in enumerate(_order(len(inputs), steps, seed + index)):
+        with switched(layers.values(), "differentiable"):
+            for step, window in enumerate(_order(len(inputs), steps, settings.seed + index), 1):
                 output = runner.run(index, inputs[window : window + 1].to(device))
-                value = block_loss(output, targets[window : window + 1].to(device), loss)
-                losses.append(value.item())
+                loss = block_loss(output, targets[window : window + 1].to(device), settings.loss)
+                losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
                     raise ValueError(
-                        f"expected a finite loss, got {losses[-1]} in block {index} at step {step + 1} of {steps}; "
+                        f"expected a finite loss, got {losses[-1]} in block {index} at step {step} of {steps}; "
                         "lower --lr, or check the model for infinities"
                     )
                 optimizer.zero_grad()
-                value.backward()
+                loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
                 optimizer.step()
                 schedule.step()
-                if progress is not None:
-                    progress(step + 1, steps, losses[-1])
+                progress(step, steps, losses[-1])
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
@@ -88,7 +70,7 @@ def train_block(
 
 
 def _master(layer: NMLinear, name: str) -> torch.Tensor:
-    """A layer's learned data as float32, in which steps of a millionth are kept; refresh() rounds it at the end."""
+    """A layer's learned data as float32, which keeps steps of a millionth; refresh() rounds them at the end."""
     setattr(layer, name, layer.get_buffer(name).float().requires_grad_())
     return layer.get_buffer(name)
 
@@ -96,8 +78,8 @@ def _master(layer: NMLinear, name: str) -> torch.Tensor:
 def block_loss(output: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
     """Squared error of a block's output, float32.
 
-    The paper's is plain ("mse"). A few tokens of a language model have hidden states a thousand times larger than all
-    others, and plain training spends itself on these; "relative" gives every token the same weight.
+    The paper's is plain ("mse"), and a few tokens of a language model, whose hidden states are a thousand times larger
+    than all others, dominate it; "relative" gives every token the same weight.
     """
     error = (output.float() - target.float()).square().mean(dim=-1)
     if kind == "relative":

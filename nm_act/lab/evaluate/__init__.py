@@ -1,4 +1,4 @@
-"""What sparsity costs in quality and gains in speed, measured on the user's own model and text."""
+"""Quality and speed of sparse variants of a model, measured on the user's own text."""
 
 from ..texts import read_text, tokenize
 from .decode_speed import DecodeSpeed, decode_speed

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 from ...conversion.calibration import DATA_FILE, FACTS_FILE, read_calibration
-from .study import Variant, from_recipe
+from .variants import Variant, from_recipe
 
 __all__ = ["calibrated_row", "of_calibration"]
-
 
 _TRAINING = ("data", "windows", "length", "learning_rate", "epochs", "loss")
 
@@ -17,28 +16,29 @@ _TRAINING = ("data", "windows", "length", "learning_rate", "epochs", "loss")
 def of_calibration(folder: Path) -> Variant:
     """Variant of a folder that nm-act calibrate wrote."""
     recipe, _, _ = read_calibration(folder)
-    digest = hashlib.sha256((folder / DATA_FILE).read_bytes()).hexdigest()
     facts = _facts(folder / FACTS_FILE)
     return from_recipe(
         recipe,
         folder.resolve().name,
         calibrated=True,
         seed=int(facts.get("seed", 0)),
-        calibration=digest,
+        calibration=hashlib.sha256((folder / DATA_FILE).read_bytes()).hexdigest(),
         calibrated_on=_text_and_training(facts) if "windows" in facts else "",
+        folder=folder,
     )
 
 
 def _facts(file: Path) -> dict:
-    """What nm-act calibrate and search write beside a calibration; none beside one that a program saved."""
+    """Facts that nm-act calibrate and search write beside a calibration; none beside one that a program saved."""
     if not file.is_file():
         return {}
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:  # no JSON, or no UTF-8
         facts = None
-    needed = ("seed", *_TRAINING) if isinstance(facts, dict) and "windows" in facts else ("seed",)
-    lacking = next((key for key in needed if not isinstance(facts, dict) or key not in facts), None)
+    facts = facts if isinstance(facts, dict) else {}
+    needed = ("seed", *_TRAINING) if "windows" in facts else ("seed",)
+    lacking = next((key for key in needed if key not in facts), None)
     if lacking is not None:
         raise ValueError(f"expected {lacking} of a calibration in {str(file)!r}, got none; calibrate again")
     return facts
@@ -51,21 +51,10 @@ def _text_and_training(facts: dict) -> str:
     )
 
 
-def calibrated_row(variant: Variant, calibrated: Path | None) -> tuple[Variant, Path]:
-    """A calibrated variant with the identity of its calibration, and the folder of that.
+def calibrated_row(variant: Variant, calibrated: Path | None) -> Variant:
+    """A calibrated variant with its calibration, from the folder named by its slug in the folder `calibrated`.
 
-    Parameters
-    ----------
-    variant : Variant
-    calibrated : Path or None
-        Where calibrations are: one folder each, named by the variant's slug.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is none for this variant.
-    ValueError
-        If it is one of another recipe or seed.
+    A FileNotFoundError if there is none, a ValueError if it is one of another recipe or seed.
     """
     folder = None if calibrated is None else calibrated / variant.slug
     if folder is None or not (folder / DATA_FILE).is_file():
@@ -84,6 +73,5 @@ def calibrated_row(variant: Variant, calibrated: Path | None) -> tuple[Variant, 
             f"expected in {str(folder)!r} a calibration with the seed {variant.seed} of {variant.name!r}, got "
             f"{found.seed}; calibrate again or name that seed"
         )
-    return dataclasses.replace(
-        variant, seed=found.seed, calibration=found.calibration, calibrated_on=found.calibrated_on
-    ), folder
+    own = {name: getattr(variant, name) for name in ("name", "method", "pattern", "layers", "calibrated")}
+    return dataclasses.replace(found, **own)

@@ -15,13 +15,10 @@ __all__ = ["DecodeSpeed", "decode_speed"]
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Decode speed of one model, one sample a round.
+    """Decode speed of one model in tokens per second, one sample per round.
 
-    Attributes
-    ----------
-    samples : tuple of float
-        Tokens per second in each round, in order. Round i of every model of one `decode_speed` call was
-        measured next to round i of the others, at the same cache length.
+    Samples of equal index of all models of one `decode_speed` call were measured next to each other, at the same cache
+    length.
     """
 
     samples: tuple[float, ...]
@@ -38,12 +35,9 @@ class DecodeSpeed:
         return float(low), float(high)
 
     def speedup_over(self, other: "DecodeSpeed") -> "DecodeSpeed":
-        """Round-by-round ratio to `other`: its median does not see what slowed a round of both.
+        """Ratio to `other`, round by round: what slows a round of both models cancels out.
 
-        Raises
-        ------
-        ValueError
-            If the two have different numbers of rounds, so were not measured together.
+        A ValueError if the two have different numbers of rounds, so were not measured together.
         """
         if len(self.samples) != len(other.samples):
             raise ValueError(
@@ -64,7 +58,7 @@ class _Decoder:
         self.token = output.logits[:, -1:].argmax(dim=-1)
 
     def run(self, steps: int) -> float:
-        """Decode `steps` tokens; seconds it took."""
+        """Decode `steps` tokens; returns the seconds."""
         self._synchronize()
         start = time.perf_counter()
         for _ in range(steps):
@@ -92,25 +86,24 @@ def decode_speed(
 ) -> dict[str, DecodeSpeed]:
     """Tokens per second of greedy decoding with a KV cache, for several models in one interleaved run.
 
-    Every model reads the prompt once; that time does not count. Then, round by round, each decodes the next
-    `steps` tokens, and the model that goes first changes with the round. So a machine that slows down or is
-    shared slows all models alike, and models are only ever compared at equal cache length. End-of-sequence
-    tokens do not stop it.
+    Every model reads the prompt once, which is not timed. Then, round by round, each decodes the next `steps` tokens;
+    the model that goes first changes with the round. A machine that slows down or is shared therefore slows all models
+    alike, and models are compared at equal cache length only. End-of-sequence tokens do not stop decoding.
 
     Parameters
     ----------
     models : mapping of str to torch.nn.Module
-        Name to Transformers causal language model.
+        Name -> Transformers causal language model.
     input_ids : torch.Tensor
         The prompt, int64, ``[batch, tokens]``.
     rounds, steps : int
-        Rounds that count, and decoded tokens in each.
+        Number of counted rounds, and of decoded tokens in each.
     warmup : int
-        Rounds before those, not counted.
+        Number of rounds before those.
     max_seconds : float, optional
-        Start no further round after that time, once one has counted.
+        No round starts after that time, once one has counted.
     progress : callable, optional
-        Called after every round with the rounds done and their total, warm-up included.
+        Called after every round with the number of finished rounds and their total, warm-up included.
 
     Returns
     -------
@@ -120,8 +113,7 @@ def decode_speed(
     Raises
     ------
     ValueError
-        If there is no model, the prompt is not ``[batch, tokens]`` with at least one token, or a count is out
-        of range.
+        If there is no model, the prompt is not ``[batch, tokens]`` with at least one token, or a count is out of range.
     """
     if not models:
         raise ValueError("expected at least one model to measure, got none")

@@ -1,4 +1,4 @@
-"""Folders of runs: what was measured how, and one file a result."""
+"""Folders of runs: the identity of a run, and one file per result."""
 
 import datetime
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...files import write_atomic
 from ...version import commit
-from .study import Variant
+from .variants import Variant
 
 __all__ = ["PERPLEXITY", "RUN_FILE", "RunFolder", "check_output"]
 
@@ -17,47 +17,29 @@ PERPLEXITY = "wikitext2"
 RUN_FILE = "run.json"
 
 _FORMAT = 2
-"""Of a run's files: 2 adds extra_macs to the results, and the tokens and window in use to the identity."""
+"""Format of a run's files: 2 adds extra_macs to the results, and the tokens and window in use to the identity."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder with one run: ``run.json`` says what was measured how, ``rows/`` has one file a result.
-
-    Attributes
-    ----------
-    path : Path
-    identity : dict
-        What must be equal for results to be comparable: model, dtype, limit, windows, data.
-    """
+    """A folder with one run: ``run.json`` has its identity, ``rows/`` one file per result."""
 
     path: Path
-    identity: dict
+    identity: dict  # settings that comparable results share: model, dtype, limit, windows, data
 
     @classmethod
     def open(cls, path: str | Path, identity: dict) -> "RunFolder":
-        """Create the folder, or go on with the run in it.
+        """Create the folder, or continue the run in it.
 
-        A run may have gained tasks: the data of those that both name have to be equal, and of settings that concern
-        tasks of one kind only, those in use.
-
-        Raises
-        ------
-        ValueError
-            If it holds another run (the sentence names the first difference), other files, results without their
-            ``run.json``, or a ``run.json`` of another program, command or format.
-        OSError
-            If it cannot be written.
+        A run may gain tasks: the data of common tasks have to be equal, and so have the settings of common kinds of
+        tasks (windows for a perplexity, the limit for the harness's tasks). A ValueError if the folder holds another
+        run (it names the first difference), other files, or a ``run.json`` of another program, command or format.
         """
         path = Path(path)
         check_output(path)
         file = path / RUN_FILE
         found = _read_identity(file) if file.is_file() else None
-        try:
-            (path / "rows").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise type(error)(f"cannot make the folder {str(path)!r}: {reason}; choose another --output") from error
+        make_folder(path / "rows", path, "--output")
         identity = json.loads(json.dumps(identity))
         merged = identity if found is None else _merged(found, identity, path)
         if merged != found:
@@ -69,7 +51,7 @@ class RunFolder:
         return self.path / "rows" / f"{variant.slug}.{task}.json"
 
     def has(self, variant: Variant, task: str) -> bool:
-        """Whether the result is there; ValueError if it is one of another recipe or calibration of the same name."""
+        """Whether the result is there; ValueError if it is that of another recipe or calibration of the same name."""
         path = self.result_path(variant, task)
         if not path.is_file():
             return False
@@ -83,7 +65,8 @@ class RunFolder:
 
     def write(self, variant: Variant, task: str, result: dict) -> None:
         """Write one result, whole or not at all."""
-        record = {"variant": variant.to_dict(), "task": task, **result, "commit": commit(), "date": _today()}
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        record = {"variant": variant.to_dict(), "task": task, **result, "commit": commit(), "date": today}
         write_atomic(self.result_path(variant, task), json.dumps(record) + "\n")
 
     @staticmethod
@@ -116,8 +99,18 @@ def _read_result(path: Path) -> dict:
     return found
 
 
+def make_folder(folder: Path, shown: Path, option: str) -> None:
+    """Make a folder with its parents; the OSError names `shown` and the option to change."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is in the way" if in_the_way else (error.strerror or str(error)).lower()
+        raise type(error)(f"cannot make the folder {str(shown)!r}: {reason}; choose another {option}") from error
+
+
 def check_output(path: Path) -> None:
-    """Refuse a folder that holds something else than a run, before anything is loaded."""
+    """Raise a ValueError if a folder holds something other than a run."""
     if path.is_dir() and not (path / RUN_FILE).is_file():
         other = next((each.name for each in sorted(path.iterdir()) if each.name != "rows"), None)
         if other is not None or any((path / "rows").glob("*")):
@@ -128,29 +121,23 @@ def check_output(path: Path) -> None:
 
 
 def _merged(found: dict, wanted: dict, path: Path) -> dict:
-    """Identity of a run that measures what `found` and `wanted` name; ValueError if they are of different runs."""
-    data = dict(found.get("data", {}))
+    """Identity of the run with the tasks of both; ValueError if the two belong to different runs."""
     if "data" in found and "data" in wanted:
-        for task in sorted(data.keys() & wanted["data"].keys()):
-            _check_same(f"data of {task}", data[task], wanted["data"][task], path)
-        data |= wanted["data"]
-        for keys, in_use in ((("tokens", "window"), _has_perplexity), (("limit",), _has_tasks)):
-            if not in_use(wanted):
+        before, now = found["data"], wanted["data"]
+        for task in sorted(before.keys() & now.keys()):
+            _check_same(f"data of {task}", before[task], now[task], path)
+        for keys, used in (
+            (("tokens", "window"), lambda data: PERPLEXITY in data),
+            (("limit",), lambda data: any(task != PERPLEXITY for task in data)),
+        ):
+            if not used(now):
                 wanted = {**wanted, **{key: found.get(key) for key in keys}}
-            elif not in_use(found):
+            elif not used(before):
                 found = {**found, **{key: wanted.get(key) for key in keys}}
-        found, wanted = {**found, "data": data}, {**wanted, "data": data}
+        found, wanted = {**found, "data": before | now}, {**wanted, "data": before | now}
     for key in {**found, **wanted}:
         _check_same(key, found.get(key), wanted.get(key), path)
     return wanted
-
-
-def _has_perplexity(identity: dict) -> bool:
-    return PERPLEXITY in identity["data"]
-
-
-def _has_tasks(identity: dict) -> bool:
-    return bool(identity["data"].keys() - {PERPLEXITY})
 
 
 def _check_same(what: str, found, wanted, path: Path) -> None:
@@ -169,7 +156,3 @@ def _read_identity(file: Path) -> dict:
             "run, or the state of nm-act calibrate); choose another folder"
         )
     return found["identity"]
-
-
-def _today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()

@@ -1,9 +1,10 @@
 """Perplexity of a causal language model over a text, in non-overlapping windows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,38 +18,31 @@ _SCORED_AT_ONCE = 256  # rows of logits in one softmax: bounds the float32 copy 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Result of `perplexity`.
+    """Result of `perplexity`."""
 
-    Attributes
-    ----------
-    value : float
-        ``exp(nll / tokens)``; inf if that overflows, NaN if the model gave NaN.
-    nll : float
-        Sum of the negative log-likelihoods, in nats.
-    tokens : int
-        How many tokens were predicted: one less than the window's length, for each window.
-    windows : int
-        How many windows were read.
-    window : int
-        Tokens per window.
-    window_nll : tuple of float
-        Sum of the negative log-likelihoods of each window.
-    """
-
-    value: float
-    nll: float
-    tokens: int
+    value: float  # exp(nll / tokens); inf if that overflows, NaN if the model gave NaN
+    nll: float  # sum of the negative log-likelihoods, nats
+    tokens: int  # predicted ones: one less than the window's length, for each window
     windows: int
-    window: int
-    window_nll: tuple[float, ...] = ()
+    window: int  # tokens per window
+    window_nll: tuple[float, ...] = ()  # nats, of each window
+
+    @property
+    def window_losses(self) -> list[float]:
+        """Mean negative log-likelihood per token of each window."""
+        return [nll * self.windows / self.tokens for nll in self.window_nll]
 
     @property
     def stderr(self) -> float:
-        """Standard error of `value` over the windows, ``value * stderr(mean nll of a window)``; NaN for one window."""
-        if self.windows < 2:
-            return math.nan
-        means = torch.tensor(self.window_nll, dtype=torch.float64) * (self.windows / self.tokens)
-        return self.value * (means.std() / math.sqrt(self.windows)).item()
+        """Standard error of `value` over the windows, ``value * stderr(window_losses)``; NaN for one window."""
+        return self.value * mean_and_stderr(self.window_losses)[1]
+
+
+def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (sample standard deviation over the root of the count; NaN for one value)."""
+    array = np.asarray(values, dtype=np.float64)
+    error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
+    return float(array.mean()), float(error)
 
 
 @torch.inference_mode()
@@ -61,21 +55,21 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity over consecutive windows that do not overlap.
 
-    ``exp(-1/T * sum log p(token | earlier tokens of its window))`` over the T tokens that have an earlier
-    token in their window. Log-probabilities are taken in float32 whatever the model's dtype, and summed in
-    float64. The tail that fills no whole window is left out, so that every window has the same context; a
-    text that is shorter than one window is read as a single, shorter one (``result.window`` says so).
+    ``exp(-1/T * sum log p(token | earlier tokens of its window))`` over the T tokens that are not the first of their
+    window. Log-probabilities are float32 whatever the model's dtype, their sum is float64. A tail shorter than a window
+    is left out, so that every window has the same context; a text shorter than one window is a single, shorter one
+    (``result.window``).
 
     Parameters
     ----------
     model : torch.nn.Module
-        A Transformers causal language model. Its training mode is restored at the end.
+        A Transformers causal language model; in training mode again afterwards if it was before.
     token_ids : torch.Tensor
         int64, ``[tokens]``, as from `nm_act.lab.texts.tokenize`.
     window : int, optional
         Tokens per window. By default 2048, or the model's context if that is shorter.
     progress : callable, optional
-        Called after every window with the windows done, their total, and the perplexity so far.
+        Called after every window with the number of finished windows, their total, and the perplexity so far.
 
     Raises
     ------
@@ -105,7 +99,7 @@ def perplexity(
 
 
 def check_finite(value: float) -> None:
-    """Raise a RuntimeError for a dense model's perplexity with which nothing can be compared."""
+    """Raise a RuntimeError if the perplexity of the dense model, the reference of all others, is not finite."""
     if not math.isfinite(value):
         raise RuntimeError(
             f"expected a finite perplexity of the dense model, got {value}; "
@@ -114,33 +108,29 @@ def check_finite(value: float) -> None:
 
 
 def context_length(model) -> int | None:
-    """Positions that a model, or its Transformers configuration, allows; None if it does not say."""
+    """Largest number of positions of a model or a Transformers configuration; None if unknown."""
     config = getattr(model, "config", model)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(config, "max_position_embeddings", None)
 
 
-def check_window(model, window: int | None) -> int:
-    """Tokens per window: `window` if the model's context allows it, else ValueError; 2048 or the context for None."""
+def check_window(model, window: int | None, what: str = "a window") -> int:
+    """`window`, or by default the smaller of 2048 and the model's context; ValueError if it exceeds the context."""
     context = context_length(model)
     if window is None:
         return DEFAULT_WINDOW if context is None else min(DEFAULT_WINDOW, context)
     if window < 2:
-        raise ValueError(f"expected a window of at least 2 tokens, got {window}; the first token of one is not scored")
+        raise ValueError(f"expected {what} of at least 2 tokens, got {window}; the first token of one is not scored")
     if context is not None and window > context:
-        raise ValueError(f"expected a window within the model's context of {context} tokens, got {window}; shorten it")
+        raise ValueError(f"expected {what} within the model's context of {context} tokens, got {window}; shorten it")
     return window
 
 
 def _negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor) -> float:
     """Summed negative log-probability of targets ``[tokens]`` under logits ``[tokens, vocabulary]``."""
-    total = 0.0
-    for start in range(0, targets.numel(), _SCORED_AT_ONCE):
-        part = slice(start, start + _SCORED_AT_ONCE)
-        losses = nn.functional.cross_entropy(logits[part].float(), targets[part], reduction="none")
-        total += losses.double().sum().item()
-    return total
+    parts = zip(logits.split(_SCORED_AT_ONCE), targets.split(_SCORED_AT_ONCE), strict=True)
+    losses = (nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts)
+    return sum(loss.double().sum().item() for loss in losses)
 
 
 def _exp(mean: float) -> float:

@@ -1,18 +1,18 @@
 """Results of studies as rows, CSV, Markdown and plots. Everything here is computed from result files alone."""
 
-import csv
-import io
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .. import output
 from ..cost import Rates, predicted_speedup
+from ..output import is_undefined, markdown_table
 from .folder import PERPLEXITY, RunFolder
-from .study import DENSE_VARIANT
-from .tasks import mean_and_stderr
+from .perplexity import mean_and_stderr
+from .variants import DENSE_VARIANT
 
-__all__ = ["COLUMNS", "Row", "average_drops", "collect", "draw", "to_csv"]
+__all__ = ["COLUMNS", "Row", "average_drops", "collect", "draw", "markdown_table", "to_csv"]
 
 COLUMNS = (
     *("model", "method", "pattern", "layers", "predicted_speedup", "task", "metric", "value", "stderr"),
@@ -28,36 +28,19 @@ _COMPARABLE = ("model", "weights", "dtype", "limit", "tokens", "window", "data")
 
 @dataclass(frozen=True)
 class Row:
-    """One result beside the dense model's of the same run.
+    """One result beside the dense model's of the same run."""
 
-    Attributes
-    ----------
-    fields : dict
-        The `COLUMNS`.
-    name : str
-        Variant's name.
-    drop, drop_stderr : float
-        Relative drop in per cent, ``100 (dense - value) / dense`` (a perplexity's rise counts as a drop), and the
-        standard error of the paired differences document by document. NaN for the dense row.
-    protocol : str
-        Settings of the run, to be read.
-    identity : dict
-        Of the run, from its folder.
-    calibrated_on : str
-        Text and training of the row's calibration, "" without one.
-    """
-
-    fields: dict
-    name: str
-    drop: float
-    drop_stderr: float
-    protocol: str = ""
-    identity: dict = field(default_factory=dict, repr=False)
-    calibrated_on: str = ""
+    fields: dict  # the COLUMNS
+    name: str  # variant's name
+    drop: float  # relative drop in %, 100 (dense - value) / dense, for a perplexity its rise; NaN for the dense row
+    drop_stderr: float  # standard error of the paired differences, document by document
+    protocol: str = ""  # settings of the run, as text
+    identity: dict = field(default_factory=dict, repr=False)  # of the run
+    calibrated_on: str = ""  # text and training of the row's calibration
 
     @property
     def run(self) -> str:
-        """What rows have in common that may be compared: model, weights, settings, and data."""
+        """Model, weights, settings and data, which comparable rows have in common."""
         return json.dumps([self.identity.get(key) for key in _COMPARABLE], sort_keys=True)
 
     @property
@@ -67,15 +50,10 @@ class Row:
 
 
 def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
-    """Rows of one or several run folders, dense first, then in the order of names.
+    """Rows of run folders, dense first, then in the order of names; dense rows of the same `Row.run` are taken once.
 
-    Of several folders of one run (`Row.run`) the dense rows, which every folder has, are taken once.
-
-    Raises
-    ------
-    ValueError
-        If a folder is no run, has no dense result for a task, or holds a row that another one of the same run holds
-        too, the dense ones with another value.
+    A ValueError if a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the same
+    run (for dense rows: with another value).
     """
     rates = rates or Rates.load()
     rows: dict[tuple[str, str, str], Row] = {}
@@ -106,28 +84,19 @@ def _folder_rows(folder: Path, rates: Rates) -> list[Row]:
 
 def _row(result: dict, dense: dict, identity: dict, rates: Rates) -> Row:
     variant = result["variant"]
-    speedup = predicted_speedup(result["macs"], rates, result["extra_macs"])
-    fields = {
-        "model": identity["model"],
-        "method": variant["method"],
-        "pattern": variant["pattern"],
-        "layers": variant["layers"],
-        "predicted_speedup": round(speedup, 4),
-        "task": result["task"],
-        "metric": result["metric"],
-        "value": result["value"],
-        "stderr": result["stderr"],
-        "samples": result["samples"],
-        "dense_value": dense["value"],
-        "seed": variant["seed"],
-        "commit": result["commit"],
-        "date": result["date"],
-    }
+    fields = {**identity, **result, **variant, "dense_value": dense["value"]}
+    fields["predicted_speedup"] = round(predicted_speedup(result["macs"], rates, result["extra_macs"]), 4)
     drop, stderr = (math.nan, math.nan) if result is dense else _drop(result, dense)
-    text = ", ".join(
-        f"{key} {value}" for key, value in identity.items() if key in ("dtype", "limit", "tokens", "window")
+    protocol = ", ".join(f"{key} {identity[key]}" for key in identity if key in ("dtype", "limit", "tokens", "window"))
+    return Row(
+        {name: fields[name] for name in COLUMNS},
+        variant["name"],
+        drop,
+        stderr,
+        protocol,
+        identity,
+        variant.get("calibrated_on", ""),
     )
-    return Row(fields, variant["name"], drop, stderr, text, identity, variant.get("calibrated_on", ""))
 
 
 def _drop(result: dict, dense: dict) -> tuple[float, float]:
@@ -142,7 +111,7 @@ def _drop(result: dict, dense: dict) -> tuple[float, float]:
 
 
 def average_drops(rows: list[Row]) -> dict[str, tuple[float, float, int]]:
-    """Variant -> mean of the relative drops over its tasks among `AVERAGED`, its standard error, and how many tasks.
+    """Variant -> mean of the relative drops over its tasks among `AVERAGED`, its standard error, and their number.
 
     Tasks are independent samples of documents, so the variances of their drops add.
     """
@@ -156,37 +125,22 @@ def average_drops(rows: list[Row]) -> dict[str, tuple[float, float, int]]:
 
 
 def to_csv(rows: list[Row]) -> str:
-    """CSV with the columns of `COLUMNS`; what is undefined is empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        writer.writerow(["" if _undefined(row.fields[name]) else row.fields[name] for name in COLUMNS])
-    return text.getvalue()
-
-
-def _undefined(value) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    """CSV with the columns of `COLUMNS`; undefined values are empty."""
+    return output.to_csv([row.fields for row in rows], COLUMNS)
 
 
 def cell(row: Row | None) -> str:
     """Value ± standard error for a table, an accuracy in per cent."""
     if row is None:
         return "–"
-    numbers = [row.fields["value"]] + ([] if _undefined(row.fields["stderr"]) else [row.fields["stderr"]])
+    numbers = [row.fields["value"]] + ([] if is_undefined(row.fields["stderr"]) else [row.fields["stderr"]])
     if row.fields["metric"] == "ppl":
         return " ± ".join(f"{number:.2f}" if numbers[0] < 1000 else f"{number:.3g}" for number in numbers)
     return " ± ".join(f"{100 * number:.1f}" for number in numbers)
 
 
-def markdown_table(header: list[str], lines: list[list[str]], right: int = 1) -> str:
-    """A Markdown table; columns from index `right` on are right-aligned."""
-    rule = ["---:" if index >= right else "---" for index in range(len(header))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
-
-
 def to_markdown(rows: list[Row]) -> str:
-    """One table: a line a variant, a column a task, the average relative drop at the end."""
+    """One table: a line per variant, a column per task, and the average relative drop."""
     tasks = list(dict.fromkeys(row.fields["task"] for row in rows))
     averages = average_drops(rows)
     found = {(row.name, row.fields["task"]): row for row in rows}
@@ -203,12 +157,12 @@ def to_markdown(rows: list[Row]) -> str:
 
 
 def average_cell(average: tuple[float, float, int]) -> str:
-    """An average drop ± standard error and over how many tasks."""
+    """An average drop ± standard error, and the number of its tasks."""
     return f"{average[0]:.1f} ± {average[1]:.1f} %, n = {average[2]}"
 
 
 def averaged_note(rows: list[Row]) -> str:
-    """What the averages are over, and how many samples every task has."""
+    """A note on which tasks the averages are over, and on how many samples every task has."""
     samples = {row.fields["task"]: row.fields["samples"] for row in rows}
     text = ", ".join(f"{task} {count}" for task, count in samples.items())
     averages = f"Averages are over n tasks among {', '.join(AVERAGED)}. " if samples.keys() & set(AVERAGED) else ""
@@ -224,29 +178,25 @@ def draw(rows: list[Row]) -> dict[str, bytes]:
     plots = {}
     measured = [row for row in rows if row.fields["metric"] == "ppl"]
     if measured:
-        perplexities = {row.name: row.fields["value"] for row in measured}
-        errors = [0.0 if _undefined(row.fields["stderr"]) else row.fields["stderr"] for row in measured]
+        bars = {row.name: (row.fields["value"], row.fields["stderr"]) for row in measured}
         dense = measured[0].fields["dense_value"]
-        plots["perplexity.png"] = _bars(perplexities, errors, f"{PERPLEXITY} perplexity ± standard error", dense)
+        plots["perplexity.png"] = _bars(bars, f"{PERPLEXITY} perplexity ± standard error", dense)
     averages = average_drops(rows)
     if averages:
-        values = {name: mean for name, (mean, _, _) in averages.items()}
-        errors = [error for _, error, _ in averages.values()]
-        plots["drop.png"] = _bars(values, errors, "average relative drop ± standard error, %", None)
+        plots["drop.png"] = _bars(averages, "average relative drop ± standard error, %")
     return plots
 
 
-def _bars(values: dict[str, float], errors: list[float], label: str, reference: float | None) -> bytes:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1.2 + 0.28 * len(values)), layout="constrained")
+def _bars(bars: dict[str, tuple], label: str, reference: float | None = None) -> bytes:
+    """Name -> (value, standard error, ...) as horizontal bars, with a line at the reference."""
+    figure = output.new_figure(7, 1.2 + 0.28 * len(bars))
     axes = figure.subplots()
-    axes.barh(list(values), list(values.values()), xerr=errors, color="C0", capsize=2)
+    values = [bar[0] for bar in bars.values()]
+    errors = [0.0 if is_undefined(bar[1]) else bar[1] for bar in bars.values()]
+    axes.barh(list(bars), values, xerr=errors, color="C0", capsize=2)
     if reference is not None:
         axes.axvline(reference, color="0.4", linestyle=":")
         axes.set_xscale("log")
     axes.invert_yaxis()
     axes.set_xlabel(label)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    return png.getvalue()
+    return output.png(figure)

@@ -1,7 +1,7 @@
 """Zero-shot tasks through EleutherAI's lm-evaluation-harness, on the user's own files or on the hub's data.
 
-A task is the harness's own (prompt, metrics, aggregation). With a data folder only its documents are replaced; files
-in the layout of common converted sets ({query, choices, gold}, ...) bring the three expressions that map their fields.
+A task is the harness's own: prompt, metrics, aggregation. A data folder replaces its documents only; for files in the
+layout of common converted sets ({query, choices, gold}, ...) the expressions that map their fields are replaced, too.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..texts import find_splits, read_rows
+from .perplexity import mean_and_stderr
 
 __all__ = ["TASKS", "TaskResult", "build_task", "run_task"]
 
@@ -27,70 +28,47 @@ _FOLDERS = ("arc", "super_glue/boolq", "piqa", "winogrande", "hellaswag", "ifeva
 EXTRA = "run `pip install nm_act[eval]`"
 
 
-def _never(row: dict) -> tuple[None, tuple]:
-    return None, (None,)  # nothing to check
-
-
 @dataclass(frozen=True)
 class Layout:
-    """Documents in one layout.
+    """Documents in one layout."""
 
-    Attributes
-    ----------
-    fields : tuple of str
-        Fields that every document has.
-    answer : callable
-        Document -> its label, and the labels that it may have.
-    overrides : dict
-        Of the harness's task configuration, to read this layout; none for the harness's own.
-    """
+    fields: tuple[str, ...]  # that every document has
+    label: str = ""  # field of the right answer; "" where there is nothing to check
+    choices: Callable[[dict], Collection] = lambda row: (None,)  # document -> labels that it may have
+    # Whether a number may be written as text. The harness takes text for an index only where it renders a template;
+    # elsewhere it would look up the words.
+    text: bool = False
+    overrides: dict = field(default_factory=dict)  # of the harness's task configuration, to read this layout
 
-    fields: tuple[str, ...]
-    answer: Callable[[dict], tuple[object, Collection]] = _never
-    overrides: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TaskKind:
-    """A task of the harness: its main metric, and the layouts that its documents may have.
-
-    Attributes
-    ----------
-    metric : str
-        Metric that is reported.
-    layouts : tuple of Layout
-        The harness's own first.
-    """
-
-    metric: str
-    layouts: tuple[Layout, ...]
+    def answer(self, row: dict) -> tuple[object, Collection]:
+        """A document's label, and those that it may have."""
+        value = row[self.label] if self.label else None
+        number = self.text and isinstance(value, str) and value.isdigit()
+        return int(value) if number else value, self.choices(row)
 
 
-def _labelled(label: str, choices: str | int, text: bool = True) -> Callable[[dict], tuple[object, Collection]]:
-    """Answer in the field `label`: an index, of a number of `choices` or of a field's items; as text where it may be.
+def _indices(name: str) -> Callable[[dict], Collection]:
+    return lambda row: range(len(row[name]))
 
-    The harness takes text for an index only where it renders a template; elsewhere it would look up the words.
-    """
 
-    def answer(row: dict) -> tuple[object, Collection]:
-        value = row[label]
-        if text and isinstance(value, str) and value.isdigit():
-            value = int(value)
-        return value, range(choices if isinstance(choices, int) else len(row[choices]))
-
-    return answer
+def _two(row: dict) -> Collection:
+    return range(2)
 
 
 _QUERY_CHOICES = Layout(
     ("query", "choices", "gold"),
-    _labelled("gold", "choices"),
-    {"doc_to_text": "{{query}}\nAnswer:", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"},
+    "gold",
+    _indices("choices"),
+    text=True,
+    overrides={"doc_to_text": "{{query}}\nAnswer:", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"},
 )
 _PARTIAL = Layout(
     ("context_options", "continuation", "gold"),
-    _labelled("gold", "context_options"),
+    "gold",
+    _indices("context_options"),
+    text=True,
     # Not Jinja: the harness takes an index only as an integer here, as its own functions for this task return one.
-    {
+    overrides={
         "doc_to_text": lambda row: int(row["gold"]),
         "doc_to_choice": lambda row: row["context_options"],
         "doc_to_target": lambda row: row["continuation"],
@@ -98,72 +76,54 @@ _PARTIAL = Layout(
 )
 _ENDINGS = Layout(
     ("query", "choices", "label"),
-    _labelled("label", "choices"),
-    {
+    "label",
+    _indices("choices"),
+    text=True,
+    overrides={
         "doc_to_text": "{{query}}",
         "doc_to_choice": "choices",
         "doc_to_target": "{{label}}",
         "process_docs": lambda documents: documents,
     },
 )
-
-_ARC = TaskKind(
-    "acc",
-    (
-        Layout(("question", "choices", "answerKey"), lambda row: (row["answerKey"], row["choices"]["label"])),
-        _QUERY_CHOICES,
-    ),
+_ARC = (
+    Layout(("question", "choices", "answerKey"), "answerKey", lambda row: row["choices"]["label"]),
+    _QUERY_CHOICES,
 )
 
 TASKS = {
     "arc_easy": _ARC,
     "arc_challenge": _ARC,
-    "boolq": TaskKind(
-        "acc", (Layout(("passage", "question", "label"), _labelled("label", 2, text=False)), _QUERY_CHOICES)
+    "boolq": (Layout(("passage", "question", "label"), "label", _two), _QUERY_CHOICES),
+    "piqa": (Layout(("goal", "sol1", "sol2", "label"), "label", _two),),
+    "winogrande": (Layout(("sentence", "option1", "option2", "answer"), "answer", lambda row: ("1", "2")), _PARTIAL),
+    "hellaswag": (
+        Layout(("ctx_a", "ctx_b", "activity_label", "endings", "label"), "label", _indices("endings"), text=True),
+        _ENDINGS,
     ),
-    "piqa": TaskKind("acc", (Layout(("goal", "sol1", "sol2", "label"), _labelled("label", 2, text=False)),)),
-    "winogrande": TaskKind(
-        "acc",
-        (Layout(("sentence", "option1", "option2", "answer"), lambda row: (row["answer"], ("1", "2"))), _PARTIAL),
-    ),
-    "hellaswag": TaskKind(
-        "acc",
-        (
-            Layout(("ctx_a", "ctx_b", "activity_label", "endings", "label"), _labelled("label", "endings")),
-            _ENDINGS,
-        ),
-    ),
-    "ifeval": TaskKind("prompt_level_strict_acc", (Layout(("key", "prompt", "instruction_id_list", "kwargs")),)),
+    "ifeval": (Layout(("key", "prompt", "instruction_id_list", "kwargs")),),
 }
-"""Task name (the harness's) -> how it is read and which metric is reported."""
+"""Task name (the harness's) -> the layouts that its documents may have, the harness's own first."""
 
 GENERATION = {"ifeval"}
 """Tasks that generate text; all others score given answers."""
 
+METRICS = {"ifeval": "prompt_level_strict_acc"}
+"""The metric that is reported, "acc" for the other tasks."""
+
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Result of one task for one model.
-
-    Attributes
-    ----------
-    metric : str
-    value : float
-        Mean over the documents.
-    stderr : float
-        Standard error of that mean.
-    scores : tuple of float
-        One score a document, in order; the same documents for every model of a run, so differences can be paired.
-    """
+    """Result of one task for one model."""
 
     metric: str
-    value: float
-    stderr: float
-    scores: tuple[float, ...]
+    value: float  # mean over the documents
+    stderr: float  # standard error of that mean
+    scores: tuple[float, ...]  # one per document, the same documents for every model: differences can be paired
 
 
 def check_available(tasks: list[str]) -> None:
-    """Raise a sentence if a task is unknown or a package (or resource) that it needs is missing."""
+    """Raise an error if a task is unknown, or a package or resource that it needs is missing."""
     unknown = next((name for name in tasks if name not in TASKS), None)
     if unknown is not None:
         raise ValueError(f"expected tasks among wikitext2, {', '.join(TASKS)}, got {unknown!r}; choose of those")
@@ -189,28 +149,11 @@ def _check_punkt() -> None:
 
 
 def build_task(name: str, folder: str | Path | None = None):
-    """The harness's task object, and a record of where its documents are from.
+    """The harness's task object, and where its documents are from: "file" and "sha256", or "hub".
 
-    Parameters
-    ----------
-    name : str
-        One of `TASKS`.
-    folder : str or Path, optional
-        Data folder (see `nm_act.lab.texts.find_file`); without one the harness downloads from the hub.
-
-    Returns
-    -------
-    task : lm_eval.api.task.Task
-    source : dict
-        "file" and "sha256", or "hub".
-
-    Raises
-    ------
-    ValueError
-        If the task is unknown, its file has an unknown layout, or a row lacks a field or a valid label. Of several
-        splits, the first one in which every row has a label is taken.
-    OSError
-        If there is no file, or the hub cannot be read.
+    Without a data folder (see `nm_act.lab.texts.find_file`) the harness downloads from the hub. A ValueError if the
+    task is unknown, its file has an unknown layout, or a row of every split lacks a field or a valid label; an OSError
+    if there is no file, or the hub cannot be read.
     """
     check_available([name])
     _quiet()
@@ -233,7 +176,7 @@ def build_task(name: str, folder: str | Path | None = None):
 
 @functools.cache
 def _manager():
-    """The harness's index of our tasks; of all of its tasks, thousands of files, it would take ten seconds."""
+    """The harness's index of these tasks; that of all its tasks, thousands of files, would take ten seconds."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -244,7 +187,7 @@ def _manager():
 
 
 def _documents(name: str, folder: str | Path) -> tuple[Path, list[dict], Layout]:
-    """Documents of a data folder: of the first split that is labelled throughout."""
+    """File, documents and layout of the first split in a data folder in which every document has a label."""
     unlabelled = None
     for path in find_splits(folder, name):
         rows = read_rows(path)
@@ -259,16 +202,15 @@ def _documents(name: str, folder: str | Path) -> tuple[Path, list[dict], Layout]
 
 
 def _layout(name: str, path: Path, rows: list[dict]) -> Layout:
-    layouts = TASKS[name].layouts
-    found = next((layout for layout in layouts if set(layout.fields) <= set(rows[0])), None)
+    found = next((layout for layout in TASKS[name] if set(layout.fields) <= set(rows[0])), None)
     if found is None:
-        allowed = " or ".join("{" + ", ".join(layout.fields) + "}" for layout in layouts)
+        allowed = " or ".join("{" + ", ".join(layout.fields) + "}" for layout in TASKS[name])
         raise ValueError(f"expected rows {allowed} in {str(path)!r}, got {{{', '.join(rows[0])}}}; convert the file")
     return found
 
 
 def _check_labels(path: Path, rows: list[dict], layout: Layout) -> None:
-    """Refuse rows without a valid label: no answer is right where there is none, and the harness counts it as wrong."""
+    """Refuse rows without a valid label, which the harness would count as answered wrongly."""
     for number, row in enumerate(rows, 1):
         lacking = next((name for name in layout.fields if row.get(name) is None), None)
         if lacking is not None:
@@ -311,21 +253,9 @@ def harness_model(model, tokenizer, batch_size: int = 8):
 
 
 def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
-    """Evaluate a model on one task, zero-shot.
+    """Evaluate a `harness_model` on a task of `build_task`, zero-shot, on at most `limit` documents.
 
-    Parameters
-    ----------
-    task : lm_eval.api.task.Task
-        From `build_task`.
-    wrapped : lm_eval.api.model.LM
-        From `harness_model`.
-    limit : int, optional
-        Only the first so many documents.
-
-    Raises
-    ------
-    RuntimeError
-        If the likelihood of an answer is NaN.
+    A RuntimeError if the likelihood of an answer is NaN.
     """
     import lm_eval
 
@@ -335,7 +265,7 @@ def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
             model=wrapped, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=True
         )
     [name] = output["results"]
-    metric = TASKS[name].metric
+    metric = METRICS.get(name, "acc")
     samples = sorted(output["samples"][name], key=lambda sample: sample["doc_id"])
     _check_scores(name, samples)
     scores = tuple(float(sample[metric]) for sample in samples)
@@ -343,7 +273,7 @@ def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
 
 
 def _check_scores(name: str, samples: list[dict]) -> None:
-    """Refuse NaN among the likelihoods of answers: the first of them would count as the model's choice."""
+    """Refuse NaN among the likelihoods of answers: argmax would take it for the model's choice."""
     for sample in samples if name not in GENERATION else ():
         if any(math.isnan(likelihood) for likelihood, _ in sample["filtered_resps"]):
             raise RuntimeError(
@@ -352,16 +282,5 @@ def _check_scores(name: str, samples: list[dict]) -> None:
             )
 
 
-def mean_and_stderr(values) -> tuple[float, float]:
-    """Mean and its standard error (sample standard deviation over the root of the count; NaN for one value)."""
-    count = len(values)
-    mean = sum(values) / count
-    if count < 2:
-        return mean, float("nan")
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    return mean, (variance / count) ** 0.5
-
-
 def _quiet() -> None:
-    """Keep the harness's log lines out of the output."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,33 +1,98 @@
-"""Sparse variants of one dense model side by side."""
+"""Variants of one dense model: the dense one, sparse copies by a recipe, and calibrated copies, side by side."""
 
 import copy
+import itertools
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from torch import nn
 
-from ...conversion.calibration import load_calibration
-from ...conversion.sparsify import SparsifyReport, sparsify
-from ...recipe import Recipe
+from ...conversion.calibration import check_calibration, load_calibration
+from ...conversion.sparsify import SparsifyReport, check_recipe, sparsify
+from ...recipe import LinearSpec, Recipe
+from ..policies import policy_of
 
-__all__ = ["calibrated_copy", "sparse_copy"]
+__all__ = ["DENSE_VARIANT", "Variant", "calibrated_copy", "from_recipe", "resolved", "sparse_copy"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a study: the dense model, a recipe, or a calibration."""
+
+    name: str  # unique in a study
+    method: str  # criterion and mitigations, "wina+var" or "act+first-1"; "mixed" where layers differ
+    pattern: str  # "2:4", ...; "mixed" where layers differ
+    layers: str  # "all", "amber", "alanova", "search" or "custom"
+    recipe: Recipe | None = None  # None for the dense model
+    calibrated: bool = False  # whether nm-act calibrate made its data
+    seed: int = 0  # of the calibration
+    calibration: str = ""  # SHA-256 of the calibration's data
+    calibrated_on: str = ""  # text and training of the calibration
+    folder: Path | None = None  # of the calibration; not part of a result
+
+    def to_dict(self) -> dict:
+        """Plain mapping of the fields, without the folder."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "folder"}
+        return {**values, "recipe": None if self.recipe is None else self.recipe.to_dict()}
+
+    @property
+    def slug(self) -> str:
+        """The name as a file or folder name."""
+        return "".join(c if c.isalnum() or c in "+-." else "-" for c in self.name.replace(":", "x").replace("%", "pct"))
+
+    def check(self, dense: nn.Module) -> None:
+        """Raise a ValueError if `make` would, before the work."""
+        check_recipe(dense, self.recipe)
+        if self.folder is not None:
+            check_calibration(dense, self.folder)
+
+    def make(self, dense: nn.Module) -> SparsifyReport:
+        """The variant as ``report.model``; it shares with the dense model what stays dense."""
+        if self.recipe is None:
+            return SparsifyReport(dense, None)
+        return sparse_copy(dense, self.recipe) if self.folder is None else calibrated_copy(dense, self.folder)
+
+
+DENSE_VARIANT = Variant("dense", "dense", "dense", "all")
+
+
+def from_recipe(recipe: Recipe, name: str | None = None, **fields) -> Variant:
+    """Variant of a recipe; its name and fields follow from the recipe unless they are given.
+
+    Examples
+    --------
+    >>> from_recipe(Recipe("2:4", mitigation=["var"])).name
+    'act+var 2:4'
+    """
+    specs = resolved(recipe)
+    methods = {"+".join([spec.criterion, *spec.mitigation]) for spec in specs}
+    patterns = {str(spec.pattern) for spec in specs}
+    method = methods.pop() if len(methods) == 1 else "mixed"
+    method += f"+first-{recipe.dense_first_tokens}" if recipe.dense_first_tokens else ""
+    pattern = patterns.pop() if len(patterns) == 1 else "mixed"
+    layers = fields.pop("layers", policy_of(recipe))
+    name = name or f"{method} {pattern}" + ("" if layers == "all" else f" {layers}")
+    return Variant(name, method, pattern, layers, recipe, **fields)
+
+
+def resolved(recipe: Recipe) -> set[LinearSpec]:
+    """Specs that a recipe gives to any layer of any model."""
+    named = {*recipe.skip_layers, *(layer for rule in recipe.rules for layer in rule.layers or ())}
+    projections = {*recipe.projections, *(name for rule in recipe.rules for name in rule.projections or ())}
+    places = itertools.product([*named, max(named, default=-1) + 1], projections)
+    return {recipe.resolve(layer, projection) for layer, projection in places} - {None}
 
 
 def sparse_copy(model: nn.Module, recipe: Recipe) -> SparsifyReport:
-    """Sparsify a copy of `model`, so that the dense model stays what it is.
+    """Sparsify a copy of a dense model, which itself is unchanged.
 
-    The copy shares embeddings, norms and every layer that stays dense with `model`; only the layers that
-    become sparse hold memory of their own, because they store their weight in another order.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        The dense model; it is not changed.
-    recipe : Recipe
-        What to make sparse.
+    The copy shares embeddings, norms and every layer that stays dense with `model`; only the layers that become sparse
+    take memory of their own, because they store their weight in another order.
 
     Returns
     -------
     SparsifyReport
-        What was replaced and what was not; ``report.model`` is the sparse copy.
+        ``report.model`` is the sparse copy.
 
     Raises
     ------
@@ -44,6 +109,5 @@ def calibrated_copy(model: nn.Module, folder) -> SparsifyReport:
 
 def _shared_copy(model: nn.Module) -> nn.Module:
     # A memo that maps every tensor to itself makes deepcopy rebuild the modules around the same tensors.
-    shared = {id(tensor): tensor for tensor in model.parameters()}
-    shared |= {id(tensor): tensor for tensor in model.buffers()}
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared)

@@ -12,38 +12,25 @@ from ...methods.criteria import CRITERIA
 from ...methods.mitigations import data_of
 from ...recipe import LinearSpec, Recipe
 from ..evaluate.calibrated import calibrated_row
-from ..evaluate.study import Variant, from_recipe
-from ..evaluate.variants import sparse_copy
+from ..evaluate.variants import Variant, from_recipe, sparse_copy
 
 __all__ = ["CalibratedData", "find_calibrations", "option_recipe", "option_variant", "parse_option", "read_data"]
 
 
 @dataclass(frozen=True)
 class CalibratedData:
-    """One option's calibrated data.
+    """One option's calibrated data."""
 
-    Attributes
-    ----------
-    tensors : dict of str to Tensor
-        "layer.key" -> data, for all layers; shapes as :data:`nm_act.methods.mitigations.DATA` says.
-    digest : str
-        SHA-256 of the file that they are from.
-    seed : int
-        Of their calibration.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    digest: str
-    seed: int = 0
+    tensors: dict[str, torch.Tensor]  # "layer.key" -> data of all layers, as nm_act.methods.mitigations.DATA says
+    digest: str  # SHA-256 of their file
+    seed: int = 0  # of their calibration
 
 
 def parse_option(text: str) -> LinearSpec:
     """Spec from "PATTERN [CRITERION] [MITIGATION ...]", as specs are printed.
 
-    Raises
-    ------
-    ValueError
-        If it is none, or reorders weights (``permute``): those belong to several layers, which choose apart.
+    A ValueError if it is no spec, or reorders weights (``permute``): an order is shared by several layers, which may
+    get different options.
 
     Examples
     --------
@@ -68,57 +55,38 @@ def option_recipe(spec: LinearSpec, **fields) -> Recipe:
     return Recipe(pattern=str(spec.pattern), criterion=spec.criterion, mitigation=spec.mitigation, **fields)
 
 
-def find_calibrations(specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, tuple[Variant, Path]]:
-    """Option -> what its calibration says it is, and its folder; raises of `read_data` what needs no model."""
+def find_calibrations(specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, Variant]:
+    """Option -> its calibration, for the options that need one.
+
+    The folder `calibrated` has one of ``nm-act calibrate``, all layers alike, for each, as for ``nm-act eval --study``.
+    A FileNotFoundError if one is missing, a ValueError if it is one of another recipe or if the seeds differ.
+    """
     found = {
         name: calibrated_row(from_recipe(option_recipe(spec)), calibrated)
         for name, spec in specs.items()
         if data_of(spec)
     }
-    seeds = sorted({variant.seed for variant, _ in found.values()})
+    seeds = sorted({variant.seed for variant in found.values()})
     if len(seeds) > 1:
         raise ValueError(f"expected calibrations with one seed, got {seeds}; calibrate the options alike")
     return found
 
 
 def read_data(model: nn.Module, specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, CalibratedData]:
-    """Data of the options that need some, from the calibrations of a folder.
-
-    Parameters
-    ----------
-    model : nn.Module
-        The dense model.
-    specs : dict of str to LinearSpec
-    calibrated : Path or None
-        Has a folder of ``nm-act calibrate`` for each such option, all layers alike, as for ``nm-act eval --study``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If an option's calibration is missing.
-    ValueError
-        If it is one of another recipe or of another model, or if their seeds differ.
-    """
+    """Option -> data of its calibration (`find_calibrations`); ValueError if it was made for another model."""
     return {
-        name: CalibratedData(check_calibration(model, folder)[1], found.calibration, found.seed)
-        for name, (found, folder) in find_calibrations(specs, calibrated).items()
+        name: CalibratedData(check_calibration(model, found.folder)[1], found.calibration, found.seed)
+        for name, found in find_calibrations(specs, calibrated).items()
     }
 
 
 def option_variant(model: nn.Module, recipe: Recipe, calibrated: dict[str, CalibratedData]) -> nn.Module:
     """Sparse copy of the dense model with a recipe of options, each layer with the data of its own.
 
-    Parameters
-    ----------
-    model : nn.Module
-        The dense model.
-    recipe : Recipe
-        Every spec in it that needs data is a key of `calibrated`.
-    calibrated : dict of str to CalibratedData
-        Option -> data, from `read_data`.
+    `calibrated` has the data of every option in the recipe that needs some.
     """
     variant = sparse_copy(model, recipe).model
-    layers = {name: each for name, each in variant.named_modules() if isinstance(each, NMLinear) and each.data()}
-    for name, layer in layers.items():
-        set_layers(variant, {name: layer}, calibrated[str(layer.spec)].tensors)
+    for name, layer in variant.named_modules():
+        if isinstance(layer, NMLinear) and layer.data():
+            set_layers(variant, {name: layer}, calibrated[str(layer.spec)].tensors)
     return variant

@@ -1,12 +1,13 @@
 """How much a model's predictions move when one group of projections becomes sparse.
 
-Sensitivity = mean over calibration tokens of ``KL(p || q)``, p the dense model's next-token distribution and q that of
-the model in which only this group is sparse, in nats. Unlike a difference of losses it is never negative and needs few
-tokens; unlike the relative error of a layer's output it counts what the rest of the model makes of that error.
+Sensitivity = mean over calibration tokens of ``KL(p || q)`` in nats, where p is the dense model's next-token
+distribution and q that of the model in which only this group is sparse. Unlike a difference of losses it is never
+negative and needs few tokens; unlike the relative error of a layer's output it includes the effect on all later layers.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,36 +16,26 @@ from torch import nn
 
 from ...conversion.calibration import set_layers
 from ...conversion.sparsify import decoder_linears
-from ...files import read_json_lines, write_json_lines
 from ...layers.linear import NMLinear
 from ...recipe import LinearSpec
 from .options import CalibratedData
+from .store import ResultLines
 
 __all__ = ["Group", "groups_of", "sensitivities"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Projections that get one choice together: those that read the same input, of consecutive layers.
-
-    Attributes
-    ----------
-    layers : tuple of int
-    projections : tuple of str
-    shapes : tuple of (int, int)
-        in_features and out_features of each of its layers.
-    names : tuple of str
-        Module names.
-    """
+    """Linear layers that get one choice together: the same projection of consecutive decoder layers."""
 
     layers: tuple[int, ...]
     projections: tuple[str, ...]
-    shapes: tuple[tuple[int, int], ...]
-    names: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]  # in_features and out_features of each linear layer
+    names: tuple[str, ...]  # of the modules
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates a token."""
+        """Multiply-accumulates per token."""
         return sum(in_features * out_features for in_features, out_features in self.shapes)
 
     @property
@@ -54,7 +45,7 @@ class Group:
 
 
 def groups_of(model: nn.Module, projections: tuple[str, ...], layers_together: int = 1) -> list[Group]:
-    """Groups of a dense model: one a projection and `layers_together` consecutive layers."""
+    """Groups of a dense model: one per projection and `layers_together` consecutive layers."""
     cells: dict[tuple[int, str], list[tuple[int, str, nn.Linear]]] = {}
     for name, (layer, projection, linear) in decoder_linears(model).items():
         if projection in projections:
@@ -80,29 +71,24 @@ def sensitivities(
     progress: Callable[[int, int], None] | None = None,
     calibrated: dict[str, CalibratedData] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """KL divergence per token for every group and spec, on calibration text.
+    """KL divergence for every group and spec on calibration text: group key -> spec name -> nats per token.
 
     Decoder layers in front of a group are not run again: their dense output is kept, one window at a time.
 
     Parameters
     ----------
     model : nn.Module
-        Dense Transformers model with its decoder layers in ``get_decoder().layers``; it is as before afterwards.
+        Dense Transformers model with its decoder layers in ``get_decoder().layers``; unchanged afterwards.
     windows : Tensor [windows, tokens], int64
     groups : list of Group
     specs : dict of str to LinearSpec
-        What each group is tried with.
+        The options that each group is tried with.
     store : Path
-        JSON-lines file, a line a window and group; what is in it is not measured again.
+        JSON-lines file with one line per window, group and spec; its measurements are not repeated.
     progress : callable, optional
-        Called with measurements done and their total.
+        Called with the number of finished measurements and their total.
     calibrated : dict of str to CalibratedData, optional
-        By spec name, the data of specs that need some.
-
-    Returns
-    -------
-    dict
-        group key -> spec name -> mean KL in nats a token.
+        Spec name -> data of the specs that need some.
 
     Raises
     ------
@@ -112,37 +98,39 @@ def sensitivities(
         If a divergence is not finite.
     """
     layers = _decoder_layers(model)
-    found = _read(store)
+    known = ResultLines(store, ("window", "group", "spec", "calibration"), ("kl",))
     calibrated = calibrated or {}
-    digests = {name: calibrated[name].digest if name in calibrated else "" for name in specs}
-    total, done = len(windows) * len(groups), 0
+    digests = {name: calibrated[name].digest if name in calibrated else None for name in specs}
     linears = {name: linear for name, (_, _, linear) in decoder_linears(model).items()}
+    total, done = len(windows) * len(groups), 0
     for index, ids in enumerate(windows):
-        missing = [g for g in groups if not all((index, g.key, *key) in found for key in digests.items())]
+        missing = [group for group in groups if any((index, group.key, *key) not in known for key in digests.items())]
         done += len(groups) - len(missing)
         if not missing:
             continue
         ids = ids[None].to(next(model.parameters()).device)
-        with _recorded(layers) as outputs:
-            dense = _log_probabilities(model, ids)
+        dense, outputs = _dense_run(model, layers, ids)
         for group in missing:
-            for name, spec in specs.items():
-                if (index, group.key, name, digests[name]) in found:
+            for name, digest in digests.items():
+                if (index, group.key, name, digest) in known:
                     continue
-                sparse = {m: NMLinear.from_linear(linears[m], spec) for m in group.names}
+                sparse = {m: NMLinear.from_linear(linears[m], specs[name]) for m in group.names}
                 if name in calibrated:
                     set_layers(model, sparse, calibrated[name].tensors)
-                with _replayed(layers, outputs, min(group.layers)), _swapped(model, sparse):
+                front = zip(layers[: min(group.layers)], outputs, strict=False)
+                with _replaced(model, sparse, front):
                     value = _divergence(dense, _log_probabilities(model, ids))
-                found[index, group.key, name, digests[name]] = value
+                known.add(window=index, group=group.key, spec=name, calibration=digest, kl=value)
             done += 1
-            _write(store, found)
+            known.write()
             if progress is not None:
                 progress(done, total)
-    return {
-        g.key: {n: sum(found[i, g.key, n, d] for i in range(len(windows))) / len(windows) for n, d in digests.items()}
-        for g in groups
-    }
+
+    def mean(group: Group, name: str) -> float:
+        keys = ((index, group.key, name, digests[name]) for index in range(len(windows)))
+        return sum(known[key]["kl"] for key in keys) / len(windows)
+
+    return {group.key: {name: mean(group, name) for name in specs} for group in groups}
 
 
 def _log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -151,7 +139,7 @@ def _log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def _divergence(dense: torch.Tensor, sparse: torch.Tensor) -> float:
     value = nn.functional.kl_div(sparse, dense, log_target=True, reduction="sum").item() / dense.shape[0]
-    if not value == value or value in (float("inf"), -float("inf")):
+    if not math.isfinite(value):
         raise RuntimeError(f"expected a finite divergence, got {value}; load the model with --dtype float32")
     return max(value, 0.0)
 
@@ -164,56 +152,27 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-@contextmanager
-def _recorded(layers: nn.ModuleList) -> Iterator[list]:
-    outputs: list = [None] * len(layers)
-
-    def keep(index):
-        def hook(module, args, output):
-            outputs[index] = output
-
-        return hook
-
-    handles = [layer.register_forward_hook(keep(index)) for index, layer in enumerate(layers)]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+def _dense_run(model: nn.Module, layers: nn.ModuleList, ids: torch.Tensor) -> tuple[torch.Tensor, list]:
+    """Log-probabilities of the dense model, and the outputs of its decoder layers."""
+    outputs: list = []
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(lambda module, args, output: outputs.append(output)))
+        return _log_probabilities(model, ids), outputs
 
 
 @contextmanager
-def _replayed(layers: nn.ModuleList, outputs: list, first: int) -> Iterator[None]:
-    """Layers before `first` give their recorded output without computing it."""
-    for index in range(first):
-        layers[index].forward = lambda *args, _output=outputs[index], **kwargs: _output
+def _replaced(model: nn.Module, sparse: dict[str, nn.Module], front) -> Iterator[None]:
+    """The model with the sparse modules in place; the (layer, output) pairs of `front` are not computed again."""
+    dense, front = {name: model.get_submodule(name) for name in sparse}, list(front)
     try:
-        yield
-    finally:
-        for index in range(first):
-            del layers[index].forward
-
-
-@contextmanager
-def _swapped(model: nn.Module, sparse: dict[str, nn.Module]) -> Iterator[None]:
-    dense = {name: model.get_submodule(name) for name in sparse}
-    try:
+        for layer, output in front:
+            layer.forward = lambda *args, _output=output, **kwargs: _output
         for name, module in sparse.items():
             model.set_submodule(name, module)
         yield
     finally:
+        for layer, _ in front:
+            vars(layer).pop("forward", None)
         for name, module in dense.items():
             model.set_submodule(name, module)
-
-
-def _read(store: Path) -> dict[tuple[int, str, str, str], float]:
-    rows = read_json_lines(store, ("window", "group", "spec", "kl"))
-    return {(row["window"], row["group"], row["spec"], row.get("calibration", "")): row["kl"] for row in rows}
-
-
-def _write(store: Path, found: dict[tuple[int, str, str, str], float]) -> None:
-    rows = [
-        {"window": w, "group": g, "spec": s, **({"calibration": d} if d else {}), "kl": value}
-        for (w, g, s, d), value in found.items()
-    ]
-    write_json_lines(store, rows)

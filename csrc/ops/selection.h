@@ -1,4 +1,4 @@
-// What prune, compress and sparse_linear share: checked selection arguments and the threaded CPU launch.
+// The arguments of a selection, checked: what the operators of every device share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,13 +14,13 @@ namespace nm_act {
 struct Selection {
   at::Tensor channel_scale;  // float32 [in_features] or undefined
   at::Tensor shift;          // float32 [in_features] or undefined
-  cpu::TokenShift token_shift;
-  cpu::DType dtype;
+  TokenShift token_shift;
+  ElementType type;  // of x
   int64_t tokens;
   int64_t in_features;
   Pattern pattern;
 
-  bool has_shift() const { return shift.defined() || token_shift != cpu::TokenShift::kNone; }
+  bool has_shift() const { return shift.defined() || token_shift != TokenShift::kNone; }
 };
 
 Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
@@ -37,11 +37,5 @@ at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& sel
 
 // The arguments of gather_linear; returns the number of tokens.
 int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op);
-
-// Params of the CPU kernel for a contiguous x; outputs are null until the caller sets them.
-cpu::PruneParams prune_params(const Selection& selection, const at::Tensor& x);
-
-// Runs the CPU kernel over all tokens on torch's threads.
-void launch_prune(const cpu::PruneParams& params);
 
 }  // namespace nm_act

@@ -1,12 +1,12 @@
 // What nm_act.explain says about a choice.
-#include "ops/paths.h"
+#include "ops/choice.h"
 
 namespace nm_act {
 
 std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
   const bool one = facts.tokens == 1;
   const std::string tokens = std::to_string(facts.tokens) + (one ? " token" : " tokens");
-  const int64_t few = cpu_decode_tokens(facts.type == ElementType::kFloat32);
+  const int64_t few = cpu_gather_tokens(facts.type == ElementType::kFloat32);
   switch (choice.why) {
     case Why::kFewTokens: return tokens + " over a weight stored [in, out]: only the rows of surviving inputs are read";
     case Why::kEnoughTokens:
@@ -22,22 +22,25 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
     case Why::kFloat32: return "float32 has no kernel on CUDA that gains; use bfloat16 or float16";
     case Why::kTooFewTokens:
       return tokens + (one ? " is" : " are") + " too few for the sparse tensor cores to pay; they do from " +
-             std::to_string(kSparseGemmTokens) + " on";
-    case Why::kNoSparsePath:
-      return "this pattern has no sparse tensor-core path; 2:4, 2:4+1, 2:4+2, 4:8, 5:8, 6:8 and 8:16 do";
+             std::to_string(facts.weight.stored_in_out() && facts.weight.out_features >= kSparseGemmOutputsInOut
+                                ? kSparseGemmTokensInOut
+                                : kSparseGemmTokens) +
+             " on";
+    case Why::kUnmeasured:
+      return "the sparse GEMM was measured on compute capability 9.0 alone, and others keep the dense product; "
+             "nm_act.sparse_gemm runs it";
+    case Why::kNoSparsePath: return "this pattern has no sparse tensor-core path; 2:4 and 2:4+1 do";
     case Why::kNoLiftedWeight:
       return "no lifted_weight was given, which this pattern needs on the sparse tensor cores; "
              "nm_act.lift_weight makes it";
     case Why::kLiftedDoesNotPay:
-      return tokens + " and a weight lifted from " + std::to_string(facts.weight.in_features) + " to " +
-             std::to_string(facts.lifted->in_features) + " columns do not pay; that is expected from " +
-             std::to_string(kLiftedTokens) + " tokens on and for at most " + std::to_string(kLiftedPercent) +
-             " % more columns";
+      return tokens + " over a lifted weight do not pay; that is expected from " + std::to_string(kLiftedTokens) +
+             " tokens on";
     case Why::kLongRow:
       return std::to_string(facts.weight.in_features) + " in_features are more than the " +
              std::to_string(kMaxRowFeatures) + " that a compression kernel takes";
-    case Why::kDecodeShape:
-      return "the sizes, strides or alignment of the weight do not fit the decode kernel, which takes out_features "
+    case Why::kGatherShape:
+      return "the sizes, strides or alignment of the weight do not fit the gather kernel, which takes out_features "
              "divisible by 8 (16 in 8 bits) in rows aligned to 16 bytes, and inputs that fit its shared memory";
     default:
       return "the sizes, strides or alignment of the weight fit no sparse GEMM; (lifted) in_features divisible by 32 "

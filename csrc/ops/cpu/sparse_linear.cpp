@@ -13,11 +13,11 @@
 #include <algorithm>
 #include <vector>
 
-#include "ops/dense.h"
-#include "ops/prune.h"
+#include "ops/cpu/dense.h"
+#include "ops/cpu/prune.h"
 #include "ops/tensors.h"
 
-namespace nm_act {
+namespace nm_act::cpu_ops {
 namespace {
 
 // Rows that some token needs, and what to multiply them by, in the order that the gather kernel reads.
@@ -55,11 +55,11 @@ const SurvivingRows& surviving_rows(const at::Tensor& operand) {
 }
 
 // y [tokens, out] of one pass, from the dense operand [tokens, in] and a weight stored [in, out].
-void gather_pass(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, cpu::DType dtype,
+void gather_pass(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, ElementType dtype,
                  const at::Tensor& y) {
-  const SurvivingRows& survivors = dtype == cpu::DType::kFloat32    ? surviving_rows<float>(operand)
-                                   : dtype == cpu::DType::kBFloat16 ? surviving_rows<at::BFloat16>(operand)
-                                                                    : surviving_rows<at::Half>(operand);
+  const SurvivingRows& survivors = dtype == ElementType::kFloat32    ? surviving_rows<float>(operand)
+                                   : dtype == ElementType::kBFloat16 ? surviving_rows<at::BFloat16>(operand)
+                                                                     : surviving_rows<at::Half>(operand);
   cpu::GatherParams p{};
   p.weight = weight.const_data_ptr();
   p.y = y.mutable_data_ptr();
@@ -81,8 +81,8 @@ void gather_pass(const at::Tensor& operand, const at::Tensor& weight, const cpu:
   });
 }
 
-void launch_gather(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, cpu::DType dtype,
-                   const at::Tensor& y) {
+void launch_gather(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue,
+                   ElementType dtype, const at::Tensor& y) {
   for (int64_t token = 0; token < operand.size(0); token += cpu::kGatherTokens) {
     const int64_t tokens = std::min<int64_t>(cpu::kGatherTokens, operand.size(0) - token);
     cpu::Epilogue pass = epilogue;
@@ -125,7 +125,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   const at::TensorOptions vector_options = x.options().dtype(at::kFloat);
   at::Tensor operand = at::empty({tokens, in_features}, x.options());
   const at::Tensor eta =
-      selection.token_shift != cpu::TokenShift::kNone ? at::empty({tokens}, vector_options) : at::Tensor();
+      selection.token_shift != TokenShift::kNone ? at::empty({tokens}, vector_options) : at::Tensor();
   const at::Tensor nu = variance_correction ? at::empty({tokens}, vector_options) : at::Tensor();
   cpu::PruneParams params = prune_params(selection, dense);
   params.out = operand.mutable_data_ptr();
@@ -138,11 +138,11 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
                                data_or_null(column_vector),
                                bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr};
   const ElementType type = element_type(x.scalar_type());
-  const LinearFacts facts{tokens, type, type, selection.pattern, facts_of(weight), {}};
+  const LinearFacts facts{tokens, type, type, selection.pattern, facts_of(weight), {}, variance_correction};
   if (choose_on_cpu(facts).path == LinearPath::kGather) {
-    launch_gather(operand, weight, epilogue, selection.dtype, y);
+    launch_gather(operand, weight, epilogue, selection.type, y);
   } else if (nu.defined() || shift_vector.defined() || column_vector.defined() || torch_is_slow(weight)) {
-    dense_product(operand, weight, epilogue, selection.dtype, y);
+    dense_product(operand, weight, epilogue, selection.type, y);
   } else {
     y = at::linear(operand, weight, bias);
   }
@@ -152,7 +152,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
 at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
   constexpr const char* kOp = "gather_linear";
   const int64_t tokens = check_gather_linear(x, weight, bias, kOp);
-  const cpu::DType dtype = check_dtype(x, kOp);
+  const ElementType dtype = check_dtype(x, kOp);
   at::Tensor y = at::empty(with_last(x.sizes(), weight.size(0)), x.options());
   if (y.numel() == 0) return y;
   const at::Tensor rows = y.view({tokens, weight.size(0)});
@@ -170,4 +170,4 @@ TORCH_LIBRARY_IMPL(nm_act, CPU, m) {
   m.impl("gather_linear", gather_linear);
 }
 
-}  // namespace nm_act
+}  // namespace nm_act::cpu_ops

@@ -1,9 +1,5 @@
-// nm_act::prune: the sparse operand as a dense tensor.
-#include "ops/prune.h"
-
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+// Checks of a selection and of what goes with it.
+#include "ops/selection.h"
 
 namespace nm_act {
 
@@ -12,7 +8,7 @@ Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const Optio
                           at::IntArrayRef extra_columns) {
   Selection s;
   check_features(x, op);
-  s.dtype = check_dtype(x, op);
+  s.type = check_dtype(x, op);
   s.in_features = x.size(-1);
   check_pattern(n, m, s.in_features, op);
   s.token_shift = check_token_shift(token_shift, shift.has_value() && shift->defined(), op);
@@ -26,16 +22,14 @@ Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const Optio
 at::Tensor check_lifted_weight(const OptionalTensor& lifted_weight, const Selection& selection, const at::Tensor& x,
                                const at::Tensor& weight, const char* op) {
   if (!lifted_weight.has_value() || !lifted_weight->defined()) return {};
-  const WindowSet set = window_set(selection.pattern);
-  TORCH_CHECK_VALUE(set != WindowSet::kNone && selection.in_features % kUnit == 0, "nm_act::", op,
-                    " expected lifted_weight with 2:4+1, 2:4+2, 4:8, 5:8, 6:8 or 8:16 and in_features divisible by ",
-                    kUnit, ", got it with ", selection.pattern.keep, ":", selection.pattern.group, " and in_features ",
-                    selection.in_features, "; leave lifted_weight out");
+  const Pattern& pattern = selection.pattern;
+  TORCH_CHECK_VALUE(is_lifted(pattern), "nm_act::", op, " expected lifted_weight with 2:4+1 only, got it with ",
+                    pattern_text(pattern), "; leave lifted_weight out");
   check_same_device(x, *lifted_weight, "lifted_weight", op);
   TORCH_CHECK_TYPE(lifted_weight->scalar_type() == x.scalar_type(), "nm_act::", op,
                    " expected lifted_weight in the dtype of x, ", x.scalar_type(), ", got ",
                    lifted_weight->scalar_type(), "; lift the weight that is passed along");
-  const int64_t lifted = lifted_features(set, selection.in_features);
+  const int64_t lifted = lifted_features(selection.in_features);
   TORCH_CHECK_VALUE(
       lifted_weight->dim() == 2 && lifted_weight->size(0) == weight.size(0) && lifted_weight->size(1) == lifted,
       "nm_act::", op, " expected lifted_weight of shape [", weight.size(0), ", ", lifted, "] for this pattern, got ",
@@ -65,42 +59,5 @@ int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const
                     "; use torch.nn.functional.linear for more");
   return tokens;
 }
-
-cpu::PruneParams prune_params(const Selection& s, const at::Tensor& x) {
-  cpu::PruneParams p{};
-  p.x = x.const_data_ptr();
-  p.channel_scale = data_or_null(s.channel_scale);
-  p.shift = data_or_null(s.shift);
-  p.tokens = s.tokens;
-  p.in_features = s.in_features;
-  p.pattern = s.pattern;
-  p.dtype = s.dtype;
-  p.token_shift = s.token_shift;
-  return p;
-}
-
-void launch_prune(const cpu::PruneParams& params) {
-  const cpu::CpuKernels& kernels = cpu::cpu_kernels();
-  // About 20 us of work for a thread: less does not pay for waking it.
-  const int64_t grain = 1 + 16384 / (1 + params.in_features);
-  at::parallel_for(0, params.tokens, grain, [&](int64_t begin, int64_t end) { kernels.prune(params, begin, end); });
-}
-
-namespace {
-
-at::Tensor prune(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
-                 const OptionalTensor& shift, c10::string_view token_shift, at::IntArrayRef extra_columns) {
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, "prune", extra_columns);
-  const at::Tensor dense = x.contiguous();
-  at::Tensor out = at::empty(x.sizes(), x.options());
-  cpu::PruneParams params = prune_params(selection, dense);
-  params.out = out.mutable_data_ptr();
-  launch_prune(params);
-  return out;
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(nm_act, CPU, m) { m.impl("prune", prune); }
 
 }  // namespace nm_act

@@ -8,9 +8,9 @@
 #include <tuple>
 #include <vector>
 
-#include "ops/prune.h"
+#include "ops/cpu/prune.h"
 
-namespace nm_act {
+namespace nm_act::cpu_ops {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalTensor& channel_scale,
@@ -89,4 +89,4 @@ TORCH_LIBRARY_IMPL(nm_act, CPU, m) {
   m.impl("decompress", decompress);
 }
 
-}  // namespace nm_act
+}  // namespace nm_act::cpu_ops

@@ -4,7 +4,7 @@
 // has no fast kernel for most processors: there, a block of the weight at a time is widened to float32. In bfloat16,
 // whose range is that of float32, torch's product stays: 512 x 2048 x 2048 takes it 9.7 ms and the widened one 49 ms
 // (one thread of an AMD EPYC with AVX-512, torch 2.13), for an error of 1.4 roundings instead of one.
-#include "ops/dense.h"
+#include "ops/cpu/dense.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/linear.h>
@@ -12,13 +12,13 @@
 
 #include <algorithm>
 
-namespace nm_act {
+namespace nm_act::cpu_ops {
 
-void dense_product(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, cpu::DType dtype,
-                   const at::Tensor& y) {
+void dense_product(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue,
+                   ElementType dtype, const at::Tensor& y) {
   // Few calls, and no float32 copy of a whole weight.
   constexpr int64_t kOutputs = 1024;
-  const bool widened = dtype != cpu::DType::kBFloat16;
+  const bool widened = dtype != ElementType::kBFloat16;
   const at::Tensor rows = widened ? operand.to(at::kFloat) : operand;
   for (int64_t column = 0; column < weight.size(0); column += kOutputs) {
     const int64_t columns = std::min(kOutputs, weight.size(0) - column);
@@ -33,4 +33,4 @@ void dense_product(const at::Tensor& operand, const at::Tensor& weight, const cp
   }
 }
 
-}  // namespace nm_act
+}  // namespace nm_act::cpu_ops

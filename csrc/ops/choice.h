@@ -31,6 +31,7 @@ struct LinearFacts {
   Pattern pattern;
   WeightFacts weight;
   std::optional<WeightFacts> lifted;
+  bool variance_correction;
 };
 
 enum class LinearPath : int { kGather = 0, kSparse = 1, kLifted = 2, kDense = 3 };
@@ -43,26 +44,42 @@ enum class Why : int {
   kStoredOutIn,       // gather would need [in, out]
   kFloat32,           // tensor cores take 16 bits
   kTooFewTokens,      // too few for the sparse tensor cores to pay
-  kNoSparsePath,      // neither 2:4 nor windows
-  kNoLiftedWeight,    // windows, but the weight was not lifted
-  kLiftedDoesNotPay,  // windows and a lifted weight, but slower
+  kUnmeasured,        // whether they pay on this device was never measured
+  kNoSparsePath,      // neither 2:4 nor 2:4+1
+  kNoLiftedWeight,    // 2:4+1, but the weight was not lifted
+  kLiftedDoesNotPay,  // 2:4+1 and a lifted weight, but slower
   kLongRow,           // more features than a compression kernel holds
   kShape,             // sizes, strides or alignment that no GEMM takes
-  kDecodeShape,       // sizes, strides or alignment that the decode kernel does not take
+  kGatherShape,       // sizes, strides or alignment that the gather kernel does not take
 };
 
+// Where the path is a kernel of CUDA, its configuration too.
 struct LinearChoice {
   LinearPath path;
   Why why;
+  GatherConfig gather{};
+  GemmConfig gemm{};
 };
 
+// The pattern that the gather kernel selects by. A variance factor needs the whole token, and windows a kernel of their
+// own: the selection then runs by itself, and the gather kernel skips its zeros.
+inline Pattern gather_pattern(Pattern pattern, bool variance_correction) {
+  return variance_correction || pattern.extra.count > 0 ? Pattern{} : pattern;
+}
+
+// The 16-bit copy of a weight in 8 bits, in its stride order.
+inline WeightFacts dequantised_facts(const WeightFacts& w) {
+  const bool in_out = w.stored_in_out();
+  return {w.out_features, w.in_features, in_out ? 1 : w.in_features, in_out ? w.out_features : 1, true};
+}
+
 // Two passes over the weight still beat torch's float32 GEMM, but not its 16-bit one (docs/kernels/cpu_decode.md).
-constexpr int64_t cpu_decode_tokens(bool is_float32) {
+constexpr int64_t cpu_gather_tokens(bool is_float32) {
   return is_float32 ? 2 * cpu::kGatherTokens : cpu::kGatherTokens;
 }
 
 inline LinearChoice choose_on_cpu(const LinearFacts& facts) {
-  if (facts.tokens > cpu_decode_tokens(facts.type == ElementType::kFloat32))
+  if (facts.tokens > cpu_gather_tokens(facts.type == ElementType::kFloat32))
     return {LinearPath::kDense, Why::kManyTokens};
   if (!facts.weight.stored_in_out()) return {LinearPath::kDense, Why::kStoredOutIn};
   return {LinearPath::kGather, Why::kFewTokens};
@@ -74,35 +91,38 @@ inline bool gemm_takes(const LinearFacts& facts, const WeightFacts& weight, int 
                          compute_capability_major);
 }
 
-// A few tokens: the decode kernel or the dense product, the sparse tensor cores need more.
-inline LinearChoice choose_decode_on_cuda(const LinearFacts& facts, GemmDevice device) {
+// A few tokens: the gather kernel or the dense product, the sparse tensor cores need more.
+inline LinearChoice choose_few_on_cuda(const LinearFacts& facts, GemmDevice device) {
   const auto dense = [](Why why) { return LinearChoice{LinearPath::kDense, why}; };
   const WeightFacts& weight = facts.weight;
   if (facts.type == ElementType::kFloat32) return dense(Why::kFloat32);
   if (!weight.stored_in_out()) return dense(Why::kStoredOutIn);
   const int tokens = static_cast<int>(facts.tokens);
   if (!gather_pays(facts.weight_type, facts.pattern, tokens)) return dense(Why::kFullUnion);
-  const bool fits = weight.aligned && gather_shape_fits(facts.weight_type, facts.pattern, tokens, weight.out_features,
-                                                        weight.in_features, weight.row_stride(), device);
-  return fits ? LinearChoice{LinearPath::kGather, Why::kFewTokens} : dense(Why::kDecodeShape);
+  if (!weight.aligned) return dense(Why::kGatherShape);
+  const GatherConfig config =
+      choose_gather_config(facts.weight_type, gather_pattern(facts.pattern, facts.variance_correction), tokens,
+                           weight.out_features, weight.in_features, weight.row_stride(), device);
+  return config.splits > 0 ? LinearChoice{LinearPath::kGather, Why::kFewTokens, config} : dense(Why::kGatherShape);
 }
 
 inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) {
-  if (facts.tokens <= kMaxDecodeTokens) return choose_decode_on_cuda(facts, device);
+  if (facts.tokens <= kMaxDecodeTokens) return choose_few_on_cuda(facts, device);
   const auto dense = [](Why why) { return LinearChoice{LinearPath::kDense, why}; };
-  const bool plain = facts.pattern.keep == 2 && facts.pattern.group == 4 && facts.pattern.extra.count == 0;
-  if (!plain && window_set(facts.pattern) == WindowSet::kNone) return dense(Why::kNoSparsePath);
+  const bool plain = is_2_4(facts.pattern);
+  if (!plain && !is_lifted(facts.pattern)) return dense(Why::kNoSparsePath);
   if (facts.type == ElementType::kFloat32) return dense(Why::kFloat32);
   if (!plain && !facts.lifted) return dense(Why::kNoLiftedWeight);
-  const WeightFacts& weight = plain ? facts.weight : *facts.lifted;
+  const bool bits8 = weight_bytes(facts.weight_type) == 1;
+  const WeightFacts weight = !plain ? *facts.lifted : bits8 ? dequantised_facts(facts.weight) : facts.weight;
   if (facts.weight.in_features > kMaxRowFeatures) return dense(Why::kLongRow);
   if (!gemm_takes(facts, weight, device.compute_capability_major)) return dense(Why::kShape);
-  const GemmProblem problem{facts.tokens, weight.out_features, facts.weight.in_features, facts.type,
-                            device.multiprocessors};
-  if (!sparse_gemm_pays(problem)) return dense(Why::kTooFewTokens);
-  if (plain) return {LinearPath::kSparse, Why::kEnoughTokens};
-  if (!lifted_path_pays(problem, weight.in_features)) return dense(Why::kLiftedDoesNotPay);
-  return {LinearPath::kLifted, Why::kEnoughTokens};
+  GemmProblem problem{facts.tokens, weight.out_features, facts.weight.in_features, facts.type, device.multiprocessors};
+  if (device.compute_capability_major != 9) return dense(Why::kUnmeasured);
+  if (!sparse_gemm_pays(problem, weight.stored_in_out())) return dense(Why::kTooFewTokens);
+  if (!plain && !lifted_path_pays(problem)) return dense(Why::kLiftedDoesNotPay);
+  problem.in_features = weight.in_features;
+  return {plain ? LinearPath::kSparse : LinearPath::kLifted, Why::kEnoughTokens, {}, select_config(problem)};
 }
 
 // The sentence of nm_act.explain.

@@ -1,0 +1,9 @@
+// Names that kernels and operators of every device share.
+#pragma once
+
+namespace nm_act {
+
+enum class ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kE4M3 = 3, kInt8 = 4 };
+enum class TokenShift : int { kNone = 0, kMean = 1, kMedian = 2 };
+
+}  // namespace nm_act

@@ -1,0 +1,42 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MAX_THREADS = 1024
+"""No machine gains from more, and OpenMP ends the process if it cannot start as many as requested."""
+
+DEFAULT_PATTERNS = ("2:4", "4:8", "8:16", "16:32")
+
+_RECIPE = typer.Option(
+    "--recipe", exists=True, dir_okay=False, help="Recipe (.yaml, .yml or .json); --pattern replaces its pattern."
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or hub id of the model.", show_default=False)
+]
+Patterns = Annotated[
+    list[str] | None, typer.Option("--pattern", metavar="N:M", help="Pattern, e.g. 8:16 or 2:4+1; repeatable.")
+]
+Recipe = Annotated[Path | None, _RECIPE]
+Recipes = Annotated[list[Path] | None, _RECIPE]
+Criterion = Annotated[
+    str | None, typer.Option("--criterion", help="How activations are scored, e.g. act, wina, amber.")
+]
+Mitigations = Annotated[list[str] | None, typer.Option("--mitigation", help="Error mitigation, e.g. var; repeatable.")]
+Calibrations = Annotated[
+    list[Path] | None, typer.Option("--calibration", help="Folder written by nm-act calibrate; repeatable.")
+]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder with the data; the hub without it.")]
+Window = Annotated[
+    int | None, typer.Option("--window", min=2, help="Tokens per window; 2048 or the model's context by default.")
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=2, help="Read only that many tokens of the text.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs, e.g. cpu or cuda.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="CPU threads; torch's choice by default.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]

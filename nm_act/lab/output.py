@@ -1,0 +1,65 @@
+"""Results as JSON, CSV, Markdown and PNG."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..files import write_atomic
+
+
+def to_json(data: dict) -> str:
+    """Indented JSON that any reader accepts: infinities and NaN, which JSON lacks, become null."""
+    return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def write_json(path: Path, data: dict) -> None:
+    """Write `to_json` of the data, whole or not at all."""
+    write_atomic(path, to_json(data) + "\n")
+
+
+def _finite(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def to_csv(rows: list[dict], columns: Iterable[str] | None = None) -> str:
+    """CSV of some fields of the rows, by default all; None and NaN are empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or rows[0], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if is_undefined(value) else value for key, value in row.items()})
+    return text.getvalue()
+
+
+def is_undefined(value) -> bool:
+    """Whether a value is None or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def markdown_table(header: list[str], lines: list[list[str]], right: int = 1) -> str:
+    """A Markdown table; columns from index `right` on are right-aligned."""
+    rule = ["---:" if index >= right else "---" for index in range(len(header))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure of that many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png(figure) -> bytes:
+    """A figure as PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()

@@ -1,0 +1,258 @@
+"""A search as a whole: options, the frontier with its baselines measured on calibration text, the choice, the files."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...conversion.calibration import DATA_FILE, FACTS_FILE, RECIPE_FILE, save_calibration
+from ...conversion.fingerprint import weights_fingerprint
+from ...conversion.sparsify import decoder_linears
+from ...files import write_atomic
+from ...recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe
+from ..cost import Rates, extra_macs, layer_macs, macs_by_pattern, predicted_speedup
+from ..evaluate.folder import RunFolder
+from ..evaluate.perplexity import perplexity
+from ..evaluate.variants import resolved
+from ..output import new_figure, png, to_csv, to_json, write_json
+from ..policies import POLICIES
+from .options import CalibratedData, option_recipe, option_variant, read_data
+from .sensitivity import Group, groups_of, sensitivities
+from .solve import frontier, solve, to_recipe
+from .store import POINTS, SENSITIVITIES, ResultLines
+
+__all__ = ["Goal", "Point", "search"]
+
+MEASURED_POINTS = 6
+"""Solutions along the frontier whose perplexity is measured."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for: a predicted speed-up of the linear layers, or a largest rise of perplexity in per cent."""
+
+    target_speedup: float | None = None
+    max_drop: float | None = None
+
+    def __post_init__(self):
+        if (self.target_speedup is None) == (self.max_drop is None):
+            raise ValueError("expected either --target-speedup or --max-drop, got both or neither; give one of them")
+        if self.target_speedup is not None and not self.target_speedup >= 1:
+            raise ValueError(
+                f"expected --target-speedup of at least 1, got {self.target_speedup:g}; 1.2 is 20 % faster"
+            )
+        if self.max_drop is not None and not self.max_drop > 0:
+            raise ValueError(
+                f"expected --max-drop above 0 per cent, got {self.max_drop:g}; 20 allows a rise by a fifth"
+            )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A recipe (None: dense) with its predicted speed-up and its perplexity on the calibration text."""
+
+    name: str
+    recipe: Recipe | None
+    speedup: float
+    perplexity: float
+
+
+def search(
+    dense: nn.Module,
+    windows: torch.Tensor,
+    specs: dict[str, LinearSpec],
+    rates: Rates,
+    goal: Goal,
+    output: Path,
+    *,
+    identity: dict,
+    layers_together: int = 1,
+    calibrated: Path | None = None,
+    note: Callable[[str], None],
+    bar: Callable[[str], AbstractContextManager],
+) -> tuple[Point, list[Point], list[str]]:
+    """Find a recipe for a goal, and write it with its frontier; finished measurements in `output` are not repeated.
+
+    Parameters
+    ----------
+    dense : nn.Module
+    windows : Tensor [windows, tokens], int64
+        Calibration text.
+    specs : dict of str to LinearSpec
+        The options of a layer.
+    rates : Rates
+    goal : Goal
+    output : Path
+        A new folder or that of an earlier run.
+    identity : dict
+        Facts about model and text for the folder, beside those that follow from the other arguments.
+    layers_together : int
+        Consecutive layers that get one choice.
+    calibrated : Path, optional
+        Folder of the calibrations that options need.
+    note, bar : callable
+        Called with a line before a measurement, and with a label for a context that yields ``update(done, total)``.
+
+    Returns
+    -------
+    best : Point
+    points : list of Point
+        All that were measured, the dense model's first.
+    files : list of str
+        Names of the written files, the recipe first.
+    """
+    groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together)
+    if not groups:
+        raise ValueError(
+            f"expected projections among {', '.join(DEFAULT_PROJECTIONS)} in {identity['search']!r}, got none of them"
+        )
+    inside = {name for group in groups for name in group.names}
+    other = sum(layer_macs(linear) for name, (_, _, linear) in decoder_linears(dense).items() if name not in inside)
+    _check_reachable(groups, specs, rates, goal, other)
+    data = read_data(dense, specs, calibrated)
+    count, window = windows.shape
+    identity = identity | {
+        "weights": weights_fingerprint(dense),
+        "windows": count,
+        "window": window,
+        "token_ids": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "layers_together": layers_together,
+    }
+    folder = RunFolder.open(output, identity).path
+    note(f"sensitivities of {len(groups)} groups, {len(specs)} options, {count} windows of {window} tokens")
+    with bar("sensitivities") as update:
+        costs = sensitivities(dense, windows, groups, specs, folder / SENSITIVITIES, update, data)
+    choices = frontier(groups, costs, specs, rates, other, MEASURED_POINTS)[1:]
+    if goal.target_speedup is not None:
+        choices.append(solve(groups, costs, specs, rates, goal.target_speedup, other))
+    found = [to_recipe(choice, groups, specs) for choice in choices]
+    recipes = [("dense", None), *(("search", recipe) for recipe in found)]
+    recipes += [item for spec in specs.values() for item in _baselines(spec).items()]
+    points = _measure(dense, windows, recipes, rates, folder / POINTS, note, data)
+    best = _best(points, found[-1], goal)
+    used = {name: data[name] for name in specs if name in data.keys() & _options_of(best.recipe)}
+    return best, points, _write(folder, points, best, dense, used)
+
+
+def _check_reachable(groups: list[Group], specs, rates: Rates, goal: Goal, other_macs: int) -> None:
+    """Raise a ValueError if the target cannot be reached or, without one, if no option is faster than dense."""
+    free = {group.key: dict.fromkeys(specs, 0.0) for group in groups}
+    if goal.target_speedup is not None:
+        solve(groups, free, specs, rates, goal.target_speedup, other_macs)
+    elif frontier(groups, free, specs, rates, other_macs, points=1)[-1].speedup <= 1:
+        raise ValueError(
+            f"expected an option faster than dense, got none among {', '.join(specs)}; add an --option with a faster "
+            "pattern or less to compute, or its measured speed-up with --rates"
+        )
+
+
+def _baselines(spec: LinearSpec) -> dict[str, Recipe]:
+    """Name -> recipe of the published policies with one spec."""
+    return {f"{name}, {spec}": option_recipe(spec, projections=projections) for name, projections in POLICIES.items()}
+
+
+def _measure(
+    model: nn.Module,
+    windows: torch.Tensor,
+    recipes: list[tuple[str, Recipe | None]],
+    rates: Rates,
+    store: Path,
+    note: Callable[[str], None],
+    data: dict[str, CalibratedData],
+) -> list[Point]:
+    """Perplexity of every recipe on calibration text; measurements in `store` are not repeated."""
+    known = ResultLines(store, ("recipe", "calibration"), ("perplexity", "macs", "extra_macs"))
+    points = []
+    for name, recipe in recipes:
+        text = "dense" if recipe is None else json.dumps(recipe.to_dict(), sort_keys=True)
+        digests = sorted(data[option].digest for option in data.keys() & _options_of(recipe)) or None
+        if (text, digests) not in known:
+            note(f"perplexity on calibration text: {name}")
+            variant = model if recipe is None else option_variant(model, recipe, data)
+            value = perplexity(variant, windows.flatten(), window=windows.shape[1]).value
+            macs, extra = macs_by_pattern(variant), extra_macs(variant)
+            known.add(recipe=text, calibration=digests, perplexity=value, macs=macs, extra_macs=extra)
+            known.write()
+            del variant
+        row = known[text, digests]
+        points.append(Point(name, recipe, predicted_speedup(row["macs"], rates, row["extra_macs"]), row["perplexity"]))
+    return points
+
+
+def _options_of(recipe: Recipe | None) -> set[str]:
+    """The options that a recipe gives to any layer; none for the dense model."""
+    return set() if recipe is None else {str(spec) for spec in resolved(recipe)}
+
+
+def _best(points: list[Point], solved: Recipe, goal: Goal) -> Point:
+    """The solver's point for a target speed-up, else the fastest one within the allowed rise."""
+    if goal.max_drop is None:
+        return next(point for point in points if point.recipe == solved)
+    limit = points[0].perplexity * (1 + goal.max_drop / 100)
+    allowed = [point for point in points[1:] if point.perplexity <= limit]
+    if not allowed:
+        raise ValueError(
+            f"expected a recipe within a rise of {goal.max_drop:g} %, got none; allow more or add an --option"
+        )
+    return max(allowed, key=lambda point: point.speedup)
+
+
+def point_rows(points: list[Point]) -> list[dict]:
+    """Points as plain data, with their change against the first one in per cent."""
+    return [
+        {
+            "name": point.name,
+            "predicted_speedup": round(point.speedup, 4),
+            "perplexity": point.perplexity,
+            "change_percent": 100 * (point.perplexity / points[0].perplexity - 1),
+        }
+        for point in points
+    ]
+
+
+def result(best: Point, points: list[Point]) -> dict:
+    """A search's result as plain data."""
+    return {"recipe": best.recipe.to_dict(), "predicted_speedup": best.speedup, "points": point_rows(points)}
+
+
+def _write(folder: Path, points: list[Point], best: Point, dense, used: dict[str, CalibratedData]) -> list[str]:
+    """Write the recipe, the data of its options `used`, the frontier and its plot; names of the files."""
+    sparse = option_variant(dense, best.recipe, used) if used else None
+    files = {
+        "frontier.png": _draw(points, best),
+        "frontier.csv": to_csv(point_rows(points)),
+        "search.json": to_json(result(best, points)) + "\n",
+    }
+    for name in (DATA_FILE, FACTS_FILE):  # of another goal's recipe
+        (folder / name).unlink(missing_ok=True)
+    if used:
+        facts = {"seed": next(iter(used.values())).seed, "options": {name: each.digest for name, each in used.items()}}
+        write_json(folder / FACTS_FILE, facts)
+        save_calibration(sparse, folder)
+    else:
+        best.recipe.save(folder / RECIPE_FILE)
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    return [RECIPE_FILE, *([DATA_FILE] if used else []), *files]
+
+
+def _draw(points: list[Point], best: Point) -> bytes:
+    """PNG of the frontier: perplexity on calibration text over predicted speed-up, baselines as single marks."""
+    figure = new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    line = sorted((p for p in points if p.name in ("dense", "search")), key=lambda p: p.speedup)
+    axes.plot([p.speedup for p in line], [p.perplexity for p in line], "o-", color="C0", label="search")
+    for index, point in enumerate(p for p in points if p.name not in ("dense", "search")):
+        axes.plot(point.speedup, point.perplexity, "s^vDP*X<>"[index % 9], color=f"C{1 + index % 9}", label=point.name)
+    axes.plot(best.speedup, best.perplexity, "o", markersize=13, fillstyle="none", color="k", label="written")
+    axes.set_yscale("log")
+    axes.set_xlabel("predicted prefill speed-up of the linear layers")
+    axes.set_ylabel("perplexity, calibration text")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return png(figure)
