@@ -178,7 +178,9 @@ def test_overlapped_launches_wait_for_their_operands(fp8, shape):
     def product(x, overlapped):
         packed = nm_act.compress_packed(x, fp8=fp8)
         options = {"row_scale": packed.row_scale, "column_scale": scale, "out_dtype": torch.bfloat16} if fp8 else {}
-        return OPS._tune_sparse_gemm(packed.values, packed.metadata, weight, **options, config=[*config, int(overlapped)])
+        return OPS._tune_sparse_gemm(
+            packed.values, packed.metadata, weight, **options, config=[*config, int(overlapped)]
+        )
 
     for _ in range(10):
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)

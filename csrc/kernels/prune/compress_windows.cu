@@ -1,14 +1,14 @@
 // compress for 2:4+1: P(x - eta) as the lifted 2:4 operand (format/windows.h), from a row-major x.
 //
-// A thread takes units of sixteen features: 32 bytes in, and out of them 16 bytes of survivors of the first four
-// windows, 4 of the fifth, whose part of the row begins at in_features, and the metadata of both.
+// A thread takes units of sixteen features: it reads 32 bytes and writes 16 bytes of survivors of the first four
+// windows, 4 bytes of survivors of the fifth, whose part of the row begins at in_features, and the metadata of both.
 //
 // Without a row statistic (e4m3 scale, variance) compress_windows_kernel streams as compress_kernel does: a block of 8
-// warps takes 16 tokens by 512 features, a warp two tokens, a lane a unit of each. In the sm90 16-bit layout 16 tokens
-// by 64 features of metadata are one run of 128 bytes; where both parts of the lifted row begin on such a tile they
-// are put together in shared memory. Otherwise, and with other layouts, the bytes go straight out. With a statistic, a
-// block holds a token, as in compress_row.cuh. A per-token shift is computed by a kernel of its own before.
-// docs/kernels/windows.md holds the floor.
+// warps takes 16 tokens by 512 features, a warp two tokens, a lane one unit of each. In the sm90 16-bit layout the
+// metadata of 16 tokens by 64 features is a run of 128 bytes, which the block assembles in shared memory if both parts
+// of the lifted row begin on such a tile. Otherwise, and in other layouts, the bytes are stored directly. With a
+// statistic, a block holds one token, as in compress_row.cuh. A per-token shift is computed by a kernel of its own
+// before this one. docs/kernels/windows.md gives the floor.
 #include "compress_row.cuh"
 #include "windows.cuh"
 
@@ -21,10 +21,10 @@ constexpr int kBlockTokens = 2 * kWarps;
 constexpr int kSpan = 32 * kUnit;
 constexpr int kTile = 64;                                   // features of a run of staged metadata
 constexpr int kRunVectors = kBlockTokens * kTile / 8 / 16;  // 16-byte vectors
-constexpr int kSpanRuns = kSpan / kTile;                    // and a quarter of them for the fifth windows
+constexpr int kSpanRuns = kSpan / kTile;                    // the fifth windows have a quarter as many
 constexpr int kRuns = kSpanRuns + kSpanRuns / 4;
 
-// Index of a 16-byte vector of staged metadata, exchanged so that the bytes of a warp's lanes fall into different
+// Index of a 16-byte vector of the staged metadata, swizzled so that the bytes of a warp's lanes fall into different
 // banks.
 __device__ __forceinline__ int staged_vector(int vector) { return vector ^ (vector >> 3 & 7); }
 
@@ -46,7 +46,7 @@ __device__ __forceinline__ Unit<E> load_unit(const typename E::Raw* source, bool
   return unit;
 }
 
-// Shift, and the channels' scales: ones where there are none.
+// Applies the shift; returns the channel scales, ones if there are none.
 template <class E>
 __device__ __forceinline__ ChannelUnit shift_and_scale(Unit<E>& unit, const CompressOutput& out, int64_t token,
                                                        int feature, bool real) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ ChannelUnit shift_and_scale(Unit<E>& unit, const Comp
   return scale;
 }
 
-// Padding of the last metadata tile of a row, from the end of the lifted features on: at most 15 bytes.
+// Writes the padding of a row's last metadata tile, beyond the lifted features: at most 15 bytes.
 __device__ __forceinline__ void pad_row(uint8_t* metadata, MetadataLayout layout, int64_t tokens, int lifted,
                                         int64_t token, int lane) {
   const int chunk = lifted / kChunk + lane;
@@ -80,10 +80,10 @@ __device__ __forceinline__ void store_16_bit(uint8_t* row, int in_features, int 
   *reinterpret_cast<uint32_t*>(row + in_features + feature / 4) = lifted.word[4];
 }
 
-// Two lanes share the metadata byte of their fifth windows.
+// Two lanes share one metadata byte for their fifth windows.
 __device__ __forceinline__ bool stores_extra_byte() { return threadIdx.x % 2 == 0; }
 
-// Where a unit's metadata lies in the layout itself: two bytes of the first four windows, and the fifth's byte.
+// Addresses of a unit's metadata in the layout: two bytes for the first four windows, and the byte with the fifth's.
 struct UnitMetadata {
   uint8_t *base, *extra;
   __device__ __forceinline__ UnitMetadata(uint8_t* metadata, MetadataLayout layout, int64_t tokens, int in_features,
