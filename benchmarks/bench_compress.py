@@ -1,10 +1,10 @@
-"""2:4 compression against the device's copy bandwidth, alone and fused behind RMSNorm and SiLU.
+"""2:4 compression, alone and fused with RMSNorm and SiLU, against the device's copy bandwidth.
 
-The baseline `copy` is the time that the call's bytes (read + written) would take at the speed of a large copy measured
-in turn with it, so `speedup` is the fraction of copy bandwidth. Stage prune is the selection kernel, dense output.
+The baseline `copy` is the time that the call's bytes (read + written) take at the speed of a large copy, measured
+alternately, so `speedup` is the fraction of the copy bandwidth. Stage prune is the selection kernel with dense output.
 The producers have a second row, `<name>/dense_floor`: the bytes of the same fused operator with a dense output of x's
-type. With --others: `cusparselt_bf16` is `torch._cslt_compress` of an operand that is pruned already,
-`cutlass_compressor` CUTLASS's kernel for the same operand (nvcc builds it, which takes longer than a quick run).
+type. With --others: `cusparselt_bf16` is `torch._cslt_compress` of an already pruned operand, and
+`cutlass_compressor` is CUTLASS's kernel for the same operand (building it with nvcc takes longer than a quick run).
 
     python benchmarks/bench_compress.py --csv benchmarks/results/h100/compress.csv
 """
@@ -25,7 +25,7 @@ FEATURES = (4096, 8192, 14336, 28672)
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 QUICK = {"features": (4096, 14336), "tokens": (64, 512, 4096, 16384)}
 PRUNED = ("2:4", "4:8", "8:16", "16:32")  # stage prune: the selection kernel with a dense output
-OTHERS_TOKENS = 1024  # below, the host time of the other compressors would be measured
+OTHERS_TOKENS = 1024  # with fewer, the host time of the other compressors would be measured
 E4M3 = torch.float8_e4m3fn
 # Per cent of the copy bandwidth from 4096 x 4096 on.
 BARS = {
@@ -118,7 +118,7 @@ def variants() -> list[Variant]:
 
 
 def verify(variant: Variant, features: int) -> None:
-    """A row is worth nothing if the result is wrong: compare the values with the oracle's before timing."""
+    """Compare the values with the oracle's; called before timing."""
     operands = Operands(70, features, variant.dtype)
     values, *_ = variant.call(operands)
     produced = variant.produces(operands) if variant.produces else operands.x
@@ -142,7 +142,7 @@ def verify_prune(text: str, features: int) -> None:
         raise SystemExit(f"expected prune {text} to equal the oracle, got other bits: not timed")
 
 
-# Compressors of an operand that is pruned already: their own time, without the pruning.
+# Compressors of an already pruned operand: their time does not include the pruning.
 OTHERS: dict[str, Callable[[torch.Tensor], object]] = {
     "cusparselt_bf16": torch._cslt_compress,
     "cutlass_compressor": cutlass_compress,
@@ -157,7 +157,7 @@ def other_compressors(xs: list[torch.Tensor], report: "Report") -> dict[str, lis
         try:
             compress(pruned[0])
             torch.cuda.synchronize()
-        except Exception as error:  # whatever keeps it from running is the reason to print
+        except Exception as error:  # whatever prevents it from running is printed
             report.reasons.add(f"{name}: no row, {str(error).splitlines()[0][:160]}")
             continue
         calls[name] = [lambda x=x, compress=compress: compress(x) for x in pruned]
@@ -205,7 +205,7 @@ def bench(
     calls |= baselines
     prunes = {text: [lambda o=o, text=text: prune(o.x, text) for o in operands[torch.bfloat16]] for text in PRUNED}
     calls |= {f"prune {text}": prunes[text] for text in PRUNED}
-    # The copy too is launched as it is: as a node of a graph it ran at 2.75 TB/s on an H200, a yardstick too weak.
+    # The copy is launched without a graph too: as a graph node it ran at 2.75 TB/s on an H200, too weak a baseline.
     times = interleaved(calls, seconds, eager=("copy", "cusparselt_bf16"))
     speed = copy.bytes_per_us(times["copy"])
     line = []

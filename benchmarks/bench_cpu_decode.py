@@ -1,9 +1,9 @@
 """The CPU's sparse_linear against torch.nn.functional.linear, with weights of 32 MiB and more.
 
 Per shape and dtype, interleaved in one run: the dense layer as models store it ([out, in]), the sparse layer (selection
-included), our own kernel reading every row (so that the part due to sparsity is visible) and a plain read of memory.
-Above 4 tokens (8 in fp32) the sparse layer is prune + torch's GEMM, so its baseline is dense + prune, over either
-storage of the weight: torch's own bf16 GEMM is slower over [in, out], which the sparse layer inherits.
+included), our kernel reading every row (which shows the part due to sparsity) and a plain read of memory. Above 4
+tokens (8 in fp32) the sparse layer is prune + torch's GEMM, so its baseline is dense + prune, for both storages of the
+weight: torch's bf16 GEMM is slower for [in, out], and so is the sparse layer.
 
     python benchmarks/bench_cpu_decode.py --tokens 1 2 4 8 16 64 256 --csv benchmarks/results/cpu/decode.csv
     python benchmarks/bench_cpu_decode.py --patterns 2:4 4:8 8:16 16:32 2:4+1 2:4+2 6:8 --dtypes bf16 \
@@ -34,7 +34,7 @@ def processor() -> str:
 
 
 def verify(x, weight, selection) -> None:
-    """The row is worth nothing if the result is wrong: compare with float64 before timing."""
+    """Compare with float64; called before timing."""
     exact = nm_act.reference.sparse_linear(x, weight[:256], **selection)
     error = relative_error(nm_act.sparse_linear(x, weight, **selection)[..., :256], exact)
     limit = 1e-5 if x.dtype == torch.float32 else 1e-2
@@ -81,7 +81,7 @@ def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, re
         return f"{variant} {median / 1e3:.2f} ms = {row['speedup']}x, {gbps / read:.0%} of {read:.0f} GB/s"
 
     if tokens <= DECODE_TOKENS[name]:
-        # Several tokens need the union of their rows, four tokens a pass: count what was really read.
+        # Several tokens need the union of their rows, four tokens per pass: count what is really read.
         passes = (nm_act.prune(x, **selection) != 0).split(4)
         needed = sum(rows.any(0).float().mean().item() for rows in passes)
         report = [add("sparse", needed, "F.linear", times["dense"], str(pattern))]

@@ -1,7 +1,7 @@
 """Tokens per second of Transformers' generate() on a CPU: dense, sparse, and sparse after nm_act.optimize.
 
-One sample is one call of generate, prompt included; the models take turns, and the speed-up is the median
-over the rounds of the ratio to dense in the same round. All write as many tokens.
+One sample is one call of generate, prompt included. The models take turns, and the speed-up is the median over the
+rounds of the ratio to dense in the same round. All models generate the same number of tokens.
 
     python benchmarks/bench_cpu_generate.py MODEL --csv benchmarks/results/cpu/generate.csv
 """
@@ -25,7 +25,7 @@ PROMPT = "The history of the city begins with"
 
 
 def models_of(dense: torch.nn.Module, pattern: str) -> dict[str, torch.nn.Module]:
-    """Mode -> model, each with weights of its own."""
+    """Mode -> model; no weights are shared."""
     sparse, optimized = (nm_act.sparsify(copy.deepcopy(dense), nm_act.Recipe(pattern)).model for _ in range(2))
     nm_act.optimize(optimized)
     return {"dense": dense, f"nm-{pattern}": sparse, f"nm-{pattern} optimized": optimized}
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for index in range(arguments.rounds + 1):
         for mode, model in models.items():
             taken = seconds(model, prompt, arguments.tokens)
-            if index:  # the first warms up
+            if index:  # the first call warms up
                 speeds[mode].append(arguments.tokens / taken)
     device = f"{processor()} x{arguments.threads} {nm_act.build_info()['cpu_isa']}"
     rows = Rows(arguments.csv, COLUMNS, bench="cpu_generate", device=device, model=path.rsplit("/", 1)[-1])

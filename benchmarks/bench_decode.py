@@ -1,7 +1,7 @@
-"""sparse_linear of 1 to 4 tokens over a weight stored [in, out] against cuBLAS in bf16: the gather kernel.
+"""sparse_linear for 1 to 4 tokens with a weight stored [in, out] (the gather kernel) against cuBLAS in bf16.
 
 The whole operator is timed, selection included, as a CUDA graph over rotated operands, so that every weight is cold.
-The baseline cublas_bf16 is torch.nn.functional.linear over the weight as models store it, [out, in]. gbps counts the
+The baseline cublas_bf16 is torch.nn.functional.linear with the weight as models store it, [out, in]. gbps counts the
 bytes that the operator has to read and write; it is also printed as a share of a device-to-device copy's bandwidth.
 
     python benchmarks/bench_decode.py --csv benchmarks/results/h100/decode.csv
@@ -25,7 +25,7 @@ TOKENS = (1, 2, 4)
 PATTERNS = ("2:4", "4:8", "8:16", "16:32")
 KINDS = ("bf16", "e4m3", "int8")
 HEADLINE = "8:16"
-COLD_BYTES = 200e6  # read between two uses of the same operands; the L2 holds 60 MB
+COLD_BYTES = 200e6  # bytes read between two uses of the same operands; the L2 holds 60 MB
 MAX_COPIES = 64
 LIMIT = 5e-3
 BARS = {"bf16": 1.7, "e4m3": 3.0}
@@ -46,7 +46,7 @@ def in_out(weight: torch.Tensor) -> torch.Tensor:
 
 
 class Weights:
-    """The weight of one shape as often as the rotation needs it, in every storage."""
+    """The weight of one shape in every storage, in as many copies as the rotation needs."""
 
     def __init__(self, shape: tuple[int, int], kinds: list[str]):
         out_features, in_features = shape
@@ -85,7 +85,7 @@ def make_entry(weights: Weights, xs: list[torch.Tensor], kind: str, pattern: NMP
 
 
 def verify(call: Callable, x: torch.Tensor, weight: torch.Tensor, scale, pattern: NMPattern, what: str) -> None:
-    """Time nothing that is wrong: float64 on 256 outputs at either end."""
+    """Compare 256 outputs at either end with float64; called before timing."""
     y = call()
     for columns in (slice(0, 256), slice(-256, None)):
         part = {"weight_scale": scale[columns]} if scale is not None else {}
@@ -105,7 +105,7 @@ def bench(rows: Rows, weights: Weights, tokens: int, patterns: list[str], copy: 
     calls = {"copy": [copy]}
     calls["cublas"] = [lambda x=x, w=w: F.linear(x, w) for x, w in zip(xs, weights.stock, strict=True)]
     calls |= {str(index): entry.calls for index, entry in enumerate(entries)}
-    # The copy as it is: as a node of a graph it is slower, a yardstick too weak.
+    # The copy is launched without a graph: as a graph node it is slower, too weak a baseline.
     times = interleaved(calls, seconds, eager=("copy",))
     copy_speed = copy.bytes_per_us(times["copy"])
     line = [f"cublas {percentiles(times['cublas'])[1]:.1f} us"]
@@ -131,7 +131,7 @@ def bench(rows: Rows, weights: Weights, tokens: int, patterns: list[str], copy: 
 
 
 def summary(rows: list[dict]) -> None:
-    """Geometric means of one token against their bars, and every other token count and pattern without one."""
+    """Geometric means for one token with their goals, and those of other token counts and patterns, which have none."""
 
     def chosen(**facts):
         return [row for row in rows if all(row[name] == value for name, value in facts.items())]

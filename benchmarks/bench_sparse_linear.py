@@ -3,8 +3,8 @@
 Baselines of the same run, in turn with ours:
   cublas_bf16      torch.mm in bf16 over the weight as models store it, [out, in]; also the baseline of fp16
   scaled_mm_fp8    torch._scaled_mm, row-wise; its per-token quantisation (fused, in Triton) is counted in stage op only
-  cusparselt_*     torch._cslt_sparse_mm with its algorithm searched; stage op adds _cslt_compress of an operand that is
-                   pruned (and quantised) already: what that costs is not counted; from 1024 tokens on
+  cusparselt_*     torch._cslt_sparse_mm with its algorithm searched, from 1024 tokens on; stage op adds
+                   _cslt_compress of an already pruned (and quantised) operand, so the pruning is not counted
 
     python benchmarks/bench_sparse_linear.py --csv benchmarks/results/h100/sparse_linear.csv
 """
@@ -36,7 +36,7 @@ BARS = (
 
 
 class Weights:
-    """The weight of one shape in every storage that is asked for, as often as the rotation needs it."""
+    """The weight of one shape in the requested storages, in as many copies as the rotation needs."""
 
     def __init__(self, out_features: int, in_features: int, copies: int, kinds: Sequence[str]):
         def draw(_):
@@ -64,7 +64,7 @@ class Case:
     ours: list[dict] = dataclasses.field(default_factory=list)
 
     def check(self, name: str, call: Callable, exact: Callable, limit: float) -> None:
-        """Time nothing that is wrong: float64 on some tokens, the last among them, and some outputs."""
+        """Compare some outputs of some tokens (among them the last) with float64; called before timing."""
         rows = torch.randperm(self.tokens, device="cuda")[:64]
         rows[0] = self.tokens - 1
         columns = min(256, self.out_features)
@@ -100,7 +100,7 @@ def add_16_bit(case: Case, kind: str) -> None:
 
 
 def add_fp8(case: Case) -> None:
-    import dense_fp8  # here: Triton is needed for this baseline only
+    import dense_fp8  # imported here: only this baseline needs Triton
 
     pairs = [(x, *case.weights.fp8[i % len(case.weights.fp8)]) for i, x in enumerate(case.xs)]
     w8, scale = case.weights.fp8[0]
@@ -129,7 +129,7 @@ def add_fp8(case: Case) -> None:
 
 
 def add_cusparselt(case: Case, kind: str, reasons: dict[str, str]) -> None:
-    """Adds the baseline, or the reason why it cannot be had."""
+    """Adds the baseline, or the reason why it is not available."""
     name = "cusparselt_bf16" if kind == "bf16" else "cusparselt_fp8"
     try:
         pruned, weights, options = [nm_act.prune(x, 2, 4) for x in case.xs], case.weights.stock, {}
@@ -150,7 +150,7 @@ def add_cusparselt(case: Case, kind: str, reasons: dict[str, str]) -> None:
         pairs = [(x, c, weights[i % len(weights)]) for i, (x, c) in enumerate(zip(pruned, compressed, strict=True))]
         calls = [lambda c=c, w=w: product(c, w) for _, c, w in pairs]
         case.check(name, calls[0], exact, 1e-2)
-    except (Exception, SystemExit) as error:  # a baseline that fails, however, is a reason to print and no more
+    except (Exception, SystemExit) as error:  # a baseline that fails is reported and left out
         reasons[name] = str(error).splitlines()[0][:160]
         return
     case.calls[f"gemm {name}"] = calls
@@ -201,7 +201,7 @@ def measure(rows: Rows, case: Case, seconds: float) -> None:
 
 
 def summary(rows: list[dict], reasons: dict[str, str]) -> None:
-    """Geometric means against their bars, the product against cuSPARSELt's, and the worst slowdown."""
+    """Geometric means with their goals, the product against cuSPARSELt's, and the worst slowdown."""
 
     def speedups(dtype, stage, baseline, tokens, layout="out_in"):
         want = (dtype, stage, baseline, tokens)
@@ -239,7 +239,7 @@ def summary(rows: list[dict], reasons: dict[str, str]) -> None:
 
 
 def excess(row: dict) -> float:
-    """Microseconds beyond what the operator may take: 5 % and 5 us more than the dense product."""
+    """Microseconds beyond the operator's limit, which is 5 % + 5 us more than the dense product."""
     return float(row["us_p50"]) - 1.05 * float(row["baseline_us_p50"]) - 5
 
 
@@ -258,7 +258,7 @@ def main() -> None:
     rows = Rows(arguments.csv, bench="sparse_linear", device=device, commit=arguments.commit)
     reasons: dict[str, str] = {}
     for out_features, in_features in shapes:
-        # Counted for the smallest storage, e4m3.
+        # Enough copies for the smallest storage, e4m3.
         weights = Weights(out_features, in_features, copies_for(out_features * in_features), kinds)
         for count in tokens:
             copies = copies_for(out_features * in_features + count * in_features)

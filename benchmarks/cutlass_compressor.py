@@ -1,4 +1,4 @@
-"""CUTLASS's own 2:4 compressor (`cutlass_compressor.cu`), compiled when it is asked for and called through ctypes."""
+"""CUTLASS's own 2:4 compressor (`cutlass_compressor.cu`), compiled at its first use and called through ctypes."""
 
 import ctypes
 import functools

@@ -1,4 +1,4 @@
-"""The dense fp8 baseline at its best: a fused per-token quantisation before torch's row-wise scaled product."""
+"""The strongest dense fp8 baseline: a fused per-token quantisation before torch's row-wise scaled product."""
 
 import torch
 import triton

@@ -1,6 +1,6 @@
-"""Device time of CUDA calls: CUDA graphs over rotated buffers, all functions in turn.
+"""Device time of CUDA calls: CUDA graphs over rotated buffers, with the functions taking turns.
 
-So host time, a warm L2 and a drifting clock favour nobody.
+So neither host time, nor a warm L2, nor a drifting clock favours one of them.
 """
 
 import argparse
@@ -18,13 +18,13 @@ Calls = Sequence[Callable[[], object]]
 L2_BYTES = 60 << 20
 WORKING_SET = 3 * L2_BYTES
 MAX_COPIES = 256
-REPLAY_US = 1000.0  # the work of one replay: its launch, some 5 us, is then lost in it
+REPLAY_US = 1000.0  # microseconds of work per replay, against which a launch (some 5 us) is negligible
 MAX_INNER = 512
 COPY_BYTES = 512 << 20
 
 
 def copies_for(bytes_per_call: int) -> int:
-    """How many sets of operands one call after the other must use so that none finds its own in the L2."""
+    """How many sets of operands successive calls must rotate over so that none finds its own in the L2."""
     return max(1, min(MAX_COPIES, math.ceil(WORKING_SET / max(bytes_per_call, 1))))
 
 
@@ -35,15 +35,15 @@ def _record() -> torch.cuda.Event:
 
 
 def _run(calls: Calls, count: int) -> None:
-    # As many results as operands stay alive: a result in the memory of the last one would be written to the L2 only.
+    # As many results as operands are kept alive: one that reused the last one's memory would be written to the L2 only.
     alive: collections.deque = collections.deque(maxlen=len(calls))
     for i in range(count):
         alive.append(calls[i % len(calls)]())
 
 
 def _one_call_us(calls: Calls) -> float:
-    """A rough time, which decides how many calls one replay holds."""
-    for _ in range(2):  # the first compiles, loads and chooses algorithms
+    """A rough time, which determines the number of calls per replay."""
+    for _ in range(2):  # the first call compiles, loads and chooses algorithms
         _run(calls, min(len(calls), 2))
     torch.cuda.synchronize()
     count = max(4, min(len(calls), 8))
@@ -61,7 +61,7 @@ def _one_call_us(calls: Calls) -> float:
 
 
 class _Replay:
-    """``inner`` calls as one launch: a graph, or for what cannot be captured the calls themselves."""
+    """``inner`` calls as one launch: a graph, or the calls themselves if they cannot be captured."""
 
     def __init__(self, calls: Calls, graph: bool, pool, stream: torch.cuda.Stream):
         self.calls, self.graph, self.pool, self.stream = calls, None, pool, stream
@@ -69,7 +69,7 @@ class _Replay:
         self.host_us = 0.0 if graph else self._one_call_on_the_host_us()
         if graph:
             self._capture()
-            # Launched one by one, short calls take the host's time; now their own is known.
+            # Launched one by one, short calls take the host's time; the graph measures their own.
             events = [self() for _ in range(2)]
             torch.cuda.synchronize()
             before, replay_us = self.inner, events[1][0].elapsed_time(events[1][1]) * 1e3
@@ -80,7 +80,7 @@ class _Replay:
                 self.inner = before
 
     def _one_call_on_the_host_us(self) -> float:
-        """With an idle device, and so few launches that its queue does not fill and hold the host up."""
+        """Measured with an idle device and so few launches that its queue does not fill and block the host."""
         torch.cuda.synchronize()
         count, began = min(self.inner, 8), time.perf_counter()
         _run(self.calls, count)
@@ -103,7 +103,7 @@ class _Replay:
                 _run(self.calls, self.inner)
             finally:
                 graph.capture_end()
-        # Not before: with its last graph the shared pool would go too.
+        # Not earlier: the shared pool would be freed with its last graph.
         self.graph = graph
 
     def __call__(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -120,13 +120,13 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Microseconds a call on the device, by function.
 
-    A function that cannot be captured and keeps the host busy for as long as the device is left out, with a line that
-    says so: what was measured is then not the device's time.
+    A function that cannot be captured, and that keeps the host busy for as long as the device, is left out with a
+    line that says so, because its device time cannot be measured.
 
     Parameters
     ----------
     functions : dict of str to sequence of callables
-        One callable for each copy of the operands; successive calls use successive copies. Results are dropped.
+        One callable per copy of the operands; successive calls use successive copies. Results are discarded.
     seconds : float
         Measuring time for all functions together; at least `rounds` samples of each are taken.
     eager : sequence of str
@@ -160,7 +160,7 @@ def interleaved(
 
 
 class DeviceCopy:
-    """The yardstick of memory-bound kernels: a large device-to-device copy, timed in turn with them."""
+    """The baseline of memory-bound kernels: a large device-to-device copy, timed alternately with them."""
 
     def __init__(self):
         self.source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
@@ -171,7 +171,7 @@ class DeviceCopy:
 
     @staticmethod
     def bytes_per_us(times: list[float]) -> float:
-        """Bytes read plus written, a microsecond."""
+        """Bytes read plus written, per microsecond."""
         return 2 * COPY_BYTES / percentiles(times)[1]
 
 
@@ -186,7 +186,7 @@ def common_arguments(description: str) -> argparse.ArgumentParser:
 
 
 def require_kernels(build_info: dict) -> str:
-    """The device's name; exits with a sentence where there is nothing to measure."""
+    """The device's name; exits with a sentence if there is nothing to measure."""
     if not torch.cuda.is_available():
         raise SystemExit("expected a CUDA device, found none: this benchmark measures CUDA kernels")
     if not build_info.get("cuda"):

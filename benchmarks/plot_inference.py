@@ -11,7 +11,7 @@ METRICS = {"ttft_ms": "time to first token", "decode_tok_s": "decode tokens/s"}
 
 
 def draw(rows: list[dict], target: str | Path) -> None:
-    """One panel a metric: speed-up over dense bf16 by prompt length, a line a mode and batch."""
+    """One panel per metric: speed-up over dense bf16 by prompt length, one line per mode and batch."""
     import matplotlib
 
     matplotlib.use("Agg")

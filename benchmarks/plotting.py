@@ -1,4 +1,4 @@
-"""The command line that all plots of benchmark rows share."""
+"""The command line of all plots of benchmark rows."""
 
 import argparse
 import csv
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def plot_command(draw: Callable[[list[dict[str, str]], Path], None], description: str, benchmark: str) -> None:
-    """Draw the rows of the CSV named first into the image named second; `benchmark` is the script that writes them."""
+    """Draw the rows of the CSV (first argument) as the image (second one); `benchmark` names the CSV's script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path)
     parser.add_argument("png", type=Path)

@@ -6,8 +6,8 @@ import random
 LLAMA_3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 LLAMA_3_70B = {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)}
 
-# Layers of other families, so that a choice fitted to Llama's sizes shows: query, key and value merged, output of the
-# attention, gate and up merged, down.
+# Layers of other families, to reveal a choice that fits Llama's sizes only: query, key and value merged; output of the
+# attention; gate and up merged; down.
 FAMILY_SHAPES = {
     "qwen2.5_7b": {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)},
     "qwen3_4b": {"qkv": (6144, 2560), "o": (2560, 4096), "gate_up": (19456, 2560), "down": (2560, 9728)},
@@ -26,8 +26,8 @@ def _draw_token_counts(count: int, largest: int, seed: int) -> tuple[int, ...]:
 TOKEN_COUNTS = _draw_token_counts(12, 20000, seed=0)
 """Log-uniform from 1 to 20000."""
 
-# What the gather kernel's configurations are fitted to: Llama-3's shapes and sixteen others of Qwen2.5 and Qwen3,
-# Gemma 2, Mistral, Phi-3 and OLMo 2, small ones of grouped keys and values among them, few of them powers of two.
+# The shapes that the gather kernel's configurations are fitted to: Llama-3's and sixteen others of Qwen2.5, Qwen3,
+# Gemma 2, Mistral, Phi-3 and OLMo 2, among them small ones of grouped keys and values, and few powers of two.
 DECODE_SHAPES = (
     *LLAMA_3_8B.values(),
     *LLAMA_3_70B.values(),

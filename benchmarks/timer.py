@@ -1,4 +1,4 @@
-"""The timer and the row writer that all benchmarks share."""
+"""The timer and the CSV writer of all benchmarks."""
 
 import csv
 import datetime
@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 def interleaved(functions: dict[str, Callable[[], object]], seconds: float, warmup: int = 2) -> dict[str, list[float]]:
-    """Microseconds of each call, all functions in turn, so that what slows the machine down slows all alike."""
+    """Microseconds of each call; the functions take turns, so whatever slows the machine slows all of them."""
     for _ in range(warmup):
         for function in functions.values():
             function()
@@ -46,7 +46,7 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 class Rows:
-    """Benchmark rows, rewritten to the CSV after each so that an interrupted run keeps what it measured."""
+    """Benchmark rows; the CSV is rewritten after each, so an interrupted run keeps what it measured."""
 
     def __init__(self, path: str | None, columns: tuple[str, ...] = COLUMNS, **common: object):
         self.path, self.columns, self.rows = path, columns, []
@@ -65,7 +65,7 @@ class Rows:
         return self.append(**row, baseline_us_p50=f"{base:.1f}", speedup=f"{base / p50:.3f}")
 
     def append(self, **row: object) -> dict[str, object]:
-        """Add a row of finished columns."""
+        """Add a row whose columns are complete."""
         full = {**self.common, **row}
         self.rows.append(full)
         if self.path:

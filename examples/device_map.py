@@ -1,4 +1,4 @@
-"""A model larger than one device: accelerate places its layers, on disk where nothing else is left.
+"""A model larger than one device: accelerate places its layers, on disk if memory does not suffice.
 
 python examples/device_map.py MODEL
 """

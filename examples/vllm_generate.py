@@ -1,9 +1,9 @@
-"""A saved nm_act checkpoint in vLLM: nothing but its name is needed, `vllm serve MODEL` works the same way.
+"""A saved nm_act checkpoint in vLLM: only its name is needed; `vllm serve MODEL` works the same way.
 
 python examples/vllm_generate.py MODEL [DTYPE]
 
-vLLM's own default, the dtype "auto", computes a float32 checkpoint in 16 bits, where other inputs survive. Name float32
-(`vllm serve MODEL --dtype float32`) for the tokens that Transformers generates from it.
+By default (dtype "auto") vLLM computes a float32 checkpoint in 16 bits, where other inputs survive. Pass float32
+(`vllm serve MODEL --dtype float32`) to get the tokens that Transformers generates from it.
 """
 
 import os

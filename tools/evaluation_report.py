@@ -2,7 +2,7 @@
 
     python tools/evaluation_report.py RUN... [--rates CSV] [--out docs]
 
-Every table is a selection of the rows, so methods that a study adds turn up without a change here.
+Every table is a selection of the rows, so methods that a study adds appear without a change here.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def sections(run: list[results.Row]) -> list[str]:
 
 
 def by_pattern(rows: list[results.Row], dense: list[results.Row], *, speedup: bool = False) -> str:
-    """A line a method, a column a pattern: perplexity, the average drop over the tasks, and the predicted speed-up."""
+    """A line per method, a column per pattern: perplexity, average drop over the tasks, and predicted speed-up."""
     patterns = sorted({row.fields["pattern"] for row in rows}, key=lambda text: (len(text), text))
     averages = results.average_drops(rows)
     lines = [["dense", *[reference(dense)] * len(patterns)]] if rows else []
@@ -114,7 +114,7 @@ def by_pattern(rows: list[results.Row], dense: list[results.Row], *, speedup: bo
 
 
 def seed_labels(rows: list[results.Row]) -> list[str]:
-    """The method of every row; with its seed where a method was measured with several."""
+    """The method of every row, with its seed if the method was measured with several."""
     seeds: dict[str, set] = {}
     for row in rows:
         seeds.setdefault(row.fields["method"], set()).add(row.fields["seed"])
@@ -126,13 +126,13 @@ def seed_labels(rows: list[results.Row]) -> list[str]:
 
 
 def calibrations(rows: list[results.Row]) -> str:
-    """A line a calibrated variant: on what, and with which seed."""
+    """A line per calibrated variant: calibrated on what, and with which seed."""
     found = {row.name: [row.name, row.calibrated_on, str(row.fields["seed"])] for row in rows if row.calibrated_on}
     return results.markdown_table(["", "calibrated on", "seed"], list(found.values()), right=3) if found else ""
 
 
 def caption(rows: list[results.Row]) -> str:
-    """What the cells of `summary` are."""
+    """Explains the cells of `summary`."""
     return f"Perplexity ± standard error (average drop ± standard error). {results.averaged_note(rows)}"
 
 
@@ -149,7 +149,7 @@ def summary(rows: list[results.Row], averages: dict) -> str:
 
 
 def listing(dense: list[results.Row], rows: list[results.Row]) -> str:
-    """A line a variant, dense first: layers, method, pattern, predicted speed-up, perplexity and average drop."""
+    """A line per variant, dense first: layers, method, pattern, predicted speed-up, perplexity and average drop."""
     if not rows:
         return ""
     averages = results.average_drops(rows)
@@ -171,7 +171,7 @@ def dates(run: list[results.Row]) -> str:
 
 
 def speedup_note(rates: Rates) -> str:
-    """The rates that the predictions rest on."""
+    """The rates that the predictions are based on."""
     lines = [[pattern, f"{speedup:.3f}x", source] for pattern, (speedup, source) in rates.table.items()]
     table = results.markdown_table(["pattern", "speed-up", "source"], lines, right=3)
     what = (

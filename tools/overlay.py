@@ -1,8 +1,8 @@
 """Runs a command in an environment on top of this one: overlay.py FOLDER PACKAGE... -- COMMAND...
 
-Each package comes in the oldest version of its tested range (nm_act/supported.py); everything else, torch and nm_act
-included, is this environment's. COMMAND is a program of the overlay's, such as `python`. The overlay is made once, and
-again when a range moves. Where it cannot be made (offline), one line says that the command did not run.
+The overlay has the oldest version of each package's tested range (nm_act/supported.py); everything else, torch and
+nm_act included, comes from this environment. COMMAND is a program of the overlay, such as `python`. The overlay is made
+once, and again when a range moves. If it cannot be made (offline), one line says that the command did not run.
 """
 
 import subprocess
@@ -33,10 +33,10 @@ def is_complete(python: Path, wanted: dict[str, str]) -> bool:
 
 
 def make(folder: Path, wanted: dict[str, str]) -> bool:
-    """Create the overlay; False where pip cannot."""
+    """Create the overlay; False if pip fails."""
     venv.create(folder, with_pip=True, clear=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder.resolve())}))
-    # addsitedir, not a bare path: the .pth files of the environment below count too, an editable nm_act's among them.
+    # addsitedir instead of a plain path, so that the environment's .pth files work (an editable nm_act has one).
     (site / "below.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     return subprocess.run([*pip, *(f"{name}=={version}" for name, version in wanted.items())]).returncode == 0

@@ -1,4 +1,4 @@
-"""Committed result files, for the scripts that make documentation of them."""
+"""Committed result files, for the scripts that turn them into documentation."""
 
 import csv
 import math
@@ -20,7 +20,7 @@ def measured_rows(path: str) -> list[dict[str, str]]:
 
 
 def perplexities() -> list[dict[str, str]]:
-    """Perplexity rows of the first run that the report holds: one model, one text, one protocol."""
+    """Perplexity rows of the report's first run: one model, one text, one protocol."""
     rows = [row for row in read_rows(EVALUATION) if row["metric"] == "ppl"]
     same = ("model", "task", "samples", "dense_value")
     return [row for row in rows if all(row[key] == rows[0][key] for key in same)]

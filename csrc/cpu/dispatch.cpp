@@ -1,4 +1,4 @@
-// Picks the instruction set once, at the first call.
+// Chooses the instruction set once, at the first call.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

@@ -1,8 +1,8 @@
-// CPU kernels without torch: the whole surface between csrc/ops (tensors, threads) and csrc/cpu/isa (loops).
+// The torch-free CPU kernels: the complete interface between csrc/ops (tensors, threads) and csrc/cpu/isa (loops).
 //
-// Every kernel works on a half-open slice of its work, so that the caller decides about threads, and gives the same
-// bits however the work is sliced. Sources under isa/ are compiled once per instruction set into a namespace of that
-// name; cpu_kernels() picks the widest one that this processor has.
+// A kernel processes a half-open range of its work, so the caller decides about threads; the result is bitwise the same
+// however the work is divided. Sources under isa/ are compiled once per instruction set, into a namespace of that name;
+// cpu_kernels() returns the widest that this processor supports.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,10 @@ struct PruneParams {
   const void* x;               // [tokens, in_features], dtype
   void* out;                   // [tokens, in_features], dtype: the pruned operand, or null
   void* values;                // [tokens, in_features / 2], dtype: 2:4 survivors, or null
-  uint8_t* metadata;           // [tokens, ceil(in_features / 8)]: their indices, null with values
+  uint8_t* metadata;           // [tokens, ceil(in_features / 8)]: their metadata; null if values is
   const float* channel_scale;  // [in_features] or null
   const float* shift;          // [in_features] or null
-  float* eta;                  // [tokens]: the token shift that was used, or null; needs token_shift != kNone
+  float* eta;                  // [tokens]: receives the token shift, or null; needs token_shift != kNone
   float* nu;                   // [tokens]: sqrt(Var(Z) / Var(P)), or null
   int64_t tokens;
   int64_t in_features;
@@ -28,8 +28,8 @@ struct PruneParams {
   TokenShift token_shift;
 };
 
-// y = (row_scale * acc + shift term) * column_scale + bias, where the shift term is eta[token] * shift_out[column]
-// when eta is given and shift_out[column] otherwise. Null pointers leave their factor or term out.
+// y = (row_scale * acc + shift term) * column_scale + bias, where the shift term is eta[token] * shift_out[column], or
+// shift_out[column] without eta. A null pointer omits its factor or term.
 struct Epilogue {
   const float* row_scale;     // [tokens] or null
   const float* eta;           // [tokens] or null
@@ -39,10 +39,10 @@ struct Epilogue {
 };
 
 struct GatherParams {
-  const void* weight;         // row k of the weight stored [in, out] starts at weight + k * row_stride
+  const void* weight;         // [in, out]; row k starts at weight + k * row_stride
   void* y;                    // [tokens, out_features], dtype
   const int64_t* rows;        // [num_rows]: the weight rows to read, ascending, num_rows a multiple of kGatherUnroll
-  const float* coefficients;  // [num_rows / kGatherUnroll, tokens, kGatherUnroll]: what to multiply them by
+  const float* coefficients;  // [num_rows / kGatherUnroll, tokens, kGatherUnroll]: their multipliers
   int64_t num_rows;
   int64_t tokens;  // 1 to kGatherTokens
   int64_t out_features;
@@ -51,23 +51,23 @@ struct GatherParams {
   Epilogue epilogue;
 };
 
-// Some columns of a finished product; all pointers but those of the epilogue begin at the first of them.
+// A range of columns of a finished product. All pointers except the epilogue's point to the first of these columns.
 struct EpilogueParams {
-  const float* product;  // [tokens, columns], a row every product_stride
-  void* y;               // [tokens, columns], dtype, a row every y_stride
+  const float* product;  // [tokens, columns], rows product_stride apart
+  void* y;               // [tokens, columns], dtype, rows y_stride apart
   int64_t product_stride;
   int64_t y_stride;
-  int64_t column_begin;  // in the epilogue's vectors
+  int64_t column_begin;  // index of the first column in the epilogue's vectors
   int64_t columns;
   ElementType dtype;  // kFloat32, kBFloat16 or kFloat16
   Epilogue epilogue;
 };
 
-// Tokens that the gather kernel takes in one pass over the weight.
+// Most tokens that the gather kernel handles in one pass over the weight.
 constexpr int kGatherTokens = 4;
-// Slices of gather begin at multiples of this many columns: a cache line of the narrowest dtype.
+// Ranges of columns begin at multiples of this: a cache line of the narrowest dtype.
 constexpr int64_t kGatherColumns = 32;
-// Weight rows taken together: one load and one store of the accumulators for so many multiply-adds.
+// Weight rows that are processed together, so that the accumulators are loaded and stored once for all of them.
 constexpr int kGatherUnroll = 8;
 
 struct CpuKernels {
@@ -77,11 +77,11 @@ struct CpuKernels {
   void (*epilogue)(const EpilogueParams&, int64_t token_begin, int64_t token_end);
 };
 
-// The kernels in use: the widest set this processor runs, or the one named by the environment variable NM_ACT_CPU_ISA.
-// Throws std::invalid_argument if that name is not compiled or not supported here.
+// The kernels of the widest instruction set that this processor supports, or of the one that the environment variable
+// NM_ACT_CPU_ISA names. Throws std::invalid_argument if that name is not compiled or not supported by this processor.
 const CpuKernels& cpu_kernels();
 
-// Names of all compiled sets, widest first, separated by commas.
+// Names of the compiled instruction sets, widest first, separated by commas.
 const char* compiled_isas();
 
 }  // namespace nm_act::cpu

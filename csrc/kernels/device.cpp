@@ -1,4 +1,4 @@
-// What the GEMMs need to know of a device, and error texts: the callers link no CUDA runtime of their own.
+// Device facts that the GEMMs need, and error texts: callers do not link the CUDA runtime themselves.
 #include "nm_act.h"
 
 namespace nm_act {

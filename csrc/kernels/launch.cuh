@@ -1,8 +1,8 @@
-// Launches that may overlap the end of the kernel before them on the stream (programmatic dependent launch, compute
-// capability 9; elsewhere ordinary launches). A kernel launched so calls wait_for_previous_kernel() before it
-// touches global memory, and allow_next_kernel() once its blocks are all running: from then on the next kernel's blocks
-// take multiprocessors as they become free. It hides 1 to 2 us of launch and ramp, of 12 that a 4096 x 4096 compression
-// takes. Where nvcc does not compile, tests/native/emulate_cuda.h launches and waits.
+// Launches that may overlap the end of the previous kernel on the stream (programmatic dependent launch on compute
+// capability 9; ordinary launches elsewhere). Such a kernel calls wait_for_previous_kernel() before it touches global
+// memory, and allow_next_kernel() as soon as it may share the device: once every block has called it, blocks of the
+// next kernel occupy multiprocessors as they become free. This hides 1 to 2 us of launch and ramp-up; a 4096 x 4096
+// compression takes 12 us. In host builds tests/native/emulate_cuda.h defines these functions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,8 +12,8 @@
 
 namespace nm_act {
 
-// Blocks of a launch; `cluster` consecutive ones share memory (1: no clusters), `shared_bytes` is dynamic. A kernel
-// that does not wait for the one before must not overlap it.
+// Shape of a launch. `cluster` consecutive blocks form a thread-block cluster (1: no clusters); `shared_bytes` is
+// dynamic shared memory. `overlaps` must be false for a kernel that does not call wait_for_previous_kernel().
 struct LaunchShape {
   unsigned blocks;
   int threads;
@@ -36,11 +36,11 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
-// An attribute of the current device, asked for once a device; 0 if it cannot be had.
+// An attribute of the current device, queried once per device; 0 if the query fails.
 template <cudaDeviceAttr kAttribute>
 int device_attribute() {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0: not asked yet
+  static std::atomic<int> known[kDevices];  // 0: not queried yet
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
   int value = known[device].load(std::memory_order_relaxed);
@@ -50,11 +50,11 @@ int device_attribute() {
   return value;
 }
 
-// Does the current device overlap launches? Not beyond 9: there the PTX of compute_80 runs, which has no
-// griddepcontrol.
+// Whether the current device overlaps launches. Only compute capability 9 does: later devices run the compute_80 PTX,
+// which has no griddepcontrol.
 inline bool launches_overlap() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
 
-// A status that is returned is not left behind as the runtime's last error, which the next kernel's check would report.
+// Clears the runtime's last error when its status is returned, or the next kernel's check would report it again.
 inline cudaError_t forget(cudaError_t status) {
   if (status != cudaSuccess) cudaGetLastError();
   return status;
@@ -65,8 +65,9 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
                           Arguments&&... arguments) {
   constexpr int kSharedWithoutAsking = 48 * 1024;
   if (shape.shared_bytes > kSharedWithoutAsking) {
-    // Always all that a block may have, not this launch's share: the attribute belongs to the kernel, and a thread that
-    // lowers it makes another's launch fail. Such kernels have no static shared memory, which counts too.
+    // The most that a block may have, not what this launch needs: the attribute belongs to the kernel, and a thread
+    // that lowered it would make another thread's launch fail. These kernels have no static shared memory, which would
+    // count towards the limit.
     const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
     const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                     most > shape.shared_bytes ? most : shape.shared_bytes);

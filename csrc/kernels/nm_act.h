@@ -1,6 +1,6 @@
-// The whole surface of the torch-free kernel library. Callers check shapes and pointers; nothing here allocates or
-// synchronises. Device launchers (NM_ACT_CUDA defined, or any nvcc compile) enqueue on `stream` and return the first
-// CUDA error; cudaErrorInvalidValue stands for a combination that no kernel serves.
+// The complete interface of the torch-free kernel library. Callers check shapes and pointers; nothing here allocates or
+// synchronises. Launchers (declared if NM_ACT_CUDA is defined, or under nvcc) enqueue on `stream` and return the first
+// CUDA error, or cudaErrorInvalidValue for a combination that no kernel supports.
 #pragma once
 
 #include <cstdint>
@@ -16,52 +16,52 @@
 
 namespace nm_act {
 
-// Host functions, any compiler. in_features must be a multiple of 4.
+// Host functions, for any compiler. in_features must be a multiple of 4.
 
-// neutral [tokens, ceil(in_features / 8)] -> physical [metadata_bytes(layout, tokens, in_features)]. Every byte of
-// `physical` is written; nibbles of padding tokens and features become kPaddingNibble.
+// neutral [tokens, ceil(in_features / 8)] -> physical [metadata_bytes(layout, tokens, in_features)]. Writes every byte
+// of `physical`; the nibbles of padding tokens and features become kPaddingNibble.
 void pack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features, const uint8_t* neutral,
                    uint8_t* physical);
 
-// The inverse; the unused high nibble that ends a row when in_features % 8 == 4 becomes 0, as nm_act::compress writes
-// it.
+// The inverse. If in_features % 8 == 4, the unused high nibble at the end of a row becomes 0, as nm_act::compress
+// writes it.
 void unpack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features, const uint8_t* physical,
                      uint8_t* neutral);
 
-inline constexpr int kMaxRowFeatures = 32768;  // of kernels that hold a row on chip
+inline constexpr int kMaxRowFeatures = 32768;  // limit of the kernels that hold a whole row on chip
 
-// The device that runs a GEMM, as the caller knows it: asking the driver at every call costs more than the launch.
+// Facts about the device, passed in by the caller: querying the driver at every call costs more than the launch.
 struct GemmDevice {
-  int compute_capability_major;  // 9 runs the sm_90a kernels, any other from 8 on the sm_80 ones
+  int compute_capability_major;  // 9 runs the sm_90a kernels; 8 and anything after 9 run the sm_80 ones
   int multiprocessors;
 };
-// Tokens that the gather kernel takes: with a selection or 8-bit weights, and without.
+// Most tokens of a gather: with a selection or 8-bit weights (kMaxDecodeTokens), and with neither (kMaxGatherTokens).
 inline constexpr int kMaxDecodeTokens = 4;
 inline constexpr int kMaxGatherTokens = 8;
 
 #if defined(NM_ACT_CUDA) || defined(__CUDACC__)
 
-// Where a compression writes and what it computes on the way. Shared by every kernel that compresses.
+// What a compression computes and where it writes it. Shared by every kernel that compresses.
 struct CompressOutput {
   void* values;                // [tokens, in_features / 2] of value_type, contiguous, 16-byte aligned
-  uint8_t* metadata;           // [metadata_bytes(layout, tokens, in_features)], 16-byte aligned; all of it is written
-  float* row_scale;            // [tokens]: variance factor times e4m3 scale; null unless one of them is asked for
-  float* eta;                  // [tokens]: the per-token shift; null iff token_shift is kNone
+  uint8_t* metadata;           // [metadata_bytes(layout, tokens, in_features)], 16-byte aligned; every byte is written
+  float* row_scale;            // [tokens]: variance ratio times e4m3 scale; null if neither is computed
+  float* eta;                  // [tokens]: the per-token shift; null if and only if token_shift is kNone
   const float* channel_scale;  // [in_features] or null
   const float* shift;          // [in_features] or null; not with a token_shift
   TokenShift token_shift;
   bool variance_correction;
-  ElementType value_type;  // the input's type, or kE4M3 (per-token scales) for a 16-bit input
+  ElementType value_type;  // the input's type, or kE4M3 (with per-token scales) for a 16-bit input
   MetadataLayout layout;
 };
 
-// compress: P(x - eta), 2:4, as values and metadata. in_features % 4 == 0 for the neutral layout, else a multiple of
-// the GEMM's need (16 for 16-bit values, 32 for e4m3). kFloat32 input: neutral layout only.
+// compress: P(x - eta) for 2:4, as values and metadata. in_features must be a multiple of 4 for the neutral layout,
+// else of what the GEMM needs (16 for 16-bit values, 32 for e4m3). kFloat32 inputs: neutral layout only.
 struct CompressParams {
-  const void* x;  // [tokens, in_features], rows x_stride elements apart, any alignment (16 bytes is fast)
+  const void* x;  // [tokens, in_features], rows x_stride elements apart, any alignment (fastest at 16 bytes)
   int64_t x_stride;
   int64_t tokens;
-  int in_features;  // at most kMaxRowFeatures when a statistic of the row is needed (e4m3, token shift, variance)
+  int in_features;  // at most kMaxRowFeatures if a row statistic is needed (e4m3, token shift, variance)
   ElementType x_type;
   CompressOutput out;
 };
@@ -70,56 +70,48 @@ cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
 
 // compress for 2:4+1 (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted weight. out.values
 // and out.metadata are those of lifted_features(in_features) features.
-struct CompressWindowsParams {
-  const void* x;  // [tokens, in_features], rows x_stride elements apart, all 16-byte aligned, kBFloat16 or kFloat16
-  int64_t x_stride;
-  int64_t tokens;
-  int in_features;  // a multiple of 16, so that the lifted features are one of 16 (kE4M3 values and sm80: 32)
-  ElementType x_type;
-  Pattern pattern;
-  CompressOutput out;  // channel_scale and shift 16-byte aligned
-};
-cudaError_t launch_compress_windows(const CompressWindowsParams& params, cudaStream_t stream);
+// x in kBFloat16 or kFloat16, its rows, channel_scale and shift are 16-byte aligned; in_features is a multiple of 64, of
+// 128 for kE4M3 values and on sm80.
+cudaError_t launch_compress_windows(const CompressParams& params, const Pattern& pattern, cudaStream_t stream);
 
-// prune: P(x - eta) for any N:M, dense output of the type of x.
+// prune: P(x - eta) for any N:M, as a dense tensor of x's type.
 struct PruneParams {
   const void* x;  // [tokens, in_features], rows x_stride elements apart
   int64_t x_stride;
   void* out;                   // [tokens, in_features], contiguous
   const float* channel_scale;  // [in_features] or null
   const float* shift;          // [in_features] or null
-  const float* eta;            // [tokens] or null: a per-token shift, as launch_token_shift wrote it
+  const float* eta;            // [tokens] or null: the per-token shift that launch_token_shift wrote
   int64_t tokens;
   int in_features;  // a multiple of span_of(pattern)
   Pattern pattern;
   ElementType x_type;
 };
 cudaError_t launch_prune(const PruneParams& params, cudaStream_t stream);
-// What launch_prune calls for 2:4+r.
+// launch_prune calls this for 2:4+r.
 cudaError_t launch_prune_windows(const PruneParams& params, cudaStream_t stream);
 
-// Per-token statistics for patterns and paths whose selection kernel does not compute them itself. At most
-// kMaxRowFeatures.
+// Per-token statistics, for the patterns and paths whose selection kernel does not compute them itself.
 struct TokenStatisticsParams {
   const void* x;  // [tokens, in_features], rows x_stride elements apart
   int64_t x_stride;
   int64_t tokens;
-  int in_features;
+  int in_features;  // at most kMaxRowFeatures
   ElementType x_type;
 };
 // eta [tokens]: the per-token mean or median of x.
 cudaError_t launch_token_shift(const TokenStatisticsParams& params, TokenShift kind, float* eta, cudaStream_t stream);
-// nu [tokens]: sqrt(Var(x - eta) / Var(pruned)), 1 where Var(pruned) is 0; a shift (per channel) or eta (per token), or
-// neither, null; pruned [tokens, in_features], contiguous, of x's type.
+// nu [tokens]: sqrt(Var(x - eta) / Var(pruned)), or 1 where Var(pruned) is 0. At most one of shift [in_features] and
+// eta [tokens] is not null; pruned [tokens, in_features] is contiguous and of x's type.
 cudaError_t launch_variance_ratio(const TokenStatisticsParams& params, const void* pruned, const float* shift,
                                   const float* eta, float* nu, cudaStream_t stream);
 
-// RMSNorm, then compress: h = x + residual (rounded; h = x without one), x' = round(round(h * rsqrt(mean(h^2) +
-// epsilon)) * weight).
+// RMSNorm, then compress: h = round(x + residual), or x without a residual;
+// x' = round(round(h * rsqrt(mean(h^2) + epsilon)) * weight).
 struct RmsNormCompressParams {
   const void* x;         // [tokens, in_features], contiguous, 16-byte aligned; kBFloat16 or kFloat16
-  const void* residual;  // as x, or null
-  void* residual_out;    // h, as x; may be residual; null without residual
+  const void* residual;  // like x, or null
+  void* residual_out;    // h, like x; may alias residual; null if residual is
   const void* weight;    // [in_features] of x's type
   float epsilon;
   int64_t tokens;
@@ -132,7 +124,7 @@ cudaError_t launch_rmsnorm_compress(const RmsNormCompressParams& params, cudaStr
 // SiLU(gate) * up, then compress: x' = round(round(gate / (1 + exp(-gate))) * up).
 struct SiluMulCompressParams {
   const void* gate;  // [tokens, in_features], rows stride elements apart, 16-byte aligned; kBFloat16 or kFloat16
-  const void* up;    // likewise; gate + in_features for a merged projection
+  const void* up;    // like gate; gate + in_features for a merged projection
   int64_t stride;
   int64_t tokens;
   int in_features;  // a multiple of 16 (32 for kE4M3), at most kMaxRowFeatures
@@ -141,8 +133,8 @@ struct SiluMulCompressParams {
 };
 cudaError_t launch_silu_mul_compress(const SiluMulCompressParams& params, cudaStream_t stream);
 
-// sparse_gemm: y = (row_scale * acc + eta (x) shift_out) * column_scale + bias, acc = decompress(values, metadata) @
-// weight^T in float32. Null vectors leave their factor or term out; without eta, shift_out is added as it is.
+// sparse_gemm: y = (row_scale * acc + eta (x) shift_out) * column_scale + bias, where acc = decompress(values,
+// metadata) @ weight^T in float32. A null vector omits its factor or term; without eta, shift_out itself is added.
 struct SparseGemmParams {
   const void* values;       // [tokens, in_features / 2] of value_type, contiguous, 16-byte aligned
   const uint8_t* metadata;  // in gemm_metadata_layout(value_type, arch), 16-byte aligned
@@ -167,28 +159,27 @@ const char* cuda_error_text(cudaError_t status);
 MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device);
 bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device);
 
-// gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens, in one launch;
-// P is the selection of x - shift, or x itself without a pattern. Only those rows of W are read that have a survivor,
-// or without a pattern a non-zero input, in some token. The shift term is eta (x) shift_out with an eta, else
-// shift_out; with a pattern, eta and shift are also subtracted before the selection. Null vectors leave their factor or
-// term out.
+// gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens, in one launch.
+// P is the selection of x - shift, or x itself without a pattern. A row of W is read only if its feature survives
+// (without a pattern: is not zero) in some token. The shift term is eta (x) shift_out, or shift_out without eta; with a
+// pattern, eta and shift are also subtracted before the selection. A null vector omits its factor or term.
 struct GatherParams {
   const void* x;  // [tokens, in_features] of x_type, rows x_stride elements apart, any alignment
   int64_t x_stride;
   const void* weight;          // W [in_features, out_features] of weight_type, 16-byte aligned
-  int64_t weight_stride;       // elements from row to row, a multiple of 16 bytes
+  int64_t weight_stride;       // elements from one row to the next, a multiple of 16 bytes
   void* y;                     // [tokens, out_features] of x_type, contiguous, 4-byte aligned
   const float* channel_scale;  // [in_features] or null
   const float* shift;          // [in_features] or null
-  const float* eta;            // [tokens] or null, as launch_token_shift wrote it
+  const float* eta;            // [tokens] or null: what launch_token_shift wrote
   const float* row_scale;      // [tokens] or null
   const float* weight_scale;   // [out_features] or null
   const float* shift_out;      // [out_features] or null
   const float* column_scale;   // [out_features] or null
   const void* bias;            // [out_features] of x_type, or null
-  int tokens;                  // 1 to kMaxGatherTokens; with a pattern or 8-bit weights to kMaxDecodeTokens
+  int tokens;                  // at most kMaxGatherTokens; kMaxDecodeTokens with a pattern or 8-bit weights
   int in_features;             // a multiple of pattern.group
-  int out_features;            // a multiple of 8, with 8-bit weights of 16
+  int out_features;            // a multiple of 8, or of 16 with 8-bit weights
   Pattern pattern;             // keep 0: no selection
   ElementType x_type;          // kBFloat16 or kFloat16
   ElementType weight_type;     // x_type, kE4M3 or kInt8

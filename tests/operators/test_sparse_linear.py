@@ -150,6 +150,27 @@ class TestIdentities:
         assert (y == 0).all()
 
 
+# Tokens whose squares leave float32, and tokens whose mean is far above their spread, down to one unit in the last place.
+EXTREME_TOKENS = {
+    "squares overflow float32": lambda noise: noise * 1e19,
+    "squares underflow float32": lambda noise: noise * 1e-23,
+    "mean of 1e6 spreads": lambda noise: noise + 1e6,
+    "one unit in the last place": lambda noise: 1 + (noise > 0) * 2.0**-23,
+    "one feature differs": lambda noise: torch.full_like(noise, 0.1).index_fill_(
+        1, torch.tensor([noise.shape[1] - 1]), 0.1000001
+    ),
+}
+
+
+@pytest.mark.parametrize("in_features", [256, 36])
+@pytest.mark.parametrize("case", EXTREME_TOKENS)
+def test_variance_factor_of_extreme_tokens(case, in_features):
+    x = EXTREME_TOKENS[case](torch.randn(4, in_features))
+    pruned = reference.prune(x, 2, 4)
+    y = nm_act.sparse_linear(x, torch.eye(in_features), variance_correction=True)
+    torch.testing.assert_close(y.double(), reference.variance_ratio(x, pruned) * pruned.double(), rtol=3e-7, atol=0.0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (0,), (2, 0, 5), (1, 1, 1)])
 def test_leading_dimensions(layout, leading):

@@ -1,4 +1,4 @@
-// The epilogue over the finished product of a dense GEMM.
+// Applies the epilogue to the result of a dense GEMM.
 #include "cpu/isa/epilogue.h"
 
 #include "cpu/isa/table.h"

@@ -1,4 +1,4 @@
-// y = (row_scale * acc + shift term) * column_scale + bias, one rounding to the output's dtype.
+// y = (row_scale * acc + shift term) * column_scale + bias, rounded once to the output's dtype.
 #pragma once
 
 #include "cpu/isa/simd.h"

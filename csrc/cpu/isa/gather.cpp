@@ -1,10 +1,10 @@
-// Decode: y[t] = sum over surviving k of p[t, k] * W[k, :], reading only those rows of a weight stored [in, out].
+// Gather: y[t] = sum over surviving k of p[t, k] * W[k, :], reading only those rows of a weight stored [in, out].
 //
-// The work is cut by output columns, never by rows, so that threads share nothing and the sums have one order. Within a
-// block of columns, kGatherUnroll rows are taken together: their products are summed in registers and added to the
-// block's float32 accumulators once, which keeps the loop at the speed of memory and shortens the chain of roundings.
-// Rows are far apart and of no fixed stride, so the hardware prefetchers see nothing: the next rows are fetched by
-// hand. docs/kernels/cpu_decode.md has the floor and the variants that were measured.
+// The work is divided by output columns, never by rows, so threads share nothing and every sum has one order. Within a
+// block of columns, kGatherUnroll rows are processed together: their products are summed in registers and added once to
+// the block's float32 accumulators, which keeps the loop at memory speed and shortens the chain of roundings. The rows
+// are far apart and not at a fixed stride, where hardware prefetchers do not help, so the loop prefetches the next rows
+// itself. docs/kernels/cpu_decode.md has the floor and the variants that were measured.
 #include <algorithm>
 
 #include "cpu/isa/epilogue.h"
@@ -13,12 +13,12 @@
 namespace nm_act::cpu::NM_ACT_ISA {
 namespace {
 
-// Accumulators of one block: 16 KiB, half of the usual L1. Longer runs along a row read memory faster.
+// Accumulators per block: 16 KiB, half of the usual L1. The longer the run along a row, the faster memory is read.
 constexpr int64_t kAccumulators = 4096;
 constexpr int kUnroll = kGatherUnroll;
 
-// Whole cache lines of every dtype, so that only the last columns of the weight take the scalar loop: results then do
-// not depend on how the columns are sliced.
+// A multiple of a cache line for every dtype, so that only the last columns of the weight take the scalar loop and
+// results do not depend on how the columns are divided.
 constexpr int64_t block_columns(int tokens) { return kAccumulators / tokens / kGatherColumns * kGatherColumns; }
 
 template <class T, int Tokens>
@@ -41,7 +41,7 @@ void gather_block(const GatherParams& p, int64_t begin, int64_t end) {
       if (c % kPerLine == 0) {
 #pragma GCC unroll 8
         for (int u = 0; u < kUnroll; ++u)
-          __builtin_prefetch(next[u] + c, 0, 2);  // to L2: the next step is up to 128 KiB away
+          __builtin_prefetch(next[u] + c, 0, 2);  // to L2: by the time they are used, up to 128 KiB have been read
       }
       Vec sum[Tokens];
       for (int t = 0; t < Tokens; ++t) sum[t] = zero();

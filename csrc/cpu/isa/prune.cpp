@@ -1,10 +1,11 @@
-// Prune or compress rows: shift, key, rank, emit, and the per-token statistics, one row at a time through L1/L2.
+// Prunes or compresses rows: shift, keys, ranks, output and per-token statistics, one row at a time in L1 and L2.
 //
 //   Z = round(X - eta),  key = |Z| * channel_scale,  P = the N of every M of Z with the largest keys
 //   nu = sqrt(Var(Z) / Var(P)), sums in float64
 //
-// A row is staged as float32 once; without a shift the emitted bits are the input's own.
+// A row is converted to float32 once; without a shift the bits of the output are those of the input.
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -45,27 +46,39 @@ float lower_median_of(const float* z, int64_t n, std::vector<float>& sorted) {
 
 bool survives(const uint32_t* mask, int64_t k) { return mask[k / 32] >> (k % 32) & 1; }
 
+// Sums in float64, where no square of a float32 feature overflows. The dense features are taken about the first of
+// them: with one of the n features as the origin, cancellation costs at most log2(n) of the 53 bits, however far the
+// mean is from zero. The pruned row needs no origin: its zeros make its variance a fixed share of its mean square.
 float variance_ratio(const float* z, const uint32_t* mask, int64_t n) {
   constexpr int kSums = 8;
-  double all[kSums] = {}, all2[kSums] = {}, kept[kSums] = {}, kept2[kSums] = {};
-  for (int64_t k = 0; k < n; ++k) {
-    const double value = z[k], p = survives(mask, k) ? value : 0.0;
-    const int s = int(k % kSums);
-    all[s] += value;
-    all2[s] += value * value;
-    kept[s] += p;
-    kept2[s] += p * p;
+  typedef float Floats __attribute__((vector_size(kSums * 4)));
+  typedef double Doubles __attribute__((vector_size(kSums * 8)));
+  typedef int64_t Masks __attribute__((vector_size(kSums * 8)));
+  const Doubles origin = Doubles{} + double(z[0]);
+  const Masks lane_bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  Doubles all{}, all2{}, kept{}, kept2{};
+  for (int64_t k = 0; k < n; k += kSums) {
+    const int64_t count = std::min<int64_t>(kSums, n - k);
+    Floats features = Floats{} + z[0];
+    std::memcpy(&features, z + k, count * sizeof(float));
+    const int64_t bits = mask[k / 32] >> (k % 32) & ((1 << count) - 1);
+    const Doubles value = __builtin_convertvector(features, Doubles), difference = value - origin;
+    const Doubles p = (Doubles)((Masks)value & ((lane_bit & bits) != 0));
+    all += difference;
+    all2 += difference * difference;
+    kept += p;
+    kept2 += p * p;
   }
-  for (int s = 1; s < kSums; ++s) {
-    all[0] += all[s];
-    all2[0] += all2[s];
-    kept[0] += kept[s];
-    kept2[0] += kept2[s];
-  }
-  const double var_all = std::max(0.0, all2[0] - all[0] * all[0] / double(n));
-  const double var_kept = kept2[0] - kept[0] * kept[0] / double(n);
-  if (std::isnan(var_kept) || std::isnan(all2[0])) return std::numeric_limits<float>::quiet_NaN();
-  return var_kept <= 0.0 ? 1.0f : float(std::sqrt(var_all / var_kept));
+  const auto total = [](const Doubles& sums) {
+    double result = 0;
+    for (int s = 0; s < kSums; ++s) result += sums[s];
+    return result;
+  };
+  const auto variance = [&](const Doubles& sums, const Doubles& squares) {
+    return total(squares) - total(sums) * total(sums) / double(n);
+  };
+  const double var_all = variance(all, all2), var_kept = variance(kept, kept2);
+  return var_kept == 0 ? 1.0f : float(std::sqrt((var_all < 0 ? 0 : var_all) / var_kept));
 }
 
 template <class T>
@@ -133,7 +146,7 @@ template <class T>
 void prune_rows(const PruneParams& p, int64_t token_begin, int64_t token_end) {
   const int64_t block = int64_t(kBlockGroups) * span_of(p.pattern);
   const int64_t padded = (p.in_features + block - 1) / block * block;
-  // Kept between calls: for one token, mapping fresh pages would cost more than the selection.
+  // Kept between calls: for one token, allocating fresh pages costs more than the selection.
   static thread_local Scratch scratch;
   scratch.z.resize(p.in_features);
   scratch.keys.resize(padded);

@@ -1,8 +1,8 @@
 // Top-N-of-M selection: keys, ranks and the survivors' bit mask.
 //
-// kGroupLanes groups are ranked together, one a lane: after a transpose, key[i] holds element i of all these groups,
+// kGroupLanes groups are ranked together, one per lane: after a transpose, key[i] holds element i of all these groups,
 // and each of the M(M-1)/2 pairs costs one vector compare. Element j beats an earlier element i only if its key is
-// strictly greater, which is the lowest-index rule for ties; an element survives if fewer than N others beat it.
+// strictly greater, so the lowest index wins ties; an element survives if fewer than N others beat it.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace nm_act::cpu::NM_ACT_ISA {
 
 constexpr int kGroupLanes = kLanes;
-// Groups that fill whole words of the mask for every M, and whole vectors.
+// A number of groups that fills whole words of the mask, for every M, and whole vectors.
 constexpr int kBlockGroups = 16;
 typedef int32_t GroupVec __attribute__((vector_size(kGroupLanes * 4)));
 
@@ -22,7 +22,7 @@ constexpr int32_t kInfKey = 0x7f800000;
 constexpr int32_t kNanKey = 0x7fffffff;
 constexpr int32_t kMaxFiniteKey = 0x7f7fffff;
 
-// The order-preserving integer key of the contract in nm_act/reference.py: score bits, then infinity, then NaN.
+// The integer key of the contract in nm_act/reference.py, ordered as the score; above it infinity, then NaN.
 inline int32_t selection_key(float z, float scale) {
   const int32_t bits = bit_cast<int32_t>(z) & 0x7fffffff;
   const int32_t score = bit_cast<int32_t>(z * scale) & 0x7fffffff;
@@ -30,7 +30,7 @@ inline int32_t selection_key(float z, float scale) {
   return bits < kInfKey ? finite : bits > kInfKey ? kNanKey : kInfKey;
 }
 
-// rank[i]: how many of the M keys beat key i.
+// rank[i] = number of the M keys that beat key i.
 template <int M>
 inline void rank_keys(const GroupVec (&key)[M], GroupVec (&rank)[M]) {
   for (int i = 0; i < M; ++i) rank[i] = GroupVec{} + i;
@@ -102,8 +102,8 @@ inline uint32_t plus_two_unit(const int32_t* keys, ExtraColumns extra) {
   return ~drop_four(loser, place, extra.column[0], extra.column[1]) & 0xffff;
 }
 
-// Bit k of the mask (bit k % 32 of word k / 32) says whether element k of the row survives. keys must be readable, and
-// mask writable, up to the next multiple of kBlockGroups groups. select_block writes the masks of kGroupLanes groups.
+// Sets bit k % 32 of mask[k / 32] if element k of the row survives. keys must be readable, and mask writable, up to the
+// next multiple of kBlockGroups groups. select_block writes the masks of kGroupLanes groups.
 template <int M, class SelectBlock>
 void select_blocks(const int32_t* keys, int64_t in_features, uint32_t* mask, const SelectBlock& select_block) {
   const int64_t groups = in_features / M;

@@ -1,8 +1,8 @@
-// Element types and the few vector operations that the kernels need, for the instruction set being compiled.
+// Element types and the vector operations that the kernels need, for the instruction set being compiled.
 //
-// NM_ACT_ISA is the namespace (avx512, avx2, generic); the compiler's flags select the code. Nothing here may be shared
-// between instruction sets, or the linker could keep a copy that this processor cannot run: everything is in
-// NM_ACT_ISA.
+// NM_ACT_ISA is the namespace (avx512, avx2, generic); the compiler's flags select the code. Everything is in that
+// namespace: the linker keeps one copy of a function that several sources define, and this processor might not run that
+// copy.
 #pragma once
 
 #include <cmath>
@@ -38,8 +38,8 @@ inline float to_float(Float16 value) {
 #else
   const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
   const uint32_t magnitude = value.bits & 0x7fff;
-  // Placing the half's exponent and mantissa in a float leaves the exponent too small by 112; the product mends that
-  // for subnormals too. Infinities and NaNs keep the largest exponent instead.
+  // With the half's exponent and mantissa in a float, the exponent is too small by 112; the product corrects that, for
+  // subnormals too. Infinities and NaNs get the largest exponent instead.
   if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
   return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f));
 #endif
@@ -69,7 +69,7 @@ inline Float16 from_float<Float16>(float value) {
   if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
   if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to 65536 or more
   if (magnitude < 0x38800000) {
-    // Subnormal: adding 0.5 aligns the half's last bit with the float's, and the addition rounds to nearest even.
+    // Subnormal: adding 0.5 aligns the half's last bit with the float's last bit, and the sum rounds to nearest even.
     return {uint16_t(sign | uint16_t(bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000))};
   }
   magnitude += 0xfff + (magnitude >> 13 & 1);

@@ -1,4 +1,4 @@
-// The kernel table of the instruction set being compiled.
+// Table of the kernels compiled for this instruction set.
 #include "cpu/isa/table.h"
 
 #define NM_ACT_STRING(text) #text

@@ -1,4 +1,4 @@
-// What each instruction set's object files provide to their own kernel table.
+// The kernels that each instruction set provides for its table.
 #pragma once
 
 #include "cpu/kernels.h"

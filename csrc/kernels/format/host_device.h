@@ -9,8 +9,8 @@
 #define NM_ACT_UNROLL
 #endif
 
-// Internal linkage: every source gets a copy of its own, so a host copy that was compiled for a wide instruction set
-// never stands in for that of another source.
+// Internal linkage gives every translation unit its own copy, so the linker cannot replace one source's host copy by
+// another's that was compiled for a wider instruction set.
 #if defined(__CUDACC__)
 #define NM_ACT_LOCAL static __host__ __device__ __forceinline__
 #else

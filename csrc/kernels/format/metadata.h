@@ -1,24 +1,22 @@
-// Where the 2:4 metadata of one group of four features lives, for every layout a kernel of this library reads or
+// Where the 2:4 metadata of a group of four features lies, for every layout that a kernel of this library reads or
 // writes.
 //
-// A group's metadata is a nibble idx0 | idx1 << 2, idx0 < idx1, the positions of its two survivors. metadata_address()
-// maps (token, group) to the byte that holds the nibble and the nibble's shift in it (0 or 4); within a byte the low
-// nibble is always the lower group. With k = 4 * group the first feature of the group and T the K extent of a metadata
-// tile:
+// A group's metadata is a nibble, idx0 | idx1 << 2 with idx0 < idx1: the positions of its two survivors.
+// metadata_address() maps (token, group) to the byte that holds the nibble and to the nibble's shift in that byte (0 or
+// 4); the low nibble of a byte always belongs to the lower group. T is the K extent of a metadata tile.
 //
 //   kNeutral          uint8 [tokens, ceil(in / 8)], row-major: the device-neutral format of nm_act::compress
-//   kSm80Bits16       uint16 words of 16 features, [tokens, in / 16], in the order that mma.sp with ldmatrix wants: 32
-//   tokens
-//                     are interleaved 8 by 8, 2x2 blocks of words are transposed, words lie column-major in pairs of
-//                     columns (CUTLASS 2.x: reorder_meta into ColumnMajorInterleaved<2>)
+//   kSm80Bits16       uint16 words of 16 features, [tokens, in / 16], in the order that ldmatrix must find for mma.sp:
+//                     32 tokens are interleaved 8 by 8, 2x2 blocks of words are transposed, and words lie column-major
+//                     in pairs of columns (CUTLASS 2.x: reorder_meta into ColumnMajorInterleaved<2>)
 //   kSm90Bits16T64, kSm90Bits8
-//                     64-token by T-feature tiles, tokens fastest (CUTLASS 3.x: Sm90GemmSparseConfig); T = min(TileK,
-//                     128) is 64 in the 16-bit layout, as its tiles are 64 features deep, and 128 in the 8-bit one
+//                     tiles of 64 tokens by T features, tokens fastest (CUTLASS 3.x: Sm90GemmSparseConfig). T is
+//                     min(TileK, 128): 64 for 16-bit values, whose tiles are 64 features deep, and 128 for 8-bit ones
 //
-// The nibble's place is a sum of a term in the token and a term in the group, so kernels hoist the token's part.
-// Physical layouts are allocated for padded tokens and features; padding nibbles are kPaddingNibble, which is legal
-// (positions 0 and 1): wgmma.sp and mma.sp leave equal or descending positions undefined.
-// tests/native/metadata_layout.cpp compares every offset with CUTLASS.
+// A nibble's offset is the sum of a term in the token and a term in the group, so kernels compute the token's term
+// once. Buffers are allocated for padded tokens and features. Padding nibbles are kPaddingNibble (positions 0 and 1),
+// because wgmma.sp and mma.sp are undefined for equal or descending positions. tests/native/metadata_layout.cpp
+// compares every offset with CUTLASS.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +45,8 @@ struct NibbleAddress {
   int shift;
 };
 
-// Tokens and features of one metadata tile: the physical buffer holds whole tiles. A neutral row ends on a byte.
+// Tokens and features of one metadata tile; a buffer holds whole tiles. A row of the neutral layout ends on a whole
+// byte.
 NM_ACT_HOST_DEVICE constexpr uint32_t metadata_tile_tokens(MetadataLayout layout) {
   return layout == MetadataLayout::kNeutral ? 1 : layout == MetadataLayout::kSm80Bits16 ? 32 : 64;
 }
@@ -61,8 +60,8 @@ NM_ACT_HOST_DEVICE constexpr uint32_t metadata_tile_features(MetadataLayout layo
   }
 }
 
-// In a 64-token by T-feature tile of an sm90 layout: the byte at which the 32-bit word begins that this thread of a
-// warp group hands to the tile's wgmma.sp number `step` (32 features each in 16 bits, 64 in 8 bits).
+// Byte offset, in a 64-token by T-feature tile of an sm90 layout, of the 32-bit metadata word that this thread of the
+// warp group passes to the tile's wgmma.sp number `step` (which covers 32 features of 16 bits, or 64 of 8 bits).
 NM_ACT_HOST_DEVICE constexpr int wgmma_metadata_byte(MetadataLayout layout, int thread, int step) {
   const int row = thread / 4 % 8, half = thread % 2, quarter = thread / 32;
   if (layout == MetadataLayout::kSm90Bits8) {
@@ -90,20 +89,20 @@ NM_ACT_HOST_DEVICE constexpr int64_t metadata_bytes(MetadataLayout layout, int64
 
 namespace detail {
 
-// Unsigned and as narrow as can be: divisions by powers of two become shifts, and kernels evaluate these.
+// Unsigned and as narrow as possible, because kernels evaluate these: divisions by powers of two become shifts.
 NM_ACT_HOST_DEVICE constexpr uint64_t neutral_byte(uint32_t in_features, uint32_t token, uint32_t group) {
   return uint64_t{token} * ((in_features + 7) / 8) + group / 2;
 }
 
 NM_ACT_HOST_DEVICE constexpr uint64_t sm80_byte(uint64_t padded_tokens, uint32_t token, uint32_t group) {
-  const uint32_t column = group / 4;  // the word's place along in_features
+  const uint32_t column = group / 4;  // index of the word along in_features
   const uint32_t row = token / 32 * 32 + token % 8 * 4 + token % 32 / 8;
   // The 2x2 transpose exchanges the parities of row and column.
   const uint64_t word = column / 2 * padded_tokens * 2 + (row / 2 * 2 + column % 2) * uint64_t{2} + row % 2;
   return word * 2 + group % 4 / 2;
 }
 
-// Offsets count features: two metadata bits a kept feature make eight features a byte.
+// Offsets are counted in features: a kept feature has two bits of metadata, so a byte describes eight features.
 NM_ACT_HOST_DEVICE constexpr uint64_t sm90_bits16_byte(uint64_t padded_tokens, uint32_t token, uint32_t group) {
   constexpr uint32_t kTile = 64, kBlocks = kTile / 32;  // a 16-token by 32-feature block is what one wgmma.sp reads
   const uint32_t k = group * 4;
@@ -121,8 +120,8 @@ NM_ACT_HOST_DEVICE constexpr uint64_t sm90_bits8_byte(uint64_t padded_tokens, ui
 
 }  // namespace detail
 
-// Place of the nibble of features 4 * group ... 4 * group + 3 of `token`, in a buffer made for tokens x in_features.
-// token and group are below 2^32 and 2^30.
+// Address of the nibble for features 4 * group ... 4 * group + 3 of `token`, in a buffer for tokens x in_features.
+// token < 2^32, group < 2^30.
 NM_ACT_HOST_DEVICE constexpr NibbleAddress metadata_address(MetadataLayout layout, int64_t tokens, int64_t in_features,
                                                             int64_t token, int64_t group) {
   const uint64_t padded_tokens = static_cast<uint64_t>(metadata_padded_tokens(layout, tokens));

@@ -1,4 +1,4 @@
-// N:M patterns: of every `group` consecutive features of a token, `keep` survive; and 2:4+r, which adds r windows.
+// N:M patterns: of every `group` consecutive features of a token, `keep` survive. 2:4+r adds r windows (windows.h).
 #pragma once
 
 #include "host_device.h"
@@ -7,7 +7,8 @@ namespace nm_act {
 
 inline constexpr int kMaxGroup = 32;
 
-// Columns of the extra windows of 2:4+count: column e of each of the sixteen features' four quads (windows.h).
+// The columns of 2:4+count's extra windows; column e stands for feature e of each quad of a 16-feature unit
+// (windows.h).
 struct ExtraColumns {
   int count;
   int column[2];
@@ -31,7 +32,7 @@ NM_ACT_HOST_DEVICE constexpr bool is_supported(Pattern pattern) {
   return is_group_size(pattern.group) && pattern.keep >= 1 && pattern.keep < pattern.group;
 }
 
-// Features that are selected together: in_features is a multiple of it.
+// Number of features that are selected together; in_features must be a multiple of it.
 NM_ACT_HOST_DEVICE constexpr int span_of(Pattern pattern) { return pattern.extra.count > 0 ? 16 : pattern.group; }
 
 }  // namespace nm_act

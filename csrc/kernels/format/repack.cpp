@@ -1,5 +1,5 @@
-// Repacks 2:4 metadata between the neutral format and a GEMM's own layout, nibble by nibble, on the host. It is the
-// readable form of what the compression kernels do in place, for tests and for data that is packed once.
+// Converts 2:4 metadata between the neutral format and a GEMM's layout, nibble by nibble, on the host: the readable
+// form of what the compression kernels do directly, for tests and for data that is packed once.
 #include <cstring>
 
 #include "../nm_act.h"

@@ -1,4 +1,4 @@
-// Names that kernels and operators of every device share.
+// Types that the kernels and operators of all devices share.
 #pragma once
 
 namespace nm_act {

@@ -1,4 +1,4 @@
-// What the gather kernel asks of its block and its cluster. tests/native/emulate_cuda.h answers the same on a host.
+// The block and cluster operations of the gather kernel. tests/native/emulate_cuda.h implements them for host builds.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return reinterpret_cast<unsigned char*>(memory);
 }
 
-// A barrier of the cluster's blocks in two halves: what a block wrote to any shared memory before it arrives is there
-// for whoever has waited. Every thread arrives and waits.
+// A split barrier over the cluster: what a block writes to any block's shared memory before it arrives is visible to
+// every thread that has waited. Every thread must arrive and wait.
 __device__ __forceinline__ void arrive_at_cluster() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -26,7 +26,7 @@ __device__ __forceinline__ void wait_for_cluster() {
 #endif
 }
 
-// Writes where block `rank` of the cluster has what `local` is in this block's shared memory.
+// Writes to the address in block `rank`'s shared memory that corresponds to `local` in this block's.
 __device__ __forceinline__ void write_peer(float* local, int rank, float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
@@ -38,12 +38,12 @@ __device__ __forceinline__ void write_peer(float* local, int rank, float value) 
 #endif
 }
 
-// Fetches a line into the L2, where every write shows, so it may come before wait_for_previous_kernel(). Any address.
+// Prefetches a line to L2. L2 is coherent, so this is allowed before wait_for_previous_kernel(). Any address is valid.
 __device__ __forceinline__ void prefetch_line(const void* source) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
 }
 
-// 16 bytes of a weight, which is read once: not through L1.
+// Loads 16 bytes of a weight without allocating in L1: each byte is read once.
 __device__ __forceinline__ uint4 load_weight(const void* source) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

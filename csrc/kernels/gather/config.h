@@ -1,8 +1,8 @@
-// How a decode product is cut into blocks: a pure function of the problem, testable without a device.
+// How the gather kernel divides a product into blocks: a pure function of the problem, testable without a device.
 //
-// A block owns a tile of outputs (`lanes` threads side by side, 16 bytes of a weight row each) and a slice of the
-// inputs; threads / lanes rows are read at a time. The slices of one tile form a thread-block cluster, whose blocks add
-// up their sums through distributed shared memory.
+// A block owns a tile of outputs (`lanes` threads side by side, each with 16 bytes of a weight row) and a slice of the
+// inputs; it reads threads / lanes rows at a time. The slices of one tile form a thread-block cluster, whose blocks
+// reduce their sums through distributed shared memory.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace nm_act {
 
 inline constexpr int kGatherVector = 16;     // bytes a thread loads at once
-inline constexpr int kGatherSliceStep = 32;  // slices begin at whole groups of every pattern, and at whole warps
+inline constexpr int kGatherSliceStep = 32;  // slices are multiples of it: whole groups of every pattern, whole warps
 inline constexpr int kGatherMaxSplits = 8;   // the largest portable cluster
 inline constexpr int kGatherMaxThreads = 512;
 inline constexpr int kGatherMaxSlice = 1 << 15;  // row numbers are 16 bits wide
@@ -22,8 +22,8 @@ inline constexpr int kGatherMaxSlice = 1 << 15;  // row numbers are 16 bits wide
 struct GatherConfig {
   int lanes;    // threads along the outputs: 16, 32, 64 or 128
   int splits;   // slices of the inputs: 1 to kGatherMaxSplits
-  int threads;  // of a block: 256 or 512
-  bool ahead;   // each thread fetches a line into the L2 before anything is selected
+  int threads;  // per block: 256 or 512
+  bool ahead;   // each thread prefetches a line to L2 before the selection
 };
 
 struct GatherProblem {
@@ -43,35 +43,36 @@ NM_ACT_HOST_DEVICE constexpr int weight_bytes(ElementType type) {
 
 NM_ACT_HOST_DEVICE constexpr int outputs_per_lane(ElementType type) { return kGatherVector / weight_bytes(type); }
 
-// Inputs of a block, the last blocks of a cluster maybe fewer or none.
+// Inputs per block; the last blocks of a cluster may have fewer or none.
 NM_ACT_HOST_DEVICE constexpr int slice_features(int in_features, int splits) {
   return ceil_div(ceil_div(in_features, splits), kGatherSliceStep) * kGatherSliceStep;
 }
 
-// Tokens that a kernel is compiled for.
+// Number of tokens of the compiled kernel that serves `tokens`.
 NM_ACT_HOST_DEVICE constexpr int compiled_tokens(int tokens) {
   return tokens <= 1 ? 1 : tokens <= 2 ? 2 : tokens <= 4 ? 4 : 8;
 }
 
-// Blocks of kGatherMaxThreads that a multiprocessor's registers hold, as the kernels are compiled.
+// Blocks of kGatherMaxThreads per multiprocessor that the kernels' register use is limited for.
 NM_ACT_HOST_DEVICE constexpr int gather_blocks(int tokens, int outputs_per_thread) {
   return tokens * outputs_per_thread <= 8 ? 2 : 1;
 }
 
-// Byte offsets into the dynamic shared memory of a block. With several tokens the survivors' list takes the place of
-// the keys it came from; what the threads gather takes the place of everything that only the selection needs.
+// Byte offsets into a block's dynamic shared memory. With several tokens the list of survivors overwrites the keys it
+// was made from; the threads' sums overwrite everything that only the selection needs.
 struct GatherShared {
-  int offsets;       // int32 [slice / 32 + 1]: survivors before each 32 features
-  int rows;          // uint16 [slice]: survivors, by number in the slice
+  int offsets;       // int32 [slice / 32 + 1]: number of survivors before each 32 features
+  int rows;          // uint16 [slice]: the survivors' indices in the slice
   int coefficients;  // uint16 [slice, tokens]
   int keys;          // uint32 [tokens, slice]
   int z;             // uint16 [tokens, slice]: the shifted inputs
-  int masks;         // uint32 [tokens, slice / 32]: who survives in which token
-  int own;           // the threads' sums, 16 bytes a thread as often as it has four
-  int bytes;         // what the slices of the tile sent, float [splits, share of the outputs], comes first
+  int masks;         // uint32 [tokens, slice / 32]: each token's survivors, as bits
+  int own;           // float4 [sums per thread / 4, threads]: the threads' sums
+  int bytes;         // in all; at offset 0 lie the sums received from the tile's slices, float [splits, share]
 };
 
-// Each block of a cluster finishes 2^bits of a tile's outputs, pairs at least: powers of two divide fast.
+// log2 of the outputs of a tile that each block of the cluster finishes, at least 1 (a pair). Powers of two divide
+// fast.
 NM_ACT_HOST_DEVICE constexpr int share_bits(int outputs, int splits) {
   int bits = 1;
   while ((splits << bits) < outputs) ++bits;
@@ -102,7 +103,7 @@ inline int shared_bytes(const GatherProblem& problem, const GatherConfig& config
       .bytes;
 }
 
-// 227 KiB a block on compute capability 9.0; the smallest of the others that run the sm_80 code have 99.
+// Shared memory per block: 227 KiB on compute capability 9.0; 99 KiB on the smallest devices that run the sm_80 code.
 inline int shared_limit(GemmDevice device) { return (device.compute_capability_major == 9 ? 227 : 99) * 1024; }
 
 inline bool is_valid(const GatherProblem& problem, const GatherConfig& config) {
@@ -114,7 +115,7 @@ inline bool is_valid(const GatherProblem& problem, const GatherConfig& config) {
          shared_bytes(problem, config) <= shared_limit(problem.device);
 }
 
-// Fraction of the weight rows that some of `tokens` independent tokens needs.
+// Expected fraction of the weight rows that at least one of `tokens` independent tokens needs.
 inline double union_fraction(Pattern pattern, int tokens) {
   const double kept = static_cast<double>(pattern.keep) / pattern.group + pattern.extra.count * 2.0 / 16;
   double dropped = 1.0;
@@ -122,14 +123,15 @@ inline double union_fraction(Pattern pattern, int tokens) {
   return 1.0 - dropped;
 }
 
-// Whether skipping rows beats pruning and the dense product. An 8-bit weight always gains: the dense product would need
-// a 16-bit copy of it. A 16-bit one gains while the union leaves out at least one row in 20 (all 50 % patterns up to
-// four tokens); an estimate: the rows that are read anyway cost the same on both paths, and this one saves a launch.
+// Whether skipping rows beats pruning followed by the dense product. It always does for 8-bit weights, of which the
+// dense product would need a 16-bit copy. For 16-bit weights it does if the union skips at least one row in 20 (every
+// 50 % pattern, up to four tokens). This is an estimate: the rows that are read cost the same on both paths, and gather
+// saves a launch.
 inline bool gather_pays(ElementType weight_type, Pattern pattern, int tokens) {
   return weight_bytes(weight_type) == 1 || union_fraction(pattern, tokens) <= 0.95;
 }
 
-// Registers of a thread, as the kernels are compiled for 9.0.
+// Registers per thread, as compiled for compute capability 9.0.
 inline int gather_registers(int tokens, int outputs_per_thread) {
   const bool bits8 = outputs_per_thread == 16;
   return tokens == 1 ? (bits8 ? 80 : 56) : tokens == 2 ? (bits8 ? 96 : 72) : 120;
@@ -142,9 +144,9 @@ inline int blocks_per_multiprocessor(const GatherProblem& problem, const GatherC
   return std::max(1, std::min(by_threads, kShared / (shared_bytes(problem, config) + 1024)));
 }
 
-// Blocks that run at once, `each` on a multiprocessor. A cluster stays within a group of them: the sweep shows
-// that 132 of them hold 14 clusters of eight or seven blocks, 16 of six, 38 of three, as six groups of 16 and two of
-// 13 would.
+// Number of blocks that run at once with `each` blocks per multiprocessor. A cluster must fit into one group of
+// multiprocessors: in the tuning sweep 132 multiprocessors held 14 clusters of eight or seven blocks, 16 of six and 38
+// of three: as many as six groups of 16 and two of 13 would hold.
 inline int resident_blocks(GemmDevice device, int splits, int each) {
   if (splits == 1) return device.multiprocessors * each;
   const int groups = std::max(3, device.multiprocessors / 16);
@@ -155,7 +157,8 @@ inline int resident_blocks(const GatherProblem& problem, const GatherConfig& con
   return resident_blocks(problem.device, config.splits, blocks_per_multiprocessor(problem, config));
 }
 
-// What fetching ahead takes of a block's weights. It pays up to 0.3 while half of the rows survive.
+// Fraction of a block's weights that is prefetched before the selection. With half of the rows surviving, it pays up to
+// about 0.3.
 inline double ahead_share(const GatherProblem& problem, const GatherConfig& config) {
   constexpr double kLine = 128;
   const double tile_bytes = config.lanes * kGatherVector;
@@ -169,13 +172,13 @@ inline bool ahead_pays(const GatherProblem& problem, const GatherConfig& config)
          ahead_share(problem, config) < kMaxAheadShare;
 }
 
-// Microseconds of a configuration, but for what all have in common. Waves of blocks follow each other; in each, every
-// block selects its slice, then streams its rows, as fast as memory, its multiprocessor and its own loads in flight
-// let it. The constants are fitted to benchmarks/results/h100/decode_tuning.csv (docs/kernels/gather.md).
+// Estimated microseconds of a configuration, up to a constant that all share. Blocks run in waves; in each wave every
+// block selects its slice and then streams its rows, as fast as memory, its multiprocessor and its own loads in flight
+// allow. The constants are fitted to benchmarks/results/h100/decode_tuning.csv (docs/kernels/gather.md).
 inline double gather_cost(const GatherProblem& problem, const GatherConfig& config) {
   constexpr double kMemory = 3.156e6, kMultiprocessor = 4.928e4;  // bytes a microsecond
   constexpr double kLatency = 0.744, kWave = 3.256, kAhead = 1.0;
-  constexpr double kSelect = 0.2107;  // a feature and token, for one thread
+  constexpr double kSelect = 0.2107;  // per feature and token, for one thread
   const int tile = config.lanes * outputs_per_lane(problem.weight_type);
   const int blocks = ceil_div(problem.out_features, tile) * config.splits;
   const int most = blocks_per_multiprocessor(problem, config);
@@ -185,7 +188,7 @@ inline double gather_cost(const GatherProblem& problem, const GatherConfig& conf
   const int waves = ceil_div(blocks, resident);
   const int slice = slice_features(problem.in_features, config.splits);
   const double kept = problem.pattern.keep == 0 ? 0.5 : union_fraction(problem.pattern, problem.tokens);
-  const double bytes = kept * slice * config.lanes * kGatherVector;  // a block
+  const double bytes = kept * slice * config.lanes * kGatherVector;  // per block
   const double select = kSelect * problem.tokens * slice / config.threads * std::min(each, 2);
   const double memory = blocks * bytes / kMemory;
   const double multiprocessor = waves * each * bytes / kMultiprocessor;
@@ -193,11 +196,11 @@ inline double gather_cost(const GatherProblem& problem, const GatherConfig& conf
   const double stream =
       std::cbrt(memory * memory * memory + multiprocessor * multiprocessor * multiprocessor + flight * flight * flight);
   const double hidden = config.ahead ? kAhead * (1 - ahead_share(problem, config) / kMaxAheadShare) : 0.0;
-  const double idle = std::max(1.0, 0.6 * problem.device.multiprocessors / blocks);  // so few were not measured
+  const double idle = std::max(1.0, 0.6 * problem.device.multiprocessors / blocks);  // so few blocks: not measured
   return waves * (select + kWave) + stream * idle - hidden;
 }
 
-// Calls visit with every configuration that the problem can run with.
+// Calls visit with every configuration that can run the problem.
 template <class Visit>
 void for_each_gather_config(const GatherProblem& problem, const Visit& visit) {
   for (int threads : {512, 256}) {
@@ -213,7 +216,7 @@ void for_each_gather_config(const GatherProblem& problem, const Visit& visit) {
   }
 }
 
-// The cheapest candidate; splits 0 if there is none.
+// The configuration with the lowest estimate; splits is 0 if none can run the problem.
 inline GatherConfig select_gather_config(const GatherProblem& problem) {
   GatherConfig best{};
   double best_cost = 0;
@@ -228,8 +231,8 @@ inline GatherConfig select_gather_config(const GatherProblem& problem) {
   return best;
 }
 
-// The configuration for sizes and strides, rows weight_stride elements apart, splits 0 if the kernel does not take them;
-// pointers are the caller's to check.
+// The configuration for these sizes, with rows weight_stride elements apart; splits is 0 if the kernel does not support
+// them. The caller checks pointers.
 inline GatherConfig choose_gather_config(ElementType weight_type, Pattern pattern, int64_t tokens, int64_t out_features,
                                          int64_t in_features, int64_t weight_stride, GemmDevice device) {
   const int bytes = weight_bytes(weight_type);

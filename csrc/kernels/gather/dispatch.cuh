@@ -1,4 +1,4 @@
-// From the problem's sizes to a compiled kernel.
+// Launches the compiled kernel for a problem's types and number of tokens.
 #pragma once
 
 #include "gather.cuh"
@@ -23,7 +23,7 @@ cudaError_t launch_gather_tokens(const GatherParams& params, const GatherLaunch&
   }
 }
 
-// 8-bit weights with inputs of either 16-bit type.
+// 8-bit weights, with inputs of either 16-bit type.
 template <class W>
 cudaError_t launch_gather_bits8(const GatherParams& params, const GatherLaunch& launch) {
   return params.x_type == ElementType::kBFloat16 ? launch_gather_tokens<BFloat16, W, kMaxDecodeTokens>(params, launch)

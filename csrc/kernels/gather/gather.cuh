@@ -1,13 +1,13 @@
-// gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens, reading only
-// the rows of W [in, out] that some token needs. One launch: select, gather, reduce.
+// gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens. Of W [in, out],
+// only the rows that some token needs are read. One launch selects, gathers and reduces.
 //
-//   block (tile, slice): selects the survivors of its slice of the inputs (survivors.cuh; x is small and in L2), then
-//   reads their weight rows. `lanes` threads lie along a row, 16 bytes each, threads / lanes rows are read at a time.
-//   Each thread has kUnroll loads in flight before it waits for the first.
-//   Sums are float32: in registers over a thread's rows, then over the rows' threads through shared memory, then over
-//   the slices of the tile, a cluster, through distributed shared memory. Every order is fixed: no atomics, the same
-//   bits every time.
-// Limits: out_features and the row stride are multiples of 16 bytes of the weight; 16-bit x.
+// Block (tile, slice) selects the survivors of its slice of the inputs (survivors.cuh; x is small and in L2), then
+// reads their weight rows, threads / lanes rows at a time: `lanes` threads lie along a row, 16 bytes each. A thread
+// issues kUnroll loads before it waits for the first. Sums are float32, taken over a thread's rows in registers, then
+// over the threads with the same outputs through shared memory, then over the slices of the tile (a cluster) through
+// distributed shared memory. There are no atomics and every order is fixed, so results are bitwise reproducible.
+//
+// Limits: 16-bit x; out_features and the row stride are multiples of 16 bytes of the weight.
 #pragma once
 
 #include "../launch.cuh"
@@ -16,7 +16,7 @@
 
 namespace nm_act {
 
-// How a weight's 32-bit words become floats.
+// How a 32-bit word of a weight is converted to floats.
 template <class E>
 struct Weight16 {
   static constexpr int kPerWord = 2;
@@ -39,8 +39,8 @@ struct WeightE4M3 {
   }
 };
 
-// 2^23 + 128 + b has b + 128 in its lowest byte: a byte permutation and a subtraction, where a conversion instruction
-// runs at an eighth of their rate.
+// The float 2^23 + 128 + b has b + 128 as its lowest byte, so a byte permutation and a subtraction convert b. A
+// conversion instruction runs at an eighth of their rate.
 struct WeightInt8 {
   static constexpr int kPerWord = 4;
   static __device__ __forceinline__ void unpack(uint32_t word, float (&w)[4]) {
@@ -52,7 +52,7 @@ struct WeightInt8 {
   }
 };
 
-// The values of all tokens at one place of the list.
+// The values of all tokens at one slot of the list.
 template <class E, int kTokens>
 __device__ __forceinline__ void load_coefficients(const uint16_t* list, int slot, float (&c)[kTokens]) {
   if constexpr (kTokens == 1) {
@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_coefficients(const uint16_t* list, int slot
   }
 }
 
-// Adds 16 bytes of the row at place `slot` of the list to a thread's sums.
+// Adds this thread's 16 bytes of the weight row in `slot` of the list to its sums.
 template <class E, class W, int kTokens, int kOutputs>
 __device__ __forceinline__ void add_row(uint4 row, const GatherSlice& slice, int slot,
                                         float (&sum)[kTokens][kOutputs]) {
@@ -89,8 +89,8 @@ __device__ __forceinline__ void add_row(uint4 row, const GatherSlice& slice, int
   }
 }
 
-// Adds kUnroll rows to a thread's sums, those at places first, first + step, ... of the list. Not kFull: as many of
-// them as there are.
+// Adds the kUnroll rows in slots first, first + step, ... of the list to a thread's sums; without kFull, only those
+// slots that exist.
 template <class E, class W, int kTokens, int kUnroll, bool kFull, int kOutputs>
 __device__ __forceinline__ void gather_batch(const unsigned char* weight, uint32_t row_bytes, const GatherSlice& slice,
                                              int survivors, int first, int step, float (&sum)[kTokens][kOutputs]) {
@@ -109,8 +109,8 @@ __device__ __forceinline__ void gather_batch(const unsigned char* weight, uint32
   }
 }
 
-// This thread's sums over places group, group + groups, ... of the list; `weight` is its first output in the slice's
-// first row.
+// This thread's sums over slots group, group + groups, ... of the list. `weight` points to the thread's first output in
+// the slice's first row.
 template <class E, class W, int kTokens, int kUnroll, int kOutputs>
 __device__ __forceinline__ void gather_rows(const unsigned char* weight, uint32_t row_bytes, const GatherSlice& slice,
                                             int survivors, int group, int groups, float (&sum)[kTokens][kOutputs]) {
@@ -123,15 +123,15 @@ __device__ __forceinline__ void gather_rows(const unsigned char* weight, uint32_
   }
 }
 
-// Loads in flight a thread, and blocks a multiprocessor that registers are kept for: more sums leave room for fewer.
+// Loads in flight per thread, and blocks per multiprocessor to limit registers for; the more sums, the fewer of both.
 template <int kTokens, int kOutputs>
 struct GatherTuning {
   static constexpr int kUnroll = kTokens <= kMaxDecodeTokens ? 8 : 4;
   static constexpr int kBlocks = gather_blocks(kTokens, kOutputs);
 };
 
-// A line a thread of the slice's first rows in this tile, whether their features survive or not: memory is idle until
-// the selection is done, and of every two such lines one is needed at a 50 % pattern.
+// Prefetches one line per thread of the slice's first rows in this tile, before it is known which survive: memory would
+// be idle until the selection is done, and a 50 % pattern needs every other line.
 __device__ __forceinline__ void fetch_ahead(const unsigned char* tile, uint32_t row_bytes, int line_bytes, int rows) {
   constexpr int kLine = 128;
   const int lines = ceil_div(line_bytes, kLine), i = static_cast<int>(threadIdx.x);

@@ -1,4 +1,4 @@
-// Decode kernels for weights of the input's own type.
+// Gather kernels for weights of the input's type.
 #include "dispatch.cuh"
 
 namespace nm_act {

@@ -1,4 +1,4 @@
-// Decode kernels for e4m3 weights.
+// Gather kernels for e4m3 weights.
 #include "dispatch.cuh"
 
 namespace nm_act {

@@ -1,4 +1,4 @@
-// Decode kernels for int8 weights.
+// Gather kernels for int8 weights.
 #include "dispatch.cuh"
 
 namespace nm_act {

@@ -1,4 +1,4 @@
-// The compiled gather kernels, by type of the weight; each source file defines one.
+// The compiled gather kernels, by type of the weight; each is defined in a source file of its own.
 #pragma once
 
 #include "../launch.cuh"
@@ -9,7 +9,7 @@ namespace nm_act {
 struct GatherLaunch {
   GatherConfig config;
   LaunchShape shape;
-  bool vector;  // the inputs' vectors can be read 16 bytes at a time
+  bool vector;  // x, channel_scale and shift can be read 16 bytes at a time
   cudaStream_t stream;
 };
 

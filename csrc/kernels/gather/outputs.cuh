@@ -1,8 +1,8 @@
-// From the sums of a block's threads to y: over the block, over the slices of the tile, then the epilogue.
+// From the threads' sums to y: reduction over the block, then over the slices of the tile, then the epilogue.
 //
-// Every block of the cluster finishes a share of the tile's outputs. Each adds up its own threads' sums and writes them
-// where they are needed, into the shared memory of the block whose share they are: one barrier of the cluster, after
-// which nobody reads another's memory, so blocks may leave when they are done.
+// Every block of the cluster finishes a share of the tile's outputs. A block reduces its own threads' sums and writes
+// each result to the shared memory of the block that finishes it. After one barrier of the cluster no block accesses
+// another's memory, so each may exit when it is done.
 #pragma once
 
 #include "block.cuh"
@@ -10,18 +10,17 @@
 
 namespace nm_act {
 
-// The outputs of a block's tile, numbered token by token, and who finishes them.
+// The outputs of a block's tile, numbered token by token, and the block that finishes each.
 struct GatherTile {
   float* received;  // [splits, share]
-  int first;        // output
-  int bits;         // a token has 2^bits outputs
-  int share_bits;   // a block finishes 2^share_bits outputs, from rank << share_bits on, as far as there are any
+  int first;        // first output of the tile
+  int bits;         // a token has 2^bits outputs in the tile
+  int share_bits;   // a block finishes the 2^share_bits outputs from rank << share_bits on, if they exist
   int rank;
   int splits;
 };
 
-// What is read once a block at its end or its start and may lie in memory only: on its way to the L2 while the kernel
-// before this one ends.
+// Prefetches to L2, while the previous kernel ends, what the block reads only once, at its start or its end.
 __device__ __forceinline__ void fetch_vectors(const GatherParams& params, const GatherTile& tile, int begin,
                                               int count) {
   constexpr int kLine = 128;
@@ -45,13 +44,13 @@ __device__ __forceinline__ void fetch_vectors(const GatherParams& params, const 
   }
 }
 
-// The block's sums in the order of the groups of `lanes` threads, each sent to the block that finishes it. `own`: the
-// threads' places of 16 bytes, so that nobody overwrites what another thread still reads.
+// Reduces the sums over the block's groups of `lanes` threads, in the groups' order, and sends each result to the block
+// that finishes it. `own` has separate 16-byte slots per thread, so no thread overwrites what another still reads.
 template <int kTokens, int kOutputs>
 __device__ __forceinline__ void reduce_block(const float (&sum)[kTokens][kOutputs], unsigned char* own,
                                              const GatherTile& tile, int lanes, int groups) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int quad_bits = 33 - __clz(lanes), outputs = 1 << tile.bits;  // of the quads of four outputs, one a lane
+  const int quad_bits = 33 - __clz(lanes), outputs = 1 << tile.bits;  // 2^quad_bits sums: four outputs of each lane
   float4* const mine = reinterpret_cast<float4*>(own) + thread;
   const float* const sums = reinterpret_cast<const float*>(own);
 #pragma unroll
@@ -63,9 +62,9 @@ __device__ __forceinline__ void reduce_block(const float (&sum)[kTokens][kOutput
       mine[i * threads] = make_float4(part[0], part[1], part[2], part[3]);
     }
     __syncthreads();
-    // Before the first word to another block: has it begun?
+    // A peer's shared memory may be written only after that block has started.
     if (token == 0 && tile.splits > 1) wait_for_cluster();
-    // In the order in which the sums lie in memory, which is that of no output.
+    // In the order of the sums in memory, which is not that of the outputs.
     for (int i = thread; i < outputs; i += threads) {
       const int quad = i >> quad_bits, in_quad = i & ((1 << quad_bits) - 1);
       const float* source = sums + quad * threads * 4 + in_quad;
@@ -84,7 +83,7 @@ __device__ __forceinline__ void reduce_block(const float (&sum)[kTokens][kOutput
   }
 }
 
-// The epilogue's factors and terms of two neighbouring outputs of a token.
+// The epilogue's factors and terms for two neighbouring outputs of a token.
 struct EpiloguePair {
   float row_scale, weight_scale[2], shift[2], column_scale[2], bias[2];
 };
@@ -111,7 +110,7 @@ __device__ __forceinline__ EpiloguePair load_epilogue(const GatherParams& params
   return e;
 }
 
-// Adds up the slices in their order and writes this block's share of the outputs, two a thread.
+// Sums the slices in their order and writes this block's share of the outputs, two per thread.
 template <class E>
 __device__ __forceinline__ void write_outputs(const GatherParams& params, const GatherTile& tile) {
   const int share = 1 << tile.share_bits, before = tile.rank << tile.share_bits;
@@ -121,7 +120,7 @@ __device__ __forceinline__ void write_outputs(const GatherParams& params, const 
     const bool exists = i < share && token < params.tokens && output < params.out_features;
     return exists ? load_epilogue<E>(params, token, output) : EpiloguePair{};
   };
-  // Loaded while the last block arrives.
+  // Loaded while the other blocks arrive.
   int i = 2 * static_cast<int>(threadIdx.x);
   EpiloguePair e = epilogue_at(i);
   if (tile.splits > 1) {

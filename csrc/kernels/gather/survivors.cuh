@@ -1,11 +1,13 @@
-// The survivors of a slice of the inputs, selected by one block: their numbers and values as a list in shared memory.
+// Selection of the survivors of a slice of the inputs by one block: their indices and values, as a list in shared
+// memory.
 //
-// A feature survives if fewer than `keep` of its group beat it, so its rank decides: m differences of keys and their
-// sign bits. Bare 16-bit features have keys of 15 bits with the position below them, which makes all keys different;
-// under a channel scale the keys have 31 bits and ties are broken by comparing positions. One warp takes 32 features at
-// a time and a ballot gives their mask. Of one token, 32 * keep / group survive in every 32 features, so each knows its
-// place in the list, and a warp does its share of the features alone; the union over several tokens, or the inputs that
-// are not zero, need a prefix sum of the counts.
+// A feature survives if fewer than `keep` of its group beat it; its rank is the sum of the sign bits of m key
+// differences. The key of an unscaled 16-bit feature is its 15-bit magnitude with the position appended, which makes
+// all keys of a group different. With a channel scale the keys have 31 bits and ties are broken by comparing positions.
+// A warp takes 32 features at a time, and a ballot gives their mask. For one token exactly 32 * keep / group of every
+// 32 features survive, so every survivor's slot in the list is known and each warp handles its share of the features
+// without a block barrier. The union over several tokens, and the non-zero inputs without a pattern, need a prefix sum
+// of the counts.
 #pragma once
 
 #include "../prune/compress.cuh"
@@ -14,12 +16,12 @@
 
 namespace nm_act {
 
-// Below 2^20: the magnitude's key, then the position within 32, lower positions above higher ones.
+// The magnitude's key followed by the position within 32 features, lower positions larger; below 2^20.
 __device__ __forceinline__ uint32_t unique_key(uint32_t magnitude, int feature) {
   return magnitude << 5 | (31u - static_cast<uint32_t>(feature) % 32u);
 }
 
-// How many keys of the group beat key `own`. kUnique: no two keys are equal.
+// Number of keys of the group that beat key `own`. kUnique: no two keys are equal.
 template <bool kUnique>
 __device__ __forceinline__ int rank_in_group(const uint32_t* group, int size, int own) {
   const uint32_t mine = group[own];
@@ -27,7 +29,7 @@ __device__ __forceinline__ int rank_in_group(const uint32_t* group, int size, in
 #pragma unroll 4
   for (int j = 0; j < size; j += 2) {
     const uint2 pair = *reinterpret_cast<const uint2*>(group + j);
-    // A lower position beats an equal key.
+    // Of two equal keys the one at the lower position wins.
     const uint32_t tie0 = !kUnique && j < own ? 1u : 0u, tie1 = !kUnique && j + 1 < own ? 1u : 0u;
     rank += (mine - pair.x - tie0) >> 31;
     rank += (mine - pair.y - tie1) >> 31;
@@ -60,8 +62,8 @@ struct GatherSlice {
         offsets(reinterpret_cast<int*>(shared + at.offsets)) {}
 };
 
-// z = x - shift of kChunk features of a token, and their keys; zeros beyond the slice and the tokens. `vector`: x,
-// channel_scale and shift can be read 16 bytes at a time.
+// Loads kChunk features of a token and stores z = x - shift and their keys; zeros beyond the slice and the tokens.
+// `vector`: x, channel_scale and shift can be read 16 bytes at a time.
 template <class E>
 __device__ __forceinline__ void load_inputs(const GatherParams& params, const GatherSlice& slice, int token,
                                             int feature, bool vector) {
@@ -100,7 +102,7 @@ __device__ __forceinline__ void load_inputs(const GatherParams& params, const Ga
   keys[1] = make_uint4(key[4], key[5], key[6], key[7]);
 }
 
-// Does a feature of the slice survive in a token, by the keys of its group?
+// Whether a feature of the slice survives in a token.
 __device__ __forceinline__ bool survives(const GatherParams& params, const GatherSlice& slice, int token, int feature) {
   const int group = params.pattern.group, own = feature & (group - 1);
   const uint32_t* keys = slice.keys + token * slice.size + feature - own;
@@ -109,8 +111,8 @@ __device__ __forceinline__ bool survives(const GatherParams& params, const Gathe
   return feature < slice.count && rank < params.pattern.keep;
 }
 
-// One token and a pattern: a warp's share of the features from x to its places in the list, without a barrier of the
-// block.
+// For one token and a pattern: handles this warp's share of the features, from x to their slots in the list, without a
+// block barrier.
 template <class E>
 __device__ __forceinline__ void select_share(const GatherParams& params, const GatherSlice& slice, bool vector) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
@@ -134,7 +136,7 @@ __device__ __forceinline__ void select_share(const GatherParams& params, const G
   }
 }
 
-// Bit f of masks[token][f / 32]: does feature f of the slice survive in this token?
+// Sets bit f % 32 of masks[token][f / 32] if feature f of the slice survives in that token.
 template <int kTokens>
 __device__ __forceinline__ void mark_survivors(const GatherParams& params, const GatherSlice& slice) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
@@ -163,7 +165,8 @@ __device__ __forceinline__ uint32_t union_mask(const GatherSlice& slice, int blo
   return mask;
 }
 
-// offsets[b]: survivors before 32-feature block b; the last entry is their number. By the first warp.
+// offsets[b] = number of survivors before block b of 32 features; the last entry is their total. Computed by the first
+// warp.
 template <int kTokens>
 __device__ __forceinline__ void sum_counts(const GatherSlice& slice) {
   const int lane = static_cast<int>(threadIdx.x), blocks = slice.size / 32;
@@ -184,7 +187,8 @@ __device__ __forceinline__ void sum_counts(const GatherSlice& slice) {
   if (lane == 0) slice.offsets[blocks] = before;
 }
 
-// The list: rows ascending, and the value of each token there (0 where it does not survive in that token).
+// Writes the list: rows in ascending order, each with the value of every token (0 where it does not survive in a
+// token).
 template <int kTokens>
 __device__ __forceinline__ void list_survivors(const GatherSlice& slice) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;

@@ -1,4 +1,4 @@
-// Which tile a 2:4 GEMM runs with: a pure function of the problem, testable without a device.
+// The choice of a tile for a 2:4 GEMM: a pure function of the problem, testable without a device.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace nm_act {
 
-// Tokens x out_features x in_features of a block's tile.
+// Tiles, named by tokens x out_features x in_features of a block.
 enum class GemmTile : int {
 #define NM_ACT_TILE(name, ...) name,
   NM_ACT_TILES(NM_ACT_TILE)
@@ -24,9 +24,9 @@ enum class GemmRaster : int { kHeuristic = 0, kAlongTokens = 1, kAlongOutputs = 
 struct GemmConfig {
   GemmTile tile;
   GemmRaster raster;
-  int swizzle;      // tiles a band of the raster is wide: 1, 2, 4, 8
-  int splits;       // blocks that share a tile along its features; 1 but for tiles of the split schedule
-  bool overlapped;  // programmatic dependent launch: starts while the kernel before ends
+  int swizzle;      // width of a band of the raster, in tiles: 1, 2, 4 or 8
+  int splits;       // blocks that share a tile along its features; 1 except for tiles of the split schedule
+  bool overlapped;  // programmatic dependent launch: starts while the previous kernel ends
 };
 
 struct GemmProblem {
@@ -37,14 +37,14 @@ struct GemmProblem {
   int multiprocessors;
 };
 
-// What a tile costs, in microseconds, on an H100 SXM; see estimate_us.
+// Costs of a tile in microseconds on an H100 SXM; estimate_us combines them.
 struct TileCost {
-  double fixed;         // a launch
-  double wave_k;        // a wave, for every 1000 features
-  double wave;          // a wave, its beginning and its end
-  double memory_mb;     // a MB of operands and result that memory moves at least once
-  double multicast_mb;  // a MB that all blocks together bring into shared memory
-  double partial_mb;    // a MB of partial sums that blocks which share a tile write and read
+  double fixed;         // per launch
+  double wave_k;        // per wave and 1000 features
+  double wave;          // per wave: its start and its end
+  double memory_mb;     // per MB of operands and result, each moved once
+  double multicast_mb;  // per MB that all blocks together load into shared memory
+  double partial_mb;    // per MB of partial sums that blocks which share a tile write and read
 };
 
 struct TileFacts {
@@ -52,8 +52,8 @@ struct TileFacts {
   int tokens;
   int out_features;
   int in_features;
-  int cluster_tokens;  // tiles along the tokens that share a weight tile
-  int cluster_outputs;
+  int cluster_tokens;   // tiles along the tokens that share a weight tile
+  int cluster_outputs;  // tiles along the outputs that share a values tile
   bool bits8;
   bool split;
   const char* name;
@@ -68,9 +68,9 @@ inline constexpr TileFacts kTiles[] = {
 #undef NM_ACT_FACTS
 };
 
-// Fitted to a run of benchmarks/tune.py: first each tile's times, then, from there, the time lost by the tile that the
-// costs choose, over every problem of the run (bf16: from 323 tokens on). tests/operators/test_gemm_tuning.py holds the
-// choice to benchmarks/results/h100/gemm_tuning.csv.
+// Fitted to a run of benchmarks/tune.py in two steps: to each tile's times, and from there to the least time lost by
+// the chosen tile over all problems of the run (bf16: from 323 tokens on). tests/operators/test_gemm_tuning.py checks
+// the choice against benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
     {0.000, 5.960, 4.121, 0.234, 0.034, 0},      // k128x256x64
     {1.192, 9.108, 4.429, 0.113, 0.064, 0},      // k256x192x64
@@ -87,7 +87,7 @@ static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile"
 constexpr const TileFacts& facts_of(GemmTile tile) { return kTiles[static_cast<int>(tile)]; }
 
 struct TileGrid {
-  int64_t rows, columns;  // in tiles, whole clusters
+  int64_t rows, columns;  // in tiles, rounded up to whole clusters
 };
 
 inline TileGrid grid_of(const GemmProblem& problem, const TileFacts& tile) {
@@ -98,8 +98,8 @@ inline TileGrid grid_of(const GemmProblem& problem, const TileFacts& tile) {
           tiles(problem.out_features, tile.out_features, tile.cluster_outputs)};
 }
 
-// Tiles of the grid with both sides rounded up to whole bands, as the scheduler does; blocks beyond the problem cost a
-// full tile (a band of 8 at 1024 tokens took 2.0 to 2.8 times the time).
+// Number of tiles if both sides of the grid are rounded up to whole bands, as the scheduler does. A block outside the
+// problem costs a full tile (with a band of 8, 1024 tokens took 2.0 to 2.8 times as long).
 inline int64_t banded_tiles(const TileGrid& grid, const TileFacts& tile, int swizzle) {
   return round_up(grid.rows, static_cast<uint32_t>(swizzle * tile.cluster_tokens)) *
          round_up(grid.columns, static_cast<uint32_t>(swizzle * tile.cluster_outputs));
@@ -114,18 +114,18 @@ inline int select_swizzle(const TileGrid& grid, const TileFacts& tile) {
   return 1;
 }
 
-// The order of the tiles that lets the blocks of a wave share most of their operands in L2: a wave runs along one side
-// of the grid in a band as wide as the swizzle, and what it reads is rows of values and columns of weight. Bands of 8
-// differ little between the two. Tiles of 64 tokens share no weight through a cluster, so a column's rows have to run
-// close together: in one band where it holds them all, or else along the tokens (the other order took up to 3.3 times as
-// long); wide bands do either way, and are up to 1.9 times as fast along the outputs.
+// The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
+// the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With bands of 8 the two
+// orders differ little. Tiles of 64 tokens share no weight through a cluster, so the rows of a column have to run close
+// together: in one band that holds them all, or else along the tokens (the other order took up to 3.3 times as long).
+// With wider bands the order along the outputs was up to 1.9 times as fast.
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
   if (swizzle >= 8) return GemmRaster::kAlongOutputs;
   if (tile.tokens == 64) {
     return swizzle >= 4 || grid.rows <= swizzle ? GemmRaster::kAlongOutputs : GemmRaster::kAlongTokens;
   }
   const auto bands = [&](int64_t across, int64_t length, int64_t whole, int64_t band) {
-    // Tiles along the band, and the width of the bands that a wave covers.
+    // The width of the bands that a wave covers, and the number of tiles along them.
     const int64_t blocks = problem.multiprocessors;
     const int64_t width = std::min(across, band), along = std::min(length, (blocks + width - 1) / width);
     const int64_t needed = along == length
@@ -143,8 +143,8 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
   return read(column_length, columns) < read(rows, row_length) ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
 }
 
-// How this problem runs with this tile. Blocks without a cluster lose step with one another when they start while
-// another kernel ends, and then read a weight column once for each row of tiles (up to 1.5 times the time).
+// The configuration for this problem and tile. Blocks without a cluster get out of step when they start while another
+// kernel ends, and then read a weight column once per row of tiles (up to 1.5 times as long).
 inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileGrid grid = grid_of(problem, tile);
   const int swizzle = select_swizzle(grid, tile);
@@ -152,8 +152,9 @@ inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, i
   return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, splits, clustered || grid.rows == 1};
 }
 
-// Waves of tiles on one side, memory and L2 on the other, added by their cubes: whichever is larger, and more where
-// both are close. A block has its multiprocessor to itself, so a wave takes the same however many blocks run in it.
+// Estimated time: the cube root of the sum of the cubes of the waves' time and the time for memory and L2 traffic,
+// which is close to the larger of the two, and above both where they are close. A block has its multiprocessor to
+// itself, so a wave takes the same time however many blocks run in it.
 inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileCost& cost = kTileCosts[static_cast<int>(tile.tile)];
   const TileGrid grid = grid_of(problem, tile);
@@ -161,7 +162,7 @@ inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int
   const double waves = static_cast<double>((tiles * splits + problem.multiprocessors - 1) / problem.multiprocessors);
   const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
                features = static_cast<double>(problem.in_features), bytes = tile.bits8 ? 1 : 2;
-  const double values = tokens * features * bytes * 0.5625;  // half of them, and metadata
+  const double values = tokens * features * bytes * 0.5625;  // one half survives, and metadata is one sixteenth
   const double moved = (outputs * features * bytes + values + tokens * outputs * 2) / 1e6;
   const double shared =
       static_cast<double>(tiles) * (tile.tokens * 0.5625 + tile.out_features) * features * bytes / 1e6;
@@ -176,9 +177,9 @@ inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
 }
 
 inline constexpr int kMaxSplits = 8;
-inline constexpr int64_t kSplitFeatures = 1024;  // a block's at least
+inline constexpr int64_t kSplitFeatures = 1024;  // the fewest that a block may have
 
-// The tile, and the number of blocks that share one, that are estimated to take least.
+// The tile, and the number of blocks that share it, with the lowest estimate.
 inline GemmConfig select_config(const GemmProblem& problem) {
   const TileFacts* best = nullptr;
   double best_us = 0;
@@ -196,11 +197,11 @@ inline GemmConfig select_config(const GemmProblem& problem) {
   return configure(problem, *best, best_splits);
 }
 
-// Whether compression plus sparse GEMM beats pruning and the dense product, from a sweep of 11 token counts over 32
-// layer shapes of seven families in bf16 on an H100. Up to 384 tokens cuBLAS has a row of 128 tokens less than the sparse
-// tiles, whose clusters take an even number, and is ahead on most shapes; from 385 on both have four rows. Over a weight
-// stored [in, out] cuBLAS is slower, and from 6144 outputs on the sparse product is as fast or faster from 129 tokens
-// on. docs/kernels/sparse_gemm.md has what a choice by estimates would win.
+// Whether compression and the sparse GEMM beat pruning and the dense product; from a sweep of 11 token counts over 32
+// layer shapes of seven families in bf16 on an H100. Up to 384 tokens cuBLAS has one row of 128 tokens less than the
+// sparse tiles, whose clusters need an even number, and is faster on most shapes; from 385 on both have four rows. With
+// a weight stored [in, out] cuBLAS is slower: from 6144 outputs on, the sparse product is at least as fast from 129
+// tokens on. docs/kernels/sparse_gemm.md says what a choice by estimates would gain.
 inline constexpr int64_t kSparseGemmTokens = 385;
 inline constexpr int64_t kSparseGemmTokensInOut = 129, kSparseGemmOutputsInOut = 6144;
 inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
@@ -213,7 +214,7 @@ inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
 inline constexpr int64_t kLiftedTokens = 1024;
 inline bool lifted_path_pays(const GemmProblem& problem) { return problem.tokens >= kLiftedTokens; }
 
-// Sizes and strides (in elements) that a compiled GEMM takes on this compute capability.
+// Whether a compiled GEMM supports these sizes and this stride (in elements) on this compute capability.
 inline bool gemm_shape_fits(ElementType value_type, int64_t out_features, int64_t in_features, int64_t weight_stride,
                             int compute_capability_major) {
   const int bytes = value_type == ElementType::kE4M3 ? 1 : 2;

@@ -1,12 +1,12 @@
-// A consumer loop for the sparse TMA collectives of CUTLASS that keeps one k-tile of wgmma in flight.
+// A consumer loop for CUTLASS's sparse TMA collectives that keeps one k-tile of wgmma in flight.
 //
-// CUTLASS's own loop waits for every wgmma of a k-tile before it issues the next tile's, because the metadata registers
-// are loaded once a tile and an asynchronous wgmma still reads them. Here they are loaded in two sets, in turn: tile i
-// uses set i % 2, which tile i - 2 has finished with, so the tensor cores always hold the next tile when one ends. A
-// stage of shared memory is given back when its tile is done, as before.
+// CUTLASS's own loop waits for every wgmma of a k-tile before it issues those of the next: the metadata registers are
+// loaded once per tile, and an asynchronous wgmma may still be reading them. Here two register sets alternate: tile i
+// uses set i % 2, which tile i - 2 no longer reads, so the tensor cores already have the next tile when one ends. A
+// stage of shared memory is released when its tile is done, as in CUTLASS.
 //
-// A stage of shared memory holds the metadata in the order of the sm90 layouts (format/metadata.h): slabs of T
-// features, in each the 64-token tiles one after the other. A thread needs one 32-bit word a tile and wgmma.
+// A stage holds its metadata in the order of the sm90 layouts (format/metadata.h): slabs of T features, each with its
+// 64-token tiles one after the other. A thread needs one 32-bit word per 64-token tile and wgmma.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -31,8 +31,8 @@ struct OverlappedMainloop : Base {
   static constexpr bool kBits8 = cute::sizeof_bits_v<typename Base::ElementB> == 8;
   static constexpr int kInstructionFeatures = kBits8 ? 64 : 32;
   static constexpr int kWarpGroups = cute::size(TiledMma{}) / 128;
-  static constexpr int kRowBlocks = kTileTokens / (64 * kWarpGroups);  // of 64 tokens, a warp group
-  static constexpr int kSteps = kTileFeatures / kInstructionFeatures;  // wgmma along the features, a k-tile
+  static constexpr int kRowBlocks = kTileTokens / (64 * kWarpGroups);  // 64-token blocks per warp group
+  static constexpr int kSteps = kTileFeatures / kInstructionFeatures;  // wgmma per k-tile, along the features
   static constexpr int kStageBytes = kTileTokens * kTileFeatures / 8;
   static constexpr MetadataLayout kLayout = kBits8 ? MetadataLayout::kSm90Bits8 : MetadataLayout::kSm90Bits16T64;
   static constexpr int kSlabFeatures = static_cast<int>(metadata_tile_features(kLayout));
@@ -54,7 +54,7 @@ struct OverlappedMainloop : Base {
         if constexpr (kBits8) {
           metadata.word[2 * slab][block] = *reinterpret_cast<const uint32_t*>(words);
           metadata.word[2 * slab + 1][block] = *reinterpret_cast<const uint32_t*>(words + 8);
-        } else {  // the words of a tile's steps lie side by side
+        } else {  // the words of a tile's steps are adjacent
           const uint2 two = *reinterpret_cast<const uint2*>(words);
           metadata.word[2 * slab][block] = two.x;
           metadata.word[2 * slab + 1][block] = two.y;
@@ -75,7 +75,7 @@ struct OverlappedMainloop : Base {
     const auto slice = tiled_mma.get_thread_slice(warp_group * 128);
     const auto a = slice.make_fragment_A(slice.partition_A(smem_a));  // (atom, row block, step, stage)
     const auto b = slice.make_fragment_B(slice.partition_B(smem_b));
-    const auto fragment = make_layout(make_shape(Int<32>{}, Int<kRowBlocks>{}));  // 32 features a word
+    const auto fragment = make_layout(make_shape(Int<32>{}, Int<kRowBlocks>{}));  // 32 features per word
 
     PipelineState release = read;
     tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
@@ -114,7 +114,7 @@ struct OverlappedMainloop : Base {
     warpgroup_fence_operand(accumulators);
   }
 
-  // The last tile's stage is still held.
+  // Releases the stage of the last tile, which mma() still holds.
   CUTLASS_DEVICE void mma_tail(MainloopPipeline pipeline, PipelineState release, int tiles) {
     if (tiles == 0) return;
     release.advance(tiles - 1);

@@ -1,4 +1,4 @@
-// Dispatch of sparse_gemm: a table of what is instantiated, and the call.
+// Dispatch of sparse_gemm: the table of instances, and the call.
 #include "sparse_gemm.h"
 
 namespace nm_act {

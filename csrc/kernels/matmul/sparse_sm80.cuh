@@ -1,15 +1,16 @@
-// 2:4 sparse GEMM for sm_80 and its PTX's successors: y[tokens, out] = epilogue(A @ W^T) from the CUTLASS 2.x
-// multistage sparse kernel (mma.sp.m16n8k32) with a visitor epilogue, the whole formula of SparseGemmParams in float32.
+// 2:4 sparse GEMM for sm_80, and as compute_80 PTX for later devices: y[tokens, out] = epilogue(A @ W^T), from the
+// CUTLASS 2.x multistage sparse kernel (mma.sp.m16n8k32). Its visitor epilogue computes the whole formula of
+// SparseGemmParams in float32.
 //
 //   A   values [tokens, in / 2] row-major, metadata in MetadataLayout::kSm80Bits16
 //   W   [out, in] or [in, out]
 //   y   row-major, of the type of the values
 //
-// The metadata of 32 tokens is interleaved, so the main loop runs over tokens rounded up to 32 and reads that many rows
-// of `values`: they must be allocated, their contents do not matter. The epilogue is told the real number of tokens.
-// Limits: in_features % 32, out_features % 8, 16-byte aligned pointers (vectors of the epilogue too) and weight rows.
-// One tile, 128x128x64 with 64x64 warps and three stages, which fits the shared memory of sm_86 and sm_89 too. Its
-// speed on Ampere is unmeasured; its correctness is tested on Hopper through compute_80 PTX.
+// The metadata of 32 tokens is interleaved, so the main loop rounds the tokens up to 32 and reads that many rows of
+// `values`: they must be allocated, but their contents do not matter. The epilogue gets the real number of tokens.
+// Limits: in_features % 32 == 0, out_features % 8 == 0, 16-byte aligned pointers (the epilogue's vectors too) and
+// weight rows. The one tile, 128x128x64 with 64x64 warps and three stages, also fits the shared memory of sm_86 and
+// sm_89. Its speed on Ampere is unmeasured; its correctness is tested on Hopper through the compute_80 PTX.
 #pragma once
 
 #include <cutlass/cutlass.h>

@@ -1,17 +1,17 @@
-// 2:4 sparse GEMM for sm_90a: y[tokens, out] = epilogue(A @ W^T), the activation A being the sparse operand of
+// 2:4 sparse GEMM for sm_90a: y[tokens, out] = epilogue(A @ W^T), where the activation A is the sparse operand of
 // wgmma.sp, from the CUTLASS 3.x sparse collectives (TMA, warp-specialised, persistent).
 //
-//   A   values [tokens, in / 2] row-major with metadata in Sm90GemmSparseConfig's layout (format/metadata.h)
-//   W   [out, in] (K-major) or, 16-bit only, [in, out] (N-major): equal speed at equal tiles, so one copy of a weight
-//   serves
-//       this kernel and the gather kernel that skips rows
+//   A   values [tokens, in / 2] row-major, with metadata in the layout of Sm90GemmSparseConfig (format/metadata.h)
+//   W   [out, in] (K-major) or, 16-bit only, [in, out] (N-major). Both run at the same speed with the same tile, so one
+//       [in, out] copy of a weight serves this kernel and the gather kernel, which skips rows.
 //   y   row-major; the epilogue is a visitor tree in float32:
 //         kPlain, 16-bit  acc + bias
 //         kPlain, e4m3    column_scale * (row_scale * acc) + bias
 //         kFull           column_scale * (row_scale * acc + eta (x) shift_out) + bias
-//       where a null vector stands for ones (factors) or zeros (terms): it is filled in once a tile, without loads.
+//       A null vector stands for ones (a factor) or zeros (a term), filled in once per tile without loads.
 //
-// Limits: in_features % 16 (32 for e4m3), out_features % 8 (16), 16-byte aligned pointers and weight rows.
+// Limits: in_features % 16 == 0 (32 for e4m3), out_features % 8 == 0 (16 for e4m3), 16-byte aligned pointers and weight
+// rows.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -188,9 +188,9 @@ cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunc
     return cudaSuccess;
   }
   if (Gemm::Adapter::can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
-  // An overlapped launch starts while the kernel before it ends. CUTLASS's producer warp then waits for that kernel
-  // (griddepcontrol.wait) before it loads; the consumer warps read the epilogue's vectors after a tile's mainloop, so
-  // after the producer's wait.
+  // An overlapped launch starts while the previous kernel ends. CUTLASS's producer warp waits for that kernel
+  // (griddepcontrol.wait) before it loads. The consumer warps read the epilogue's vectors after a tile's main loop, and
+  // so after the producer's wait.
 #ifndef CUTLASS_ENABLE_GDC_FOR_SM90
 #error "an overlapped launch waits for its operands only with CUTLASS_ENABLE_GDC_FOR_SM90"
 #endif

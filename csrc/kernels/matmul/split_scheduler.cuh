@@ -1,10 +1,11 @@
-// Tiles that several blocks share along the features, for grids that leave multiprocessors idle: CUTLASS's stream-K
-// scheduler in its split-K mode. Each block writes or adds its partial sums to scratch memory; the one with the last
-// features adds them to its own and runs the epilogue, always in the same order, so results are the same bits each time.
+// Split tiles: several blocks share a tile along its features, for grids that leave multiprocessors idle. This is
+// CUTLASS's stream-K scheduler in its split-K mode. Each block writes or adds its partial sums to a workspace; the
+// block with the last features adds them to its own and runs the epilogue. The order is always the same, so results are
+// bitwise reproducible.
 //
-// Derived from rather than used, because it does not compile with CUTLASS_ENABLE_GDC_FOR_SM90 (4.2): its is_last_tile is
-// a const function that passes a member as a reference to non-const. The kernel asks it only when the next kernel may
-// start early; "never" leaves that to the end of the grid.
+// The scheduler is derived from CUTLASS's (4.2) because that one does not compile with CUTLASS_ENABLE_GDC_FOR_SM90: its
+// is_last_tile is a const function that passes a member as a non-const reference. The kernel calls it only to let the
+// next kernel start early; returning false leaves that to the end of the grid.
 #pragma once
 
 #include <cutlass/gemm/kernel/tile_scheduler.hpp>

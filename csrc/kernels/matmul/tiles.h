@@ -1,11 +1,11 @@
-// The tiles of the sm_90a GEMMs, a line each: name, value type (Bits16: bf16 and fp16, with both weight storages; E4M3:
-// [out, in] weights, bf16 and fp16 outputs), tile (tokens, out_features, in_features), cluster (tokens, outputs),
-// schedule (Split: cooperative, and several blocks share a tile along its features: split_scheduler.cuh), consumer loop
-// (Plain: CUTLASS's; Overlapped: overlapped_mainloop.cuh).
+// The tiles of the sm_90a GEMMs, one per line: name, value type (Bits16: bf16 and fp16, with both weight storages;
+// E4M3: [out, in] weights, bf16 and fp16 outputs), tile (tokens, out_features, in_features), cluster (tokens, outputs),
+// schedule (Split: cooperative, with several blocks sharing a tile along its features: split_scheduler.cuh), consumer
+// loop (Plain: CUTLASS's; Overlapped: overlapped_mainloop.cuh).
 //
-// CMakeLists.txt reads these lines too and writes one source for each tile, type and storage; config.h, sparse_sm90.cuh
-// and sparse_gemm.cpp expand them into enumerators, facts, CUTLASS shapes and the table of instances. A candidate is a
-// line more (its cost in config.h may be any: benchmarks/tune.py times every tile that is here).
+// CMakeLists.txt parses these lines and generates one source for each tile, type and storage; config.h, sparse_sm90.cuh
+// and sparse_gemm.cpp expand them into enumerators, facts, CUTLASS shapes and the table of instances. To try a tile,
+// add a line here and any cost in config.h: benchmarks/tune.py times every tile of this list.
 #pragma once
 
 // clang-format off

@@ -1,12 +1,13 @@
-// compress: P(x - shift), 2:4, as values and metadata, from a row-major x.
+// compress: P(x - shift) for 2:4, as values and metadata, from a row-major x.
 //
-// Without a row statistic (no e4m3 scale, token shift or variance) compress_kernel streams: a block of 8 warps takes 16
-// tokens x kSteps * 256 features; warp w reads tokens w and w + 8 of the 16, a chunk of 8 features a lane, so each load
-// is 512 contiguous bytes and both tokens share the channels' parameters. All 2 * kSteps loads of a thread are issued
-// before the first is used. In the sm90 layouts 16 tokens x T features are one run of 2 T bytes, so that part of the
-// metadata is put together in shared memory and leaves in 16-byte stores; written byte by byte it would touch 15 % more
-// sectors. In the other layouts the bytes go straight out. Padding tokens and features get kPaddingByte. With a row
-// statistic: compress_row.cuh. docs/kernels/compress.md holds the floor and the instruction counts.
+// Without a row statistic (e4m3 scale, token shift, variance) compress_kernel streams. A block of 8 warps takes 16
+// tokens x kSteps * 256 features. Warp w reads tokens w and w + 8 of the 16, one chunk of 8 features per lane, so each
+// load of a warp covers 512 contiguous bytes and both tokens share the per-channel parameters. A thread issues all of
+// its 2 * kSteps loads before it uses the first. In the sm90 layouts the metadata of 16 tokens x T features is a run of
+// 2 T bytes: the block assembles it in shared memory and writes it with 16-byte stores, because byte stores touch 15 %
+// more sectors. In the other layouts the bytes are stored directly. Padding tokens and features get kPaddingByte.
+//
+// With a row statistic: compress_row.cuh. docs/kernels/compress.md gives the floor and the instruction counts.
 #include "compress_row.cuh"
 
 namespace nm_act {
@@ -17,7 +18,7 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kBlockTokens = 2 * kWarps;
 constexpr int kStepFeatures = 32 * kChunk;
 
-// Index of a 16-byte vector of staged metadata, exchanged so that the bytes of a warp's lanes fall into different
+// Index of a 16-byte vector of the staged metadata, swizzled so that the bytes of a warp's lanes fall into different
 // banks.
 __device__ __forceinline__ int staged_vector(int vector) { return vector ^ (vector >> 3 & 3); }
 
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(const __grid_constan
     }
   }
 
-  // Where this thread's survivors and metadata bytes of step 0 go; later steps follow at constant distances.
+  // Destinations of this thread's survivors and metadata bytes of step 0; those of later steps are at constant
+  // distances.
   Raw* values[2];
   uint8_t* bytes[2];
   int64_t byte_stride;
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(const __grid_constan
   for (int half = 0; half < 2; ++half) {
     values[half] = static_cast<Raw*>(out.values) + token[half] * (in_features / 2) + thread_feature / 2;
     if constexpr (kStaged) {
-      // A run's bytes are those of a problem of kBlockTokens tokens and one tile.
+      // Within a run, bytes lie as in a problem of kBlockTokens tokens and one tile of features.
       const int at =
           lane * kChunk / kTile * 2 * kTile +
           static_cast<int>(
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(const __grid_constan
       const Kept<E> kept = keep_survivors(z, mask[0], mask[1]);
       const bool real = token[half] < tokens && count > 0;
       if (real) store_values<E, kVector>(values[half] + step * (kStepFeatures / 2), kept, count);
-      // A shift or scale would give a padding token survivors of its own.
+      // With a shift or scale, the survivors of a padding token need not be the first two.
       const uint8_t byte = kScaled && !real ? kPaddingByte : stored_byte<kVector>(kept.metadata, count);
       if (kStaged || (feature < padded_features && token[half] < metadata_padded_tokens(kLayout, tokens))) {
         bytes[half][step * byte_stride] = byte;
@@ -125,8 +127,8 @@ __global__ void __launch_bounds__(kThreads) compress_kernel(const __grid_constan
   }
 }
 
-// Long spans keep more loads in flight; short ones fill the device when there is little to do. 512 blocks of four steps
-// are about four for each multiprocessor of an H200, by estimate.
+// Long spans keep more loads in flight; short spans fill the device when there is little work. The limit of 512 blocks
+// is an estimate: about four per multiprocessor of an H200.
 template <class E, MetadataLayout kLayout, bool kVector, bool kScaled>
 cudaError_t launch_streaming(const CompressParams& params, cudaStream_t stream) {
   constexpr int kManySteps = !kVector ? 1 : E::k16Bit ? 4 : 2;

@@ -1,4 +1,4 @@
-// 2:4 compression of one chunk of eight features (two groups), and its stores. Used by every kernel that compresses.
+// 2:4 compression of one chunk of eight features (two groups) and its stores, used by every kernel that compresses.
 #pragma once
 
 #include "../nm_act.h"
@@ -16,7 +16,7 @@ struct Kept {
   uint32_t metadata;
 };
 
-// The survivors of a chunk's two groups, as byte masks. kScaled: keys are |z| * scale.
+// The survivors of a chunk's two groups, as byte masks. kScaled: the keys are |z| * scale.
 template <class E, bool kScaled>
 __device__ __forceinline__ void chunk_survivors(const Chunk<E>& z, const ChannelChunk& scale, uint32_t (&mask)[2]) {
   if constexpr (E::k16Bit && !kScaled) {
@@ -25,7 +25,7 @@ __device__ __forceinline__ void chunk_survivors(const Chunk<E>& z, const Channel
   } else {
     uint32_t key[kChunk];
     if constexpr (kScaled) {
-      // A finite product is the key as it is; others, of which there are hardly any, need a closer look.
+      // A finite product is its own key; the rare others take the complete rule.
       uint32_t largest = 0;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
@@ -92,8 +92,8 @@ __device__ __forceinline__ void clear_from(Chunk<E>& x, int count) {
   }
 }
 
-// The survivors of a chunk with `count` features, to `values` (of the element type). kVector: count is 8, values 8-byte
-// aligned.
+// Stores the survivors of a chunk of `count` features to `values` (of the element type). kVector: count is 8 and values
+// is aligned for one vector store.
 template <class E, bool kVector>
 __device__ __forceinline__ void store_values(typename E::Raw* values, const Kept<E>& kept, int count) {
   if constexpr (kVector && E::k16Bit) {
@@ -113,14 +113,14 @@ __device__ __forceinline__ void store_values(typename E::Raw* values, const Kept
   }
 }
 
-// A chunk's metadata byte as it is stored: a lone last group of a row has no upper nibble. Chunks of padding hold
-// zeros, whose survivors are the first two: kPaddingByte by themselves.
+// A chunk's metadata byte as stored: if a row ends in a single group, its upper nibble is 0. Padding chunks hold zeros,
+// whose survivors are the first two, so their byte is kPaddingByte without special care.
 template <bool kVector>
 __device__ __forceinline__ uint8_t stored_byte(uint32_t metadata, int count) {
   return static_cast<uint8_t>(!kVector && count == kChunk / 2 ? metadata & 0xFu : metadata);
 }
 
-// Features of the row in chunk `chunk`: 8, at the end 4 (never if kVector), beyond it 0.
+// Number of the row's features in chunk `chunk`: 8; 4 in a row's last half chunk (never if kVector); 0 beyond the row.
 template <bool kVector>
 __device__ __forceinline__ int chunk_count(int in_features, int chunk) {
   if constexpr (kVector) return chunk * kChunk < in_features ? kChunk : 0;
@@ -133,7 +133,7 @@ inline int element_bytes(ElementType type) {
   return type == ElementType::kFloat32 ? 4 : type == ElementType::kE4M3 ? 1 : 2;
 }
 
-// Can rows of this input be read, and its survivors be stored, by whole chunks?
+// Whether rows of this input can be read, and their survivors stored, in whole chunks.
 inline bool rows_vectorise(const void* x, int64_t x_stride, int in_features, ElementType type) {
   return is_aligned(x, 16) && x_stride * element_bytes(type) % 16 == 0 && in_features % kChunk == 0;
 }
@@ -142,7 +142,7 @@ inline bool channels_vectorise(const CompressOutput& out) {
   return is_aligned(out.channel_scale, 16) && is_aligned(out.shift, 16);
 }
 
-// Is there a GEMM (or nm_act::decompress) that reads these values in this layout?
+// Whether a GEMM (or nm_act::decompress) reads such values in this layout.
 inline bool layout_fits(ElementType x_type, const CompressOutput& out, int in_features) {
   switch (out.layout) {
     case MetadataLayout::kNeutral:

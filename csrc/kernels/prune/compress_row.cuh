@@ -1,7 +1,8 @@
-// Compression that needs a statistic of the whole token, or that follows an operator that does. One block a token; the
-// token's features stay in registers from the producer (a load, RMSNorm, SiLU * up) to the stores, so x is read once:
+// Compression that needs a statistic of the whole token, or is fused with the operator before it. One block per token;
+// the token's features stay in registers from the producer (a load, RMSNorm, SiLU * up) to the stores, so x is read
+// once:
 //
-//   z = producer(token)   [- eta, a per-token mean or median, or a per-channel shift]
+//   z = producer(token)   [- eta: a per-token mean or median, or a per-channel shift]
 //   P = 2 of 4 of z by |z| * channel_scale
 //   e4m3:      scale = max(amax |P| * (1 / 448), 2^-126)
 //              values = e4m3(P * (1 / scale)), to nearest even, saturating
@@ -9,12 +10,12 @@
 //   row_scale = nu * scale
 //
 // Mapping: a warp holds 32 * kChunks consecutive chunks of 8 features, 32 at a time across its lanes, so loads and
-// stores coalesce. In the e4m3 path a chunk's survivors wait in two registers for the amax. Metadata goes out a byte a
-// thread: 16 consecutive chunks are 16 consecutive bytes in the 8-bit layout, 2 in the 16-bit ones. Blocks beyond
-// `tokens` write the padding of the metadata. Limit: kMaxRowFeatures features. An e4m3 token with a NaN or an infinity
-// gets a NaN scale or NaN values, so its whole output is NaN, as a dense per-token quantisation gives. Tried and
-// dropped: persistent blocks that load the next token while they select this one; the registers cost more in resident
-// warps than the overlap gains (e4m3 at 16384 x 4096 on an H200: 55.8 us against 49.9).
+// stores coalesce. For e4m3, a chunk's survivors wait in two registers for the amax. Each thread stores its metadata a
+// byte at a time: the bytes of 16 consecutive chunks are consecutive in the 8-bit layout, those of 2 in the 16-bit
+// ones. Blocks beyond `tokens` write the padding of the metadata. Limit: kMaxRowFeatures features. An e4m3 token that
+// contains a NaN or an infinity gets a NaN scale or NaN values, so its whole output is NaN, as under a dense per-token
+// quantisation. Tried and dropped: persistent blocks that load the next token while they select this one; the registers
+// cost more in resident warps than the overlap gains (e4m3 at 16384 x 4096 on an H200: 55.8 us against 49.9).
 #pragma once
 
 #include "../launch.cuh"
@@ -23,16 +24,16 @@
 namespace nm_act {
 
 inline constexpr float kE4M3Max = 448.0f;
-inline constexpr int kMaxRowThreads = 512;  // leaves 128 registers a thread: the general kernels spill at 64
+inline constexpr int kMaxRowThreads = 512;  // leaves 128 registers per thread: the general kernels spill at 64
 
-// What a row kernel is compiled for. kPlain: no channel scale, shift, token shift or variance, a row of exactly kChunks
-// chunks a thread without padding, and e4m3 values only with 8-bit metadata: no test is left inside. kVector: all of
-// it, rows of whole aligned chunks. kScalar: any row.
+// The cases that a row kernel is compiled for. kPlain: no channel scale, shift, token shift or variance, exactly
+// kChunks chunks per thread without padding, and 8-bit metadata for e4m3 values, so that no run-time test is left.
+// kVector: every option, rows of whole aligned chunks. kScalar: every option, any row.
 enum class RowKind { kPlain, kVector, kScalar };
 
-// Blocks of kMaxRowThreads that a multiprocessor is to hold, 0 for the compiler's choice. Left to itself it takes 80
-// registers for the general kernel, which leaves one block of a long row, and nothing to run while that waits for its
-// loads and at its barriers.
+// Blocks of kMaxRowThreads that a multiprocessor must hold; 0 leaves it to the compiler. The compiler would take 80
+// registers for the general kernel, which leaves room for only one block of a long row, with nothing to run while that
+// block waits for its loads and at its barriers.
 template <class E, RowKind kKind, int kChunks>
 __host__ __device__ constexpr int row_blocks() {
   return E::k16Bit && kKind == RowKind::kVector && kChunks <= 4 ? 2 : 0;
@@ -44,7 +45,7 @@ __device__ __forceinline__ int row_chunk_count(int in_features, int chunk) {
   return chunk_count<kKind == RowKind::kVector>(in_features, chunk);
 }
 
-// A thread's chunks of a row; zeros beyond it.
+// This thread's chunks of a row; zeros beyond its end.
 template <class E, RowKind kKind, int kChunks>
 __device__ __forceinline__ void load_row(Chunk<E> (&chunks)[kChunks], const typename E::Raw* row, int in_features) {
   const typename E::Raw* source = row + row_chunk<kChunks>(0) * kChunk;
@@ -55,7 +56,7 @@ __device__ __forceinline__ void load_row(Chunk<E> (&chunks)[kChunks], const type
   }
 }
 
-// The producer of plain compression: the token as it lies in memory.
+// The producer of unfused compression: loads the token.
 template <class E>
 struct RowLoad {
   using Element = E;
@@ -69,7 +70,8 @@ struct RowLoad {
   }
 };
 
-// Two survivors, scaled, to e4m3. The multiplication by the rounded reciprocal is what defines the values.
+// Scales two survivors and converts them to e4m3. By definition they are multiplied by the rounded reciprocal, not
+// divided.
 template <class E>
 __device__ __forceinline__ uint32_t pair_to_e4m3(uint32_t pair, float inverse_scale) {
   const float2 scaled = make_float2(E::low(pair) * inverse_scale, E::high(pair) * inverse_scale);
@@ -81,14 +83,14 @@ __device__ __forceinline__ uint32_t to_e4m3(const Kept<E>& kept, float inverse_s
   return pair_to_e4m3<E>(kept.word[0], inverse_scale) | pair_to_e4m3<E>(kept.word[1], inverse_scale) << 16;
 }
 
-// The scale of a token whose largest magnitude, as bits in either half of the word, is `largest`.
+// The scale of a token; `largest` holds this thread's largest magnitudes, as the bits of two 16-bit features.
 template <class E>
 __device__ __forceinline__ float e4m3_scale(uint32_t largest, RowReducer& reducer) {
   const float scale = E::low(reducer.max(max(largest & 0xFFFFu, largest >> 16))) * (1.0f / kE4M3Max);
-  return scale < FLT_MIN ? FLT_MIN : scale;  // keeps the reciprocal finite, also for a token of zeros
+  return scale < FLT_MIN ? FLT_MIN : scale;  // keeps the reciprocal finite, even for a token of zeros
 }
 
-// Selects, stores and scales one token, given its features.
+// Selects, scales and stores one token, given its features.
 template <class E, bool kE4M3, RowKind kKind, int kChunks>
 __device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const CompressOutput& out, MetadataLayout layout,
                                                int64_t tokens, int64_t token, int in_features, RowReducer& reducer) {
@@ -103,21 +105,21 @@ __device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const Com
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) {
         subtract(z[i], eta);
-        // What lies beyond the row must stay zero: it takes part in the amax and the variance.
+        // Features beyond the end of the row must stay zero: they enter the amax and the variance.
         clear_from<kVector>(z[i], count_of(i));
       }
     }
   }
 
-  // A nibble's place is a sum of a term in the token and one in the group; and as 32 chunks are whole metadata tiles, a
-  // thread's bytes lie at a constant distance.
+  // A nibble's offset is the sum of a term in the token and one in the group. 32 chunks are whole metadata tiles, so a
+  // thread's bytes are a constant distance apart.
   uint8_t* metadata = out.metadata + metadata_address(layout, tokens, in_features, token, 0).byte +
                       metadata_address(layout, tokens, in_features, 0, 2 * row_chunk<kChunks>(0)).byte;
   const int64_t metadata_stride = metadata_address(layout, tokens, in_features, 0, 2 * 32).byte;
   const int stored_chunks = static_cast<int>(metadata_padded_features(layout, in_features) / kChunk);
   Kept<E> kept[kChunks];
   VarianceSums sums{};
-  uint32_t largest = 0;  // magnitudes of survivors, two halves
+  uint32_t largest = 0;  // magnitudes of survivors, one in each half
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const int chunk = row_chunk<kChunks>(i);
@@ -140,7 +142,7 @@ __device__ __forceinline__ void compress_token(Chunk<E> (&z)[kChunks], const Com
 #pragma unroll
       for (int j = 0; j < 2; ++j) largest = max_halves(largest, kept[i].word[j] & 0x7FFF7FFFu);
     } else if constexpr (kE4M3) {
-      // Without a channel scale a group's largest feature survives, and its key is at hand.
+      // Without a channel scale a group's largest feature always survives, and its key is already computed.
 #pragma unroll
       for (int j = 0; j < 4; ++j) largest = max_halves(largest, magnitude_keys(z[i].word[j], E::kNanKeys));
     }
@@ -204,8 +206,8 @@ struct RowShape {
   int threads;  // a multiple of 32
 };
 
-// Four chunks a thread take 40 registers in the plain kernel, which leaves a multiprocessor three quarters of its
-// warps; rows beyond 512 x 4 chunks take eight.
+// With four chunks per thread the plain kernel takes 40 registers, which leaves a multiprocessor three quarters of its
+// warps; rows of more than 512 x 4 chunks take eight.
 inline RowShape select_row_shape(const CompressOutput& out, int in_features, bool vector) {
   const bool extras = out.channel_scale != nullptr || out.shift != nullptr || out.token_shift != TokenShift::kNone ||
                       out.variance_correction ||
@@ -244,7 +246,7 @@ cudaError_t launch_compress_row(const Producer& producer, const CompressOutput& 
   }
 }
 
-// For e4m3 or the producer's own type.
+// Values of e4m3 or of the producer's type.
 template <class Producer>
 cudaError_t launch_compress_row(const Producer& producer, const CompressOutput& out, int64_t tokens, int in_features,
                                 bool vector, cudaStream_t stream) {

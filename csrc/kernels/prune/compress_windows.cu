@@ -1,14 +1,14 @@
 // compress for 2:4+1: P(x - eta) as the lifted 2:4 operand (format/windows.h), from a row-major x.
 //
-// A thread takes units of sixteen features: 32 bytes in, and out of them 16 bytes of survivors of the first four
-// windows, 4 of the fifth, whose part of the row begins at in_features, and the metadata of both.
+// A thread takes units of sixteen features: it reads 32 bytes and writes 16 bytes of survivors of the first four
+// windows, 4 bytes of survivors of the fifth, whose part of the row begins at in_features, and the metadata of both.
 //
 // Without a row statistic (e4m3 scale, variance) compress_windows_kernel streams as compress_kernel does: a block of 8
-// warps takes 16 tokens by 512 features, a warp two tokens, a lane a unit of each. In the sm90 16-bit layout 16 tokens
-// by 64 features of metadata are one run of 128 bytes; where both parts of the lifted row begin on such a tile they
-// are put together in shared memory. Otherwise, and with other layouts, the bytes go straight out. With a statistic, a
-// block holds a token, as in compress_row.cuh. A per-token shift is computed by a kernel of its own before.
-// docs/kernels/windows.md holds the floor.
+// warps takes 16 tokens by 512 features, a warp two tokens, a lane one unit of each. In the sm90 16-bit layout the
+// metadata of 16 tokens by 64 features is a run of 128 bytes, which the block assembles in shared memory if both parts
+// of the lifted row begin on such a tile. Otherwise, and in other layouts, the bytes are stored directly. With a
+// statistic, a block holds one token, as in compress_row.cuh. A per-token shift is computed by a kernel of its own
+// before this one. docs/kernels/windows.md gives the floor.
 #include "compress_row.cuh"
 #include "windows.cuh"
 
@@ -21,10 +21,10 @@ constexpr int kBlockTokens = 2 * kWarps;
 constexpr int kSpan = 32 * kUnit;
 constexpr int kTile = 64;                                   // features of a run of staged metadata
 constexpr int kRunVectors = kBlockTokens * kTile / 8 / 16;  // 16-byte vectors
-constexpr int kSpanRuns = kSpan / kTile;                    // and a quarter of them for the fifth windows
+constexpr int kSpanRuns = kSpan / kTile;                    // the fifth windows have a quarter as many
 constexpr int kRuns = kSpanRuns + kSpanRuns / 4;
 
-// Index of a 16-byte vector of staged metadata, exchanged so that the bytes of a warp's lanes fall into different
+// Index of a 16-byte vector of the staged metadata, swizzled so that the bytes of a warp's lanes fall into different
 // banks.
 __device__ __forceinline__ int staged_vector(int vector) { return vector ^ (vector >> 3 & 7); }
 
@@ -46,7 +46,7 @@ __device__ __forceinline__ Unit<E> load_unit(const typename E::Raw* source, bool
   return unit;
 }
 
-// Shift, and the channels' scales: ones where there are none.
+// Applies the shift; returns the channel scales, ones if there are none.
 template <class E>
 __device__ __forceinline__ ChannelUnit shift_and_scale(Unit<E>& unit, const CompressOutput& out, int64_t token,
                                                        int feature, bool real) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ ChannelUnit shift_and_scale(Unit<E>& unit, const Comp
   return scale;
 }
 
-// Padding of the last metadata tile of a row, from the end of the lifted features on: at most 15 bytes.
+// Writes the padding of a row's last metadata tile, beyond the lifted features: at most 15 bytes.
 __device__ __forceinline__ void pad_row(uint8_t* metadata, MetadataLayout layout, int64_t tokens, int lifted,
                                         int64_t token, int lane) {
   const int chunk = lifted / kChunk + lane;
@@ -80,10 +80,10 @@ __device__ __forceinline__ void store_16_bit(uint8_t* row, int in_features, int 
   *reinterpret_cast<uint32_t*>(row + in_features + feature / 4) = lifted.word[4];
 }
 
-// Two lanes share the metadata byte of their fifth windows.
+// Two lanes share one metadata byte for their fifth windows.
 __device__ __forceinline__ bool stores_extra_byte() { return threadIdx.x % 2 == 0; }
 
-// Where a unit's metadata lies in the layout itself: two bytes of the first four windows, and the fifth's byte.
+// Addresses of a unit's metadata in the layout: two bytes for the first four windows, and the byte with the fifth's.
 struct UnitMetadata {
   uint8_t *base, *extra;
   __device__ __forceinline__ UnitMetadata(uint8_t* metadata, MetadataLayout layout, int64_t tokens, int in_features,
@@ -94,13 +94,12 @@ struct UnitMetadata {
 
 template <class E, bool kStaged, bool kScaled>
 __global__ void __launch_bounds__(kThreads)
-    compress_windows_kernel(const __grid_constant__ CompressWindowsParams params) {
+    compress_windows_kernel(const __grid_constant__ CompressParams params, const int e) {
   __shared__ uint4 staged[kStaged ? kRuns * kRunVectors : 1];
   const CompressOutput& out = params.out;
   const MetadataLayout layout = kStaged ? MetadataLayout::kSm90Bits16T64 : out.layout;
   const int64_t tokens = params.tokens;
-  const int in_features = params.in_features, lifted_row = in_features + in_features / 4,
-            e = params.pattern.extra.column[0];
+  const int in_features = params.in_features, lifted_row = in_features + in_features / 4;
   const unsigned spans = static_cast<unsigned>(in_features + kSpan - 1) / kSpan;
   const int64_t first_token = blockIdx.x / spans * int64_t{kBlockTokens};
   const int span = static_cast<int>(blockIdx.x % spans);
@@ -172,14 +171,13 @@ __device__ __forceinline__ void add_lifted(VarianceSums& sums, const Lifted& lif
 
 template <class E, bool kE4M3, int kUnits>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    compress_windows_row_kernel(const __grid_constant__ CompressWindowsParams params) {
+    compress_windows_row_kernel(const __grid_constant__ CompressParams params, const int e) {
   __shared__ RowReducer::Slots slots;
   RowReducer reducer(slots);
   const CompressOutput& out = params.out;
   const MetadataLayout layout = kE4M3 ? MetadataLayout::kSm90Bits8 : out.layout;
   const int64_t tokens = params.tokens, token = blockIdx.x;
-  const int in_features = params.in_features, lifted_row = in_features + in_features / 4,
-            e = params.pattern.extra.column[0];
+  const int in_features = params.in_features, lifted_row = in_features + in_features / 4;
   wait_for_previous_kernel();
   allow_next_kernel();
   if (token >= tokens) {
@@ -249,7 +247,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 }
 
 template <class E>
-cudaError_t launch_streaming(const CompressWindowsParams& params, cudaStream_t stream) {
+cudaError_t launch_streaming(const CompressParams& params, int e, cudaStream_t stream) {
   const CompressOutput& out = params.out;
   const int64_t slabs = (metadata_padded_tokens(out.layout, params.tokens) + kBlockTokens - 1) / kBlockTokens;
   const int64_t grid = slabs * ((params.in_features + kSpan - 1) / kSpan);
@@ -259,13 +257,13 @@ cudaError_t launch_streaming(const CompressWindowsParams& params, cudaStream_t s
   const auto kernel =
       staged ? (scaled ? compress_windows_kernel<E, true, true> : compress_windows_kernel<E, true, false>)
              : (scaled ? compress_windows_kernel<E, false, true> : compress_windows_kernel<E, false, false>);
-  return launch_kernel(kernel, static_cast<unsigned>(grid), kThreads, stream, params);
+  return launch_kernel(kernel, static_cast<unsigned>(grid), kThreads, stream, params, e);
 }
 
 template <class E>
-cudaError_t launch_typed(const CompressWindowsParams& params, cudaStream_t stream) {
+cudaError_t launch_typed(const CompressParams& params, int e, cudaStream_t stream) {
   const bool e4m3 = params.out.value_type == ElementType::kE4M3;
-  if (!e4m3 && !params.out.variance_correction) return launch_streaming<E>(params, stream);
+  if (!e4m3 && !params.out.variance_correction) return launch_streaming<E>(params, e, stream);
   if (params.in_features > kMaxRowFeatures || params.tokens > kMaxTokens) return cudaErrorInvalidValue;
   const int units = params.in_features / kUnit, a_thread = units <= 2 * kMaxRowThreads ? 2 : 4;
   const int threads = static_cast<int>(round_up((units + a_thread - 1) / a_thread, 32));
@@ -273,11 +271,10 @@ cudaError_t launch_typed(const CompressWindowsParams& params, cudaStream_t strea
       e4m3 ? (a_thread == 2 ? compress_windows_row_kernel<E, true, 2> : compress_windows_row_kernel<E, true, 4>)
            : (a_thread == 2 ? compress_windows_row_kernel<E, false, 2> : compress_windows_row_kernel<E, false, 4>);
   const auto blocks = static_cast<unsigned>(metadata_padded_tokens(params.out.layout, params.tokens));
-  return launch_kernel(kernel, blocks, threads, stream, params);
+  return launch_kernel(kernel, blocks, threads, stream, params, e);
 }
 
-bool is_served(const CompressWindowsParams& params) {
-  const Pattern& pattern = params.pattern;
+bool is_served(const CompressParams& params, const Pattern& pattern) {
   if (!is_lifted(pattern) || params.in_features % kUnit != 0 || !are_supported(pattern.extra)) return false;
   const CompressOutput& out = params.out;
   const bool e4m3 = out.value_type == ElementType::kE4M3;
@@ -290,8 +287,8 @@ bool is_served(const CompressWindowsParams& params) {
 
 }  // namespace
 
-cudaError_t launch_compress_windows(const CompressWindowsParams& params, cudaStream_t stream) {
-  if (!is_served(params)) return cudaErrorInvalidValue;
+cudaError_t launch_compress_windows(const CompressParams& params, const Pattern& pattern, cudaStream_t stream) {
+  if (!is_served(params, pattern)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.in_features == 0) return cudaSuccess;
   if (params.out.token_shift != TokenShift::kNone) {
     const TokenStatisticsParams statistics{params.x, params.x_stride, params.tokens, params.in_features, params.x_type};
@@ -299,8 +296,8 @@ cudaError_t launch_compress_windows(const CompressWindowsParams& params, cudaStr
     if (status != cudaSuccess) return status;
   }
   switch (params.x_type) {
-    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, stream);
-    case ElementType::kFloat16: return launch_typed<Float16>(params, stream);
+    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, pattern.extra.column[0], stream);
+    case ElementType::kFloat16: return launch_typed<Float16>(params, pattern.extra.column[0], stream);
     default: return cudaErrorInvalidValue;
   }
 }

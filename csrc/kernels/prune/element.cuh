@@ -1,4 +1,5 @@
-// Element types of the pruning kernels: a chunk of eight consecutive features of one token, its loads, and rounding.
+// Element types of the pruning kernels; a chunk of eight consecutive features of one token, its loads, stores and
+// rounding.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +11,7 @@
 
 namespace nm_act {
 
-inline constexpr int kChunk = 8;  // features a thread handles at a time: one 16-byte load of 16-bit elements
+inline constexpr int kChunk = 8;  // features per thread and step: one 16-byte load of 16-bit elements
 
 struct BFloat16 {
   using Raw = uint16_t;
@@ -45,7 +46,7 @@ struct Float32 {
   static constexpr bool k16Bit = false;
 };
 
-// The launch of a kernel for the element type that a type names at run time.
+// Calls launch with the element type that corresponds to `type`.
 template <class Launch>
 cudaError_t with_element(ElementType type, const Launch& launch) {
   switch (type) {
@@ -56,7 +57,7 @@ cudaError_t with_element(ElementType type, const Launch& launch) {
   }
 }
 
-// Eight features: pairs in four words, or one to a word.
+// Eight features: two per word in four words, or one per word in eight.
 template <class E>
 struct Chunk {
   static constexpr int kWords = E::k16Bit ? 4 : 8;
@@ -80,8 +81,8 @@ struct Chunk {
   }
 };
 
-// Features [0, count) of a chunk at `source`, the rest 0. kVector: source is 16-byte aligned and count is 8. Streaming
-// loads: x is read once, and should not push what the GEMM reads next out of L2.
+// Features [0, count) of the chunk at `source`; the rest are 0. kVector: source is 16-byte aligned and count is 8. The
+// loads are streaming: x is read once and should not evict from L2 what the GEMM reads next.
 template <class E, bool kVector>
 __device__ __forceinline__ Chunk<E> load_chunk(const typename E::Raw* source, int count) {
   Chunk<E> chunk;
@@ -110,7 +111,7 @@ __device__ __forceinline__ Chunk<E> load_chunk(const typename E::Raw* source, in
   return chunk;
 }
 
-// Stores features [0, count) of a chunk; kVector as in load_chunk, or count 0.
+// Stores features [0, count) of a chunk. kVector: as in load_chunk, but count may also be 0.
 template <class E, bool kVector>
 __device__ __forceinline__ void store_chunk(typename E::Raw* destination, const Chunk<E>& chunk, int count) {
   if constexpr (kVector) {
@@ -141,7 +142,7 @@ __device__ __forceinline__ Chunk<E> zero_chunk() {
   return chunk;
 }
 
-// Eight consecutive float parameters of the channels; they are read by every token, so through the cache.
+// Eight consecutive per-channel parameters, loaded through the cache because every token reads them.
 struct ChannelChunk {
   float value[kChunk];
 };

@@ -1,12 +1,13 @@
-// The n of every m bare 16-bit features with the largest keys, m = 4 to 32, for a warp that holds rows of chunks: step
-// s of lane l is chunk 32 * s + l, as coalesced loads give them. A group of 16 or 32 is in two or four lanes, so as
-// many steps as lanes are exchanged first and each lane gets a whole group of one of them. The n-th largest key of a
-// group goes back to its lanes, and each compares its own features with it where they are.
+// Selects the n largest of every m unscaled 16-bit features, m = 8 to 32, in a warp that loaded them coalesced: step s
+// of lane l holds chunk 32 * s + l. A group of 16 or 32 features is spread over two or four lanes, so the lanes first
+// exchange two or four steps, after which each lane has a whole group of one step. The n-th largest key of that group
+// goes back to the group's lanes, and each lane compares its own features with it in place.
 //
-// A threshold does not depend on the order of the keys. Hence the two keys of a word stay together: a sorting network
-// over the words sorts the low and the high keys of the group at once, and the larger of the i-th of one list and the
-// i-th last of the other are the group's upper half: (31 + 5) / 32 operations of two keys each a feature less than a
-// network over all m. Exchanges need no order either.
+// The threshold does not depend on the order of the keys, so the two keys of a word stay together. A sorting network
+// over words sorts the low and the high keys of a group as two lists at once; the larger of the i-th key of one list
+// and the i-th last of the other, over all i, make up the upper half of the group. That takes (31 + 5) / 32 two-key
+// operations per feature fewer than a network over all m keys. For the same reason, the exchanges need not keep an
+// order.
 #pragma once
 
 #include "compress.cuh"
@@ -18,7 +19,7 @@ inline constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 
 __device__ __forceinline__ uint32_t swap_halves(uint32_t word) { return permute_bytes(word, word, 0x1032); }
 
-// Sorts a bitonic sequence of kCount keys from kFirst on, descending.
+// Sorts the bitonic sequence of kCount keys from kFirst on in descending order.
 template <class Order, int kFirst, int kCount, int kSize>
 __device__ __forceinline__ void merge_bitonic(uint32_t (&key)[kSize]) {
   if constexpr (kCount > 1) {
@@ -33,7 +34,7 @@ __device__ __forceinline__ void merge_bitonic(uint32_t (&key)[kSize]) {
   }
 }
 
-// The n-th largest of the 2 * kWords keys of a group, in both halves of the result; n is the same for all threads.
+// The n-th largest of a group's 2 * kWords keys, in both halves of the result. n must be the same for all threads.
 template <int kWords>
 __device__ __forceinline__ uint32_t nth_largest_of_words(uint32_t (&key)[kWords], int n) {
   sort_descending<Halves, 0, kWords>(key);
@@ -45,7 +46,7 @@ __device__ __forceinline__ uint32_t nth_largest_of_words(uint32_t (&key)[kWords]
     }
     threshold = Halves::min(threshold, swap_halves(threshold));
   } else {
-    // The upper half of the group in the low halves, the lower half in the high ones, each a bitonic sequence.
+    // The low halves of the words get the larger half of the keys, the high halves the smaller: two bitonic sequences.
     uint32_t both[kWords];
 #pragma unroll
     for (int i = 0; i < kWords / 2; ++i) {
@@ -63,13 +64,13 @@ __device__ __forceinline__ uint32_t nth_largest_of_words(uint32_t (&key)[kWords]
   return threshold;
 }
 
-// Byte masks over the eight features of a chunk: four a word.
+// Byte mask over the eight features of a chunk, four per word.
 struct ChunkMask {
   uint32_t word[2];
   __device__ __forceinline__ uint32_t count() const {
     return subtract_masked(word[0], 0xFFFFFFFFu, subtract_masked(word[1], 0xFFFFFFFFu, 0));
   }
-  // Clears the last `excess` of the features in `ties`.
+  // Clears the last `excess` features that are set in `ties`.
   __device__ __forceinline__ void drop(ChunkMask ties, int excess) {
     for (; excess > 0; --excess) {
       const int last = ties.word[1] != 0 ? 1 : 0;
@@ -81,12 +82,12 @@ struct ChunkMask {
   }
 };
 
-// The features whose bit 15 or 31 of key + bias is set.
+// The features whose key + bias has its top bit (15 or 31) set.
 __device__ __forceinline__ ChunkMask compare_chunk(const uint32_t (&key)[4], uint32_t bias) {
   return {{permute_bytes(key[0] + bias, key[1] + bias, 0xFDB9), permute_bytes(key[2] + bias, key[3] + bias, 0xFDB9)}};
 }
 
-// The thresholds of this lane's chunks. key[s]: the keys of step s.
+// The thresholds of this lane's chunks; key[s] holds the keys of step s.
 template <int kGroup, int kSteps>
 __device__ __forceinline__ void thresholds_of(const uint32_t (&key)[kSteps][4], int n, uint32_t (&threshold)[kSteps]) {
   constexpr int kLanes = kGroup / kChunk;
@@ -98,7 +99,7 @@ __device__ __forceinline__ void thresholds_of(const uint32_t (&key)[kSteps][4], 
 #pragma unroll
       for (int i = 0; i < 4; ++i) group[i] = key[first][i];
     } else {
-      // Of two steps an even lane keeps the first and gets its neighbour's part of it, an odd lane the second.
+      // Of each two steps, an even lane collects the first from itself and its neighbour, an odd lane the second.
       const bool odd = lane & 1;
       uint32_t part[kLanes / 2][8];
 #pragma unroll
@@ -130,7 +131,7 @@ __device__ __forceinline__ void thresholds_of(const uint32_t (&key)[kSteps][4], 
   }
 }
 
-// Sum over the lanes of a group, of which `lower` gets those before this one. Four bytes at a time.
+// Sum over the lanes of a group, four bytes at a time; `lower` gets the sum over the lanes before this one.
 template <int kLanes>
 __device__ __forceinline__ uint32_t sum_of_lanes(uint32_t value, uint32_t& lower) {
   lower = 0;
@@ -143,7 +144,7 @@ __device__ __forceinline__ uint32_t sum_of_lanes(uint32_t value, uint32_t& lower
   return value;
 }
 
-// Which features of four steps survive; the whole warp calls. z[s]: two features a word.
+// The survivors of four steps; z[s] holds two features per word. The whole warp must call.
 template <class E, int kGroup>
 __device__ __forceinline__ void survivors_of_steps(const uint32_t (&z)[4][4], int n, ChunkMask (&kept)[4]) {
   constexpr int kLanes = kGroup / kChunk;
@@ -154,7 +155,7 @@ __device__ __forceinline__ void survivors_of_steps(const uint32_t (&z)[4][4], in
     for (int i = 0; i < 4; ++i) key[step][i] = magnitude_keys(z[step][i], E::kNanKeys);
   }
   thresholds_of<kGroup>(key, n, threshold);
-  uint32_t counts = 0;  // of each step, a byte
+  uint32_t counts = 0;  // one byte per step
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     kept[step] = compare_chunk(key[step], 0x80008000u - threshold[step]);
@@ -164,7 +165,7 @@ __device__ __forceinline__ void survivors_of_steps(const uint32_t (&z)[4][4], in
   const uint32_t excess = sum_of_lanes<kLanes>(counts, lower) - 0x01010101u * static_cast<uint32_t>(n);
   if (__ballot_sync(kAllLanes, excess != 0) == 0) return;
 
-  // Keys equal to the threshold are too many: the last of them go.
+  // Too many keys equal the threshold in some group: the last of them are dropped.
   ChunkMask ties[4];
   counts = 0;
 #pragma unroll

@@ -1,10 +1,12 @@
-// The operators that feed a sparse linear layer, fused with its compression: the dense activation never goes to memory.
+// The operators that feed a sparse linear layer, fused with its compression: the dense activation never reaches global
+// memory.
 //
-//   RMSNorm     h = x (+ residual, rounded and written back), x' = round(round(h * rsqrt(mean(h^2) + epsilon)) *
-//   weight) SiLU * up   x' = round(round(gate / (1 + exp(-gate))) * up)
+//   RMSNorm     h = x (+ residual, rounded and written back)
+//               x' = round(round(h * rsqrt(mean(h^2) + epsilon)) * weight)
+//   SiLU * up   x' = round(round(gate / (1 + exp(-gate))) * up)
 //
-// with the roundings to bf16 or fp16 of the usual unfused modules, so that the selection sees the same values. Each is
-// a producer for compress_row_kernel: one block a token, the token in registers. RMSNorm adds one block reduction
+// They round to bf16 or fp16 where the unfused modules do, so the selection sees the same values. Each is a producer
+// for compress_row_kernel: one block per token, the token's features in registers. RMSNorm adds one block reduction
 // (float32, fixed order).
 #include "compress_row.cuh"
 

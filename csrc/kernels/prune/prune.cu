@@ -1,11 +1,12 @@
-// prune: the n of every m features with the largest keys, dense output, zeros elsewhere. m in {2, 4, 8, 16, 32}, any n.
+// prune: keeps the n features with the largest keys of every m and writes zeros for the others, as a dense tensor. m is
+// one of {2, 4, 8, 16, 32}; any n < m.
 //
-// prune_steps_kernel takes bare 16-bit features in aligned rows: a warp has four rows of 32 chunks, 2048 consecutive
-// bytes, in four coalesced loads that are all issued before the first is used, and stores them as it loaded them.
-// Groups of more than a chunk are selected across lanes (group_select.cuh). Without shifts, contiguous rows are one
-// long row: groups do not straddle rows. prune_kernel takes everything else: a thread has one group (more if m < 8),
-// its features are contiguous and have 32-bit keys; the survivors follow from the n-th largest key (threshold.cuh). No
-// shared memory. Limit: in_features % m == 0. 2:4+r: prune_windows.cu.
+// prune_steps_kernel serves unscaled 16-bit features in aligned rows. A warp reads 2048 consecutive bytes in four
+// coalesced loads, all issued before the first is used, and stores them in the same order. Groups longer than a chunk
+// are selected across lanes (group_select.cuh). Without shifts, contiguous rows are treated as one long row: no group
+// straddles two. prune_kernel serves everything else. A thread takes one group (several if m < 8) of contiguous
+// features with 32-bit keys; the n-th largest key decides (threshold.cuh). Neither uses shared memory. Limit:
+// in_features % m == 0. 2:4+r is in prune_windows.cu.
 #include "../launch.cuh"
 #include "group_select.cuh"
 
@@ -17,7 +18,7 @@ constexpr int kStepWarps = kThreads / 32;
 constexpr int kSteps = 4;
 constexpr int kStepFeatures = 32 * kChunk;
 
-// Who of a pair or a group of four beats enough others to be among the n largest, by all comparisons.
+// Byte mask of the features that beat enough others to be among the n largest of their pair or group of four.
 template <class E>
 __device__ __forceinline__ uint32_t survivors_of_pairs(uint32_t low, uint32_t high) {
   const uint32_t a = magnitude_keys(low, E::kNanKeys), b = magnitude_keys(high, E::kNanKeys);
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) prune_kernel(const __grid_constant__
   }
 
   const int n = params.pattern.keep;
-  uint32_t kept[kFeatures / 32 + 1] = {};  // a bit a feature
+  uint32_t kept[kFeatures / 32 + 1] = {};  // one bit per feature
 #pragma unroll
   for (int group = 0; group < kFeatures / kGroup; ++group) {
     uint32_t group_key[kGroup];

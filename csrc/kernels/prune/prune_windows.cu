@@ -1,5 +1,6 @@
-// prune for 2:4+1 and 2:4+2: dense output, zeros elsewhere. A thread takes a unit of sixteen features (windows.cuh);
-// bare 16-bit features compare as they are, scaled or 32-bit ones by 32-bit keys. Limit: in_features % 16 == 0.
+// prune for 2:4+1 and 2:4+2, as a dense tensor with zeros. A thread takes a unit of sixteen features (windows.cuh);
+// unscaled 16-bit features are compared as 16-bit keys, scaled or 32-bit ones as 32-bit keys. Limit: in_features % 16
+// == 0.
 #include "../launch.cuh"
 #include "windows.cuh"
 

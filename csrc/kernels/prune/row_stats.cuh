@@ -1,5 +1,5 @@
-// Statistics of one token by one thread block that holds the token's chunks in registers. All reductions have a fixed
-// order, so results do not change from run to run.
+// Statistics of one token, computed by one thread block that holds the token's chunks in registers. Every reduction has
+// a fixed order, so results do not change from run to run.
 #pragma once
 
 #include "compress.cuh"
@@ -8,15 +8,16 @@ namespace nm_act {
 
 inline constexpr int kMaxWarps = 32;
 
-// The i-th chunk of this thread's kChunks: a warp's chunks are consecutive, so a thread's lie at constant distances and
-// their loads and stores share one address.
+// Index of the i-th of this thread's kChunks chunks. A warp's chunks are consecutive and a thread's are 32 chunks
+// apart, so a thread's loads and stores share one address register.
 template <int kChunks>
 __device__ __forceinline__ int row_chunk(int i) {
   return (static_cast<int>(threadIdx.x) / 32 * kChunks + i) * 32 + static_cast<int>(threadIdx.x) % 32;
 }
 
-// Reductions over the block; every thread gets the result. Two slots of shared memory are used in turn, so that one
-// barrier a reduction is enough: whoever writes a slot again has passed the barrier of the reduction between.
+// Reductions over the block; every thread gets the result. Two slots of shared memory are used alternately, so one
+// barrier per reduction suffices: before a slot is written again, all threads have passed the barrier of the other
+// slot's reduction.
 class RowReducer {
  public:
   using Slots = double[2][kMaxWarps];
@@ -53,7 +54,7 @@ class RowReducer {
   int turn_ = 0;
 };
 
-// Mean of the token, summed in float64 and rounded once. Chunks beyond the row hold zeros.
+// Mean of the token, summed in float64 and rounded once. Chunks beyond the end of the row must hold zeros.
 template <class E, int kChunks>
 __device__ __forceinline__ float row_mean(const Chunk<E> (&x)[kChunks], int in_features, RowReducer& reducer) {
   double sum = 0;
@@ -62,20 +63,21 @@ __device__ __forceinline__ float row_mean(const Chunk<E> (&x)[kChunks], int in_f
 #pragma unroll
     for (int j = 0; j < kChunk; ++j) sum += static_cast<double>(x[i].get(j));
   }
-  // + 0.0f: a mean of -0.0 reads 0.0.
+  // + 0.0f turns a mean of -0.0 into 0.0.
   return static_cast<float>(reducer.sum(sum) / in_features) + 0.0f;
 }
 
-// Exact lower median by radix selection: features in the order of their bits, negatives turned round, are counted by
-// their upper byte in shared memory, then those with the median's upper byte by the next one. A bin's count goes up by
-// one instruction that adds up a warp's equal bins itself.
+// Exact lower median by radix selection. A feature's key is its bit pattern, mapped so that keys order as the features
+// do. A histogram of the keys' upper byte, in shared memory, gives the median's upper byte; a histogram of the next
+// byte over the keys that share it gives the next byte, and so on. The atomic add combines a warp's equal bins in
+// hardware.
 template <class E>
 struct MedianKeys {
   static constexpr int kBytes = E::k16Bit ? 2 : 4;
   static constexpr uint32_t kTop = E::k16Bit ? 0x8000u : 0x80000000u;
   static constexpr uint32_t kSigns = E::k16Bit ? 0x80008000u : 0x80000000u;
 
-  // The keys of a word of features: they grow with the features.
+  // The keys of the features in a word; a larger feature has a larger key.
   static __device__ __forceinline__ uint32_t of_word(uint32_t word) {
     return word ^ (permute_bytes(word, word, E::k16Bit ? 0xBB99 : 0xBBBB) | kSigns);
   }
@@ -84,7 +86,7 @@ struct MedianKeys {
     if constexpr (E::k16Bit) return E::low(bits);
     return __uint_as_float(bits);
   }
-  // Has one of these words a NaN?
+  // Whether the chunk contains a NaN.
   static __device__ __forceinline__ bool has_nan(const Chunk<E>& x) {
     uint32_t largest = 0;
     if constexpr (E::k16Bit) {
@@ -101,7 +103,8 @@ struct MedianKeys {
 
 inline constexpr int kBins = 256;
 
-// The bin that holds the feature of rank `rank`; `rank` becomes its rank in the bin. Every warp finds it by itself.
+// The bin that holds the feature of rank `rank`, which becomes the rank within that bin. Each warp computes it
+// redundantly.
 __device__ __forceinline__ uint32_t bin_of_rank(const uint32_t (&bins)[kBins], uint32_t& rank) {
   constexpr int kPerLane = kBins / 32;
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -132,7 +135,7 @@ __device__ __forceinline__ uint32_t bin_of_rank(const uint32_t (&bins)[kBins], u
   return __shfl_sync(0xFFFFFFFFu, bin, source);
 }
 
-// `count_of(i)` features of chunk i belong to the row.
+// The first count_of(i) features of chunk i belong to the row.
 template <class E, int kChunks, class CountOf>
 __device__ __forceinline__ float row_median(const Chunk<E> (&x)[kChunks], int in_features, const CountOf& count_of) {
   using Keys = MedianKeys<E>;
@@ -162,20 +165,21 @@ __device__ __forceinline__ float row_median(const Chunk<E> (&x)[kChunks], int in
     __syncthreads();
     prefix = prefix << 8 | bin_of_rank(bins[byte], rank);
   }
-  // + 0.0f: -0.0 reads 0.0.
+  // + 0.0f turns -0.0 into 0.0.
   return nans != 0 ? __uint_as_float(0x7FC00000u) : Keys::feature_of(prefix) + 0.0f;
 }
 
-// Sums of a token for the variances before and after the selection, in float64, which no 16-bit or float32 square
-// leaves. Sums of a thread are of differences from its first feature, those of a warp from its first thread's, and so
-// on: an origin that is one of n numbers costs at most log2(n) of 53 bits, however far their mean is from zero. The
-// survivors need none: beside as many zeros their variance is at least their mean square / in_features.
+// Sums over a token for the variances before and after the selection, in float64, where no square of a 16-bit or
+// float32 feature overflows. Sums of the dense features are taken about an origin: a thread's first feature, then the
+// first thread's in its warp, and so on. With one of the n features as the origin, cancellation costs at most log2(n)
+// of the 53 bits, however far the mean is from zero. The survivors need no origin: the pruned token contains
+// zeros, so its variance is at least its mean square / in_features.
 struct VarianceSums {
   float origin;
   int features;
   double z, z_squared, p, p_squared;
 
-  // The first feature that a thread adds.
+  // Sets the origin: the first feature that this thread adds.
   __device__ __forceinline__ void start_at(float first) { origin = first; }
 
   template <class E>
@@ -189,7 +193,7 @@ struct VarianceSums {
     }
     features += count;
   }
-  // Survivors only, or with the zeros between them.
+  // The survivors, with or without the zeros between them.
   template <class E>
   __device__ __forceinline__ void add_kept(const Chunk<E>& chunk, int count = kChunk) {
 #pragma unroll
@@ -208,7 +212,7 @@ struct VarianceSums {
     add_kept(survivors, kChunk / 2);
   }
 
-  // sqrt(Var(z) / Var(p)), 1 where Var(p) is 0. The whole block calls; threads of warp 0 get the result.
+  // sqrt(Var(z) / Var(p)), or 1 if Var(p) is 0. The whole block must call; only warp 0 gets the result.
   __device__ __forceinline__ float ratio(int in_features) {
     __shared__ VarianceSums of_warp[kMaxWarps];
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;

@@ -1,15 +1,15 @@
 // The n of m features with the largest keys, as a bit mask.
 //
-// The n-th largest key t of a group comes from a sorting network in registers (Batcher's odd-even merge sort: 3.75
-// compare steps a feature for m = 16); everything above t survives, and of the keys equal to t the first ones, as many
-// as are left. Bare 16-bit features sort two groups at once, one in each half of a word.
+// A sorting network in registers (Batcher's odd-even merge sort: 3.75 compare steps per feature for m = 16) yields the
+// n-th largest key t of a group. All keys above t survive, and of those equal to t as many of the first ones as are
+// still needed. For unscaled 16-bit features, two groups are sorted at once, one in each half of a word.
 #pragma once
 
 #include "select.h"
 
 namespace nm_act {
 
-// Two keys at a time in the halves of a word, or one 32-bit key.
+// A word as two 16-bit keys (Halves) or one 32-bit key (Whole).
 struct Halves {
   static __device__ __forceinline__ uint32_t min(uint32_t a, uint32_t b) { return min_halves(a, b); }
   static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return max_halves(a, b); }
@@ -19,8 +19,8 @@ struct Whole {
   static __device__ __forceinline__ uint32_t max(uint32_t a, uint32_t b) { return ::max(a, b); }
 };
 
-// Batcher's network by template recursion, so that every index is a constant and the keys stay in registers: sorts
-// kCount keys from kFirst on, descending. merge() joins two sorted halves, looking at every kStride-th key.
+// Batcher's network, which sorts kCount keys from kFirst on in descending order. Template recursion makes every index a
+// constant, so the keys stay in registers. merge() merges two sorted halves of every kStride-th key.
 template <class Order, int kFirst, int kCount, int kStride, int kSize>
 __device__ __forceinline__ void merge(uint32_t (&key)[kSize]) {
   const auto exchange = [&key](int high, int low) {
@@ -50,14 +50,15 @@ __device__ __forceinline__ void sort_descending(uint32_t (&key)[kSize]) {
 template <class Order, int kSize>
 __device__ __forceinline__ uint32_t nth_largest(uint32_t (&key)[kSize], int n) {
   sort_descending<Order, 0, kSize>(key);
-  // The maximum of what follows key[n - 2]: a choice by index would put the keys into local memory.
+  // key[n - 1] as the maximum of the keys from there on: an index known only at run time would move the keys to local
+  // memory.
   uint32_t result = 0;
 #pragma unroll
   for (int i = 0; i < kSize; ++i) result = Order::max(result, i >= n - 1 ? key[i] : 0u);
   return result;
 }
 
-// Drops the highest-indexed ties until n bits are left.
+// Clears the ties with the highest indices until n bits are set.
 __device__ __forceinline__ uint32_t drop_ties(uint32_t at_least, uint32_t above, int n) {
   uint32_t ties = at_least & ~above;
   for (int excess = __popc(at_least) - n; excess > 0; --excess) {

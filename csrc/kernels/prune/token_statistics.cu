@@ -1,5 +1,5 @@
-// Per-token statistics by themselves: the D-PTS shift of a token, and the factor of the variance correction of a token
-// that was pruned elsewhere. One block a token, its features in registers (row_stats.cuh); x is read once, `pruned`
+// Per-token statistics as kernels of their own: the D-PTS shift of a token, and the variance ratio of a token that
+// another kernel has pruned. One block per token, its features in registers (row_stats.cuh); x and `pruned` are read
 // once.
 #include "compress_row.cuh"
 
@@ -45,12 +45,12 @@ __global__ void __launch_bounds__(kMaxRowThreads)
   if (threadIdx.x == 0) nu[token] = ratio;
 }
 
-// A block a token, none of which starts before the kernel before has ended.
+// One block per token; no overlap with the previous kernel.
 LaunchShape in_order(const TokenStatisticsParams& params, int threads) {
   return {static_cast<unsigned>(params.tokens), threads, 1, 0, /*overlaps=*/false};
 }
 
-// Four chunks a thread, or eight beyond kMaxRowThreads x 4 chunks.
+// Four chunks per thread, or eight for rows of more than kMaxRowThreads x 4 chunks.
 template <class Launch>
 cudaError_t launch_rows(const TokenStatisticsParams& params, bool vector, const Launch& launch) {
   if (params.in_features > kMaxRowFeatures || params.tokens > kMaxTokens) return cudaErrorInvalidValue;

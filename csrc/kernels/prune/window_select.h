@@ -1,16 +1,17 @@
-// Which features of a unit of sixteen survive under 2:4+1 and 2:4+2 (format/windows.h): for host and device.
+// Which features of a unit of sixteen survive under 2:4+1 and 2:4+2 (format/windows.h), for host and device.
 //
-// The survivors are the best set that the windows can hold: take the features by descending key, the lowest index first
-// among equals, and accept each that still fits. What windows can hold is a transversal matroid, so this greedy set is
-// the one optimum; the functions below find it directly.
+// The survivors are the best set that the windows can hold: visit the features by descending key, the lowest index
+// first among equals, and accept each one that still fits. The sets that the windows can hold form a transversal
+// matroid, so this greedy set is the unique optimum. The functions below find it directly.
 //
-//   2:4+1   Giving a quad the extra slot turns its top two into e and the top two of the others: it gains one feature.
-//           The two quads that gain most get the slot, the lower quad among equals: a 2:4 selection over four gains.
-//   2:4+2   Twelve of sixteen survive: the top two of every quad, and all but four of the eight others, its "losers".
-//           Dropping losers from the lowest key up, a drop is refused if it leaves one of the extra windows with fewer
-//           than two quads to serve. A quad that loses two is served by neither, one that loses only e not by e's.
+//   2:4+1   With the extra slot, a quad keeps e and the top two of its other features instead of its top two: it gains
+//           one feature. The two quads that gain most get a slot, the lower quad among equals: a 2:4 selection over the
+//           four gains.
+//   2:4+2   The top two of every quad survive, and all but four of the eight others, the "losers". Losers are dropped
+//           from the lowest key up, except where that leaves an extra window with fewer than two quads to serve: a quad
+//           that has lost two is served by neither window, and a quad that has lost only e is not served by e's.
 //
-// tests/native/windows.cpp holds both to the greedy set, exhaustively over masks and over orders of the keys.
+// tests/native/windows.cpp compares both with the greedy set, exhaustively over masks and over orders of the keys.
 #pragma once
 
 #include "../format/windows.h"
@@ -23,7 +24,7 @@ struct WindowSlots {
   uint32_t held[kWindows];
 };
 
-// Bit i of a nibble to byte i.
+// Expands bit i of a nibble to byte i.
 NM_ACT_INLINE uint32_t spread_nibble(uint32_t nibble) { return (nibble * 0x00204081u & 0x01010101u) * 0xFFu; }
 
 // All ones if byte i of a byte mask is set.
@@ -33,7 +34,7 @@ NM_ACT_INLINE uint32_t choose(uint32_t mask, uint32_t a, uint32_t b) { return (a
 
 // ---- 2:4+1
 
-// What makes feature e of a group lose every comparison: x' = (x & keep) | set, for each word of Comparisons.
+// Masks that make feature e of a group lose every comparison: x' = (x & keep) | set, for each word of Comparisons.
 struct Removal {
   Comparisons keep, set;
   Winners feature;  // e itself
@@ -73,7 +74,7 @@ NM_ACT_INLINE WindowSlots plus_one_16(const uint32_t (&word)[8], uint32_t nan_ke
     const Comparisons comparisons = compare_keys(a, b);
     all[quad] = winners_of(comparisons);
     others[quad] = winners_of(without(comparisons, removal));
-    // The one feature that the slot adds, in its half of one of the two words.
+    // The feature that the slot adds, in its half of one of the two words.
     const uint32_t added_a = (others[quad].a | removal.feature.a) & ~all[quad].a;
     const uint32_t added_b = (others[quad].b | removal.feature.b) & ~all[quad].b;
     gain[quad] = (a & permute_bytes(added_a, added_a, 0xBB99)) | (b & permute_bytes(added_b, added_b, 0xBB99));
@@ -92,7 +93,7 @@ NM_ACT_INLINE WindowSlots plus_one_16(const uint32_t (&word)[8], uint32_t nan_ke
   return result;
 }
 
-// The same of 32-bit keys below 2^31 - 1.
+// The same for 32-bit keys below 2^31 - 1.
 NM_ACT_INLINE WindowSlots plus_one_of_keys(const uint32_t (&key)[kUnit], int e) {
   uint32_t all[4], others[4], gain[4];
   const uint32_t feature = 0xFFu << 8 * e;
@@ -135,10 +136,10 @@ NM_ACT_LOCAL int count_bits(uint32_t word) {
 #endif
 }
 
-// The four features that are dropped, as bits, from the losers' keys and places (4 * quad + column) in ascending order
-// of place, two a quad.
+// The four dropped features, as bits, given the losers' keys and places (4 * quad + column): two per quad, in ascending
+// order of place.
 NM_ACT_LOCAL uint32_t drop_four(const uint32_t (&key)[8], const uint32_t (&place)[8], int e0, int e1) {
-  // Lowest key first, and of equal keys the highest place: nibble i of `order` is the place of the i-th to go.
+  // Lowest key first, and highest place first among equals: nibble i of `order` is the place of the i-th candidate.
   uint32_t order = 0;
   NM_ACT_UNROLL
   for (int i = 0; i < 8; ++i) {
@@ -149,7 +150,7 @@ NM_ACT_LOCAL uint32_t drop_four(const uint32_t (&key)[8], const uint32_t (&place
     }
     order |= place[i] << 4 * rank;
   }
-  // At bits 4 * quad: the quads that lost one, and those that an extra window cannot serve.
+  // At bit 4 * quad: whether the quad has lost a feature, and whether an extra window can no longer serve it.
   uint32_t dropped = 0, lost_one = 0, unserved_0 = 0, unserved_1 = 0;
   int count = 0;
   NM_ACT_UNROLL

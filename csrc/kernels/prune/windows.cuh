@@ -1,4 +1,4 @@
-// A unit of sixteen features in registers: its selection under 2:4+1, and its lifted survivors.
+// A unit of sixteen features in registers: its selection under 2:4+1 and its lifted survivors.
 #pragma once
 
 #include "compress.cuh"
@@ -29,7 +29,7 @@ __device__ __forceinline__ void keys_of(const Unit<E>& unit, const ChannelUnit& 
   }
 }
 
-// 2:4+1 with its removal_of(e). kKeys: by 32-bit keys, |z| * scale.
+// Selects by 2:4+1, given its removal_of(e). kKeys: with 32-bit keys, |z| * scale.
 template <class E, bool kKeys>
 __device__ __forceinline__ WindowSlots select_plus_one(const Unit<E>& unit, const ChannelUnit& scale, int e,
                                                        const Removal& removal) {
@@ -44,9 +44,9 @@ __device__ __forceinline__ WindowSlots select_plus_one(const Unit<E>& unit, cons
   }
 }
 
-// The survivors of a unit by window, and their metadata.
+// The survivors of a unit, window by window, and their metadata.
 struct Lifted {
-  uint32_t word[kWindows];  // two survivors a window
+  uint32_t word[kWindows];  // two survivors per window
   uint32_t base;            // the two metadata bytes of the first four windows
   uint32_t extra;           // the nibble of the fifth
 };
@@ -70,8 +70,8 @@ __device__ __forceinline__ Lifted lift(const Unit<E>& unit, const WindowSlots& w
   return lifted;
 }
 
-// The metadata byte of the fifth windows of two units, which two lanes share: the even one stores it. The whole warp
-// calls; units that are not `real` give the padding's nibble.
+// The metadata byte of two units' fifth windows, which two lanes share; the even lane stores it. The whole warp must
+// call. Units that are not `real` contribute the padding nibble.
 __device__ __forceinline__ uint8_t extra_byte(const Lifted& lifted, bool real) {
   const uint32_t own = real ? lifted.extra : kPaddingNibble;
   return static_cast<uint8_t>(own | __shfl_down_sync(0xFFFFFFFFu, own, 1) << 4);

@@ -50,9 +50,8 @@ at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const at
 at::Tensor sparse_product(const at::Tensor& x, const at::Tensor& weight, const Selection& selection,
                           bool variance_correction, GemmEpilogueTensors epilogue, const GemmConfig& config,
                           GemmDevice device, const char* op) {
-  const auto compress = is_lifted(selection.pattern) ? compress_lifted : compress_packed;
   const bool fp8 = weight.scalar_type() == at::kFloat8_e4m3fn;
-  const PackedOperand operand = compress(x, selection, variance_correction, fp8, device, op);
+  const PackedOperand operand = compress_packed(x, selection, variance_correction, fp8, device, op);
   const at::Tensor y = at::empty({selection.tokens, weight.size(0)}, x.options());
   epilogue.row_scale = operand.row_scale;
   epilogue.eta = operand.eta;
