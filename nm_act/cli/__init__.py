@@ -1,4 +1,4 @@
-"""The command ``nm-act``. Nothing is imported before `main` runs, so that Ctrl-C never meets an import unprepared."""
+"""The command ``nm-act``. `main` imports the rest, so that Ctrl-C is handled during imports, too."""
 
 __all__ = ["app", "main"]
 

@@ -99,6 +99,7 @@ def _check_output(output: Path, model: str) -> None:
     """Raise a ValueError for a folder in which the result would replace files, those of the model for one."""
     from ..conversion.calibration import DATA_FILE
     from ..lab.calibrate.state import IDENTITY
+    from ..lab.evaluate.folder import check_output
 
     place, source = output.resolve(), Path(model).expanduser().resolve()
     if source in (place, *place.parents) and Path(model).expanduser().exists():
@@ -109,13 +110,7 @@ def _check_output(output: Path, model: str) -> None:
     if (output / DATA_FILE).exists():
         raise ValueError(f"expected a folder without a finished calibration, got {str(output)!r}; use another")
     # A run that stopped may have left a part of its checkpoint beside its state.
-    if output.is_dir() and not (output / _STATE / IDENTITY).exists():
-        other = next((path.name for path in sorted(output.iterdir()) if path.name != _STATE), None)
-        if other is not None:
-            raise ValueError(
-                f"expected an empty folder or an unfinished calibration, but {str(output)!r} holds {other!r}; use "
-                "another"
-            )
+    check_output(output, f"{_STATE}/{IDENTITY}", _STATE)
 
 
 def _note_orders(model) -> None:

@@ -175,6 +175,12 @@ def _column_widths(columns: list[str], rows: list[list[str]], total: int) -> lis
     return widths
 
 
+def format_quality(row: dict) -> list[str]:
+    """Perplexity and its change against dense, as table cells."""
+    change = "" if row["change_percent"] is None else f"{row['change_percent']:+.1f} %"
+    return [f"{row['perplexity']:.2f}", change]
+
+
 def load(source: str, dtype: str = "auto", device: str = "cpu"):
     """`nm_act.integrations.checkpoints.load_model` without Transformers' own chatter and progress bars."""
     from ..integrations.checkpoints import check_device, load_model
@@ -200,10 +206,13 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def load_dense(source: str, dtype: str = "auto", device: str = "cpu"):
-    """`load`, of a dense model only: a sparse checkpoint has no dense model to compare with."""
+def load_dense(source: str, dtype: str = "auto", device: str = "cpu", window: int | None = None):
+    """`load`, of a dense model whose context holds the window, which its configuration tells before it is loaded."""
+    from ..lab.evaluate.perplexity import check_window
     from ..layers.linear import NMLinear
 
+    if window is not None:
+        check_window(load_config(source), window)
     model, tokenizer = load(source, dtype, device)
     if any(isinstance(module, NMLinear) for module in model.modules()):
         raise ValueError(

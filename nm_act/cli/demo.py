@@ -12,7 +12,6 @@ import typer
 from . import common
 from . import options as opt
 from .generate import continue_text
-from .ppl import format_quality
 
 PROMPT = "The most important thing to remember when learning to cook is"
 SAMPLED = ("dense", "2:4", "8:16")
@@ -132,7 +131,7 @@ def _show(result: dict) -> None:
         speed, ratio = row["decode_tokens_per_second"], row["decode_speedup"]
         spread = f"{speed['p20']:.1f} - {speed['p80']:.1f}"
         cells = [f"{speed['median']:.1f}", spread, f"{ratio['median']:.2f}x"]
-        rows.append([row["name"], *format_quality(row), *cells])
+        rows.append([row["name"], *common.format_quality(row), *cells])
     first = result["rows"][0]
     common.print_table(
         _title(result),

@@ -8,7 +8,7 @@ import typer
 
 from . import common
 from . import options as opt
-from .ppl import build_recipes, check_uncalibrated, once
+from .recipes import build_recipes, check_uncalibrated, once
 
 DEFAULT_TASKS = "wikitext2,arc_easy,boolq,piqa,winogrande"
 
@@ -45,7 +45,7 @@ def evaluate(
     from ..lab.evaluate.calibrated import calibrated_row, of_calibration
     from ..lab.evaluate.folder import PERPLEXITY, RunFolder, check_output
     from ..lab.evaluate.perplexity import check_window
-    from ..lab.evaluate.run import announce, check_context, check_scored, run_study
+    from ..lab.evaluate.run import Study, check_context, check_scored
     from ..lab.evaluate.study import load_study, row_variant
     from ..lab.evaluate.tasks import build_task, check_available
     from ..lab.evaluate.variants import DENSE_VARIANT, from_recipe
@@ -76,9 +76,7 @@ def evaluate(
     if data is not None:
         common.note("data: " + ", ".join(f"{name} {source['file']}" for name, source in sources.items()))
     common.set_threads(threads)
-    if window is not None and text is not None:
-        check_window(common.load_config(model), window)
-    dense, tokenizer = common.load_dense(model, dtype, device)
+    dense, tokenizer = common.load_dense(model, dtype, device, None if text is None else window)
     for name, task in built.items():
         check_context(name, task, dense)
     for variant in variants:
@@ -97,9 +95,10 @@ def evaluate(
         "window": None if tokens is None else window,
         "data": dict(sorted(sources.items())),
     }
-    work = (dense, [DENSE_VARIANT, *variants], RunFolder.open(output, identity), tokenizer)
-    common.note(announce(*work, tokens=tokens, tasks=built, limit=limit))
-    run_study(*work, tokens=tokens, tasks=built, progress=common.note, batch_size=batch_size)
+    folder = RunFolder.open(output, identity)
+    whole = Study(dense, [DENSE_VARIANT, *variants], folder, tokenizer, tokens, built)
+    common.note(whole.announcement())
+    whole.run(common.note, batch_size)
     _finish(output, as_json)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from . import common
 from . import options as opt
-from .ppl import build_recipes, check_uncalibrated
+from .recipes import build_recipes, check_uncalibrated
 
 
 def generate(

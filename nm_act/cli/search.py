@@ -58,8 +58,7 @@ def search(
     if calibrated is not None:  # without a folder, an option that is no faster than dense is refused first
         find_calibrations(specs, calibrated)
     common.set_threads(threads)
-    check_window(common.load_config(model), window)
-    dense, tokenizer = common.load_dense(model, dtype, device)
+    dense, tokenizer = common.load_dense(model, dtype, device, window)
     check_window(dense, window)
     best, points, files = run.search(
         dense,

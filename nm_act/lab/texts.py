@@ -26,17 +26,11 @@ HUB_TEXTS = {
 
 
 def find_file(folder: str | Path, name: str) -> Path:
-    """The file of a data set in a folder.
+    """The file of a data set in a folder: ``NAME.SUFFIX``, ``*/NAME.SUFFIX`` or ``NAME/*.SUFFIX``, in this order.
 
-    Looked for, in this order: ``NAME.SUFFIX``, ``*/NAME.SUFFIX``, ``NAME/*.SUFFIX``, with the suffixes .jsonl,
-    .json, .txt and .parquet. Of several splits the test split is taken, else the validation split.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder does not exist or has no such file.
-    ValueError
-        If several files fit and none of them names its split.
+    Suffixes are .jsonl, .json, .txt and .parquet. Of several splits the test split is taken, else the validation split.
+    Raises FileNotFoundError if the folder does not exist or has no such file, ValueError if several files fit and none
+    of them names its split.
     """
     return find_splits(folder, name)[0]
 
@@ -75,21 +69,9 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
-    """A text for perplexity or calibration, its rows joined by blank lines, and where it is from.
+    """Text and source of "wikitext2" or "c4", from a data folder or the hub; rows are joined by blank lines.
 
-    Parameters
-    ----------
-    name : str
-        "wikitext2" or "c4".
-    folder : str or Path, optional
-        Folder that has it; without one it is read from the hub.
-
-    Raises
-    ------
-    OSError
-        If there is no such file, or the hub cannot be read.
-    ImportError
-        If the hub is needed and the package datasets is not installed.
+    Raises OSError if there is no such file or the hub cannot be read, ImportError if that needs the package datasets.
     """
     if folder is not None:
         path = find_file(folder, name)
@@ -111,14 +93,8 @@ def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
 def read_text(path: str | os.PathLike) -> str:
     """Text of a UTF-8 file; of a .jsonl, .json or .parquet file, the rows' "text" fields joined by blank lines.
 
-    A byte order mark is not part of the text.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        If it is empty, not UTF-8, or a row is not an object with a text in "text".
+    A byte order mark is not part of the text. Raises OSError if the file cannot be read, ValueError if it is empty, not
+    UTF-8, or a row is not an object with a text in "text".
     """
     path = Path(path)
     if path.is_dir():
@@ -133,22 +109,10 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def tokenize(tokenizer, text: str, max_tokens: int | None = None) -> torch.Tensor:
-    """Token ids of a whole text, int64 ``[tokens]``.
+    """Token ids of a text, int64 ``[tokens]``, or only the first `max_tokens`, at least 2 (else ValueError).
 
     Special tokens are up to the tokenizer: a beginning-of-sequence token stands at the start of the text, not of every
     window.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-    text : str
-    max_tokens : int, optional
-        Keep only that many tokens from the start.
-
-    Raises
-    ------
-    ValueError
-        If `max_tokens` is below two.
     """
     if max_tokens is not None and max_tokens < 2:
         raise ValueError(f"expected at least 2 tokens to evaluate on, got {max_tokens}; ask for more")

@@ -5,11 +5,10 @@ import json
 import math
 import shutil
 
+import commands
 import pytest
 import tiny_model
-from typer.testing import CliRunner
 
-from nm_act.cli import app
 from nm_act.conversion.sparsify import sparsify
 from nm_act.lab.evaluate import results, run, study, tasks
 from nm_act.recipe import Recipe, Rule
@@ -20,13 +19,8 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(tiny_model.save(tmp_path_factory.mktemp("checkpoint")))
-
-
 @pytest.fixture
-def folder(tmp_path):
+def data(tmp_path):
     """A data folder with a text and one small task."""
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "arc").mkdir()
@@ -37,15 +31,11 @@ def folder(tmp_path):
 
 
 def _eval(*arguments):
-    return CliRunner().invoke(app, ["eval", *(str(argument) for argument in arguments)])
+    return commands.run("eval", *arguments)
 
 
 def _refused(*arguments) -> str:
-    result = _eval(*arguments)
-    assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.stderr
-    [complaint] = [line for line in result.stderr.splitlines() if line.startswith("nm-act: ")]
-    return complaint
+    return commands.refused("eval", *arguments)
 
 
 # ---- studies
@@ -187,17 +177,17 @@ def _other_weights(tmp_path):
     return folder
 
 
-def test_another_model_of_the_same_name(folder, tmp_path):
+def test_another_model_of_the_same_name(data, tmp_path):
     first = tmp_path / "checkpoint"
     first.mkdir()
-    arguments = ("--pattern", "2:4", "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "out")
+    arguments = ("--pattern", "2:4", "--tasks", "wikitext2", "--data", data, "--output", tmp_path / "out")
     assert _eval(tiny_model.save(first), *arguments).exit_code == 0
     assert "a run with weights '" in _refused(_other_weights(tmp_path), *arguments)
 
 
-def test_eval_perplexity_resumes(model, folder, tmp_path, monkeypatch):
+def test_eval_perplexity_resumes(folder, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    arguments = (model, "--pattern", "2:4", "--tasks", "wikitext2", "--data", folder, "--output", out)
+    arguments = (folder, "--pattern", "2:4", "--tasks", "wikitext2", "--data", data, "--output", out)
     measured = []
     real = run._perplexity
     monkeypatch.setattr(run, "_perplexity", lambda *a: measured.append(1) or real(*a))
@@ -229,9 +219,9 @@ def test_eval_perplexity_resumes(model, folder, tmp_path, monkeypatch):
     )
 
 
-def test_a_run_gains_tasks(model, folder, tmp_path):
+def test_a_run_gains_tasks(folder, data, tmp_path):
     pytest.importorskip("lm_eval")
-    out, base = tmp_path / "out", (model, "--pattern", "2:4", "--data", folder, "--output", tmp_path / "out")
+    out, base = tmp_path / "out", (folder, "--pattern", "2:4", "--data", data, "--output", tmp_path / "out")
     assert _eval(*base, "--tasks", "wikitext2", "--max-tokens", 256).exit_code == 0
     both = _eval(*base, "--tasks", "arc_easy", "--limit", 4, "--json")
     assert both.exit_code == 0, both.stderr
@@ -241,36 +231,36 @@ def test_a_run_gains_tasks(model, folder, tmp_path):
     assert "with limit 5, got one with 4" in _refused(*base, "--tasks", "arc_easy", "--limit", 5)
     assert "with tokens 128, got one with 256" in _refused(*base, "--tasks", "wikitext2", "--max-tokens", 128)
     assert _eval(*base, "--tasks", "wikitext2", "--max-tokens", 256).exit_code == 0  # the limit is of no concern
-    (folder / "arc" / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, ROWS[::-1])))
+    (data / "arc" / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, ROWS[::-1])))
     assert "a run with data of arc_easy" in _refused(*base, "--tasks", "arc_easy", "--limit", 4)
 
 
-def test_sequences_are_not_padded_for_criteria_that_read_them(model, folder, tmp_path, monkeypatch):
+def test_sequences_are_not_padded_for_criteria_that_read_them(folder, data, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     sizes, real = [], run.harness_model
     monkeypatch.setattr(run, "harness_model", lambda *a: sizes.append(a[-1]) or real(*a))
     (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4, criterion: [act, clact]}]")
-    options = ("--study", tmp_path / "study.yaml", "--tasks", "arc_easy", "--data", folder, "--batch-size", 4)
-    result = _eval(model, *options, "--output", tmp_path / "out")
+    options = ("--study", tmp_path / "study.yaml", "--tasks", "arc_easy", "--data", data, "--batch-size", 4)
+    result = _eval(folder, *options, "--output", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert sizes == [4, 4, 1]  # dense, act, clact
 
 
-def test_a_batch_of_one_for_clact(model):
+def test_a_batch_of_one_for_clact(folder):
     transformers = pytest.importorskip("transformers")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert not run._reads_sequences(loaded)
     assert not run._reads_sequences(sparsify(loaded, Recipe("2:4")).model)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     rules = [Rule(layers=[1], criterion="clact")]
     assert run._reads_sequences(sparsify(loaded, Recipe("2:4", rules=rules)).model)
 
 
-def test_results_do_not_go_into_folders_of_something_else(model, folder, tmp_path):
+def test_results_do_not_go_into_folders_of_something_else(folder, data, tmp_path):
     out = tmp_path / "mine"
     out.mkdir()
     (out / "model.safetensors").write_text("mine")
-    base = (model, "--pattern", "2:4", "--tasks", "wikitext2", "--data", folder, "--output", out)
+    base = (folder, "--pattern", "2:4", "--tasks", "wikitext2", "--data", data, "--output", out)
     assert f"expected a new folder or that of an earlier run, got {str(out)!r} with model.safetensors" in _refused(
         *base
     )
@@ -278,29 +268,16 @@ def test_results_do_not_go_into_folders_of_something_else(model, folder, tmp_pat
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', "[1]", "nonsense"])
-def test_damaged_results(model, folder, tmp_path, content):
-    base = (model, "--pattern", "2:4", "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "out")
+def test_damaged_results(folder, data, tmp_path, content):
+    base = (folder, "--pattern", "2:4", "--tasks", "wikitext2", "--data", data, "--output", tmp_path / "out")
     assert _eval(*base).exit_code == 0
     (tmp_path / "out" / "rows" / "act-2x4.wikitext2.json").write_text(content)
     assert "remove the file" in _refused(*base)
 
 
-def test_options_that_would_do_nothing(model, folder, tmp_path):
-    (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4}]")
-    (tmp_path / "decode.yaml").write_text("pattern: 2:4\nphase: decode\n")
-    base = (model, "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "out")
-    study_rows = ("--study", tmp_path / "study.yaml")
-    assert "--criterion and --mitigation beside --pattern" in _refused(*base, *study_rows, "--criterion", "wina")
-    assert "--study with calibrated rows beside --calibrated" in _refused(*base, *study_rows, "--calibrated", tmp_path)
-    assert "expected recipes that prune in prefill, where wikitext2 is scored" in _refused(
-        *base, "--recipe", tmp_path / "decode.yaml"
-    )
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_task_that_writes_more_than_the_context_is_refused(model):
+def test_a_task_that_writes_more_than_the_context_is_refused(folder):
     transformers = pytest.importorskip("transformers")
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)  # a context of 128
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)  # a context of 128
 
     class Task:
         OUTPUT_TYPE = "generate_until"
@@ -312,26 +289,25 @@ def test_a_task_that_writes_more_than_the_context_is_refused(model):
     run.check_context("ifeval", Task, loaded)
 
 
-def test_estimate_of_a_short_context(model):
+def test_estimate_of_a_short_context(folder):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
     config = transformers.OPTConfig(**sizes, max_position_embeddings=48, word_embed_proj_dim=32)
     assert run.estimate(transformers.OPTForCausalLM(config), 100) > 0
 
 
-def test_calibrations(model, folder, tmp_path):
+def test_calibrations(folder, data, tmp_path):
     (tmp_path / "r.yaml").write_text("pattern: 2:4\nmitigation: [spts]\n")
     (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4, mitigation: [spts], calibrated: true}]")
     (tmp_path / "text.txt").write_text(tiny_model.TEXT)
     rows = ("--study", tmp_path / "study.yaml", "--calibrated", tmp_path / "made")
-    base = (model, "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "out", *rows)
+    base = (folder, "--tasks", "wikitext2", "--data", data, "--output", tmp_path / "out", *rows)
     place = tmp_path / "made" / "act+spts-2x4"
 
     def calibrated(seed):
         options = ("--recipe", tmp_path / "r.yaml", "--data", tmp_path / "text.txt", "--output", place, "--seed", seed)
-        arguments = ["calibrate", model, *map(str, options), *["--windows", "1", "--length", "32", "--no-checkpoint"]]
-        made = CliRunner().invoke(app, arguments)
-        assert made.exit_code == 0, made.output
+        arguments = ["calibrate", folder, *map(str, options), *["--windows", "1", "--length", "32", "--no-checkpoint"]]
+        commands.ok(*arguments)
 
     calibrated(3)
     first = _eval(*base, "--json")
@@ -349,30 +325,10 @@ def test_calibrations(model, folder, tmp_path):
     shutil.rmtree(place)
     calibrated(4)
     assert "a result of this recipe and calibration, got one of another with the name 'act+spts 2:4'" in _refused(*base)
-    other = (model, "--tasks", "wikitext2", "--data", folder, "--output", tmp_path / "new")
+    other = (folder, "--tasks", "wikitext2", "--data", data, "--output", tmp_path / "new")
     single = _eval(*other, "--calibration", place, "--json")
     assert single.exit_code == 0, single.stderr
     assert [row["name"] for row in json.loads(single.stdout)["rows"]] == ["dense", "act+spts-2x4"]
-
-
-def test_bad_input(model, folder, tmp_path):
-    base = (model, "--data", folder, "--output", tmp_path / "o")
-    assert "got nothing; add --pattern, --recipe, --calibration or --study" in _refused(*base, "--tasks", "wikitext2")
-    assert "expected tasks among wikitext2, arc_easy" in _refused(*base, "--pattern", "2:4", "--tasks", "mmlu")
-    assert "no data for wikitext2" in _refused(
-        model, "--data", folder / "arc", "--pattern", "2:4", "--tasks", "wikitext2", "--output", tmp_path / "o"
-    )
-    (tmp_path / "other.yaml").write_text("pattern: 2:4\nskip_layers: [17]\n")
-    told = _refused(*base, "--recipe", tmp_path / "other.yaml", "--tasks", "wikitext2")
-    assert "expected layers that the model has (layers 0 to 1), got 17" in told
-    (tmp_path / "s.yaml").write_text("rows: [{pattern: 2:4, calibrated: true}]")
-    told = _refused(*base, "--study", tmp_path / "s.yaml", "--tasks", "wikitext2")
-    assert "expected a calibration for 'act 2:4' in --calibrated, got none; make it with nm-act calibrate" in told
-    told = _refused(*base, "--pattern", "2:4", "--mitigation", "lpts", "--tasks", "wikitext2")
-    assert "expected recipes that need no calibration, got '2:4 act lpts' in 'act+lpts 2:4'; make its data with" in told
-    (folder / "wikitext2" / "test_rows.jsonl").write_text('{"text": "too short"}')
-    told = _refused(*base, "--pattern", "2:4", "--tasks", "wikitext2")
-    assert "expected a text of at least one window of 128 tokens, got" in told
 
 
 def test_harness_missing(monkeypatch):
@@ -384,12 +340,12 @@ def test_harness_missing(monkeypatch):
 # ---- the harness itself
 
 
-def test_task_against_direct_scores(folder):
+def test_task_against_direct_scores(data):
     pytest.importorskip("lm_eval")
     import torch
 
     network, tokenizer = tiny_model.build()
-    task, source = tasks.build_task("arc_easy", folder)
+    task, source = tasks.build_task("arc_easy", data)
     assert source["file"] == "arc_easy.jsonl"
     found = tasks.run_task(task, tasks.harness_model(network, tokenizer, 4), limit=6)
     expected = []
@@ -407,11 +363,11 @@ def test_task_against_direct_scores(folder):
     assert found.stderr == pytest.approx(tasks.mean_and_stderr(expected)[1])
 
 
-def test_unknown_layout(folder):
+def test_unknown_layout(data):
     pytest.importorskip("lm_eval")
-    (folder / "piqa.jsonl").write_text('{"question": "x"}')
+    (data / "piqa.jsonl").write_text('{"question": "x"}')
     with pytest.raises(ValueError, match=r"expected rows \{goal, sol1, sol2, label\} in .*, got \{question\}; convert"):
-        tasks.build_task("piqa", folder)
+        tasks.build_task("piqa", data)
 
 
 def test_ifeval_without_its_resource(monkeypatch):

@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
-from typer.testing import CliRunner
+from commands import ok, run
 
 import nm_act
-from nm_act.cli import app
 from nm_act.integrations import checkpoints
 from nm_act.lab.cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
 from nm_act.lab.evaluate.variants import sparse_copy
 from nm_act.lab.search.options import parse_option
 from nm_act.lab.search.sensitivity import Group, groups_of, sensitivities
-from nm_act.lab.search.solve import frontier, solve, to_recipe
+from nm_act.lab.search.solve import Problem
 from nm_act.recipe import LinearSpec, Recipe, Rule
 
 RATES = Rates({"2:4": (1.4, "test"), "4:8": (1.15, "test")})
@@ -95,9 +94,9 @@ def test_solver_against_brute_force(seed, target):
             best = min(best, sum(costs[g.key][n] for g, n in zip(groups, names, strict=True) if n != "dense"))
     if best == float("inf"):
         with pytest.raises(ValueError, match="expected a target speed-up of at most"):
-            solve(groups, costs, SPECS, RATES, target, other_macs=3)
+            Problem(groups, costs, SPECS, RATES, other_macs=3).solve(target)
         return
-    found = solve(groups, costs, SPECS, RATES, target, other_macs=3)
+    found = Problem(groups, costs, SPECS, RATES, other_macs=3).solve(target)
     assert found.speedup >= target - 1e-9
     assert found.sensitivity == pytest.approx(best, abs=1e-12)
 
@@ -110,7 +109,7 @@ def test_solver_on_a_whole_model(target):
     groups = [Group((i,), ("x",), ((1, size),), (str(i),)) for i, size in enumerate(sizes)]
     values = (10 ** (-2 * torch.rand(210, 3, generator=generator))).tolist()
     costs = {g.key: dict(zip(SPECS, row, strict=True)) for g, row in zip(groups, values, strict=True)}
-    found = solve(groups, costs, SPECS, RATES, target)
+    found = Problem(groups, costs, SPECS, RATES).solve(target)
     bound = found.bound
     assert found.speedup >= target - 1e-9
     assert 0 < bound <= found.sensitivity + 1e-12
@@ -123,14 +122,14 @@ def test_solver_on_layers_of_nearly_equal_sizes():
     values = torch.rand(40, generator=generator).tolist()
     costs = {g.key: {"fast": value, "slow": value / 3} for g, value in zip(groups, values, strict=True)}
     specs = {name: SPECS[name] for name in ("fast", "slow")}
-    found = solve(groups, costs, specs, RATES, 1.2)
+    found = Problem(groups, costs, specs, RATES).solve(1.2)
     assert found.speedup >= 1.2 - 1e-9
     assert found.sensitivity <= found.bound * (1 + 1e-6)
 
 
 def test_frontier_rises():
     groups, costs = _problem(0)
-    points = frontier(groups, costs, SPECS, RATES, points=8)
+    points = Problem(groups, costs, SPECS, RATES).frontier(8)
     assert points[0].speedup == 1
     assert points[-1].speedup == pytest.approx(1.4)
     assert [p.sensitivity for p in points] == sorted(p.sensitivity for p in points)
@@ -141,11 +140,11 @@ def test_solver_counts_what_mitigations_add():
     groups = [Group((i,), ("x",), ((size, size),), (str(i),)) for i, size in enumerate((32, 512))]
     specs = {"pair": LinearSpec("2:4", mitigation=("rsparse-8",))}
     costs = {group.key: {"pair": 1.0} for group in groups}
-    [*_, fastest] = frontier(groups, costs, specs, RATES, points=2)
+    [*_, fastest] = Problem(groups, costs, specs, RATES).frontier(2)
     assert fastest.names == ("dense", "pair")
     total, saved = 32**2 + 512**2, 512**2 * (1 - 1 / 1.4) - 8 * 1024
     assert fastest.speedup == pytest.approx(total / (total - saved))
-    assert solve(groups, costs, specs, RATES, 1.1).names == ("dense", "pair")
+    assert Problem(groups, costs, specs, RATES).solve(1.1).names == ("dense", "pair")
 
 
 def test_recipe_of_a_choice():
@@ -153,8 +152,9 @@ def test_recipe_of_a_choice():
     groups = groups_of(model, ("q_proj", "up_proj"))
     costs = {group.key: {"fast": 1.0 + index} for index, group in enumerate(groups)}
     specs = {"fast": LinearSpec("2:4", "wina", ("var",))}
-    chosen = solve(groups, costs, specs, RATES, 1.01)
-    recipe = to_recipe(chosen, groups, specs)
+    problem = Problem(groups, costs, specs, RATES)
+    chosen = problem.solve(1.01)
+    recipe = problem.recipe(chosen)
     for group, name in zip(groups, chosen.names, strict=True):
         spec = recipe.resolve(group.layers[0], group.projections[0])
         assert spec == (None if name == "dense" else specs["fast"])
@@ -173,18 +173,12 @@ def test_options():
 # ---- command
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(tiny_model.save(tmp_path_factory.mktemp("checkpoint")))
-
-
 def _search(*arguments):
-    return CliRunner().invoke(app, ["search", *(str(argument) for argument in arguments)])
+    return run("search", *arguments)
 
 
-def test_command(model, tmp_path):
-    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
-    base = (model, "--text", tmp_path / "text.txt", "--window", 64, "--windows", 1, "--option", "2:4 var")
+def test_command(folder, text, tmp_path):
+    base = (folder, "--text", text, "--window", 64, "--windows", 1, "--option", "2:4 var")
     result = _search(*base, "--output", tmp_path / "s", "--target-speedup", "1.15", "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -204,42 +198,20 @@ def test_command(model, tmp_path):
     assert "expected window, group, spec, kl in line 1 of" in damaged.stderr
 
 
-def test_windows_beyond_the_context_are_refused_first(model, tmp_path):
-    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
-    base = (model, "--text", tmp_path / "text.txt", "--windows", 1, "--target-speedup", "1.1")
-    result = _search(*base, "--window", 256, "--output", tmp_path / "s")
-    assert "expected a window within the model's context of 128 tokens, got 256" in result.stderr
-    assert not (tmp_path / "s").exists()
-
-
-def _calibrate(model, tmp_path, pattern, mitigation, seed=0):
+def _calibrate(folder, text, tmp_path, pattern, mitigation, seed=0):
     Recipe(pattern, mitigation=[mitigation]).save(tmp_path / "r.yaml")
     output = tmp_path / "calibrated" / f"act+{mitigation}-{pattern.replace(':', 'x')}"
-    small = ("--windows", 2, "--length", 32, "--no-checkpoint", "--data", tmp_path / "text.txt", "--seed", seed)
-    arguments = ("calibrate", model, "--recipe", tmp_path / "r.yaml", *small, "--output", output)
-    made = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert made.exit_code == 0, made.stderr
+    small = ("--windows", 2, "--length", 32, "--no-checkpoint", "--data", text, "--seed", seed)
+    ok("calibrate", folder, "--recipe", tmp_path / "r.yaml", *small, "--output", output)
     return output
 
 
-def test_calibrated_options(model, tmp_path):
-    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
+def test_calibrated_options(folder, text, tmp_path):
     folders = {
-        "rsparse-4-fit": _calibrate(model, tmp_path, "2:4", "rsparse-4-fit", seed=3),
-        "pcs": _calibrate(model, tmp_path, "2:4+1", "pcs", seed=3),
+        "rsparse-4-fit": _calibrate(folder, text, tmp_path, "2:4", "rsparse-4-fit", seed=3),
+        "pcs": _calibrate(folder, text, tmp_path, "2:4+1", "pcs", seed=3),
     }
-    base = (
-        model,
-        "--text",
-        tmp_path / "text.txt",
-        "--window",
-        64,
-        "--windows",
-        1,
-        "--output",
-        tmp_path / "s",
-        "--json",
-    )
+    base = (folder, "--text", text, "--window", 64, "--windows", 1, "--output", tmp_path / "s", "--json")
     options = ("--option", "2:4 rsparse-4-fit", "--option", "2:4+1 pcs")
     refused = _search(*base, *options, "--target-speedup", 1.08)
     assert "expected a calibration for 'act+rsparse-4-fit 2:4' in --calibrated, got none" in refused.stderr
@@ -247,8 +219,8 @@ def test_calibrated_options(model, tmp_path):
     result = _search(*base, *options, "--target-speedup", 1.08)
     assert result.exit_code == 0, result.stderr
     # The folder is the found recipe's calibration; each layer has the data of its own option.
-    found = nm_act.load_calibration(checkpoints.load_model(model)[0], tmp_path / "s").model
-    whole = {n: nm_act.load_calibration(checkpoints.load_model(model)[0], f).model for n, f in folders.items()}
+    found = nm_act.load_calibration(checkpoints.load_model(folder)[0], tmp_path / "s").model
+    whole = {n: nm_act.load_calibration(checkpoints.load_model(folder)[0], f).model for n, f in folders.items()}
     sparse = {n: m for n, m in found.named_modules() if isinstance(m, nm_act.NMLinear)}
     assert {layer.spec.mitigation[0] for layer in sparse.values()} == set(folders)
     for name, layer in sparse.items():
@@ -265,7 +237,7 @@ def test_calibrated_options(model, tmp_path):
     assert not {"calibration.safetensors", "calibration.json"} & {path.name for path in (tmp_path / "s").iterdir()}
     # A calibration that was made again is measured again.
     shutil.rmtree(folders["pcs"])
-    _calibrate(model, tmp_path, "2:4+1", "pcs", seed=4)
+    _calibrate(folder, text, tmp_path, "2:4+1", "pcs", seed=4)
     assert "expected calibrations with one seed, got [3, 4]" in _search(*base, *options, "--max-drop", 900).stderr
     assert _search(*base, "--option", "2:4+1 pcs", "--max-drop", 900).exit_code == 0
     rows = [json.loads(line) for line in (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()]
@@ -273,47 +245,25 @@ def test_calibrated_options(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "calibration.safetensors"])
-def test_files_of_something_else_are_kept(model, tmp_path, name):
+def test_files_of_something_else_are_kept(folder, tmp_path, name):
     (tmp_path / name).write_text("mine")
-    result = _search(model, "--text", tmp_path / name, "--target-speedup", "1.1", "--output", tmp_path)
+    result = _search(folder, "--text", tmp_path / name, "--target-speedup", "1.1", "--output", tmp_path)
     assert f"expected a new folder or that of an earlier run, got {str(tmp_path)!r} with {name}" in result.stderr
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_results_of_another_text_or_model_are_not_taken_up(model, tmp_path):
+def test_results_of_another_text_or_model_are_not_taken_up(folder, tmp_path):
     (tmp_path / "text.txt").write_text(tiny_model.TEXT)
     base = ("--text", tmp_path / "text.txt", "--window", 32, "--option", "2:4", "--target-speedup", "1.1")
     base += ("--output", tmp_path / "s")
-    assert _search(model, *base, "--windows", 1).exit_code == 0
-    assert "a run with windows 2, got one with 1" in _search(model, *base, "--windows", 2).stderr
+    assert _search(folder, *base, "--windows", 1).exit_code == 0
+    assert "a run with windows 2, got one with 1" in _search(folder, *base, "--windows", 2).stderr
     (tmp_path / "text.txt").write_text("B" + tiny_model.TEXT)
-    assert "a run with token_ids '" in _search(model, *base, "--windows", 1).stderr
+    assert "a run with token_ids '" in _search(folder, *base, "--windows", 1).stderr
     (tmp_path / "text.txt").write_text(tiny_model.TEXT)
     network, tokenizer = tiny_model.build()
     network.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 1
-    other = tmp_path / "other" / Path(model).name
+    other = tmp_path / "other" / Path(folder).name
     network.save_pretrained(other)
     tokenizer.save_pretrained(other)
     assert "a run with weights '" in _search(other, *base, "--windows", 1).stderr
-
-
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        ((), "expected either --target-speedup or --max-drop, got both or neither"),
-        (("--target-speedup", "0.5"), "expected --target-speedup of at least 1"),
-        (("--max-drop", "0"), "expected --max-drop above 0"),
-        (("--max-drop", "9", "--option", "8:16"), "expected an option faster than dense, got none among 8:16 act; "),
-        (("--max-drop", "9", "--option", "2:4 rsparse-24"), "an option faster than dense, got none among 2:4 act rsp"),
-        (("--target-speedup", "9"), "expected a target speed-up of at most 1.4"),
-        (("--target-speedup", "1.1", "--windows", "99"), "expected calibration text of 99 windows of 64 tokens, got"),
-        (("--target-speedup", "1.1", "--option", "3:5"), "expected a group size M"),
-    ],
-)
-def test_bad_input(model, tmp_path, extra, message):
-    (tmp_path / "text.txt").write_text(tiny_model.TEXT)
-    base = (model, "--text", tmp_path / "text.txt", "--window", 64, "--output", tmp_path / "s")
-    result = _search(*base, *extra)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr

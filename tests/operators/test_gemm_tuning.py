@@ -11,7 +11,8 @@ from nm_act import _C
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks/results/h100/gemm_tuning.csv"
 MULTIPROCESSORS = 132
-# bf16 GEMMs run from 512 tokens on; the table's next smaller count is held as well.
+# bf16 GEMMs run from 385 tokens on (129 over wide [in, out] weights); the next smaller counts of the table are held as
+# well. The committed table holds what took at most 1.2 times the best of its problem: a choice that it lacks took longer.
 FEWEST = {"bf16": 323, "e4m3": 1}
 
 
@@ -50,13 +51,13 @@ def losses(scanned, dtype: str, storage: str) -> tuple[list[float], int]:
 
 @pytest.mark.parametrize(
     ("dtype", "mean", "worst", "over_eight_percent", "unmeasured"),
-    [("bf16", 1.016, 1.20, 12, 9), ("e4m3", 1.014, 1.35, 19, 6)],
+    [("bf16", 1.010, 1.13, 2, 0), ("e4m3", 1.010, 1.16, 12, 0)],
 )
 def test_choice_against_the_table(scanned, dtype, mean, worst, over_eight_percent, unmeasured):
     lost, missing = losses(scanned, dtype, "out_in")
     figures = math.exp(sum(map(math.log, lost)) / len(lost)), max(lost), sum(x > 1.08 for x in lost)
     print(dtype, len(lost), missing, figures)
-    assert len(lost) >= 170
+    assert len(lost) >= 400
     assert figures[0] <= mean
     assert figures[1] <= worst
     assert figures[2] <= over_eight_percent

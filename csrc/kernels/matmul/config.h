@@ -72,15 +72,15 @@ inline constexpr TileFacts kTiles[] = {
 // the chosen tile over all problems of the run (bf16: from 323 tokens on). tests/operators/test_gemm_tuning.py checks
 // the choice against benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
-    {0.000, 6.121, 3.979, 0.248, 0.029, 0},      // k128x256x64
-    {1.815, 9.131, 4.234, 0.122, 0.063, 0},      // k256x192x64
-    {3.920, 3.326, 0.548, 0.145, 0.084, 0},      // k128x128x64
-    {9.729, 6.520, 0.728, 0.346, 0.000, 0.557},  // k128x256x64Split
-    {1.647, 3.390, 3.585, 0.367, 0.019, 0},      // k128x256x128E4M3
-    {0.804, 4.834, 3.415, 0.321, 0.072, 0},      // k256x192x128E4M3
-    {4.304, 1.903, 0.382, 0.165, 0.063, 0},      // k128x128x256E4M3
-    {3.606, 1.480, 0.522, 0.355, 0.000, 0},      // k64x128x256E4M3
-    {3.521, 1.043, 0.161, 0.351, 0.000, 0},      // k64x64x256E4M3
+    {0.000, 5.960, 4.121, 0.234, 0.034, 0},      // k128x256x64
+    {1.192, 9.108, 4.429, 0.113, 0.064, 0},      // k256x192x64
+    {3.863, 3.024, 1.202, 0.112, 0.076, 0},      // k128x128x64
+    {9.187, 6.622, 0.827, 0.362, 0.000, 0.560},  // k128x256x64Split
+    {1.544, 3.076, 3.961, 0.311, 0.028, 0},      // k128x256x128E4M3
+    {0.000, 4.699, 4.617, 0.355, 0.037, 0},      // k256x192x128E4M3
+    {4.105, 1.821, 0.565, 0.160, 0.057, 0},      // k128x128x256E4M3
+    {3.532, 1.504, 0.840, 0.340, 0.000, 0},      // k64x128x256E4M3
+    {3.356, 0.953, 0.031, 0.342, 0.000, 0},      // k64x64x256E4M3
 };
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
 
@@ -116,11 +116,14 @@ inline int select_swizzle(const TileGrid& grid, const TileFacts& tile) {
 
 // The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
 // the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With bands of 8 the two
-// orders differ little. For tiles of 64 tokens the choice is the measured one: along the outputs they took up to 1.8
-// times as long with bands of 1 or 2, along the tokens up to 1.7 times with bands of 4.
+// orders differ little. Tiles of 64 tokens share no weight through a cluster, so the rows of a column should run close
+// together: in one band if it holds them all, otherwise along the tokens (the other order took up to 3.3 times as long).
+// Wide bands allow either order, and are up to 1.9 times as fast along the outputs.
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
   if (swizzle >= 8) return GemmRaster::kAlongOutputs;
-  if (tile.tokens == 64) return swizzle < 4 ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
+  if (tile.tokens == 64) {
+    return swizzle >= 4 || grid.rows <= swizzle ? GemmRaster::kAlongOutputs : GemmRaster::kAlongTokens;
+  }
   const auto bands = [&](int64_t across, int64_t length, int64_t whole, int64_t band) {
     // The width of the bands that a wave covers, and the number of tiles along them.
     const int64_t blocks = problem.multiprocessors;

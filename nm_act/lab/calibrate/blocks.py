@@ -16,19 +16,11 @@ class _ReachedError(Exception):
 
 
 class BlockRunner:
-    """The decoder blocks of a sparse model, and the arguments of their calls beside the hidden states.
+    """The decoder blocks of a sparse, decoder-only Transformers model, called with one window at a time.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A decoder-only Transformers model with at least one :class:`~nm_act.NMLinear`.
-    window : Tensor [length], int64
-        One window; all others have its length, and so the same masks and positions.
-
-    Raises
-    ------
-    ValueError
-        If the model has no sparse layer, or its blocks are not in one list.
+    The arguments beside the hidden states are recorded with one `window` (``[length]``, int64); all others have its
+    length, and so the same masks and positions. Raises ValueError if the model has no sparse layer, or its blocks are
+    not in one list.
     """
 
     def __init__(self, model: nn.Module, window: torch.Tensor):

@@ -11,17 +11,10 @@ from ...conversion.permutation import gate_and_up, value_heads
 
 
 def channel_order(energy: torch.Tensor, group: int) -> torch.Tensor:
-    """Order ``[in]`` (int64) that gives every group one channel of each strength.
+    """Order ``[in]`` (int64) that gives every group of M channels one of each strength, for E[X_j^2] ``[in]``.
 
-    With G groups, position ``g * group + k`` gets the channel of rank ``k * G + g``; in every other round the groups
-    take turns backwards, so that none is always first.
-
-    Parameters
-    ----------
-    energy : Tensor [in]
-        E[X_j^2] over calibration text.
-    group : int
-        M, a divisor of ``in``.
+    With G groups, position ``g * M + k`` gets the channel of rank ``k * G + g``; in every other round the groups take
+    turns backwards, so that none is always first.
 
     Examples
     --------
@@ -34,15 +27,10 @@ def channel_order(energy: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def find_order(block: nn.Module, name: str, energy: torch.Tensor) -> torch.Tensor:
-    """Order of a layer's input channels that can be folded into ``block``; the identity if none can.
+    """Order of the input channels of a block's layer, e.g. "mlp.down_proj", that can be folded into the block.
 
-    Parameters
-    ----------
-    block : nn.Module
-    name : str
-        Name of an :class:`~nm_act.NMLinear` inside the block, e.g. "mlp.down_proj".
-    energy : Tensor [in]
-        As in `channel_order`.
+    It is `channel_order` of the energy ``[in]``, for an output projection within each head; the identity if none can be
+    folded.
     """
     layer = block.get_submodule(name)
     group = layer.spec.pattern.span

@@ -17,19 +17,10 @@ _FACTS = "facts"
 
 
 class RunState:
-    """Finished blocks on disk, all of one run.
+    """Finished blocks of one run on disk, in a folder that is made if need be; None keeps nothing.
 
-    Parameters
-    ----------
-    folder : path, optional
-        Made if need be; None keeps nothing.
-    identity : dict
-        What determines the result, as JSON reads it back; "settings" is a dict of its own.
-
-    Raises
-    ------
-    ValueError
-        If the folder has finished blocks of another run, or its ``run.json`` is damaged.
+    `identity` determines the result, as JSON reads it back; its "settings" are a dict. Raises ValueError if the folder
+    has finished blocks of another run, or its ``run.json`` is damaged.
     """
 
     def __init__(self, folder, identity: dict):

@@ -12,16 +12,11 @@ from ...ops import composed
 
 
 class InputStatistics:
-    """Running statistics of one layer's input channels over calibration tokens.
+    """Running statistics of one layer's input channels over calibration tokens: sums and maxima.
 
-    Attributes
-    ----------
-    tokens : int
-    total : Tensor [in], float64, sum of X_j
-    square : Tensor [in], float64, sum of X_j^2
-    largest : Tensor [in], float32, max |X_j|
-    covariance : Tensor [in, in], float32, sum of X^T X, or None if it is not needed
-    lost : Tensor [in, in], float32, sum of R^T R for R = Z - P(Z), every token divided by its root mean square, or None
+    ``total`` and ``square`` are the sums of X_j and X_j^2 (float64), ``largest`` is max |X_j|, each [in];
+    ``covariance`` is the sum of X^T X, and ``lost`` that of R^T R for R = Z - P(Z), each token divided by its root mean
+    square, each [in, in], float32, or None if not needed.
     """
 
     def __init__(self, in_features: int, device, *, covariance: bool = False, lost: bool = False):

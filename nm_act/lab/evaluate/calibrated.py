@@ -54,7 +54,7 @@ def _text_and_training(facts: dict) -> str:
 def calibrated_row(variant: Variant, calibrated: Path | None) -> Variant:
     """A calibrated variant with its calibration, from the folder named by its slug in the folder `calibrated`.
 
-    A FileNotFoundError if there is none, a ValueError if it is one of another recipe or seed.
+    Raises FileNotFoundError if there is none, ValueError if it is one of another recipe or seed.
     """
     folder = None if calibrated is None else calibrated / variant.slug
     if folder is None or not (folder / DATA_FILE).is_file():

@@ -22,21 +22,9 @@ def compare(
 ) -> list[dict]:
     """Perplexity of every model as a row of plain data, with its change against the dense model's in per cent.
 
-    Parameters
-    ----------
-    reports : iterable of (str, SparsifyReport)
-        Name and model, the dense one first. An iterator may make each model when its turn comes: none is kept.
-    tokens : Tensor [tokens], int64
-    window : int, optional
-        As in `perplexity`.
-    note, bar : callable
-        Called with a line before a measurement, and with a label for a context that yields
-        ``update(done, total, detail)``.
-
-    Raises
-    ------
-    RuntimeError
-        If the dense model's perplexity is not finite.
+    `reports` are names and models, the dense one first; an iterator may make each model when its turn comes, because
+    none is kept. `note` is called with a line before a measurement, `bar` with a label for a context that yields
+    ``update(done, total, detail)``. Raises RuntimeError if the dense model's perplexity is not finite.
     """
     rows: list[dict] = []
     for name, report in reports:

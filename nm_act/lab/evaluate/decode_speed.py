@@ -37,7 +37,7 @@ class DecodeSpeed:
     def speedup_over(self, other: "DecodeSpeed") -> "DecodeSpeed":
         """Ratio to `other`, round by round: what slows a round of both models cancels out.
 
-        A ValueError if the two have different numbers of rounds, so were not measured together.
+        Raises ValueError if the two have different numbers of rounds, so were not measured together.
         """
         if len(self.samples) != len(other.samples):
             raise ValueError(

@@ -32,8 +32,9 @@ class RunFolder:
         """Create the folder, or continue the run in it.
 
         A run may gain tasks: the data of common tasks have to be equal, and so have the settings of common kinds of
-        tasks (windows for a perplexity, the limit for the harness's tasks). A ValueError if the folder holds another
-        run (it names the first difference), other files, or a ``run.json`` of another program, command or format.
+        tasks (windows for a perplexity, the limit for the harness's tasks). Raises ValueError if the folder holds
+        another run (it names the first difference), other files, or a ``run.json`` of another program, command or
+        format.
         """
         path = Path(path)
         check_output(path)
@@ -109,14 +110,14 @@ def make_folder(folder: Path, shown: Path, option: str) -> None:
         raise type(error)(f"cannot make the folder {str(shown)!r}: {reason}; choose another {option}") from error
 
 
-def check_output(path: Path) -> None:
-    """Raise a ValueError if a folder holds something other than a run."""
-    if path.is_dir() and not (path / RUN_FILE).is_file():
-        other = next((each.name for each in sorted(path.iterdir()) if each.name != "rows"), None)
-        if other is not None or any((path / "rows").glob("*")):
+def check_output(path: Path, run_file: str = RUN_FILE, part: str = "rows") -> None:
+    """Raise a ValueError if a folder holds files, but not `run_file`; the folder `part` in it may be there, empty."""
+    if path.is_dir() and not (path / run_file).is_file():
+        other = next((each.name for each in sorted(path.iterdir()) if each.name != part), part)
+        if other != part or any((path / part).glob("*")):
             raise ValueError(
-                f"expected a new folder or that of an earlier run, got {str(path)!r} with {other or 'results'} and "
-                f"without {RUN_FILE}; choose another --output"
+                f"expected a new folder or that of an earlier run, got {str(path)!r} with {other} and without "
+                f"{run_file}; choose another --output"
             )
 
 

@@ -34,7 +34,6 @@ class Row:
     name: str  # variant's name
     drop: float  # relative drop in %, 100 (dense - value) / dense, for a perplexity its rise; NaN for the dense row
     drop_stderr: float  # standard error of the paired differences, document by document
-    protocol: str = ""  # settings of the run, as text
     identity: dict = field(default_factory=dict, repr=False)  # of the run
     calibrated_on: str = ""  # text and training of the row's calibration
 
@@ -42,6 +41,12 @@ class Row:
     def run(self) -> str:
         """Model, weights, settings and data, which comparable rows have in common."""
         return json.dumps([self.identity.get(key) for key in _COMPARABLE], sort_keys=True)
+
+    @property
+    def protocol(self) -> str:
+        """Settings of the run, as text."""
+        settings = ("dtype", "limit", "tokens", "window")
+        return ", ".join(f"{key} {value}" for key, value in self.identity.items() if key in settings)
 
     @property
     def is_dense(self) -> bool:
@@ -52,8 +57,8 @@ class Row:
 def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
     """Rows of run folders, dense first, then in the order of names; dense rows of the same `Row.run` are taken once.
 
-    A ValueError if a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the same
-    run (for dense rows: with another value).
+    Raises ValueError if a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the
+    same run (for dense rows: with another value).
     """
     rates = rates or Rates.load()
     rows: dict[tuple[str, str, str], Row] = {}
@@ -87,16 +92,8 @@ def _row(result: dict, dense: dict, identity: dict, rates: Rates) -> Row:
     fields = {**identity, **result, **variant, "dense_value": dense["value"]}
     fields["predicted_speedup"] = round(predicted_speedup(result["macs"], rates, result["extra_macs"]), 4)
     drop, stderr = (math.nan, math.nan) if result is dense else _drop(result, dense)
-    protocol = ", ".join(f"{key} {identity[key]}" for key in identity if key in ("dtype", "limit", "tokens", "window"))
-    return Row(
-        {name: fields[name] for name in COLUMNS},
-        variant["name"],
-        drop,
-        stderr,
-        protocol,
-        identity,
-        variant.get("calibrated_on", ""),
-    )
+    fields = {name: fields[name] for name in COLUMNS}
+    return Row(fields, variant["name"], drop, stderr, identity, variant.get("calibrated_on", ""))
 
 
 def _drop(result: dict, dense: dict) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,65 +16,68 @@ from .perplexity import check_finite, check_window, context_length, perplexity
 from .tasks import GENERATION, harness_model, run_task
 from .variants import Variant
 
-__all__ = ["announce", "check_context", "check_scored", "run_study"]
+__all__ = ["Study", "check_context", "check_scored"]
 
 
-def run_study(
-    dense: nn.Module,
-    variants: list[Variant],
-    folder: RunFolder,
-    tokenizer,
-    *,
-    tokens: torch.Tensor | None,
-    tasks: dict,
-    progress: Callable[[str], None],
-    batch_size: int = 8,
-) -> None:
-    """Measure every variant on every task, except for results that the folder has.
+@dataclass(frozen=True)
+class Study:
+    """Variants of a dense model and the tasks that they are measured on."""
 
-    Parameters
-    ----------
-    dense : nn.Module
-    variants : list of Variant
-        Each is made only if a result is missing, and released before the next one is made.
-    folder : RunFolder
-    tokenizer : transformers.PreTrainedTokenizerBase
-    tokens : Tensor [tokens], int64, optional
-        Text of the perplexity; None leaves it out.
-    tasks : dict of str to lm_eval Task
-        Tasks of the harness.
-    progress : callable
-        Called with a line before each measurement.
-    batch_size : int
-        Of the harness's requests. A criterion that reads whole sequences gets 1: the harness pads the sequences of a
-        batch to one length without a mask.
+    dense: nn.Module
+    variants: list[Variant]
+    folder: RunFolder
+    tokenizer: object  # transformers.PreTrainedTokenizerBase
+    tokens: torch.Tensor | None  # [tokens], int64: text of the perplexity; None leaves it out
+    tasks: dict  # name -> lm_eval's task
 
-    Raises
-    ------
-    RuntimeError
-        If the dense model's perplexity is not finite.
-    """
-    names = ([PERPLEXITY] if tokens is not None else []) + list(tasks)
-    commit()  # of the code that is loaded now, even if the checkout changes during the run
-    for variant in variants:
-        missing = [name for name in names if not folder.has(variant, name)]
-        if not missing:
-            continue
-        model = variant.make(dense).model
-        macs = {"macs": macs_by_pattern(model), "extra_macs": extra_macs(model)}
-        for name in missing:
-            progress(f"{variant.name}: {name}")
-            start = time.perf_counter()
-            if name == PERPLEXITY:
-                result = _perplexity(model, tokens, folder.identity["window"])
-                if variant.recipe is None:
-                    check_finite(result["value"])
-            else:
-                at_once = 1 if _reads_sequences(model) else batch_size
-                found = run_task(tasks[name], harness_model(model, tokenizer, at_once), folder.identity["limit"])
-                result = {**vars(found), "samples": len(found.scores)}
-            folder.write(variant, name, {**result, **macs, "seconds": round(time.perf_counter() - start, 1)})
-        del model
+    @property
+    def _names(self) -> list[str]:
+        return ([PERPLEXITY] if self.tokens is not None else []) + list(self.tasks)
+
+    def announcement(self) -> str:
+        """A line on how long the missing results will take."""
+        missing = {name: sum(not self.folder.has(each, name) for each in self.variants) for name in self._names}
+        work = {name: self._tokens_of(name) for name, count in missing.items() if count}
+        if not work:
+            return "every result is there already"
+        duration = _duration(estimate(self.dense, sum(work[name] * missing[name] for name in work)))
+        parts = ", ".join(f"{name} {missing[name]} x {count} tokens" for name, count in work.items())
+        return f"estimated time: {duration} ({parts}; generated tokens are an upper bound and slower)"
+
+    def _tokens_of(self, name: str) -> int:
+        if name == PERPLEXITY:
+            return self.tokens.numel()
+        return request_tokens(self.tasks[name], self.tokenizer, self.folder.identity["limit"])
+
+    def run(self, progress: Callable[[str], None], batch_size: int = 8) -> None:
+        """Measure every variant on every task, except for results that the folder has; `progress` gets a line for each.
+
+        A variant is made only if a result is missing, and released before the next one is made. A criterion that reads
+        whole sequences gets a `batch_size` of 1: the harness pads the sequences of a batch to one length without a
+        mask. Raises RuntimeError if the dense model's perplexity is not finite.
+        """
+        commit()  # of the code that is loaded now, even if the checkout changes during the run
+        for variant in self.variants:
+            missing = [name for name in self._names if not self.folder.has(variant, name)]
+            if not missing:
+                continue
+            model = variant.make(self.dense).model
+            macs = {"macs": macs_by_pattern(model), "extra_macs": extra_macs(model)}
+            at_once = 1 if _reads_sequences(model) else batch_size
+            for name in missing:
+                progress(f"{variant.name}: {name}")
+                start = time.perf_counter()
+                if name == PERPLEXITY:
+                    result = _perplexity(model, self.tokens, self.folder.identity["window"])
+                    if variant.recipe is None:
+                        check_finite(result["value"])
+                else:
+                    wrapped = harness_model(model, self.tokenizer, at_once)
+                    found = run_task(self.tasks[name], wrapped, self.folder.identity["limit"])
+                    result = {**vars(found), "samples": len(found.scores)}
+                seconds = round(time.perf_counter() - start, 1)
+                self.folder.write(variant, name, {**result, **macs, "seconds": seconds})
+            del model
 
 
 def _reads_sequences(model: nn.Module) -> bool:
@@ -89,28 +93,6 @@ def _perplexity(model, tokens: torch.Tensor, window: int | None) -> dict:
         "samples": found.tokens,
         "scores": found.window_losses,
     }
-
-
-def announce(
-    dense: nn.Module,
-    variants: list[Variant],
-    folder: RunFolder,
-    tokenizer,
-    *,
-    tokens: torch.Tensor | None,
-    tasks: dict,
-    limit: int | None,
-) -> str:
-    """A line on how long the missing results will take; the arguments are those of `run_study`."""
-    work = {PERPLEXITY: tokens.numel()} if tokens is not None else {}
-    work |= {name: request_tokens(task, tokenizer, limit) for name, task in tasks.items()}
-    missing = {name: sum(not folder.has(variant, name) for variant in variants) for name in work}
-    total = sum(work[name] * count for name, count in missing.items())
-    if not total:
-        return "every result is there already"
-    parts = ", ".join(f"{name} {count} x {work[name]} tokens" for name, count in missing.items() if count)
-    duration = _duration(estimate(dense, total))
-    return f"estimated time: {duration} ({parts}; generated tokens are an upper bound and slower)"
 
 
 def _duration(seconds: float) -> str:

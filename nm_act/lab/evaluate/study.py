@@ -18,25 +18,13 @@ _RECIPE_LAYERS = (*POLICIES, "search")
 
 
 def load_study(path: str | Path) -> list[dict]:
-    """Rows of a study file, products multiplied out.
+    """Rows of a study file, products multiplied out: one value per key, for `row_variant`.
 
     The file holds ``rows``, a list of mappings with the keys ``pattern``, ``criterion``, ``mitigation``,
     ``dense_first_tokens`` and ``layers`` (each a value or a list of values, of which all combinations are taken; a
     mitigation is itself a list), ``calibrated`` (true: the row is a folder of ``nm-act calibrate``), ``seed`` (the
     calibration's); or ``recipe``, the path of a recipe relative to the study file, with ``layers`` (also "search"),
-    ``calibrated`` and ``seed``.
-
-    Returns
-    -------
-    list of dict
-        One value per key; turn each into a variant by `row_variant`.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        If it is not YAML of that form.
+    ``calibrated`` and ``seed``. Raises OSError if it cannot be read, ValueError if it is not YAML of that form.
     """
     path = Path(path)
     if not path.is_file():

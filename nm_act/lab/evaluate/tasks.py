@@ -151,8 +151,8 @@ def _check_punkt() -> None:
 def build_task(name: str, folder: str | Path | None = None):
     """The harness's task object, and where its documents are from: "file" and "sha256", or "hub".
 
-    Without a data folder (see `nm_act.lab.texts.find_file`) the harness downloads from the hub. A ValueError if the
-    task is unknown, its file has an unknown layout, or a row of every split lacks a field or a valid label; an OSError
+    Without a data folder (see `nm_act.lab.texts.find_file`) the harness downloads from the hub. Raises ValueError if
+    the task is unknown, its file has an unknown layout, or a row of every split lacks a field or a valid label; OSError
     if there is no file, or the hub cannot be read.
     """
     check_available([name])
@@ -255,14 +255,20 @@ def harness_model(model, tokenizer, batch_size: int = 8):
 def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
     """Evaluate a `harness_model` on a task of `build_task`, zero-shot, on at most `limit` documents.
 
-    A RuntimeError if the likelihood of an answer is NaN.
+    Raises RuntimeError if the likelihood of an answer is NaN.
     """
     import lm_eval
 
     # The harness draws progress bars wherever it is: without a terminal they would fill a log file.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         output = lm_eval.simple_evaluate(
-            model=wrapped, tasks=[task], num_fewshot=0, limit=limit, bootstrap_iters=0, log_samples=True
+            model=wrapped,
+            tasks=[task],
+            num_fewshot=0,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            task_manager=_manager(),
         )
     [name] = output["results"]
     metric = METRICS.get(name, "acc")

@@ -84,20 +84,11 @@ def resolved(recipe: Recipe) -> set[LinearSpec]:
 
 
 def sparse_copy(model: nn.Module, recipe: Recipe) -> SparsifyReport:
-    """Sparsify a copy of a dense model, which itself is unchanged.
+    """Sparsify a copy of a dense model, which itself is unchanged: ``report.model`` is the sparse copy.
 
     The copy shares embeddings, norms and every layer that stays dense with `model`; only the layers that become sparse
-    take memory of their own, because they store their weight in another order.
-
-    Returns
-    -------
-    SparsifyReport
-        ``report.model`` is the sparse copy.
-
-    Raises
-    ------
-    ValueError
-        If the recipe names nothing that the model has, or the model is sparse already.
+    take memory of their own, because they store their weight in another order. Raises ValueError if the recipe names
+    nothing that the model has, or the model is sparse already.
     """
     return sparsify(_shared_copy(model), recipe)
 

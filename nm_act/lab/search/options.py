@@ -29,8 +29,8 @@ class CalibratedData:
 def parse_option(text: str) -> LinearSpec:
     """Spec from "PATTERN [CRITERION] [MITIGATION ...]", as specs are printed.
 
-    A ValueError if it is no spec, or reorders weights (``permute``): an order is shared by several layers, which may
-    get different options.
+    Raises ValueError if it is no spec, or reorders weights (``permute``): an order is shared by several layers, which
+    may get different options.
 
     Examples
     --------
@@ -59,7 +59,7 @@ def find_calibrations(specs: dict[str, LinearSpec], calibrated: Path | None) -> 
     """Option -> its calibration, for the options that need one.
 
     The folder `calibrated` has one of ``nm-act calibrate``, all layers alike, for each, as for ``nm-act eval --study``.
-    A FileNotFoundError if one is missing, a ValueError if it is one of another recipe or if the seeds differ.
+    Raises FileNotFoundError if one is missing, ValueError if it is one of another recipe or if the seeds differ.
     """
     found = {
         name: calibrated_row(from_recipe(option_recipe(spec)), calibrated)

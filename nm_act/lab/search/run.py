@@ -23,7 +23,7 @@ from ..output import new_figure, png, to_csv, to_json, write_json
 from ..policies import POLICIES
 from .options import CalibratedData, option_recipe, option_variant, read_data
 from .sensitivity import Group, groups_of, sensitivities
-from .solve import frontier, solve, to_recipe
+from .solve import Problem
 from .store import POINTS, SENSITIVITIES, ResultLines
 
 __all__ = ["Goal", "Point", "search"]
@@ -85,14 +85,12 @@ def search(
         Calibration text.
     specs : dict of str to LinearSpec
         The options of a layer.
-    rates : Rates
-    goal : Goal
     output : Path
         A new folder or that of an earlier run.
     identity : dict
         Facts about model and text for the folder, beside those that follow from the other arguments.
     layers_together : int
-        Consecutive layers that get one choice.
+        Number of consecutive layers that get one choice.
     calibrated : Path, optional
         Folder of the calibrations that options need.
     note, bar : callable
@@ -100,11 +98,8 @@ def search(
 
     Returns
     -------
-    best : Point
-    points : list of Point
-        All that were measured, the dense model's first.
-    files : list of str
-        Names of the written files, the recipe first.
+    (Point, list of Point, list of str)
+        The best point, all that were measured (the dense model's first), and the files' names, the recipe's first.
     """
     groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together)
     if not groups:
@@ -127,10 +122,11 @@ def search(
     note(f"sensitivities of {len(groups)} groups, {len(specs)} options, {count} windows of {window} tokens")
     with bar("sensitivities") as update:
         costs = sensitivities(dense, windows, groups, specs, folder / SENSITIVITIES, update, data)
-    choices = frontier(groups, costs, specs, rates, other, MEASURED_POINTS)[1:]
+    problem = Problem(groups, costs, specs, rates, other)
+    choices = problem.frontier(MEASURED_POINTS)[1:]
     if goal.target_speedup is not None:
-        choices.append(solve(groups, costs, specs, rates, goal.target_speedup, other))
-    found = [to_recipe(choice, groups, specs) for choice in choices]
+        choices.append(problem.solve(goal.target_speedup))
+    found = [problem.recipe(choice) for choice in choices]
     recipes = [("dense", None), *(("search", recipe) for recipe in found)]
     recipes += [item for spec in specs.values() for item in _baselines(spec).items()]
     points = _measure(dense, windows, recipes, rates, folder / POINTS, note, data)
@@ -141,10 +137,10 @@ def search(
 
 def _check_reachable(groups: list[Group], specs, rates: Rates, goal: Goal, other_macs: int) -> None:
     """Raise a ValueError if the target cannot be reached or, without one, if no option is faster than dense."""
-    free = {group.key: dict.fromkeys(specs, 0.0) for group in groups}
+    free = Problem(groups, {group.key: dict.fromkeys(specs, 0.0) for group in groups}, specs, rates, other_macs)
     if goal.target_speedup is not None:
-        solve(groups, free, specs, rates, goal.target_speedup, other_macs)
-    elif frontier(groups, free, specs, rates, other_macs, points=1)[-1].speedup <= 1:
+        free.solve(goal.target_speedup)
+    elif free.frontier(1)[-1].speedup <= 1:
         raise ValueError(
             f"expected an option faster than dense, got none among {', '.join(specs)}; add an --option with a faster "
             "pattern or less to compute, or its measured speed-up with --rates"

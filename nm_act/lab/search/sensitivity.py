@@ -78,24 +78,17 @@ def sensitivities(
     Parameters
     ----------
     model : nn.Module
-        Dense Transformers model with its decoder layers in ``get_decoder().layers``; unchanged afterwards.
+        Dense Transformers model with its decoder layers in ``get_decoder().layers``, else ValueError; unchanged
+        afterwards.
     windows : Tensor [windows, tokens], int64
-    groups : list of Group
-    specs : dict of str to LinearSpec
-        The options that each group is tried with.
+    groups, specs
+        Each group is tried with every spec.
     store : Path
         JSON-lines file with one line per window, group and spec; its measurements are not repeated.
     progress : callable, optional
         Called with the number of finished measurements and their total.
     calibrated : dict of str to CalibratedData, optional
         Spec name -> data of the specs that need some.
-
-    Raises
-    ------
-    ValueError
-        If the model has no ``get_decoder().layers``.
-    RuntimeError
-        If a divergence is not finite.
     """
     layers = _decoder_layers(model)
     known = ResultLines(store, ("window", "group", "spec", "calibration"), ("kl",))

@@ -12,7 +12,7 @@ SENSITIVITIES, POINTS = "sensitivities.jsonl", "points.jsonl"
 class ResultLines:
     """Rows of a JSON-lines file by the fields `key`, of which the last one may be missing (None).
 
-    The file need not exist. A ValueError if a line lacks one of the other fields or of the `values`.
+    The file need not exist. Raises ValueError if a line lacks one of the other fields or of the `values`.
     """
 
     def __init__(self, path: Path, key: tuple[str, ...], values: tuple[str, ...]):

@@ -1,0 +1,56 @@
+"""Recipes from the options of a command."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from . import common
+
+
+def build_recipes(
+    path: Path | None,
+    patterns: list[str] | None,
+    criterion: str | None,
+    mitigation: list[str] | None,
+    default_patterns: tuple[str, ...] = (),
+) -> dict:
+    """Name -> Recipe from the options, which replace fields of the file's recipe or the default one.
+
+    Every pattern makes one recipe. Without patterns the file's recipe keeps its own, and without a file the patterns
+    are `default_patterns`.
+    """
+    from ..recipe import DENSE, Recipe, as_pattern
+
+    changes = {"criterion": criterion} if criterion is not None else {}
+    changes |= {"mitigation": mitigation} if mitigation else {}
+    base = None if path is None else Recipe.load(path)
+    if base is not None and not patterns:
+        return {path.stem: dataclasses.replace(base, **changes)}
+    spelled = [name if name == DENSE else str(as_pattern(name)) for name in patterns or default_patterns]
+    names = once(spelled, "--pattern")
+    if base is None:
+        return {name: Recipe(pattern=name, **changes) for name in names}
+    return {f"{path.stem} {name}": dataclasses.replace(base, pattern=name, **changes) for name in names}
+
+
+def once(values: list | None, option: str) -> list:
+    """The values of a repeatable option without duplicates, which a note names."""
+    values = values or []
+    found = list(dict.fromkeys(values))
+    if len(found) < len(values):
+        common.note(f"{option} names {', '.join(str(each) for each in found if values.count(each) > 1)} twice: one row")
+    return found
+
+
+def check_uncalibrated(variants: Iterable, remedy: str) -> None:
+    """Raise a ValueError for a variant that needs calibrated data and has none."""
+    from ..lab.evaluate.variants import resolved
+    from ..methods.mitigations import data_of
+
+    for variant in variants:
+        needs = sorted(str(spec) for spec in resolved(variant.recipe) if data_of(spec))
+        if needs and variant.folder is None:
+            raise ValueError(
+                f"expected recipes that need no calibration, got {needs[0]!r} in {variant.name!r}; make its data with "
+                f"nm-act calibrate and {remedy}"
+            )

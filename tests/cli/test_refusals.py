@@ -1,0 +1,164 @@
+"""What the commands refuse: one sentence with exit code 2, most of it before a model is loaded, and nothing written."""
+
+import pytest
+import tiny_model
+from commands import refused, run
+
+from nm_act.integrations import checkpoints
+
+WRITTEN = {
+    "null.yaml": "pattern: null\n",
+    "spts.yaml": "pattern: 2:4\nmitigation: [spts]\n",
+    "plain.yaml": "pattern: 2:4\n",
+    "decode.yaml": "pattern: 2:4\nphase: decode\n",
+    "layer17.yaml": "pattern: 2:4\nskip_layers: [17]\n",
+    "typo.yaml": "patern: '2:4'\n",
+    "study.yaml": "rows: [{pattern: 2:4}]",
+    "calibrated.yaml": "rows: [{pattern: 2:4, calibrated: true}]",
+    "wikitext2.txt": tiny_model.TEXT,
+    "nothing.txt": "",
+    "short/wikitext2.txt": "too short",
+    "other/c4.txt": "other",
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Files that the refused commands name, by the names that stand in braces in their arguments."""
+    for name, content in WRITTEN.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    return {path.stem: path for path in tmp_path.iterdir()} | {"here": tmp_path, "out": tmp_path / "out"}
+
+
+EVAL = ["eval", "{model}", "--tasks", "wikitext2", "--data", "{here}", "--output", "{out}"]
+PPL = ["ppl", "{model}", "--text", "{wikitext2}"]
+GENERATE = ["generate", "{model}"]
+GOALLESS = ["search", "{model}", "--text", "{wikitext2}", "--output", "{out}", "--window", "64"]
+SEARCH = [*GOALLESS, "--target-speedup", "1.1"]
+CALIBRATE = [
+    "calibrate",
+    "{model}",
+    "--output",
+    "{out}",
+    "--recipe",
+    "{spts}",
+    "--data",
+    "{wikitext2}",
+    "--length",
+    "16",
+]
+NEEDS = "expected recipes that need no calibration, got '2:4 act spts'"
+CONTEXT = "within the model's context of 128 tokens"
+
+
+def _refused(arguments, folder, files) -> str:
+    told = refused(*(argument.format(model=folder, **files) for argument in arguments))
+    assert not files["out"].exists()
+    return told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*PPL, "--pattern", "4:2"], "expected 1 <= N < M, got pattern 4:2"),
+        ([*PPL, "--pattern", "9:4"], "expected 1 <= N < M, got pattern 9:4"),
+        ([*PPL, "--pattern", "2:5"], "expected a group size M in"),
+        ([*PPL, "--pattern", "two"], 'expected a pattern written "N:M"'),
+        ([*PPL, "--pattern", "2:4+1@4"], "expected one or two distinct extra columns in 0 to 3"),
+        ([*PPL, "--criterion", "nonsense"], "nonsense"),
+        ([*PPL, "--mitigation", "nonsense"], "nonsense"),
+        ([*PPL, "--pattern", "2:4", "--mitigation", "spts"], NEEDS),
+        ([*PPL, "--recipe", "{spts}"], NEEDS),
+        ([*PPL, "--recipe", "{null}"], "expected a value for pattern of a recipe, got none (null)"),
+        ([*PPL, "--recipe", "{typo}"], "patern"),
+        ([*PPL, "--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
+        ([*PPL, "--window", "129"], f"expected a window {CONTEXT}, got 129"),
+        ([*PPL, "--window", "4096"], CONTEXT),
+        ([*PPL, "--calibration", "{here}"], "no finished calibration at"),
+        ([*PPL, "--threads", "0"], "'--threads'"),
+        ([*PPL, "--threads", "99999999999"], "1024"),
+        ([*PPL, "--device", "nonsense"], "nonsense"),
+        ([*PPL, "--device", "meta"], "which holds no numbers"),
+        ([*PPL, "--out", "result.xlsx"], "expected --out to end in .json or .csv"),
+        ([*PPL, "--out", "missing/result.json"], "does not exist; create it"),
+        ([*PPL, "--out", "{here}"], "expected --out to end in .json or .csv"),
+        (["ppl", "{model}", "--text", "{here}/missing.txt"], "cannot read"),
+        (["ppl", "{model}", "--text", "{nothing}"], "but there is none"),
+        ([*EVAL], "got nothing; add --pattern, --recipe, --calibration or --study"),
+        ([*EVAL, "--pattern", "2:4", "--tasks", "mmlu"], "expected tasks among wikitext2, arc_easy"),
+        ([*EVAL, "--pattern", "2:4", "--data", "{other}"], "no data for wikitext2"),
+        (
+            [*EVAL, "--study", "{calibrated}"],
+            "expected a calibration for 'act 2:4' in --calibrated, got none; make it with nm-act",
+        ),
+        ([*EVAL, "--study", "{study}", "--criterion", "wina"], "--criterion and --mitigation beside --pattern"),
+        ([*EVAL, "--study", "{study}", "--calibrated", "{here}"], "--study with calibrated rows beside --calibrated"),
+        ([*EVAL, "--pattern", "2:4", "--mitigation", "spts"], f"{NEEDS} in 'act+spts 2:4'; make its data with"),
+        ([*EVAL, "--recipe", "{null}"], "expected a value for pattern"),
+        ([*EVAL, "--pattern", "2:4", "--window", "129"], CONTEXT),
+        ([*EVAL, "--calibration", "{here}"], "no finished calibration at"),
+        ([*GENERATE, ""], "expected a prompt with at least one character"),
+        ([*GENERATE, "x", "--max-new-tokens", "0"], "'--max-new-tokens'"),
+        ([*GENERATE, "x", "--pattern", "3"], 'expected a pattern written "N:M"'),
+        ([*GENERATE, "x", "--pattern", ""], "expected a pattern"),
+        ([*GENERATE, "x", "--criterion", "wina"], "expected --pattern or --recipe with --criterion"),
+        ([*GENERATE, "x", "--mitigation", "var"], "expected --pattern or --recipe with --criterion and --mitigation"),
+        ([*GENERATE, "x", "--pattern", "2:4", "--mitigation", "spts"], NEEDS),
+        (GOALLESS, "expected either --target-speedup or --max-drop, got both or neither"),
+        ([*SEARCH, "--max-drop", "9"], "expected either --target-speedup or --max-drop, got both or neither"),
+        ([*SEARCH, "--target-speedup", "0.5"], "expected --target-speedup of at least 1"),
+        ([*GOALLESS, "--max-drop", "0"], "expected --max-drop above 0"),
+        ([*SEARCH, "--option", "3:5"], "expected a group size M"),
+        ([*SEARCH, "--window", "129"], f"expected a window {CONTEXT}, got 129"),
+        ([*SEARCH, "--option", "2:4 spts", "--calibrated", "{here}"], "expected a calibration for"),
+        ([*CALIBRATE, "--length", "129"], f"expected --length {CONTEXT}, got 129"),
+        ([*CALIBRATE, "--data", "{latin}"], "expected UTF-8 text in"),
+        ([*CALIBRATE, "--data", "missing.txt"], "cannot read 'missing.txt'"),
+        ([*CALIBRATE, "--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
+        ([*CALIBRATE, "--recipe", "{plain}"], "expected a recipe with something to calibrate"),
+        ([*CALIBRATE, "--device", "abacus"], "expected a device such as cpu or cuda"),
+        ([*CALIBRATE, "--lr", "0"], "expected a positive, finite learning rate"),
+        ([*CALIBRATE, "--epochs", "inf"], "learning rate and number of epochs, got 0.0001 and inf;"),
+        ([*CALIBRATE, "--seed", str(2**70)], f"expected a seed from 0 to 2**63 - 1, got {2**70};"),
+        ([*CALIBRATE, "--seed", "-1"], "expected a seed from 0 to 2**63 - 1, got -1;"),
+        (["demo", "--model", "{model}", "--tokens", "0"], "'--tokens'"),
+    ],
+)
+def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments, message):
+    def load_model(*arguments, **options):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(checkpoints, "load_model", load_model)
+    assert message in _refused(arguments, folder, files)
+    result = run(*(argument.format(model=folder, **files) for argument in arguments))
+    assert len(result.stderr.splitlines()) == 1 + ("data: " in result.stderr)  # the sentence: nothing is "loading"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*PPL, "--dtype", "int4"], "expected a dtype among"),
+        ([*PPL, "--recipe", "{layer17}"], "expected layers that the model has (layers 0 to 1), got 17"),
+        (["ppl", "{bad}", "--text", "{wikitext2}"], "truncated or damaged"),
+        (["ppl", "{here}/missing", "--text", "{wikitext2}"], "there is no such file or folder"),
+        (["ppl", "{here}", "--text", "{wikitext2}"], "holds no config.json"),
+        ([*EVAL, "--recipe", "{layer17}"], "expected layers that the model has (layers 0 to 1), got 17"),
+        ([*EVAL, "--recipe", "{decode}"], "expected recipes that prune in prefill, where wikitext2 is scored"),
+        ([*EVAL, "--pattern", "2:4", "--data", "{short}"], "expected a text of at least one window of 128 tokens, got"),
+        ([*SEARCH, "--target-speedup", "9"], "expected a target speed-up of at most 1.4"),
+        ([*SEARCH, "--windows", "99"], "expected calibration text of 99 windows of 64 tokens, got"),
+        (
+            [*GOALLESS, "--max-drop", "9", "--option", "8:16"],
+            "expected an option faster than dense, got none among 8:16 act; ",
+        ),
+        (
+            [*GOALLESS, "--max-drop", "9", "--option", "2:4 rsparse-24"],
+            "an option faster than dense, got none among 2:4 act rsp",
+        ),
+    ],
+)
+def test_refused_once_the_model_is_known(folder, files, arguments, message):
+    assert message in _refused(arguments, folder, files)
