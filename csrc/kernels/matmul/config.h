@@ -116,9 +116,9 @@ inline int select_swizzle(const TileGrid& grid, const TileFacts& tile) {
 
 // The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
 // the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With bands of 8 the two
-// orders differ little. Tiles of 64 tokens share no weight through a cluster, so the rows of a column should run close
-// together: in one band if it holds them all, otherwise along the tokens (the other order took up to 3.3 times as long).
-// Wide bands allow either order, and are up to 1.9 times as fast along the outputs.
+// orders differ little. Tiles of 64 tokens share no weight through a cluster, so the rows of a column have to run close
+// together: in one band that holds them all, or else along the tokens (the other order took up to 3.3 times as long).
+// With wider bands the order along the outputs was up to 1.9 times as fast.
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
   if (swizzle >= 8) return GemmRaster::kAlongOutputs;
   if (tile.tokens == 64) {
