@@ -1,13 +1,12 @@
 """Which path ``sparse_linear`` takes for given arguments, and why; the rules are those of the dispatch itself."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..patterns import NMPattern
+from ..patterns import NMPattern, takes_pattern
+from . import operators
 from .lifting import is_lifted, lifted_features
 
 PATHS = {
@@ -41,13 +40,12 @@ class Explanation:
         return f"{self.path} on {self.device} ({PATHS[self.path]}): {self.why}"
 
 
+@takes_pattern
 def explain(
     x: Tensor,
     weight: Tensor,
-    n: int = 2,
-    m: int = 4,
+    pattern: NMPattern | str = "2:4",
     *,
-    extra_columns: Sequence[int] = (),
     lifted_weight: Tensor | None = None,
     activation_dtype: torch.dtype | None = None,
     device: str | None = None,
@@ -63,7 +61,7 @@ def explain(
     ----------
     x : Tensor [..., in_features]
     weight : Tensor [out_features, in_features]
-    n, m, extra_columns, lifted_weight, activation_dtype
+    pattern, lifted_weight, activation_dtype
         As in :func:`nm_act.sparse_linear`.
     device : {"cpu", "cuda"}, optional
         Where it would run; that of ``x`` if absent.
@@ -85,10 +83,10 @@ def explain(
     Examples
     --------
     >>> import torch, nm_act
-    >>> print(nm_act.explain(torch.zeros(1, 64), torch.zeros(32, 64), 8, 16).why)
+    >>> print(nm_act.explain(torch.zeros(1, 64), torch.zeros(32, 64), "8:16").why)
     the weight is stored [out, in], so no row of it can be skipped; store it with weight.t().contiguous().t()
     """
-    pattern = NMPattern(n, m, extra_columns)
+    pattern = NMPattern(pattern)
     if device is None:
         device = "cpu" if x.device.type == "meta" else x.device.type
     if device not in ("cpu", "cuda"):
@@ -121,12 +119,12 @@ def explain(
         facts = torch.cuda.get_device_properties(x.device)
         compute_capability = compute_capability or facts.major
         multiprocessors = multiprocessors or facts.multi_processor_count
-    path, why = ops._C.choose_path(
+    path, why = operators._C.choose_path(
         device == "cuda",
         x.numel() // x.shape[-1],
         str(x.dtype).removeprefix("torch."),
-        n,
-        m,
+        pattern.keep,
+        pattern.group,
         list(pattern.extra_columns),
         _facts(weight),
         lifted,

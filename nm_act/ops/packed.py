@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..patterns import NMPattern
+from ..patterns import NMPattern, takes_pattern
+from . import operators
 from .lifting import is_lifted, lifted_features
 
 _PLAIN = NMPattern(2, 4)
@@ -74,17 +74,16 @@ def _layout(dtype: torch.dtype, device: torch.device) -> str:
     return "sm90_16bit_t64" if torch.cuda.get_device_capability(device)[0] == 9 else "sm80_16bit"
 
 
+@takes_pattern
 def compress_packed(
     x: Tensor,
-    n: int = 2,
-    m: int = 4,
+    pattern: NMPattern | str = "2:4",
     *,
     channel_scale: Tensor | None = None,
     shift: Tensor | None = None,
     token_shift: str = "none",
     variance_correction: bool = False,
     fp8: bool = False,
-    extra_columns: Sequence[int] = (),
 ) -> Packed:
     """Select and pack for this device's sparse GEMM, in one pass over ``x``.
 
@@ -96,16 +95,14 @@ def compress_packed(
     x : Tensor [..., in_features], bfloat16 or float16, on CUDA
         in_features divisible by 16, with ``fp8`` by 32, for 2:4+1 by four times that; at most 32768 with fp8 or a
         per-token statistic.
-    n, m : int
-        The pattern.
+    pattern : NMPattern or str
+        2:4 or 2:4+1.
     channel_scale, shift, token_shift
         The selection, as in :func:`nm_act.prune`.
     variance_correction : bool
         Put VAR's factor into ``row_scale``.
     fp8 : bool
         Cast the survivors to e4m3 with one dynamic scale a token, max|Z| / 448.
-    extra_columns : sequence of int
-        As in :func:`nm_act.prune`.
 
     Raises
     ------
@@ -114,19 +111,20 @@ def compress_packed(
     NotImplementedError
         If ``x`` is not on CUDA, or a row is too long for its statistics.
     """
-    tensors = ops.call(
+    pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
+    tensors = operators.call(
         "compress_packed",
         x,
-        n,
-        m,
+        pattern.keep,
+        pattern.group,
         channel_scale=channel_scale,
         shift=shift,
         token_shift=token_shift,
         variance_correction=variance_correction,
         fp8=fp8,
-        extra_columns=extra_columns,
+        extra_columns=pattern.extra_columns,
     )
-    return _packed(tensors, x, _PLAIN if not extra_columns else NMPattern(n, m, extra_columns))
+    return _packed(tensors, x, pattern)
 
 
 def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options) -> Packed:
@@ -140,7 +138,7 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
     **options
         As in :func:`compress_packed`, but the pattern: it is 2:4.
     """
-    *tensors, hidden = ops.call("rms_norm_compress", x, weight, eps, residual, **options)
+    *tensors, hidden = operators.call("rms_norm_compress", x, weight, eps, residual, **options)
     return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
 
 
@@ -154,7 +152,7 @@ def silu_mul_compress(gate: Tensor, up: Tensor, **options) -> Packed:
     **options
         As in :func:`compress_packed`, but the pattern: it is 2:4.
     """
-    return _packed(ops.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
+    return _packed(operators.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
 
 
 def sparse_gemm(
@@ -200,7 +198,7 @@ def sparse_gemm(
             "returned as a whole, row_scale and eta are in it"
         )
     _check_operand(operand, weight)
-    return ops.call(
+    return operators.call(
         "sparse_gemm",
         operand.values,
         operand.metadata,
@@ -240,7 +238,7 @@ def sparse_linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Ten
         DeprecationWarning,
         stacklevel=2,
     )
-    return ops.sparse_linear(
+    return operators.sparse_linear(
         x, weight, bias, weight_scale=weight_scale, activation_dtype=torch.float8_e4m3fn, **options
     )
 
@@ -306,6 +304,6 @@ def _(values, metadata, layout, weight, bias=None, *, out_dtype=None, **_vectors
 
 
 for _name in ("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm"):
-    ops.refuse(_name, "CPU")
-    if not ops.build_info()["cuda"]:
-        ops.refuse(_name, "CUDA")
+    operators.refuse(_name, "CPU")
+    if not operators.build_info()["cuda"]:
+        operators.refuse(_name, "CUDA")
