@@ -176,6 +176,14 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _warn_of_old_call(name: str, pattern: NMPattern) -> None:
+    import torch  # here, since patterns are read without it
+
+    if not torch.compiler.is_compiling():  # a warning has no place in a graph
+        text = f'nm_act.{name} takes one pattern since 0.2: write "{pattern}" in place of n and m'
+        warnings.warn(text, DeprecationWarning, stacklevel=3)
+
+
 def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function that takes a ``pattern`` also be called as before 0.2, with a DeprecationWarning.
 
@@ -187,16 +195,20 @@ def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
     def called(*args, **kwargs):
         by_position = len(args) > position and isinstance(args[position], int)
         if by_position or "n" in kwargs or "m" in kwargs or "extra_columns" in kwargs:
-            given = list(args[position : position + 2]) if by_position else []
+            if "pattern" in kwargs or (len(args) > position and not by_position):
+                raise TypeError(
+                    f"nm_act.{function.__name__} expected a pattern alone, got n, m or extra_columns beside it; "
+                    'write them into the pattern, as in "8:16" or "2:4+1"'
+                )
+            given = args[position : position + 2] if by_position else ()
             keep = given[0] if given else kwargs.pop("n", 2)
             group = given[1] if len(given) > 1 else kwargs.pop("m", 4)
             pattern = NMPattern(keep, group, kwargs.pop("extra_columns", ()))
-            warnings.warn(
-                f'nm_act.{function.__name__} takes one pattern since 0.2: write "{pattern}" in place of n and m',
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            args, kwargs["pattern"] = args[:position], pattern
+            _warn_of_old_call(function.__name__, pattern)
+            if by_position:
+                args = (*args[:position], pattern, *args[position + len(given) :])
+            else:
+                kwargs["pattern"] = pattern
         return function(*args, **kwargs)
 
     return called

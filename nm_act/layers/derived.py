@@ -57,6 +57,7 @@ class Deriving(nn.Linear):
         self._lifted: tuple[nn.Parameter, torch.Tensor] | None = None
         self._work: LinearWork | None = None
         self._work_buffers: list[tuple[str, torch.Tensor | None]] = []  # that it was made of
+        self._work_spec = spec
         self.differentiable = False
         self.shard: parallel.Shard | None = None
         self._underived = False  # the weight was not there yet: its first forward computes what derives from it
@@ -148,7 +149,10 @@ class Deriving(nn.Linear):
             setattr(self, name, value)
         self._underived = self._handed_out = self._unchecked = False
         self._set_sources()
-        self._store_work()
+        if self.differentiable:  # calls build their own, of other operators; the first after that stores one
+            self._work = None
+        else:
+            self._store_work()
 
     def _set_sources(self) -> None:
         """Remember the parameters that something derives from, if nobody else has to take part in deriving it."""
@@ -274,11 +278,12 @@ class Deriving(nn.Linear):
         for name, value in self._work_buffers:  # accelerate moves buffers one by one
             if self._buffers[name] is not value:
                 return False
-        return self._work is not None
+        return self._work is not None and self._work_spec is self.spec
 
     def _store_work(self) -> LinearWork:
         self._work = self._make_work({name: self._buffers[name] for name in DERIVED}, self.lifted_weight)
         self._work_buffers = [(name, self._buffers[name]) for name in (*DERIVED, *self._data_names)]
+        self._work_spec = self.spec
         return self._work
 
     def _make_work(self, derived: dict[str, torch.Tensor | None], lifted: torch.Tensor | None) -> LinearWork:

@@ -47,9 +47,11 @@ class LinearWork:
         bias = bias if self.bias is None else self.bias
         options = self.options
         if weight.dtype != x.dtype:  # under autocast, as F.linear does; the operator itself takes one dtype only
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+            weight = weight.to(x.dtype)
             lifted = options.get("lifted_weight")
             options = options if lifted is None else {**options, "lifted_weight": lifted.to(x.dtype)}
+        if bias is not None and bias.dtype != x.dtype:  # of a layer that keeps its bias in float32, too
+            bias = bias.to(x.dtype)
         z = x if self.rotation is None else x @ self.rotation.to(x.dtype)
         if self.by_sequence and x.ndim > 1:
             y = self._by_sequence(z, weight, bias, options, context)
