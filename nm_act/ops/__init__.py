@@ -309,7 +309,7 @@ def call(op: str, *arguments, **options):
         if refused is None:
             raise
         wanted, name, found = refused.groups()
-        wanted = "torch.Tensor" if "Tensor" in wanted else wanted
+        wanted = "torch.Tensor" if "Tensor" in wanted else "torch.dtype" if name.endswith("dtype") else wanted
         raise TypeError(f"nm_act::{op} expected {name} of type {wanted}, got {found}; convert it first") from None
 
 
