@@ -39,7 +39,8 @@ def ppl(
     check_uncalibrated(variants, "name the folder with --calibration")
     for folder in once(calibration, "--calibration"):
         found = of_calibration(folder)
-        variants.append(dataclasses.replace(found, name=str(folder)) if found.name in recipes else found)
+        taken = found.name in (variant.name for variant in variants)
+        variants.append(dataclasses.replace(found, name=str(folder)) if taken else found)
     content = read_text(text)
     common.set_threads(threads)
     dense, tokenizer = common.load_dense(model, dtype, device, window)

@@ -1,4 +1,4 @@
-"""Results as JSON, CSV, Markdown and PNG."""
+"""Results as JSON (and back), CSV, Markdown and PNG."""
 
 import csv
 import io
@@ -18,6 +18,15 @@ def to_json(data: dict) -> str:
 def write_json(path: Path, data: dict) -> None:
     """Write `to_json` of the data, whole or not at all."""
     write_atomic(path, to_json(data) + "\n")
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file; {} if it holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # no JSON, or no UTF-8
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _finite(value):

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..version import __version__
+from . import formulas
 
 try:
     from .. import _C
@@ -376,7 +376,7 @@ def refuse(op: str, device: str) -> None:
 
 
 if _C.build_info()["cuda"]:
-    torch.library.impl("nm_act::decompress", "CUDA")(reference.decompress)
+    torch.library.impl("nm_act::decompress", "CUDA")(formulas.decompress)
 else:
     for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear"):
         refuse(_op, "CUDA")

@@ -1,6 +1,5 @@
 """Calibration: data, statistics, training, orders of channels, the run and its state, files."""
 
-import copy
 import itertools
 import json
 import shutil
@@ -9,16 +8,13 @@ import pytest
 import tiny_model
 import torch
 from commands import ok, run
-from torch import nn
 
 import nm_act
 from nm_act.conversion.calibration import set_layers
-from nm_act.conversion.permutation import fold_order
 from nm_act.integrations.checkpoints import load_model
 from nm_act.lab.calibrate import CalibrationSettings, calibrate, calibration_windows, save_calibration
 from nm_act.lab.calibrate import run as run_module
-from nm_act.lab.calibrate.blocks import BlockRunner, switched
-from nm_act.lab.calibrate.order import channel_order, find_order
+from nm_act.lab.calibrate.blocks import BlockRunner
 from nm_act.lab.calibrate.static import InputStatistics
 from nm_act.lab.calibrate.training import _linear, block_loss
 from nm_act.layers.linear import NMLinear
@@ -162,51 +158,6 @@ def test_schedule_warms_up_and_falls_to_nothing():
     assert all(a > b for a, b in itertools.pairwise(rates[2:]))
     assert rates[100] == 0.0
     assert _linear(0, 1) > 0
-
-
-def test_channel_order_deals_the_strong_out():
-    energy = torch.rand(32)
-    order = channel_order(energy, 4)
-    assert sorted(order.tolist()) == list(range(32))
-    rank = energy.argsort(descending=True).argsort()[order].view(8, 4)
-    assert torch.equal(rank // 8, torch.arange(4).expand(8, 4))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("sparse", [False, True])
-def test_folding_an_order_keeps_the_dense_function(windows, bias, sparse):
-    model = tiny_model.build()[0]
-    block = model.model.layers[0]
-    for module in (block.self_attn.v_proj, block.mlp.gate_proj, block.mlp.up_proj):
-        module.bias = nn.Parameter(torch.randn(module.out_features)) if bias else None
-    expected = _logits(model, windows)
-    twin = copy.deepcopy(model)
-    nm_act.sparsify(twin, Recipe("2:4", mitigation=["permute"]))
-    orders = {}
-    for name in ("mlp.down_proj", "self_attn.o_proj"):
-        width = block.get_submodule(name).in_features
-        orders[name] = find_order(twin.model.layers[0], name, torch.rand(width))
-        assert sorted(orders[name].tolist()) == list(range(width))
-        assert orders[name].tolist() != list(range(width))
-        fold_order(twin.model.layers[0] if sparse else block, name, orders[name])
-    shared = orders["self_attn.o_proj"].view(2, 2, 16) % 16  # value heads, query heads of each, head_dim
-    assert torch.equal(shared[:, 0], shared[:, 1])
-    if sparse:
-        with switched((module for module in twin.modules() if isinstance(module, NMLinear)), "bypass"):
-            actual = _logits(twin, windows)
-    else:
-        actual = _logits(model, windows)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_orders_that_cannot_be_folded():
-    model = tiny_model.build()[0]
-    nm_act.sparsify(model, Recipe("2:4", mitigation=["permute"]))
-    block = model.model.layers[0]
-    assert torch.equal(find_order(block, "mlp.up_proj", torch.rand(64)), torch.arange(64))
-    with pytest.raises(ValueError, match=r"expected gate_proj and up_proj, or v_proj, in front of mlp.up_proj"):
-        fold_order(block, "mlp.up_proj", torch.arange(64).flip(0))
 
 
 def test_blocks_run_as_the_model_runs_them(windows):
@@ -387,8 +338,9 @@ def test_command(folder, text, tmp_path):
     assert json.loads((output / "calibration.json").read_text())["windows"] == 4
     model, _ = load_model(output)
     assert model.model.layers[0].mlp.down_proj.shift.abs().max() > 0
-    ppl = ok("ppl", folder, "--text", text, "--calibration", output, "--window", 32, "--json")
-    assert [row["name"] for row in json.loads(ppl)["rows"]] == ["dense", "out"]
+    twin = shutil.copytree(output, tmp_path / "twin" / "out")
+    ppl = ok("ppl", folder, "--text", text, "--calibration", output, "--calibration", twin, "--window", 32, "--json")
+    assert [row["name"] for row in json.loads(ppl)["rows"]] == ["dense", "out", str(twin)]
     again = _command(*arguments)
     assert again.exit_code == 2
     assert "expected a folder without a finished calibration" in again.stderr

@@ -147,6 +147,12 @@ def test_solver_counts_what_mitigations_add():
     assert Problem(groups, costs, specs, RATES).solve(1.1).names == ("dense", "pair")
 
 
+def test_an_option_that_saves_nothing_is_not_chosen_even_for_free():
+    groups, costs = _problem(1)
+    free = {group.key: {**costs[group.key], "useless": -1.0} for group in groups}
+    assert "useless" not in Problem(groups, free, SPECS, RATES).solve(1.1).names
+
+
 def test_recipe_of_a_choice():
     model, _ = tiny_model.build()
     groups = groups_of(model, ("q_proj", "up_proj"))

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ...files import write_atomic
+from ..output import read_object, write_json
 
 IDENTITY = "run.json"
 """File with the identity of an unfinished run, in its folder."""
@@ -29,13 +30,18 @@ class RunState:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / IDENTITY
-        known = _read(path) if path.is_file() else identity
+        known = read_object(path) if path.is_file() else identity
+        if not known:
+            raise ValueError(
+                f"expected in {str(path)!r} what the unfinished run was started with, got a damaged file; remove its "
+                "folder or choose another output"
+            )
         if known != identity and any(self.folder.glob("block-*.safetensors")):
             raise ValueError(
                 f"expected the unfinished run in {str(self.folder)!r} to be this one, got another "
                 f"{_difference(known, identity)}; finish that run, remove the folder or choose another output"
             )
-        write_atomic(path, json.dumps(identity, indent=2) + "\n")
+        write_json(path, identity)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:04d}.safetensors"
@@ -57,19 +63,6 @@ class RunState:
             data = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.data().items()}
             tensors = {name: value.detach().cpu().contiguous() for name, value in data.items()}
             write_atomic(self._path(index), save(tensors, {_FACTS: json.dumps(facts)}))
-
-
-def _read(path: Path) -> dict:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON, or no UTF-8
-        known = None
-    if not isinstance(known, dict):
-        raise ValueError(
-            f"expected in {str(path)!r} what the unfinished run was started with, got a damaged file; remove its "
-            "folder or choose another output"
-        )
-    return known
 
 
 def _difference(known: dict, identity: dict) -> str:

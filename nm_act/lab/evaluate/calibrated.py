@@ -2,10 +2,10 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 from ...conversion.calibration import DATA_FILE, FACTS_FILE, read_calibration
+from ..output import read_object
 from .variants import Variant, from_recipe
 
 __all__ = ["calibrated_row", "of_calibration"]
@@ -32,11 +32,7 @@ def _facts(file: Path) -> dict:
     """Facts that nm-act calibrate and search write beside a calibration; none beside one that a program saved."""
     if not file.is_file():
         return {}
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON, or no UTF-8
-        facts = None
-    facts = facts if isinstance(facts, dict) else {}
+    facts = read_object(file)
     needed = ("seed", *_TRAINING) if "windows" in facts else ("seed",)
     lacking = next((key for key in needed if key not in facts), None)
     if lacking is not None:

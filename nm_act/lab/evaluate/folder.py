@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...files import write_atomic
 from ...version import commit
+from ..output import read_object, write_json
 from .variants import Variant
 
 __all__ = ["PERPLEXITY", "RUN_FILE", "RunFolder", "check_output"]
@@ -41,10 +42,9 @@ class RunFolder:
         file = path / RUN_FILE
         found = _read_identity(file) if file.is_file() else None
         make_folder(path / "rows", path, "--output")
-        identity = json.loads(json.dumps(identity))
         merged = identity if found is None else _merged(found, identity, path)
         if merged != found:
-            write_atomic(file, json.dumps({"format": _FORMAT, "identity": merged}, indent=2) + "\n")
+            write_json(file, {"format": _FORMAT, "identity": merged})
         return cls(path, merged)
 
     def result_path(self, variant: Variant, task: str) -> Path:
@@ -56,7 +56,7 @@ class RunFolder:
         path = self.result_path(variant, task)
         if not path.is_file():
             return False
-        found, wanted = _read_result(path)["variant"], json.loads(json.dumps(variant.to_dict()))
+        found, wanted = _read_result(path)["variant"], variant.to_dict()
         if any(found.get(key) != wanted[key] for key in ("recipe", "calibrated", "seed", "calibration")):
             raise ValueError(
                 f"expected in {str(path)!r} a result of this recipe and calibration, got one of another with the name "
@@ -82,21 +82,14 @@ class RunFolder:
         return identity, [_read_result(file) for file in sorted((path / "rows").glob("*.json"))]
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"expected JSON in {str(path)!r}, got invalid text ({error}); remove the file") from error
-
-
 _RESULT = ("variant", "task", "metric", "value", "stderr", "samples", "scores", "macs", "extra_macs", "commit", "date")
 
 
 def _read_result(path: Path) -> dict:
-    found = _read_json(path)
-    lacking = _RESULT if not isinstance(found, dict) else [key for key in _RESULT if key not in found]
-    if lacking:
-        raise ValueError(f"expected a result in {str(path)!r}, got something without {lacking[0]}; remove the file")
+    found = read_object(path)
+    lacking = next((key for key in _RESULT if key not in found), None)
+    if lacking is not None:
+        raise ValueError(f"expected a result in {str(path)!r}, got something without {lacking}; remove the file")
     return found
 
 
@@ -150,8 +143,8 @@ def _check_same(what: str, found, wanted, path: Path) -> None:
 
 
 def _read_identity(file: Path) -> dict:
-    found = _read_json(file)
-    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
+    found = read_object(file)
+    if found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
         raise ValueError(
             f"expected a run of format {_FORMAT} in {str(file.parent)!r}, got a {RUN_FILE} of another kind (an older "
             "run, or the state of nm-act calibrate); choose another folder"
