@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..files import write_atomic
+from .extras import import_extra
 
 
 def to_json(data: dict) -> str:
@@ -62,9 +63,8 @@ def markdown_table(header: list[str], lines: list[list[str]], right: int = 1) ->
 
 def new_figure(width: float, height: float):
     """An empty matplotlib figure of that many inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    figures = import_extra("matplotlib.figure", "the plot", "demo")
+    return figures.Figure(figsize=(width, height), layout="constrained")
 
 
 def png(figure) -> bytes:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...recipe import DENSE, LinearSpec, Recipe, Rule
 from ..cost import Rates, added_macs, pattern_of
+from ..extras import import_extra
 from .sensitivity import Group
 
 __all__ = ["Choice", "Problem"]
@@ -65,9 +66,7 @@ class Problem:
         It is found by HiGHS, as an integer program with one binary variable per group and option. Raises ValueError if
         even the fastest option everywhere does not reach the target.
         """
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import block_diag
-
+        optimize = import_extra("scipy.optimize", "the solver of nm-act search")
         needed = 1 - 1 / target_speedup
         if needed > self._reachable + 1e-9:
             best = 1 / (1 - self._reachable)
@@ -80,12 +79,12 @@ class Problem:
         useful = self._saved > 0  # what saves nothing is never chosen
         useful[:, 0] = True
         # HiGHS lets a row fall short by 1e-6: in units of a ten-thousandth, that is 1e-10 of the time.
-        enough = LinearConstraint(1e4 * self._saved.reshape(1, -1), 1e4 * min(needed, self._reachable))
-        one_each = LinearConstraint(block_diag([np.ones((1, options))] * groups), 1, 1)
-        found = milp(
+        enough = optimize.LinearConstraint(1e4 * self._saved.reshape(1, -1), 1e4 * min(needed, self._reachable))
+        one_each = optimize.LinearConstraint(np.kron(np.eye(groups), np.ones(options)), 1, 1)
+        found = optimize.milp(
             cost.ravel() / unit,
             integrality=np.ones(groups * options),
-            bounds=Bounds(0, useful.ravel()),
+            bounds=optimize.Bounds(0, useful.ravel()),
             constraints=[enough, one_each],
             options={"mip_rel_gap": 1e-9, "time_limit": _SECONDS},
         )
