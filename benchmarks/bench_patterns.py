@@ -99,11 +99,7 @@ class Bench:
 
         def layer(x, weight, scale=None):
             packed = nm_act.compress_packed(x, **options, fp8=fp8)
-            if not fp8:
-                return nm_act.sparse_gemm(packed.values, packed.metadata, weight)
-            return nm_act.sparse_gemm(
-                packed.values, packed.metadata, weight, row_scale=packed.row_scale, column_scale=scale
-            )
+            return nm_act.sparse_gemm(packed, weight, column_scale=scale)
 
         operands = [(x, lift(w), *rest) for x, w, *rest in (self.fp8 if fp8 else self.pairs)]
         baselines = ["cublas_bf16", *(["scaled_mm_fp8"] if fp8 else [])]

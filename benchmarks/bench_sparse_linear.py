@@ -94,8 +94,8 @@ def add_16_bit(case: Case, kind: str) -> None:
     common = {"dtype": dtype, "baselines": baselines}
     case.add_ours(f"op {kind}", calls, exact, stage="op", variant=f"sparse_linear_{layout}", **common)
     if case.tokens >= GEMM_TOKENS:
-        packed = [(*nm_act.compress_packed(x)[:2], w) for x, w in pairs]
-        calls = [lambda v=v, e=e, w=w: nm_act.sparse_gemm(v, e, w) for v, e, w in packed]
+        packed = [(nm_act.compress_packed(x), w) for x, w in pairs]
+        calls = [lambda p=p, w=w: nm_act.sparse_gemm(p, w) for p, w in packed]
         case.add_ours(f"gemm {kind}", calls, exact, stage="gemm", variant=f"sparse_gemm_{layout}", **common)
 
 
@@ -113,17 +113,13 @@ def add_fp8(case: Case) -> None:
         quantised, row_scale = quantise_rows(reference.prune(rows, 2, 4))
         return (quantised.double() * row_scale.double()[:, None]) @ dequantised(columns).t()
 
-    calls = [lambda x=x, w=w, s=s: nm_act.sparse_linear_fp8(x, w, s) for x, w, s in pairs]
+    e4m3 = {"activation_dtype": torch.float8_e4m3fn}
+    calls = [lambda x=x, w=w, s=s: nm_act.sparse_linear(x, w, weight_scale=s, **e4m3) for x, w, s in pairs]
     common = {"dtype": "e4m3", "baselines": baselines}
     case.add_ours("op e4m3", calls, exact, stage="op", variant="sparse_linear_fp8", **common)
     if case.tokens >= GEMM_TOKENS:
-        packed = [(*nm_act.compress_packed(x, fp8=True)[:3], w, s) for x, w, s in pairs]
-        calls = [
-            lambda v=v, e=e, r=r, w=w, s=s: nm_act.sparse_gemm(
-                v, e, w, row_scale=r, column_scale=s, out_dtype=torch.bfloat16
-            )
-            for v, e, r, w, s in packed
-        ]
+        packed = [(nm_act.compress_packed(x, fp8=True), w, s) for x, w, s in pairs]
+        calls = [lambda p=p, w=w, s=s: nm_act.sparse_gemm(p, w, column_scale=s) for p, w, s in packed]
         case.add_ours("gemm e4m3", calls, exact, stage="gemm", variant="sparse_gemm_fp8", **common)
     op = [lambda x=x, w=w, s=s: dense_fp8.product(*dense_fp8.quantise(x), w, s) for x, w, s in pairs]
     case.check("scaled_mm_fp8", op[0], lambda rows, columns: rows.double() @ dequantised(columns).t(), 6e-2)

@@ -180,7 +180,7 @@ class Case:
             quantised = [quantise_rows(w) for w in self.stock]
             self.weights = [w for w, _ in quantised]
             self.options = [{"column_scale": s, "out_dtype": torch.bfloat16} for _, s in quantised]
-        self.packed: list[tuple] = []
+        self.packed: list[nm_act.Packed] = []
         self.anchor = None
         flops, moved = 2 * tokens * out_features * in_features, out_features * in_features * (1 if self.fp8 else 2)
         self.estimate_us = max(flops / (1.8e9 if self.fp8 else 0.95e9), moved / 2.8e6, 4.0)
@@ -205,16 +205,14 @@ class Case:
         self.torch_error = relative_error(torchs, self.exact)
         self.limit = max(2 * self.torch_error, E4M3_FLOOR) if self.fp8 else 2 * self.torch_error
 
-    def pack(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        packed = nm_act.compress_packed(x, fp8=self.fp8)
-        return packed.values, packed.metadata, packed.row_scale
+    def pack(self, x: torch.Tensor) -> nm_act.Packed:
+        return nm_act.compress_packed(x, fp8=self.fp8)
 
-    def product(self, packed: tuple, index: int, config: Config, overlapped: bool = False) -> torch.Tensor:
-        values, metadata, row_scale = packed
-        scale = {"row_scale": row_scale} if self.fp8 else {}
-        options = {"row_scale": None, "column_scale": None, "out_dtype": None, **self.options[index], **scale}
+    def product(self, packed: nm_act.Packed, index: int, config: Config, overlapped: bool = False) -> torch.Tensor:
+        operand = packed.values, packed.metadata, packed.layout, self.weights[index]
+        options = {"row_scale": packed.row_scale, **self.options[index]}
         numbers = [*config[1:], int(overlapped)]
-        return torch.ops.nm_act._tune_sparse_gemm(values, metadata, self.weights[index], **options, config=numbers)
+        return torch.ops.nm_act._tune_sparse_gemm(*operand, numbers, **options)
 
     def gemm(self, config: Config) -> Calls:
         if not self.packed:

@@ -25,40 +25,25 @@ contract: it can change the mean of about one token in 10^9), the median is the 
 
 import torch
 
+from .ops.formulas import decompress, linear_of_pruned, ratio_root, scores, shifted, token_shift_values, variance_ratio
 from .patterns import NMPattern, TopKPattern
+
+__all__ = [
+    "compress",
+    "decompress",
+    "linear_of_pruned",
+    "prune",
+    "ratio_root",
+    "scores",
+    "selection_mask",
+    "shifted",
+    "sparse_linear",
+    "token_shift_values",
+    "variance_ratio",
+]
 
 TOKEN_SHIFTS = ("none", "mean", "median")
 """Names accepted by ``token_shift``."""
-
-_FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-def token_shift_values(x: torch.Tensor, token_shift: str) -> torch.Tensor:
-    """Per-token shift eta ``[..., 1]`` of ``x [..., in]`` for ``token_shift`` "mean" or "median" (D-PTS).
-
-    Float32; of a float64 ``x`` float64.
-    """
-    if token_shift == "mean":
-        eta = x.double().mean(dim=-1, keepdim=True).to(_wide(x))
-    elif token_shift == "median":
-        eta = x.to(_wide(x)).median(dim=-1, keepdim=True).values
-    else:
-        raise ValueError(f'expected token_shift "mean" or "median", got {token_shift!r}')
-    return eta + 0.0
-
-
-def shifted(x: torch.Tensor, shift: torch.Tensor | None, token_shift: str) -> torch.Tensor:
-    """``Z = X - eta`` in the dtype of ``x``; ``x`` itself without a shift."""
-    if token_shift != "none":
-        return (x.to(_wide(x)) - token_shift_values(x, token_shift)).to(x.dtype)
-    if shift is not None:
-        return (x.to(_wide(x)) - shift.to(_wide(x))).to(x.dtype)
-    return x
-
-
-def _wide(x: torch.Tensor) -> torch.dtype:
-    # Float32 by contract; float64 is no dtype of the operators, but the one in which derivatives are checked.
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def selection_mask(
@@ -80,16 +65,6 @@ def selection_mask(
     mask = torch.zeros_like(groups, dtype=torch.bool)
     mask.scatter_(-1, order[..., :keep], True)
     return mask.flatten(-2)
-
-
-def scores(z: torch.Tensor, channel_scale: torch.Tensor | None) -> torch.Tensor:
-    """Float64 keys of the contract."""
-    magnitude = z.float().abs()
-    score = magnitude if channel_scale is None else (magnitude * channel_scale.float()).abs()
-    score = torch.where(score.isnan(), _FLOAT32_MAX, score).clamp(max=_FLOAT32_MAX).double()
-    # Classes above the finite scores, in float64 so that they stay apart from the largest float32.
-    score = torch.where(z.isinf(), 2.0 * _FLOAT32_MAX, score)
-    return torch.where(z.isnan(), 4.0 * _FLOAT32_MAX, score)
 
 
 def _greedy_mask(units: torch.Tensor, extra_columns: tuple[int, ...]) -> torch.Tensor:
@@ -134,33 +109,6 @@ def compress(x, *, channel_scale=None, shift=None, token_shift="none"):
     return values, pairs[..., 0] | pairs[..., 1] << 4
 
 
-def decompress(values, metadata):
-    """Oracle of :func:`nm_act.decompress`: the dense ``[..., in]`` tensor that :func:`compress` packed."""
-    groups = values.shape[-1] // 2
-    nibbles = torch.stack([metadata & 15, metadata >> 4], dim=-1).flatten(-2)[..., :groups].long()
-    index = torch.stack([nibbles & 3, nibbles >> 2], dim=-1)
-    dense = values.new_zeros(*values.shape[:-1], groups, 4)
-    return dense.scatter_(-1, index, values.unflatten(-1, (-1, 2))).flatten(-2)
-
-
-def variance_ratio(z: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
-    """VAR factor ``nu = sqrt(Var(Z) / Var(P))`` per token, float64 ``[..., 1]``; 1 where ``Var(P)`` is 0."""
-    total, kept = (_variance(values.double()) for values in (z, pruned))
-    return ratio_root(total, kept)
-
-
-def ratio_root(total: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """``sqrt(total / kept)``, 1 where ``kept`` is 0; with gradient 0 there and where ``total`` is 0."""
-    # Chosen before the division and the root, whose infinite derivatives would make the gradient 0 * inf.
-    ratio = torch.where(kept == 0, 1.0, total) / torch.where(kept == 0, 1.0, kept)
-    return torch.where(ratio == 0, 0.0, torch.where(ratio == 0, 1.0, ratio).sqrt())
-
-
-def _variance(values: torch.Tensor) -> torch.Tensor:
-    # Not Tensor.var, which warns when there is no token.
-    return (values - values.mean(dim=-1, keepdim=True)).square().mean(dim=-1, keepdim=True)
-
-
 def sparse_linear(
     x,
     weight,
@@ -194,36 +142,3 @@ def sparse_linear(
         weight_scale=weight_scale,
         compute_dtype=compute_dtype,
     )
-
-
-def linear_of_pruned(
-    x,
-    pruned,
-    weight,
-    bias=None,
-    *,
-    shift=None,
-    token_shift="none",
-    shift_out=None,
-    variance_correction=False,
-    column_scale=None,
-    weight_scale=None,
-    compute_dtype=torch.float64,
-):
-    """The rest of :func:`sparse_linear` once the selection ``pruned = P(x - eta)`` is made; differentiable."""
-    w = weight.to(compute_dtype)
-    if weight_scale is not None:
-        w = (weight.double() * weight_scale.double()[:, None]).to(compute_dtype)
-    y = pruned.to(compute_dtype) @ w.t()
-    if variance_correction:
-        y = y * variance_ratio(shifted(x, shift, token_shift), pruned).to(compute_dtype)
-    if token_shift != "none":
-        row_sums = w.sum(dim=1) if shift_out is None else shift_out.to(compute_dtype)
-        y = y + token_shift_values(x, token_shift).to(compute_dtype) * row_sums
-    elif shift is not None:
-        y = y + (w @ shift.to(compute_dtype) if shift_out is None else shift_out.to(compute_dtype))
-    if column_scale is not None:
-        y = y * column_scale.to(compute_dtype)
-    if bias is not None:
-        y = y + bias.to(compute_dtype)
-    return y

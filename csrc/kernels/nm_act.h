@@ -70,16 +70,9 @@ cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
 
 // compress for 2:4+1 (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted weight. out.values
 // and out.metadata are those of lifted_features(in_features) features.
-struct CompressWindowsParams {
-  const void* x;  // [tokens, in_features], rows x_stride elements apart, all 16-byte aligned, kBFloat16 or kFloat16
-  int64_t x_stride;
-  int64_t tokens;
-  int in_features;  // a multiple of 16, so that the lifted features are one of 16 (kE4M3 values and sm80: 32)
-  ElementType x_type;
-  Pattern pattern;
-  CompressOutput out;  // channel_scale and shift 16-byte aligned
-};
-cudaError_t launch_compress_windows(const CompressWindowsParams& params, cudaStream_t stream);
+// x in kBFloat16 or kFloat16, its rows, channel_scale and shift are 16-byte aligned; in_features is a multiple of 64, of
+// 128 for kE4M3 values and on sm80.
+cudaError_t launch_compress_windows(const CompressParams& params, const Pattern& pattern, cudaStream_t stream);
 
 // prune: P(x - eta) for any N:M, as a dense tensor of x's type.
 struct PruneParams {

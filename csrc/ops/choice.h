@@ -26,8 +26,9 @@ struct WeightFacts {
 
 struct LinearFacts {
   int64_t tokens;
-  ElementType type;         // of x and the lifted weight
-  ElementType weight_type;  // of the weight: that of x, or 8 bits
+  ElementType type;             // of x and the lifted weight
+  ElementType weight_type;      // of the weight: that of x, or 8 bits
+  ElementType activation_type;  // that of x, or kE4M3 for the fp8 tensor cores
   Pattern pattern;
   WeightFacts weight;
   std::optional<WeightFacts> lifted;
@@ -50,6 +51,8 @@ enum class Why : int {
   kLiftedDoesNotPay,  // 2:4+1 and a lifted weight, but slower
   kLongRow,           // more features than a compression kernel holds
   kShape,             // sizes, strides or alignment that no GEMM takes
+  kE4M3,              // sparse, in e4m3
+  kE4M3Shape,         // another pattern, type, size, stride or device than the fp8 tensor cores take
   kGatherShape,       // sizes, strides or alignment that the gather kernel does not take
 };
 
@@ -85,10 +88,25 @@ inline LinearChoice choose_on_cpu(const LinearFacts& facts) {
   return {LinearPath::kGather, Why::kFewTokens};
 }
 
-inline bool gemm_takes(const LinearFacts& facts, const WeightFacts& weight, int compute_capability_major) {
-  return weight.aligned && weight.rows_contiguous() &&
-         gemm_shape_fits(facts.type, weight.out_features, weight.in_features, weight.row_stride(),
+// value_type: of the compressed activation and of the weight.
+inline bool gemm_takes(ElementType value_type, const WeightFacts& weight, int compute_capability_major) {
+  return weight.aligned && (value_type == ElementType::kE4M3 ? weight.in_stride == 1 : weight.rows_contiguous()) &&
+         gemm_shape_fits(value_type, weight.out_features, weight.in_features, weight.row_stride(),
                          compute_capability_major);
+}
+
+// e4m3 activations have no other path: a dense choice is an error of the caller's.
+inline LinearChoice choose_e4m3_on_cuda(const LinearFacts& facts, GemmDevice device) {
+  const WeightFacts& weight = facts.weight;
+  const bool fits = is_2_4(facts.pattern) && facts.type != ElementType::kFloat32 &&
+                    weight.in_features <= kMaxRowFeatures &&
+                    gemm_takes(ElementType::kE4M3, weight, device.compute_capability_major);
+  if (!fits) return {LinearPath::kDense, Why::kE4M3Shape};
+  return {LinearPath::kSparse,
+          Why::kE4M3,
+          {},
+          select_config(
+              {facts.tokens, weight.out_features, weight.in_features, ElementType::kE4M3, device.multiprocessors})};
 }
 
 // A few tokens: the gather kernel or the dense product, the sparse tensor cores need more.
@@ -107,6 +125,7 @@ inline LinearChoice choose_few_on_cuda(const LinearFacts& facts, GemmDevice devi
 }
 
 inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) {
+  if (facts.activation_type == ElementType::kE4M3) return choose_e4m3_on_cuda(facts, device);
   if (facts.tokens <= kMaxDecodeTokens) return choose_few_on_cuda(facts, device);
   const auto dense = [](Why why) { return LinearChoice{LinearPath::kDense, why}; };
   const bool plain = is_2_4(facts.pattern);
@@ -116,7 +135,7 @@ inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) 
   const bool bits8 = weight_bytes(facts.weight_type) == 1;
   const WeightFacts weight = !plain ? *facts.lifted : bits8 ? dequantised_facts(facts.weight) : facts.weight;
   if (facts.weight.in_features > kMaxRowFeatures) return dense(Why::kLongRow);
-  if (!gemm_takes(facts, weight, device.compute_capability_major)) return dense(Why::kShape);
+  if (!gemm_takes(facts.type, weight, device.compute_capability_major)) return dense(Why::kShape);
   GemmProblem problem{facts.tokens, weight.out_features, facts.weight.in_features, facts.type, device.multiprocessors};
   if (device.compute_capability_major != 9) return dense(Why::kUnmeasured);
   if (!sparse_gemm_pays(problem, weight.stored_in_out())) return dense(Why::kTooFewTokens);

@@ -50,13 +50,17 @@ py::list support_table() {
 }
 
 nm_act::MetadataLayout layout_named(const std::string& name) {
-  if (name == "neutral") return nm_act::MetadataLayout::kNeutral;
-  if (name == "sm80_16bit") return nm_act::MetadataLayout::kSm80Bits16;
-  if (name == "sm90_16bit_t64") return nm_act::MetadataLayout::kSm90Bits16T64;
-  if (name == "sm90_8bit") return nm_act::MetadataLayout::kSm90Bits8;
-  throw std::invalid_argument(
-      "expected a metadata layout named neutral, sm80_16bit, sm90_16bit_t64 or sm90_8bit, got '" + name +
-      "'; choose one of those");
+  std::string names;
+  for (int i = 0; i < nm_act::kMetadataLayouts; ++i) {
+    const auto layout = static_cast<nm_act::MetadataLayout>(i);
+    if (name == nm_act::layout_text(layout)) return layout;
+    names += (i == 0                              ? ""
+              : i + 1 == nm_act::kMetadataLayouts ? " or "
+                                                  : ", ") +
+             std::string(nm_act::layout_text(layout));
+  }
+  throw std::invalid_argument("expected a metadata layout named " + names + ", got '" + name +
+                              "'; choose one of those");
 }
 
 void check_sizes(int64_t tokens, int64_t in_features) {
@@ -162,10 +166,12 @@ using Facts = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 std::pair<std::string, std::string> choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, int n, int m,
                                                 const std::vector<int>& extra_columns, const Facts& weight,
                                                 const std::optional<Facts>& lifted, int compute_capability_major,
-                                                int multiprocessors, const std::string& weight_dtype) {
+                                                int multiprocessors, const std::string& weight_dtype,
+                                                const std::string& activation_dtype) {
   nm_act::LinearFacts facts{tokens,
                             element_type_named(dtype),
                             element_type_named(weight_dtype),
+                            element_type_named(activation_dtype),
                             pattern_of(n, m, extra_columns),
                             std::make_from_tuple<nm_act::WeightFacts>(weight),
                             {},
@@ -197,5 +203,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("in_features"), py::arg("multiprocessors"));
   m.def("choose_path", choose_path, py::arg("on_cuda"), py::arg("tokens"), py::arg("dtype"), py::arg("n"), py::arg("m"),
         py::arg("extra_columns"), py::arg("weight"), py::arg("lifted"), py::arg("compute_capability_major"),
-        py::arg("multiprocessors"), py::arg("weight_dtype"));
+        py::arg("multiprocessors"), py::arg("weight_dtype"), py::arg("activation_dtype"));
 }

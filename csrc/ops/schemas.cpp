@@ -43,13 +43,15 @@ TORCH_LIBRARY(nm_act, m) {
       "-> (Tensor values, Tensor metadata)");
   m.def("decompress(Tensor values, Tensor metadata) -> Tensor");
 
+  // activation_dtype: float8_e4m3fn casts the survivors of each token to e4m3 with one dynamic scale a token, for the fp8
+  // tensor cores (2:4 on CUDA, an e4m3 weight stored [out, in] with its weight_scale); otherwise the dtype of x.
   // lifted_weight: what nm_act.lift_weight makes of the weight for 2:4+1; the sparse tensor cores use it where that
   // pays. It has to belong to `weight`, which serves everywhere else.
   m.def(
       "sparse_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, "
       "Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, bool variance_correction=False, "
-      "Tensor? column_scale=None, Tensor? weight_scale=None, int[] extra_columns=[], Tensor? lifted_weight=None) "
-      "-> Tensor");
+      "Tensor? column_scale=None, Tensor? weight_scale=None, int[] extra_columns=[], Tensor? lifted_weight=None, "
+      "ScalarType? activation_dtype=None) -> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
   // gather kernel of sparse_linear without the selection. At most 8 tokens.
@@ -75,22 +77,19 @@ TORCH_LIBRARY(nm_act, m) {
       "silu_mul_compress(Tensor gate, Tensor up, *, Tensor? channel_scale=None, Tensor? shift=None, "
       "str token_shift=\"none\", bool variance_correction=False, bool fp8=False) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
-  // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32.
+  // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32. layout
+  // names that of the metadata, and has to be the one that the device's GEMM reads.
   m.def(
-      "sparse_gemm(Tensor values, Tensor metadata, Tensor weight, Tensor? bias=None, *, Tensor? row_scale=None, "
-      "Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? out_dtype=None) -> Tensor");
-  // sparse_linear with 2:4 and dynamic per-token e4m3 activations; weight float8_e4m3fn [out, in] = W /
-  // weight_scale[out].
-  m.def(
-      "sparse_linear_fp8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, *, "
-      "Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, "
-      "bool variance_correction=False, Tensor? column_scale=None) -> Tensor");
+      "sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, Tensor? bias=None, *, "
+      "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? "
+      "out_dtype=None) -> Tensor");
 
   // Private, for benchmarks/tune_decode.py and tune.py: the kernels with a configuration of the caller's choice. That
   // of the gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); of the GEMM on sm_90: tile,
-  // raster, swizzle, overlapped (csrc/kernels/matmul/config.h).
+  // raster, swizzle, splits, overlapped (csrc/kernels/matmul/config.h).
   m.def("_tune_gather(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int[] config) -> Tensor");
   m.def(
-      "_tune_sparse_gemm(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? column_scale, "
-      "ScalarType? out_dtype, int[] config) -> Tensor");
+      "_tune_sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, int[] config, *, "
+      "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, "
+      "ScalarType? out_dtype=None) -> Tensor");
 }

@@ -46,6 +46,18 @@ at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& sel
   return vector;
 }
 
+bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x,
+                            const at::Tensor& weight, const char* op) {
+  if (!activation_dtype.has_value() || *activation_dtype == x.scalar_type()) return false;
+  TORCH_CHECK_TYPE(*activation_dtype == at::kFloat8_e4m3fn, "nm_act::", op,
+                   " expected activation_dtype float8_e4m3fn or the dtype of x, ", x.scalar_type(), ", got ",
+                   *activation_dtype, "; choose one of those");
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat8_e4m3fn, "nm_act::", op,
+                   " expected weight in float8_e4m3fn along with activation_dtype float8_e4m3fn, got ",
+                   weight.scalar_type(), "; quantise it per output channel");
+  return true;
+}
+
 int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op) {
   check_features(x, op);
   check_dtype(x, op);

@@ -35,6 +35,10 @@ at::Tensor check_lifted_weight(const OptionalTensor& lifted_weight, const Select
 at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& selection, const at::Tensor& x,
                            int64_t out_features, const char* op);
 
+// Whether sparse_linear's activation_dtype asks for e4m3 activations; the weight has to be e4m3 then.
+bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x,
+                            const at::Tensor& weight, const char* op);
+
 // The arguments of gather_linear; returns the number of tokens.
 int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op);
 

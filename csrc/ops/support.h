@@ -51,7 +51,7 @@ inline constexpr SupportRow kSupport[] = {
     {"sparse_linear", "lifted_weight given, 1024 tokens and more", "cuda sm_80+", kBits16, "2:4+1",
      "compress_packed, then sparse_gemm over the lifted weight"},
     {"sparse_linear", "otherwise", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel, then cuBLAS"},
-    {"sparse_linear_fp8", "always", "cuda sm_90", "bfloat16, float16 x; e4m3 weight", "2:4",
+    {"sparse_linear", "activation_dtype float8_e4m3fn", "cuda sm_90", "bfloat16, float16 x; e4m3 weight", "2:4",
      "compress_packed in e4m3, then sparse_gemm"},
     {"gather_linear", "1 to 8 tokens, weight stored [in, out]", "cuda sm_80+", kBits16, "any zeros in the input",
      "reads only the weight rows of non-zero inputs; float32: plain torch operations"},

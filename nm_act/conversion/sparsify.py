@@ -1,8 +1,8 @@
 """Making a model sparse: replace the linear layers that a recipe names, and report what was done."""
 
 import copy
-import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -12,11 +12,16 @@ from ..layers.hooks import refuse_uncarried, take_over_hooks
 from ..layers.linear import NMLinear
 from ..layers.tokens import TokenContext
 from ..methods import mitigations
+from ..optimize import optimize as merge_and_fuse
 from ..optimize.model import refuse_optimized
 from ..recipe import DEFAULT_PROJECTIONS, ROLES, LinearSpec, Recipe, in_state_space
 from .adapters import BASE, is_adapter, is_plain_linear, plain_linear, projection_name, why_wrapped_stays
 from .macs import computes_itself, macs_of
 from .undo import unchanged_on_error
+
+RECORDERS: list[Callable[[nn.Module, Recipe], str]] = []
+"""What writes the recipe into a model's own config, for saving, and returns a note where it cannot; integrations add
+theirs."""
 
 
 @dataclass
@@ -117,13 +122,8 @@ def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True, optimize
         checked = _checked(model, recipe)
     with unchanged_on_error(model):
         report = _replace_linears(model, recipe, *checked)
-        if "transformers" in sys.modules:
-            from ..integrations.transformers import record_recipe
-
-            report.note = record_recipe(model, recipe)
+        report.note = "".join(record(model, recipe) for record in RECORDERS)
         if optimize:
-            from ..optimize import optimize as merge_and_fuse
-
             merge_and_fuse(model)
     return report
 

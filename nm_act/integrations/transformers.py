@@ -11,7 +11,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..conversion.sparsify import replace_linears
+from ..conversion.sparsify import RECORDERS, replace_linears
 from ..layers.linear import FOLLOW_WEIGHT, NMLinear
 from ..recipe import Recipe
 from ..supported import warn_if_untested
@@ -148,3 +148,6 @@ def record_recipe(model, recipe: Recipe) -> str:
         )
     model.config.quantization_config = NMActConfig(recipe)
     return ""
+
+
+RECORDERS.append(record_recipe)

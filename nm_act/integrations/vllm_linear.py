@@ -41,7 +41,7 @@ from .. import ops, parallel
 from ..layers.linear import FOLLOW_WEIGHT
 from ..methods import criteria, mitigations
 from ..recipe import LinearSpec, Recipe
-from . import vllm as plan
+from . import vllm_plan as plan
 
 _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
 

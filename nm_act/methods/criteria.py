@@ -31,7 +31,7 @@ Scales are summed in float64 and returned in float32, so that they do not depend
 import numpy as np
 import torch
 
-from .. import reference
+from ..ops import composed
 
 AMBER_QUANTILES = (0.005, 0.995)
 """Quantiles of the whole weight outside which Amber-Pruner sets entries aside."""
@@ -172,7 +172,7 @@ def prune_weight(name: str, weight: torch.Tensor, pattern, input_norm: torch.Ten
     Source: arXiv 2306.11695 (Wanda).
     """
     scale = input_norm if name == "wanda" else None
-    mask = reference.selection_mask(weight, pattern, scale)
+    mask = composed.survivors(weight, pattern, scale)
     return torch.where(mask, weight, weight.new_zeros(()))
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import ops, reference
+from .. import ops
 from ..patterns import NMPattern
-from . import composed
+from . import composed, formulas
 
 _LIBRARY = torch.library.Library("nm_act", "FRAGMENT")
 _RECORDING = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView")
@@ -39,7 +39,6 @@ WITHOUT_GRADIENT = {
     "sparse_gemm": "nm_act.sparse_linear",
     "_tune_gather": "nm_act.sparse_linear",
     "_tune_sparse_gemm": "nm_act.sparse_linear",
-    "sparse_linear_fp8": "nm_act.sparse_linear with a weight in the dtype of x (nm_act.deoptimize gives such layers)",
 }
 """Operators without a gradient, and what has one in their place."""
 
@@ -126,7 +125,7 @@ class _Selection:
         return ops.prune(self.x, self.pattern.keep, self.pattern.group, extra_columns=columns, **options)
 
     def shifted(self) -> Tensor:
-        return reference.shifted(self.x, self.shift, self.token_shift)
+        return formulas.shifted(self.x, self.shift, self.token_shift)
 
     def masked(self, gradient: Tensor) -> Tensor:
         """The gradient of the survivors as one of Z."""
@@ -134,7 +133,7 @@ class _Selection:
         return torch.where(mask, gradient, gradient.new_zeros(()))
 
     def eta(self) -> Tensor:
-        return reference.token_shift_values(self.x, self.token_shift)
+        return formulas.token_shift_values(self.x, self.token_shift)
 
     def through_eta(self, of_z: Tensor, of_eta: Tensor | None) -> Tensor:
         """Gradient of X from those of Z and, where the token's eta is added again, of eta [tokens, 1]."""
@@ -154,7 +153,7 @@ class _Variance:
     def __init__(self, z: Tensor, pruned: Tensor):
         self.z, self.pruned = (each.double() - each.double().mean(dim=-1, keepdim=True) for each in (z, pruned))
         self.total, self.kept = (each.square().mean(dim=-1, keepdim=True) for each in (self.z, self.pruned))
-        self.nu = reference.ratio_root(self.total, self.kept).float()
+        self.nu = formulas.ratio_root(self.total, self.kept).float()
 
     def gradients(self, of_nu: Tensor) -> tuple[Tensor, Tensor]:
         """Those of Z and of P: ``nu * (Z - mean Z) / (N Var Z)`` and ``-nu * (P - mean P) / (N Var P)`` times of_nu."""
@@ -167,7 +166,7 @@ class _Variance:
 # ---- prune -----------------------------------------------------------------------------------------------------------
 def _prune(forward, x, n, m, *, channel_scale=None, shift=None, token_shift="none", extra_columns=()):
     if _is_transformed(x, channel_scale, shift):
-        z = reference.shifted(x, shift, token_shift)
+        z = formulas.shifted(x, shift, token_shift)
         return torch.where(composed.survivors(z, NMPattern(n, m, extra_columns), channel_scale), z, z.new_zeros(()))
     options = {"n": n, "m": m, "token_shift": token_shift, "extra_columns": extra_columns}
     return _Prune.apply(forward, options, x, channel_scale, shift)
@@ -217,6 +216,7 @@ def _sparse_linear(
     weight_scale=None,
     extra_columns=(),
     lifted_weight=None,
+    activation_dtype=None,
 ):
     options = {"token_shift": token_shift, "variance_correction": variance_correction, "extra_columns": extra_columns}
     vectors = {"channel_scale": channel_scale, "shift": shift, "shift_out": shift_out, "column_scale": column_scale}
@@ -225,7 +225,17 @@ def _sparse_linear(
         return _refuse(
             "sparse_linear with weight_scale",
             "nm_act.sparse_linear with a weight in the dtype of x (nm_act.deoptimize gives such layers)",
-            lambda: forward(x, weight, bias, n, m, weight_scale=weight_scale, **vectors, **options),
+            lambda: forward(
+                x,
+                weight,
+                bias,
+                n,
+                m,
+                weight_scale=weight_scale,
+                activation_dtype=activation_dtype,
+                **vectors,
+                **options,
+            ),
             *tensors,
             weight_scale,
         )
@@ -277,7 +287,7 @@ def _linear_gradients(gradient: Tensor, saved: tuple, options: dict, needs: dict
         found["channel_scale"] = torch.zeros_like(channel_scale)
     if needs["column_scale"]:
         # In float32, as in the forward: in float16 the unscaled product may overflow.
-        y = reference.linear_of_pruned(
+        y = formulas.linear_of_pruned(
             selection.x,
             selection.prune(),
             weight,

@@ -49,6 +49,7 @@ def explain(
     *,
     extra_columns: Sequence[int] = (),
     lifted_weight: Tensor | None = None,
+    activation_dtype: torch.dtype | None = None,
     device: str | None = None,
     compute_capability: int | None = None,
     multiprocessors: int | None = None,
@@ -62,7 +63,7 @@ def explain(
     ----------
     x : Tensor [..., in_features]
     weight : Tensor [out_features, in_features]
-    n, m, extra_columns, lifted_weight
+    n, m, extra_columns, lifted_weight, activation_dtype
         As in :func:`nm_act.sparse_linear`.
     device : {"cpu", "cuda"}, optional
         Where it would run; that of ``x`` if absent.
@@ -132,6 +133,7 @@ def explain(
         compute_capability or 9,
         multiprocessors or 132,
         str(weight.dtype).removeprefix("torch."),
+        str(activation_dtype or x.dtype).removeprefix("torch."),
     )
     return Explanation(path, why, device)
 

@@ -5,32 +5,73 @@ consumers of an activation; ``sparse_gemm`` multiplies. :func:`nm_act.sparse_lin
 back where these refuse.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..patterns import NMPattern
-from .lifting import lifted_features
+from .lifting import is_lifted, lifted_features
+
+_PLAIN = NMPattern(2, 4)
+_TILES = {"sm80_16bit": (32, 32), "sm90_16bit_t64": (64, 64), "sm90_8bit": (64, 128)}
+"""Tokens and features of a metadata tile of each layout (csrc/kernels/format/metadata.h)."""
 
 
-class Packed(NamedTuple):
-    """A packed 2:4 operand.
+@dataclass(frozen=True)
+class Packed:
+    """A packed 2:4 operand: its tensors, and what they hold, which every consumer checks.
+
+    Iterating gives the tensors in order, ``values, metadata, row_scale, eta`` and, where there is one, ``hidden``.
 
     Attributes
     ----------
     values : Tensor [tokens, in_features / 2], dtype of the input or float8_e4m3fn
-    metadata : Tensor [bytes], uint8, in the layout of the device's GEMM (:func:`nm_act.unpack_metadata` reads it)
+        Of 2:4+1, half of the lifted in_features.
+    metadata : Tensor [bytes], uint8, in ``layout`` (:func:`nm_act.unpack_metadata` reads it)
     row_scale : Tensor [tokens] or [0], float32: variance factor times fp8 scale
     eta : Tensor [tokens] or [0], float32: per-token shift
+    pattern : NMPattern
+        2:4 or 2:4+1.
+    in_features : int
+        Of the activation.
+    layout : str
+        One of ``METADATA_LAYOUTS``: the one that this device's sparse GEMM reads for this dtype.
+    tokens : int
+    hidden : Tensor [..., in_features], optional
+        Of :func:`rms_norm_compress`: ``x + residual`` (``x`` itself without one), the next residual.
     """
 
     values: Tensor
     metadata: Tensor
     row_scale: Tensor
     eta: Tensor
+    pattern: NMPattern
+    in_features: int
+    layout: str
+    tokens: int
+    hidden: Tensor | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        tensors = (self.values, self.metadata, self.row_scale, self.eta)
+        return iter(tensors if self.hidden is None else (*tensors, self.hidden))
+
+
+def _packed(tensors: Sequence[Tensor], x: Tensor, pattern: NMPattern, hidden: Tensor | None = None) -> Packed:
+    """What an operator made of ``x``."""
+    values, metadata, row_scale, eta = tensors
+    layout, tokens = _layout(values.dtype, values.device), x.numel() // x.shape[-1]
+    return Packed(values, metadata, row_scale, eta, pattern, x.shape[-1], layout, tokens, hidden)
+
+
+def _layout(dtype: torch.dtype, device: torch.device) -> str:
+    """The metadata layout that the device's sparse GEMM reads for values of this dtype."""
+    if dtype == torch.float8_e4m3fn:
+        return "sm90_8bit"
+    return "sm90_16bit_t64" if torch.cuda.get_device_capability(device)[0] == 9 else "sm80_16bit"
 
 
 def compress_packed(
@@ -73,26 +114,23 @@ def compress_packed(
     NotImplementedError
         If ``x`` is not on CUDA, or a row is too long for its statistics.
     """
-    return Packed(
-        *ops.call(
-            "compress_packed",
-            x,
-            n,
-            m,
-            channel_scale=channel_scale,
-            shift=shift,
-            token_shift=token_shift,
-            variance_correction=variance_correction,
-            fp8=fp8,
-            extra_columns=extra_columns,
-        )
+    tensors = ops.call(
+        "compress_packed",
+        x,
+        n,
+        m,
+        channel_scale=channel_scale,
+        shift=shift,
+        token_shift=token_shift,
+        variance_correction=variance_correction,
+        fp8=fp8,
+        extra_columns=extra_columns,
     )
+    return _packed(tensors, x, _PLAIN if not extra_columns else NMPattern(n, m, extra_columns))
 
 
-def rms_norm_compress(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``compress_packed(RMSNorm(x + residual) * weight)`` in one kernel.
+def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options) -> Packed:
+    """``compress_packed(RMSNorm(x + residual) * weight)`` in one kernel, with ``hidden``, the next residual.
 
     Parameters
     ----------
@@ -100,17 +138,10 @@ def rms_norm_compress(
     weight : Tensor [in_features], dtype of x
     eps : float
     **options
-        As in :func:`compress_packed`.
-
-    Returns
-    -------
-    values, metadata, row_scale, eta : Tensor
-        The fields of a :class:`Packed`.
-    hidden : Tensor
-        ``x + residual`` (``x`` itself without one), the next residual.
+        As in :func:`compress_packed`, but the pattern: it is 2:4.
     """
-    *packed, hidden = ops.call("rms_norm_compress", x, weight, eps, residual, **options)
-    return *packed, x if residual is None else hidden
+    *tensors, hidden = ops.call("rms_norm_compress", x, weight, eps, residual, **options)
+    return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
 
 
 def silu_mul_compress(gate: Tensor, up: Tensor, **options) -> Packed:
@@ -121,34 +152,30 @@ def silu_mul_compress(gate: Tensor, up: Tensor, **options) -> Packed:
     gate, up : Tensor [..., in_features], bfloat16 or float16
         The halves of a merged projection are read in place.
     **options
-        As in :func:`compress_packed`.
+        As in :func:`compress_packed`, but the pattern: it is 2:4.
     """
-    return Packed(*ops.call("silu_mul_compress", gate, up, **options))
+    return _packed(ops.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
 
 
 def sparse_gemm(
-    values: Tensor,
-    metadata: Tensor,
+    operand: Packed,
     weight: Tensor,
     bias: Tensor | None = None,
-    *,
-    row_scale: Tensor | None = None,
-    eta: Tensor | None = None,
+    *separate,
     shift_out: Tensor | None = None,
     column_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    **separately,
 ) -> Tensor:
     """``(row_scale * P @ weight.t() + eta (x) shift_out) * column_scale + bias`` on sparse tensor cores.
 
     Parameters
     ----------
-    values, metadata
-        A packed operand of this device.
-    weight : Tensor [out_features, in_features], dtype of values
-        16-bit: either stride order; e4m3: contiguous.
+    operand : Packed
+        Packed on this device.
+    weight : Tensor [out_features, in_features], dtype of the operand's values
+        16-bit: either stride order; e4m3: contiguous. For 2:4+1, :func:`nm_act.lift_weight` of it.
     bias : Tensor [out_features], optional
-    row_scale, eta : Tensor [tokens], optional
-        Length 0 counts as absent, so that the fields of a :class:`Packed` can be passed as they are.
     shift_out, column_scale : Tensor [out_features], optional
     out_dtype : torch.dtype, optional
         Dtype of the result; that of 16-bit values, bfloat16 (or float16) for e4m3.
@@ -159,61 +186,74 @@ def sparse_gemm(
 
     Raises
     ------
+    TypeError
+        If the operand is no Packed.
+    ValueError
+        If the operand is of another device, pattern or size, or its tensors are no longer those that were packed.
     NotImplementedError
         If no compiled kernel takes the combination; the sentence lists what is compiled.
     """
+    if not isinstance(operand, Packed) or separate or separately:
+        raise TypeError(
+            f"expected sparse_gemm(operand, weight, bias) with an nm_act.Packed as operand, got "
+            f"{type(operand).__name__} and {len(separate) + len(separately)} arguments more; pass what compress_packed "
+            "returned as a whole, row_scale and eta are in it"
+        )
+    _check_operand(operand, weight)
     return ops.call(
         "sparse_gemm",
-        values,
-        metadata,
+        operand.values,
+        operand.metadata,
+        operand.layout,
         weight,
         bias,
-        row_scale=row_scale,
-        eta=eta,
+        row_scale=operand.row_scale,
+        eta=operand.eta,
         shift_out=shift_out,
         column_scale=column_scale,
         out_dtype=out_dtype,
     )
 
 
-def sparse_linear_fp8(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    **options,
-) -> Tensor:
-    """:func:`nm_act.sparse_linear` with 2:4 and e4m3 on both sides: per-token dynamic x per-output-channel scales.
+def _check_operand(operand: Packed, weight: Tensor) -> None:
+    """Raise a ValueError in one sentence unless the operand is whole and the weight fits it."""
+    features = lifted_features(operand.pattern, operand.in_features)
+    if operand.values.shape != (operand.tokens, features // 2) or not operand.values.is_contiguous():
+        raise ValueError(
+            f"expected an operand with contiguous values [{operand.tokens}, {features // 2}] for {operand.tokens} "
+            f"tokens of {operand.in_features} features in {operand.pattern}, got {list(operand.values.shape)} with "
+            f"strides {operand.values.stride()}; compress the part of x that is wanted"
+        )
+    if weight.dim() != 2 or weight.shape[1] != features:
+        lifted = "; use nm_act.lift_weight(weight, pattern)" if is_lifted(operand.pattern) else "; use the layer's own"
+        raise ValueError(
+            f"expected weight of shape [out_features, {features}] for an operand of {operand.in_features} features in "
+            f"{operand.pattern}, got {list(weight.shape)}{lifted}"
+        )
 
-    Parameters
-    ----------
-    x : Tensor [..., in_features], bfloat16 or float16, on CUDA (sm_90)
-    weight : Tensor [out_features, in_features], float8_e4m3fn, contiguous
-        ``W / weight_scale`` rounded.
-    weight_scale : Tensor [out_features], float32
-    bias : Tensor [out_features], dtype of x, optional
-    **options
-        channel_scale, shift, token_shift, shift_out, variance_correction, column_scale as in
-        :func:`nm_act.sparse_linear`; ``shift_out`` is the image under the dequantised weight.
 
-    Returns
-    -------
-    Tensor [..., out_features], dtype of x
-    """
-    return ops.call("sparse_linear_fp8", x, weight, weight_scale, bias, **options)
+def sparse_linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options) -> Tensor:
+    """Deprecated: :func:`nm_act.sparse_linear` with ``weight_scale`` and ``activation_dtype=torch.float8_e4m3fn``."""
+    warnings.warn(
+        "nm_act.sparse_linear_fp8 is deprecated; use nm_act.sparse_linear(x, weight, bias, weight_scale=weight_scale, "
+        "activation_dtype=torch.float8_e4m3fn)",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return ops.sparse_linear(
+        x, weight, bias, weight_scale=weight_scale, activation_dtype=torch.float8_e4m3fn, **options
+    )
 
 
 def _fake_packed(
-    x: Tensor, variance_correction: bool, fp8: bool, token_shift: str, pattern: str | NMPattern = "2:4"
-) -> Packed:
-    tokens = x.numel() // x.shape[-1]
-    in_features = lifted_features(pattern, x.shape[-1])
-    wide_tiles = fp8 or torch.cuda.get_device_capability(x.device)[0] == 9
-    tile_tokens, tile_features = (64, 128) if wide_tiles else (32, 32)
+    x: Tensor, variance_correction: bool, fp8: bool, token_shift: str, pattern: NMPattern = _PLAIN
+) -> tuple[Tensor, ...]:
+    tokens, in_features = x.numel() // x.shape[-1], lifted_features(pattern, x.shape[-1])
+    dtype = torch.float8_e4m3fn if fp8 else x.dtype
+    tile_tokens, tile_features = _TILES[_layout(dtype, x.device)]
     rounded = (tokens + tile_tokens - 1) // tile_tokens * tile_tokens
     metadata = rounded * ((in_features + tile_features - 1) // tile_features * tile_features) // 8
-    dtype = torch.float8_e4m3fn if fp8 else x.dtype
-    return Packed(
+    return (
         x.new_empty((tokens, in_features // 2), dtype=dtype),
         x.new_empty((metadata,), dtype=torch.uint8),
         x.new_empty((tokens if variance_correction or fp8 else 0,), dtype=torch.float32),
@@ -260,17 +300,12 @@ def _(gate, up, *, channel_scale=None, shift=None, token_shift="none", variance_
 
 
 @torch.library.register_fake("nm_act::sparse_gemm")
-def _(values, metadata, weight, bias=None, *, out_dtype=None, **_vectors):
+def _(values, metadata, layout, weight, bias=None, *, out_dtype=None, **_vectors):
     dtype = out_dtype or (torch.bfloat16 if values.dtype == torch.float8_e4m3fn else values.dtype)
     return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
 
 
-@torch.library.register_fake("nm_act::sparse_linear_fp8")
-def _(x, weight, weight_scale, bias=None, **_options):
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-for _name in ("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm", "sparse_linear_fp8"):
+for _name in ("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm"):
     ops.refuse(_name, "CPU")
     if not ops.build_info()["cuda"]:
         ops.refuse(_name, "CUDA")

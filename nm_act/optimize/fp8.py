@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from .. import ops
 from ..layers.linear import NMLinear
 from ..methods import criteria, mitigations
-from ..ops import packed
 from . import readonly
 from .eligible import not_fp8
 
@@ -36,8 +35,8 @@ class FP8Linear(nn.Module):
     layer : NMLinear
         Its weight is quantised per output channel: ``weight_scale = max|W| / 448``, rounded to nearest.
     layout : {"prefill", "decode"}
-        "prefill" stores [out, in], which fp8 tensor cores need: any number of tokens runs ``sparse_linear_fp8``
-        (the pattern must be 2:4). "decode" stores [in, out], of which few tokens read the rows of survivors only; more
+        "prefill" stores [out, in], which fp8 tensor cores need: any number of tokens runs in e4m3 on both sides (the
+        pattern must be 2:4). "decode" stores [in, out], of which few tokens read the rows of survivors only; more
         tokens dequantise the weight to the dtype of x for the time of the call, so they gain no fp8 speed.
 
     Raises
@@ -134,10 +133,9 @@ class FP8Linear(nn.Module):
         }
         if self._is_dense_phase(x):
             return F.linear(x, self.dequantised(x.dtype), self.bias)
-        if self.layout == "prefill":
-            return packed.sparse_linear_fp8(x, self.e4m3, self.weight_scale, self.bias, **options)
         pattern = self.spec.pattern
         options |= {"extra_columns": pattern.extra_columns, "weight_scale": self.weight_scale}
+        options["activation_dtype"] = E4M3 if self.layout == "prefill" else None
         return ops.sparse_linear(x, self.e4m3, self.bias, pattern.keep, pattern.group, **options)
 
     bypass = differentiable = False  # no calibration reaches this layer

@@ -65,17 +65,8 @@ def product(linear: nn.Module, operand: Packed, shape: torch.Size, shift_out: Te
     else:
         weight = parameter_of(linear, "weight")
         scale, dtype = None, weight.dtype
-    y = sparse_gemm(
-        operand.values,
-        operand.metadata,
-        weight,
-        parameter_of(linear, "bias"),
-        row_scale=operand.row_scale,
-        eta=operand.eta,
-        shift_out=shift_out,
-        column_scale=scale,
-        out_dtype=dtype,
-    )
+    bias = parameter_of(linear, "bias")
+    y = sparse_gemm(operand, weight, bias, shift_out=shift_out, column_scale=scale, out_dtype=dtype)
     return y.view(*shape[:-1], linear.out_features)
 
 
@@ -93,8 +84,8 @@ def norm_product(norm: nn.Module, linear: nn.Module, x: Tensor, residual: Tensor
     """``linear(norm(x + residual))`` and ``x + residual``."""
     mine = derived(linear)
     taken = options(linear, mine["channel_scale"])
-    *operand, hidden = rms_norm_compress(x, norm.weight, norm.variance_epsilon, residual, **taken)
-    return product(linear, Packed(*operand), x.shape, mine["shift_out"]), hidden
+    operand = rms_norm_compress(x, norm.weight, norm.variance_epsilon, residual, **taken)
+    return product(linear, operand, x.shape, mine["shift_out"]), operand.hidden
 
 
 def fuse_mlp(mlp: nn.Module, gate_up: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..integrations.kv_cache import cache_argument
+from ..layers.kv_cache import cache_argument
 from ..layers.linear import NMLinear
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ scale than one process has, never a coarser one, and needs no exchange.
 import torch
 from torch import Tensor
 
-from .. import ops, reference
-from ..ops import autograd
+from .. import ops
+from ..ops import autograd, formulas
 from .shard import Shard
 
 _NO_GRADIENT = (
@@ -108,19 +108,19 @@ def _float32_product(z: Tensor, weight: Tensor, keep: int, group: int, **selecti
 
 @torch.no_grad()
 def token_shift_over_ranks(shard: Shard, x: Tensor, token_shift: str) -> Tensor:
-    """:func:`nm_act.reference.token_shift_values` of the whole token, float32 ``[..., 1]``, from slices of it."""
+    """:func:`nm_act.ops.formulas.token_shift_values` of the whole token, float32 ``[..., 1]``, from slices of it."""
     if token_shift == "mean":
         sums = shard.gather(x.double().sum(dim=-1, keepdim=True))
         return (sums.sum(dim=0) / (x.shape[-1] * shard.size)).float() + 0.0
     slices = shard.gather(x)  # a median cannot be put together from parts
-    return reference.token_shift_values(slices.movedim(0, -2).flatten(-2), token_shift)
+    return formulas.token_shift_values(slices.movedim(0, -2).flatten(-2), token_shift)
 
 
 @torch.no_grad()
 def variance_ratio_over_ranks(shard: Shard, z: Tensor, pruned: Tensor) -> Tensor:
-    """:func:`nm_act.reference.variance_ratio` of the whole token, float32 ``[..., 1]``, from slices of it."""
+    """:func:`nm_act.ops.formulas.variance_ratio` of the whole token, float32 ``[..., 1]``, from slices of it."""
     total, kept = (_square_deviations(shard, each.double()) for each in (z, pruned))
-    return reference.ratio_root(total, kept).float()
+    return formulas.ratio_root(total, kept).float()
 
 
 def _square_deviations(shard: Shard, values: Tensor) -> Tensor:

@@ -295,7 +295,7 @@ def test_methods_that_read_the_weight_stay_dense(method, options, reason):
 
 
 def test_vllm_covers_what_sparsify_covers():
-    from nm_act.integrations.vllm import specs_of
+    from nm_act.integrations.vllm_plan import specs_of
 
     recipe = Recipe("8:16")
     for name in ("self_attn.out_proj", "self_attn.qkv_proj", "mlp.fc1", "mlp.c_proj", "attn.Wqkv"):

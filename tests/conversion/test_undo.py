@@ -16,7 +16,8 @@ from nm_act.layers.linear import NMLinear
 from nm_act.layers.tokens import TokenContext
 from nm_act.recipe import Recipe
 
-optimizing = importlib.import_module("nm_act.optimize")  # as an attribute of nm_act it is the function
+# As attributes of packages they are the functions.
+conversion, optimizing = map(importlib.import_module, ("nm_act.conversion.sparsify", "nm_act.optimize"))
 RECIPE = Recipe("8:16", dense_first_tokens=2)
 
 
@@ -54,7 +55,7 @@ def _in_the_record(monkeypatch):
         original(model, recipe)
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(integration, "record_recipe", record)
+    monkeypatch.setattr(conversion, "RECORDERS", [record])
 
 
 def _in_merging(monkeypatch):
@@ -72,7 +73,7 @@ def _after_optimize(monkeypatch):
         original(model)
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(optimizing, "optimize", optimize)
+    monkeypatch.setattr(conversion, "merge_and_fuse", optimize)
 
 
 def _facts(model):

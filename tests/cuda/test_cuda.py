@@ -143,7 +143,7 @@ def test_packed_of_strided_inputs(dtype, fp8):
 def test_packed_variance_factor(dtype, fp8, name):
     x = (torch.randn(65, 1024) + 0.25).to(dtype)
     options = {"channel_scale": torch.rand(1024)} if name == "channel scale" else selection(name, 1024)
-    row_scale = nm_act.compress_packed(x.cuda(), fp8=fp8, variance_correction=True, **on_gpu(options))[2]
+    row_scale = nm_act.compress_packed(x.cuda(), fp8=fp8, variance_correction=True, **on_gpu(options)).row_scale
     pruned = reference.prune(x, 2, 4, **options)
     shifted = reference.shifted(x, options.get("shift"), options.get("token_shift", "none"))
     expected = reference.variance_ratio(shifted, pruned).squeeze(-1)
@@ -201,7 +201,7 @@ def test_fp8_never_drops_a_nan_or_infinity(dtype):
 
 # ---- producers -------------------------------------------------------------------------------------------------------
 def decompressed(packed, dtype: torch.dtype, tokens: int, in_features: int) -> torch.Tensor:
-    values, metadata, row_scale = packed[:3]
+    values, metadata, row_scale, *_ = packed
     neutral = nm_act.unpack_metadata(metadata.cpu(), tokens, in_features, packed_layout(values.dtype))
     dense = reference.decompress(values.cpu().float(), neutral).cuda()
     return dense * row_scale[:, None] if values.dtype == E4M3 else dense.to(dtype).float()
@@ -211,7 +211,7 @@ def assert_close_to_pruned(packed, produced: torch.Tensor) -> None:
     """Rounding may differ by one unit from torch's, and flip a choice between near equals: compare as a whole."""
     pruned = reference.prune(produced, 2, 4).float()
     error = (decompressed(packed, produced.dtype, *produced.shape) - pruned).norm() / pruned.norm()
-    assert error < (4e-2 if packed[0].dtype == E4M3 else 3e-3)
+    assert error < (4e-2 if packed.values.dtype == E4M3 else 3e-3)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -221,9 +221,9 @@ def assert_close_to_pruned(packed, produced: torch.Tensor) -> None:
 def test_rms_norm_compress(dtype, fp8, with_residual, tokens, in_features):
     x, residual = (torch.randn(tokens, in_features, device="cuda").to(dtype) for _ in range(2))
     weight, before = torch.randn(in_features, device="cuda").to(dtype), (x.clone(), residual.clone())
-    *packed, hidden = nm_act.rms_norm_compress(x, weight, 1e-6, residual if with_residual else None, fp8=fp8)
+    packed = nm_act.rms_norm_compress(x, weight, 1e-6, residual if with_residual else None, fp8=fp8)
     expected = x + residual if with_residual else x
-    assert_same_bits(hidden, expected)
+    assert_same_bits(packed.hidden, expected)
     assert torch.equal(x, before[0])  # inputs are read only
     assert torch.equal(residual, before[1])
     h = expected.float()
@@ -265,13 +265,12 @@ def test_producers_take_the_options_of_the_selection(fp8):
     options = {"channel_scale": scale, "token_shift": "mean", "variance_correction": True, "fp8": fp8}
     normed = (x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + 1e-6)).bfloat16()
     for packed, produced in (
-        (nm_act.rms_norm_compress(x, weight, 1e-6, **options)[:4], normed),
+        (nm_act.rms_norm_compress(x, weight, 1e-6, **options), normed),
         (nm_act.silu_mul_compress(x, up, **options), F.silu(x) * up),
     ):
-        _, _, row_scale, eta = packed
         expected = nm_act.compress_packed(produced, **options)
-        torch.testing.assert_close(eta, expected[3], rtol=1e-2, atol=1e-4)
-        torch.testing.assert_close(row_scale, expected[2], rtol=2e-2, atol=0)
+        torch.testing.assert_close(packed.eta, expected.eta, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(packed.row_scale, expected.row_scale, rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -329,13 +328,13 @@ def test_small_packed_and_producers(dtype, fp8, tokens):
     x, up = torch.randn(tokens, 96).to(dtype).cuda(), torch.randn(tokens, 96).to(dtype).cuda()
     expected = reference.compress(x.cpu())[1]
     for view in (x, *strided(x).values()):
-        values, metadata = nm_act.compress_packed(view, fp8=fp8)[:2]
+        values, metadata, *_ = nm_act.compress_packed(view, fp8=fp8)
         layout = packed_layout(values.dtype)
         assert torch.equal(nm_act.unpack_metadata(metadata.cpu(), tokens, 96, layout), expected)
     for token_shift in ("mean", "median"):
-        row_scale = nm_act.compress_packed(x, fp8=fp8, token_shift=token_shift, variance_correction=True)[2]
+        row_scale = nm_act.compress_packed(x, fp8=fp8, token_shift=token_shift, variance_correction=True).row_scale
         assert row_scale.isfinite().all()
-    *packed, _ = nm_act.rms_norm_compress(x, up[0].contiguous(), 1e-6, up, fp8=fp8)
+    packed = nm_act.rms_norm_compress(x, up[0].contiguous(), 1e-6, up, fp8=fp8)
     h = (x + up).float()
     normed = (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)).to(dtype) * up[0]
     assert_close_to_pruned(packed, normed)

@@ -161,7 +161,7 @@ def test_lifted_gemm(dtype, text, layout):
     weight = stored_as(torch.randn(256, 1024, device="cuda").to(dtype), layout)
     lifted = nm_act.lift_weight(weight, pattern)
     assert stored_as(lifted, layout).stride() == lifted.stride()
-    y = nm_act.sparse_gemm(*nm_act.compress_packed(x, **keywords(pattern))[:2], lifted)
+    y = nm_act.sparse_gemm(nm_act.compress_packed(x, **keywords(pattern)), lifted)
     exact = reference.sparse_linear(x, weight, **keywords(pattern))
     torch_error = relative_error(nm_act.prune(x, **keywords(pattern)) @ weight.t(), exact)
     assert relative_error(y, exact) <= 2 * torch_error
@@ -174,9 +174,7 @@ def test_lifted_gemm_in_fp8(text):
     pattern, x = NMPattern(text), torch.randn(300, 1024, device="cuda").bfloat16()
     weight, scale = quantise_rows(torch.randn(256, 1024, device="cuda"))
     packed = nm_act.compress_packed(x, **keywords(pattern), fp8=True)
-    y = nm_act.sparse_gemm(
-        *packed[:2], nm_act.lift_weight(weight, pattern), row_scale=packed.row_scale, column_scale=scale
-    )
+    y = nm_act.sparse_gemm(packed, nm_act.lift_weight(weight, pattern), column_scale=scale)
     values, row_scale = quantise_rows(reference.prune(x, **keywords(pattern)))
     exact = (values.double() * row_scale.double()[:, None]) @ (weight.double() * scale.double()[:, None]).t()
     assert relative_error(y, exact) < 6e-3
@@ -234,7 +232,6 @@ def test_small_operands(text, fp8):
     assert_same_bits(pruned.cpu(), reference.prune(x.cpu(), **keywords(pattern)))
     packed = nm_act.compress_packed(x, **keywords(pattern), fp8=fp8)
     weight = torch.randn(48, 384, device="cuda").to(packed.values.dtype)
-    scale = {"row_scale": packed.row_scale, "column_scale": torch.ones(48, device="cuda")} if fp8 else {}
-    y = nm_act.sparse_gemm(*packed[:2], nm_act.lift_weight(weight, pattern), **scale)
+    y = nm_act.sparse_gemm(packed, nm_act.lift_weight(weight, pattern))
     exact = pruned.double() @ weight.double().t()
     assert relative_error(y, exact) < (5e-2 if fp8 else 8e-3)

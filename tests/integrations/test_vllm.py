@@ -17,6 +17,7 @@ from ranks import run_ranks
 
 from nm_act import LinearSpec, Recipe, Rule
 from nm_act.integrations import vllm as plugin
+from nm_act.integrations import vllm_plan as plan
 from nm_act.supported import supported
 
 LLAMA = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -43,23 +44,23 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
     ],
 )
 def test_place(prefix, expected):
-    assert plugin.place(prefix) == expected
+    assert plan.place(prefix) == expected
 
 
 def test_specs_of_merged_layers():
     recipe = Recipe("8:16", skip_layers=[0], rules=[Rule(projections=["up_proj"], pattern="dense")])
     name = "model.layers.{}.self_attn.qkv_proj"
-    assert plugin.specs_of(recipe, name.format(0), LLAMA, 64) == []
-    assert [each for each, _ in plugin.specs_of(recipe, name.format(1), LLAMA, 64)] == ["q_proj", "k_proj", "v_proj"]
-    assert plugin.specs_of(recipe, name.format(1), LLAMA, 72) == []  # as sparsify: 16 does not divide 72
-    gate, up = plugin.specs_of(recipe, "model.layers.1.mlp.gate_up_proj", LLAMA, 64)
+    assert plan.specs_of(recipe, name.format(0), LLAMA, 64) == []
+    assert [each for each, _ in plan.specs_of(recipe, name.format(1), LLAMA, 64)] == ["q_proj", "k_proj", "v_proj"]
+    assert plan.specs_of(recipe, name.format(1), LLAMA, 72) == []  # as sparsify: 16 does not divide 72
+    gate, up = plan.specs_of(recipe, "model.layers.1.mlp.gate_up_proj", LLAMA, 64)
     assert gate == ("gate_proj", LinearSpec("8:16"))
     assert up == ("up_proj", None)
-    assert plugin.specs_of(recipe, "lm_head", LLAMA, 64) == []
+    assert plan.specs_of(recipe, "lm_head", LLAMA, 64) == []
 
 
 def _spans(specs, sizes, scales=None, data=None):
-    found = plugin.segments(specs, sizes, scales or [None] * len(specs), data or [{} for _ in specs])
+    found = plan.segments(specs, sizes, scales or [None] * len(specs), data or [{} for _ in specs])
     return [(each.start, each.stop, each.spec) for each in found]
 
 
@@ -75,33 +76,33 @@ def test_segments_with_data():
     """Data over the inputs has to be the same in a product, data over the outputs is put together."""
     spec, one, two = LinearSpec("8:16", mitigation=["spts", "ls"]), torch.ones(4), torch.zeros(4)
     data = [{"shift": shift, "column_scale": torch.full((8,), scale)} for shift, scale in ((one, 1.0), (one, 2.0))]
-    (segment,) = plugin.segments([spec, spec], [8, 8], [None, None], data)
+    (segment,) = plan.segments([spec, spec], [8, 8], [None, None], data)
     assert segment.data["column_scale"].tolist() == [1.0] * 8 + [2.0] * 8
     assert segment.data["shift"] is one
     assert _spans([spec, spec], [8, 8], data=[data[0], data[1] | {"shift": two}]) == [(0, 8, spec), (8, 16, spec)]
 
 
 def test_what_is_said_after_loading():
-    level, text = plugin.loaded_sentence(8, 2, "visual.proj")
+    level, text = plan.loaded_sentence(8, 2, "visual.proj")
     assert (level, text) == (logging.INFO, "nm_act: 8 linear layers are sparse, 2 are dense")
-    level, text = plugin.loaded_sentence(0, 2, "visual.proj")
+    level, text = plan.loaded_sentence(0, 2, "visual.proj")
     assert level == logging.WARNING
     assert "got 2 others (such as visual.proj), so the model is served dense" in text
 
 
 def test_what_a_server_cannot_follow():
-    plugin.check_servable(Recipe("8:16", mitigation=["var"]))
+    plan.check_servable(Recipe("8:16", mitigation=["var"]))
     for recipe in (Recipe("8:16", phase="prefill"), Recipe("8:16", rules=[Rule(layers=[0], phase="prefill")])):
         with pytest.raises(ValueError, match=r"expected a recipe with phase both for vLLM, .* got phase prefill; save"):
-            plugin.check_servable(recipe)
+            plan.check_servable(recipe)
     with pytest.raises(ValueError, match=r"expected a recipe with dense_first_tokens 0 for vLLM, .* got 4; save"):
-        plugin.check_servable(Recipe("8:16", dense_first_tokens=4))
+        plan.check_servable(Recipe("8:16", dense_first_tokens=4))
     for recipe, got in (
         (Recipe("2:4", criterion="clact"), "clact"),
         (Recipe("2:4", rules=[Rule(pattern="50%")]), "50%"),
     ):
         with pytest.raises(ValueError, match=f"expected a recipe without clact and top-k for vLLM, got {got}; save"):
-            plugin.check_servable(recipe)
+            plan.check_servable(recipe)
 
 
 @pytest.mark.parametrize(

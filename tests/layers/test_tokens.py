@@ -6,7 +6,7 @@ from tiny_families import family
 from torch import nn
 
 import nm_act
-from nm_act.integrations.kv_cache import cache_argument, cache_of
+from nm_act.layers.kv_cache import cache_argument, cache_of
 from nm_act.layers.linear import NMLinear
 from nm_act.layers.tokens import TokenContext
 from nm_act.methods import criteria

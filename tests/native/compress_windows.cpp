@@ -94,7 +94,7 @@ void run(const Case& c) {
       metadata(static_cast<size_t>(metadata_bytes(c.layout, c.tokens, lifted))),
       row_scale(e4m3 || c.options.variance ? size_t(c.tokens) * 4 : 0), eta(shifts ? size_t(c.tokens) * 4 : 0);
   current = describe(c.tokens, c.in_features, c.type, c.value_type, c.layout, c.options) + ", " + name_of(c.pattern);
-  CompressWindowsParams params{x.memory.data(), x.stride, c.tokens, c.in_features, c.type, c.pattern, {}};
+  CompressParams params{x.memory.data(), x.stride, c.tokens, c.in_features, c.type, {}};
   params.out = {values.data(),
                 metadata.data(),
                 row_scale.size() > 0 ? row_scale.data<float>() : nullptr,
@@ -105,7 +105,7 @@ void run(const Case& c) {
                 c.options.variance,
                 c.value_type,
                 c.layout};
-  check(launch_compress_windows(params, nullptr) == cudaSuccess, "launch");
+  check(launch_compress_windows(params, c.pattern, nullptr) == cudaSuccess, "launch");
 
   for (int64_t t = 0; t < c.tokens; ++t) {
     const std::vector<uint32_t> row = x.row(t);
@@ -192,10 +192,10 @@ void check_refusals() {
   const long before = emulation::launches;
   const auto launch = [](int64_t tokens, int in_features, ElementType type, ElementType value_type,
                          MetadataLayout layout, Pattern pattern, int64_t extra_stride = 0) {
-    CompressWindowsParams params{nullptr, in_features + extra_stride, tokens, in_features, type, pattern, {}};
+    CompressParams params{nullptr, in_features + extra_stride, tokens, in_features, type, {}};
     params.out.value_type = value_type;
     params.out.layout = layout;
-    return launch_compress_windows(params, nullptr);
+    return launch_compress_windows(params, pattern, nullptr);
   };
   const cudaError_t refused = cudaErrorInvalidValue;
   const Pattern plus_one{2, 4, {1, {0, 0}}}, plus_two{2, 4, {2, {0, 1}}};

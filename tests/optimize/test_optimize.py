@@ -8,7 +8,7 @@ import torch
 from tiny_families import KNOWN, family
 
 import nm_act
-from nm_act.integrations.kv_cache import cache_argument
+from nm_act.layers.kv_cache import cache_argument
 from nm_act.layers.linear import NMLinear
 from nm_act.optimize import model as model_module
 from nm_act.optimize.merged import MergedLinear, Product

@@ -1,6 +1,7 @@
 """The packed path of optimize(), its CUDA operators replaced by plain torch: which tensors go where, and the residuals."""
 
 import copy
+import dataclasses
 import weakref
 
 import pytest
@@ -25,7 +26,7 @@ def compressed(x, calls, name, *, token_shift, variance_correction, channel_scal
     shifted = reference.shifted(flat, None, token_shift)
     nu = reference.variance_ratio(shifted, pruned).flatten().float() if variance_correction else empty
     eta = reference.token_shift_values(flat, token_shift).flatten() if token_shift != "none" else empty
-    return nm_act.Packed(pruned, empty, nu, eta)
+    return nm_act.Packed(pruned, empty, nu, eta, nm_act.NMPattern("2:4"), x.shape[-1], "neutral", flat.shape[0])
 
 
 @pytest.fixture
@@ -35,14 +36,16 @@ def calls(monkeypatch):
     def rms_norm_compress(x, weight, eps, residual=None, **options):
         hidden = x if residual is None else x + residual
         normed = F.rms_norm(hidden, (x.shape[-1],), weight, eps)
-        return *compressed(normed, made, "norm" if residual is None else "norm + residual", **options), hidden
+        packed = compressed(normed, made, "norm" if residual is None else "norm + residual", **options)
+        return dataclasses.replace(packed, hidden=hidden)
 
     def silu_mul_compress(gate, up, **options):
         return compressed(F.silu(gate) * up, made, "silu", **options)
 
-    def sparse_gemm(values, _metadata, weight, bias, *, row_scale, eta, shift_out, column_scale, out_dtype):
+    def sparse_gemm(operand, weight, bias, *, shift_out, column_scale, out_dtype):
         assert out_dtype == torch.float32
-        y = values @ weight.float().t()
+        row_scale, eta = operand.row_scale, operand.eta
+        y = operand.values @ weight.float().t()
         y = y * row_scale[:, None] if row_scale.numel() else y
         y = y + eta[:, None] * shift_out if eta.numel() else y
         y = y if column_scale is None else y * column_scale
@@ -52,11 +55,8 @@ def calls(monkeypatch):
         monkeypatch.setattr(fused, replaced.__name__, replaced)
     monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
     monkeypatch.setattr(fused, "takes_packed", lambda linear, x: not linear._is_dense_phase(x))
-    monkeypatch.setattr(
-        nm_act.ops.packed,
-        "sparse_linear_fp8",
-        lambda x, w, scale, bias, **options: nm_act.sparse_linear(x, w.float() * scale[:, None], bias, **options),
-    )
+    linear = nm_act.ops.sparse_linear  # dequantises the weight where the activations are not e4m3 too
+    monkeypatch.setattr(nm_act.ops, "sparse_linear", lambda *a, activation_dtype=None, **options: linear(*a, **options))
     return made
 
 

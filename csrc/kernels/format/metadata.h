@@ -30,6 +30,16 @@ enum class MetadataLayout : int { kNeutral = 0, kSm80Bits16 = 1, kSm90Bits16T64 
 inline constexpr int kMetadataLayouts = 4;
 inline constexpr uint8_t kPaddingNibble = 0x4;
 
+// As nm_act.METADATA_LAYOUTS names them.
+constexpr const char* layout_text(MetadataLayout layout) {
+  switch (layout) {
+    case MetadataLayout::kNeutral: return "neutral";
+    case MetadataLayout::kSm80Bits16: return "sm80_16bit";
+    case MetadataLayout::kSm90Bits16T64: return "sm90_16bit_t64";
+    default: return "sm90_8bit";
+  }
+}
+
 struct NibbleAddress {
   int64_t byte;
   int shift;

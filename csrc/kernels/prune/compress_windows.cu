@@ -94,13 +94,12 @@ struct UnitMetadata {
 
 template <class E, bool kStaged, bool kScaled>
 __global__ void __launch_bounds__(kThreads)
-    compress_windows_kernel(const __grid_constant__ CompressWindowsParams params) {
+    compress_windows_kernel(const __grid_constant__ CompressParams params, const int e) {
   __shared__ uint4 staged[kStaged ? kRuns * kRunVectors : 1];
   const CompressOutput& out = params.out;
   const MetadataLayout layout = kStaged ? MetadataLayout::kSm90Bits16T64 : out.layout;
   const int64_t tokens = params.tokens;
-  const int in_features = params.in_features, lifted_row = in_features + in_features / 4,
-            e = params.pattern.extra.column[0];
+  const int in_features = params.in_features, lifted_row = in_features + in_features / 4;
   const unsigned spans = static_cast<unsigned>(in_features + kSpan - 1) / kSpan;
   const int64_t first_token = blockIdx.x / spans * int64_t{kBlockTokens};
   const int span = static_cast<int>(blockIdx.x % spans);
@@ -172,14 +171,13 @@ __device__ __forceinline__ void add_lifted(VarianceSums& sums, const Lifted& lif
 
 template <class E, bool kE4M3, int kUnits>
 __global__ void __launch_bounds__(kMaxRowThreads)
-    compress_windows_row_kernel(const __grid_constant__ CompressWindowsParams params) {
+    compress_windows_row_kernel(const __grid_constant__ CompressParams params, const int e) {
   __shared__ RowReducer::Slots slots;
   RowReducer reducer(slots);
   const CompressOutput& out = params.out;
   const MetadataLayout layout = kE4M3 ? MetadataLayout::kSm90Bits8 : out.layout;
   const int64_t tokens = params.tokens, token = blockIdx.x;
-  const int in_features = params.in_features, lifted_row = in_features + in_features / 4,
-            e = params.pattern.extra.column[0];
+  const int in_features = params.in_features, lifted_row = in_features + in_features / 4;
   wait_for_previous_kernel();
   allow_next_kernel();
   if (token >= tokens) {
@@ -249,7 +247,7 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 }
 
 template <class E>
-cudaError_t launch_streaming(const CompressWindowsParams& params, cudaStream_t stream) {
+cudaError_t launch_streaming(const CompressParams& params, int e, cudaStream_t stream) {
   const CompressOutput& out = params.out;
   const int64_t slabs = (metadata_padded_tokens(out.layout, params.tokens) + kBlockTokens - 1) / kBlockTokens;
   const int64_t grid = slabs * ((params.in_features + kSpan - 1) / kSpan);
@@ -259,13 +257,13 @@ cudaError_t launch_streaming(const CompressWindowsParams& params, cudaStream_t s
   const auto kernel =
       staged ? (scaled ? compress_windows_kernel<E, true, true> : compress_windows_kernel<E, true, false>)
              : (scaled ? compress_windows_kernel<E, false, true> : compress_windows_kernel<E, false, false>);
-  return launch_kernel(kernel, static_cast<unsigned>(grid), kThreads, stream, params);
+  return launch_kernel(kernel, static_cast<unsigned>(grid), kThreads, stream, params, e);
 }
 
 template <class E>
-cudaError_t launch_typed(const CompressWindowsParams& params, cudaStream_t stream) {
+cudaError_t launch_typed(const CompressParams& params, int e, cudaStream_t stream) {
   const bool e4m3 = params.out.value_type == ElementType::kE4M3;
-  if (!e4m3 && !params.out.variance_correction) return launch_streaming<E>(params, stream);
+  if (!e4m3 && !params.out.variance_correction) return launch_streaming<E>(params, e, stream);
   if (params.in_features > kMaxRowFeatures || params.tokens > kMaxTokens) return cudaErrorInvalidValue;
   const int units = params.in_features / kUnit, a_thread = units <= 2 * kMaxRowThreads ? 2 : 4;
   const int threads = static_cast<int>(round_up((units + a_thread - 1) / a_thread, 32));
@@ -273,11 +271,10 @@ cudaError_t launch_typed(const CompressWindowsParams& params, cudaStream_t strea
       e4m3 ? (a_thread == 2 ? compress_windows_row_kernel<E, true, 2> : compress_windows_row_kernel<E, true, 4>)
            : (a_thread == 2 ? compress_windows_row_kernel<E, false, 2> : compress_windows_row_kernel<E, false, 4>);
   const auto blocks = static_cast<unsigned>(metadata_padded_tokens(params.out.layout, params.tokens));
-  return launch_kernel(kernel, blocks, threads, stream, params);
+  return launch_kernel(kernel, blocks, threads, stream, params, e);
 }
 
-bool is_served(const CompressWindowsParams& params) {
-  const Pattern& pattern = params.pattern;
+bool is_served(const CompressParams& params, const Pattern& pattern) {
   if (!is_lifted(pattern) || params.in_features % kUnit != 0 || !are_supported(pattern.extra)) return false;
   const CompressOutput& out = params.out;
   const bool e4m3 = out.value_type == ElementType::kE4M3;
@@ -290,8 +287,8 @@ bool is_served(const CompressWindowsParams& params) {
 
 }  // namespace
 
-cudaError_t launch_compress_windows(const CompressWindowsParams& params, cudaStream_t stream) {
-  if (!is_served(params)) return cudaErrorInvalidValue;
+cudaError_t launch_compress_windows(const CompressParams& params, const Pattern& pattern, cudaStream_t stream) {
+  if (!is_served(params, pattern)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.in_features == 0) return cudaSuccess;
   if (params.out.token_shift != TokenShift::kNone) {
     const TokenStatisticsParams statistics{params.x, params.x_stride, params.tokens, params.in_features, params.x_type};
@@ -299,8 +296,8 @@ cudaError_t launch_compress_windows(const CompressWindowsParams& params, cudaStr
     if (status != cudaSuccess) return status;
   }
   switch (params.x_type) {
-    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, stream);
-    case ElementType::kFloat16: return launch_typed<Float16>(params, stream);
+    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, pattern.extra.column[0], stream);
+    case ElementType::kFloat16: return launch_typed<Float16>(params, pattern.extra.column[0], stream);
     default: return cudaErrorInvalidValue;
   }
 }

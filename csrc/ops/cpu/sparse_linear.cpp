@@ -106,12 +106,16 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
                          int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
                          const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
-                         at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight) {
+                         at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight,
+                         std::optional<at::ScalarType> activation_dtype) {
   constexpr const char* kOp = "sparse_linear";
   const NoAutocast no_autocast;
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
   const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
   check_lifted_weight(lifted_weight, selection, x, stored_weight, kOp);
+  TORCH_CHECK_NOT_IMPLEMENTED(!check_activation_dtype(activation_dtype, x, stored_weight, kOp),
+                              "nm_act::sparse_linear expected CUDA tensors along with activation_dtype float8_e4m3fn, ",
+                              "got CPU tensors; leave activation_dtype out");
   const int64_t tokens = selection.tokens, in_features = selection.in_features, out_features = stored_weight.size(0);
   at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
   const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
@@ -138,7 +142,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
                                data_or_null(column_vector),
                                bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr};
   const ElementType type = element_type(x.scalar_type());
-  const LinearFacts facts{tokens, type, type, selection.pattern, facts_of(weight), {}, variance_correction};
+  const LinearFacts facts{tokens, type, type, type, selection.pattern, facts_of(weight), {}, variance_correction};
   if (choose_on_cpu(facts).path == LinearPath::kGather) {
     launch_gather(operand, weight, epilogue, selection.type, y);
   } else if (nu.defined() || shift_vector.defined() || column_vector.defined() || torch_is_slow(weight)) {

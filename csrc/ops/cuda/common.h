@@ -6,8 +6,6 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <utility>
-
 #include "kernels/nm_act.h"
 #include "ops/selection.h"
 
@@ -59,17 +57,8 @@ struct PackedOperand {
   at::Tensor eta;        // [tokens] or undefined
 };
 
-// Allocates a packed operand of `in_features` and points the kernel's output at it. value_type is the dtype of x or
-// e4m3.
-std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, const Selection& selection,
-                                                         bool variance_correction, at::ScalarType value_type,
-                                                         MetadataLayout layout, int64_t in_features);
-
+// 2:4, or 2:4+1: the operand of the lifted weight.
 PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
-                              GemmDevice device, const char* op);
-
-// The same for 2:4+1: the operand of the lifted weight.
-PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op);
 
 // The per-token shift [tokens] of rows, one launch; undefined if the selection has none.

@@ -11,18 +11,6 @@ namespace {
 
 using Packed = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-CompressOutput output_for(const Selection& selection, bool variance_correction, at::ScalarType value_type,
-                          MetadataLayout layout) {
-  CompressOutput out{};
-  out.channel_scale = data_or_null(selection.channel_scale);
-  out.shift = data_or_null(selection.shift);
-  out.token_shift = selection.token_shift;
-  out.variance_correction = variance_correction;
-  out.value_type = element_type(value_type);
-  out.layout = layout;
-  return out;
-}
-
 Packed results(const PackedOperand& operand) {
   const auto or_empty = [&](const at::Tensor& tensor) {
     return tensor.defined() ? tensor : empty_vector(operand.values, 0);
@@ -48,11 +36,10 @@ Selection with_aligned_vectors(Selection selection) {
   return selection;
 }
 
-}  // namespace
-
-std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, const Selection& selection,
-                                                         bool variance_correction, at::ScalarType value_type,
-                                                         MetadataLayout layout, int64_t in_features) {
+// Allocates an operand of `in_features` and points the kernel's output at it. value_type is the dtype of x or e4m3.
+std::pair<PackedOperand, CompressOutput> allocate(const at::Tensor& x, const Selection& selection,
+                                                  bool variance_correction, at::ScalarType value_type,
+                                                  MetadataLayout layout, int64_t in_features) {
   const int64_t tokens = selection.tokens;
   PackedOperand operand;
   // The sm_80 GEMM reads whole blocks of tokens: the rest of the last one only has to be memory.
@@ -61,50 +48,46 @@ std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, co
   operand.metadata = at::empty({metadata_bytes(layout, tokens, in_features)}, x.options().dtype(at::kByte));
   if (variance_correction || value_type == at::kFloat8_e4m3fn) operand.row_scale = empty_vector(x, tokens);
   if (selection.token_shift != TokenShift::kNone) operand.eta = empty_vector(x, tokens);
-  CompressOutput out = output_for(selection, variance_correction, value_type, layout);
-  out.values = operand.values.mutable_data_ptr();
-  out.metadata = operand.metadata.mutable_data_ptr<uint8_t>();
-  out.row_scale = mutable_or_null(operand.row_scale);
-  out.eta = mutable_or_null(operand.eta);
+  const CompressOutput out{operand.values.mutable_data_ptr(),
+                           operand.metadata.mutable_data_ptr<uint8_t>(),
+                           mutable_or_null(operand.row_scale),
+                           mutable_or_null(operand.eta),
+                           data_or_null(selection.channel_scale),
+                           data_or_null(selection.shift),
+                           selection.token_shift,
+                           variance_correction,
+                           element_type(value_type),
+                           layout};
   return {operand, out};
 }
+
+// The same for this device's GEMM, in the values that it takes.
+std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, const Selection& selection,
+                                                         bool variance_correction, bool fp8, GemmDevice device) {
+  const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
+  const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
+  const bool lifted = is_lifted(selection.pattern);
+  return allocate(x, selection, variance_correction, value_type, layout,
+                  lifted ? lifted_features(selection.in_features) : selection.in_features);
+}
+
+}  // namespace
 
 PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op) {
   const bool statistics = variance_correction || selection.token_shift != TokenShift::kNone;
   check_packable(x, selection, statistics, fp8, op);
-  const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
-  const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
-  auto [operand, out] = allocate_packed(x, selection, variance_correction, value_type, layout, selection.in_features);
+  const bool lifted = is_lifted(selection.pattern);
+  const Selection vectors = lifted ? with_aligned_vectors(selection) : selection;
+  auto [operand, out] = allocate_packed(x, vectors, variance_correction, fp8, device);
   if (selection.tokens == 0) return operand;
-  const Rows rows = rows_of(x);
+  Rows rows = rows_of(x);
+  if (lifted && !is_aligned(rows)) rows = {aligned(rows.tensor), selection.in_features};
   const CompressParams params{rows.tensor.const_data_ptr(), rows.stride,    selection.tokens,
                               int(selection.in_features),   selection.type, out};
-  check_status(launch_compress(params, current_stream(x)), op);
-  return operand;
-}
-
-PackedOperand compress_lifted(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
-                              GemmDevice device, const char* op) {
-  const bool statistics = variance_correction || selection.token_shift != TokenShift::kNone;
-  check_packable(x, selection, statistics, fp8, op);
-  const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
-  const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), device);
-  const int64_t lifted = lifted_features(selection.in_features);
-  const Selection vectors = with_aligned_vectors(selection);
-  auto [operand, out] = allocate_packed(x, vectors, variance_correction, value_type, layout, lifted);
-  if (selection.tokens == 0) return operand;
-  // Likewise a tensor that starts or steps off 16 bytes.
-  Rows rows = rows_of(x);
-  if (!is_aligned(rows)) rows = {aligned(rows.tensor), selection.in_features};
-  const CompressWindowsParams params{rows.tensor.const_data_ptr(),
-                                     rows.stride,
-                                     selection.tokens,
-                                     int(selection.in_features),
-                                     selection.type,
-                                     selection.pattern,
-                                     out};
-  check_status(launch_compress_windows(params, current_stream(x)), op);
+  check_status(lifted ? launch_compress_windows(params, selection.pattern, current_stream(x))
+                      : launch_compress(params, current_stream(x)),
+               op);
   return operand;
 }
 
@@ -116,8 +99,7 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalT
   const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
   check_row_statistics(selection, selection.token_shift != TokenShift::kNone, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
-  auto [operand, out] =
-      allocate_packed(x, selection, false, x.scalar_type(), MetadataLayout::kNeutral, selection.in_features);
+  auto [operand, out] = allocate(x, selection, false, x.scalar_type(), MetadataLayout::kNeutral, selection.in_features);
   if (operand.values.numel() != 0) {
     const Rows rows = rows_of(x);
     const CompressParams params{rows.tensor.const_data_ptr(), rows.stride,    selection.tokens,
@@ -133,13 +115,11 @@ Packed compress_packed_op(const at::Tensor& x, int64_t n, int64_t m, const Optio
                           at::IntArrayRef extra_columns) {
   constexpr const char* kOp = "compress_packed";
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
-  const bool lifted = is_lifted(selection.pattern);
-  TORCH_CHECK_VALUE(lifted || is_2_4(selection.pattern),
+  TORCH_CHECK_VALUE(is_lifted(selection.pattern) || is_2_4(selection.pattern),
                     "nm_act::compress_packed expected the pattern 2:4 or 2:4+1, got ", pattern_text(selection.pattern),
                     "; use sparse_linear, which falls back to a dense product");
   const c10::cuda::CUDAGuard guard(x.device());
-  const auto compress = lifted ? compress_lifted : compress_packed;
-  return results(compress(x, selection, variance_correction, fp8, gemm_device(x, kOp), kOp));
+  return results(compress_packed(x, selection, variance_correction, fp8, gemm_device(x, kOp), kOp));
 }
 
 void check_same_shape(const at::Tensor& x, const at::Tensor& other, const char* name, const char* op) {
@@ -166,10 +146,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_
   const bool add = residual.has_value() && residual->defined();
   if (add) check_same_shape(x, *residual, "residual", kOp);
   const c10::cuda::CUDAGuard guard(x.device());
-  const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
-  const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), gemm_device(x, kOp));
   const Selection vectors = with_aligned_vectors(selection);
-  auto [operand, out] = allocate_packed(x, vectors, variance_correction, value_type, layout, selection.in_features);
+  auto [operand, out] = allocate_packed(x, vectors, variance_correction, fp8, gemm_device(x, kOp));
   const at::Tensor input = aligned(x), scale = aligned(weight);
   const at::Tensor added = add ? aligned(*residual) : at::Tensor();
   // An operator's result may not alias its input: without a residual, the hidden state is empty.
@@ -198,10 +176,8 @@ Packed silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const Opt
   check_packable(gate, selection, true, fp8, kOp);
   check_same_shape(gate, up, "up", kOp);
   const c10::cuda::CUDAGuard guard(gate.device());
-  const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : gate.scalar_type();
-  const MetadataLayout layout = gemm_metadata_layout(element_type(value_type), gemm_device(gate, kOp));
   const Selection vectors = with_aligned_vectors(selection);
-  auto [operand, out] = allocate_packed(gate, vectors, variance_correction, value_type, layout, selection.in_features);
+  auto [operand, out] = allocate_packed(gate, vectors, variance_correction, fp8, gemm_device(gate, kOp));
   if (selection.tokens != 0) {
     // The halves of a merged projection share a row stride and are read in place.
     const Rows gates = rows_of(gate), ups = rows_of(up);

@@ -1,11 +1,9 @@
 // nm_act::sparse_gemm: the product of a packed 2:4 operand and a weight on sparse tensor cores, epilogue included.
 #include "ops/cuda/sparse_gemm.h"
 
-#include "kernels/matmul/sparse_gemm.h"
-
 #include <torch/library.h>
 
-#include "kernels/matmul/config.h"
+#include "kernels/matmul/sparse_gemm.h"
 
 namespace nm_act::cuda_ops {
 
@@ -58,9 +56,9 @@ void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConf
 
 namespace {
 
-at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
-               const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
-               const OptionalTensor& shift_out, const OptionalTensor& column_scale,
+at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout_name,
+               const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& row_scale,
+               const OptionalTensor& eta, const OptionalTensor& shift_out, const OptionalTensor& column_scale,
                std::optional<at::ScalarType> out_dtype, at::OptionalIntArrayRef config) {
   constexpr const char* kOp = "sparse_gemm";
   TORCH_CHECK_VALUE(
@@ -77,6 +75,16 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, const at::T
   const GemmDevice device = gemm_device(values, kOp);
   const ElementType value_type = element_type(values.scalar_type());
   const MetadataLayout layout = gemm_metadata_layout(value_type, device);
+  TORCH_CHECK_VALUE(layout_name == layout_text(layout), "nm_act::sparse_gemm expected an operand in the layout ",
+                    layout_text(layout), ", which this device reads for ", values.scalar_type(), ", got one in ",
+                    layout_name, "; compress it on this device");
+  // The sm_80 GEMM reads whole blocks of tokens, which a copy or a part of the values has no memory for.
+  const int64_t rows = layout == MetadataLayout::kSm80Bits16 ? metadata_padded_tokens(layout, tokens) : tokens;
+  const int64_t needed = (values.storage_offset() + rows * values.size(1)) * values.element_size();
+  TORCH_CHECK_VALUE(int64_t(values.storage().nbytes()) >= needed,
+                    "nm_act::sparse_gemm expected values with memory for ", rows, " tokens behind the first, got ",
+                    tokens,
+                    " tokens alone; pass the values that compress_packed returned, not a copy or a part of them");
   const int64_t bytes = metadata_bytes(layout, tokens, weight.size(1));
   TORCH_CHECK_VALUE(metadata.scalar_type() == at::kByte && metadata.numel() == bytes && metadata.is_contiguous(),
                     "nm_act::sparse_gemm expected ", bytes, " metadata bytes, got ", metadata.numel(), " of ",
@@ -116,17 +124,18 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, const at::T
   return y;
 }
 
-at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
-                       const OptionalTensor& bias, const OptionalTensor& row_scale, const OptionalTensor& eta,
-                       const OptionalTensor& shift_out, const OptionalTensor& column_scale,
+at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout,
+                       const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& row_scale,
+                       const OptionalTensor& eta, const OptionalTensor& shift_out, const OptionalTensor& column_scale,
                        std::optional<at::ScalarType> out_dtype) {
-  return run(values, metadata, weight, bias, row_scale, eta, shift_out, column_scale, out_dtype, {});
+  return run(values, metadata, layout, weight, bias, row_scale, eta, shift_out, column_scale, out_dtype, {});
 }
 
-at::Tensor tune_sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, const at::Tensor& weight,
-                            const OptionalTensor& row_scale, const OptionalTensor& column_scale,
-                            std::optional<at::ScalarType> out_dtype, at::IntArrayRef config) {
-  return run(values, metadata, weight, {}, row_scale, {}, {}, column_scale, out_dtype, config);
+at::Tensor tune_sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout,
+                            const at::Tensor& weight, at::IntArrayRef config, const OptionalTensor& row_scale,
+                            const OptionalTensor& eta, const OptionalTensor& shift_out,
+                            const OptionalTensor& column_scale, std::optional<at::ScalarType> out_dtype) {
+  return run(values, metadata, layout, weight, {}, row_scale, eta, shift_out, column_scale, out_dtype, config);
 }
 
 }  // namespace

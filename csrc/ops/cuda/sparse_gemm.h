@@ -1,4 +1,4 @@
-// The sparse GEMM as a function of tensors, for sparse_gemm, sparse_linear and sparse_linear_fp8.
+// The sparse GEMM as a function of tensors, for sparse_gemm and sparse_linear.
 #pragma once
 
 #include "ops/cuda/common.h"

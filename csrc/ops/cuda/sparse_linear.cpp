@@ -1,9 +1,9 @@
-// nm_act::sparse_linear and sparse_linear_fp8 on CUDA.
+// nm_act::sparse_linear on CUDA.
 //
 // ops/choice.h chooses: a few tokens over a weight stored [in, out] go to the gather kernel; with enough tokens, 2:4 in
 // 16 bits goes to the sparse tensor cores, and so does 2:4+1 that brings its lifted weight, where that
 // pays; everything else prunes and runs cuBLAS. An 8-bit weight that the gather kernel does not take is first
-// multiplied by its scale, in the dtype of x.
+// multiplied by its scale, in the dtype of x; with e4m3 activations it goes to the fp8 tensor cores as it is.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
@@ -27,12 +27,12 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection, con
 
 // Prune, then torch's dense product; the rest of the epilogue as torch operations in float32, on a product that is not
 // rounded to 16 bits before (in float16 it may overflow where the scaled one does not).
-at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                          const Selection& selection, bool variance_correction, const at::Tensor& shift_out,
                          const at::Tensor& column_scale, const char* op) {
   const DenseOperand operand = prune_dense(x, selection, variance_correction, op);
   if (!operand.nu.defined() && !shift_out.defined() && !column_scale.defined())
-    return at::linear(operand.values, weight, bias);
+    return at::linear(operand.values, weight, bias.defined() ? OptionalTensor(bias) : std::nullopt);
   at::Tensor y = x.scalar_type() == at::kFloat ? at::linear(operand.values, weight)
                                                : at::mm(operand.values, weight.t(), at::kFloat);
   if (operand.nu.defined()) y.mul_(operand.nu.unsqueeze(1));
@@ -42,20 +42,38 @@ at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const Op
     y.add_(shift_out);
   }
   if (column_scale.defined()) y.mul_(column_scale);
-  if (bias.has_value() && bias->defined()) y.add_(*bias);
+  if (bias.defined()) y.add_(bias);
   return y.to(x.scalar_type());
 }
 
-at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,
-                         int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
+// The choice was the sparse tensor cores: compress, multiply.
+at::Tensor sparse_product(const at::Tensor& x, const at::Tensor& weight, const Selection& selection,
+                          bool variance_correction, GemmEpilogueTensors epilogue, const GemmConfig& config,
+                          GemmDevice device, const char* op) {
+  const bool fp8 = weight.scalar_type() == at::kFloat8_e4m3fn;
+  const PackedOperand operand = compress_packed(x, selection, variance_correction, fp8, device, op);
+  const at::Tensor y = at::empty({selection.tokens, weight.size(0)}, x.options());
+  epilogue.row_scale = operand.row_scale;
+  epilogue.eta = operand.eta;
+  for (at::Tensor* vector : {&epilogue.shift_out, &epilogue.column_scale, &epilogue.bias}) *vector = aligned(*vector);
+  SparseGemmParams params = gemm_params(operand, weight, epilogue, x.scalar_type());
+  run_sparse_gemm(params, device, config, y, op);
+  return y;
+}
+
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& optional_bias,
+                         int64_t n, int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
                          const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
-                         at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight) {
+                         at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight,
+                         std::optional<at::ScalarType> activation_dtype) {
   constexpr const char* kOp = "sparse_linear";
   const NoAutocast no_autocast;
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
-  const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
+  const bool fp8 = check_activation_dtype(activation_dtype, x, stored_weight, kOp);
+  const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, optional_bias, kOp);
   const at::Tensor lifted = check_lifted_weight(lifted_weight, selection, x, stored_weight, kOp);
+  const at::Tensor bias = optional_bias.value_or(at::Tensor());
   const int64_t out_features = stored_weight.size(0);
   const at::Tensor given = check_shift_out(shift_out, selection, x, out_features, kOp);
   const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
@@ -63,76 +81,52 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   const std::vector<int64_t> sizes = with_last(x.sizes(), out_features);
   if (selection.tokens == 0 || out_features == 0) return at::empty(sizes, x.options());
   const GemmDevice device = gemm_device(x, kOp);
-  const at::Tensor shift_vector = selection.has_shift() && !given.defined()
-                                      ? shift_image(dequantised(stored_weight, scale, at::kFloat), selection, given)
-                                      : given;
-  LinearFacts facts{selection.tokens,   selection.type,          element_type(stored_weight.scalar_type()),
-                    selection.pattern,  facts_of(stored_weight), {},
+  LinearFacts facts{selection.tokens,
+                    selection.type,
+                    element_type(stored_weight.scalar_type()),
+                    fp8 ? ElementType::kE4M3 : selection.type,
+                    selection.pattern,
+                    facts_of(stored_weight),
+                    {},
                     variance_correction};
   if (lifted.defined()) facts.lifted = facts_of(lifted);
   const LinearChoice choice = choose_on_cuda(facts, device);
+  if (fp8) {
+    TORCH_CHECK_NOT_IMPLEMENTED(choice.path == LinearPath::kSparse,
+                                "nm_act::sparse_linear expected a compiled combination along with activation_dtype ",
+                                "float8_e4m3fn (", text_of(choice, facts), "), got ", pattern_text(selection.pattern),
+                                ", x ", x.scalar_type(), ", weight ", stored_weight.sizes(), " with strides ",
+                                stored_weight.strides(), " on compute capability ", device.compute_capability_major,
+                                ".x; leave activation_dtype out");
+    // The kernel's column scale, here the weight's too, multiplies the shift term: it is taken out of a given image.
+    const GemmEpilogueTensors epilogue{
+        {},
+        {},
+        given.defined() ? given.div(scale) : shift_image(stored_weight, selection, given),
+        column_vector.defined() ? scale.mul(column_vector) : scale,
+        bias};
+    return sparse_product(x, stored_weight, selection, variance_correction, epilogue, choice.gemm, device, kOp)
+        .view(sizes);
+  }
+  const at::Tensor shift_vector = selection.has_shift() && !given.defined()
+                                      ? shift_image(dequantised(stored_weight, scale, at::kFloat), selection, given)
+                                      : given;
   if (choice.path == LinearPath::kGather) {
-    const GatherEpilogueTensors epilogue{scale, shift_vector, column_vector, bias.value_or(at::Tensor())};
+    const GatherEpilogueTensors epilogue{scale, shift_vector, column_vector, bias};
     return gather_product(x, stored_weight, selection, variance_correction, epilogue, choice.gather, device, kOp)
         .view(sizes);
   }
-  const at::Tensor weight = dequantised(stored_weight, scale, x.scalar_type());
-  if (choice.path == LinearPath::kDense) {
+  const at::Tensor weight =
+      choice.path == LinearPath::kLifted ? lifted : dequantised(stored_weight, scale, x.scalar_type());
+  if (choice.path == LinearPath::kDense)
     return dense_product(x, weight, bias, selection, variance_correction, shift_vector, column_vector, kOp).view(sizes);
-  }
-  const auto compress = choice.path == LinearPath::kLifted ? compress_lifted : compress_packed;
-  const PackedOperand operand = compress(x, selection, variance_correction, false, device, kOp);
-  const at::Tensor y = at::empty(sizes, x.options());
-  const GemmEpilogueTensors epilogue{operand.row_scale, operand.eta, aligned(shift_vector), aligned(column_vector),
-                                     aligned(bias.value_or(at::Tensor()))};
-  const at::Tensor& multiplied = choice.path == LinearPath::kLifted ? lifted : weight;
-  SparseGemmParams params = gemm_params(operand, multiplied, epilogue, x.scalar_type());
-  run_sparse_gemm(params, device, choice.gemm, y, kOp);
-  return y;
-}
-
-at::Tensor sparse_linear_fp8(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& weight_scale,
-                             const OptionalTensor& bias, const OptionalTensor& channel_scale,
-                             const OptionalTensor& shift, c10::string_view token_shift, const OptionalTensor& shift_out,
-                             bool variance_correction, const OptionalTensor& column_scale) {
-  constexpr const char* kOp = "sparse_linear_fp8";
-  const NoAutocast no_autocast;
-  const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat8_e4m3fn, "nm_act::sparse_linear_fp8 expected weight in ",
-                   "float8_e4m3fn, got ", weight.scalar_type(), "; quantise it per output channel");
-  check_weight_shape(x, weight, bias, kOp);
-  const int64_t out_features = weight.size(0);
-  const at::Tensor scale = check_vector(weight_scale, x, out_features, "weight_scale", kOp);
-  const at::Tensor given = check_shift_out(shift_out, selection, x, out_features, kOp);
-  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
-  const c10::cuda::CUDAGuard guard(x.device());
-  const GemmDevice device = gemm_device(x, kOp);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      weight_fits_gemm(weight, at::kFloat8_e4m3fn, x.scalar_type(), device),
-      "nm_act::sparse_linear_fp8 expected a compiled combination ",
-      "(bfloat16 or float16 x, a contiguous e4m3 weight [out, in] with in_features % 32 == 0 and out_features % 16 == "
-      "0, on ",
-      "sm_90), got x ", x.scalar_type(), ", weight ", weight.sizes(), " with strides ", weight.strides(),
-      " on compute capability ", device.compute_capability_major, ".x; use a bfloat16 weight with sparse_linear");
-  const PackedOperand operand = compress_packed(x, selection, variance_correction, true, device, kOp);
-  const at::Tensor y = at::empty(with_last(x.sizes(), out_features), x.options());
-  if (y.numel() == 0) return y;
-  // The kernel's column scale multiplies the shift term too, so the weight's scale is taken out of a given image.
-  GemmEpilogueTensors epilogue{
-      operand.row_scale, operand.eta, given.defined() ? given.div(scale) : shift_image(weight, selection, given),
-      column_vector.defined() ? scale.mul(column_vector) : aligned(scale), aligned(bias.value_or(at::Tensor()))};
-  SparseGemmParams params = gemm_params(operand, weight, epilogue, x.scalar_type());
-  const GemmConfig config = select_config(
-      {selection.tokens, out_features, selection.in_features, ElementType::kE4M3, device.multiprocessors});
-  run_sparse_gemm(params, device, config, y, kOp);
-  return y;
+  return sparse_product(x, weight, selection, variance_correction, {{}, {}, shift_vector, column_vector, bias},
+                        choice.gemm, device, kOp)
+      .view(sizes);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
-  m.impl("sparse_linear", sparse_linear);
-  m.impl("sparse_linear_fp8", sparse_linear_fp8);
-}
+TORCH_LIBRARY_IMPL(nm_act, CUDA, m) { m.impl("sparse_linear", sparse_linear); }
 
 }  // namespace nm_act::cuda_ops

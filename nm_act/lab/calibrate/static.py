@@ -5,10 +5,9 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from ... import reference
 from ...layers.linear import NMLinear
 from ...methods import criteria, mitigations
-from ...ops import composed
+from ...ops import composed, formulas
 
 
 class InputStatistics:
@@ -50,7 +49,7 @@ class InputStatistics:
         x = x.detach()
         for tokens in x.reshape(-1, *x.shape[-2:]):
             scale = criteria.call_scale(tokens) if layer.spec.criterion == "clact" and len(tokens) > 1 else static
-            z = reference.shifted(tokens, None, layer.spec.token_shift)
+            z = formulas.shifted(tokens, None, layer.spec.token_shift)
             dropped = (z - composed.select(z, layer.spec.pattern, scale)).float()
             # Otherwise a token with a thousandfold input would dominate the sum.
             size = tokens.float().square().mean(dim=-1, keepdim=True).sqrt()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...integrations.kv_cache import cache_argument, cache_of
+from ...layers.kv_cache import cache_argument, cache_of
 
 __all__ = ["DecodeSpeed", "decode_speed"]
 

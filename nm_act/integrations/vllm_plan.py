@@ -1,0 +1,188 @@
+"""Which layers of a vLLM model become sparse, and how a merged layer is computed; nothing here needs vLLM.
+
+vLLM merges linear layers (q, k and v; gate and up). Neighbours in a merged layer that prune alike are one product, for
+which the input is selected and compressed once: always so without a criterion that derives from the weight and without
+data of each projection's own. With either, a projection selects by it, as it does in Transformers.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..methods import mitigations
+from ..methods.criteria import WEIGHT_PRUNING
+from ..recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe, in_state_space
+
+_TEXT_STACKS = (
+    *("model", "language_model", "llm", "lm", "language", "text", "text_model", "thinker", "backbone"),
+    *("transformer", r"transformer\.encoder", "gpt_neox", "decoder", "layers", "layer", "blocks", "h"),
+)
+"""What leads to a text decoder's layers in vLLM's names; any other word may be a tower, a projector or a draft head."""
+
+_DECODER = re.compile(rf"(?:(?:{'|'.join(_TEXT_STACKS)})\.)+(\d+)\.(?:[a-zA-Z_]\w*\.)*([a-zA-Z_]\w*)")
+
+
+def check_servable(recipe: Recipe) -> None:
+    """Raise a ValueError for what a server cannot follow, because it mixes the tokens of many sequences in one call."""
+    phases = {recipe.phase, *(rule.phase or "both" for rule in recipe.rules)} - {"both"}
+    if phases:
+        raise ValueError(
+            f"expected a recipe with phase both for vLLM, which computes prefill and decode tokens in one call, got "
+            f"phase {sorted(phases)[0]}; save the model with phase both"
+        )
+    if recipe.dense_first_tokens:
+        raise ValueError(
+            f"expected a recipe with dense_first_tokens 0 for vLLM, whose layers do not know a token's position, got "
+            f"{recipe.dense_first_tokens}; save the model without it"
+        )
+    parts = (recipe, *recipe.rules)
+    patterns = {each.pattern for each in parts if each.pattern and each.pattern.endswith("%")}
+    refused = sorted({each.criterion for each in parts} & {"clact"} | patterns)
+    if refused:
+        raise ValueError(
+            f"expected a recipe without clact and top-k for vLLM, got {refused[0]}; save the model without it"
+        )
+
+
+def place(prefix: str) -> tuple[int, str] | None:
+    """Decoder layer and projection of a vLLM layer's name; None outside the text decoder.
+
+    Examples
+    --------
+    >>> place("model.layers.3.self_attn.qkv_proj"), place("visual.blocks.3.attn.qkv"), place("lm_head")
+    ((3, 'qkv_proj'), None, None)
+    """
+    match = _DECODER.fullmatch(prefix)
+    return None if match is None else (int(match[1]), match[2])
+
+
+def specs_of(
+    recipe: Recipe, prefix: str, packed: dict[str, list[str]], in_features: int
+) -> list[tuple[str, LinearSpec | None]]:
+    """Names and specs of the projections in one vLLM layer, in its order; [] where nothing is sparse.
+
+    Parameters
+    ----------
+    recipe : Recipe
+    prefix : str
+        The layer's name in vLLM.
+    packed : dict
+        vLLM's mapping of merged layers to the projections of the checkpoint.
+    in_features : int
+        Of the whole layer. As in :func:`nm_act.sparsify`, one that the group does not divide stays dense.
+    """
+    where = place(prefix)
+    if where is None or (recipe.projections == DEFAULT_PROJECTIONS and in_state_space(prefix)):
+        return []
+    layer, merged = where
+    specs = [(name, recipe.resolve(layer, name)) for name in packed.get(merged, [merged])]
+    specs = [(name, None if spec and in_features % spec.pattern.span else spec) for name, spec in specs]
+    return specs if any(spec for _, spec in specs) else []
+
+
+def loaded_sentence(sparse: int, dense: int, example: str) -> tuple[int, str]:
+    """Level and text of what is logged after loading: how many linear layers are sparse.
+
+    Parameters
+    ----------
+    sparse, dense : int
+        Linear layers of each kind, merged ones counted once.
+    example : str
+        Name of a dense one.
+    """
+    if sparse:
+        return logging.INFO, f"nm_act: {sparse} linear layers are sparse, {dense} are dense"
+    return logging.WARNING, (
+        f"nm_act expected linear layers that the checkpoint's recipe names, got {dense} others (such as {example}), so "
+        "the model is served dense; serve it with Transformers, or report its architecture"
+    )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring output features ``start`` to ``stop`` of a merged layer that read the same (pruned) input.
+
+    ``data`` is the calibrated data, by name, of these output features and of the inputs on this rank.
+    """
+
+    start: int
+    stop: int
+    spec: LinearSpec | None
+    channel_scale: Tensor | None = None
+    data: dict[str, Tensor] = field(default_factory=dict)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, shift_out: Tensor | None, sparse: Callable) -> Tensor:
+        """The segment's outputs; ``sparse`` has the signature of :func:`nm_act.sparse_linear`."""
+        if "added_bias" in self.data:
+            added = self.data["added_bias"].to(x.dtype)
+            bias = added if bias is None else bias + added
+        if self.spec is None or self.spec.criterion in WEIGHT_PRUNING:
+            return functional.linear(x, weight, bias)
+        y = sparse(
+            mitigations.in_basis(x, self.data),
+            weight,
+            bias,
+            self.spec.pattern.keep,
+            self.spec.pattern.group,
+            channel_scale=self.channel_scale,
+            shift_out=shift_out,
+            extra_columns=self.spec.pattern.extra_columns,
+            **mitigations.operator_options(self.spec, self.data),
+        )
+        return mitigations.add_low_rank(y, x, self.data)
+
+    def reads_as(self, other: "Segment") -> bool:
+        """Whether the operand of both is the same: the same selection of the same inputs."""
+        mine, theirs = (
+            {name: value for name, value in each.data.items() if mitigations.DATA[name][0] != "out"}
+            | {"channel_scale": each.channel_scale}
+            for each in (self, other)
+        )
+        return self.spec == other.spec and all(_same(mine[name], theirs[name]) for name in mine)
+
+    def joined(self, other: "Segment") -> "Segment":
+        """This segment and its neighbour as one."""
+        data = {
+            name: torch.cat([value, other.data[name]]) if mitigations.DATA[name][0] == "out" else value
+            for name, value in self.data.items()
+        }
+        return Segment(self.start, other.stop, self.spec, self.channel_scale, data)
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))
+
+
+def segments(
+    specs: Sequence[LinearSpec | None],
+    sizes: Sequence[int],
+    scales: Sequence[Tensor | None],
+    data: Sequence[dict[str, Tensor]],
+) -> list[Segment]:
+    """Join the neighbours of a merged layer that prune alike.
+
+    Parameters
+    ----------
+    specs : sequence of LinearSpec or None
+        One for each projection; None is dense.
+    sizes : sequence of int
+        Output features of each on this rank.
+    scales : sequence of Tensor [in] or None
+        Channel scales.
+    data : sequence of dict
+        Calibrated data on this rank.
+    """
+    joined: list[Segment] = []
+    start = 0
+    for spec, size, scale, own in zip(specs, sizes, scales, data, strict=True):
+        segment = Segment(start, start + size, spec, scale, own)
+        if joined and joined[-1].reads_as(segment):
+            segment = joined.pop().joined(segment)
+        joined.append(segment)
+        start += size
+    return joined
