@@ -90,11 +90,6 @@ def calibrate(
     print(f"written to {output}: nm-act ppl {model} --calibration {output}")
 
 
-def unfinished_calibration(output: Path) -> bool:
-    """Whether a stopped run left a finished block in its folder."""
-    return any((output / _STATE).glob("block-*.safetensors"))
-
-
 def _check_output(output: Path, model: str) -> None:
     """Raise a ValueError for a folder in which the result would replace files, those of the model for one."""
     from ..conversion.calibration import DATA_FILE

@@ -102,11 +102,6 @@ def evaluate(
     _finish(output, as_json)
 
 
-def unfinished_evaluation(output: Path) -> bool:
-    """Whether a stopped run left a result in its folder."""
-    return any((output / "rows").glob("*.json"))
-
-
 def _recipes(paths, patterns, criterion, mitigation, compared: bool) -> list[tuple]:
     """(name or None, recipe) of the options; recipes of a file are named after it."""
     options = (patterns, criterion, mitigation)

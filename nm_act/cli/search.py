@@ -82,10 +82,3 @@ def search(
     ]
     common.print_table("Calibration text", ["", "predicted speed-up", "perplexity", "change"], cells)
     print(f"{best.speedup:.3f}x predicted: {output / files[0]}; {', '.join(files[1:])} beside it")
-
-
-def unfinished_search(output: Path) -> bool:
-    """Whether a stopped run left a measurement in its folder."""
-    from ..lab.search.store import POINTS, SENSITIVITIES
-
-    return any((output / name).is_file() for name in (SENSITIVITIES, POINTS))

@@ -24,7 +24,7 @@ from ..policies import POLICIES
 from .options import CalibratedData, option_recipe, option_variant, read_data
 from .sensitivity import Group, groups_of, sensitivities
 from .solve import Problem
-from .store import POINTS, SENSITIVITIES, ResultLines
+from .store import ResultLines
 
 __all__ = ["Goal", "Point", "search"]
 
@@ -121,7 +121,7 @@ def search(
     folder = RunFolder.open(output, identity).path
     note(f"sensitivities of {len(groups)} groups, {len(specs)} options, {count} windows of {window} tokens")
     with bar("sensitivities") as update:
-        costs = sensitivities(dense, windows, groups, specs, folder / SENSITIVITIES, update, data)
+        costs = sensitivities(dense, windows, groups, specs, folder / "sensitivities.jsonl", update, data)
     problem = Problem(groups, costs, specs, rates, other)
     choices = problem.frontier(MEASURED_POINTS)[1:]
     if goal.target_speedup is not None:
@@ -129,7 +129,7 @@ def search(
     found = [problem.recipe(choice) for choice in choices]
     recipes = [("dense", None), *(("search", recipe) for recipe in found)]
     recipes += [item for spec in specs.values() for item in _baselines(spec).items()]
-    points = _measure(dense, windows, recipes, rates, folder / POINTS, note, data)
+    points = _measure(dense, windows, recipes, rates, folder / "points.jsonl", note, data)
     best = _best(points, found[-1], goal)
     used = {name: data[name] for name in specs if name in data.keys() & _options_of(best.recipe)}
     return best, points, _write(folder, points, best, dense, used)
