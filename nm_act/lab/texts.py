@@ -66,7 +66,9 @@ def read_rows(path: Path) -> list[dict]:
     if broken is not None:
         raise ValueError(f"expected JSON in {str(path)!r}, got invalid text ({broken}); repair the file") from broken
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"expected a list of objects in {str(path)!r}, got something else; one JSON object a line")
+        raise ValueError(
+            f"expected a list of objects in {str(path)!r}, got something else; write one JSON object per line"
+        )
     return rows
 
 

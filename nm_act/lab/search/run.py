@@ -104,7 +104,8 @@ def search(
     groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together)
     if not groups:
         raise ValueError(
-            f"expected projections among {', '.join(DEFAULT_PROJECTIONS)} in {identity['search']!r}, got none of them"
+            f"expected projections among {', '.join(DEFAULT_PROJECTIONS)} in {identity['search']!r}, got none of them; "
+            "search another model"
         )
     inside = {name for group in groups for name in group.names}
     other = sum(layer_macs(linear) for name, (_, _, linear) in decoder_linears(dense).items() if name not in inside)

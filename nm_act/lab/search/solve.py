@@ -71,7 +71,8 @@ class Problem:
         if needed > self._reachable + 1e-9:
             best = 1 / (1 - self._reachable)
             raise ValueError(
-                f"expected a target speed-up of at most {best:.3f} with these options, got {target_speedup:g}"
+                f"expected a target speed-up of at most {best:.3f} with these options, got {target_speedup:g}; lower "
+                "it or add a faster --option"
             )
         cost = np.array([[0.0, *(self.costs[group.key][name] for name in self.specs)] for group in self.groups])
         groups, options = cost.shape
