@@ -36,9 +36,8 @@ def demo(
     """Prune a small real model with four patterns: perplexity, decode speed, sample texts, plot, JSON."""
     from ..files import check_writable, write_atomic
     from ..integrations.checkpoints import demo_model_path
-    from ..lab.evaluate.folder import make_folder
     from ..lab.extras import import_extra
-    from ..lab.output import write_json
+    from ..lab.output import make_folder, write_json
 
     import_extra("matplotlib.figure", "the plot", "demo")  # not after minutes of work
     start = time.perf_counter()

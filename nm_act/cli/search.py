@@ -44,8 +44,8 @@ def search(
 ) -> None:
     """Find a recipe: sensitivities on calibration text, costs from measured tables, and an optimal assignment."""
     from ..lab.cost import Rates
-    from ..lab.evaluate.folder import check_output
     from ..lab.evaluate.perplexity import check_window
+    from ..lab.output import check_output
     from ..lab.search import run
     from ..lab.search.options import find_calibrations, parse_option
     from ..lab.texts import first_windows, load_text, read_text
