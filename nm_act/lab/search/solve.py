@@ -1,6 +1,11 @@
 """The solver: one option for every group, so that the sum of sensitivities is least for a given predicted speed-up."""
 
+import ctypes
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -82,13 +87,14 @@ class Problem:
         # HiGHS lets a row fall short by 1e-6: in units of a ten-thousandth, that is 1e-10 of the time.
         enough = optimize.LinearConstraint(1e4 * self._saved.reshape(1, -1), 1e4 * min(needed, self._reachable))
         one_each = optimize.LinearConstraint(np.kron(np.eye(groups), np.ones(options)), 1, 1)
-        found = optimize.milp(
-            cost.ravel() / unit,
-            integrality=np.ones(groups * options),
-            bounds=optimize.Bounds(0, useful.ravel()),
-            constraints=[enough, one_each],
-            options={"mip_rel_gap": 1e-9, "time_limit": _SECONDS},
-        )
+        with _no_output():
+            found = optimize.milp(
+                cost.ravel() / unit,
+                integrality=np.ones(groups * options),
+                bounds=optimize.Bounds(0, useful.ravel()),
+                constraints=[enough, one_each],
+                options={"mip_rel_gap": 1e-9, "time_limit": _SECONDS},
+            )
         if found.x is None:
             raise RuntimeError(f"expected an optimal choice, got none ({found.message}); use larger --layers-together")
         picked = found.x.reshape(groups, options).argmax(axis=1)
@@ -117,3 +123,20 @@ class Problem:
         ]
         projections = tuple(dict.fromkeys(projection for group in self.groups for projection in group.projections))
         return Recipe(pattern=DENSE, projections=projections, rules=tuple(rules))
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Drop the lines that some versions of HiGHS print on stdout, where a command's JSON belongs."""
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush(None)
+    own = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+        flush(None)
+    finally:
+        os.dup2(own, 1)
+        os.close(own)
