@@ -1,14 +1,8 @@
 """Sparsity patterns: N:M, which share of a group of activations is kept, and per-token top-k as the baseline."""
 
-import functools
-import inspect
 import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
-
-P, R = ParamSpec("P"), TypeVar("R")
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 """Group sizes M that every operator accepts."""
@@ -174,41 +168,3 @@ def as_pattern(value: "str | NMPattern | TopKPattern") -> NMPattern | TopKPatter
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _warn_of_old_call(name: str, pattern: NMPattern) -> None:
-    import torch  # here, since patterns are read without it
-
-    if not torch.compiler.is_compiling():  # a warning has no place in a graph
-        text = f'nm_act.{name} takes one pattern since 0.2: write "{pattern}" in place of n and m'
-        warnings.warn(text, DeprecationWarning, stacklevel=3)
-
-
-def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function that takes a ``pattern`` also be called as before 0.2, with a DeprecationWarning.
-
-    Then it took ``n, m`` (and ``extra_columns``), by position or by name, in place of the pattern.
-    """
-    position = list(inspect.signature(function).parameters).index("pattern")
-
-    @functools.wraps(function)
-    def called(*args, **kwargs):
-        by_position = len(args) > position and isinstance(args[position], int)
-        if by_position or "n" in kwargs or "m" in kwargs or "extra_columns" in kwargs:
-            if "pattern" in kwargs or (len(args) > position and not by_position):
-                raise TypeError(
-                    f"nm_act.{function.__name__} expected a pattern alone, got n, m or extra_columns beside it; "
-                    'write them into the pattern, as in "8:16" or "2:4+1"'
-                )
-            given = args[position : position + 2] if by_position else ()
-            keep = given[0] if given else kwargs.pop("n", 2)
-            group = given[1] if len(given) > 1 else kwargs.pop("m", 4)
-            pattern = NMPattern(keep, group, kwargs.pop("extra_columns", ()))
-            _warn_of_old_call(function.__name__, pattern)
-            if by_position:
-                args = (*args[:position], pattern, *args[position + len(given) :])
-            else:
-                kwargs["pattern"] = pattern
-        return function(*args, **kwargs)
-
-    return called

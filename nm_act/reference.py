@@ -26,7 +26,8 @@ contract: it can change the mean of about one token in 10^9), the median is the 
 import torch
 
 from .ops.formulas import decompress, linear_of_pruned, ratio_root, scores, shifted, token_shift_values, variance_ratio
-from .patterns import NMPattern, TopKPattern, takes_pattern
+from .ops.legacy import takes_pattern
+from .patterns import NMPattern, TopKPattern
 
 __all__ = [
     "compress",

@@ -1,17 +1,14 @@
-"""The operators, their gradients, and what explains and packs for them."""
+"""The compiled operators; importing this package registers ``torch.ops.nm_act.*`` with their fakes and gradients."""
 
-from . import autograd  # registers the gradients
+from . import autograd, packed  # noqa: F401  (they register)
 from .operators import (
-    _C,
     METADATA_LAYOUTS,
     build_info,
-    call,
     compress,
     decompress,
     gather_linear,
     pack_metadata,
     prune,
-    refuse,
     sparse_linear,
     support_table,
     unpack_metadata,
@@ -19,16 +16,12 @@ from .operators import (
 
 __all__ = [
     "METADATA_LAYOUTS",
-    "_C",
-    "autograd",
     "build_info",
-    "call",
     "compress",
     "decompress",
     "gather_linear",
     "pack_metadata",
     "prune",
-    "refuse",
     "sparse_linear",
     "support_table",
     "unpack_metadata",

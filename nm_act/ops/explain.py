@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..patterns import NMPattern, takes_pattern
-from . import operators
+from .. import _C
+from ..patterns import NMPattern
+from .legacy import takes_pattern
 from .lifting import is_lifted, lifted_features
 
 PATHS = {
@@ -119,7 +120,7 @@ def explain(
         facts = torch.cuda.get_device_properties(x.device)
         compute_capability = compute_capability or facts.major
         multiprocessors = multiprocessors or facts.multi_processor_count
-    path, why = operators._C.choose_path(
+    path, why = _C.choose_path(
         device == "cuda",
         x.numel() // x.shape[-1],
         str(x.dtype).removeprefix("torch."),

@@ -8,9 +8,10 @@ import re
 import torch
 from torch import Tensor
 
-from ..patterns import NMPattern, takes_pattern
+from ..patterns import NMPattern
 from ..version import __version__
 from . import formulas
+from .legacy import takes_pattern
 
 try:
     from .. import _C
@@ -311,7 +312,7 @@ def call(op: str, *arguments, **options):
         if refused is None:
             raise
         wanted, name, found = refused.groups()
-        wanted = "torch.Tensor" if "Tensor" in wanted else wanted
+        wanted = "torch.Tensor" if "Tensor" in wanted else "torch.dtype" if name.endswith("dtype") else wanted
         raise TypeError(f"nm_act::{op} expected {name} of type {wanted}, got {found}; convert it first") from None
 
 

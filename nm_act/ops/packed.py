@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..patterns import NMPattern, takes_pattern
+from ..patterns import NMPattern
 from . import operators
+from .legacy import takes_pattern
 from .lifting import is_lifted, lifted_features
 
 _PLAIN = NMPattern(2, 4)
