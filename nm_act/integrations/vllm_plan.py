@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..layers.work import work_of
 from ..methods import mitigations
 from ..methods.criteria import CRITERIA
 from ..recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe, in_state_space
@@ -123,16 +124,8 @@ class Segment:
             bias = added if bias is None else bias + added
         if self.spec is None or self.spec.scoring.prunes_weight:
             return functional.linear(x, weight, bias)
-        y = sparse(
-            mitigations.in_basis(x, self.data),
-            weight,
-            bias,
-            self.spec.pattern,
-            channel_scale=self.channel_scale,
-            shift_out=shift_out,
-            **mitigations.operator_options(self.spec, self.data),
-        )
-        return mitigations.add_low_rank(y, x, self.data)
+        derived = {"channel_scale": self.channel_scale, "shift_out": shift_out}
+        return work_of(self.spec, self.data, sparse, derived)(x, weight, bias, None)
 
     def reads_as(self, other: "Segment") -> bool:
         """Whether both have the same operand: the same selection of the same inputs."""

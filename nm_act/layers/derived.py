@@ -13,7 +13,7 @@ from ..ops.lifting import lift_weight
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
 from . import stale
-from .work import LinearWork, compiled_operator, dense_operator
+from .work import LinearWork, compiled_operator, dense_operator, work_of
 
 DERIVED = ("channel_scale", "shift_out", "operand_weight", "operand_bias")
 """Buffers that refresh() computes."""
@@ -288,38 +288,17 @@ class Deriving(nn.Linear):
 
     def _make_work(self, derived: dict[str, torch.Tensor | None], lifted: torch.Tensor | None) -> LinearWork:
         spec, data = self.spec, self._local_data()
-        options = {
-            "channel_scale": derived["channel_scale"],
-            "shift": data.get("shift"),
-            "shift_out": derived["shift_out"],
-            "column_scale": data.get("column_scale"),
-        }
-        options = {name: value for name, value in options.items() if value is not None}
-        if spec.token_shift != "none":
-            options["token_shift"] = spec.token_shift
-        if spec.variance_correction:
-            options["variance_correction"] = True
         if spec.scoring.prunes_weight:
-            operator = dense_operator
+            operator, lifted = dense_operator, None
         elif self.differentiable or not isinstance(spec.pattern, NMPattern):
-            operator = composed.sparse_linear
+            operator, lifted = composed.sparse_linear, None
         else:
             # Ranks that see a slice of the features exchange what is a statistic of the whole token.
             by_row = self.shard is not None and self.shard.kind == "row"
             operator = partial(parallel.row_sparse_linear, self.shard) if by_row else compiled_operator
-            if lifted is not None and derived["operand_weight"] is None:
-                options["lifted_weight"] = lifted
-        low_rank = (data["low_rank_in"], data["low_rank_out"]) if "low_rank_in" in data else None
-        return LinearWork(
-            operator,
-            spec.pattern,
-            options,
-            weight=derived["operand_weight"],
-            bias=derived["operand_bias"],
-            rotation=data.get("rotation"),
-            low_rank=low_rank,
-            by_sequence=spec.scoring.by_sequence,
-        )
+            if derived["operand_weight"] is not None:
+                lifted = None
+        return work_of(spec, data, operator, derived, lifted)
 
     def _refusing_to_train(self, weight: torch.Tensor) -> dict[str, torch.Tensor | None]:
         sentence = (

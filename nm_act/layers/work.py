@@ -81,6 +81,34 @@ class LinearWork:
         return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def work_of(
+    spec, data: Mapping, operator: Callable, derived: Mapping, lifted_weight: Tensor | None = None
+) -> LinearWork:
+    """The work of a :class:`~nm_act.LinearSpec` with its calibrated data and what derives from the weight."""
+    options = {
+        "channel_scale": derived.get("channel_scale"),
+        "shift": data.get("shift"),
+        "shift_out": derived.get("shift_out"),
+        "column_scale": data.get("column_scale"),
+        "lifted_weight": lifted_weight,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    if spec.token_shift != "none":
+        options["token_shift"] = spec.token_shift
+    if spec.variance_correction:
+        options["variance_correction"] = True
+    return LinearWork(
+        operator,
+        spec.pattern,
+        options,
+        weight=derived.get("operand_weight"),
+        bias=derived.get("operand_bias"),
+        rotation=data.get("rotation"),
+        low_rank=(data["low_rank_in"], data["low_rank_out"]) if "low_rank_in" in data else None,
+        by_sequence=spec.scoring.by_sequence,
+    )
+
+
 def dense_operator(x: Tensor, weight: Tensor, bias: Tensor | None, pattern, **options) -> Tensor:
     """Of the baselines that prune the weight: their operand weight is sparse, the activation dense."""
     return F.linear(x, weight, bias)

@@ -40,7 +40,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from . import criteria
 
@@ -228,29 +227,6 @@ def shift_image(spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.T
     if "shift" in data:
         return v.float() @ data["shift"].float()
     return None
-
-
-def operator_options(spec, data: dict[str, torch.Tensor]) -> dict:
-    """Options of :func:`nm_act.sparse_linear` that are the spec's or calibrated data as they are."""
-    return {
-        "shift": data.get("shift"),
-        "token_shift": spec.token_shift,
-        "variance_correction": spec.variance_correction,
-        "column_scale": data.get("column_scale"),
-    }
-
-
-def in_basis(x: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
-    """``T(X) [..., in]``: the input in the basis of the selection."""
-    return x if "rotation" not in data else x @ data["rotation"].to(x.dtype)
-
-
-def add_low_rank(y: torch.Tensor, x: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
-    """``Y + X (AB)^T [..., out]`` from the operator's output and the dense input; ``y`` itself without a pair."""
-    if "low_rank_in" not in data:
-        return y
-    inner = functional.linear(x.reshape(-1, x.shape[-1]), data["low_rank_in"].to(x.dtype))
-    return torch.addmm(y.view(-1, y.shape[-1]), inner, data["low_rank_out"].to(x.dtype).t()).view(y.shape)
 
 
 def smoothing_of(input_max: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
