@@ -17,6 +17,7 @@ from .evaluate import evaluate, unfinished_evaluation
 from .generate import generate
 from .info import info
 from .ppl import ppl
+from .run import run
 from .search import search, unfinished_search
 
 
@@ -93,4 +94,7 @@ for _command in (info, demo, ppl, generate):
     app.command()(reports_errors(_command))
 app.command()(reports_errors(calibrate, unfinished=unfinished_calibration))
 app.command()(reports_errors(search, unfinished=unfinished_search))
+app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+)(run)
 app.command(name="eval")(reports_errors(evaluate, unfinished=unfinished_evaluation))

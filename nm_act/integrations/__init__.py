@@ -1,5 +1,5 @@
 """Bridges to other libraries; none of them is imported before it is needed."""
 
-from nm_act_autoload import register_with_transformers
+from .registration import register_with_transformers
 
 __all__ = ["register_with_transformers"]
