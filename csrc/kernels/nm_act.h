@@ -35,8 +35,8 @@ struct GemmDevice {
   int compute_capability_major;  // 9 runs the sm_90a kernels; 8 and anything after 9 run the sm_80 ones
   int multiprocessors;
 };
-// Most tokens of a gather: with a selection or 8-bit weights (kMaxDecodeTokens), and with neither (kMaxGatherTokens).
-inline constexpr int kMaxDecodeTokens = 4;
+// Most tokens of a gather: with a selection or 8-bit weights (kFewTokens), and with neither (kMaxGatherTokens).
+inline constexpr int kFewTokens = 4;
 inline constexpr int kMaxGatherTokens = 8;
 
 #if defined(NM_ACT_CUDA) || defined(__CUDACC__)
@@ -177,7 +177,7 @@ struct GatherParams {
   const float* shift_out;      // [out_features] or null
   const float* column_scale;   // [out_features] or null
   const void* bias;            // [out_features] of x_type, or null
-  int tokens;                  // at most kMaxGatherTokens; kMaxDecodeTokens with a pattern or 8-bit weights
+  int tokens;                  // at most kMaxGatherTokens; kFewTokens with a pattern or 8-bit weights
   int in_features;             // a multiple of pattern.group
   int out_features;            // a multiple of 8, or of 16 with 8-bit weights
   Pattern pattern;             // keep 0: no selection

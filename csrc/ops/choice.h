@@ -126,7 +126,7 @@ inline LinearChoice choose_few_on_cuda(const LinearFacts& facts, GemmDevice devi
 
 inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) {
   if (facts.activation_type == ElementType::kE4M3) return choose_e4m3_on_cuda(facts, device);
-  if (facts.tokens <= kMaxDecodeTokens) return choose_few_on_cuda(facts, device);
+  if (facts.tokens <= kFewTokens) return choose_few_on_cuda(facts, device);
   const auto dense = [](Why why) { return LinearChoice{LinearPath::kDense, why}; };
   const bool plain = is_2_4(facts.pattern);
   if (!plain && !is_lifted(facts.pattern)) return dense(Why::kNoSparsePath);

@@ -6,7 +6,7 @@
 namespace nm_act {
 
 static_assert(kSparseGemmTokens == 385 && kSparseGemmTokensInOut == 129 && kSparseGemmOutputsInOut == 6144 &&
-                  kLiftedTokens == 1024 && kMaxDecodeTokens == 4 && kMaxGatherTokens == 8,
+                  kLiftedTokens == 1024 && kFewTokens == 4 && kMaxGatherTokens == 8,
               "the rows below name these numbers");
 
 struct SupportRow {

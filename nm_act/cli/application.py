@@ -10,15 +10,15 @@ import typer
 from typer.core import TyperGroup
 
 from ..version import __version__
-from .calibrate import calibrate, unfinished_calibration
+from .calibrate import calibrate
 from .common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, INTERRUPTED, reports_errors
 from .demo import demo
-from .evaluate import evaluate, unfinished_evaluation
+from .evaluate import evaluate
 from .generate import generate
 from .info import info
 from .ppl import ppl
 from .run import run
-from .search import search, unfinished_search
+from .search import search
 
 
 @contextmanager
@@ -92,9 +92,9 @@ def _options(
 
 for _command in (info, demo, ppl, generate):
     app.command()(reports_errors(_command))
-app.command()(reports_errors(calibrate, unfinished=unfinished_calibration))
-app.command()(reports_errors(search, unfinished=unfinished_search))
+app.command()(reports_errors(calibrate, unfinished="state/block-*.safetensors"))
+app.command()(reports_errors(search, unfinished="*.jsonl"))
+app.command(name="eval")(reports_errors(evaluate, unfinished="rows/*.json"))
 app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 )(run)
-app.command(name="eval")(reports_errors(evaluate, unfinished=unfinished_evaluation))

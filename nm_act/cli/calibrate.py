@@ -90,16 +90,10 @@ def calibrate(
     print(f"written to {output}: nm-act ppl {model} --calibration {output}")
 
 
-def unfinished_calibration(output: Path) -> bool:
-    """Whether a stopped run left a finished block in its folder."""
-    return any((output / _STATE).glob("block-*.safetensors"))
-
-
 def _check_output(output: Path, model: str) -> None:
     """Raise a ValueError for a folder in which the result would replace files, those of the model for one."""
     from ..conversion.calibration import DATA_FILE
-    from ..lab.calibrate.state import IDENTITY
-    from ..lab.evaluate.folder import check_output
+    from ..lab.output import RUN_FILE, check_output
 
     place, source = output.resolve(), Path(model).expanduser().resolve()
     if source in (place, *place.parents) and Path(model).expanduser().exists():
@@ -110,7 +104,7 @@ def _check_output(output: Path, model: str) -> None:
     if (output / DATA_FILE).exists():
         raise ValueError(f"expected a folder without a finished calibration, got {str(output)!r}; use another")
     # A run that stopped may have left a part of its checkpoint beside its state.
-    check_output(output, f"{_STATE}/{IDENTITY}", _STATE)
+    check_output(output, f"{_STATE}/{RUN_FILE}", _STATE)
 
 
 def _note_orders(model) -> None:

@@ -6,7 +6,6 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,17 +44,17 @@ def remember_interrupts() -> None:
         sys.unraisablehook = unraisable
 
 
-def reports_errors(command, *, unfinished: Callable[[Path], bool] | None = None):
+def reports_errors(command, *, unfinished: str | None = None):
     """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
 
-    `unfinished` belongs to a command that can be resumed: whether its ``output`` holds finished work. With the
-    environment variable NM_ACT_TRACEBACK=1 exceptions pass through.
+    `unfinished` is a glob pattern of the finished parts that a stopped run leaves in its ``output``, if the command can
+    continue it. With the environment variable NM_ACT_TRACEBACK=1 exceptions pass through.
     """
 
     @functools.wraps(command)
     def wrapper(*args, **kwargs):
         def interrupted() -> typer.Exit:
-            kept = unfinished is not None and unfinished(kwargs["output"])
+            kept = unfinished is not None and any(kwargs["output"].glob(unfinished))
             print(INTERRUPTED_BUT_KEPT if kept else INTERRUPTED, file=sys.stderr)
             return typer.Exit(EXIT_INTERRUPTED)
 
@@ -70,15 +69,10 @@ def reports_errors(command, *, unfinished: Callable[[Path], bool] | None = None)
                 raise
             if _interrupts:
                 raise interrupted() from None
-            print(f"nm-act: {sentence(error)}", file=sys.stderr)
+            print(f"nm-act: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
             raise typer.Exit(EXIT_BAD_INPUT) from None
 
     return wrapper
-
-
-def sentence(error: BaseException) -> str:
-    """An exception's message on one line, or the name of its class if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def note(text: str) -> None:

@@ -34,13 +34,12 @@ def demo(
     as_json: opt.AsJson = False,
 ) -> None:
     """Prune a small real model with four patterns: perplexity, decode speed, sample texts, plot, JSON."""
-    import matplotlib.figure  # noqa: F401 (missing, it is told now and not after minutes)
-
     from ..files import check_writable, write_atomic
     from ..integrations.checkpoints import demo_model_path
-    from ..lab.evaluate.folder import make_folder
-    from ..lab.output import write_json
+    from ..lab.extras import import_extra
+    from ..lab.output import make_folder, write_json
 
+    import_extra("matplotlib.figure", "the plot", "demo")  # not after minutes of work
     start = time.perf_counter()
     content, source = _text(text)
     place = str(demo_model_path()) if model is None else model

@@ -43,12 +43,13 @@ def evaluate(
     """Evaluate the dense model and sparse variants; relative drops, standard errors, JSON, CSV, Markdown and plots."""
     from ..conversion.fingerprint import weights_fingerprint
     from ..lab.evaluate.calibrated import calibrated_row, of_calibration
-    from ..lab.evaluate.folder import PERPLEXITY, RunFolder, check_output
+    from ..lab.evaluate.folder import PERPLEXITY, RunFolder
     from ..lab.evaluate.perplexity import check_window
     from ..lab.evaluate.run import Study, check_context, check_scored
     from ..lab.evaluate.study import load_study, row_variant
     from ..lab.evaluate.tasks import build_task, check_available
     from ..lab.evaluate.variants import DENSE_VARIANT, from_recipe
+    from ..lab.output import check_output
     from ..lab.texts import load_text, whole_windows
 
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
@@ -100,11 +101,6 @@ def evaluate(
     common.note(whole.announcement())
     whole.run(common.note, batch_size)
     _finish(output, as_json)
-
-
-def unfinished_evaluation(output: Path) -> bool:
-    """Whether a stopped run left a result in its folder."""
-    return any((output / "rows").glob("*.json"))
 
 
 def _recipes(paths, patterns, criterion, mitigation, compared: bool) -> list[tuple]:

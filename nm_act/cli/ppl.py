@@ -80,7 +80,7 @@ def _check_out(out: Path | None) -> None:
     if out is None:
         return
     if out.suffix not in (".json", ".csv"):
-        raise ValueError(f"expected --out to end in .json or .csv, got {str(out)!r}")
+        raise ValueError(f"expected --out to end in .json or .csv, got {str(out)!r}; rename it")
     check_writable(out)
 
 

@@ -44,8 +44,8 @@ def search(
 ) -> None:
     """Find a recipe: sensitivities on calibration text, costs from measured tables, and an optimal assignment."""
     from ..lab.cost import Rates
-    from ..lab.evaluate.folder import check_output
     from ..lab.evaluate.perplexity import check_window
+    from ..lab.output import check_output
     from ..lab.search import run
     from ..lab.search.options import find_calibrations, parse_option
     from ..lab.texts import first_windows, load_text, read_text
@@ -82,10 +82,3 @@ def search(
     ]
     common.print_table("Calibration text", ["", "predicted speed-up", "perplexity", "change"], cells)
     print(f"{best.speedup:.3f}x predicted: {output / files[0]}; {', '.join(files[1:])} beside it")
-
-
-def unfinished_search(output: Path) -> bool:
-    """Whether a stopped run left a measurement in its folder."""
-    from ..lab.search.store import POINTS, SENSITIVITIES
-
-    return any((output / name).is_file() for name in (SENSITIVITIES, POINTS))

@@ -1,1 +1,1 @@
-"""From a dense model to a sparse one and back: sparsify, calibrated data, undoing a conversion that fails."""
+"""Converts a dense model to a sparse one: sparsify, calibrated data, and undoing a conversion that fails."""

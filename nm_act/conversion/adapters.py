@@ -3,11 +3,11 @@
 from torch import nn
 
 BASE = "base_layer"
-"""What PEFT calls the layer that it wraps."""
+"""PEFT's name for the layer that it wraps."""
 
 
 _PLAIN = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
-"""Subclasses of nn.Linear that compute what it does."""
+"""Subclasses of nn.Linear that compute the same as it."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -26,7 +26,7 @@ def plain_linear(module: nn.Linear) -> nn.Linear:
 
 
 def projection_name(name: str) -> str:
-    """Last component of a layer's name that says what it is: of ``q_proj.base_layer``, ``q_proj``.
+    """The component of a layer's name that identifies the projection: ``q_proj`` for ``q_proj.base_layer``.
 
     Examples
     --------
@@ -38,7 +38,7 @@ def projection_name(name: str) -> str:
 
 
 def wrapper_of(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
-    """Name and module of the innermost wrapper that a module is part of; None where nothing wraps it."""
+    """Name and module of the innermost wrapper around a module; None if nothing wraps it."""
     parts = name.split(".")
     for stop in range(len(parts) - 1, 0, -1):
         path = ".".join(parts[:stop])
@@ -55,20 +55,20 @@ def is_adapter(model: nn.Module, name: str) -> bool:
 
 
 def why_wrapped_stays(model: nn.Module, name: str) -> str:
-    """Why a module inside a wrapper stays dense; empty for the base of plain LoRA, and for what nothing wraps."""
+    """Why a module inside a wrapper stays dense; empty for the base layer of plain LoRA and for unwrapped modules."""
     found = wrapper_of(model, name)
     if found is None:
         return ""
     wrapper = found[1]
     if is_adapter(model, name):
         return f"adapter of PEFT's {type(wrapper).__name__}"
-    # LoRA adds to the output of the layer that it wraps; other methods compute with that layer's weight.
+    # LoRA adds to the output of the wrapped layer; other methods compute with its weight.
     plain = type(wrapper).__module__.startswith("peft.tuners.lora.") and not getattr(wrapper, "lora_variant", None)
     return "" if plain else f"PEFT's {type(wrapper).__module__.split('.')[-2]} method reads its weight by itself"
 
 
 def adapter_is_idle(model: nn.Module, name: str) -> bool:
-    """Whether a linear layer is an adapter that no call runs: merged, switched off, or not the active one."""
+    """Whether a linear layer is an adapter that calls do not run: merged, disabled, or not the active one."""
     if not is_adapter(model, name):
         return False
     wrapper, adapter = wrapper_of(model, name)[1], name.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Calibrations on disk: one folder with the recipe, the data as safetensors, and what they were made with."""
+"""Calibrations on disk: a folder with the recipe, the data as safetensors, and a record of how they were made."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from .sparsify import SparsifyReport, resolved_specs, sparsify
 RECIPE_FILE = "recipe.yaml"
 DATA_FILE = "calibration.safetensors"
 FACTS_FILE = "calibration.json"
-"""What the data were made with, its seed among it."""
+"""How the data were made, including the seed."""
 
 _FORMAT = "nm_act calibration 1"
 _ROUNDED = {"weights": torch.bfloat16, "weights_float16": torch.float16}
@@ -35,9 +35,9 @@ def save_calibration(model: nn.Module, folder, **facts: str) -> None:
     model : nn.Module
         A calibrated sparse model.
     folder : path
-        Must exist. The data file comes last, so a folder without it is not finished.
+        Must exist. The data file is written last, so a folder without it is unfinished.
     **facts : str
-        Kept in the data file's header.
+        Stored in the header of the data file.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def load_calibration(model: nn.Module, folder) -> SparsifyReport:
 
 
 def dense_weights(model: nn.Module) -> dict[str, str]:
-    """What tells a dense model's weights from others', as :func:`save_calibration` writes it into the header."""
+    """The fingerprints of a dense model's weights that :func:`save_calibration` writes into the header."""
     return {key: weights_fingerprint(model, dtype) for key, dtype in _ROUNDED.items()}
 
 
@@ -107,7 +107,7 @@ def is_reordered(layer: NMLinear) -> bool:
 
 
 def _check_weights(model: nn.Module, header: dict[str, str], folder: Path) -> None:
-    """Compare the model's weights with those that a calibration was made on; one from before kept none."""
+    """Compare the model's weights with those of the calibration; old calibrations have no fingerprint."""
     known = {key: header[key] for key in _ROUNDED if key in header}
     if not known and "folded" not in header:
         return
@@ -125,7 +125,7 @@ def _check_weights(model: nn.Module, header: dict[str, str], folder: Path) -> No
 
 
 def check_calibration(model: nn.Module, folder) -> tuple[Recipe, dict[str, torch.Tensor]]:
-    """Recipe and tensors of a calibration; raises what :func:`load_calibration` would, and changes nothing."""
+    """Recipe and tensors of a calibration; raises what :func:`load_calibration` would raise, and changes nothing."""
     refuse_optimized(model)
     folder = Path(folder)
     recipe, tensors, header = read_calibration(folder)
@@ -141,7 +141,7 @@ def check_calibration(model: nn.Module, folder) -> tuple[Recipe, dict[str, torch
 
 
 def _check_tensors(model: nn.Module, specs: dict[str, LinearSpec], tensors: dict, folder: Path) -> None:
-    """Compare the data's names and shapes with what a recipe's layers need; a shared layer has one of its names."""
+    """Compare the data's names and shapes with those that the layers need; a shared layer has one of its names."""
     modules = {name: module for name, module in model.named_modules() if name in specs}
     needed = {
         f"{name}.{key}": mitigations.shape_of(key, module.in_features, module.out_features, rank)
@@ -168,7 +168,7 @@ def _check_tensors(model: nn.Module, specs: dict[str, LinearSpec], tensors: dict
 
 
 def set_layers(model: nn.Module, layers: dict[str, NMLinear], tensors: dict[str, torch.Tensor]) -> None:
-    """Give sparse layers their calibrated data; orders of input channels are folded into the weights first."""
+    """Set the calibrated data of sparse layers, after folding the orders of input channels into the weights."""
     for name in layers:
         if f"{name}.input_order" in tensors:
             parent, _, child = name.rpartition(".")
@@ -179,7 +179,7 @@ def set_layers(model: nn.Module, layers: dict[str, NMLinear], tensors: dict[str,
 
 
 def read_calibration(folder: Path) -> tuple[Recipe, dict[str, torch.Tensor], dict[str, str]]:
-    """Recipe, tensors and header of a calibration; one sentence for a folder that holds none."""
+    """Recipe, tensors and header of a calibration; an error of one sentence if the folder has none."""
     path = folder / DATA_FILE
     if not path.is_file():
         raise FileNotFoundError(
@@ -207,7 +207,7 @@ def architecture(model: nn.Module) -> str:
 
 
 def describe(model: nn.Module) -> str:
-    """The model in a few words, for error sentences."""
+    """The model in a few words, for error messages."""
     return f"{type(model).__name__} with {sum(value.numel() for value in model.parameters()):,} parameters"
 
 

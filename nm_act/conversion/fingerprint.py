@@ -1,4 +1,4 @@
-"""What tells a model's weights from another's: one digest of every parameter's name, shape and values."""
+"""A fingerprint of a model's weights: one digest over the name, shape and values of every parameter."""
 
 import hashlib
 
@@ -7,10 +7,11 @@ from torch import nn
 
 
 def weights_fingerprint(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
-    """SHA-256 of all parameters, rounded to ``dtype``: the same on every device and number of threads.
+    """SHA-256 of all parameters, rounded to ``dtype``; independent of the device and the number of threads.
 
-    Rounding makes a checkpoint in float32 and its bfloat16 cast one model, as is a dense model and its sparse form,
-    whose parameters are the same. A reordered weight differs, and so does one changed value, up to the rounding.
+    Because of the rounding, a float32 checkpoint and its bfloat16 cast have the same fingerprint. So have a dense model
+    and its sparse form, whose parameters are the same. Reordering a weight changes it, as does any change of a value
+    beyond the rounding.
 
     Parameters
     ----------
@@ -42,6 +43,6 @@ def weights_fingerprint(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -
         if value.is_meta:
             raise ValueError(f"expected loaded weights, got {name} on the meta device; load the checkpoint first")
         digest.update(f"{name} {list(value.shape)}\n".encode())
-        # Bit patterns as int16, because NumPy knows no bfloat16.
+        # Bit patterns as int16, because NumPy has no bfloat16.
         digest.update(value.detach().to(dtype).cpu().contiguous().view(torch.int16).numpy())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Multiply-accumulates per token of a decoder's modules: what linear layers compute, and what else does."""
+"""Multiply-accumulates per token of a decoder's modules: linear layers and everything else with weights."""
 
 import math
 
@@ -10,16 +10,16 @@ _TOP_K = (
     *("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts"),
     *("num_selected_experts", "moe_k"),
 )
-"""What Transformers' families call the number of experts that a token goes through."""
+"""Names that Transformers' families give to the number of experts per token."""
 
 
 def computes_itself(module: nn.Module) -> bool:
-    """Whether a module that is no linear layer has matrices of its own (fused experts, a router, Conv1D)."""
+    """Whether a module that is not a linear layer has its own matrices (fused experts, a router, Conv1D)."""
     return not isinstance(module, nn.Embedding) and bool(matrices(module))
 
 
 def matrices(module: nn.Module) -> list[str]:
-    """Names of a module's own parameters with two or more dimensions beyond 1; biases of experts are none."""
+    """Names of a module's own parameters with at least two dimensions larger than 1, without biases of experts."""
     return [
         name
         for name, value in module.named_parameters(recurse=False)
@@ -28,10 +28,10 @@ def matrices(module: nn.Module) -> list[str]:
 
 
 def macs_of(model: nn.Module, name: str) -> float | None:
-    """Multiply-accumulates per token of one module of ``model``, its children left out; None where that is not known.
+    """Multiply-accumulates per token of one module of ``model`` without its children; None if unknown.
 
-    An expert counts as often as a token takes it on average: ``top_k`` of all experts run. A LoRA adapter that is
-    merged or not active counts nothing.
+    An expert counts by the average number of its calls per token, since ``top_k`` of all experts run. A LoRA adapter
+    that is merged or not active counts nothing.
     """
     module = model.get_submodule(name)
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
@@ -42,13 +42,13 @@ def macs_of(model: nn.Module, name: str) -> float | None:
         experts, active = own[0].shape[0], _top_k(model, name)
         known = active is not None and all(value.shape[0] == experts for value in own)
         return sum(value.numel() for value in own) * active / experts if known else None
-    # [in, out] of Conv1D, [experts, in] of a router, the kernel of a convolution over tokens: each used once a token.
+    # [in, out] of Conv1D, [experts, in] of a router, the kernel of a convolution over tokens: each used once per token.
     single = matrices(module) == ["weight"] and (own[0].ndim == 2 or isinstance(module, nn.Conv1d))
     return own[0].numel() * _share(model, name) if single else None
 
 
 def _share(model: nn.Module, name: str) -> float:
-    """Part of all tokens that a module sees: less than 1 inside a list of experts."""
+    """The fraction of all tokens that a module sees: less than 1 inside a list of experts."""
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
         if part == "experts" and parts[i + 1].isdigit():

@@ -1,9 +1,9 @@
-"""A static order of a layer's input channels, folded into its weight and those of the layers in front.
+"""A static order of a layer's input channels, folded into its weight and those of the preceding layers.
 
-It costs nothing at run time where the layers in front can produce their outputs in that order: the inputs of down_proj
-come channel by channel from gate_proj and up_proj, those of o_proj, within a head, from v_proj (all query heads that
-share a value head get one order). The dense function stays the same. The inputs of q, k, v, gate and up come from the
-residual stream and keep their order. :mod:`nm_act.lab.calibrate.order` finds a good order.
+It costs nothing at run time if the preceding layers can produce their outputs in that order: the inputs of down_proj
+come channel by channel from gate_proj and up_proj, and those of o_proj, within a head, from v_proj (all query heads
+that share a value head get one order). The dense function does not change. The inputs of q, k, v, gate and up come from
+the residual stream and keep their order. :mod:`nm_act.lab.calibrate.order` finds a good order.
 """
 
 import torch
@@ -14,14 +14,14 @@ from ..layers.linear import NMLinear
 
 @torch.no_grad()
 def fold_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
-    """Put a layer's input channels into ``order``, and the outputs of the layers in front likewise.
+    """Put a layer's input channels into ``order``, and the outputs of the preceding layers likewise.
 
     Every changed weight is a new parameter, so copies of the model that share the old ones do not change.
 
     Raises
     ------
     ValueError
-        If the order is none, or is not the identity and cannot be folded here.
+        If it is not an order, or if it is not the identity and cannot be folded here.
     """
     check_order(block, name, order)
     order = order.long()
@@ -42,7 +42,7 @@ def fold_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
 
 
 def check_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
-    """Raise what :func:`fold_order` would raise, and change nothing."""
+    """Raise what :func:`fold_order` would raise, without changing anything."""
     identity = torch.arange(len(order), dtype=order.dtype, device=order.device)
     if not torch.equal(order.sort().values, identity):
         raise ValueError(f"expected every input channel once in the order for {name}, got another; calibrate again")
@@ -55,7 +55,7 @@ def check_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
 
 
 def value_heads(block: nn.Module, name: str) -> tuple[int, int] | None:
-    """Value heads and their size for an attention output projection, None for any other layer."""
+    """Number and size of the value heads for an attention output projection; None for any other layer."""
     value = _sibling(block, name, "v_proj")
     attention = block.get_submodule(name.rpartition(".")[0])
     head_dim = getattr(attention, "head_dim", None)
@@ -66,7 +66,7 @@ def value_heads(block: nn.Module, name: str) -> tuple[int, int] | None:
 
 
 def gate_and_up(block: nn.Module, name: str) -> list[nn.Linear]:
-    """The layers in front of a down projection, [] for any other layer."""
+    """The layers before a down projection; [] for any other layer."""
     pair = [_sibling(block, name, other) for other in ("gate_proj", "up_proj")]
     width = block.get_submodule(name).in_features
     fits = name.rpartition(".")[2] == "down_proj" and all(m is not None and m.out_features == width for m in pair)

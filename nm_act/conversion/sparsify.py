@@ -1,4 +1,4 @@
-"""Making a model sparse: replace the linear layers that a recipe names, and report what was done."""
+"""Makes a model sparse: replaces the linear layers that a recipe names, and reports what was done."""
 
 import copy
 from collections import Counter
@@ -37,15 +37,15 @@ class SparsifyReport:
     replaced : list of (str, LinearSpec)
         Name of every layer that is sparse now, and how.
     kept : list of (str, str)
-        Name of every linear layer that stayed as it was, and why; also of what else multiplies by weights inside the
-        decoder layers (fused experts, routers, Conv1D, convolutions, state-space layers).
+        Name of every linear layer that stayed dense, and why; also of other modules inside the decoder layers that
+        multiply by weights (fused experts, routers, Conv1D, convolutions, state-space layers).
     mac_fraction : float
-        Share of the multiply-accumulates by weights inside decoder layers whose input is sparse now (in at least one
-        phase). A token goes through ``top_k`` of a mixture's experts, and they count so often; the output head is not
-        counted, nor is what ``uncounted`` names.
+        Fraction of the multiply-accumulates by weights inside decoder layers whose input is sparse now (in at least one
+        phase). Of a mixture's experts, the ``top_k`` that a token goes through count; the output head and what
+        ``uncounted`` names do not.
     uncounted : list of str
-        Name of every module in the decoder layers that has weights of a form whose products are not known here; they
-        are no part of ``mac_fraction``.
+        Name of every module in the decoder layers whose products are unknown, because of the form of its weights; they
+        are not part of ``mac_fraction``.
     note : str
         What the caller should know about saving the model; often empty.
     """
@@ -98,16 +98,16 @@ def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True, optimize
     TypeError
         If ``recipe`` is not a Recipe.
     ValueError
-        If the recipe names a layer or projection that the model lacks, or the model is sparse or optimized
-        already, or it is an encoder-decoder, or none of its projections is a ``torch.nn.Linear``, or a layer to be
-        replaced has something registered that a sparse layer cannot take over (hooks of its state, a weight computed by
-        a hook, a forward of its own).
+        If the recipe names a layer or projection that the model does not have; if the model is already sparse or
+        optimized, or is an encoder-decoder; if none of its projections is a ``torch.nn.Linear``; or if a layer to be
+        replaced has something that a sparse layer cannot take over (hooks of its state, a weight computed by a hook, a
+        replaced forward).
 
     Notes
     -----
-    The model is unchanged after any error, also one that comes late (out of memory in the last layer, say). Layers that
-    were replaced by then come back with bit-equal values; who held a layer or a weight gets that very object back.
-    Forward and backward hooks stay registered.
+    The model is unchanged after any error, even a late one (out of memory in the last layer, say). Layers that were
+    already replaced are restored with bitwise equal values; a layer or weight that is referenced elsewhere is restored
+    as the same object. Forward and backward hooks stay registered.
 
     Examples
     --------
@@ -144,7 +144,7 @@ def _replace_linears(
     stacks = set()
     sparse_layers: dict[tuple[nn.Module, LinearSpec], NMLinear] = {}
     shared = {key for key, names in Counter(id(module) for _, module in candidates).items() if names > 1}
-    # Its owners: a wrapper such as PEFT's only passes on the weight of the layer inside it.
+    # Modules that own a weight; a wrapper such as PEFT's only exposes the weight of the layer inside it.
     owned = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     tied = {key for key, count in owned.items() if count > 1}
     candidates.reverse()
@@ -159,7 +159,7 @@ def _replace_linears(
         stacks.add(places[name].stack)
         sparse = sparse_layers.get((module, spec))
         if sparse is None:
-            # A weight that several modules share stays as it is: a copy in another layout would be no longer theirs.
+            # A weight that several modules share keeps its layout: a copy would no longer be shared.
             linear = plain_linear(module)
             kept = {"weight_layout": "out_in", "lift": False} if id(linear.weight) in tied else {}
             sparse = NMLinear.from_linear(linear, spec, **kept)
@@ -176,12 +176,12 @@ def _replace_linears(
 
 
 def check_recipe(model: nn.Module, recipe: Recipe) -> None:
-    """Raise what :func:`sparsify` would raise for this model and recipe, and change nothing."""
+    """Raise what :func:`sparsify` would raise for this model and recipe, without changing anything."""
     _checked(model, recipe)
 
 
 def resolved_specs(model: nn.Module, recipe: Recipe) -> dict[str, LinearSpec]:
-    """Name -> spec of every layer that :func:`sparsify` would make sparse, after its checks; changes nothing."""
+    """Name -> spec of every layer that :func:`sparsify` would make sparse; checks all, changes nothing."""
     candidates, places = _checked(model, recipe)
     decided = {name: _decide(model, name, module, places[name], recipe)[0] for name, module in candidates}
     return {name: spec for name, spec in decided.items() if spec is not None}
@@ -193,7 +193,7 @@ def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
     Raises
     ------
     ValueError
-        If the model is optimized: merged and e4m3 layers are none of its linear layers.
+        If the model is optimized, because merged and e4m3 layers are not its linear layers.
     """
     refuse_optimized(model)
     prefix = _decoder_prefix(model)
@@ -203,7 +203,7 @@ def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
 
 
 def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Module]], dict[str, "_Place | None"]]:
-    """Candidates for replacement and their places in the model, after all checks."""
+    """The candidates for replacement and their places in the model, after all checks."""
     if not isinstance(recipe, Recipe):
         raise TypeError(f"expected a Recipe, got {type(recipe).__name__}; use Recipe(...) or Recipe.load(path)")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -241,7 +241,7 @@ class _Place:
 
 
 def _candidates(model: nn.Module, recipe: Recipe, prefix: str) -> list[tuple[str, nn.Module]]:
-    """Linear layers and whatever else bears a projection's name or multiplies by weights, under each of its names."""
+    """Linear layers, and all else that has a projection's name or multiplies by weights, under each of its names."""
 
     def wanted(name: str, module: nn.Module) -> bool:
         named = recipe.covers(projection_name(name)) and not list(module.children())
@@ -255,7 +255,7 @@ def _in_layer(name: str, prefix: str) -> bool:
 
 
 def _decoder_prefix(model: nn.Module) -> str:
-    """Name prefix of the text decoder: a vision tower has projections of the same names."""
+    """Name prefix of the text decoder, because a vision tower has projections of the same names."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     return next((name for name, module in model.named_modules() if module is decoder), "")
 
@@ -297,7 +297,7 @@ def _other_kind(module: nn.Module) -> str:
     if not is_plain_linear(module):
         return f"{type(module).__name__} is not torch.nn.Linear"
     weight = module.weight
-    if type(weight) is not nn.Parameter:  # a quantised tensor, or one that is computed
+    if type(weight) is not nn.Parameter:  # a quantised or computed tensor
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight is quantised ({str(weight.dtype).removeprefix('torch.')})"
@@ -305,7 +305,7 @@ def _other_kind(module: nn.Module) -> str:
 
 
 def _check_kinds(recipe: Recipe, candidates: list[tuple[str, nn.Module]], places: dict[str, "_Place | None"]) -> None:
-    """Refuse a model of whose named projections none is a linear layer, where the recipe would do nothing."""
+    """Refuse a model in which no named projection is a linear layer, so that the recipe would do nothing."""
     named = {name: module for name, module in candidates if places[name] and recipe.covers(places[name].projection)}
     sparse = [name for name in named if recipe.resolve(places[name].layer, places[name].projection) is not None]
     if sparse and not any(isinstance(module, nn.Linear) for module in named.values()):
@@ -317,7 +317,7 @@ def _check_kinds(recipe: Recipe, candidates: list[tuple[str, nn.Module]], places
 
 
 def _check_effect(candidates: list[tuple[str, nn.Module]], decided: list[tuple[LinearSpec | None, str]]) -> None:
-    """Refuse a recipe under which every layer stays dense for a reason that is not the recipe's."""
+    """Refuse a recipe under which every layer stays dense for a reason other than the recipe itself."""
     reasons = [(name, reason) for (name, _), (spec, reason) in zip(candidates, decided, strict=True) if spec is None]
     if len(reasons) < len(decided) or any(reason == DENSE_BY_RECIPE for _, reason in reasons):
         return
@@ -337,7 +337,7 @@ def _check_names(recipe: Recipe, places: list[_Place]) -> None:
     if unknown_layers:
         span = f"layers {min(layers)} to {max(layers)}" if layers else "no numbered layers"
         raise ValueError(f"expected layers that the model has ({span}), got {unknown_layers[0]}; correct the recipe")
-    # The default list fits Llama-like models as a whole; a list that someone wrote has to fit name by name.
+    # The default list stands for a whole block; an explicit list must match name by name.
     named = [name for rule in recipe.rules for name in rule.projections or ()]
     if recipe.projections != DEFAULT_PROJECTIONS or not any(map(recipe.covers, projections)):
         named += recipe.projections

@@ -1,4 +1,4 @@
-"""Taking a model back to where it was when changing its layers fails half-way, without holding it twice."""
+"""Restores a model when changing its layers fails half-way, without keeping a second copy of it."""
 
 import contextlib
 import weakref
@@ -10,18 +10,18 @@ from torch import nn
 from .adapters import is_plain_linear
 
 _TORCH_STATE = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
-"""A module's own containers (children, parameters, hooks). Handles of hooks refer to them: they are never replaced."""
+"""A module's own containers (children, parameters, hooks). Hook handles refer to them, so they are never replaced."""
 
 
 @contextlib.contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put back the modules, hooks, attributes and config of ``model`` if the block raises.
+    """Restore the modules, hooks, attributes and config of ``model`` if the block raises.
 
-    Weights of linear layers are not kept: a layer that was replaced and is gone comes back with its attributes, its
-    hooks and bit-equal values, copied from what took its place; a layer or weight that somebody else still holds (a
-    tied one) comes back as the very same object. In the good case nothing is copied.
+    Weights of linear layers are not kept. A replaced layer that no longer exists is restored with its attributes, its
+    hooks and bitwise equal values, copied from its replacement; a layer or weight that is referenced elsewhere (a tied
+    one) is restored as the same object. If the block succeeds, nothing is copied.
     """
-    # What a checkpoint says is in the config of the model that PEFT wraps, which the wrapper hands out as its own.
+    # The checkpoint's entry is in the config of the model inside PEFT, which the wrapper exposes as its own.
     config = getattr(model, "config", None)
     fields = dict(vars(config)) if hasattr(config, "__dict__") else None
     layers = _linears(model)
@@ -49,7 +49,7 @@ def _put_back(model: nn.Module, layers: dict[int, "_Linear"], modules: list["_Mo
     linears = {}
     for key, layer in layers.items():
         linears[key] = layer.restored(model, weights)
-        for name in layer.names:  # at once, so that what was in its place is freed before the next weight is copied
+        for name in layer.names:  # immediately, so that the replacement is freed before the next weight is copied
             parent, _, child = name.rpartition(".")
             model.get_submodule(parent)._modules[child] = linears[key]
     for saved in modules:
@@ -57,13 +57,13 @@ def _put_back(model: nn.Module, layers: dict[int, "_Linear"], modules: list["_Mo
 
 
 class _Module:
-    """Everything in a module's dictionary, and what its containers held."""
+    """Everything in a module's dictionary, and the contents of its containers."""
 
     def __init__(self, module: nn.Module, layers: dict[int, "_Linear"]):
         self.module, self.kind = module, type(module)
         self.attributes = dict(vars(module))
         self.contents = {key: value.copy() for key, value in vars(module).items() if key in _TORCH_STATE}
-        # Keys in place of the linear layers among the children.
+        # Linear layers among the children are replaced by keys.
         self.contents["_modules"] = {
             name: id(child) if id(child) in layers else child for name, child in module._modules.items()
         }
@@ -92,7 +92,7 @@ class _Linear:
     def __init__(self, module: nn.Linear):
         self.names: list[str] = []
         self.module, self.kind = weakref.ref(module), type(module)
-        # accelerate's forward holds the layer, and with it the weight; its hook gives the forward again.
+        # accelerate's forward references the layer and so its weight; its hook can create the forward again.
         self.attributes = {key: value for key, value in vars(module).items() if key not in ("forward", "_old_forward")}
         self.attributes["_parameters"] = {}
         self.contents = {key: value.copy() for key, value in vars(module).items() if key in _TORCH_STATE}
@@ -101,7 +101,7 @@ class _Linear:
         self.weight = _Weight(self.contents["_parameters"].pop("weight")) if plain else None
 
     def restored(self, model: nn.Module, weights: dict[int, nn.Parameter]) -> nn.Linear:
-        """The layer again: the same object where somebody holds it."""
+        """The restored layer: the same object if it is referenced elsewhere."""
         module = self.module()
         if module is None:
             module = self.kind.__new__(self.kind)
@@ -121,7 +121,7 @@ class _Linear:
 
 
 class _Weight:
-    """What a weight was, but for its values."""
+    """Everything about a weight except its values."""
 
     def __init__(self, weight: torch.Tensor):
         self.key, self.reference = id(weight), weakref.ref(weight)
@@ -129,7 +129,7 @@ class _Weight:
         self.grad, self.attributes = weight.grad, dict(vars(weight))
 
     def restored(self, current, weights: dict[int, nn.Parameter]) -> torch.Tensor:
-        """The same object where it lives, else one with the values of ``current()``; tied ones are one again."""
+        """The same object if it still exists, else one with the values of ``current()``; tied weights stay tied."""
         weight = self.reference()
         if weight is None:
             weight = weights.get(self.key)

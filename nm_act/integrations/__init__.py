@@ -1,4 +1,4 @@
-"""Bridges to other libraries; none of them is imported before it is needed."""
+"""Integrations with other libraries, each of which is imported only when it is needed."""
 
 from .registration import register_with_transformers
 

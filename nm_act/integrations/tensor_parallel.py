@@ -1,7 +1,6 @@
-"""Transformers' tensor parallelism: which sizes a model with sparse layers can be split into, checked before loading.
+"""Transformers' tensor parallelism: checks, before loading, whether a model with sparse layers can be split as planned.
 
-The splitting itself is Transformers' own (``tp_plan``); :class:`~nm_act.NMLinear` sees its weight become a DTensor and
-follows.
+Transformers does the splitting (``tp_plan``); :class:`~nm_act.NMLinear` detects that its weight is a DTensor.
 """
 
 import re
@@ -11,21 +10,21 @@ from ..parallel import Part, check_size, check_split, part_of
 
 _KINDS = {"rowwise": "row", "colwise": "column"}
 _GATHERED = ("colwise_gather_output", "colwise_rep")
-"""Column styles whose outputs every rank puts together again, so that attention sees whole heads."""
+"""Column styles whose outputs every rank gathers again, so that attention sees whole heads."""
 
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
 
 
 def check_plan(model) -> None:
-    """Check that the tensor-parallel plan a Transformers model is about to be split by cuts no group.
+    """Check that the tensor-parallel plan of a Transformers model that is being loaded cuts no group.
 
     Does nothing without such a plan.
 
     Raises
     ------
     ValueError
-        If the size does not divide a sparse layer, whole groups and attention heads included; it names the layer and
-        the sizes that work. If a layer's method cannot be split. If FSDP is asked for.
+        If the size does not divide a sparse layer into whole groups and attention heads (the error names the layer and
+        the sizes that work), if a layer's method cannot be split, or if FSDP is requested.
     """
     distributed = getattr(model.config, "distributed_config", None)
     _refuse_fsdp(distributed)
@@ -34,12 +33,12 @@ def check_plan(model) -> None:
         return
     plan = dict(model.tp_plan or {})
     if isinstance(distributed.tp_plan, dict):
-        plan = plan | distributed.tp_plan if distributed.tp_plan else {}  # an empty one asks for no rule at all
+        plan = plan | distributed.tp_plan if distributed.tp_plan else {}  # an empty plan has no rules
     check_size(size, _parts(model, plan))
 
 
 def _refuse_fsdp(distributed) -> None:
-    # It cuts every weight by its rows, as column parallelism does, but puts it together again for each call.
+    # FSDP splits every weight by rows, as column parallelism does, but gathers it again for each call.
     for field in ("fsdp_size", "dp_replicate_size", "dp_size"):
         ranks = getattr(distributed, field, None) or 1
         if ranks > 1:

@@ -31,9 +31,9 @@ class NMActConfig(QuantizationConfigMixin):
     Parameters
     ----------
     recipe : Recipe, dict or path, optional
-        The recipe, its plain mapping, or a .yaml or .json file.
+        A recipe, its plain mapping, or the path of a .yaml or .json file.
     **fields
-        The fields of a :class:`~nm_act.Recipe`, in place of ``recipe``.
+        The fields of a :class:`~nm_act.Recipe`, instead of ``recipe``.
 
     Raises
     ------
@@ -47,8 +47,8 @@ class NMActConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, recipe: Recipe | dict | str | None = None, **fields: Any):
-        fields.pop("quant_method", None)  # a saved config names it
-        if isinstance(recipe, dict):  # first of all, because it says whether a newer version wrote it
+        fields.pop("quant_method", None)  # saved configs contain this name
+        if isinstance(recipe, dict):  # first, because the version says whether a newer nm_act wrote it
             recipe = Recipe.from_dict(recipe)
         if recipe is not None and fields:
             raise ValueError(
@@ -62,7 +62,7 @@ class NMActConfig(QuantizationConfigMixin):
         self.recipe = recipe
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain mapping, as written to ``config.json``."""
+        """The plain mapping that is written to ``config.json``."""
         return {"quant_method": self.quant_method, "recipe": self.recipe.to_dict()}
 
     def __iter__(self):
@@ -71,7 +71,7 @@ class NMActConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class NMActQuantizer(HfQuantizer):
-    """Puts :class:`~nm_act.NMLinear` layers into a model during loading; the weights are stock."""
+    """Inserts :class:`~nm_act.NMLinear` layers into a model during loading; the weights are stock ones."""
 
     quantization_config: NMActConfig
 
@@ -90,7 +90,7 @@ class NMActQuantizer(HfQuantizer):
         _check_weights(model)
         for module in model.modules():
             if isinstance(module, NMLinear):
-                # Transformers allocates what the checkpoint lacks and leaves it as it finds it.
+                # Transformers allocates what the checkpoint lacks but does not initialise it.
                 for value in module.data().values():
                     if not getattr(value, "_is_hf_initialized", False):
                         value.fill_(torch.nan)
@@ -103,25 +103,25 @@ class NMActQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether ``Trainer`` may fine-tune the model, through adapters at least."""
+        """Whether ``Trainer`` may fine-tune the model, at least through adapters."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Whether it may train the weights themselves: they are the dense ones."""
+        """Whether it may train the weights themselves, which are the dense ones."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``generate`` may compile the model: what looks at sequences breaks the graph."""
+        """Whether ``generate`` may compile the model; methods that read whole sequences break the graph."""
         return not self.quantization_config.recipe.needs_token_context
 
 
 def _check_weights(model) -> None:
-    """Refuse a sparse layer whose weight the checkpoint lacks: Transformers would leave a random one in its place."""
+    """Refuse a sparse layer whose weight the checkpoint lacks: Transformers would leave a random one."""
     for name, module in model.named_modules():
         own = module.named_parameters(recurse=False) if isinstance(module, NMLinear) else ()
-        # Transformers marks what it has read or tied; what it left on disk is on the meta device, and a file's to say.
+        # Transformers marks what it has read or tied; what it leaves on disk (on the meta device) cannot be checked.
         # Calibrated data are buffers, which the layer itself checks.
         read = lambda value: value.is_meta or getattr(value, "_is_hf_initialized", False)  # noqa: E731
         lacking = next((key for key, value in own if not read(value)), None)
@@ -133,7 +133,7 @@ def _check_weights(model) -> None:
 
 
 def record_recipe(model, recipe: Recipe) -> str:
-    """Write the recipe into a Transformers model's config for saving; returns a note where that cannot be."""
+    """Write the recipe into a Transformers model's config for saving; returns a note if that is impossible."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):  # PEFT: for the merged model

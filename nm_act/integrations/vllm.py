@@ -1,7 +1,7 @@
-"""vLLM plug-in: ``vllm serve`` of a saved nm_act checkpoint, nothing to be written by the user.
+"""vLLM plug-in: ``vllm serve`` runs a saved nm_act checkpoint without any code.
 
-vLLM loads :func:`register` in each of its processes through the entry point group ``vllm.general_plugins``. The classes
-that plug into it are in ``vllm_linear.py``, what they decide in ``vllm_plan.py``.
+vLLM calls :func:`register` in each of its processes through the entry point group ``vllm.general_plugins``. The classes
+that plug into it are in ``vllm_linear.py``, the decisions that need no vLLM in ``vllm_plan.py``.
 """
 
 import logging
@@ -10,21 +10,21 @@ from ..supported import supported
 
 
 def register() -> None:
-    """Entry point: make vLLM know the quantisation method "nm_act"; warns in one sentence where it cannot.
+    """Entry point: register the quantisation method "nm_act" with vLLM; warns in one sentence if that fails.
 
-    It must not raise: vLLM calls it for every model, whether that is sparse or not.
+    It must not raise, because vLLM calls it for every model, sparse or not.
     """
     try:
         from . import vllm_linear  # noqa: F401
-    except Exception as error:  # whatever it is: other models must still be served
+    except Exception as error:  # any error: other models must still be served
         logging.getLogger("vllm.nm_act").warning(interface_sentence(error))
 
 
 def interface_sentence(error: Exception) -> str:
-    """What to tell the user of a vLLM whose interface is another."""
+    """The warning for a vLLM with a different interface."""
     try:
-        from vllm import __version__ as found  # not the package's metadata: a CPU build goes by another name
-    except Exception:  # this is said from register(), which must not raise
+        from vllm import __version__ as found  # instead of the package's metadata, because a CPU build has another name
+    except Exception:  # called by register(), which must not raise
         found = "one without version"
     reason = " ".join(str(error).split())
     versions = supported("vllm")[0].versions

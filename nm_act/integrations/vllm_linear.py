@@ -1,9 +1,10 @@
 """The classes that plug into vLLM; importing this module needs vLLM and registers the method "nm_act" with it.
 
-The weights are loaded as vLLM loads dense ones. What derives from the *whole* weight of a projection (a channel scale,
-another weight in its place) is computed while the loader has that in hand, before it is cut for this rank: no rank has
-to ask another, and all select as a single process does. A weight that comes before its calibrated data waits for it.
-Every collective is vLLM's own, and ``apply`` reads nothing back from the device, so it can be captured in a CUDA graph.
+vLLM loads the weights like dense ones. What is derived from the *whole* weight of a projection (a channel scale, a
+replacement of the weight) is computed while the loader holds it, before it is sliced for this rank: ranks need not
+communicate, and all select as a single process does. A weight that is loaded before its calibrated data is kept until
+the data arrives. Every collective is vLLM's own, and ``apply`` reads nothing back from the device, so CUDA graphs can
+capture it.
 """
 
 import functools
@@ -47,7 +48,7 @@ _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
 
 
 class NMActVLLMConfig(QuantizationConfig):
-    """vLLM's view of the ``quantization_config`` in a saved checkpoint: the recipe."""
+    """The ``quantization_config`` of a saved checkpoint in vLLM: the recipe."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()
@@ -65,12 +66,12 @@ class NMActVLLMConfig(QuantizationConfig):
         return "nm_act"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Dtypes that the operators take."""
+        """Dtypes that the operators support."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """The oldest GPU that has kernels."""
+        """The lowest compute capability with kernels."""
         return 80
 
     @staticmethod
@@ -99,12 +100,12 @@ class NMActVLLMConfig(QuantizationConfig):
             process(layer)
             self._log()
 
-        # On the object, not in a subclass: some of vLLM's models compare the type before they replace the method.
+        # On the object instead of in a subclass: some of vLLM's models compare the type before they replace the method.
         method.process_weights_after_loading = process_and_log
         return method
 
     def _log(self) -> None:
-        """Say once, when the first layer has its weights and so all are built, what is sparse."""
+        """Log once what is sparse, when the first layer has its weights and so all layers exist."""
         if not self._logged and get_tensor_model_parallel_rank() == 0:
             level, text = plan.loaded_sentence(len(self._sparse), len(self._dense), (self._dense or [""])[0])
             logging.getLogger("vllm.nm_act").log(level, text)
@@ -166,8 +167,8 @@ class NMActLinearMethod(LinearMethodBase):
         layer.nm_act_scales = [None] * len(self.specs)
         layer.nm_act_data = [dict[str, torch.Tensor]() for _ in self.specs]
         layer.nm_act_waiting = []
-        # Which output features of each projection vLLM's loader gives this rank: its own index vector, loaded like the
-        # weight. Not a parameter of the layer, since no checkpoint has it.
+        # An index vector, loaded like the weight, shows which output features of each projection vLLM's loader gives
+        # this rank. It is not a parameter of the layer, because no checkpoint contains it.
         rows = torch.empty(sum(output_partition_sizes), dtype=torch.int64)
         layer.nm_act_rows = [ChannelQuantScaleParameter(data=rows, output_dim=0, weight_loader=load)]
         for name in self._data_names:
@@ -179,20 +180,20 @@ class NMActLinearMethod(LinearMethodBase):
         return sorted({name for spec in self.specs if spec is not None for name in mitigations.data_of(spec)})
 
     def _load_data(self, layer, name: str, param, value: torch.Tensor, loaded_shard_id=None) -> None:
-        """Take one projection's calibrated data, whole; ``param`` is only the name under which vLLM finds it."""
+        """Take one projection's whole calibrated data; ``param`` is only the name under which vLLM finds it."""
         index = 0 if len(self.specs) == 1 else _SHARD_IDS.get(loaded_shard_id, loaded_shard_id)
         dtype = layer.weight.dtype if name in FOLLOW_WEIGHT else torch.float32
         layer.nm_act_data[index][name] = value.to(layer.weight.device, dtype, copy=True)
         layer.nm_act_waiting = [item for item in layer.nm_act_waiting if not self._finish(layer, *item)]
 
     def _load(self, layer, load, param, loaded_weight: torch.Tensor, loaded_shard_id=None) -> None:
-        """vLLM's loader of this layer, behind what derives from the whole of what it is about to cut."""
+        """Derive what needs the whole weight, then call vLLM's loader of this layer, which slices it."""
         if not self._finish(layer, load, param, loaded_weight, loaded_shard_id):
-            # A copy: it is kept longer than some of vLLM's readers keep their buffers.
+            # A copy, because it is kept longer than some of vLLM's readers keep their buffers.
             layer.nm_act_waiting.append((load, param, loaded_weight.clone(), loaded_shard_id))
 
     def _finish(self, layer, load, param, loaded_weight: torch.Tensor, shard_id) -> bool:
-        """Load a weight if the calibrated data of its projections is there."""
+        """Load a weight if the calibrated data of its projections has arrived."""
         parts = list(self._projections(layer, loaded_weight, shard_id))
         if any(self._missing(layer, index) for index, _ in parts):
             return False
@@ -210,7 +211,7 @@ class NMActLinearMethod(LinearMethodBase):
         return "" if spec is None else next((name for name in mitigations.data_of(spec) if name not in data), "")
 
     def _derive(self, layer, index: int, part: torch.Tensor, param) -> torch.Tensor:
-        """Set a projection's channel scale; return its operand weight, ``part`` itself where that is the weight."""
+        """Set a projection's channel scale; return its operand weight (``part`` itself if no method replaces it)."""
         spec, data = self.specs[index], layer.nm_act_data[index]
         if spec is None:
             return part
@@ -246,7 +247,7 @@ class NMActLinearMethod(LinearMethodBase):
         return zip(indices, whole.split([sizes[index] for index in indices]), strict=True)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Join the projections that prune alike, and store their weights [in, out], as decoding reads them.
+        """Join the projections with the same selection, and store their weights [in, out], as decode reads them.
 
         Raises
         ------
@@ -276,7 +277,7 @@ class NMActLinearMethod(LinearMethodBase):
         del layer.nm_act_data, layer.nm_act_scales, layer.nm_act_rows, layer.nm_act_waiting
         weight = layer.weight.data
         parts = [parallel.stored_in_out(weight[each.start : each.stop]) for each in layer.nm_act_segments]
-        # A single part stays the parameter; several are kept apart, each stored by itself, and the whole is given back.
+        # A single part remains the parameter; several are stored separately, and the whole is freed.
         layer.weight.data = parts[0] if len(parts) == 1 else weight.new_empty(0)
         layer.nm_act_weights = [None] if len(parts) == 1 else parts
         layer.nm_act_shift_outs = [
@@ -290,23 +291,23 @@ class NMActLinearMethod(LinearMethodBase):
 
     @staticmethod
     def _local_data(layer, shard: parallel.Shard | None) -> list[dict[str, torch.Tensor]]:
-        """The part of each projection's calibrated data that this rank's forward reads."""
+        """The part of each projection's calibrated data that the forward on this rank reads."""
         local, rows = [], layer.nm_act_rows[0].data.split(layer.nm_act_sizes)
         for data, mine in zip(layer.nm_act_data, rows, strict=True):
             part = {}
             for name, value in data.items():
                 if mitigations.DATA[name][0] == "out":
                     part[name] = value[mine.to(value.device)]
-                elif name not in ("smoothing", "input_norm", "input_order"):  # those did their work while loading
+                elif name not in ("smoothing", "input_norm", "input_order"):  # these were applied while loading
                     part[name] = value if shard is None else shard.part(value, mitigations.DATA[name])
             if shard is not None and shard.rank > 0:
-                part.pop("added_bias", None)  # the ranks' outputs are summed
+                part.pop("added_bias", None)  # the outputs of the ranks are summed
             local.append(part)
         return local
 
     @staticmethod
     def _shard(layer) -> parallel.Shard | None:
-        """How the inputs are split; None where this rank sees them all."""
+        """How the inputs are split; None if this rank sees all of them."""
         if not isinstance(layer, RowParallelLinear) or layer.tp_size == 1:
             return None
         if layer.tp_size != get_tensor_model_parallel_world_size():
@@ -334,13 +335,13 @@ class NMActLinearMethod(LinearMethodBase):
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:
-    # vLLM's collectives know no float64; a gather only moves bits.
+    # vLLM's collectives do not support float64; a gather only moves bits.
     sent = tensor.contiguous().view(torch.float32) if tensor.dtype == torch.float64 else tensor.contiguous()
     return tensor_model_parallel_all_gather(sent.unsqueeze(0), dim=0).view(tensor.dtype)
 
 
 def _check_interface() -> None:
-    """TypeError where vLLM calls or abstracts something that the classes above do not know."""
+    """Raise a TypeError if vLLM's interface has something that the classes above do not provide."""
     wanted = list(inspect.signature(LinearMethodBase.create_weights).parameters)
     known = list(inspect.signature(NMActLinearMethod.create_weights).parameters)
     if wanted != known:

@@ -1,8 +1,8 @@
 """Which layers of a vLLM model become sparse, and how a merged layer is computed; nothing here needs vLLM.
 
-vLLM merges linear layers (q, k and v; gate and up). Neighbours in a merged layer that prune alike are one product, for
-which the input is selected and compressed once: always so without a criterion that derives from the weight and without
-data of each projection's own. With either, a projection selects by it, as it does in Transformers.
+vLLM merges linear layers (q, k and v; gate and up). Neighbours in a merged layer with the same selection are one
+product, whose input is selected and compressed once. That holds unless the criterion reads the weight or a projection
+has its own data; then each projection has its own selection, as in Transformers.
 """
 
 import logging
@@ -22,13 +22,13 @@ _TEXT_STACKS = (
     *("model", "language_model", "llm", "lm", "language", "text", "text_model", "thinker", "backbone"),
     *("transformer", r"transformer\.encoder", "gpt_neox", "decoder", "layers", "layer", "blocks", "h"),
 )
-"""What leads to a text decoder's layers in vLLM's names; any other word may be a tower, a projector or a draft head."""
+"""Words that lead to a text decoder's layers in vLLM's names; others may lead to a tower, projector or draft head."""
 
 _DECODER = re.compile(rf"(?:(?:{'|'.join(_TEXT_STACKS)})\.)+(\d+)\.(?:[a-zA-Z_]\w*\.)*([a-zA-Z_]\w*)")
 
 
 def check_servable(recipe: Recipe) -> None:
-    """Raise a ValueError for what a server cannot follow, because it mixes the tokens of many sequences in one call."""
+    """Raise a ValueError for methods that fail in a server, which mixes the tokens of many sequences in one call."""
     phases = {recipe.phase, *(rule.phase or "both" for rule in recipe.rules)} - {"both"}
     if phases:
         raise ValueError(
@@ -64,7 +64,7 @@ def place(prefix: str) -> tuple[int, str] | None:
 def specs_of(
     recipe: Recipe, prefix: str, packed: dict[str, list[str]], in_features: int
 ) -> list[tuple[str, LinearSpec | None]]:
-    """Names and specs of the projections in one vLLM layer, in its order; [] where nothing is sparse.
+    """Names and specs of the projections in one vLLM layer, in its order; [] if none is sparse.
 
     Parameters
     ----------
@@ -86,14 +86,14 @@ def specs_of(
 
 
 def loaded_sentence(sparse: int, dense: int, example: str) -> tuple[int, str]:
-    """Level and text of what is logged after loading: how many linear layers are sparse.
+    """Level and text of the message after loading: how many linear layers are sparse.
 
     Parameters
     ----------
     sparse, dense : int
         Linear layers of each kind, merged ones counted once.
     example : str
-        Name of a dense one.
+        Name of a dense layer.
     """
     if sparse:
         return logging.INFO, f"nm_act: {sparse} linear layers are sparse, {dense} are dense"
@@ -105,7 +105,7 @@ def loaded_sentence(sparse: int, dense: int, example: str) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring output features ``start`` to ``stop`` of a merged layer that read the same (pruned) input.
+    """Output features ``start`` to ``stop`` of a merged layer, which read the same (pruned) input.
 
     ``data`` is the calibrated data, by name, of these output features and of the inputs on this rank.
     """
@@ -137,7 +137,7 @@ class Segment:
         return mitigations.add_low_rank(y, x, self.data)
 
     def reads_as(self, other: "Segment") -> bool:
-        """Whether the operand of both is the same: the same selection of the same inputs."""
+        """Whether both have the same operand: the same selection of the same inputs."""
         mine, theirs = (
             {name: value for name, value in each.data.items() if mitigations.DATA[name][0] != "out"}
             | {"channel_scale": each.channel_scale}
@@ -164,7 +164,7 @@ def segments(
     scales: Sequence[Tensor | None],
     data: Sequence[dict[str, Tensor]],
 ) -> list[Segment]:
-    """Join the neighbours of a merged layer that prune alike.
+    """Join neighbours of a merged layer that have the same selection.
 
     Parameters
     ----------

@@ -85,7 +85,9 @@ def _read(path: Path) -> dict[str, tuple[float, str]]:
         except (TypeError, ValueError):  # text, or a row that ends early
             value = 0.0
         if not 0 < value < math.inf:
-            raise ValueError(f"expected a positive speed-up for {row['pattern']} in {where}, got {row['speedup']!r}")
+            raise ValueError(
+                f"expected a positive speed-up for {row['pattern']} in {where}, got {row['speedup']!r}; correct it"
+            )
         pattern = str(as_pattern(row["pattern"]))
         table[pattern] = max(table.get(pattern, (0.0, "")), (value, row["source"]), key=lambda rate: rate[0])
     if not table:

@@ -1,4 +1,4 @@
-"""Results as JSON (and back), CSV, Markdown and PNG."""
+"""Output folders, and results as JSON (and back), CSV, Markdown and PNG."""
 
 import csv
 import io
@@ -8,6 +8,31 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..files import write_atomic
+from .extras import import_extra
+
+RUN_FILE = "run.json"
+"""File with the identity of a run, in its folder."""
+
+
+def make_folder(folder: Path, shown: Path, option: str) -> None:
+    """Make a folder with its parents; the OSError names `shown` and the option to change."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+        reason = "a file is in the way" if in_the_way else (error.strerror or str(error)).lower()
+        raise type(error)(f"cannot make the folder {str(shown)!r}: {reason}; choose another {option}") from error
+
+
+def check_output(path: Path, run_file: str = RUN_FILE, part: str = "rows") -> None:
+    """Raise a ValueError if a folder holds files, but not `run_file`; the folder `part` in it may be there, empty."""
+    if path.is_dir() and not (path / run_file).is_file():
+        other = next((each.name for each in sorted(path.iterdir()) if each.name != part), part)
+        if other != part or any((path / part).glob("*")):
+            raise ValueError(
+                f"expected a new folder or that of an earlier run, got {str(path)!r} with {other} and without "
+                f"{run_file}; choose another --output"
+            )
 
 
 def to_json(data: dict) -> str:
@@ -62,9 +87,8 @@ def markdown_table(header: list[str], lines: list[list[str]], right: int = 1) ->
 
 def new_figure(width: float, height: float):
     """An empty matplotlib figure of that many inches."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    figures = import_extra("matplotlib.figure", "the plot", "demo")
+    return figures.Figure(figsize=(width, height), layout="constrained")
 
 
 def png(figure) -> bytes:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from .extras import import_extra
+
 __all__ = [
     *("HUB_TEXTS", "find_file", "find_splits", "first_windows", "load_text", "read_rows", "read_text", "tokenize"),
     "whole_windows",
@@ -64,7 +66,9 @@ def read_rows(path: Path) -> list[dict]:
     if broken is not None:
         raise ValueError(f"expected JSON in {str(path)!r}, got invalid text ({broken}); repair the file") from broken
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"expected a list of objects in {str(path)!r}, got something else; one JSON object a line")
+        raise ValueError(
+            f"expected a list of objects in {str(path)!r}, got something else; write one JSON object per line"
+        )
     return rows
 
 
@@ -76,10 +80,7 @@ def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
     if folder is not None:
         path = find_file(folder, name)
         return read_text(path), path.name
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("reading the hub needs the package datasets; run `pip install nm_act[eval]`") from error
+    datasets = import_extra("datasets", "reading the hub")
     place, configuration, split = HUB_TEXTS[name]
     try:
         rows = datasets.load_dataset(place, configuration, split=split, streaming=name == "c4")
@@ -158,9 +159,7 @@ def _decoded(path: Path) -> str:
 def _rows(path: Path) -> Iterator[tuple[str, object, str]]:
     """Place, value and text of every row of a JSON-lines, .json or .parquet file; the value may be a ValueError."""
     if path.suffix == ".parquet":
-        from datasets import Dataset
-
-        values = Dataset.from_parquet(str(path)).to_list()
+        values = import_extra("datasets", "reading Parquet").Dataset.from_parquet(str(path)).to_list()
     elif path.suffix == ".json":
         value = _json(_decoded(path))
         values = value if isinstance(value, list) else [value]

@@ -1,15 +1,15 @@
-"""The KV cache in Transformers' calls: `cache`, argument and output field, from 5.24 on, `past_key_values` before."""
+"""The KV cache in Transformers' calls: the argument and output field `cache` from 5.24 on, `past_key_values` before."""
 
 import inspect
 
 
 def cache_argument(model) -> str:
-    """Name of the argument that ``model.forward`` takes its KV cache by.
+    """Name of the KV cache argument of ``model.forward``.
 
     Raises
     ------
     TypeError
-        If the model takes none.
+        If the model has no such argument.
     """
     parameters = inspect.signature(model.forward).parameters
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)

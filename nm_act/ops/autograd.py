@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import ops
 from ..patterns import NMPattern
-from . import composed, formulas
+from . import composed, formulas, operators
 
 _LIBRARY = torch.library.Library("nm_act", "FRAGMENT")
 _RECORDING = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView")
@@ -122,7 +121,7 @@ class _Selection:
         """``P(Z)`` of the operator itself, the forward's to the bit."""
         options = {"channel_scale": self.channel_scale, "shift": self.shift, "token_shift": self.token_shift}
         columns = self.pattern.extra_columns
-        return ops.prune(self.x, self.pattern.keep, self.pattern.group, extra_columns=columns, **options)
+        return operators.prune(self.x, self.pattern.keep, self.pattern.group, extra_columns=columns, **options)
 
     def shifted(self) -> Tensor:
         return formulas.shifted(self.x, self.shift, self.token_shift)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import _C
 from ..patterns import NMPattern
 from .lifting import is_lifted, lifted_features
 
@@ -121,7 +121,7 @@ def explain(
         facts = torch.cuda.get_device_properties(x.device)
         compute_capability = compute_capability or facts.major
         multiprocessors = multiprocessors or facts.multi_processor_count
-    path, why = ops._C.choose_path(
+    path, why = _C.choose_path(
         device == "cuda",
         x.numel() // x.shape[-1],
         str(x.dtype).removeprefix("torch."),

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..patterns import NMPattern
+from . import operators
 from .lifting import is_lifted, lifted_features
 
 _PLAIN = NMPattern(2, 4)
@@ -114,7 +114,7 @@ def compress_packed(
     NotImplementedError
         If ``x`` is not on CUDA, or a row is too long for its statistics.
     """
-    tensors = ops.call(
+    tensors = operators.call(
         "compress_packed",
         x,
         n,
@@ -140,7 +140,7 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
     **options
         As in :func:`compress_packed`, but the pattern: it is 2:4.
     """
-    *tensors, hidden = ops.call("rms_norm_compress", x, weight, eps, residual, **options)
+    *tensors, hidden = operators.call("rms_norm_compress", x, weight, eps, residual, **options)
     return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
 
 
@@ -154,7 +154,7 @@ def silu_mul_compress(gate: Tensor, up: Tensor, **options) -> Packed:
     **options
         As in :func:`compress_packed`, but the pattern: it is 2:4.
     """
-    return _packed(ops.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
+    return _packed(operators.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
 
 
 def sparse_gemm(
@@ -200,7 +200,7 @@ def sparse_gemm(
             "returned as a whole, row_scale and eta are in it"
         )
     _check_operand(operand, weight)
-    return ops.call(
+    return operators.call(
         "sparse_gemm",
         operand.values,
         operand.metadata,
@@ -240,7 +240,7 @@ def sparse_linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Ten
         DeprecationWarning,
         stacklevel=2,
     )
-    return ops.sparse_linear(
+    return operators.sparse_linear(
         x, weight, bias, weight_scale=weight_scale, activation_dtype=torch.float8_e4m3fn, **options
     )
 
@@ -306,6 +306,6 @@ def _(values, metadata, layout, weight, bias=None, *, out_dtype=None, **_vectors
 
 
 for _name in ("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm"):
-    ops.refuse(_name, "CPU")
-    if not ops.build_info()["cuda"]:
-        ops.refuse(_name, "CUDA")
+    operators.refuse(_name, "CPU")
+    if not operators.build_info()["cuda"]:
+        operators.refuse(_name, "CUDA")

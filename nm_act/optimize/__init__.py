@@ -1,4 +1,4 @@
-"""Whole models for inference: projections merged, activations compressed once, norms fused, static-cache decoding."""
+"""Optimizes whole models for inference: merged projections, fused norms, e4m3 weights, decoding with static caches."""
 
 from .fp8 import FP8Linear
 from .merged import MergedLinear

@@ -1,4 +1,4 @@
-"""Modules whose forward optimize() replaces: by a class of their own, which pickles, copies and replicates as any."""
+"""Modules whose forward optimize() replaces, by changing their class, so that they still pickle, copy and replicate."""
 
 import functools
 
@@ -6,10 +6,10 @@ from torch import nn
 
 
 class Changed:
-    """Mixed in before a module's own class, which stays reachable as ``nm_act_stock``.
+    """Mixed in before a module's own class, which remains accessible as ``nm_act_stock``.
 
-    A forward set on the instance would be bound to it: neither pickle nor a shallow copy (as DataParallel's replicas
-    are) can take it along.
+    A forward set on the instance would be bound to that instance, so neither pickle nor a shallow copy (such as
+    DataParallel's replicas) would carry it over.
     """
 
     nm_act_stock: type[nn.Module]
@@ -21,24 +21,24 @@ class Changed:
 
 
 def change(module: nn.Module, how: type[Changed]) -> None:
-    """Let ``module`` be of its class with the methods of ``how`` in front, in place of an earlier change."""
+    """Change the class of ``module`` to its own with ``how`` mixed in, replacing an earlier change."""
     module.__class__ = _class(getattr(module, "nm_act_stock", type(module)), how)
 
 
 def restore(module: nn.Module) -> None:
-    """Give a module its own class back."""
+    """Restore a module's own class."""
     if isinstance(module, Changed):
         module.__class__ = module.nm_act_stock
 
 
 @functools.cache
 def _class(stock: type[nn.Module], how: type[Changed]) -> type[nn.Module]:
-    # Under the stock name, which Transformers, accelerate and FSDP look for.
+    # The stock name, which Transformers, accelerate and FSDP look for.
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
     return type(stock.__name__, (how, stock), names | {"nm_act_stock": stock})
 
 
 def _new(stock: type[nn.Module], how: type[Changed]) -> nn.Module:
-    """An empty instance, for pickle and copy to fill."""
+    """An empty instance that pickle and copy fill."""
     cls = _class(stock, how)
     return cls.__new__(cls)

@@ -1,4 +1,4 @@
-"""What optimize() may touch: one answer for merging, e4m3 weights and fused norms."""
+"""What optimize() may change: one answer for merging, e4m3 weights and fused norms."""
 
 from torch import nn
 
@@ -8,23 +8,23 @@ from ..patterns import NMPattern
 from ..recipe import LinearSpec
 
 MAX_ROW_FEATURES = _C.MAX_ROW_FEATURES
-"""Longest row that the fused kernels hold on chip."""
+"""Longest row that the fused kernels can hold on chip."""
 
 STATIC_CRITERIA = ("act", "wina", "variance", "amber")
 
 _DERIVED = {"channel_scale", "shift_out"}
-"""Buffers of an NMLinear that follow from its weight and spec; anything else was calibrated for that one layer."""
+"""Buffers of an NMLinear that are derived from its weight and spec; any other was calibrated for that layer."""
 
 _FP8_BUFFERS = {"codes", "weight_scale", "scaled_shift_out", "like"}
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward."""
+    """Whether a call of the module runs hooks besides its forward."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def why_stays(module: nn.Module) -> str:
-    """Why a layer or norm may be neither replaced nor computed by others; empty where it may."""
+    """Why a layer or norm must be neither replaced nor computed elsewhere; empty if it may."""
     parameters = list(module.parameters(recurse=False))
     if any(parameter.is_meta for parameter in parameters):
         return "its weight is on the meta device (offloaded)"
@@ -37,12 +37,12 @@ def why_stays(module: nn.Module) -> str:
 
 
 def calibrated(layer: nn.Module) -> set[str]:
-    """Names of the buffers that do not follow from the weight and the spec."""
+    """Names of the buffers that are not derived from the weight and the spec."""
     return {name for name, _ in layer.named_buffers()} - _DERIVED - _FP8_BUFFERS
 
 
 def beyond(layer: nn.Module) -> str:
-    """What a sparse layer does beyond N:M by a static score, VAR and D-PTS, which is all that these paths compute."""
+    """What a layer needs beyond N:M with a static score, VAR and D-PTS, which is all that these paths compute."""
     spec = layer.spec
     plain = LinearSpec(spec.pattern, criterion=spec.criterion, mitigation=spec.mitigation, phase=spec.phase)
     known = {"var", "dpts-mean", "dpts-median"}.issuperset(spec.mitigation) and spec.criterion in STATIC_CRITERIA
@@ -51,7 +51,7 @@ def beyond(layer: nn.Module) -> str:
 
 
 def not_2_4(layer: nn.Module, step: int) -> str:
-    """Why a layer cannot read a packed 2:4 operand, ``step`` inputs at a time; empty where it can."""
+    """Why a layer cannot read a packed 2:4 operand in steps of ``step`` inputs; empty if it can."""
     if str(layer.spec.pattern) != "2:4":
         return f"pattern {layer.spec.pattern}"
     if layer.in_features % step or layer.in_features > MAX_ROW_FEATURES or layer.out_features % 16:
@@ -60,14 +60,14 @@ def not_2_4(layer: nn.Module, step: int) -> str:
 
 
 def not_fp8(layer: NMLinear, layout: str) -> str:
-    """Why a layer's weight cannot be stored in e4m3 for "prefill" or "decode"; empty where it can."""
+    """Why a layer's weight cannot be stored in e4m3 for "prefill" or "decode"; empty if it can."""
     why = why_stays(layer)
     if why:
         return why
     if layer.token_context is not None:
         return "first tokens are dense"
     if layer.spec.phase == "prefill":
-        return "dense in decode"  # which would have to dequantise it at every step
+        return "dense in decode"  # dense decode would dequantise the weight at every step
     if beyond(layer):
         return str(layer.spec)
     return not_2_4(layer, 32) if layout == "prefill" else ""

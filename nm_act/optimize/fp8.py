@@ -1,4 +1,4 @@
-"""e4m3 weights: one byte a weight, one scale an output channel."""
+"""e4m3 weights: one byte per weight and one scale per output channel."""
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +12,17 @@ from .eligible import not_fp8
 
 E4M3 = torch.float8_e4m3fn
 FP8_LAYOUTS = ("prefill", "decode")
-"""What the one e4m3 copy of a weight is stored for."""
+"""The phase that the single e4m3 copy of a weight is stored for."""
 
 
 def check_layout(layout: str) -> None:
-    """Raise a ValueError for an unknown storage of e4m3 weights."""
+    """Raise a ValueError for an unknown layout of e4m3 weights."""
     if layout not in FP8_LAYOUTS:
         raise ValueError(f"expected fp8 among {', '.join(FP8_LAYOUTS)}, got {layout!r}; choose one of those")
 
 
 def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Values ``[rows, columns]`` in e4m3 and their scale ``[rows]``, float32: ``max|row| / 448``, to nearest."""
+    """e4m3 values ``[rows, columns]``, rounded to nearest, and their float32 scales ``[rows]``, ``max|row| / 448``."""
     scale = (values.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
     return (values.float() / scale[:, None]).clamp(-448, 448).to(E4M3), scale
 
@@ -36,25 +36,25 @@ class FP8Linear(nn.Module):
         Its weight is quantised per output channel: ``weight_scale = max|W| / 448``, rounded to nearest.
     layout : {"prefill", "decode"}
         "prefill" stores [out, in], which fp8 tensor cores need: any number of tokens runs in e4m3 on both sides (the
-        pattern must be 2:4). "decode" stores [in, out], of which few tokens read the rows of survivors only; more
-        tokens dequantise the weight to the dtype of x for the time of the call, so they gain no fp8 speed.
+        pattern must be 2:4). "decode" stores [in, out], of which few tokens read only the rows of survivors; more
+        tokens dequantise the weight to the dtype of x during the call, so they gain no fp8 speed.
 
     Raises
     ------
     TypeError
-        If ``layer`` is no NMLinear.
+        If ``layer`` is not an NMLinear.
     ValueError
-        If the layout is unknown, or these paths do not compute what the layer does: for "prefill" another pattern than
-        2:4, in both top-k, calibrated data, a score of the running call, pruned weights, first tokens or decode steps
-        that are dense; or if its weight is offloaded or split over ranks, or it has hooks.
+        If the layout is unknown; if these paths cannot compute the layer (for "prefill" any pattern but 2:4; for both
+        top-k, calibrated data, a score that depends on the call, pruned weights, dense first tokens or dense decode
+        steps); or if its weight is offloaded or split over ranks, or it has hooks.
 
     Notes
     -----
     Channel scale and row sums are those of the weight as stored: e4m3 times its scale, before any rounding to the
     model's dtype.
 
-    ``state_dict`` has the dequantised weight under the stock name, so a checkpoint stays a stock one, but the
-    rounding to e4m3 is in it; ``load_state_dict`` quantises.
+    ``state_dict`` contains the dequantised weight under the stock name, so a checkpoint is a stock one but includes the
+    rounding to e4m3; ``load_state_dict`` quantises.
     """
 
     def __init__(self, layer: NMLinear, layout: str):
@@ -69,14 +69,14 @@ class FP8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.spec, self.layout = layer.spec, layout
-        self.weight_layout, self.lift = layer.weight_layout, layer.lift  # of the 16-bit layer, for to_nm_linear
-        # Bytes, not e4m3: .to(dtype) converts every floating-point buffer.
+        self.weight_layout, self.lift = layer.weight_layout, layer.lift  # of the 16-bit layer; to_nm_linear needs it
+        # Stored as bytes, because .to(dtype) would convert an e4m3 buffer.
         self.register_buffer("codes", None, persistent=False)
         self.register_buffer("weight_scale", None, persistent=False)
         self.register_buffer("channel_scale", None, persistent=False)
         self.register_buffer("shift_out", None, persistent=False)
         self.register_buffer("scaled_shift_out", None, persistent=False)
-        self.register_buffer("like", layer.weight.new_empty(0), persistent=False)  # carries the model's dtype
+        self.register_buffer("like", layer.weight.new_empty(0), persistent=False)  # has the model's dtype
         self.bias = layer.bias
         self.register_state_dict_post_hook(_dequantised_state)
         self.store(layer.weight)
@@ -84,8 +84,8 @@ class FP8Linear(nn.Module):
 
     @torch.no_grad()
     def store(self, weight: Tensor) -> None:
-        """Quantise ``weight [out, in]`` and compute channel scale and row sums from what was stored."""
-        # In slices: a float32 copy of a whole merged weight would be the peak of the process.
+        """Quantise ``weight [out, in]`` and compute channel scale and row sums from the stored values."""
+        # In slices: a float32 copy of a whole merged weight would determine the peak memory of the process.
         scales, codes = [], []
         for rows in weight.split(4096):
             quantised, scale = quantise_rows(rows)
@@ -95,12 +95,12 @@ class FP8Linear(nn.Module):
         stored = torch.cat(codes)
         self.codes = stored if self.layout == "prefill" else stored.t().contiguous()
         if self.spec.token_shift == "none" and criteria.CRITERIA[self.spec.criterion] is None:
-            return  # nothing derives from it
+            return  # nothing is derived from the weight
         operand = self.dequantised(torch.float32)
         self.channel_scale = mitigations.selection_scale(self.spec, operand, operand, {})
         self.shift_out = mitigations.shift_image(self.spec, operand, {})
         if self.shift_out is not None:
-            # sparse_gemm multiplies its shift term by the column scale, here the weight's.
+            # sparse_gemm multiplies its shift term by the column scale, which here is the weight's scale.
             self.scaled_shift_out = self.shift_out / self.weight_scale
 
     @property
@@ -111,7 +111,7 @@ class FP8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """``[out, in]``, dequantised to the model's dtype: a new tensor at every access, which refuses writes."""
+        """``[out, in]``, dequantised to the model's dtype: a new tensor at each access that refuses writes."""
         return self.dequantised(self.like.dtype).as_subclass(readonly.Computed)
 
     def __setattr__(self, name: str, value) -> None:
@@ -120,7 +120,7 @@ class FP8Linear(nn.Module):
         super().__setattr__(name, value)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """``[out, in]`` in 16 or 32 bits, in the order of the stored one."""
+        """``[out, in]`` in 16 or 32 bits, in the storage order of the e4m3 weight."""
         return self.e4m3.float().mul_(self.weight_scale[:, None]).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class FP8Linear(nn.Module):
         options["activation_dtype"] = E4M3 if self.layout == "prefill" else None
         return ops.sparse_linear(x, self.e4m3, self.bias, pattern.keep, pattern.group, **options)
 
-    bypass = differentiable = False  # no calibration reaches this layer
+    bypass = differentiable = False  # calibration never sees this layer
     _is_dense_phase = NMLinear._is_dense_phase
 
     def to_nm_linear(self) -> NMLinear:

@@ -1,7 +1,7 @@
-"""Decoder layers whose norms and activations write the packed 2:4 operand of the next product themselves (CUDA).
+"""Decoder layers whose norms and activations write the packed 2:4 operand of the next product directly (CUDA).
 
-Attention itself, with its rotary embedding, cache and masks, stays Transformers' own: before it runs, its merged q/k/v
-layer is given the product for this call, computed from the packed norm.
+Attention, with its rotary embedding, cache and masks, remains Transformers' own. Before it runs, the product of its
+merged q/k/v layer is computed from the packed norm and handed to that layer for this call.
 """
 
 import torch
@@ -18,14 +18,14 @@ from .fp8 import FP8Linear
 from .merged import MergedLinear, Product, SharesProducts
 
 PACKED_TOKENS = _C.SPARSE_GEMM_TOKENS
-"""Fewest tokens for which a packed 16-bit product pays."""
+"""Fewest tokens for which a packed 16-bit product is worthwhile."""
 
 _MARKS = ("nm_act_gate_up", "nm_act_packs", "nm_act_qkv", "nm_act_packs_mlp")
-"""Attributes that fusing leaves on Transformers' modules."""
+"""Attributes that fusing adds to Transformers' modules."""
 
 
 def packable(linear: nn.Module) -> str:
-    """Why a layer's operand cannot be packed by its producer; empty where it can."""
+    """Why a layer's operand cannot be packed by its producer; empty if it can."""
     if not isinstance(linear, (NMLinear, FP8Linear)):
         return "not sparse"
     why, fp8 = why_stays(linear), isinstance(linear, FP8Linear)
@@ -50,7 +50,7 @@ def takes_packed(linear: nn.Module, x: Tensor) -> bool:
 
 
 def derived(linear: nn.Module) -> dict[str, Tensor | None]:
-    """What derives from a packable layer's weight, that weight as it is in this call."""
+    """A packable layer's weight in this call, and what is derived from it."""
     mine = None if isinstance(linear, FP8Linear) else linear.derived_for_call()
     if mine is not None:
         return mine
@@ -59,7 +59,7 @@ def derived(linear: nn.Module) -> dict[str, Tensor | None]:
 
 
 def product(linear: nn.Module, operand: Packed, shape: torch.Size, shift_out: Tensor | None) -> Tensor:
-    """``linear`` of a packed operand: ``[..., out]`` for an input of the given shape."""
+    """``linear`` applied to a packed operand: ``[..., out]`` for an input of the given shape."""
     if isinstance(linear, FP8Linear):
         weight, scale, dtype = linear.e4m3, linear.weight_scale, linear.like.dtype
     else:
@@ -71,7 +71,7 @@ def product(linear: nn.Module, operand: Packed, shape: torch.Size, shift_out: Te
 
 
 def options(linear: nn.Module, channel_scale: Tensor | None) -> dict:
-    """Selection and statistics of a packable layer, as the producers take them."""
+    """Selection and statistics of a packable layer, as arguments of the producers."""
     return {
         "channel_scale": channel_scale,
         "token_shift": linear.spec.token_shift,
@@ -89,15 +89,15 @@ def norm_product(norm: nn.Module, linear: nn.Module, x: Tensor, residual: Tensor
 
 
 def fuse_mlp(mlp: nn.Module, gate_up: str) -> None:
-    """Call the merged gate and up layer as one, and compress SiLU(gate) * up for a packable down layer."""
-    mlp.nm_act_gate_up = gate_up  # a name, not the module, which has its place already
+    """Call merged gate and up layers as one, and compress SiLU(gate) * up for a packable down layer."""
+    mlp.nm_act_gate_up = gate_up  # the name only: the module is already registered
     silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
     mlp.nm_act_packs = silu and not why_stays(mlp.act_fn) and not packable(mlp.down_proj)
     change(mlp, FusedMLP)
 
 
 class FusedMLP(SharesProducts):
-    """An MLP that computes gate and up as one."""
+    """An MLP that computes gate and up in one product."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]``."""
@@ -111,9 +111,10 @@ def _parts_have_hooks(mlp: nn.Module) -> bool:
 
 
 def _mlp_tail(mlp: nn.Module, y: Tensor) -> Tensor:
-    """From gate and up side by side to the output of the MLP.
+    """The output of the MLP, from the concatenated outputs of gate and up.
 
-    The largest tensors of a model: they are gone before the down layer runs, if the caller keeps no reference.
+    These are the largest tensors of a model; they are freed before the down layer runs if the caller keeps no
+    reference.
     """
     gate, up = y.split(getattr(mlp, mlp.nm_act_gate_up).sizes, dim=-1)
     shape = gate.shape
@@ -128,18 +129,18 @@ def _mlp_tail(mlp: nn.Module, y: Tensor) -> Tensor:
 
 
 def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    """The activation of an MLP that is not packed; benchmarks compile it for the dense model too."""
+    """The unpacked activation of an MLP; benchmarks compile it for the dense model too."""
     return act_fn(gate) * up
 
 
 def fuse_layer(layer: nn.Module) -> list[str]:
-    """Fuse the norms of a pre-norm decoder layer into the products that follow; which ones, empty for none."""
+    """Fuse the norms of a pre-norm decoder layer into the products after them; returns which ones."""
     attention, mlp = layer.self_attn, layer.mlp
     layer.nm_act_qkv = ""
     if not why_stays(layer.input_layernorm):
         layer.nm_act_qkv = _sole_consumer(attention, ("q_proj", "k_proj", "v_proj"))
     gate_up = vars(mlp).get("nm_act_gate_up")
-    called = has_hooks(mlp) or why_stays(layer.post_attention_layernorm)  # the fused path calls neither
+    called = has_hooks(mlp) or why_stays(layer.post_attention_layernorm)  # the fused path calls neither of them
     layer.nm_act_packs_mlp = gate_up is not None and not called and not packable(getattr(mlp, gate_up).linear)
     fused = ["input_layernorm"] if layer.nm_act_qkv else []
     fused += ["post_attention_layernorm"] if layer.nm_act_packs_mlp else []
@@ -149,7 +150,7 @@ def fuse_layer(layer: nn.Module) -> list[str]:
 
 
 def _sole_consumer(parent: nn.Module, names: tuple[str, ...]) -> str:
-    """Name of the merged layer that computes all of ``names`` from a packed operand, or empty."""
+    """Name of the merged layer that computes all of ``names`` from a packed operand; empty if there is none."""
     for child, merged in parent.named_children():
         if isinstance(merged, MergedLinear) and merged.names == names and not packable(merged.linear):
             return child
@@ -165,10 +166,10 @@ class FusedLayer(Changed):
 
 
 def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-    """A pre-norm layer, ``h = x + attention(norm(x)); h + mlp(norm(h))``, with whatever norm can be packed."""
+    """A pre-norm layer, ``h = x + attention(norm(x)); h + mlp(norm(h))``; each norm is packed if possible."""
     qkv = getattr(self.self_attn, self.nm_act_qkv) if self.nm_act_qkv else None
     packs_attention = qkv is not None and _packs(self.input_layernorm, qkv.linear, hidden_states)
-    # Hooks that were registered since are called with what they would get of the stock layer.
+    # Hooks that were registered since then must get what the stock layer would pass to them.
     packs_attention = packs_attention and not (has_hooks(self.self_attn) or has_hooks(self.input_layernorm))
     gate_up = getattr(self.mlp, self.mlp.nm_act_gate_up).linear if self.nm_act_packs_mlp else None
     packs_mlp = gate_up is not None and _packs(self.post_attention_layernorm, gate_up, hidden_states)
@@ -179,7 +180,7 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> T
     residual = hidden_states
     if packs_attention:
         y, _ = norm_product(self.input_layernorm, qkv.linear, hidden_states)
-        # Attention reads no value of its input, only its shape: the parts hand out y for it.
+        # Attention reads only the shape of this input: called with it, the q, k and v layers return their parts of y.
         kwargs["nm_act_product"] = Product(qkv, hidden_states, y)
         del y
     else:
@@ -188,7 +189,7 @@ def _layer_forward(self: nn.Module, hidden_states: Tensor, *args, **kwargs) -> T
     if packs_mlp:
         results = list(norm_product(self.post_attention_layernorm, gate_up, attention, residual))
         hidden = results.pop()
-        # Popped, so that gate and up, the largest tensors, are _mlp_tail's alone to free.
+        # Popped, so that _mlp_tail holds the only reference to gate and up, the largest tensors, and can free them.
         return hidden + _mlp_tail(self.mlp, results.pop())
     hidden = residual + attention
     return hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -199,12 +200,12 @@ def _packs(norm: nn.Module, linear: nn.Module, x: Tensor) -> bool:
 
 
 def _packs_input(linear: nn.Module, x: Tensor, *others: Tensor) -> bool:
-    # A packed operand has no gradient: where one is recorded, the layers compute it one by one.
+    # A packed operand has no gradient: while gradients are recorded, the layers run one by one.
     return not autograd.needs_gradient(x, *others, *linear.parameters()) and takes_packed(linear, x)
 
 
 def unfuse(module: nn.Module) -> None:
-    """Give a module that was fused, or that shares a merged layer, its own forward back."""
+    """Restore the forward of a module that was fused or shares a merged layer."""
     restore(module)
     for name in _MARKS:
         vars(module).pop(name, None)

@@ -1,4 +1,4 @@
-"""Linear layers that read the same input, computed as one; checkpoints keep the stock names."""
+"""Linear layers that read the same input, computed as one layer; checkpoints keep the stock names."""
 
 from functools import partial
 
@@ -23,13 +23,13 @@ class MergedLinear(nn.Module):
     names : sequence of str
         The stock names of the merged layers in their parent, in the order of the outputs.
     sizes : sequence of int
-        Their numbers of outputs.
+        Their numbers of output features.
 
     Notes
     -----
-    The parent keeps a :class:`LinearPart` under every stock name. Inside the parent's forward
-    (:class:`SharesProducts`) the first part called computes all outputs, the others take theirs. ``state_dict`` gives
-    the stock names and layout, each weight a contiguous copy; ``load_state_dict`` takes them.
+    The parent keeps a :class:`LinearPart` under each stock name. In the parent's forward (:class:`SharesProducts`) the
+    first part that is called computes all outputs, and every part returns its own. ``state_dict`` has the stock names
+    and layout, each weight as a contiguous copy; ``load_state_dict`` accepts them.
     """
 
     def __init__(self, linear: nn.Module, names: tuple[str, ...], sizes: tuple[int, ...]):
@@ -48,13 +48,13 @@ class MergedLinear(nn.Module):
 
 
 class Product:
-    """The outputs of a merged layer for one input, in one call of its parent; each part takes its own.
+    """The outputs of a merged layer for one input, within one call of its parent; each part takes its own.
 
     Parameters
     ----------
     merged : MergedLinear
     placeholder, y : Tensor, optional
-        ``y [..., sum(sizes)]``, computed from a packed operand, is what the parts give for ``placeholder``.
+        ``y [..., sum(sizes)]`` comes from a packed operand; the parts return it when called with ``placeholder``.
     """
 
     def __init__(self, merged: MergedLinear, placeholder: Tensor | None = None, y: Tensor | None = None):
@@ -72,7 +72,7 @@ class Product:
         if output is None:
             self._refuse_filled(index, "it twice")
             return self.merged(x).split(self.merged.sizes, dim=-1)[index]
-        self._outputs[index] = None  # what nobody needs any more is freed
+        self._outputs[index] = None  # frees what is no longer needed
         return output
 
     def _refuse_filled(self, index: int, got: str) -> None:
@@ -84,11 +84,11 @@ class Product:
 
 
 class LinearPart(nn.Module):
-    """What stands in a merged layer's old place: same call, same attributes, no parameters of its own."""
+    """Replaces a merged layer under its stock name: the same call and attributes, but no own parameters."""
 
     def __init__(self, merged: MergedLinear, index: int):
         super().__init__()
-        # Not a submodule: the parent has it already.
+        # Not a submodule here: it is registered in the parent.
         object.__setattr__(self, "_merged", merged)
         self._index = index
         self.in_features = merged.linear.in_features
@@ -112,7 +112,7 @@ class LinearPart(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor, product: Product | None = None) -> Tensor:
-        """``x [..., in] -> [..., out]``, from the running call's product where there is one."""
+        """``x [..., in] -> [..., out]``, from the current call's product if there is one."""
         return (Product(self._merged) if product is None else product).take(x, self._index)
 
     def extra_repr(self) -> str:
@@ -121,7 +121,7 @@ class LinearPart(nn.Module):
 
 
 def merge(parent: nn.Module, names: list[str]) -> MergedLinear:
-    """Replace linear layers of ``parent`` that :func:`merge_key` calls equal by one; the old ones are left empty."""
+    """Replace linear layers of ``parent`` with equal :func:`merge_key` by one; the old layers are left empty."""
     layers = [getattr(parent, name) for name in names]
     sizes = [layer.out_features for layer in layers]
     first = layers[0]
@@ -151,7 +151,7 @@ def merge(parent: nn.Module, names: list[str]) -> MergedLinear:
 
 
 def unmerge(parent: nn.Module, child: str) -> None:
-    """The inverse of :func:`merge`: layers of their own under the stock names."""
+    """The inverse of :func:`merge`: separate layers under the stock names."""
     merged = getattr(parent, child)
     delattr(parent, child)
     linear = merged.linear
@@ -177,7 +177,7 @@ def unmerge(parent: nn.Module, child: str) -> None:
 
 
 def merge_key(layer: nn.Module) -> tuple | str:
-    """Layers with equal keys compute the same as one merged layer; a sentence where a layer cannot be merged."""
+    """Layers with equal keys can be merged; a string is the reason why a layer cannot."""
     if type(layer) not in (nn.Linear, NMLinear):
         return f"{type(layer).__name__} is neither torch.nn.Linear nor NMLinear"
     why = why_stays(layer)
@@ -195,10 +195,10 @@ def merge_key(layer: nn.Module) -> tuple | str:
 
 
 class SharesProducts(Changed):
-    """A parent of merged layers: in its own forward each computes one product for all its parts."""
+    """A parent of merged layers: during its forward each of them computes one product for all its parts."""
 
     def forward(self, *args, nm_act_product: Product | None = None, **kwargs):
-        """The stock forward; ``nm_act_product`` is computed already."""
+        """The stock forward; a given ``nm_act_product`` is already computed."""
         products = {child.names: Product(child) for child in self.children() if isinstance(child, MergedLinear)}
         if nm_act_product is not None:
             products[nm_act_product.merged.names] = nm_act_product
@@ -210,13 +210,13 @@ class SharesProducts(Changed):
 
 
 class _Running:
-    """A module during one call, whose parts know the call's products; all else is the module's.
+    """A module during one call: its parts know the products of the call, everything else is the module's.
 
-    The products are the call's: on the module, another thread or the next call would find them.
+    The products belong to the call: stored on the module, another thread or the next call would find them.
     """
 
     def __init__(self, module: nn.Module, products: dict[tuple[str, ...], Product]):
-        # One by one, not through __dict__, which torch.compile of torch 2.11 does not trace.
+        # One by one instead of through __dict__, which torch.compile of torch 2.11 cannot trace.
         super().__setattr__("nm_act_module", module)
         for names, product in products.items():
             for name in names:
@@ -245,7 +245,7 @@ def _split_state(merged: MergedLinear, state: dict, prefix: str, _metadata) -> N
 
 
 def _join_state(parent: nn.Module, state: dict, prefix: str) -> None:
-    """The merged tensors from the stock ones; an incomplete set is left to torch to report."""
+    """Builds the merged tensors from the stock ones; torch reports an incomplete set."""
     for child, merged in parent.named_children():
         if not isinstance(merged, MergedLinear):
             continue

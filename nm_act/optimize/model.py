@@ -1,4 +1,4 @@
-"""Optimising a model for inference, and undoing it."""
+"""Optimizes a model for inference, and undoes it."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ from .fp8 import FP8Linear, check_layout
 from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, unmerge
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
-"""Transformers' model folders whose attention and MLP are known to call each projection once, on one input."""
+"""Folders under transformers.models whose attention and MLP call each projection once, on the same input."""
 
 PRE_NORM_FAMILIES = ("llama", "qwen2", "qwen3")
-"""Of these, the ones with layers ``h = x + attention(norm(x)); h + mlp(norm(h))`` and the usual RMSNorm."""
+"""Those of them with layers ``h = x + attention(norm(x)); h + mlp(norm(h))`` and the usual RMSNorm."""
 
 PREFILL_DEVICES = ("cuda",)
-"""Where the fp8 tensor-core product exists."""
+"""Devices that have the fp8 tensor-core product."""
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -33,15 +33,15 @@ class OptimizeReport:
     Attributes
     ----------
     model : nn.Module
-        The model that was given, optimised.
+        The given model, optimized.
     merged : list of (str, tuple of str)
-        Parent of every merged layer and the layers in it.
+        The parent of every merged layer, and the layers that were merged.
     fused : list of str
-        Norms and MLPs that pack the operand of the next product on CUDA.
+        Norms and MLPs that write the packed operand of the next product on CUDA.
     fp8 : list of str
-        Layers whose weight is e4m3 now.
+        Layers whose weight is in e4m3 now.
     kept : list of (str, str)
-        What stayed as it was, and why.
+        What was left unchanged, and why.
     """
 
     model: nn.Module
@@ -70,7 +70,7 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     Projections that read the same activation and share one spec (q/k/v, gate/up) become one layer, so that the
     activation is selected and compressed once for all of them. On CUDA, where such a layer is 2:4, RMSNorm (with the
     residual) and SiLU * up write its packed operand directly. Llama, Qwen2, Qwen3 and Gemma 3 of Transformers are
-    known; of other models every layer stays as it is. Checkpoints keep the stock names and layout.
+    supported; the layers of other models stay as they are. Checkpoints keep the stock names and layout.
 
     Parameters
     ----------
@@ -89,18 +89,18 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     Raises
     ------
     ValueError
-        If the model is optimised already, ``fp8`` is unknown, fp8 is asked for a model without sparse layers, or
-        "prefill" for one that is not on CUDA. The model is unchanged then.
+        If the model is already optimized, ``fp8`` is unknown or given for a model without sparse layers, or "prefill"
+        is given for a model that is not on CUDA. The model is then unchanged.
 
     Notes
     -----
-    For inference, as the last step: sparsify, calibrate and search refuse an optimised model. Norms and activations
-    write packed operands only where no gradient is recorded, so run it under ``torch.no_grad()``; a backward pass gives
-    the gradient of the separate layers, and is refused where weights are e4m3. Parameters of merged layers have names
-    of their own, only ``state_dict`` shows the stock ones. Layers, norms and MLPs that have hooks, a forward that
-    someone replaced, or weights split over ranks stay as they are; a hook registered later is called, unless it is on
-    the activation of an MLP that packs its operand. Optimised models pickle, deepcopy and serve several threads as
-    stock ones do. :func:`deoptimize` undoes it.
+    This is the last step before inference: sparsify, calibrate and search refuse an optimized model. Norms and
+    activations write packed operands only while no gradient is recorded, so run the model under ``torch.no_grad()``; a
+    backward pass gives the gradient of the separate layers, and is refused for e4m3 weights. Parameters of merged
+    layers have different names; only ``state_dict`` has the stock ones. Layers, norms and MLPs that have hooks, a
+    replaced forward, or weights split over ranks stay as they are. A hook that is registered later is called, unless it
+    is on the activation of an MLP that packs its operand. Optimized models can be pickled, deep-copied and called by
+    several threads, as stock ones can. :func:`deoptimize` undoes it.
 
     Examples
     --------
@@ -132,7 +132,7 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
             _fuse_layer(report, name, layer)
     for layer in model.modules():
         if isinstance(layer, NMLinear):
-            layer.derived_for_call()  # compares now what somebody touched: a compiled layer never could
+            layer.derived_for_call()  # compares touched weights now, because a compiled layer cannot
     return report
 
 
@@ -142,7 +142,7 @@ def deoptimize(model: nn.Module) -> nn.Module:
     Raises
     ------
     ValueError
-        If the model is not optimised, or the forward of a module that optimize() changed was replaced since.
+        If the model is not optimized, or the forward of a module that optimize() changed was replaced since then.
     """
     if not is_optimized(model):
         raise ValueError("expected an optimized model, got one that optimize() has not changed; nothing to undo")
@@ -174,7 +174,7 @@ def is_optimized(model: nn.Module) -> bool:
 
 
 def refuse_optimized(model: nn.Module) -> None:
-    """Raise a ValueError if :func:`optimize` has changed this model, whose layers then are not the stock ones."""
+    """Raise a ValueError if :func:`optimize` has changed this model, so that its layers are not the stock ones."""
     if is_optimized(model):
         raise ValueError(
             "expected a model that is not optimized, got one that is; call nm_act.deoptimize(model) first, "
@@ -230,7 +230,7 @@ def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tu
 
 
 def _quantise(report: OptimizeReport, layout: str) -> None:
-    # Names, not modules: a layer's 16-bit weight is freed before the next one is converted.
+    # Names instead of modules, so that a layer's 16-bit weight is freed before the next one is converted.
     for name in [name for name, _ in report.model.named_modules()]:
         module = report.model.get_submodule(name)
         for child in [child for child, layer in module.named_children() if isinstance(layer, NMLinear)]:

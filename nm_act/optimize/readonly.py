@@ -1,4 +1,4 @@
-"""A layer's weight that is computed or part of another one: writes that would be lost are refused."""
+"""Weights that are computed or are parts of other weights: writes that would be lost are refused."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,13 +13,13 @@ _SET_DATA = Tensor.data.__set__
 
 
 class Computed(Tensor):
-    """A tensor that was computed for its reader: whatever writes to it raises a RuntimeError."""
+    """A tensor that was computed when it was read: every write to it raises a RuntimeError."""
 
     what = "weight"
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        """Run the operation on plain tensors, unless it writes to one of these."""
+        """Run the operation on plain tensors, unless it writes to a tensor of this class."""
         kwargs = kwargs or {}
         for target in _targets(func.__name__, args, kwargs):
             if target._loses(func, args):
@@ -30,12 +30,12 @@ class Computed(Tensor):
         wrap = partial(_wrapped, sources=sources)
         if isinstance(result, tuple | list):
             results = [wrap(value) for value in result]
-            # torch.return_types, such as max's, take one sequence; named tuples of others stay as they are.
+            # torch.return_types, such as max's, take one sequence; other named tuples stay as they are.
             return type(result)(results) if type(result) in (tuple, list) or hasattr(result, "n_fields") else result
         return wrap(result)
 
     def set_(self, *args, **kwargs):
-        """Refused, as it takes other memory; of torch's writes the one that ``__torch_function__`` does not see."""
+        """Refused, because it replaces the memory; the only write of torch that ``__torch_function__`` does not see."""
         self._refuse("set_")
 
     def _refuse(self, name: str) -> None:
@@ -46,7 +46,7 @@ class Computed(Tensor):
 
 
 class Part(Computed):
-    """A view of a merged weight or bias: writes reach it, another tensor in its place does not."""
+    """A view of a merged weight or bias: writes reach the merged tensor, replacing the view does not."""
 
     what = "weight or bias"
 
@@ -58,7 +58,7 @@ class Part(Computed):
 
 
 def _targets(name: str, args: tuple, kwargs: dict) -> Iterator[Computed]:
-    """The tensors of these kinds that an operation of this name writes to."""
+    """The tensors of these classes that an operation of this name writes to."""
     yield from _computed(kwargs.get("out"))
     if name.startswith("__"):
         writes = name in ("__setitem__", "__set__", *_IN_PLACE)
@@ -82,7 +82,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _wrapped(value, sources: dict[int, Computed]):
-    """A result that shares its storage with one of these tensors refuses the same writes; others are plain."""
+    """Results that share storage with one of these tensors refuse the same writes; others are plain tensors."""
     if not (isinstance(value, Computed) or type(value) is Tensor) or value.layout != torch.strided:
         return value
     source = sources.get(_storage(value))
@@ -91,5 +91,5 @@ def _wrapped(value, sources: dict[int, Computed]):
 
 
 def refuse_set(name: str) -> None:
-    """Raise a RuntimeError for an assignment to an optimized layer's ``weight`` (or, of a part, ``bias``)."""
+    """Raise a RuntimeError for an assignment to an optimized layer's ``weight`` (or a part's ``bias``)."""
     raise RuntimeError(f"expected no write to the {name} of an optimized layer, got an assignment; {REMEDY}")

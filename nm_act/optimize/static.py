@@ -1,4 +1,4 @@
-"""Decoding with a cache of fixed size, under CUDA graphs where there is a GPU."""
+"""Decoding with a cache of fixed size, with CUDA graphs on a GPU."""
 
 import copy
 import functools
@@ -20,11 +20,11 @@ ATTENTION = "nm_act_static"
 """Name of :func:`static_attention` among Transformers' attention implementations."""
 
 WARMUP = 3
-"""Steps before a capture: libraries load their kernels and choose algorithms in the first ones."""
+"""Steps before a capture, in which libraries load their kernels and choose algorithms."""
 
 
 class StaticDecoder:
-    """Greedy decoding of a batch of equally long prompts, all memory allocated once.
+    """Greedy decoding of a batch of equally long prompts, with all memory allocated once.
 
     On CUDA a decode step is one graph launch, and so is a prefill of a length given to :meth:`capture_prefill`;
     other lengths run directly and compile nothing. On a CPU everything runs directly.
@@ -32,26 +32,26 @@ class StaticDecoder:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A decoder-only model, dense, sparse or optimized, wholly on one device. Its attention has to go through
-        Transformers' attention interface (all models that allow ``attn_implementation="sdpa"`` and no others).
+        A decoder-only model, dense, sparse or optimized, on one device. Its attention must use Transformers' attention
+        interface, as in all models that allow ``attn_implementation="sdpa"``.
     batch : int
-        Sequences at a time.
+        Number of sequences.
     max_tokens : int
-        Most tokens of a sequence, prompt included.
+        Largest number of tokens per sequence, prompt included.
 
     Raises
     ------
     ValueError
         If the model is spread over devices, a size is out of range, the forward of a module that reads the model's
         config was replaced (by accelerate's hooks or torch.compile), or the model is on CUDA and its recipe keeps first
-        tokens dense: which ones they are is read back from the device in every call, and a graph cannot do that.
+        tokens dense, because their positions are read back from the device in every call, which a graph cannot do.
 
     Notes
     -----
-    Prompts attend to the filled part of the cache; so do steps on CUDA in 16 bits, where torch's flash attention takes
-    the length from the device. Other steps mask the whole cache; where it is a GPU that does, a logged line says why.
-    A decoder is for one thread at a time; the model itself is not changed, and others may run it meanwhile.
-    Padding is not supported: use ``model.generate``, which is (``cache_implementation="static"`` compiles it).
+    Prompts attend to the filled part of the cache; so do steps on CUDA in 16 bits, where torch's flash attention reads
+    the length on the device. Other steps mask the whole cache; on a GPU, a logged line says why. Only one thread at a
+    time may use a decoder; the model itself is not changed, and other threads may run it meanwhile. Padding is not
+    supported; use ``model.generate`` for it (``cache_implementation="static"`` compiles it).
 
     Examples
     --------
@@ -100,7 +100,7 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> Tensor:
-        """Read the prompts ``[batch, tokens]``, int64; the first new token of each, ``[batch, 1]``.
+        """Read the prompts ``[batch, tokens]``, int64; returns the first new token of each, ``[batch, 1]``.
 
         Raises
         ------
@@ -120,7 +120,7 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """Append the last token and compute the next one, ``[batch, 1]``: the buffer ``token``, overwritten each step.
+        """Append the last token and compute the next, ``[batch, 1]``: the buffer ``token``, which each step overwrites.
 
         Raises
         ------
@@ -142,7 +142,7 @@ class StaticDecoder:
         return self.token
 
     def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy continuation ``[batch, tokens + max_new_tokens]``; nothing stops it early."""
+        """Greedy continuation ``[batch, tokens + max_new_tokens]``; it never stops early."""
         self._check_prompt(input_ids, max_new_tokens)
         tokens = [input_ids.to(self.device), self.prefill(input_ids).clone()]
         tokens += [self.step().clone() for _ in range(max_new_tokens - 1)]
@@ -150,7 +150,7 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def capture_step(self) -> None:
-        """Capture the decode step; the first :meth:`step` does it by itself. The running sequence stays as it is.
+        """Capture the decode step, as the first :meth:`step` does automatically. The running sequence is kept.
 
         Raises
         ------
@@ -158,16 +158,16 @@ class StaticDecoder:
             If the model is not on CUDA.
         """
         self._check_graphs()
-        # At the beginning of the cache: steps beyond its end would write out of bounds.
+        # From the beginning of the cache, because steps beyond its end would write out of bounds.
         with self._kept(WARMUP):
             self._rewind(0)
             self._step_graph = self._captured(self._step, lambda: self._rewind(0))
 
     @torch.inference_mode()
     def capture_prefill(self, tokens: int) -> None:
-        """Capture the prefill of prompts of one length: worth it for short ones, bound by kernel launches.
+        """Capture the prefill of prompts of one length; worthwhile for short ones, which kernel launches dominate.
 
-        The running sequence stays as it is.
+        The running sequence is kept.
 
         Raises
         ------
@@ -193,7 +193,7 @@ class StaticDecoder:
         self._position.add_(1)
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        # Of this call's own: the model, its layers and weights as they are now, meanwhile serves others as ever.
+        # A view of this call: other callers may use the model, its layers and weights meanwhile.
         model = _with_config(self.model, self._config, self._static_config)
         output = model(
             input_ids=input_ids,
@@ -208,7 +208,7 @@ class StaticDecoder:
         self.token.copy_(output.logits[:, -1:].argmax(dim=-1))
 
     def _captured(self, function: Callable, before: Callable) -> Callable:
-        """One launch for what ``function`` enqueues."""
+        """One graph launch for what ``function`` enqueues."""
         side = _side_stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
@@ -218,7 +218,7 @@ class StaticDecoder:
         before()
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        # One pool for all graphs: none needs its intermediate results after another ran.
+        # One pool for all graphs, because none needs its intermediate results after another has run.
         with torch.cuda.graph(graph, pool=self._pool):
             function()
         self._pool = self._pool or graph.pool()
@@ -232,14 +232,14 @@ class StaticDecoder:
 
     @contextmanager
     def _kept(self, tokens: int) -> Iterator[None]:
-        """Put the running sequence back afterwards, of which the inside overwrites the first tokens of the cache."""
+        """Restore the running sequence afterwards: the block overwrites the first tokens of the cache."""
         logits, saved = self.logits, [tensor.clone() for tensor in self._state()]
         cached = [(layer.keys[:, :, :tokens].clone(), layer.values[:, :, :tokens].clone()) for layer in self._layers()]
         try:
             yield
         finally:
             self.logits = logits
-            # Layers that the inside initialised have nothing to put back: the first prefill rewinds them.
+            # Layers that the block initialises need no restoring: the first prefill rewinds them.
             for tensor, value in zip(self._state(), saved, strict=False):
                 tensor.copy_(value)
             for layer, (keys, values) in zip(self._layers(), cached, strict=False):
@@ -303,9 +303,9 @@ def static_attention(
     key, value : Tensor [batch, key_heads, max_tokens, dim]
         The whole cache, new tokens included.
     nm_act_lengths : Tensor [batch], int32
-        Filled tokens, new ones included; several new tokens always are a prompt, which starts the cache.
+        Number of filled tokens, new ones included; several new tokens are always a prompt at the start of the cache.
     nm_act_flash : bool
-        All sequences are of one length: flash attention, which reads it on the device, instead of masks.
+        Whether all sequences have one length, so that flash attention reads it on the device instead of using masks.
 
     Returns
     -------
@@ -327,10 +327,10 @@ def static_attention(
     if sliding_window is not None:
         mask = mask & (columns > positions[..., None] - sliding_window)
     if tokens == 1:
-        # The queries of a group share their keys: they are rows of one product.
+        # The queries of a group share their keys, so they are rows of one product.
         query = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
     else:
-        # With a mask, only the slow kernel of torch takes grouped heads.
+        # With a mask, only torch's slow kernel supports grouped heads.
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     with _no_cudnn(query):
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
@@ -340,14 +340,14 @@ def static_attention(
 
 
 def _no_cudnn(query: Tensor):
-    """Masked attention by torch's own kernels: cuDNN, which torch prefers on Hopper, need not take such masks."""
+    """Masked attention by torch's own kernels, because cuDNN, which torch prefers on Hopper, may reject such masks."""
     if not query.is_cuda:
         return nullcontext()
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _flash_window(query, key, value, scaling, sliding_window) -> Tensor:
-    """A prompt longer than the window; ``[batch, tokens, heads, dim]``."""
+    """Attention of a prompt longer than the window; ``[batch, tokens, heads, dim]``."""
     tokens = query.shape[2]
     return torch.ops.aten._flash_attention_forward(
         *(tensor.transpose(1, 2) for tensor in (query, key, value)),
@@ -366,9 +366,10 @@ def _flash_window(query, key, value, scaling, sliding_window) -> Tensor:
 
 
 def _flash_step(query, key, value, lengths, scaling, sliding_window) -> Tensor:
-    """One token of each sequence, all of one length; ``[batch, 1, heads, dim]``.
+    """Attention of one token per sequence, with sequences of one length; ``[batch, 1, heads, dim]``.
 
-    The sequences are heads of one: their caches lie one after the other, and a group of heads still shares its keys.
+    The sequences are treated as heads of one sequence: their caches are contiguous, and a group of heads still shares
+    its keys.
     """
     batch, heads, _, dim = query.shape
     most = key.shape[2]
@@ -395,7 +396,7 @@ def _flash_step(query, key, value, lengths, scaling, sliding_window) -> Tensor:
 
 
 def _flash_works(config, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch's flash attention takes a length from the device, and windows; tried once on a small cache."""
+    """Whether torch's flash attention supports lengths on the device, and windows; tried once on a small cache."""
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -416,7 +417,7 @@ def _flash_fits(heads: int, key_heads: int, dim: int, windowed: bool, dtype: tor
             masked, _ = static_attention(None, query[:, :, :tokens], key, value, **options)
             flash, _ = static_attention(None, query[:, :, :tokens], key, value, nm_act_flash=True, **options)
             torch.testing.assert_close(flash, masked, atol=2e-2, rtol=2e-2)
-    except (RuntimeError, TypeError, AssertionError) as error:  # other versions refuse arguments, or ignore them
+    except (RuntimeError, TypeError, AssertionError) as error:  # other versions reject or ignore these arguments
         reason = str(error).strip().split("\n")[0]
         logger.warning("no flash attention with lengths on the device: every step masks the whole cache (%s)", reason)
         return False
@@ -425,7 +426,7 @@ def _flash_fits(heads: int, key_heads: int, dim: int, windowed: bool, dtype: tor
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs are warmed up: one stream a device, since cuBLAS keeps a workspace for each that it has seen."""
+    """The stream for warming up graphs: one per device, because cuBLAS keeps a workspace for each stream it sees."""
     return torch.cuda.Stream(device)
 
 
@@ -440,9 +441,9 @@ def _refuse_first_tokens(model: nn.Module) -> None:
 
 
 def _with_config(module: nn.Module, before, after, name: str = "the model") -> nn.Module | None:
-    """A shallow copy of ``module`` that reads the config ``after`` in place of ``before``; None if none of it does.
+    """A shallow copy of ``module`` that reads the config ``after`` instead of ``before``; None if nothing reads it.
 
-    Copied are the modules that hold the config, and their parents; all others, and all parameters, are the same.
+    The modules that hold the config and their parents are copied; all others, and all parameters, are shared.
     """
     changed = {}
     for child, each in module._modules.items():
@@ -452,7 +453,7 @@ def _with_config(module: nn.Module, before, after, name: str = "the model") -> n
     holds = vars(module).get("config") is before
     if not (changed or holds):
         return None
-    if "forward" in vars(module):  # bound to the original, whose attention is another
+    if "forward" in vars(module):  # bound to the original module, which has different attention
         raise ValueError(
             f"expected modules with the forward of their class, got another one on {name} ({type(module).__name__}); "
             "make the decoder of a model without hooks of accelerate and without a compiled forward"
@@ -469,7 +470,7 @@ def _register() -> None:
 
 
 def _full_cache(config, max_tokens: int):
-    """A cache that holds all tokens of every layer; windows are the attention's matter."""
+    """A cache that holds all tokens of every layer; attention applies the windows."""
     from transformers.cache_utils import Cache, StaticLayer
 
     return Cache(layers=[StaticLayer(max_cache_len=max_tokens) for _ in range(config.num_hidden_layers)])

@@ -1,4 +1,4 @@
-"""Layers whose weight is split over the ranks of a process group: what each rank holds and what it has to exchange."""
+"""Layers whose weight is split over the ranks of a process group: what each rank holds and must exchange."""
 
 from .row import row_sparse_linear
 from .shard import Shard, check_plain, local_weight, refuse_sharded, shard_of, stored_in_out, whole_weight

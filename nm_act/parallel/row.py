@@ -1,12 +1,12 @@
-"""The sparse operator of a row-parallel layer, whose ranks see a slice of every token's features.
+"""The sparse operator of a row-parallel layer, in which each rank sees a slice of every token's features.
 
-Selection needs nothing from other ranks, because groups are never cut. A per-token shift and the variance factor are
-statistics of the whole token, so the ranks exchange them: one float64 number a token for the mean and four for the
-variances, the token itself for the median. They are combined in rank order, so every rank computes the same bits, and
-(the mean up to the last bit of its float64 sum, as :mod:`nm_act.reference` allows) those of a single process.
+The selection needs nothing from other ranks, because no group is cut. A per-token shift and the variance ratio are
+statistics of the whole token, so the ranks exchange data: per token one float64 for the mean, four for the variances,
+or the token itself for the median. It is combined in rank order, so every rank computes the same bits, and those of a
+single process (the mean up to the last bit of its float64 sum, as :mod:`nm_act.reference` allows).
 
-Dynamic fp8 is the exception: each rank scales its slice of a token by the slice's own largest value. That is a finer
-scale than one process has, never a coarser one, and needs no exchange.
+Dynamic fp8 is the exception: each rank scales its slice of a token by the slice's own largest value. That scale is at
+least as fine as that of a single process, and needs no exchange.
 """
 
 import torch
@@ -48,7 +48,7 @@ def row_sparse_linear(
         This rank's slice of the features.
     weight : Tensor [out_features, in_features / size]
     bias : Tensor [out_features], optional
-        To be given on one rank only, since the terms are added.
+        Given on one rank only, because the terms are added.
     keep, group : int
         The pattern; the group divides ``in_features / size``.
     channel_scale, shift : Tensor [in_features / size], optional
@@ -96,7 +96,7 @@ def row_sparse_linear(
 
 
 def _float32_product(z: Tensor, weight: Tensor, keep: int, group: int, **selection) -> Tensor:
-    """``P(z) weight^T [..., out]``; in float16, a product rounded here may overflow where the scaled one does not."""
+    """``P(z) weight^T [..., out]``; in float16, rounding here could overflow although the scaled product does not."""
     if z.dtype != torch.float16:
         return ops.sparse_linear(z, weight, None, keep, group, **selection).float()
     chosen = {name: selection[name] for name in ("channel_scale", "extra_columns") if name in selection}
@@ -112,7 +112,7 @@ def token_shift_over_ranks(shard: Shard, x: Tensor, token_shift: str) -> Tensor:
     if token_shift == "mean":
         sums = shard.gather(x.double().sum(dim=-1, keepdim=True))
         return (sums.sum(dim=0) / (x.shape[-1] * shard.size)).float() + 0.0
-    slices = shard.gather(x)  # a median cannot be put together from parts
+    slices = shard.gather(x)  # a median cannot be computed from those of the parts
     return formulas.token_shift_values(slices.movedim(0, -2).flatten(-2), token_shift)
 
 
@@ -124,7 +124,7 @@ def variance_ratio_over_ranks(shard: Shard, z: Tensor, pruned: Tensor) -> Tensor
 
 
 def _square_deviations(shard: Shard, values: Tensor) -> Tensor:
-    # Every rank's own mean and deviations, put together: one exchange, where a mean over all ranks first takes two.
+    # Each rank's mean and deviations, combined: one exchange instead of two with the mean over all ranks first.
     mean = values.mean(dim=-1, keepdim=True)
     square = (values - mean).square().sum(dim=-1, keepdim=True)
     means, squares = shard.gather(torch.cat([mean, square], dim=-1)).unbind(dim=-1)

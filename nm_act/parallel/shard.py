@@ -1,9 +1,10 @@
-"""One rank's part of a weight [out, in], and what derives from the whole of it.
+"""One rank's part of a weight [out, in], and what is derived from the whole weight.
 
-A *column-parallel* layer holds some output features of every input, a *row-parallel* layer some inputs of every output
-feature (the names are those of the transposed weight, as everywhere). Vectors and low-rank factors follow: those over
-the inputs (channel scale, shift) are whole in the first and cut in the second, those over the output features the other
-way round. The images of a shift and the low-rank term of a row-parallel layer are partial sums; a bias is added once.
+A rank of a *column-parallel* layer has a slice of the output features, a rank of a *row-parallel* layer a slice of the
+inputs (as usual, the names refer to the transposed weight). Vectors and low-rank factors are split accordingly: those
+over the inputs (channel scale, shift) are whole in the first case and sliced in the second, those over the output
+features vice versa. The image of a shift and the low-rank term of a row-parallel layer are partial sums; a bias is
+added once.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +28,7 @@ class Shard:
     kind : str
         "column" (a slice of the output features) or "row" (a slice of the inputs).
     rank, size : int
-        Place in the group, and how many share the layer.
+        Rank in the group, and size of the group.
     gather : callable
         ``[...] -> [size, ...]``: the tensors of all ranks, in rank order. Only row-parallel layers call it.
     """
@@ -38,7 +39,7 @@ class Shard:
     gather: Callable[[Tensor], Tensor] = field(repr=False)
 
     def part(self, tensor: Tensor, axes: Sequence[str]) -> Tensor:
-        """This rank's part of a tensor whose axes have these names ("in", "out" or others); a view."""
+        """A view of this rank's part of a tensor whose axes have these names ("in", "out" or others)."""
         split = "out" if self.kind == "column" else "in"
         if split not in axes:
             return tensor
@@ -48,7 +49,7 @@ class Shard:
 
 
 def shard_of(weight: Tensor) -> Shard | None:
-    """The shard that a DTensor weight ``[out, in]`` is; None for a plain tensor.
+    """How a DTensor weight ``[out, in]`` is split; None for a plain tensor.
 
     Raises
     ------
@@ -73,12 +74,12 @@ def shard_of(weight: Tensor) -> Shard | None:
 
 
 def local_weight(weight: Tensor) -> Tensor:
-    """The part of the weight that this rank holds; a plain tensor is its own."""
+    """The part of the weight on this rank; a plain tensor is returned as it is."""
     return weight.to_local() if _is_sharded(weight) else weight
 
 
 def stored_in_out(weight: Tensor) -> Tensor:
-    """The weight with this rank's part stored [in, out] (``.t()`` contiguous); itself where that is so already."""
+    """The weight with this rank's part stored [in, out] (``.t()`` contiguous); the weight itself if it already is."""
     local = local_weight(weight)
     if local.t().is_contiguous():
         return weight
@@ -96,20 +97,20 @@ def stored_in_out(weight: Tensor) -> Tensor:
 
 
 def whole_weight(weight: Tensor) -> Tensor:
-    """The whole weight, stored as this rank's part is; a plain tensor is its own.
+    """The whole weight, in the storage order of this rank's part; a plain tensor is returned as it is.
 
-    What derives from parts would round otherwise than in one process, and Amber-Pruner needs quantiles of the whole
-    matrix; so every rank gathers the layer once, while it loads. A collective: all ranks of the group have to call it.
+    Values derived from parts would round differently than in one process, and Amber-Pruner needs quantiles of the whole
+    matrix, so every rank gathers each layer once, while it loads. A collective: all ranks of the group must call it.
     """
     if not _is_sharded(weight):
         return weight
     whole = weight.full_tensor()
-    # As a single process has it: sums depend on the order of their terms.
+    # In the order of a single process, because sums depend on the order of their terms.
     return stored_in_out(whole) if local_weight(weight).t().is_contiguous() else whole
 
 
 def refuse_sharded(weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Raise a ValueError for the first named weight that is split over ranks: its layer can no longer be replaced."""
+    """Raise a ValueError for the first weight that is split over ranks, because its layer can no longer be replaced."""
     for name, weight in weights:
         shard = shard_of(weight)
         if shard is not None:
@@ -120,7 +121,7 @@ def refuse_sharded(weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_plain(x: Tensor) -> None:
-    """Raise a NotImplementedError for an input that torch's own parallel styles made a DTensor."""
+    """Raise a NotImplementedError for an input that torch's parallel styles have made a DTensor."""
     if _is_sharded(x):
         raise NotImplementedError(
             "expected a plain tensor as a sparse layer's input, got a DTensor, as torch's parallelize_module gives it; "
@@ -136,7 +137,7 @@ def _is_sharded(weight: Tensor) -> bool:
 def _gather(tensor: Tensor, group) -> Tensor:
     size = dist.get_world_size(group)
     flat = tensor.new_empty((size * tensor.numel(),))
-    # torch 2.13 renamed it and warns about the old name.
+    # torch 2.13 renamed the function and warns about the old name.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     all_gather(flat, tensor.contiguous().view(-1), group=group)
     return flat.view(size, *tensor.shape)

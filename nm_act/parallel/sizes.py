@@ -1,4 +1,4 @@
-"""Which tensor-parallel sizes a model's sparse layers can be split into."""
+"""The tensor-parallel sizes that a model's sparse layers allow."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from ..patterns import NMPattern
 
 @dataclass(frozen=True)
 class Part:
-    """Something that is split into equal parts of whole units.
+    """Something that is split into equal parts, each of whole units.
 
     Parameters
     ----------
@@ -21,7 +21,7 @@ class Part:
     extent : int
         How many there are.
     unit : int
-        How many belong together: the pattern's group for the inputs of a row-parallel layer, else 1.
+        How many must stay together: the pattern's group for the inputs of a row-parallel layer, else 1.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Part:
     unit: int = 1
 
     def fits(self, size: int) -> bool:
-        """Whether ``size`` equal parts cut no unit."""
+        """Whether no unit is cut by ``size`` equal parts."""
         return self.extent % (size * self.unit) == 0
 
 
 def part_of(name: str, spec, kind: str, in_features: int, out_features: int) -> Part:
-    """What a "column" or "row" parallel layer of these sizes is split by."""
+    """What is split in a "column" or "row" parallel layer of these sizes."""
     if kind == "row":
         return Part(name, "in_features", in_features, spec.pattern.span)
     return Part(name, "out_features", out_features)
@@ -44,8 +44,8 @@ def part_of(name: str, spec, kind: str, in_features: int, out_features: int) -> 
 def check_split(name: str, spec, kind: str) -> None:
     """Raise a ValueError if a layer with this :class:`~nm_act.LinearSpec` cannot be split that way.
 
-    Calibrated data is split with the weight. Only what compares or mixes all inputs of a token is not: where ranks
-    see a slice of them, unstructured top-k and a rotation.
+    Calibrated data is split with the weight. If ranks see only a slice of a token's inputs, methods that compare or mix
+    all of them cannot be split: unstructured top-k and a rotation.
     """
     if kind != "row" or spec.criterion in WEIGHT_PRUNING:
         return
@@ -62,7 +62,7 @@ def check_split(name: str, spec, kind: str) -> None:
 
 
 def check_size(size: int, parts: Iterable[Part]) -> None:
-    """Raise a ValueError that names the first part which ``size`` ranks cannot share, and the sizes that work.
+    """Raise a ValueError that names the first part that ``size`` ranks cannot share, and the sizes that work.
 
     Examples
     --------

@@ -171,6 +171,7 @@ def test_what_is_fitted_is_what_the_layer_drops(monkeypatch, criterion, shift):
 @pytest.mark.parametrize(
     ("recipe", "got"),
     [
+        (Recipe("2:4", mitigation=["var"]), "nothing to calibrate in any layer"),
         (Recipe("2:4", mitigation=["lpts"], rules=[Rule(mitigation=[])]), "nothing to calibrate in any layer"),
         (Recipe("2:4", mitigation=["lpts"], skip_layers=[0, 1]), "a recipe that leaves all layers dense"),
     ],
@@ -303,15 +304,6 @@ def test_a_run_that_failed_at_once_can_be_changed(windows, tmp_path):
         calibrate(tiny_model.build()[0], recipe, windows, settings=other, state=tmp_path)
 
 
-def test_a_block_with_infinite_outputs_is_not_kept(windows, tmp_path):
-    model = tiny_model.build()[0]
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.fill_(torch.inf)
-    with pytest.raises(ValueError, match="expected finite hidden states, got infinities or NaN after block 1;"):
-        calibrate(model, Recipe("2:4", mitigation=["spts"], skip_layers=[1]), windows, state=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["block-0000.safetensors", "run.json"]
-
-
 @pytest.mark.parametrize(("projection", "noted"), [("up_proj", True), ("down_proj", False)])
 def test_permute_where_nothing_folds_is_noted(folder, text, tmp_path, projection, noted):
     recipe = tmp_path / "permute.yaml"
@@ -319,3 +311,29 @@ def test_permute_where_nothing_folds_is_noted(folder, text, tmp_path, projection
     result = _command(folder, *_options(tmp_path, text, tmp_path / "out", "--recipe", recipe))
     assert result.exit_code == 0, result.stderr
     assert ("permute reorders nothing here" in result.stderr) is noted
+
+
+@pytest.mark.parametrize(
+    ("projection", "value", "recipe", "message"),
+    [
+        (
+            "up_proj",
+            torch.nan,
+            {"mitigation": ["lpts"]},
+            "a finite loss, got nan in block 1 at step 1 of 4; lower --lr",
+        ),
+        (
+            "down_proj",
+            torch.inf,
+            {"mitigation": ["spts"], "skip_layers": [1]},
+            "finite hidden states, .* NaN after block 1;",
+        ),
+    ],
+)
+def test_a_block_that_is_not_finite_is_one_sentence_and_not_kept(windows, tmp_path, projection, value, recipe, message):
+    model = tiny_model.build()[0]
+    with torch.no_grad():
+        model.model.layers[1].mlp.get_submodule(projection).weight[3, 3] = value
+    with pytest.raises(ValueError, match=f"expected {message}"):
+        calibrate(model, Recipe("2:4", **recipe), windows, state=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["block-0000.safetensors", "run.json"]

@@ -1,5 +1,6 @@
 """Policy search: sensitivities against a direct computation, the solver against brute force, the command."""
 
+import ctypes
 import itertools
 import json
 import shutil
@@ -145,6 +146,28 @@ def test_solver_counts_what_mitigations_add():
     total, saved = 32**2 + 512**2, 512**2 * (1 - 1 / 1.4) - 8 * 1024
     assert fastest.speedup == pytest.approx(total / (total - saved))
     assert Problem(groups, costs, specs, RATES).solve(1.1).names == ("dense", "pair")
+
+
+def test_the_solver_prints_nothing(capfd):
+    """80 layers of four options, for which HiGHS 1.12 (SciPy 1.17) prints lines of its own."""
+    rates = Rates({"2:4": (1.41, ""), "4:8": (1.2, ""), "8:16": (1.1, ""), "2:4+1": (1.13, "")})
+    factors = {"2:4": 1, "4:8": 0.5, "8:16": 0.3, "2:4+1": 0.25}
+    sizes = [8192 * 8192, 8192 * 1024, 8192 * 1024, 8192 * 8192, *[8192 * 28672] * 3] * 80
+    groups = [Group((i,), ("x",), ((1, size),), (str(i),)) for i, size in enumerate(sizes)]
+    noise = torch.rand(len(groups), 5, generator=torch.Generator().manual_seed(0)).tolist()
+    costs = {
+        group.key: {
+            name: 10 ** (-3 * base) * f * (1 + 0.05 * e) for (name, f), e in zip(factors.items(), rest, strict=True)
+        }
+        for group, (base, *rest) in zip(groups, noise, strict=True)
+    }
+    problem = Problem(groups, costs, {name: LinearSpec(name) for name in factors}, rates)
+    print("before")
+    for target in (1.3, 1.38):
+        assert problem.solve(target).speedup >= target
+    print("after")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"
 
 
 def test_an_option_that_saves_nothing_is_not_chosen_even_for_free():

@@ -7,6 +7,7 @@ import tiny_model
 import torch
 
 from nm_act.lab import texts
+from nm_act.lab.extras import import_extra
 from nm_act.lab.texts import read_text, tokenize
 
 
@@ -113,3 +114,11 @@ def test_splits_in_the_order_of_preference(tmp_path):
         (tmp_path / "piqa" / f"{name}.jsonl").write_text("{}")
     assert [path.stem for path in texts.find_splits(tmp_path, "piqa")] == ["test", "validation"]
     assert texts.find_file(tmp_path, "piqa").stem == "test"
+
+
+@pytest.mark.parametrize("extra", ["eval", "demo"])
+def test_a_missing_package_is_named_with_the_extra_that_installs_it(extra):
+    with pytest.raises(
+        ImportError, match=rf"^the plot needs the package nonsense, .*; run `pip install nm_act\[{extra}\]`"
+    ):
+        import_extra("nonsense.figure", "the plot", extra)

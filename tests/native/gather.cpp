@@ -165,7 +165,7 @@ void run_types(Case c, int kind, bool aligned) {
   c.weight_type = types[kind][1];
   if (weight_bytes(c.weight_type) == 1) {
     c.out_features = ceil_div(c.out_features, 16) * 16;
-    c.tokens = std::min(c.tokens, kMaxDecodeTokens);
+    c.tokens = std::min(c.tokens, kFewTokens);
   }
   run_case(c, aligned);
 }
@@ -179,14 +179,14 @@ void run_cases() {
   for (Pattern pattern : patterns) {
     for (const GatherConfig& config : configs) {
       for (int tokens : {1, 2, 3, 4, 7}) {
-        if (tokens > kMaxDecodeTokens && pattern.keep > 0) continue;
+        if (tokens > kFewTokens && pattern.keep > 0) continue;
         for (int repeat = 0; repeat < 2; ++repeat, ++step) {
           const int groups = std::uniform_int_distribution<int>(1, 700 / std::max(pattern.group, 2))(engine);
           const bool plain = repeat == 0, shifted = pattern.keep > 0;
           const Options options{!plain && step % 3 != 0, !plain && shifted && step % 4 == 1, !plain && step % 4 == 3,
                                 !plain, plain && step % 2 == 0};
           const int in = groups * std::max(pattern.group, 1);
-          const int kind = tokens > kMaxDecodeTokens ? step % 2 : static_cast<int>(engine() % 6);
+          const int kind = tokens > kFewTokens ? step % 2 : static_cast<int>(engine() % 6);
           run_types({tokens, in, 8 * (1 + step % 50), kBf16, kBf16, pattern, config, options}, kind, step % 5 != 0);
         }
       }

@@ -120,7 +120,7 @@ def test_native_checks(tmp_path):
         ("producers", 35_000),
         ("prune", 13_000),
         ("compress_windows", 13_000),
-        ("windows", 3_400_000),
+        ("windows", 2_200_000),
         ("gemm_config", 2_000),
     ):
         built = cmake("--build", tmp_path, "--target", name)

@@ -238,7 +238,7 @@ inline GatherConfig choose_gather_config(ElementType weight_type, Pattern patter
   const int bytes = weight_bytes(weight_type);
   const bool few = pattern.keep > 0 || bytes == 1;
   const int64_t row_bytes = weight_stride * bytes;
-  if (tokens < 1 || tokens > (few ? kMaxDecodeTokens : kMaxGatherTokens) || in_features <= 0 || out_features <= 0 ||
+  if (tokens < 1 || tokens > (few ? kFewTokens : kMaxGatherTokens) || in_features <= 0 || out_features <= 0 ||
       in_features > INT32_MAX || out_features > INT32_MAX || row_bytes > INT32_MAX ||
       out_features % outputs_per_lane(weight_type) != 0 || row_bytes % kGatherVector != 0) {
     return {};

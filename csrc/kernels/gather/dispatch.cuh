@@ -26,8 +26,8 @@ cudaError_t launch_gather_tokens(const GatherParams& params, const GatherLaunch&
 // 8-bit weights, with inputs of either 16-bit type.
 template <class W>
 cudaError_t launch_gather_bits8(const GatherParams& params, const GatherLaunch& launch) {
-  return params.x_type == ElementType::kBFloat16 ? launch_gather_tokens<BFloat16, W, kMaxDecodeTokens>(params, launch)
-                                                 : launch_gather_tokens<Float16, W, kMaxDecodeTokens>(params, launch);
+  return params.x_type == ElementType::kBFloat16 ? launch_gather_tokens<BFloat16, W, kFewTokens>(params, launch)
+                                                 : launch_gather_tokens<Float16, W, kFewTokens>(params, launch);
 }
 
 }  // namespace nm_act

@@ -126,7 +126,7 @@ __device__ __forceinline__ void gather_rows(const unsigned char* weight, uint32_
 // Loads in flight per thread, and blocks per multiprocessor to limit registers for; the more sums, the fewer of both.
 template <int kTokens, int kOutputs>
 struct GatherTuning {
-  static constexpr int kUnroll = kTokens <= kMaxDecodeTokens ? 8 : 4;
+  static constexpr int kUnroll = kTokens <= kFewTokens ? 8 : 4;
   static constexpr int kBlocks = gather_blocks(kTokens, kOutputs);
 };
 

@@ -1,6 +1,5 @@
 // prune for 2:4+1 and 2:4+2, as a dense tensor with zeros. A thread takes a unit of sixteen features (windows.cuh);
-// unscaled 16-bit features are compared as 16-bit keys, scaled or 32-bit ones as 32-bit keys. Limit: in_features % 16
-// == 0.
+// unscaled 16-bit features of 2:4+1 are compared as 16-bit keys, all others as 32-bit keys. Limit: in_features % 16 == 0.
 #include "../launch.cuh"
 #include "windows.cuh"
 
@@ -8,19 +7,6 @@ namespace nm_act {
 namespace {
 
 constexpr int kThreads = 256;
-
-template <class E, bool kKeys>
-__device__ __forceinline__ uint32_t select_plus_two(const Unit<E>& unit, const ChannelUnit& scale, int e0, int e1) {
-  if constexpr (kKeys) {
-    uint32_t key[kUnit];
-    keys_of(unit, scale, key);
-    return plus_two_of_keys(key, e0, e1);
-  } else {
-    uint32_t word[8];
-    words_of(unit, word);
-    return plus_two_16(word, E::kNanKeys, e0, e1);
-  }
-}
 
 template <class E, int kExtras, bool kVector, bool kKeys>
 __global__ void __launch_bounds__(kThreads) prune_windows_kernel(const __grid_constant__ PruneParams params) {
@@ -57,7 +43,9 @@ __global__ void __launch_bounds__(kThreads) prune_windows_kernel(const __grid_co
 #pragma unroll
     for (int quad = 0; quad < 4; ++quad) survivors[quad] = quad_survivors(windows, e0, quad);
   } else {
-    const uint32_t mask = select_plus_two<E, kKeys>(unit, scale, e0, e1);
+    uint32_t key[kUnit];
+    keys_of(unit, scale, key);
+    const uint32_t mask = plus_two_of_keys(key, e0, e1);
 #pragma unroll
     for (int quad = 0; quad < 4; ++quad) survivors[quad] = spread_nibble(mask >> 4 * quad & 15u);
   }
@@ -92,7 +80,7 @@ cudaError_t launch_extras(const PruneParams& params, cudaStream_t stream) {
     return launch_kernel(kernel, static_cast<unsigned>(blocks), kThreads, stream, params);
   };
   if (!vector) return launch(prune_windows_kernel<E, kExtras, false, true>);
-  if constexpr (E::k16Bit) {
+  if constexpr (E::k16Bit && kExtras == 1) {
     if (params.channel_scale == nullptr) return launch(prune_windows_kernel<E, kExtras, true, false>);
   }
   return launch(prune_windows_kernel<E, kExtras, true, true>);

@@ -170,21 +170,6 @@ NM_ACT_LOCAL uint32_t drop_four(const uint32_t (&key)[8], const uint32_t (&place
   return dropped;
 }
 
-NM_ACT_INLINE uint32_t plus_two_16(const uint32_t (&word)[8], uint32_t nan_keys, int e0, int e1) {
-  uint32_t key[8], place[8];
-  NM_ACT_UNROLL
-  for (int quad = 0; quad < 4; ++quad) {
-    const uint32_t a = magnitude_keys(word[2 * quad], nan_keys), b = magnitude_keys(word[2 * quad + 1], nan_keys);
-    const uint32_t selector = gather_selector(~byte_mask(winners_of(compare_keys(a, b))));
-    const uint32_t keys = permute_bytes(a, b, selector), columns = permute_bytes(0x00010000u, 0x00030002u, selector);
-    key[2 * quad] = keys & 0xFFFFu;
-    key[2 * quad + 1] = keys >> 16;
-    place[2 * quad] = 4 * quad + (columns & 0xFFFFu);
-    place[2 * quad + 1] = 4 * quad + (columns >> 16);
-  }
-  return ~drop_four(key, place, e0, e1) & 0xFFFFu;
-}
-
 NM_ACT_INLINE uint32_t plus_two_of_keys(const uint32_t (&key)[kUnit], int e0, int e1) {
   uint32_t loser[8], place[8];
   NM_ACT_UNROLL

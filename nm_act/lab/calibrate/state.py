@@ -9,10 +9,7 @@ from safetensors.torch import save
 from torch import nn
 
 from ...files import write_atomic
-from ..output import read_object, write_json
-
-IDENTITY = "run.json"
-"""File with the identity of an unfinished run, in its folder."""
+from ..output import RUN_FILE, read_object, write_json
 
 _FACTS = "facts"
 
@@ -29,7 +26,7 @@ class RunState:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / IDENTITY
+        path = self.folder / RUN_FILE
         known = read_object(path) if path.is_file() else identity
         if not known:
             raise ValueError(

@@ -41,7 +41,8 @@ class DecodeSpeed:
         """
         if len(self.samples) != len(other.samples):
             raise ValueError(
-                f"expected two results of one measurement, got {len(self.samples)} and {len(other.samples)} rounds"
+                f"expected two results of one measurement, got {len(self.samples)} and {len(other.samples)} rounds; "
+                "measure both in one call"
             )
         return DecodeSpeed(tuple(a / b for a, b in zip(self.samples, other.samples, strict=True)))
 
@@ -116,11 +117,13 @@ def decode_speed(
         If there is no model, the prompt is not ``[batch, tokens]`` with at least one token, or a count is out of range.
     """
     if not models:
-        raise ValueError("expected at least one model to measure, got none")
+        raise ValueError("expected at least one model to measure, got none; add one")
     if input_ids.ndim != 2 or input_ids.numel() == 0:
         raise ValueError(f"expected a prompt of shape [batch, tokens], got {list(input_ids.shape)}; add a token")
     if rounds < 1 or steps < 1 or warmup < 0:
-        raise ValueError(f"expected rounds >= 1, steps >= 1, warmup >= 0, got {rounds}, {steps}, {warmup}")
+        raise ValueError(
+            f"expected rounds >= 1, steps >= 1, warmup >= 0, got {rounds}, {steps}, {warmup}; correct them"
+        )
     names = list(models)
     decoders = {name: _Decoder(models[name], input_ids) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}

@@ -7,15 +7,13 @@ from pathlib import Path
 
 from ...files import write_atomic
 from ...version import commit
-from ..output import read_object, write_json
+from ..output import RUN_FILE, check_output, make_folder, read_object, write_json
 from .variants import Variant
 
-__all__ = ["PERPLEXITY", "RUN_FILE", "RunFolder", "check_output"]
+__all__ = ["PERPLEXITY", "RunFolder"]
 
 PERPLEXITY = "wikitext2"
 """The task that is a perplexity; all others are the harness's."""
-
-RUN_FILE = "run.json"
 
 _FORMAT = 2
 """Format of a run's files: 2 adds extra_macs to the results, and the tokens and window in use to the identity."""
@@ -91,27 +89,6 @@ def _read_result(path: Path) -> dict:
     if lacking is not None:
         raise ValueError(f"expected a result in {str(path)!r}, got something without {lacking}; remove the file")
     return found
-
-
-def make_folder(folder: Path, shown: Path, option: str) -> None:
-    """Make a folder with its parents; the OSError names `shown` and the option to change."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = "a file is in the way" if in_the_way else (error.strerror or str(error)).lower()
-        raise type(error)(f"cannot make the folder {str(shown)!r}: {reason}; choose another {option}") from error
-
-
-def check_output(path: Path, run_file: str = RUN_FILE, part: str = "rows") -> None:
-    """Raise a ValueError if a folder holds files, but not `run_file`; the folder `part` in it may be there, empty."""
-    if path.is_dir() and not (path / run_file).is_file():
-        other = next((each.name for each in sorted(path.iterdir()) if each.name != part), part)
-        if other != part or any((path / part).glob("*")):
-            raise ValueError(
-                f"expected a new folder or that of an earlier run, got {str(path)!r} with {other} and without "
-                f"{run_file}; choose another --output"
-            )
 
 
 def _merged(found: dict, wanted: dict, path: Path) -> dict:

@@ -41,7 +41,9 @@ def load_study(path: str | Path) -> list[dict]:
 def _expand(entry, path: Path) -> list[dict]:
     where = repr(str(path))
     if not isinstance(entry, dict) or not ({"pattern", "recipe"} & set(entry)):
-        raise ValueError(f"expected every row of {where} to be a mapping with a pattern or a recipe, got {entry!r}")
+        raise ValueError(
+            f"expected every row of {where} to be a mapping with a pattern or a recipe, got {entry!r}; add one"
+        )
     unknown = next((key for key in entry if key not in _KEYS), None)
     if unknown is not None:
         raise ValueError(f"expected the keys of a row among {', '.join(_KEYS)}, got {unknown!r} in {where}")

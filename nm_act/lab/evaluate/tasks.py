@@ -126,7 +126,7 @@ def check_available(tasks: list[str]) -> None:
     """Raise an error if a task is unknown, or a package or resource that it needs is missing."""
     unknown = next((name for name in tasks if name not in TASKS), None)
     if unknown is not None:
-        raise ValueError(f"expected tasks among wikitext2, {', '.join(TASKS)}, got {unknown!r}; choose of those")
+        raise ValueError(f"expected tasks among wikitext2, {', '.join(TASKS)}, got {unknown!r}; choose among those")
     needs = ["lm_eval"] if tasks else []
     needs += ["langdetect", "immutabledict", "nltk"] if "ifeval" in tasks else []
     missing = next((package for package in needs if importlib.util.find_spec(package) is None), None)

@@ -24,7 +24,7 @@ from ..policies import POLICIES
 from .options import CalibratedData, option_recipe, option_variant, read_data
 from .sensitivity import Group, groups_of, sensitivities
 from .solve import Problem
-from .store import POINTS, SENSITIVITIES, ResultLines
+from .store import ResultLines
 
 __all__ = ["Goal", "Point", "search"]
 
@@ -104,7 +104,8 @@ def search(
     groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together)
     if not groups:
         raise ValueError(
-            f"expected projections among {', '.join(DEFAULT_PROJECTIONS)} in {identity['search']!r}, got none of them"
+            f"expected projections among {', '.join(DEFAULT_PROJECTIONS)} in {identity['search']!r}, got none of them; "
+            "search another model"
         )
     inside = {name for group in groups for name in group.names}
     other = sum(layer_macs(linear) for name, (_, _, linear) in decoder_linears(dense).items() if name not in inside)
@@ -121,7 +122,7 @@ def search(
     folder = RunFolder.open(output, identity).path
     note(f"sensitivities of {len(groups)} groups, {len(specs)} options, {count} windows of {window} tokens")
     with bar("sensitivities") as update:
-        costs = sensitivities(dense, windows, groups, specs, folder / SENSITIVITIES, update, data)
+        costs = sensitivities(dense, windows, groups, specs, folder / "sensitivities.jsonl", update, data)
     problem = Problem(groups, costs, specs, rates, other)
     choices = problem.frontier(MEASURED_POINTS)[1:]
     if goal.target_speedup is not None:
@@ -129,7 +130,7 @@ def search(
     found = [problem.recipe(choice) for choice in choices]
     recipes = [("dense", None), *(("search", recipe) for recipe in found)]
     recipes += [item for spec in specs.values() for item in _baselines(spec).items()]
-    points = _measure(dense, windows, recipes, rates, folder / POINTS, note, data)
+    points = _measure(dense, windows, recipes, rates, folder / "points.jsonl", note, data)
     best = _best(points, found[-1], goal)
     used = {name: data[name] for name in specs if name in data.keys() & _options_of(best.recipe)}
     return best, points, _write(folder, points, best, dense, used)

@@ -1,6 +1,11 @@
 """The solver: one option for every group, so that the sum of sensitivities is least for a given predicted speed-up."""
 
+import ctypes
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,6 +13,7 @@ import numpy as np
 
 from ...recipe import DENSE, LinearSpec, Recipe, Rule
 from ..cost import Rates, added_macs, pattern_of
+from ..extras import import_extra
 from .sensitivity import Group
 
 __all__ = ["Choice", "Problem"]
@@ -65,14 +71,13 @@ class Problem:
         It is found by HiGHS, as an integer program with one binary variable per group and option. Raises ValueError if
         even the fastest option everywhere does not reach the target.
         """
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import block_diag
-
+        optimize = import_extra("scipy.optimize", "the solver of nm-act search")
         needed = 1 - 1 / target_speedup
         if needed > self._reachable + 1e-9:
             best = 1 / (1 - self._reachable)
             raise ValueError(
-                f"expected a target speed-up of at most {best:.3f} with these options, got {target_speedup:g}"
+                f"expected a target speed-up of at most {best:.3f} with these options, got {target_speedup:g}; lower "
+                "it or add a faster --option"
             )
         cost = np.array([[0.0, *(self.costs[group.key][name] for name in self.specs)] for group in self.groups])
         groups, options = cost.shape
@@ -80,15 +85,16 @@ class Problem:
         useful = self._saved > 0  # what saves nothing is never chosen
         useful[:, 0] = True
         # HiGHS lets a row fall short by 1e-6: in units of a ten-thousandth, that is 1e-10 of the time.
-        enough = LinearConstraint(1e4 * self._saved.reshape(1, -1), 1e4 * min(needed, self._reachable))
-        one_each = LinearConstraint(block_diag([np.ones((1, options))] * groups), 1, 1)
-        found = milp(
-            cost.ravel() / unit,
-            integrality=np.ones(groups * options),
-            bounds=Bounds(0, useful.ravel()),
-            constraints=[enough, one_each],
-            options={"mip_rel_gap": 1e-9, "time_limit": _SECONDS},
-        )
+        enough = optimize.LinearConstraint(1e4 * self._saved.reshape(1, -1), 1e4 * min(needed, self._reachable))
+        one_each = optimize.LinearConstraint(np.kron(np.eye(groups), np.ones(options)), 1, 1)
+        with _no_output():
+            found = optimize.milp(
+                cost.ravel() / unit,
+                integrality=np.ones(groups * options),
+                bounds=optimize.Bounds(0, useful.ravel()),
+                constraints=[enough, one_each],
+                options={"mip_rel_gap": 1e-9, "time_limit": _SECONDS},
+            )
         if found.x is None:
             raise RuntimeError(f"expected an optimal choice, got none ({found.message}); use larger --layers-together")
         picked = found.x.reshape(groups, options).argmax(axis=1)
@@ -117,3 +123,20 @@ class Problem:
         ]
         projections = tuple(dict.fromkeys(projection for group in self.groups for projection in group.projections))
         return Recipe(pattern=DENSE, projections=projections, rules=tuple(rules))
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Drop the lines that some versions of HiGHS print on stdout, where a command's JSON belongs."""
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush(None)
+    own = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+        flush(None)
+    finally:
+        os.dup2(own, 1)
+        os.close(own)

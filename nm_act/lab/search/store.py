@@ -5,9 +5,6 @@ from pathlib import Path
 
 from ...files import read_json_lines, write_json_lines
 
-SENSITIVITIES, POINTS = "sensitivities.jsonl", "points.jsonl"
-"""Measurements of a run, in its folder."""
-
 
 class ResultLines:
     """Rows of a JSON-lines file by the fields `key`, of which the last one may be missing (None).

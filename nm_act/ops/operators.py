@@ -1,0 +1,382 @@
+"""The compiled operators: loads ``nm_act._C``, which registers ``torch.ops.nm_act.*``, adds fakes and documentation.
+
+The selection contract, identical on every device, is written in ``csrc/ops/schemas.cpp`` and ``nm_act/reference.py``.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..version import __version__
+from . import formulas
+
+try:
+    from .. import _C
+except ImportError as error:
+    raise ImportError(
+        f"expected the compiled part of nm_act for this Python and torch, got: {error}; build it with: pip install -e ."
+    ) from error
+
+METADATA_LAYOUTS = ("neutral", "sm80_16bit", "sm90_16bit_t64", "sm90_8bit")
+"""Names of the 2:4 metadata layouts; the sm80 and sm90 ones are what the tensor cores read."""
+
+
+def prune(
+    x: Tensor,
+    n: int,
+    m: int,
+    *,
+    channel_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    token_shift: str = "none",
+    extra_columns: Sequence[int] = (),
+) -> Tensor:
+    """Keep the ``n`` best of every ``m`` consecutive features of each token: ``P(X - eta)``.
+
+    Parameters
+    ----------
+    x : Tensor [..., in_features], float32, bfloat16 or float16
+    n, m : int
+        ``1 <= n < m``, m in {2, 4, 8, 16, 32} and a divisor of in_features.
+    channel_scale : Tensor [in_features], float32 or the dtype of x, optional
+        c of the score ``|x - eta| * |c|`` (Amber-Pruner, WINA, ...); 1 if absent.
+    shift : Tensor [in_features], float32 or the dtype of x, optional
+        A static eta per channel (S-PTS, L-PTS), subtracted before the selection.
+    token_shift : {"none", "mean", "median"}
+        A dynamic eta per token (D-PTS); excludes ``shift``.
+    extra_columns : sequence of int
+        With 2:4, the columns of the extra windows of 2:4+1 or 2:4+2 (:class:`nm_act.NMPattern`); in_features is then
+        a multiple of 16.
+
+    Returns
+    -------
+    Tensor
+        Shape and dtype of ``x``, contiguous; pruned entries are +0.0.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not supported.
+    ValueError
+        If a pattern, shape, device or option does not fit.
+
+    Notes
+    -----
+    The gradient of a survivor is that of its output, of a pruned entry 0: the mask is a constant. Source: arXiv
+    2509.22166.
+
+    Examples
+    --------
+    >>> import torch, nm_act
+    >>> nm_act.prune(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), 2, 4)
+    tensor([[ 0., -3.,  2.,  0.]])
+    """
+    return call(
+        "prune", x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift, extra_columns=extra_columns
+    )
+
+
+def compress(
+    x: Tensor,
+    *,
+    channel_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    token_shift: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """Prune to 2:4 and pack: the survivors and their indices in the device-neutral format.
+
+    Parameters are those of :func:`prune`; in_features must be divisible by 4.
+
+    Returns
+    -------
+    values : Tensor [..., in_features / 2], dtype of x
+        Two survivors a group of four, in index order.
+    metadata : Tensor [..., ceil(in_features / 8)], uint8
+        One nibble a group, ``first_index | second_index << 2``, the lower group in the low nibble.
+
+    Notes
+    -----
+    A backward pass is refused; :func:`prune` has a gradient.
+
+    Examples
+    --------
+    >>> import torch, nm_act
+    >>> nm_act.compress(torch.tensor([[1.0, -3.0, 2.0, 0.5]]))
+    (tensor([[-3.,  2.]]), tensor([[9]], dtype=torch.uint8))
+    """
+    return call("compress", x, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
+
+
+def decompress(values: Tensor, metadata: Tensor) -> Tensor:
+    """The dense ``[..., in_features]`` tensor that :func:`compress` packed, to the bit; zeros where it pruned.
+
+    Examples
+    --------
+    >>> import torch, nm_act
+    >>> nm_act.decompress(*nm_act.compress(torch.tensor([[1.0, -3.0, 2.0, 0.5]])))
+    tensor([[ 0., -3.,  2.,  0.]])
+    """
+    return call("decompress", values, metadata)
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    n: int = 2,
+    m: int = 4,
+    *,
+    channel_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    token_shift: str = "none",
+    shift_out: Tensor | None = None,
+    variance_correction: bool = False,
+    column_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    extra_columns: Sequence[int] = (),
+    lifted_weight: Tensor | None = None,
+    activation_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A linear layer over an activation pruned to N:M on the fly.
+
+    ``Y = (nu * (P(X - eta) @ W^T) + shift term) * column_scale + bias``
+
+    Parameters
+    ----------
+    x : Tensor [..., in_features], float32, bfloat16 or float16
+    weight : Tensor [out_features, in_features], dtype of x; float8_e4m3fn or int8 with ``weight_scale``
+        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to four tokens (eight in float32 on a
+        CPU) read only the rows whose input survived in one of them; on CUDA if x has 16 bits, out_features is a
+        multiple of 8 (of 16 for an 8-bit weight), its rows are 16-byte aligned and, for a 16-bit weight, the tokens
+        are expected to need at most 95 % of them. Expected finite: the rows of pruned inputs may not be read.
+    bias : Tensor [out_features], dtype of x, optional
+    n, m : int
+        ``1 <= n < m``, m in {2, 4, 8, 16, 32} and a divisor of in_features.
+    channel_scale, shift, token_shift
+        The selection, as in :func:`prune`.
+    shift_out : Tensor [out_features], float32 or the dtype of x, optional
+        Image of the shift, which puts back what it took: ``W @ shift`` for ``shift`` (added as a bias), the row sums
+        ``W @ 1`` for ``token_shift`` (times eta, a rank-1 term). Computed from the weight at every call if absent.
+    variance_correction : bool
+        VAR: ``nu = sqrt(Var(Z) / Var(P))`` per token, with Z = X - eta; 1 where Var(P) is 0.
+    column_scale : Tensor [out_features], float32 or the dtype of x, optional
+        LS: ``1 + s``.
+    weight_scale : Tensor [out_features], float32, optional
+        Scale of each output channel of an 8-bit weight: ``W = weight * weight_scale``. Where the gather kernel does
+        not apply (more tokens, another storage, a CPU), W is written out in the dtype of x at every call.
+    extra_columns : sequence of int
+        As in :func:`prune`.
+    lifted_weight : Tensor [out_features, lifted in_features], dtype of x, optional
+        :func:`nm_act.lift_weight` of ``weight``, for 2:4+1 on the sparse tensor cores; used where that pays, which
+        :func:`nm_act.explain` tells.
+    activation_dtype : torch.dtype, optional
+        torch.float8_e4m3fn casts the survivors to e4m3, one dynamic scale a token, for the fp8 tensor cores: 2:4 on
+        CUDA (sm_90), x in 16 bits, the weight in float8_e4m3fn and contiguous. Otherwise the dtype of x.
+
+    Returns
+    -------
+    Tensor [..., out_features], dtype of x
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not supported or dtypes differ.
+    ValueError
+        If a pattern, shape, device or option does not fit.
+    NotImplementedError
+        If no fp8 kernel takes the combination; the sentence lists what is compiled.
+
+    Notes
+    -----
+    The gradient goes straight through the selection, with the forward's mask as a constant; x and the weight are kept
+    for it. ``channel_scale`` only chooses: its gradient is 0. ``lifted_weight`` has none, all of it goes to ``weight``.
+    With ``weight_scale`` a backward pass is refused. Under torch.func and forward-mode derivatives, values may differ
+    in rounding. Source: arXiv 2509.22166 (D-PTS, S-PTS, L-PTS, VAR, LS).
+
+    Examples
+    --------
+    >>> import torch, nm_act
+    >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+    >>> y = nm_act.sparse_linear(x, weight, n=8, m=16)
+    >>> torch.allclose(y, nm_act.prune(x, 8, 16) @ weight.t(), atol=1e-5)
+    True
+    """
+    return call(
+        "sparse_linear",
+        x,
+        weight,
+        bias,
+        n,
+        m,
+        channel_scale=channel_scale,
+        shift=shift,
+        token_shift=token_shift,
+        shift_out=shift_out,
+        variance_correction=variance_correction,
+        column_scale=column_scale,
+        weight_scale=weight_scale,
+        extra_columns=extra_columns,
+        lifted_weight=lifted_weight,
+        activation_dtype=activation_dtype,
+    )
+
+
+def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.t() + bias`` for one to eight tokens, reading only the weight rows whose input is not zero.
+
+    The gather kernel of :func:`sparse_linear` without the selection, for inputs that are sparse already (ReLU, top-k).
+
+    Parameters
+    ----------
+    x : Tensor [..., in_features], at most 8 tokens in all
+    weight : Tensor [out_features, in_features], dtype of x, stored [in, out] (``weight.t()`` contiguous)
+    bias : Tensor [out_features], dtype of x, optional
+
+    Examples
+    --------
+    >>> import torch, nm_act
+    >>> weight = torch.randn(64, 32).t()
+    >>> x = torch.relu(torch.randn(1, 64))
+    >>> torch.allclose(nm_act.gather_linear(x, weight), x @ weight.t(), atol=1e-5)
+    True
+    """
+    return call("gather_linear", x, weight, bias)
+
+
+def pack_metadata(metadata: Tensor, in_features: int, layout: str) -> Tensor:
+    """Reorder neutral 2:4 metadata into the layout that a tensor core reads, on the host.
+
+    Parameters
+    ----------
+    metadata : Tensor [..., ceil(in_features / 8)], uint8, on the CPU
+    in_features : int
+        A multiple of 4; tokens and features are padded to whole tiles with the legal nibble 0x4.
+    layout : str
+        One of ``METADATA_LAYOUTS``.
+
+    Returns
+    -------
+    Tensor [bytes], uint8
+    """
+    rows = metadata.shape[:-1].numel()
+    packed = _C.pack_metadata(_bytes_of(metadata), rows, in_features, layout)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)
+
+
+def unpack_metadata(physical: Tensor, tokens: int, in_features: int, layout: str) -> Tensor:
+    """Inverse of :func:`pack_metadata`: neutral metadata ``[tokens, ceil(in_features / 8)]``, uint8."""
+    neutral = _C.unpack_metadata(_bytes_of(physical), tokens, in_features, layout)
+    flat = torch.frombuffer(bytearray(neutral), dtype=torch.uint8) if neutral else torch.empty(0, dtype=torch.uint8)
+    return flat.view(tokens, -(-in_features // 8))
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    if tensor.dtype != torch.uint8 or tensor.device.type != "cpu" or tensor.dim() == 0:
+        raise TypeError(
+            f"expected metadata as uint8 on the CPU, got {tensor.dtype} {list(tensor.shape)} on "
+            f"{tensor.device}; convert it first"
+        )
+    return tensor.contiguous().numpy().tobytes()
+
+
+def build_info() -> dict[str, object]:
+    """What was compiled, for which torch, and which instruction set is in use."""
+    info = {"version": __version__, **_C.build_info()}
+    info["torch_cuda"] = info["torch_cuda"] or None
+    info["cpu_isas"] = info["cpu_isas"].split(",")
+    info["cuda_archs"] = [arch for arch in info["cuda_archs"].split(",") if arch]
+    info["why_no_cuda"] = info["why_no_cuda"] or None
+    info["cutlass"] = info["cutlass"] or None
+    return info
+
+
+def support_table() -> list[dict[str, str]]:
+    """Which operator runs where, with which dtypes and patterns, and how: one dict a row."""
+    return _C.support_table()
+
+
+def call(op: str, *arguments, **options):
+    """The operator; an argument of another kind is our sentence, since torch's shows the schema and no remedy."""
+    function = getattr(torch.ops.nm_act, op)
+    if torch.compiler.is_compiling():
+        return function(*arguments, **options)
+    try:
+        return function(*arguments, **options)
+    except RuntimeError as error:
+        refused = _OTHER_KIND.search(str(error))
+        if refused is None:
+            raise
+        wanted, name, found = refused.groups()
+        wanted = "torch.Tensor" if "Tensor" in wanted else "torch.dtype" if name.endswith("dtype") else wanted
+        raise TypeError(f"nm_act::{op} expected {name} of type {wanted}, got {found}; convert it first") from None
+
+
+_OTHER_KIND = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)' but instead found type '(.+?)'")
+
+
+def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """The kernels check this too, but arguments on mixed devices are dispatched to none of them."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"nm_act::{op} expected {name} on the device of x, {x.device}, got {other.device}; move it there"
+            )
+
+
+def _linear_devices(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict) -> None:
+    tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+    _check_devices(op, x, weight=weight, bias=bias, **tensors)
+
+
+@torch.library.register_fake("nm_act::prune")
+def _(x, n, m, *, channel_scale=None, shift=None, token_shift="none", extra_columns=()):
+    _check_devices("prune", x, channel_scale=channel_scale, shift=shift)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("nm_act::compress")
+def _(x, *, channel_scale=None, shift=None, token_shift="none"):
+    _check_devices("compress", x, channel_scale=channel_scale, shift=shift)
+    values = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+    return values, x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8)
+
+
+@torch.library.register_fake("nm_act::decompress")
+def _(values, metadata):
+    _check_devices("decompress", values, metadata=metadata)
+    return values.new_empty((*values.shape[:-1], values.shape[-1] * 2))
+
+
+@torch.library.register_fake("nm_act::sparse_linear")
+def _(x, weight, bias=None, n=2, m=4, **options):
+    _linear_devices("sparse_linear", x, weight, bias, options)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("nm_act::gather_linear")
+def _(x, weight, bias=None):
+    _check_devices("gather_linear", x, weight=weight, bias=bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def refuse(op: str, device: str) -> None:
+    """Register one sentence for an operator that has no kernel for the CPU or, in this build, for CUDA."""
+    wanted = "CUDA" if device == "CPU" else "CPU"
+
+    def refused(*_arguments, **_options):
+        reason = build_info()["why_no_cuda"]
+        built = f" (this build has no CUDA kernels: {reason})" if reason else ""
+        raise NotImplementedError(
+            f"nm_act::{op} expected {wanted} tensors, got {device} tensors{built}; nm-act info lists what runs where"
+        )
+
+    torch.library.impl(f"nm_act::{op}", device)(refused)
+
+
+if _C.build_info()["cuda"]:
+    torch.library.impl("nm_act::decompress", "CUDA")(formulas.decompress)
+else:
+    for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear"):
+        refuse(_op, "CUDA")
