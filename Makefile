@@ -48,7 +48,7 @@ format:
 # A browsable site of docs/ with the API, in build/site.
 docs: environment
 	$(BIN)/python tools/ensure.py material mkdocstrings mkdocstrings_handlers.python -- --no-build-isolation -e ".[docs]"
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # The images and tables of docs/ and the README, from the results that are committed.
 figures: environment

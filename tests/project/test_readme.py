@@ -1,6 +1,7 @@
 """The documentation is true: examples run, commands exist, generated blocks equal their data, names on `__all__` resolve."""
 
 import doctest
+import importlib
 import importlib.util
 import pkgutil
 import re
@@ -80,3 +81,11 @@ def test_public_functions_have_docstrings():
     for name in nm_act.__all__:
         value = getattr(nm_act, name)
         assert not callable(value) or value.__doc__, name
+
+
+def test_the_api_page_has_every_public_name():
+    pages = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(page.rpartition(".")[2] for page in pages) == sorted({*nm_act.__all__} - {"__version__", "reference"})
+    for page in pages:
+        module, _, name = page.rpartition(".")
+        assert getattr(importlib.import_module(module), name) is getattr(nm_act, name)
