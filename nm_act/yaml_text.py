@@ -1,11 +1,14 @@
 """YAML as recipes and studies use it: patterns need no quotes, no key occurs twice."""
 
 import re
+from collections.abc import Hashable
 from typing import Any
 
 from .supported import require
 
-yaml = require("yaml", "transformers")
+require("yaml", "transformers")
+import yaml  # noqa: E402
+
 YAMLError = yaml.YAMLError
 
 
@@ -22,7 +25,7 @@ def dump_yaml(data: Any) -> str:
 class _Loader(yaml.SafeLoader):
     """Safe loader without YAML 1.1's base-60 numbers, which read the pattern 2:4 as 124, that takes no key twice."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Mapping of a node; PyYAML itself would keep the last of several equal keys silently."""
         names = [key.value for key, _ in node.value]
         twice = next((name for name in names if names.count(name) > 1), None)
