@@ -76,7 +76,7 @@ def rms_norm(h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def prune(x: torch.Tensor, text: str) -> torch.Tensor:
     pattern = NMPattern(text)
-    return nm_act.prune(x, pattern.keep, pattern.group)
+    return nm_act.prune(x, pattern)
 
 
 def variants() -> list[Variant]:
@@ -138,7 +138,7 @@ def verify(variant: Variant, features: int) -> None:
 def verify_prune(text: str, features: int) -> None:
     x = torch.randn(70, features, device="cuda").bfloat16()
     pattern = NMPattern(text)
-    if not torch.equal(prune(x, text), reference.prune(x, pattern.keep, pattern.group)):
+    if not torch.equal(prune(x, text), reference.prune(x, pattern)):
         raise SystemExit(f"expected prune {text} to equal the oracle, got other bits: not timed")
 
 
@@ -151,7 +151,7 @@ OTHERS: dict[str, Callable[[torch.Tensor], object]] = {
 
 def other_compressors(xs: list[torch.Tensor], report: "Report") -> dict[str, list[Callable]]:
     """Calls by baseline; a baseline that cannot run is reported with its reason."""
-    pruned = [nm_act.prune(x, 2, 4) for x in xs]
+    pruned = [nm_act.prune(x, "2:4") for x in xs]
     calls = {}
     for name, compress in OTHERS.items():
         try:

@@ -44,7 +44,7 @@ def verify(x, weight, selection) -> None:
 
 def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, read_buffer) -> None:
     dtype, (out_features, in_features) = DTYPES[name], shape
-    selection = {"n": pattern.keep, "m": pattern.group, "extra_columns": pattern.extra_columns}
+    selection = {"pattern": pattern}
     stock = torch.randn(out_features, in_features, dtype=torch.float32).to(dtype)
     weight = stock.t().contiguous().t()
     x = torch.randn(tokens, in_features).to(dtype)

@@ -74,12 +74,14 @@ class Entry:
 
 def make_entry(weights: Weights, xs: list[torch.Tensor], kind: str, pattern: NMPattern) -> Entry:
     out_features, in_features = weights.shape
-    tokens, n, m = xs[0].shape[0], pattern.keep, pattern.group
-    needed = [(nm_act.prune(x, n, m) != 0).any(dim=0).sum().item() for x in xs]
+    tokens = xs[0].shape[0]
+    needed = [(nm_act.prune(x, pattern) != 0).any(dim=0).sum().item() for x in xs]
     rows = sum(needed) / len(needed)
     moved = rows * out_features * (2 if kind == "bf16" else 1) + 2 * tokens * (in_features + out_features)
     operands = list(zip(xs, weights.by_kind[kind], strict=True))
-    calls = [lambda x=x, w=w, s=s: nm_act.sparse_linear(x, w, n=n, m=m, weight_scale=s) for x, (w, s) in operands]
+    calls = [
+        lambda x=x, w=w, s=s: nm_act.sparse_linear(x, w, pattern=pattern, weight_scale=s) for x, (w, s) in operands
+    ]
     verify(calls[0], xs[0], *weights.by_kind[kind][0], pattern, f"{kind} {pattern}")
     return Entry(kind, pattern, moved, calls)
 
@@ -89,7 +91,7 @@ def verify(call: Callable, x: torch.Tensor, weight: torch.Tensor, scale, pattern
     y = call()
     for columns in (slice(0, 256), slice(-256, None)):
         part = {"weight_scale": scale[columns]} if scale is not None else {}
-        exact = reference.sparse_linear(x, weight[columns], n=pattern.keep, m=pattern.group, **part)
+        exact = reference.sparse_linear(x, weight[columns], pattern=pattern, **part)
         error = relative_error(y[:, columns], exact)
         if not error < LIMIT:
             raise SystemExit(

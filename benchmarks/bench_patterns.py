@@ -35,7 +35,7 @@ DTYPES = ("bf16", "e4m3")
 
 def keywords(text: str) -> dict:
     pattern = NMPattern(text)
-    return {"n": pattern.keep, "m": pattern.group, "extra_columns": pattern.extra_columns}
+    return {"pattern": pattern}
 
 
 @dataclasses.dataclass

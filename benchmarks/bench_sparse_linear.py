@@ -110,7 +110,7 @@ def add_fp8(case: Case) -> None:
         return w8[:columns].double() * scale[:columns].double()[:, None]
 
     def exact(rows, columns):
-        quantised, row_scale = quantise_rows(reference.prune(rows, 2, 4))
+        quantised, row_scale = quantise_rows(reference.prune(rows, "2:4"))
         return (quantised.double() * row_scale.double()[:, None]) @ dequantised(columns).t()
 
     e4m3 = {"activation_dtype": torch.float8_e4m3fn}
@@ -132,7 +132,7 @@ def add_cusparselt(case: Case, kind: str, reasons: dict[str, str]) -> None:
     """Adds the baseline, or the reason why it is not available."""
     name = "cusparselt_bf16" if kind == "bf16" else "cusparselt_fp8"
     try:
-        pruned, weights, options = [nm_act.prune(x, 2, 4) for x in case.xs], case.weights.stock, {}
+        pruned, weights, options = [nm_act.prune(x, "2:4") for x in case.xs], case.weights.stock, {}
         if kind == "e4m3":
             pruned, weights = [quantise_rows(x)[0] for x in pruned], [w for w, _ in case.weights.fp8]
             options = {"out_dtype": torch.bfloat16}
@@ -143,7 +143,7 @@ def add_cusparselt(case: Case, kind: str, reasons: dict[str, str]) -> None:
             return torch._cslt_sparse_mm(operand, weight.t(), alg_id=best, **options)
 
         def exact(rows, columns):
-            sparse = reference.prune(rows, 2, 4)
+            sparse = reference.prune(rows, "2:4")
             sparse = quantise_rows(sparse)[0] if kind == "e4m3" else sparse
             return sparse.double() @ weights[0][:columns].double().t()
 

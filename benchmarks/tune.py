@@ -192,7 +192,7 @@ class Case:
         blocks = torch.arange(0, tokens, 64)
         rows = (blocks + torch.randint(0, 64, blocks.shape)).clamp(max=tokens - 1)
         self.rows = torch.unique(torch.cat([rows, torch.tensor([tokens - 1])])).cuda()
-        pruned = reference.prune(self.xs[0][self.rows], 2, 4)
+        pruned = reference.prune(self.xs[0][self.rows], "2:4")
         if self.fp8:
             quantised, scale = quantise_rows(pruned)
             weight_scale = self.options[0]["column_scale"]
@@ -398,11 +398,11 @@ class Tuner:
         pairs = list(zip(case.xs, case.stock, strict=True))
         add("cublas_bf16", [lambda x=x, w=w: torch.mm(x, w.t()) for x, w in pairs])
         if not case.fp8:
-            add("prune_cublas", [lambda x=x, w=w: torch.mm(nm_act.prune(x, 2, 4), w.t()) for x, w in pairs])
+            add("prune_cublas", [lambda x=x, w=w: torch.mm(nm_act.prune(x, "2:4"), w.t()) for x, w in pairs])
             if case.problem.part == "crossover":
                 pairs = [(x, w.t().contiguous().t()) for x, w in pairs]
                 name = "prune_cublas_in_out"
-                add(name, [lambda x=x, w=w: torch.mm(nm_act.prune(x, 2, 4), w.t()) for x, w in pairs])
+                add(name, [lambda x=x, w=w: torch.mm(nm_act.prune(x, "2:4"), w.t()) for x, w in pairs])
         else:
             try:
                 from dense_fp8 import quantise
@@ -428,7 +428,7 @@ class Tuner:
                 notes["cusparselt"] = str(error).splitlines()[0][:120]
 
     def cusparselt(self, case: Case) -> Callable[[], tuple]:
-        pruned = [nm_act.prune(x, 2, 4) for x in case.xs]
+        pruned = [nm_act.prune(x, "2:4") for x in case.xs]
         out = {"out_dtype": torch.bfloat16} if case.fp8 else {}
         if case.fp8:
             pruned = [quantise_rows(x)[0] for x in pruned]

@@ -4,11 +4,12 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from .files import write_atomic
-from .methods.criteria import WEIGHT_PRUNING, check_criterion
-from .methods.mitigations import check_mitigations
+from .methods.criteria import CRITERIA, Criterion, check_criterion
+from .methods.mitigations import Mitigation, check_mitigations, mitigation
 from .patterns import NMPattern, TopKPattern, as_pattern
 
 DEFAULT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -84,21 +85,31 @@ class LinearSpec:
         object.__setattr__(self, "mitigation", _mitigation(self.mitigation))
         check_criterion(self.criterion)
         _check_phase(self.phase)
-        if self.criterion in WEIGHT_PRUNING and self.mitigation:
+        if self.scoring.prunes_weight and self.mitigation:
             raise ValueError(
                 f"expected no mitigation where the weights are pruned ({self.criterion}), got {self.mitigation[0]}; "
                 "remove it or choose a criterion for activations"
             )
 
     @property
+    def scoring(self) -> Criterion:
+        """What the criterion is made of."""
+        return CRITERIA[self.criterion]
+
+    @cached_property
+    def methods(self) -> tuple[Mitigation, ...]:
+        """What the mitigations are made of."""
+        return tuple(mitigation(name) for name in self.mitigation)
+
+    @property
     def variance_correction(self) -> bool:
         """Whether the output is rescaled per token (VAR)."""
-        return "var" in self.mitigation
+        return any(each.variance_correction for each in self.methods)
 
     @property
     def token_shift(self) -> str:
         """Per-token shift of the operators: "none", "mean" or "median" (D-PTS)."""
-        return next((name.removeprefix("dpts-") for name in self.mitigation if name.startswith("dpts-")), "none")
+        return next((each.token_shift for each in self.methods if each.token_shift != "none"), "none")
 
     def __str__(self) -> str:
         parts = [str(self.pattern), self.criterion, *self.mitigation]
@@ -246,7 +257,8 @@ class Recipe:
     @property
     def needs_token_context(self) -> bool:
         """Whether layers have to know where sequences start and which tokens are padding."""
-        return bool(self.dense_first_tokens) or "clact" in (self.criterion, *(rule.criterion for rule in self.rules))
+        named = (self.criterion, *(rule.criterion for rule in self.rules))
+        return bool(self.dense_first_tokens) or any(CRITERIA[name].by_sequence for name in named if name is not None)
 
     @classmethod
     def from_dict(cls, data: dict) -> "Recipe":

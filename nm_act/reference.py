@@ -26,6 +26,7 @@ contract: it can change the mean of about one token in 10^9), the median is the 
 import torch
 
 from .ops.formulas import decompress, linear_of_pruned, ratio_root, scores, shifted, token_shift_values, variance_ratio
+from .ops.legacy import takes_pattern
 from .patterns import NMPattern, TopKPattern
 
 __all__ = [
@@ -88,11 +89,12 @@ def _fits_windows(mask: torch.Tensor, extra_columns: tuple[int, ...]) -> torch.T
     return fits
 
 
-def prune(x, n, m, *, channel_scale=None, shift=None, token_shift="none", extra_columns=()):
+@takes_pattern
+def prune(x, pattern, *, channel_scale=None, shift=None, token_shift="none"):
     """Oracle of :func:`nm_act.prune`: ``P(X - eta)``, same shape and dtype as ``x``, pruned entries +0.0."""
     z = shifted(x, shift, token_shift)
     # where, not z * mask: a product would keep the sign of -0.0 and turn a pruned inf into NaN.
-    return torch.where(selection_mask(z, NMPattern(n, m, extra_columns), channel_scale), z, z.new_zeros(()))
+    return torch.where(selection_mask(z, NMPattern(pattern), channel_scale), z, z.new_zeros(()))
 
 
 def compress(x, *, channel_scale=None, shift=None, token_shift="none"):
@@ -109,12 +111,12 @@ def compress(x, *, channel_scale=None, shift=None, token_shift="none"):
     return values, pairs[..., 0] | pairs[..., 1] << 4
 
 
+@takes_pattern
 def sparse_linear(
     x,
     weight,
     bias=None,
-    n=2,
-    m=4,
+    pattern="2:4",
     *,
     channel_scale=None,
     shift=None,
@@ -123,12 +125,11 @@ def sparse_linear(
     variance_correction=False,
     column_scale=None,
     weight_scale=None,
-    extra_columns=(),
     compute_dtype=torch.float64,
 ):
     """Oracle of :func:`nm_act.sparse_linear`; products, sums and the result are in ``compute_dtype``."""
     selection = {"channel_scale": channel_scale, "shift": shift, "token_shift": token_shift}
-    pruned = prune(x, n, m, extra_columns=extra_columns, **selection)
+    pruned = prune(x, pattern, **selection)
     return linear_of_pruned(
         x,
         pruned,

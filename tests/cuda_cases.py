@@ -77,7 +77,7 @@ def sparse_linear_fp8_oracle(
 ):
     """Float64 ``(nu * Q(P(X - eta)) @ W^T + E) * column_scale + bias``, W and Q(P) as the quantised values say."""
     shift, token_shift = selection.get("shift"), selection.get("token_shift", "none")
-    pruned = reference.prune(x, 2, 4, **selection)
+    pruned = reference.prune(x, "2:4", **selection)
     quantised, scale = quantise_rows(pruned)
     w = weight.double() * weight_scale.double()[:, None]
     y = (quantised.double() * scale.double()[:, None]) @ w.t()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import transformers.models.llama.modeling_llama  # noqa: F401  (once, for all ranks)
 from conftest import assert_same_bits
 
-from nm_act import NMLinear, Recipe, ops, optimize, parallel, sparsify
+from nm_act import NMLinear, NMPattern, Recipe, ops, optimize, parallel, sparsify
 from nm_act.methods.criteria import WEIGHT_PRUNING
 from nm_act.ops import composed
 
@@ -141,20 +141,19 @@ def _record(layer, x) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 @contextlib.contextmanager
 def selections():
-    """Inside, ``ops.sparse_linear`` and the composed operator add the pruned input of each call to the list."""
-    pruned, real, real_select = [], ops.sparse_linear, composed.select
+    """Inside, the operator and the composed one add the pruned input of each call to the list."""
+    pruned, real, real_select = [], torch.ops.nm_act.sparse_linear, composed.select
 
     def spy(x, weight, bias, n, m, **options):
-        selection = {key: options.get(key) for key in ("channel_scale", "shift")}
-        selection["extra_columns"] = options.get("extra_columns", ())
-        pruned.append(ops.prune(x, n, m, token_shift=options.get("token_shift", "none"), **selection))
+        selection = {key: options[key] for key in ("channel_scale", "shift", "token_shift") if key in options}
+        pruned.append(ops.prune(x, NMPattern(n, m, options.get("extra_columns", ())), **selection))
         return real(x, weight, bias, n, m, **options)
 
     def spy_select(*arguments):
         pruned.append(real_select(*arguments))
         return pruned[-1]
 
-    with mock.patch.object(ops, "sparse_linear", spy), mock.patch.object(composed, "select", spy_select):
+    with mock.patch.object(torch.ops.nm_act, "sparse_linear", spy), mock.patch.object(composed, "select", spy_select):
         yield pruned
 
 

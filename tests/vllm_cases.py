@@ -11,7 +11,7 @@ import torch.distributed as dist
 import tp_cases
 from conftest import assert_same_bits
 
-from nm_act import NMLinear, ops
+from nm_act import NMLinear
 from nm_act.methods.criteria import WEIGHT_PRUNING
 
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -85,12 +85,8 @@ def _reads_as(one: NMLinear, other: NMLinear) -> bool:
 
 def _selections(vllm_layer, layer, x) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Output of a layer and its pruned inputs, one for each product."""
-    operator, real = vllm_layer.nm_act_operator, ops.sparse_linear
     with tp_cases.selections() as pruned:
-        if operator is real:
-            vllm_layer.nm_act_operator = ops.sparse_linear  # the recording one
         output = layer(x)
-    vllm_layer.nm_act_operator = operator
     return output[0] if isinstance(output, tuple) else output, pruned
 
 

@@ -1,4 +1,4 @@
-// Argument checks shared by the operators. Each failure is one sentence: what was expected, what came, what to do.
+// Argument checks shared by the operators. Each error is one sentence: what was expected, what was given, what to do.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -33,7 +33,7 @@ inline void check_features(const at::Tensor& x, const char* op) {
                     "; skip the layer");
 }
 
-// 1 <= n < m, m in {2, 4, 8, 16, 32}, and whole groups.
+// Checks that 1 <= n < m, m in {2, 4, 8, 16, 32}, and that m divides in_features.
 inline void check_pattern(int64_t n, int64_t m, int64_t in_features, const char* op) {
   TORCH_CHECK_VALUE(m <= kMaxGroup && is_group_size(int(m)), "nm_act::", op,
                     " expected a group size m in {2, 4, 8, 16, 32}, got ", n, ":", m, "; choose one of those");
@@ -48,7 +48,7 @@ inline std::string pattern_text(Pattern pattern) {
   return pattern.extra.count == 0 ? text : text + "+" + std::to_string(pattern.extra.count);
 }
 
-// Columns of the extra windows of 2:4+r; none for any other pattern.
+// The columns of 2:4+r's extra windows; none for any other pattern.
 inline ExtraColumns check_extra_columns(at::IntArrayRef columns, int64_t n, int64_t m, int64_t in_features,
                                         const char* op) {
   ExtraColumns extra{};
@@ -93,7 +93,7 @@ inline TokenShift check_token_shift(std::string_view token_shift, bool has_shift
   return none ? TokenShift::kNone : mean ? TokenShift::kMean : TokenShift::kMedian;
 }
 
-// Shapes and devices of a weight [out, in] and a bias [out]; the weight's dtype is the caller's business.
+// Shapes and devices of a weight [out, in] and a bias [out]; the caller checks the weight's dtype.
 inline void check_weight_shape(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                const char* op) {
   check_same_device(x, weight, "weight", op);
@@ -116,7 +116,7 @@ inline void check_weight(const at::Tensor& x, const at::Tensor& weight, const Op
   check_weight_shape(x, weight, bias, op);
 }
 
-// A weight in the dtype of x, or with a weight_scale in e4m3 or int8. Returns the scale, or an undefined tensor.
+// Checks a weight in the dtype of x, or in e4m3 or int8 with a weight_scale. Returns the scale, or an undefined tensor.
 inline at::Tensor check_scaled_weight(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& weight_scale,
                                       const OptionalTensor& bias, const char* op) {
   const bool bits8 = weight.scalar_type() == at::kFloat8_e4m3fn || weight.scalar_type() == at::kChar;

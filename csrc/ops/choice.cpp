@@ -1,4 +1,4 @@
-// What nm_act.explain says about a choice.
+// The sentences in which nm_act.explain reports a choice.
 #include "ops/choice.h"
 
 namespace nm_act {

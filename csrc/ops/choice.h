@@ -1,5 +1,5 @@
-// Which way sparse_linear goes: pure rules of sizes, types and strides, for the operators that dispatch by them and for
-// nm_act.explain, which tells them. No device is asked, so both can be tested anywhere.
+// The path that sparse_linear takes: a pure function of sizes, types and strides, used for dispatch by the operators
+// and by nm_act.explain, which reports it. It queries no device, so both can be tested anywhere.
 #pragma once
 
 #include <algorithm>
@@ -41,22 +41,22 @@ enum class Why : int {
   kFewTokens = 0,     // gather
   kEnoughTokens,      // sparse, lifted
   kManyTokens,        // too many to gather
-  kFullUnion,         // the tokens need nearly every row
-  kStoredOutIn,       // gather would need [in, out]
-  kFloat32,           // tensor cores take 16 bits
-  kTooFewTokens,      // too few for the sparse tensor cores to pay
+  kFullUnion,         // the tokens together need nearly every row
+  kStoredOutIn,       // gather needs a weight stored [in, out]
+  kFloat32,           // the tensor cores need 16 bits
+  kTooFewTokens,      // too few for the sparse tensor cores to gain
   kUnmeasured,        // whether they pay on this device was never measured
   kNoSparsePath,      // neither 2:4 nor 2:4+1
   kNoLiftedWeight,    // 2:4+1, but the weight was not lifted
   kLiftedDoesNotPay,  // 2:4+1 and a lifted weight, but slower
-  kLongRow,           // more features than a compression kernel holds
-  kShape,             // sizes, strides or alignment that no GEMM takes
+  kLongRow,           // more features than a compression kernel can hold
+  kShape,             // sizes, strides or alignment that no GEMM supports
   kE4M3,              // sparse, in e4m3
-  kE4M3Shape,         // another pattern, type, size, stride or device than the fp8 tensor cores take
-  kGatherShape,       // sizes, strides or alignment that the gather kernel does not take
+  kE4M3Shape,         // a pattern, type, size, stride or device that the fp8 tensor cores do not support
+  kGatherShape,       // sizes, strides or alignment that the gather kernel does not support
 };
 
-// Where the path is a kernel of CUDA, its configuration too.
+// The path, with the configuration of its CUDA kernel.
 struct LinearChoice {
   LinearPath path;
   Why why;
@@ -64,19 +64,20 @@ struct LinearChoice {
   GemmConfig gemm{};
 };
 
-// The pattern that the gather kernel selects by. A variance factor needs the whole token, and windows a kernel of their
-// own: the selection then runs by itself, and the gather kernel skips its zeros.
+// The pattern by which the gather kernel selects. The variance ratio needs the whole token, and windows need their own
+// kernel: then the selection is a kernel of its own, and the gather kernel skips its zeros.
 inline Pattern gather_pattern(Pattern pattern, bool variance_correction) {
   return variance_correction || pattern.extra.count > 0 ? Pattern{} : pattern;
 }
 
-// The 16-bit copy of a weight in 8 bits, in its stride order.
+// The 16-bit copy of an 8-bit weight, in its stride order.
 inline WeightFacts dequantised_facts(const WeightFacts& w) {
   const bool in_out = w.stored_in_out();
   return {w.out_features, w.in_features, in_out ? 1 : w.in_features, in_out ? w.out_features : 1, true};
 }
 
-// Two passes over the weight still beat torch's float32 GEMM, but not its 16-bit one (docs/kernels/cpu_decode.md).
+// Two passes over the weight are faster than torch's float32 GEMM, but not than its 16-bit one
+// (docs/kernels/cpu_decode.md).
 constexpr int64_t cpu_gather_tokens(bool is_float32) {
   return is_float32 ? 2 * cpu::kGatherTokens : cpu::kGatherTokens;
 }
@@ -95,7 +96,7 @@ inline bool gemm_takes(ElementType value_type, const WeightFacts& weight, int co
                          compute_capability_major);
 }
 
-// e4m3 activations have no other path: a dense choice is an error of the caller's.
+// e4m3 activations have no other path: for them the operator turns a dense choice into an error.
 inline LinearChoice choose_e4m3_on_cuda(const LinearFacts& facts, GemmDevice device) {
   const WeightFacts& weight = facts.weight;
   const bool fits = is_2_4(facts.pattern) && facts.type != ElementType::kFloat32 &&
@@ -109,7 +110,7 @@ inline LinearChoice choose_e4m3_on_cuda(const LinearFacts& facts, GemmDevice dev
               {facts.tokens, weight.out_features, weight.in_features, ElementType::kE4M3, device.multiprocessors})};
 }
 
-// A few tokens: the gather kernel or the dense product, the sparse tensor cores need more.
+// The choice for a few tokens: the gather kernel or the dense product; the sparse tensor cores need more.
 inline LinearChoice choose_few_on_cuda(const LinearFacts& facts, GemmDevice device) {
   const auto dense = [](Why why) { return LinearChoice{LinearPath::kDense, why}; };
   const WeightFacts& weight = facts.weight;

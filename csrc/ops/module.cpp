@@ -1,4 +1,4 @@
-// The pybind11 module nm_act._C: importing it registers the operators; it also offers build facts and host helpers.
+// The pybind11 module nm_act._C: importing it registers the operators. It also has build facts and host helpers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -100,7 +100,7 @@ py::bytes unpack_metadata(const py::bytes& physical, int64_t tokens, int64_t in_
 
 // The choice of a GEMM tile, for benchmarks/tune.py and the tests.
 
-// By torch's name or the short one.
+// Accepts torch's name or the short one.
 nm_act::ElementType element_type_named(const std::string& name) {
   if (name == "float32") return nm_act::ElementType::kFloat32;
   if (name == "bfloat16" || name == "bf16") return nm_act::ElementType::kBFloat16;
@@ -162,7 +162,7 @@ nm_act::Pattern pattern_of(int n, int m, const std::vector<int>& extra_columns) 
 // Sizes and strides of a weight, and whether its storage is aligned to 16 bytes.
 using Facts = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
-// The path of sparse_linear and the sentence why, from facts alone.
+// The path of sparse_linear and the sentence that explains it, from facts alone.
 std::pair<std::string, std::string> choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, int n, int m,
                                                 const std::vector<int>& extra_columns, const Facts& weight,
                                                 const std::optional<Facts>& lifted, int compute_capability_major,

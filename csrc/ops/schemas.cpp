@@ -1,33 +1,34 @@
-// The one place where the operators of nm_act are declared. Fakes (shape functions) are in nm_act/ops/operators.py and packed.py.
+// The one place where the operators of nm_act are declared. Fakes (shape functions) are in nm_act/ops/operators.py and
+// packed.py.
 //
 // Shapes: x [..., in_features], weight [out_features, in_features] with either stride order, y [..., out_features];
 // "tokens" is the product of the leading dimensions and may be 0. x, weight and bias share one dtype of float32,
 // bfloat16, float16; channel_scale and shift [in_features], shift_out and column_scale [out_features] are float32 or
 // that dtype.
 //
-// With a weight_scale float32 [out_features] the weight is float8_e4m3fn or int8 and W = weight * weight_scale per
-// output channel; else W = weight.
+// With a weight_scale, float32 [out_features], the weight is float8_e4m3fn or int8 and W = weight * weight_scale per
+// output channel; otherwise W = weight.
 //
-//   Z = X - eta          eta: `shift`, one value a channel, or `token_shift` ("mean", "median"), one value a token
+//   Z = X - eta          eta: `shift`, one value per channel, or `token_shift` ("mean", "median"), one value per token
 //   P = the n of every m consecutive values of a token's Z with the largest |Z| * |channel_scale|, zeros elsewhere
 //   Y = (nu * (P @ W^T) + shift term) * column_scale + bias
-//       nu: sqrt(Var(Z) / Var(P)) per token with variance_correction (1 where Var(P) is 0), else 1
-//       shift term: shift_out with `shift`; eta (x) shift_out with `token_shift`; shift_out is W @ shift, or W @ 1, and
-//       is computed from the weight at every call when it is not given
+//       nu: with variance_correction, sqrt(Var(Z) / Var(P)) per token (1 where Var(P) is 0); otherwise 1
+//       shift term: shift_out with `shift`, eta (x) shift_out with `token_shift`. shift_out is W @ shift or W @ 1, and
+//       is computed from the weight in every call if it is not given
 //
-// Selection contract, deterministic and equal on every device, bit for bit (nm_act/reference.py is the oracle):
+// Selection contract, deterministic and bitwise equal on every device (nm_act/reference.py is the oracle):
 //   * groups start at feature 0 and never cross tokens; exactly n of every m survive;
-//   * with extra_columns (one or two distinct ones of 0 to 3; n:m is 2:4, written 2:4+1 or 2:4+2) the survivors of
-//   every
-//     16 features are those that five or six windows of two places can hold, taken by descending score: the four quads,
-//     and for each e in extra_columns the window {e, 4 + e, 8 + e, 12 + e}. Ten or twelve of 16 survive;
+//   * with extra_columns (one or two distinct columns of 0 to 3; n:m must be 2:4; written 2:4+1 or 2:4+2), five or six
+//     windows with room for two features each cover every 16 features: the four quads, and {e, 4 + e, 8 + e, 12 + e}
+//     for each e in extra_columns. Features are kept by descending score while the windows can hold all kept ones: ten
+//     or twelve of 16 survive;
 //   * Z is rounded to the dtype of X; the score is one float32 product of |Z| and |channel_scale|;
 //   * ties go to the lowest index; -0.0 equals 0.0 in the comparison and keeps its sign if it survives;
 //   * an infinite Z ranks above every finite one and NaN above infinity, whatever the scale; a finite Z whose score
 //     overflows or is NaN counts as the largest finite float32;
-//   * so a NaN token gives NaN outputs, as dense arithmetic does, and no infinity gives way to a finite value;
+//   * so a NaN in a token gives NaN outputs, as in dense arithmetic, and no infinity is pruned for a finite value;
 //   * pruned entries are +0.0; without a shift the survivors keep their bits.
-// Weights are expected to be finite: a weight row whose input was pruned may not be read at all.
+// Weights must be finite: the row of a pruned input may not be read at all.
 #include <torch/library.h>
 
 TORCH_LIBRARY(nm_act, m) {
@@ -35,18 +36,18 @@ TORCH_LIBRARY(nm_act, m) {
       "prune(Tensor x, int n, int m, *, Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", "
       "int[] extra_columns=[]) -> Tensor");
 
-  // 2:4 in the device-neutral format: values [..., in_features / 2] in the dtype of x, two survivors a group in index
-  // order; metadata uint8 [..., ceil(in_features / 8)], one nibble a group (first index | second index << 2), the lower
-  // group in the low nibble. The physical layouts of the tensor cores are in csrc/kernels/format/metadata.h.
+  // 2:4 in the device-neutral format: values [..., in_features / 2] in the dtype of x, two survivors per group in index
+  // order; metadata uint8 [..., ceil(in_features / 8)], one nibble per group (first index | second index << 2), the
+  // lower group in the low nibble. The physical layouts of the tensor cores are in csrc/kernels/format/metadata.h.
   m.def(
       "compress(Tensor x, *, Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\") "
       "-> (Tensor values, Tensor metadata)");
   m.def("decompress(Tensor values, Tensor metadata) -> Tensor");
 
-  // activation_dtype: float8_e4m3fn casts the survivors of each token to e4m3 with one dynamic scale a token, for the fp8
-  // tensor cores (2:4 on CUDA, an e4m3 weight stored [out, in] with its weight_scale); otherwise the dtype of x.
-  // lifted_weight: what nm_act.lift_weight makes of the weight for 2:4+1; the sparse tensor cores use it where that
-  // pays. It has to belong to `weight`, which serves everywhere else.
+  // activation_dtype: float8_e4m3fn casts the survivors of each token to e4m3 with one dynamic scale per token, for the
+  // fp8 tensor cores (2:4 on CUDA, an e4m3 weight stored [out, in] with its weight_scale); otherwise the dtype of x.
+  // lifted_weight: the result of nm_act.lift_weight for 2:4+1, which the sparse tensor cores use if that is faster. It
+  // must be made from `weight`, which is used otherwise.
   m.def(
       "sparse_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, "
       "Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, bool variance_correction=False, "
@@ -59,8 +60,8 @@ TORCH_LIBRARY(nm_act, m) {
 
   // CUDA only. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
   // [tokens, in_features / 2] in the dtype of x (float8_e4m3fn with fp8, scaled per token by its largest |Z| / 448),
-  // metadata uint8 [bytes], row_scale [tokens] (nu times the fp8 scale) and eta [tokens], float32, empty where not
-  // asked for. The producers take 2:4; compress_packed also 2:4+1, whose operand has the in_features of the lifted
+  // metadata uint8 [bytes], row_scale [tokens] (nu times the fp8 scale) and eta [tokens], float32, empty if not
+  // requested. The producers support 2:4; compress_packed also 2:4+1, whose operand has the in_features of the lifted
   // weight (csrc/kernels/format/windows.h).
   m.def(
       "compress_packed(Tensor x, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? shift=None, str "
@@ -78,14 +79,14 @@ TORCH_LIBRARY(nm_act, m) {
       "str token_shift=\"none\", bool variance_correction=False, bool fp8=False) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32. layout
-  // names that of the metadata, and has to be the one that the device's GEMM reads.
+  // names the metadata's layout, which must be the one that the device's GEMM reads.
   m.def(
       "sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, Tensor? bias=None, *, "
       "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? "
       "out_dtype=None) -> Tensor");
 
-  // Private, for benchmarks/tune_decode.py and tune.py: the kernels with a configuration of the caller's choice. That
-  // of the gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); of the GEMM on sm_90: tile,
+  // Private, for benchmarks/tune_decode.py and tune.py: the kernels with the caller's configuration. For the
+  // gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for the GEMM on sm_90: tile,
   // raster, swizzle, splits, overlapped (csrc/kernels/matmul/config.h).
   m.def("_tune_gather(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int[] config) -> Tensor");
   m.def(

@@ -1,4 +1,4 @@
-// Checks of a selection and of what goes with it.
+// Checks of a selection's arguments and of the vectors that belong to it.
 #include "ops/selection.h"
 
 namespace nm_act {

@@ -1,4 +1,4 @@
-// The arguments of a selection, checked: what the operators of every device share.
+// Checks of a selection's arguments, shared by the operators of all devices.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,15 +31,15 @@ Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const Optio
 at::Tensor check_lifted_weight(const OptionalTensor& lifted_weight, const Selection& selection, const at::Tensor& x,
                                const at::Tensor& weight, const char* op);
 
-// shift_out as a float32 [out_features] vector, or undefined; given without a shift it is a mistake.
+// shift_out as a float32 [out_features] vector, or undefined; it is an error to give it without a shift.
 at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& selection, const at::Tensor& x,
                            int64_t out_features, const char* op);
 
-// Whether sparse_linear's activation_dtype asks for e4m3 activations; the weight has to be e4m3 then.
+// Whether sparse_linear's activation_dtype requests e4m3 activations, which need an e4m3 weight.
 bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x,
                             const at::Tensor& weight, const char* op);
 
-// The arguments of gather_linear; returns the number of tokens.
+// Checks the arguments of gather_linear; returns the number of tokens.
 int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op);
 
 }  // namespace nm_act

@@ -1,4 +1,4 @@
-// What is implemented where, as data: errors, tests, `nm-act info` and the README's table all come from these rows.
+// What is implemented where, as data: the source of errors, tests, `nm-act info` and the table in docs/operators.md.
 #pragma once
 
 #include "kernels/matmul/config.h"

@@ -1,4 +1,4 @@
-// Facts about tensors that operators of every device ask for.
+// Facts about tensors that the operators of all devices need.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,8 +10,8 @@
 
 namespace nm_act {
 
-// The torch operations inside of an operator compute in the dtypes that they are given, as its kernels do: autocast has
-// cast the operator's arguments or not, and would cast float32 vectors and products once more.
+// Torch operations inside an operator must compute in the dtypes of their arguments, as its kernels do. Autocast has
+// already cast the operator's arguments if it applies, and would cast float32 vectors and products again.
 struct NoAutocast {
   c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
 };
@@ -21,7 +21,7 @@ inline WeightFacts facts_of(const at::Tensor& weight) {
           reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0};
 }
 
-// A weight [out, in] whose storage is [in, out], rows possibly padded.
+// Whether a weight [out, in] is stored [in, out], with rows possibly padded.
 inline bool stored_in_out(const at::Tensor& weight) { return facts_of(weight).stored_in_out(); }
 
 inline ElementType element_type(at::ScalarType type) {
@@ -34,14 +34,14 @@ inline ElementType element_type(at::ScalarType type) {
   }
 }
 
-// The sizes with another last one.
+// The sizes with the last one replaced.
 inline std::vector<int64_t> with_last(at::IntArrayRef sizes, int64_t last) {
   std::vector<int64_t> result = sizes.vec();
   result.back() = last;
   return result;
 }
 
-// W = weight * scale[out], rounded once to dtype, in the weight's own stride order; the weight itself without a scale.
+// W = weight * scale[out], rounded once to dtype, in the weight's stride order; the weight itself without a scale.
 inline at::Tensor dequantised(const at::Tensor& weight, const at::Tensor& scale, at::ScalarType dtype) {
   return scale.defined() ? weight.to(at::kFloat).mul_(scale.unsqueeze(1)).to(dtype) : weight;
 }

@@ -40,7 +40,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from .. import ops, parallel
 from ..layers.linear import FOLLOW_WEIGHT
-from ..methods import criteria, mitigations
+from ..methods import mitigations
 from ..recipe import LinearSpec, Recipe
 from . import vllm_plan as plan
 
@@ -262,7 +262,7 @@ class NMActLinearMethod(LinearMethodBase):
                     f"expected calibrated data for {name} in {layer.prefix}, got no {missing}; load a checkpoint that "
                     "nm-act calibrate wrote"
                 )
-            if spec is not None and scale is None and criteria.CRITERIA[spec.criterion] is not None:
+            if spec is not None and scale is None and spec.scoring.formula is not None:
                 raise RuntimeError(
                     f"expected the weight of {name} in {layer.prefix} from a checkpoint, from which the criterion "
                     f"{spec.criterion!r} computes its channel scale, got none; load the checkpoint itself"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..methods import mitigations
-from ..methods.criteria import WEIGHT_PRUNING
+from ..methods.criteria import CRITERIA
 from ..recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe, in_state_space
 
 _TEXT_STACKS = (
@@ -42,7 +42,7 @@ def check_servable(recipe: Recipe) -> None:
         )
     parts = (recipe, *recipe.rules)
     patterns = {each.pattern for each in parts if each.pattern and each.pattern.endswith("%")}
-    refused = sorted({each.criterion for each in parts} & {"clact"} | patterns)
+    refused = sorted({name for each in parts if (name := each.criterion) and CRITERIA[name].by_sequence} | patterns)
     if refused:
         raise ValueError(
             f"expected a recipe without clact and top-k for vLLM, got {refused[0]}; save the model without it"
@@ -121,17 +121,15 @@ class Segment:
         if "added_bias" in self.data:
             added = self.data["added_bias"].to(x.dtype)
             bias = added if bias is None else bias + added
-        if self.spec is None or self.spec.criterion in WEIGHT_PRUNING:
+        if self.spec is None or self.spec.scoring.prunes_weight:
             return functional.linear(x, weight, bias)
         y = sparse(
             mitigations.in_basis(x, self.data),
             weight,
             bias,
-            self.spec.pattern.keep,
-            self.spec.pattern.group,
+            self.spec.pattern,
             channel_scale=self.channel_scale,
             shift_out=shift_out,
-            extra_columns=self.spec.pattern.extra_columns,
             **mitigations.operator_options(self.spec, self.data),
         )
         return mitigations.add_low_rank(y, x, self.data)

@@ -10,7 +10,6 @@ from torch import nn
 
 from ..conversion.sparsify import decoder_linears
 from ..layers.linear import FOLLOW_WEIGHT, NMLinear
-from ..methods.criteria import WEIGHT_PRUNING
 from ..methods.mitigations import data_of, rank_of, shape_of
 from ..patterns import NMPattern, as_pattern
 from ..recipe import DENSE, LinearSpec
@@ -105,7 +104,7 @@ def layer_macs(linear: nn.Linear) -> int:
 
 def pattern_of(spec: LinearSpec) -> str:
     """Pattern of a spec's product in prefill; "dense" if activations are not pruned there."""
-    return DENSE if spec.phase == "decode" or spec.criterion in WEIGHT_PRUNING else str(spec.pattern)
+    return DENSE if spec.phase == "decode" or spec.scoring.prunes_weight else str(spec.pattern)
 
 
 def macs_by_pattern(model: nn.Module) -> dict[str, int]:

@@ -8,10 +8,12 @@ from torch import nn
 
 from .. import parallel
 from ..methods import mitigations
-from ..ops import autograd
+from ..ops import autograd, composed
 from ..ops.lifting import lift_weight
+from ..patterns import NMPattern
 from ..recipe import LinearSpec
 from . import stale
+from .work import LinearWork, compiled_operator, dense_operator
 
 DERIVED = ("channel_scale", "shift_out", "operand_weight", "operand_bias")
 """Buffers that refresh() computes."""
@@ -53,6 +55,8 @@ class Deriving(nn.Linear):
         self.lift = lift
         # A tuple: as an attribute of its own the weight would be a parameter twice.
         self._lifted: tuple[nn.Parameter, torch.Tensor] | None = None
+        self._work: LinearWork | None = None
+        self._work_buffers: list[tuple[str, torch.Tensor | None]] = []  # that it was made of
         self.differentiable = False
         self.shard: parallel.Shard | None = None
         self._underived = False  # the weight was not there yet: its first forward computes what derives from it
@@ -98,7 +102,7 @@ class Deriving(nn.Linear):
     @torch.no_grad()
     def refresh(self) -> None:
         """Store the weight in its layout and recompute what derives from it; a meta weight stays as it is."""
-        self._lifted, self._visited = None, False
+        self._lifted, self._visited, self._work = None, False, None
         if self._own_weight.is_meta:
             for name in DERIVED:
                 setattr(self, name, None)
@@ -144,6 +148,7 @@ class Deriving(nn.Linear):
             setattr(self, name, value)
         self._underived = self._handed_out = self._unchecked = False
         self._set_sources()
+        self._store_work()
 
     def _set_sources(self) -> None:
         """Remember the parameters that something derives from, if nobody else has to take part in deriving it."""
@@ -201,7 +206,7 @@ class Deriving(nn.Linear):
             with without_autocast(self._own_weight):
                 self._set_derived()
             if hasattr(self, "_hf_hook"):  # and, from accelerate's disk or memory, for this call only
-                self.operand_weight, self._visited = None, True
+                self.operand_weight, self._work, self._visited = None, None, True
         if self._incomplete:
             raise RuntimeError(
                 f"expected calibrated data for {self.spec}, got no {self._incomplete}; make it with nm-act calibrate "
@@ -235,20 +240,81 @@ class Deriving(nn.Linear):
             setattr(self, name, value.to(known.device, torch.float32).contiguous())
         self.refresh()
 
-    def _derived(self, weight: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        """What derives from the parameters, as stored; computed anew where a gradient goes to them through it."""
+    def work(self, weight: torch.Tensor) -> LinearWork:
+        """What this call computes: as stored, or made anew for parameters that it was lent or that it trains.
+
+        Raises
+        ------
+        RuntimeError
+            If calibrated data is missing.
+        """
+        self._check_ready()
         trained = autograd.needs_derivative(weight)
         if trained and self._reads_weight and self.shard is not None:
-            return self._refusing_to_train(weight)
+            return self._make_work(self._refusing_to_train(weight), None)
+        lifted = None if trained else self.lifted_weight  # an optimizer does not change the columns behind a lifted one
         if self.differentiable or (trained and self._reads_weight):
             with without_autocast(weight):
-                return self._derive()
+                return self._make_work(self._derive(), lifted)
         # In training a lifted weight is left aside: then only an added bias can have changed.
         mine = self.derived_for_call() if self._adds_bias or not trained else None
-        stored = {name: self._buffers[name] for name in DERIVED} if mine is None else mine
-        if self._adds_bias and autograd.needs_derivative(self._own("bias")):
-            stored["operand_bias"] = self._operand_bias(self._local_data())
-        return stored
+        bias_trained = self._adds_bias and autograd.needs_derivative(self._own("bias"))
+        replaced = self._visited and mitigations.replaces_weight(self.spec)
+        if mine is None and not (trained or bias_trained or replaced):
+            return self._work if self._is_work_current() else self._store_work()
+        derived = {name: self._buffers[name] for name in DERIVED} if mine is None else dict(mine)
+        if bias_trained:
+            derived["operand_bias"] = self._operand_bias(self._local_data())
+        if replaced and derived["operand_weight"] is None:
+            with without_autocast(weight):
+                derived["operand_weight"] = mitigations.operand_weight(self.spec, weight.detach(), self.data())
+        return self._make_work(derived, lifted)
+
+    def _is_work_current(self) -> bool:
+        for name, value in self._work_buffers:  # accelerate moves buffers one by one
+            if self._buffers[name] is not value:
+                return False
+        return self._work is not None
+
+    def _store_work(self) -> LinearWork:
+        self._work = self._make_work({name: self._buffers[name] for name in DERIVED}, self.lifted_weight)
+        self._work_buffers = [(name, self._buffers[name]) for name in (*DERIVED, *self._data_names)]
+        return self._work
+
+    def _make_work(self, derived: dict[str, torch.Tensor | None], lifted: torch.Tensor | None) -> LinearWork:
+        spec, data = self.spec, self._local_data()
+        options = {
+            "channel_scale": derived["channel_scale"],
+            "shift": data.get("shift"),
+            "shift_out": derived["shift_out"],
+            "column_scale": data.get("column_scale"),
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        if spec.token_shift != "none":
+            options["token_shift"] = spec.token_shift
+        if spec.variance_correction:
+            options["variance_correction"] = True
+        if spec.scoring.prunes_weight:
+            operator = dense_operator
+        elif self.differentiable or not isinstance(spec.pattern, NMPattern):
+            operator = composed.sparse_linear
+        else:
+            # Ranks that see a slice of the features exchange what is a statistic of the whole token.
+            by_row = self.shard is not None and self.shard.kind == "row"
+            operator = partial(parallel.row_sparse_linear, self.shard) if by_row else compiled_operator
+            if lifted is not None and derived["operand_weight"] is None:
+                options["lifted_weight"] = lifted
+        low_rank = (data["low_rank_in"], data["low_rank_out"]) if "low_rank_in" in data else None
+        return LinearWork(
+            operator,
+            spec.pattern,
+            options,
+            weight=derived["operand_weight"],
+            bias=derived["operand_bias"],
+            rotation=data.get("rotation"),
+            low_rank=low_rank,
+            by_sequence=spec.scoring.by_sequence,
+        )
 
     def _refusing_to_train(self, weight: torch.Tensor) -> dict[str, torch.Tensor | None]:
         sentence = (
@@ -336,7 +402,8 @@ class Deriving(nn.Linear):
         state = self.__dict__.copy()
         sources = self._sources.items()
         seen = all(source is not None and source.is_seen_in(self._parameters.get(name)) for name, source in sources)
-        state |= {"_sources": {}, "_handed_out": not seen or self._handed_out or self._unchecked}
+        state |= {"_sources": {}, "_work": None, "_handed_out": not seen or self._handed_out or self._unchecked}
+        state["_work_buffers"] = []
         return state
 
     def __setstate__(self, state):

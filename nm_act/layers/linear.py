@@ -1,18 +1,14 @@
 """NMLinear: a linear layer whose input activations are pruned N:M on the fly."""
 
-from functools import partial
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .. import ops, parallel
-from ..methods import criteria, mitigations
-from ..ops import autograd, composed
+from .. import parallel
 from ..ops.lifting import is_lifted
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
-from .derived import FOLLOW_WEIGHT, Deriving, without_autocast
+from .derived import FOLLOW_WEIGHT, Deriving
 from .tokens import TokenContext
 
 __all__ = ["FOLLOW_WEIGHT", "WEIGHT_LAYOUTS", "NMLinear"]
@@ -169,7 +165,7 @@ class NMLinear(Deriving):
         """
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"expected x as a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
-        weight = self._own("weight")
+        weight, bias = self._own("weight"), self._own("bias")
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if x.dtype != weight.dtype and not autocast:
             raise TypeError(
@@ -177,65 +173,14 @@ class NMLinear(Deriving):
                 "or run under torch.autocast"
             )
         if self._is_dense_phase(x):
-            return F.linear(x, weight, self._own("bias"))
-        self._check_ready()
-        parallel.check_plain(x)
+            return F.linear(x, weight, bias)
+        if type(x) is not torch.Tensor:
+            parallel.check_plain(x)
         if autocast:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        data = self._local_data()
-        y = mitigations.add_low_rank(self._sparse(mitigations.in_basis(x, data), data, weight), x, data)
-        if self.token_context is None:
-            return y
-        return self.token_context.overwrite_dense(y, x, lambda rows: F.linear(rows, weight, self._own("bias")))
-
-    def _sparse(self, x: torch.Tensor, data: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-        """The operator on the input in the selection's basis."""
-        derived = self._derived(weight)
-        if self._visited and mitigations.replaces_weight(self.spec) and derived["operand_weight"] is None:
-            with without_autocast(weight):
-                derived["operand_weight"] = mitigations.operand_weight(self.spec, weight.detach(), self.data())
-        # An optimizer changes the weight only, not the columns behind a lifted one.
-        lifted = None if self._lifted is None or autograd.needs_derivative(weight) else self.lifted_weight
-        if derived["operand_weight"] is not None:
-            weight, lifted = derived["operand_weight"], None
-        bias = self._own("bias") if derived["operand_bias"] is None else derived["operand_bias"]
-        # As F.linear does under autocast; the operator itself takes one dtype only.
-        weight, bias, lifted = (t if t is None else t.to(x.dtype) for t in (weight, bias, lifted))
-        if self.spec.criterion in criteria.WEIGHT_PRUNING:
-            return F.linear(x, weight, bias)
-        options = mitigations.operator_options(self.spec, data) | {"shift_out": derived["shift_out"]}
-        if isinstance(self.spec.pattern, NMPattern) and not self.differentiable:
-            options |= {"extra_columns": self.spec.pattern.extra_columns, "lifted_weight": lifted}
-        if self.spec.criterion == "clact" and x.ndim > 1:
-            return self._by_sequence(x, weight, bias, derived["channel_scale"], options)
-        return self._operator(x, weight, bias, derived["channel_scale"], options)
-
-    def _operator(self, x, weight, bias, channel_scale, options) -> torch.Tensor:
-        pattern = self.spec.pattern
-        if self.differentiable or not isinstance(pattern, NMPattern):
-            return composed.sparse_linear(x, weight, bias, pattern, channel_scale=channel_scale, **options)
-        # Ranks that see a slice of the features exchange what is a statistic of the whole token.
-        by_row = self.shard is not None and self.shard.kind == "row"
-        operator = partial(parallel.row_sparse_linear, self.shard) if by_row else ops.sparse_linear
-        return operator(x, weight, bias, pattern.keep, pattern.group, channel_scale=channel_scale, **options)
-
-    def _by_sequence(self, x, weight, bias, channel_scale, options) -> torch.Tensor:
-        """CLACT: every sequence has a channel scale of its own, from this call's tokens."""
-        # The number of sequences is spelt out: of no tokens at all, none could be inferred.
-        sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
-        if self.token_context is not None:
-            sequences, valid = self.token_context.sequences(x, sequences)
-        if sequences.shape[1] == 1:  # one token ranks its channels by themselves alone: act
-            return self._operator(x, weight, bias, channel_scale, options)
-        rows = []
-        for index, tokens in enumerate(sequences):
-            seen = tokens if channel_scale is None else tokens * channel_scale.to(x.dtype)
-            scale = criteria.call_scale(seen, None if valid is None else valid[index])
-            scale = scale if channel_scale is None else scale * channel_scale
-            rows.append(self._operator(tokens, weight, bias, scale, options))
-        # Not out_features: of a layer that is split over ranks, the weight here is a part.
-        y = torch.stack(rows) if rows else x.new_empty((0, weight.shape[0]))
-        return y.view(*x.shape[:-1], weight.shape[0])
+        context = self.token_context
+        y = self.work(weight)(x, weight, bias, context)
+        return y if context is None else context.overwrite_dense(y, x, lambda rows: F.linear(rows, weight, bias))
 
     def _is_dense_phase(self, x: torch.Tensor) -> bool:
         if self.bypass:

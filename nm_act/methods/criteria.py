@@ -29,6 +29,8 @@ Scales are summed in float64 and returned in float32, so that they do not depend
 """
 
 import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -36,6 +38,28 @@ from ..ops import composed
 
 AMBER_QUANTILES = (0.005, 0.995)
 """Quantiles of the whole weight outside which Amber-Pruner sets entries aside."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What a criterion is made of; one in ``CRITERIA`` is all that a new one needs.
+
+    Attributes
+    ----------
+    formula : callable, optional
+        ``weight [out, in], float32 -> c [in]``; None where no channel scale derives from the weight.
+    by_sequence : bool
+        Whether the channel scale comes from the running call's tokens, those of each sequence (:func:`call_scale`).
+    prunes_weight : bool
+        Whether it prunes the weight and leaves the activation dense (:func:`prune_weight`).
+    data : tuple of str
+        Names of the calibrated tensors (``mitigations.DATA``) that it needs.
+    """
+
+    formula: Callable[[torch.Tensor], torch.Tensor] | None = None
+    by_sequence: bool = False
+    prunes_weight: bool = False
+    data: tuple[str, ...] = ()
 
 
 def check_criterion(name: str) -> str:
@@ -80,7 +104,7 @@ def channel_scale(name: str, weight: torch.Tensor) -> torch.Tensor | None:
     check_criterion(name)
     if weight.ndim != 2:
         raise ValueError(f"expected a weight [out, in], got {weight.ndim} dimensions; pass one layer's matrix")
-    formula = CRITERIA[name]
+    formula = CRITERIA[name].formula
     if formula is None:
         return None
     with torch.no_grad():
@@ -174,22 +198,22 @@ def prune_weight(name: str, weight: torch.Tensor, pattern, input_norm: torch.Ten
     -----
     Source: arXiv 2306.11695 (Wanda).
     """
-    scale = input_norm if name == "wanda" else None
+    scale = input_norm if CRITERIA[name].data else None
     mask = composed.survivors(weight, pattern, scale)
     return torch.where(mask, weight, weight.new_zeros(()))
 
 
 CRITERIA = {
-    "act": None,
-    "clact": None,
-    "wina": _column_norm,
-    "variance": _column_variance,
-    "amber": _amber_norm,
-    "amber-channel": _amber_channel_norm,
-    "weight-magnitude": None,
-    "wanda": None,
+    "act": Criterion(),
+    "clact": Criterion(by_sequence=True),
+    "wina": Criterion(_column_norm),
+    "variance": Criterion(_column_variance),
+    "amber": Criterion(_amber_norm),
+    "amber-channel": Criterion(_amber_channel_norm),
+    "weight-magnitude": Criterion(prunes_weight=True),
+    "wanda": Criterion(prunes_weight=True, data=("input_norm",)),
 }
-"""Criterion name -> formula of the channel scale that its weight gives (None: there is none)."""
+"""Criterion name -> what it is."""
 
-WEIGHT_PRUNING = ("weight-magnitude", "wanda")
+WEIGHT_PRUNING = tuple(name for name, criterion in CRITERIA.items() if criterion.prunes_weight)
 """Criteria of the baselines that prune the weights and leave the activations dense."""

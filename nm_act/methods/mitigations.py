@@ -59,12 +59,24 @@ class Mitigation:
         Whether they are trained.
     slot : str
         Two mitigations of one slot exclude each other; "" excludes none.
+    token_shift : str
+        Per-token shift of the operator: "none", "mean" or "median".
+    variance_correction : bool
+        Whether the operator rescales its output per token.
+    rank : int
+        Of a low-rank pair; 0 is none.
+    fitted : bool
+        Whether that pair starts from the selection's error instead of the weight.
     """
 
     text: str
     data: tuple[str, ...] = ()
     learned: bool = False
     slot: str = ""
+    token_shift: str = "none"
+    variance_correction: bool = False
+    rank: int = 0
+    fitted: bool = False
 
 
 DATA: dict[str, tuple[str, ...]] = {
@@ -81,9 +93,9 @@ DATA: dict[str, tuple[str, ...]] = {
 """Calibrated tensor -> its axes; all are float32 (``input_order`` holds whole numbers)."""
 
 MITIGATIONS = {
-    "var": Mitigation("variance correction"),
-    "dpts-mean": Mitigation("per-token mean shift", slot="shift"),
-    "dpts-median": Mitigation("per-token median shift", slot="shift"),
+    "var": Mitigation("variance correction", variance_correction=True),
+    "dpts-mean": Mitigation("per-token mean shift", slot="shift", token_shift="mean"),
+    "dpts-median": Mitigation("per-token median shift", slot="shift", token_shift="median"),
     "spts": Mitigation("static shift, one value a channel", ("shift",), slot="shift"),
     "spts-scalar": Mitigation("static shift, one value a layer", ("shift",), slot="shift"),
     "lpts": Mitigation("learned shift", ("shift",), learned=True, slot="shift"),
@@ -102,7 +114,8 @@ def mitigation(name: str) -> Mitigation:
     if isinstance(name, str):
         match = _LOW_RANK.fullmatch(name)
         if match:
-            return Mitigation(f"rank {match[1]}", ("low_rank_in", "low_rank_out"), match[3] is not None, "low rank")
+            pair, learned = ("low_rank_in", "low_rank_out"), match[3] is not None
+            return Mitigation(f"rank {match[1]}", pair, learned, "low rank", rank=int(match[1]), fitted=bool(match[2]))
         if name in MITIGATIONS:
             return MITIGATIONS[name]
     raise ValueError(
@@ -139,25 +152,23 @@ _SLOTS = {
 
 def rank_of(names: Iterable[str]) -> int:
     """Rank of the low-rank pair among the mitigations, 0 without one."""
-    return next((int(match[1]) for match in map(_LOW_RANK.fullmatch, names) if match), 0)
+    return max((mitigation(name).rank for name in names), default=0)
 
 
 def is_fitted(names: Iterable[str]) -> bool:
     """Whether the low-rank pair among the mitigations starts from the selection's error."""
-    return any(match[2] is not None for match in map(_LOW_RANK.fullmatch, names) if match)
+    return any(mitigation(name).fitted for name in names)
 
 
 def data_of(spec) -> tuple[str, ...]:
     """Names of the calibrated tensors that a :class:`~nm_act.LinearSpec` needs, in the order of ``DATA``."""
-    needed = {name for each in spec.mitigation for name in mitigation(each).data}
-    if spec.criterion == "wanda":
-        needed.add("input_norm")
+    needed = {*spec.scoring.data, *(name for each in spec.methods for name in each.data)}
     return tuple(name for name in DATA if name in needed)
 
 
 def learned_data_of(spec) -> tuple[str, ...]:
     """Names of the calibrated tensors that training changes."""
-    learned = {name for each in spec.mitigation if mitigation(each).learned for name in mitigation(each).data}
+    learned = {name for each in spec.methods if each.learned for name in each.data}
     return tuple(name for name in DATA if name in learned)
 
 
@@ -169,12 +180,12 @@ def shape_of(name: str, in_features: int, out_features: int, rank: int) -> tuple
 
 def replaces_weight(spec) -> bool:
     """Whether the operator multiplies by another weight than the layer's own (:func:`operand_weight`)."""
-    return spec.criterion in criteria.WEIGHT_PRUNING or bool({"low_rank_in", "rotation"} & set(data_of(spec)))
+    return spec.scoring.prunes_weight or not {"low_rank_in", "rotation"}.isdisjoint(data_of(spec))
 
 
 def reads_weight(spec) -> bool:
     """Whether the selection or the operand weight derives from the whole of the layer's weight."""
-    return replaces_weight(spec) or criteria.CRITERIA[spec.criterion] is not None
+    return replaces_weight(spec) or spec.scoring.formula is not None
 
 
 def has_shift(spec) -> bool:
@@ -184,7 +195,7 @@ def has_shift(spec) -> bool:
 
 def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
     """``V [out, in]``, the weight that the operator multiplies by; ``weight`` itself where no method changes it."""
-    if spec.criterion in criteria.WEIGHT_PRUNING:
+    if spec.scoring.prunes_weight:
         return criteria.prune_weight(spec.criterion, weight, spec.pattern, data.get("input_norm"))
     v = weight
     if "low_rank_in" in data:
@@ -205,7 +216,7 @@ def selection_scale(spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str,
     if "smoothing" not in data:
         return criteria.channel_scale(spec.criterion, read)
     smoothing = data["smoothing"]
-    if criteria.CRITERIA[spec.criterion] is None:
+    if spec.scoring.formula is None:
         return smoothing.reciprocal()
     return criteria.channel_scale(spec.criterion, read.float() * smoothing) / smoothing
 

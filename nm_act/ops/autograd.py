@@ -120,8 +120,7 @@ class _Selection:
     def prune(self) -> Tensor:
         """``P(Z)`` of the operator itself, the forward's to the bit."""
         options = {"channel_scale": self.channel_scale, "shift": self.shift, "token_shift": self.token_shift}
-        columns = self.pattern.extra_columns
-        return operators.prune(self.x, self.pattern.keep, self.pattern.group, extra_columns=columns, **options)
+        return operators.prune(self.x, self.pattern, **options)
 
     def shifted(self) -> Tensor:
         return formulas.shifted(self.x, self.shift, self.token_shift)

@@ -50,9 +50,7 @@ def sparse_linear(
 def select(z: Tensor, pattern: NMPattern | TopKPattern, channel_scale: Tensor | None) -> Tensor:
     """``P(z)``: ``z`` with all but its survivors set to zero; every survivor passes its gradient on."""
     if isinstance(pattern, NMPattern) and not torch.is_grad_enabled() and z.dtype in _OPERATOR_DTYPES:
-        return operators.prune(
-            z, pattern.keep, pattern.group, channel_scale=channel_scale, extra_columns=pattern.extra_columns
-        )
+        return operators.prune(z, pattern, channel_scale=channel_scale)
     return torch.where(survivors(z, pattern, channel_scale), z, z.new_zeros(()))
 
 
@@ -67,7 +65,7 @@ def survivors(z: Tensor, pattern: NMPattern | TopKPattern, channel_scale: Tensor
     raised = _finite_keys(z, channel_scale).view(torch.int32) + 1
     keys = raised.clamp(max=_BITS_OF_LARGEST).view(torch.float32)
     keys = torch.where(z.isfinite(), keys, z.float())
-    kept = operators.prune(keys, pattern.keep, pattern.group, extra_columns=pattern.extra_columns)
+    kept = operators.prune(keys, pattern)
     return kept.view(torch.int32) != 0
 
 

@@ -1,6 +1,5 @@
 """Which path ``sparse_linear`` takes for given arguments, and why; the rules are those of the dispatch itself."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from .. import _C
 from ..patterns import NMPattern
+from .legacy import takes_pattern
 from .lifting import is_lifted, lifted_features
 
 PATHS = {
@@ -41,13 +41,12 @@ class Explanation:
         return f"{self.path} on {self.device} ({PATHS[self.path]}): {self.why}"
 
 
+@takes_pattern
 def explain(
     x: Tensor,
     weight: Tensor,
-    n: int = 2,
-    m: int = 4,
+    pattern: NMPattern | str = "2:4",
     *,
-    extra_columns: Sequence[int] = (),
     lifted_weight: Tensor | None = None,
     activation_dtype: torch.dtype | None = None,
     device: str | None = None,
@@ -63,7 +62,7 @@ def explain(
     ----------
     x : Tensor [..., in_features]
     weight : Tensor [out_features, in_features]
-    n, m, extra_columns, lifted_weight, activation_dtype
+    pattern, lifted_weight, activation_dtype
         As in :func:`nm_act.sparse_linear`.
     device : {"cpu", "cuda"}, optional
         Where it would run; that of ``x`` if absent.
@@ -85,10 +84,10 @@ def explain(
     Examples
     --------
     >>> import torch, nm_act
-    >>> print(nm_act.explain(torch.zeros(1, 64), torch.zeros(32, 64), 8, 16).why)
+    >>> print(nm_act.explain(torch.zeros(1, 64), torch.zeros(32, 64), "8:16").why)
     the weight is stored [out, in], so no row of it can be skipped; store it with weight.t().contiguous().t()
     """
-    pattern = NMPattern(n, m, extra_columns)
+    pattern = NMPattern(pattern)
     if device is None:
         device = "cpu" if x.device.type == "meta" else x.device.type
     if device not in ("cpu", "cuda"):
@@ -125,8 +124,8 @@ def explain(
         device == "cuda",
         x.numel() // x.shape[-1],
         str(x.dtype).removeprefix("torch."),
-        n,
-        m,
+        pattern.keep,
+        pattern.group,
         list(pattern.extra_columns),
         _facts(weight),
         lifted,

@@ -4,13 +4,14 @@ The selection contract, identical on every device, is written in ``csrc/ops/sche
 """
 
 import re
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..patterns import NMPattern
 from ..version import __version__
 from . import formulas
+from .legacy import takes_pattern
 
 try:
     from .. import _C
@@ -23,32 +24,28 @@ METADATA_LAYOUTS = ("neutral", "sm80_16bit", "sm90_16bit_t64", "sm90_8bit")
 """Names of the 2:4 metadata layouts; the sm80 and sm90 ones are what the tensor cores read."""
 
 
+@takes_pattern
 def prune(
     x: Tensor,
-    n: int,
-    m: int,
+    pattern: NMPattern | str,
     *,
     channel_scale: Tensor | None = None,
     shift: Tensor | None = None,
     token_shift: str = "none",
-    extra_columns: Sequence[int] = (),
 ) -> Tensor:
     """Keep the ``n`` best of every ``m`` consecutive features of each token: ``P(X - eta)``.
 
     Parameters
     ----------
     x : Tensor [..., in_features], float32, bfloat16 or float16
-    n, m : int
-        ``1 <= n < m``, m in {2, 4, 8, 16, 32} and a divisor of in_features.
+    pattern : NMPattern or str
+        "N:M" with M in {2, 4, 8, 16, 32} a divisor of in_features, or 2:4+1, 2:4+2 with 16 one.
     channel_scale : Tensor [in_features], float32 or the dtype of x, optional
         c of the score ``|x - eta| * |c|`` (Amber-Pruner, WINA, ...); 1 if absent.
     shift : Tensor [in_features], float32 or the dtype of x, optional
         A static eta per channel (S-PTS, L-PTS), subtracted before the selection.
     token_shift : {"none", "mean", "median"}
         A dynamic eta per token (D-PTS); excludes ``shift``.
-    extra_columns : sequence of int
-        With 2:4, the columns of the extra windows of 2:4+1 or 2:4+2 (:class:`nm_act.NMPattern`); in_features is then
-        a multiple of 16.
 
     Returns
     -------
@@ -70,11 +67,19 @@ def prune(
     Examples
     --------
     >>> import torch, nm_act
-    >>> nm_act.prune(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), 2, 4)
+    >>> nm_act.prune(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), "2:4")
     tensor([[ 0., -3.,  2.,  0.]])
     """
+    pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
     return call(
-        "prune", x, n, m, channel_scale=channel_scale, shift=shift, token_shift=token_shift, extra_columns=extra_columns
+        "prune",
+        x,
+        pattern.keep,
+        pattern.group,
+        channel_scale=channel_scale,
+        shift=shift,
+        token_shift=token_shift,
+        extra_columns=pattern.extra_columns,
     )
 
 
@@ -121,12 +126,12 @@ def decompress(values: Tensor, metadata: Tensor) -> Tensor:
     return call("decompress", values, metadata)
 
 
+@takes_pattern
 def sparse_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    n: int = 2,
-    m: int = 4,
+    pattern: NMPattern | str = "2:4",
     *,
     channel_scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -135,7 +140,6 @@ def sparse_linear(
     variance_correction: bool = False,
     column_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
-    extra_columns: Sequence[int] = (),
     lifted_weight: Tensor | None = None,
     activation_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -152,8 +156,8 @@ def sparse_linear(
         multiple of 8 (of 16 for an 8-bit weight), its rows are 16-byte aligned and, for a 16-bit weight, the tokens
         are expected to need at most 95 % of them. Expected finite: the rows of pruned inputs may not be read.
     bias : Tensor [out_features], dtype of x, optional
-    n, m : int
-        ``1 <= n < m``, m in {2, 4, 8, 16, 32} and a divisor of in_features.
+    pattern : NMPattern or str
+        "N:M" with M in {2, 4, 8, 16, 32} a divisor of in_features, or 2:4+1, 2:4+2 with 16 one.
     channel_scale, shift, token_shift
         The selection, as in :func:`prune`.
     shift_out : Tensor [out_features], float32 or the dtype of x, optional
@@ -166,8 +170,6 @@ def sparse_linear(
     weight_scale : Tensor [out_features], float32, optional
         Scale of each output channel of an 8-bit weight: ``W = weight * weight_scale``. Where the gather kernel does
         not apply (more tokens, another storage, a CPU), W is written out in the dtype of x at every call.
-    extra_columns : sequence of int
-        As in :func:`prune`.
     lifted_weight : Tensor [out_features, lifted in_features], dtype of x, optional
         :func:`nm_act.lift_weight` of ``weight``, for 2:4+1 on the sparse tensor cores; used where that pays, which
         :func:`nm_act.explain` tells.
@@ -199,17 +201,18 @@ def sparse_linear(
     --------
     >>> import torch, nm_act
     >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
-    >>> y = nm_act.sparse_linear(x, weight, n=8, m=16)
-    >>> torch.allclose(y, nm_act.prune(x, 8, 16) @ weight.t(), atol=1e-5)
+    >>> y = nm_act.sparse_linear(x, weight, pattern="8:16")
+    >>> torch.allclose(y, nm_act.prune(x, "8:16") @ weight.t(), atol=1e-5)
     True
     """
+    pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
     return call(
         "sparse_linear",
         x,
         weight,
         bias,
-        n,
-        m,
+        pattern.keep,
+        pattern.group,
         channel_scale=channel_scale,
         shift=shift,
         token_shift=token_shift,
@@ -217,7 +220,7 @@ def sparse_linear(
         variance_correction=variance_correction,
         column_scale=column_scale,
         weight_scale=weight_scale,
-        extra_columns=extra_columns,
+        extra_columns=pattern.extra_columns,
         lifted_weight=lifted_weight,
         activation_dtype=activation_dtype,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..patterns import NMPattern
 from . import operators
+from .legacy import takes_pattern
 from .lifting import is_lifted, lifted_features
 
 _PLAIN = NMPattern(2, 4)
@@ -74,17 +75,16 @@ def _layout(dtype: torch.dtype, device: torch.device) -> str:
     return "sm90_16bit_t64" if torch.cuda.get_device_capability(device)[0] == 9 else "sm80_16bit"
 
 
+@takes_pattern
 def compress_packed(
     x: Tensor,
-    n: int = 2,
-    m: int = 4,
+    pattern: NMPattern | str = "2:4",
     *,
     channel_scale: Tensor | None = None,
     shift: Tensor | None = None,
     token_shift: str = "none",
     variance_correction: bool = False,
     fp8: bool = False,
-    extra_columns: Sequence[int] = (),
 ) -> Packed:
     """Select and pack for this device's sparse GEMM, in one pass over ``x``.
 
@@ -96,16 +96,14 @@ def compress_packed(
     x : Tensor [..., in_features], bfloat16 or float16, on CUDA
         in_features divisible by 16, with ``fp8`` by 32, for 2:4+1 by four times that; at most 32768 with fp8 or a
         per-token statistic.
-    n, m : int
-        The pattern.
+    pattern : NMPattern or str
+        2:4 or 2:4+1.
     channel_scale, shift, token_shift
         The selection, as in :func:`nm_act.prune`.
     variance_correction : bool
         Put VAR's factor into ``row_scale``.
     fp8 : bool
         Cast the survivors to e4m3 with one dynamic scale a token, max|Z| / 448.
-    extra_columns : sequence of int
-        As in :func:`nm_act.prune`.
 
     Raises
     ------
@@ -114,19 +112,20 @@ def compress_packed(
     NotImplementedError
         If ``x`` is not on CUDA, or a row is too long for its statistics.
     """
+    pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
     tensors = operators.call(
         "compress_packed",
         x,
-        n,
-        m,
+        pattern.keep,
+        pattern.group,
         channel_scale=channel_scale,
         shift=shift,
         token_shift=token_shift,
         variance_correction=variance_correction,
         fp8=fp8,
-        extra_columns=extra_columns,
+        extra_columns=pattern.extra_columns,
     )
-    return _packed(tensors, x, _PLAIN if not extra_columns else NMPattern(n, m, extra_columns))
+    return _packed(tensors, x, pattern)
 
 
 def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options) -> Packed:

@@ -4,13 +4,13 @@ from torch import nn
 
 from .. import _C, parallel
 from ..layers.linear import NMLinear
+from ..methods.mitigations import data_of
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
 
 MAX_ROW_FEATURES = _C.MAX_ROW_FEATURES
 """Longest row that the fused kernels can hold on chip."""
 
-STATIC_CRITERIA = ("act", "wina", "variance", "amber")
 
 _DERIVED = {"channel_scale", "shift_out"}
 """Buffers of an NMLinear that are derived from its weight and spec; any other was calibrated for that layer."""
@@ -45,7 +45,7 @@ def beyond(layer: nn.Module) -> str:
     """What a layer needs beyond N:M with a static score, VAR and D-PTS, which is all that these paths compute."""
     spec = layer.spec
     plain = LinearSpec(spec.pattern, criterion=spec.criterion, mitigation=spec.mitigation, phase=spec.phase)
-    known = {"var", "dpts-mean", "dpts-median"}.issuperset(spec.mitigation) and spec.criterion in STATIC_CRITERIA
+    known = not data_of(spec) and not spec.scoring.by_sequence and not spec.scoring.prunes_weight
     known = known and isinstance(spec.pattern, NMPattern) and spec == plain
     return "" if known and not calibrated(layer) else f"unfused method {spec}"
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..layers.linear import NMLinear
-from ..methods import criteria, mitigations
+from ..methods import mitigations
 from . import readonly
 from .eligible import not_fp8
 
@@ -94,7 +94,7 @@ class FP8Linear(nn.Module):
         self.weight_scale = torch.cat(scales)
         stored = torch.cat(codes)
         self.codes = stored if self.layout == "prefill" else stored.t().contiguous()
-        if self.spec.token_shift == "none" and criteria.CRITERIA[self.spec.criterion] is None:
+        if self.spec.token_shift == "none" and self.spec.scoring.formula is None:
             return  # nothing is derived from the weight
         operand = self.dequantised(torch.float32)
         self.channel_scale = mitigations.selection_scale(self.spec, operand, operand, {})
@@ -133,10 +133,9 @@ class FP8Linear(nn.Module):
         }
         if self._is_dense_phase(x):
             return F.linear(x, self.dequantised(x.dtype), self.bias)
-        pattern = self.spec.pattern
-        options |= {"extra_columns": pattern.extra_columns, "weight_scale": self.weight_scale}
+        options["weight_scale"] = self.weight_scale
         options["activation_dtype"] = E4M3 if self.layout == "prefill" else None
-        return ops.sparse_linear(x, self.e4m3, self.bias, pattern.keep, pattern.group, **options)
+        return ops.sparse_linear(x, self.e4m3, self.bias, self.spec.pattern, **options)
 
     bypass = differentiable = False  # calibration never sees this layer
     _is_dense_phase = NMLinear._is_dense_phase

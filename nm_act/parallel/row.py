@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import autograd, formulas
+from ..patterns import NMPattern
 from .shard import Shard
 
 _NO_GRADIENT = (
@@ -27,8 +28,7 @@ def row_sparse_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    keep: int,
-    group: int,
+    pattern: NMPattern,
     *,
     channel_scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -49,8 +49,8 @@ def row_sparse_linear(
     weight : Tensor [out_features, in_features / size]
     bias : Tensor [out_features], optional
         Given on one rank only, because the terms are added.
-    keep, group : int
-        The pattern; the group divides ``in_features / size``.
+    pattern : NMPattern
+        Its span divides ``in_features / size``.
     channel_scale, shift : Tensor [in_features / size], optional
         This rank's slices.
     shift_out : Tensor [out_features], optional
@@ -74,17 +74,16 @@ def row_sparse_linear(
     selection = {"channel_scale": channel_scale, **options}
     if token_shift == "none" and not variance_correction:
         return ops.sparse_linear(
-            x, weight, bias, keep, group, shift=shift, shift_out=shift_out, column_scale=column_scale, **selection
+            x, weight, bias, pattern, shift=shift, shift_out=shift_out, column_scale=column_scale, **selection
         )
     eta = None
     if token_shift != "none":
         eta = autograd.refuse_backward(lambda: token_shift_over_ranks(shard, x, token_shift), _NO_GRADIENT, [x])
         shift = eta
     z = x if shift is None else (x.float() - shift.float()).to(x.dtype)
-    y = _float32_product(z, weight, keep, group, **selection)
+    y = _float32_product(z, weight, pattern, **selection)
     if variance_correction:
-        columns = options.get("extra_columns", ())
-        pruned = ops.prune(z, keep, group, channel_scale=channel_scale, extra_columns=columns)
+        pruned = ops.prune(z, pattern, channel_scale=channel_scale)
         y = y * autograd.refuse_backward(lambda: variance_ratio_over_ranks(shard, z, pruned), _NO_GRADIENT, [z])
     if shift is not None:
         y = y + _shift_term(weight, shift, eta, shift_out)
@@ -95,12 +94,11 @@ def row_sparse_linear(
     return y.to(x.dtype)
 
 
-def _float32_product(z: Tensor, weight: Tensor, keep: int, group: int, **selection) -> Tensor:
+def _float32_product(z: Tensor, weight: Tensor, pattern: NMPattern, **selection) -> Tensor:
     """``P(z) weight^T [..., out]``; in float16, rounding here could overflow although the scaled product does not."""
     if z.dtype != torch.float16:
-        return ops.sparse_linear(z, weight, None, keep, group, **selection).float()
-    chosen = {name: selection[name] for name in ("channel_scale", "extra_columns") if name in selection}
-    pruned = ops.prune(z, keep, group, **chosen).reshape(-1, z.shape[-1])
+        return ops.sparse_linear(z, weight, None, pattern, **selection).float()
+    pruned = ops.prune(z, pattern, channel_scale=selection["channel_scale"]).reshape(-1, z.shape[-1])
     on_cuda = z.is_cuda
     y = torch.mm(pruned, weight.t(), out_dtype=torch.float32) if on_cuda else pruned.float() @ weight.float().t()
     return y.view(*z.shape[:-1], weight.shape[0])

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..methods.criteria import WEIGHT_PRUNING
 from ..methods.mitigations import data_of
 from ..patterns import NMPattern
 
@@ -47,7 +46,7 @@ def check_split(name: str, spec, kind: str) -> None:
     Calibrated data is split with the weight. If ranks see only a slice of a token's inputs, methods that compare or mix
     all of them cannot be split: unstructured top-k and a rotation.
     """
-    if kind != "row" or spec.criterion in WEIGHT_PRUNING:
+    if kind != "row" or spec.scoring.prunes_weight:
         return
     if "rotation" in data_of(spec):
         what = "a rotation (larosa), which mixes all in_features"

@@ -51,17 +51,17 @@ def test_prune_equals_oracle(dtype, n, m, tokens):
         x = hard_activations(tokens, in_features, dtype, seed=tokens)
         for name in names:
             options = selection(name, in_features)
-            pruned = nm_act.prune(x.cuda(), n, m, **on_gpu(options))
-            assert_same_bits(pruned.cpu(), reference.prune(x, n, m, **options), any_nan=True)
+            pruned = nm_act.prune(x.cuda(), f"{n}:{m}", **on_gpu(options))
+            assert_same_bits(pruned.cpu(), reference.prune(x, f"{n}:{m}", **options), any_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (8, 16)])
 def test_prune_of_strided_inputs(dtype, n, m):
     x = hard_activations(33, 272, dtype)
-    expected = reference.prune(x, n, m)
+    expected = reference.prune(x, f"{n}:{m}")
     for name, view in strided(x.cuda()).items():
-        pruned = nm_act.prune(view, n, m)
+        pruned = nm_act.prune(view, f"{n}:{m}")
         assert pruned.is_contiguous(), name
         assert_same_bits(pruned.cpu(), expected, any_nan=True)
 
@@ -69,7 +69,7 @@ def test_prune_of_strided_inputs(dtype, n, m):
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (64,), (2, 3, 64), (3, 4)])
 def test_prune_and_compress_of_any_shape(shape):
     x = torch.randn(shape)
-    assert_same_bits(nm_act.prune(x.cuda(), 2, 4).cpu(), reference.prune(x, 2, 4))
+    assert_same_bits(nm_act.prune(x.cuda(), "2:4").cpu(), reference.prune(x, "2:4"))
     values, metadata = nm_act.compress(x.cuda())
     expected_values, expected_metadata = reference.compress(x)
     assert_same_bits(values.cpu(), expected_values)
@@ -103,7 +103,7 @@ def test_compress_of_strided_inputs(dtype):
 def test_decompress_gives_the_pruned_tensor(dtype):
     for shape in ((1, 4), (33, 12), (2, 3, 64), (129, 4096)):
         x = torch.randn(shape, device="cuda").to(dtype)
-        assert_same_bits(nm_act.decompress(*nm_act.compress(x)), nm_act.prune(x, 2, 4))
+        assert_same_bits(nm_act.decompress(*nm_act.compress(x)), nm_act.prune(x, "2:4"))
 
 
 # ---- compress_packed -------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_packed_variance_factor(dtype, fp8, name):
     x = (torch.randn(65, 1024) + 0.25).to(dtype)
     options = {"channel_scale": torch.rand(1024)} if name == "channel scale" else selection(name, 1024)
     row_scale = nm_act.compress_packed(x.cuda(), fp8=fp8, variance_correction=True, **on_gpu(options)).row_scale
-    pruned = reference.prune(x, 2, 4, **options)
+    pruned = reference.prune(x, "2:4", **options)
     shifted = reference.shifted(x, options.get("shift"), options.get("token_shift", "none"))
     expected = reference.variance_ratio(shifted, pruned).squeeze(-1)
     if fp8:
@@ -209,7 +209,7 @@ def decompressed(packed, dtype: torch.dtype, tokens: int, in_features: int) -> t
 
 def assert_close_to_pruned(packed, produced: torch.Tensor) -> None:
     """Rounding may differ by one unit from torch's, and flip a choice between near equals: compare as a whole."""
-    pruned = reference.prune(produced, 2, 4).float()
+    pruned = reference.prune(produced, "2:4").float()
     error = (decompressed(packed, produced.dtype, *produced.shape) - pruned).norm() / pruned.norm()
     assert error < (4e-2 if packed.values.dtype == E4M3 else 3e-3)
 
@@ -254,7 +254,7 @@ def test_halves_of_a_merged_projection_are_read_in_place():
     assert taken < 1.1 * sum(tensor.numel() * tensor.element_size() for tensor in packed) + 4096
     assert all(torch.equal(a, b) for a, b in zip(packed, expected, strict=True))
     for view in (gate[:, 3:], gate[:, ::2], merged[..., ::2], gate.transpose(0, 1)):
-        assert torch.equal(nm_act.prune(view, 2, 4), nm_act.prune(view.contiguous(), 2, 4))
+        assert torch.equal(nm_act.prune(view, "2:4"), nm_act.prune(view.contiguous(), "2:4"))
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -291,7 +291,7 @@ def test_ten_runs_give_the_same_bits():
         lambda: nm_act.compress_packed(x, fp8=True, **options),
         lambda: nm_act.rms_norm_compress(x, weight, 1e-6, x, fp8=True, **options),
         lambda: nm_act.silu_mul_compress(x, x, **options),
-        lambda: (nm_act.prune(x, 8, 16, token_shift="mean"),),
+        lambda: (nm_act.prune(x, "8:16", token_shift="mean"),),
     ]
     for call in calls:
         first = [part.view(torch.uint8).clone() for part in call()]
@@ -309,15 +309,15 @@ def test_small_selections(dtype, tokens):
     for name in SELECTIONS:
         options = selection(name, 96)
         for n, m in ((1, 2), (2, 4), (4, 8), (8, 16), (16, 32)):
-            pruned = nm_act.prune(x.cuda(), n, m, **on_gpu(options))
-            assert_same_bits(pruned.cpu(), reference.prune(x, n, m, **options), any_nan=True)
+            pruned = nm_act.prune(x.cuda(), f"{n}:{m}", **on_gpu(options))
+            assert_same_bits(pruned.cpu(), reference.prune(x, f"{n}:{m}", **options), any_nan=True)
         values, metadata = nm_act.compress(x.cuda(), **on_gpu(options))
         assert_same_bits(values.cpu(), reference.compress(x, **options)[0], any_nan=True)
         assert torch.equal(nm_act.decompress(values, metadata).isnan().cpu(), pruned_nans(x, options))
 
 
 def pruned_nans(x: torch.Tensor, options: dict) -> torch.Tensor:
-    return reference.prune(x, 2, 4, **options).isnan()
+    return reference.prune(x, "2:4", **options).isnan()
 
 
 @pytest.mark.sanitizer

@@ -41,13 +41,13 @@ def quantise_int8(weight):
 
 def assert_within_twice_torch(y, x, weight, bias, n, m, options, what):
     """Against float64; torch gets the dequantised weight in the dtype of x."""
-    exact = reference.sparse_linear(x, weight, bias, n, m, **options)
+    exact = reference.sparse_linear(x, weight, bias, f"{n}:{m}", **options)
     rest = {name: value for name, value in options.items() if name != "weight_scale"}
     dense = weight if "weight_scale" not in options else (weight.float() * options["weight_scale"][:, None]).to(x.dtype)
     if rest.keys() <= {"channel_scale"}:
-        torchs = F.linear(reference.prune(x, n, m, **rest), dense, bias)
+        torchs = F.linear(reference.prune(x, f"{n}:{m}", **rest), dense, bias)
     else:
-        torchs = reference.sparse_linear(x, dense, bias, n, m, compute_dtype=x.dtype, **rest)
+        torchs = reference.sparse_linear(x, dense, bias, f"{n}:{m}", compute_dtype=x.dtype, **rest)
     ours = relative_error(y, exact)
     assert y.dtype == x.dtype
     assert ours <= 2 * relative_error(torchs, exact), (what, ours)
@@ -67,13 +67,13 @@ def test_an_identity_weight_shows_the_selection(dtype, n, m, tokens, in_features
     scale[0], scale[1], scale[-1] = 0.0, float("inf"), float("nan")
     options = [{}, {"channel_scale": scale}, {"shift": shift, "shift_out": torch.zeros(in_features)}]
     for x in (torch.randn(tokens, in_features).to(dtype), ties):
-        assert nm_act.explain(x.cuda(), identity, n, m).path == ("gather" if needed <= 0.95 else "dense")
+        assert nm_act.explain(x.cuda(), identity, f"{n}:{m}").path == ("gather" if needed <= 0.95 else "dense")
         for chosen in options:
             on_gpu = {name: value.cuda() for name, value in chosen.items()}
-            y = nm_act.sparse_linear(x.cuda(), identity, n=n, m=m, **on_gpu)
+            y = nm_act.sparse_linear(x.cuda(), identity, pattern=f"{n}:{m}", **on_gpu)
             selection = {name: value for name, value in chosen.items() if name != "shift_out"}
             # A sum that holds a -0.0 and zeros is +0.0.
-            assert_same_bits(y.cpu() + 0.0, reference.prune(x, n, m, **selection) + 0.0, what=f"{list(chosen)}")
+            assert_same_bits(y.cpu() + 0.0, reference.prune(x, f"{n}:{m}", **selection) + 0.0, what=f"{list(chosen)}")
 
 
 def in_out(weight):
@@ -84,12 +84,12 @@ def in_out(weight):
 @pytest.mark.parametrize("kind", ["same", "e4m3"])
 def test_rows_that_no_token_needs_are_not_read(tokens, kind):
     x, weight, _, options = problem(tokens, 272, 512, kind=kind)
-    dropped = (nm_act.prune(x, 8, 16) == 0).all(dim=0)
+    dropped = (nm_act.prune(x, "8:16") == 0).all(dim=0)
     assert dropped.any()
     poisoned = weight.float().clone()
     poisoned[:, dropped] = float("nan")
-    y = nm_act.sparse_linear(x, in_out(poisoned.to(weight.dtype)), n=8, m=16, **options)
-    assert torch.equal(y, nm_act.sparse_linear(x, weight, n=8, m=16, **options))
+    y = nm_act.sparse_linear(x, in_out(poisoned.to(weight.dtype)), pattern="8:16", **options)
+    assert torch.equal(y, nm_act.sparse_linear(x, weight, pattern="8:16", **options))
     assert not y.isnan().any()
 
 
@@ -101,9 +101,9 @@ def test_error_at_most_twice_torchs_own(dtype, kind, tokens):
     for out_features, in_features in ((528, 1056), (16, 32), (4096, 4096), (272, 14336), (10000, 256)):
         x, weight, bias, options = problem(tokens, out_features, in_features, dtype, kind)
         for n, m in ((2, 4), (4, 8), (8, 16), (16, 32)):
-            assert nm_act.explain(x, weight, n, m).path == "gather"
+            assert nm_act.explain(x, weight, f"{n}:{m}").path == "gather"
             for given_bias in (bias, None):
-                y = nm_act.sparse_linear(x, weight, given_bias, n, m, **options)
+                y = nm_act.sparse_linear(x, weight, given_bias, f"{n}:{m}", **options)
                 assert_within_twice_torch(y, x, weight, given_bias, n, m, options, (out_features, in_features, n, m))
 
 
@@ -114,7 +114,7 @@ def test_every_option(dtype, kind, tokens):
     x, weight, bias, scale = problem(tokens, 272, 512, dtype, kind)
     for name, options in linear_options(512, 272).items():
         for given_bias in (bias, None):
-            y = nm_act.sparse_linear(x, weight, given_bias, 8, 16, **options, **scale)
+            y = nm_act.sparse_linear(x, weight, given_bias, "8:16", **options, **scale)
             assert_within_twice_torch(y, x, weight, given_bias, 8, 16, {**options, **scale}, name)
 
 
@@ -132,7 +132,7 @@ def test_what_the_kernel_does_not_take_stays_right(dtype, kind):
     ]
     for tokens, out_features, in_features, layout, (n, m) in cases:
         x, weight, bias, options = problem(tokens, out_features, in_features, dtype, kind, layout)
-        y = nm_act.sparse_linear(x, weight, bias, n, m, **options)
+        y = nm_act.sparse_linear(x, weight, bias, f"{n}:{m}", **options)
         assert_within_twice_torch(y, x, weight, bias, n, m, options, (tokens, out_features, in_features, layout))
 
 
@@ -140,13 +140,13 @@ def test_what_the_kernel_does_not_take_stays_right(dtype, kind):
 def test_strided_and_misaligned_operands(tokens):
     x, weight, bias, _ = problem(tokens, 272, 512)
     for name, view in strided(x).items():
-        assert_within_twice_torch(nm_act.sparse_linear(view, weight, bias, 8, 16), x, weight, bias, 8, 16, {}, name)
+        assert_within_twice_torch(nm_act.sparse_linear(view, weight, bias, "8:16"), x, weight, bias, 8, 16, {}, name)
     for name, view in strided(weight.t().contiguous()).items():
-        y = nm_act.sparse_linear(x, view.t(), bias, 8, 16)
+        y = nm_act.sparse_linear(x, view.t(), bias, "8:16")
         assert_within_twice_torch(y, x, weight, bias, 8, 16, {}, name)
     moved = lambda vector: torch.cat([vector[:1], vector])[1:]  # noqa: E731  the same values one element further
     options = {"channel_scale": torch.rand(512, device="cuda"), "shift": torch.randn(512, device="cuda")}
-    y = nm_act.sparse_linear(x, weight, moved(bias), 8, 16, **{name: moved(v) for name, v in options.items()})
+    y = nm_act.sparse_linear(x, weight, moved(bias), "8:16", **{name: moved(v) for name, v in options.items()})
     assert_within_twice_torch(y, x, weight, bias, 8, 16, options, "misaligned vectors")
 
 
@@ -156,7 +156,7 @@ def test_non_finite_inputs_reach_the_output(dtype, tokens):
     _, weight, _, _ = problem(1, 64, 128, dtype)
     for rows in hard_activations(6, 128, dtype).split(tokens):
         y = nm_act.sparse_linear(rows.cuda(), weight)
-        dense = F.linear(reference.prune(rows, 2, 4).cuda(), weight)
+        dense = F.linear(reference.prune(rows, "2:4").cuda(), weight)
         assert torch.equal(y.isfinite(), dense.isfinite())
         assert torch.equal(y.isnan(), dense.isnan())
 
@@ -198,9 +198,9 @@ def test_every_configuration(kind, tokens):
 
 def calls_on(x, weight, bias, options):
     return {
-        "plain": lambda: nm_act.sparse_linear(x, weight, bias, 8, 16, **options),
-        "mean": lambda: nm_act.sparse_linear(x, weight, bias, 8, 16, token_shift="mean", **options),
-        "variance": lambda: nm_act.sparse_linear(x, weight, bias, 8, 16, variance_correction=True, **options),
+        "plain": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", **options),
+        "mean": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", token_shift="mean", **options),
+        "variance": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", variance_correction=True, **options),
         **({} if options else {"gather_linear": lambda: nm_act.gather_linear(x, weight, bias)}),
     }
 
@@ -237,7 +237,7 @@ def test_work_runs_on_the_current_stream_after_what_came_before(tokens):
 def test_a_chain_of_decode_kernels_waits_for_each_link(options):
     """Overlapped launches: every kernel reads what the one before it wrote, its statistics of a token too."""
     x, weight, _, _ = problem(1, 4096, 4096)
-    link = lambda y: nm_act.sparse_linear(y, weight, n=8, m=16, **options)  # noqa: E731
+    link = lambda y: nm_act.sparse_linear(y, weight, pattern="8:16", **options)  # noqa: E731
     expected = x
     for _ in range(20):
         expected = link(expected) * 1.0
@@ -252,12 +252,12 @@ def test_a_chain_of_decode_kernels_waits_for_each_link(options):
 def test_threads_whose_launches_differ_in_shared_memory():
     """The limit of dynamic shared memory belongs to a kernel, not to a launch: no thread may lower another's."""
     problems = [problem(4, 4096, in_features) for in_features in (28672, 8192, 1024)]
-    expected = [nm_act.sparse_linear(x, weight, n=8, m=16) for x, weight, _, _ in problems]
+    expected = [nm_act.sparse_linear(x, weight, pattern="8:16") for x, weight, _, _ in problems]
 
     def work(index):
         x, weight, _, _ = problems[index % 3]
         with torch.cuda.stream(torch.cuda.Stream()):
-            results = [nm_act.sparse_linear(x, weight, n=8, m=16) for _ in range(200)]
+            results = [nm_act.sparse_linear(x, weight, pattern="8:16") for _ in range(200)]
             torch.cuda.current_stream().synchronize()
         return all(torch.equal(y, expected[index % 3]) for y in results)
 
@@ -294,8 +294,8 @@ def test_no_synchronisation_and_one_graph_for_any_batch():
         return graph
 
     def block(x):
-        y = nm_act.sparse_linear(x, weight, bias, 8, 16)
-        return y + nm_act.sparse_linear(x, w8, n=8, m=16, weight_scale=scale)
+        y = nm_act.sparse_linear(x, weight, bias, "8:16")
+        return y + nm_act.sparse_linear(x, w8, pattern="8:16", weight_scale=scale)
 
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
     for tokens in (2, 3, 4, 5, 600):
@@ -341,6 +341,6 @@ def test_small_products(kind, tokens):
     for out_features, in_features in ((48, 96), (272, 2080)):
         x, weight, bias, scale = problem(tokens, out_features, in_features, kind=kind)
         for options in ({}, {"token_shift": "mean"}, {"variance_correction": True}):
-            y = nm_act.sparse_linear(x, weight, bias, 8, 16, **options, **scale)
-            assert relative_error(y, reference.sparse_linear(x, weight, bias, 8, 16, **options, **scale)) < 8e-3
+            y = nm_act.sparse_linear(x, weight, bias, "8:16", **options, **scale)
+            assert relative_error(y, reference.sparse_linear(x, weight, bias, "8:16", **options, **scale)) < 8e-3
     assert weight.dtype in (torch.bfloat16, E4M3, torch.int8)

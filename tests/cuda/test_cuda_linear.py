@@ -51,12 +51,12 @@ def problem(tokens, out_features, in_features, dtype=torch.bfloat16, layout="out
 def torch_in_its_dtype(x, weight, bias, n, m, options):
     """What torch makes of the same formula in the dtype of x: its error is the yardstick."""
     if options.keys() <= {"channel_scale"}:
-        return F.linear(reference.prune(x, n, m, **options), weight, bias)
-    return reference.sparse_linear(x, weight, bias, n, m, compute_dtype=x.dtype, **options)
+        return F.linear(reference.prune(x, f"{n}:{m}", **options), weight, bias)
+    return reference.sparse_linear(x, weight, bias, f"{n}:{m}", compute_dtype=x.dtype, **options)
 
 
 def assert_within_twice_torch(y, x, weight, bias, n, m, options, what):
-    exact = reference.sparse_linear(x, weight, bias, n, m, **options)
+    exact = reference.sparse_linear(x, weight, bias, f"{n}:{m}", **options)
     torchs = relative_error(torch_in_its_dtype(x, weight, bias, n, m, options), exact)
     assert y.dtype == x.dtype
     ours = relative_error(y, exact)
@@ -70,7 +70,7 @@ def assert_within_twice_torch(y, x, weight, bias, n, m, options, what):
 def test_error_at_most_twice_torchs_own(dtype, layout, tokens):
     x, weight, bias = problem(tokens, 520, 1040, dtype, layout)
     for n, m in ((2, 4), (8, 16), (4, 8)):
-        y = nm_act.sparse_linear(x, weight, bias, n, m)
+        y = nm_act.sparse_linear(x, weight, bias, f"{n}:{m}")
         assert_within_twice_torch(y, x, weight, bias, n, m, {}, (n, m))
 
 
@@ -229,7 +229,7 @@ def test_every_tile_makes_the_product_with_the_same_bits_each_time(fp8, full, sh
 def test_sparse_gemm_epilogue(dtype, layout, tokens, out_features, in_features):
     x, weight, bias = problem(tokens, out_features, in_features, dtype, layout)
     packed = nm_act.compress_packed(x)
-    pruned = reference.prune(x, 2, 4)
+    pruned = reference.prune(x, "2:4")
     draw = lambda size: torch.randn(size, device="cuda")  # noqa: E731
     terms = {
         "row_scale": draw(tokens).abs() + 0.5,
@@ -311,14 +311,14 @@ def calls_on(x, weight, bias):
         return nm_act.sparse_gemm(packed, weight, bias, shift_out=row_sums)
 
     return {
-        "prune": lambda: (nm_act.prune(x, 8, 16, token_shift="median"),),
+        "prune": lambda: (nm_act.prune(x, "8:16", token_shift="median"),),
         "compress": lambda: nm_act.compress(x),
         "compress_packed fp8": lambda: nm_act.compress_packed(x, fp8=True),
         "rms_norm_compress": lambda: nm_act.rms_norm_compress(x, norm, 1e-6, x),
         "silu_mul_compress": lambda: nm_act.silu_mul_compress(x, x),
         "sparse_gemm": lambda: (packed_gemm(),),
         "sparse_linear": lambda: (nm_act.sparse_linear(x, weight, bias, token_shift="mean"),),
-        "sparse_linear 8:16": lambda: (nm_act.sparse_linear(x, weight, bias, 8, 16, variance_correction=True),),
+        "sparse_linear 8:16": lambda: (nm_act.sparse_linear(x, weight, bias, "8:16", variance_correction=True),),
         "sparse_linear_fp8": lambda: (sparse_linear_fp8(x, w8, scale, bias),),
     }
 
@@ -436,7 +436,7 @@ def test_compile_fullgraph_one_graph_for_any_batch():
         gated = nm_act.silu_mul_compress(x, x)
         return (
             nm_act.sparse_linear(x, weight, bias),
-            nm_act.prune(x, 8, 16),
+            nm_act.prune(x, "8:16"),
             nm_act.sparse_gemm(packed, w8, column_scale=scale, out_dtype=x.dtype),
             nm_act.sparse_gemm(normed, weight) + nm_act.sparse_gemm(gated, weight, bias),
             sparse_linear_fp8(x, w8, scale, bias),
@@ -579,7 +579,7 @@ def test_small_gemms(dtype, layout, tokens):
     assert relative_error(y, exact) < 8e-3
     assert relative_error(nm_act.sparse_linear(x, weight, bias, **options), exact) < 8e-3
     assert (
-        relative_error(nm_act.sparse_linear(x, weight, bias, 8, 16), reference.sparse_linear(x, weight, bias, 8, 16))
+        relative_error(nm_act.sparse_linear(x, weight, bias, "8:16"), reference.sparse_linear(x, weight, bias, "8:16"))
         < 8e-3
     )
 

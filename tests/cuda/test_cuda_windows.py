@@ -71,17 +71,17 @@ def test_prune_equals_oracle(dtype, extra, tokens):
     for in_features in (16, 272, 1024):
         x = hard_activations(tokens, in_features, dtype, seed=tokens)
         for options in selections(in_features).values():
-            pruned = nm_act.prune(x.cuda(), 2, 4, extra_columns=extra, **on_gpu(options))
-            expected = reference.prune(x, 2, 4, extra_columns=extra, **options)
+            pruned = nm_act.prune(x.cuda(), NMPattern(2, 4, extra), **on_gpu(options))
+            expected = reference.prune(x, NMPattern(2, 4, extra), **options)
             assert_same_bits(pruned.cpu(), expected, any_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prune_of_strided_inputs(dtype):
     x = hard_activations(33, 272, dtype)
-    expected = reference.prune(x, 2, 4, extra_columns=(2,))
+    expected = reference.prune(x, "2:4", extra_columns=(2,))
     for view in strided(x.cuda()).values():
-        assert_same_bits(nm_act.prune(view, 2, 4, extra_columns=(2,)).cpu(), expected, any_nan=True)
+        assert_same_bits(nm_act.prune(view, "2:4", extra_columns=(2,)).cpu(), expected, any_nan=True)
 
 
 # ---- compress_packed ---------------------------------------------------------------------------------------------------

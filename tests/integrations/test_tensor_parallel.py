@@ -21,7 +21,7 @@ from ranks import run_ranks  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tiny_families import family  # noqa: E402
 
-from nm_act import Recipe, Rule, parallel, reference, sparsify  # noqa: E402
+from nm_act import NMPattern, Recipe, Rule, parallel, reference, sparsify  # noqa: E402
 from nm_act.integrations.tensor_parallel import check_plan  # noqa: E402
 
 if not torch.distributed.is_available():
@@ -212,7 +212,7 @@ def test_eight_bit_weights_are_not_split_by_rows():
         ValueError, match=r"expected a weight in the dtype of x in a layer split by rows, got weight_sc"
     ):
         parallel.row_sparse_linear(
-            parallel.Shard("row", 0, 2, lambda each: each), x, weight, None, 4, 8, weight_scale=scale
+            parallel.Shard("row", 0, 2, lambda each: each), x, weight, None, NMPattern(4, 8), weight_scale=scale
         )
 
 
@@ -232,7 +232,7 @@ def test_eight_bit_weights_are_not_split_by_rows():
 )
 def test_row_parallel_terms_add_up(options, size, dtype):
     x, weight, bias = torch.randn(2, 5, 64).to(dtype) + 0.5, torch.randn(24, 64).to(dtype), torch.randn(24).to(dtype)
-    expected = reference.sparse_linear(x, weight, bias, 4, 8, **options)
+    expected = reference.sparse_linear(x, weight, bias, "4:8", **options)
 
     def term(shard):
         mine = {
@@ -240,7 +240,9 @@ def test_row_parallel_terms_add_up(options, size, dtype):
             for key, value in options.items()
         }
         part, columns = (each.chunk(size, dim=-1)[shard.rank] for each in (x, weight))
-        return parallel.row_sparse_linear(shard, part, columns, bias if shard.rank == 0 else None, 4, 8, **mine)
+        return parallel.row_sparse_linear(
+            shard, part, columns, bias if shard.rank == 0 else None, NMPattern(4, 8), **mine
+        )
 
     y = sum(each.double() for each in _in_threads(size, term))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -257,7 +259,7 @@ def test_row_parallel_float16_is_scaled_before_it_is_rounded(size):
     def term(shard):
         part, columns = (each.chunk(size, dim=-1)[shard.rank] for each in (x, weight))
         options = {"variance_correction": True, "column_scale": torch.full((16,), 0.25)}
-        return parallel.row_sparse_linear(shard, part, columns, None, 8, 16, **options)
+        return parallel.row_sparse_linear(shard, part, columns, None, NMPattern(8, 16), **options)
 
     y = sum(each.double() for each in _in_threads(size, term))
     torch.testing.assert_close(y, torch.full((5, 16), 39_920.0).double(), rtol=1e-3, atol=0.0)
@@ -266,7 +268,7 @@ def test_row_parallel_float16_is_scaled_before_it_is_rounded(size):
 @pytest.mark.parametrize("kind", ["mean", "median"])
 def test_statistics_over_ranks_are_the_whole_tokens(kind):
     x = hard_activations(40, 64, torch.float32)
-    z, pruned = x.nan_to_num(0, 1, -1), reference.prune(x.nan_to_num(0, 1, -1), 2, 4)
+    z, pruned = x.nan_to_num(0, 1, -1), reference.prune(x.nan_to_num(0, 1, -1), "2:4")
 
     def statistics(shard):
         parts = (each.chunk(4, dim=-1)[shard.rank] for each in (x, z, pruned))

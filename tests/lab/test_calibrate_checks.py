@@ -1,5 +1,6 @@
 """Calibration: what it refuses, whose result a folder holds, and how a run that stopped goes on."""
 
+import dataclasses
 import json
 
 import pytest
@@ -160,7 +161,13 @@ def test_what_is_fitted_is_what_the_layer_drops(monkeypatch, criterion, shift):
     pair = fitted_low_rank_of(layer.weight.detach(), statistics.lost, 8)
     layer.set_data(low_rank_in=pair[0], low_rank_out=pair[1])
     z = x - x.mean(dim=-1, keepdim=True) if shift else x
-    monkeypatch.setattr(layer, "_operator", lambda x, w, b, scale, o: run.append(scale) or w.new_zeros(len(x), 12))
+
+    def operator(x, weight, bias, pattern, channel_scale=None, **_):
+        run.append(channel_scale)
+        return weight.new_zeros(len(x), 12)
+
+    work = dataclasses.replace(layer.work(layer.weight.detach()), operator=operator)
+    monkeypatch.setattr(layer, "work", lambda weight: work)
     with torch.no_grad():
         for sequence in x:
             layer(sequence)

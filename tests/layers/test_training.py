@@ -382,9 +382,9 @@ def _alone():
 @pytest.mark.parametrize("options", [{"token_shift": "mean"}, {"variance_correction": True}, {}])
 def test_a_layer_split_by_rows_refuses_only_what_needs_the_other_ranks(options):
     x, weight = torch.randn(3, 32, requires_grad=True), torch.randn(8, 32, requires_grad=True)
-    y = parallel.row_sparse_linear(_alone(), x, weight, None, 2, 4, **options)
+    y = parallel.row_sparse_linear(_alone(), x, weight, None, nm_act.NMPattern(2, 4), **options)
     (expected,) = torch.autograd.grad(nm_act.sparse_linear(x.detach(), weight, **options).sum(), weight)
-    frozen = parallel.row_sparse_linear(_alone(), x.detach(), weight, None, 2, 4, **options)
+    frozen = parallel.row_sparse_linear(_alone(), x.detach(), weight, None, nm_act.NMPattern(2, 4), **options)
     torch.testing.assert_close(torch.autograd.grad(frozen.sum(), weight)[0], expected)
     if not options:
         y.sum().backward()
@@ -392,7 +392,7 @@ def test_a_layer_split_by_rows_refuses_only_what_needs_the_other_ranks(options):
         return
     with pytest.raises(RuntimeError, match="expected no gradient for the input of a layer split by rows"):
         y.sum().backward()
-    function = lambda x: parallel.row_sparse_linear(_alone(), x, weight, None, 2, 4, **options)  # noqa: E731
+    function = lambda x: parallel.row_sparse_linear(_alone(), x, weight, None, nm_act.NMPattern(2, 4), **options)  # noqa: E731
     with pytest.raises(RuntimeError, match="expected no gradient for the input of a layer split by rows"):
         torch.func.jvp(function, (x.detach(),), (x.detach(),))
 

@@ -348,7 +348,7 @@ FUNCTIONS = {
     "sparse_linear": lambda x, weight: OPS.sparse_linear(x, weight, token_shift="mean", variance_correction=True),
     "gather_linear": lambda x, weight: OPS.gather_linear(x, weight),
     "prune": lambda x, weight: OPS.prune(x, 2, 4, token_shift="median") @ weight.t(),
-    "nm_act.sparse_linear": lambda x, weight: nm_act.sparse_linear(x, weight, None, 8, 16),
+    "nm_act.sparse_linear": lambda x, weight: nm_act.sparse_linear(x, weight, None, "8:16"),
 }
 
 
@@ -426,10 +426,10 @@ def test_the_operators_have_their_gradient_whatever_else_is_imported():
         "import torch, nm_act\n"
         "x, w = torch.randn(3, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True)\n"
         "nm_act.sparse_linear(x, w).sum().backward()\n"
-        "kept = nm_act.prune(x.detach(), 2, 4) != 0\n"
+        "kept = nm_act.prune(x.detach(), '2:4') != 0\n"
         "assert torch.allclose(x.grad, torch.where(kept, w.detach().sum(0), 0.0), atol=1e-6), x.grad\n"
         "x.grad = None\n"
-        "nm_act.prune(x, 2, 4).sum().backward()\n"
+        "nm_act.prune(x, '2:4').sum().backward()\n"
         "assert torch.equal(x.grad, kept.float()), x.grad\n"
     )
     run = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
@@ -439,7 +439,7 @@ def test_the_operators_have_their_gradient_whatever_else_is_imported():
 def test_the_gradient_of_a_column_scale_does_not_overflow_in_float16():
     x, weight = torch.full((5, 64), 250.0).half(), torch.full((16, 64), 10.0).half()
     scale = torch.full((16,), 0.25, requires_grad=True)
-    y = nm_act.sparse_linear(x, weight, n=8, m=16, column_scale=scale)
+    y = nm_act.sparse_linear(x, weight, pattern="8:16", column_scale=scale)
     y.backward(torch.full_like(y, 0.01))
     # 32 survivors x 250 x 10 is 80 000, beyond float16; five tokens, each with a gradient of 0.01 in float16.
     expected = 5 * 80_000.0 * torch.tensor(0.01).half().float()

@@ -27,7 +27,7 @@ def test_equals_oracle(dtype, in_features, options):
 @pytest.mark.parametrize("shape", [(1, 4), (33, 12), (2, 3, 64), (129, 256), (0, 16)])
 def test_decompress_gives_the_pruned_tensor(dtype, shape):
     x = torch.randn(shape).to(dtype)
-    assert_same_bits(nm_act.decompress(*nm_act.compress(x)), nm_act.prune(x, 2, 4))
+    assert_same_bits(nm_act.decompress(*nm_act.compress(x)), nm_act.prune(x, "2:4"))
 
 
 def test_every_nibble_is_legal_and_ascending():

@@ -51,10 +51,10 @@ def test_error_at_most_twice_torchs_own(dtype, layout, tokens):
     x, weight = torch.randn(tokens, in_features).to(dtype), torch.randn(out_features, in_features).to(dtype)
     bias = torch.randn(out_features).to(dtype)
     for n, m in PATTERNS:
-        pruned = reference.prune(x, n, m)
-        exact = reference.sparse_linear(x, weight, bias, n, m)
+        pruned = reference.prune(x, f"{n}:{m}")
+        exact = reference.sparse_linear(x, weight, bias, f"{n}:{m}")
         torchs = relative_error(F.linear(pruned, weight, bias), exact)
-        ours = relative_error(nm_act.sparse_linear(x, stored(weight, layout), bias, n, m), exact)
+        ours = relative_error(nm_act.sparse_linear(x, stored(weight, layout), bias, f"{n}:{m}"), exact)
         assert ours <= 2 * torchs, (n, m)
 
 
@@ -67,8 +67,8 @@ def test_every_option_against_the_oracle(dtype, layout, tokens):
     weight, bias = torch.randn(out_features, in_features).to(dtype), torch.randn(out_features).to(dtype)
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     for name, options in options_of(in_features, out_features).items():
-        exact = reference.sparse_linear(x, weight, bias, 8, 16, **options)
-        y = nm_act.sparse_linear(x, stored(weight, layout), bias, 8, 16, **options)
+        exact = reference.sparse_linear(x, weight, bias, "8:16", **options)
+        y = nm_act.sparse_linear(x, stored(weight, layout), bias, "8:16", **options)
         assert y.dtype == dtype
         assert relative_error(y, exact) < tolerance, name
 
@@ -87,7 +87,7 @@ OVERFLOWING = {
 def test_a_float16_product_beyond_the_range_is_scaled_before_it_is_rounded(case, tokens, layout):
     options, expected = OVERFLOWING[case]
     x, weight = torch.full((tokens, 64), 250.0).half(), stored(torch.full((16, 64), 10.0).half(), layout)
-    y = nm_act.sparse_linear(x, weight, n=8, m=16, **options)
+    y = nm_act.sparse_linear(x, weight, pattern="8:16", **options)
     assert (y == expected).all(), y
 
 
@@ -98,7 +98,7 @@ def test_a_float16_row_scale_comes_before_the_rounding(tokens, layout):
     x[:, ::2], x[:, 1::2] = 250.0, -249.0  # 8:16 keeps the even ones: Var 249.5^2, of what is kept 125^2
     weight = torch.zeros(16, 64)
     weight[:, ::2] = 10.0
-    y = nm_act.sparse_linear(x.half(), stored(weight.half(), layout), n=8, m=16, variance_correction=True)
+    y = nm_act.sparse_linear(x.half(), stored(weight.half(), layout), pattern="8:16", variance_correction=True)
     assert y.isinf().all()  # 1.996 x 80 000: infinite however it is computed, and never NaN
     small = nm_act.sparse_linear(
         x.half(),
@@ -115,10 +115,10 @@ def test_a_float16_row_scale_comes_before_the_rounding(tokens, layout):
 def test_given_shift_out_replaces_the_computed_one(tokens):
     x, weight, shift = torch.randn(tokens, 64), stored(torch.randn(32, 64), "in_out"), torch.randn(64)
     for options, image in (({"shift": shift}, weight @ shift), ({"token_shift": "mean"}, weight.sum(1))):
-        computed = nm_act.sparse_linear(x, weight, n=4, m=8, **options)
-        given = nm_act.sparse_linear(x, weight, n=4, m=8, shift_out=image, **options)
+        computed = nm_act.sparse_linear(x, weight, pattern="4:8", **options)
+        given = nm_act.sparse_linear(x, weight, pattern="4:8", shift_out=image, **options)
         torch.testing.assert_close(given, computed, rtol=1e-5, atol=1e-5)
-        doubled = nm_act.sparse_linear(x, weight, n=4, m=8, shift_out=2 * image, **options)
+        doubled = nm_act.sparse_linear(x, weight, pattern="4:8", shift_out=2 * image, **options)
         assert not torch.allclose(doubled, computed)
 
 
@@ -130,20 +130,20 @@ class TestIdentities:
 
     def test_putting_the_shift_back_equals_the_dense_definition(self):
         eta = self.x.median(dim=-1, keepdim=True).values
-        direct = (reference.prune(self.x - eta, 2, 4) + eta) @ self.weight.t()
+        direct = (reference.prune(self.x - eta, "2:4") + eta) @ self.weight.t()
         y = nm_act.sparse_linear(self.x, self.weight, token_shift="median")
         torch.testing.assert_close(y, direct, rtol=1e-4, atol=1e-4)
 
     def test_variance_correction_restores_the_variance(self):
         identity = torch.eye(64)
-        corrected = nm_act.sparse_linear(self.x, identity, n=2, m=4, variance_correction=True)
+        corrected = nm_act.sparse_linear(self.x, identity, pattern="2:4", variance_correction=True)
         torch.testing.assert_close(
             corrected.var(-1, unbiased=False), self.x.var(-1, unbiased=False), rtol=1e-5, atol=1e-5
         )
 
     def test_any_2_4_mask_is_an_8_16_mask(self):
         energy = lambda p: p.unflatten(-1, (-1, 16)).square().sum(-1)  # noqa: E731
-        assert (energy(nm_act.prune(self.x, 8, 16)) >= energy(nm_act.prune(self.x, 2, 4))).all()
+        assert (energy(nm_act.prune(self.x, "8:16")) >= energy(nm_act.prune(self.x, "2:4"))).all()
 
     def test_constant_token_has_variance_factor_one(self):
         y = nm_act.sparse_linear(torch.zeros(1, 64), self.weight, variance_correction=True)
@@ -166,7 +166,7 @@ EXTREME_TOKENS = {
 @pytest.mark.parametrize("case", EXTREME_TOKENS)
 def test_variance_factor_of_extreme_tokens(case, in_features):
     x = EXTREME_TOKENS[case](torch.randn(4, in_features))
-    pruned = reference.prune(x, 2, 4)
+    pruned = reference.prune(x, "2:4")
     y = nm_act.sparse_linear(x, torch.eye(in_features), variance_correction=True)
     torch.testing.assert_close(y.double(), reference.variance_ratio(x, pruned) * pruned.double(), rtol=3e-7, atol=0.0)
 
@@ -175,16 +175,16 @@ def test_variance_factor_of_extreme_tokens(case, in_features):
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (0,), (2, 0, 5), (1, 1, 1)])
 def test_leading_dimensions(layout, leading):
     x, weight, bias = torch.randn(*leading, 32), stored(torch.randn(8, 32), layout), torch.randn(8)
-    y = nm_act.sparse_linear(x, weight, bias, 2, 4)
+    y = nm_act.sparse_linear(x, weight, bias, "2:4")
     assert y.shape == (*leading, 8)
-    torch.testing.assert_close(y.double(), reference.sparse_linear(x, weight, bias, 2, 4), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y.double(), reference.sparse_linear(x, weight, bias, "2:4"), rtol=1e-5, atol=1e-5)
 
 
 def test_odd_column_counts_and_out_of_bounds_writes():
     for out_features, tokens in itertools.product([1, 7, 31, 33, 65, 4097], [1, 4]):
         x, weight = torch.randn(tokens, 64), stored(torch.randn(out_features, 64), "in_out")
-        y = nm_act.sparse_linear(x, weight, n=2, m=4)
-        torch.testing.assert_close(y.double(), reference.sparse_linear(x, weight, n=2, m=4), rtol=1e-5, atol=1e-5)
+        y = nm_act.sparse_linear(x, weight, pattern="2:4")
+        torch.testing.assert_close(y.double(), reference.sparse_linear(x, weight, pattern="2:4"), rtol=1e-5, atol=1e-5)
 
 
 def quantised(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,8 +203,8 @@ def test_eight_bit_weights(dtype, layout, weight_dtype):
     for tokens in (1, 3, 9):
         x = (torch.randn(tokens, 256) + 0.5).to(dtype)
         for name, options in options_of(256, 96).items():
-            exact = reference.sparse_linear(x, values, bias, 8, 16, weight_scale=scale, **options)
-            y = nm_act.sparse_linear(x, weight, bias, 8, 16, weight_scale=scale, **options)
+            exact = reference.sparse_linear(x, values, bias, "8:16", weight_scale=scale, **options)
+            y = nm_act.sparse_linear(x, weight, bias, "8:16", weight_scale=scale, **options)
             assert y.dtype == dtype
             assert relative_error(y, exact) < tolerance, name
     assert nm_act.sparse_linear(x[:0], weight, weight_scale=scale).shape == (0, 96)
@@ -221,11 +221,11 @@ def test_weight_rows_may_be_padded():
 
 def test_pruned_rows_are_not_read():
     x, weight = torch.randn(1, 64), torch.randn(32, 64)
-    dropped = (nm_act.prune(x, 8, 16) == 0)[0]
+    dropped = (nm_act.prune(x, "8:16") == 0)[0]
     poisoned = weight.clone()
     poisoned[:, dropped] = float("nan")
-    expected = nm_act.sparse_linear(x, stored(weight, "in_out"), n=8, m=16)
-    assert torch.equal(nm_act.sparse_linear(x, stored(poisoned, "in_out"), n=8, m=16), expected)
+    expected = nm_act.sparse_linear(x, stored(weight, "in_out"), pattern="8:16")
+    assert torch.equal(nm_act.sparse_linear(x, stored(poisoned, "in_out"), pattern="8:16"), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7])
@@ -235,9 +235,9 @@ def test_same_bits_whatever_the_threads(tokens, dtype):
     weight = stored(torch.randn(4001, 512).to(dtype), "in_out")
     try:
         torch.set_num_threads(1)
-        alone = nm_act.sparse_linear(x, weight, n=8, m=16)
+        alone = nm_act.sparse_linear(x, weight, pattern="8:16")
         torch.set_num_threads(2)
-        assert torch.equal(nm_act.sparse_linear(x, weight, n=8, m=16), alone)
+        assert torch.equal(nm_act.sparse_linear(x, weight, pattern="8:16"), alone)
     finally:
         torch.set_num_threads(threads)
 
@@ -250,14 +250,14 @@ def test_non_finite_inputs_come_out_as_dense_shows_them(tokens, layout, dtype):
     x = torch.randn(tokens, 64).to(dtype)
     x[0, 3], x[0, 20] = float("inf"), -float("inf")
     dense = F.linear(x, weight)
-    y = nm_act.sparse_linear(x, weight, n=2, m=4)
+    y = nm_act.sparse_linear(x, weight, pattern="2:4")
     assert torch.equal(y.isnan(), dense.isnan())
     assert torch.equal(y.isinf(), dense.isinf())
     assert torch.equal(y[y.isinf()], dense[dense.isinf()])
     x[-1, 7] = float("nan")
-    assert nm_act.sparse_linear(x, weight, n=2, m=4)[-1].isnan().all()
+    assert nm_act.sparse_linear(x, weight, pattern="2:4")[-1].isnan().all()
     crowded = hard_activations(6, 64, dtype)[4:5]
-    assert not nm_act.sparse_linear(crowded, weight, n=2, m=4).isfinite().any()
+    assert not nm_act.sparse_linear(crowded, weight, pattern="2:4").isfinite().any()
 
 
 def test_no_features_is_one_sentence():
@@ -309,15 +309,15 @@ def test_compile_fullgraph_one_graph_for_any_batch():
     def block(x):
         values, metadata = nm_act.compress(x)
         return (
-            nm_act.sparse_linear(x, weight, n=8, m=16),
-            nm_act.prune(x, 2, 4),
+            nm_act.sparse_linear(x, weight, pattern="8:16"),
+            nm_act.prune(x, "2:4"),
             nm_act.decompress(values, metadata),
         )
 
     for tokens in (2, 3, 5, 17, 64):
         x = torch.randn(tokens, 32)
         y, pruned, decompressed = block(x)
-        assert torch.equal(y, nm_act.sparse_linear(x, weight, n=8, m=16))
+        assert torch.equal(y, nm_act.sparse_linear(x, weight, pattern="8:16"))
         assert torch.equal(pruned, decompressed)
     assert len(graphs) == 1
 
@@ -326,11 +326,11 @@ def test_compile_fullgraph_one_graph_for_any_batch():
 def test_compile_with_inductor():
     weight = stored(torch.randn(16, 32), "in_out")
     compiled = torch.compile(
-        lambda x: nm_act.sparse_linear(torch.relu(x), weight, n=8, m=16) * 2, fullgraph=True, dynamic=True
+        lambda x: nm_act.sparse_linear(torch.relu(x), weight, pattern="8:16") * 2, fullgraph=True, dynamic=True
     )
     for tokens in (2, 9):
         x = torch.randn(tokens, 32)
-        expected = nm_act.sparse_linear(torch.relu(x), weight, n=8, m=16) * 2
+        expected = nm_act.sparse_linear(torch.relu(x), weight, pattern="8:16") * 2
         torch.testing.assert_close(compiled(x), expected)
 
 
@@ -348,9 +348,9 @@ sparse_linear = nm_act.sparse_linear
         (ValueError, "expected weight of shape [out_features, 32] for x of shape [2, 32], got [8, 16]", lambda: sparse_linear(X, W[:, :16])),
         (ValueError, "expected bias of shape [8], got [7]", lambda: sparse_linear(X, W, B[:7])),
         (ValueError, "expected bias of shape [8], got [1, 8]", lambda: sparse_linear(X, W, B[None])),
-        (ValueError, "expected a group size m", lambda: sparse_linear(X, W, n=3, m=6)),
-        (ValueError, "expected 1 <= n < m, got 5:4", lambda: sparse_linear(X, W, n=5, m=4)),
-        (ValueError, "expected in_features divisible by m, got in_features 24", lambda: sparse_linear(X[:, :24], W[:, :24], n=8, m=16)),
+        (ValueError, "expected a group size M", lambda: sparse_linear(X, W, pattern="3:6")),
+        (ValueError, "expected 1 <= N < M, got pattern 5:4", lambda: sparse_linear(X, W, pattern="5:4")),
+        (ValueError, "expected in_features divisible by m, got in_features 24", lambda: sparse_linear(X[:, :24], W[:, :24], pattern="8:16")),
         (ValueError, "expected column_scale of shape [8], got [32]", lambda: sparse_linear(X, W, column_scale=X[0])),
         (ValueError, "expected shift_out of shape [8], got [32]", lambda: sparse_linear(X, W, shift=X[0], shift_out=X[0])),
         (ValueError, "expected shift or token_shift along with shift_out", lambda: sparse_linear(X, W, shift_out=B)),

@@ -86,13 +86,13 @@ def test_no_other_set_that_fits_has_more_energy(extra):
     ]
     legal = [c for c in legal if fits(set(c), table)]
     best = torch.stack([x.square()[:, list(c)].sum(dim=1) for c in legal]).amax(dim=0)
-    kept = nm_act.prune(x, 2, 4, extra_columns=extra).square().sum(dim=1)
+    kept = nm_act.prune(x, NMPattern(2, 4, extra)).square().sum(dim=1)
     torch.testing.assert_close(kept, best)
 
 
 def test_more_windows_keep_more():
     x = torch.randn(50, 256)
-    energy = [nm_act.prune(x, 2, 4, extra_columns=extra).square().sum(dim=1) for extra in ((), (0,), (0, 1))]
+    energy = [nm_act.prune(x, NMPattern(2, 4, extra)).square().sum(dim=1) for extra in ((), (0,), (0, 1))]
     assert (energy[0] < energy[1]).all()
     assert (energy[1] < energy[2]).all()
 
@@ -111,8 +111,8 @@ def selections(in_features: int) -> list[dict]:
 def test_prune_equals_oracle_bit_for_bit(dtype, extra, in_features):
     x = hard_activations(7, in_features, dtype)
     for options in selections(in_features):
-        actual = nm_act.prune(x, 2, 4, extra_columns=extra, **options)
-        expected = reference.prune(x, 2, 4, extra_columns=extra, **options)
+        actual = nm_act.prune(x, NMPattern(2, 4, extra), **options)
+        expected = reference.prune(x, NMPattern(2, 4, extra), **options)
         assert_same_bits(actual, expected, any_nan="shift" in options or "token_shift" in options)
 
 
@@ -124,8 +124,8 @@ def test_prune_equals_oracle_bit_for_bit(dtype, extra, in_features):
 @settings(max_examples=200, deadline=None)
 def test_property_ties_and_special_values(values, extra, dtype):
     x = torch.from_numpy(values).to(dtype)
-    pruned = nm_act.prune(x, 2, 4, extra_columns=extra)
-    assert_same_bits(pruned, reference.prune(x, 2, 4, extra_columns=extra), any_nan=True)
+    pruned = nm_act.prune(x, NMPattern(2, 4, extra))
+    assert_same_bits(pruned, reference.prune(x, NMPattern(2, 4, extra)), any_nan=True)
     kept = reference.selection_mask(x, NMPattern(2, 4, extra)).unflatten(-1, (-1, 16)).sum(-1)
     assert (kept == 8 + 2 * len(extra)).all()
 
@@ -139,8 +139,8 @@ def test_sparse_linear_equals_oracle(dtype, tokens, extra, layout):
     x, weight, bias = torch.randn(tokens, 96).to(dtype), torch.randn(40, 96).to(dtype), torch.randn(40).to(dtype)
     weight = weight.t().contiguous().t() if layout == "in_out" else weight
     for options in ({}, {"token_shift": "mean", "variance_correction": True}):
-        y = nm_act.sparse_linear(x, weight, bias, extra_columns=extra, **options)
-        exact = reference.sparse_linear(x, weight, bias, extra_columns=extra, **options)
+        y = nm_act.sparse_linear(x, weight, bias, pattern=NMPattern(2, 4, extra), **options)
+        exact = reference.sparse_linear(x, weight, bias, pattern=NMPattern(2, 4, extra), **options)
         limit = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
         torch.testing.assert_close(y.double(), exact, rtol=limit, atol=limit * 10)
 
@@ -148,11 +148,9 @@ def test_sparse_linear_equals_oracle(dtype, tokens, extra, layout):
 @pytest.mark.parametrize("text", LIFTED)
 def test_a_lifted_weight_changes_nothing_on_a_cpu(text):
     pattern, x, weight = NMPattern(text), torch.randn(5, 64), torch.randn(24, 64)
-    options = {"n": pattern.keep, "m": pattern.group, "extra_columns": pattern.extra_columns}
     lifted = nm_act.lift_weight(weight, pattern)
-    assert torch.equal(
-        nm_act.sparse_linear(x, weight, lifted_weight=lifted, **options), nm_act.sparse_linear(x, weight, **options)
-    )
+    y = nm_act.sparse_linear(x, weight, pattern=pattern, lifted_weight=lifted)
+    assert torch.equal(y, nm_act.sparse_linear(x, weight, pattern=pattern))
 
 
 def test_operators_pass_opcheck_and_compile_to_one_graph():
@@ -161,10 +159,9 @@ def test_operators_pass_opcheck_and_compile_to_one_graph():
     torch.library.opcheck(torch.ops.nm_act.prune.default, (x, 2, 4), {"extra_columns": [1]})
     options = {"extra_columns": [0], "lifted_weight": lifted}
     torch.library.opcheck(torch.ops.nm_act.sparse_linear.default, (x, weight), options)
-    compiled = torch.compile(
-        lambda x: nm_act.sparse_linear(x, weight, **options), fullgraph=True, dynamic=True, backend="aot_eager"
-    )
-    torch.testing.assert_close(compiled(x), nm_act.sparse_linear(x, weight, **options))
+    function = lambda x: nm_act.sparse_linear(x, weight, pattern="2:4+1", lifted_weight=lifted)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), function(x))
 
 
 # ---- lifting -------------------------------------------------------------------------------------------------------------
@@ -181,12 +178,11 @@ def test_no_other_pattern_is_lifted(text):
     assert lifted_features(pattern, 64) == 64
     with pytest.raises(ValueError, match=re.escape(f"expected 2:4+1, got {pattern}")):
         nm_act.lift_weight(W, pattern)
-    options = {"n": pattern.keep, "m": pattern.group, "extra_columns": pattern.extra_columns, "lifted_weight": W}
     for call in (nm_act.sparse_linear, nm_act.explain):
         with pytest.raises(
             ValueError, match=r"expected lifted_weight with 2:4\+1 only, got it with " + re.escape(text[:5])
         ):
-            call(X, W, **options)
+            call(X, W, pattern=pattern, lifted_weight=W)
 
 
 @pytest.mark.parametrize("text", LIFTED)
@@ -232,7 +228,7 @@ def test_the_product_over_a_lifted_weight_is_that_of_the_pruned_activation(text)
     """Any 2:4 operand that unlifts to P(X) gives P(X) W^T over the lifted weight; here one found by the matching."""
     pattern = NMPattern(text)
     x, weight = torch.randn(4, 32), torch.randn(8, 32)
-    pruned = nm_act.prune(x, pattern.keep, pattern.group, extra_columns=pattern.extra_columns)
+    pruned = nm_act.prune(x, pattern)
     columns = lifted_columns(text, 32)
     operand = torch.zeros(4, len(columns))
     for token in range(4):
@@ -256,14 +252,14 @@ def test_explain_decode_on_cuda(tokens, storage, dtype, path, why):
     x = torch.empty(tokens, 512, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(512, 1024, dtype=dtype, device="meta").t()
     weight = weight if storage == "in_out" else weight.contiguous()
-    found = nm_act.explain(x, weight, 8, 32, device="cuda")
+    found = nm_act.explain(x, weight, "8:32", device="cuda")
     assert (found.path, found.device) == (path, "cuda")
     assert why in found.why
 
 
 def test_explain_rows_that_the_decode_kernel_does_not_take():
     weight = torch.empty(512, 1028, dtype=torch.bfloat16, device="meta").t()
-    found = nm_act.explain(torch.empty(1, 512, dtype=torch.bfloat16, device="meta"), weight, 8, 16, device="cuda")
+    found = nm_act.explain(torch.empty(1, 512, dtype=torch.bfloat16, device="meta"), weight, "8:16", device="cuda")
     assert found.path == "dense"
     assert "out_features divisible by 8 (16 in 8 bits)" in found.why
 
@@ -292,18 +288,18 @@ X, W = torch.zeros(2, 64), torch.zeros(8, 64)
         ("expected one or two distinct extra columns in 0 to 3, got (0, 1, 2)", lambda: NMPattern(2, 4, [0, 1, 2])),
         ("expected extra windows with 2:4 only, got 4:8+1", lambda: NMPattern("4:8+1")),
         ('or "2:4+1", got \'2:4+\'', lambda: NMPattern("2:4+")),
-        ("expected extra_columns with the pattern 2:4 only, got [0] with 4:8", lambda: nm_act.prune(X, 4, 8, extra_columns=[0])),
-        ("expected one or two distinct extra_columns in 0 to 3, got [4]", lambda: nm_act.prune(X, 2, 4, extra_columns=[4])),
-        ("expected one or two distinct extra_columns in 0 to 3, got [-1]", lambda: nm_act.prune(X, 2, 4, extra_columns=[-1])),
-        ("expected one or two distinct extra_columns in 0 to 3, got [1, 1]", lambda: nm_act.prune(X, 2, 4, extra_columns=[1, 1])),
-        ("expected one or two distinct extra_columns in 0 to 3, got [0, 1, 2]", lambda: nm_act.prune(X, 2, 4, extra_columns=[0, 1, 2])),
-        ("expected in_features divisible by 16 for 2:4+1, got in_features 24", lambda: nm_act.prune(X[:, :24], 2, 4, extra_columns=[0])),
-        ("expected lifted_weight of shape [8, 80] for this pattern, got [8, 64]", lambda: nm_act.sparse_linear(X, W, extra_columns=[0], lifted_weight=W)),
-        ("expected lifted_weight of shape [8, 80] for this pattern, got [7, 80]", lambda: nm_act.sparse_linear(X, W, extra_columns=[0], lifted_weight=nm_act.lift_weight(W, "2:4+1")[:7])),
+        ("expected extra_columns with the pattern 2:4 only, got [0] with 4:8", lambda: torch.ops.nm_act.prune(X, 4, 8, extra_columns=[0])),
+        ("expected one or two distinct extra_columns in 0 to 3, got [4]", lambda: torch.ops.nm_act.prune(X, 2, 4, extra_columns=[4])),
+        ("expected one or two distinct extra_columns in 0 to 3, got [-1]", lambda: torch.ops.nm_act.prune(X, 2, 4, extra_columns=[-1])),
+        ("expected one or two distinct extra_columns in 0 to 3, got [1, 1]", lambda: torch.ops.nm_act.prune(X, 2, 4, extra_columns=[1, 1])),
+        ("expected one or two distinct extra_columns in 0 to 3, got [0, 1, 2]", lambda: torch.ops.nm_act.prune(X, 2, 4, extra_columns=[0, 1, 2])),
+        ("expected in_features divisible by 16 for 2:4+1, got in_features 24", lambda: nm_act.prune(X[:, :24], NMPattern(2, 4, [0]))),
+        ("expected lifted_weight of shape [8, 80] for this pattern, got [8, 64]", lambda: nm_act.sparse_linear(X, W, pattern=NMPattern(2, 4, [0]), lifted_weight=W)),
+        ("expected lifted_weight of shape [8, 80] for this pattern, got [7, 80]", lambda: nm_act.sparse_linear(X, W, pattern=NMPattern(2, 4, [0]), lifted_weight=nm_act.lift_weight(W, "2:4+1")[:7])),
         ("expected in_features divisible by 16, got 24", lambda: nm_act.lift_weight(W[:, :24], "2:4+1")),
         ("expected weight of shape [out_features, in_features], got [8]", lambda: nm_act.lift_weight(W[:, 0], "2:4+1")),
-        ("expected lifted_weight of shape [8, 80] for 2:4+1, got [8, 64]", lambda: nm_act.explain(X, W, extra_columns=[0], lifted_weight=W)),
-        ("expected in_features divisible by 16 for 2:4+1, got 24", lambda: nm_act.explain(X[:, :24], W[:, :24], extra_columns=[0])),
+        ("expected lifted_weight of shape [8, 80] for 2:4+1, got [8, 64]", lambda: nm_act.explain(X, W, pattern=NMPattern(2, 4, [0]), lifted_weight=W)),
+        ("expected in_features divisible by 16 for 2:4+1, got 24", lambda: nm_act.explain(X[:, :24], W[:, :24], pattern=NMPattern(2, 4, [0]))),
         ("expected x [..., in_features] and weight [out_features, in_features], got [2, 64] and [64, 8]", lambda: nm_act.explain(X, W.t())),
         ("expected the device cpu or cuda, got 'tpu'", lambda: nm_act.explain(X, W, device="tpu")),
     ],
@@ -315,4 +311,4 @@ def test_error_sentences(sentence, call):
 
 def test_a_lifted_weight_of_another_dtype():
     with pytest.raises(TypeError, match="expected lifted_weight in the dtype of x, Float, got Half"):
-        nm_act.sparse_linear(X, W, extra_columns=[0], lifted_weight=nm_act.lift_weight(W.half(), "2:4+1"))
+        nm_act.sparse_linear(X, W, pattern=NMPattern(2, 4, [0]), lifted_weight=nm_act.lift_weight(W.half(), "2:4+1"))

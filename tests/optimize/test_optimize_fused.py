@@ -21,7 +21,7 @@ def compressed(x, calls, name, *, token_shift, variance_correction, channel_scal
     """A "packed" operand whose values are the pruned activation itself."""
     calls.append(name)
     flat = x.reshape(-1, x.shape[-1])
-    pruned = reference.prune(flat, 2, 4, channel_scale=channel_scale, token_shift=token_shift)
+    pruned = reference.prune(flat, "2:4", channel_scale=channel_scale, token_shift=token_shift)
     empty = flat.new_empty(0)
     shifted = reference.shifted(flat, None, token_shift)
     nu = reference.variance_ratio(shifted, pruned).flatten().float() if variance_correction else empty

@@ -45,8 +45,8 @@ def test_build_info_names_the_running_torch():
 def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
     script = (
         "import torch, nm_act; torch.manual_seed(0); x = torch.randn(9, 96); w = torch.randn(64, 96).t().contiguous().t();"
-        "out = [nm_act.prune(x.to(d), 8, 16, token_shift='mean') for d in (torch.float32, torch.bfloat16, torch.float16)];"
-        "out += [nm_act.sparse_linear(torch.randn(2, 64), torch.randn(64, 24).t(), n=3, m=8)];"
+        "out = [nm_act.prune(x.to(d), '8:16', token_shift='mean') for d in (torch.float32, torch.bfloat16, torch.float16)];"
+        "out += [nm_act.sparse_linear(torch.randn(2, 64), torch.randn(64, 24).t(), pattern='3:8')];"
         f"torch.save((nm_act.build_info()['cpu_isa'], out), r'{tmp_path / 'out.pt'}')"
     )
     result = subprocess.run(
@@ -64,9 +64,9 @@ def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
     x = torch.randn(9, 96)
     torch.randn(64, 96)
     for dtype, output in zip((torch.float32, torch.bfloat16, torch.float16), outputs, strict=False):
-        assert torch.equal(output, nm_act.prune(x.to(dtype), 8, 16, token_shift="mean"))
+        assert torch.equal(output, nm_act.prune(x.to(dtype), "8:16", token_shift="mean"))
     y, weight = torch.randn(2, 64), torch.randn(64, 24).t()
-    torch.testing.assert_close(outputs[3], nm_act.sparse_linear(y, weight, n=3, m=8), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs[3], nm_act.sparse_linear(y, weight, pattern="3:8"), rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_instruction_set_is_one_sentence():

@@ -26,7 +26,7 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalT
   return {values, metadata};
 }
 
-// Returns the first group whose nibble does not name two ascending indices, or -1.
+// Returns the first group whose nibble does not hold two ascending indices, or -1.
 template <class Bits>
 int64_t scatter_token(const Bits* values, const uint8_t* metadata, int64_t groups, Bits* out) {
   for (int64_t g = 0; g < groups; ++g) {

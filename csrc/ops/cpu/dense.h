@@ -1,4 +1,4 @@
-// The dense product on CPUs with an epilogue behind it.
+// The dense product on CPUs, followed by an epilogue.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,8 +7,8 @@
 
 namespace nm_act::cpu_ops {
 
-// y [tokens, out] = epilogue(operand [tokens, in] @ weight [out, in]^T), all three contiguous but the weight and of one
-// dtype. The epilogue is in float32 and rounded once; so is the product, except in bfloat16.
+// y [tokens, out] = epilogue(operand [tokens, in] @ weight [out, in]^T), all of one dtype and, except for the weight,
+// contiguous. The epilogue is computed in float32 and rounded once; so is the product, except in bfloat16.
 void dense_product(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue,
                    ElementType dtype, const at::Tensor& y);
 

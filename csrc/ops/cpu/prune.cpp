@@ -22,7 +22,7 @@ cpu::PruneParams prune_params(const Selection& s, const at::Tensor& x) {
 
 void launch_prune(const cpu::PruneParams& params) {
   const cpu::CpuKernels& kernels = cpu::cpu_kernels();
-  // About 20 us of work for a thread: less does not pay for waking it.
+  // About 20 us of work per thread: for less, waking a thread costs more than it gains.
   const int64_t grain = 1 + 16384 / (1 + params.in_features);
   at::parallel_for(0, params.tokens, grain, [&](int64_t begin, int64_t end) { kernels.prune(params, begin, end); });
 }

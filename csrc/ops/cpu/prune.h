@@ -1,4 +1,4 @@
-// The CPU kernel of the selection, on torch's threads: for prune, compress and sparse_linear.
+// The CPU selection kernel on torch's threads, for prune, compress and sparse_linear.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -6,7 +6,7 @@
 
 namespace nm_act::cpu_ops {
 
-// Params of the kernel for a contiguous x; outputs are null until the caller sets them.
+// Parameters of the kernel for a contiguous x; outputs are null until the caller sets them.
 cpu::PruneParams prune_params(const Selection& selection, const at::Tensor& x);
 
 void launch_prune(const cpu::PruneParams& params);

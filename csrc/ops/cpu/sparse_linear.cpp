@@ -1,8 +1,8 @@
 // nm_act::sparse_linear and nm_act::gather_linear on CPUs.
 //
-// An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens over a weight stored [in, out] take
-// the gather kernel, which reads only the rows of survivors. All else prunes and runs a dense product: torch's own, or
-// where more than a bias comes after it, one that keeps float32 until the end (dense.cpp).
+// An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens with a weight stored [in, out] run
+// on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product:
+// torch's, or if more than a bias follows, one that keeps float32 until the end (dense.cpp).
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -20,7 +20,7 @@
 namespace nm_act::cpu_ops {
 namespace {
 
-// Rows that some token needs, and what to multiply them by, in the order that the gather kernel reads.
+// The rows that some token needs and their multipliers, in the order in which the gather kernel reads them.
 struct SurvivingRows {
   std::vector<int64_t> rows;  // the first `count` are in use
   std::vector<float> coefficients;
@@ -31,18 +31,18 @@ template <class T>
 const SurvivingRows& surviving_rows(const at::Tensor& operand) {
   const int64_t tokens = operand.size(0), in_features = operand.size(1);
   const T* p = operand.const_data_ptr<T>();
-  // Kept between calls, and never shrunk: mapping fresh pages would cost more than filling them.
+  // Kept between calls and never shrunk: allocating fresh pages costs more than filling them.
   static thread_local SurvivingRows s;
   if (int64_t(s.rows.size()) < in_features + cpu::kGatherUnroll) s.rows.resize(in_features + cpu::kGatherUnroll);
   int64_t found = 0;
   for (int64_t k = 0; k < in_features; ++k) {
     bool needed = false;
     for (int64_t t = 0; t < tokens; ++t) needed |= float(p[t * in_features + k]) != 0.0f;  // true for NaN
-    // No branch: which half survives is noise to a branch predictor.
+    // No branch, because a branch predictor cannot predict which half survives.
     s.rows[found] = k;
     found += needed;
   }
-  // The last step is filled up with a row that is read anyway, times zero.
+  // The last step is padded with a row that is read anyway, multiplied by zero.
   s.count = (found + cpu::kGatherUnroll - 1) / cpu::kGatherUnroll * cpu::kGatherUnroll;
   for (int64_t r = found; r < s.count; ++r) s.rows[r] = s.rows[found - 1];
   s.coefficients.assign(s.count * tokens, 0.0f);
@@ -54,7 +54,7 @@ const SurvivingRows& surviving_rows(const at::Tensor& operand) {
   return s;
 }
 
-// y [tokens, out] of one pass, from the dense operand [tokens, in] and a weight stored [in, out].
+// Computes y [tokens, out] in one pass from the dense operand [tokens, in] and a weight stored [in, out].
 void gather_pass(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, ElementType dtype,
                  const at::Tensor& y) {
   const SurvivingRows& survivors = dtype == ElementType::kFloat32    ? surviving_rows<float>(operand)
@@ -71,7 +71,7 @@ void gather_pass(const at::Tensor& operand, const at::Tensor& weight, const cpu:
   p.row_stride = weight.stride(1);
   p.dtype = dtype;
   p.epilogue = epilogue;
-  // At least 64 Ki multiply-adds a thread, about 10 us.
+  // At least 64 Ki multiply-adds per thread, about 10 us.
   constexpr int64_t kLine = cpu::kGatherColumns;
   const int64_t lines = (p.out_features + kLine - 1) / kLine;
   const int64_t grain = 1 + 65536 / (kLine * (1 + p.num_rows));
@@ -98,8 +98,8 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
   return at::sum(weight, {1}, false, at::kFloat);
 }
 
-// torch has no fast product of float16 over a weight stored [in, out]: 512 x 2048 x 2048 took it 19 s where the product
-// in float32 takes 0.1 s (2 threads of an AMD EPYC with AVX-512, torch 2.13).
+// torch has no fast float16 product for a weight stored [in, out]: 512 x 2048 x 2048 took 19 s, while a float32 product
+// takes 0.1 s (2 threads of an AMD EPYC with AVX-512, torch 2.13).
 bool torch_is_slow(const at::Tensor& weight) { return weight.scalar_type() == at::kHalf && stored_in_out(weight); }
 
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,

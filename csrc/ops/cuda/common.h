@@ -1,4 +1,4 @@
-// What the CUDA operators share: types, rows, the device and its stream, statuses.
+// Shared by the CUDA operators: types, rows, the device and its stream, statuses.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,11 +17,11 @@ inline cudaStream_t current_stream(const at::Tensor& x) {
 
 void check_status(cudaError_t status, const char* op);
 
-// Attributes of the tensor's device, asked for once a device.
+// Attributes of the tensor's device, queried once per device.
 GemmDevice gemm_device(const at::Tensor& x, const char* op);
 
-// x as rows [tokens, in_features] with unit stride in a row and one stride between rows, such as the halves of a merged
-// projection [batch, tokens, 2 x in_features] have; a copy only if the strides are anything else.
+// x as rows [tokens, in_features] with unit stride within a row and one stride between rows, as the halves of a merged
+// projection [batch, tokens, 2 x in_features] have; any other strides need a copy.
 struct Rows {
   at::Tensor tensor;
   int64_t stride;
@@ -32,10 +32,10 @@ inline bool is_aligned(const at::Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
 }
 
-// Rows of a 16-bit type that kernels can read in whole vectors.
+// Whether rows of a 16-bit type can be read in whole vectors.
 inline bool is_aligned(const Rows& rows) { return is_aligned(rows.tensor) && rows.stride % 8 == 0; }
 
-// Contiguous and 16-byte aligned, for kernels that read whole vectors: the tensor itself, or a copy if it has to be.
+// A contiguous, 16-byte aligned tensor for kernels that read whole vectors: the tensor itself, or a copy if necessary.
 at::Tensor aligned(const at::Tensor& tensor);
 
 inline at::Tensor empty_vector(const at::Tensor& like, int64_t size) {
@@ -46,7 +46,7 @@ inline float* mutable_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr;
 }
 
-// A row's statistics are computed from one pass over it held on chip.
+// Limit of kernels that compute a row's statistics, because they hold the row on chip.
 void check_row_statistics(const Selection& selection, bool needed, const char* op);
 
 // The 2:4 operand in the layout of this device's GEMM.
@@ -64,7 +64,7 @@ PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, b
 // The per-token shift [tokens] of rows, one launch; undefined if the selection has none.
 at::Tensor token_shift_of(const Rows& rows, const Selection& selection, const char* op);
 
-// The pruned operand as a dense tensor, with eta and nu where they are asked for.
+// The pruned operand as a dense tensor, with eta and nu if requested.
 struct DenseOperand {
   at::Tensor values;  // [tokens, in_features]
   at::Tensor eta;     // [tokens] or undefined

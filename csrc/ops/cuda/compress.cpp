@@ -18,8 +18,8 @@ Packed results(const PackedOperand& operand) {
   return {operand.values, operand.metadata, or_empty(operand.row_scale), or_empty(operand.eta)};
 }
 
-// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM (of 16 features, in e4m3 of 32; of 2:4+1 four at
-// a time, so that the fifth windows make whole ones), rows that fit on chip if statistics are needed.
+// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM (16 features, 32 in e4m3; four k-steps for
+// 2:4+1, so that its fifth windows fill whole ones too), and rows that fit on chip if statistics are needed.
 void check_packable(const at::Tensor& x, const Selection& selection, bool statistics, bool fp8, const char* op) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", op,
                    " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
@@ -29,7 +29,7 @@ void check_packable(const at::Tensor& x, const Selection& selection, bool statis
   check_row_statistics(selection, statistics || fp8, op);
 }
 
-// For kernels that read whole vectors only: a view that starts off 16 bytes is rare enough to be copied.
+// For kernels that read only whole vectors: a misaligned view is rare enough to be copied.
 Selection with_aligned_vectors(Selection selection) {
   selection.channel_scale = aligned(selection.channel_scale);
   selection.shift = aligned(selection.shift);
@@ -42,7 +42,7 @@ std::pair<PackedOperand, CompressOutput> allocate(const at::Tensor& x, const Sel
                                                   MetadataLayout layout, int64_t in_features) {
   const int64_t tokens = selection.tokens;
   PackedOperand operand;
-  // The sm_80 GEMM reads whole blocks of tokens: the rest of the last one only has to be memory.
+  // The sm_80 GEMM reads whole blocks of tokens; the rest of the last block must be allocated, but may hold anything.
   const int64_t rows = layout == MetadataLayout::kSm80Bits16 ? metadata_padded_tokens(layout, tokens) : tokens;
   operand.values = at::empty({rows, in_features / 2}, x.options().dtype(value_type)).narrow(0, 0, tokens);
   operand.metadata = at::empty({metadata_bytes(layout, tokens, in_features)}, x.options().dtype(at::kByte));
@@ -150,7 +150,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_
   auto [operand, out] = allocate_packed(x, vectors, variance_correction, fp8, gemm_device(x, kOp));
   const at::Tensor input = aligned(x), scale = aligned(weight);
   const at::Tensor added = add ? aligned(*residual) : at::Tensor();
-  // An operator's result may not alias its input: without a residual, the hidden state is empty.
+  // A result must not alias an input, so without a residual the hidden state is empty.
   const at::Tensor hidden = add ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   if (selection.tokens != 0) {
     const RmsNormCompressParams params{input.const_data_ptr(),

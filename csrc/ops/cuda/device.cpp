@@ -12,8 +12,8 @@ void check_status(cudaError_t status, const char* op) {
 }
 
 GemmDevice gemm_device(const at::Tensor& x, const char* op) {
-  // The driver takes longer to answer than a kernel to start. Both attributes in one word: a racing write stores the
-  // same.
+  // A driver query takes longer than a kernel launch. Both attributes are in one word, and racing writes store the same
+  // value.
   constexpr int kDevices = 64;
   static std::array<std::atomic<uint64_t>, kDevices> known{};
   const int index = x.device().index();

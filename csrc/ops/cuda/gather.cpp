@@ -1,4 +1,4 @@
-// nm_act::gather_linear on CUDA, and sparse_linear over few tokens.
+// nm_act::gather_linear on CUDA, and sparse_linear for few tokens.
 #include "ops/cuda/gather.h"
 
 #include <ATen/ops/linear.h>

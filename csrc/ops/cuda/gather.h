@@ -6,7 +6,7 @@
 
 namespace nm_act::cuda_ops {
 
-// Null (undefined) tensors leave their factor or term out; see GatherParams.
+// Undefined tensors omit their factor or term; see GatherParams.
 struct GatherEpilogueTensors {
   at::Tensor weight_scale, shift_out, column_scale;  // float32
   at::Tensor bias;                                   // dtype of x

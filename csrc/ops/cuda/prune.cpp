@@ -1,4 +1,4 @@
-// nm_act::prune on CUDA: the token shift, then the selection, then the variance factor, each one launch if asked for.
+// nm_act::prune on CUDA: the token shift, the selection and the variance ratio, one launch each if requested.
 #include <torch/library.h>
 
 #include "ops/cuda/common.h"

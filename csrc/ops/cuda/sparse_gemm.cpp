@@ -31,7 +31,7 @@ SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& wei
 bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::ScalarType y_type, GemmDevice device) {
   const WeightFacts facts = facts_of(weight);
   if (!facts.rows_contiguous()) return false;
-  SparseGemmParams params{};  // null pointers are aligned: what is allocated later will be too
+  SparseGemmParams params{};  // null pointers count as aligned, as the later allocations will be
   params.weight = weight.const_data_ptr();
   params.weight_in_out = facts.in_stride != 1;
   params.weight_stride = facts.row_stride();
@@ -78,7 +78,7 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
   TORCH_CHECK_VALUE(layout_name == layout_text(layout), "nm_act::sparse_gemm expected an operand in the layout ",
                     layout_text(layout), ", which this device reads for ", values.scalar_type(), ", got one in ",
                     layout_name, "; compress it on this device");
-  // The sm_80 GEMM reads whole blocks of tokens, which a copy or a part of the values has no memory for.
+  // The sm_80 GEMM reads whole blocks of tokens, for which a copy or a slice of the values has no memory.
   const int64_t rows = layout == MetadataLayout::kSm80Bits16 ? metadata_padded_tokens(layout, tokens) : tokens;
   const int64_t needed = (values.storage_offset() + rows * values.size(1)) * values.element_size();
   TORCH_CHECK_VALUE(int64_t(values.storage().nbytes()) >= needed,
@@ -107,7 +107,7 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
   const c10::cuda::CUDAGuard guard(values.device());
   const at::Tensor like = at::empty({0}, values.options().dtype(type));  // vectors may be float32 or y's dtype
   const auto vector = [&](const OptionalTensor& tensor, int64_t size, const char* name) {
-    // compress_packed returns vectors of length 0 for what was not asked for.
+    // compress_packed returns vectors of length 0 for what was not requested.
     if (tensor.has_value() && tensor->defined() && tensor->numel() == 0 && size != 0) return at::Tensor();
     return aligned(check_vector(tensor, like, size, name, kOp));
   };

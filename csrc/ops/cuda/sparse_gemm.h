@@ -5,13 +5,13 @@
 
 namespace nm_act::cuda_ops {
 
-// Null (undefined) tensors leave their factor or term out; see SparseGemmParams.
+// Undefined tensors omit their factor or term; see SparseGemmParams.
 struct GemmEpilogueTensors {
   at::Tensor row_scale, eta, shift_out, column_scale;  // float32
   at::Tensor bias;                                     // dtype of y
 };
 
-// Everything but y.
+// All parameters except y.
 SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
                              const GemmEpilogueTensors& epilogue, at::ScalarType y_type);
 

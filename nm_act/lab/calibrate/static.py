@@ -48,7 +48,7 @@ class InputStatistics:
         [static] = self._weight_scale
         x = x.detach()
         for tokens in x.reshape(-1, *x.shape[-2:]):
-            scale = criteria.call_scale(tokens) if layer.spec.criterion == "clact" and len(tokens) > 1 else static
+            scale = criteria.call_scale(tokens) if layer.spec.scoring.by_sequence and len(tokens) > 1 else static
             z = formulas.shifted(tokens, None, layer.spec.token_shift)
             dropped = (z - composed.select(z, layer.spec.pattern, scale)).float()
             # Otherwise a token with a thousandfold input would dominate the sum.
@@ -123,6 +123,6 @@ def initial_data(layer: NMLinear, statistics: InputStatistics) -> dict[str, torc
     if "spts" in spec.mitigation or "spts-scalar" in spec.mitigation:
         mean = statistics.mean if "rotation" not in data else statistics.mean @ data["rotation"]
         data["shift"] = mean if "spts" in spec.mitigation else mean.mean().expand_as(mean)
-    if spec.criterion == "wanda":
+    if "input_norm" in spec.scoring.data:
         data["input_norm"] = statistics.norm
     return data

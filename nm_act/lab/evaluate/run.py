@@ -81,7 +81,7 @@ class Study:
 
 
 def _reads_sequences(model: nn.Module) -> bool:
-    return any(isinstance(module, NMLinear) and module.spec.criterion == "clact" for module in model.modules())
+    return any(isinstance(module, NMLinear) and module.spec.scoring.by_sequence for module in model.modules())
 
 
 def _perplexity(model, tokens: torch.Tensor, window: int | None) -> dict:

@@ -1,0 +1,91 @@
+"""What a sparse call of a layer needs beside its input, worked out when the weight, the data or the spec change."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..methods import criteria
+from ..patterns import NMPattern, TopKPattern
+
+
+@dataclass(frozen=True, eq=False)
+class LinearWork:
+    """What a layer multiplies, how its input is selected, and what is added.
+
+    Attributes
+    ----------
+    operator : callable
+        ``(x, weight, bias, pattern, **options) -> y``: one of those below.
+    pattern : NMPattern or TopKPattern
+    options : mapping
+        Of the operator: channel scale, shifts and their image, variance correction, column scale, lifted weight.
+    weight, bias : Tensor, optional
+        In place of the layer's own.
+    rotation : Tensor [in, in], optional
+        Basis of the selection, in the dtype of the weight.
+    low_rank : (Tensor [rank, in], Tensor [out, rank]), optional
+        Added for the dense input.
+    by_sequence : bool
+        Every sequence has a channel scale of its own, from this call's tokens (CLACT).
+    """
+
+    operator: Callable[..., Tensor]
+    pattern: NMPattern | TopKPattern
+    options: Mapping[str, object]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    rotation: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+    by_sequence: bool = False
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, context) -> Tensor:
+        """``x [..., in] -> [..., out]``, given the layer's own parameters and its token context (or None)."""
+        weight = weight if self.weight is None else self.weight
+        bias = bias if self.bias is None else self.bias
+        options = self.options
+        if weight.dtype != x.dtype:  # under autocast, as F.linear does; the operator itself takes one dtype only
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+            lifted = options.get("lifted_weight")
+            options = options if lifted is None else {**options, "lifted_weight": lifted.to(x.dtype)}
+        z = x if self.rotation is None else x @ self.rotation.to(x.dtype)
+        if self.by_sequence and x.ndim > 1:
+            y = self._by_sequence(z, weight, bias, options, context)
+        else:
+            y = self.operator(z, weight, bias, self.pattern, **options)
+        if self.low_rank is None:
+            return y
+        inner, outer = (part.to(x.dtype) for part in self.low_rank)
+        rows = F.linear(x.reshape(-1, x.shape[-1]), inner)
+        return torch.addmm(y.view(-1, y.shape[-1]), rows, outer.t()).view(y.shape)
+
+    def _by_sequence(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Mapping, context) -> Tensor:
+        # The number of sequences is spelt out: of no tokens at all, none could be inferred.
+        sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
+        if context is not None:
+            sequences, valid = context.sequences(x, sequences)
+        if sequences.shape[1] == 1:  # one token ranks its channels by themselves alone: act
+            return self.operator(x, weight, bias, self.pattern, **options)
+        static, rows = options.get("channel_scale"), []
+        for index, tokens in enumerate(sequences):
+            seen = tokens if static is None else tokens * static.to(x.dtype)
+            scale = criteria.call_scale(seen, None if valid is None else valid[index])
+            scale = scale if static is None else scale * static
+            rows.append(self.operator(tokens, weight, bias, self.pattern, **{**options, "channel_scale": scale}))
+        # Not out_features: of a layer that is split over ranks, the weight here is a part.
+        y = torch.stack(rows) if rows else x.new_empty((0, weight.shape[0]))
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def dense_operator(x: Tensor, weight: Tensor, bias: Tensor | None, pattern, **options) -> Tensor:
+    """Of the baselines that prune the weight: their operand weight is sparse, the activation dense."""
+    return F.linear(x, weight, bias)
+
+
+def compiled_operator(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern, **options) -> Tensor:
+    """``torch.ops.nm_act.sparse_linear``, without the checks that the layer has made."""
+    if pattern.extra_columns:
+        options["extra_columns"] = pattern.extra_columns
+    return torch.ops.nm_act.sparse_linear(x, weight, bias, pattern.keep, pattern.group, **options)

@@ -1,0 +1,40 @@
+"""Calls as they were before 0.2."""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from ..patterns import NMPattern
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function that takes a ``pattern`` also be called as before 0.2, with a DeprecationWarning.
+
+    Then it took ``n, m`` (and ``extra_columns``), by position or by name, in place of the pattern.
+    """
+    position = list(inspect.signature(function).parameters).index("pattern")
+
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        by_position = len(args) > position and isinstance(args[position], int)
+        if by_position or "n" in kwargs or "m" in kwargs or "extra_columns" in kwargs:
+            given = list(args[position : position + 2]) if by_position else []
+            keep = given[0] if given else kwargs.pop("n", 2)
+            group = given[1] if len(given) > 1 else kwargs.pop("m", 4)
+            pattern = NMPattern(keep, group, kwargs.pop("extra_columns", ()))
+            if not torch.compiler.is_compiling():
+                warnings.warn(
+                    f'nm_act.{function.__name__} takes one pattern since 0.2: write "{pattern}" in place of n and m',
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+            args, kwargs["pattern"] = args[:position], pattern
+        return function(*args, **kwargs)
+
+    return called
