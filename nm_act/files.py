@@ -6,11 +6,12 @@ import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 __all__ = ["check_writable", "read_json_lines", "write_atomic", "write_json_lines"]
 
 
-def read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
+def read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file that all have `keys`; none where there is no file.
 
     Raises
@@ -34,12 +35,12 @@ def read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict]:
     return rows
 
 
-def write_json_lines(path: Path, rows: Iterable[dict]) -> None:
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write what `read_json_lines` reads, whole or not at all."""
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """Make sure that a file can be written at `path`, without touching what is there.
 
     Meant for the start of a long job, so that minutes of work are not lost at its end. The check really
@@ -67,7 +68,7 @@ def check_writable(path: str | os.PathLike) -> None:
     os.unlink(probe)
 
 
-def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write `data` to `path` in one step: readers see the old content or all of the new, never a part.
 
     The data goes to a temporary file in the same folder (so that the final rename stays within one file
@@ -111,7 +112,7 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
             os.unlink(temporary)
 
 
-def _resolve(path: str | os.PathLike) -> Path:
+def _resolve(path: str | os.PathLike[str]) -> Path:
     """Follow links, and refuse what a rename would destroy: renamed onto, a device node is replaced."""
     if not str(path):
         raise ValueError("expected the path of a file to write, got an empty one; name a file")
@@ -132,7 +133,7 @@ def _mode_for(target: Path) -> int:
     return 0o666 & ~umask
 
 
-def _sentence(path: str | os.PathLike, target: Path, error: OSError) -> OSError:
+def _sentence(path: str | os.PathLike[str], target: Path, error: OSError) -> OSError:
     if not target.parent.is_dir():
         reason = f"its folder {str(target.parent)!r} does not exist; create it or choose another path"
     else:

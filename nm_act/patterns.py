@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 """Group sizes M that every operator accepts."""
@@ -52,7 +53,7 @@ class NMPattern:
 
     def __init__(self, keep: "int | str | NMPattern", group: int | None = None, extra_columns: Sequence[int] = ()):
         if isinstance(keep, NMPattern) and group is None:
-            keep, group, extra_columns = keep.keep, keep.group, keep.extra_columns
+            extra_columns, group, keep = keep.extra_columns, keep.group, keep.keep
         elif isinstance(keep, str) and group is None:
             keep, group, extra_columns = _parse(keep)
         if not (_is_int(keep) and _is_int(group)):
@@ -138,7 +139,7 @@ class TopKPattern:
     group = span = 1  # divides any number of features
     extra_columns = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.percent, bool) or not isinstance(self.percent, (int, float)) or not 0 < self.percent < 100:
             raise ValueError(
                 f'expected a percentage kept between 0 and 100 such as "50%", got {self.percent!r}; '
@@ -166,5 +167,5 @@ def as_pattern(value: "str | NMPattern | TopKPattern") -> NMPattern | TopKPatter
     return NMPattern(value) if match is None else TopKPattern(float(match[1]))
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

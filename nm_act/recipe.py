@@ -3,12 +3,9 @@
 import dataclasses
 import difflib
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-import yaml
 
 from .files import write_atomic
 from .methods.criteria import CRITERIA, Criterion, check_criterion
@@ -293,15 +290,19 @@ class Recipe:
     @classmethod
     def from_yaml(cls, path) -> "Recipe":
         """Read a YAML file (patterns need no quotes); ValueError if it is not valid YAML or not a recipe."""
+        from .yaml_text import YAMLError, load_yaml  # needs PyYAML, which recipes made in Python do not
+
         try:
             data = load_yaml(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"expected a recipe in YAML, got invalid text in {path}: {_one_line(error)}") from error
         return cls.from_dict(data)
 
     def to_yaml(self, path) -> None:
         """Write a YAML file, whole or not at all."""
-        write_atomic(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+        from .yaml_text import dump_yaml
+
+        write_atomic(path, dump_yaml(self.to_dict()))
 
     @classmethod
     def load(cls, path) -> "Recipe":
@@ -325,11 +326,6 @@ def in_state_space(name: str) -> bool:
     """
     parent, _, last = name.rpartition(".")
     return last == "out_proj" and "att" not in parent.rpartition(".")[2]
-
-
-def load_yaml(text: str):
-    """Data of a YAML text in which patterns need no quotes and no key occurs twice; yaml.YAMLError otherwise."""
-    return yaml.load(text, _YamlLoader)
 
 
 _SPEC_FIELDS = tuple(field.name for field in dataclasses.fields(LinearSpec))
@@ -412,23 +408,3 @@ def _suffix(path) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """Safe loader without YAML 1.1's base-60 numbers, which read the pattern 2:4 as 124, that takes no key twice."""
-
-    def construct_mapping(self, node, deep=False):
-        """Mapping of a node; PyYAML itself would keep the last of several equal keys silently."""
-        names = [key.value for key, _ in node.value]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_INTEGER = "tag:yaml.org,2002:int"
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in (_INTEGER, "tag:yaml.org,2002:float")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))

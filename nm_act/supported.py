@@ -1,13 +1,12 @@
 """Which versions of other packages the tests ran with: the ranges in this package's own requirements, nowhere else."""
 
+import importlib
 import tomllib
 import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from types import ModuleType
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,30 @@ class Supported:
     @property
     def tested(self) -> bool:
         """Whether the installed version is inside the range, a local build ("2.13.0+cpu") counting as its release."""
-        return self.installed is not None and SpecifierSet(self.versions).contains(self.installed, prereleases=True)
+        specifiers = require("packaging.specifiers", "transformers").SpecifierSet(self.versions)
+        return self.installed is not None and specifiers.contains(self.installed, prereleases=True)
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import a module that an extra installs; an ImportError names the extra where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        if (error.name or "").partition(".")[0] != package:  # it is there, and lacks something itself
+            raise
+        raise ModuleNotFoundError(
+            f"expected the package {package}, found none; install it with: pip install 'nm_act[{extra}]'",
+            name=error.name,
+        ) from error
 
 
 def supported(package: str | None = None) -> list[Supported]:
     """Every package with a tested range, in the order of the requirements; with ``package`` that one only."""
     found = {}
+    requirements = require("packaging.requirements", "transformers")
     for text in _requirements():
-        requirement = Requirement(text)
+        requirement = requirements.Requirement(text)
         if len(requirement.specifier) == 2 and package in (None, requirement.name):  # a range has two ends
             versions = ",".join(sorted(map(str, requirement.specifier), reverse=True))
             found[requirement.name] = Supported(requirement.name, versions, _installed(requirement.name))

@@ -5,6 +5,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TYPED = [f"nm_act/{name}.py" for name in ("__init__", "files", "patterns", "supported", "version", "yaml_text")]
+TYPED += [f"nm_act/{name}/__init__.py" for name in ("ops", "optimize", "parallel")]
+TYPED += ["nm_act/ops/lifting.py", "nm_act/layers/hooks.py", "nm_act/layers/stale.py", "nm_act/integrations/vllm.py"]
+TYPED += ["nm_act/integrations/registration.py", "nm_act/cli/run.py", "tools/compare.py"]
+"""Modules that mypy --strict accepts; what they import is not judged with them."""
+
 CPP = {".h", ".cpp", ".cu", ".cuh"}
 
 
@@ -15,13 +21,14 @@ def main(arguments: list[str]) -> int:
     commands = [
         [scripts / "ruff", "check", *(["--fix"] if fix else []), ROOT],
         [scripts / "ruff", "format", *([] if fix else ["--check"]), ROOT],
+        [scripts / "mypy", *TYPED],
         [scripts / "clang-format", *(["-i"] if fix else ["--dry-run", "--Werror"]), *sorted(sources)],
     ]
     missing = [command[0].name for command in commands if not command[0].exists()]
     if missing:
-        print(f"expected {', '.join(missing)} in {scripts}, found none; install with: pip install ruff clang-format")
-        return 1
-    return max(subprocess.run(command, cwd=ROOT).returncode for command in commands)
+        print(f"expected {', '.join(missing)} in {scripts}, found none; install with: pip install -e '.[lint]'")
+    found = [command for command in commands if command[0].exists()]
+    return max(bool(missing), *(subprocess.run(command, cwd=ROOT).returncode for command in found))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,13 @@ def main() -> None:
     """Entry point of ``nm-act``: run the command line and exit with its code."""
     import sys
 
+    from ..supported import require
+
+    try:
+        require("typer", "cli")
+        require("rich", "cli")
+    except ModuleNotFoundError as error:
+        sys.exit(f"nm-act: {error}")
     try:
         from .application import app
         from .common import remember_interrupts

@@ -17,6 +17,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .info import info
 from .ppl import ppl
+from .run import run
 from .search import search
 
 
@@ -94,3 +95,6 @@ for _command in (info, demo, ppl, generate):
 app.command()(reports_errors(calibrate, unfinished="state/block-*.safetensors"))
 app.command()(reports_errors(search, unfinished="*.jsonl"))
 app.command(name="eval")(reports_errors(evaluate, unfinished="rows/*.json"))
+app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+)(run)

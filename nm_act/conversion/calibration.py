@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from ..files import write_atomic
@@ -14,6 +12,7 @@ from ..layers.linear import NMLinear
 from ..methods import mitigations
 from ..optimize.model import refuse_optimized
 from ..recipe import LinearSpec, Recipe
+from ..supported import require
 from .fingerprint import weights_fingerprint
 from .permutation import check_order, fold_order
 from .sparsify import SparsifyReport, resolved_specs, sparsify
@@ -57,7 +56,7 @@ def save_calibration(model: nn.Module, folder, **facts: str) -> None:
     header = {"format": _FORMAT, "architecture": architecture(model), "model": describe(model)}
     header |= _weights_header(model) | facts
     recipe.save(Path(folder) / RECIPE_FILE)
-    write_atomic(Path(folder) / DATA_FILE, save(tensors, header))
+    write_atomic(Path(folder) / DATA_FILE, require("safetensors.torch", "transformers").save(tensors, header))
 
 
 def load_calibration(model: nn.Module, folder) -> SparsifyReport:
@@ -187,11 +186,12 @@ def read_calibration(folder: Path) -> tuple[Recipe, dict[str, torch.Tensor], dic
             f"no finished calibration at {str(folder)!r}: there is no {DATA_FILE}; make one with nm-act calibrate"
         )
     recipe = Recipe.load(folder / RECIPE_FILE)
+    safetensors = require("safetensors", "transformers")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"expected safetensors in {str(path)!r}, got a damaged file; calibrate again") from error
     if header.get("format") != _FORMAT:
         raise ValueError(

@@ -7,15 +7,17 @@ by itself.
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..conversion.sparsify import RECORDERS, replace_linears
 from ..layers.linear import FOLLOW_WEIGHT, NMLinear
 from ..recipe import Recipe
-from ..supported import warn_if_untested
+from ..supported import require, warn_if_untested
 from .tensor_parallel import check_plan
+
+require("transformers", "transformers")
+from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
+from transformers.quantizers.base import HfQuantizer  # noqa: E402
+from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
 
 QUANT_METHOD = "nm_act"
 

@@ -28,10 +28,10 @@ The last two are the weight-pruning baselines; see :func:`prune_weight`.
 Scales are summed in float64 and returned in float32, so that they do not depend on how the weight is stored.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ..ops import composed
@@ -145,11 +145,13 @@ def _standardised_norm(weight: torch.Tensor, inside: torch.Tensor, dim: int | No
 
 def _quantiles(weight: torch.Tensor, levels: tuple[float, ...]) -> list[torch.Tensor]:
     # torch.quantile refuses more than 2**24 elements, fewer than one large layer holds, and torch.kthvalue takes
-    # quadratic time on sorted values; numpy's selection is linear in the worst case.
+    # quadratic time on sorted values; numpy's selection, where it is installed, is linear in the worst case.
     flat = weight.flatten()
     positions = [level * (flat.numel() - 1) for level in levels]
     neighbours = [(int(position), min(int(position) + 1, flat.numel() - 1)) for position in positions]
-    if flat.device.type == "cpu":
+    if flat.device.type == "cpu" and importlib.util.find_spec("numpy") is not None:
+        import numpy as np
+
         ordered = torch.from_numpy(np.partition(flat.numpy(), sorted({i for pair in neighbours for i in pair})))
     else:
         ordered = flat.sort().values

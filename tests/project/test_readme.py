@@ -1,6 +1,7 @@
 """The documentation is true: examples run, commands exist, generated blocks equal their data, names on `__all__` resolve."""
 
 import doctest
+import importlib
 import importlib.util
 import pkgutil
 import re
@@ -35,7 +36,7 @@ def test_generated_blocks_are_up_to_date():
 
 def test_every_command_named_exists():
     commands = set(re.findall(r"^nm-act (\w+)", README, re.MULTILINE))
-    assert commands == {"calibrate", "demo", "eval", "generate", "info", "ppl", "search"}
+    assert commands == {"calibrate", "demo", "eval", "generate", "info", "ppl", "run", "search"}
     for command in sorted(commands):
         result = run("-m", "nm_act", command, "--help")
         assert result.returncode == 0, result.stderr
@@ -80,3 +81,11 @@ def test_public_functions_have_docstrings():
     for name in nm_act.__all__:
         value = getattr(nm_act, name)
         assert not callable(value) or value.__doc__, name
+
+
+def test_the_api_page_has_every_public_name():
+    pages = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(page.rpartition(".")[2] for page in pages) == sorted({*nm_act.__all__} - {"__version__", "reference"})
+    for page in pages:
+        module, _, name = page.rpartition(".")
+        assert getattr(importlib.import_module(module), name) is getattr(nm_act, name)

@@ -3,9 +3,8 @@
 import itertools
 from pathlib import Path
 
-import yaml
-
-from ...recipe import Recipe, load_yaml
+from ...recipe import Recipe
+from ...yaml_text import YAMLError, load_yaml
 from ..policies import POLICIES
 from .variants import DENSE_VARIANT, Variant, from_recipe
 
@@ -31,7 +30,7 @@ def load_study(path: str | Path) -> list[dict]:
         raise FileNotFoundError(f"no study at {str(path)!r}: there is no such file; check the path")
     try:
         data = load_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"expected a study in YAML, got invalid text in {str(path)!r}: {reason}") from error
     if not isinstance(data, dict) or list(data) != ["rows"] or not isinstance(data["rows"], list) or not data["rows"]:
