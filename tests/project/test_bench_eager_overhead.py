@@ -1,0 +1,31 @@
+"""The benchmark of a layer's host time: a row per pattern, and its refusal without CUDA."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import bench_eager_overhead
+
+
+def test_one_row_per_pattern(capsys):
+    threads = torch.get_num_threads()
+    try:
+        bench_eager_overhead.main(["--device", "cpu", "--pattern", "2:4", "8:16", "--blocks", "2"])
+    finally:
+        torch.set_num_threads(threads)
+    header, *rows = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows] == [["cpu", "2:4"], ["cpu", "8:16"]]
+    for row in rows:
+        values = dict(zip(header, row, strict=True))
+        assert float(values["linear_us"]) > 0
+        assert float(values["nm_linear_us"]) > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal without CUDA")
+def test_cuda_without_a_device(capsys):
+    with pytest.raises(SystemExit):
+        bench_eager_overhead.main(["--device", "cuda"])
+    assert "use --device cpu" in capsys.readouterr().err
