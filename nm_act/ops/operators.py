@@ -33,13 +33,13 @@ def prune(
     shift: Tensor | None = None,
     token_shift: str = "none",
 ) -> Tensor:
-    """Keep the ``n`` best of every ``m`` consecutive features of each token: ``P(X - eta)``.
+    """Keep the ``N`` best of every ``M`` consecutive features of each token: ``P(X - eta)``.
 
     Parameters
     ----------
     x : Tensor [..., in_features], float32, bfloat16 or float16
     pattern : NMPattern or str
-        "N:M" with M in {2, 4, 8, 16, 32} a divisor of in_features, or 2:4+1, 2:4+2 with 16 one.
+        "N:M", where M in {2, 4, 8, 16, 32} divides in_features, or "2:4+1" or "2:4+2", where 16 does.
     channel_scale : Tensor [in_features], float32 or the dtype of x, optional
         c of the score ``|x - eta| * |c|`` (Amber-Pruner, WINA, ...); 1 if absent.
     shift : Tensor [in_features], float32 or the dtype of x, optional
