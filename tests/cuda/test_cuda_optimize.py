@@ -74,9 +74,9 @@ def test_packed_kernels_run(monkeypatch):
     for name in ("rms_norm_compress", "silu_mul_compress"):
         kernel = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, n=name, k=kernel, **o: calls.append(n) or k(*a, **o))
-    logits(model, prompt(511))
+    logits(model, prompt(fused.PACKED_TOKENS - 1))
     assert calls == []
-    logits(model, prompt(512))
+    logits(model, prompt(fused.PACKED_TOKENS))
     assert calls == ["rms_norm_compress", "rms_norm_compress", "silu_mul_compress"] * 2
 
 
