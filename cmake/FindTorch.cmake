@@ -5,9 +5,11 @@
 # runtime in the process would fight it for the cores.
 find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module)
 
-# PYTHONPATH is dropped so that an isolated pip build, which hides the environment that way, still finds its torch.
+# PYTHONPATH is dropped so that an isolated pip build, which hides the environment that way, still finds its torch. No
+# torch backend is loaded: one may be broken, such as the entry point of the nm_act 0.1 that this build replaces.
 execute_process(
-  COMMAND ${CMAKE_COMMAND} -E env --unset=PYTHONPATH ${Python_EXECUTABLE} -c
+  COMMAND ${CMAKE_COMMAND} -E env --unset=PYTHONPATH TORCH_DEVICE_BACKEND_AUTOLOAD=0
+    ${Python_EXECUTABLE} -c
     "import torch; print(torch.__path__[0], torch.__version__, torch.version.cuda or '', int(torch.compiled_with_cxx11_abi()), sep=';')"
   OUTPUT_VARIABLE torch_facts OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE torch_missing ERROR_VARIABLE torch_error)
 if(torch_missing)
