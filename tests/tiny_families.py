@@ -1,6 +1,8 @@
-"""A few random layers of every family that optimize() knows, and of one that it does not."""
+"""A few random layers of every family that optimize() knows, and of one that it does not: dense, sparse, compared."""
 
 import torch
+
+import nm_act
 
 SIZES = {
     "vocab_size": 96,
@@ -15,6 +17,7 @@ SIZES = {
     "eos_token_id": 2,
 }
 KNOWN = ("llama", "qwen2", "qwen3", "gemma3")
+IDS = torch.arange(3, 27).view(2, 12)
 
 
 def family(name: str, **changes):
@@ -57,3 +60,33 @@ def decide(model):
             one_plus = "Gemma" in type(layer).__name__ and any(vector is norm.weight for norm in norms)
             vector[small] = -0.98 if one_plus else 0.02 * vector[small]
     return model
+
+
+def sparse(name: str = "llama", pattern: str = "2:4", **fields):
+    """A family's model with the recipe of these fields."""
+    model = family(name)
+    nm_act.sparsify(model, nm_act.Recipe(pattern, **fields))
+    return model
+
+
+@torch.no_grad()
+def logits(model, **inputs) -> torch.Tensor:
+    """Of IDS, without a cache, unless the inputs say otherwise."""
+    return model(**({"input_ids": IDS, "use_cache": False} | inputs)).logits
+
+
+def assert_close(actual, expected, *, atol: float = 2e-5, rtol: float = 1e-4) -> None:
+    """Equal but for the order of float32 sums."""
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
+
+
+def optimize_checked(model, **inputs) -> nm_act.OptimizeReport:
+    """The report of optimize(), after which the model gives the same logits."""
+    expected = logits(model, **inputs)
+    report = nm_act.optimize(model)
+    assert_close(logits(model, **inputs), expected)
+    return report
+
+
+def sparse_layers(model) -> list[nm_act.NMLinear]:
+    return [module for module in model.modules() if isinstance(module, nm_act.NMLinear)]

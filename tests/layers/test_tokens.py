@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from tiny_families import family
+from tiny_families import assert_close, logits, sparse
 from torch import nn
 
-import nm_act
 from nm_act.layers.kv_cache import cache_argument, cache_of
 from nm_act.layers.linear import NMLinear
 from nm_act.layers.tokens import TokenContext
@@ -14,19 +13,8 @@ from nm_act.recipe import LinearSpec
 
 pytestmark = pytest.mark.contract
 
-FIRST = {"pattern": "2:4", "dense_first_tokens": 4}
-CLACT = {"pattern": "2:4", "criterion": "clact"}
-
-
-def sparse(recipe: dict):
-    model = family("llama")
-    nm_act.sparsify(model, nm_act.Recipe(**recipe))
-    return model
-
-
-@torch.no_grad()
-def logits(model, **inputs):
-    return model(**inputs, use_cache=False).logits
+FIRST = {"dense_first_tokens": 4}
+CLACT = {"criterion": "clact"}
 
 
 class TestCache:
@@ -45,40 +33,34 @@ class TestCache:
     @pytest.mark.parametrize("cuts", [(1,), (3, 4), (6, 7, 8)])
     @pytest.mark.parametrize(
         ("kind", "mask"),
-        [
-            ("DynamicCache", "none"),
-            ("DynamicCache", "up to now"),
-            ("StaticCache", "none"),
-            ("StaticCache", "up to now"),
-            ("StaticCache", "whole cache"),
-        ],
+        [(f"{kind}Cache", mask) for kind in ("Dynamic", "Static") for mask in ("none", "up to now")]
+        + [("StaticCache", "whole cache")],
     )
     def test_steps_equal_the_whole_sequence(self, cuts, kind, mask):
         import transformers
 
-        model = sparse(FIRST)
+        model = sparse(**FIRST)
         options = {"max_cache_len": 16} if kind == "StaticCache" else {}
         make = lambda: getattr(transformers, kind)(config=model.config, **options)  # noqa: E731
         width = {"up to now": lambda _begin, end: end, "whole cache": lambda _begin, _end: 16}.get(mask)
         masks = {} if width is None else {"attention_mask": lambda *cut: torch.ones(1, width(*cut), dtype=torch.long)}
         expected = logits(model, input_ids=self.IDS)
         actual = self.stepwise(model, cuts, make, **masks)
-        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-3)
+        assert_close(actual, expected, atol=1e-4, rtol=1e-3)
 
     def test_a_mask_that_leaves_the_cache_out_is_refused(self):
         import transformers
 
-        model = sparse(FIRST)
+        model = sparse(**FIRST)
         make = lambda: transformers.DynamicCache(config=model.config)  # noqa: E731
-        with pytest.raises(
-            ValueError, match="expected an attention_mask over 3 cached and 9 new tokens, got 9 columns"
-        ):
+        sentence = "expected an attention_mask over 3 cached and 9 new tokens, got 9 columns"
+        with pytest.raises(ValueError, match=sentence):
             self.stepwise(model, (3,), make, attention_mask=lambda a, b: torch.ones(1, b - a, dtype=torch.long))
         assert model.model.layers[0].mlp.down_proj.token_context._running() is None
 
     def test_generated_steps_are_not_first_tokens(self):
         """The dense rows of each call, worked out by hand: 4 of the first 12 tokens, none of any step."""
-        model = sparse(FIRST)
+        model = sparse(**FIRST)
         rows = []
         layer = model.model.layers[0].mlp.down_proj
         layer.register_forward_hook(lambda *_: rows.append(layer.token_context._running().rows))
@@ -167,9 +149,8 @@ def test_positions_come_from_whatever_holds_them(inputs, expected):
     ],
 )
 def test_a_state_that_does_not_say_its_length_is_refused(inputs):
-    with pytest.raises(
-        ValueError, match=r"expected position_ids or a KV cache with get_seq_length .* got a state of anot"
-    ):
+    sentence = "expected position_ids or a KV cache with get_seq_length .* got a state of anot"
+    with pytest.raises(ValueError, match=sentence):
         first_rows(3, **inputs)
 
 
@@ -180,9 +161,8 @@ def test_a_layer_that_runs_again_without_its_call_is_refused():
     x = torch.randn(1, 5, 16, requires_grad=True)
     scale = torch.ones((), requires_grad=True)
     y = torch.utils.checkpoint.checkpoint(lambda x: layer(x).detach() * scale.square(), x, use_reentrant=False)
-    with pytest.raises(
-        RuntimeError, match="got a layer with dense_first_tokens or clact that is run again in the backward pass"
-    ):
+    sentence = "got a layer with dense_first_tokens or clact that is run again in the backward pass"
+    with pytest.raises(RuntimeError, match=sentence):
         y.sum().backward()
 
 
@@ -227,9 +207,8 @@ class TestClact:
     )
     def test_rows_of_several_sequences_are_refused(self, inputs, what):
         stack = Stack(self.layer(), TokenContext(0))
-        with pytest.raises(
-            ValueError, match=f"expected one sequence a row for clact.*got .*{what}.*; use generate with"
-        ):
+        sentence = f"expected one sequence a row for clact.*got .*{what}.*; use generate with"
+        with pytest.raises(ValueError, match=sentence):
             stack(torch.randn(1, 5, 16), **inputs)
 
     def test_positions_of_padding_do_not_count(self):
@@ -242,7 +221,7 @@ class TestClact:
         """First tokens are told by the positions of each request; clact is refused, in each request's error."""
         import transformers
 
-        model = sparse(recipe)
+        model = sparse(**recipe)
         prompts = [[3, 4, 5, 6, 7], [9, 10, 11]]
         config = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
         sizes = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=32)

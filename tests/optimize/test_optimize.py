@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tiny_families import KNOWN, family
+from tiny_families import IDS, KNOWN, assert_close, family, logits, optimize_checked, sparse, sparse_layers
 
 import nm_act
 from nm_act.layers.kv_cache import cache_argument
@@ -14,19 +14,6 @@ from nm_act.optimize import model as model_module
 from nm_act.optimize.merged import MergedLinear, Product
 from nm_act.optimize.model import is_optimized
 from nm_act.parallel import Shard
-
-IDS = torch.arange(3, 27).view(2, 12)
-
-
-def sparse(name: str, recipe: nm_act.Recipe | None = None):
-    model = family(name)
-    nm_act.sparsify(model, recipe or nm_act.Recipe("2:4"))
-    return model
-
-
-@torch.no_grad()
-def logits(model, **inputs):
-    return model(**({"input_ids": IDS} | inputs)).logits
 
 
 def assert_same_state(actual: dict, expected: dict) -> None:
@@ -43,11 +30,9 @@ def test_outputs_equal_the_unfused_model(name, pattern):
     model = family(name)
     if pattern != "dense":
         nm_act.sparsify(model, nm_act.Recipe(pattern, mitigation=["var", "dpts-mean"]))
-    expected = logits(model)
-    report = nm_act.optimize(model)
+    report = optimize_checked(model, use_cache=True)
     assert len(report.merged) == 4
     assert not any(layer.endswith("proj") for layer, _ in report.kept)
-    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -63,7 +48,7 @@ def test_one_product_serves_all_consumers(name, monkeypatch):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_generate_equals_the_unfused_model(name):
-    model = sparse(name, nm_act.Recipe("8:16"))
+    model = sparse(name, "8:16")
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0  # padding on the left
     options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
@@ -85,13 +70,13 @@ def test_state_dict_is_the_stock_one_and_loads(name):
     model.load_state_dict(noise)
     assert not torch.allclose(logits(model), expected)
     model.load_state_dict(stock)
-    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+    assert torch.equal(logits(model), expected)
     model.load_state_dict(copy.deepcopy(stock), assign=True)
-    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+    assert torch.equal(logits(model), expected)
 
 
 def test_an_incomplete_state_dict_is_an_error():
-    model = sparse("llama")
+    model = sparse()
     nm_act.optimize(model)
     state = model.state_dict()
     del state["model.layers.0.self_attn.k_proj.weight"]
@@ -108,8 +93,8 @@ def test_save_pretrained_and_from_pretrained(name, tmp_path):
     nm_act.optimize(model)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert sum(isinstance(module, NMLinear) for module in again.modules()) == 14
-    torch.testing.assert_close(logits(again), expected, atol=2e-5, rtol=1e-4)
+    assert len(sparse_layers(again)) == 14
+    assert_close(logits(again), expected)
 
 
 @pytest.mark.parametrize("fp8", [None, "decode"])
@@ -124,24 +109,24 @@ def test_deoptimize_restores_the_stock_modules(fp8):
     restored = model.state_dict()
     assert all(torch.equal(restored[key], value) for key, value in state.items())
     assert all("forward" not in vars(module) for module in model.modules())
-    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert_close(logits(model), expected)
     nm_act.optimize(model)  # and once more
-    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert_close(logits(model), expected)
 
 
 def test_deep_copies_and_dtypes_are_independent():
-    model = sparse("llama")
+    model = sparse()
     nm_act.optimize(model)
     expected = logits(model)
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(2)
-    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+    assert torch.equal(logits(model), expected)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.5)
-    torch.testing.assert_close(logits(other), expected, atol=0, rtol=0)
+    assert torch.equal(logits(other), expected)
     half = other.bfloat16()
     assert {value.dtype for value in half.state_dict().values()} == {torch.bfloat16}
     assert logits(half).dtype == torch.bfloat16
@@ -149,31 +134,25 @@ def test_deep_copies_and_dtypes_are_independent():
 
 def test_only_equal_specs_are_merged():
     rules = [nm_act.Rule(projections=["q_proj", "gate_proj"], pattern="2:4")]
-    model = sparse("llama", nm_act.Recipe("dense", rules=rules))
-    expected = logits(model)
-    report = nm_act.optimize(model)
+    report = optimize_checked(sparse(pattern="dense", rules=rules))
     assert {names for _, names in report.merged} == {("k_proj", "v_proj")}
     reasons = dict(report.kept)
     assert reasons["model.layers.0.self_attn.q_proj"].startswith("the other projections")
     assert reasons["model.layers.0.mlp.up_proj"].startswith("the other projections")
     assert not report.fused
-    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_scores_that_differ_by_layer_are_not_merged():
-    model = sparse("llama", nm_act.Recipe("2:4", criterion="wina"))
+    model = sparse(criterion="wina")
     expected = logits(model)
     report = nm_act.optimize(model)
     assert report.merged == []
     assert dict(report.kept)["model.layers.1.mlp.gate_proj"].startswith("the scores of 'wina'")
-    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+    assert torch.equal(logits(model), expected)
 
 
 def test_first_tokens_dense_survive_merging():
-    model = sparse("llama", nm_act.Recipe("2:4", dense_first_tokens=2))
-    expected = logits(model)
-    assert nm_act.optimize(model).merged
-    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert optimize_checked(sparse(dense_first_tokens=2)).merged
 
 
 def test_unknown_architectures_stay_as_they_are():
@@ -196,14 +175,14 @@ def test_unknown_architectures_stay_as_they_are():
 
 
 def test_a_part_called_on_its_own_computes_its_own_output():
-    model = sparse("llama")
+    model = sparse()
     attention = model.model.layers[0].self_attn
     x = torch.randn(3, 64)
     expected = [attention.q_proj(x), attention.k_proj(x)]
     nm_act.optimize(model)
     first = attention.q_proj(x)
-    torch.testing.assert_close(first, expected[0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(attention.k_proj(x), expected[1], atol=1e-5, rtol=1e-4)
+    assert_close(first, expected[0], atol=1e-5)
+    assert_close(attention.k_proj(x), expected[1], atol=1e-5)
     x.zero_()  # nothing may be served from before
     assert attention.v_proj(x).abs().max() == 0
     assert attention.k_proj.weight.shape == (32, 64)
@@ -211,18 +190,17 @@ def test_a_part_called_on_its_own_computes_its_own_output():
 
 
 def test_a_filled_product_is_only_given_to_its_placeholder():
-    model = sparse("llama")
+    model = sparse()
     nm_act.optimize(model)
     attention = model.model.layers[0].self_attn
     merged = next(child for child in attention.children() if isinstance(child, MergedLinear))
     x = torch.randn(3, 64)
     product = Product(merged, x, torch.ones(3, 128))
-    with pytest.raises(
-        RuntimeError, match=r"expected q_proj to be called once with the tensor .*, got another one; call"
-    ):
+    once = r"expected {} to be called once with the tensor .*, got {}; call"
+    with pytest.raises(RuntimeError, match=once.format("q_proj", "another one")):
         attention.q_proj(x + 1, product=product)
     assert attention.v_proj(x, product=product).eq(1).all()
-    with pytest.raises(RuntimeError, match=r"expected v_proj to be called once with the tensor .*, got it twice; call"):
+    with pytest.raises(RuntimeError, match=once.format("v_proj", "it twice")):
         attention.v_proj(x, product=product)
 
 
@@ -243,7 +221,7 @@ def test_wrong_uses_are_one_sentence():
 
 
 def test_offloaded_layers_stay_as_they_are():
-    model = sparse("llama")
+    model = sparse()
     model.model.layers[1].self_attn.to("meta")
     report = nm_act.optimize(model)
     assert dict(report.kept)["model.layers.1.self_attn.q_proj"] == "its weight is on the meta device (offloaded)"
@@ -252,7 +230,7 @@ def test_offloaded_layers_stay_as_they_are():
 
 def test_hooks_forwards_and_shards_keep_a_layer_as_it_is():
     """One check for merging and e4m3: hooks still run, and no layer of a split model is replaced."""
-    model = sparse("llama")
+    model = sparse()
     first, second = model.model.layers
     calls = []
     first.mlp.down_proj.register_forward_hook(lambda *_: calls.append("down"))
@@ -277,8 +255,7 @@ def test_hooks_forwards_and_shards_keep_a_layer_as_it_is():
 @pytest.mark.parametrize("layout", ["in_out", "out_in"])
 @pytest.mark.parametrize("fp8", [None, "decode"])
 def test_layout_and_lift_come_back(layout, fp8):
-    model = family("llama")
-    nm_act.sparsify(model, nm_act.Recipe("2:4+1"))
+    model = sparse(pattern="2:4+1")
     for name, layer in list(model.named_modules()):
         if isinstance(layer, NMLinear):
             parent, _, child = name.rpartition(".")
@@ -290,53 +267,38 @@ def test_layout_and_lift_come_back(layout, fp8):
     assert (merged.weight_layout, merged.lift) == (layout, True)
     assert fp8 or merged.lifted_weight is not None
     nm_act.deoptimize(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
+    layers = sparse_layers(model)
     assert {(layer.weight_layout, layer.lift) for layer in layers} == {(layout, True)}
     assert all(layer.lifted_weight is not None for layer in layers)
     if fp8 is None:
-        torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+        assert_close(logits(model), expected)
 
 
 def test_layers_that_lift_otherwise_are_not_merged():
-    model = sparse("llama", nm_act.Recipe("2:4+1"))
+    model = sparse(pattern="2:4+1")
     model.model.layers[0].mlp.up_proj.lift = True
     assert not any(parent == "model.layers.0.mlp" for parent, _ in nm_act.optimize(model).merged)
 
 
-def recording_backend():
-    """A list, and a backend for torch.compile that runs graphs as they are and puts them there."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph
-
-    return graphs, backend
-
-
-def test_compiles_to_one_graph_for_all_prompt_lengths():
-    model = sparse("llama")
+def test_compiles_to_one_graph_for_all_prompt_lengths(graphs):
+    model = sparse()
     nm_act.optimize(model)
-    graphs, backend = recording_backend()
-    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True, dynamic=True)
     for tokens in (5, 9, 17):
         ids = IDS.view(1, -1)[:, :tokens]
         with torch.inference_mode():
-            torch.testing.assert_close(
-                compiled(input_ids=ids, use_cache=False).logits, logits(model, input_ids=ids), atol=1e-5, rtol=1e-4
-            )
+            y = compiled(input_ids=ids, use_cache=False).logits
+            assert_close(y, logits(model, input_ids=ids, use_cache=True), atol=1e-5)
     assert len(graphs) == 1
 
 
-def test_decode_steps_with_a_static_cache_are_one_graph():
+def test_decode_steps_with_a_static_cache_are_one_graph(graphs):
     """What generate() compiles: a step over a static cache, again and again."""
     from transformers import StaticCache
 
-    model = sparse("llama")
+    model = sparse()
     nm_act.optimize(model)
-    graphs, backend = recording_backend()
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True)
     cache = {cache_argument(model): StaticCache(config=model.config, max_cache_len=32)}
     ids = IDS[:1]
     with torch.inference_mode():
@@ -345,7 +307,7 @@ def test_decode_steps_with_a_static_cache_are_one_graph():
             token, position = torch.tensor([[40 + step]]), torch.tensor([[12 + step]])
             y = compiled(input_ids=token, position_ids=position, **cache).logits
             ids = torch.cat([ids, token], dim=1)
-            torch.testing.assert_close(y[:, -1], logits(model, input_ids=ids)[:, -1], atol=1e-4, rtol=1e-3)
+            assert_close(y[:, -1], logits(model, input_ids=ids)[:, -1], atol=1e-4, rtol=1e-3)
     assert len(graphs) == 1
 
 
@@ -355,10 +317,14 @@ def test_sparsify_can_optimize_at_once():
     assert any(isinstance(module, MergedLinear) for module in model.modules())
 
 
+def layer_of(*spec, **fields) -> NMLinear:
+    return NMLinear.from_linear(torch.nn.Linear(64, 48), nm_act.LinearSpec(*spec, **fields))
+
+
 class TestFP8:
     @pytest.mark.parametrize("name", ["llama", "qwen2"])
     def test_stores_a_byte_a_weight_and_stays_near(self, name):
-        model = sparse(name, nm_act.Recipe("8:16"))
+        model = sparse(name, "8:16")
         expected = logits(model)
         report = nm_act.optimize(model, fp8="decode")
         assert len(report.fp8) == 8
@@ -376,7 +342,7 @@ class TestFP8:
         layer.load_state_dict({"weight": rounded, "bias": linear.bias})
         for tokens in (1, 5, 40):
             x = torch.randn(tokens, 64)
-            torch.testing.assert_close(fp8(x), layer(x), atol=1e-4, rtol=1e-4)
+            assert_close(fp8(x), layer(x), atol=1e-4)
 
     def test_checkpoints_are_stock_and_load(self):
         model = sparse("qwen2")
@@ -386,26 +352,24 @@ class TestFP8:
         assert set(state) == names
         expected = logits(model)
         model.load_state_dict(state)  # rounded already: nothing changes
-        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+        assert_close(logits(model), expected, atol=1e-5)
 
     def test_follows_the_dtype_but_keeps_its_bytes_and_scales(self):
-        layer = NMLinear.from_linear(torch.nn.Linear(64, 48), nm_act.LinearSpec("2:4"))
-        fp8 = nm_act.FP8Linear(layer, "decode").bfloat16()
+        fp8 = nm_act.FP8Linear(layer_of("2:4"), "decode").bfloat16()
         assert (fp8.codes.dtype, fp8.weight_scale.dtype) == (torch.uint8, torch.float32)
         assert fp8.weight.dtype == torch.bfloat16
         assert fp8(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
     @pytest.mark.parametrize("criterion", ["act", "wina"])
     def test_scores_and_row_sums_follow_a_loaded_weight(self, criterion):
-        spec = nm_act.LinearSpec("2:4", criterion=criterion, mitigation=("dpts-mean",))
-        fp8 = nm_act.FP8Linear(NMLinear.from_linear(torch.nn.Linear(64, 48), spec), "decode")
+        fp8 = nm_act.FP8Linear(layer_of("2:4", criterion, ("dpts-mean",)), "decode")
         other = torch.nn.Linear(64, 48)
         with torch.no_grad():
             other.weight[:, ::3] *= 20
         fp8.load_state_dict(other.state_dict())
         stored = fp8.to_nm_linear()  # its vectors come from the dequantised weight
         x = torch.randn(9, 64)
-        torch.testing.assert_close(fp8(x), stored(x), atol=1e-4, rtol=1e-4)
+        assert_close(fp8(x), stored(x), atol=1e-4)
         for name in ("channel_scale", "shift_out"):
             assert (getattr(fp8, name) is None) == (getattr(stored, name) is None)
             if getattr(stored, name) is not None:
@@ -413,10 +377,10 @@ class TestFP8:
 
     def test_top_k_stays_in_16_bits(self):
         rules = [nm_act.Rule(projections=["down_proj"], pattern="8:16")]
-        model = sparse("llama", nm_act.Recipe("50%", rules=rules))
+        model = sparse(pattern="50%", rules=rules)
         expected = logits(model)
         report = nm_act.optimize(model, fp8="decode")
-        assert [name for name in report.fp8] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+        assert report.fp8 == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
         assert dict(report.kept)["model.layers.0.self_attn.o_proj"] == "stays in 16 bits: 50% act"
         assert (logits(model) - expected).norm() < 0.1 * expected.norm()
 
@@ -433,26 +397,24 @@ class TestFP8:
         ],
     )
     def test_the_constructor_takes_what_it_computes(self, layout, spec, why):
-        layer = NMLinear.from_linear(torch.nn.Linear(64, 48), nm_act.LinearSpec(**spec))
         sentence = f"expected a layer whose weight can be e4m3 for {layout}, got .*{re.escape(why)}; keep it in 16 bits"
         with pytest.raises(ValueError, match=sentence):
-            nm_act.FP8Linear(layer, layout)
+            nm_act.FP8Linear(layer_of(**spec), layout)
 
     def test_the_constructor_knows_its_layouts_and_layers(self):
-        layer = NMLinear.from_linear(torch.nn.Linear(64, 48), nm_act.LinearSpec("2:4"))
         with pytest.raises(ValueError, match="expected fp8 among prefill, decode, got 'in_out'"):
-            nm_act.FP8Linear(layer, "in_out")
+            nm_act.FP8Linear(layer_of("2:4"), "in_out")
         with pytest.raises(TypeError, match="expected an NMLinear, got Linear"):
             nm_act.FP8Linear(torch.nn.Linear(64, 48), "decode")
 
     def test_prefill_storage_needs_cuda(self):
-        model = sparse("llama")
+        model = sparse()
         with pytest.raises(ValueError, match='expected a model on CUDA for fp8="prefill", got one on cpu; move it'):
             nm_act.optimize(model, fp8="prefill")
         assert not is_optimized(model)
 
     def test_calibrated_layers_stay_in_16_bits(self):
-        model = sparse("llama", nm_act.Recipe("8:16"))
+        model = sparse(pattern="8:16")
         model.model.layers[0].mlp.down_proj.register_buffer("shift", torch.ones(96))
         report = nm_act.optimize(model, fp8="decode")
         assert dict(report.kept)["model.layers.0.mlp.down_proj"] == "stays in 16 bits: 8:16 act"
@@ -461,7 +423,7 @@ class TestFP8:
     def test_prefill_storage_takes_2_4_only(self, monkeypatch):
         monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
         rules = [nm_act.Rule(projections=["down_proj"], pattern="8:16")]
-        model = sparse("llama", nm_act.Recipe("2:4", rules=rules))
+        model = sparse(rules=rules)
         report = nm_act.optimize(model, fp8="prefill")
         assert dict(report.kept)["model.layers.0.mlp.down_proj"] == "stays in 16 bits: pattern 8:16"
         assert len(report.fp8) == 6

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_families import family
+from tiny_families import IDS, assert_close, logits, optimize_checked, sparse, sparse_layers
 from torch.nn import functional as F
 
 import nm_act
@@ -14,7 +14,8 @@ from nm_act import reference
 from nm_act.optimize import fused
 from nm_act.optimize import model as model_module
 
-IDS = torch.arange(3, 27).view(2, 12)
+MITIGATION = ["var", "dpts-mean"]
+WHOLE = ["norm", "norm + residual", "silu"]  # the packed operands of a layer
 
 
 def compressed(x, calls, name, *, token_shift, variance_correction, channel_scale, fp8):
@@ -60,25 +61,16 @@ def calls(monkeypatch):
     return made
 
 
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS, use_cache=False).logits
-
-
-def recipe_of(**projections):
-    rules = [nm_act.Rule(projections=[name], pattern=pattern) for name, pattern in projections.items()]
-    return nm_act.Recipe("2:4", mitigation=["var", "dpts-mean"], rules=rules)
+def model_of(name="llama", **patterns):
+    """2:4 with mitigations, but for projections with a pattern of their own."""
+    rules = [nm_act.Rule(projections=[projection], pattern=pattern) for projection, pattern in patterns.items()]
+    return sparse(name, mitigation=MITIGATION, rules=rules)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_norms_and_activations_feed_their_products(name, calls):
-    model = family(name)
-    nm_act.sparsify(model, recipe_of())
-    expected = logits(model)
-    report = nm_act.optimize(model)
-    assert len(report.fused) == 6
-    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
-    assert calls == ["norm", "norm + residual", "silu"] * 2
+    assert len(optimize_checked(model_of(name)).fused) == 6
+    assert calls == WHOLE * 2
 
 
 @pytest.mark.parametrize(
@@ -91,27 +83,18 @@ def test_norms_and_activations_feed_their_products(name, calls):
     ],
 )
 def test_what_is_not_plain_2_4_stays_unfused(rules, expected_calls, calls):
-    model = family("llama")
-    nm_act.sparsify(model, recipe_of(**rules))
-    expected = logits(model)
-    nm_act.optimize(model)
-    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    optimize_checked(model_of(**rules))
     assert calls == expected_calls * 2
 
 
 def test_the_norm_of_gemma_and_its_gelu_stay_unfused(calls):
-    model = family("gemma3")
-    nm_act.sparsify(model, recipe_of())
-    expected = logits(model)
-    assert nm_act.optimize(model).fused == []
-    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    assert optimize_checked(model_of("gemma3")).fused == []
     assert calls == []
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_phases_are_respected(phase, calls):
-    model = family("llama")
-    nm_act.sparsify(model, nm_act.Recipe("2:4", phase=phase))
+    model = sparse(phase=phase)
     expected = model.generate(IDS, max_new_tokens=4, do_sample=False)
     nm_act.optimize(model)
     calls.clear()
@@ -121,13 +104,12 @@ def test_phases_are_respected(phase, calls):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_e4m3_products_scale_their_outputs_and_shifts(name, calls):
-    model = family(name)
-    nm_act.sparsify(model, recipe_of())
+    model = model_of(name)
     nm_act.optimize(model, fp8="prefill")
     fast = logits(model)
-    assert calls == ["norm", "norm + residual", "silu"] * 2
+    assert calls == WHOLE * 2
     nm_act.deoptimize(model)  # now with the rounded weights
-    torch.testing.assert_close(fast, logits(model), atol=2e-5, rtol=1e-4)
+    assert_close(fast, logits(model))
 
 
 @pytest.mark.parametrize(
@@ -141,18 +123,14 @@ def test_e4m3_products_scale_their_outputs_and_shifts(name, calls):
     ],
 )
 def test_what_has_hooks_is_called(hooked, expected_calls, calls):
-    model = family("llama")
-    nm_act.sparsify(model, recipe_of())
+    model = model_of()
     seen = []
     for layer in model.model.layers:
         layer.get_submodule(hooked).register_forward_hook(lambda _module, _args, y: seen.append(y))
-    expected = logits(model)
-    before = list(seen)
-    seen.clear()
-    nm_act.optimize(model)
-    torch.testing.assert_close(logits(model), expected, atol=2e-5, rtol=1e-4)
+    optimize_checked(model)
     assert calls == expected_calls * 2
-    torch.testing.assert_close(seen, before, atol=2e-5, rtol=1e-4)
+    assert_close(seen[2:], seen[:2])  # of both layers, before and after
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize(
@@ -167,8 +145,7 @@ def test_what_has_hooks_is_called(hooked, expected_calls, calls):
     ],
 )
 def test_hooks_that_come_later_see_what_the_stock_layer_gives(hooked, expected_calls, calls):
-    model = family("llama")
-    nm_act.sparsify(model, recipe_of())
+    model = model_of()
     seen = []
 
     def register():
@@ -180,33 +157,29 @@ def test_hooks_that_come_later_see_what_the_stock_layer_gives(hooked, expected_c
     reference_model = copy.deepcopy(model)
     nm_act.optimize(model)
     register()
-    actual, ours = logits(model), list(seen)
+    actual = logits(model)
     assert calls == expected_calls * 2
     model = reference_model
-    seen.clear()
     register()
-    torch.testing.assert_close(actual, logits(model), atol=2e-5, rtol=1e-4)
-    assert len(ours) == 2
-    torch.testing.assert_close(ours, seen, atol=2e-5, rtol=1e-4)
+    assert_close(actual, logits(model))
+    assert len(seen) == 4
+    assert_close(seen[:2], seen[2:])
 
 
 def test_hidden_states_are_those_of_the_unfused_model(calls):
-    model = family("llama")
-    nm_act.sparsify(model, recipe_of())
+    model = model_of()
     with torch.no_grad():
         expected = model(input_ids=IDS, output_hidden_states=True).hidden_states
         nm_act.optimize(model)
         actual = model(input_ids=IDS, output_hidden_states=True).hidden_states
     assert len(actual) == len(expected) == 3
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "8:16"])
 def test_gate_and_up_are_freed_before_the_down_layer_runs(pattern, calls, monkeypatch):
     """They are the largest tensors of a model, and a layer that prunes makes a copy of its input."""
-    model = family("llama")
-    nm_act.sparsify(model, nm_act.Recipe(pattern))
+    model = sparse(pattern=pattern)
     nm_act.optimize(model)
     down = {layer.mlp.down_proj for layer in model.model.layers}
     seen, alive = [], []
@@ -228,53 +201,47 @@ def test_gate_and_up_are_freed_before_the_down_layer_runs(pattern, calls, monkey
         return call
 
     packed = pattern == "2:4"
-    for name in ("silu_mul_compress",) if packed else ("gated",):
-        monkeypatch.setattr(fused, name, recording(getattr(fused, name)))
-    owner, name = (fused, "product") if packed else (nm_act.NMLinear, "forward")
-    monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
+    made, used = "silu_mul_compress" if packed else "gated", "product" if packed else "forward"
+    monkeypatch.setattr(fused, made, recording(getattr(fused, made)))
+    owner = fused if packed else nm_act.NMLinear
+    monkeypatch.setattr(owner, used, counting(getattr(owner, used)))
     logits(model)
     assert len(seen) == 6
     assert alive == [0, 0]
 
 
 def test_where_a_gradient_is_recorded_nothing_is_packed(calls):
-    model, expected = family("llama"), family("llama")
-    for each in (model, expected):
-        nm_act.sparsify(each, recipe_of())
+    model, expected = model_of(), model_of()
     nm_act.optimize(model)
     for each in (model, expected):
         each(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     assert calls == []
-    norms = [name for name, _ in expected.named_parameters() if "norm" in name or "down_proj" in name]
-    for name in norms:
-        actual = model.get_parameter(name).grad
-        torch.testing.assert_close(actual, expected.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
+    for name, parameter in expected.named_parameters():
+        if "norm" in name or "down_proj" in name:
+            assert_close(model.get_parameter(name).grad, parameter.grad, atol=1e-5)
     model.requires_grad_(False)
     model(input_ids=IDS, use_cache=False)
-    assert calls == ["norm", "norm + residual", "silu"] * 2
+    assert calls == WHOLE * 2
     calls.clear()
     model.model.layers[1].post_attention_layernorm.weight.requires_grad_(True)  # reaches no other norm's operand
     model(input_ids=IDS, use_cache=False)
-    assert calls == ["norm", "norm + residual", "silu", "norm"]
+    assert calls == [*WHOLE, "norm"]
 
 
 def test_packed_calls_read_no_fingerprint(calls, monkeypatch):
-    model = family("llama")
-    nm_act.sparsify(model, recipe_of())
+    model = model_of()
     nm_act.optimize(model)
     logits(model)
     monkeypatch.setattr(nm_act.layers.stale, "fingerprint", lambda parameter: pytest.fail("the weight was read"))
     logits(model)
-    assert calls == ["norm", "norm + residual", "silu"] * 4
-    assert not any(layer._handed_out for layer in model.modules() if isinstance(layer, nm_act.NMLinear))
+    assert calls == WHOLE * 4
+    assert not any(layer._handed_out for layer in sparse_layers(model))
 
 
 @torch.no_grad()
 def test_lent_weights_are_packed_with_what_derives_from_them(calls):
-    model, other = family("llama"), family("llama")
-    for each in (model, other):
-        rule = nm_act.Rule(projections=["down_proj"], criterion="wina")
-        nm_act.sparsify(each, nm_act.Recipe("2:4", mitigation=["dpts-mean"], rules=[rule]))
+    rules = [nm_act.Rule(projections=["down_proj"], criterion="wina")]
+    model, other = (sparse(mitigation=["dpts-mean"], rules=rules) for _ in range(2))
     for name, parameter in other.named_parameters():
         if "down_proj" in name:
             parameter.copy_(torch.randn(parameter.shape) * torch.linspace(0.1, 2, parameter.shape[1]).roll(5))
@@ -284,5 +251,5 @@ def test_lent_weights_are_packed_with_what_derives_from_them(calls):
     nm_act.optimize(model)
     lent = {name: p.clone() for name, p in other.named_parameters() if "down_proj" in name}
     actual = torch.func.functional_call(model, lent, kwargs={"input_ids": IDS, "use_cache": False}).logits
-    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+    assert_close(actual, expected)
     assert "silu" in calls

@@ -4,14 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_families import KNOWN, family
+from tiny_families import IDS, KNOWN, family, sparse
 
 import nm_act
 from nm_act.optimize import static
 
 pytestmark = pytest.mark.contract
-
-IDS = torch.arange(3, 27).view(2, 12)
 
 
 def reference(model, ids, new_tokens):
@@ -21,8 +19,7 @@ def reference(model, ids, new_tokens):
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_generates_what_transformers_generates(name, batch):
-    model = family(name)
-    nm_act.sparsify(model, nm_act.Recipe("8:16"))
+    model = sparse(name, "8:16")
     nm_act.optimize(model)
     decoder = nm_act.StaticDecoder(model, batch=batch, max_tokens=32)
     before = model.config._attn_implementation
@@ -96,8 +93,7 @@ def test_captures_leave_the_running_sequence(monkeypatch):
 
 
 def test_dense_first_tokens_have_no_graph(monkeypatch):
-    model = family("llama")
-    nm_act.sparsify(model, nm_act.Recipe("2:4", dense_first_tokens=2))
+    model = sparse(dense_first_tokens=2)
     ids = IDS[:1]
     decoder = nm_act.StaticDecoder(model, max_tokens=24)  # a CPU runs everything directly
     assert torch.equal(decoder.generate(ids, 5), reference(model, ids, 5))
