@@ -55,8 +55,12 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed(request):
     torch.manual_seed(0)
+    if request.node.get_closest_marker("gpu"):
+        from cuda_cases import poison
+
+        poison()
 
 
 @pytest.fixture

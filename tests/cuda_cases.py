@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from linear_cases import relative_error
 
 import nm_act
 from nm_act import reference
@@ -27,6 +29,41 @@ def poison() -> None:
     del blocks
 
 
+def on_gpu(options: dict) -> dict:
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
+def moved(vector: torch.Tensor) -> torch.Tensor:
+    """The same values one element further, off the alignment of a vector load."""
+    return torch.cat([vector[:1], vector])[1:]
+
+
+def assert_legal(metadata: torch.Tensor) -> None:
+    """Every nibble names two ascending indices, padding included."""
+    nibbles = torch.stack([metadata & 15, metadata >> 4])
+    assert ((nibbles & 3) < (nibbles >> 2)).all()
+
+
+def assert_same_bytes(actual, expected, what="") -> None:
+    """Tensors of any dtype, e4m3 too, one by one."""
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), what
+
+
+def assert_within_twice_torch(y, x, weight, bias, pattern, options, what) -> None:
+    """Against float64: at most twice the error of torch in the dtype of x, which gets the dequantised weight."""
+    exact = reference.sparse_linear(x, weight, bias, pattern, **options)
+    rest = {name: value for name, value in options.items() if name != "weight_scale"}
+    dense = weight if "weight_scale" not in options else (weight.float() * options["weight_scale"][:, None]).to(x.dtype)
+    if rest.keys() <= {"channel_scale"}:
+        torchs = F.linear(reference.prune(x, pattern, **rest), dense, bias)
+    else:
+        torchs = reference.sparse_linear(x, dense, bias, pattern, compute_dtype=x.dtype, **rest)
+    ours = relative_error(y, exact)
+    assert y.dtype == x.dtype
+    assert ours <= 2 * relative_error(torchs, exact), (what, ours)
+
+
 def strided(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The values of ``x [tokens, in]`` in memory layouts that kernels must cope with."""
     tokens, in_features = x.shape
@@ -46,16 +83,6 @@ def strided(x: torch.Tensor) -> dict[str, torch.Tensor]:
         "every other feature": spread[:, ::2],
         "transposed": x.t().contiguous().t(),
     }
-
-
-def stored(weight: torch.Tensor, layout: str) -> torch.Tensor:
-    return weight if layout == "out_in" else weight.t().contiguous().t()
-
-
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    assert actual.shape == exact.shape
-    assert not actual.isnan().any()
-    return ((actual.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,29 +118,3 @@ def sparse_linear_fp8_oracle(
     if column_scale is not None:
         y = y * column_scale.double()
     return y if bias is None else y + bias.double()
-
-
-def linear_options(in_features: int, out_features: int, device: str = "cuda") -> dict[str, dict]:
-    """Every option of sparse_linear alone, and most of them together."""
-    generator = torch.Generator().manual_seed(3)
-    draw = lambda size: torch.randn(size, generator=generator).to(device)  # noqa: E731
-    return {
-        "plain": {},
-        "channel scale": {"channel_scale": draw(in_features).abs()},
-        "static shift": {"shift": 0.3 * draw(in_features)},
-        "mean": {"token_shift": "mean"},
-        "median": {"token_shift": "median"},
-        "variance": {"variance_correction": True},
-        "column scale": {"column_scale": 1 + 0.1 * draw(out_features)},
-        "shift, variance, column scale": {
-            "shift": 0.3 * draw(in_features),
-            "variance_correction": True,
-            "column_scale": 1 + 0.1 * draw(out_features),
-        },
-        "all": {
-            "channel_scale": draw(in_features).abs(),
-            "token_shift": "median",
-            "variance_correction": True,
-            "column_scale": 1 + 0.1 * draw(out_features),
-        },
-    }

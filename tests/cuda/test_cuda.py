@@ -4,42 +4,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, PATTERNS, assert_same_bits, hard_activations
-from cuda_cases import E4M3, GPU_MARKS, HALVES, packed_layout, poison, quantise_rows, strided
+from cuda_cases import (
+    E4M3,
+    GPU_MARKS,
+    HALVES,
+    assert_legal,
+    assert_same_bytes,
+    moved,
+    on_gpu,
+    packed_layout,
+    poison,
+    quantise_rows,
+    strided,
+)
+from linear_cases import selections
 
 import nm_act
 from nm_act import reference
 
 pytestmark = GPU_MARKS
 TOKENS = (1, 33, 129)
-SELECTIONS = ("plain", "channel scale", "static shift", "mean", "median")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    poison()
-
-
-def selection(name: str, in_features: int) -> dict:
-    """Selection options on the CPU; the oracle runs there."""
-    scale = torch.randn(in_features)
-    # A zero, a negative and non-finite scales are part of the contract.
-    scale[0], scale[1 % in_features], scale[-1] = 0.0, float("inf"), float("nan")
-    return {
-        "plain": {},
-        "channel scale": {"channel_scale": scale},
-        "static shift": {"shift": torch.randn(in_features)},
-        "mean": {"token_shift": "mean"},
-        "median": {"token_shift": "median"},
-    }[name]
-
-
-def on_gpu(options: dict) -> dict:
-    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-
-
-def assert_legal(metadata: torch.Tensor) -> None:
-    nibbles = torch.stack([metadata & 15, metadata >> 4])
-    assert ((nibbles & 3) < (nibbles >> 2)).all()
+SELECTIONS = tuple(selections(4))
 
 
 # ---- prune -----------------------------------------------------------------------------------------------------------
@@ -50,7 +35,7 @@ def test_prune_equals_oracle(dtype, n, m, tokens):
     for in_features, names in ((32, SELECTIONS), (288, SELECTIONS), (4096, ("plain",))):
         x = hard_activations(tokens, in_features, dtype, seed=tokens)
         for name in names:
-            options = selection(name, in_features)
+            options = selections(in_features)[name]
             pruned = nm_act.prune(x.cuda(), f"{n}:{m}", **on_gpu(options))
             assert_same_bits(pruned.cpu(), reference.prune(x, f"{n}:{m}", **options), any_nan=True)
 
@@ -82,7 +67,7 @@ def test_prune_and_compress_of_any_shape(shape):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("in_features", [4, 12, 36, 1000, 4096])
 def test_compress_equals_oracle(dtype, name, tokens, in_features):
-    x, options = hard_activations(tokens, in_features, dtype, seed=tokens), selection(name, in_features)
+    x, options = hard_activations(tokens, in_features, dtype, seed=tokens), selections(in_features)[name]
     values, metadata = nm_act.compress(x.cuda(), **on_gpu(options))
     expected_values, expected_metadata = reference.compress(x, **options)
     assert_same_bits(values.cpu(), expected_values, any_nan=True)
@@ -112,7 +97,7 @@ def test_decompress_gives_the_pruned_tensor(dtype):
 @pytest.mark.parametrize("tokens", [*TOKENS, 64, 300])
 @pytest.mark.parametrize("in_features", [32, 288, 4096])
 def test_packed_equals_neutral(dtype, name, tokens, in_features):
-    x, options = hard_activations(tokens, in_features, dtype, seed=tokens), selection(name, in_features)
+    x, options = hard_activations(tokens, in_features, dtype, seed=tokens), selections(in_features)[name]
     values, metadata, row_scale, eta = nm_act.compress_packed(x.cuda(), **on_gpu(options))
     expected_values, expected_metadata = reference.compress(x, **options)
     assert_same_bits(values.cpu(), expected_values, any_nan=True)
@@ -132,9 +117,8 @@ def test_packed_equals_neutral(dtype, name, tokens, in_features):
 def test_packed_of_strided_inputs(dtype, fp8):
     x = torch.randn(33, 288, device="cuda").to(dtype)
     expected = nm_act.compress_packed(x, fp8=fp8)
-    for view in strided(x).values():
-        for actual, wanted in zip(nm_act.compress_packed(view, fp8=fp8), expected, strict=True):
-            assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
+    for name, view in strided(x).items():
+        assert_same_bytes(nm_act.compress_packed(view, fp8=fp8), expected, name)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -142,7 +126,7 @@ def test_packed_of_strided_inputs(dtype, fp8):
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_packed_variance_factor(dtype, fp8, name):
     x = (torch.randn(65, 1024) + 0.25).to(dtype)
-    options = {"channel_scale": torch.rand(1024)} if name == "channel scale" else selection(name, 1024)
+    options = {"channel_scale": torch.rand(1024)} if name == "channel scale" else selections(1024)[name]
     row_scale = nm_act.compress_packed(x.cuda(), fp8=fp8, variance_correction=True, **on_gpu(options)).row_scale
     pruned = reference.prune(x, "2:4", **options)
     shifted = reference.shifted(x, options.get("shift"), options.get("token_shift", "none"))
@@ -169,7 +153,7 @@ def test_packed_tokens_without_variance_have_factor_one(fp8):
 @pytest.mark.parametrize("in_features", [32, 288, 4096, 14336])
 def test_fp8_selects_before_it_quantises(dtype, name, tokens, in_features):
     """The selection looks at x as it is; the scale is amax / 448 over the survivors; the cast is torch's."""
-    x, options = torch.randn(tokens, in_features).to(dtype), selection(name, in_features)
+    x, options = torch.randn(tokens, in_features).to(dtype), selections(in_features)[name]
     if tokens > 2:
         x[1], x[2] = torch.randint(-2, 3, (in_features,)), 0.0
         x[0] *= 2.0**-10
@@ -277,9 +261,7 @@ def test_producers_take_the_options_of_the_selection(fp8):
 def test_an_exact_product_is_compressed_to_the_same_bits(fp8):
     x = torch.randn(33, 288, device="cuda").bfloat16()
     gate = torch.full_like(x, 60.0)  # SiLU(60) is 60 in bf16, so the product has no rounding of its own
-    packed = zip(nm_act.silu_mul_compress(gate, x, fp8=fp8), nm_act.compress_packed(gate * x, fp8=fp8), strict=True)
-    for actual, expected in packed:
-        assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+    assert_same_bytes(nm_act.silu_mul_compress(gate, x, fp8=fp8), nm_act.compress_packed(gate * x, fp8=fp8))
 
 
 # ---- determinism and the smallest cases for compute-sanitizer --------------------------------------------------------
@@ -294,11 +276,10 @@ def test_ten_runs_give_the_same_bits():
         lambda: (nm_act.prune(x, "8:16", token_shift="mean"),),
     ]
     for call in calls:
-        first = [part.view(torch.uint8).clone() for part in call()]
+        first = [part.clone() for part in call()]
         for _ in range(9):
             poison()
-            for part, expected in zip(call(), first, strict=True):
-                assert torch.equal(part.view(torch.uint8), expected)
+            assert_same_bytes(call(), first)
 
 
 @pytest.mark.sanitizer
@@ -307,7 +288,7 @@ def test_ten_runs_give_the_same_bits():
 def test_small_selections(dtype, tokens):
     x = hard_activations(tokens, 96, dtype)
     for name in SELECTIONS:
-        options = selection(name, 96)
+        options = selections(96)[name]
         for n, m in ((1, 2), (2, 4), (4, 8), (8, 16), (16, 32)):
             pruned = nm_act.prune(x.cuda(), f"{n}:{m}", **on_gpu(options))
             assert_same_bits(pruned.cpu(), reference.prune(x, f"{n}:{m}", **options), any_nan=True)
@@ -339,7 +320,6 @@ def test_small_packed_and_producers(dtype, fp8, tokens):
     normed = (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)).to(dtype) * up[0]
     assert_close_to_pruned(packed, normed)
     assert_close_to_pruned(nm_act.silu_mul_compress(x, up, fp8=fp8), F.silu(x) * up)
-    moved = lambda vector: torch.cat([vector[:1], vector])[1:]  # noqa: E731  the same values, off 16 bytes
     scale = torch.rand(96, device="cuda")
     results = []
     for weight, channel_scale in ((up[0].contiguous(), scale), (moved(up[0]), moved(scale))):

@@ -7,7 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DTYPES, PATTERNS, assert_same_bits, hard_activations
-from cuda_cases import E4M3, GPU_MARKS, HALVES, linear_options, poison, quantise_weight, relative_error, stored, strided
+from cuda_cases import (
+    E4M3,
+    GPU_MARKS,
+    HALVES,
+    assert_within_twice_torch,
+    moved,
+    on_gpu,
+    poison,
+    quantise_weight,
+    strided,
+)
+from linear_cases import linear_options, relative_error, stored
 
 import nm_act
 from nm_act import reference
@@ -16,11 +27,6 @@ pytestmark = GPU_MARKS
 TOKENS = (1, 2, 3, 4)
 WEIGHTS = ("same", "e4m3", "int8")
 OPS = torch.ops.nm_act
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    poison()
 
 
 def problem(tokens, out_features, in_features, dtype=torch.bfloat16, kind="same", layout="in_out"):
@@ -39,20 +45,6 @@ def quantise_int8(weight):
     return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def assert_within_twice_torch(y, x, weight, bias, n, m, options, what):
-    """Against float64; torch gets the dequantised weight in the dtype of x."""
-    exact = reference.sparse_linear(x, weight, bias, f"{n}:{m}", **options)
-    rest = {name: value for name, value in options.items() if name != "weight_scale"}
-    dense = weight if "weight_scale" not in options else (weight.float() * options["weight_scale"][:, None]).to(x.dtype)
-    if rest.keys() <= {"channel_scale"}:
-        torchs = F.linear(reference.prune(x, f"{n}:{m}", **rest), dense, bias)
-    else:
-        torchs = reference.sparse_linear(x, dense, bias, f"{n}:{m}", compute_dtype=x.dtype, **rest)
-    ours = relative_error(y, exact)
-    assert y.dtype == x.dtype
-    assert ours <= 2 * relative_error(torchs, exact), (what, ours)
-
-
 # ---- selection, bit for bit ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("n", "m"), [*PATTERNS, (7, 8), (1, 32)])
@@ -69,15 +61,10 @@ def test_an_identity_weight_shows_the_selection(dtype, n, m, tokens, in_features
     for x in (torch.randn(tokens, in_features).to(dtype), ties):
         assert nm_act.explain(x.cuda(), identity, f"{n}:{m}").path == ("gather" if needed <= 0.95 else "dense")
         for chosen in options:
-            on_gpu = {name: value.cuda() for name, value in chosen.items()}
-            y = nm_act.sparse_linear(x.cuda(), identity, pattern=f"{n}:{m}", **on_gpu)
+            y = nm_act.sparse_linear(x.cuda(), identity, pattern=f"{n}:{m}", **on_gpu(chosen))
             selection = {name: value for name, value in chosen.items() if name != "shift_out"}
             # A sum that holds a -0.0 and zeros is +0.0.
             assert_same_bits(y.cpu() + 0.0, reference.prune(x, f"{n}:{m}", **selection) + 0.0, what=f"{list(chosen)}")
-
-
-def in_out(weight):
-    return weight.t().contiguous().t()
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -88,7 +75,7 @@ def test_rows_that_no_token_needs_are_not_read(tokens, kind):
     assert dropped.any()
     poisoned = weight.float().clone()
     poisoned[:, dropped] = float("nan")
-    y = nm_act.sparse_linear(x, in_out(poisoned.to(weight.dtype)), pattern="8:16", **options)
+    y = nm_act.sparse_linear(x, stored(poisoned.to(weight.dtype), "in_out"), pattern="8:16", **options)
     assert torch.equal(y, nm_act.sparse_linear(x, weight, pattern="8:16", **options))
     assert not y.isnan().any()
 
@@ -100,11 +87,11 @@ def test_rows_that_no_token_needs_are_not_read(tokens, kind):
 def test_error_at_most_twice_torchs_own(dtype, kind, tokens):
     for out_features, in_features in ((528, 1056), (16, 32), (4096, 4096), (272, 14336), (10000, 256)):
         x, weight, bias, options = problem(tokens, out_features, in_features, dtype, kind)
-        for n, m in ((2, 4), (4, 8), (8, 16), (16, 32)):
-            assert nm_act.explain(x, weight, f"{n}:{m}").path == "gather"
+        for pattern in ("2:4", "4:8", "8:16", "16:32"):
+            assert nm_act.explain(x, weight, pattern).path == "gather"
             for given_bias in (bias, None):
-                y = nm_act.sparse_linear(x, weight, given_bias, f"{n}:{m}", **options)
-                assert_within_twice_torch(y, x, weight, given_bias, n, m, options, (out_features, in_features, n, m))
+                y = nm_act.sparse_linear(x, weight, given_bias, pattern, **options)
+                assert_within_twice_torch(y, x, weight, given_bias, pattern, options, (out_features, in_features))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -115,7 +102,7 @@ def test_every_option(dtype, kind, tokens):
     for name, options in linear_options(512, 272).items():
         for given_bias in (bias, None):
             y = nm_act.sparse_linear(x, weight, given_bias, "8:16", **options, **scale)
-            assert_within_twice_torch(y, x, weight, given_bias, 8, 16, {**options, **scale}, name)
+            assert_within_twice_torch(y, x, weight, given_bias, "8:16", {**options, **scale}, name)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -123,31 +110,30 @@ def test_every_option(dtype, kind, tokens):
 def test_what_the_kernel_does_not_take_stays_right(dtype, kind):
     """Other storages, sizes, token counts and patterns go elsewhere."""
     cases = [
-        (1, 330, 1024, "in_out", (2, 4)),
-        (1, 7, 36, "in_out", (2, 4)),
-        (3, 272, 1024, "out_in", (8, 16)),
-        (5, 272, 1024, "in_out", (8, 16)),
-        (4, 272, 1024, "in_out", (12, 16)),
-        (600, 272, 1024, "in_out", (2, 4)),
+        (1, 330, 1024, "in_out", "2:4"),
+        (1, 7, 36, "in_out", "2:4"),
+        (3, 272, 1024, "out_in", "8:16"),
+        (5, 272, 1024, "in_out", "8:16"),
+        (4, 272, 1024, "in_out", "12:16"),
+        (600, 272, 1024, "in_out", "2:4"),
     ]
-    for tokens, out_features, in_features, layout, (n, m) in cases:
+    for tokens, out_features, in_features, layout, pattern in cases:
         x, weight, bias, options = problem(tokens, out_features, in_features, dtype, kind, layout)
-        y = nm_act.sparse_linear(x, weight, bias, f"{n}:{m}", **options)
-        assert_within_twice_torch(y, x, weight, bias, n, m, options, (tokens, out_features, in_features, layout))
+        y = nm_act.sparse_linear(x, weight, bias, pattern, **options)
+        assert_within_twice_torch(y, x, weight, bias, pattern, options, (tokens, out_features, in_features, layout))
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_strided_and_misaligned_operands(tokens):
     x, weight, bias, _ = problem(tokens, 272, 512)
     for name, view in strided(x).items():
-        assert_within_twice_torch(nm_act.sparse_linear(view, weight, bias, "8:16"), x, weight, bias, 8, 16, {}, name)
+        assert_within_twice_torch(nm_act.sparse_linear(view, weight, bias, "8:16"), x, weight, bias, "8:16", {}, name)
     for name, view in strided(weight.t().contiguous()).items():
         y = nm_act.sparse_linear(x, view.t(), bias, "8:16")
-        assert_within_twice_torch(y, x, weight, bias, 8, 16, {}, name)
-    moved = lambda vector: torch.cat([vector[:1], vector])[1:]  # noqa: E731  the same values one element further
+        assert_within_twice_torch(y, x, weight, bias, "8:16", {}, name)
     options = {"channel_scale": torch.rand(512, device="cuda"), "shift": torch.randn(512, device="cuda")}
     y = nm_act.sparse_linear(x, weight, moved(bias), "8:16", **{name: moved(v) for name, v in options.items()})
-    assert_within_twice_torch(y, x, weight, bias, 8, 16, options, "misaligned vectors")
+    assert_within_twice_torch(y, x, weight, bias, "8:16", options, "misaligned vectors")
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -174,7 +160,7 @@ def test_gather_linear(dtype, tokens):
         unread = weight.clone()
         unread[:, (x == 0).all(dim=0)] = float("nan")
         if dtype in HALVES and out_features % 8 == 0:
-            assert torch.equal(nm_act.gather_linear(x, in_out(unread), bias), y)
+            assert torch.equal(nm_act.gather_linear(x, stored(unread, "in_out"), bias), y)
     assert torch.equal(nm_act.gather_linear(torch.zeros_like(x), weight, bias), bias.expand(tokens, -1))
 
 
@@ -190,8 +176,9 @@ def test_every_configuration(kind, tokens):
     assert len(configs) > 4
     for config in configs:
         y = OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, config)])
-        assert_within_twice_torch(y, x, weight, None, 8, 16, options, config)
-    assert torch.equal(OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, configs[0])]), nm_act.sparse_linear(x, weight, n=8, m=16, **options))  # fmt: skip
+        assert_within_twice_torch(y, x, weight, None, "8:16", options, config)
+    first = OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, configs[0])])
+    assert torch.equal(first, nm_act.sparse_linear(x, weight, None, "8:16", **options))
     with pytest.raises(ValueError, match="expected a product and a configuration of the gather kernel"):
         OPS._tune_gather(x, weight, scale, 8, 16, [24, 1, 512, 0])
 
@@ -284,20 +271,16 @@ def test_graph_replay_with_changed_inputs(kind, tokens):
             assert torch.equal(replayed, call()), name
 
 
-def test_no_synchronisation_and_one_graph_for_any_batch():
+def test_no_synchronisation_and_one_graph_for_any_batch(graphs):
     _, weight, bias, _ = problem(1, 272, 512)
     w8, scale = quantise_weight(weight)
-    w8, graphs = in_out(w8), []
-
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph
+    w8 = stored(w8, "in_out")
 
     def block(x):
         y = nm_act.sparse_linear(x, weight, bias, "8:16")
         return y + nm_act.sparse_linear(x, w8, pattern="8:16", weight_scale=scale)
 
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=graphs.backend)
     for tokens in (2, 3, 4, 5, 600):
         x = torch.randn(tokens, 512, device="cuda").bfloat16()
         assert torch.equal(compiled(x), block(x))
@@ -315,7 +298,7 @@ def test_opcheck(dtype):
     x, weight, bias, _ = problem(2, 64, 128, dtype)
     w8, scale = quantise_int8(weight.float())
     torch.library.opcheck(OPS.sparse_linear.default, (x, weight, bias, 8, 16), {"token_shift": "mean"})
-    torch.library.opcheck(OPS.sparse_linear.default, (x, in_out(w8), bias, 8, 16), {"weight_scale": scale})
+    torch.library.opcheck(OPS.sparse_linear.default, (x, stored(w8, "in_out"), bias, 8, 16), {"weight_scale": scale})
     torch.library.opcheck(OPS.gather_linear.default, (x, weight, bias), {})
 
 

@@ -7,14 +7,14 @@ from cuda_cases import (
     E4M3,
     GPU_MARKS,
     HALVES,
-    linear_options,
+    assert_legal,
+    assert_same_bytes,
+    on_gpu,
     packed_layout,
-    poison,
     quantise_rows,
-    relative_error,
     strided,
 )
-from cuda_cases import stored as stored_as
+from linear_cases import linear_options, relative_error, selections, stored
 
 import nm_act
 from nm_act import NMPattern, reference
@@ -25,35 +25,9 @@ LIFTED = ("2:4+1", "2:4+1@1", "2:4+1@2", "2:4+1@3")
 EXTRAS = ((0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 3))
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    poison()
-
-
-def keywords(pattern: NMPattern) -> dict:
-    return {"n": pattern.keep, "m": pattern.group, "extra_columns": pattern.extra_columns}
-
-
-def selections(in_features: int) -> dict[str, dict]:
-    scale = torch.rand(in_features)
-    scale[0], scale[1], scale[-1] = 0.0, float("inf"), float("nan")
-    return {
-        "plain": {},
-        "channel scale": {"channel_scale": scale},
-        "static shift": {"shift": torch.randn(in_features)},
-        "mean": {"token_shift": "mean"},
-        "median": {"token_shift": "median"},
-    }
-
-
-def on_gpu(options: dict) -> dict:
-    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-
-
 def unpacked(packed: nm_act.Packed, pattern: NMPattern, in_features: int) -> torch.Tensor:
     """The pruned activation that a lifted operand holds; its metadata must be legal, padding included."""
-    nibbles = torch.stack([packed.metadata & 15, packed.metadata >> 4])
-    assert ((nibbles & 3) < (nibbles >> 2)).all()
+    assert_legal(packed.metadata)
     values, features = packed.values.cpu(), lifted_features(pattern, in_features)
     metadata = nm_act.unpack_metadata(packed.metadata.cpu(), values.shape[0], features, packed_layout(values.dtype))
     if values.dtype == E4M3:  # decompress takes no bytes: two zero bytes below each
@@ -72,16 +46,15 @@ def test_prune_equals_oracle(dtype, extra, tokens):
         x = hard_activations(tokens, in_features, dtype, seed=tokens)
         for options in selections(in_features).values():
             pruned = nm_act.prune(x.cuda(), NMPattern(2, 4, extra), **on_gpu(options))
-            expected = reference.prune(x, NMPattern(2, 4, extra), **options)
-            assert_same_bits(pruned.cpu(), expected, any_nan=True)
+            assert_same_bits(pruned.cpu(), reference.prune(x, NMPattern(2, 4, extra), **options), any_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prune_of_strided_inputs(dtype):
     x = hard_activations(33, 272, dtype)
-    expected = reference.prune(x, "2:4", extra_columns=(2,))
+    expected = reference.prune(x, "2:4+1@2")
     for view in strided(x.cuda()).values():
-        assert_same_bits(nm_act.prune(view, "2:4", extra_columns=(2,)).cpu(), expected, any_nan=True)
+        assert_same_bits(nm_act.prune(view, "2:4+1@2").cpu(), expected, any_nan=True)
 
 
 # ---- compress_packed ---------------------------------------------------------------------------------------------------
@@ -96,8 +69,8 @@ def test_lifted_operand_holds_the_pruned_activation(dtype, text, tokens, in_feat
     pattern = NMPattern(text)
     x = hard_activations(tokens, in_features, dtype, seed=tokens)
     for options in selections(in_features).values():
-        packed = nm_act.compress_packed(x.cuda(), **keywords(pattern), **on_gpu(options))
-        expected = reference.prune(x, **keywords(pattern), **options)
+        packed = nm_act.compress_packed(x.cuda(), pattern, **on_gpu(options))
+        expected = reference.prune(x, pattern, **options)
         assert_same_bits(unpacked(packed, pattern, in_features), expected, any_nan=True)
 
 
@@ -105,10 +78,9 @@ def test_lifted_operand_holds_the_pruned_activation(dtype, text, tokens, in_feat
 @pytest.mark.parametrize("fp8", [False, True])
 def test_packed_of_strided_inputs(text, fp8):
     pattern, x = NMPattern(text), torch.randn(33, 384, device="cuda").bfloat16()
-    expected = nm_act.compress_packed(x, **keywords(pattern), fp8=fp8)
-    for view in strided(x).values():
-        for actual, wanted in zip(nm_act.compress_packed(view, **keywords(pattern), fp8=fp8), expected, strict=True):
-            assert torch.equal(actual.view(torch.uint8), wanted.view(torch.uint8))
+    expected = nm_act.compress_packed(x, pattern, fp8=fp8)
+    for name, view in strided(x).items():
+        assert_same_bytes(nm_act.compress_packed(view, pattern, fp8=fp8), expected, name)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -122,8 +94,8 @@ def test_fp8_selects_before_it_quantises(dtype, text, tokens, in_features):
         x[1], x[2] = torch.randint(-2, 3, (in_features,)), 0.0
     for name in ("plain", "channel scale", "mean"):
         options = selections(in_features)[name]
-        packed = nm_act.compress_packed(x.cuda(), **keywords(pattern), fp8=True, **on_gpu(options))
-        values, scale = quantise_rows(reference.prune(x, **keywords(pattern), **options))
+        packed = nm_act.compress_packed(x.cuda(), pattern, fp8=True, **on_gpu(options))
+        values, scale = quantise_rows(reference.prune(x, pattern, **options))
         torch.testing.assert_close(packed.row_scale.cpu(), scale, rtol=2e-7, atol=0)
         actual = unpacked(packed, pattern, in_features).view(torch.uint8)
         # A pruned value is +0; a survivor that rounds to zero keeps its sign.
@@ -134,8 +106,8 @@ def test_fp8_selects_before_it_quantises(dtype, text, tokens, in_features):
 @pytest.mark.parametrize("fp8", [False, True])
 def test_variance_factor(text, fp8):
     pattern, x = NMPattern(text), (torch.randn(65, 1024) + 0.25).bfloat16()
-    packed = nm_act.compress_packed(x.cuda(), **keywords(pattern), fp8=fp8, variance_correction=True)
-    pruned = reference.prune(x, **keywords(pattern))
+    packed = nm_act.compress_packed(x.cuda(), pattern, fp8=fp8, variance_correction=True)
+    pruned = reference.prune(x, pattern)
     expected = reference.variance_ratio(x, pruned).squeeze(-1)
     if fp8:
         expected = expected * quantise_rows(pruned)[1].double()
@@ -146,9 +118,7 @@ def test_variance_factor(text, fp8):
 
 @pytest.mark.parametrize("text", LIFTED)
 def test_no_tokens(text):
-    packed = nm_act.compress_packed(
-        torch.zeros(0, 128, dtype=torch.bfloat16, device="cuda"), **keywords(NMPattern(text))
-    )
+    packed = nm_act.compress_packed(torch.zeros(0, 128, dtype=torch.bfloat16, device="cuda"), text)
     assert packed.values.shape == (0, lifted_features(text, 128) // 2)
 
 
@@ -158,12 +128,12 @@ def test_no_tokens(text):
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 def test_lifted_gemm(dtype, text, layout):
     pattern, x = NMPattern(text), torch.randn(300, 1024, device="cuda").to(dtype)
-    weight = stored_as(torch.randn(256, 1024, device="cuda").to(dtype), layout)
+    weight = stored(torch.randn(256, 1024, device="cuda").to(dtype), layout)
     lifted = nm_act.lift_weight(weight, pattern)
-    assert stored_as(lifted, layout).stride() == lifted.stride()
-    y = nm_act.sparse_gemm(nm_act.compress_packed(x, **keywords(pattern)), lifted)
-    exact = reference.sparse_linear(x, weight, **keywords(pattern))
-    torch_error = relative_error(nm_act.prune(x, **keywords(pattern)) @ weight.t(), exact)
+    assert stored(lifted, layout).stride() == lifted.stride()
+    y = nm_act.sparse_gemm(nm_act.compress_packed(x, pattern), lifted)
+    exact = reference.sparse_linear(x, weight, None, pattern)
+    torch_error = relative_error(nm_act.prune(x, pattern) @ weight.t(), exact)
     assert relative_error(y, exact) <= 2 * torch_error
 
 
@@ -173,9 +143,9 @@ def test_lifted_gemm_in_fp8(text):
         pytest.skip("e4m3 sparse GEMMs need sm_90")
     pattern, x = NMPattern(text), torch.randn(300, 1024, device="cuda").bfloat16()
     weight, scale = quantise_rows(torch.randn(256, 1024, device="cuda"))
-    packed = nm_act.compress_packed(x, **keywords(pattern), fp8=True)
+    packed = nm_act.compress_packed(x, pattern, fp8=True)
     y = nm_act.sparse_gemm(packed, nm_act.lift_weight(weight, pattern), column_scale=scale)
-    values, row_scale = quantise_rows(reference.prune(x, **keywords(pattern)))
+    values, row_scale = quantise_rows(reference.prune(x, pattern))
     exact = (values.double() * row_scale.double()[:, None]) @ (weight.double() * scale.double()[:, None]).t()
     assert relative_error(y, exact) < 6e-3
 
@@ -185,32 +155,32 @@ def test_lifted_gemm_in_fp8(text):
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 def test_sparse_linear_with_a_lifted_weight(text, tokens, layout):
     pattern, x = NMPattern(text), torch.randn(tokens, 512, device="cuda").bfloat16()
-    weight = stored_as(torch.randn(256, 512, device="cuda").bfloat16(), layout)
+    weight = stored(torch.randn(256, 512, device="cuda").bfloat16(), layout)
     lifted, bias = nm_act.lift_weight(weight, pattern), torch.randn(256, device="cuda").bfloat16()
-    path = nm_act.explain(x, weight, **keywords(pattern), lifted_weight=lifted).path
+    path = nm_act.explain(x, weight, pattern, lifted_weight=lifted).path
     decode = tokens == 3 and layout == "in_out"
     assert path == ("gather" if decode else "lifted" if tokens > 1024 else "dense")
     for options in linear_options(512, 256).values():
-        y = nm_act.sparse_linear(x, weight, bias, **keywords(pattern), lifted_weight=lifted, **options)
-        exact = reference.sparse_linear(x, weight, bias, **keywords(pattern), **options)
-        fallback = nm_act.sparse_linear(x, weight, bias, **keywords(pattern), **options)
+        y = nm_act.sparse_linear(x, weight, bias, pattern, lifted_weight=lifted, **options)
+        exact = reference.sparse_linear(x, weight, bias, pattern, **options)
+        fallback = nm_act.sparse_linear(x, weight, bias, pattern, **options)
         assert relative_error(y, exact) <= 2 * max(relative_error(fallback, exact), 2e-3)
 
 
 def test_the_weight_may_be_a_view_of_the_lifted_one():
     x = torch.randn(1100, 512, device="cuda").bfloat16()
     for layout in ("out_in", "in_out"):
-        lifted = nm_act.lift_weight(stored_as(torch.randn(256, 512, device="cuda").bfloat16(), layout), "2:4+1")
+        lifted = nm_act.lift_weight(stored(torch.randn(256, 512, device="cuda").bfloat16(), layout), "2:4+1")
         weight = lifted[:, :512]
         for rows in (x, x[:2]):
-            y = nm_act.sparse_linear(rows, weight, extra_columns=(0,), lifted_weight=lifted)
-            assert relative_error(y, reference.sparse_linear(rows, weight, extra_columns=(0,))) < 5e-3
+            y = nm_act.sparse_linear(rows, weight, pattern="2:4+1", lifted_weight=lifted)
+            assert relative_error(y, reference.sparse_linear(rows, weight, pattern="2:4+1")) < 5e-3
 
 
 def test_graph_replay():
     x = torch.randn(1100, 512, device="cuda").bfloat16()
     lifted = nm_act.lift_weight(torch.randn(256, 512, device="cuda").bfloat16(), "2:4+1")
-    call = lambda: nm_act.sparse_linear(x, lifted[:, :512], extra_columns=(0,), lifted_weight=lifted)  # noqa: E731
+    call = lambda: nm_act.sparse_linear(x, lifted[:, :512], pattern="2:4+1", lifted_weight=lifted)  # noqa: E731
     expected = call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -228,9 +198,9 @@ def test_small_operands(text, fp8):
     if fp8 and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("e4m3 sparse GEMMs need sm_90")
     pattern, x = NMPattern(text), torch.randn(33, 384, device="cuda").bfloat16()
-    pruned = nm_act.prune(x, **keywords(pattern))
-    assert_same_bits(pruned.cpu(), reference.prune(x.cpu(), **keywords(pattern)))
-    packed = nm_act.compress_packed(x, **keywords(pattern), fp8=fp8)
+    pruned = nm_act.prune(x, pattern)
+    assert_same_bits(pruned.cpu(), reference.prune(x.cpu(), pattern))
+    packed = nm_act.compress_packed(x, pattern, fp8=fp8)
     weight = torch.randn(48, 384, device="cuda").to(packed.values.dtype)
     y = nm_act.sparse_gemm(packed, nm_act.lift_weight(weight, pattern))
     exact = pruned.double() @ weight.double().t()
