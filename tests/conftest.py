@@ -36,6 +36,18 @@ def hard_activations(tokens: int, in_features: int, dtype: torch.dtype, seed: in
     return x
 
 
+def one_and_two_threads(call):
+    """What a call gives with one thread, and with two."""
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(call())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny checkpoint, saved."""

@@ -106,12 +106,8 @@ def test_the_dtype_of_x_changes_nothing():
 
 
 def test_the_old_operator_names_the_new_way():
-    with (
-        pytest.warns(
-            DeprecationWarning, match=r"use nm_act.sparse_linear\(x, weight, bias, weight_scale=weight_scale, "
-        ),
-        pytest.raises(NotImplementedError, match="CUDA"),
-    ):
+    sentence = r"use nm_act.sparse_linear\(x, weight, bias, weight_scale=weight_scale, "
+    with pytest.warns(DeprecationWarning, match=sentence), pytest.raises(NotImplementedError, match="CUDA"):
         nm_act.sparse_linear_fp8(X, W8, SCALE)
     assert not hasattr(torch.ops.nm_act, "sparse_linear_fp8")
 
@@ -121,7 +117,7 @@ def test_the_old_operator_names_the_new_way():
     [
         (1, W8, {}, "sparse", "fp8 tensor cores"),
         (4096, W8, {}, "sparse", "fp8 tensor cores"),
-        (4096, W8, {"n": 8, "m": 16}, "dense", "e4m3 activations need 2:4"),
+        (4096, W8, {"pattern": "8:16"}, "dense", "e4m3 activations need 2:4"),
         (4096, W8.t().contiguous().t(), {}, "dense", "stored [out, in]"),
         (4096, W8[:8], {}, "dense", "out_features by 16"),
         (4096, W8, {"compute_capability": 8}, "dense", "compute capability 9.0"),
@@ -129,9 +125,7 @@ def test_the_old_operator_names_the_new_way():
     ],
 )
 def test_explain_e4m3_activations(tokens, weight, options, path, why):
-    options = {"activation_dtype": E4M3, **options}
-    found = nm_act.explain(
-        torch.empty(tokens, 64, dtype=torch.bfloat16, device="meta"), weight, device="cuda", **options
-    )
+    x = torch.empty(tokens, 64, dtype=torch.bfloat16, device="meta")
+    found = nm_act.explain(x, weight, device="cuda", **{"activation_dtype": E4M3, **options})
     assert found.path == path
     assert why in found.why

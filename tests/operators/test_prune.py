@@ -6,29 +6,13 @@ import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, PATTERNS, assert_same_bits, hard_activations
+from conftest import DTYPES, PATTERNS, assert_same_bits, hard_activations, one_and_two_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_cases import selections
 
 import nm_act
 from nm_act import reference
-
-
-def selections(in_features: int) -> dict[str, dict]:
-    generator = torch.Generator().manual_seed(1)
-    odd = torch.tensor([0.0, float("inf"), float("nan"), -1.0]).repeat(in_features // 4)
-    return {
-        "plain": {},
-        "scale": {"channel_scale": torch.rand(in_features, generator=generator)},
-        "odd scale": {"channel_scale": odd},
-        "shift": {"shift": torch.randn(in_features, generator=generator)},
-        "mean": {"token_shift": "mean"},
-        "median": {"token_shift": "median"},
-        "scale and median": {
-            "channel_scale": torch.rand(in_features, generator=generator),
-            "token_shift": "median",
-        },
-    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -36,7 +20,12 @@ def selections(in_features: int) -> dict[str, dict]:
 @pytest.mark.parametrize("in_features", [32, 96, 544, 4096])
 def test_equals_oracle_bit_for_bit(dtype, n, m, in_features):
     x = hard_activations(7, in_features, dtype)
-    for name, options in selections(in_features).items():
+    cases = selections(in_features)
+    odd = torch.tensor([0.0, float("inf"), float("nan"), -1.0]).repeat(in_features // 4)
+    scale = torch.rand(in_features)
+    cases |= {"scale": {"channel_scale": scale}, "odd scale": {"channel_scale": odd}}
+    cases |= {"scale and median": {"channel_scale": scale, "token_shift": "median"}}
+    for name, options in cases.items():
         actual = nm_act.prune(x, f"{n}:{m}", **options)
         # A shift computes new values, so there a NaN's payload is not defined.
         shifts = "shift" in options or "token_shift" in options
@@ -114,14 +103,8 @@ def test_empty(shape):
 
 
 def test_threads_do_not_change_the_bits():
-    x, threads = hard_activations(301, 512, torch.bfloat16), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = nm_act.prune(x, "8:16", token_shift="mean")
-        torch.set_num_threads(2)
-        assert_same_bits(nm_act.prune(x, "8:16", token_shift="mean"), alone, any_nan=True)
-    finally:
-        torch.set_num_threads(threads)
+    x = hard_activations(301, 512, torch.bfloat16)
+    assert_same_bits(*one_and_two_threads(lambda: nm_act.prune(x, "8:16", token_shift="mean")), any_nan=True)
 
 
 X = torch.zeros(2, 32)
@@ -153,31 +136,17 @@ def test_error_sentences(error, sentence, call):
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("operator", "name", "expected", "got", "call"),
     [
-        (
-            lambda x: nm_act.prune(x.numpy(), "2:4"),
-            "nm_act::prune expected x of type torch.Tensor, got ndarray; convert it first",
-        ),
-        (
-            lambda x: nm_act.prune(x, "2:4", token_shift=3),
-            "nm_act::prune expected token_shift of type str, got int; convert it first",
-        ),
-        (
-            lambda x: nm_act.compress([[1.0] * 4]),
-            "nm_act::compress expected x of type torch.Tensor, got list; convert it first",
-        ),
-        (
-            lambda x: nm_act.sparse_linear(x, x, pattern="2:4", channel_scale=[1.0]),
-            "nm_act::sparse_linear expected channel_scale of type torch.Tensor, got list; convert it first",
-        ),
-        (
-            lambda x: nm_act.sparse_linear(x, x.numpy()),
-            "nm_act::sparse_linear expected weight of type torch.Tensor, got ndarray; convert it first",
-        ),
+        ("prune", "x", "torch.Tensor", "ndarray", lambda x: nm_act.prune(x.numpy(), "2:4")),
+        ("prune", "token_shift", "str", "int", lambda x: nm_act.prune(x, "2:4", token_shift=3)),
+        ("compress", "x", "torch.Tensor", "list", lambda x: nm_act.compress([[1.0] * 4])),
+        ("sparse_linear", "channel_scale", "torch.Tensor", "list", lambda x: nm_act.sparse_linear(x, x, channel_scale=[1.0])),
+        ("sparse_linear", "weight", "torch.Tensor", "ndarray", lambda x: nm_act.sparse_linear(x, x.numpy())),
     ],
-)
-def test_arguments_of_another_kind_are_our_sentence(call, message):
+)  # fmt: skip
+def test_arguments_of_another_kind_are_our_sentence(operator, name, expected, got, call):
     with pytest.raises(TypeError) as caught:
         call(torch.randn(4, 16))
-    assert str(caught.value).startswith(message)
+    sentence = f"nm_act::{operator} expected {name} of type {expected}, got {got}; convert it first"
+    assert str(caught.value).startswith(sentence)

@@ -6,41 +6,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, PATTERNS, hard_activations
+from conftest import DTYPES, PATTERNS, hard_activations, one_and_two_threads
+from linear_cases import linear_options, relative_error, stored
 
 import nm_act
 from nm_act import reference
 
 LAYOUTS = ("out_in", "in_out")
-
-
-def stored(weight: torch.Tensor, layout: str) -> torch.Tensor:
-    return weight if layout == "out_in" else weight.t().contiguous().t()
-
-
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    assert not actual.isnan().any()
-    return ((actual.double() - exact).norm() / exact.norm()).item()
-
-
-def options_of(in_features: int, out_features: int) -> dict[str, dict]:
-    weight_free = torch.Generator().manual_seed(3)
-    vector = lambda size: torch.randn(size, generator=weight_free)  # noqa: E731
-    return {
-        "plain": {},
-        "channel scale": {"channel_scale": vector(in_features).abs()},
-        "static shift": {"shift": vector(in_features)},
-        "mean": {"token_shift": "mean"},
-        "median": {"token_shift": "median"},
-        "variance": {"variance_correction": True},
-        "column scale": {"column_scale": 1 + 0.1 * vector(out_features)},
-        "all": {
-            "channel_scale": vector(in_features).abs(),
-            "token_shift": "median",
-            "variance_correction": True,
-            "column_scale": 1 + 0.1 * vector(out_features),
-        },
-    }
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,12 +38,11 @@ def test_every_option_against_the_oracle(dtype, layout, tokens):
     in_features, out_features = 256, 96
     x = (torch.randn(tokens, in_features) + 0.5).to(dtype)
     weight, bias = torch.randn(out_features, in_features).to(dtype), torch.randn(out_features).to(dtype)
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    for name, options in options_of(in_features, out_features).items():
+    for name, options in linear_options(in_features, out_features, "cpu").items():
         exact = reference.sparse_linear(x, weight, bias, "8:16", **options)
         y = nm_act.sparse_linear(x, stored(weight, layout), bias, "8:16", **options)
         assert y.dtype == dtype
-        assert relative_error(y, exact) < tolerance, name
+        assert relative_error(y, exact) < LIMITS[dtype], name
 
 
 # 32 survivors of 64, each 250 times 10: the product is 80 000, beyond float16's 65 504; the scaled result is not.
@@ -100,14 +72,8 @@ def test_a_float16_row_scale_comes_before_the_rounding(tokens, layout):
     weight[:, ::2] = 10.0
     y = nm_act.sparse_linear(x.half(), stored(weight.half(), layout), pattern="8:16", variance_correction=True)
     assert y.isinf().all()  # 1.996 x 80 000: infinite however it is computed, and never NaN
-    small = nm_act.sparse_linear(
-        x.half(),
-        stored(weight.half(), layout),
-        n=8,
-        m=16,
-        variance_correction=True,
-        column_scale=torch.full((16,), 0.25),
-    )
+    options = {"variance_correction": True, "column_scale": torch.full((16,), 0.25)}
+    small = nm_act.sparse_linear(x.half(), stored(weight.half(), layout), pattern="8:16", **options)
     torch.testing.assert_close(small, torch.full((tokens, 16), 39_920.0).half(), rtol=1e-3, atol=0.0)
 
 
@@ -137,9 +103,8 @@ class TestIdentities:
     def test_variance_correction_restores_the_variance(self):
         identity = torch.eye(64)
         corrected = nm_act.sparse_linear(self.x, identity, pattern="2:4", variance_correction=True)
-        torch.testing.assert_close(
-            corrected.var(-1, unbiased=False), self.x.var(-1, unbiased=False), rtol=1e-5, atol=1e-5
-        )
+        variances = [values.var(-1, correction=0) for values in (corrected, self.x)]
+        torch.testing.assert_close(*variances, rtol=1e-5, atol=1e-5)
 
     def test_any_2_4_mask_is_an_8_16_mask(self):
         energy = lambda p: p.unflatten(-1, (-1, 16)).square().sum(-1)  # noqa: E731
@@ -156,9 +121,7 @@ EXTREME_TOKENS = {
     "squares underflow float32": lambda noise: noise * 1e-23,
     "mean of 1e6 spreads": lambda noise: noise + 1e6,
     "one unit in the last place": lambda noise: 1 + (noise > 0) * 2.0**-23,
-    "one feature differs": lambda noise: torch.full_like(noise, 0.1).index_fill_(
-        1, torch.tensor([noise.shape[1] - 1]), 0.1000001
-    ),
+    "one feature differs": lambda noise: F.pad(torch.full_like(noise[:, 1:], 0.1), (0, 1), value=0.1000001),
 }
 
 
@@ -199,14 +162,13 @@ def quantised(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
 def test_eight_bit_weights(dtype, layout, weight_dtype):
     values, scale = quantised(torch.randn(96, 256), weight_dtype)
     weight, bias = stored(values, layout), torch.randn(96).to(dtype)
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     for tokens in (1, 3, 9):
         x = (torch.randn(tokens, 256) + 0.5).to(dtype)
-        for name, options in options_of(256, 96).items():
+        for name, options in linear_options(256, 96, "cpu").items():
             exact = reference.sparse_linear(x, values, bias, "8:16", weight_scale=scale, **options)
             y = nm_act.sparse_linear(x, weight, bias, "8:16", weight_scale=scale, **options)
             assert y.dtype == dtype
-            assert relative_error(y, exact) < tolerance, name
+            assert relative_error(y, exact) < LIMITS[dtype], name
     assert nm_act.sparse_linear(x[:0], weight, weight_scale=scale).shape == (0, 96)
 
 
@@ -214,9 +176,8 @@ def test_weight_rows_may_be_padded():
     wide = torch.randn(64, 100)
     weight = wide[:, :40].t()  # stored [in, out] with a row stride of 100
     x = torch.randn(1, 64)
-    torch.testing.assert_close(
-        nm_act.sparse_linear(x, weight).double(), reference.sparse_linear(x, weight), rtol=1e-5, atol=1e-5
-    )
+    y = nm_act.sparse_linear(x, weight)
+    torch.testing.assert_close(y.double(), reference.sparse_linear(x, weight), rtol=1e-5, atol=1e-5)
 
 
 def test_pruned_rows_are_not_read():
@@ -231,15 +192,8 @@ def test_pruned_rows_are_not_read():
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_whatever_the_threads(tokens, dtype):
-    x, threads = torch.randn(tokens, 512).to(dtype), torch.get_num_threads()
-    weight = stored(torch.randn(4001, 512).to(dtype), "in_out")
-    try:
-        torch.set_num_threads(1)
-        alone = nm_act.sparse_linear(x, weight, pattern="8:16")
-        torch.set_num_threads(2)
-        assert torch.equal(nm_act.sparse_linear(x, weight, pattern="8:16"), alone)
-    finally:
-        torch.set_num_threads(threads)
+    x, weight = torch.randn(tokens, 512).to(dtype), stored(torch.randn(4001, 512).to(dtype), "in_out")
+    assert torch.equal(*one_and_two_threads(lambda: nm_act.sparse_linear(x, weight, pattern="8:16")))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 6])
@@ -285,11 +239,7 @@ def test_opcheck(dtype):
         (OPS.prune, (x, 8, 16), {"token_shift": "median"}),
         (OPS.compress, (x,), {"shift": vector}),
         (OPS.decompress, (values, metadata), {}),
-        (
-            OPS.sparse_linear,
-            (x, weight, out.to(dtype), 8, 16),
-            {"column_scale": out, "variance_correction": True},
-        ),
+        (OPS.sparse_linear, (x, weight, out.to(dtype), 8, 16), {"column_scale": out, "variance_correction": True}),
         (OPS.sparse_linear, (x, weight), {"token_shift": "mean"}),
         (OPS.sparse_linear, (x, weight.to(torch.int8)), {"weight_scale": out}),
         (OPS.gather_linear, (x, weight), {}),
@@ -298,21 +248,13 @@ def test_opcheck(dtype):
         torch.library.opcheck(op.default, arguments, options)
 
 
-def test_compile_fullgraph_one_graph_for_any_batch():
-    weight, graphs = stored(torch.randn(16, 32), "in_out"), []
+def test_compile_fullgraph_one_graph_for_any_batch(graphs):
+    weight = stored(torch.randn(16, 32), "in_out")
 
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph
-
-    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    @torch.compile(fullgraph=True, dynamic=True, backend=graphs.backend)
     def block(x):
-        values, metadata = nm_act.compress(x)
-        return (
-            nm_act.sparse_linear(x, weight, pattern="8:16"),
-            nm_act.prune(x, "2:4"),
-            nm_act.decompress(values, metadata),
-        )
+        decompressed = nm_act.decompress(*nm_act.compress(x))
+        return nm_act.sparse_linear(x, weight, pattern="8:16"), nm_act.prune(x, "2:4"), decompressed
 
     for tokens in (2, 3, 5, 17, 64):
         x = torch.randn(tokens, 32)
@@ -325,13 +267,11 @@ def test_compile_fullgraph_one_graph_for_any_batch():
 @pytest.mark.slow
 def test_compile_with_inductor():
     weight = stored(torch.randn(16, 32), "in_out")
-    compiled = torch.compile(
-        lambda x: nm_act.sparse_linear(torch.relu(x), weight, pattern="8:16") * 2, fullgraph=True, dynamic=True
-    )
+    function = lambda x: nm_act.sparse_linear(torch.relu(x), weight, pattern="8:16") * 2  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
     for tokens in (2, 9):
         x = torch.randn(tokens, 32)
-        expected = nm_act.sparse_linear(torch.relu(x), weight, pattern="8:16") * 2
-        torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(compiled(x), function(x))
 
 
 X, W, B = torch.zeros(2, 32), torch.zeros(8, 32), torch.zeros(8)

@@ -10,6 +10,7 @@ import torch
 from conftest import DTYPES, assert_same_bits, hard_activations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_cases import selections, stored
 
 import nm_act
 from nm_act import NMPattern, reference
@@ -98,19 +99,12 @@ def test_more_windows_keep_more():
 
 
 # ---- prune -------------------------------------------------------------------------------------------------------------
-def selections(in_features: int) -> list[dict]:
-    scale = torch.rand(in_features)
-    scale[0], scale[1], scale[-1] = 0.0, float("inf"), float("nan")
-    shift = torch.randn(in_features)
-    return [{}, {"channel_scale": scale}, {"shift": shift}, {"token_shift": "mean"}, {"token_shift": "median"}]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("in_features", [16, 48, 544, 1024])
 def test_prune_equals_oracle_bit_for_bit(dtype, extra, in_features):
     x = hard_activations(7, in_features, dtype)
-    for options in selections(in_features):
+    for options in selections(in_features).values():
         actual = nm_act.prune(x, NMPattern(2, 4, extra), **options)
         expected = reference.prune(x, NMPattern(2, 4, extra), **options)
         assert_same_bits(actual, expected, any_nan="shift" in options or "token_shift" in options)
@@ -137,7 +131,7 @@ def test_property_ties_and_special_values(values, extra, dtype):
 @pytest.mark.parametrize("layout", ["in_out", "out_in"])
 def test_sparse_linear_equals_oracle(dtype, tokens, extra, layout):
     x, weight, bias = torch.randn(tokens, 96).to(dtype), torch.randn(40, 96).to(dtype), torch.randn(40).to(dtype)
-    weight = weight.t().contiguous().t() if layout == "in_out" else weight
+    weight = stored(weight, layout)
     for options in ({}, {"token_shift": "mean", "variance_correction": True}):
         y = nm_act.sparse_linear(x, weight, bias, pattern=NMPattern(2, 4, extra), **options)
         exact = reference.sparse_linear(x, weight, bias, pattern=NMPattern(2, 4, extra), **options)
@@ -179,9 +173,8 @@ def test_no_other_pattern_is_lifted(text):
     with pytest.raises(ValueError, match=re.escape(f"expected 2:4+1, got {pattern}")):
         nm_act.lift_weight(W, pattern)
     for call in (nm_act.sparse_linear, nm_act.explain):
-        with pytest.raises(
-            ValueError, match=r"expected lifted_weight with 2:4\+1 only, got it with " + re.escape(text[:5])
-        ):
+        sentence = f"expected lifted_weight with 2:4+1 only, got it with {text[:5]}"
+        with pytest.raises(ValueError, match=re.escape(sentence)):
             call(X, W, pattern=pattern, lifted_weight=W)
 
 
@@ -189,8 +182,7 @@ def test_no_other_pattern_is_lifted(text):
 @pytest.mark.parametrize("layout", ["in_out", "out_in"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 def test_lift_weight_repeats_columns_and_keeps_the_storage(text, layout, dtype):
-    weight = torch.randn(24, 64).to(dtype)
-    weight = weight.t().contiguous().t() if layout == "in_out" else weight
+    weight = stored(torch.randn(24, 64).to(dtype), layout)
     lifted = nm_act.lift_weight(weight, text)
     assert lifted.dtype == dtype
     assert lifted.shape == (24, lifted_features(text, 64)) == (24, 80)
