@@ -23,18 +23,23 @@ LAYOUTS = ("in_out", "out_in")
 SHIFTS = ("none", "mean", "median", "static", "static given", "mean given")
 
 
-def tensors(shift, *, tokens=(2, 3), layout="in_out", dtype=torch.float32, seed=0):
+def kind_of(shift):
+    """The operator's token_shift in a case of SHIFTS."""
+    return "none" if "static" in shift else shift.split()[0]
+
+
+def tensors(shift, *, tokens=(2, 3), layout="in_out", dtype=torch.float32, out=OUT):
     """Operands of sparse_linear; one token has a single value that is not 0."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     draw = lambda *size: torch.randn(size, generator=generator)  # noqa: E731
     x = draw(*tokens, IN)
     x.view(-1, IN)[0] = torch.where(torch.arange(IN) == 5, 1.5, 0.0)
-    weight = draw(IN, OUT).t() if layout == "in_out" else draw(OUT, IN)
-    named = {"x": x, "weight": weight, "bias": draw(OUT), "column_scale": draw(OUT)}
+    weight = draw(IN, out).t() if layout == "in_out" else draw(out, IN)
+    named = {"x": x, "weight": weight, "bias": draw(out), "column_scale": draw(out)}
     if "static" in shift:
         named["shift"] = draw(IN)
     if "given" in shift:
-        named["shift_out"] = draw(OUT)
+        named["shift_out"] = draw(out)
     return {name: value.to(dtype).requires_grad_() for name, value in named.items()}
 
 
@@ -76,10 +81,13 @@ def operator(named, pattern, token_shift, variance_correction, scale=None, **opt
     )
 
 
+def loss_of(y):
+    """Not linear in y."""
+    return (y * y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).cos().view(y.shape)).sum()
+
+
 def gradients(y, named):
-    """Of a loss that is not linear in y."""
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).cos().view(y.shape)
-    return dict(zip(named, torch.autograd.grad((y * y * weights).sum(), list(named.values())), strict=True))
+    return dict(zip(named, torch.autograd.grad(loss_of(y), list(named.values())), strict=True))
 
 
 def assert_near(actual, expected, limit, what=""):
@@ -96,7 +104,7 @@ def in_float64(named):
 @pytest.mark.parametrize("variance_correction", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_gradient_of_every_argument_equals_the_formula_in_float64(pattern, variance_correction, shift):
-    pattern, token_shift = NMPattern(pattern), shift.split()[0] if "static" not in shift else "none"
+    pattern, token_shift = NMPattern(pattern), kind_of(shift)
     scales = (None, torch.rand(IN, generator=torch.Generator().manual_seed(1)))
     for layout, tokens, scale in itertools.product(LAYOUTS, ((1, 1), (2, 3), (2, 10)), scales):
         named = tensors(shift, tokens=tokens, layout=layout)
@@ -112,14 +120,13 @@ def test_gradient_of_every_argument_equals_the_formula_in_float64(pattern, varia
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shift", ["none", "mean", "static"])
 def test_gradient_in_16_bits(dtype, shift):
-    token_shift = shift if shift == "mean" else "none"
+    token_shift = kind_of(shift)
     named = tensors(shift, tokens=(2, 10), dtype=dtype)
     exact = in_float64(named)
     z = reference.shifted(named["x"].detach(), named.get("shift"), token_shift)
-    assert torch.equal(  # of unrounded Z the formula would choose others
-        reference.selection_mask(z, NMPattern("2:4")),
-        reference.selection_mask(reference.shifted(exact["x"], exact.get("shift"), token_shift), NMPattern("2:4")),
-    )
+    unrounded = reference.shifted(exact["x"], exact.get("shift"), token_shift)
+    masks = [reference.selection_mask(each, NMPattern("2:4")) for each in (z, unrounded)]
+    assert torch.equal(*masks)  # or the formula would choose others
     expected = gradients(formula(exact, NMPattern("2:4"), token_shift, True), exact)
     actual = gradients(operator(named, NMPattern("2:4"), token_shift, True), named)
     for name, gradient in actual.items():
@@ -141,18 +148,16 @@ def test_a_gradient_by_hand():
 @pytest.mark.parametrize("variance_correction", [False, True])
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_gradcheck_of_the_composed_form_in_float64(shift, variance_correction, pattern):
-    named = in_float64(tensors(shift, tokens=(2, 1)))
+    named = in_float64(tensors(shift, tokens=(2, 1), out=4))
     with torch.no_grad():  # a step of gradcheck must not move a survivor: no ties
         named["x"].add_(torch.linspace(0.1, 0.9, IN).double().square())
     pattern = TopKPattern(50) if pattern == "50%" else NMPattern(pattern)
-    token_shift = shift.split()[0] if "static" not in shift else "none"
+    options = {"token_shift": kind_of(shift), "variance_correction": variance_correction}
 
     def function(*values):
         given = dict(zip(named, values, strict=True))
-        positional = (given.pop("x"), given.pop("weight"), given.pop("bias"), pattern)
-        return composed.sparse_linear(
-            *positional, token_shift=token_shift, variance_correction=variance_correction, **given
-        )
+        x, weight, bias = (given.pop(name) for name in ("x", "weight", "bias"))
+        return composed.sparse_linear(x, weight, bias, pattern, **options, **given)
 
     assert torch.autograd.gradcheck(function, tuple(named.values()), check_forward_ad=True)
 
@@ -215,11 +220,10 @@ def test_variance_correction_of_a_constant_token_has_a_finite_gradient(value):
 def test_values_are_the_same_bits_with_and_without_a_gradient(tokens, dtype):
     for shift, layout in itertools.product(SHIFTS, LAYOUTS):
         named = tensors(shift, tokens=tokens, layout=layout, dtype=dtype)
-        token_shift = shift.split()[0] if "static" not in shift else "none"
-        y = operator(named, NMPattern("2:4"), token_shift, True)
+        y = operator(named, NMPattern("2:4"), kind_of(shift), True)
         assert y.requires_grad
         with torch.no_grad():
-            assert_same_bits(y.detach(), operator(named, NMPattern("2:4"), token_shift, True))
+            assert_same_bits(y.detach(), operator(named, NMPattern("2:4"), kind_of(shift), True))
 
 
 def test_only_what_is_needed_is_multiplied():
@@ -243,9 +247,9 @@ def test_what_is_kept_is_x_and_the_weight():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda kept: kept):
         operator(named, NMPattern("8:16"), "mean", True)
-    assert sorted(map(torch.Tensor.data_ptr, kept)) == sorted(
-        named[name].data_ptr() for name in ("x", "weight", "column_scale")
-    )
+    expected = [named[name] for name in ("x", "weight", "column_scale")]
+    assert {each.data_ptr() for each in kept} == {each.data_ptr() for each in expected}
+    assert len(kept) == 3
 
 
 def test_gradients_that_are_not_contiguous_and_inputs_of_any_rank():
@@ -272,9 +276,7 @@ def test_checkpointing_gives_the_same_gradient(use_reentrant):
     def function(*values):
         return operator(dict(zip(named, values, strict=True)), NMPattern("8:16"), "mean", True)
 
-    y = checkpoint(function, *named.values(), use_reentrant=use_reentrant)
-    weights = torch.linspace(-1, 1, y.numel()).cos().view(y.shape)
-    (y * y * weights).sum().backward()
+    loss_of(checkpoint(function, *named.values(), use_reentrant=use_reentrant)).backward()
     for name, leaf in named.items():
         assert torch.equal(leaf.grad, expected[name])
 
@@ -284,9 +286,7 @@ def test_a_backward_pass_under_autocast_keeps_float32(backward_inside):
     named = tensors("none")
     expected = gradients(operator(named, NMPattern("2:4"), "none", False), named)
     with torch.autocast("cpu", torch.bfloat16):
-        y = operator(named, NMPattern("2:4"), "none", False)
-        weights = torch.linspace(-1, 1, y.numel()).cos().view(y.shape)
-        loss = (y * y * weights).sum()
+        loss = loss_of(operator(named, NMPattern("2:4"), "none", False))
         if backward_inside:
             loss.backward()
     if not backward_inside:
@@ -297,8 +297,7 @@ def test_a_backward_pass_under_autocast_keeps_float32(backward_inside):
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_second_derivatives(shift):
-    token_shift = shift.split()[0] if "static" not in shift else "none"
-    named = tensors(shift, tokens=(2, 10))
+    named, token_shift = tensors(shift, tokens=(2, 10)), kind_of(shift)
     with torch.no_grad():
         named["x"].view(-1, IN)[0] = torch.randn(IN, generator=torch.Generator().manual_seed(5))
     exact = in_float64(named)
@@ -376,10 +375,9 @@ def test_derivatives_of_torch_func_agree_with_backward(name, problem):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own: it calls the operator once per sample
         assert_near(torch.vmap(torch.func.grad(loss))(x), expected, 1e-5)
-        torch.testing.assert_close(torch.vmap(lambda x: FUNCTIONS[name](x, weight))(x), FUNCTIONS[name](x, weight))
-        rows, columns = (
-            mode(lambda x: FUNCTIONS[name](x, weight))(x[0]) for mode in (torch.func.jacrev, torch.func.jacfwd)
-        )
+        function = lambda x: FUNCTIONS[name](x, weight)  # noqa: E731
+        torch.testing.assert_close(torch.vmap(function)(x), function(x))
+        rows, columns = (mode(function)(x[0]) for mode in (torch.func.jacrev, torch.func.jacfwd))
     assert rows.abs().sum() > 0
     torch.testing.assert_close(rows, columns, rtol=1e-4, atol=1e-5)
 
