@@ -1,10 +1,36 @@
 """Shared by all tests: the dtypes, a bit comparison, and poisoned inputs that exercise the selection contract."""
 
+import importlib.util
+
+import compilers
 import pytest
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = ((1, 2), (2, 4), (4, 8), (8, 16), (16, 32), (1, 4), (3, 16), (31, 32))
+
+
+def needs(package: str) -> pytest.MarkDecorator:
+    """Skips a test where the package is not installed, without importing it."""
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+def _compiles(item) -> bool:
+    return hasattr(getattr(item, "module", None), "start_compilers") and item.get_closest_marker("slow") is not None
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=_compiles)
+
+
+def pytest_runtestloop(session):
+    if not session.config.option.collectonly:
+        for module in dict.fromkeys(item.module for item in session.items if _compiles(item)):
+            module.start_compilers()
+
+
+def pytest_sessionfinish():
+    compilers.stop()
 
 
 def assert_same_bits(actual, expected, *, any_nan: bool = False, what: str = "") -> None:

@@ -1,5 +1,6 @@
 """A few random layers of every family that optimize() knows, and of one that it does not: dense, sparse, compared."""
 
+import pytest
 import torch
 
 import nm_act
@@ -20,9 +21,9 @@ KNOWN = ("llama", "qwen2", "qwen3", "gemma3")
 IDS = torch.arange(3, 27).view(2, 12)
 
 
-def family(name: str, **changes):
-    """A model in evaluation mode, float32, the same at every call."""
-    import transformers
+def family(name: str = "llama", *, std: float | None = None, **changes):
+    """A model in evaluation mode, float32, the same at every call; matrices of this std show every method in the logits."""
+    transformers = pytest.importorskip("transformers")
 
     prefix = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3", "phi3": "Phi3"}[name]
     sizes = {**SIZES, **changes}
@@ -39,6 +40,8 @@ def family(name: str, **changes):
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
+            elif std is not None:
+                parameter.normal_(std=std)
     return model.eval()
 
 

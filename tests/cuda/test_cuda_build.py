@@ -1,13 +1,12 @@
 """CUDA sources compile without a device: no spills in hot kernels, sparse tensor-core instructions where they belong."""
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import compilers
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +62,7 @@ CASES = {
         for number, flags in ((80, SM80), (90, SM90))
     },
 }
-"""Name -> source (its file, or its text) and flags. The slowest come first: all are compiled side by side while the tests take them in turn."""
+"""Name -> source (its file, or its text) and flags. The slowest come first: all are compiled beside the tests."""
 
 
 def compile_kernels(source: str, folder: Path, *flags: str) -> tuple[str, str]:
@@ -76,23 +75,23 @@ def compile_kernels(source: str, folder: Path, *flags: str) -> tuple[str, str]:
     if "\n" in source:
         file.write_text(source)
     command = [NVCC, *common, *includes, *flags, "-cubin", "-o", folder / "out.cubin", file]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    result = compilers.run(*command)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stderr, "".join(path.read_text(errors="replace") for path in folder.glob("*.ptx"))
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+JOBS = {}
+
+
+def start_compilers() -> None:
+    for name, (source, flags) in CASES.items() if NVCC and CUTLASS else ():
+        JOBS[name] = compilers.submit(compile_kernels, source, compilers.FOLDER / name, flags)
+
+
+@pytest.fixture
+def compiled():
     """Name of a case -> ptxas's report and the PTX, once its compiler is done."""
-    folder = tmp_path_factory.mktemp("cuda")
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        jobs = {
-            name: pool.submit(compile_kernels, source, folder / name, *flags)
-            for name, (source, *flags) in CASES.items()
-        }
-        yield lambda name: jobs[name].result()
-        for job in jobs.values():
-            job.cancel()
+    return lambda name: JOBS[name].result()
 
 
 def assert_no_spills(report: str, kernels: str = "") -> None:

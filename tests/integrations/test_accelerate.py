@@ -1,20 +1,16 @@
 """accelerate: a saved checkpoint placed by device_map, weights kept in memory and on disk."""
 
-import importlib.util
-
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
 import tp_cases  # noqa: E402
+from conftest import needs  # noqa: E402
 
 from nm_act import NMLinear, Recipe, Rule  # noqa: E402
 
-pytestmark = [
-    pytest.mark.contract,
-    pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed"),
-]
+pytestmark = [pytest.mark.contract, needs("accelerate")]
 
 RECIPES = {
     "act": Recipe("8:16"),

@@ -1,11 +1,12 @@
 """Weights that change under a layer: whatever derives from one follows, by every way to change it, for every recipe."""
 
 import copy
-import importlib.util
 import pickle
 
 import pytest
 import torch
+from conftest import needs
+from tiny_families import family, logits, sparse, sparse_layers
 from torch import nn
 from weight_cases import SIZES, SPECS, X
 from weight_cases import check_follows as _check
@@ -14,6 +15,8 @@ from weight_cases import random_data as _data
 from weight_cases import sparse_layer as _layer
 
 from nm_act import NMLinear, Recipe, deoptimize, optimize, sparsify
+
+OTHER = _dense(1).weight.detach() * 2
 
 
 def _in_place(layer, weight):
@@ -29,14 +32,13 @@ def _data_set(layer, weight):
     layer.weight.data = weight.clone()
 
 
-def _data_of_parameters(layer, weight):
+def _data_of_parameters(layer, weight, tell=NMLinear.eval):
     next(iter(layer.parameters())).data.copy_(weight)
-    layer.eval()
+    tell(layer)
 
 
 def _data_of_parameters_then_refresh(layer, weight):
-    next(iter(layer.parameters())).data.copy_(weight)
-    layer.refresh()
+    _data_of_parameters(layer, weight, NMLinear.refresh)
 
 
 def _parameter(layer, weight):
@@ -44,33 +46,25 @@ def _parameter(layer, weight):
 
 
 def _optimizer(layer, weight):
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-    next(iter(layer.parameters())).grad = (next(iter(layer.parameters())) - weight).detach()
-    optimizer.step()
+    parameter = next(iter(layer.parameters()))
+    parameter.grad = (parameter - weight).detach()
+    torch.optim.SGD([parameter], lr=1.0).step()
 
 
 def _set_module_tensor(layer, weight):
     utils = pytest.importorskip("accelerate.utils")
-    utils.set_module_tensor_to_device(layer, "weight", "cpu", value=weight)
+    utils.set_module_tensor_to_device(layer, "weight", "cpu", value=weight.clone())
 
 
-WAYS = [
-    _in_place,
-    _data_in_place,
-    _data_set,
-    _data_of_parameters,
-    _data_of_parameters_then_refresh,
-    _parameter,
-    _optimizer,
-    _set_module_tensor,
-]
+WAYS = [_in_place, _data_in_place, _data_set, _data_of_parameters, _data_of_parameters_then_refresh]
+WAYS += [_parameter, _optimizer, _set_module_tensor]
 
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("change", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("layout", ["in_out", "out_in"])
 def test_a_changed_weight_is_followed(name, change, layout):
-    layer, weight = _layer(name, _dense(0), layout), _dense(1).weight.detach() * 2
+    layer, weight = _layer(name, _dense(0), layout), OTHER
     with torch.no_grad():
         layer(X)
     change(layer, weight)
@@ -79,7 +73,7 @@ def test_a_changed_weight_is_followed(name, change, layout):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_copy_of_a_changed_layer_follows_too(name):
-    layer, weight = _layer(name, _dense(0)), _dense(1).weight.detach() * 2
+    layer, weight = _layer(name, _dense(0)), OTHER
     layer.weight.data += weight - layer.weight.data
     for each in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         _check(each, weight, name)
@@ -89,7 +83,7 @@ def test_a_copy_of_a_changed_layer_follows_too(name):
 @pytest.mark.parametrize("kind", [torch.Tensor, nn.Parameter])
 def test_functional_call(name, kind):
     """The lent weight's own data, for that call; the layer is as before afterwards."""
-    layer, weight = _layer(name, _dense(0)), (_dense(1).weight.detach() * 2)
+    layer, weight = _layer(name, _dense(0)), OTHER
     dense = _dense(0)
     with torch.no_grad():
         before = layer(X)
@@ -108,7 +102,7 @@ def test_tied_layers_follow_each_others_writes(name, layout):
     if name != "lifted":
         other.refresh()
         assert other.weight is layer.weight
-    weight = _dense(1).weight.detach() * 2
+    weight = OTHER
     with torch.no_grad():
         other(X)
         layer.weight.copy_(weight)
@@ -116,7 +110,7 @@ def test_tied_layers_follow_each_others_writes(name, layout):
     _check(other, weight, name)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@needs("peft")
 @pytest.mark.parametrize("name", SPECS)
 @torch.no_grad()
 def test_lora(name):
@@ -169,7 +163,7 @@ def test_the_check_is_made_once():
 
 @torch.no_grad()
 def test_a_compiled_layer_follows():
-    layer, weight = _layer("dpts-mean", _dense(0)), _dense(1).weight.detach() * 2
+    layer, weight = _layer("dpts-mean", _dense(0)), OTHER
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     compiled(X)
     layer.weight.data += weight - layer.weight.data
@@ -217,7 +211,7 @@ def test_a_state_dict_goes_into_safetensors_as_it_is(name, layout, tmp_path):
     assert torch.equal(load_file(tmp_path / "layer.safetensors")["weight"], _dense(0).weight)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+@needs("accelerate")
 @pytest.mark.parametrize("name", ["act", "wina", "dpts-mean", "weight-magnitude"])
 @pytest.mark.parametrize("autocast", [False, True])
 @torch.no_grad()
@@ -236,21 +230,10 @@ def test_offloaded_before_it_becomes_sparse(name, autocast):
 
 
 # ---- whole models ---------------------------------------------------------------------------------------------------
-def _llama():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=96)
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-IDS = torch.arange(12)[None] * 7 % 96
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("criterion", ["act", "wina", "weight-magnitude"])
 def test_tied_layers_stay_tied(criterion):
-    model = _llama()
+    model = family()
     first, second = (layer.mlp for layer in model.model.layers)
     second.up_proj.weight = first.up_proj.weight
     sparsify(model, Recipe("2:4", criterion=criterion))
@@ -260,19 +243,19 @@ def test_tied_layers_stay_tied(criterion):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+@needs("accelerate")
 @pytest.mark.parametrize("recipe", [Recipe("2:4"), Recipe("8:16", criterion="wina", mitigation=["dpts-mean"])], ids=str)
 def test_a_model_that_is_offloaded_first(recipe):
     import accelerate
 
-    model = _llama()
-    expected = sparsify(copy.deepcopy(model), recipe).model(IDS).logits
+    model = family()
+    expected = logits(sparsify(copy.deepcopy(model), recipe).model)
     accelerate.cpu_offload(model, execution_device="cpu")
     sparsify(model, recipe)
     assert model.model.layers[1].mlp.up_proj.weight.is_meta
-    torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model(IDS).logits.isfinite().all()
+        assert logits(model).isfinite().all()
 
 
 LOST_WRITES = [
@@ -297,11 +280,10 @@ REFUSED = r"expected no write to the [\w ]+ of an optimized layer, got .*; call 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["e4m3", "part"])
 def test_lost_writes_are_refused(kind):
-    model = _llama()
-    sparsify(model, Recipe("2:4", mitigation=["dpts-mean"]))
+    model = sparse(mitigation=["dpts-mean"])
     optimize(model, fp8="decode" if kind == "e4m3" else None)
     layer = model.model.layers[0].mlp.up_proj if kind == "part" else model.model.layers[0].mlp.down_proj
-    before, delta = model(IDS).logits, torch.ones_like(layer.weight)
+    before, delta = logits(model), torch.ones_like(layer.weight)
     with pytest.raises(RuntimeError, match=REFUSED):
         layer.weight = nn.Parameter(delta)
     with pytest.raises(RuntimeError, match=REFUSED):
@@ -312,21 +294,21 @@ def test_lost_writes_are_refused(kind):
                 write(layer.weight)
         with pytest.raises(RuntimeError, match=REFUSED):
             layer.weight.data += delta
-        assert torch.equal(model(IDS).logits, before)
+        assert torch.equal(logits(model), before)
         assert type(layer.weight + 1) is torch.Tensor
         return
     with pytest.raises(RuntimeError, match=REFUSED):
         layer.weight.set_(delta)
     layer.weight.data += 0.5 * delta
-    changed = model(IDS).logits
+    changed = logits(model)
     assert (changed - before).abs().max() > 0.01
-    torch.testing.assert_close(deoptimize(model)(IDS).logits, changed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(deoptimize(model)), changed, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["wina", "weight-magnitude", "dpts-mean"])
 @pytest.mark.parametrize("change", [_in_place, _data_in_place, _parameter, _set_module_tensor])
 def test_a_weight_that_came_after_the_layer_is_followed(name, change):
-    layer, weight = NMLinear(*SIZES, spec=SPECS[name], device="meta").eval(), _dense(1).weight.detach() * 2
+    layer, weight = NMLinear(*SIZES, spec=SPECS[name], device="meta").eval(), OTHER
     layer.weight, layer.bias = _dense(0).weight, _dense(0).bias
     if layer.data():
         layer.set_data(**_data(layer))
@@ -336,15 +318,15 @@ def test_a_weight_that_came_after_the_layer_is_followed(name, change):
     _check(layer, weight, name)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@needs("peft")
 @pytest.mark.parametrize("criterion", ["wina", "weight-magnitude"])
 @torch.no_grad()
 def test_a_merged_model_is_one_of_the_merged_weights(criterion):
     import peft
 
-    recipe, dense = Recipe("2:4", criterion=criterion, mitigation=["dpts-mean"] * (criterion == "wina")), _llama()
+    recipe, dense = Recipe("2:4", criterion=criterion, mitigation=["dpts-mean"] * (criterion == "wina")), family()
     model = sparsify(copy.deepcopy(dense), recipe).model
-    before = model(IDS).logits
+    before = logits(model)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])).eval()
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -352,31 +334,31 @@ def test_a_merged_model_is_one_of_the_merged_weights(criterion):
             parameter.normal_()
     merged = model.merge_and_unload()
     dense.load_state_dict(merged.state_dict())
-    expected = sparsify(dense, recipe).model(IDS).logits
+    expected = logits(sparsify(dense, recipe).model)
     assert (expected - before).abs().max() > 0.1
-    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_write_to_the_bias_of_a_merged_layer_reaches_it_or_is_refused():
-    model = _llama()
+    model = family()
     for layer in model.model.layers:
         layer.mlp.up_proj.bias, layer.mlp.gate_proj.bias = nn.Parameter(torch.zeros(96)), nn.Parameter(torch.zeros(96))
     sparsify(model, Recipe("2:4"))
     optimize(model)
-    before, bias = model(IDS).logits, model.model.layers[0].mlp.up_proj.bias
+    before, bias = logits(model), model.model.layers[0].mlp.up_proj.bias
     with pytest.raises(RuntimeError, match=REFUSED):
         bias.data = torch.ones(96)
-    assert torch.equal(model(IDS).logits, before)
+    assert torch.equal(logits(model), before)
     bias.data.add_(1)
-    assert not torch.equal(model(IDS).logits, before)
+    assert not torch.equal(logits(model), before)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@needs("peft")
 def test_only_weights_with_two_owners_keep_their_layout():
     import peft
 
-    model = _llama()
+    model = family()
     first, second = (layer.mlp for layer in model.model.layers)
     second.up_proj.weight = first.up_proj.weight
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
@@ -389,9 +371,8 @@ def test_only_weights_with_two_owners_keep_their_layout():
 
 @torch.no_grad()
 def test_an_optimized_model_has_no_layer_left_to_check():
-    model = _llama()
-    sparsify(model, Recipe("2:4", criterion="wina"))
+    model = sparse(criterion="wina")
     optimize(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, NMLinear)]
+    layers = sparse_layers(model)
     assert layers
     assert not any(layer._handed_out or layer._unchecked for layer in layers)

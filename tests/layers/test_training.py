@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny_families import IDS, assert_close, family, sparse_layers
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -14,7 +15,6 @@ from nm_act.layers.linear import NMLinear  # noqa: E402
 from nm_act.methods import criteria  # noqa: E402
 from nm_act.recipe import LinearSpec, Recipe  # noqa: E402
 
-IDS = torch.arange(3, 27).view(2, 12)
 RECIPES = {
     "act": Recipe("2:4"),
     "8:16": Recipe("8:16"),
@@ -36,30 +36,16 @@ RECIPES = {
 }
 
 
-def tiny_llama(**options):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        attention_bias=True,
-        **options,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15, mean=1.0 if parameter.ndim == 1 else 0.0)
-    return model
+def tiny_llama():
+    return family(std=0.15, attention_bias=True).train()
 
 
-def sparse_llama(recipe, **options):
+def sparse_llama(recipe):
     """A tiny Llama made sparse, with random calibrated data."""
-    model = tiny_llama(**options)
+    model = tiny_llama()
     nm_act.sparsify(model, recipe)
     generator = torch.Generator().manual_seed(1)
-    for layer in sparse_layers(model).values():
+    for layer in sparse_layers(model):
         data = {name: torch.randn(value.shape, generator=generator) * 0.1 for name, value in layer.data().items()}
         if "column_scale" in data:
             data["column_scale"] += 1
@@ -70,18 +56,17 @@ def sparse_llama(recipe, **options):
     return model
 
 
-def sparse_layers(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, NMLinear)}
+def one_layer(name) -> NMLinear:
+    return sparse_layers(sparse_llama(RECIPES[name]))[0]
 
 
 def formula(x, linear, layer, first_tokens):
     """Output of a sparse layer for ``x [batch, tokens, in]``, its mask from the oracle and no part of the gradient."""
     spec, data = layer.spec, {name: value.to(x.dtype) for name, value in layer.data().items()}
-    dense = x @ linear.weight.t() + linear.bias if linear.bias is not None else x @ linear.weight.t()
-    weight, low = linear.weight, 0.0
+    weight, low, bias = linear.weight, 0.0, 0.0 if linear.bias is None else linear.bias
+    dense = x @ weight.t() + bias
     if spec.criterion in criteria.WEIGHT_PRUNING:
-        y = x @ (weight * reference.selection_mask(weight.detach(), spec.pattern)).t()
-        return y if linear.bias is None else y + linear.bias
+        return x @ (weight * reference.selection_mask(weight.detach(), spec.pattern)).t() + bias
     if "low_rank_in" in data:
         weight = weight - data["low_rank_out"] @ data["low_rank_in"]
         low = x @ data["low_rank_in"].t() @ data["low_rank_out"].t()
@@ -99,20 +84,17 @@ def formula(x, linear, layer, first_tokens):
     if spec.variance_correction:
         y = y * (z.var(dim=-1, correction=0, keepdim=True) / p.var(dim=-1, correction=0, keepdim=True)).sqrt()
     y = y + eta.expand_as(basis) @ weight.t()
-    y = y * data.get("column_scale", 1.0) + data.get("added_bias", 0.0) + low
-    y = y if linear.bias is None else y + linear.bias
+    y = y * data.get("column_scale", 1.0) + data.get("added_bias", 0.0) + low + bias
     return torch.cat([dense[:, :first_tokens], y[:, first_tokens:]], dim=1)
 
 
-def hooked(model, recipe, **options):
+def hooked(model, recipe):
     """The dense model in float64 whose linear layers give what the sparse ones of ``model`` do, through hooks."""
-    dense = tiny_llama(**options).double()
-    for name, layer in sparse_layers(model).items():
-
-        def hook(linear, arguments, _output, layer=layer):
-            return formula(arguments[0], linear, layer, recipe.dense_first_tokens)
-
-        dense.get_submodule(name).register_forward_hook(hook)
+    dense = tiny_llama().double()
+    for name, layer in model.named_modules():
+        if isinstance(layer, NMLinear):
+            hook = lambda linear, x, _y, layer=layer: formula(x[0], linear, layer, recipe.dense_first_tokens)  # noqa: E731
+            dense.get_submodule(name).register_forward_hook(hook)
     return dense
 
 
@@ -120,7 +102,7 @@ def loss_of(model, ids=IDS):
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def assert_same_gradients(model, exact, limit=1e-4):
+def assert_same_gradients(model, exact):
     expected = dict(exact.named_parameters())
     for name, parameter in model.named_parameters():
         gradient = expected[name].grad
@@ -129,7 +111,7 @@ def assert_same_gradients(model, exact, limit=1e-4):
         # The attention scores of a single token have no gradient at all.
         scale = gradient.abs().max() if gradient.abs().max() > 1e-12 * largest else largest
         error = (parameter.grad.double() - gradient).abs().max() / scale
-        assert error < limit, f"{name}: relative error {error:.1e}"
+        assert error < 1e-5, f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -143,7 +125,7 @@ def test_every_parameter_of_a_model_has_the_gradient_of_the_hooked_dense_one(nam
         assert torch.equal(loss_of(model), loss)
     loss.backward()
     expected.backward()
-    assert_same_gradients(model, exact, 1e-5)
+    assert_same_gradients(model, exact)
 
 
 @pytest.mark.parametrize("count", range(1, 9))
@@ -155,7 +137,7 @@ def test_dense_first_tokens_have_a_gradient_for_any_number_of_tokens(count, toke
     ids = IDS[:1, :tokens]
     model(input_ids=ids).logits.square().sum().backward()
     exact(input_ids=ids).logits.square().sum().backward()
-    assert_same_gradients(model, exact, 1e-5)
+    assert_same_gradients(model, exact)
 
 
 def test_dense_first_tokens_with_padding_have_a_gradient():
@@ -299,10 +281,9 @@ def test_trainer_takes_a_saved_sparse_checkpoint(adapter, tmp_path):
     options = {"output_dir": str(tmp_path), "max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
     arguments = transformers.TrainingArguments(**options, learning_rate=0.05)
     transformers.Trainer(model=model, args=arguments, train_dataset=_Rows()).train()
-    moved = [
-        name for name, value in model.named_parameters() if name in before and not torch.equal(value, before[name])
-    ]
-    assert any("up_proj" in name for name in moved) and any("q_proj" in name for name in moved)  # noqa: PT018
+    moved = [name for name, value in before.items() if not torch.equal(value, model.get_parameter(name))]
+    for projection in ("up_proj", "q_proj"):
+        assert any(projection in name for name in moved)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -326,7 +307,7 @@ def test_a_layer_trains_whole_under_compile(compiled):
 def test_parameters_that_are_frozen_leave_the_others_their_gradient(name, trained):
     layers = []
     for frozen in (False, True):
-        layer = next(iter(sparse_layers(sparse_llama(RECIPES[name])).values()))
+        layer = one_layer(name)
         for key, parameter in layer.named_parameters():
             parameter.requires_grad_(not frozen or key in trained)
         x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
@@ -342,12 +323,11 @@ def test_parameters_that_are_frozen_leave_the_others_their_gradient(name, traine
 
 @pytest.mark.parametrize("name", ["lpts ls", "rsparse", "dpts-mean", "wina", "weight-magnitude", "first 4"])
 def test_torch_func_over_the_parameters_of_a_layer_agrees_with_backward(name):
-    layer = next(iter(sparse_layers(sparse_llama(RECIPES[name])).values()))
+    layer = one_layer(name)
     x, parameters = torch.randn(2, 5, 64), dict(layer.named_parameters())
     loss = lambda values: torch.func.functional_call(layer, values, (x,)).square().sum()  # noqa: E731
-    expected = dict(
-        zip(parameters, torch.autograd.grad(layer(x).square().sum(), list(parameters.values())), strict=True)
-    )
+    expected = torch.autograd.grad(layer(x).square().sum(), list(parameters.values()))
+    expected = dict(zip(parameters, expected, strict=True))
     values = {key: value.detach() for key, value in parameters.items()}
     found = torch.func.grad(loss)(values)
     for key, gradient in expected.items():
@@ -381,18 +361,19 @@ def _alone():
 
 @pytest.mark.parametrize("options", [{"token_shift": "mean"}, {"variance_correction": True}, {}])
 def test_a_layer_split_by_rows_refuses_only_what_needs_the_other_ranks(options):
+    def function(x):
+        return parallel.row_sparse_linear(_alone(), x, weight, None, nm_act.NMPattern(2, 4), **options)
+
     x, weight = torch.randn(3, 32, requires_grad=True), torch.randn(8, 32, requires_grad=True)
-    y = parallel.row_sparse_linear(_alone(), x, weight, None, nm_act.NMPattern(2, 4), **options)
+    y = function(x)
     (expected,) = torch.autograd.grad(nm_act.sparse_linear(x.detach(), weight, **options).sum(), weight)
-    frozen = parallel.row_sparse_linear(_alone(), x.detach(), weight, None, nm_act.NMPattern(2, 4), **options)
-    torch.testing.assert_close(torch.autograd.grad(frozen.sum(), weight)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad(function(x.detach()).sum(), weight)[0], expected)
     if not options:
         y.sum().backward()
         torch.testing.assert_close(weight.grad, expected)
         return
     with pytest.raises(RuntimeError, match="expected no gradient for the input of a layer split by rows"):
         y.sum().backward()
-    function = lambda x: parallel.row_sparse_linear(_alone(), x, weight, None, nm_act.NMPattern(2, 4), **options)  # noqa: E731
     with pytest.raises(RuntimeError, match="expected no gradient for the input of a layer split by rows"):
         torch.func.jvp(function, (x.detach(),), (x.detach(),))
 
@@ -422,24 +403,20 @@ def test_an_optimized_model_has_the_same_gradients(name):
         if isinstance(module, nn.Linear):
             other = model.get_submodule(path)
             merged = getattr(other, "_merged", None)
-            gradient = (
-                other.weight.grad if merged is None else merged.linear.weight.grad.split(merged.sizes)[other._index]
-            )
-            torch.testing.assert_close(gradient, module.weight.grad, rtol=1e-4, atol=1e-5)
+            gradient = (other if merged is None else merged.linear).weight.grad
+            gradient = gradient if merged is None else gradient.split(merged.sizes)[other._index]
+            assert_close(gradient, module.weight.grad, atol=1e-5)
             compared += 1
     assert compared == 15
-    torch.testing.assert_close(
-        model.model.embed_tokens.weight.grad, expected.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-5
-    )
+    assert_close(model.model.embed_tokens.weight.grad, expected.model.embed_tokens.weight.grad, atol=1e-5)
 
 
 def test_a_model_with_e4m3_weights_refuses_the_backward_pass():
     model = sparse_llama(Recipe("8:16")).bfloat16()
     nm_act.optimize(model, fp8="decode")
     loss = loss_of(model)
-    with pytest.raises(
-        RuntimeError, match=r"expected no gradient through nm_act::sparse_linear with weight_scale.*deoptimize"
-    ):
+    sentence = "expected no gradient through nm_act::sparse_linear with weight_scale.*deoptimize"
+    with pytest.raises(RuntimeError, match=sentence):
         loss.backward()
     nm_act.deoptimize(model)
     loss_of(model).backward()

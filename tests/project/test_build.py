@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compilers
 import pybind11
 import pytest
 import torch
@@ -18,18 +19,15 @@ TORCH_FREE = [*(ROOT / "csrc/kernels").rglob("*"), *(ROOT / "csrc/cpu").rglob("*
 needs_source = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="not a source checkout")
 
 
-def cmake(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    program = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    environment = {**os.environ, **environment}
-    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, env=environment)
+def program(name: str) -> str | None:
+    return shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 
 
 def configure(build: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    python = f"-DPython_EXECUTABLE={sys.executable}"
-    pybind = f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"
-    ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    return cmake("-S", ROOT, "-B", build, *generator, python, pybind, *options, **environment)
+    """CMake with the options, besides those that find Python and Ninja."""
+    found = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    found += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"]
+    return compilers.run(program("cmake"), "-S", ROOT, "-B", build, *found, *options, env={**os.environ, **environment})
 
 
 def test_build_info_names_the_running_torch():
@@ -41,6 +39,11 @@ def test_build_info_names_the_running_torch():
     assert info["cuda"] or info["why_no_cuda"]
 
 
+def with_isa(isa: str, script: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "NM_ACT_CPU_ISA": isa}
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("isa", nm_act.build_info()["cpu_isas"])
 def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
     script = (
@@ -49,12 +52,7 @@ def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
         "out += [nm_act.sparse_linear(torch.randn(2, 64), torch.randn(64, 24).t(), pattern='3:8')];"
         f"torch.save((nm_act.build_info()['cpu_isa'], out), r'{tmp_path / 'out.pt'}')"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "NM_ACT_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
+    result = with_isa(isa, script)
     if "supports" in result.stderr:
         pytest.skip(f"this processor does not run {isa}")
     assert result.returncode == 0, result.stderr
@@ -70,9 +68,7 @@ def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
 
 
 def test_unknown_instruction_set_is_one_sentence():
-    script = "import nm_act; nm_act.build_info()"
-    environment = {**os.environ, "NM_ACT_CPU_ISA": "sse9"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    result = with_isa("sse9", "import nm_act; nm_act.build_info()")
     assert "expected NM_ACT_CPU_ISA to name one of" in result.stderr
     assert "got 'sse9'; unset it" in result.stderr
 
@@ -103,29 +99,47 @@ def test_wrong_cutlass_version_is_refused(tmp_path):
     assert "expected CUTLASS 4.2, found 3.5.1" in " ".join(result.stderr.split())
 
 
+NATIVE = {
+    "metadata_layout": 9_000_000,
+    "select": 25_000_000,
+    "gather": 2_000,
+    "compress": 25_000,
+    "producers": 35_000,
+    "prune": 13_000,
+    "compress_windows": 13_000,
+    "windows": 2_200_000,
+    "gemm_config": 2_000,
+}
+"""Program under tests/native -> how many checks it makes at least."""
+JOBS = {}
+
+
+def native_programs(folder: Path) -> list:
+    """How CMake, the build and the programs by name ended, up to the first that did not go well."""
+    done = [configure(folder, "-DNM_ACT_NATIVE_TESTS=ON")]
+    if done[0].returncode == 0:
+        done.append(compilers.run(program("cmake"), "--build", folder, "--target", *NATIVE))
+    if done[-1].returncode == 0:
+        done.append({name: compilers.run(folder / name) for name in NATIVE})
+    return done
+
+
+def start_compilers() -> None:
+    JOBS["native"] = compilers.submit(native_programs, compilers.FOLDER / "native")
+
+
 @needs_source
 @pytest.mark.slow
-def test_native_checks(tmp_path):
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_checks(name):
     """Layouts against CUTLASS, selection against a plain sort, the kernels' own source, choices: all on the host."""
-    result = configure(tmp_path, "-DNM_ACT_NATIVE_TESTS=ON")
-    reason = " ".join(result.stderr.split())
+    configured, *rest = JOBS["native"].result()
+    reason = " ".join(configured.stderr.split())
     if "expected the CUTLASS 4.2 headers" in reason or "expected the CUDA headers" in reason:
         pytest.skip(reason)
-    assert result.returncode == 0, result.stderr
-    for name, at_least in (
-        ("metadata_layout", 9_000_000),
-        ("select", 25_000_000),
-        ("gather", 2_000),
-        ("compress", 25_000),
-        ("producers", 35_000),
-        ("prune", 13_000),
-        ("compress_windows", 13_000),
-        ("windows", 2_200_000),
-        ("gemm_config", 2_000),
-    ):
-        built = cmake("--build", tmp_path, "--target", name)
-        assert built.returncode == 0, built.stdout
-        run = subprocess.run([tmp_path / name], capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout
-        checks = re.search(r"(\d+) checks, 0 failed", run.stdout)
-        assert int(checks[1]) > at_least
+    assert configured.returncode == 0, configured.stderr
+    assert rest[0].returncode == 0, rest[0].stdout
+    run = rest[1][name]
+    assert run.returncode == 0, run.stdout
+    checks = re.search(r"(\d+) checks, 0 failed", run.stdout)
+    assert int(checks[1]) > NATIVE[name]
