@@ -47,8 +47,7 @@ void check_properties(const GemmProblem& problem) {
   };
   check(padded(config.swizzle) * 20 <= padded(1) * 21, "padding of the grid", problem);
   const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;
-  check(config.overlapped || token_tiles > tile.cluster_tokens, "overlap of one row of clusters", problem);
-  check(!config.overlapped || clustered || token_tiles == 1, "no overlap of rows that share no cluster", problem);
+  check(config.overlapped == (clustered || token_tiles == 1), "overlap", problem);
 }
 
 void check_choice(int64_t tokens, int64_t out_features, int64_t in_features, ElementType type, GemmTile tile) {

@@ -86,8 +86,6 @@ static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile"
 
 constexpr const TileFacts& facts_of(GemmTile tile) { return kTiles[static_cast<int>(tile)]; }
 
-inline constexpr int64_t kL2Bytes = 50 << 20;  // H100, H200
-
 struct TileGrid {
   int64_t rows, columns;  // in tiles, rounded up to whole clusters
 };
@@ -145,21 +143,13 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
   return read(column_length, columns) < read(rows, row_length) ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
 }
 
-// Blocks that start while another kernel ends get out of step. Those that share a weight column through no cluster then
-// read it more than once: without clusters that took up to 1.65 times as long, with clusters of two along 128x128 tiles
-// 1.2 times where the weight is larger than L2.
-inline bool overlap_pays(const GemmProblem& problem, const TileFacts& tile, const TileGrid& grid) {
-  if (grid.rows <= tile.cluster_tokens) return true;
-  if (tile.cluster_tokens * tile.cluster_outputs == 1) return false;
-  const int64_t weight_bytes = problem.out_features * problem.in_features * (tile.bits8 ? 1 : 2);
-  return tile.tokens * tile.out_features > 128 * 128 || weight_bytes <= kL2Bytes;
-}
-
-// The configuration for this problem and tile.
+// The configuration for this problem and tile. Blocks without a cluster get out of step when they start while another
+// kernel ends, and then read a weight column once per row of tiles (up to 1.5 times as long).
 inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileGrid grid = grid_of(problem, tile);
   const int swizzle = select_swizzle(grid, tile);
-  return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, splits, overlap_pays(problem, tile, grid)};
+  const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;
+  return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, splits, clustered || grid.rows == 1};
 }
 
 // Estimated time: the cube root of the sum of the cubes of the waves' time and the time for memory and L2 traffic,
