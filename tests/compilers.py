@@ -1,6 +1,6 @@
 """Compilers that run beside the tests: started before the first test, asked for by the last ones, ended with the session.
 
-A test module that compiles has a function ``start_compilers``; conftest.py calls it and lets the module's slow tests go last.
+conftest.py calls ``start_compilers`` of a test module with the parameter ``name`` of its slow tests, and lets these go last.
 """
 
 import os

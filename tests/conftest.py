@@ -25,8 +25,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_runtestloop(session):
     if not session.config.option.collectonly:
-        for module in dict.fromkeys(item.module for item in session.items if _compiles(item)):
-            module.start_compilers()
+        items = [item for item in session.items if _compiles(item)]
+        for module in dict.fromkeys(item.module for item in items):
+            module.start_compilers([item.callspec.params["name"] for item in items if item.module is module])
 
 
 def pytest_sessionfinish():
