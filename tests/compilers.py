@@ -23,7 +23,7 @@ def submit(function, *arguments) -> Future:
 def run(*command: object, **options) -> subprocess.CompletedProcess:
     """subprocess.run at a priority below that of the tests, which measure times."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(["nice", *map(str, command)], **pipes, **options, process_group=0)
+    process = subprocess.Popen(["nice", "-n5", *map(str, command)], **pipes, **options, process_group=0)
     _running.add(process)
     try:
         output = process.communicate()
