@@ -319,7 +319,7 @@ def call(op: str, *arguments, **options):
 _OTHER_KIND = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)' but instead found type '(.+?)'")
 
 
-def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
     """The kernels check this too, but arguments on mixed devices are dispatched to none of them."""
     for name, other in others.items():
         if other is not None and other.device != x.device:
@@ -330,25 +330,25 @@ def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 def _linear_devices(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict) -> None:
     tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
-    _check_devices(op, x, weight=weight, bias=bias, **tensors)
+    check_devices(op, x, weight=weight, bias=bias, **tensors)
 
 
 @torch.library.register_fake("nm_act::prune")
 def _(x, n, m, *, channel_scale=None, shift=None, token_shift="none", extra_columns=()):
-    _check_devices("prune", x, channel_scale=channel_scale, shift=shift)
+    check_devices("prune", x, channel_scale=channel_scale, shift=shift)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("nm_act::compress")
 def _(x, *, channel_scale=None, shift=None, token_shift="none"):
-    _check_devices("compress", x, channel_scale=channel_scale, shift=shift)
+    check_devices("compress", x, channel_scale=channel_scale, shift=shift)
     values = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     return values, x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8)
 
 
 @torch.library.register_fake("nm_act::decompress")
 def _(values, metadata):
-    _check_devices("decompress", values, metadata=metadata)
+    check_devices("decompress", values, metadata=metadata)
     return values.new_empty((*values.shape[:-1], values.shape[-1] * 2))
 
 
@@ -360,7 +360,7 @@ def _(x, weight, bias=None, n=2, m=4, **options):
 
 @torch.library.register_fake("nm_act::gather_linear")
 def _(x, weight, bias=None):
-    _check_devices("gather_linear", x, weight=weight, bias=bias)
+    check_devices("gather_linear", x, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

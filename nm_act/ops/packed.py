@@ -22,7 +22,7 @@ _TILES = {"sm80_16bit": (32, 32), "sm90_16bit_t64": (64, 64), "sm90_8bit": (64, 
 """Tokens and features of a metadata tile of each layout (csrc/kernels/format/metadata.h)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """A packed 2:4 operand: its tensors, and what they hold, which every consumer checks.
 
@@ -157,8 +157,8 @@ def silu_mul_compress(gate: Tensor, up: Tensor, **options) -> Packed:
 
 
 def sparse_gemm(
-    operand: Packed,
-    weight: Tensor,
+    operand: Packed | None = None,
+    weight: Tensor | None = None,
     bias: Tensor | None = None,
     *separate,
     shift_out: Tensor | None = None,
@@ -198,6 +198,8 @@ def sparse_gemm(
             f"{type(operand).__name__} and {len(separate) + len(separately)} arguments more; pass what compress_packed "
             "returned as a whole, row_scale and eta are in it"
         )
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected weight as a torch.Tensor, got {type(weight).__name__}; pass the layer's own")
     _check_operand(operand, weight)
     return operators.call(
         "sparse_gemm",
@@ -300,6 +302,7 @@ def _(gate, up, *, channel_scale=None, shift=None, token_shift="none", variance_
 
 @torch.library.register_fake("nm_act::sparse_gemm")
 def _(values, metadata, layout, weight, bias=None, *, out_dtype=None, **_vectors):
+    operators.check_devices("sparse_gemm", values, metadata=metadata, weight=weight, bias=bias)
     dtype = out_dtype or (torch.bfloat16 if values.dtype == torch.float8_e4m3fn else values.dtype)
     return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
 
