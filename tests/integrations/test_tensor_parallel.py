@@ -286,7 +286,8 @@ def _in_threads(size, function):
 
 def test_a_rank_that_dies_ends_the_test():
     start = time.monotonic()
-    with pytest.raises(mp.ProcessExitedException, match="exit code 7"):
+    # Its end is what is reported, or what the other rank makes of it, whichever is noticed first.
+    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException), match=r"exit code 7|\[127\.0\.0\.1\]"):
         run_ranks(tp_cases.dies, 1)
     assert time.monotonic() - start < 60
 
