@@ -185,7 +185,7 @@ BAD_FIELDS = [
     ({"version": 2}, "expected recipe version 1, got 2; upgrade nm_act"),
     ({"projections": "q_proj"}, "expected projections as a list, got 'q_proj'"),
     ({"projections": [1]}, r"expected projections as a list of names .*got \[1\]"),
-    ({"criterion": "best"}, "expected a criterion among act, clact, wina, variance, amber, .*, wanda, got 'best'"),
+    ({"criterion": "best"}, "expected a criterion among act, .*, wanda, got 'best'"),
     ({"mitigation": "var"}, "expected mitigation as a list, got 'var'; put it in brackets"),
     ({"mitigation": ["vars"]}, "expected mitigations among var, dpts-mean, dpts-median, .*rsparse-<rank>.-fit..-trained., got 'vars'"),
     ({"mitigation": ["dpts-mean", "dpts-median"]}, "expected at most one shift .*dpts-mean and dpts-m"),
