@@ -113,33 +113,8 @@ def compress(x, *, channel_scale=None, shift=None, token_shift="none"):
 
 @takes_pattern
 def sparse_linear(
-    x,
-    weight,
-    bias=None,
-    pattern="2:4",
-    *,
-    channel_scale=None,
-    shift=None,
-    token_shift="none",
-    shift_out=None,
-    variance_correction=False,
-    column_scale=None,
-    weight_scale=None,
-    compute_dtype=torch.float64,
+    x, weight, bias=None, pattern="2:4", *, channel_scale=None, shift=None, token_shift="none", **epilogue
 ):
-    """Oracle of :func:`nm_act.sparse_linear`; products, sums and the result are in ``compute_dtype``."""
-    selection = {"channel_scale": channel_scale, "shift": shift, "token_shift": token_shift}
-    pruned = prune(x, pattern, **selection)
-    return linear_of_pruned(
-        x,
-        pruned,
-        weight,
-        bias,
-        shift=shift,
-        token_shift=token_shift,
-        shift_out=shift_out,
-        variance_correction=variance_correction,
-        column_scale=column_scale,
-        weight_scale=weight_scale,
-        compute_dtype=compute_dtype,
-    )
+    """Oracle of :func:`nm_act.sparse_linear`; ``epilogue`` is that of :func:`linear_of_pruned`, float64 by default."""
+    pruned = prune(x, pattern, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
+    return linear_of_pruned(x, pruned, weight, bias, shift=shift, token_shift=token_shift, **epilogue)

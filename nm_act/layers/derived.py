@@ -69,7 +69,7 @@ class Deriving(nn.Linear):
         for name in DERIVED:
             self.register_buffer(name, None, persistent=False)
         self._data_names = mitigations.data_of(spec)
-        self._reads_weight = mitigations.reads_weight(spec) or mitigations.has_shift(spec)
+        self._reads_weight = mitigations.depends_on_weight(spec)
         self._adds_bias = "added_bias" in self._data_names
         rank = mitigations.rank_of(spec.mitigation)
         for name in self._data_names:
@@ -99,7 +99,7 @@ class Deriving(nn.Linear):
                 "NMLinear.from_linear(layer.to_linear(), spec)"
             )
         self._spec = spec
-        self._reads_weight = mitigations.reads_weight(spec) or mitigations.has_shift(spec)
+        self._reads_weight = mitigations.depends_on_weight(spec)
         self.refresh()
 
     def __getattr__(self, name: str):

@@ -192,6 +192,11 @@ def has_shift(spec) -> bool:
     return spec.token_shift != "none" or "shift" in data_of(spec)
 
 
+def depends_on_weight(spec) -> bool:
+    """Whether anything that the operator reads beside the weight is derived from it, or replaces it."""
+    return reads_weight(spec) or has_shift(spec)
+
+
 def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
     """``V [out, in]``, the weight that the operator multiplies by; ``weight`` itself where no method changes it."""
     if spec.scoring.prunes_weight:
