@@ -43,7 +43,7 @@ E4M3 = torch.float8_e4m3fn
 class Mode:
     """How a model runs: ``dense_bf16`` and ``dense_fp8`` are the baselines, everything else is sparse.
 
-    ``fp8`` is None, or what the e4m3 weights are stored for; of dense weights it is "prefill".
+    ``fp8`` is None, or the phases that the e4m3 weights are stored for; of dense weights it is "prefill".
     """
 
     name: str
@@ -63,15 +63,14 @@ def parse_modes(names: list[str]) -> list[Mode]:
 def _parse(name: str) -> Mode:
     if name in ("dense", "dense-fp8"):
         return Mode("dense_fp8", None, "prefill") if name == "dense-fp8" else Mode("dense_bf16", None)
-    found = re.fullmatch(r"nm-(.+?)(-fp8)?", name)
+    found = re.fullmatch(r"nm-([^/-]+)(?:/([^/-]+))?(?:-fp8(?:-(prefill|decode))?)?", name)
     if found:
-        recipe = nm_act.Recipe(found[1])
-        # Only 2:4 has an fp8 product; for any other pattern e4m3 weights serve decoding.
-        return Mode(name, recipe, ("prefill" if found[1] == "2:4" else "decode") if found[2] else None)
+        fp8 = (found[3] or "both") if "-fp8" in name else None
+        return Mode(name, nm_act.Recipe(found[1], decode_pattern=found[2]), fp8)
     if Path(name).suffix in (".yaml", ".yml", ".json"):
         return Mode(Path(name).stem, nm_act.Recipe.load(name))
     raise ValueError(
-        f"expected a mode such as dense, nm-2:4, nm-2:4-fp8, nm-8:16 or a recipe file, got {name!r}; write one of those"
+        f"expected a mode such as dense, nm-2:4, nm-2:4/8:16, nm-8:16-fp8, nm-2:4-fp8-prefill or a recipe file, got {name!r}; write one of those"
     )
 
 

@@ -5,6 +5,7 @@ import difflib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from math import lcm
 from pathlib import Path
 
 from .files import write_atomic
@@ -68,6 +69,8 @@ class LinearSpec:
         What is done about the error; see :mod:`nm_act.methods.mitigations`. Some exclude each other.
     phase : str
         "both", "prefill" or "decode".
+    decode_pattern : NMPattern or str, optional
+        N:M pattern of decode steps, where it is another one: ``pattern`` is that of prefill then.
 
     Raises
     ------
@@ -79,17 +82,48 @@ class LinearSpec:
     criterion: str = "act"
     mitigation: tuple[str, ...] = ()
     phase: str = "both"
+    decode_pattern: NMPattern | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "pattern", as_pattern(self.pattern))
-        object.__setattr__(self, "mitigation", _mitigation(self.mitigation))
         check_criterion(self.criterion)
         _check_phase(self.phase)
+        object.__setattr__(self, "decode_pattern", self._own_decode_pattern())
+        object.__setattr__(self, "mitigation", _mitigation(self.mitigation))
         if self.scoring.prunes_weight and self.mitigation:
             raise ValueError(
                 f"expected no mitigation where the weights are pruned ({self.criterion}), got {self.mitigation[0]}; "
                 "remove it or choose a criterion for activations"
             )
+
+    def _own_decode_pattern(self) -> NMPattern | None:
+        """``decode_pattern`` as an object; None if it is the pattern itself."""
+        pattern = None if self.decode_pattern is None else as_pattern(self.decode_pattern)
+        if pattern is None or pattern == self.pattern:
+            return None
+        if self.phase != "both":
+            raise ValueError(
+                f"expected phase both along with decode_pattern {pattern}, got {self.phase}; leave one of them out"
+            )
+        if not isinstance(pattern, NMPattern) or not isinstance(self.pattern, NMPattern):
+            raise ValueError(
+                f"expected N:M patterns for both phases, got {self.pattern} and decode_pattern {pattern}; top-k has one"
+            )
+        if self.scoring.prunes_weight:
+            raise ValueError(
+                f"expected one pattern where the weights are pruned ({self.criterion}), got decode_pattern {pattern}; "
+                "leave it out or choose a criterion for activations"
+            )
+        return pattern
+
+    def pattern_in(self, decode: bool) -> NMPattern | TopKPattern:
+        """The pattern of decode steps or of prefill."""
+        return self.decode_pattern if decode and self.decode_pattern is not None else self.pattern
+
+    @property
+    def span(self) -> int:
+        """in_features is a multiple of it: whole groups of either pattern."""
+        return self.pattern.span if self.decode_pattern is None else lcm(self.pattern.span, self.decode_pattern.span)
 
     @property
     def scoring(self) -> Criterion:
@@ -112,7 +146,8 @@ class LinearSpec:
         return next((each.token_shift for each in self.methods if each.token_shift != "none"), "none")
 
     def __str__(self) -> str:
-        parts = [str(self.pattern), self.criterion, *self.mitigation]
+        pattern = str(self.pattern) if self.decode_pattern is None else f"{self.pattern}/{self.decode_pattern}"
+        parts = [pattern, self.criterion, *self.mitigation]
         return " ".join(parts) if self.phase == "both" else f"{' '.join(parts)} ({self.phase} only)"
 
 
@@ -128,7 +163,7 @@ class Rule:
         Projections it applies to; all of the recipe's if None.
     pattern : str or NMPattern, optional
         "N:M", "2:4+1" or "2:4+2", a percentage such as "50%", or "dense".
-    criterion, mitigation, phase : optional
+    criterion, mitigation, phase, decode_pattern : optional
         As in :class:`LinearSpec`.
     """
 
@@ -138,9 +173,17 @@ class Rule:
     criterion: str | None = None
     mitigation: tuple[str, ...] | None = None
     phase: str | None = None
+    decode_pattern: str | None = None
 
     def __post_init__(self):
-        _normalise(self, layers=_layers, projections=_names, pattern=_pattern, mitigation=_mitigation)
+        _normalise(
+            self,
+            layers=_layers,
+            projections=_names,
+            pattern=_pattern,
+            mitigation=_mitigation,
+            decode_pattern=_decode_pattern,
+        )
         if self.criterion is not None:
             check_criterion(self.criterion)
         if self.phase is not None:
@@ -174,7 +217,7 @@ class Recipe:
         Last name components of the layers in scope, e.g. "down_proj"; everything else stays dense. The default, the
         seven of a Llama-like block, stands for the block as a whole: every projection that :data:`ROLES` knows,
         whatever the family calls it. Any other list is read name by name.
-    criterion, mitigation, phase
+    criterion, mitigation, phase, decode_pattern
         Defaults of every layer in scope, as in :class:`LinearSpec`.
     dense_first_tokens : int
         That many first tokens of every sequence (attention sinks) are computed dense.
@@ -205,11 +248,13 @@ class Recipe:
     dense_first_tokens: int = 0
     skip_layers: tuple[int, ...] = ()
     rules: tuple[Rule, ...] = ()
+    decode_pattern: str | None = None
     version: int = 1
 
     def __post_init__(self):
         _check_version(self.version)
-        empty = next((field.name for field in dataclasses.fields(self) if getattr(self, field.name) is None), None)
+        fields = (field.name for field in dataclasses.fields(self) if field.default is not None)
+        empty = next((name for name in fields if getattr(self, name) is None), None)
         if empty is not None:  # a rule's field may be None, and then keeps what came before
             raise ValueError(f"expected a value for {empty} of a recipe, got none (null); write one or leave it out")
         _normalise(
@@ -219,6 +264,7 @@ class Recipe:
             mitigation=_mitigation,
             skip_layers=_layers,
             rules=_rules,
+            decode_pattern=_decode_pattern,
         )
         if not self.projections:
             raise ValueError(
@@ -272,7 +318,8 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """Plain mapping (lists, strings, integers) that :meth:`from_dict` reads back."""
-        return {"version": self.version, **_plain(self), "rules": [rule.to_dict() for rule in self.rules]}
+        fields = {"version": self.version, **_plain(self), "rules": [rule.to_dict() for rule in self.rules]}
+        return {name: value for name, value in fields.items() if value is not None}
 
     @classmethod
     def from_json(cls, path) -> "Recipe":
@@ -340,6 +387,10 @@ def _normalise(instance, **converters) -> None:
 
 def _pattern(value) -> str:
     return DENSE if value == DENSE else str(as_pattern(value))
+
+
+def _decode_pattern(value) -> str:
+    return str(NMPattern(value))
 
 
 def _names(value) -> tuple[str, ...]:

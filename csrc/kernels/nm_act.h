@@ -28,7 +28,8 @@ void pack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features, c
 void unpack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features, const uint8_t* physical,
                      uint8_t* neutral);
 
-inline constexpr int kMaxRowFeatures = 32768;  // limit of the kernels that hold a whole row on chip
+inline constexpr int kMaxRowFeatures = 32768;   // limit of the kernels that hold a whole row on chip
+inline constexpr int kMaxNormFeatures = 16384;  // and of RMSNorm fused with pruning
 
 // Facts about the device, passed in by the caller: querying the driver at every call costs more than the launch.
 struct GemmDevice {
@@ -106,32 +107,54 @@ cudaError_t launch_token_shift(const TokenStatisticsParams& params, TokenShift k
 cudaError_t launch_variance_ratio(const TokenStatisticsParams& params, const void* pruned, const float* shift,
                                   const float* eta, float* nu, cudaStream_t stream);
 
-// RMSNorm, then compress: h = round(x + residual), or x without a residual;
-// x' = round(round(h * rsqrt(mean(h^2) + epsilon)) * weight).
-struct RmsNormCompressParams {
-  const void* x;         // [tokens, in_features], contiguous, 16-byte aligned; kBFloat16 or kFloat16
+// What produces the operand of a fused selection, token by token. Rows are 16-byte aligned; in_features is a multiple of
+// 8, at most kMaxRowFeatures; x_type is kBFloat16 or kFloat16.
+
+// x' = round(round(h * rsqrt(mean(h^2) + epsilon)) * weight), with h = round(x + residual), or x without a residual.
+struct RmsNormInput {
+  const void* x;         // [tokens, in_features], contiguous
   const void* residual;  // like x, or null
   void* residual_out;    // h, like x; may alias residual; null if residual is
   const void* weight;    // [in_features] of x's type
   float epsilon;
   int64_t tokens;
-  int in_features;  // a multiple of 16 (32 for kE4M3), at most kMaxRowFeatures
+  int in_features;
   ElementType x_type;
-  CompressOutput out;
 };
-cudaError_t launch_rmsnorm_compress(const RmsNormCompressParams& params, cudaStream_t stream);
 
-// SiLU(gate) * up, then compress: x' = round(round(gate / (1 + exp(-gate))) * up).
-struct SiluMulCompressParams {
-  const void* gate;  // [tokens, in_features], rows stride elements apart, 16-byte aligned; kBFloat16 or kFloat16
+// x' = round(round(gate / (1 + exp(-gate))) * up).
+struct SiluMulInput {
+  const void* gate;  // [tokens, in_features], rows stride elements apart
   const void* up;    // like gate; gate + in_features for a merged projection
   int64_t stride;
   int64_t tokens;
-  int in_features;  // a multiple of 16 (32 for kE4M3), at most kMaxRowFeatures
+  int in_features;
   ElementType x_type;
-  CompressOutput out;
 };
-cudaError_t launch_silu_mul_compress(const SiluMulCompressParams& params, cudaStream_t stream);
+
+// x' = x.
+struct RowsInput {
+  const void* x;  // [tokens, in_features], rows x_stride elements apart
+  int64_t x_stride;
+  int64_t tokens;
+  int in_features;
+  ElementType x_type;
+};
+
+// Then compress. in_features is a multiple of 16 (32 for kE4M3).
+cudaError_t launch_rmsnorm_compress(const RmsNormInput& input, const CompressOutput& out, cudaStream_t stream);
+cudaError_t launch_silu_mul_compress(const SiluMulInput& input, const CompressOutput& out, cudaStream_t stream);
+
+// Or prune to any N:M, as a dense tensor.
+struct PruneOutput {
+  void* values;            // [tokens, in_features] of value_type, contiguous, 16-byte aligned
+  float* row_scale;        // [tokens]: the scale of each token's kE4M3 values; not written otherwise
+  Pattern pattern;         // without extra columns; its group divides in_features
+  ElementType value_type;  // x_type, or kE4M3 if that is kBFloat16
+};
+cudaError_t launch_rmsnorm_prune(const RmsNormInput& input, const PruneOutput& out, cudaStream_t stream);
+cudaError_t launch_silu_mul_prune(const SiluMulInput& input, const PruneOutput& out, cudaStream_t stream);
+cudaError_t launch_prune_e4m3(const RowsInput& input, const PruneOutput& out, cudaStream_t stream);  // kE4M3 only
 
 // sparse_gemm: y = (row_scale * acc + eta (x) shift_out) * column_scale + bias, where acc = decompress(values,
 // metadata) @ weight^T in float32. A null vector omits its factor or term; without eta, shift_out itself is added.
@@ -177,18 +200,47 @@ struct GatherParams {
   const float* shift_out;      // [out_features] or null
   const float* column_scale;   // [out_features] or null
   const void* bias;            // [out_features] of x_type, or null
-  int tokens;                  // at most kMaxGatherTokens; kFewTokens with a pattern or 8-bit weights
-  int in_features;             // a multiple of pattern.group
-  int out_features;            // a multiple of 8, or of 16 with 8-bit weights
-  Pattern pattern;             // keep 0: no selection
-  ElementType x_type;          // kBFloat16 or kFloat16
-  ElementType weight_type;     // x_type, kE4M3 or kInt8
+  // What stands before the selection and after the product, for a whole block of a model in one launch. At most one of
+  // up and norm_weight is not null, and then x and it are 16-byte aligned and in_features is a multiple of 8.
+  const void* up;           // [tokens, in_features], rows x_stride apart, or null: x becomes SiLU(x) * up
+  const void* norm_weight;  // [in_features] of x_type, or null: x becomes RMSNorm(x) * norm_weight
+  float epsilon;
+  const void* residual;     // [tokens, out_features] of x_type, contiguous, or null: added to the rounded y
+  int tokens;               // at most kMaxGatherTokens; kFewTokens with a pattern or 8-bit weights
+  int in_features;          // a multiple of pattern.group
+  int out_features;         // a multiple of 8, or of 16 with 8-bit weights
+  Pattern pattern;          // keep 0: no selection
+  ElementType x_type;       // kBFloat16 or kFloat16
+  ElementType weight_type;  // x_type, kE4M3 or kInt8
 };
 // config: one of for_each_gather_config, such as choose_gather_config's.
 struct GatherConfig;  // gather/config.h
 bool gather_supports(const GatherParams& params, GemmDevice device);
 cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const GatherConfig& config,
                           cudaStream_t stream);
+
+// rotary: queries and keys turned by their positions, and keys and values written into a cache.
+struct RotaryPart {
+  const void* data;  // [batch, tokens, heads, dim]: heads are dim elements apart; null for absent values
+  int64_t batch_stride, token_stride;
+  void* out;  // any order of batch, tokens and heads, unit stride within a head
+  int64_t out_batch_stride, out_token_stride, out_head_stride;
+  int out_tokens;  // tokens that `out` has room for; none is written beyond
+  int heads;
+};
+// All strides are multiples of 8 elements and all pointers 16-byte aligned; dim is a multiple of 16.
+struct RotaryParams {
+  RotaryPart q, k, v;
+  const void* cos;  // [cos_batch, tokens, dim], contiguous
+  const void* sin;  // like cos
+  int cos_batch;    // 1 or batch
+  // [batch] or null: tokens in the cache, the new ones included; keys and values of the new tokens go to the last of
+  // them. Null: to the same token.
+  const int32_t* lengths;
+  int batch, tokens, dim;
+  ElementType type;  // of everything; kBFloat16 or kFloat16
+};
+cudaError_t launch_rotary(const RotaryParams& params, cudaStream_t stream);
 
 #endif  // NM_ACT_CUDA
 

@@ -40,9 +40,12 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
       return std::to_string(facts.weight.in_features) + " in_features are more than the " +
              std::to_string(kMaxRowFeatures) + " that a compression kernel takes";
     case Why::kE4M3: return "e4m3 activations run on the fp8 tensor cores for any number of tokens";
+    case Why::kE4M3Dense:
+      return "e4m3 activations of this pattern run on the dense fp8 tensor cores, without a channel scale, shift, "
+             "variance correction or column scale";
     case Why::kE4M3Shape:
-      return "e4m3 activations need 2:4, x in 16 bits, an e4m3 weight stored [out, in] with in_features divisible by "
-             "32 and out_features by 16, and compute capability 9.0";
+      return "e4m3 activations need x in 16 bits (bfloat16 for other patterns than 2:4), an e4m3 weight stored "
+             "[out, in] with in_features divisible by 32 and out_features by 16, and compute capability 9.0";
     case Why::kGatherShape:
       return "the sizes, strides or alignment of the weight do not fit the gather kernel, which takes out_features "
              "divisible by 8 (16 in 8 bits) in rows aligned to 16 bytes, and inputs that fit its shared memory";

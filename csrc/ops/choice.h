@@ -52,6 +52,7 @@ enum class Why : int {
   kLongRow,           // more features than a compression kernel can hold
   kShape,             // sizes, strides or alignment that no GEMM supports
   kE4M3,              // sparse, in e4m3
+  kE4M3Dense,         // dense, in e4m3
   kE4M3Shape,         // a pattern, type, size, stride or device that the fp8 tensor cores do not support
   kGatherShape,       // sizes, strides or alignment that the gather kernel does not support
 };
@@ -96,11 +97,18 @@ inline bool gemm_takes(ElementType value_type, const WeightFacts& weight, int co
                          compute_capability_major);
 }
 
-// e4m3 activations have no other path: for them the operator turns a dense choice into an error.
+// e4m3 activations have no other path: for them the operator turns kE4M3Shape into an error.
 inline LinearChoice choose_e4m3_on_cuda(const LinearFacts& facts, GemmDevice device) {
   const WeightFacts& weight = facts.weight;
-  const bool fits = is_2_4(facts.pattern) && facts.type != ElementType::kFloat32 &&
-                    weight.in_features <= kMaxRowFeatures &&
+  if (!is_2_4(facts.pattern)) {
+    const bool multiplies = facts.pattern.extra.count == 0 && facts.type == ElementType::kBFloat16 &&
+                            weight.in_features <= kMaxRowFeatures && weight.in_features % 16 == 0 &&
+                            weight.out_features % 16 == 0 && weight.in_stride == 1 &&
+                            weight.out_stride == weight.in_features && weight.aligned &&
+                            device.compute_capability_major == 9;
+    return {LinearPath::kDense, multiplies ? Why::kE4M3Dense : Why::kE4M3Shape};
+  }
+  const bool fits = facts.type != ElementType::kFloat32 && weight.in_features <= kMaxRowFeatures &&
                     gemm_takes(ElementType::kE4M3, weight, device.compute_capability_major);
   if (!fits) return {LinearPath::kDense, Why::kE4M3Shape};
   return {LinearPath::kSparse,

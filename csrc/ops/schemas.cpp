@@ -78,6 +78,28 @@ TORCH_LIBRARY(nm_act, m) {
       "silu_mul_compress(Tensor gate, Tensor up, *, Tensor? channel_scale=None, Tensor? shift=None, "
       "str token_shift=\"none\", bool variance_correction=False, bool fp8=False) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
+  // The same producers for any n:m: values [tokens, in_features], dense with zeros, in the dtype of x, or in
+  // float8_e4m3fn (from bfloat16) with one row_scale a token, max|Z| / 448; row_scale is empty otherwise.
+  m.def(
+      "rms_norm_prune(Tensor x, Tensor weight, float eps, Tensor? residual=None, int n=2, int m=4, *, "
+      "ScalarType? activation_dtype=None) -> (Tensor values, Tensor row_scale, Tensor hidden)");
+  m.def(
+      "silu_mul_prune(Tensor gate, Tensor up, int n=2, int m=4, *, ScalarType? activation_dtype=None) "
+      "-> (Tensor values, Tensor row_scale)");
+  // sparse_linear for one to four tokens over a weight stored [in, out], in one launch with what stands around the
+  // layer: X becomes RMSNorm(X) * norm_weight or SiLU(X) * up; the residual [..., out_features] is added to the rounded Y.
+  m.def(
+      "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? up=None, "
+      "Tensor? norm_weight=None, float eps=0.0, Tensor? residual=None, Tensor? channel_scale=None, "
+      "Tensor? weight_scale=None) -> Tensor");
+  // Rotary position embedding, round(round(x * cos) + round(rotate_half(x) * sin)), of q and k [batch, tokens, heads,
+  // head_dim] with cos and sin [1 or batch, tokens, head_dim]. rotary_cache writes the keys and v into a static cache
+  // [batch, heads, max_tokens, head_dim], at the last places before lengths [batch], int32, which count the new tokens.
+  m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
+  m.def(
+      "rotary_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
+      "Tensor lengths) -> Tensor");
+
   // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32. layout
   // names the metadata's layout, which must be the one that the device's GEMM reads.
   m.def(

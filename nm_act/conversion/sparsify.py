@@ -287,8 +287,8 @@ def _decide(
         reason = reason or "output of a state-space layer; list out_proj to have it"
     if reason:
         return None, reason
-    if module.in_features % spec.pattern.span:
-        return None, f"in_features {module.in_features} is not a multiple of the group {spec.pattern.span}"
+    if module.in_features % spec.span:
+        return None, f"in_features {module.in_features} is not a multiple of the group {spec.span}"
     return spec, ""
 
 

@@ -36,6 +36,11 @@ def check_servable(recipe: Recipe) -> None:
             f"expected a recipe with phase both for vLLM, which computes prefill and decode tokens in one call, got "
             f"phase {sorted(phases)[0]}; save the model with phase both"
         )
+    if any(each.decode_pattern for each in (recipe, *recipe.rules)):
+        raise ValueError(
+            "expected a recipe with one pattern for vLLM, which computes prefill and decode tokens in one call, got a "
+            "decode_pattern; save the model without it"
+        )
     if recipe.dense_first_tokens:
         raise ValueError(
             f"expected a recipe with dense_first_tokens 0 for vLLM, whose layers do not know a token's position, got "
@@ -82,7 +87,7 @@ def specs_of(
         return []
     layer, merged = where
     specs = [(name, recipe.resolve(layer, name)) for name in packed.get(merged, [merged])]
-    specs = [(name, None if spec and in_features % spec.pattern.span else spec) for name, spec in specs]
+    specs = [(name, None if spec and in_features % spec.span else spec) for name, spec in specs]
     return specs if any(spec for _, spec in specs) else []
 
 

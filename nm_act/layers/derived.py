@@ -92,7 +92,7 @@ class Deriving(nn.Linear):
         same = mitigations.data_of(spec) == self._data_names and (
             mitigations.rank_of(spec.mitigation) == mitigations.rank_of(self._spec.mitigation)
         )
-        if not same or self.in_features % spec.pattern.span:
+        if not same or self.in_features % spec.span:
             raise ValueError(
                 f"expected a spec with the calibrated data of {self._spec} and a pattern that divides "
                 f"{self.in_features} inputs, got {spec}; make another layer with "

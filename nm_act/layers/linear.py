@@ -10,6 +10,7 @@ from ..patterns import NMPattern
 from ..recipe import LinearSpec
 from .derived import FOLLOW_WEIGHT, Deriving
 from .tokens import TokenContext
+from .work import is_decode
 
 __all__ = ["FOLLOW_WEIGHT", "WEIGHT_LAYOUTS", "NMLinear"]
 
@@ -91,9 +92,9 @@ class NMLinear(Deriving):
         device=None,
         dtype=None,
     ):
-        if in_features % spec.pattern.span:
+        if in_features % spec.span:
             raise ValueError(
-                f"expected in_features to be a multiple of the group {spec.pattern.span}, got "
+                f"expected in_features to be a multiple of the group {spec.span}, got "
                 f"{in_features}; choose a pattern whose group divides it or keep the layer dense"
             )
         if weight_layout not in WEIGHT_LAYOUTS:
@@ -188,7 +189,7 @@ class NMLinear(Deriving):
         if self.spec.phase == "both" or self.differentiable:
             return False
         # Branches, not a comparison of booleans: under torch.compile the size may be symbolic.
-        if x.ndim == 1 or x.shape[-2] == 1:
+        if is_decode(x):
             return self.spec.phase == "prefill"
         return self.spec.phase == "decode"
 

@@ -20,6 +20,8 @@ class LinearWork:
     operator : callable
         ``(x, weight, bias, pattern, **options) -> y``: one of those below.
     pattern : NMPattern or TopKPattern
+    decode_pattern : NMPattern, optional
+        In place of ``pattern`` for one token per sequence.
     options : mapping
         Of the operator: channel scale, shifts and their image, variance correction, column scale, lifted weight.
     weight, bias : Tensor, optional
@@ -35,6 +37,7 @@ class LinearWork:
     operator: Callable[..., Tensor]
     pattern: NMPattern | TopKPattern
     options: Mapping[str, object]
+    decode_pattern: NMPattern | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     rotation: Tensor | None = None
@@ -45,7 +48,10 @@ class LinearWork:
         """``x [..., in] -> [..., out]``, given the layer's own parameters and its token context (or None)."""
         weight = weight if self.weight is None else self.weight
         bias = bias if self.bias is None else self.bias
-        options = self.options
+        pattern, options = self.pattern, self.options
+        if self.decode_pattern is not None and is_decode(x):
+            pattern = self.decode_pattern
+            options = {name: value for name, value in options.items() if name != "lifted_weight"}  # of the other one
         if weight.dtype != x.dtype:  # under autocast, as F.linear does; the operator itself takes one dtype only
             weight = weight.to(x.dtype)
             lifted = options.get("lifted_weight")
@@ -54,31 +60,38 @@ class LinearWork:
             bias = bias.to(x.dtype)
         z = x if self.rotation is None else x @ self.rotation.to(x.dtype)
         if self.by_sequence and x.ndim > 1:
-            y = self._by_sequence(z, weight, bias, options, context)
+            y = self._by_sequence(z, weight, bias, pattern, options, context)
         else:
-            y = self.operator(z, weight, bias, self.pattern, **options)
+            y = self.operator(z, weight, bias, pattern, **options)
         if self.low_rank is None:
             return y
         inner, outer = (part.to(x.dtype) for part in self.low_rank)
         rows = F.linear(x.reshape(-1, x.shape[-1]), inner)
         return torch.addmm(y.view(-1, y.shape[-1]), rows, outer.t()).view(y.shape)
 
-    def _by_sequence(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Mapping, context) -> Tensor:
+    def _by_sequence(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, pattern, options: Mapping, context
+    ) -> Tensor:
         # The number of sequences is spelt out: of no tokens at all, none could be inferred.
         sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
         if context is not None:
             sequences, valid = context.sequences(x, sequences)
         if sequences.shape[1] == 1:  # one token ranks its channels by themselves alone: act
-            return self.operator(x, weight, bias, self.pattern, **options)
+            return self.operator(x, weight, bias, pattern, **options)
         static, rows = options.get("channel_scale"), []
         for index, tokens in enumerate(sequences):
             seen = tokens if static is None else tokens * static.to(x.dtype)
             scale = criteria.call_scale(seen, None if valid is None else valid[index])
             scale = scale if static is None else scale * static
-            rows.append(self.operator(tokens, weight, bias, self.pattern, **{**options, "channel_scale": scale}))
+            rows.append(self.operator(tokens, weight, bias, pattern, **{**options, "channel_scale": scale}))
         # Not out_features: of a layer that is split over ranks, the weight here is a part.
         y = torch.stack(rows) if rows else x.new_empty((0, weight.shape[0]))
         return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def is_decode(x: Tensor) -> bool:
+    """Whether a layer's input has one token per sequence."""
+    return x.ndim == 1 or x.shape[-2] == 1
 
 
 def work_of(
@@ -101,6 +114,7 @@ def work_of(
         operator,
         spec.pattern,
         options,
+        decode_pattern=spec.decode_pattern,
         weight=derived.get("operand_weight"),
         bias=derived.get("operand_bias"),
         rotation=data.get("rotation"),

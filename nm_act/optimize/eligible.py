@@ -11,11 +11,13 @@ from ..recipe import LinearSpec
 MAX_ROW_FEATURES = _C.MAX_ROW_FEATURES
 """Longest row that the fused kernels can hold on chip."""
 
+MAX_NORM_FEATURES = _C.MAX_NORM_FEATURES
+"""Longest row of an RMSNorm that is fused with pruning."""
 
 _DERIVED = {"channel_scale", "shift_out"}
 """Buffers of an NMLinear that are derived from its weight and spec; any other was calibrated for that layer."""
 
-_FP8_BUFFERS = {"codes", "weight_scale", "scaled_shift_out", "like"}
+_FP8_BUFFERS = {"codes", "rows", "weight_scale", "scaled_shift_out", "like"}
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -44,23 +46,52 @@ def calibrated(layer: nn.Module) -> set[str]:
 def beyond(layer: nn.Module) -> str:
     """What a layer needs beyond N:M with a static score, VAR and D-PTS, which is all that these paths compute."""
     spec = layer.spec
-    plain = LinearSpec(spec.pattern, criterion=spec.criterion, mitigation=spec.mitigation, phase=spec.phase)
+    plain = LinearSpec(
+        spec.pattern,
+        criterion=spec.criterion,
+        mitigation=spec.mitigation,
+        phase=spec.phase,
+        decode_pattern=spec.decode_pattern,
+    )
     known = not data_of(spec) and not spec.scoring.by_sequence and not spec.scoring.prunes_weight
     known = known and isinstance(spec.pattern, NMPattern) and spec == plain
     return "" if known and not calibrated(layer) else f"unfused method {spec}"
 
 
-def not_2_4(layer: nn.Module, step: int) -> str:
-    """Why a layer cannot read a packed 2:4 operand in steps of ``step`` inputs; empty if it can."""
-    if str(layer.spec.pattern) != "2:4":
-        return f"pattern {layer.spec.pattern}"
+def not_sparse_gemm(layer: nn.Module, pattern: NMPattern, step: int) -> str:
+    """Why the sparse GEMM cannot multiply this pattern in steps of ``step`` inputs; empty if it can."""
+    if str(pattern) != "2:4":
+        return f"pattern {pattern}"
     if layer.in_features % step or layer.in_features > MAX_ROW_FEATURES or layer.out_features % 16:
         return f"{layer.in_features} inputs and {layer.out_features} outputs do not fit the sparse GEMM"
     return beyond(layer)
 
 
+def not_pruned_alone(layer: nn.Module, pattern: NMPattern) -> str:
+    """Why a layer needs more than its pruned activation and a product, or the kernel does not prune it; else empty."""
+    why = beyond(layer)
+    if why:
+        return why
+    if pattern.extra_columns or layer.spec.token_shift != "none" or layer.spec.variance_correction:
+        return f"unfused method {layer.spec}"
+    if layer.in_features % 8 or layer.in_features > MAX_ROW_FEATURES:
+        return f"{layer.in_features} inputs do not fit the pruning kernel"
+    return ""
+
+
+def not_dense_e4m3(layer: nn.Module, pattern: NMPattern) -> str:
+    """Why a layer cannot run this pattern as a dense e4m3 product over a pruned activation; empty if it can."""
+    why = not_pruned_alone(layer, pattern)
+    if why:
+        return why
+    if layer.spec.scoring.formula is not None:
+        return f"a channel scale ({layer.spec.criterion})"
+    fits = layer.in_features % 16 == 0 and layer.out_features % 16 == 0
+    return "" if fits else f"{layer.in_features} inputs and {layer.out_features} outputs do not fit fp8 tensor cores"
+
+
 def not_fp8(layer: NMLinear, layout: str) -> str:
-    """Why a layer's weight cannot be stored in e4m3 for "prefill" or "decode"; empty if it can."""
+    """Why a layer's weight cannot be stored in e4m3 for "prefill", "decode" or "both"; empty if it can."""
     why = why_stays(layer)
     if why:
         return why
@@ -70,4 +101,13 @@ def not_fp8(layer: NMLinear, layout: str) -> str:
         return "dense in decode"  # dense decode would dequantise the weight at every step
     if beyond(layer):
         return str(layer.spec)
-    return not_2_4(layer, 32) if layout == "prefill" else ""
+    if layout == "decode":
+        return ""
+    if layer.spec.phase == "decode":
+        return "dense in prefill"
+    # More than a few sequences decode over the copy of prefill.
+    for pattern in {layer.spec.pattern_in(decode) for decode in (False, True)}:
+        why = not_sparse_gemm(layer, pattern, 32) if str(pattern) == "2:4" else not_dense_e4m3(layer, pattern)
+        if why:
+            return why
+    return ""

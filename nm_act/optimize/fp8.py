@@ -6,13 +6,17 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..layers.linear import NMLinear
+from ..layers.work import is_decode
 from ..methods import mitigations
 from . import readonly
 from .eligible import not_fp8
 
 E4M3 = torch.float8_e4m3fn
-FP8_LAYOUTS = ("prefill", "decode")
-"""The phase that the single e4m3 copy of a weight is stored for."""
+FP8_LAYOUTS = ("prefill", "decode", "both")
+"""The phases that the e4m3 copies of a weight are stored for."""
+
+FEW_TOKENS = 4
+"""Most tokens whose weight rows are worth skipping in e4m3."""
 
 
 def check_layout(layout: str) -> None:
@@ -34,19 +38,21 @@ class FP8Linear(nn.Module):
     ----------
     layer : NMLinear
         Its weight is quantised per output channel: ``weight_scale = max|W| / 448``, rounded to nearest.
-    layout : {"prefill", "decode"}
-        "prefill" stores [out, in], which fp8 tensor cores need: any number of tokens runs in e4m3 on both sides (the
-        pattern must be 2:4). "decode" stores [in, out], of which few tokens read only the rows of survivors; more
-        tokens dequantise the weight to the dtype of x during the call, so they gain no fp8 speed.
+    layout : {"prefill", "decode", "both"}
+        "prefill" stores [out, in], which fp8 tensor cores need: any number of tokens runs in e4m3 on both sides, 2:4 on
+        the sparse tensor cores, other patterns on the dense ones over the pruned activation. "decode" stores [in, out],
+        of which few tokens read only the rows of survivors; more tokens dequantise the weight to the dtype of x during
+        the call, so they gain no fp8 speed. "both" stores both, together the bytes of the 16-bit weight.
 
     Raises
     ------
     TypeError
         If ``layer`` is not an NMLinear.
     ValueError
-        If the layout is unknown; if these paths cannot compute the layer (for "prefill" any pattern but 2:4; for both
-        top-k, calibrated data, a score that depends on the call, pruned weights, dense first tokens or dense decode
-        steps); or if its weight is offloaded or split over ranks, or it has hooks.
+        If the layout is unknown; if these paths cannot compute the layer (top-k, calibrated data, a score that depends
+        on the call, pruned weights, dense first tokens or dense decode steps; for "prefill" and "both", sizes that
+        fp8 tensor cores do not take, and 2:4+r; of other patterns than 2:4 also channel scales, D-PTS and VAR); or if
+        its weight is offloaded or split over ranks, or it has hooks.
 
     Notes
     -----
@@ -71,7 +77,8 @@ class FP8Linear(nn.Module):
         self.spec, self.layout = layer.spec, layout
         self.weight_layout, self.lift = layer.weight_layout, layer.lift  # of the 16-bit layer; to_nm_linear needs it
         # Stored as bytes, because .to(dtype) would convert an e4m3 buffer.
-        self.register_buffer("codes", None, persistent=False)
+        self.register_buffer("codes", None, persistent=False)  # [out, in]
+        self.register_buffer("rows", None, persistent=False)  # [in, out]
         self.register_buffer("weight_scale", None, persistent=False)
         self.register_buffer("channel_scale", None, persistent=False)
         self.register_buffer("shift_out", None, persistent=False)
@@ -93,7 +100,8 @@ class FP8Linear(nn.Module):
             codes.append(quantised.view(torch.uint8))
         self.weight_scale = torch.cat(scales)
         stored = torch.cat(codes)
-        self.codes = stored if self.layout == "prefill" else stored.t().contiguous()
+        self.codes = None if self.layout == "decode" else stored
+        self.rows = None if self.layout == "prefill" else stored.t().contiguous()
         if self.spec.token_shift == "none" and self.spec.scoring.formula is None:
             return  # nothing is derived from the weight
         operand = self.dequantised(torch.float32)
@@ -105,9 +113,13 @@ class FP8Linear(nn.Module):
 
     @property
     def e4m3(self) -> Tensor:
-        """``[out, in]``, as stored."""
-        codes = self.codes.view(E4M3)
-        return codes if self.layout == "prefill" else codes.t()
+        """``[out, in]``; contiguous where it is stored so."""
+        return self.rows.view(E4M3).t() if self.codes is None else self.codes.view(E4M3)
+
+    @property
+    def e4m3_rows(self) -> Tensor | None:
+        """``[out, in]``, stored [in, out] for row skipping; None where only the other copy is there."""
+        return None if self.rows is None else self.rows.view(E4M3).t()
 
     @property
     def weight(self) -> Tensor:
@@ -120,22 +132,24 @@ class FP8Linear(nn.Module):
         super().__setattr__(name, value)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """``[out, in]`` in 16 or 32 bits, in the storage order of the e4m3 weight."""
+        """``[out, in]`` in 16 or 32 bits, in the storage order of ``e4m3``."""
         return self.e4m3.float().mul_(self.weight_scale[:, None]).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]``."""
+        if self._is_dense_phase(x):
+            return F.linear(x, self.dequantised(x.dtype), self.bias)
         options = {
             "channel_scale": self.channel_scale,
             "token_shift": self.spec.token_shift,
             "shift_out": self.shift_out,
             "variance_correction": self.spec.variance_correction,
+            "weight_scale": self.weight_scale,
         }
-        if self._is_dense_phase(x):
-            return F.linear(x, self.dequantised(x.dtype), self.bias)
-        options["weight_scale"] = self.weight_scale
-        options["activation_dtype"] = E4M3 if self.layout == "prefill" else None
-        return ops.sparse_linear(x, self.e4m3, self.bias, self.spec.pattern, **options)
+        weight = self.e4m3_rows
+        if self.codes is not None and (weight is None or x.shape[:-1].numel() > FEW_TOKENS):
+            weight, options["activation_dtype"] = self.e4m3, E4M3
+        return ops.sparse_linear(x, weight, self.bias, self.spec.pattern_in(is_decode(x)), **options)
 
     bypass = differentiable = False  # calibration never sees this layer
     _is_dense_phase = NMLinear._is_dense_phase
@@ -156,7 +170,7 @@ class FP8Linear(nn.Module):
     def _apply(self, fn, recurse=True):
         scale, vectors = self.weight_scale, (self.shift_out, self.scaled_shift_out, self.channel_scale)
         super()._apply(fn, recurse)
-        device = self.codes.device
+        device = self.e4m3.device
         self.weight_scale = scale.to(device)  # stays float32 in a bfloat16 model
         self.shift_out, self.scaled_shift_out, self.channel_scale = (
             value if value is None else value.to(device) for value in vectors
@@ -172,7 +186,7 @@ class FP8Linear(nn.Module):
                 f"expected {prefix}weight of shape {[self.out_features, self.in_features]}, got {list(weight.shape)}"
             )
         else:
-            self.store(weight.to(self.codes.device, self.like.dtype))
+            self.store(weight.to(self.weight_scale.device, self.like.dtype))
         bias = state_dict.get(f"{prefix}bias")
         if self.bias is not None and bias is not None:
             with torch.no_grad():

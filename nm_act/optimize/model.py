@@ -3,12 +3,14 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from ..layers.hooks import take_over_hooks
 from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
 from . import fused
+from .attention import FusedAttention, merged_qkv
 from .changed import Changed, change
 from .eligible import not_fp8
 from .fp8 import FP8Linear, check_layout
@@ -37,7 +39,7 @@ class OptimizeReport:
     merged : list of (str, tuple of str)
         The parent of every merged layer, and the layers that were merged.
     fused : list of str
-        Norms and MLPs that write the packed operand of the next product on CUDA.
+        Norms and MLPs that are computed with the product after them on CUDA.
     fp8 : list of str
         Layers whose weight is in e4m3 now.
     kept : list of (str, str)
@@ -53,7 +55,7 @@ class OptimizeReport:
     def __str__(self) -> str:
         lines = [f"merged: {len(self.merged)} groups"]
         lines += [f"  {' + '.join(names)}  x {count}" for names, count in Counter(n for _, n in self.merged).items()]
-        lines.append(f"packed by their producer on CUDA: {len(self.fused)}")
+        lines.append(f"computed with the product after them on CUDA: {len(self.fused)}")
         lines += [f"  {name}  x {count}" for name, count in Counter(map(_last, self.fused)).items()]
         if self.fp8:
             lines.append(f"e4m3 weights: {len(self.fp8)}")
@@ -68,18 +70,21 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     """Make a dense or sparse model faster without changing what it computes, in place.
 
     Projections that read the same activation and share one spec (q/k/v, gate/up) become one layer, so that the
-    activation is selected and compressed once for all of them. On CUDA, where such a layer is 2:4, RMSNorm (with the
-    residual) and SiLU * up write its packed operand directly. Llama, Qwen2, Qwen3 and Gemma 3 of Transformers are
-    supported; the layers of other models stay as they are. Checkpoints keep the stock names and layout.
+    activation is selected and compressed once for all of them. On CUDA in 16 bits, the rotary embedding and a static
+    cache's update are one kernel, and RMSNorm (with the residual) and SiLU * up are computed with the sparse product
+    after them: they write its packed or pruned operand, or, for one to four tokens, are part of its kernel. Llama,
+    Qwen2, Qwen3 and Gemma 3 of Transformers are supported; the layers of other models stay as they are. Checkpoints
+    keep the stock names and layout.
 
     Parameters
     ----------
     model : nn.Module
         A Transformers model, dense or from :func:`nm_act.sparsify`; each group's weights on one device.
-    fp8 : {"prefill", "decode"}, optional
-        Store the weights of sparse layers in float8_e4m3fn, in one copy: "prefill" as [out, in] for the fp8 tensor
-        cores (2:4 layers only), "decode" as [in, out] for row skipping (any pattern). The model's outputs change by the
-        rounding; dense layers stay in 16 bits.
+    fp8 : {"prefill", "decode", "both"}, optional
+        Store the weights of sparse layers in float8_e4m3fn: "prefill" as [out, in] for the fp8 tensor cores, sparse
+        ones for 2:4 and dense ones over the pruned activation for other patterns; "decode" as [in, out] for row
+        skipping, where prefill gains nothing; "both" in both copies, together the bytes of the 16-bit weight. The
+        model's outputs change by the rounding; dense layers stay in 16 bits.
 
     Returns
     -------
@@ -90,7 +95,9 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     ------
     ValueError
         If the model is already optimized, ``fp8`` is unknown or given for a model without sparse layers, or "prefill"
-        is given for a model that is not on CUDA. The model is then unchanged.
+        or "both" is given for a model that is not on CUDA. The model is then unchanged.
+    MemoryError
+        If the device has too little memory left for a layer's e4m3 copies beside its 16-bit weight; it is unchanged.
 
     Notes
     -----
@@ -191,11 +198,34 @@ def _check(model: nn.Module, fp8: str | None) -> None:
     if not layers:
         raise ValueError("expected a sparse model for fp8, got a dense one; call sparsify(model, recipe) first")
     elsewhere = {parameter_of(layer, "weight").device.type for layer in layers} - {"meta", *PREFILL_DEVICES}
-    if fp8 == "prefill" and elsewhere:
+    if fp8 != "decode" and elsewhere:
         raise ValueError(
-            f'expected a model on CUDA for fp8="prefill", got one on {", ".join(sorted(elsewhere))}; move it there '
+            f'expected a model on CUDA for fp8="{fp8}", got one on {", ".join(sorted(elsewhere))}; move it there '
             'first, or choose fp8="decode"'
         )
+    _check_memory(layers, fp8)
+
+
+def _check_memory(layers: list[NMLinear], fp8: str) -> None:
+    """Raise a MemoryError unless each device has room for its largest layer's copies beside the 16-bit weight."""
+    needed: dict[torch.device, int] = {}
+    for layer in layers:
+        weight = parameter_of(layer, "weight")
+        if weight.is_cuda and not not_fp8(layer, fp8):
+            # Of a group that will be merged, whose 16-bit parts are freed before.
+            need = 3 * weight.numel() * (2 if fp8 == "both" else 1)
+            needed[weight.device] = max(needed.get(weight.device, 0), need)
+    for device, need in needed.items():
+        free = (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+        if need > free:
+            raise MemoryError(
+                f'expected {need / 2**30:.1f} GiB free on {device} to convert its largest layer to fp8="{fp8}", got '
+                f"{free / 2**30:.1f} GiB; free memory first, or convert on a device with more"
+            )
 
 
 def _unknown(module: nn.Module, kind: str) -> str:
@@ -225,7 +255,9 @@ def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tu
         else:
             merge(parent, children)
             report.merged.append((name, tuple(children)))
-    if any(isinstance(child, MergedLinear) for child in parent.children()):
+    if merged_qkv(parent) is not None:
+        change(parent, FusedAttention)
+    elif any(isinstance(child, MergedLinear) for child in parent.children()):
         change(parent, SharesProducts)
 
 
@@ -246,8 +278,7 @@ def _quantise(report: OptimizeReport, layout: str) -> None:
 def _fuse_mlp(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:
     child = next((child for child, layer in parent.named_children() if isinstance(layer, MergedLinear)), None)
     if group == GROUPS[1] and child is not None and parent.get_submodule(child).names == group:
-        fused.fuse_mlp(parent, child)
-        if parent.nm_act_packs:
+        if fused.fuse_mlp(parent, child):
             report.fused.append(name)
 
 
@@ -257,8 +288,7 @@ def _fuse_layer(report: OptimizeReport, name: str, layer: nn.Module) -> None:
     children = {child for child, _ in layer.named_children()}
     if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return
-    if all(hasattr(norm, "variance_epsilon") for norm in (layer.input_layernorm, layer.post_attention_layernorm)):
-        report.fused += [f"{name}.{norm}" for norm in fused.fuse_layer(layer)]
+    report.fused += [f"{name}.{norm}" for norm in fused.fuse_layer(layer)]
 
 
 def _last(name: str) -> str:

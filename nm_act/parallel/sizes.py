@@ -36,7 +36,7 @@ class Part:
 def part_of(name: str, spec, kind: str, in_features: int, out_features: int) -> Part:
     """What is split in a "column" or "row" parallel layer of these sizes."""
     if kind == "row":
-        return Part(name, "in_features", in_features, spec.pattern.span)
+        return Part(name, "in_features", in_features, spec.span)
     return Part(name, "out_features", out_features)
 
 

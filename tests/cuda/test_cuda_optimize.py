@@ -7,7 +7,7 @@ from linear_cases import relative_error
 from tiny_families import decide, family
 
 import nm_act
-from nm_act.optimize import fused
+from nm_act.optimize import operands
 
 pytestmark = GPU_MARKS
 
@@ -19,6 +19,7 @@ HOPPER = pytest.mark.skipif(
 # bf16 against float32 is off by at most 0.01 here (measured on a CPU), sparse against dense by 0.02 and more.
 CLOSE = 1.5e-2
 MITIGATIONS = [(), ("var", "dpts-mean")]
+HAS_PACKED = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def on_gpu(name="llama", recipe=None, dtype=torch.bfloat16):
@@ -41,9 +42,12 @@ def logits(model, ids):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("mitigation", MITIGATIONS, ids=["plain", "var dpts-mean"])
-def test_fused_equals_unfused(name, mitigation):
-    model = on_gpu(name, nm_act.Recipe("2:4", mitigation=mitigation))
-    ids = {tokens: prompt(tokens) for tokens in (7, 600)}
+@pytest.mark.parametrize("pattern", ["2:4", "8:16", "1:4", "5:8", "24:32"])
+def test_fused_equals_unfused(name, mitigation, pattern):
+    if mitigation and pattern != "2:4":
+        pytest.skip("fused for 2:4 alone")
+    model = on_gpu(name, nm_act.Recipe(pattern, mitigation=mitigation))
+    ids = {tokens: prompt(tokens) for tokens in (1, 3, 7, 600)}
     expected = {tokens: logits(model, value) for tokens, value in ids.items()}
     report = nm_act.optimize(model)
     assert len(report.fused) == (0 if name == "gemma3" else 6)
@@ -54,31 +58,54 @@ def test_fused_equals_unfused(name, mitigation):
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norm_and_product_in_one(residual, dtype):
-    model = on_gpu("qwen2", nm_act.Recipe("2:4"), dtype)
+@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+def test_norm_and_product_in_one(residual, dtype, pattern):
+    model = on_gpu("qwen2", nm_act.Recipe(pattern), dtype)
     nm_act.optimize(model)
     layer = model.model.layers[0]
     merged = layer.self_attn.merged_q_k_v.linear
-    x, other = (torch.randn(2, 300, 256, device="cuda", dtype=dtype) for _ in range(2))
-    with torch.inference_mode():
-        y, hidden = fused.norm_product(layer.input_layernorm, merged, x, other if residual else None)
-        total = x + other if residual else x
-        assert torch.equal(hidden, total)
-        assert relative_error(y, merged(layer.input_layernorm(total))) < CLOSE
+    for tokens in (1, 2, 300):
+        x, other = (torch.randn(2, tokens, 256, device="cuda", dtype=dtype) for _ in range(2))
+        with torch.inference_mode():
+            way = operands.way_of(merged, x, layer.input_layernorm.weight)
+            packs = HAS_PACKED and pattern == "2:4"
+            assert way == ("decode" if tokens < 3 else "packed" if packs else "pruned")
+            y, hidden = operands.norm_product(way, layer.input_layernorm, merged, x, other if residual else None)
+            total = x + other if residual else x
+            assert torch.equal(hidden, total)
+            assert relative_error(y, merged(layer.input_layernorm(total))) < CLOSE
 
 
-def test_packed_kernels_run(monkeypatch):
+@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+def test_fused_kernels_run(monkeypatch, pattern):
     """Or all of the above would compare the fallback with itself."""
-    model = on_gpu("llama", nm_act.Recipe("2:4"))
+    model = on_gpu("llama", nm_act.Recipe(pattern))
     nm_act.optimize(model)
     calls = []
-    for name in ("rms_norm_compress", "silu_mul_compress"):
-        kernel = getattr(fused, name)
-        monkeypatch.setattr(fused, name, lambda *a, n=name, k=kernel, **o: calls.append(n) or k(*a, **o))
-    logits(model, prompt(fused.PACKED_TOKENS - 1))
-    assert calls == []
-    logits(model, prompt(fused.PACKED_TOKENS))
-    assert calls == ["rms_norm_compress", "rms_norm_compress", "silu_mul_compress"] * 2
+    for name in ("rms_norm_compress", "silu_mul_compress", "rms_norm_prune", "silu_mul_prune", "decode_linear"):
+        kernel = getattr(operands, name)
+        monkeypatch.setattr(operands, name, lambda *a, n=name, k=kernel, **o: calls.append(n) or k(*a, **o))
+
+    def called(tokens):
+        calls.clear()
+        logits(model, prompt(tokens))
+        return calls
+
+    layers = 2
+    assert called(1) == ["decode_linear"] * 4 * layers
+    assert called(40) == ["rms_norm_prune", "rms_norm_prune", "silu_mul_prune"] * layers
+    packs = HAS_PACKED and pattern == "2:4"
+    expected = [name.replace("prune", "compress") if packs else name for name in called(40)]
+    assert called(operands.PACKED_TOKENS) == expected
+
+
+def test_another_pattern_in_decode():
+    model = on_gpu("llama", nm_act.Recipe("2:4", decode_pattern="8:16"))
+    nm_act.optimize(model)
+    prefill, decode = (on_gpu("llama", nm_act.Recipe(pattern)) for pattern in ("2:4", "8:16"))
+    for tokens in (1, 600):
+        expected = logits(decode if tokens == 1 else prefill, prompt(tokens))
+        assert relative_error(logits(model, prompt(tokens)), expected) < CLOSE
 
 
 @HOPPER
@@ -92,6 +119,23 @@ def test_e4m3_weights_for_prefill(mitigation):
     nm_act.deoptimize(model)  # 16-bit products with the rounded weights
     for tokens, value in ids.items():
         assert relative_error(fast[tokens], logits(model, value)) < 0.06
+
+
+@HOPPER
+@pytest.mark.parametrize("fp8", ["prefill", "both"])
+@pytest.mark.parametrize("patterns", [("8:16", None), ("2:4", "8:16"), ("2:4", None)])
+def test_e4m3_weights_for_both(patterns, fp8):
+    pattern, decode_pattern = patterns
+    model = on_gpu("qwen2", nm_act.Recipe(pattern, decode_pattern=decode_pattern))
+    report = nm_act.optimize(model, fp8=fp8)
+    assert len(report.fp8) == 8
+    ids = {tokens: prompt(tokens) for tokens in (1, 40, 600)}
+    fast = {tokens: logits(model, value) for tokens, value in ids.items()}
+    eight = logits(model, prompt(1, 8))
+    nm_act.deoptimize(model)  # 16-bit products with the rounded weights
+    for tokens, value in ids.items():
+        assert relative_error(fast[tokens], logits(model, value)) < 0.06
+    assert relative_error(eight, logits(model, prompt(1, 8))) < 0.06
 
 
 def test_e4m3_weights_for_decode():
@@ -167,8 +211,17 @@ def test_optimizing_holds_one_copy_of_the_weights():
 # ---- the smallest case for compute-sanitizer -------------------------------------------------------------------------
 @pytest.mark.sanitizer
 def test_small_fused_model(monkeypatch):
-    monkeypatch.setattr(fused, "PACKED_TOKENS", 1)
+    monkeypatch.setattr(operands, "PACKED_TOKENS", 1)
     model = on_gpu(recipe=nm_act.Recipe("2:4"))
     expected = logits(model, prompt(33))
     nm_act.optimize(model)
     assert relative_error(logits(model, prompt(33)), expected) < CLOSE
+
+
+@pytest.mark.sanitizer
+def test_small_fused_decoding():
+    model = on_gpu(recipe=nm_act.Recipe("8:16"))
+    expected = logits(model, prompt(1, 2)), logits(model, prompt(33))
+    nm_act.optimize(model)
+    assert relative_error(logits(model, prompt(1, 2)), expected[0]) < CLOSE
+    assert relative_error(logits(model, prompt(33)), expected[1]) < CLOSE

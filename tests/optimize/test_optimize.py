@@ -210,7 +210,7 @@ def test_wrong_uses_are_one_sentence():
         nm_act.deoptimize(model)
     with pytest.raises(ValueError, match="expected a sparse model for fp8, got a dense one"):
         nm_act.optimize(model, fp8="decode")
-    with pytest.raises(ValueError, match="expected fp8 among prefill, decode, got 'e5m2'"):
+    with pytest.raises(ValueError, match="expected fp8 among prefill, decode, both, got 'e5m2'"):
         nm_act.optimize(model, fp8="e5m2")
     nm_act.optimize(model)
     for recipe in (nm_act.Recipe("2:4"), nm_act.Recipe("2:4", projections=["o_proj"])):
@@ -402,7 +402,7 @@ class TestFP8:
             nm_act.FP8Linear(layer_of(**spec), layout)
 
     def test_the_constructor_knows_its_layouts_and_layers(self):
-        with pytest.raises(ValueError, match="expected fp8 among prefill, decode, got 'in_out'"):
+        with pytest.raises(ValueError, match="expected fp8 among prefill, decode, both, got 'in_out'"):
             nm_act.FP8Linear(layer_of("2:4"), "in_out")
         with pytest.raises(TypeError, match="expected an NMLinear, got Linear"):
             nm_act.FP8Linear(torch.nn.Linear(64, 48), "decode")

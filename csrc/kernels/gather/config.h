@@ -17,6 +17,7 @@ inline constexpr int kGatherVector = 16;     // bytes a thread loads at once
 inline constexpr int kGatherSliceStep = 32;  // slices are multiples of it: whole groups of every pattern, whole warps
 inline constexpr int kGatherMaxSplits = 8;   // the largest portable cluster
 inline constexpr int kGatherMaxThreads = 512;
+inline constexpr int kGatherMaxWarps = kGatherMaxThreads / 32;
 inline constexpr int kGatherMaxSlice = 1 << 15;  // row numbers are 16 bits wide
 
 struct GatherConfig {
@@ -67,6 +68,7 @@ struct GatherShared {
   int keys;          // uint32 [tokens, slice]
   int z;             // uint16 [tokens, slice]: the shifted inputs
   int masks;         // uint32 [tokens, slice / 32]: each token's survivors, as bits
+  int squares;       // float [tokens, kGatherMaxWarps]: each warp's sum of squares, for RMSNorm
   int own;           // float4 [sums per thread / 4, threads]: the threads' sums
   int bytes;         // in all; at offset 0 lie the sums received from the tile's slices, float [splits, share]
 };
@@ -91,7 +93,8 @@ NM_ACT_HOST_DEVICE constexpr GatherShared gather_shared(int tokens, int slice, c
   const int after_keys = at.keys + 4 * tokens * slice;
   at.z = after_keys > at.own ? after_keys : at.own;
   at.masks = at.z + 2 * tokens * slice;
-  const int selection = at.masks + 4 * tokens * (slice / 32);
+  at.squares = at.masks + 4 * tokens * (slice / 32);
+  const int selection = at.squares + 4 * tokens * kGatherMaxWarps;
   const int gathered = at.own + config.threads * outputs_per_thread / 4 * kGatherVector;
   at.bytes = selection > gathered ? selection : gathered;
   return at;

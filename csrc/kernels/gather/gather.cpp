@@ -11,6 +11,14 @@ bool types_fit(const GatherParams& params) {
   return half && (params.weight_type == params.x_type || weight_bytes(params.weight_type) == 1);
 }
 
+// RMSNorm and SiLU * up read whole chunks.
+bool producer_fits(const GatherParams& params) {
+  if (params.up == nullptr && params.norm_weight == nullptr) return true;
+  return (params.up == nullptr || params.norm_weight == nullptr) && params.in_features % 8 == 0 &&
+         params.x_stride % 8 == 0 && is_aligned(params.x, 16) && is_aligned(params.up, 16) &&
+         is_aligned(params.norm_weight, 16) && is_aligned(params.channel_scale, 16) && is_aligned(params.shift, 16);
+}
+
 bool pattern_fits(const GatherParams& params) {
   if (params.pattern.keep == 0) return true;
   return is_supported(params.pattern) && params.pattern.extra.count == 0 &&
@@ -31,7 +39,10 @@ cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const G
                           cudaStream_t stream) {
   const GatherProblem problem{params.tokens,      params.out_features, params.in_features,
                               params.weight_type, params.pattern,      device};
-  if (!types_fit(params) || !pattern_fits(params) || !is_valid(problem, config)) return cudaErrorInvalidValue;
+  if (!types_fit(params) || !pattern_fits(params) || !producer_fits(params) || !is_aligned(params.residual, 4) ||
+      !is_valid(problem, config)) {
+    return cudaErrorInvalidValue;
+  }
   const int tiles = ceil_div(params.out_features, config.lanes * outputs_per_lane(params.weight_type));
   GatherLaunch launch{};
   launch.config = config;

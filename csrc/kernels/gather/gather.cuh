@@ -1,5 +1,6 @@
 // gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens. Of W [in, out],
-// only the rows that some token needs are read. One launch selects, gathers and reduces.
+// only the rows that some token needs are read. One launch selects, gathers and reduces; RMSNorm or SiLU * up before the
+// selection, and a residual after the product, are part of it if given: every block computes what it needs of them.
 //
 // Block (tile, slice) selects the survivors of its slice of the inputs (survivors.cuh; x is small and in L2), then
 // reads their weight rows, threads / lanes rows at a time: `lanes` threads lie along a row, 16 bytes each. A thread
@@ -157,11 +158,12 @@ __global__ void __launch_bounds__(kGatherMaxThreads, GatherTuning<kTokens, 4 * W
   const auto* weight = static_cast<const unsigned char*>(params.weight) + slice.begin * row_bytes + first * kBytes;
 
   fetch_vectors(params, outputs, slice.begin, slice.count);
-  wait_for_previous_kernel();
-  allow_next_kernel();
+  // The weight does not depend on the kernel before, so its rows arrive while that one ends.
   if (config.ahead) {
     fetch_ahead(weight, static_cast<uint32_t>(row_bytes), min(tile, params.out_features - first) * kBytes, slice.count);
   }
+  wait_for_previous_kernel();
+  allow_next_kernel();
   const int survivors = select_survivors<E, kTokens>(params, slice, vector);
 
   float sum[kTokens][kOutputs] = {};

@@ -38,6 +38,7 @@ __device__ __forceinline__ void fetch_vectors(const GatherParams& params, const 
     if (params.channel_scale != nullptr) prefetch_line(params.channel_scale + at);
     if (params.shift != nullptr) prefetch_line(params.shift + at);
     if (feature % (kLine / 2) != 0) continue;
+    if (params.norm_weight != nullptr) prefetch_line(static_cast<const uint16_t*>(params.norm_weight) + at);
     for (int token = 0; token < params.tokens; ++token) {
       prefetch_line(static_cast<const uint16_t*>(params.x) + token * params.x_stride + at);
     }
@@ -86,6 +87,7 @@ __device__ __forceinline__ void reduce_block(const float (&sum)[kTokens][kOutput
 // The epilogue's factors and terms for two neighbouring outputs of a token.
 struct EpiloguePair {
   float row_scale, weight_scale[2], shift[2], column_scale[2], bias[2];
+  uint32_t residual;  // two values of the element type
 };
 
 template <class E>
@@ -107,6 +109,9 @@ __device__ __forceinline__ EpiloguePair load_epilogue(const GatherParams& params
   const auto* bias = static_cast<const uint16_t*>(params.bias);
   e.bias[0] = bias != nullptr ? E::low(bias[output]) : 0.0f;
   e.bias[1] = bias != nullptr ? E::low(bias[output + 1]) : 0.0f;
+  const auto* residual = static_cast<const uint16_t*>(params.residual);
+  const int64_t at = static_cast<int64_t>(token) * params.out_features + output;
+  e.residual = residual != nullptr ? *reinterpret_cast<const uint32_t*>(residual + at) : 0;
   return e;
 }
 
@@ -150,7 +155,11 @@ __device__ __forceinline__ void write_outputs(const GatherParams& params, const 
     low = fmaf(low * e.weight_scale[0], e.row_scale, e.shift[0]) * e.column_scale[0] + e.bias[0];
     high = fmaf(high * e.weight_scale[1], e.row_scale, e.shift[1]) * e.column_scale[1] + e.bias[1];
     auto* y = static_cast<uint16_t*>(params.y) + static_cast<int64_t>(token) * params.out_features + output;
-    *reinterpret_cast<uint32_t*>(y) = E::pack(low, high);
+    uint32_t rounded = E::pack(low, high);
+    if (params.residual != nullptr) {
+      rounded = E::pack(E::low(rounded) + E::low(e.residual), E::high(rounded) + E::high(e.residual));
+    }
+    *reinterpret_cast<uint32_t*>(y) = rounded;
   }
 }
 

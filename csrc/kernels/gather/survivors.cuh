@@ -10,6 +10,7 @@
 // of the counts.
 #pragma once
 
+#include "../prune/activations.cuh"
 #include "../prune/compress.cuh"
 #include "block.cuh"
 #include "config.h"
@@ -47,6 +48,7 @@ struct GatherSlice {
   uint16_t* rows;
   uint16_t* coefficients;
   uint32_t* masks;
+  float* squares;
   int* offsets;
 
   __device__ __forceinline__ GatherSlice(unsigned char* shared, const GatherShared& at, int begin, int size,
@@ -59,14 +61,44 @@ struct GatherSlice {
         rows(reinterpret_cast<uint16_t*>(shared + at.rows)),
         coefficients(reinterpret_cast<uint16_t*>(shared + at.coefficients)),
         masks(reinterpret_cast<uint32_t*>(shared + at.masks)),
+        squares(reinterpret_cast<float*>(shared + at.squares)),
         offsets(reinterpret_cast<int*>(shared + at.offsets)) {}
 };
 
+// 1 / sqrt(mean(x^2) + epsilon) of every token, over the whole row. Each block computes it, in the same order.
+template <class E, int kTokens>
+__device__ __forceinline__ void inverse_norms(const GatherParams& params, const GatherSlice& slice,
+                                              float (&inverse)[kTokens]) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warps = static_cast<int>(blockDim.x) / 32;
+#pragma unroll
+  for (int token = 0; token < kTokens; ++token) {
+    float squares = 0.0f;
+    if (token < params.tokens) {
+      const auto* row = static_cast<const uint16_t*>(params.x) + token * params.x_stride;
+#pragma unroll 2
+      for (int at = thread * kChunk; at < params.in_features; at += static_cast<int>(blockDim.x) * kChunk) {
+        squares = add_squares(load_chunk<E, true>(row + at, kChunk), squares);
+      }
+    }
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, offset);
+    if (lane == 0) slice.squares[token * kGatherMaxWarps + thread / 32] = squares;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int token = 0; token < kTokens; ++token) {
+    float squares = lane < warps ? slice.squares[token * kGatherMaxWarps + lane] : 0.0f;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, offset);
+    inverse[token] = inverse_rms(squares, params.in_features, params.epsilon);
+  }
+}
+
 // Loads kChunk features of a token and stores z = x - shift and their keys; zeros beyond the slice and the tokens.
-// `vector`: x, channel_scale and shift can be read 16 bytes at a time.
+// `vector`: x, channel_scale and shift can be read 16 bytes at a time. `inverse`: of the token's RMSNorm.
 template <class E>
 __device__ __forceinline__ void load_inputs(const GatherParams& params, const GatherSlice& slice, int token,
-                                            int feature, bool vector) {
+                                            int feature, bool vector, float inverse) {
   const bool selects = params.pattern.keep > 0;
   const int at = slice.begin + feature;
   const int count = token < params.tokens ? max(0, min(kChunk, slice.count - feature)) : 0;
@@ -75,6 +107,14 @@ __device__ __forceinline__ void load_inputs(const GatherParams& params, const Ga
   if (count > 0) {
     const auto* source = static_cast<const uint16_t*>(params.x) + token * params.x_stride + at;
     z = whole ? load_chunk<E, true>(source, count) : load_chunk<E, false>(source, count);
+    if (params.up != nullptr) {
+      const auto* up = static_cast<const uint16_t*>(params.up) + token * params.x_stride + at;
+      multiply_by_silu(z, load_chunk<E, true>(up, kChunk));
+    }
+    if (params.norm_weight != nullptr) {
+      normalise(z, inverse,
+                __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(params.norm_weight) + at)));
+    }
     if (selects && params.eta != nullptr) subtract(z, __ldg(params.eta + token));
     if (selects && params.shift != nullptr) {
       subtract(z, whole ? load_channels<true>(params.shift + at, count, 0.0f)
@@ -114,14 +154,15 @@ __device__ __forceinline__ bool survives(const GatherParams& params, const Gathe
 // For one token and a pattern: handles this warp's share of the features, from x to their slots in the list, without a
 // block barrier.
 template <class E>
-__device__ __forceinline__ void select_share(const GatherParams& params, const GatherSlice& slice, bool vector) {
+__device__ __forceinline__ void select_share(const GatherParams& params, const GatherSlice& slice, bool vector,
+                                             float inverse) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
   const int blocks = slice.size / 32, share = ceil_div(blocks, warps);
   const int begin = min(static_cast<int>(threadIdx.x) / 32 * share, blocks), end = min(begin + share, blocks);
   const int per_block = 32 / params.pattern.group * params.pattern.keep;
 #pragma unroll 1
   for (int feature = 32 * begin + kChunk * lane; feature < 32 * end; feature += 32 * kChunk) {
-    load_inputs<E>(params, slice, 0, feature, vector);
+    load_inputs<E>(params, slice, 0, feature, vector, inverse);
   }
   __syncwarp();
 #pragma unroll 1
@@ -209,15 +250,21 @@ __device__ __forceinline__ void list_survivors(const GatherSlice& slice) {
 // Fills the list and returns its length; ends with a barrier.
 template <class E, int kTokens>
 __device__ __forceinline__ int select_survivors(const GatherParams& params, const GatherSlice& slice, bool vector) {
+  float inverse[kTokens] = {};
+  if (params.norm_weight != nullptr) inverse_norms<E>(params, slice, inverse);
   if (kTokens == 1 && params.pattern.keep > 0) {
-    select_share<E>(params, slice, vector);
+    select_share<E>(params, slice, vector, inverse[0]);
     __syncthreads();
     return slice.count / params.pattern.group * params.pattern.keep;
   }
   const int chunks = slice.size / kChunk;
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kTokens * chunks; i += static_cast<int>(blockDim.x)) {
-    load_inputs<E>(params, slice, i / chunks, i % chunks * kChunk, vector);
+    const int token = i / chunks;
+    float own = inverse[0];
+#pragma unroll
+    for (int other = 1; other < kTokens; ++other) own = token == other ? inverse[other] : own;
+    load_inputs<E>(params, slice, token, i % chunks * kChunk, vector, own);
   }
   __syncthreads();
   mark_survivors<kTokens>(params, slice);

@@ -182,4 +182,39 @@ __device__ __forceinline__ void survivors_of_steps(const uint32_t (&z)[4][4], in
   }
 }
 
+// Byte mask of the features that beat enough others to be among the n largest of their pair or group of four.
+template <class E>
+__device__ __forceinline__ uint32_t survivors_of_pairs(uint32_t low, uint32_t high) {
+  const uint32_t a = magnitude_keys(low, E::kNanKeys), b = magnitude_keys(high, E::kNanKeys);
+  return byte_mask({a - swap_halves(a) + 0x7FFF8000u, b - swap_halves(b) + 0x7FFF8000u});
+}
+
+template <class E>
+__device__ __forceinline__ uint32_t survivors_of_four(uint32_t low, uint32_t high, int n) {
+  const Comparisons c = compare_keys(magnitude_keys(low, E::kNanKeys), magnitude_keys(high, E::kNanKeys));
+  if (n == 2) return byte_mask(winners_of(c));
+  const uint32_t not_straight = ~c.straight;
+  if (n == 1) return byte_mask({c.straight & c.crossed & c.within_a, not_straight & c.from_b & c.within_b});
+  return byte_mask({c.straight | c.crossed | c.within_a, not_straight | c.from_b | c.within_b});
+}
+
+// The survivors of a chunk's pairs or groups of four.
+template <class E>
+__device__ __forceinline__ ChunkMask survivors_of_short(const uint32_t (&word)[4], Pattern pattern) {
+  ChunkMask kept;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t low = word[2 * i], high = word[2 * i + 1];
+    kept.word[i] =
+        pattern.group == 2 ? survivors_of_pairs<E>(low, high) : survivors_of_four<E>(low, high, pattern.keep);
+  }
+  return kept;
+}
+
+template <class E>
+__device__ __forceinline__ void clear_pruned(Chunk<E>& z, ChunkMask kept) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) z.word[i] &= permute_bytes(kept.word[i / 2], 0, i % 2 ? 0x3322 : 0x1100);
+}
+
 }  // namespace nm_act

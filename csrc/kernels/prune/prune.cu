@@ -18,22 +18,6 @@ constexpr int kStepWarps = kThreads / 32;
 constexpr int kSteps = 4;
 constexpr int kStepFeatures = 32 * kChunk;
 
-// Byte mask of the features that beat enough others to be among the n largest of their pair or group of four.
-template <class E>
-__device__ __forceinline__ uint32_t survivors_of_pairs(uint32_t low, uint32_t high) {
-  const uint32_t a = magnitude_keys(low, E::kNanKeys), b = magnitude_keys(high, E::kNanKeys);
-  return byte_mask({a - swap_halves(a) + 0x7FFF8000u, b - swap_halves(b) + 0x7FFF8000u});
-}
-
-template <class E>
-__device__ __forceinline__ uint32_t survivors_of_four(uint32_t low, uint32_t high, int n) {
-  const Comparisons c = compare_keys(magnitude_keys(low, E::kNanKeys), magnitude_keys(high, E::kNanKeys));
-  if (n == 2) return byte_mask(winners_of(c));
-  const uint32_t not_straight = ~c.straight;
-  if (n == 1) return byte_mask({c.straight & c.crossed & c.within_a, not_straight & c.from_b & c.within_b});
-  return byte_mask({c.straight | c.crossed | c.within_a, not_straight | c.from_b | c.within_b});
-}
-
 template <class E, int kGroup>
 __global__ void __launch_bounds__(kThreads)
     prune_steps_kernel(const __grid_constant__ PruneParams params, const int64_t row_features,
@@ -67,13 +51,7 @@ __global__ void __launch_bounds__(kThreads)
   ChunkMask kept[kSteps];
   if constexpr (kGroup < kChunk) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t low = z[step].word[2 * i], high = z[step].word[2 * i + 1];
-        kept[step].word[i] = kGroup == 2 ? survivors_of_pairs<E>(low, high) : survivors_of_four<E>(low, high, n);
-      }
-    }
+    for (int step = 0; step < kSteps; ++step) kept[step] = survivors_of_short<E>(z[step].word, {n, kGroup, {}});
   } else {
     uint32_t word[kSteps][4];
 #pragma unroll
@@ -85,10 +63,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      z[step].word[i] &= permute_bytes(kept[step].word[i / 2], 0, i % 2 ? 0x3322 : 0x1100);
-    }
+    clear_pruned(z[step], kept[step]);
     if (feature + step * kStepFeatures < row_features) {
       store_chunk<E, true>(destination + step * kStepFeatures, z[step], kChunk);
     }

@@ -6,6 +6,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <tuple>
+#include <utility>
+
 #include "kernels/nm_act.h"
 #include "ops/selection.h"
 
@@ -57,6 +60,21 @@ struct PackedOperand {
   at::Tensor eta;        // [tokens] or undefined
 };
 
+// What the operators return of it: values, metadata, row_scale, eta; empty where undefined.
+using PackedTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+PackedTensors results(const PackedOperand& operand);
+
+// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM (16 features, 32 in e4m3; four k-steps for
+// 2:4+1, so that its fifth windows fill whole ones too), and rows that fit on chip if statistics are needed.
+void check_packable(const at::Tensor& x, const Selection& selection, bool statistics, bool fp8, const char* op);
+
+// For kernels that read only whole vectors: a misaligned view is rare enough to be copied.
+Selection with_aligned_vectors(Selection selection);
+
+// Allocates the operand of this device's GEMM, in the values that it takes, and points the kernel's output at it.
+std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, const Selection& selection,
+                                                         bool variance_correction, bool fp8, GemmDevice device);
+
 // 2:4, or 2:4+1: the operand of the lifted weight.
 PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op);
@@ -71,5 +89,8 @@ struct DenseOperand {
   at::Tensor nu;      // [tokens] or undefined
 };
 DenseOperand prune_dense(const at::Tensor& x, const Selection& selection, bool variance_correction, const char* op);
+
+// Pruned rows in e4m3 [tokens, in_features], and their scales [tokens]: of x in bfloat16, by a selection without vectors.
+std::pair<at::Tensor, at::Tensor> prune_e4m3(const at::Tensor& x, const Selection& selection, const char* op);
 
 }  // namespace nm_act::cuda_ops

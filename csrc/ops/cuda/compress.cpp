@@ -1,4 +1,4 @@
-// Compression on CUDA: nm_act::compress (neutral), compress_packed (the GEMM's layout) and the fused producers.
+// Compression on CUDA: nm_act::compress (neutral) and compress_packed (the GEMM's layout).
 #include <torch/library.h>
 
 #include <limits>
@@ -7,19 +7,15 @@
 #include "ops/cuda/common.h"
 
 namespace nm_act::cuda_ops {
-namespace {
+namespace {}  // namespace
 
-using Packed = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-Packed results(const PackedOperand& operand) {
+PackedTensors results(const PackedOperand& operand) {
   const auto or_empty = [&](const at::Tensor& tensor) {
     return tensor.defined() ? tensor : empty_vector(operand.values, 0);
   };
   return {operand.values, operand.metadata, or_empty(operand.row_scale), or_empty(operand.eta)};
 }
 
-// Checks for a packed operand: 16-bit input, whole k-steps of the GEMM (16 features, 32 in e4m3; four k-steps for
-// 2:4+1, so that its fifth windows fill whole ones too), and rows that fit on chip if statistics are needed.
 void check_packable(const at::Tensor& x, const Selection& selection, bool statistics, bool fp8, const char* op) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", op,
                    " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
@@ -29,12 +25,13 @@ void check_packable(const at::Tensor& x, const Selection& selection, bool statis
   check_row_statistics(selection, statistics || fp8, op);
 }
 
-// For kernels that read only whole vectors: a misaligned view is rare enough to be copied.
 Selection with_aligned_vectors(Selection selection) {
   selection.channel_scale = aligned(selection.channel_scale);
   selection.shift = aligned(selection.shift);
   return selection;
 }
+
+namespace {
 
 // Allocates an operand of `in_features` and points the kernel's output at it. value_type is the dtype of x or e4m3.
 std::pair<PackedOperand, CompressOutput> allocate(const at::Tensor& x, const Selection& selection,
@@ -61,7 +58,8 @@ std::pair<PackedOperand, CompressOutput> allocate(const at::Tensor& x, const Sel
   return {operand, out};
 }
 
-// The same for this device's GEMM, in the values that it takes.
+}  // namespace
+
 std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, const Selection& selection,
                                                          bool variance_correction, bool fp8, GemmDevice device) {
   const at::ScalarType value_type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
@@ -70,8 +68,6 @@ std::pair<PackedOperand, CompressOutput> allocate_packed(const at::Tensor& x, co
   return allocate(x, selection, variance_correction, value_type, layout,
                   lifted ? lifted_features(selection.in_features) : selection.in_features);
 }
-
-}  // namespace
 
 PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, bool variance_correction, bool fp8,
                               GemmDevice device, const char* op) {
@@ -110,9 +106,9 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalT
           operand.metadata.view(with_last(x.sizes(), (selection.in_features + 7) / 8))};
 }
 
-Packed compress_packed_op(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
-                          const OptionalTensor& shift, c10::string_view token_shift, bool variance_correction, bool fp8,
-                          at::IntArrayRef extra_columns) {
+PackedTensors compress_packed_op(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
+                                 const OptionalTensor& shift, c10::string_view token_shift, bool variance_correction,
+                                 bool fp8, at::IntArrayRef extra_columns) {
   constexpr const char* kOp = "compress_packed";
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
   TORCH_CHECK_VALUE(is_lifted(selection.pattern) || is_2_4(selection.pattern),
@@ -122,86 +118,11 @@ Packed compress_packed_op(const at::Tensor& x, int64_t n, int64_t m, const Optio
   return results(compress_packed(x, selection, variance_correction, fp8, gemm_device(x, kOp), kOp));
 }
 
-void check_same_shape(const at::Tensor& x, const at::Tensor& other, const char* name, const char* op) {
-  check_same_device(x, other, name, op);
-  TORCH_CHECK_TYPE(other.scalar_type() == x.scalar_type(), "nm_act::", op, " expected ", name, " in ", x.scalar_type(),
-                   ", got ", other.scalar_type(), "; convert it");
-  TORCH_CHECK_VALUE(other.sizes() == x.sizes(), "nm_act::", op, " expected ", name, " of shape ", x.sizes(), ", got ",
-                    other.sizes(), "; give them one shape");
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_compress(
-    const at::Tensor& x, const at::Tensor& weight, double eps, const OptionalTensor& residual,
-    const OptionalTensor& channel_scale, const OptionalTensor& shift, c10::string_view token_shift,
-    bool variance_correction, bool fp8) {
-  constexpr const char* kOp = "rms_norm_compress";
-  const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
-  check_packable(x, selection, true, fp8, kOp);
-  check_same_device(x, weight, "weight", kOp);
-  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == selection.in_features, "nm_act::", kOp,
-                    " expected weight of shape [", selection.in_features, "], got ", weight.sizes(),
-                    "; give one value a feature");
-  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", kOp, " expected weight in ", x.scalar_type(),
-                   ", got ", weight.scalar_type(), "; convert it");
-  const bool add = residual.has_value() && residual->defined();
-  if (add) check_same_shape(x, *residual, "residual", kOp);
-  const c10::cuda::CUDAGuard guard(x.device());
-  const Selection vectors = with_aligned_vectors(selection);
-  auto [operand, out] = allocate_packed(x, vectors, variance_correction, fp8, gemm_device(x, kOp));
-  const at::Tensor input = aligned(x), scale = aligned(weight);
-  const at::Tensor added = add ? aligned(*residual) : at::Tensor();
-  // A result must not alias an input, so without a residual the hidden state is empty.
-  const at::Tensor hidden = add ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  if (selection.tokens != 0) {
-    const RmsNormCompressParams params{input.const_data_ptr(),
-                                       add ? added.const_data_ptr() : nullptr,
-                                       add ? hidden.mutable_data_ptr() : nullptr,
-                                       scale.const_data_ptr(),
-                                       float(eps),
-                                       selection.tokens,
-                                       int(selection.in_features),
-                                       selection.type,
-                                       out};
-    check_status(launch_rmsnorm_compress(params, current_stream(x)), kOp);
-  }
-  auto [values, metadata, row_scale, eta] = results(operand);
-  return {values, metadata, row_scale, eta, hidden};
-}
-
-Packed silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& channel_scale,
-                         const OptionalTensor& shift, c10::string_view token_shift, bool variance_correction,
-                         bool fp8) {
-  constexpr const char* kOp = "silu_mul_compress";
-  const Selection selection = check_selection(gate, 2, 4, channel_scale, shift, token_shift, kOp);
-  check_packable(gate, selection, true, fp8, kOp);
-  check_same_shape(gate, up, "up", kOp);
-  const c10::cuda::CUDAGuard guard(gate.device());
-  const Selection vectors = with_aligned_vectors(selection);
-  auto [operand, out] = allocate_packed(gate, vectors, variance_correction, fp8, gemm_device(gate, kOp));
-  if (selection.tokens != 0) {
-    // The halves of a merged projection share a row stride and are read in place.
-    const Rows gates = rows_of(gate), ups = rows_of(up);
-    const bool in_place = gates.stride == ups.stride && is_aligned(gates) && is_aligned(ups);
-    const at::Tensor first = in_place ? gates.tensor : aligned(gate), second = in_place ? ups.tensor : aligned(up);
-    const SiluMulCompressParams params{first.const_data_ptr(),
-                                       second.const_data_ptr(),
-                                       in_place ? gates.stride : selection.in_features,
-                                       selection.tokens,
-                                       int(selection.in_features),
-                                       selection.type,
-                                       out};
-    check_status(launch_silu_mul_compress(params, current_stream(gate)), kOp);
-  }
-  return results(operand);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
   m.impl("compress", compress);
   m.impl("compress_packed", compress_packed_op);
-  m.impl("rms_norm_compress", rms_norm_compress);
-  m.impl("silu_mul_compress", silu_mul_compress);
 }
 
 }  // namespace nm_act::cuda_ops

@@ -1,4 +1,4 @@
-// nm_act::gather_linear on CUDA, and sparse_linear for few tokens.
+// nm_act::gather_linear and decode_linear on CUDA, and sparse_linear for few tokens.
 #include "ops/cuda/gather.h"
 
 #include <ATen/ops/linear.h>
@@ -89,6 +89,70 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   return y;
 }
 
+// The gather kernel with what stands around the layer: RMSNorm or SiLU * up before, a residual after.
+at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
+                         int64_t m, const OptionalTensor& up, const OptionalTensor& norm_weight, double eps,
+                         const OptionalTensor& residual, const OptionalTensor& channel_scale,
+                         const OptionalTensor& weight_scale) {
+  constexpr const char* kOp = "decode_linear";
+  Selection selection = check_selection(x, n, m, channel_scale, {}, "none", kOp);
+  const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, bias, kOp);
+  const bool gated = up.has_value() && up->defined(), normed = norm_weight.has_value() && norm_weight->defined();
+  TORCH_CHECK_VALUE(!(gated && normed), "nm_act::", kOp,
+                    " expected either up or norm_weight, got both; apply one of them before");
+  const std::vector<int64_t> sizes = with_last(x.sizes(), weight.size(0));
+  const auto check_like = [&](const OptionalTensor& other, const char* name, at::IntArrayRef expected) {
+    if (!other.has_value() || !other->defined()) return;
+    check_same_device(x, *other, name, kOp);
+    TORCH_CHECK_VALUE(other->scalar_type() == x.scalar_type() && other->sizes() == expected, "nm_act::", kOp,
+                      " expected ", name, " of shape ", expected, " in ", x.scalar_type(), ", got ", other->sizes(),
+                      " in ", other->scalar_type(), "; reshape or convert it");
+  };
+  check_like(up, "up", x.sizes());
+  check_like(norm_weight, "norm_weight", {selection.in_features});
+  check_like(residual, "residual", sizes);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const GemmDevice device = gemm_device(x, kOp);
+  const WeightFacts facts = facts_of(weight);
+  const bool fits = selection.type != ElementType::kFloat32 && facts.stored_in_out() && facts.aligned &&
+                    selection.tokens >= 1 && selection.tokens <= kFewTokens && selection.in_features % 8 == 0;
+  const GatherConfig config =
+      fits ? choose_gather_config(element_type(weight.scalar_type()), selection.pattern, selection.tokens,
+                                  facts.out_features, facts.in_features, facts.row_stride(), device)
+           : GatherConfig{};
+  TORCH_CHECK_NOT_IMPLEMENTED(config.splits > 0, "nm_act::", kOp, " expected 1 to ", kFewTokens,
+                              " tokens in 16 bits and a weight stored [in, out] that the gather kernel takes, got ",
+                              selection.tokens, " tokens in ", x.scalar_type(), ", weight ", weight.sizes(),
+                              " with strides ", weight.strides(), "; use the separate operators");
+  selection.channel_scale = aligned(selection.channel_scale);
+  // The halves of a merged projection share a row stride and are read in place.
+  Rows rows = rows_of(x);
+  at::Tensor factor = gated ? *up : at::Tensor();
+  if (gated) {
+    const Rows ups = rows_of(factor);
+    const bool in_place = rows.stride == ups.stride && is_aligned(rows) && is_aligned(ups);
+    if (!in_place) rows = {aligned(x), selection.in_features};
+    factor = in_place ? ups.tensor : aligned(factor);
+  } else if (!is_aligned(rows)) {
+    rows = {aligned(x), selection.in_features};
+  }
+  const at::Tensor y = at::empty(sizes, x.options()),
+                   bias_vector = contiguous_or_undefined(bias.value_or(at::Tensor()));
+  const at::Tensor norm = normed ? aligned(*norm_weight) : at::Tensor();
+  const at::Tensor added = contiguous_or_undefined(residual.value_or(at::Tensor()));
+  const auto data_of = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
+  GatherParams params = operand_params(rows, weight, selection.pattern, selection.tokens);
+  set_epilogue(params, {scale, {}, {}, {}}, bias_vector);
+  params.y = y.mutable_data_ptr();
+  params.channel_scale = data_or_null(selection.channel_scale);
+  params.up = data_of(factor);
+  params.norm_weight = data_of(norm);
+  params.epsilon = float(eps);
+  params.residual = data_of(added);
+  check_status(launch_gather(params, device, config, current_stream(x)), kOp);
+  return y;
+}
+
 at::Tensor tune_gather(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& weight_scale, int64_t n,
                        int64_t m, at::IntArrayRef given) {
   constexpr const char* kOp = "_tune_gather";
@@ -117,6 +181,7 @@ at::Tensor tune_gather(const at::Tensor& x, const at::Tensor& weight, const Opti
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
+  m.impl("decode_linear", decode_linear);
   m.impl("gather_linear", gather_linear);
   m.impl("_tune_gather", tune_gather);
 }

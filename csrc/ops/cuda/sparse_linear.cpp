@@ -3,7 +3,9 @@
 // ops/choice.h chooses: a few tokens over a weight stored [in, out] go to the gather kernel; with enough tokens, 2:4 in
 // 16 bits goes to the sparse tensor cores, and so does 2:4+1 that brings its lifted weight, where that
 // pays; everything else prunes and runs cuBLAS. An 8-bit weight that the gather kernel does not take is first
-// multiplied by its scale, in the dtype of x; with e4m3 activations it goes to the fp8 tensor cores as it is.
+// multiplied by its scale, in the dtype of x; with e4m3 activations it goes to the fp8 tensor cores as it is: the sparse
+// ones for 2:4, the dense ones over the pruned activation for any other N:M.
+#include <ATen/ops/_scaled_mm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
@@ -44,6 +46,14 @@ at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const at
   if (column_scale.defined()) y.mul_(column_scale);
   if (bias.defined()) y.add_(bias);
   return y.to(x.scalar_type());
+}
+
+// Prune and convert to e4m3, then torch's product with a scale a token and one an output.
+at::Tensor dense_e4m3_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+                              const Selection& selection, const at::Tensor& weight_scale, const char* op) {
+  const auto [values, row_scale] = prune_e4m3(x, selection, op);
+  return at::_scaled_mm(values, weight.t(), row_scale.unsqueeze(1), weight_scale.unsqueeze(0),
+                        bias.defined() ? OptionalTensor(bias) : std::nullopt, std::nullopt, x.scalar_type(), true);
 }
 
 // The choice was the sparse tensor cores: compress, multiply.
@@ -92,6 +102,11 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   if (lifted.defined()) facts.lifted = facts_of(lifted);
   const LinearChoice choice = choose_on_cuda(facts, device);
   if (fp8) {
+    const bool plain = !selection.has_shift() && !selection.channel_scale.defined() && !variance_correction &&
+                       !column_vector.defined();
+    if (choice.why == Why::kE4M3Dense && plain) {
+      return dense_e4m3_product(x, stored_weight, bias, selection, scale, kOp).view(sizes);
+    }
     TORCH_CHECK_NOT_IMPLEMENTED(choice.path == LinearPath::kSparse,
                                 "nm_act::sparse_linear expected a compiled combination along with activation_dtype ",
                                 "float8_e4m3fn (", text_of(choice, facts), "), got ", pattern_text(selection.pattern),

@@ -1,0 +1,50 @@
+// RMSNorm and SiLU * up of eight features, rounded to the element type where the unfused modules round.
+#pragma once
+
+#include "element.cuh"
+
+namespace nm_act {
+
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+// gate = SiLU(gate) * up.
+template <class E>
+__device__ __forceinline__ void multiply_by_silu(Chunk<E>& gate, const Chunk<E>& up) {
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; ++i) {
+    const uint32_t activated = E::pack(silu(gate.get(2 * i)), silu(gate.get(2 * i + 1)));
+    gate.set_pair(i, E::low(activated) * up.get(2 * i), E::high(activated) * up.get(2 * i + 1));
+  }
+}
+
+template <class E>
+__device__ __forceinline__ void add(Chunk<E>& x, const Chunk<E>& addend) {
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; ++i) {
+    x.set_pair(i, x.get(2 * i) + addend.get(2 * i), x.get(2 * i + 1) + addend.get(2 * i + 1));
+  }
+}
+
+template <class E>
+__device__ __forceinline__ float add_squares(const Chunk<E>& x, float squares) {
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) squares = fmaf(x.get(i), x.get(i), squares);
+  return squares;
+}
+
+__device__ __forceinline__ float inverse_rms(float squares, int in_features, float epsilon) {
+  return 1.0f / sqrtf(squares / static_cast<float>(in_features) + epsilon);
+}
+
+// h = round(round(h * inverse) * weight); `weight` holds eight values of the element type.
+template <class E>
+__device__ __forceinline__ void normalise(Chunk<E>& h, float inverse, uint4 weight) {
+  const uint32_t word[4] = {weight.x, weight.y, weight.z, weight.w};
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; ++i) {
+    const uint32_t normed = E::pack(h.get(2 * i) * inverse, h.get(2 * i + 1) * inverse);
+    h.set_pair(i, E::low(normed) * E::low(word[i]), E::high(normed) * E::high(word[i]));
+  }
+}
+
+}  // namespace nm_act

@@ -1,0 +1,183 @@
+// The operators before a sparse layer, fused with its selection on CUDA: RMSNorm and SiLU * up, then compress or prune.
+#include <torch/library.h>
+
+#include "ops/cuda/common.h"
+
+namespace nm_act::cuda_ops {
+namespace {
+
+void check_same_shape(const at::Tensor& x, const at::Tensor& other, const char* name, const char* op) {
+  check_same_device(x, other, name, op);
+  TORCH_CHECK_TYPE(other.scalar_type() == x.scalar_type(), "nm_act::", op, " expected ", name, " in ", x.scalar_type(),
+                   ", got ", other.scalar_type(), "; convert it");
+  TORCH_CHECK_VALUE(other.sizes() == x.sizes(), "nm_act::", op, " expected ", name, " of shape ", x.sizes(), ", got ",
+                    other.sizes(), "; give them one shape");
+}
+
+// The arguments of RMSNorm after checking, aligned, and its results: the tensors that the kernel's input points to.
+struct NormTensors {
+  at::Tensor x, weight, residual;
+  at::Tensor hidden;  // a result must not alias an input, so without a residual it is empty
+  RmsNormInput input;
+};
+
+void check_norm(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& residual, const char* op) {
+  check_same_device(x, weight, "weight", op);
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(-1), "nm_act::", op, " expected weight of shape [",
+                    x.size(-1), "], got ", weight.sizes(), "; give one value a feature");
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", op, " expected weight in ", x.scalar_type(),
+                   ", got ", weight.scalar_type(), "; convert it");
+  if (residual.has_value() && residual->defined()) check_same_shape(x, *residual, "residual", op);
+}
+
+NormTensors norm_tensors(const at::Tensor& x, const at::Tensor& weight, double eps, const OptionalTensor& residual,
+                         const Selection& selection) {
+  NormTensors norm{aligned(x), aligned(weight), {}, {}, {}};
+  const bool add = residual.has_value() && residual->defined();
+  if (add) norm.residual = aligned(*residual);
+  norm.hidden = add ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  norm.input = {norm.x.const_data_ptr(),
+                add ? norm.residual.const_data_ptr() : nullptr,
+                add ? norm.hidden.mutable_data_ptr() : nullptr,
+                norm.weight.const_data_ptr(),
+                float(eps),
+                selection.tokens,
+                int(selection.in_features),
+                selection.type};
+  return norm;
+}
+
+struct GatedTensors {
+  at::Tensor gate, up;
+  SiluMulInput input;
+};
+
+// The halves of a merged projection share a row stride and are read in place.
+GatedTensors gated_tensors(const at::Tensor& gate, const at::Tensor& up, const Selection& selection) {
+  const Rows gates = rows_of(gate), ups = rows_of(up);
+  const bool in_place = gates.stride == ups.stride && is_aligned(gates) && is_aligned(ups);
+  GatedTensors gated{in_place ? gates.tensor : aligned(gate), in_place ? ups.tensor : aligned(up), {}};
+  gated.input = {gated.gate.const_data_ptr(),
+                 gated.up.const_data_ptr(),
+                 in_place ? gates.stride : selection.in_features,
+                 selection.tokens,
+                 int(selection.in_features),
+                 selection.type};
+  return gated;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_compress(
+    const at::Tensor& x, const at::Tensor& weight, double eps, const OptionalTensor& residual,
+    const OptionalTensor& channel_scale, const OptionalTensor& shift, c10::string_view token_shift,
+    bool variance_correction, bool fp8) {
+  constexpr const char* kOp = "rms_norm_compress";
+  const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
+  check_packable(x, selection, true, fp8, kOp);
+  check_norm(x, weight, residual, kOp);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Selection vectors = with_aligned_vectors(selection);
+  auto [operand, out] = allocate_packed(x, vectors, variance_correction, fp8, gemm_device(x, kOp));
+  const NormTensors norm = norm_tensors(x, weight, eps, residual, selection);
+  if (selection.tokens != 0) check_status(launch_rmsnorm_compress(norm.input, out, current_stream(x)), kOp);
+  return std::tuple_cat(results(operand), std::make_tuple(norm.hidden));
+}
+
+PackedTensors silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& channel_scale,
+                                const OptionalTensor& shift, c10::string_view token_shift, bool variance_correction,
+                                bool fp8) {
+  constexpr const char* kOp = "silu_mul_compress";
+  const Selection selection = check_selection(gate, 2, 4, channel_scale, shift, token_shift, kOp);
+  check_packable(gate, selection, true, fp8, kOp);
+  check_same_shape(gate, up, "up", kOp);
+  const c10::cuda::CUDAGuard guard(gate.device());
+  const Selection vectors = with_aligned_vectors(selection);
+  auto [operand, out] = allocate_packed(gate, vectors, variance_correction, fp8, gemm_device(gate, kOp));
+  if (selection.tokens != 0) {
+    check_status(launch_silu_mul_compress(gated_tensors(gate, up, selection).input, out, current_stream(gate)), kOp);
+  }
+  return results(operand);
+}
+
+// Checks for pruning fused with a producer or with the conversion to e4m3. Returns whether the values are e4m3.
+bool check_prunable(const at::Tensor& x, const Selection& selection, std::optional<at::ScalarType> activation_dtype,
+                    int64_t most_features, const char* op) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", op,
+                   " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
+  const bool fp8 = activation_dtype.has_value() && *activation_dtype != x.scalar_type();
+  TORCH_CHECK_TYPE(!fp8 || (*activation_dtype == at::kFloat8_e4m3fn && x.scalar_type() == at::kBFloat16),
+                   "nm_act::", op, " expected activation_dtype of x, or float8_e4m3fn with x in bfloat16, got ",
+                   activation_dtype.value_or(x.scalar_type()), " with ", x.scalar_type(), "; choose one of those");
+  TORCH_CHECK_VALUE(selection.in_features % 8 == 0, "nm_act::", op, " expected in_features divisible by 8, got ",
+                    selection.in_features, "; prune after the unfused operator");
+  TORCH_CHECK_NOT_IMPLEMENTED(selection.in_features <= most_features, "nm_act::", op, " expected at most ",
+                              most_features, " features in a fused row, got ", selection.in_features,
+                              "; prune after the unfused operator");
+  return fp8;
+}
+
+struct Pruned {
+  at::Tensor values;     // [tokens, in_features]
+  at::Tensor row_scale;  // [tokens], or empty
+  PruneOutput out;
+};
+
+Pruned allocate_pruned(const at::Tensor& x, const Selection& selection, bool fp8) {
+  const at::ScalarType type = fp8 ? at::kFloat8_e4m3fn : x.scalar_type();
+  Pruned pruned{at::empty({selection.tokens, selection.in_features}, x.options().dtype(type)),
+                empty_vector(x, fp8 ? selection.tokens : 0),
+                {}};
+  pruned.out = {pruned.values.mutable_data_ptr(), fp8 ? pruned.row_scale.mutable_data_ptr<float>() : nullptr,
+                selection.pattern, element_type(type)};
+  return pruned;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_prune(const at::Tensor& x, const at::Tensor& weight, double eps,
+                                                              const OptionalTensor& residual, int64_t n, int64_t m,
+                                                              std::optional<at::ScalarType> activation_dtype) {
+  constexpr const char* kOp = "rms_norm_prune";
+  const Selection selection = check_selection(x, n, m, {}, {}, "none", kOp);
+  const bool fp8 = check_prunable(x, selection, activation_dtype, kMaxNormFeatures, kOp);
+  check_norm(x, weight, residual, kOp);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Pruned pruned = allocate_pruned(x, selection, fp8);
+  const NormTensors norm = norm_tensors(x, weight, eps, residual, selection);
+  if (selection.tokens != 0) check_status(launch_rmsnorm_prune(norm.input, pruned.out, current_stream(x)), kOp);
+  return {pruned.values, pruned.row_scale, norm.hidden};
+}
+
+std::tuple<at::Tensor, at::Tensor> silu_mul_prune(const at::Tensor& gate, const at::Tensor& up, int64_t n, int64_t m,
+                                                  std::optional<at::ScalarType> activation_dtype) {
+  constexpr const char* kOp = "silu_mul_prune";
+  const Selection selection = check_selection(gate, n, m, {}, {}, "none", kOp);
+  const bool fp8 = check_prunable(gate, selection, activation_dtype, kMaxRowFeatures, kOp);
+  check_same_shape(gate, up, "up", kOp);
+  const c10::cuda::CUDAGuard guard(gate.device());
+  const Pruned pruned = allocate_pruned(gate, selection, fp8);
+  if (selection.tokens != 0) {
+    check_status(launch_silu_mul_prune(gated_tensors(gate, up, selection).input, pruned.out, current_stream(gate)),
+                 kOp);
+  }
+  return {pruned.values, pruned.row_scale};
+}
+
+}  // namespace
+
+std::pair<at::Tensor, at::Tensor> prune_e4m3(const at::Tensor& x, const Selection& selection, const char* op) {
+  check_prunable(x, selection, at::kFloat8_e4m3fn, kMaxRowFeatures, op);
+  const Pruned pruned = allocate_pruned(x, selection, true);
+  Rows rows = rows_of(x);
+  if (!is_aligned(rows)) rows = {aligned(rows.tensor), selection.in_features};
+  const RowsInput input{rows.tensor.const_data_ptr(), rows.stride, selection.tokens, int(selection.in_features),
+                        selection.type};
+  if (selection.tokens != 0) check_status(launch_prune_e4m3(input, pruned.out, current_stream(x)), op);
+  return {pruned.values, pruned.row_scale};
+}
+
+TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
+  m.impl("rms_norm_compress", rms_norm_compress);
+  m.impl("silu_mul_compress", silu_mul_compress);
+  m.impl("rms_norm_prune", rms_norm_prune);
+  m.impl("silu_mul_prune", silu_mul_prune);
+}
+
+}  // namespace nm_act::cuda_ops

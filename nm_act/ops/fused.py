@@ -1,0 +1,235 @@
+"""What surrounds sparse layers in a decoder block, fused with their selection or their product (CUDA, 16 bits).
+
+The producers of the packed 2:4 operand are in :mod:`nm_act.ops.packed`; these serve every N:M.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..patterns import NMPattern
+from . import operators
+
+E4M3 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A pruned activation, dense with zeros, as the operand of a dense product.
+
+    Attributes
+    ----------
+    values : Tensor [tokens, in_features], dtype of the input or float8_e4m3fn
+    row_scale : Tensor [tokens], float32, or [0]: the scale of each token's e4m3 values
+    hidden : Tensor [..., in_features], optional
+        Of :func:`rms_norm_prune`: ``x + residual`` (``x`` itself without one), the next residual.
+    """
+
+    values: Tensor
+    row_scale: Tensor
+    hidden: Tensor | None = None
+
+
+def rms_norm_prune(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    pattern: NMPattern | str = "2:4",
+    *,
+    activation_dtype: torch.dtype | None = None,
+) -> Pruned:
+    """``prune(RMSNorm(x + residual) * weight)`` in one kernel, with ``hidden``, the next residual.
+
+    Parameters
+    ----------
+    x, residual : Tensor [..., in_features], bfloat16 or float16
+        in_features divisible by 8, at most 16384.
+    weight : Tensor [in_features], dtype of x
+    eps : float
+    pattern : NMPattern or str
+        N:M without extra windows.
+    activation_dtype : torch.dtype, optional
+        torch.float8_e4m3fn, for x in bfloat16, scales each token by its largest magnitude / 448.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a dtype, shape or pattern does not fit.
+    NotImplementedError
+        If the row is too long, or ``x`` is not on CUDA.
+    """
+    n, m = _keep_and_group(pattern)
+    values, row_scale, hidden = operators.call(
+        "rms_norm_prune", x, weight, eps, residual, n, m, activation_dtype=activation_dtype
+    )
+    return Pruned(values, row_scale, x if residual is None else hidden)
+
+
+def silu_mul_prune(
+    gate: Tensor, up: Tensor, pattern: NMPattern | str = "2:4", *, activation_dtype: torch.dtype | None = None
+) -> Pruned:
+    """``prune(SiLU(gate) * up)`` in one kernel.
+
+    Parameters
+    ----------
+    gate, up : Tensor [..., in_features], bfloat16 or float16
+        The halves of a merged projection are read in place; in_features divisible by 8, at most 32768.
+    pattern, activation_dtype
+        As in :func:`rms_norm_prune`.
+    """
+    n, m = _keep_and_group(pattern)
+    return Pruned(*operators.call("silu_mul_prune", gate, up, n, m, activation_dtype=activation_dtype))
+
+
+def pruned_product(
+    operand: Pruned, weight: Tensor, bias: Tensor | None = None, weight_scale: Tensor | None = None
+) -> Tensor:
+    """``P @ weight.t() + bias`` on dense tensor cores, ``[tokens, out_features]``.
+
+    Parameters
+    ----------
+    weight : Tensor [out_features, in_features], dtype of the operand's values
+        In e4m3 contiguous, with ``weight_scale`` [out_features], float32; the result is bfloat16 then.
+    """
+    if weight_scale is None:
+        return F.linear(operand.values, weight, bias)
+    # The only row-wise scaled product of torch 2.11 to 2.13; the public scaled_mm calls it.
+    return torch._scaled_mm(
+        operand.values,
+        weight.t(),
+        scale_a=operand.row_scale[:, None],
+        scale_b=weight_scale[None],
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+def decode_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pattern: NMPattern | str = "2:4",
+    *,
+    up: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    channel_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    """A sparse linear layer of one to four tokens, in one kernel with what stands before and after it.
+
+    ``round(P(x') @ W^T + bias) + residual`` with ``x' = RMSNorm(x) * norm_weight``, ``SiLU(x) * up`` or ``x``.
+
+    Parameters
+    ----------
+    x : Tensor [..., in_features], bfloat16 or float16, on CUDA
+        At most four tokens; in_features divisible by 8.
+    weight : Tensor [out_features, in_features], stored [in, out]
+        Dtype of x, or float8_e4m3fn or int8 with ``weight_scale`` [out_features], float32.
+    bias : Tensor [out_features], dtype of x, optional
+    pattern : NMPattern or str
+        N:M without extra windows.
+    up : Tensor like x, optional
+    norm_weight : Tensor [in_features], dtype of x, optional
+        With ``eps``; not with ``up``.
+    residual : Tensor [..., out_features], dtype of x, optional
+    channel_scale : Tensor [in_features], float32 or the dtype of x, optional
+        As in :func:`nm_act.prune`.
+
+    Returns
+    -------
+    Tensor [..., out_features], dtype of x
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a dtype, shape, pattern or option does not fit.
+    NotImplementedError
+        If the gather kernel does not take the sizes or the storage, or ``x`` is not on CUDA.
+    """
+    n, m = _keep_and_group(pattern)
+    options = {"up": up, "norm_weight": norm_weight, "eps": eps, "residual": residual}
+    options |= {"channel_scale": channel_scale, "weight_scale": weight_scale}
+    return operators.call("decode_linear", x, weight, bias, n, m, **options)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of queries and keys in one kernel: ``x * cos + rotate_half(x) * sin``.
+
+    Parameters
+    ----------
+    q, k : Tensor [batch, tokens, heads, head_dim], bfloat16 or float16, on CUDA
+        head_dim divisible by 16; parts of a merged projection are read in place.
+    cos, sin : Tensor [1 or batch, tokens, head_dim], dtype of q
+
+    Returns
+    -------
+    q, k : Tensor, contiguous, of the shapes given; rounded where Transformers' own embedding rounds
+    """
+    return operators.call("rotary", q, k, cos, sin)
+
+
+def rotary_cache(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
+) -> Tensor:
+    """:func:`rotary`, which also writes keys and values into a static cache; returns the queries.
+
+    Parameters
+    ----------
+    q, k, v : Tensor [batch, tokens, heads, head_dim]
+    cos, sin : Tensor [1 or batch, tokens, head_dim]
+    keys, values : Tensor [batch, heads, max_tokens, head_dim], contiguous
+        Written at the last ``tokens`` places before ``lengths``; none beyond the cache.
+    lengths : Tensor [batch], int32
+        Tokens of each sequence, the new ones included.
+    """
+    return operators.call("rotary_cache", q, k, v, cos, sin, keys, values, lengths)
+
+
+def _keep_and_group(pattern: NMPattern | str) -> tuple[int, int]:
+    pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
+    if pattern.extra_columns:
+        raise ValueError(f"expected an N:M pattern without extra windows, got {pattern}; use nm_act.sparse_linear")
+    return pattern.keep, pattern.group
+
+
+def _fake_pruned(x: Tensor, activation_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    fp8, tokens = activation_dtype not in (None, x.dtype), x.numel() // x.shape[-1]
+    values = x.new_empty((tokens, x.shape[-1]), dtype=E4M3 if fp8 else x.dtype)
+    return values, x.new_empty((tokens if fp8 else 0,), dtype=torch.float32)
+
+
+@torch.library.register_fake("nm_act::rms_norm_prune")
+def _(x, weight, eps, residual=None, n=2, m=4, *, activation_dtype=None):
+    return *_fake_pruned(x, activation_dtype), x.new_empty((0,) if residual is None else x.shape)
+
+
+@torch.library.register_fake("nm_act::silu_mul_prune")
+def _(gate, up, n=2, m=4, *, activation_dtype=None):
+    return _fake_pruned(gate, activation_dtype)
+
+
+@torch.library.register_fake("nm_act::decode_linear")
+def _(x, weight, bias=None, n=2, m=4, **_options):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("nm_act::rotary")
+def _(q, k, cos, sin):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@torch.library.register_fake("nm_act::rotary_cache")
+def _(q, k, v, cos, sin, keys, values, lengths):
+    return q.new_empty(q.shape)
+
+
+for _name in ("rms_norm_prune", "silu_mul_prune", "decode_linear", "rotary", "rotary_cache"):
+    operators.refuse(_name, "CPU")
+    if not operators.build_info()["cuda"]:
+        operators.refuse(_name, "CUDA")

@@ -1,0 +1,105 @@
+"""Attention with one kernel for the rotary embedding and the cache's update (CUDA, 16 bits).
+
+The attention itself remains the implementation that the model's config names.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import autograd
+from ..ops.fused import rotary, rotary_cache
+from . import operands
+from .eligible import has_hooks
+from .merged import MergedLinear, Product, SharesProducts
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def merged_qkv(attention: nn.Module) -> MergedLinear | None:
+    """The layer that computes q, k and v of an attention, if there is one for all three."""
+    children = (child for child in attention.children() if isinstance(child, MergedLinear))
+    return next((child for child in children if child.names == QKV), None)
+
+
+class FusedAttention(SharesProducts):
+    """An attention of merged q, k and v layers whose embedding and cache update are one kernel where that fits."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        *args,
+        nm_act_product: Product | None = None,
+        nm_act_residual: Tensor | None = None,
+        **kwargs,
+    ):
+        """The stock forward's ``(output [batch, tokens, hidden], weights)``; with a residual, their sum.
+
+        ``nm_act_product`` is the product of q, k and v if it is computed already.
+        """
+        if args or not fuses(self, hidden_states, position_embeddings):
+            stock = (hidden_states, position_embeddings, attention_mask, *args)
+            y, weights = super().forward(*stock, nm_act_product=nm_act_product, **kwargs)
+            return (y if nm_act_residual is None else nm_act_residual + y), weights
+        cache = kwargs.pop("cache", None)
+        cache = kwargs.pop("past_key_values", None) if cache is None else cache
+        product = Product(merged_qkv(self)) if nm_act_product is None else nm_act_product
+        q, k, v = (
+            product.take(hidden_states, index).view(*hidden_states.shape[:-1], -1, self.head_dim) for index in range(3)
+        )
+        q, k = (_normed(self, name, heads) for name, heads in (("q_norm", q), ("k_norm", k)))
+        query, key, value = _attended(self, q, k, v, position_embeddings, cache, kwargs)
+        if hasattr(self, "sliding_window"):
+            kwargs["sliding_window"] = self.sliding_window
+        options = {"dropout": 0.0, "scaling": self.scaling, **kwargs}
+        y, weights = _interface(self)(self, query, key, value, attention_mask, **options)
+        y = y.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        if nm_act_residual is None:
+            return self.o_proj(y), weights
+        if not operands.why_unfused(self.o_proj) and operands.way_of(self.o_proj, y, nm_act_residual) == "decode":
+            return operands.plus_residual(self.o_proj, y, nm_act_residual), weights
+        return nm_act_residual + self.o_proj(y), weights
+
+
+def fuses(attention: nn.Module, x: Tensor, position_embeddings) -> bool:
+    """Whether this call computes the embedding in one kernel."""
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or position_embeddings is None:
+        return False
+    if attention.training or torch.is_autocast_enabled(x.device.type) or _interface(attention) is None:
+        return False
+    parts = [getattr(attention, name) for name in QKV]
+    if any(has_hooks(part) for part in parts) or merged_qkv(attention) is None or attention.head_dim % 16:
+        return False
+    cos = position_embeddings[0]
+    fits = cos.dtype == x.dtype and cos.ndim == 3 and cos.shape[0] in (1, x.shape[0]) and x.ndim == 3
+    fits = fits and cos.shape[1] == x.shape[1] and cos.shape[2] == attention.head_dim
+    return fits and not autograd.needs_gradient(x, *attention.parameters())
+
+
+def _interface(attention: nn.Module):
+    """The attention implementation of the config; None for Transformers' eager one, which its module keeps."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation, None)
+
+
+def _normed(attention: nn.Module, name: str, heads: Tensor) -> Tensor:
+    norm = getattr(attention, name, None)
+    return heads if norm is None else norm(heads)
+
+
+def _attended(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, angles, cache, options: dict):
+    """Rotated queries, and the keys and values to attend to, ``[batch, heads, tokens, head_dim]``."""
+    lengths = options.get("nm_act_lengths")
+    if cache is not None and lengths is not None:  # StaticDecoder's: a plain static cache
+        layer = cache.layers[attention.layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
+        query = rotary_cache(q, k, v, *angles, layer.keys, layer.values, lengths)
+        return query.transpose(1, 2), layer.keys, layer.values
+    q, k = (heads.transpose(1, 2) for heads in rotary(q, k, *angles))
+    v = v.transpose(1, 2)
+    if cache is not None:
+        k, v = cache.update(k, v, attention.layer_idx)
+    return q, k, v

@@ -1,0 +1,198 @@
+"""The product of a sparse layer together with the operator before it, where one kernel computes both (CUDA, 16 bits).
+
+Each call of a layer takes one of these ways:
+
+``decode``  one to four tokens: one kernel from the norm (or gate and up) to the output, residual included
+``packed``  2:4 on the sparse tensor cores: the producer writes the packed operand
+``pruned``  any other N:M, or too few tokens: the producer writes the pruned activation for a dense product
+``""``      none: the producer, the selection and the product run one after another
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from .. import _C
+from ..layers.linear import NMLinear
+from ..layers.stale import parameter_of
+from ..layers.work import is_decode
+from ..ops import autograd
+from ..ops.explain import explain
+from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_prune, silu_mul_prune
+from ..ops.packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
+from ..patterns import NMPattern
+from .eligible import MAX_NORM_FEATURES, has_hooks, not_pruned_alone, not_sparse_gemm, why_stays
+from .fp8 import E4M3, FEW_TOKENS, FP8Linear
+
+PACKED_TOKENS = _C.SPARSE_GEMM_TOKENS
+"""Fewest tokens for which a packed 16-bit product is worthwhile."""
+
+
+def why_unfused(linear: nn.Module) -> str:
+    """Why no call of a layer can be computed together with the operator before it; empty if some can."""
+    if not isinstance(linear, (NMLinear, FP8Linear)):
+        return "not sparse"
+    why = why_stays(linear)
+    if why:
+        return why
+    if isinstance(linear, NMLinear) and linear.token_context is not None:
+        return "first tokens are dense"
+    patterns = [linear.spec.pattern_in(decode) for decode in (False, True)]
+    if not all(isinstance(pattern, NMPattern) for pattern in patterns):
+        return f"pattern {linear.spec.pattern}"
+    reasons = [_not_packed(linear, pattern) and not_pruned_alone(linear, pattern) for pattern in patterns]
+    return reasons[0] if all(reasons) else ""
+
+
+def way_of(linear: nn.Module, x: Tensor, *others: Tensor) -> str:
+    """How this call of a layer, of which :func:`why_unfused` is empty, is computed; ``x [..., in]`` is its input.
+
+    ``others`` are what else the producer reads.
+    """
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type):
+        return ""
+    if linear._is_dense_phase(x) or has_hooks(linear) or any(other.dtype != x.dtype for other in others):
+        return ""
+    fp8 = isinstance(linear, FP8Linear)
+    if (linear.like if fp8 else parameter_of(linear, "weight")).dtype != x.dtype:
+        return ""
+    # None of these ways has a gradient: while gradients are recorded, the layers run one by one.
+    if autograd.needs_gradient(x, *others, *linear.parameters()):
+        return ""
+    tokens, pattern = x.shape[:-1].numel(), linear.spec.pattern_in(is_decode(x))
+    plain = not not_pruned_alone(linear, pattern)
+    if plain and 1 <= tokens <= FEW_TOKENS and _gathers(linear, tokens, pattern, x.dtype, x.device):
+        return "decode"
+    if fp8 and linear.codes is None:
+        return ""
+    if (fp8 or tokens >= PACKED_TOKENS) and not _not_packed(linear, pattern):
+        return "packed"
+    return "pruned" if plain and linear.channel_scale is None and (not fp8 or x.dtype == torch.bfloat16) else ""
+
+
+def norm_product(way: str, norm: nn.Module, linear: nn.Module, x: Tensor, residual: Tensor | None = None):
+    """``linear(norm(x + residual))`` and ``x + residual``, ``[..., out]`` and ``[..., in]``."""
+    weight, eps = norm.weight, norm.variance_epsilon
+    if way == "decode":
+        hidden = x if residual is None else x + residual
+        return _decode(linear, hidden, norm_weight=weight, eps=eps), hidden
+    if way == "packed":
+        derived = _derived(linear)
+        packed = rms_norm_compress(x, weight, eps, residual, **_packing(linear, derived["channel_scale"]))
+        return _packed_product(linear, packed, x.shape, derived["shift_out"]), packed.hidden
+    pruned = rms_norm_prune(x, weight, eps, residual, linear.spec.pattern_in(is_decode(x)), **_pruning(linear))
+    return _pruned_product(linear, pruned, x.shape), pruned.hidden
+
+
+def takes_norm(norm: nn.Module, linear: nn.Module) -> bool:
+    """Whether a norm's row fits the fused kernels."""
+    return linear.in_features <= MAX_NORM_FEATURES and hasattr(norm, "variance_epsilon")
+
+
+class Gated:
+    """``linear(SiLU(gate) * up)`` in two steps, so that the caller can free gate and up in between."""
+
+    def __init__(self, way: str, linear: nn.Module, gate: Tensor, up: Tensor, residual: Tensor | None = None):
+        self.linear, self.shape = linear, gate.shape
+        self.shift_out: Tensor | None = None
+        self.operand: Tensor | Packed | Pruned
+        if way == "decode":
+            self.operand = _decode(linear, gate, up=up, residual=residual)
+        elif way == "packed":
+            derived = _derived(linear)
+            self.shift_out = derived["shift_out"]
+            self.operand = silu_mul_compress(gate, up, **_packing(linear, derived["channel_scale"]))
+        else:
+            self.operand = silu_mul_prune(gate, up, linear.spec.pattern_in(is_decode(gate)), **_pruning(linear))
+
+    def product(self) -> Tensor:
+        """``[..., out]``."""
+        if isinstance(self.operand, Packed):
+            return _packed_product(self.linear, self.operand, self.shape, self.shift_out)
+        return (
+            self.operand if isinstance(self.operand, Tensor) else _pruned_product(self.linear, self.operand, self.shape)
+        )
+
+
+def plus_residual(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """``residual + linear(x)``, for a call whose way is "decode"."""
+    return _decode(linear, x, residual=residual)
+
+
+def _decode(linear: nn.Module, x: Tensor, **around) -> Tensor:
+    bias, pattern = parameter_of(linear, "bias"), linear.spec.pattern_in(is_decode(x))
+    channel_scale = _derived(linear)["channel_scale"]
+    if isinstance(linear, FP8Linear):
+        around["weight_scale"] = linear.weight_scale
+        return decode_linear(x, linear.e4m3_rows, bias, pattern, channel_scale=channel_scale, **around)
+    return decode_linear(x, parameter_of(linear, "weight"), bias, pattern, channel_scale=channel_scale, **around)
+
+
+def _gathers(linear: nn.Module, tokens: int, pattern: NMPattern, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the gather kernel serves these tokens, as the operator itself would choose."""
+    fp8 = isinstance(linear, FP8Linear)
+    weight = linear.e4m3_rows if fp8 else parameter_of(linear, "weight")
+    if weight is None or pattern.extra_columns:
+        return False
+    # Of the storage: allocations are aligned further, and a compiler could not follow an address.
+    aligned = weight.storage_offset() * weight.element_size() % 16 == 0
+    return aligned and _choice(tokens, pattern, dtype, device, weight.dtype, weight.shape, weight.stride()) == "gather"
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=4096)
+def _choice(tokens, pattern, dtype, device, weight_dtype, shape, strides) -> str:
+    facts = torch.cuda.get_device_properties(device)
+    x = torch.empty(tokens, shape[1], dtype=dtype, device="meta")
+    weight = torch.empty_strided(shape, strides, dtype=weight_dtype, device="meta")
+    options = {"compute_capability": facts.major, "multiprocessors": facts.multi_processor_count}
+    return explain(x, weight, pattern, device="cuda", **options).path
+
+
+def _not_packed(linear: nn.Module, pattern: NMPattern) -> str:
+    if isinstance(linear, FP8Linear):
+        return "no [out, in] copy" if linear.codes is None else not_sparse_gemm(linear, pattern, 32)
+    return not_sparse_gemm(linear, pattern, 16)
+
+
+def _derived(linear: nn.Module) -> dict[str, Tensor | None]:
+    """What a layer's selection and epilogue read, of its weight in this call."""
+    mine = None if isinstance(linear, FP8Linear) else linear.derived_for_call()
+    if mine is not None:
+        return mine
+    shift_out = linear.scaled_shift_out if isinstance(linear, FP8Linear) else linear.shift_out
+    return {"channel_scale": linear.channel_scale, "shift_out": shift_out}
+
+
+def _packing(linear: nn.Module, channel_scale: Tensor | None) -> dict:
+    return {
+        "channel_scale": channel_scale,
+        "token_shift": linear.spec.token_shift,
+        "variance_correction": linear.spec.variance_correction,
+        "fp8": isinstance(linear, FP8Linear),
+    }
+
+
+def _pruning(linear: nn.Module) -> dict:
+    return {"activation_dtype": E4M3 if isinstance(linear, FP8Linear) else None}
+
+
+def _packed_product(linear: nn.Module, operand: Packed, shape: torch.Size, shift_out: Tensor | None) -> Tensor:
+    if isinstance(linear, FP8Linear):
+        weight, scale, dtype = linear.e4m3, linear.weight_scale, linear.like.dtype
+    else:
+        weight = parameter_of(linear, "weight")
+        scale, dtype = None, weight.dtype
+    bias = parameter_of(linear, "bias")
+    y = sparse_gemm(operand, weight, bias, shift_out=shift_out, column_scale=scale, out_dtype=dtype)
+    return y.view(*shape[:-1], linear.out_features)
+
+
+def _pruned_product(linear: nn.Module, operand: Pruned, shape: torch.Size) -> Tensor:
+    bias = parameter_of(linear, "bias")
+    if isinstance(linear, FP8Linear):
+        y = pruned_product(operand, linear.e4m3, bias, linear.weight_scale)
+    else:
+        y = pruned_product(operand, parameter_of(linear, "weight"), bias)
+    return y.view(*shape[:-1], linear.out_features)

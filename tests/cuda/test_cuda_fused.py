@@ -1,0 +1,188 @@
+"""The operators that fuse a layer's surroundings, against the separate ones: producers, decode step, rotary embedding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_cases import E4M3, GPU_MARKS, HALVES, poison
+from linear_cases import relative_error
+
+import nm_act
+from nm_act import reference
+from nm_act.ops import fused
+
+pytestmark = GPU_MARKS
+
+PATTERNS = ["1:2", "1:4", "2:4", "3:4", "5:8", "8:16", "3:16", "24:32"]
+CLOSE = 1.5e-2
+
+
+def drawn(*shape, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+
+def rms_norm(x, weight, eps):
+    """As Transformers' module computes it."""
+    h = x.float()
+    h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return weight * h
+
+
+def assert_pruned(values, dense, pattern):
+    """``values`` is the selection of ``dense`` up to features whose rounding differs by the order of a sum."""
+    expected = reference.prune(dense.flatten(0, -2), pattern)
+    assert (values.float() != expected.float()).float().mean() < 2e-3
+    group = nm_act.NMPattern(pattern).group
+    most = (values.view(len(values), -1, group) != 0).sum(-1).max()
+    assert most <= nm_act.NMPattern(pattern).keep
+
+
+@pytest.mark.parametrize("features", [256, 4096, 6144, 16384])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_norm_then_prune(features, pattern):
+    for dtype, residual in ((torch.bfloat16, True), (torch.float16, False)):
+        x, weight = drawn(3, 11, features, dtype=dtype), drawn(features, dtype=dtype, seed=1)
+        other = drawn(3, 11, features, dtype=dtype, seed=2) if residual else None
+        poison()
+        pruned = nm_act.ops.fused.rms_norm_prune(x, weight, 1e-5, other, pattern)
+        total = x + other if residual else x
+        assert torch.equal(pruned.hidden, total) and pruned.row_scale.numel() == 0
+        assert_pruned(pruned.values, rms_norm(total, weight, 1e-5), pattern)
+
+
+@pytest.mark.parametrize("features", [64, 3072, 14336, 18944, 28672])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_silu_then_prune(features, pattern):
+    for dtype in HALVES:
+        both = drawn(7, 2 * features, dtype=dtype)
+        gate, up = both.split(features, dim=-1)
+        poison()
+        merged = fused.silu_mul_prune(gate, up, pattern)
+        assert_pruned(merged.values, F.silu(gate) * up, pattern)
+        apart = fused.silu_mul_prune(gate.contiguous(), up.contiguous(), pattern)
+        assert torch.equal(apart.values, merged.values)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "5:8", "8:16", "24:32"])
+def test_pruned_in_e4m3(pattern):
+    x, weight = drawn(33, 4096), drawn(4096, seed=1)
+    pruned, coarse = (
+        fused.rms_norm_prune(x, weight, 1e-5, None, pattern, activation_dtype=dtype) for dtype in (None, E4M3)
+    )
+    largest = pruned.values.float().abs().amax(1)
+    torch.testing.assert_close(coarse.row_scale, largest / 448, rtol=1e-6, atol=0)
+    expected = (pruned.values.float() / coarse.row_scale[:, None]).to(E4M3)
+    assert (coarse.values.float() != expected.float()).float().mean() < 1e-4  # a reciprocal instead of a division
+    gate, up = drawn(33, 6144, seed=2), drawn(33, 6144, seed=3)
+    gated = fused.silu_mul_prune(gate, up, pattern, activation_dtype=E4M3)
+    exact = fused.silu_mul_prune(gate, up, pattern).values.float()
+    assert relative_error(gated.values.float() * gated.row_scale[:, None], exact) < 0.04
+
+
+@pytest.mark.parametrize("pattern", ["5:8", "8:16", "16:32", "1:4"])
+@pytest.mark.parametrize("tokens", [1, 17, 600])
+def test_dense_e4m3_product(pattern, tokens):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("e4m3 needs compute capability 9")
+    x, weight, bias = drawn(tokens, 1024), drawn(512, 1024, seed=1), drawn(512, seed=2)
+    scale = weight.float().abs().amax(1) / 448
+    codes = (weight.float() / scale[:, None]).to(E4M3)
+    y = nm_act.sparse_linear(x, codes, bias, pattern, weight_scale=scale, activation_dtype=E4M3)
+    exact = reference.prune(x, pattern).float() @ (codes.float() * scale[:, None]).t() + bias.float()
+    assert relative_error(y, exact) < 0.04
+    assert "dense fp8 tensor cores" in nm_act.explain(x, codes, pattern, activation_dtype=E4M3).why
+    with pytest.raises(NotImplementedError, match="without a channel scale"):
+        options = {"weight_scale": scale, "activation_dtype": E4M3, "variance_correction": True}
+        nm_act.sparse_linear(x, codes, bias, pattern, **options)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("pattern", ["2:4", "5:8", "8:16", "16:32"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "e4m3"])
+def test_decode_in_one_kernel(tokens, pattern, kind):
+    dtype = torch.float16 if kind == "fp16" else torch.bfloat16
+    for out_features, in_features in ((256, 4096), (1040, 512), (4096, 14336)):
+        weight = (0.05 * drawn(in_features, out_features, dtype=dtype, seed=1)).t()
+        scale = None
+        if kind == "e4m3":
+            scale = weight.float().abs().amax(1) / 448
+            weight = (weight.float() / scale[:, None]).to(E4M3).t().contiguous().t()
+        bias, residual = drawn(out_features, dtype=dtype, seed=2), drawn(tokens, out_features, dtype=dtype, seed=3)
+        both, norm = drawn(tokens, 2 * in_features, dtype=dtype, seed=4), drawn(in_features, dtype=dtype, seed=5)
+        gate, up = both.split(in_features, dim=-1)
+
+        def separate(x, weight=weight, scale=scale, bias=bias):
+            return nm_act.sparse_linear(x, weight, bias, pattern, weight_scale=scale)
+
+        poison()
+        run = lambda x, **around: fused.decode_linear(x, weight, bias, pattern, weight_scale=scale, **around)  # noqa: B023, E731
+        assert torch.equal(run(gate), separate(gate))
+        assert torch.equal(run(gate, residual=residual), separate(gate) + residual)
+        assert relative_error(run(gate, up=up, residual=residual), separate(F.silu(gate) * up) + residual) < CLOSE
+        normed = rms_norm(gate, norm, 1e-5)
+        assert relative_error(run(gate, norm_weight=norm, eps=1e-5), separate(normed)) < CLOSE
+        assert torch.equal(run(gate, norm_weight=norm, eps=1e-5), run(gate, norm_weight=norm, eps=1e-5))
+
+
+def rotated(x, cos, sin):
+    """Transformers' embedding of heads [batch, tokens, heads, dim]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("q_heads", "k_heads", "dim"), [(32, 8, 128), (3, 1, 64), (7, 2, 80), (8, 4, 256)])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (2, 37), (1, 600)])
+def test_rotary(dtype, q_heads, k_heads, dim, batch, tokens):
+    merged = drawn(batch, tokens, (q_heads + 2 * k_heads) * dim, dtype=dtype)
+    heads = [q_heads, k_heads, k_heads]
+    q, k, v = (part.unflatten(-1, (-1, dim)) for part in merged.split([count * dim for count in heads], dim=-1))
+    for rows in {1, batch}:
+        angles = 3 * drawn(rows, tokens, dim, dtype=torch.float32, seed=1)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        poison()
+        q_out, k_out = fused.rotary(q, k, cos, sin)
+        assert torch.equal(q_out, rotated(q, cos, sin)) and torch.equal(k_out, rotated(k, cos, sin))
+        before = 5
+        keys, values = (
+            torch.full((batch, k_heads, tokens + 9, dim), 7.0, device="cuda", dtype=dtype) for _ in range(2)
+        )
+        lengths = torch.full((batch,), before + tokens, dtype=torch.int32, device="cuda")
+        again = fused.rotary_cache(q, k, v, cos, sin, keys, values, lengths)
+        assert torch.equal(again, q_out)
+        for cache, new in ((keys, k_out), (values, v)):
+            assert torch.equal(cache[:, :, before : before + tokens], new.transpose(1, 2))
+            assert (cache[:, :, :before] == 7).all() and (cache[:, :, before + tokens :] == 7).all()
+
+
+def test_nothing_is_written_beyond_the_cache():
+    q = k = v = drawn(1, 1, 2, 64)
+    cos = sin = drawn(1, 1, 64)
+    keys, values = (torch.zeros(1, 2, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for length in (0, 9, 1000):
+        fused.rotary_cache(q, k, v, cos, sin, keys, values, torch.tensor([length], dtype=torch.int32, device="cuda"))
+    assert not keys.any() and not values.any()
+
+
+def test_wrong_arguments_are_one_sentence():
+    x, weight, norm = drawn(1, 64), drawn(64, 32).t(), drawn(64)
+    wrong = [
+        (ValueError, "expected either up or norm_weight, got both", {"up": x, "norm_weight": norm}),
+        (ValueError, r"expected up of shape \[1, 64\]", {"up": drawn(1, 32)}),
+        (ValueError, r"expected residual of shape \[1, 32\]", {"residual": x}),
+        (ValueError, r"expected norm_weight of shape \[64\]", {"norm_weight": norm.float()}),
+    ]
+    for error, message, around in wrong:
+        with pytest.raises(error, match=message):
+            fused.decode_linear(x, weight, None, "2:4", **around)
+    with pytest.raises(NotImplementedError, match="expected 1 to 4 tokens"):
+        fused.decode_linear(drawn(5, 64), weight, None, "2:4")
+    with pytest.raises(NotImplementedError, match="use the separate operators"):
+        fused.decode_linear(x, weight.contiguous(), None, "2:4")
+    with pytest.raises(NotImplementedError, match="at most 16384 features"):
+        fused.rms_norm_prune(drawn(1, 32768), drawn(32768), 1e-5)
+    with pytest.raises(TypeError, match="float8_e4m3fn with x in bfloat16"):
+        half = drawn(1, 64, dtype=torch.float16)
+        fused.silu_mul_prune(half, half, "8:16", activation_dtype=E4M3)
+    with pytest.raises(ValueError, match="head_dim divisible by 16"):
+        fused.rotary(drawn(1, 1, 2, 24), drawn(1, 1, 2, 24), drawn(1, 1, 24), drawn(1, 1, 24))
