@@ -39,6 +39,10 @@ struct GemmDevice {
 // Most tokens of a gather: with a selection or 8-bit weights (kFewTokens), and with neither (kMaxGatherTokens).
 inline constexpr int kFewTokens = 4;
 inline constexpr int kMaxGatherTokens = 8;
+// Heads that launch_decode_attention supports.
+inline bool decode_attention_supports(int64_t q_heads, int64_t k_heads, int64_t dim) {
+  return k_heads > 0 && q_heads % k_heads == 0 && q_heads / k_heads <= 8 && (dim == 64 || dim == 128 || dim == 256);
+}
 
 #if defined(NM_ACT_CUDA) || defined(__CUDACC__)
 
@@ -241,6 +245,27 @@ struct RotaryParams {
   ElementType type;  // of everything; kBFloat16 or kFloat16
 };
 cudaError_t launch_rotary(const RotaryParams& params, cudaStream_t stream);
+
+// decode_attention: attention of one new token per sequence over a static cache, with the rotary embedding of q and k
+// and the write of k and v into the cache, at lengths - 1. Compute capability 9.0.
+struct DecodeAttentionParams {
+  const void* q;  // [batch, q_heads, dim], sequences q_stride elements apart; so are k and v
+  const void* k;  // [batch, k_heads, dim]
+  const void* v;  // like k
+  int64_t q_stride, k_stride, v_stride;  // multiples of 8
+  const void* cos;                       // [cos_batch, dim], contiguous
+  const void* sin;                       // like cos
+  int cos_batch;                         // 1 or batch
+  void* keys;                            // [batch, k_heads, max_tokens, dim], contiguous
+  void* values;                          // like keys
+  const int32_t* lengths;                // [batch]: tokens, the new one included; 1 to max_tokens
+  void* y;                               // [batch, q_heads, dim], contiguous
+  float scaling;
+  int window;  // tokens to attend to, the new one included; 0: all
+  int batch, q_heads, k_heads, max_tokens, dim;
+  ElementType type;  // of everything; kBFloat16 or kFloat16
+};
+cudaError_t launch_decode_attention(const DecodeAttentionParams& params, GemmDevice device, cudaStream_t stream);
 
 #endif  // NM_ACT_CUDA
 

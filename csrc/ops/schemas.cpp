@@ -99,6 +99,11 @@ TORCH_LIBRARY(nm_act, m) {
   m.def(
       "rotary_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor lengths) -> Tensor");
+  // Attention of one new token per sequence over a static cache, with rotary_cache in the same launch: softmax(scaling *
+  // q K^T) V over the last `window` tokens, the new one included, or all of them with window 0.
+  m.def(
+      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
+      "Tensor lengths, float scaling, int window=0) -> Tensor");
 
   // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32. layout
   // names the metadata's layout, which must be the one that the device's GEMM reads.

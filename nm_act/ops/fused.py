@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import _C
 from ..patterns import NMPattern
 from . import operators
 
@@ -191,6 +192,54 @@ def rotary_cache(
     return operators.call("rotary_cache", q, k, v, cos, sin, keys, values, lengths)
 
 
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    scaling: float,
+    window: int = 0,
+) -> Tensor:
+    """Attention of one new token per sequence over a static cache, with :func:`rotary_cache` in the same kernel.
+
+    Parameters
+    ----------
+    q, k, v : Tensor [batch, 1, heads, head_dim], bfloat16 or float16
+        At most eight query heads per key head; head_dim 64, 128 or 256.
+    cos, sin, keys, values, lengths
+        As in :func:`rotary_cache`.
+    scaling : float
+        Factor of the scores.
+    window : int
+        Tokens to attend to, the new one included; 0: all.
+
+    Returns
+    -------
+    Tensor [batch, 1, q_heads, head_dim]
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a dtype, shape or option does not fit.
+    NotImplementedError
+        If the device is not of compute capability 9.0, or the heads are not supported.
+    """
+    return operators.call(
+        "decode_attention", q, k, v, cos, sin, keys, values, lengths, scaling=scaling, window=window
+    )
+
+
+def attends(q_heads: int, k_heads: int, head_dim: int, device: torch.device) -> bool:
+    """Whether :func:`decode_attention` supports these heads on this device."""
+    supported = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return supported and _C.decode_attention_supports(q_heads, k_heads, head_dim)
+
+
 def _keep_and_group(pattern: NMPattern | str) -> tuple[int, int]:
     pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
     if pattern.extra_columns:
@@ -229,7 +278,12 @@ def _(q, k, v, cos, sin, keys, values, lengths):
     return q.new_empty(q.shape)
 
 
-for _name in ("rms_norm_prune", "silu_mul_prune", "decode_linear", "rotary", "rotary_cache"):
+@torch.library.register_fake("nm_act::decode_attention")
+def _(q, k, v, cos, sin, keys, values, lengths, scaling, window=0):
+    return q.new_empty(q.shape)
+
+
+for _name in ("rms_norm_prune", "silu_mul_prune", "decode_linear", "rotary", "rotary_cache", "decode_attention"):
     operators.refuse(_name, "CPU")
     if not operators.build_info()["cuda"]:
         operators.refuse(_name, "CUDA")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import autograd
-from ..ops.fused import rotary, rotary_cache
+from ..ops.fused import attends, decode_attention, rotary, rotary_cache
 from . import operands
 from .eligible import has_hooks
 from .merged import MergedLinear, Product, SharesProducts
@@ -49,11 +49,7 @@ class FusedAttention(SharesProducts):
             product.take(hidden_states, index).view(*hidden_states.shape[:-1], -1, self.head_dim) for index in range(3)
         )
         q, k = (_normed(self, name, heads) for name, heads in (("q_norm", q), ("k_norm", k)))
-        query, key, value = _attended(self, q, k, v, position_embeddings, cache, kwargs)
-        if hasattr(self, "sliding_window"):
-            kwargs["sliding_window"] = self.sliding_window
-        options = {"dropout": 0.0, "scaling": self.scaling, **kwargs}
-        y, weights = _interface(self)(self, query, key, value, attention_mask, **options)
+        y, weights = _attention(self, q, k, v, position_embeddings, attention_mask, cache, kwargs)
         y = y.reshape(*hidden_states.shape[:-1], -1).contiguous()
         if nm_act_residual is None:
             return self.o_proj(y), weights
@@ -89,17 +85,25 @@ def _normed(attention: nn.Module, name: str, heads: Tensor) -> Tensor:
     return heads if norm is None else norm(heads)
 
 
-def _attended(attention: nn.Module, q: Tensor, k: Tensor, v: Tensor, angles, cache, options: dict):
-    """Rotated queries, and the keys and values to attend to, ``[batch, heads, tokens, head_dim]``."""
+def _attention(attention: nn.Module, q, k, v, angles, mask, cache, options: dict):
+    """Attention of unrotated ``[batch, tokens, heads, head_dim]``, ``[batch, tokens, heads, head_dim]``, and weights."""
     lengths = options.get("nm_act_lengths")
     if cache is not None and lengths is not None:  # StaticDecoder's: a plain static cache
         layer = cache.layers[attention.layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
-        query = rotary_cache(q, k, v, *angles, layer.keys, layer.values, lengths)
-        return query.transpose(1, 2), layer.keys, layer.values
-    q, k = (heads.transpose(1, 2) for heads in rotary(q, k, *angles))
-    v = v.transpose(1, 2)
-    if cache is not None:
-        k, v = cache.update(k, v, attention.layer_idx)
-    return q, k, v
+        window = getattr(attention, "sliding_window", None) or 0
+        if q.shape[1] == 1 and attends(q.shape[2], k.shape[2], attention.head_dim, q.device):
+            cached = (layer.keys, layer.values, lengths)
+            return decode_attention(q, k, v, *angles, *cached, scaling=attention.scaling, window=window), None
+        query = rotary_cache(q, k, v, *angles, layer.keys, layer.values, lengths).transpose(1, 2)
+        key, value = layer.keys, layer.values
+    else:
+        query, key = (heads.transpose(1, 2) for heads in rotary(q, k, *angles))
+        value = v.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value, attention.layer_idx)
+    if hasattr(attention, "sliding_window"):
+        options = {**options, "sliding_window": attention.sliding_window}
+    options = {"dropout": 0.0, "scaling": attention.scaling, **options}
+    return _interface(attention)(attention, query, key, value, mask, **options)

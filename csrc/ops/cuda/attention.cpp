@@ -1,4 +1,4 @@
-// What stands between the q/k/v product and attention, on CUDA: the rotary embedding, and with it the cache's update.
+// What follows the q/k/v product, on CUDA: the rotary embedding, the cache's update, and attention of a decode step.
 #include <torch/library.h>
 
 #include "ops/cuda/common.h"
@@ -41,6 +41,28 @@ void check_rotary(const at::Tensor& q, const at::Tensor& k, const at::Tensor& co
   }
   TORCH_CHECK_VALUE(cos.size(0) == sin.size(0), "nm_act::", op, " expected cos and sin of one shape, got ", cos.sizes(),
                     " and ", sin.sizes(), "; expand one of them");
+}
+
+// keys and values [batch, heads, max_tokens, head_dim] of a static cache, and the lengths [batch] of its sequences.
+void check_cache(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cached_keys,
+                 const at::Tensor& cached_values, const at::Tensor& lengths, const char* op) {
+  check_heads(q, v, "v", op);
+  TORCH_CHECK_VALUE(v.size(2) == k.size(2), "nm_act::", op, " expected v with the ", k.size(2), " heads of k, got ",
+                    v.size(2), "; give one value head a key head");
+  for (const auto& [name, cache] : {std::pair{"keys", &cached_keys}, std::pair{"values", &cached_values}}) {
+    check_same_device(q, *cache, name, op);
+    const bool fits = cache->scalar_type() == q.scalar_type() && cache->dim() == 4 && cache->size(0) == q.size(0) &&
+                      cache->size(1) == k.size(2) && cache->size(2) >= q.size(1) && cache->size(3) == q.size(3) &&
+                      cache->is_contiguous() && is_aligned(*cache);
+    TORCH_CHECK_VALUE(fits, "nm_act::", op, " expected contiguous ", name, " of shape [", q.size(0), ", ", k.size(2),
+                      ", at least ", q.size(1), ", ", q.size(3), "] in ", q.scalar_type(), ", got ", cache->sizes(),
+                      " in ", cache->scalar_type(), "; allocate the cache so");
+  }
+  check_same_device(q, lengths, "lengths", op);
+  TORCH_CHECK_VALUE(lengths.scalar_type() == at::kInt && lengths.dim() == 1 && lengths.size(0) == q.size(0) &&
+                        lengths.is_contiguous(),
+                    "nm_act::", op, " expected lengths as int32 [", q.size(0), "], got ", lengths.scalar_type(), " ",
+                    lengths.sizes(), "; give the tokens of each sequence, the new ones included");
 }
 
 RotaryPart read_part(const at::Tensor& heads) {
@@ -93,23 +115,7 @@ at::Tensor rotary_cache(const at::Tensor& q, const at::Tensor& k, const at::Tens
                         const at::Tensor& lengths) {
   constexpr const char* kOp = "rotary_cache";
   check_rotary(q, k, cos, sin, kOp);
-  check_heads(q, v, "v", kOp);
-  TORCH_CHECK_VALUE(v.size(2) == k.size(2), "nm_act::", kOp, " expected v with the ", k.size(2), " heads of k, got ",
-                    v.size(2), "; give one value head a key head");
-  for (const auto& [name, cache] : {std::pair{"keys", &cached_keys}, std::pair{"values", &cached_values}}) {
-    check_same_device(q, *cache, name, kOp);
-    const bool fits = cache->scalar_type() == q.scalar_type() && cache->dim() == 4 && cache->size(0) == q.size(0) &&
-                      cache->size(1) == k.size(2) && cache->size(2) >= q.size(1) && cache->size(3) == q.size(3) &&
-                      cache->is_contiguous() && is_aligned(*cache);
-    TORCH_CHECK_VALUE(fits, "nm_act::", kOp, " expected contiguous ", name, " of shape [", q.size(0), ", ", k.size(2),
-                      ", at least ", q.size(1), ", ", q.size(3), "] in ", q.scalar_type(), ", got ", cache->sizes(),
-                      " in ", cache->scalar_type(), "; allocate the cache so");
-  }
-  check_same_device(q, lengths, "lengths", kOp);
-  TORCH_CHECK_VALUE(lengths.scalar_type() == at::kInt && lengths.dim() == 1 && lengths.size(0) == q.size(0) &&
-                        lengths.is_contiguous(),
-                    "nm_act::", kOp, " expected lengths as int32 [", q.size(0), "], got ", lengths.scalar_type(), " ",
-                    lengths.sizes(), "; give the tokens of each sequence, the new ones included");
+  check_cache(q, k, v, cached_keys, cached_values, lengths, kOp);
   const c10::cuda::CUDAGuard guard(q.device());
   const at::Tensor queries = heads_of(q), keys = heads_of(k), values = heads_of(v);
   const at::Tensor cosines = aligned(cos), sines = aligned(sin), q_out = at::empty(q.sizes(), q.options());
@@ -123,9 +129,55 @@ at::Tensor rotary_cache(const at::Tensor& q, const at::Tensor& k, const at::Tens
   return q_out;
 }
 
+at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos,
+                            const at::Tensor& sin, const at::Tensor& cached_keys, const at::Tensor& cached_values,
+                            const at::Tensor& lengths, double scaling, int64_t window) {
+  constexpr const char* kOp = "decode_attention";
+  check_rotary(q, k, cos, sin, kOp);
+  check_cache(q, k, v, cached_keys, cached_values, lengths, kOp);
+  TORCH_CHECK_VALUE(q.size(1) == 1, "nm_act::", kOp, " expected one new token per sequence, got ", q.size(1),
+                    "; use rotary_cache and another attention for prompts");
+  TORCH_CHECK_VALUE(window >= 0 && window <= INT32_MAX, "nm_act::", kOp, " expected a window of tokens or 0, got ",
+                    window, "; use 0 to attend to all");
+  const c10::cuda::CUDAGuard guard(q.device());
+  const GemmDevice device = gemm_device(q, kOp);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      device.compute_capability_major == 9 && decode_attention_supports(q.size(2), k.size(2), q.size(3)), "nm_act::",
+      kOp, " expected compute capability 9.0, at most 8 query heads a key head and head_dim 64, 128 or 256, got ",
+      device.compute_capability_major, ".x, ", q.size(2), " and ", k.size(2), " heads of ", q.size(3),
+      "; use rotary_cache and another attention");
+  const at::Tensor queries = heads_of(q), keys = heads_of(k), values = heads_of(v);
+  const at::Tensor cosines = aligned(cos), sines = aligned(sin), y = at::empty(q.sizes(), q.options());
+  DecodeAttentionParams params{};
+  params.q = queries.const_data_ptr();
+  params.k = keys.const_data_ptr();
+  params.v = values.const_data_ptr();
+  params.q_stride = queries.stride(0);
+  params.k_stride = keys.stride(0);
+  params.v_stride = values.stride(0);
+  params.cos = cosines.const_data_ptr();
+  params.sin = sines.const_data_ptr();
+  params.cos_batch = int(cosines.size(0));
+  params.keys = cached_keys.mutable_data_ptr();
+  params.values = cached_values.mutable_data_ptr();
+  params.lengths = lengths.const_data_ptr<int32_t>();
+  params.y = y.mutable_data_ptr();
+  params.scaling = float(scaling);
+  params.window = int(window);
+  params.batch = int(q.size(0));
+  params.q_heads = int(q.size(2));
+  params.k_heads = int(k.size(2));
+  params.max_tokens = int(cached_keys.size(2));
+  params.dim = int(q.size(3));
+  params.type = element_type(q.scalar_type());
+  check_status(launch_decode_attention(params, device, current_stream(q)), kOp);
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
+  m.impl("decode_attention", decode_attention);
   m.impl("rotary", rotary);
   m.impl("rotary_cache", rotary_cache);
 }
