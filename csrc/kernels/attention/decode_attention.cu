@@ -5,11 +5,12 @@
 //
 // A cluster has one key head of one sequence; its blocks divide the tokens. In a block, kDim / 8 lanes share a token:
 // each has eight features of its key and value, and of the query heads of the group. Such a team keeps its own running
-// maximum, sum and output of every query head (float32), over kTokens tokens whose loads are all issued before the first
-// is used. The teams' results are combined in a fixed order: within the warp, through shared memory over the warps,
-// through distributed shared memory over the blocks. The cache is read once, at memory speed: nothing is computed twice,
-// and no partial result reaches global memory. Rounding is that of Transformers' modules: rotated values to the element
-// type, softmax and sums in float32, y to the element type.
+// maximum, sum and output of every query head (float32). Its keys and values come through shared memory in stages of
+// kTokens tokens, several of which are under way from the start on: most of a short cache is on its way before the query
+// is rotated. The teams' results are combined in a fixed order: within the warp, through shared memory over the warps,
+// through distributed shared memory over the blocks. The cache is read once, and no partial result reaches global memory.
+// Rounding is that of Transformers' modules: rotated values to the element type, softmax and sums in float32, y to the
+// element type.
 #include <cfloat>
 
 #include "../gather/block.cuh"
@@ -33,18 +34,20 @@ struct Shape {
   static constexpr int kThreads = block_threads<kGroup>(), kWarps = kThreads / 32;
   static constexpr int kLanes = kDim / kChunk, kTeams = kThreads / kLanes;
   static constexpr int kOutputs = kGroup * kDim;
+  static constexpr int kStageBytes = kThreads * kTokens * 2 * 16, kStages = 192 * 1024 / kStageBytes;
 };
 
-// Floats of a block's shared memory.
+// Floats of a block's shared memory. The stages of keys and values come first; the sums overwrite them.
 template <int kDim, int kGroup>
 struct Layout {
   using S = Shape<kDim, kGroup>;
-  static constexpr int kQuery = 0;                                // [group, dim]: rotated, scaled
+  static constexpr int kSums = 0;                                  // [warps, group, dim]
+  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;    // [warps, group, 2]: maxima and sums
+  static_assert(4 * (kTops + S::kWarps * kGroup * 2) <= S::kStages * S::kStageBytes);
+  static constexpr int kQuery = S::kStages * S::kStageBytes / 4;   // [group, dim]: rotated, scaled
   static constexpr int kKey = kQuery + S::kOutputs;               // [dim]: the new key
   static constexpr int kValue = kKey + kDim;                      // [dim]: the new value
-  static constexpr int kSums = kValue + kDim;                     // [warps, group, dim]
-  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;   // [warps, group, 2]: maxima and sums
-  static constexpr int kReceived = kTops + S::kWarps * kGroup * 2;  // [splits, dim * group / splits]
+  static constexpr int kReceived = kValue + kDim;                 // [splits, dim * group / splits]
   static constexpr int kReceivedTops = kReceived + S::kOutputs;   // [splits, group, 2]
   static int bytes(int splits) { return 4 * (kReceivedTops + splits * kGroup * 2); }
 };
@@ -53,6 +56,12 @@ template <class E>
 __device__ __forceinline__ void unpack(const Chunk<E>& chunk, float (&value)[kChunk]) {
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) value[i] = chunk.get(i);
+}
+
+template <class E>
+__device__ __forceinline__ Chunk<E> staged_chunk(const unsigned char* source) {
+  const uint4 vector = *reinterpret_cast<const uint4*>(source);
+  return {{vector.x, vector.y, vector.z, vector.w}};
 }
 
 // Softmax over some tokens: the largest score, the sum of exponentials and of weighted values, for each query head.
@@ -143,6 +152,27 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
   const int last = length - 1;  // the new token's place
   const bool owns_new = last >= begin && last < end;
 
+  const int old_end = owns_new ? last : end;
+  // This thread's pieces of a stage: its own 16 bytes of every token's key, then of every value.
+  const auto staged = [&](int stage, int piece) {
+    auto* const bytes = reinterpret_cast<unsigned char*>(shared) + stage * S::kStageBytes;
+    return bytes + (piece * S::kThreads + thread) * 16;
+  };
+  const auto token_of = [&](int step, int t) { return begin + (step * kTokens + t) * S::kTeams + team; };
+  const auto fetch = [&](int step) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      const int token = token_of(step, t);
+      if (token >= old_end) break;
+      const int64_t at = int64_t{token} * kDim + lane * kChunk;
+      copy_async(staged(step % S::kStages, t), keys + at);
+      copy_async(staged(step % S::kStages, kTokens + t), values + at);
+    }
+    commit_copies();
+  };
+#pragma unroll
+  for (int step = 0; step < S::kStages; ++step) fetch(step);
+
   // The rotated query of the group, and the new key and value: a thread takes a piece of one head.
   constexpr int kPieces = kDim / 2 / kChunk;
   const int64_t angle = (params.cos_batch > 1 ? int64_t{sequence} : 0) * kDim;
@@ -183,19 +213,19 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
       partial.output[g][i] = 0.0f;
     }
   }
-  const int old_end = owns_new ? last : end;
+  const int steps = (old_end - begin + S::kTeams * kTokens - 1) / (S::kTeams * kTokens);
 #pragma unroll 1
-  for (int first = begin; first < old_end; first += S::kTeams * kTokens) {
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<S::kStages - 1>();
     Chunk<E> key[kTokens], value[kTokens];
     bool real[kTokens];
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-      const int token = first + t * S::kTeams + team;
-      real[t] = token < old_end;
-      const int64_t at = int64_t{real[t] ? token : begin} * kDim + lane * kChunk;
-      key[t] = load_chunk<E, true>(keys + at, kChunk);
-      value[t] = load_chunk<E, true>(values + at, kChunk);
+      real[t] = token_of(step, t) < old_end;
+      key[t] = real[t] ? staged_chunk<E>(staged(step % S::kStages, t)) : zero_chunk<E>();
+      value[t] = real[t] ? staged_chunk<E>(staged(step % S::kStages, kTokens + t)) : zero_chunk<E>();
     }
+    fetch(step + S::kStages);
     add_tokens<E, S::kLanes>(partial, query, key, value, real);
   }
   if (owns_new) {  // all teams compute it, the first one keeps it
@@ -223,6 +253,8 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
       merge(partial, g, top, sum, output);
     }
   }
+  wait_for_copies<0>();
+  __syncthreads();  // the sums overwrite the stages
   const int warp = thread / 32;
   if (thread % 32 < S::kLanes) {
 #pragma unroll
@@ -320,7 +352,7 @@ cudaError_t launch_decode_attention(const DecodeAttentionParams& params, GemmDev
   if (!fits(params) || device.compute_capability_major != 9) return cudaErrorInvalidValue;
   if (params.batch == 0) return cudaSuccess;
   int splits = 8;  // the largest portable cluster
-  while (splits > 1 && params.batch * params.k_heads * splits > 2 * device.multiprocessors) splits /= 2;
+  while (splits > 1 && params.batch * params.k_heads * splits > device.multiprocessors) splits /= 2;
   switch (params.type) {
     case ElementType::kBFloat16: return launch_typed<BFloat16>(params, splits, stream);
     case ElementType::kFloat16: return launch_typed<Float16>(params, splits, stream);

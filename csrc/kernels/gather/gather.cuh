@@ -158,12 +158,15 @@ __global__ void __launch_bounds__(kGatherMaxThreads, GatherTuning<kTokens, 4 * W
   const auto* weight = static_cast<const unsigned char*>(params.weight) + slice.begin * row_bytes + first * kBytes;
 
   fetch_vectors(params, outputs, slice.begin, slice.count);
-  // The weight does not depend on the kernel before, so its rows arrive while that one ends.
-  if (config.ahead) {
+  const auto fetch_rows = [&] {
     fetch_ahead(weight, static_cast<uint32_t>(row_bytes), min(tile, params.out_features - first) * kBytes, slice.count);
-  }
+  };
+  // The weight does not depend on the kernel before, so its rows may arrive while that one ends. That pays for 8-bit
+  // weights; with 16 bits the kernel before is slowed by as much and more.
+  if (config.ahead && kBytes == 1) fetch_rows();
   wait_for_previous_kernel();
   allow_next_kernel();
+  if (config.ahead && kBytes != 1) fetch_rows();
   const int survivors = select_survivors<E, kTokens>(params, slice, vector);
 
   float sum[kTokens][kOutputs] = {};
