@@ -5,9 +5,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TYPED = [f"nm_act/{name}.py" for name in ("__init__", "files", "patterns", "supported", "version", "yaml_text")]
-TYPED += [f"nm_act/{name}/__init__.py" for name in ("ops", "optimize", "parallel")]
-TYPED += ["nm_act/ops/lifting.py", "nm_act/layers/hooks.py", "nm_act/layers/stale.py", "nm_act/integrations/vllm.py"]
+TYPED = [
+    f"nm_act/{name}.py" for name in ("__init__", "files", "patterns", "reference", "supported", "version", "yaml_text")
+]
+TYPED += [
+    f"nm_act/ops/{name}.py"
+    for name in ("__init__", "composed", "explain", "formulas", "legacy", "lifting", "operators", "packed")
+]
+TYPED += [f"nm_act/{name}/__init__.py" for name in ("optimize", "parallel")]
+TYPED += ["nm_act/layers/hooks.py", "nm_act/layers/stale.py", "nm_act/integrations/vllm.py"]
 TYPED += ["nm_act/integrations/registration.py", "nm_act/cli/run.py", "tools/compare.py"]
 """Modules that mypy --strict accepts; what they import is not judged with them."""
 

@@ -4,13 +4,14 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from ..patterns import NMPattern
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
@@ -21,7 +22,7 @@ def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
     position = list(inspect.signature(function).parameters).index("pattern")
 
     @functools.wraps(function)
-    def called(*args, **kwargs):
+    def called(*args: Any, **kwargs: Any) -> R:
         by_position = len(args) > position and isinstance(args[position], int)
         if by_position or "n" in kwargs or "m" in kwargs or "extra_columns" in kwargs:
             if "pattern" in kwargs or (len(args) > position and not by_position):
