@@ -5,7 +5,7 @@ import sys
 import types
 from typing import Any
 
-from .integrations import register_with_transformers
+from .integrations import register
 from .version import __version__
 
 __all__ = [
@@ -95,6 +95,4 @@ class _Package(types.ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-if "torch" in sys.modules:  # a program that has torch may call torch.ops.nm_act without another import
-    importlib.import_module(f"{__name__}.ops")
-register_with_transformers()
+register()

@@ -42,8 +42,7 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
     case Why::kE4M3: return "e4m3 activations run on the fp8 tensor cores for any number of tokens";
     case Why::kE4M3Shape:
       return "e4m3 activations need 2:4, x in 16 bits, an e4m3 weight stored [out, in] with in_features divisible by "
-             "32 "
-             "and out_features by 16, and compute capability 9.0";
+             "32 and out_features by 16, and compute capability 9.0";
     case Why::kGatherShape:
       return "the sizes, strides or alignment of the weight do not fit the gather kernel, which takes out_features "
              "divisible by 8 (16 in 8 bits) in rows aligned to 16 bytes, and inputs that fit its shared memory";

@@ -1,50 +1,61 @@
-"""Makes Transformers know nm_act's checkpoints in a program that imports nm_act, before or after Transformers.
+"""What ``import nm_act`` does to torch and Transformers, whichever of them the program imports first.
 
-Importing Transformers' quantizers takes longer than a second, so ``import nm_act`` must not do it. Yet a checkpoint
-saved sparse must load sparse: a method that Transformers does not know is skipped with a warning, and the model would
-come out dense. So the registration happens now if the quantizers are loaded, otherwise right after their first import.
+Importing torch or Transformers' quantizers takes longer than a second, so ``import nm_act`` must not do it. Yet
+``torch.ops.nm_act`` has to be there, and a checkpoint saved sparse must load sparse: a method that Transformers does
+not know is skipped with a warning, and the model would come out dense. So the operators are loaded and the method is
+registered now if torch and the quantizers are imported, otherwise right after their first import.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_TRIGGER = "transformers.quantizers.auto"
+
+def register() -> None:
+    """Load the operators into torch and make Transformers know the method "nm_act", without importing either."""
+    _after_import("torch", _load_operators)
+    _after_import("transformers.quantizers.auto", _register_with_transformers)
 
 
-def register_with_transformers() -> None:
-    """Make Transformers know the quantisation method "nm_act", without importing Transformers."""
-    if _TRIGGER in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+def _load_operators() -> None:
+    with contextlib.suppress(ImportError):  # not built: whoever uses the operators is told; torch itself has to work
+        importlib.import_module("nm_act.ops")
 
 
-def _register() -> None:
+def _register_with_transformers() -> None:
     try:
         importlib.import_module("nm_act.integrations.transformers")
     except Exception as error:  # whatever is wrong with this installation, Transformers itself has to work
         warnings.warn(f"nm_act checkpoints will load dense: nm_act cannot be imported ({error})", stacklevel=2)
 
 
+def _after_import(name: str, action: Callable[[], None]) -> None:
+    if name in sys.modules:
+        action()
+    elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(name, action))
+
+
 class _AfterImport(MetaPathFinder):
-    """Import finder that leaves finding to the others and adds the registration to one module's execution.
+    """Import finder that leaves finding to the others and adds an action to one module's execution.
 
     It stays until that module has been executed: to look the module up, or to import it in vain, changes nothing.
     """
 
-    _asking = False
+    def __init__(self, name: str, action: Callable[[], None]):
+        self.name, self._action, self._asking = name, action, False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Spec of the one module, found by the other finders; None for every other name."""
-        if fullname != _TRIGGER or self._asking:
+        if fullname != self.name or self._asking:
             return None
         self._asking = True
         try:
@@ -58,7 +69,7 @@ class _AfterImport(MetaPathFinder):
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                    _register()
+                    self._action()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

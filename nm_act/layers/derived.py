@@ -10,7 +10,7 @@ from torch import nn
 from .. import parallel
 from ..methods import mitigations
 from ..ops import autograd, composed
-from ..ops.lifting import lift_weight
+from ..ops.lifting import is_lifted, lift_weight
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
 from . import stale
@@ -51,20 +51,19 @@ class Deriving(nn.Linear):
         dtype,
     ):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.spec = spec
+        self._spec = spec
         self.weight_layout = weight_layout
         self.lift = lift
         # A tuple: as an attribute of its own the weight would be a parameter twice.
         self._lifted: tuple[nn.Parameter, torch.Tensor] | None = None
-        self._work: LinearWork | None = None
-        self._work_buffers: list[tuple[str, torch.Tensor | None]] = []  # that it was made of
-        self._work_spec = spec
+        # The work of ordinary calls, and the buffers that it was made of.
+        self._stored: tuple[LinearWork, list[tuple[str, torch.Tensor | None]]] | None = None
         self.differentiable = False
         self.shard: parallel.Shard | None = None
         self._underived = False  # the weight was not there yet: its first forward computes what derives from it
-        self._visited = False  # the weight is there during a call only: what has its size is not kept either
+        self._visited = False  # the weight is there during a call only: tensors of its size are not kept either
         self._incomplete = ""  # calibrated data that is still missing
-        self._handed_out = False  # somebody had a parameter in hand since the last check, and may have written to it
+        self._handed_out = False  # a parameter was read from outside since the last check, and may have been written to
         self._unchecked = False  # train() or eval() was called since
         # The parameters that the derived data came from; None for one that is computed, or may have been swapped.
         self._sources: dict[str, stale.Source | None] = {}
@@ -77,6 +76,32 @@ class Deriving(nn.Linear):
         for name in self._data_names:
             shape = mitigations.shape_of(name, in_features, out_features, rank)
             self.register_buffer(name, torch.full(shape, torch.nan, dtype=torch.float32, device=device))
+
+    @property
+    def spec(self) -> LinearSpec:
+        """How the layer is sparse. Another one may be set that needs the same calibrated data.
+
+        Raises
+        ------
+        ValueError
+            If it needs other data, or its pattern does not divide ``in_features``.
+        """
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: LinearSpec) -> None:
+        same = mitigations.data_of(spec) == self._data_names and (
+            mitigations.rank_of(spec.mitigation) == mitigations.rank_of(self._spec.mitigation)
+        )
+        if not same or self.in_features % spec.pattern.span:
+            raise ValueError(
+                f"expected a spec with the calibrated data of {self._spec} and a pattern that divides "
+                f"{self.in_features} inputs, got {spec}; make another layer with "
+                "NMLinear.from_linear(layer.to_linear(), spec)"
+            )
+        self._spec = spec
+        self._reads_weight = mitigations.reads_weight(spec) or mitigations.has_shift(spec)
+        self.refresh()
 
     def __getattr__(self, name: str):
         if name in ("weight", "bias"):  # asked for from outside: the layer itself reads _parameters
@@ -104,7 +129,7 @@ class Deriving(nn.Linear):
     @torch.no_grad()
     def refresh(self) -> None:
         """Store the weight in its layout and recompute what derives from it; a meta weight stays as it is."""
-        self._lifted, self._visited, self._work = None, False, None
+        self._lifted, self._visited, self._stored = None, False, None
         if self._own_weight.is_meta:
             for name in DERIVED:
                 setattr(self, name, None)
@@ -132,12 +157,14 @@ class Deriving(nn.Linear):
 
     def _lifts(self, weight: torch.Tensor) -> bool:
         # Only the weight itself is lifted: not a part of it, and not where another one is multiplied in its place.
+        if not isinstance(self.spec.pattern, NMPattern) or not is_lifted(self.spec.pattern):
+            return False
         if parallel.shard_of(weight) is not None or mitigations.replaces_weight(self.spec):
             return False
         if self.lift != "auto":
             return self.lift
         is_half = weight.dtype in (torch.bfloat16, torch.float16)
-        return weight.is_cuda and is_half and len(self.spec.pattern.extra_columns) == 1
+        return weight.is_cuda and is_half
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -151,7 +178,7 @@ class Deriving(nn.Linear):
         self._underived = self._handed_out = self._unchecked = False
         self._set_sources()
         if self.differentiable:  # calls build their own, of other operators; the first after that stores one
-            self._work = None
+            self._stored = None
         else:
             self._store_work()
 
@@ -211,7 +238,7 @@ class Deriving(nn.Linear):
             with without_autocast(self._own_weight):
                 self._set_derived()
             if hasattr(self, "_hf_hook"):  # and, from accelerate's disk or memory, for this call only
-                self.operand_weight, self._work, self._visited = None, None, True
+                self.operand_weight, self._stored, self._visited = None, None, True
         if self._incomplete:
             raise RuntimeError(
                 f"expected calibrated data for {self.spec}, got no {self._incomplete}; make it with nm-act calibrate "
@@ -266,7 +293,7 @@ class Deriving(nn.Linear):
         bias_trained = self._adds_bias and autograd.needs_derivative(self._own("bias"))
         replaced = self._visited and mitigations.replaces_weight(self.spec)
         if mine is None and not (trained or bias_trained or replaced):
-            return self._work if self._is_work_current() else self._store_work()
+            return self._stored_work()
         derived = {name: self._buffers[name] for name in DERIVED} if mine is None else dict(mine)
         if bias_trained:
             derived["operand_bias"] = self._operand_bias(self._local_data())
@@ -275,17 +302,21 @@ class Deriving(nn.Linear):
                 derived["operand_weight"] = mitigations.operand_weight(self.spec, weight.detach(), self.data())
         return self._make_work(derived, lifted)
 
-    def _is_work_current(self) -> bool:
-        for name, value in self._work_buffers:  # accelerate moves buffers one by one
+    def _stored_work(self) -> LinearWork:
+        stored = self._stored  # read once: another thread may refresh the layer
+        if stored is None:
+            return self._store_work()
+        work, buffers = stored
+        for name, value in buffers:  # accelerate moves buffers one by one
             if self._buffers[name] is not value:
-                return False
-        return self._work is not None and self._work_spec is self.spec
+                return self._store_work()
+        return work
 
     def _store_work(self) -> LinearWork:
-        self._work = self._make_work({name: self._buffers[name] for name in DERIVED}, self.lifted_weight)
-        self._work_buffers = [(name, self._buffers[name]) for name in (*DERIVED, *self._data_names)]
-        self._work_spec = self.spec
-        return self._work
+        buffers = [(name, self._buffers[name]) for name in (*DERIVED, *self._data_names)]
+        work = self._make_work({name: value for name, value in buffers if name in DERIVED}, self.lifted_weight)
+        self._stored = work, buffers
+        return work
 
     def _make_work(self, derived: dict[str, torch.Tensor | None], lifted: torch.Tensor | None) -> LinearWork:
         spec, data = self.spec, self._local_data()
@@ -387,11 +418,13 @@ class Deriving(nn.Linear):
         state = self.__dict__.copy()
         sources = self._sources.items()
         seen = all(source is not None and source.is_seen_in(self._parameters.get(name)) for name, source in sources)
-        state |= {"_sources": {}, "_work": None, "_handed_out": not seen or self._handed_out or self._unchecked}
-        state["_work_buffers"] = []
+        state |= {"_sources": {}, "_stored": None, "_handed_out": not seen or self._handed_out or self._unchecked}
         return state
 
     def __setstate__(self, state):
+        if "spec" in state:  # pickled by nm_act 0.1
+            state = {**state, "_spec": state["spec"], "_stored": None}
+            del state["spec"]
         super().__setstate__(state)
         # A copy of a lifted view is a tensor of its own, and what derives from a weight may be older than it.
         if self._lifted is not None or self._handed_out:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -19,11 +20,13 @@ def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
 
     Then it took ``n, m`` (and ``extra_columns``), by position or by name, in place of the pattern.
     """
-    position = list(inspect.signature(function).parameters).index("pattern")
+    parameters = inspect.signature(function).parameters
+    position = list(parameters).index("pattern")
+    has_default = parameters["pattern"].default is not inspect.Parameter.empty
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> R:
-        by_position = len(args) > position and isinstance(args[position], int)
+        by_position = len(args) > position and isinstance(args[position], numbers.Integral)
         if by_position or "n" in kwargs or "m" in kwargs or "extra_columns" in kwargs:
             if "pattern" in kwargs or (len(args) > position and not by_position):
                 raise TypeError(
@@ -31,9 +34,15 @@ def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
                     'write them into the pattern, as in "8:16" or "2:4+1"'
                 )
             given = args[position : position + 2] if by_position else ()
+            numbers_given = len(given) + ("n" in kwargs) + ("m" in kwargs)
+            if numbers_given == 1 or not (numbers_given or has_default):
+                raise TypeError(
+                    f'nm_act.{function.__name__} expected one pattern such as "8:16", got {numbers_given} of n and m; '
+                    "write the pattern"
+                )
             keep = given[0] if given else kwargs.pop("n", 2)
             group = given[1] if len(given) > 1 else kwargs.pop("m", 4)
-            pattern = NMPattern(keep, group, kwargs.pop("extra_columns", ()))
+            pattern = NMPattern(int(keep), int(group), kwargs.pop("extra_columns", ()))
             if not torch.compiler.is_compiling():
                 warnings.warn(
                     f'nm_act.{function.__name__} takes one pattern since 0.2: write "{pattern}" in place of n and m',

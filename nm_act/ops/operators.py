@@ -325,7 +325,7 @@ def call(op: str, *arguments: Any, **options: Any) -> Any:
 _OTHER_KIND = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)' but instead found type '(.+?)'")
 
 
-def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
     """The kernels check this too, but arguments on mixed devices are dispatched to none of them."""
     for name, other in others.items():
         if other is not None and other.device != x.device:
@@ -336,25 +336,25 @@ def _check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 def _linear_devices(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> None:
     tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
-    _check_devices(op, x, weight=weight, bias=bias, **tensors)
+    check_devices(op, x, weight=weight, bias=bias, **tensors)
 
 
 @torch.library.register_fake("nm_act::prune")
 def _(x: Tensor, n: int, m: int, *, channel_scale: Any = None, shift: Any = None, **options: Any) -> Tensor:
-    _check_devices("prune", x, channel_scale=channel_scale, shift=shift)
+    check_devices("prune", x, channel_scale=channel_scale, shift=shift)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("nm_act::compress")
 def _(x: Tensor, *, channel_scale: Any = None, shift: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
-    _check_devices("compress", x, channel_scale=channel_scale, shift=shift)
+    check_devices("compress", x, channel_scale=channel_scale, shift=shift)
     values = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     return values, x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8)
 
 
 @torch.library.register_fake("nm_act::decompress")
 def _(values: Tensor, metadata: Tensor) -> Tensor:
-    _check_devices("decompress", values, metadata=metadata)
+    check_devices("decompress", values, metadata=metadata)
     return values.new_empty((*values.shape[:-1], values.shape[-1] * 2))
 
 
@@ -366,7 +366,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, n: int = 2, m: int 
 
 @torch.library.register_fake("nm_act::gather_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check_devices("gather_linear", x, weight=weight, bias=bias)
+    check_devices("gather_linear", x, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

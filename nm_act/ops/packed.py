@@ -23,7 +23,7 @@ _TILES = {"sm80_16bit": (32, 32), "sm90_16bit_t64": (64, 64), "sm90_8bit": (64, 
 """Tokens and features of a metadata tile of each layout (csrc/kernels/format/metadata.h)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """A packed 2:4 operand: its tensors, and what they hold, which every consumer checks.
 
@@ -158,8 +158,8 @@ def silu_mul_compress(gate: Tensor, up: Tensor, **options: Any) -> Packed:
 
 
 def sparse_gemm(
-    operand: Packed,
-    weight: Tensor,
+    operand: Packed | None = None,
+    weight: Tensor | None = None,
     bias: Tensor | None = None,
     *separate: Any,
     shift_out: Tensor | None = None,
@@ -199,6 +199,8 @@ def sparse_gemm(
             f"{type(operand).__name__} and {len(separate) + len(separately)} arguments more; pass what compress_packed "
             "returned as a whole, row_scale and eta are in it"
         )
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected weight as a torch.Tensor, got {type(weight).__name__}; pass the layer's own")
     _check_operand(operand, weight)
     y: Tensor = operators.call(
         "sparse_gemm",
@@ -319,6 +321,7 @@ def _(
     out_dtype: torch.dtype | None = None,
     **_vectors: Tensor | None,
 ) -> Tensor:
+    operators.check_devices("sparse_gemm", values, metadata=metadata, weight=weight, bias=bias)
     dtype = out_dtype or (torch.bfloat16 if values.dtype == torch.float8_e4m3fn else values.dtype)
     return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
 

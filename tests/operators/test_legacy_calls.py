@@ -57,3 +57,9 @@ def test_n_and_m_beside_a_pattern_are_refused(call):
 def test_what_follows_n_and_m_is_not_dropped():
     with pytest.warns(DeprecationWarning, match="one pattern"), pytest.raises(TypeError, match="positional argument"):
         nm_act.sparse_linear(X, W, None, 8, 16, torch.ones(32))
+
+
+def test_one_number_alone_is_refused():
+    for call in (lambda: nm_act.prune(X, 2), lambda: nm_act.sparse_linear(X, W, n=8)):
+        with pytest.raises(TypeError, match='expected one pattern such as "8:16", got 1 of n and m; write the pattern'):
+            call()
