@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from tiny_families import sparse_layers
 from torch import nn
 
 from nm_act.conversion.sparsify import sparsify
@@ -50,14 +51,6 @@ class Model(nn.Module):
 MLP = ["up_proj", "down_proj"]
 
 
-def _llama_skeleton(**sizes):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes)
-    with torch.device("meta"):
-        return LlamaForCausalLM(config)
-
-
 def test_report_lists_every_linear_layer_once():
     model = Model()
     recipe = Recipe("8:16", projections=MLP, skip_layers=[0], rules=[Rule([2], ["up_proj"], pattern="2:4")])
@@ -97,15 +90,14 @@ def test_report_as_text():
 
 
 def test_mac_fraction_of_the_shapes_of_smollm2():
-    sizes = {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    }
-    report = sparsify(_llama_skeleton(**sizes), Recipe("2:4", projections=["q_proj", "gate_proj", "down_proj"]))
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    with torch.device("meta"):
+        models = [LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes)) for _ in range(2)]
+    report = sparsify(models[0], Recipe("2:4", projections=["q_proj", "gate_proj", "down_proj"]))
     assert report.mac_fraction == pytest.approx(0.59, abs=0.005)
-    assert sparsify(_llama_skeleton(**sizes), Recipe("2:4")).mac_fraction == 1.0
+    assert sparsify(models[1], Recipe("2:4")).mac_fraction == 1.0
 
 
 def test_a_copy_leaves_the_model_alone():
@@ -113,7 +105,7 @@ def test_a_copy_leaves_the_model_alone():
     report = sparsify(model, Recipe("8:16", projections=MLP), inplace=False)
     assert report.model is not model
     assert not hasattr(model, "nm_act_recipe")
-    assert not any(isinstance(module, NMLinear) for module in model.modules())
+    assert not sparse_layers(model)
     assert isinstance(report.model.model.layers[0].up_proj, NMLinear)
     assert model.model.layers[0].up_proj.weight.is_contiguous()
 
@@ -125,15 +117,12 @@ def test_dense_recipe_is_a_baseline():
     assert str(report).startswith("sparse: 0 of 7 linear layers, 0.0%")
 
 
-def test_layers_that_a_group_does_not_divide_are_kept():
-    report = sparsify(Model(hidden=72), Recipe("8:16", projections=MLP))
-    assert [name for name, _ in report.replaced] == [f"model.layers.{i}.up_proj" for i in range(3)]
-    assert ("model.layers.0.down_proj", "in_features 72 is not a multiple of the group 16") in report.kept
-
-
-def test_windows_take_sixteen_features_at_a_time():
-    report = sparsify(Model(hidden=72), Recipe("2:4+1", projections=MLP))
-    assert [str(spec.pattern) for _, spec in report.replaced] == ["2:4+1"] * 3
+@pytest.mark.parametrize("pattern", ["8:16", "2:4+1"])
+def test_layers_that_a_group_or_a_unit_of_windows_does_not_divide_are_kept(pattern):
+    report = sparsify(Model(hidden=72), Recipe(pattern, projections=MLP))
+    assert [(name, str(spec.pattern)) for name, spec in report.replaced] == [
+        (f"model.layers.{i}.up_proj", pattern) for i in range(3)
+    ]
     assert ("model.layers.0.down_proj", "in_features 72 is not a multiple of the group 16") in report.kept
 
 
@@ -207,34 +196,31 @@ def test_numbered_modules_inside_a_layer_belong_to_that_layer():
     assert len(report.replaced) == 8
 
 
-BAD_NAMES = [
-    (Recipe("2:4"), r"expected projections that the model has \(down_proj, up_proj\), got 'q_proj'; correct"),
-    (Recipe("2:4", projections=[*MLP, "dwon_proj"]), "got 'dwon_proj'; correct the recipe"),
-    (Recipe("2:4", projections=["lm_head"]), r"\(down_proj, up_proj\), got 'lm_head'"),
-    (
-        Recipe("2:4", projections=MLP, skip_layers=[3]),
-        r"expected layers that the model has \(layers 0 to 2\), got 3",
-    ),
-    (
-        Recipe("2:4", projections=MLP, rules=[Rule(layers=[1, 9])]),
-        r"\(layers 0 to 2\), got 9; correct the recipe",
-    ),
-]
+PROJECTIONS, LAYERS = (
+    r"expected projections that the model has \(down_proj, up_proj\), got ",
+    r"\(layers 0 to 2\), got ",
+)
 
 
-@pytest.mark.parametrize(("recipe", "sentence"), BAD_NAMES)
-def test_a_recipe_that_names_nothing_is_refused(recipe, sentence):
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({}, PROJECTIONS.replace("down_proj, up_proj", "mix1, mix2") + "'q_proj'; correct"),
+        ({"projections": [*MLP, "dwon_proj"]}, "got 'dwon_proj'; correct the recipe"),
+        ({"projections": ["lm_head"]}, PROJECTIONS + "'lm_head'"),
+        ({"projections": MLP, "skip_layers": [3]}, "expected layers that the model has " + LAYERS + "3"),
+        ({"projections": MLP, "rules": [Rule(layers=[1, 9])]}, LAYERS + "9; correct the recipe"),
+    ],
+)
+def test_a_recipe_that_names_nothing_is_refused(fields, sentence):
+    model, recipe = Model(), Recipe("2:4", **fields)
     if recipe.projections == DEFAULT_PROJECTIONS:
-        model = Model()
         for block in model.model.layers:  # names of no known family
             block.mix1, block.mix2 = block.up_proj, block.down_proj
             del block.up_proj, block.down_proj
-        sentence = sentence.replace("down_proj, up_proj", "mix1, mix2")
-    else:
-        model = Model()
     with pytest.raises(ValueError, match=sentence):
         sparsify(model, recipe)
-    assert not any(isinstance(module, NMLinear) for module in model.modules())
+    assert not sparse_layers(model)
     assert not hasattr(model, "nm_act_recipe")
 
 
@@ -245,10 +231,11 @@ def test_the_default_projections_need_not_all_exist_but_a_rule_s_do():
 
 
 def test_a_model_without_numbered_layers_is_refused():
+    model = nn.ModuleDict({"up_proj": nn.Linear(64, 64)})
     with pytest.raises(ValueError, match=r"expected projections that the model has \(none\), got 'up_proj'"):
-        sparsify(nn.ModuleDict({"up_proj": nn.Linear(64, 64)}), Recipe("8:16", projections=["up_proj"]))
+        sparsify(model, Recipe("8:16", projections=["up_proj"]))
     with pytest.raises(ValueError, match=r"expected layers that the model has \(no numbered layers\), got 0"):
-        sparsify(nn.ModuleDict({"up_proj": nn.Linear(64, 64)}), Recipe("8:16", skip_layers=[0]))
+        sparsify(model, Recipe("8:16", skip_layers=[0]))
 
 
 def test_a_sparse_model_is_refused():
@@ -277,51 +264,33 @@ def test_a_mapping_is_not_a_recipe():
 # ---- first tokens of a sequence kept dense ----
 
 
-def _per_token(count=2, **call):
-    """Largest difference from the all-sparse and from the dense model, per token [batch, tokens]."""
-    recipe = Recipe("2:4", projections=MLP)
+PACKED, LATER = torch.tensor([[0, 1, 2, 0, 1, 2]]), torch.arange(5, 11).expand(2, 6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("dense", "count", "inputs"),
+    [
+        ([1, 1, 0, 0, 0, 0], 2, {}),
+        ([1, 1, 1, 1, 1, 1], 9, {}),
+        # Padding is counted out through the mask, on either side; one of four dimensions says nothing about it.
+        ([[0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]], 2, {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])}),
+        ([[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]], 2, {"attention_mask": torch.tensor([[1, 0, 0, 0, 0, 0], [1] * 5 + [0]])}),
+        ([1, 1, 0, 0, 0, 0], 2, {"attention_mask": torch.zeros(2, 1, 6, 6)}),
+        # Positions say where a sequence starts.
+        ([1, 1, 0, 1, 1, 0], 2, {"position_ids": PACKED}),
+        ([0, 0, 0, 0, 0, 0], 2, {"position_ids": LATER, "attention_mask": torch.ones(2, 11)}),
+    ],
+)  # fmt: skip
+def test_first_tokens_are_dense(dense, count, inputs):
+    """Each token of a mixed model is that of the dense model or that of the all-sparse one."""
     ids = torch.randint(32, (2, 6), generator=torch.Generator().manual_seed(0))
-    outputs = []
-    for model_recipe in (
-        Recipe("2:4", projections=MLP, dense_first_tokens=count),
-        recipe,
-        Recipe("dense", projections=MLP),
-    ):
-        model = sparsify(Model(), model_recipe).model
-        with torch.no_grad():
-            outputs.append(model(ids, **call))
-    mixed, sparse, dense = outputs
-    return (mixed - sparse).abs().amax(-1), (mixed - dense).abs().amax(-1)
-
-
-def _check_dense_tokens(expected, **arguments):
-    from_sparse, from_dense = _per_token(**arguments)
-    expected = torch.tensor(expected, dtype=torch.bool).expand(2, 6)
-    assert torch.equal(from_dense < 1e-5, expected)
-    assert torch.equal(from_sparse < 1e-5, ~expected)
-
-
-def test_first_tokens_are_dense():
-    _check_dense_tokens([1, 1, 0, 0, 0, 0])
-    _check_dense_tokens([1, 1, 1, 1, 1, 1], count=9)
-
-
-def test_padding_is_counted_out_through_the_mask():
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-    _check_dense_tokens([[0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]], attention_mask=mask)
-    right = torch.tensor([[1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
-    _check_dense_tokens([[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]], attention_mask=right)
-
-
-def test_positions_say_where_a_sequence_starts():
-    packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    _check_dense_tokens([1, 1, 0, 1, 1, 0], position_ids=packed)
-    later = torch.arange(5, 11).expand(2, 6)
-    _check_dense_tokens([0, 0, 0, 0, 0, 0], position_ids=later, attention_mask=torch.ones(2, 11))
-
-
-def test_a_four_dimensional_mask_says_nothing_about_padding():
-    _check_dense_tokens([1, 1, 0, 0, 0, 0], attention_mask=torch.zeros(2, 1, 6, 6))
+    cases = ("2:4", count), ("2:4", 0), ("dense", 0)
+    recipes = [Recipe(pattern, projections=MLP, dense_first_tokens=first) for pattern, first in cases]
+    mixed, from_sparse, from_dense = (sparsify(Model(), recipe).model(ids, **inputs) for recipe in recipes)
+    expected = torch.tensor(dense, dtype=torch.bool).expand(2, 6)
+    assert torch.equal((mixed - from_dense).abs().amax(-1) < 1e-5, expected)
+    assert torch.equal((mixed - from_sparse).abs().amax(-1) < 1e-5, ~expected)
 
 
 def test_layers_that_flatten_their_tokens_or_see_others():
@@ -331,11 +300,8 @@ def test_layers_that_flatten_their_tokens_or_see_others():
     seen = {}
 
     def forward(tokens):
-        seen["batched"], seen["flat"], seen["some"] = (
-            layer(x),
-            layer(x.flatten(0, 1)),
-            layer(x.flatten(0, 1)[:5]),
-        )
+        flat = x.flatten(0, 1)
+        seen.update(batched=layer(x), flat=layer(flat), some=layer(flat[:5]))
         return tokens
 
     model.model.forward = forward
@@ -362,7 +328,7 @@ def test_first_tokens_are_forgotten_after_an_error():
 def test_a_copied_model_has_a_context_of_its_own():
     model = sparsify(Model(), Recipe("2:4", projections=MLP, dense_first_tokens=2)).model
     twin = copy.deepcopy(model)
-    contexts = {id(module.token_context) for module in twin.modules() if isinstance(module, NMLinear)}
+    contexts = {id(layer.token_context) for layer in sparse_layers(twin)}
     assert len(contexts) == 1
     assert id(model.model.layers[0].up_proj.token_context) not in contexts
     ids = torch.arange(12).view(2, 6)

@@ -34,46 +34,30 @@ def _fails_after(monkeypatch, owner, name, calls=0, error=RuntimeError):
     monkeypatch.setattr(owner, name, function)
 
 
-def _in_from_linear(monkeypatch):
-    _fails_after(monkeypatch, NMLinear, "from_linear", 9, torch.OutOfMemoryError)
+def _raises_after(monkeypatch, owner, name):
+    """Let a function raise when it has done its work."""
+    original = getattr(owner, name)
 
-
-def _in_the_context(monkeypatch):
-    original = TokenContext.attach
-
-    def attach(self, stack):
-        original(self, stack)
+    def function(*arguments):
+        original(*arguments)
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(TokenContext, "attach", attach)
+    monkeypatch.setattr(owner, name, function)
 
 
 def _in_the_record(monkeypatch):
-    original = integration.record_recipe
-
-    def record(model, recipe):
-        original(model, recipe)
-        raise RuntimeError("no more")
-
-    monkeypatch.setattr(conversion, "RECORDERS", [record])
+    _raises_after(monkeypatch, integration, "record_recipe")
+    monkeypatch.setattr(conversion, "RECORDERS", [integration.record_recipe])
 
 
-def _in_merging(monkeypatch):
-    _fails_after(monkeypatch, optimizing.model, "merge", 1)
-
-
-def _interrupted(monkeypatch):
-    _fails_after(monkeypatch, NMLinear, "from_linear", 1, KeyboardInterrupt)
-
-
-def _after_optimize(monkeypatch):
-    original = optimizing.optimize
-
-    def optimize(model):
-        original(model)
-        raise RuntimeError("no more")
-
-    monkeypatch.setattr(conversion, "merge_and_fuse", optimize)
+FAILURES = {
+    "in from_linear": lambda patch: _fails_after(patch, NMLinear, "from_linear", 9, torch.OutOfMemoryError),
+    "in the context": lambda patch: _raises_after(patch, TokenContext, "attach"),
+    "in the record": _in_the_record,
+    "in merging": lambda patch: _fails_after(patch, optimizing.model, "merge", 1),
+    "interrupted": lambda patch: _fails_after(patch, NMLinear, "from_linear", 1, KeyboardInterrupt),
+    "after optimize": lambda patch: _raises_after(patch, conversion, "merge_and_fuse"),
+}
 
 
 def _facts(model):
@@ -96,10 +80,7 @@ def _check_same(before, after):
         assert stride == after[0][name][1]
 
 
-FAILURES = [_in_from_linear, _in_the_context, _in_the_record, _in_merging, _interrupted, _after_optimize]
-
-
-@pytest.mark.parametrize("fail", FAILURES)
+@pytest.mark.parametrize("fail", FAILURES.values(), ids=FAILURES)
 def test_a_model_is_as_before_after_an_error(fail, monkeypatch):
     model = family("llama", attention_bias=True)
     layers = model.model.layers

@@ -86,7 +86,7 @@ JOBS = {}
 def start_compilers(names: list[str]) -> None:
     for name in sorted(names, key=list(CASES).index) if NVCC and CUTLASS else ():
         source, flags = CASES[name]
-        JOBS[name] = compilers.submit(compile_kernels, source, compilers.FOLDER / name, flags)
+        JOBS[name] = compilers.submit(compile_kernels, source, compilers.folder() / name, flags)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import tiny_model
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import sparse_layers
 from typer.testing import CliRunner
 
 from nm_act.cli import app
@@ -42,19 +43,13 @@ def _with(name, like=UP, rows=None):
     ("change", "message"),
     [
         (_without(UP), f"expected every weight of LlamaForCausalLM in {{place!r}}, but it lacks {UP}; download"),
-        (
-            _without(UP, "model.layers.0.self_attn.q_proj.weight"),
-            "lacks model.layers.0.self_attn.q_proj.weight (and 1 more);",
-        ),
+        (_without(UP, "model.layers.0.self_attn.q_proj.weight"), "lacks model.layers.0.self_attn.q_proj.weight (and 1 more);"),
         (_prefixed, "lacks model.embed_tokens.weight (and 20 more) and has foo.lm_head.weight (and 20 more) instead;"),
         (_with("model.layers.2.mlp.up_proj.weight"), "but the model has no model.layers.2.mlp.up_proj.weight;"),
-        (
-            _with(UP, rows=50),
-            f"expected {UP} of shape [96, 64] for this LlamaForCausalLM in {{place!r}}, got [50, 64];",
-        ),
+        (_with(UP, rows=50), f"expected {UP} of shape [96, 64] for this LlamaForCausalLM in {{place!r}}, got [50, 64];"),
     ],
     ids=["missing", "two missing", "prefix", "unexpected", "shape"],
-)
+)  # fmt: skip
 def test_weights_that_are_not_the_models(folder, tmp_path, change, message):
     place = str(_changed(folder, tmp_path / "model", change))
     with pytest.raises(ValueError, match="expected") as refused:
@@ -80,15 +75,13 @@ def test_calibrated_data_are_no_unexpected_weights_and_missing_ones_are_named(fo
 
     model, tokenizer = tiny_model.build()
     sparsify(model, Recipe(pattern="2:4", mitigation=["lpts"]))
-    for layer in model.modules():
-        if isinstance(layer, NMLinear):
-            layer.set_data(**{name: torch.full_like(value, 0.5) for name, value in layer.data().items()})
+    for layer in sparse_layers(model):
+        layer.set_data(**{name: torch.full_like(value, 0.5) for name, value in layer.data().items()})
     model.save_pretrained(tmp_path / "whole")
     tokenizer.save_pretrained(tmp_path / "whole")
     loaded, _ = load_model(tmp_path / "whole")
-    name, data = next(
-        (f"{n}.{key}", v) for n, m in loaded.named_modules() if isinstance(m, NMLinear) for key, v in m.data().items()
-    )
+    layers = {name: module for name, module in loaded.named_modules() if isinstance(module, NMLinear)}
+    name, data = next((f"{name}.{key}", data) for name, layer in layers.items() for key, data in layer.data().items())
     assert torch.equal(data, torch.full_like(data, 0.5))
     with pytest.raises(ValueError, match="but it lacks") as refused:
         load_model(_changed(tmp_path / "whole", tmp_path / "part", _without(name)))
@@ -142,9 +135,7 @@ def test_one_part_of_a_gguf_file(monkeypatch, tmp_path):
 def test_a_gguf_file_split_into_one(monkeypatch, tmp_path):
     path = _gguf(tmp_path / "whole.gguf", monkeypatch, lambda name: True, [("split.no", 0), ("split.count", 1)])
     model, _ = load_model(path)
-    assert torch.equal(
-        model.model.layers[1].mlp.up_proj.weight, tiny_model.build()[0].model.layers[1].mlp.up_proj.weight
-    )
+    assert torch.equal(model.get_parameter(UP), tiny_model.build()[0].get_parameter(UP))
 
 
 # ---- every command

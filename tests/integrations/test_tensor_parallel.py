@@ -66,15 +66,10 @@ def test_layers_and_model_equal_a_single_process(folders, layout, dtype):
 def test_fused_projections(tmp_path):
     """Phi-3: the outputs of qkv_proj and gate_up_proj are gathered, the inputs of o_proj and down_proj cut again."""
     dense = family("phi3", hidden_size=128, intermediate_size=192, vocab_size=128, eos_token_id=None)
-    names, projections = ("amber-mean-var", "spts-ls-var", "low-rank-pcs-lpts", "wanda"), ("qkv_proj", "gate_up_proj")
-    folders = [
-        tp_cases.save(
-            tmp_path / name,
-            dataclasses.replace(RECIPES[name], projections=(*projections, "o_proj", "down_proj")),
-            dense=copy.deepcopy(dense),
-        )
-        for name in names
-    ]
+    names = ("amber-mean-var", "spts-ls-var", "low-rank-pcs-lpts", "wanda")
+    projections = ("qkv_proj", "gate_up_proj", "o_proj", "down_proj")
+    recipes = {name: dataclasses.replace(RECIPES[name], projections=projections) for name in names}
+    folders = [tp_cases.save(tmp_path / name, each, dense=copy.deepcopy(dense)) for name, each in recipes.items()]
     run_ranks(tp_cases.every_layer_and_the_model, folders, "in_out", torch.float32)
 
 
@@ -104,10 +99,8 @@ def test_sizes_that_cut_a_group_or_a_head(folders, tmp_path):
     )
     for size, what in ((3, "the 128 out_features of model.layers.0.self_attn.q_proj"), (4, "the 2 attention heads of")):
         model.config.distributed_config = _config(size, "auto")
-        with pytest.raises(
-            ValueError,
-            match=f"expected a tensor-parallel size among 1, got {size}, .* cut {what}.*; choose one of those sizes$",
-        ):
+        sentence = f"expected a tensor-parallel size among 1, got {size}, .* cut {what}.*; choose one of those sizes$"
+        with pytest.raises(ValueError, match=sentence):
             check_plan(model)
     model.config.distributed_config = _config(2, {"layers.*.mlp.down_proj": "colwise"})
     check_plan(model.model)  # the caller's plan replaces the model's, which would cut a group
@@ -153,9 +146,8 @@ def test_fsdp_of_transformers_is_refused(folders):
 def test_methods_that_cannot_be_split_are_named_with_their_layer(fields, what):
     model = sparsify(tp_cases.build(), Recipe(**{"pattern": "2:4", **fields})).model
     model.config.distributed_config = _config(2, None)
-    with pytest.raises(
-        ValueError, match=rf"expected model\.layers\.0\.self_attn\.o_proj, whose in.* are split.*, without {what}, got"
-    ):
+    sentence = rf"expected model\.layers\.0\.self_attn\.o_proj, whose in.* are split.*, without {what}, got"
+    with pytest.raises(ValueError, match=sentence):
         check_plan(model)
 
 
@@ -208,12 +200,9 @@ def test_two_mesh_dimensions():
 
 def test_eight_bit_weights_are_not_split_by_rows():
     x, weight, scale = torch.randn(2, 32), torch.randn(8, 32).to(torch.float8_e4m3fn), torch.ones(8)
-    with pytest.raises(
-        ValueError, match=r"expected a weight in the dtype of x in a layer split by rows, got weight_sc"
-    ):
-        parallel.row_sparse_linear(
-            parallel.Shard("row", 0, 2, lambda each: each), x, weight, None, NMPattern(4, 8), weight_scale=scale
-        )
+    shard = parallel.Shard("row", 0, 2, lambda each: each)
+    with pytest.raises(ValueError, match="expected a weight in the dtype of x in a layer split by rows, got weight_sc"):
+        parallel.row_sparse_linear(shard, x, weight, None, NMPattern(4, 8), weight_scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -235,14 +224,10 @@ def test_row_parallel_terms_add_up(options, size, dtype):
     expected = reference.sparse_linear(x, weight, bias, "4:8", **options)
 
     def term(shard):
-        mine = {
-            key: shard.part(value, ("in",)) if key in ("shift", "channel_scale") else value
-            for key, value in options.items()
-        }
+        inputs = {key: shard.part(options[key], ("in",)) for key in ("shift", "channel_scale") if key in options}
         part, columns = (each.chunk(size, dim=-1)[shard.rank] for each in (x, weight))
-        return parallel.row_sparse_linear(
-            shard, part, columns, bias if shard.rank == 0 else None, NMPattern(4, 8), **mine
-        )
+        mine = bias if shard.rank == 0 else None
+        return parallel.row_sparse_linear(shard, part, columns, mine, NMPattern(4, 8), **{**options, **inputs})
 
     y = sum(each.double() for each in _in_threads(size, term))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -271,11 +256,9 @@ def test_statistics_over_ranks_are_the_whole_tokens(kind):
     z, pruned = x.nan_to_num(0, 1, -1), reference.prune(x.nan_to_num(0, 1, -1), "2:4")
 
     def statistics(shard):
-        parts = (each.chunk(4, dim=-1)[shard.rank] for each in (x, z, pruned))
-        mine, *others = parts
-        return parallel.row.token_shift_over_ranks(shard, mine, kind), parallel.row.variance_ratio_over_ranks(
-            shard, *others
-        )
+        mine, *others = (each.chunk(4, dim=-1)[shard.rank] for each in (x, z, pruned))
+        eta = parallel.row.token_shift_over_ranks(shard, mine, kind)
+        return eta, parallel.row.variance_ratio_over_ranks(shard, *others)
 
     for eta, nu in _in_threads(4, statistics):
         assert_same_bits(eta, reference.token_shift_values(x, kind), any_nan=True)

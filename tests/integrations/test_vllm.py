@@ -1,6 +1,6 @@
 """The vLLM plug-in: its plan without vLLM; its layers, model and engine where vLLM is installed."""
 
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tp_cases
+from conftest import needs
 from ranks import run_ranks
 
 from nm_act import LinearSpec, Recipe, Rule
@@ -21,7 +22,7 @@ from nm_act.integrations import vllm_plan as plan
 from nm_act.supported import supported
 
 LLAMA = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = needs("vllm")
 
 
 @pytest.mark.parametrize(
@@ -92,17 +93,15 @@ def test_what_is_said_after_loading():
 
 def test_what_a_server_cannot_follow():
     plan.check_servable(Recipe("8:16", mitigation=["var"]))
-    for recipe in (Recipe("8:16", phase="prefill"), Recipe("8:16", rules=[Rule(layers=[0], phase="prefill")])):
-        with pytest.raises(ValueError, match=r"expected a recipe with phase both for vLLM, .* got phase prefill; save"):
-            plan.check_servable(recipe)
-    with pytest.raises(ValueError, match=r"expected a recipe with dense_first_tokens 0 for vLLM, .* got 4; save"):
-        plan.check_servable(Recipe("8:16", dense_first_tokens=4))
-    for recipe, got in (
-        (Recipe("2:4", criterion="clact"), "clact"),
-        (Recipe("2:4", rules=[Rule(pattern="50%")]), "50%"),
+    for fields, sentence in (
+        ({"phase": "prefill"}, "with phase both for vLLM, .* got phase prefill"),
+        ({"rules": [Rule(layers=[0], phase="prefill")]}, "with phase both for vLLM, .* got phase prefill"),
+        ({"dense_first_tokens": 4}, "with dense_first_tokens 0 for vLLM, .* got 4"),
+        ({"criterion": "clact"}, "without clact and top-k for vLLM, got clact"),
+        ({"rules": [Rule(pattern="50%")]}, "without clact and top-k for vLLM, got 50%"),
     ):
-        with pytest.raises(ValueError, match=f"expected a recipe without clact and top-k for vLLM, got {got}; save"):
-            plan.check_servable(recipe)
+        with pytest.raises(ValueError, match=f"expected a recipe {sentence}; save"):
+            plan.check_servable(Recipe("8:16", **fields))
 
 
 @pytest.mark.parametrize(
@@ -232,66 +231,45 @@ def test_an_interface_that_differs_is_noticed(monkeypatch):
         vllm_linear._check_interface()
 
 
-@needs_vllm
-@pytest.mark.parametrize(
-    ("spec", "sentence"),
-    [
-        (
-            LinearSpec("2:4", mitigation=["larosa"]),
-            r"expected a\.o_proj, whose in_features are split over ranks, without a",
-        ),
-        (
-            LinearSpec("16:32"),
-            "expected a tensor-parallel size among 1, 3, got 2, which would cut the 96 in_features of a",
-        ),
-    ],
-    ids=str,
-)
-def test_layers_that_cannot_be_split(spec, sentence):
+def _method(spec, *names):
     from nm_act.integrations.vllm_linear import NMActLinearMethod
 
-    method = NMActLinearMethod([("o_proj", spec)], lambda: None)
+    return NMActLinearMethod([(name, spec) for name in names], lambda: None)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("spec", "names", "sizes", "sentence"),
+    [
+        (LinearSpec("2:4", mitigation=["larosa"]), ["o_proj"], (48, [64], 96, 64), r"expected a\.o_proj, whose in_features are split over ranks, without a"),
+        (LinearSpec("16:32"), ["o_proj"], (48, [64], 96, 64), "expected a tensor-parallel size among 1, 3, got 2, which would cut the 96 in_features of a"),
+        (LinearSpec("2:4"), ["q_proj", "k_proj"], (64, [64, 32, 32], 64, 128), r"expected 3 projections in a\.o_proj, got q_proj, k_proj; leave this layer "),
+    ],
+    ids=["rotation", "group", "other number of projections"],
+)  # fmt: skip
+def test_layers_that_cannot_be_split_or_told_apart(spec, names, sizes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        method.create_weights(SimpleNamespace(prefix="a.o_proj"), 48, [64], 96, 64, torch.float32)
-
-
-@needs_vllm
-def test_another_number_of_projections():
-    from nm_act.integrations.vllm_linear import NMActLinearMethod
-
-    method = NMActLinearMethod([(name, LinearSpec("2:4")) for name in ("q_proj", "k_proj")], lambda: None)
-    with pytest.raises(
-        ValueError, match=r"expected 3 projections in a\.qkv_proj, got q_proj, k_proj; leave this layer "
-    ):
-        method.create_weights(SimpleNamespace(prefix="a.qkv_proj"), 64, [64, 32, 32], 64, 128, torch.float32)
+        _method(spec, *names).create_weights(SimpleNamespace(prefix="a.o_proj"), *sizes, torch.float32)
 
 
 @needs_vllm
 @pytest.mark.parametrize(
     ("spec", "sentence"),
     [
-        (
-            LinearSpec("2:4", mitigation=["spts"]),
-            r"expected calibrated data for up_proj in a\.up_proj, got no shift; load ",
-        ),
-        (
-            LinearSpec("2:4", criterion="wina"),
-            r"expected the weight of up_proj in a\.up_proj from a checkpoint, from which the criterion 'wina' .*, got none",
-        ),
+        (LinearSpec("2:4", mitigation=["spts"]), "calibrated data for up_proj in a.up_proj, got no shift; load "),
+        (LinearSpec("2:4", criterion="wina"), "the weight of up_proj in a.up_proj from a checkpoint, from which the criterion 'wina' .*, got none"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_weights_that_are_not_a_checkpoints(spec, sentence, monkeypatch):
     """vLLM's dummy weights, which its own loader never sees."""
     from vllm.model_executor import parameter
 
-    from nm_act.integrations.vllm_linear import NMActLinearMethod
-
     for name, value in (("rank", 0), ("world_size", 1)):  # vLLM's group of one, without a group
         monkeypatch.setattr(parameter, f"get_tensor_model_parallel_{name}", lambda value=value: value)
-    method = NMActLinearMethod([("up_proj", spec)], lambda: None)
+    method = _method(spec, "up_proj")
     layer = torch.nn.Module()
     layer.prefix = "a.up_proj"
     method.create_weights(layer, 64, [32], 64, 32, torch.float32, weight_loader=lambda *_: None)
-    with pytest.raises(RuntimeError, match=sentence):
+    with pytest.raises(RuntimeError, match="expected " + sentence):
         method.process_weights_after_loading(layer)

@@ -21,6 +21,10 @@ def rows_of(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def case_of(row: dict) -> list[str]:
+    return [row[key] for key in ("batch", "prompt", "metric")]
+
+
 def test_rows_and_baselines(tmp_path):
     recipe = tmp_path / "mixed.yaml"
     recipe.write_text("pattern: 8:16\nskip_layers: [0]\n")
@@ -33,11 +37,7 @@ def test_rows_and_baselines(tmp_path):
     assert {row["metric"] for row in rows} == {"ttft_ms", "decode_tok_s"}
     assert {row["model"] for row in rows} == {"tiny (random weights)"}
     for row in rows:
-        dense = next(
-            r
-            for r in rows
-            if r["mode"] == "dense_bf16" and all(r[key] == row[key] for key in ("batch", "prompt", "metric"))
-        )
+        [dense] = [r for r in rows if r["mode"] == "dense_bf16" and case_of(r) == case_of(row)]
         assert row["baseline_p50"] == dense["p50"]
         ratio = float(row["p50"]) / float(dense["p50"])
         faster = ratio if row["metric"] == "decode_tok_s" else 1 / ratio

@@ -125,7 +125,7 @@ def native_programs(folder: Path, names: list[str]) -> list:
 
 
 def start_compilers(names: list[str]) -> None:
-    JOBS["native"] = compilers.submit(native_programs, compilers.FOLDER / "native", names)
+    JOBS["native"] = compilers.submit(native_programs, compilers.folder() / "native", names)
 
 
 @needs_source

@@ -1,6 +1,5 @@
 """The examples run as a user runs them, and agree with a single process."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 import tp_cases
+from conftest import needs
 
 from nm_act import Recipe
 
@@ -40,15 +40,8 @@ def _run(*command, **environment):
 @pytest.mark.slow
 def test_tensor_parallel(model, tmp_path):
     folder, tokens = model
-    run = _run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        EXAMPLES / "tensor_parallel.py",
-        folder,
-        tmp_path / "saved",
-    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    run = _run(*launcher, EXAMPLES / "tensor_parallel.py", folder, tmp_path / "saved")
     assert f"2 ranks: {tokens}" in run.stdout, run.stderr[-3000:]
     assert tp_cases.load(tmp_path / "saved").nm_act_recipe == Recipe("8:16", mitigation=["var"])
 
@@ -61,7 +54,7 @@ def test_device_map(model):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@needs("vllm")
 def test_vllm_generate(model):
     """The whole engine, compiled, in a process that knows nothing of nm_act but its entry point.
 
