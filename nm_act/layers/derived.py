@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -107,7 +108,7 @@ class Deriving(nn.Linear):
             self.__dict__["_handed_out"] = True
         return super().__getattr__(name)
 
-    def _own(self, name: str) -> torch.Tensor | None:
+    def _own(self, name: str) -> Any:  # a tensor, or None for no bias
         return stale.parameter_of(self, name)
 
     @property

@@ -38,9 +38,11 @@ Sources: arXiv 2509.22166 (VAR, shifts, LS), R-Sparse (arXiv 2504.19449), LaRoSA
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from ..patterns import NMPattern, TopKPattern
 from . import criteria
 
 
@@ -76,6 +78,23 @@ class Mitigation:
     variance_correction: bool = False
     rank: int = 0
     fitted: bool = False
+
+
+class Spec(Protocol):
+    """What is read here of a :class:`nm_act.LinearSpec`."""
+
+    @property
+    def pattern(self) -> NMPattern | TopKPattern: ...
+    @property
+    def criterion(self) -> str: ...
+    @property
+    def mitigation(self) -> tuple[str, ...]: ...
+    @property
+    def scoring(self) -> criteria.Criterion: ...
+    @property
+    def methods(self) -> tuple[Mitigation, ...]: ...
+    @property
+    def token_shift(self) -> str: ...
 
 
 DATA: dict[str, tuple[str, ...]] = {
@@ -159,13 +178,13 @@ def is_fitted(names: Iterable[str]) -> bool:
     return any(mitigation(name).fitted for name in names)
 
 
-def data_of(spec) -> tuple[str, ...]:
+def data_of(spec: Spec) -> tuple[str, ...]:
     """Names of the calibrated tensors that a :class:`~nm_act.LinearSpec` needs, in the order of ``DATA``."""
     needed = {*spec.scoring.data, *(name for each in spec.methods for name in each.data)}
     return tuple(name for name in DATA if name in needed)
 
 
-def learned_data_of(spec) -> tuple[str, ...]:
+def learned_data_of(spec: Spec) -> tuple[str, ...]:
     """Names of the calibrated tensors that training changes."""
     learned = {name for each in spec.methods if each.learned for name in each.data}
     return tuple(name for name in DATA if name in learned)
@@ -177,27 +196,27 @@ def shape_of(name: str, in_features: int, out_features: int, rank: int) -> tuple
     return tuple(sizes[axis] for axis in DATA[name])
 
 
-def replaces_weight(spec) -> bool:
+def replaces_weight(spec: Spec) -> bool:
     """Whether the operator multiplies by another weight than the layer's own (:func:`operand_weight`)."""
     return spec.scoring.prunes_weight or not {"low_rank_in", "rotation"}.isdisjoint(data_of(spec))
 
 
-def reads_weight(spec) -> bool:
+def reads_weight(spec: Spec) -> bool:
     """Whether the selection or the operand weight derives from the whole of the layer's weight."""
     return replaces_weight(spec) or spec.scoring.formula is not None
 
 
-def has_shift(spec) -> bool:
+def has_shift(spec: Spec) -> bool:
     """Whether the operator reads the image of a shift (:func:`shift_image`)."""
     return spec.token_shift != "none" or "shift" in data_of(spec)
 
 
-def depends_on_weight(spec) -> bool:
+def depends_on_weight(spec: Spec) -> bool:
     """Whether anything that the operator reads beside the weight is derived from it, or replaces it."""
     return reads_weight(spec) or has_shift(spec)
 
 
-def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
+def operand_weight(spec: Spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
     """``V [out, in]``, the weight that the operator multiplies by; ``weight`` itself where no method changes it."""
     if spec.scoring.prunes_weight:
         return criteria.prune_weight(spec.criterion, weight, spec.pattern, data.get("input_norm"))
@@ -210,7 +229,9 @@ def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) ->
     return v
 
 
-def selection_scale(spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
+def selection_scale(
+    spec: Spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
     """Channel scale of the selection, the criterion's for the operand weight ``v``; with pcs for ``V*s``, over s.
 
     A fitted low-rank pair follows from what the selection drops, so its selection cannot follow from the pair: the
@@ -222,10 +243,11 @@ def selection_scale(spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str,
     smoothing = data["smoothing"]
     if spec.scoring.formula is None:
         return smoothing.reciprocal()
-    return criteria.channel_scale(spec.criterion, read.float() * smoothing) / smoothing
+    scale = criteria.channel_scale(spec.criterion, read.float() * smoothing)
+    return scale if scale is None else scale / smoothing
 
 
-def shift_image(spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
+def shift_image(spec: Spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """``V @ eta`` of a static shift, the row sums ``V @ 1`` of a per-token one, float32; None without a shift."""
     if spec.token_shift != "none":
         return v.sum(dim=1, dtype=torch.float64).float()
@@ -244,7 +266,8 @@ def smoothing_of(input_max: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def rotation_of(covariance: torch.Tensor) -> torch.Tensor:
     """LaRoSA: eigenvectors ``Q [in, in]`` (columns) of the inputs' covariance, the largest eigenvalue first."""
-    return torch.linalg.eigh(covariance.double()).eigenvectors.flip(-1).float()
+    vectors: torch.Tensor = torch.linalg.eigh(covariance.double()).eigenvectors
+    return vectors.flip(-1).float()
 
 
 def low_rank_of(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
