@@ -45,9 +45,6 @@ __all__ = [
     "variance_ratio",
 ]
 
-TOKEN_SHIFTS = ("none", "mean", "median")
-"""Names accepted by ``token_shift``."""
-
 
 def selection_mask(
     z: torch.Tensor, pattern: NMPattern | TopKPattern, channel_scale: torch.Tensor | None = None
