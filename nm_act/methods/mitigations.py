@@ -36,7 +36,7 @@ Sources: arXiv 2509.22166 (VAR, shifts, LS), R-Sparse (arXiv 2504.19449), LaRoSA
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,38 @@ import torch
 
 from ..patterns import NMPattern, TopKPattern
 from . import criteria
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What calibration knows of one layer when its data are made.
+
+    Attributes
+    ----------
+    weight : Tensor [out, in]
+    mean : Tensor [in]
+        Of the operand's channels, float32, in the basis of the selection.
+    largest : Tensor [in]
+        ``max|X_j|``.
+    covariance, lost : Tensor [in, in]
+        Of the inputs, and ``R`` of :func:`fitted_low_rank_of`; only there for a mitigation that names them.
+    input_order : Tensor [in]
+        Order that is folded into the weights.
+    rank : int
+        Of the low-rank pair; 0 is none.
+    """
+
+    weight: torch.Tensor
+    mean: torch.Tensor
+    largest: torch.Tensor
+    covariance: torch.Tensor
+    lost: torch.Tensor
+    input_order: torch.Tensor
+    rank: int
+
+
+def _nothing(seen: Observed) -> tuple[torch.Tensor, ...]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +88,10 @@ class Mitigation:
         What it does, in a few words.
     data : tuple of str
         Names of the tensors in ``DATA`` that it needs from calibration.
+    start : callable
+        ``Observed -> tensors``, those data in closed form, or where training starts from.
+    matrices : tuple of str
+        Those of "covariance" and "lost" that ``start`` reads.
     learned : bool
         Whether they are trained.
     slot : str
@@ -66,18 +102,17 @@ class Mitigation:
         Whether the operator rescales its output per token.
     rank : int
         Of a low-rank pair; 0 is none.
-    fitted : bool
-        Whether that pair starts from the selection's error instead of the weight.
     """
 
     text: str
     data: tuple[str, ...] = ()
+    start: Callable[[Observed], tuple[torch.Tensor, ...]] = _nothing
+    matrices: tuple[str, ...] = ()
     learned: bool = False
     slot: str = ""
     token_shift: str = "none"
     variance_correction: bool = False
     rank: int = 0
-    fitted: bool = False
 
 
 class Spec(Protocol):
@@ -114,13 +149,29 @@ MITIGATIONS = {
     "var": Mitigation("variance correction", variance_correction=True),
     "dpts-mean": Mitigation("per-token mean shift", slot="shift", token_shift="mean"),
     "dpts-median": Mitigation("per-token median shift", slot="shift", token_shift="median"),
-    "spts": Mitigation("static shift, one value a channel", ("shift",), slot="shift"),
-    "spts-scalar": Mitigation("static shift, one value a layer", ("shift",), slot="shift"),
-    "lpts": Mitigation("learned shift", ("shift",), learned=True, slot="shift"),
-    "ls": Mitigation("learned scale and bias", ("column_scale", "added_bias"), learned=True),
-    "pcs": Mitigation("smoothing", ("smoothing",), slot="basis"),
-    "larosa": Mitigation("rotation", ("rotation",), slot="basis"),
-    "permute": Mitigation("static order of the input channels", ("input_order",)),
+    "spts": Mitigation("static shift, one value a channel", ("shift",), lambda seen: (seen.mean,), slot="shift"),
+    "spts-scalar": Mitigation(
+        "static shift, one value a layer",
+        ("shift",),
+        lambda seen: (seen.mean.mean().expand_as(seen.mean),),
+        slot="shift",
+    ),
+    "lpts": Mitigation(
+        "learned shift", ("shift",), lambda seen: (torch.zeros_like(seen.mean),), learned=True, slot="shift"
+    ),
+    "ls": Mitigation(
+        "learned scale and bias",
+        ("column_scale", "added_bias"),
+        lambda seen: (seen.mean.new_ones(len(seen.weight)), seen.mean.new_zeros(len(seen.weight))),
+        learned=True,
+    ),
+    "pcs": Mitigation(
+        "smoothing", ("smoothing",), lambda seen: (smoothing_of(seen.largest, seen.weight),), slot="basis"
+    ),
+    "larosa": Mitigation(
+        "rotation", ("rotation",), lambda seen: (rotation_of(seen.covariance),), ("covariance",), slot="basis"
+    ),
+    "permute": Mitigation("static order of the input channels", ("input_order",), lambda seen: (seen.input_order,)),
 }
 """Mitigation name -> what it is; "rsparse-R", with any rank R, "-fit" and "-trained" come on top."""
 
@@ -132,8 +183,15 @@ def mitigation(name: str) -> Mitigation:
     if isinstance(name, str):
         match = _LOW_RANK.fullmatch(name)
         if match:
-            pair, learned = ("low_rank_in", "low_rank_out"), match[3] is not None
-            return Mitigation(f"rank {match[1]}", pair, learned, "low rank", rank=int(match[1]), fitted=bool(match[2]))
+            return Mitigation(
+                f"rank {match[1]}",
+                ("low_rank_in", "low_rank_out"),
+                _fitted_pair if match[2] else _pair,
+                ("lost",) if match[2] else (),
+                learned=match[3] is not None,
+                slot="low rank",
+                rank=int(match[1]),
+            )
         if name in MITIGATIONS:
             return MITIGATIONS[name]
     raise ValueError(
@@ -175,7 +233,7 @@ def rank_of(names: Iterable[str]) -> int:
 
 def is_fitted(names: Iterable[str]) -> bool:
     """Whether the low-rank pair among the mitigations starts from the selection's error."""
-    return any(mitigation(name).fitted for name in names)
+    return any("lost" in mitigation(name).matrices for name in names)
 
 
 def data_of(spec: Spec) -> tuple[str, ...]:
@@ -303,3 +361,11 @@ def fitted_low_rank_of(weight: torch.Tensor, lost: torch.Tensor, rank: int) -> t
         half = w @ (vectors * values.clamp_min(0.0).sqrt())
         u = torch.linalg.qr(half @ torch.linalg.eigh(half.t() @ half).eigenvectors[:, -rank:]).Q
     return (u.t() @ w).float(), u.float()
+
+
+def _pair(seen: Observed) -> tuple[torch.Tensor, ...]:
+    return low_rank_of(seen.weight, seen.rank)
+
+
+def _fitted_pair(seen: Observed) -> tuple[torch.Tensor, ...]:
+    return fitted_low_rank_of(seen.weight, seen.lost, seen.rank)
