@@ -143,13 +143,16 @@ class NMLinear(Deriving):
             device="meta",
         )
         layer.weight, layer.bias = linear.weight, linear.bias
+        hook, device = getattr(linear, "_hf_hook", None), linear.weight.device
+        aligning = [each for each in getattr(hook, "hooks", [hook]) if hasattr(each, "execution_device")]
+        for each in aligning:  # accelerate's, which bring an offloaded weight in for each call
+            device = device if each.execution_device is None else each.execution_device
+            each.offload_buffers = False  # what it would bring in are the dense layer's: it has none
         for name in layer._data_names:
-            empty = torch.full_like(getattr(layer, name), torch.nan, device=linear.weight.device)
-            setattr(layer, name, empty)
+            setattr(layer, name, torch.full_like(getattr(layer, name), torch.nan, device=device))
         layer.train(linear.training)
         layer.refresh()
-        hook = getattr(linear, "_hf_hook", None)
-        if hook is not None:  # accelerate's, which brings an offloaded weight in for each call
+        if hook is not None:
             from accelerate.hooks import add_hook_to_module
 
             add_hook_to_module(layer, hook)
