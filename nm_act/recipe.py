@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ class LinearSpec:
         """What the criterion is made of."""
         return CRITERIA[self.criterion]
 
-    @cached_property
+    @property
     def methods(self) -> tuple[Mitigation, ...]:
         """What the mitigations are made of."""
         return tuple(mitigation(name) for name in self.mitigation)
