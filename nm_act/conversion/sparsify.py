@@ -224,10 +224,10 @@ def _checked(model: nn.Module, recipe: Recipe) -> tuple[Candidates, dict[str, "_
     parallel.refuse_sharded((name, module.weight) for name, module in candidates if isinstance(module, nn.Linear))
     places = {name: _place(name, prefix) for name, _ in candidates}
     _check_names(recipe, [place for place in places.values() if place is not None])
-    _check_kinds(recipe, candidates, places)
-    decided = [_decide(model, name, module, places[name], recipe) for name, module in candidates]
-    _check_effect(candidates, decided)
-    for (name, module), (spec, _) in zip(candidates, decided, strict=True):
+    decided = {name: _decide(model, name, module, places[name], recipe) for name, module in candidates}
+    _check_effect(recipe, places, decided)
+    for name, module in candidates:
+        spec, _ = decided[name]
         _check_rank(name, module, spec)
         if spec is not None:
             refuse_uncarried(name, module)
@@ -310,30 +310,18 @@ def _other_kind(module: nn.Module) -> str:
     return ""
 
 
-def _check_kinds(recipe: Recipe, candidates: Candidates, places: dict[str, "_Place | None"]) -> None:
-    """Refuse a model in which no named projection is a linear layer, so that the recipe would do nothing."""
-    found = [(name, module, places[name]) for name, module in candidates]
-    named = [(name, module, place) for name, module, place in found if place and recipe.covers(place.projection)]
-    sparse = [(name, module) for name, module, place in named if recipe.resolve(place.layer, place.projection)]
-    if sparse and not any(isinstance(module, nn.Linear) for _, module, _ in named):
-        first, kind = sparse[0][0], type(sparse[0][1]).__name__
+def _check_effect(
+    recipe: Recipe, places: dict[str, "_Place | None"], decided: dict[str, tuple[LinearSpec | None, str]]
+) -> None:
+    """Refuse a recipe that names layers of which none can be sparse."""
+    inside = [(name, place) for name, place in places.items() if place is not None]
+    wanted = [name for name, place in inside if recipe.resolve(place.layer, place.projection) is not None]
+    if wanted and all(spec is None for spec, _ in decided.values()):
         raise ValueError(
-            f"expected projections that are torch.nn.Linear, got {kind} in {first} and all others; use a model "
-            "whose projections are linear layers"
+            f"expected at least one layer that the recipe can make sparse, got none: {wanted[0]} and all others stay "
+            f"dense ({decided[wanted[0]][1]}); choose another pattern, other projections, or a model whose "
+            "projections are linear layers"
         )
-
-
-def _check_effect(candidates: Candidates, decided: list[tuple[LinearSpec | None, str]]) -> None:
-    """Refuse a recipe under which every layer stays dense for a reason other than the recipe itself."""
-    reasons = [(name, reason) for (name, _), (spec, reason) in zip(candidates, decided, strict=True) if spec is None]
-    if len(reasons) < len(decided) or any(reason == DENSE_BY_RECIPE for _, reason in reasons):
-        return
-    inside = [(name, reason) for name, reason in reasons if reason != OUTSIDE]
-    name, reason = (inside or reasons or [("any layer", "there is no linear layer")])[0]
-    raise ValueError(
-        f"expected at least one layer that the recipe can make sparse, got none: {name} and all others stay dense "
-        f"({reason}); choose another pattern, or name the model's projections"
-    )
 
 
 def _check_names(recipe: Recipe, places: list[_Place]) -> None:
