@@ -1,5 +1,6 @@
 """Optimizes a model for inference, and undoes it."""
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -8,7 +9,7 @@ from torch import nn
 from ..layers.hooks import take_over_hooks
 from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
-from . import fused
+from . import attention, fused
 from .changed import Changed, change
 from .eligible import not_fp8
 from .fp8 import FP8Linear, check_layout
@@ -133,6 +134,8 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     for layer in model.modules():
         if isinstance(layer, NMLinear):
             layer.derived_for_call()  # compares touched weights now, because a compiled layer cannot
+    if "transformers" in sys.modules:
+        attention.register()  # for model.set_attn_implementation
     return report
 
 
