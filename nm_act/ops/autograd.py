@@ -353,14 +353,14 @@ def _input_gradients(found, gradient, pruned, variance, weight, selection, shift
     found["x"] = selection.through_eta(of_z, of_eta)
 
 
-# ---- gather_linear and the operators without a gradient --------------------------------------------------------------
-def _gather_linear(forward, x, weight, bias=None):
+# ---- gather_linear, dense_linear and the operators without a gradient ------------------------------------------------
+def _few_linear(forward, x, weight, bias=None):
     if _is_transformed(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
-    return _GatherLinear.apply(forward, x, weight, bias)
+    return _FewLinear.apply(forward, x, weight, bias)
 
 
-class _GatherLinear(torch.autograd.Function):
+class _FewLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, x, weight, bias):
         y = forward(x, weight, bias)
@@ -396,6 +396,7 @@ def _refusing(name: str, instead: str) -> Callable:
 
 _register("prune", _prune)
 _register("sparse_linear", _sparse_linear)
-_register("gather_linear", _gather_linear)
+_register("gather_linear", _few_linear)
+_register("dense_linear", _few_linear)
 for _name, _instead in WITHOUT_GRADIENT.items():
     _register(_name, _refusing(_name, _instead))
