@@ -16,7 +16,7 @@ from inference_models import CONFIGS, Mode, build, compile_parts
 from timer import Rows
 
 import nm_act
-from nm_act.optimize.attention import ATTENTION
+from nm_act.optimize.static_attention import ATTENTION
 
 COLUMNS = (
     *("bench", "device", "model", "layers", "mode", "batch", "prompt", "step_ms", "device_ms", "tok_s", "speedup"),

@@ -9,7 +9,7 @@ from torch import nn
 from ..layers.hooks import take_over_hooks
 from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
-from . import attention, dense, fused
+from . import dense, fused, static_attention
 from .changed import Changed, change
 from .eligible import not_fp8
 from .fp8 import FP8Linear, check_layout
@@ -141,7 +141,7 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
             layer.derived_for_call()  # compares touched weights now, because a compiled layer cannot
     report.dense = dense.change_dense(model)
     if "transformers" in sys.modules:
-        attention.register()  # for model.set_attn_implementation
+        static_attention.register()  # for model.set_attn_implementation
     return report
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers.kv_cache import cache_argument
 from ..layers.linear import NMLinear
-from . import attention
+from . import static_attention
 
 WARMUP = 3
 """Steps before a capture, in which libraries load their kernels and choose algorithms."""
@@ -67,7 +67,7 @@ class StaticDecoder:
             raise ValueError(f"expected batch >= 1 and max_tokens > {WARMUP}, got {batch} and {max_tokens}")
         if next(iter(devices)).type == "cuda":
             _refuse_first_tokens(model)
-        attention.register()
+        static_attention.register()
         self.model, self.batch, self.max_tokens = model, batch, max_tokens
         self.device = next(iter(devices))
         self._config = model.config.get_text_config()
@@ -78,8 +78,8 @@ class StaticDecoder:
                 f"expected a model whose attention reads its config, got {type(model).__name__}, where no module holds "
                 "it; use model.generate"
             )
-        view.get_decoder().set_attn_implementation(attention.ATTENTION)
-        if self._static_config._attn_implementation != attention.ATTENTION:
+        view.get_decoder().set_attn_implementation(static_attention.ATTENTION)
+        if self._static_config._attn_implementation != static_attention.ATTENTION:
             raise ValueError(
                 f"expected a model that follows Transformers' attention interface, got {type(model).__name__} with its "
                 f"attention still {self._static_config._attn_implementation!r}; use model.generate"
@@ -95,7 +95,7 @@ class StaticDecoder:
         self._pool = None
         self._step_graph: Callable | None = None
         self._prefill_graphs: dict[int, tuple[Tensor, Callable]] = {}
-        self._flash = attention.try_flash(self._config, model.dtype, self.device)
+        self._flash = static_attention.try_flash(self._config, model.dtype, self.device)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> Tensor:
@@ -201,6 +201,7 @@ class StaticDecoder:
             **{self._cache_name: self._cache},
             logits_to_keep=1,
             attention_mask=self._lengths.view(-1, 1, 1, 1),
+            nm_act_lengths=self._lengths,  # for an attention that updates the cache itself
         )
         self.logits = output.logits
         self.token.copy_(output.logits[:, -1:].argmax(dim=-1))

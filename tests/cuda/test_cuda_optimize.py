@@ -8,7 +8,7 @@ from tiny_families import decide, family
 
 import nm_act
 from nm_act.optimize import fused
-from nm_act.optimize.attention import ATTENTION
+from nm_act.optimize.static_attention import ATTENTION
 
 pytestmark = GPU_MARKS
 

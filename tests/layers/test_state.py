@@ -16,7 +16,7 @@ from tiny_families import sparse as _sparse
 from torch import nn
 
 import nm_act
-from nm_act.optimize.attention import ATTENTION
+from nm_act.optimize.static_attention import ATTENTION
 
 pytestmark = pytest.mark.contract
 

@@ -7,7 +7,7 @@ import torch
 from tiny_families import IDS, KNOWN, family, sparse
 
 import nm_act
-from nm_act.optimize import attention
+from nm_act.optimize import static_attention
 
 pytestmark = pytest.mark.contract
 
@@ -124,22 +124,22 @@ def flash(query, key, value, starts, ends, max_q, max_k, *, scale, window_size, 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_flash_attention_is_asked_for_the_same(window, tokens, groups, monkeypatch):
     """The sequences of a batch as heads of one, windows that count the query: the arguments mean what the masks do."""
-    monkeypatch.setattr(attention, "varlen_attn", flash)
+    monkeypatch.setattr(static_attention, "varlen_attn", flash)
     key, value = torch.randn(2, 3, 2, 20, 8)  # batch, key heads, cache, dim
     query, length = torch.randn(3, 2 * groups, tokens, 8), 12
     options = {"scaling": 0.3, "sliding_window": window}
     options["attention_mask"] = torch.full((3, 1, 1, 1), length, dtype=torch.int32)
-    masked, _ = attention.static_attention(None, query, key, value, **options)
+    masked, _ = static_attention.static_attention(None, query, key, value, **options)
     for windowed in (False, True):
-        case = attention._case(2 * groups, 2, 8, windowed, torch.float32, query.device)
-        monkeypatch.setitem(attention._fits, case, True)
-    fast, _ = attention.static_attention(None, query, key, value, **options)
+        case = static_attention._case(2 * groups, 2, 8, windowed, torch.float32, query.device)
+        monkeypatch.setitem(static_attention._fits, case, True)
+    fast, _ = static_attention.static_attention(None, query, key, value, **options)
     torch.testing.assert_close(fast, masked)
 
 
 def test_masks_on_a_gpu_do_not_go_to_cudnn():
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with attention._no_cudnn(SimpleNamespace(is_cuda=True)):
+    with static_attention._no_cudnn(SimpleNamespace(is_cuda=True)):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
@@ -153,7 +153,7 @@ def chosen():
     def make(name="llama", **fields):
         model = sparse(name, "8:16", **fields)
         nm_act.optimize(model)
-        model.set_attn_implementation(attention.ATTENTION)
+        model.set_attn_implementation(static_attention.ATTENTION)
         return model
 
     return make
@@ -178,7 +178,7 @@ def test_padding_is_refused_in_a_sentence(chosen):
         model.generate(IDS, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
 
 
-@pytest.mark.parametrize("attn", ["sdpa", attention.ATTENTION])
+@pytest.mark.parametrize("attn", ["sdpa", static_attention.ATTENTION])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_generate_compiles_its_steps_to_one_graph(attn, backend, chosen):
     """What reduce-overhead puts into CUDA graphs: one graph without breaks for all steps after the prompt."""
