@@ -52,6 +52,18 @@ struct GatherParams {
   Epilogue epilogue;
 };
 
+struct DotParams {
+  const void* weight;  // [out, in]; row o starts at weight + o * row_stride
+  void* y;             // [tokens, out_features], dtype
+  const float* x;      // [tokens, in_features]
+  int64_t tokens;      // 1 to kGatherTokens
+  int64_t out_features;
+  int64_t in_features;
+  int64_t row_stride;  // elements
+  ElementType dtype;   // of weight and y: kFloat32, kBFloat16 or kFloat16
+  Epilogue epilogue;
+};
+
 // A range of columns of a finished product. All pointers except the epilogue's point to the first of these columns.
 struct EpilogueParams {
   const float* product;  // [tokens, columns], rows product_stride apart
@@ -73,6 +85,7 @@ struct CpuKernels {
   const char* name;
   void (*prune)(const PruneParams&, int64_t token_begin, int64_t token_end);
   void (*gather)(const GatherParams&, int64_t column_begin, int64_t column_end);
+  void (*dot)(const DotParams&, int64_t row_begin, int64_t row_end);
   void (*epilogue)(const EpilogueParams&, int64_t token_begin, int64_t token_end);
 };
 

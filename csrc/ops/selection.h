@@ -42,4 +42,7 @@ bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, cons
 // Checks the arguments of gather_linear; returns the number of tokens.
 int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op);
 
+// The same of dense_linear.
+int64_t check_dense_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op);
+
 }  // namespace nm_act

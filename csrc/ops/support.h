@@ -33,6 +33,8 @@ inline constexpr SupportRow kSupport[] = {
      "as above, the gather kernel on CUDA; otherwise the weight is dequantised at every call"},
     {"gather_linear", "1 to 8 tokens, weight stored [in, out]", "cpu", kAllDtypes, "any zeros in the input",
      "reads only the weight rows of non-zero inputs"},
+    {"dense_linear", "1 to 8 tokens, weight stored [out, in]", "cpu", kAllDtypes, "dense input",
+     "reads the weight once, in order"},
     {"prune", "always", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel"},
     {"compress", "always", "cuda sm_80+", kAllDtypes, "2:4", "compression kernel, neutral format"},
     {"decompress", "always", "cuda sm_80+", kAllDtypes, "2:4", "plain torch operations"},

@@ -231,14 +231,14 @@ class _SparseLinear(torch.autograd.Function):
         return None, None, None, *(gradients.get(name) for name in names)
 
 
-# ---- gather_linear and the operators without a gradient --------------------------------------------------------------
-def _gather_linear(forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+# ---- gather_linear, dense_linear and the operators without a gradient ------------------------------------------------
+def _few_linear(forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if _is_transformed(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
-    return _recorded(_GatherLinear, forward, x, weight, bias)
+    return _recorded(_FewLinear, forward, x, weight, bias)
 
 
-class _GatherLinear(torch.autograd.Function):
+class _FewLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = forward(x, weight, bias)
@@ -273,6 +273,7 @@ def _refusing(name: str, instead: str) -> Callable[..., Any]:
 
 _register("prune", _prune)
 _register("sparse_linear", _sparse_linear)
-_register("gather_linear", _gather_linear)
+_register("gather_linear", _few_linear)
+_register("dense_linear", _few_linear)
 for _name, _instead in WITHOUT_GRADIENT.items():
     _register(_name, _refusing(_name, _instead))

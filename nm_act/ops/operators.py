@@ -370,6 +370,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("nm_act::dense_linear")
+def _(x, weight, bias=None):
+    check_devices("dense_linear", x, weight=weight, bias=bias)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def refuse(op: str, device: str) -> None:
     """Register one sentence for an operator that has no kernel for the CPU or, in this build, for CUDA."""
     wanted = "CUDA" if device == "CPU" else "CPU"
@@ -384,6 +390,7 @@ def refuse(op: str, device: str) -> None:
     torch.library.impl(f"nm_act::{op}", device)(refused)
 
 
+refuse("dense_linear", "CUDA")
 if _C.build_info()["cuda"]:
     torch.library.impl("nm_act::decompress", "CUDA")(formulas.decompress)
 else:

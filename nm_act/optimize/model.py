@@ -1,5 +1,6 @@
 """Optimizes a model for inference, and undoes it."""
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from ..layers.hooks import take_over_hooks
 from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
-from . import fused
+from . import dense, fused, static_attention
 from .attention import FusedAttention, merged_qkv
 from .changed import Changed, change
 from .eligible import not_fp8
@@ -43,6 +44,8 @@ class OptimizeReport:
         Norms and MLPs that are computed with the product after them on CUDA.
     fp8 : list of str
         Layers whose weight is in e4m3 now.
+    dense : list of str
+        Dense layers on a CPU, whose decode steps run on ``torch.ops.nm_act.dense_linear``.
     kept : list of (str, str)
         What was left unchanged, and why.
     """
@@ -51,6 +54,7 @@ class OptimizeReport:
     merged: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
     fp8: list[str] = field(default_factory=list)
+    dense: list[str] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -60,6 +64,8 @@ class OptimizeReport:
         lines += [f"  {name}  x {count}" for name, count in Counter(map(_last, self.fused)).items()]
         if self.fp8:
             lines.append(f"e4m3 weights: {len(self.fp8)}")
+        if self.dense:
+            lines.append(f"dense layers, faster for a few tokens on a CPU: {len(self.dense)}")
         if self.kept:
             lines.append("as they were:")
             kept = Counter((_last(name), why) for name, why in self.kept)
@@ -141,6 +147,9 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
     for layer in model.modules():
         if isinstance(layer, NMLinear):
             layer.derived_for_call()  # compares touched weights now, because a compiled layer cannot
+    report.dense = dense.change_dense(model)
+    if "transformers" in sys.modules:
+        static_attention.register()  # for model.set_attn_implementation
     return report
 
 
@@ -178,7 +187,7 @@ def deoptimize(model: nn.Module) -> nn.Module:
 
 def is_optimized(model: nn.Module) -> bool:
     """Whether :func:`optimize` has changed this model."""
-    return any(isinstance(module, (MergedLinear, LinearPart, FP8Linear)) for module in model.modules())
+    return any(isinstance(module, (MergedLinear, LinearPart, FP8Linear, Changed)) for module in model.modules())
 
 
 def refuse_optimized(model: nn.Module) -> None:

@@ -2,22 +2,15 @@
 
 import copy
 import functools
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..layers.kv_cache import cache_argument
 from ..layers.linear import NMLinear
-
-logger = logging.getLogger(__name__)
-
-ATTENTION = "nm_act_static"
-"""Name of :func:`static_attention` among Transformers' attention implementations."""
+from . import static_attention
 
 WARMUP = 3
 """Steps before a capture, in which libraries load their kernels and choose algorithms."""
@@ -74,16 +67,22 @@ class StaticDecoder:
             raise ValueError(f"expected batch >= 1 and max_tokens > {WARMUP}, got {batch} and {max_tokens}")
         if next(iter(devices)).type == "cuda":
             _refuse_first_tokens(model)
-        _register()
+        static_attention.register()
         self.model, self.batch, self.max_tokens = model, batch, max_tokens
         self.device = next(iter(devices))
         self._config = model.config.get_text_config()
         self._static_config = copy.deepcopy(self._config)
-        self._static_config._attn_implementation = ATTENTION
-        if _with_config(model, self._config, self._static_config) is None:
+        view = _with_config(model, self._config, self._static_config)
+        if view is None:
             raise ValueError(
                 f"expected a model whose attention reads its config, got {type(model).__name__}, where no module holds "
                 "it; use model.generate"
+            )
+        view.get_decoder().set_attn_implementation(static_attention.ATTENTION)
+        if self._static_config._attn_implementation != static_attention.ATTENTION:
+            raise ValueError(
+                f"expected a model that follows Transformers' attention interface, got {type(model).__name__} with its "
+                f"attention still {self._static_config._attn_implementation!r}; use model.generate"
             )
         self.length = 0
         new = lambda *size, dtype=torch.long: torch.zeros(size, dtype=dtype, device=self.device)  # noqa: E731
@@ -96,7 +95,7 @@ class StaticDecoder:
         self._pool = None
         self._step_graph: Callable | None = None
         self._prefill_graphs: dict[int, tuple[Tensor, Callable]] = {}
-        self._flash = self.device.type == "cuda" and _flash_works(self._config, model.dtype, self.device)
+        self._flash = static_attention.try_flash(self._config, model.dtype, self.device)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> Tensor:
@@ -201,8 +200,8 @@ class StaticDecoder:
             use_cache=True,
             **{self._cache_name: self._cache},
             logits_to_keep=1,
-            nm_act_lengths=self._lengths,
-            nm_act_flash=self._flash,
+            attention_mask=self._lengths.view(-1, 1, 1, 1),
+            nm_act_lengths=self._lengths,  # for an attention that updates the cache itself
         )
         self.logits = output.logits
         self.token.copy_(output.logits[:, -1:].argmax(dim=-1))
@@ -282,148 +281,6 @@ class StaticDecoder:
             )
 
 
-def static_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    nm_act_lengths: Tensor | None = None,
-    nm_act_flash: bool = False,
-    **_ignored,
-) -> tuple[Tensor, None]:
-    """Attention over the filled part of a static cache, in the form of Transformers' attention interface.
-
-    Parameters
-    ----------
-    query : Tensor [batch, heads, tokens, dim]
-    key, value : Tensor [batch, key_heads, max_tokens, dim]
-        The whole cache, new tokens included.
-    nm_act_lengths : Tensor [batch], int32
-        Number of filled tokens, new ones included; several new tokens are always a prompt at the start of the cache.
-    nm_act_flash : bool
-        Whether all sequences have one length, so that flash attention reads it on the device instead of using masks.
-
-    Returns
-    -------
-    Tensor [batch, tokens, heads, dim], and None
-    """
-    tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
-    if tokens > 1:
-        key, value = key[:, :, :tokens], value[:, :, :tokens]
-    if tokens > 1 and (sliding_window is None or tokens <= sliding_window):
-        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
-        return y.transpose(1, 2).contiguous(), None
-    if nm_act_flash and tokens == 1:
-        return _flash_step(query, key, value, nm_act_lengths, scaling, sliding_window), None
-    if nm_act_flash:
-        return _flash_window(query, key, value, scaling, sliding_window), None
-    positions = nm_act_lengths[:, None] - tokens + torch.arange(tokens, device=query.device)
-    columns = torch.arange(key.shape[2], device=query.device)
-    mask = columns <= positions[..., None]
-    if sliding_window is not None:
-        mask = mask & (columns > positions[..., None] - sliding_window)
-    if tokens == 1:
-        # The queries of a group share their keys, so they are rows of one product.
-        query = query.reshape(query.shape[0], key.shape[1], groups, query.shape[3])
-    else:
-        # With a mask, only torch's slow kernel supports grouped heads.
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    with _no_cudnn(query):
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None], scale=scaling)
-    if tokens == 1:
-        return y.reshape(y.shape[0], 1, -1, y.shape[3]), None
-    return y.transpose(1, 2).contiguous(), None
-
-
-def _no_cudnn(query: Tensor):
-    """Masked attention by torch's own kernels, because cuDNN, which torch prefers on Hopper, may reject such masks."""
-    if not query.is_cuda:
-        return nullcontext()
-    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
-
-
-def _flash_window(query, key, value, scaling, sliding_window) -> Tensor:
-    """Attention of a prompt longer than the window; ``[batch, tokens, heads, dim]``."""
-    tokens = query.shape[2]
-    return torch.ops.aten._flash_attention_forward(
-        *(tensor.transpose(1, 2) for tensor in (query, key, value)),
-        None,
-        None,
-        tokens,
-        tokens,
-        0.0,
-        False,
-        False,
-        scale=scaling,
-        # The window counts the keys before the query itself.
-        window_size_left=sliding_window - 1,
-        window_size_right=0,
-    )[0]
-
-
-def _flash_step(query, key, value, lengths, scaling, sliding_window) -> Tensor:
-    """Attention of one token per sequence, with sequences of one length; ``[batch, 1, heads, dim]``.
-
-    The sequences are treated as heads of one sequence: their caches are contiguous, and a group of heads still shares
-    its keys.
-    """
-    batch, heads, _, dim = query.shape
-    most = key.shape[2]
-    starts = torch.arange(2, dtype=torch.int32, device=query.device)
-    # The window counts the keys before the query itself.
-    window = -1 if sliding_window is None or sliding_window >= most else sliding_window - 1
-    y = torch.ops.aten._flash_attention_forward(
-        query.reshape(1, batch * heads, dim),
-        key.flatten(0, 1).transpose(0, 1),
-        value.flatten(0, 1).transpose(0, 1),
-        starts,
-        starts * most,
-        1,
-        most,
-        0.0,
-        False,
-        False,
-        scale=scaling,
-        window_size_left=window,
-        window_size_right=-1 if window < 0 else 0,
-        seqused_k=lengths[:1],
-    )[0]
-    return y.view(batch, 1, heads, dim)
-
-
-def _flash_works(config, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch's flash attention supports lengths on the device, and windows; tried once on a small cache."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return False
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    windowed = bool(getattr(config, "sliding_window", None))
-    return _flash_fits(config.num_attention_heads, config.num_key_value_heads, dim, windowed, dtype, device)
-
-
-@functools.cache
-@torch.inference_mode()
-def _flash_fits(heads: int, key_heads: int, dim: int, windowed: bool, dtype: torch.dtype, device: torch.device) -> bool:
-    generator = torch.Generator(device).manual_seed(0)
-    draw = lambda *size: torch.randn(size, generator=generator, device=device, dtype=dtype)  # noqa: E731
-    query, key, value = draw(2, heads, 100, dim), draw(2, key_heads, 512, dim), draw(2, key_heads, 512, dim)
-    try:
-        for window, tokens in ((None, 1), (64, 1), (64, 100)) if windowed else ((None, 1),):
-            lengths = torch.full((2,), 300 if tokens == 1 else tokens, dtype=torch.int32, device=device)
-            options = {"scaling": dim**-0.5, "sliding_window": window, "nm_act_lengths": lengths}
-            masked, _ = static_attention(None, query[:, :, :tokens], key, value, **options)
-            flash, _ = static_attention(None, query[:, :, :tokens], key, value, nm_act_flash=True, **options)
-            torch.testing.assert_close(flash, masked, atol=2e-2, rtol=2e-2)
-    except (RuntimeError, TypeError, AssertionError) as error:  # other versions reject or ignore these arguments
-        reason = str(error).strip().split("\n")[0]
-        logger.warning("no flash attention with lengths on the device: every step masks the whole cache (%s)", reason)
-        return False
-    return True
-
-
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream for warming up graphs: one per device, because cuBLAS keeps a workspace for each stream it sees."""
@@ -461,12 +318,6 @@ def _with_config(module: nn.Module, before, after, name: str = "the model") -> n
     copied = module.__new__(type(module))
     copied.__dict__ = vars(module) | {"_modules": module._modules | changed} | ({"config": after} if holds else {})
     return copied
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, static_attention)
 
 
 def _full_cache(config, max_tokens: int):

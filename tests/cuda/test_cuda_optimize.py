@@ -8,6 +8,7 @@ from tiny_families import decide, family
 
 import nm_act
 from nm_act.optimize import operands
+from nm_act.optimize.static_attention import ATTENTION
 
 pytestmark = GPU_MARKS
 
@@ -171,6 +172,27 @@ def test_flash_steps_in_bfloat16(name):
     # Its last step read all tokens but the last.
     exact = model.float()(input_ids=sequence[:, :-1]).logits[:, -1]
     assert relative_error(decoder.logits[:, -1], exact) < (0.04 if name == "gemma3" else CLOSE)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", ATTENTION])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_generate_replays_graphs(attn, dtype):
+    """cache_implementation="static" compiles with mode="reduce-overhead": one graph, and nothing keeps it off CUDA's."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = on_gpu("llama", nm_act.Recipe("8:16"), dtype)
+    nm_act.optimize(model)
+    model.set_attn_implementation(attn)
+    ids = prompt(20, 2)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    tokens = model.generate(ids, cache_implementation="static", **options)
+    assert (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())) == (1, 0)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    if dtype == torch.float32:
+        model.set_attn_implementation("sdpa")
+        assert torch.equal(tokens, model.generate(ids, **options))
 
 
 def test_capturing_after_a_prefill_keeps_its_cache():

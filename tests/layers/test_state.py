@@ -16,7 +16,7 @@ from tiny_families import sparse as _sparse
 from torch import nn
 
 import nm_act
-from nm_act.optimize import static
+from nm_act.optimize.static_attention import ATTENTION
 
 pytestmark = pytest.mark.contract
 
@@ -264,7 +264,7 @@ def test_a_static_decoder_leaves_the_model_to_others():
     model.model.layers[1].mlp.register_forward_pre_hook(meanwhile)
     assert torch.equal(decoder.generate(ids, 4), alone)
     assert seen == [(True, before)] * 4
-    assert before != static.ATTENTION
+    assert before != ATTENTION
 
 
 @torch.no_grad()

@@ -176,12 +176,14 @@ def test_gradient_of_prune(token_shift):
         assert torch.equal(actual, upstream * mask)
 
 
-def test_gradient_of_gather_linear_is_that_of_a_dense_layer():
+@pytest.mark.parametrize("op", ["gather_linear", "dense_linear"])
+def test_gradient_of_few_tokens_is_that_of_a_dense_layer(op):
     x, weight, bias = torch.relu(torch.randn(2, 3, IN)), torch.randn(IN, OUT).t(), torch.randn(OUT)
+    weight = weight.contiguous() if op == "dense_linear" else weight
     named = {"x": x.requires_grad_(), "weight": weight.requires_grad_(), "bias": bias.requires_grad_()}
     exact = in_float64(named)
     expected = gradients(torch.nn.functional.linear(*exact.values()), exact)
-    for name, gradient in gradients(OPS.gather_linear(*named.values()), named).items():
+    for name, gradient in gradients(getattr(OPS, op)(*named.values()), named).items():
         assert_near(gradient, expected[name], 1e-5, name)
 
 
@@ -340,12 +342,14 @@ def test_operators_that_record_a_gradient_pass_opcheck():
     torch.library.opcheck(OPS.sparse_linear.default, arguments, options | {"column_scale": named["column_scale"]})
     torch.library.opcheck(OPS.prune.default, (named["x"], 2, 4), {"token_shift": "mean", "extra_columns": [1]})
     torch.library.opcheck(OPS.gather_linear.default, (named["x"], named["weight"], named["bias"]))
+    torch.library.opcheck(OPS.dense_linear.default, (named["x"], named["weight"].contiguous(), named["bias"]))
 
 
 # ---- torch.func and forward mode ---------------------------------------------------------------------------------------
 FUNCTIONS = {
     "sparse_linear": lambda x, weight: OPS.sparse_linear(x, weight, token_shift="mean", variance_correction=True),
     "gather_linear": lambda x, weight: OPS.gather_linear(x, weight),
+    "dense_linear": lambda x, weight: OPS.dense_linear(x, weight.contiguous()),
     "prune": lambda x, weight: OPS.prune(x, 2, 4, token_shift="median") @ weight.t(),
     "nm_act.sparse_linear": lambda x, weight: nm_act.sparse_linear(x, weight, None, "8:16"),
 }
@@ -414,7 +418,7 @@ def test_every_operator_either_has_a_gradient_or_refuses():
     from nm_act.ops.autograd import WITHOUT_GRADIENT
 
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("nm_act::")}
-    assert names == {"prune", "sparse_linear", "gather_linear", *WITHOUT_GRADIENT}
+    assert names == {"prune", "sparse_linear", "gather_linear", "dense_linear", *WITHOUT_GRADIENT}
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nm_act::{name}", "Autograd")
 

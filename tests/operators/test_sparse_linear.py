@@ -230,6 +230,23 @@ OPS = torch.ops.nm_act
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 1), (7, 31), (40, 128), (65, 1000)])
+def test_dense_linear(dtype, out_features, in_features):
+    """Any number of rows and features, rows apart from each other, against float64; NaN around the weight is not read."""
+    room = torch.full((out_features + 16, in_features + 5), float("nan"), dtype=dtype)
+    weight = room[:out_features, :in_features].copy_(torch.randn(out_features, in_features))
+    bias = torch.randn(out_features).to(dtype)
+    for tokens in (0, 1, 2, 3, 4, 7, 8):
+        x = torch.randn(tokens, 1, in_features).to(dtype)
+        for added in (None, bias):
+            y = OPS.dense_linear(x, weight, added)
+            exact = F.linear(x.double(), weight.double(), None if added is None else bias.double())
+            torch.testing.assert_close(y.double(), exact, rtol={torch.float32: 1e-5}.get(dtype, 1e-2), atol=1e-3)
+        if tokens:
+            assert torch.equal(y[-1:], OPS.dense_linear(x[-1:], weight, bias))  # a token does not depend on the others
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     x, weight = torch.randn(3, 32).to(dtype), stored(torch.randn(16, 32).to(dtype), "in_out")
     vector, out = torch.rand(32), torch.rand(16)
@@ -243,6 +260,7 @@ def test_opcheck(dtype):
         (OPS.sparse_linear, (x, weight), {"token_shift": "mean"}),
         (OPS.sparse_linear, (x, weight.to(torch.int8)), {"weight_scale": out}),
         (OPS.gather_linear, (x, weight), {}),
+        (OPS.dense_linear, (x, weight.contiguous(), out.to(dtype)), {}),
     ]
     for op, arguments, options in calls:
         torch.library.opcheck(op.default, arguments, options)
@@ -301,6 +319,8 @@ sparse_linear = nm_act.sparse_linear
         (ValueError, "expected weight_scale of shape [8], got [7]", lambda: sparse_linear(X, W.to(torch.int8), weight_scale=B[:7])),
         (ValueError, "gather_linear expected a weight stored [in_features, out_features], got strides [32, 1]", lambda: nm_act.gather_linear(X, W)),
         (ValueError, "gather_linear expected at most 8 tokens, got 9", lambda: nm_act.gather_linear(torch.zeros(9, 32), stored(W, "in_out"))),
+        (ValueError, "dense_linear expected at most 8 tokens, got 9", lambda: OPS.dense_linear(torch.zeros(9, 32), W)),
+        (ValueError, "dense_linear expected a weight stored [out_features, in_features], got strides [1, 8]", lambda: OPS.dense_linear(X, stored(W, "in_out"))),
     ],
 )  # fmt: skip
 def test_error_sentences(error, sentence, call):

@@ -320,6 +320,30 @@ def test_decode_steps_with_a_static_cache_are_one_graph(graphs):
     assert len(graphs) == 1
 
 
+def test_dense_layers_decode_on_the_product_for_few_tokens(monkeypatch):
+    """The output head, and layers that a recipe leaves dense: the stock layer but for one token of a few sequences."""
+    calls, model = [], sparse(rules=[nm_act.Rule(projections=["down_proj"], pattern="dense")])
+    report = optimize_checked(model)
+    assert report.dense == ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "lm_head"]
+    head = model.lm_head
+    product = torch.ops.nm_act.dense_linear
+    monkeypatch.setattr(torch.ops.nm_act, "dense_linear", lambda *a: calls.append(a[0].shape) or product(*a))
+    with torch.no_grad():
+        for shape, runs in (((64,), 0), ((1, 2, 64), 0), ((1, 1, 64), 1), ((8, 1, 64), 1), ((9, 1, 64), 0)):
+            x = torch.randn(shape)
+            calls.clear()
+            assert_close(head(x), torch.nn.functional.linear(x, head.weight))
+            assert len(calls) == runs
+    calls.clear()
+    assert head(torch.randn(1, 1, 64)).requires_grad
+    with torch.autocast("cpu"):
+        assert head(torch.randn(1, 1, 64)).dtype == torch.bfloat16
+    assert not calls
+    assert set(model.state_dict()) == set(family().state_dict())
+    nm_act.deoptimize(model)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
 def test_sparsify_can_optimize_at_once():
     model = family("llama")
     nm_act.sparsify(model, nm_act.Recipe("2:4"), optimize=True)

@@ -7,7 +7,7 @@ import torch
 from tiny_families import IDS, KNOWN, family, sparse
 
 import nm_act
-from nm_act.optimize import static
+from nm_act.optimize import static_attention
 
 pytestmark = pytest.mark.contract
 
@@ -102,23 +102,21 @@ def test_dense_first_tokens_have_no_graph(monkeypatch):
         nm_act.StaticDecoder(model, max_tokens=24)
 
 
-def flash(query, key, value, starts, ends, max_q, max_k, dropout, causal, debug, *, scale, seqused_k=None, **window):
-    """What torch documents of its flash attention, in float64: packed sequences ``[tokens, heads, dim]`` or a batch."""
-    assert (dropout, causal, debug) == (0.0, False, False)
-    if starts is not None:
-        assert (starts.tolist(), ends.tolist()) == ([0, max_q], [0, max_k])
-        query, key, value = (tensor[None] for tensor in (query, key, value))
-    assert (query.shape[1], key.shape[1]) == (max_q, max_k)
-    groups = query.shape[2] // key.shape[2]
+def flash(query, key, value, starts, ends, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k=None):
+    """What torch documents of its varlen_attn, in float64: packed sequences ``[tokens, heads, dim]``, all equally long."""
+    batch, groups = len(starts) - 1, query.shape[1] // key.shape[1]
+    assert enable_gqa == (groups > 1)
+    assert starts.tolist() == [max_q * i for i in range(batch + 1)]
+    assert ends.tolist() == [max_k * i for i in range(batch + 1)]
+    query, key, value = (tensor.double().unflatten(0, (batch, -1)) for tensor in (query, key, value))
     used = max_k if seqused_k is None else seqused_k.item()
-    key, value = (tensor[:, :used].double().repeat_interleave(groups, dim=2) for tensor in (key, value))
-    scores = torch.einsum("bqhd,bkhd->bhqk", query.double(), key) * scale
+    key, value = (tensor[:, :used].repeat_interleave(groups, dim=2) for tensor in (key, value))
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * scale
     behind = torch.arange(used - max_q, used)[:, None] - torch.arange(used)
-    left, right = window["window_size_left"], window["window_size_right"]
+    left, right = window_size
     inside = ((behind <= left) | (left < 0)) & ((behind >= -right) | (right < 0))
     weights = scores.masked_fill(~inside, float("-inf")).softmax(dim=-1)
-    y = torch.einsum("bhqk,bkhd->bqhd", weights, value).to(query.dtype)
-    return (y if starts is None else y[0],)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(0, 1).float()
 
 
 @pytest.mark.parametrize("window", [None, 5, 100])
@@ -126,19 +124,75 @@ def flash(query, key, value, starts, ends, max_q, max_k, dropout, causal, debug,
 @pytest.mark.parametrize("groups", [1, 3])
 def test_flash_attention_is_asked_for_the_same(window, tokens, groups, monkeypatch):
     """The sequences of a batch as heads of one, windows that count the query: the arguments mean what the masks do."""
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+    monkeypatch.setattr(static_attention, "varlen_attn", flash)
     key, value = torch.randn(2, 3, 2, 20, 8)  # batch, key heads, cache, dim
     query, length = torch.randn(3, 2 * groups, tokens, 8), 12
     options = {"scaling": 0.3, "sliding_window": window}
-    options["nm_act_lengths"] = torch.full((3,), length, dtype=torch.int32)
-    masked, _ = static.static_attention(None, query, key, value, **options)
-    fast, _ = static.static_attention(None, query, key, value, nm_act_flash=True, **options)
+    options["attention_mask"] = torch.full((3, 1, 1, 1), length, dtype=torch.int32)
+    masked, _ = static_attention.static_attention(None, query, key, value, **options)
+    for windowed in (False, True):
+        case = static_attention._case(2 * groups, 2, 8, windowed, torch.float32, query.device)
+        monkeypatch.setitem(static_attention._fits, case, True)
+    fast, _ = static_attention.static_attention(None, query, key, value, **options)
     torch.testing.assert_close(fast, masked)
 
 
 def test_masks_on_a_gpu_do_not_go_to_cudnn():
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with static._no_cudnn(SimpleNamespace(is_cuda=True)):
+    with static_attention._no_cudnn(SimpleNamespace(is_cuda=True)):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.mem_efficient_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+# ---- generate() of Transformers with this attention ------------------------------------------------------------------
+@pytest.fixture
+def chosen():
+    """A function that optimizes a family's sparse model and chooses the attention for it."""
+
+    def make(name="llama", **fields):
+        model = sparse(name, "8:16", **fields)
+        nm_act.optimize(model)
+        model.set_attn_implementation(static_attention.ATTENTION)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("cache", ["static", None])
+def test_generate_uses_it_by_name(name, cache, chosen):
+    model = chosen(name)
+    expected = reference(sparse(name, "8:16"), IDS, 9)
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(IDS, cache_implementation=cache, **options), expected)
+    chunks = model.generate(IDS, cache_implementation=cache, prefill_chunk_size=5, **options)
+    assert torch.equal(chunks, expected)
+
+
+def test_padding_is_refused_in_a_sentence(chosen):
+    model = chosen()
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match=r"without padding for attention nm_act_static, got .* 3 padded"):
+        model.generate(IDS, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
+
+
+@pytest.mark.parametrize("attn", ["sdpa", static_attention.ATTENTION])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_generate_compiles_its_steps_to_one_graph(attn, backend, chosen):
+    """What reduce-overhead puts into CUDA graphs: one graph without breaks for all steps after the prompt."""
+    from torch._dynamo.utils import counters
+    from transformers import CompileConfig
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = chosen()
+    model.set_attn_implementation(attn)
+    expected = reference(model, IDS, 9)
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    assert torch.equal(model.generate(IDS, compile_config=config, **options), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]

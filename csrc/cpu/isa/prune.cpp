@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/isa/select.h"
@@ -113,8 +114,13 @@ template <class T>
 void prune_row(const PruneParams& p, int64_t token, Scratch& scratch) {
   const int64_t n = p.in_features;
   const T* z = static_cast<const T*>(p.x) + token * n;
-  float* wide = scratch.z.data();
-  for (int64_t k = 0; k < n; ++k) wide[k] = to_float(z[k]);
+  float* converted = scratch.z.data();
+  const float* wide = converted;
+  if constexpr (std::is_same_v<T, float>) {
+    wide = z;
+  } else {
+    for (int64_t k = 0; k < n; ++k) converted[k] = to_float(z[k]);
+  }
 
   if (p.token_shift != TokenShift::kNone || p.shift != nullptr) {
     float eta = 0.0f;
@@ -124,9 +130,10 @@ void prune_row(const PruneParams& p, int64_t token, Scratch& scratch) {
     T* shifted = reinterpret_cast<T*>(scratch.shifted.data());
     for (int64_t k = 0; k < n; ++k) {
       shifted[k] = from_float<T>(wide[k] - (p.shift != nullptr ? p.shift[k] : eta));
-      wide[k] = to_float(shifted[k]);
+      converted[k] = to_float(shifted[k]);
     }
     z = shifted;
+    wide = converted;
   }
 
   int32_t* keys = scratch.keys.data();

@@ -1,8 +1,8 @@
-// Top-N-of-M selection: keys, ranks and the survivors' bit mask.
+// Top-N-of-M selection: keys, the Nth largest of a group and the survivors' bit mask.
 //
-// kGroupLanes groups are ranked together, one per lane: after a transpose, key[i] holds element i of all these groups,
-// and each of the M(M-1)/2 pairs costs one vector compare. Element j beats an earlier element i only if its key is
-// strictly greater, so the lowest index wins ties; an element survives if fewer than N others beat it.
+// kGroupLanes groups are selected together, one per lane: after a transpose, key[i] holds element i of all these groups.
+// A sorting network finds the Nth largest key. What is larger survives, and of those equal to it the ones of lowest
+// index, until there are N.
 #pragma once
 
 #include <algorithm>
@@ -47,15 +47,83 @@ inline void rank_keys(const GroupVec (&key)[M], GroupVec (&rank)[M]) {
 
 inline GroupVec choose(GroupVec condition, GroupVec a, GroupVec b) { return (a & condition) | (b & ~condition); }
 
+// key[i][lane] = keys[lane * M + i]: elements of even and odd index are parted log2(M) times.
 template <int M>
-inline void rank_block(const int32_t* keys, int keep, uint32_t* bits) {
-  GroupVec key[M], rank[M];
-  for (int i = 0; i < M; ++i) {
+[[gnu::always_inline]] inline void load_groups(const int32_t* keys, GroupVec (&key)[M]) {
+#if defined(__clang__)
+  for (int i = 0; i < M; ++i)
     for (int lane = 0; lane < kGroupLanes; ++lane) key[i][lane] = keys[lane * M + i];
+#else
+  GroupVec even;
+  for (int lane = 0; lane < kGroupLanes; ++lane) even[lane] = 2 * lane;
+  std::memcpy(key, keys, sizeof(key));
+  for (int step = 1; step < M; step *= 2) {
+    GroupVec parted[M];
+#pragma GCC unroll 16
+    for (int i = 0; i < M / 2; ++i) {
+      parted[i] = __builtin_shuffle(key[2 * i], key[2 * i + 1], even);
+      parted[i + M / 2] = __builtin_shuffle(key[2 * i], key[2 * i + 1], even + 1);
+    }
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i) key[i] = parted[i];
   }
-  rank_keys(key, rank);
+#endif
+}
+
+inline void order_keys(GroupVec& larger, GroupVec& smaller) {
+  const GroupVec a = larger, b = smaller;
+  larger = a > b ? a : b;
+  smaller = a > b ? b : a;
+}
+
+// Sorts key[First], key[First + Step], ... (Count of them), largest first: Batcher's odd-even merge sort.
+template <int First, int Step, int Count, int M>
+[[gnu::always_inline]] inline void merge_halves(GroupVec (&key)[M]) {
+  if constexpr (Count == 2) {
+    order_keys(key[First], key[First + Step]);
+  } else {
+    merge_halves<First, 2 * Step, Count / 2>(key);
+    merge_halves<First + Step, 2 * Step, Count / 2>(key);
+#pragma GCC unroll 16
+    for (int i = 1; i + 1 < Count; i += 2) order_keys(key[First + i * Step], key[First + (i + 1) * Step]);
+  }
+}
+
+template <int First, int Count, int M>
+[[gnu::always_inline]] inline void sort_keys(GroupVec (&key)[M]) {
+  if constexpr (Count > 1) {
+    sort_keys<First, Count / 2>(key);
+    sort_keys<First + Count / 2, Count / 2>(key);
+    merge_halves<First, 1, Count>(key);
+  }
+}
+
+template <int M>
+inline void select_block(const int32_t* keys, int keep, uint32_t* bits) {
+  GroupVec key[M], sorted[M];
+  load_groups<M>(keys, key);
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) sorted[i] = key[i];
+  sort_keys<0, M>(sorted);
+  const GroupVec least = sorted[keep - 1], next = sorted[keep];
   GroupVec mask{};
-  for (int i = 0; i < M; ++i) mask |= (rank[i] < keep) & int32_t(1u << i);
+#pragma GCC unroll 32
+  for (int i = 0; i < M; ++i) mask |= (key[i] >= least) & int32_t(1u << i);
+  const GroupVec tied = least == next;
+  int64_t any[kGroupLanes / 2], some = 0;
+  std::memcpy(any, &tied, sizeof(tied));
+  for (const int64_t pair : any) some |= pair;
+  if (some != 0) {  // more than N are as large as the Nth
+    GroupVec room = GroupVec{} + keep;
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i) room += key[i] > least;  // -1 where true
+#pragma GCC unroll 32
+    for (int i = 0; i < M; ++i) {
+      const GroupVec equal = key[i] == least;
+      mask &= ~((equal & (room <= 0)) & int32_t(1u << i));
+      room += equal;
+    }
+  }
   std::memcpy(bits, &mask, sizeof(mask));
 }
 
@@ -103,13 +171,13 @@ inline uint32_t plus_two_unit(const int32_t* keys, ExtraColumns extra) {
 }
 
 // Sets bit k % 32 of mask[k / 32] if element k of the row survives. keys must be readable, and mask writable, up to the
-// next multiple of kBlockGroups groups. select_block writes the masks of kGroupLanes groups.
-template <int M, class SelectBlock>
-void select_blocks(const int32_t* keys, int64_t in_features, uint32_t* mask, const SelectBlock& select_block) {
+// next multiple of kBlockGroups groups. select writes the masks of kGroupLanes groups.
+template <int M, class Select>
+void select_blocks(const int32_t* keys, int64_t in_features, uint32_t* mask, const Select& select) {
   const int64_t groups = in_features / M;
   for (int64_t g = 0; g < groups; g += kBlockGroups) {
     uint32_t bits[kBlockGroups];
-    for (int b = 0; b < kBlockGroups; b += kGroupLanes) select_block(keys + (g + b) * M, bits + b);
+    for (int b = 0; b < kBlockGroups; b += kGroupLanes) select(keys + (g + b) * M, bits + b);
     constexpr int kPerWord = 32 / M;
     uint32_t* words = mask + g / kPerWord;
     for (int w = 0; w < kBlockGroups / kPerWord; ++w) {
@@ -123,7 +191,7 @@ void select_blocks(const int32_t* keys, int64_t in_features, uint32_t* mask, con
 template <int M>
 void select_row(const int32_t* keys, int64_t in_features, int keep, uint32_t* mask) {
   select_blocks<M>(keys, in_features, mask,
-                   [keep](const int32_t* block, uint32_t* bits) { rank_block<M>(block, keep, bits); });
+                   [keep](const int32_t* block, uint32_t* bits) { select_block<M>(block, keep, bits); });
 }
 
 inline void select_row(const int32_t* keys, int64_t in_features, const Pattern& pattern, uint32_t* mask) {

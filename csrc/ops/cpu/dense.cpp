@@ -33,4 +33,27 @@ void dense_product(const at::Tensor& operand, const at::Tensor& weight, const cp
   }
 }
 
+void dense_rows(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, ElementType dtype,
+                const at::Tensor& y) {
+  const at::Tensor wide = operand.to(at::kFloat).contiguous();
+  const cpu::CpuKernels& kernels = cpu::cpu_kernels();
+  for (int64_t token = 0; token < operand.size(0); token += cpu::kGatherTokens) {
+    cpu::DotParams p{};
+    p.tokens = std::min<int64_t>(cpu::kGatherTokens, operand.size(0) - token);
+    p.weight = weight.const_data_ptr();
+    p.out_features = weight.size(0);
+    p.in_features = weight.size(1);
+    p.row_stride = weight.stride(0);
+    p.x = wide.const_data_ptr<float>() + token * p.in_features;
+    p.y = static_cast<char*>(y.mutable_data_ptr()) + token * p.out_features * y.element_size();
+    p.dtype = dtype;
+    p.epilogue = epilogue;
+    if (p.epilogue.row_scale != nullptr) p.epilogue.row_scale += token;
+    if (p.epilogue.eta != nullptr) p.epilogue.eta += token;
+    // At least 64 Ki multiply-adds per thread, about 10 us.
+    const int64_t grain = 1 + 65536 / (1 + p.in_features);
+    at::parallel_for(0, p.out_features, grain, [&](int64_t begin, int64_t end) { kernels.dot(p, begin, end); });
+  }
+}
+
 }  // namespace nm_act::cpu_ops

@@ -1,4 +1,4 @@
-// The dense product on CPUs, followed by an epilogue.
+// Dense products on CPUs, followed by an epilogue.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,5 +11,9 @@ namespace nm_act::cpu_ops {
 // contiguous. The epilogue is computed in float32 and rounded once; so is the product, except in bfloat16.
 void dense_product(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue,
                    ElementType dtype, const at::Tensor& y);
+
+// The same for a few tokens and a weight stored [out, in], in float32 throughout and rounded once.
+void dense_rows(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, ElementType dtype,
+                const at::Tensor& y);
 
 }  // namespace nm_act::cpu_ops

@@ -1,8 +1,9 @@
-// nm_act::sparse_linear and nm_act::gather_linear on CPUs.
+// nm_act::sparse_linear, nm_act::gather_linear and nm_act::dense_linear on CPUs.
 //
 // An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens with a weight stored [in, out] run
-// on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product:
-// torch's, or if more than a bias follows, one that keeps float32 until the end (dense.cpp).
+// on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product: for a
+// few tokens with a weight stored [out, in] our own, else torch's, or if more than a bias follows, one that keeps
+// float32 until the end (dense.cpp).
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -145,6 +146,8 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   const LinearFacts facts{tokens, type, type, type, selection.pattern, facts_of(weight), {}, variance_correction};
   if (choose_on_cpu(facts).path == LinearPath::kGather) {
     launch_gather(operand, weight, epilogue, selection.type, y);
+  } else if (tokens <= cpu_gather_tokens(type == ElementType::kFloat32) && weight.stride(1) == 1) {
+    dense_rows(operand, weight, epilogue, selection.type, y);
   } else if (nu.defined() || shift_vector.defined() || column_vector.defined() || torch_is_slow(weight)) {
     dense_product(operand, weight, epilogue, selection.type, y);
   } else {
@@ -167,11 +170,24 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   return y;
 }
 
+at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+  constexpr const char* kOp = "dense_linear";
+  const int64_t tokens = check_dense_linear(x, weight, bias, kOp);
+  const at::Tensor y = at::empty(with_last(x.sizes(), weight.size(0)), x.options());
+  if (y.numel() == 0) return y;
+  const at::Tensor bias_vector = bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor();
+  cpu::Epilogue epilogue{};
+  epilogue.bias = bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr;
+  dense_rows(x.reshape({tokens, x.size(-1)}), weight, epilogue, check_dtype(x, kOp), y.view({tokens, -1}));
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nm_act, CPU, m) {
   m.impl("sparse_linear", sparse_linear);
   m.impl("gather_linear", gather_linear);
+  m.impl("dense_linear", dense_linear);
 }
 
 }  // namespace nm_act::cpu_ops

@@ -1,0 +1,251 @@
+"""Attention over the filled part of a static cache, as one of Transformers' attention implementations.
+
+``model.set_attn_implementation("nm_act_static")`` chooses it for a model; StaticDecoder uses it for its own steps. In
+place of a mask, a decode step then gets the number of filled tokens, which the kernel reads on the device.
+"""
+
+import inspect
+import logging
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = "nm_act_static"
+"""Name of :func:`static_attention` among Transformers' attention implementations."""
+
+_fits: dict[tuple, bool] = {}
+"""Whether torch's flash attention works: by heads, key heads, dim, windowed, dtype, kind and index of the device."""
+
+
+def register() -> None:
+    """Make :func:`static_attention` and its masks known to Transformers under the name :data:`ATTENTION`.
+
+    Raises
+    ------
+    ImportError
+        If Transformers has no attention or no mask interface.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(
+            f"expected AttentionInterface and AttentionMaskInterface in Transformers, got: {error}; install a version "
+            "that nm-act info lists as tested"
+        ) from error
+    AttentionInterface.register(ATTENTION, static_attention)
+    AttentionMaskInterface.register(ATTENTION, static_mask)
+
+
+def static_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_ignored,
+) -> tuple[Tensor, None]:
+    """Attention over the filled part of a static cache, in the form of Transformers' attention interface.
+
+    Parameters
+    ----------
+    query : Tensor [batch, heads, tokens, dim]
+    key, value : Tensor [batch, key_heads, max_tokens, dim]
+        The whole cache, new tokens included.
+    attention_mask : Tensor, optional
+        int32 ``[batch, 1, 1, 1]``: number of filled tokens, new ones included, the same for all sequences; several new
+        tokens are a prompt at the start of the cache, as they are without a mask. bool ``[batch, 1, tokens,
+        max_tokens]``: True where a token attends to a place in the cache.
+
+    Returns
+    -------
+    Tensor [batch, tokens, heads, dim], and None
+    """
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        return _masked(query, key, value, attention_mask, scaling), None
+    tokens, groups = query.shape[2], query.shape[1] // key.shape[1]
+    prompt = tokens > 1 or attention_mask is None
+    if prompt:
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+    windowed = sliding_window is not None and sliding_window < key.shape[2]
+    if prompt and not windowed:
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
+        return y.transpose(1, 2).contiguous(), None
+    if _fits.get(_case(query.shape[1], key.shape[1], query.shape[3], windowed, query.dtype, query.device), False):
+        # The window counts the keys before the query itself.
+        window = (sliding_window - 1, 0) if windowed else (-1, -1)
+        flash = _flash_prompt if prompt else _flash_step
+        return flash(query, key, value, attention_mask, scaling, window), None
+    last = torch.arange(tokens, device=query.device)[:, None] if prompt else attention_mask - 1
+    columns = torch.arange(key.shape[2], device=query.device)
+    mask = columns <= last
+    if windowed:
+        mask = mask & (columns > last - sliding_window)
+    return _masked(query, key, value, mask, scaling), None
+
+
+def static_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    device: torch.device | str = "cpu",
+    config=None,
+    dtype: torch.dtype | None = None,
+    **options,
+) -> Tensor | None:
+    """What :func:`static_attention` takes as the mask of a call, in the form of Transformers' mask interface.
+
+    None for a prompt at the start of the cache, the number of filled tokens ``[batch, 1, 1, 1]`` for one new token per
+    sequence, and Transformers' own mask ``[batch, 1, q_length, kv_length]`` for everything else.
+
+    Raises
+    ------
+    ValueError
+        If a prompt is padded: the steps after it would attend to the padding.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    tracing = torch.compiler.is_compiling()
+    if attention_mask is not None and not tracing and (q_length > 1 or not attention_mask.is_cuda):
+        if not bool(attention_mask.all()):
+            raise ValueError(
+                f"expected prompts without padding for attention {ATTENTION}, got an attention mask with "
+                f"{int((~attention_mask.bool()).sum())} padded tokens; call model.set_attn_implementation('sdpa')"
+            )
+        attention_mask = None
+    if q_length == 1 and not (tracing and attention_mask is not None):
+        if config is not None and not tracing:
+            try_flash(config, dtype, torch.device(device))
+        filled = torch.as_tensor(q_offset + (1 - kv_offset), dtype=torch.int32, device=device)
+        return filled.clamp(max=kv_length).view(-1, 1, 1, 1).expand(batch_size, 1, 1, 1)
+    plain = allow_is_causal_skip and attention_mask is None
+    if plain and not (tracing and isinstance(q_offset, Tensor)) and int(q_offset) == 0:
+        return None
+    options |= {"attention_mask": attention_mask, "allow_is_causal_skip": False, "device": device}
+    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+
+
+def try_flash(config, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's flash attention supports lengths on the device, and windows; tried once on a small cache.
+
+    :func:`static_attention` uses it from then on; a logged line tells where it cannot.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    windowed = bool(getattr(config, "sliding_window", None))
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())
+    case = (config.num_attention_heads, config.num_key_value_heads, dim, windowed, dtype, device)
+    if _case(*case) not in _fits:
+        _try_flash(*case)
+    return _fits[_case(*case)]
+
+
+def _case(heads: int, key_heads: int, dim: int, windowed: bool, dtype: torch.dtype, device: torch.device) -> tuple:
+    return heads, key_heads, dim, windowed, dtype, device.type, device.index
+
+
+@torch.inference_mode()
+def _try_flash(heads: int, key_heads: int, dim: int, windowed: bool, dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator, device=device, dtype=dtype)  # noqa: E731
+    query, key, value = draw(2, heads, 100, dim), draw(2, key_heads, 512, dim), draw(2, key_heads, 512, dim)
+    cases = [_case(heads, key_heads, dim, each, dtype, device) for each in {False, windowed}]
+    try:
+        for window, tokens in ((None, 1), (64, 1), (64, 100)) if windowed else ((None, 1),):
+            filled = torch.full((2, 1, 1, 1), 300 if tokens == 1 else tokens, dtype=torch.int32, device=device)
+            options = {"scaling": dim**-0.5, "sliding_window": window, "attention_mask": filled}
+            _fits.update(dict.fromkeys(cases, False))
+            masked, _ = static_attention(None, query[:, :, :tokens], key, value, **options)
+            _fits.update(dict.fromkeys(cases, True))
+            flash, _ = static_attention(None, query[:, :, :tokens], key, value, **options)
+            torch.testing.assert_close(flash, masked, atol=2e-2, rtol=2e-2)
+    except (RuntimeError, TypeError, AssertionError) as error:  # other versions reject or ignore these arguments
+        reason = str(error).strip().split("\n")[0]
+        logger.warning(
+            "expected torch.nn.attention.varlen.varlen_attn with lengths on the device, got from torch %s: %s; every "
+            "step masks the whole cache",
+            torch.__version__,
+            reason,
+        )
+        _fits.update(dict.fromkeys(cases, False))
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, *arguments, **options) -> Tensor:
+    if varlen_attn is None:
+        raise RuntimeError("torch.nn.attention.varlen is missing")
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before, heads were not compared
+        options["enable_gqa"] = query.shape[1] > key.shape[1]
+    return varlen_attn(query, key, value, *arguments, **options)
+
+
+def _flash_step(query, key, value, filled, scaling, window) -> Tensor:
+    """Attention of one token per sequence, with sequences of one length; ``[batch, 1, heads, dim]``.
+
+    The sequences are treated as heads of one sequence: their caches are contiguous, and a group of heads still shares
+    its keys.
+    """
+    batch, heads, _, dim = query.shape
+    most = key.shape[2]
+    starts = torch.arange(2, dtype=torch.int32, device=query.device)
+    y = _flash(
+        query.reshape(1, batch * heads, dim),
+        key.flatten(0, 1).transpose(0, 1),
+        value.flatten(0, 1).transpose(0, 1),
+        starts,
+        starts * most,
+        1,
+        most,
+        scale=scaling,
+        window_size=window,
+        seqused_k=filled.flatten()[:1],
+    )
+    return y.view(batch, 1, heads, dim)
+
+
+def _flash_prompt(query, key, value, _filled, scaling, window) -> Tensor:
+    """Attention of prompts longer than the window; ``[batch, tokens, heads, dim]``."""
+    batch, _, tokens, _ = query.shape
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * tokens
+    rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    y = _flash(*rows, starts, starts, tokens, tokens, scale=scaling, window_size=window)
+    return y.view(batch, tokens, *y.shape[1:])
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+    """Attention with a mask ``[batch or 1, 1, tokens, max_tokens]``; ``[batch, tokens, heads, dim]``."""
+    batch, heads, tokens, dim = query.shape
+    groups = heads // key.shape[1]
+    if tokens == 1:
+        # The queries of a group share their keys, so they are rows of one product.
+        query = query.reshape(batch, key.shape[1], groups, dim)
+    else:
+        # With a mask, only torch's slow kernel supports grouped heads.
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    with _no_cudnn(query):
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return y.reshape(batch, 1, heads, dim) if tokens == 1 else y.transpose(1, 2).contiguous()
+
+
+def _no_cudnn(query: Tensor):
+    """Masked attention by torch's own kernels, because cuDNN, which torch prefers on Hopper, may reject such masks."""
+    if not query.is_cuda:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
