@@ -83,8 +83,13 @@ def save_model(model, tokenizer, folder: str | os.PathLike) -> None:
     OSError
         If something cannot be written. The message is one sentence.
     """
+    from safetensors import SafetensorError
+
     with new_folder(folder) as place:
-        model.save_pretrained(place)
+        try:
+            model.save_pretrained(place)
+        except SafetensorError as error:  # a full disk
+            raise OSError(_short(error)) from error
         tokenizer.save_pretrained(place)
 
 

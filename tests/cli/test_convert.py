@@ -120,6 +120,21 @@ def test_whole_or_nothing(folder, tmp_path, monkeypatch, error):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files")
+def test_a_disk_that_is_full_at_the_weights(folder, tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        sentence = refused("convert", folder, "--pattern", "2:4", "--output", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in sentence
+    assert "file too large" in sentence
+    assert os.listdir(tmp_path) == []
+
+
 def test_offline(folder, tmp_path, monkeypatch):
     def connect(*arguments):
         raise AssertionError("the network was asked")
