@@ -1,14 +1,17 @@
-"""Writing files so that a reader never sees half of one, finding out early that one cannot be written, JSON lines."""
+"""Writing files and folders so that a reader never sees half of one, finding out early that one cannot be written, JSON
+lines."""
 
 import json
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_writable", "read_json_lines", "write_atomic", "write_json_lines"]
+__all__ = ["check_new_folder", "check_writable", "new_folder", "read_json_lines", "write_atomic", "write_json_lines"]
 
 
 def read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -112,6 +115,70 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
             os.unlink(temporary)
 
 
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Make sure that `new_folder` can make `path`, without touching what is there.
+
+    Raises
+    ------
+    ValueError
+        If there is a file, or a folder that is not empty.
+    OSError
+        If the nearest folder above that exists does not accept new ones. The message is one sentence.
+    """
+    target = _resolve_folder(path)
+    nearest = next(parent for parent in target.parents if parent.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=nearest))
+    except OSError as error:
+        raise type(error)(
+            f"cannot make the folder {str(path)!r}: {(error.strerror or str(error)).lower()}; choose another path"
+        ) from error
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a folder in one step: the block writes into a temporary one, which takes the place of `path` at its end.
+
+    Until then `path` does not exist, or is the empty folder that it was. When anything goes wrong, Ctrl-C included, the
+    temporary folder (beside `path`) is removed. Folders above are made.
+
+    Raises
+    ------
+    ValueError
+        If there is a file, or a folder that is not empty.
+    OSError
+        If the folder or a file in it cannot be written. The message is one sentence.
+    """
+    target = _resolve_folder(path)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent))
+        yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            os.chmod(file, 0o666 & ~_umask())  # safetensors' own files are private
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.replace(temporary, target)
+        temporary = None
+    except OSError as error:
+        raise _sentence(path, target, error) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _resolve_folder(path: str | os.PathLike[str]) -> Path:
+    target = Path(os.path.realpath(path))
+    above = next(each for each in (target, *target.parents) if each.exists())
+    if not above.is_dir():
+        raise ValueError(f"expected a folder to write, but {str(above)!r} is a file; choose another path")
+    if above == target and any(target.iterdir()):
+        raise ValueError(f"expected a new or empty folder, but {str(path)!r} holds files; choose another path")
+    return target
+
+
 def _resolve(path: str | os.PathLike[str]) -> Path:
     """Follow links, and refuse what a rename would destroy: renamed onto, a device node is replaced."""
     if not str(path):
@@ -128,9 +195,13 @@ def _mode_for(target: Path) -> int:
     """The permission bits the file had, or those that plain `open` would give (mkstemp's are private)."""
     if target.exists():
         return stat.S_IMODE(target.stat().st_mode)
+    return 0o666 & ~_umask()
+
+
+def _umask() -> int:
     umask = os.umask(0)  # the only portable way to read it is to set it
     os.umask(umask)
-    return 0o666 & ~umask
+    return umask
 
 
 def _sentence(path: str | os.PathLike[str], target: Path, error: OSError) -> OSError:

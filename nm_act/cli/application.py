@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from ..version import __version__
 from .calibrate import calibrate
 from .common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, INTERRUPTED, reports_errors
+from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
@@ -94,7 +95,7 @@ def _options(
     pass
 
 
-for _command in (info, demo, ppl, generate):
+for _command in (info, demo, ppl, generate, convert):
     app.command()(reports_errors(_command))
 app.command()(reports_errors(calibrate, unfinished="state/block-*.safetensors"))
 app.command()(reports_errors(search, unfinished="*.jsonl"))

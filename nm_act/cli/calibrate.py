@@ -120,9 +120,10 @@ def _note_orders(model) -> None:
 
 def _save_checkpoint(model, tokenizer, output: Path) -> None:
     """Write into the state's folder, then move, the configuration last: until then the output is no checkpoint."""
+    from ..integrations.checkpoints import save_model
+
     folder = output / _STATE / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
         os.replace(path, output / path.name)

@@ -1,11 +1,13 @@
-"""Loading a language model and its tokenizer from a folder, the hub, or a GGUF file."""
+"""Loading a language model and its tokenizer from a folder, the hub, or a GGUF file, and saving them."""
 
 import importlib.util
 import os
 import re
 from pathlib import Path
 
-__all__ = ["DTYPES", "check_device", "demo_model_path", "load_config", "load_model"]
+from ..files import new_folder
+
+__all__ = ["DTYPES", "check_device", "demo_model_path", "load_config", "load_model", "save_model"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Names accepted by ``dtype`` of `load_model`."""
@@ -60,6 +62,35 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
     else:
         model, tokenizer = _load_checkpoint(place, kind, dtype)
     return model.to(device).eval(), tokenizer
+
+
+def save_model(model, tokenizer, folder: str | os.PathLike) -> None:
+    """Write a model and its tokenizer as a checkpoint for Transformers and vLLM, whole or not at all.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Dense or sparse; the recipe of a sparse one is part of its configuration.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Saved with its chat template.
+    folder : str or os.PathLike
+        Must not exist, or be empty.
+
+    Raises
+    ------
+    ValueError
+        If there is a file, or a folder that is not empty.
+    OSError
+        If something cannot be written. The message is one sentence.
+    """
+    from safetensors import SafetensorError
+
+    with new_folder(folder) as place:
+        try:
+            model.save_pretrained(place)
+        except SafetensorError as error:  # a full disk
+            raise OSError(_short(error)) from error
+        tokenizer.save_pretrained(place)
 
 
 def load_config(source: str | os.PathLike):
@@ -154,28 +185,27 @@ def _load_gguf(path: str, dtype: str):
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"loading {path!r} needs the package {package}; run `pip install {package}`")
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .transformers import forget_gguf
+
+    options = {**_REPORTED, "dtype": dtype}
+    if hasattr(transformers, "GgufConfig"):  # else the package `kernels` would keep the weights packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # Transformers takes folder and name separately; an empty folder name would be taken for a hub id.
     folder, name = os.path.split(os.path.abspath(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        model, report = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype, **_REPORTED)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **options)
     except Exception as error:  # the GGUF reader can raise anything for a short buffer
         raise _gguf_sentence(path, error) from error
     try:
         _check_report(model, report, path)
     except ValueError as error:
         raise _gguf_part(path) or error from None
-    _forget_gguf(model)
+    forget_gguf(model)
     return model, tokenizer
-
-
-def _forget_gguf(model) -> None:
-    """Make a dequantised model an ordinary one, because Transformers refuses to save a model marked as GGUF."""
-    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-        vars(model).pop(name, None)
-    vars(model.config).pop("quantization_config", None)
 
 
 def _gguf_sentence(path: str, error: Exception) -> Exception:

@@ -135,6 +135,20 @@ def _check_weights(model: nn.Module) -> None:
             )
 
 
+def quantisation_of(config: Any) -> str | None:
+    """Name of the quantisation method in a Transformers configuration."""
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return getattr(method, "value", method)  # Transformers' own methods are an Enum
+
+
+def forget_gguf(model: Any) -> None:
+    """Make a dequantised model an ordinary one, because Transformers refuses to save a model marked as GGUF."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
+
+
 def record_recipe(model: Any, recipe: Recipe) -> str:
     """Write the recipe into a Transformers model's config for saving; returns a note if that is impossible."""
     from transformers import PreTrainedModel
@@ -143,10 +157,10 @@ def record_recipe(model: Any, recipe: Recipe) -> str:
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         return ""
-    existing = getattr(model.config, "quantization_config", None)
-    if existing is not None:
-        method = existing["quant_method"] if isinstance(existing, dict) else existing.quant_method
-        method = getattr(method, "value", method)  # Transformers' own methods are an Enum
+    method = quantisation_of(model.config)
+    if method == "gguf" and not getattr(model.hf_quantizer, "packed_modules", None):
+        forget_gguf(model)
+    elif method is not None:
         return (
             f"note: the model's config already holds the quantisation method {method!r}, so save_pretrained "
             "will not record the recipe; save the recipe with Recipe.save and apply it again after loading"

@@ -36,6 +36,7 @@ def files(tmp_path):
 EVAL = ["eval", "{model}", "--tasks", "wikitext2", "--data", "{here}", "--output", "{out}"]
 PPL = ["ppl", "{model}", "--text", "{wikitext2}"]
 GENERATE = ["generate", "{model}"]
+CONVERT = ["convert", "{model}", "--output", "{out}"]
 GOALLESS = ["search", "{model}", "--text", "{wikitext2}", "--output", "{out}", "--window", "64"]
 SEARCH = [*GOALLESS, "--target-speedup", "1.1"]
 CALIBRATE = [
@@ -107,6 +108,24 @@ def _refused(arguments, folder, files) -> str:
         ([*GENERATE, "x", "--criterion", "wina"], "expected --pattern or --recipe with --criterion"),
         ([*GENERATE, "x", "--mitigation", "var"], "expected --pattern or --recipe with --criterion and --mitigation"),
         ([*GENERATE, "x", "--pattern", "2:4", "--mitigation", "spts"], NEEDS),
+        (CONVERT, "expected --pattern, --recipe or --calibration, got none; add one, --pattern 8:16 for example"),
+        ([*CONVERT, "--criterion", "wina"], "expected --pattern, --recipe or --calibration, got none"),
+        ([*CONVERT, "--pattern", "4:2"], "expected 1 <= N < M, got pattern 4:2"),
+        ([*CONVERT, "--pattern", "two"], 'expected a pattern written "N:M"'),
+        ([*CONVERT, "--recipe", "{spts}"], f"{NEEDS} in 'spts'; make its data with nm-act calibrate and name its"),
+        ([*CONVERT, "--recipe", "{typo}"], "patern"),
+        ([*CONVERT, "--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
+        ([*CONVERT, "--calibration", "{here}"], "no finished calibration at"),
+        (
+            [*CONVERT, "--calibration", "{here}", "--pattern", "2:4"],
+            "--calibration by itself, because its folder holds",
+        ),
+        ([*CONVERT, "--calibration", "{here}", "--recipe", "{plain}"], "got --recipe too; leave one out"),
+        (["convert", "{model}", "--pattern", "2:4"], "missing option '--output'"),
+        (["convert", "{model}", "--pattern", "2:4", "--output", "{here}"], "expected a new or empty folder, but"),
+        (["convert", "{model}", "--pattern", "2:4", "--output", "{model}"], "expected a new or empty folder, but"),
+        (["convert", "{model}", "--pattern", "2:4", "--output", "{nothing}"], "nothing.txt' is a file; choose another"),
+        (["convert", "{model}", "--pattern", "2:4", "--output", "{nothing}/in/it"], "nothing.txt' is a file; choose"),
         (GOALLESS, "expected either --target-speedup or --max-drop, got both or neither"),
         ([*SEARCH, "--max-drop", "9"], "expected either --target-speedup or --max-drop, got both or neither"),
         ([*SEARCH, "--target-speedup", "0.5"], "expected --target-speedup of at least 1"),
@@ -148,6 +167,11 @@ def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments,
         ([*EVAL, "--recipe", "{layer17}"], "expected layers that the model has (layers 0 to 1), got 17"),
         ([*EVAL, "--recipe", "{decode}"], "expected recipes that prune in prefill, where wikitext2 is scored"),
         ([*EVAL, "--pattern", "2:4", "--data", "{short}"], "expected a text of at least one window of 128 tokens, got"),
+        (["convert", "{here}/missing", "--pattern", "2:4", "--output", "{out}"], "there is no such file or folder"),
+        (["convert", "{here}", "--pattern", "2:4", "--output", "{out}"], "holds no config.json"),
+        (["convert", "{bad}", "--pattern", "2:4", "--output", "{out}"], "truncated or damaged"),
+        ([*CONVERT, "--recipe", "{layer17}"], "expected layers that the model has (layers 0 to 1), got 17"),
+        ([*CONVERT, "--pattern", "2:4", "--dtype", "int8"], "expected a dtype among"),
         ([*SEARCH, "--target-speedup", "9"], "expected a target speed-up of at most 1.4"),
         ([*SEARCH, "--windows", "99"], "expected calibration text of 99 windows of 64 tokens, got"),
         (

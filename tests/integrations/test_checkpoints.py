@@ -60,6 +60,40 @@ def test_gguf_is_the_same_model_and_can_be_saved(gguf_file, tmp_path):
     assert torch.equal(_logits(again, tokenizer), _logits(model, tokenizer))
 
 
+def test_gguf_loaded_by_transformers_can_be_saved_sparse(gguf_file, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from nm_act import NMLinear, Recipe, sparsify
+
+    model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    _, tokenizer = tiny_model.build()
+    assert sparsify(model, Recipe("8:16")).note == ""
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again.model.layers[0].mlp.down_proj, NMLinear)
+    assert torch.equal(_logits(again, tokenizer), _logits(model, tokenizer))
+
+
+def test_gguf_whose_weights_stay_packed_keeps_its_quantizer(gguf_file):
+    from types import SimpleNamespace
+
+    from nm_act import Recipe, sparsify
+
+    model, _ = load_model(gguf_file)
+    model.config.quantization_config = {"quant_method": "gguf"}
+    model.hf_quantizer = packed = SimpleNamespace(packed_modules={"a.weight": None})
+    assert "already holds the quantisation method 'gguf'" in sparsify(model, Recipe("8:16")).note
+    assert model.hf_quantizer is packed
+
+
+def test_save_model_is_whole_or_nothing(tmp_path, monkeypatch):
+    model, tokenizer = tiny_model.build()
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", None)  # a call raises TypeError
+    with pytest.raises(TypeError):
+        checkpoints.save_model(model, tokenizer, tmp_path / "new" / "folder")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new"]
+
+
 def test_gguf_dtype_and_relative_path(gguf_file, monkeypatch):
     monkeypatch.chdir(gguf_file.parent)
     model, _ = load_model(gguf_file.name, dtype="bfloat16")

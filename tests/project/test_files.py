@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from nm_act.files import check_writable, write_atomic
+from nm_act.files import check_new_folder, check_writable, new_folder, write_atomic
 
 
 def _names(folder):
@@ -120,3 +120,75 @@ def test_check_touches_nothing(tmp_path):
     check_writable(tmp_path / "b")
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     assert _names(tmp_path) == ["a"]
+
+
+# ---- folders
+
+
+def test_a_folder_appears_whole_with_the_modes_that_open_and_mkdir_give(tmp_path):
+    with new_folder(tmp_path / "a" / "b") as place:
+        assert _names(tmp_path / "a") == [place.name]
+        (place / "private").write_text("x")
+        (place / "private").chmod(0o600)
+        (place / "inner").mkdir()
+        (place / "inner" / "file").write_text("y")
+    assert _names(tmp_path / "a") == ["b"]
+    assert _names(tmp_path / "a" / "b") == ["inner", "private"]
+    assert (tmp_path / "a" / "b" / "inner" / "file").read_text() == "y"
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "a" / "b" / "private").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "a").stat().st_mode
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), ValueError("odd")])
+def test_a_folder_that_fails_leaves_nothing(tmp_path, error, there):
+    path = tmp_path / "a"
+    if there:
+        path.mkdir()
+
+    def fill():
+        with new_folder(path) as place:
+            (place / "half").write_text("x")
+            raise error
+
+    with pytest.raises(type(error)):
+        fill()
+    assert _names(tmp_path) == (["a"] if there else [])
+    assert not there or _names(path) == []
+
+
+@pytest.mark.parametrize("make", [check_new_folder, lambda path: new_folder(path).__enter__()])
+def test_a_folder_that_is_taken(tmp_path, make):
+    (tmp_path / "file").write_text("x")
+    for name, sentence in (
+        (".", "expected a new or empty folder, but"),
+        ("file", r"expected a folder to write, but .*file' is a file; choose another path"),
+        ("file/in", r"expected a folder to write, but .*file' is a file; choose another path"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            make(tmp_path / name)
+    assert _names(tmp_path) == ["file"]
+
+
+def test_a_folder_filled_meanwhile_is_kept(tmp_path):
+    def fill():
+        with new_folder(tmp_path / "a") as place:
+            (place / "new").write_text("x")
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "other").write_text("theirs")
+
+    with pytest.raises(OSError, match="cannot write"):
+        fill()
+    assert _names(tmp_path) == ["a"]
+    assert _names(tmp_path / "a") == ["other"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_early(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(OSError, match=r"cannot make the folder .*: no space left on device; choose another path"):
+        check_new_folder(tmp_path / "a" / "b")
+    assert _names(tmp_path) == []

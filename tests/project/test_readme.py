@@ -36,7 +36,7 @@ def test_generated_blocks_are_up_to_date():
 
 def test_every_command_named_exists():
     commands = set(re.findall(r"^nm-act (\w+)", README, re.MULTILINE))
-    assert commands == {"calibrate", "demo", "eval", "generate", "info", "ppl", "run", "search"}
+    assert commands == {"calibrate", "convert", "demo", "eval", "generate", "info", "ppl", "run", "search"}
     for command in sorted(commands):
         result = run("-m", "nm_act", command, "--help")
         assert result.returncode == 0, result.stderr

@@ -1,0 +1,108 @@
+"""``nm-act convert``: a sparse checkpoint from a dense model, for Transformers, vLLM and lm-eval."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import common
+from . import options as opt
+from .recipes import build_recipes, check_uncalibrated
+
+
+def convert(
+    model: opt.Model,
+    output: Annotated[Path, typer.Option("--output", help="Folder for the checkpoint; new or empty.")],
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", metavar="N:M", help="Pattern of the linear layers, e.g. 8:16 or 2:4+1.")
+    ] = None,
+    recipe: opt.Recipe = None,
+    criterion: opt.Criterion = None,
+    mitigation: opt.Mitigations = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Folder written by nm-act calibrate, recipe and data.")
+    ] = None,
+    dtype: opt.Dtype = "auto",
+    as_json: opt.AsJson = False,
+) -> None:
+    """Write a model, its tokenizer and a recipe as one checkpoint that loads sparse."""
+    from ..conversion.calibration import load_calibration
+    from ..conversion.sparsify import sparsify
+    from ..files import check_new_folder
+    from ..integrations.checkpoints import save_model
+
+    check_new_folder(output)
+    variant = _variant(pattern, recipe, criterion, mitigation, calibration)
+    _note_unservable(variant.recipe)
+    _check_dense(model)
+    network, tokenizer = common.load(model, dtype)
+    folder = variant.folder
+    report = sparsify(network, variant.recipe) if folder is None else load_calibration(network, folder)
+    common.note(f"writing {output}")
+    save_model(network, tokenizer, output)
+    if as_json:
+        common.print_json(
+            {
+                "model": common.model_name(model),
+                "output": str(output),
+                "dtype": str(network.dtype).removeprefix("torch."),
+                "bytes": sum(path.stat().st_size for path in output.rglob("*")),
+                "recipe": variant.recipe.to_dict(),
+                "calibration": None if folder is None else str(folder),
+                "sparse_layers": len(report.replaced),
+                "mac_fraction": report.mac_fraction,
+            }
+        )
+        return
+    print(report)
+    print(f"written to {output}: nm-act generate {output} PROMPT, vllm serve {output}, nm-act run PROGRAM ...")
+
+
+def _variant(pattern, recipe, criterion, mitigation, calibration):
+    """What the options describe; a recipe file that nm-act calibrate wrote brings the data beside it."""
+    from ..conversion.calibration import DATA_FILE, RECIPE_FILE
+    from ..lab.evaluate.calibrated import of_calibration
+    from ..lab.evaluate.variants import from_recipe
+
+    changes = {"--pattern": pattern, "--criterion": criterion, "--mitigation": mitigation}
+    others = [name for name, value in changes.items() if value]
+    if calibration is not None:
+        others += ["--recipe"] if recipe is not None else []
+        if others:
+            raise ValueError(
+                f"expected --calibration by itself, because its folder holds the recipe, got {others[0]} too; leave "
+                "one out"
+            )
+        return of_calibration(calibration)
+    if pattern is None and recipe is None:
+        raise ValueError("expected --pattern, --recipe or --calibration, got none; add one, --pattern 8:16 for example")
+    if recipe is not None and not others and recipe.name == RECIPE_FILE and (recipe.parent / DATA_FILE).is_file():
+        return of_calibration(recipe.parent)
+    [(name, made)] = build_recipes(recipe, None if pattern is None else [pattern], criterion, mitigation).items()
+    variant = from_recipe(made, name)
+    check_uncalibrated([variant], "name its folder with --calibration")
+    return variant
+
+
+def _note_unservable(recipe) -> None:
+    from ..integrations.vllm_plan import check_servable
+
+    try:
+        check_servable(recipe)
+    except ValueError as error:
+        common.note(f"vLLM will not serve this checkpoint: {error}")
+
+
+def _check_dense(model: str) -> None:
+    """Raise a ValueError, before the weights are loaded, for a model that is sparse or quantised already."""
+    from ..integrations.transformers import QUANT_METHOD, quantisation_of
+
+    method = quantisation_of(common.load_config(model))
+    if method == QUANT_METHOD:
+        raise ValueError(
+            f"expected a dense model, but {model!r} is a sparse checkpoint; name the checkpoint it was made from"
+        )
+    if method not in (None, "gguf"):
+        raise ValueError(
+            f"expected a dense model, but {model!r} is quantised with {method}; name the checkpoint it was made from"
+        )
