@@ -73,6 +73,15 @@ def test_segments():
     assert _spans([act, act], [8, 8], [torch.ones(4), torch.zeros(4)]) == [(0, 8, act), (8, 16, act)]
 
 
+def test_segments_after_a_reload():
+    """Their ends stay: what was apart stays apart, what was one product has to remain one."""
+    specs, sizes, one, two = [LinearSpec("8:16")] * 2, [8, 8], torch.ones(4), torch.zeros(4)
+    assert [each.stop for each in plan.segments(specs, sizes, [one, one], [{}, {}], [8, 16])] == [8, 16]
+    assert [each.stop for each in plan.segments(specs, sizes, [one, one], [{}, {}], [16])] == [16]
+    with pytest.raises(ValueError, match=r"before the reload \(1 products\), got different calibrated data \(2\)"):
+        plan.segments(specs, sizes, [one, two], [{}, {}], [16])
+
+
 def test_segments_with_data():
     """Data over the inputs has to be the same in a product, data over the outputs is put together."""
     spec, one, two = LinearSpec("8:16", mitigation=["spts", "ls"]), torch.ones(4), torch.zeros(4)
@@ -172,6 +181,24 @@ def test_layers_equal_the_transformers_model(folders, size):
     import vllm_cases
 
     run_ranks(vllm_cases.layers, list(folders.values()), size=size, timeout=400)
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_reload(folders, tmp_path, size):
+    import vllm_cases
+
+    others = {name: tp_cases.save(tmp_path / name, RECIPES[name], seed=1) for name in folders}
+    run_ranks(vllm_cases.reloads, [(folders[name], others[name]) for name in folders], size=size, timeout=400)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_reloads_that_fail_leave_a_model_that_serves(folders):
+    import vllm_cases
+
+    run_ranks(vllm_cases.reloads_that_fail, folders["low-rank-pcs-lpts"], folders["act"], size=1, timeout=400)
 
 
 @needs_vllm
