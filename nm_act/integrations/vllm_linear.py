@@ -6,9 +6,9 @@ communicate, and all select as a single process does. A weight that is loaded be
 the data arrives. Every collective is vLLM's own, and ``apply`` reads nothing back from the device, so CUDA graphs can
 capture it.
 
-A reload (``reload_weights``, a weight update) goes the same way: vLLM calls each loader with a weight on the meta device
-to count what arrives, then loads the layer into new memory and copies its parameters to their old addresses. What this
-module derives is copied to its old addresses here, because captured graphs and compiled code read those.
+A reload (``reload_weights``, a weight update) goes the same way: vLLM calls each loader with a weight on the meta
+device to count what arrives, then loads the layer into new memory and copies its parameters to their old addresses.
+What this module derives is copied to its old addresses here, because captured graphs and compiled code read those.
 """
 
 import functools
@@ -55,10 +55,18 @@ _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
 
 
 class NMActVLLMConfig(QuantizationConfig):
-    """The ``quantization_config`` of a saved checkpoint in vLLM: the recipe."""
+    """The ``quantization_config`` of a saved checkpoint, or of ``--hf-overrides`` for a dense one: the recipe.
 
-    def __init__(self, recipe: Recipe):
+    Raises
+    ------
+    ValueError
+        If there is no recipe (``--quantization nm_act`` alone), or a server cannot follow it.
+    """
+
+    def __init__(self, recipe: Recipe | None = None):
         super().__init__()
+        if recipe is None:
+            raise ValueError(plan.NO_RECIPE)
         plan.check_servable(recipe)
         self.recipe = recipe
         self._sparse: list[str] = []

@@ -27,6 +27,14 @@ _TEXT_STACKS = (
 
 _DECODER = re.compile(rf"(?:(?:{'|'.join(_TEXT_STACKS)})\.)+(\d+)\.(?:[a-zA-Z_]\w*\.)*([a-zA-Z_]\w*)")
 
+NO_RECIPE = (
+    "expected a recipe for the quantization nm_act, got a checkpoint without one; serve it without "
+    "--quantization and with "
+    """--hf-overrides '{"quantization_config": {"quant_method": "nm_act", """
+    """"recipe": {"version": 1, "pattern": "8:16"}}}'"""
+)
+"""What ``--quantization nm_act`` alone says."""
+
 
 def check_servable(recipe: Recipe) -> None:
     """Raise a ValueError for methods that fail in a server, which mixes the tokens of many sequences in one call."""
