@@ -246,6 +246,30 @@ def test_config_of_a_newer_version():
 
 
 @needs_vllm
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "sentence"),
+    [
+        (None, {"quantization": "nm_act"}, "expected a recipe for the quantization nm_act, got a checkpoint without one; serve it without .* --hf-overrides"),
+        ({"version": 1, "pattern": "8:16", "phase": "prefill"}, {}, "expected a recipe with phase both for vLLM, .* got phase prefill; save"),
+        ({"version": 2}, {}, "expected recipe version 1, got 2; upgrade nm_act"),
+        ({"version": 1, "pattern": "9:16", "criterion": "best"}, {}, "expected a criterion among .*, got 'best'"),
+        ({"version": 1, "pattern": "8:16"}, {"quantization": "fp8"}, r"nm_act\) does not match the quantization method specified .* \(fp8\)"),
+    ],
+    ids=["none", "not servable", "newer", "unknown criterion", "second quantisation"],
+)  # fmt: skip
+def test_what_an_engine_does_not_start_with(tmp_path, monkeypatch, recipe, arguments, sentence):
+    """A dense checkpoint and --hf-overrides; vLLM wraps what is raised in an error of its own, with the sentence."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    tp_cases.build().save_pretrained(tmp_path)
+    overrides = {} if recipe is None else {"quantization_config": {"quant_method": "nm_act", "recipe": recipe}}
+    engine = EngineArgs(str(tmp_path), hf_overrides=overrides, skip_tokenizer_init=True, max_model_len=32, **arguments)
+    with pytest.raises(ValueError, match=sentence):
+        engine.create_engine_config()
+
+
+@needs_vllm
 def test_an_interface_that_differs_is_noticed(monkeypatch):
     from nm_act.integrations import vllm_linear
 
