@@ -12,6 +12,7 @@ from pathlib import Path
 from nm_act.files import write_atomic
 from nm_act.lab.cost import Rates
 from nm_act.lab.evaluate import results
+from nm_act.lab.tables import DEFAULT_DEVICE
 from nm_act.methods.criteria import WEIGHT_PRUNING
 
 
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "docs")
     options = parser.parse_args(arguments)
     try:
-        rates = Rates.load(options.rates)
+        rates = None if options.rates is None else Rates.load(options.rates)
         rows = results.collect(options.runs, rates)
     except (ValueError, OSError) as error:
         print(f"evaluation_report: {error}", file=sys.stderr)
@@ -53,7 +54,7 @@ def plots_of(rows: list[results.Row]) -> dict[str, bytes]:
     return made
 
 
-def report(rows: list[results.Row], rates: Rates, plots: list[str]) -> str:
+def report(rows: list[results.Row], rates: Rates | None, plots: list[str]) -> str:
     """The whole document."""
     parts = [
         "# Evaluation",
@@ -170,8 +171,14 @@ def dates(run: list[results.Row]) -> str:
     return f"measured {days[0]}" + (f" to {days[-1]}" if len(days) > 1 else "") + f" at {', '.join(commits)}"
 
 
-def speedup_note(rates: Rates) -> str:
-    """The rates that the predictions are based on."""
+def speedup_note(rates: Rates | None) -> str:
+    """What the predictions are based on."""
+    if rates is None:
+        return (
+            f"Of {results.PREDICTED_MODEL} on the {DEFAULT_DEVICE.upper()} with the row's recipe, in as many layers as "
+            "the evaluated model has: prefill of 4096 tokens and a decode step, from the measured tables of products. How, "
+            "and how far from measured whole models: [search.md](search.md#predicted-speed-up)."
+        )
     lines = [[pattern, f"{speedup:.3f}x", source] for pattern, (speedup, source) in rates.table.items()]
     table = results.markdown_table(["pattern", "speed-up", "source"], lines, right=3)
     what = (

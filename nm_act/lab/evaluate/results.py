@@ -5,9 +5,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...recipe import Recipe
 from .. import output
-from ..cost import Rates, predicted_speedup
+from ..cost import Measured, Rates, places_of, predicted_speedup, predictions, shapes_of
 from ..output import is_undefined, markdown_table
+from ..tables import DEFAULT_DEVICE
 from .folder import PERPLEXITY, RunFolder
 from .perplexity import mean_and_stderr
 from .variants import DENSE_VARIANT
@@ -15,9 +17,13 @@ from .variants import DENSE_VARIANT
 __all__ = ["COLUMNS", "Row", "average_drops", "collect", "draw", "markdown_table", "to_csv"]
 
 COLUMNS = (
-    *("model", "method", "pattern", "layers", "predicted_speedup", "task", "metric", "value", "stderr"),
-    *("samples", "dense_value", "seed", "commit", "date"),
+    *("model", "method", "pattern", "layers", "predicted_speedup", "predicted_decode", "task", "metric", "value"),
+    *("stderr", "samples", "dense_value", "seed", "calibrated_on", "commit", "date"),
 )
+"""predicted_speedup is that of prefill, predicted_decode that of a step (`predicted`)."""
+
+PREDICTED_MODEL = "llama-3-8b"
+"""The shapes that rows are predicted for: those of a model that is deployed on the measured device."""
 
 
 AVERAGED = ("arc_easy", "boolq", "piqa", "winogrande")
@@ -57,10 +63,11 @@ class Row:
 def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
     """Rows of run folders, dense first, then in the order of names; dense rows of the same `Row.run` are taken once.
 
+    With `rates` prefill is predicted from them, by the multiply-accumulates of the evaluated model.
+
     Raises ValueError if a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the
     same run (for dense rows: with another value).
     """
-    rates = rates or Rates.load()
     rows: dict[tuple[str, str, str], Row] = {}
     for folder in folders:
         for row in _folder_rows(Path(folder), rates):
@@ -74,7 +81,7 @@ def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
     return list(rows.values())
 
 
-def _folder_rows(folder: Path, rates: Rates) -> list[Row]:
+def _folder_rows(folder: Path, rates: Rates | None) -> list[Row]:
     identity, results = RunFolder.read(folder)
     dense = {result["task"]: result for result in results if result["variant"]["name"] == DENSE_VARIANT.name}
     lacking = next((result["task"] for result in results if result["task"] not in dense), None)
@@ -87,10 +94,25 @@ def _folder_rows(folder: Path, rates: Rates) -> list[Row]:
     return [_row(result, dense[result["task"]], identity, rates) for result in results]
 
 
-def _row(result: dict, dense: dict, identity: dict, rates: Rates) -> Row:
+def predicted(result: dict, rates: Rates | None) -> dict[str, float]:
+    """Speed-up by phase of a result's recipe in the shapes of `PREDICTED_MODEL`; prefill from `rates` if there are any.
+
+    A result of an older run does not say how many layers its model has, and is predicted by multiply-accumulates too.
+    """
+    if rates is not None or "layers" not in result:
+        return {"prefill": predicted_speedup(result["macs"], rates or Rates.load(), result["extra_macs"])}
+    recipe = result["variant"]["recipe"]
+    cost = Measured(DEFAULT_DEVICE, shapes_of(PREDICTED_MODEL), PREDICTED_MODEL, phases=("prefill", "decode"))
+    places = places_of(PREDICTED_MODEL, result["layers"])
+    return predictions(cost, places, None if recipe is None else Recipe.from_dict(recipe))
+
+
+def _row(result: dict, dense: dict, identity: dict, rates: Rates | None) -> Row:
     variant = result["variant"]
-    fields = {**identity, **result, **variant, "dense_value": dense["value"]}
-    fields["predicted_speedup"] = round(predicted_speedup(result["macs"], rates, result["extra_macs"]), 4)
+    fields = {"calibrated_on": "", **identity, **result, **variant, "dense_value": dense["value"]}
+    speedups = predicted(result, rates)
+    fields["predicted_speedup"] = round(speedups["prefill"], 4)
+    fields["predicted_decode"] = round(speedups["decode"], 4) if "decode" in speedups else math.nan
     drop, stderr = (math.nan, math.nan) if result is dense else _drop(result, dense)
     fields = {name: fields[name] for name in COLUMNS}
     return Row(fields, variant["name"], drop, stderr, identity, variant.get("calibrated_on", ""))
