@@ -176,8 +176,8 @@ def speedup_note(rates: Rates | None) -> str:
     if rates is None:
         return (
             f"Of {results.PREDICTED_MODEL} on the {DEFAULT_DEVICE.upper()} with the row's recipe, in as many layers as "
-            "the evaluated model has: prefill of 4096 tokens and a decode step, from the measured tables of products. How, "
-            "and how far from measured whole models: [search.md](search.md#predicted-speed-up)."
+            "the evaluated model has: prefill of 4096 tokens and a decode step, from the measured tables of products. "
+            "How, and how far from measured whole models: [search.md](search.md#predicted-speed-up)."
         )
     lines = [[pattern, f"{speedup:.3f}x", source] for pattern, (speedup, source) in rates.table.items()]
     table = results.markdown_table(["pattern", "speed-up", "source"], lines, right=3)
