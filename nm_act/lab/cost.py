@@ -150,6 +150,11 @@ def pruned(spec: LinearSpec | None, phase: str) -> LinearSpec | None:
     return None if spec is None or spec.scoring.prunes_weight or spec.phase not in ("both", phase) else spec
 
 
+def is_packed(spec: LinearSpec | None) -> bool:
+    """Whether the producer in front can select for a spec: static scores, VAR and D-PTS, without calibrated data."""
+    return spec is not None and not data_of(spec) and not spec.scoring.by_sequence
+
+
 def layer_time(cost: Cost, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
     """Time of a layer with what its mitigations add, whose GEMMs run at the dense speed."""
     spec = pruned(spec, phase)
@@ -183,7 +188,8 @@ def predictions(cost: Cost, places: Iterable[Place], recipe: Recipe | None) -> d
                 spec, alone = specs[place.projection], cost.time(phase, place, None)
                 together = {specs[name] for name in merged_with(place.projection) if name in specs}
                 dense += alone
-                sparse += layer_time(cost, phase, place, spec, fused=len(together) == 1)
+                packed = len(together) == 1 and is_packed(spec) and not recipe.dense_first_tokens
+                sparse += layer_time(cost, phase, place, spec, fused=packed)
                 if recipe is not None and phase == "prefill" and pruned(spec, phase) is not None:
                     sparse += alone * min(recipe.dense_first_tokens / PREFILL_TOKENS, 1)
         speedups[phase] = dense / sparse

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from ...recipe import DENSE, LinearSpec, Recipe, Rule
-from ..cost import Cost, Place, layer_time
+from ..cost import Cost, Place, is_packed, layer_time
 from ..extras import import_extra
 from .sensitivity import Group
 
@@ -53,7 +53,7 @@ class Problem:
 
         def phase_saved(phase: str) -> list[list[float]]:
             def time(group: Group, spec: LinearSpec | None) -> float:
-                fused = group.is_whole_product
+                fused = group.is_whole_product and is_packed(spec)
                 return math.fsum(layer_time(self.cost, phase, place, spec, fused=fused) for place in group.places)
 
             dense = [time(group, None) for group in self.groups]
