@@ -21,6 +21,7 @@ from ..evaluate.folder import RunFolder
 from ..evaluate.perplexity import perplexity
 from ..evaluate.variants import resolved
 from ..output import new_figure, png, to_csv, to_json, write_json
+from ..overlap import KEY, fingerprints
 from ..policies import POLICIES
 from .options import CalibratedData, option_name, option_recipe, option_variant, read_data
 from .sensitivity import Group, groups_of, sensitivities
@@ -28,6 +29,9 @@ from .solve import Problem
 from .store import ResultLines
 
 __all__ = ["Goal", "Point", "search"]
+
+SEARCH_FILE = "search.json"
+"""The result, and the hashes of the text that it was found on."""
 
 MEASURED_POINTS = 6
 """Solutions along the frontier whose perplexity is measured."""
@@ -149,7 +153,7 @@ def search(
     points = _measure(dense, windows, recipes, lambda r: predictions(cost, places.values(), r), folder, note, data)
     best = _best(points, found[-1], goal)
     used = {name: data[name] for name in specs if name in data.keys() & _options_of(best.recipe)}
-    return best, points, _write(folder, points, best, dense, used)
+    return best, points, _write(folder, points, best, dense, used, fingerprints(windows))
 
 
 def _check_reachable(groups: list[Group], specs, cost: Cost, goal: Goal, others: tuple[Place, ...]) -> None:
@@ -241,19 +245,21 @@ def result(best: Point, points: list[Point]) -> dict:
     }
 
 
-def _write(folder: Path, points: list[Point], best: Point, dense, used: dict[str, CalibratedData]) -> list[str]:
+def _write(
+    folder: Path, points: list[Point], best: Point, dense, used: dict[str, CalibratedData], hashes: list[str]
+) -> list[str]:
     """Write the recipe, the data of its options `used`, the frontier and its plot; names of the files."""
     sparse = option_variant(dense, best.recipe, used) if used else None
     files = {
         "frontier.png": _draw(points, best),
         "frontier.csv": to_csv(point_rows(points)),
-        "search.json": to_json(result(best, points)) + "\n",
+        SEARCH_FILE: to_json(result(best, points) | {KEY: hashes}) + "\n",
     }
     for name in (DATA_FILE, FACTS_FILE):  # of another goal's recipe
         (folder / name).unlink(missing_ok=True)
     if used:
         facts = {"seed": next(iter(used.values())).seed, "options": {name: each.digest for name, each in used.items()}}
-        write_json(folder / FACTS_FILE, facts)
+        write_json(folder / FACTS_FILE, facts | {KEY: hashes})
         save_calibration(sparse, folder)
     else:
         best.recipe.save(folder / RECIPE_FILE)
