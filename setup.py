@@ -9,6 +9,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -64,4 +65,25 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension("nm_act._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+MEASURED = ("sparse_linear.csv", "families.csv", "patterns.csv", "decode.csv", "inference.csv")
+"""Tables that nm_act/lab/tables.py reads; in a checkout it finds them in benchmarks/results."""
+
+
+class WithTables(build_py):
+    """Puts the measured tables of every device into the package, nm_act/lab/results/DEVICE."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        for table in sorted((ROOT / "benchmarks" / "results").glob("*/*.csv")):
+            if table.name in MEASURED and (table.parent / MEASURED[0]).is_file():
+                folder = Path(self.build_lib) / "nm_act" / "lab" / "results" / table.parent.name
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(table, folder / table.name)
+
+
+setup(
+    ext_modules=[Extension("nm_act._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": WithTables},
+)

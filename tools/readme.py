@@ -11,9 +11,35 @@ import pattern_frontier
 from result_files import EVALUATION, ROOT, geometric_mean, measured_rows, perplexities, read_rows, times, with_error
 
 import nm_act
+from nm_act.lab.cost import places_of, predictions
 from nm_act.lab.evaluate.results import markdown_table as table
+from nm_act.lab.measured import Measured, shapes_of
 
 DOCUMENTS = ("README.md", "docs/operators.md", "docs/results.md", "docs/search.md", "docs/kernels/cpu_decode.md")
+
+
+def predicted() -> str:
+    """Predicted and measured speed-ups of whole models."""
+    lines = []
+    for mode, pattern, dtype in (
+        ("nm-2:4", "2:4", "bf16"),
+        ("nm-8:16", "8:16", "bf16"),
+        ("nm-2:4-fp8", "2:4", "e4m3"),
+        ("nm-8:16-fp8", "8:16", "e4m3"),
+    ):
+        for phase in ("prefill", "decode"):
+            if dtype == "e4m3" and phase != {"2:4": "prefill", "8:16": "decode"}[pattern]:
+                continue  # the weights are stored for the other phase
+            for prompt in (512, 4096, 16384):
+                cost = Measured("h100", shapes_of("llama-3-8b"), "llama-3-8b", dtype, (phase,), prompt, prompt)
+                whole = [cost.tables.whole("llama-3-8b", each, phase, prompt) for each in ("dense_bf16", mode)]
+                if None in whole:
+                    continue
+                measured = whole[0] / whole[1]
+                found = predictions(cost, places_of("llama-3-8b", 32), nm_act.Recipe(pattern))[phase]
+                numbers = f"{found:.3f}x", f"{measured:.3f}x", f"{100 * (found / measured - 1):+.1f} %"
+                lines.append([mode, phase, str(prompt), *numbers])
+    return table(["mode", "phase", "prompt", "predicted", "measured", "difference"], lines, right=3)
 
 
 def support() -> str:
@@ -282,6 +308,7 @@ BLOCKS = {
     "quality": quality,
     "patterns": pattern_frontier.summary,
     "searched": searched,
+    "predicted": predicted,
     "generate": generate,
 }
 

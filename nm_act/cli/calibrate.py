@@ -46,6 +46,7 @@ def calibrate(
     from ..lab.evaluate.perplexity import check_window
     from ..lab.evaluate.variants import resolved
     from ..lab.output import write_json
+    from ..lab.overlap import KEY, fingerprints
     from ..recipe import Recipe
 
     _check_output(output, model)
@@ -80,7 +81,7 @@ def calibrate(
     _note_orders(report.model)
     if checkpoint:
         _save_checkpoint(report.model, tokenizer, output)
-    write_json(output / FACTS_FILE, facts)
+    write_json(output / FACTS_FILE, facts | {KEY: fingerprints(ids)})
     save_calibration(report.model, output)
     shutil.rmtree(output / _STATE)
     if as_json:

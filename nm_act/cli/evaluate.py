@@ -41,6 +41,7 @@ def evaluate(
     as_json: opt.AsJson = False,
 ) -> None:
     """Evaluate the dense model and sparse variants; relative drops, standard errors, JSON, CSV, Markdown and plots."""
+    from ..conversion.calibration import FACTS_FILE
     from ..conversion.fingerprint import weights_fingerprint
     from ..lab.evaluate.calibrated import calibrated_row, of_calibration
     from ..lab.evaluate.folder import PERPLEXITY, RunFolder
@@ -50,6 +51,8 @@ def evaluate(
     from ..lab.evaluate.tasks import build_task, check_available
     from ..lab.evaluate.variants import DENSE_VARIANT, from_recipe
     from ..lab.output import check_output
+    from ..lab.overlap import check_apart, known_fingerprints
+    from ..lab.search.run import SEARCH_FILE
     from ..lab.texts import load_text, whole_windows
 
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
@@ -87,6 +90,11 @@ def evaluate(
     if text is not None:
         window = check_window(dense, window)
         tokens = whole_windows(tokenizer, text, window, max_tokens)
+        for variant in variants:
+            if variant.folder is not None:
+                check_apart(tokens, known_fingerprints(variant.folder / FACTS_FILE), repr(variant.name))
+        for path in recipe or []:
+            check_apart(tokens, known_fingerprints(path.with_name(SEARCH_FILE)), repr(str(path)))
     identity = {
         "model": common.model_name(model),
         "weights": weights_fingerprint(dense),

@@ -1,10 +1,12 @@
-"""What a pattern gains: speed-up of a linear layer in prefill, from measured tables, and of a model's linear layers."""
+"""What a recipe gains: predicted speed-ups of a model, from measured tables or from one rate for every pattern."""
 
 import csv
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import nn
 
@@ -12,9 +14,14 @@ from ..conversion.sparsify import decoder_linears
 from ..layers.linear import FOLLOW_WEIGHT, NMLinear
 from ..methods.mitigations import data_of, rank_of, shape_of
 from ..patterns import NMPattern, as_pattern
-from ..recipe import DENSE, LinearSpec
+from ..recipe import DENSE, LinearSpec, Recipe
+from .measured import Measured, Place, merged_with, shapes_of
+from .tables import DEFAULT_DEVICE, table_file
 
-__all__ = ["Rates", "added_macs", "extra_macs", "macs_by_pattern", "predicted_speedup"]
+__all__ = [
+    *("Cost", "Measured", "Place", "Rates", "added_macs", "cost_of", "extra_macs", "macs_by_pattern", "places_of"),
+    *("predicted_speedup", "predictions", "shapes_of"),
+]
 
 PREFILL_TOKENS = 4096
 """Tokens of the sequence whose prefill is predicted."""
@@ -28,10 +35,11 @@ class Rates:
     """Speed-up of one linear layer over dense bfloat16: pattern -> (speed-up, source)."""
 
     table: dict[str, tuple[float, str]]
+    phases = ("prefill",)
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> "Rates":
-        """Rates of the packaged table; those of `path`, where it has some, take their place.
+        """Rates of the H100's whole operator; those of `path`, where it has some, take their place.
 
         `path` is a CSV with the columns ``pattern,speedup,source``, or one that ``benchmarks/bench_sparse_linear.py``
         wrote, of which the whole-operator rows in bfloat16 with 4096 tokens, in and out features are read.
@@ -43,7 +51,7 @@ class Rates:
         ValueError
             If it has other columns, no row that counts, or a speed-up that is not a positive number.
         """
-        table = _read(Path(__file__).with_name("rates.csv"))
+        table = _read(table_file(DEFAULT_DEVICE, "sparse_linear.csv"))
         return cls(table if path is None else table | _read(Path(path)))
 
     def speedup(self, pattern: str) -> tuple[float, str]:
@@ -61,6 +69,14 @@ class Rates:
             factor = 1 + windows / 4
             return self.table["2:4"][0] / factor, f"cost model: the 2:4 row / {factor:g}"
         return 1.0, "dense product"
+
+    def time(self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
+        """Multiply-accumulates of a layer at the dense speed that take as long."""
+        return place.macs / self.speedup(DENSE if spec is None else str(spec.pattern))[0]
+
+    def rest(self, phase: str, layers: int) -> float:
+        """Time outside the linear layers: not counted."""
+        return 0.0
 
 
 def _read(path: Path) -> dict[str, tuple[float, str]]:
@@ -95,6 +111,89 @@ def _read(path: Path) -> dict[str, tuple[float, str]]:
             f"{' x '.join(SHAPE.values())}); see docs/search.md"
         )
     return table
+
+
+class Cost(Protocol):
+    """Times of linear layers, in any one unit: `Rates` or `Measured`."""
+
+    phases: tuple[str, ...]
+
+    def time(self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
+        """Of one layer; `spec` None is dense, `fused` says that all layers that share its input have this spec."""
+
+    def rest(self, phase: str, layers: int) -> float:
+        """Of all else in that many decoder layers."""
+
+
+def places_of(model: nn.Module | str, layers: int | None = None) -> list[Place]:
+    """Linear layers of a model's decoder, or of so many layers with the shapes of a model in `measured.SHAPES`."""
+    if isinstance(model, str):
+        return [Place(i, name, *sizes) for i in range(layers or 0) for name, sizes in shapes_of(model).items()]
+    return [
+        Place(layer, projection, linear.in_features, linear.out_features)
+        for layer, projection, linear in decoder_linears(model).values()
+    ]
+
+
+def cost_of(
+    model: nn.Module, device: str, shapes: str | None = None, *, phases: tuple[str, ...] = ("prefill",), dtype="bf16"
+) -> Measured:
+    """Measured times on a device for the shapes of a named model, or else of the model itself."""
+    if shapes is not None:
+        return Measured(device, shapes_of(shapes), shapes, dtype, phases)
+    own = {place.projection: (place.in_features, place.out_features) for place in reversed(places_of(model))}
+    return Measured(device, own, "", dtype, phases)
+
+
+def pruned(spec: LinearSpec | None, phase: str) -> LinearSpec | None:
+    """The spec where it prunes activations in a phase, else None."""
+    return None if spec is None or spec.scoring.prunes_weight or spec.phase not in ("both", phase) else spec
+
+
+def is_packed(spec: LinearSpec | None) -> bool:
+    """Whether the producer in front can select for a spec: static scores, VAR and D-PTS, without calibrated data."""
+    return spec is not None and not data_of(spec) and not spec.scoring.by_sequence
+
+
+def layer_time(cost: Cost, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
+    """Time of a layer with what its mitigations add, whose GEMMs run at the dense speed."""
+    spec = pruned(spec, phase)
+    time = cost.time(phase, place, spec, fused=fused)
+    added = 0 if spec is None else added_macs(spec, place.in_features, place.out_features)
+    return time + (cost.time(phase, place, None) * added / place.macs if added else 0.0)
+
+
+def predictions(cost: Cost, places: Iterable[Place], recipe: Recipe | None) -> dict[str, float]:
+    """Predicted speed-up over the dense model by phase, for a recipe in these layers.
+
+    First tokens that stay dense are computed twice in prefill. The GEMMs that mitigations add run at the dense speed.
+
+    Examples
+    --------
+    >>> cost = Measured("h100", shapes_of("llama-3-8b"), "llama-3-8b", phases=("prefill", "decode"))
+    >>> found = predictions(cost, places_of("llama-3-8b", 32), Recipe("2:4"))
+    >>> sorted(found), found["prefill"] > 1.2
+    (['decode', 'prefill'], True)
+    """
+    blocks: dict[int, list[Place]] = {}
+    for place in places:
+        blocks.setdefault(place.layer, []).append(place)
+    speedups = {}
+    for phase in cost.phases:
+        rest = cost.rest(phase, len(blocks))
+        dense, sparse = rest, rest
+        for layer, block in blocks.items():
+            specs = {p.projection: None if recipe is None else recipe.resolve(layer, p.projection) for p in block}
+            for place in block:
+                spec, alone = specs[place.projection], cost.time(phase, place, None)
+                together = {specs[name] for name in merged_with(place.projection) if name in specs}
+                dense += alone
+                packed = len(together) == 1 and is_packed(spec) and not recipe.dense_first_tokens
+                sparse += layer_time(cost, phase, place, spec, fused=packed)
+                if recipe is not None and phase == "prefill" and pruned(spec, phase) is not None:
+                    sparse += alone * min(recipe.dense_first_tokens / PREFILL_TOKENS, 1)
+        speedups[phase] = dense / sparse
+    return speedups
 
 
 def layer_macs(linear: nn.Linear) -> int:

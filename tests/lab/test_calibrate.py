@@ -16,7 +16,7 @@ from nm_act.lab.calibrate import CalibrationSettings, calibrate, calibration_win
 from nm_act.lab.calibrate import run as run_module
 from nm_act.lab.calibrate.blocks import BlockRunner
 from nm_act.lab.calibrate.static import InputStatistics
-from nm_act.lab.calibrate.training import _linear, block_loss
+from nm_act.lab.calibrate.training import block_loss, linear_schedule
 from nm_act.layers.linear import NMLinear
 from nm_act.recipe import LinearSpec, Recipe, Rule
 
@@ -152,12 +152,12 @@ def test_losses():
 
 
 def test_schedule_warms_up_and_falls_to_nothing():
-    rates = [_linear(step, 100) for step in range(101)]
+    rates = [linear_schedule(step, 100) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 3)
     assert rates[2] == 1.0
     assert all(a > b for a, b in itertools.pairwise(rates[2:]))
     assert rates[100] == 0.0
-    assert _linear(0, 1) > 0
+    assert linear_schedule(0, 1) > 0
 
 
 def test_blocks_run_as_the_model_runs_them(windows):

@@ -13,7 +13,7 @@ from commands import ok, run
 
 import nm_act
 from nm_act.integrations import checkpoints
-from nm_act.lab.cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
+from nm_act.lab.cost import Place, Rates, cost_of, places_of, predictions
 from nm_act.lab.evaluate.variants import sparse_copy
 from nm_act.lab.search.options import parse_option
 from nm_act.lab.search.sensitivity import Group, groups_of, sensitivities
@@ -95,9 +95,9 @@ def test_solver_against_brute_force(seed, target):
             best = min(best, sum(costs[g.key][n] for g, n in zip(groups, names, strict=True) if n != "dense"))
     if best == float("inf"):
         with pytest.raises(ValueError, match="expected a target speed-up of at most"):
-            Problem(groups, costs, SPECS, RATES, other_macs=3).solve(target)
+            Problem(groups, costs, SPECS, RATES, others=(Place(0, "x", 1, 3),)).solve(target)
         return
-    found = Problem(groups, costs, SPECS, RATES, other_macs=3).solve(target)
+    found = Problem(groups, costs, SPECS, RATES, others=(Place(0, "x", 1, 3),)).solve(target)
     assert found.speedup >= target - 1e-9
     assert found.sensitivity == pytest.approx(best, abs=1e-12)
 
@@ -208,10 +208,11 @@ def _search(*arguments):
 
 def test_command(folder, text, tmp_path):
     base = (folder, "--text", text, "--window", 64, "--windows", 1, "--option", "2:4 var")
-    result = _search(*base, "--output", tmp_path / "s", "--target-speedup", "1.15", "--json")
+    result = _search(*base, "--output", tmp_path / "s", "--target-speedup", "1.08", "--json")
     assert result.exit_code == 0, result.stderr
+    assert "was not measured in prefill: the nearest is" in result.stderr
     found = json.loads(result.stdout)
-    assert found["predicted_speedup"] >= 1.15
+    assert found["predicted_speedup"] == found["predicted"]["prefill"] >= 1.08
     assert {"dense", "search", "all, 2:4 act var", "amber, 2:4 act var", "alanova, 2:4 act var"} == {
         point["name"] for point in found["points"]
     }
@@ -220,10 +221,11 @@ def test_command(folder, text, tmp_path):
     again = _search(*base, "--output", tmp_path / "s", "--max-drop", "100000", "--json")
     assert again.exit_code == 0, again.stderr
     found = json.loads(again.stdout)
-    assert found["predicted_speedup"] == max(point["predicted_speedup"] for point in found["points"])
-    assert found["predicted_speedup"] == Rates.load().speedup("2:4")[0]
+    assert round(found["predicted_speedup"], 4) == max(point["predicted_speedup"] for point in found["points"])
+    model = tiny_model.build()[0]
+    assert found["predicted_speedup"] == predictions(cost_of(model, "h100"), places_of(model), Recipe("2:4"))["prefill"]
     (tmp_path / "s" / "sensitivities.jsonl").write_text('{"window": 0}\n')
-    damaged = _search(*base, "--output", tmp_path / "s", "--target-speedup", "1.15")
+    damaged = _search(*base, "--output", tmp_path / "s", "--target-speedup", "1.08")
     assert "expected window, group, spec, kl in line 1 of" in damaged.stderr
 
 
@@ -240,7 +242,9 @@ def test_calibrated_options(folder, text, tmp_path):
         "rsparse-4-fit": _calibrate(folder, text, tmp_path, "2:4", "rsparse-4-fit", seed=3),
         "pcs": _calibrate(folder, text, tmp_path, "2:4+1", "pcs", seed=3),
     }
+    (tmp_path / "rates.csv").write_text("pattern,speedup,source\n2:4,1.41,test\n")
     base = (folder, "--text", text, "--window", 64, "--windows", 1, "--output", tmp_path / "s", "--json")
+    base += ("--rates", tmp_path / "rates.csv")
     options = ("--option", "2:4 rsparse-4-fit", "--option", "2:4+1 pcs")
     refused = _search(*base, *options, "--target-speedup", 1.08)
     assert "expected a calibration for 'act+rsparse-4-fit 2:4' in --calibrated, got none" in refused.stderr
@@ -258,7 +262,9 @@ def test_calibrated_options(folder, text, tmp_path):
     assert json.loads((tmp_path / "s" / "calibration.json").read_text())["seed"] == 3
     # Predicted by the solver as by the model that is made of it.
     speedup = json.loads(result.stdout)["predicted_speedup"]
-    assert speedup == pytest.approx(predicted_speedup(macs_by_pattern(found), Rates.load(), extra_macs(found)))
+    recipe = Recipe.load(tmp_path / "s" / "recipe.yaml")
+    rates = Rates.load(tmp_path / "rates.csv")
+    assert speedup == pytest.approx(predictions(rates, places_of(tiny_model.build()[0]), recipe)["prefill"])
     # Another option alone is measured; the next goal's recipe without data leaves no calibration behind.
     lines = (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()
     assert _search(*base, "--option", "2:4 var", "--target-speedup", 1.05).exit_code == 0
@@ -271,6 +277,39 @@ def test_calibrated_options(folder, text, tmp_path):
     assert _search(*base, "--option", "2:4+1 pcs", "--max-drop", 900).exit_code == 0
     rows = [json.loads(line) for line in (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()]
     assert len({row["calibration"] for row in rows if row["spec"] == "2:4+1 act pcs"}) == 2
+
+
+def test_measured_phases(folder, text, tmp_path):
+    """Rates of a measured device, for the shapes of another model: prefill, decode, both."""
+    base = (folder, "--text", text, "--window", 64, "--windows", 1, "--layers-together", 2, "--output", tmp_path / "s")
+    base += ("--device", "h100", "--shapes", "llama-3-8b", "--json")
+    found = {}
+    for phase, target, options in (
+        ("prefill", 1.25, ("2:4",)),
+        ("decode", 1.3, ("8:16", "12:16")),
+        ("both", 1.2, ("2:4",)),
+    ):
+        chosen = [part for option in options for part in ("--option", option)]
+        result = _search(*base, "--phase", phase, "--merged", *chosen, "--target-speedup", target)
+        assert result.exit_code == 0, result.stderr
+        found[phase] = json.loads(result.stdout)
+        assert found[phase]["predicted_speedup"] >= target
+        assert set(found[phase]["predicted"]) == ({"prefill", "decode"} if phase == "both" else {phase})
+        assert found[phase]["recipe"]["phase"] == ("decode" if phase == "decode" else "both")
+        assert ("75.0% kept in decode was not measured" in result.stderr) == (phase == "decode")
+    assert found["both"]["predicted"]["prefill"] >= 1.2
+    recipe = Recipe.from_dict(found["both"]["recipe"])
+    for layer in range(2):
+        assert len({recipe.resolve(layer, name) for name in ("q_proj", "k_proj", "v_proj")}) == 1  # one merged product
+
+
+def test_measured_options_are_refused(folder, text, tmp_path):
+    base = (folder, "--text", text, "--target-speedup", 1.1, "--output", tmp_path / "s")
+    assert "expected --phase prefill, decode, both, got 'later'" in _search(*base, "--phase", "later").stderr
+    assert "expected shapes among llama-3-8b" in _search(*base, "--shapes", "llama-9").stderr
+    (tmp_path / "rates.csv").write_text("pattern,speedup,source\n2:4,1.41,test\n")
+    for more in (("--phase", "decode"), ("--shapes", "llama-3-8b")):
+        assert "expected --rates without --shapes" in _search(*base, "--rates", tmp_path / "rates.csv", *more).stderr
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "calibration.safetensors"])

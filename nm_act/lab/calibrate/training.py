@@ -35,12 +35,12 @@ def train_block(
     not finite is a ValueError.
     """
     layers = runner.layers(index)
-    parameters = [_master(layer, name) for layer in layers.values() for name in mitigations.learned_data_of(layer.spec)]
+    parameters = [master(layer, name) for layer in layers.values() for name in mitigations.learned_data_of(layer.spec)]
     steps = max(1, round(len(inputs) * settings.epochs))
     if not parameters:
         return {}
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=BETAS, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, steps))
     losses = []
     try:
         with switched(layers.values(), "differentiable"):
@@ -69,7 +69,7 @@ def train_block(
     return {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
 
 
-def _master(layer: NMLinear, name: str) -> torch.Tensor:
+def master(layer: NMLinear, name: str) -> torch.Tensor:
     """A layer's learned data as float32, which keeps steps of a millionth; refresh() rounds them at the end."""
     setattr(layer, name, layer.get_buffer(name).float().requires_grad_())
     return layer.get_buffer(name)
@@ -87,7 +87,7 @@ def block_loss(output: torch.Tensor, target: torch.Tensor, kind: str) -> torch.T
     return error.mean()
 
 
-def _linear(step: int, steps: int) -> float:
+def linear_schedule(step: int, steps: int) -> float:
     warm_up = max(1, round(WARM_UP * steps))
     return min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up + 1)))
 

@@ -5,9 +5,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...recipe import Recipe
 from .. import output
-from ..cost import Rates, predicted_speedup
+from ..cost import Measured, Rates, places_of, predicted_speedup, predictions, shapes_of
 from ..output import is_undefined, markdown_table
+from ..tables import DEFAULT_DEVICE
 from .folder import PERPLEXITY, RunFolder
 from .perplexity import mean_and_stderr
 from .variants import DENSE_VARIANT
@@ -15,9 +17,13 @@ from .variants import DENSE_VARIANT
 __all__ = ["COLUMNS", "Row", "average_drops", "collect", "draw", "markdown_table", "to_csv"]
 
 COLUMNS = (
-    *("model", "method", "pattern", "layers", "predicted_speedup", "task", "metric", "value", "stderr"),
-    *("samples", "dense_value", "seed", "commit", "date"),
+    *("model", "method", "pattern", "layers", "predicted_speedup", "predicted_decode", "task", "metric", "value"),
+    *("stderr", "samples", "dense_value", "seed", "calibrated_on", "commit", "date"),
 )
+"""predicted_speedup is that of prefill, predicted_decode that of a step (`predicted`)."""
+
+PREDICTED_MODEL = "llama-3-8b"
+"""The shapes that rows are predicted for: those of a model that is deployed on the measured device."""
 
 
 AVERAGED = ("arc_easy", "boolq", "piqa", "winogrande")
@@ -36,11 +42,12 @@ class Row:
     drop_stderr: float  # standard error of the paired differences, document by document
     identity: dict = field(default_factory=dict, repr=False)  # of the run
     calibrated_on: str = ""  # text and training of the row's calibration
+    scores: tuple[float, ...] = field(default=(), repr=False)  # by window or document
 
     @property
     def run(self) -> str:
         """Model, weights, settings and data, which comparable rows have in common."""
-        return json.dumps([self.identity.get(key) for key in _COMPARABLE], sort_keys=True)
+        return comparable(self.identity)
 
     @property
     def protocol(self) -> str:
@@ -54,46 +61,72 @@ class Row:
         return self.fields["method"] == DENSE_VARIANT.method
 
 
+def comparable(identity: dict) -> str:
+    """What runs have in common whose rows may be compared."""
+    return json.dumps([identity.get(key) for key in _COMPARABLE], sort_keys=True)
+
+
 def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
     """Rows of run folders, dense first, then in the order of names; dense rows of the same `Row.run` are taken once.
+
+    With `rates` prefill is predicted from them, by the multiply-accumulates of the evaluated model.
 
     Raises ValueError if a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the
     same run (for dense rows: with another value).
     """
-    rates = rates or Rates.load()
+    return collect_runs([(str(folder), *RunFolder.read(folder)) for folder in folders], rates)
+
+
+def collect_runs(runs: list[tuple[str, dict, list[dict]]], rates: Rates | None = None) -> list[Row]:
+    """`collect` of runs that were read already: where from, identity, results."""
     rows: dict[tuple[str, str, str], Row] = {}
-    for folder in folders:
-        for row in _folder_rows(Path(folder), rates):
+    for folder, identity, results in runs:
+        for row in _run_rows(folder, identity, results, rates):
             key = row.run, row.name, row.fields["task"]
             first = rows.setdefault(key, row)
             if first is not row and not (row.is_dense and first.fields["value"] == row.fields["value"]):
                 raise ValueError(
                     f"expected every row once, got {row.name!r} on {row.fields['task']} of {row.fields['model']} again "
-                    f"in {str(folder)!r}; leave one of the folders out"
+                    f"in {folder!r}; leave one of the folders out"
                 )
     return list(rows.values())
 
 
-def _folder_rows(folder: Path, rates: Rates) -> list[Row]:
-    identity, results = RunFolder.read(folder)
+def _run_rows(folder: str, identity: dict, results: list[dict], rates: Rates | None) -> list[Row]:
     dense = {result["task"]: result for result in results if result["variant"]["name"] == DENSE_VARIANT.name}
     lacking = next((result["task"] for result in results if result["task"] not in dense), None)
     if lacking is not None or not dense:
         raise ValueError(
-            f"expected a dense result for {lacking or 'every task'} in {str(folder)!r}, got none; "
+            f"expected a dense result for {lacking or 'every task'} in {folder!r}, got none; "
             "run nm-act eval again with the same --output to complete it"
         )
     results.sort(key=lambda r: (r["variant"]["name"] != DENSE_VARIANT.name, r["task"] != PERPLEXITY, r["task"]))
     return [_row(result, dense[result["task"]], identity, rates) for result in results]
 
 
-def _row(result: dict, dense: dict, identity: dict, rates: Rates) -> Row:
+def predicted(result: dict, rates: Rates | None) -> dict[str, float]:
+    """Speed-up by phase of a result's recipe in the shapes of `PREDICTED_MODEL`; prefill from `rates` if there are any.
+
+    A result of an older run does not say how many layers its model has, and is predicted by multiply-accumulates too.
+    """
+    if rates is not None or "layers" not in result:
+        return {"prefill": predicted_speedup(result["macs"], rates or Rates.load(), result["extra_macs"])}
+    recipe = result["variant"]["recipe"]
+    cost = Measured(DEFAULT_DEVICE, shapes_of(PREDICTED_MODEL), PREDICTED_MODEL, phases=("prefill", "decode"))
+    places = places_of(PREDICTED_MODEL, result["layers"])
+    return predictions(cost, places, None if recipe is None else Recipe.from_dict(recipe))
+
+
+def _row(result: dict, dense: dict, identity: dict, rates: Rates | None) -> Row:
     variant = result["variant"]
-    fields = {**identity, **result, **variant, "dense_value": dense["value"]}
-    fields["predicted_speedup"] = round(predicted_speedup(result["macs"], rates, result["extra_macs"]), 4)
+    fields = {"calibrated_on": "", **identity, **result, **variant, "dense_value": dense["value"]}
+    speedups = predicted(result, rates)
+    fields["predicted_speedup"] = round(speedups["prefill"], 4)
+    fields["predicted_decode"] = round(speedups["decode"], 4) if "decode" in speedups else math.nan
     drop, stderr = (math.nan, math.nan) if result is dense else _drop(result, dense)
     fields = {name: fields[name] for name in COLUMNS}
-    return Row(fields, variant["name"], drop, stderr, identity, variant.get("calibrated_on", ""))
+    on = variant.get("calibrated_on", "")
+    return Row(fields, variant["name"], drop, stderr, identity, on, tuple(result["scores"]))
 
 
 def _drop(result: dict, dense: dict) -> tuple[float, float]:

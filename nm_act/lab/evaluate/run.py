@@ -10,7 +10,7 @@ from torch import nn
 from ...conversion.sparsify import resolved_specs
 from ...layers.linear import NMLinear
 from ...version import commit
-from ..cost import extra_macs, macs_by_pattern
+from ..cost import extra_macs, macs_by_pattern, places_of
 from .folder import PERPLEXITY, RunFolder
 from .perplexity import check_finite, check_window, context_length, perplexity
 from .tasks import GENERATION, harness_model, run_task
@@ -62,7 +62,8 @@ class Study:
             if not missing:
                 continue
             model = variant.make(self.dense).model
-            macs = {"macs": macs_by_pattern(model), "extra_macs": extra_macs(model)}
+            layers = len({place.layer for place in places_of(model)})
+            macs = {"macs": macs_by_pattern(model), "extra_macs": extra_macs(model), "layers": layers}
             at_once = 1 if _reads_sequences(model) else batch_size
             for name in missing:
                 progress(f"{variant.name}: {name}")

@@ -1,5 +1,6 @@
 """What a layer may get in a search: specs from the command line, and the calibrated data of those that need some."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from ...recipe import LinearSpec, Recipe
 from ..evaluate.calibrated import calibrated_row
 from ..evaluate.variants import Variant, from_recipe, sparse_copy
 
-__all__ = ["CalibratedData", "find_calibrations", "option_recipe", "option_variant", "parse_option", "read_data"]
+__all__ = ["CalibratedData", "find_calibrations", "option_name", "option_recipe", "option_variant"]
+__all__ += ["parse_option", "read_data"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ def parse_option(text: str) -> LinearSpec:
             "the recipe that is found with it"
         )
     return spec
+
+
+def option_name(spec: LinearSpec) -> str:
+    """Name of the option that a layer has, whatever the phase."""
+    return str(dataclasses.replace(spec, phase="both"))
 
 
 def option_recipe(spec: LinearSpec, **fields) -> Recipe:
@@ -88,5 +95,5 @@ def option_variant(model: nn.Module, recipe: Recipe, calibrated: dict[str, Calib
     variant = sparse_copy(model, recipe).model
     for name, layer in variant.named_modules():
         if isinstance(layer, NMLinear) and layer.data():
-            set_layers(variant, {name: layer}, calibrated[str(layer.spec)].tensors)
+            set_layers(variant, {name: layer}, calibrated[option_name(layer.spec)].tensors)
     return variant

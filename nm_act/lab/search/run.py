@@ -1,5 +1,6 @@
 """A search as a whole: options, the frontier with its baselines measured on calibration text, the choice, the files."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,18 +16,22 @@ from ...conversion.fingerprint import weights_fingerprint
 from ...conversion.sparsify import decoder_linears
 from ...files import write_atomic
 from ...recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe
-from ..cost import Rates, extra_macs, layer_macs, macs_by_pattern, predicted_speedup
+from ..cost import Cost, Place, places_of, predictions
 from ..evaluate.folder import RunFolder
 from ..evaluate.perplexity import perplexity
 from ..evaluate.variants import resolved
 from ..output import new_figure, png, to_csv, to_json, write_json
+from ..overlap import KEY, fingerprints
 from ..policies import POLICIES
-from .options import CalibratedData, option_recipe, option_variant, read_data
+from .options import CalibratedData, option_name, option_recipe, option_variant, read_data
 from .sensitivity import Group, groups_of, sensitivities
 from .solve import Problem
 from .store import ResultLines
 
 __all__ = ["Goal", "Point", "search"]
+
+SEARCH_FILE = "search.json"
+"""The result, and the hashes of the text that it was found on."""
 
 MEASURED_POINTS = 6
 """Solutions along the frontier whose perplexity is measured."""
@@ -58,20 +63,26 @@ class Point:
 
     name: str
     recipe: Recipe | None
-    speedup: float
+    speedups: dict[str, float]  # predicted, by phase
     perplexity: float
+
+    @property
+    def speedup(self) -> float:
+        """The smallest predicted speed-up of the phases."""
+        return min(self.speedups.values())
 
 
 def search(
     dense: nn.Module,
     windows: torch.Tensor,
     specs: dict[str, LinearSpec],
-    rates: Rates,
+    cost: Cost,
     goal: Goal,
     output: Path,
     *,
     identity: dict,
     layers_together: int = 1,
+    merged: bool = False,
     calibrated: Path | None = None,
     note: Callable[[str], None],
     bar: Callable[[str], AbstractContextManager],
@@ -85,12 +96,18 @@ def search(
         Calibration text.
     specs : dict of str to LinearSpec
         The options of a layer.
+    cost : Rates or Measured
+        What the options gain, in one phase or several: the goal then holds in each. In decode alone, the recipe's
+        layers are sparse in decode only.
+    goal : Goal
     output : Path
         A new folder or that of an earlier run.
     identity : dict
         Facts about model and text for the folder, beside those that follow from the other arguments.
     layers_together : int
         Number of consecutive layers that get one choice.
+    merged : bool
+        Whether projections that share their input (q/k/v, gate/up) get one choice, so that `optimize` merges them.
     calibrated : Path, optional
         Folder of the calibrations that options need.
     note, bar : callable
@@ -101,15 +118,16 @@ def search(
     (Point, list of Point, list of str)
         The best point, all that were measured (the dense model's first), and the files' names, the recipe's first.
     """
-    groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together)
+    groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together, merged=merged)
     if not groups:
         raise ValueError(
             f"expected projections among {', '.join(DEFAULT_PROJECTIONS)} in {identity['search']!r}, got none of them; "
             "search another model"
         )
+    places = dict(zip(decoder_linears(dense), places_of(dense), strict=True))
     inside = {name for group in groups for name in group.names}
-    other = sum(layer_macs(linear) for name, (_, _, linear) in decoder_linears(dense).items() if name not in inside)
-    _check_reachable(groups, specs, rates, goal, other)
+    others = tuple(place for name, place in places.items() if name not in inside)
+    _check_reachable(groups, specs, cost, goal, others)
     data = read_data(dense, specs, calibrated)
     count, window = windows.shape
     identity = identity | {
@@ -118,27 +136,29 @@ def search(
         "window": window,
         "token_ids": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         "layers_together": layers_together,
+        **({"merged": True} if merged else {}),
     }
     folder = RunFolder.open(output, identity).path
     note(f"sensitivities of {len(groups)} groups, {len(specs)} options, {count} windows of {window} tokens")
     with bar("sensitivities") as update:
         costs = sensitivities(dense, windows, groups, specs, folder / "sensitivities.jsonl", update, data)
-    problem = Problem(groups, costs, specs, rates, other)
+    problem = Problem(groups, costs, specs, cost, others)
     choices = problem.frontier(MEASURED_POINTS)[1:]
     if goal.target_speedup is not None:
         choices.append(problem.solve(goal.target_speedup))
-    found = [problem.recipe(choice) for choice in choices]
+    phase = cost.phases[0] if tuple(cost.phases) == ("decode",) else "both"
+    found = [dataclasses.replace(problem.recipe(choice), phase=phase) for choice in choices]
     recipes = [("dense", None), *(("search", recipe) for recipe in found)]
-    recipes += [item for spec in specs.values() for item in _baselines(spec).items()]
-    points = _measure(dense, windows, recipes, rates, folder / "points.jsonl", note, data)
+    recipes += [item for spec in specs.values() for item in _baselines(spec, phase).items()]
+    points = _measure(dense, windows, recipes, lambda r: predictions(cost, places.values(), r), folder, note, data)
     best = _best(points, found[-1], goal)
     used = {name: data[name] for name in specs if name in data.keys() & _options_of(best.recipe)}
-    return best, points, _write(folder, points, best, dense, used)
+    return best, points, _write(folder, points, best, dense, used, fingerprints(windows))
 
 
-def _check_reachable(groups: list[Group], specs, rates: Rates, goal: Goal, other_macs: int) -> None:
+def _check_reachable(groups: list[Group], specs, cost: Cost, goal: Goal, others: tuple[Place, ...]) -> None:
     """Raise a ValueError if the target cannot be reached or, without one, if no option is faster than dense."""
-    free = Problem(groups, {group.key: dict.fromkeys(specs, 0.0) for group in groups}, specs, rates, other_macs)
+    free = Problem(groups, {group.key: dict.fromkeys(specs, 0.0) for group in groups}, specs, cost, others)
     if goal.target_speedup is not None:
         free.solve(goal.target_speedup)
     elif free.frontier(1)[-1].speedup <= 1:
@@ -148,42 +168,44 @@ def _check_reachable(groups: list[Group], specs, rates: Rates, goal: Goal, other
         )
 
 
-def _baselines(spec: LinearSpec) -> dict[str, Recipe]:
+def _baselines(spec: LinearSpec, phase: str) -> dict[str, Recipe]:
     """Name -> recipe of the published policies with one spec."""
-    return {f"{name}, {spec}": option_recipe(spec, projections=projections) for name, projections in POLICIES.items()}
+    return {
+        f"{name}, {spec}": option_recipe(spec, projections=projections, phase=phase)
+        for name, projections in POLICIES.items()
+    }
 
 
 def _measure(
     model: nn.Module,
     windows: torch.Tensor,
     recipes: list[tuple[str, Recipe | None]],
-    rates: Rates,
-    store: Path,
+    predict: Callable[[Recipe | None], dict[str, float]],
+    folder: Path,
     note: Callable[[str], None],
     data: dict[str, CalibratedData],
 ) -> list[Point]:
-    """Perplexity of every recipe on calibration text; measurements in `store` are not repeated."""
-    known = ResultLines(store, ("recipe", "calibration"), ("perplexity", "macs", "extra_macs"))
+    """Perplexity of every recipe on calibration text, with all tokens sparse; none in `folder` is measured again."""
+    known = ResultLines(folder / "points.jsonl", ("recipe", "calibration"), ("perplexity",))
     points = []
     for name, recipe in recipes:
-        text = "dense" if recipe is None else json.dumps(recipe.to_dict(), sort_keys=True)
+        always = None if recipe is None else dataclasses.replace(recipe, phase="both")
+        text = "dense" if always is None else json.dumps(always.to_dict(), sort_keys=True)
         digests = sorted(data[option].digest for option in data.keys() & _options_of(recipe)) or None
         if (text, digests) not in known:
             note(f"perplexity on calibration text: {name}")
-            variant = model if recipe is None else option_variant(model, recipe, data)
+            variant = model if always is None else option_variant(model, always, data)
             value = perplexity(variant, windows.flatten(), window=windows.shape[1]).value
-            macs, extra = macs_by_pattern(variant), extra_macs(variant)
-            known.add(recipe=text, calibration=digests, perplexity=value, macs=macs, extra_macs=extra)
+            known.add(recipe=text, calibration=digests, perplexity=value)
             known.write()
             del variant
-        row = known[text, digests]
-        points.append(Point(name, recipe, predicted_speedup(row["macs"], rates, row["extra_macs"]), row["perplexity"]))
+        points.append(Point(name, recipe, predict(recipe), known[text, digests]["perplexity"]))
     return points
 
 
 def _options_of(recipe: Recipe | None) -> set[str]:
     """The options that a recipe gives to any layer; none for the dense model."""
-    return set() if recipe is None else {str(spec) for spec in resolved(recipe)}
+    return set() if recipe is None else {option_name(spec) for spec in resolved(recipe)}
 
 
 def _best(points: list[Point], solved: Recipe, goal: Goal) -> Point:
@@ -205,6 +227,7 @@ def point_rows(points: list[Point]) -> list[dict]:
         {
             "name": point.name,
             "predicted_speedup": round(point.speedup, 4),
+            **({f"predicted_{phase}": round(value, 4) for phase, value in point.speedups.items()}),
             "perplexity": point.perplexity,
             "change_percent": 100 * (point.perplexity / points[0].perplexity - 1),
         }
@@ -214,22 +237,29 @@ def point_rows(points: list[Point]) -> list[dict]:
 
 def result(best: Point, points: list[Point]) -> dict:
     """A search's result as plain data."""
-    return {"recipe": best.recipe.to_dict(), "predicted_speedup": best.speedup, "points": point_rows(points)}
+    return {
+        "recipe": best.recipe.to_dict(),
+        "predicted_speedup": best.speedup,
+        "predicted": best.speedups,
+        "points": point_rows(points),
+    }
 
 
-def _write(folder: Path, points: list[Point], best: Point, dense, used: dict[str, CalibratedData]) -> list[str]:
+def _write(
+    folder: Path, points: list[Point], best: Point, dense, used: dict[str, CalibratedData], hashes: list[str]
+) -> list[str]:
     """Write the recipe, the data of its options `used`, the frontier and its plot; names of the files."""
     sparse = option_variant(dense, best.recipe, used) if used else None
     files = {
         "frontier.png": _draw(points, best),
         "frontier.csv": to_csv(point_rows(points)),
-        "search.json": to_json(result(best, points)) + "\n",
+        SEARCH_FILE: to_json(result(best, points) | {KEY: hashes}) + "\n",
     }
     for name in (DATA_FILE, FACTS_FILE):  # of another goal's recipe
         (folder / name).unlink(missing_ok=True)
     if used:
         facts = {"seed": next(iter(used.values())).seed, "options": {name: each.digest for name, each in used.items()}}
-        write_json(folder / FACTS_FILE, facts)
+        write_json(folder / FACTS_FILE, facts | {KEY: hashes})
         save_calibration(sparse, folder)
     else:
         best.recipe.save(folder / RECIPE_FILE)
@@ -248,7 +278,7 @@ def _draw(points: list[Point], best: Point) -> bytes:
         axes.plot(point.speedup, point.perplexity, "s^vDP*X<>"[index % 9], color=f"C{1 + index % 9}", label=point.name)
     axes.plot(best.speedup, best.perplexity, "o", markersize=13, fillstyle="none", color="k", label="written")
     axes.set_yscale("log")
-    axes.set_xlabel("predicted prefill speed-up of the linear layers")
+    axes.set_xlabel(f"predicted speed-up, {' and '.join(best.speedups)}")
     axes.set_ylabel("perplexity, calibration text")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

@@ -18,6 +18,8 @@ from ...conversion.calibration import set_layers
 from ...conversion.sparsify import decoder_linears
 from ...layers.linear import NMLinear
 from ...recipe import LinearSpec
+from ..cost import Place
+from ..measured import merged_with
 from .options import CalibratedData
 from .store import ResultLines
 
@@ -26,9 +28,9 @@ __all__ = ["Group", "groups_of", "sensitivities"]
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that get one choice together: the same projection of consecutive decoder layers."""
+    """Linear layers that get one choice: one projection, or one merged product, of consecutive decoder layers."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...]  # of each linear layer
     projections: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]  # in_features and out_features of each linear layer
     names: tuple[str, ...]  # of the modules
@@ -36,28 +38,44 @@ class Group:
     @property
     def macs(self) -> int:
         """Multiply-accumulates per token."""
-        return sum(in_features * out_features for in_features, out_features in self.shapes)
+        return sum(place.macs for place in self.places)
+
+    @property
+    def places(self) -> list[Place]:
+        """The linear layers, for the cost."""
+        projections = [name.rpartition(".")[2] for name in self.names] if len(self.projections) > 1 else None
+        each = zip(self.layers, projections or self.projections * len(self.layers), self.shapes, strict=True)
+        return [Place(layer, projection, *shape) for layer, projection, shape in each]
+
+    @property
+    def is_whole_product(self) -> bool:
+        """Whether no other layer shares the input, so that an optimized model packs the operand once for all."""
+        return set(merged_with(self.projections[0])) <= set(self.projections)
 
     @property
     def key(self) -> str:
         """Name in result files, "3-4:gate_proj"."""
-        return "-".join(map(str, self.layers)) + ":" + "+".join(self.projections)
+        return "-".join(map(str, dict.fromkeys(self.layers))) + ":" + "+".join(self.projections)
 
 
-def groups_of(model: nn.Module, projections: tuple[str, ...], layers_together: int = 1) -> list[Group]:
-    """Groups of a dense model: one per projection and `layers_together` consecutive layers."""
-    cells: dict[tuple[int, str], list[tuple[int, str, nn.Linear]]] = {}
+def groups_of(
+    model: nn.Module, projections: tuple[str, ...], layers_together: int = 1, *, merged: bool = False
+) -> list[Group]:
+    """Groups of a dense model: one per projection or `merged` product, and `layers_together` consecutive layers."""
+    cells: dict[tuple[int, tuple[str, ...]], list[tuple[int, str, nn.Linear]]] = {}
     for name, (layer, projection, linear) in decoder_linears(model).items():
         if projection in projections:
-            cells.setdefault((layer // layers_together, projection), []).append((layer, name, linear))
+            together = tuple(each for each in merged_with(projection) if each in projections)
+            key = layer // layers_together, together if merged else (projection,)
+            cells.setdefault(key, []).append((layer, name, linear))
     return [
         Group(
             layers=tuple(layer for layer, _, _ in members),
-            projections=(projection,),
+            projections=together,
             shapes=tuple((linear.in_features, linear.out_features) for _, _, linear in members),
             names=tuple(name for _, name, _ in members),
         )
-        for (_, projection), members in sorted(cells.items())
+        for (_, together), members in sorted(cells.items())
     ]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...recipe import DENSE, LinearSpec, Recipe, Rule
 from ...supported import require
-from ..cost import Rates, added_macs, pattern_of
+from ..cost import Cost, Place, is_packed, layer_time
 from .sensitivity import Group
 
 __all__ = ["Choice", "Problem"]
@@ -27,46 +27,70 @@ class Choice:
     """An assignment of a spec's name (or "dense") to every group."""
 
     names: tuple[str, ...]  # one per group
-    speedup: float  # predicted for all linear layers of the decoder
+    speedup: float  # predicted; of several phases the smaller
     sensitivity: float  # sum over the groups, nats per token
     bound: float  # lower bound of the sensitivity of any choice that is as fast as the target
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A multiple-choice knapsack: the least total sensitivity for a predicted speed-up.
+    """A multiple-choice knapsack: the least total sensitivity for a predicted speed-up in every phase of the cost.
 
-    `costs` has the sensitivities by group key and spec name; `other_macs` counts the multiply-accumulates per token of
-    the linear layers in no group, which stay dense.
+    `costs` has the sensitivities by group key and spec name; `others` are the linear layers in no group, which stay
+    dense.
     """
 
     groups: list[Group]
     costs: dict[str, dict[str, float]]
     specs: dict[str, LinearSpec]
-    rates: Rates
-    other_macs: int = 0
+    cost: Cost
+    others: tuple[Place, ...] = ()
 
     @cached_property
     def _saved(self) -> np.ndarray:
-        """Share of the time that every option saves, [groups, options]; option 0 is dense."""
-        total = sum(group.macs for group in self.groups) + self.other_macs
+        """Share of the time that every option saves, [phases, groups, options]; option 0 is dense."""
+        layers = len({place.layer for group in self.groups for place in group.places} | {p.layer for p in self.others})
 
-        def saved(group: Group, spec: LinearSpec) -> float:
-            added = sum(added_macs(spec, *shape) for shape in group.shapes)
-            return max(0.0, ((1 - 1 / self.rates.speedup(pattern_of(spec))[0]) * group.macs - added) / total)
+        def phase_saved(phase: str) -> list[list[float]]:
+            def time(group: Group, spec: LinearSpec | None) -> float:
+                fused = group.is_whole_product and is_packed(spec)
+                return math.fsum(layer_time(self.cost, phase, place, spec, fused=fused) for place in group.places)
 
-        return np.array([[0.0, *(saved(group, spec) for spec in self.specs.values())] for group in self.groups])
+            dense = [time(group, None) for group in self.groups]
+            total = math.fsum(dense) + self.cost.rest(phase, layers)
+            total += math.fsum(self.cost.time(phase, place, None) for place in self.others)
+            return [
+                [0.0, *((alone - time(group, spec)) / total for spec in self.specs.values())]
+                for group, alone in zip(self.groups, dense, strict=True)
+            ]
 
-    @property
+        return np.array([phase_saved(phase) for phase in self.cost.phases])
+
+    @cached_property
     def _reachable(self) -> float:
-        return float(self._saved.max(axis=1).sum())
+        """The largest share of the time that can be saved in every phase."""
+        if len(self._saved) == 1:
+            return float(self._saved[0].max(axis=1).sum())
+        optimize = import_extra("scipy.optimize", "the solver of nm-act search")
+        phases, groups, options = self._saved.shape
+        saved = np.hstack([self._saved.reshape(phases, -1), -np.ones((phases, 1))])
+        one_each = np.hstack([np.kron(np.eye(groups), np.ones(options)), np.zeros((groups, 1))])
+        with _no_output():
+            found = optimize.milp(
+                [*np.zeros(groups * options), -1.0],
+                integrality=[*np.ones(groups * options), 0],
+                bounds=optimize.Bounds([*np.zeros(groups * options), -1.0], 1),
+                constraints=[optimize.LinearConstraint(saved, 0), optimize.LinearConstraint(one_each, 1, 1)],
+                options={"time_limit": _SECONDS},
+            )
+        return max(0.0, float(-found.fun) - 1e-6)  # HiGHS lets rows fall short by as much
 
     def frontier(self, points: int = 24) -> list[Choice]:
         """Solutions from no speed-up to the largest that can be reached, equally spaced in time saved."""
         return [self.solve(1 / (1 - self._reachable * index / points)) for index in range(points + 1)]
 
     def solve(self, target_speedup: float) -> Choice:
-        """The optimum (up to a millionth) for a speed-up of all linear layers together of at least the target.
+        """The optimum (up to a millionth) for a predicted speed-up of at least the target, in every phase.
 
         It is found by HiGHS, as an integer program with one binary variable per group and option. Raises ValueError if
         even the fastest option everywhere does not reach the target.
@@ -82,10 +106,12 @@ class Problem:
         cost = np.array([[0.0, *(self.costs[group.key][name] for name in self.specs)] for group in self.groups])
         groups, options = cost.shape
         unit = cost.max() or 1.0
-        useful = self._saved > 0  # what saves nothing is never chosen
+        useful = (self._saved > 0).any(axis=0)  # what saves nothing is never chosen
         useful[:, 0] = True
         # HiGHS lets a row fall short by 1e-6: in units of a ten-thousandth, that is 1e-10 of the time.
-        enough = optimize.LinearConstraint(1e4 * self._saved.reshape(1, -1), 1e4 * min(needed, self._reachable))
+        enough = optimize.LinearConstraint(
+            1e4 * self._saved.reshape(len(self._saved), -1), 1e4 * min(needed, self._reachable)
+        )
         one_each = optimize.LinearConstraint(np.kron(np.eye(groups), np.ones(options)), 1, 1)
         with _no_output():
             found = optimize.milp(
@@ -100,7 +126,7 @@ class Problem:
         picked = found.x.reshape(groups, options).argmax(axis=1)
         names, rows = (DENSE, *self.specs), np.arange(groups)
         sensitivity = math.fsum(cost[rows, picked])
-        speedup = 1 / (1 - math.fsum(self._saved[rows, picked]))
+        speedup = min(1 / (1 - math.fsum(saved[rows, picked])) for saved in self._saved)
         bound = min(found.mip_dual_bound * unit, sensitivity)
         return Choice(tuple(names[index] for index in picked), speedup, sensitivity, bound)
 
@@ -110,7 +136,7 @@ class Problem:
         for group, name in zip(self.groups, choice.names, strict=True):
             if name != DENSE:
                 for projection in group.projections:
-                    layers.setdefault((projection, name), []).extend(group.layers)
+                    layers.setdefault((projection, name), []).extend(dict.fromkeys(group.layers))
         rules = [
             Rule(
                 layers=tuple(sorted(chosen)),

@@ -1,0 +1,74 @@
+"""How small a difference means something: paired errors over windows, and the noise of rounding.
+
+Rounding of 1e-6 flips near ties of a selection, and later layers amplify that. Two implementations of one formula
+therefore differ in perplexity, and differences within that noise are no ranking.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .perplexity import mean_and_stderr, perplexity
+
+__all__ = ["noise_floor", "paired_difference", "perturbed"]
+
+PERTURBATION = 1e-6
+"""Relative size of the perturbation of the embeddings: the rounding of float32, amplified by one product."""
+
+
+@contextmanager
+def perturbed(model: nn.Module, seed: int, size: float = PERTURBATION):
+    """Within it, the model's embeddings are multiplied by ``1 + size * n`` with n from a normal distribution."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(module, args, output):
+        noise = torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output.device)
+        return (output.double() * (1 + size * noise.double())).to(output.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(change)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def noise_floor(model: nn.Module, tokens: torch.Tensor, window: int, seeds: int = 4) -> tuple[float, float]:
+    """Standard deviation over seeds of the mean loss, in nats per token, and its largest difference from unperturbed.
+
+    Parameters
+    ----------
+    model : nn.Module
+    tokens : Tensor [tokens], int64
+    window : int
+    seeds : int
+        Number of perturbed runs, at least 2.
+    """
+    if seeds < 2:
+        raise ValueError(f"expected at least 2 seeds to estimate noise from, got {seeds}; use more")
+    plain = _mean_loss(model, tokens, window)
+    found = []
+    for seed in range(seeds):
+        with perturbed(model, seed):
+            found.append(_mean_loss(model, tokens, window))
+    mean = math.fsum(found) / seeds
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (seeds - 1))
+    return deviation, max(abs(value - plain) for value in found)
+
+
+def _mean_loss(model: nn.Module, tokens: torch.Tensor, window: int) -> float:
+    found = perplexity(model, tokens, window=window)
+    return found.nll / found.tokens
+
+
+def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """Mean difference of the losses of the same windows, in nats per token, and its standard error.
+
+    Examples
+    --------
+    >>> mean, stderr = paired_difference([3.0, 4.0, 5.0], [2.9, 3.8, 4.9])
+    >>> round(mean, 3), round(stderr, 3)
+    (0.133, 0.033)
+    """
+    return mean_and_stderr([one - other for one, other in zip(ours, theirs, strict=True)])

@@ -1,0 +1,174 @@
+"""Times of a decoder's products on a measured device, by the shapes of a model.
+
+A layer that shares its input with others (q/k/v, gate/up) costs its share of the merged product that
+:func:`nm_act.optimize` makes. Where the merged layers have one spec, their 2:4 operand comes packed from the norm or
+the activation in front, so the time is that of the sparse GEMM; otherwise, and for ``o_proj``, that of the operator.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..recipe import DEFAULT_PROJECTIONS, ROLES, LinearSpec
+from .tables import Tables, load_tables
+
+__all__ = ["MERGED", "SHAPES", "Measured", "Place", "merged_with", "shapes_of"]
+
+MERGED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Projections of one product of an optimized decoder block."""
+
+SHAPES = {
+    "llama-3-8b": (32, 4096, 14336, 4096, 1024),
+    "llama-3-70b": (80, 8192, 28672, 8192, 1024),
+    "llama-3.2-1b": (16, 2048, 8192, 2048, 512),
+    "qwen2.5-7b": (28, 3584, 18944, 3584, 512),
+    "smollm2-135m": (30, 576, 1536, 576, 192),
+}
+"""Model -> decoder layers, hidden size, inner size of the MLP, features of all query and of all key heads."""
+
+_REFERENCE = "llama-3-8b"
+"""The model whose 8:16 step, at this prompt, says how much longer a product takes inside a decode step than alone."""
+REFERENCE_PROMPT = 512
+
+
+def shapes_of(name: str) -> dict[str, tuple[int, int]]:
+    """Projection -> (in_features, out_features) of a model in `SHAPES`; ValueError if it is none of them.
+
+    Examples
+    --------
+    >>> shapes_of("llama-3-8b")["k_proj"]
+    (4096, 1024)
+    """
+    if name not in SHAPES:
+        raise ValueError(f"expected shapes among {', '.join(SHAPES)}, got {name!r}; or leave --shapes out")
+    _, hidden, inner, queries, keys = SHAPES[name]
+    sizes = (hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner)
+    return dict(zip(DEFAULT_PROJECTIONS, (*sizes, (inner, hidden)), strict=True))
+
+
+def merged_with(projection: str) -> tuple[str, ...]:
+    """The projections in the product of a projection, itself included.
+
+    Examples
+    --------
+    >>> merged_with("up_proj"), merged_with("fc2")
+    (('gate_proj', 'up_proj'), ('fc2',))
+    """
+    return next((names for names in MERGED if projection in names), (projection,))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear layer of a decoder."""
+
+    layer: int
+    projection: str
+    in_features: int
+    out_features: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per token."""
+        return self.in_features * self.out_features
+
+
+@dataclass
+class Measured:
+    """Times on one device in microseconds, for the shapes of one model.
+
+    Parameters
+    ----------
+    device : str
+        A folder of the measured tables, e.g. "h100".
+    shapes : dict of str to (int, int)
+        Projection -> (in_features, out_features): `shapes_of` a named model, or those of the searched one.
+    model : str
+        Name of the shapes, for what a whole model spends outside its products.
+    dtype : {"bf16", "e4m3"}
+        Of the sparse layers; dense ones are in bfloat16.
+    phases : tuple of {"prefill", "decode"}
+    tokens : int
+        Of the prompt whose prefill is predicted.
+    decode_prompt : int
+        Prompt of the whole model whose decode step is predicted; the default is the shortest measured, in which
+        attention takes the least.
+
+    Raises
+    ------
+    ValueError
+        If the device was not measured.
+    """
+
+    device: str
+    shapes: dict[str, tuple[int, int]]
+    model: str = ""
+    dtype: str = "bf16"
+    phases: tuple[str, ...] = ("prefill",)
+    tokens: int = 4096
+    decode_prompt: int = REFERENCE_PROMPT
+    notes: dict[str, None] = field(default_factory=dict)
+    """Sentences on what was not measured as asked, each once."""
+
+    def __post_init__(self):
+        self.tables: Tables = load_tables(self.device)
+
+    def time(self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
+        """Microseconds of a projection's share of its product, by the name of its `place`; None is dense.
+
+        `fused` says that all layers of the product have this spec.
+        """
+        projection = place.projection
+        names = (projection,) if projection in self.shapes else ROLES.get(projection, (projection,))
+        missing = next((name for name in names if name not in self.shapes), None)
+        if missing is not None:
+            raise ValueError(
+                f"expected projections among {', '.join(self.shapes)}, got {missing!r}; search with --rates FILE"
+            )
+        return sum(self._time(phase, name, spec, fused) for name in names)
+
+    def _time(self, phase: str, name: str, spec: LinearSpec | None, fused: bool) -> float:
+        together = [other for other in merged_with(name) if other in self.shapes]
+        in_features, out_features = self.shapes[name]
+        merged = sum(self.shapes[other][1] for other in together)
+        tokens = self.tokens if phase == "prefill" else 1
+        sizes = merged, in_features, tokens
+        found = dense = self.tables.dense(phase, sizes)
+        time = dense.us
+        if spec is not None:
+            dtype = self.dtype if phase == "decode" or str(spec.pattern) == "2:4" else "bf16"
+            fused = fused and name != "o_proj"
+            found = self.tables.product(phase, str(spec.pattern), sizes, dtype, fused=fused)
+            time *= found.us / found.dense_us  # tables were measured at different clocks
+            time += self._in_model if phase == "decode" else 0.0
+        if found.note:
+            self.notes[found.note] = None
+        return time * out_features / merged
+
+    @cached_property
+    def _in_model(self) -> float:
+        """Microseconds by which a product of few tokens takes longer inside a model's step than alone.
+
+        The step of the reference model at 8:16 less its prediction from the products alone, by product.
+        """
+        step = self.tables.whole(_REFERENCE, "nm-8:16", "decode", REFERENCE_PROMPT)
+        if step is None:
+            return 0.0
+        alone = Measured(self.device, shapes_of(_REFERENCE), _REFERENCE, phases=("decode",))
+        alone._in_model = 0.0
+        layers = SHAPES[_REFERENCE][0]
+        products = layers * alone.block("decode", LinearSpec("8:16"))
+        return max(0.0, step - products - alone.rest("decode", layers)) / (layers * len(MERGED))
+
+    def block(self, phase: str, spec: LinearSpec | None) -> float:
+        """Microseconds of all products of one decoder block with one spec."""
+        return math.fsum(self._time(phase, name, spec, True) for name in self.shapes)
+
+    def rest(self, phase: str, layers: int) -> float:
+        """Microseconds that a model of so many of these blocks spends outside their products; 0 if not measured."""
+        prompt = self.tokens if phase == "prefill" else self.decode_prompt
+        whole = self.tables.whole(self.model, "dense_bf16", phase, prompt) if self.model in SHAPES else None
+        if whole is None:
+            self.notes["no whole model of these shapes was measured: the speed-up is that of the linear layers"] = None
+            return 0.0
+        measured = SHAPES[self.model][0]
+        return max(0.0, whole - measured * self.block(phase, None)) * layers / measured

@@ -1,0 +1,180 @@
+"""The measured tables of ``benchmarks/results/DEVICE``: times of products by shape, and of whole models."""
+
+import csv
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..patterns import NMPattern, as_pattern
+
+__all__ = ["DEFAULT_DEVICE", "Product", "Tables", "devices", "load_tables", "table_file"]
+
+DEFAULT_DEVICE = "h100"
+"""The device of a prediction unless another is named."""
+
+_FILES = ("sparse_linear.csv", "families.csv", "patterns.csv", "decode.csv")
+"""Tables of products; the first column of each is the benchmark's name."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A measured product, or the nearest one scaled to the sizes that were asked for."""
+
+    us: float
+    dense_us: float  # of the same sizes, cuBLAS in bfloat16
+    note: str = ""  # what was not measured, and which row stands for it
+
+
+@dataclass(frozen=True)
+class _Row:
+    out_features: int
+    in_features: int
+    tokens: int
+    us: float
+    dense_us: float
+    table: int = 0  # of two equal sizes the first table's counts
+
+    def distance(self, sizes: tuple[int, int, int]) -> float:
+        mine = self.out_features, self.in_features, self.tokens
+        return sum(abs(math.log(a / b)) for a, b in zip(mine, sizes, strict=True))
+
+    def scaled(self, sizes: tuple[int, int, int]) -> tuple[float, float]:
+        """Times at other sizes: as many multiply-accumulates in the same time."""
+        factor = math.prod(sizes) / (self.out_features * self.in_features * self.tokens)
+        return self.us * factor, self.dense_us * factor
+
+
+def _folder() -> Path:
+    """Of all devices: inside an installed package, else of the checkout."""
+    inside = Path(__file__).with_name("results")
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+def devices() -> list[str]:
+    """Names of the devices whose products were measured."""
+    return sorted(path.parent.name for path in _folder().glob("*/sparse_linear.csv"))
+
+
+def table_file(device: str, name: str) -> Path:
+    """Path of one table."""
+    return _folder() / device / name
+
+
+class Tables:
+    """The tables of one device; ValueError if there are none."""
+
+    def __init__(self, device: str):
+        if device not in devices():
+            raise ValueError(
+                f"expected a measured device among {', '.join(devices()) or 'none'}, got {device!r}; "
+                "give a CSV of your own with --rates"
+            )
+        self._device = device
+        self._products: dict[tuple[str, str, str], list[_Row]] = {}  # "phase stage", dtype, pattern
+        for index, name in enumerate(_FILES):
+            for row in self._read(name):
+                self._add(index, row)
+
+    def _read(self, name: str) -> Iterator[dict[str, str]]:
+        path = table_file(self._device, name)
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                yield from csv.DictReader(file)
+
+    def _add(self, table: int, row: dict[str, str]) -> None:
+        phase = "decode" if _FILES[table] == "decode.csv" else "prefill"
+        kind = f"{phase} {row['stage']}", row["dtype"], row["pattern"]
+        if row["stage"] == "prune":  # of an operand [tokens, in], whatever is multiplied by it
+            sizes = 1, int(row["in_features"]), int(row["tokens"])
+            self._products.setdefault(kind, []).append(_Row(*sizes, float(row["us_p50"]), 1.0))
+        elif row["baseline"] == "cublas_bf16" and row["variant"] != "prune+dense":
+            sizes = int(row["out_features"]), int(row["in_features"]), int(row["tokens"])
+            times = float(row["us_p50"]), float(row["baseline_us_p50"])
+            self._products.setdefault(kind, []).append(_Row(*sizes, *times, table))
+
+    def product(
+        self, phase: str, pattern: str, sizes: tuple[int, int, int], dtype: str = "bf16", *, fused: bool = False
+    ) -> Product:
+        """A product ``[tokens, in] x [out, in]`` with a pruned operand.
+
+        Parameters
+        ----------
+        phase : {"prefill", "decode"}
+        pattern : str
+            As in a recipe. In decode the time of a share of kept features that was not measured is interpolated, or
+            beyond the measured shares proportional. In prefill every pattern but 2:4 and 2:4+1 is a pruned operand in
+            the dense product.
+        sizes : (int, int, int)
+            out_features, in_features and tokens. Those that were not measured take the nearest row's time per
+            multiply-accumulate.
+        dtype : {"bf16", "e4m3"}
+        fused : bool
+            Whether the operand comes packed from the producer in front, where that is possible (2:4 in prefill).
+        """
+        chosen = as_pattern(pattern)
+        if phase == "decode":
+            return self._decode(chosen.kept_fraction, sizes, dtype)
+        windows = len(chosen.extra_columns) if isinstance(chosen, NMPattern) else 0
+        name = f"{chosen.keep}:{chosen.group}+{windows}" if windows else str(chosen)
+        stage = "prefill gemm" if fused and (name == "2:4") else "prefill op"
+        if (stage, dtype, name) in self._products:
+            return self._nearest((stage, dtype, name), sizes)
+        dense = self._nearest(("prefill op", "bf16", "2:4"), sizes)
+        pruned = name if ("prefill prune", "bf16", name) in self._products else "8:16"
+        prune = self._nearest(("prefill prune", "bf16", pruned), (1, *sizes[1:]))
+        note = "" if pruned == name else f"{name} in prefill was not measured: 8:16 stands for it"
+        return Product(prune.us + dense.dense_us, dense.dense_us, note or dense.note)
+
+    def dense(self, phase: str, sizes: tuple[int, int, int]) -> Product:
+        """The dense product of these sizes in bfloat16, in `us` and `dense_us` alike."""
+        found = self._nearest((f"{phase} op", "bf16", "2:4"), sizes)
+        return Product(found.dense_us, found.dense_us, found.note)
+
+    def _decode(self, kept: float, sizes: tuple[int, int, int], dtype: str) -> Product:
+        shares: dict[float, str] = {}
+        for stage, own, pattern in self._products:
+            if (stage, own) == ("decode op", dtype):
+                shares.setdefault(as_pattern(pattern).kept_fraction, pattern)
+        below = max((share for share in shares if share <= kept), default=min(shares))
+        above = min((share for share in shares if share >= kept), default=max(shares))
+        low, high = (self._nearest(("decode op", dtype, shares[share]), sizes) for share in (below, above))
+        if below == above:
+            note = (
+                ""
+                if kept == below
+                else f"{kept:.1%} kept in decode was not measured: time in proportion to {below:.0%}"
+            )
+            return Product(low.us * kept / below, low.dense_us, note or low.note)
+        weight = (kept - below) / (above - below)
+        note = f"{kept:.1%} kept in decode was not measured: between {below:.1%} and {above:.1%}"
+        return Product(low.us * (1 - weight) + high.us * weight, low.dense_us, note)
+
+    def _nearest(self, kind: tuple[str, str, str], sizes: tuple[int, int, int]) -> Product:
+        best = min(self._products[kind], key=lambda row: (row.distance(sizes), row.table, row.us))
+        note = ""
+        if best.distance(sizes):
+            wanted, got = (" x ".join(map(str, (each[2], *each[:2]))) for each in (sizes, _sizes(best)))
+            note = f"{wanted} (tokens, out, in) was not measured in {kind[0].split()[0]}: the nearest is {got}"
+        return Product(*best.scaled(sizes), note)
+
+    def whole(self, model: str, mode: str, phase: str, prompt: int) -> float | None:
+        """Measured microseconds of a whole model at batch 1: time to first token, or a decode step; None without it."""
+        metric = {"prefill": "ttft_ms", "decode": "decode_tok_s"}[phase]
+        wanted = {"mode": mode, "metric": metric, "batch": "1", "prompt": str(prompt), "baseline": "dense_bf16"}
+        for row in self._read("inference.csv"):
+            if row["model"].split(" (")[0] == model and wanted.items() <= row.items():
+                value = float(row["p50"])
+                return 1e3 * value if phase == "prefill" else 1e6 / value
+        return None
+
+
+def _sizes(row: _Row) -> tuple[int, int, int]:
+    return row.out_features, row.in_features, row.tokens
+
+
+@functools.cache
+def load_tables(device: str) -> Tables:
+    """The tables of a device, read once."""
+    return Tables(device)

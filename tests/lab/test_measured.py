@@ -1,0 +1,126 @@
+"""Predictions from the measured tables: against the whole models that were measured, and what was not measured."""
+
+import pytest
+import tiny_model
+
+from nm_act.lab.cost import Place, Rates, cost_of, places_of, predictions, shapes_of
+from nm_act.lab.measured import Measured
+from nm_act.lab.search.sensitivity import groups_of
+from nm_act.lab.tables import devices, load_tables
+from nm_act.recipe import LinearSpec, Recipe, Rule
+
+LLAMA = shapes_of("llama-3-8b")
+BOTH = ("prefill", "decode")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "phase", "prompt", "percent"),
+    [
+        *(("2:4", "prefill", prompt, 5) for prompt in (512, 4096, 16384)),
+        *((pattern, "decode", 512, 5) for pattern in ("2:4", "8:16")),
+        *(("8:16", "prefill", prompt, limit) for prompt, limit in ((512, 5), (4096, 6), (16384, 5))),
+    ],
+)
+def test_whole_models_are_predicted(pattern, phase, prompt, percent):
+    """Speed-ups of the models in inference.csv, which the products' tables do not contain."""
+    cost = Measured("h100", LLAMA, "llama-3-8b", phases=(phase,), tokens=prompt)
+    found = predictions(cost, places_of("llama-3-8b", 32), Recipe(pattern))[phase]
+    times = [cost.tables.whole("llama-3-8b", mode, phase, prompt) for mode in ("dense_bf16", f"nm-{pattern}")]
+    assert found == pytest.approx(times[0] / times[1], rel=percent / 100)
+    assert not cost.notes
+
+
+def test_a_product_is_merged_and_fused_only_where_its_layers_have_one_spec():
+    cost = Measured("h100", LLAMA, "llama-3-8b")
+    places = places_of("llama-3-8b", 1)
+    everything = predictions(cost, places, Recipe("2:4"))["prefill"]
+    other = Recipe("2:4", rules=[Rule(projections=["k_proj"], mitigation=["var"])])
+    assert predictions(cost, places, other)["prefill"] < everything
+    [q] = [place for place in places if place.projection == "q_proj"]
+    spec = LinearSpec("2:4")
+    assert cost.time("prefill", q, spec, fused=True) < cost.time("prefill", q, spec) < cost.time("prefill", q, None)
+    shares = [
+        cost.time("prefill", place, None) for place in places if place.projection in ("q_proj", "k_proj", "v_proj")
+    ]
+    assert sum(shares) == pytest.approx(cost.tables.dense("prefill", (6144, 4096, 4096)).us)
+
+
+def test_phases_are_predicted_apart():
+    cost = Measured("h100", LLAMA, "llama-3-8b", phases=BOTH)
+    places = places_of("llama-3-8b", 32)
+    found = {phase: predictions(cost, places, Recipe("8:16", phase=phase)) for phase in ("both", *BOTH)}
+    assert found["decode"]["prefill"] == 1
+    assert found["prefill"]["decode"] == 1
+    assert found["both"] == {"prefill": found["prefill"]["prefill"], "decode": found["decode"]["decode"]}
+    assert predictions(cost, places, None) == {"prefill": 1, "decode": 1}
+    assert predictions(cost, places, Recipe("2:4", criterion="wanda")) == {"prefill": 1, "decode": 1}
+
+
+def test_what_mitigations_and_first_tokens_add():
+    cost, places = Measured("h100", LLAMA, "llama-3-8b"), places_of("llama-3-8b", 32)
+
+    def speedup(**fields):
+        return predictions(cost, places, Recipe("2:4", **fields))["prefill"]
+
+    assert speedup(mitigation=["var"]) == speedup() > speedup(mitigation=["var", "lpts"])  # no operand packed in front
+    assert (
+        speedup(mitigation=["lpts"])
+        == speedup(mitigation=["ls", "lpts"])
+        > speedup(mitigation=["rsparse-32"])
+        > speedup(mitigation=["rsparse-128"])
+    )
+    assert 1 < speedup(mitigation=["lpts"]) / speedup(dense_first_tokens=4) < 1.01
+
+
+def test_kept_shares_in_decode():
+    tables = load_tables("h100")
+    times = [tables.product("decode", pattern, (6144, 4096, 1)) for pattern in ("4:16", "8:16", "12:16", "14:16")]
+    assert [each.us for each in times] == sorted(each.us for each in times)
+    assert not times[1].note
+    assert "75.0% kept in decode was not measured" in times[2].note
+
+
+def test_the_nearest_shape_is_taken_and_said():
+    tables = load_tables("h100")
+    exact, near = (tables.product("prefill", "2:4", (out, 4096, 4096)) for out in (4096, 4000))
+    assert near.us == pytest.approx(exact.us * 4000 / 4096)
+    assert near.note == (
+        "4096 x 4000 x 4096 (tokens, out, in) was not measured in prefill: the nearest is 4096 x 4096 x 4096"
+    )
+    assert (
+        "3:8 in prefill was not measured: 8:16 stands for it"
+        in tables.product("prefill", "3:8", (4096, 4096, 4096)).note
+    )
+    assert tables.product("prefill", "8:16", (4096, 4096, 4096)).us > exact.dense_us
+
+
+def test_models_of_other_families_and_shapes():
+    model, _ = tiny_model.build()
+    cost = cost_of(model, "h100", phases=BOTH)
+    found = predictions(cost, places_of(model), Recipe("2:4"))
+    assert all(value > 0 for value in found.values())
+    assert "no whole model of these shapes was measured: the speed-up is that of the linear layers" in cost.notes
+    named = Measured("h100", LLAMA, "llama-3-8b")
+    merged = named.time("prefill", Place(0, "gate_up_proj", 4096, 28672), None)  # as Phi-3 calls it
+    assert merged == pytest.approx(named.tables.dense("prefill", (28672, 4096, 4096)).us)
+    with pytest.raises(ValueError, match=r"expected projections among q_proj.*, got 'mixer'"):
+        named.time("prefill", Place(0, "mixer", 4096, 4096), None)
+
+
+def test_merged_groups():
+    model, _ = tiny_model.build()
+    groups = groups_of(model, ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"), merged=True)
+    assert [group.key for group in groups[:3]] == ["0:down_proj", "0:o_proj", "0:q_proj+k_proj+v_proj"]
+    assert [place.projection for place in groups[2].places] == ["q_proj", "k_proj", "v_proj"]
+    assert groups[2].macs == 64 * 64 + 2 * 64 * 32
+    assert all(group.is_whole_product for group in groups)
+    assert not groups_of(model, ("q_proj",))[0].is_whole_product
+
+
+def test_unknown_devices_and_shapes_are_refused():
+    assert "h100" in devices()
+    with pytest.raises(ValueError, match=r"expected a measured device among .*h100.*, got 'h900'"):
+        Measured("h900", LLAMA)
+    with pytest.raises(ValueError, match=r"expected shapes among llama-3-8b, .*, got 'gpt'"):
+        shapes_of("gpt")
+    assert Rates.load().speedup("2:4")[1].startswith("NVIDIA H100")
