@@ -249,9 +249,9 @@ cudaError_t launch_rotary(const RotaryParams& params, cudaStream_t stream);
 // decode_attention: attention of one new token per sequence over a static cache, with the rotary embedding of q and k
 // and the write of k and v into the cache, at lengths - 1. Compute capability 9.0.
 struct DecodeAttentionParams {
-  const void* q;  // [batch, q_heads, dim], sequences q_stride elements apart; so are k and v
-  const void* k;  // [batch, k_heads, dim]
-  const void* v;  // like k
+  const void* q;                         // [batch, q_heads, dim], sequences q_stride elements apart; so are k and v
+  const void* k;                         // [batch, k_heads, dim]
+  const void* v;                         // like k
   int64_t q_stride, k_stride, v_stride;  // multiples of 8
   const void* cos;                       // [cos_batch, dim], contiguous
   const void* sin;                       // like cos

@@ -229,9 +229,7 @@ def decode_attention(
     NotImplementedError
         If the device is not of compute capability 9.0, or the heads are not supported.
     """
-    return operators.call(
-        "decode_attention", q, k, v, cos, sin, keys, values, lengths, scaling=scaling, window=window
-    )
+    return operators.call("decode_attention", q, k, v, cos, sin, keys, values, lengths, scaling=scaling, window=window)
 
 
 def attends(q_heads: int, k_heads: int, head_dim: int, device: torch.device) -> bool:

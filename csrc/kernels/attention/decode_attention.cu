@@ -41,10 +41,10 @@ struct Shape {
 template <int kDim, int kGroup>
 struct Layout {
   using S = Shape<kDim, kGroup>;
-  static constexpr int kSums = 0;                                  // [warps, group, dim]
-  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;    // [warps, group, 2]: maxima and sums
+  static constexpr int kSums = 0;                                // [warps, group, dim]
+  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;  // [warps, group, 2]: maxima and sums
   static_assert(4 * (kTops + S::kWarps * kGroup * 2) <= S::kStages * S::kStageBytes);
-  static constexpr int kQuery = S::kStages * S::kStageBytes / 4;   // [group, dim]: rotated, scaled
+  static constexpr int kQuery = S::kStages * S::kStageBytes / 4;  // [group, dim]: rotated, scaled
   static constexpr int kKey = kQuery + S::kOutputs;               // [dim]: the new key
   static constexpr int kValue = kKey + kDim;                      // [dim]: the new value
   static constexpr int kReceived = kValue + kDim;                 // [splits, dim * group / splits]

@@ -142,8 +142,9 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
   const c10::cuda::CUDAGuard guard(q.device());
   const GemmDevice device = gemm_device(q, kOp);
   TORCH_CHECK_NOT_IMPLEMENTED(
-      device.compute_capability_major == 9 && decode_attention_supports(q.size(2), k.size(2), q.size(3)), "nm_act::",
-      kOp, " expected compute capability 9.0, at most 8 query heads a key head and head_dim 64, 128 or 256, got ",
+      device.compute_capability_major == 9 && decode_attention_supports(q.size(2), k.size(2), q.size(3)),
+      "nm_act::", kOp,
+      " expected compute capability 9.0, at most 8 query heads a key head and head_dim 64, 128 or 256, got ",
       device.compute_capability_major, ".x, ", q.size(2), " and ", k.size(2), " heads of ", q.size(3),
       "; use rotary_cache and another attention");
   const at::Tensor queries = heads_of(q), keys = heads_of(k), values = heads_of(v);

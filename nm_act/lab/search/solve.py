@@ -71,7 +71,7 @@ class Problem:
         """The largest share of the time that can be saved in every phase."""
         if len(self._saved) == 1:
             return float(self._saved[0].max(axis=1).sum())
-        optimize = import_extra("scipy.optimize", "the solver of nm-act search")
+        optimize = require("scipy.optimize", "eval", "the solver of nm-act search")
         phases, groups, options = self._saved.shape
         saved = np.hstack([self._saved.reshape(phases, -1), -np.ones((phases, 1))])
         one_each = np.hstack([np.kron(np.eye(groups), np.ones(options)), np.zeros((groups, 1))])
