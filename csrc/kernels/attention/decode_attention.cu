@@ -3,14 +3,18 @@
 //
 //   y = softmax(scaling * q K^T) V over the last `window` of a sequence's tokens, the new one included
 //
-// A cluster has one key head of one sequence; its blocks divide the tokens. In a block, kDim / 8 lanes share a token:
-// each has eight features of its key and value, and of the query heads of the group. Such a team keeps its own running
-// maximum, sum and output of every query head (float32). Its keys and values come through shared memory in stages of
-// kTokens tokens, several of which are under way from the start on: most of a short cache is on its way before the query
-// is rotated. The teams' results are combined in a fixed order: within the warp, through shared memory over the warps,
-// through distributed shared memory over the blocks. The cache is read once, and no partial result reaches global memory.
-// Rounding is that of Transformers' modules: rotated values to the element type, softmax and sums in float32, y to the
-// element type.
+// A cluster has one key head of one sequence and kGroup of its query heads; its blocks divide the tokens. Where there are
+// too few key heads to fill the device, the query heads of one are divided over clusters, which read its cache at the same
+// time: from memory once, and again from L2. In a block, kDim / 8 lanes share a token: each has eight features of its key
+// and value, and of the query heads. Such a team keeps its own running maximum, sum and output of every query head
+// (float32), over steps of several tokens whose loads are all issued before the first is used; all lines of the cache are
+// prefetched to L2 before that, while the kernel before still ends. The teams' results are combined in a fixed order:
+// within the warp, through shared memory over the warps, through distributed shared memory over the blocks. No partial
+// result reaches global memory. Rounding is that of Transformers' modules: rotated values to the element type, softmax
+// and sums in float32, y to the element type.
+//
+// Tried and dropped: the cache through cp.async into three stages of shared memory (as fast alone; its 200 KB keep the
+// products before and after from overlapping it: a decode step of 2.87 ms became 2.97).
 #include <cfloat>
 
 #include "../gather/block.cuh"
@@ -20,34 +24,28 @@
 namespace nm_act {
 namespace {
 
-constexpr int kTokens = 4;  // of a team in one step
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
+constexpr int kThreads = 256;  // few enough to share a multiprocessor with blocks of the products before and after
 
-// Query heads per key head, rounded up, and threads of a block: more heads take more registers.
-template <int kGroup>
-constexpr int block_threads() {
-  return kGroup <= 4 ? 512 : 256;
-}
-
+// kGroup: query heads of a block, a power of two.
 template <int kDim, int kGroup>
 struct Shape {
-  static constexpr int kThreads = block_threads<kGroup>(), kWarps = kThreads / 32;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kTokens = kGroup <= 2 ? 8 : 4;  // of a team in one step: as many as the registers allow
   static constexpr int kLanes = kDim / kChunk, kTeams = kThreads / kLanes;
   static constexpr int kOutputs = kGroup * kDim;
-  static constexpr int kStageBytes = kThreads * kTokens * 2 * 16, kStages = 192 * 1024 / kStageBytes;
 };
 
-// Floats of a block's shared memory. The stages of keys and values come first; the sums overwrite them.
+// Floats of a block's shared memory.
 template <int kDim, int kGroup>
 struct Layout {
   using S = Shape<kDim, kGroup>;
-  static constexpr int kSums = 0;                                // [warps, group, dim]
-  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;  // [warps, group, 2]: maxima and sums
-  static_assert(4 * (kTops + S::kWarps * kGroup * 2) <= S::kStages * S::kStageBytes);
-  static constexpr int kQuery = S::kStages * S::kStageBytes / 4;  // [group, dim]: rotated, scaled
+  static constexpr int kQuery = 0;                                // [group, dim]: rotated, scaled
   static constexpr int kKey = kQuery + S::kOutputs;               // [dim]: the new key
   static constexpr int kValue = kKey + kDim;                      // [dim]: the new value
-  static constexpr int kReceived = kValue + kDim;                 // [splits, dim * group / splits]
+  static constexpr int kSums = kValue + kDim;                     // [warps, group, dim]
+  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;   // [warps, group, 2]: maxima and sums
+  static constexpr int kReceived = kTops + S::kWarps * kGroup * 2;  // [splits, dim * group / splits]
   static constexpr int kReceivedTops = kReceived + S::kOutputs;   // [splits, group, 2]
   static int bytes(int splits) { return 4 * (kReceivedTops + splits * kGroup * 2); }
 };
@@ -56,12 +54,6 @@ template <class E>
 __device__ __forceinline__ void unpack(const Chunk<E>& chunk, float (&value)[kChunk]) {
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) value[i] = chunk.get(i);
-}
-
-template <class E>
-__device__ __forceinline__ Chunk<E> staged_chunk(const unsigned char* source) {
-  const uint4 vector = *reinterpret_cast<const uint4*>(source);
-  return {{vector.x, vector.y, vector.z, vector.w}};
 }
 
 // Softmax over some tokens: the largest score, the sum of exponentials and of weighted values, for each query head.
@@ -128,68 +120,71 @@ __device__ __forceinline__ void add_tokens(Partial<kGroup>& partial, const float
   }
 }
 
+struct Range {
+  int begin, end;
+};
+
+// A block's share of the tokens to attend to.
+__device__ __forceinline__ Range range_of(const DecodeAttentionParams& params, int length, int rank, int splits) {
+  const int end = max(0, min(length, params.max_tokens));
+  const int start = params.window > 0 ? max(0, end - params.window) : 0;
+  const int share = (end - start + splits - 1) / splits, begin = min(start + rank * share, end);
+  return {begin, min(begin + share, end)};
+}
+
+template <int kDim>
+__device__ __forceinline__ void prefetch_range(const uint16_t* keys, const uint16_t* values, Range range) {
+  constexpr int kLine = 64;  // elements
+  const int end = range.end * (kDim / kLine);
+  for (int line = range.begin * (kDim / kLine) + static_cast<int>(threadIdx.x); line < end; line += kThreads) {
+    prefetch_line(keys + int64_t{line} * kLine);
+    prefetch_line(values + int64_t{line} * kLine);
+  }
+}
+
 template <class E, int kDim, int kGroup>
-__global__ void __launch_bounds__(block_threads<kGroup>())
+__global__ void __launch_bounds__(kThreads)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams params, const int splits) {
   using S = Shape<kDim, kGroup>;
   using L = Layout<kDim, kGroup>;
   if (splits > 1) arrive_at_cluster();
   float* const shared = reinterpret_cast<float*>(dynamic_shared());
-  const int rank = static_cast<int>(blockIdx.x) % splits, head = static_cast<int>(blockIdx.x) / splits;
+  const int rank = static_cast<int>(blockIdx.x) % splits, cluster = static_cast<int>(blockIdx.x) / splits;
+  const int group = params.q_heads / params.k_heads, parts = (group + kGroup - 1) / kGroup;
+  const int part = cluster % parts, head = cluster / parts;
   const int sequence = head / params.k_heads, key_head = head % params.k_heads;
-  const int group = params.q_heads / params.k_heads;
+  // This cluster's query heads.
+  const int first_head = key_head * group + part * kGroup, heads = min(kGroup, group - part * kGroup);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % S::kLanes, team = thread / S::kLanes;
   const int64_t cached = (int64_t{sequence} * params.k_heads + key_head) * params.max_tokens * kDim;
   auto* const keys = static_cast<uint16_t*>(params.keys) + cached;
   auto* const values = static_cast<uint16_t*>(params.values) + cached;
+  // Only to know what to prefetch: the kernel before may still write them.
+  prefetch_range<kDim>(keys, values, range_of(params, params.lengths[sequence], rank, splits));
   wait_for_previous_kernel();
   allow_next_kernel();
-
-  const int length = min(params.lengths[sequence], params.max_tokens);
-  const int start = params.window > 0 ? max(0, length - params.window) : 0;
-  const int share = (length - start + splits - 1) / splits;
-  const int begin = min(start + rank * share, length), end = min(begin + share, length);
+  const int length = min(*static_cast<const volatile int32_t*>(params.lengths + sequence), params.max_tokens);
+  const auto [begin, end] = range_of(params, length, rank, splits);
   const int last = length - 1;  // the new token's place
   const bool owns_new = last >= begin && last < end;
-
-  const int old_end = owns_new ? last : end;
-  // This thread's pieces of a stage: its own 16 bytes of every token's key, then of every value.
-  const auto staged = [&](int stage, int piece) {
-    auto* const bytes = reinterpret_cast<unsigned char*>(shared) + stage * S::kStageBytes;
-    return bytes + (piece * S::kThreads + thread) * 16;
-  };
-  const auto token_of = [&](int step, int t) { return begin + (step * kTokens + t) * S::kTeams + team; };
-  const auto fetch = [&](int step) {
-#pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const int token = token_of(step, t);
-      if (token >= old_end) break;
-      const int64_t at = int64_t{token} * kDim + lane * kChunk;
-      copy_async(staged(step % S::kStages, t), keys + at);
-      copy_async(staged(step % S::kStages, kTokens + t), values + at);
-    }
-    commit_copies();
-  };
-#pragma unroll
-  for (int step = 0; step < S::kStages; ++step) fetch(step);
 
   // The rotated query of the group, and the new key and value: a thread takes a piece of one head.
   constexpr int kPieces = kDim / 2 / kChunk;
   const int64_t angle = (params.cos_batch > 1 ? int64_t{sequence} : 0) * kDim;
-  for (int i = thread; i < (kGroup + 2) * kPieces; i += S::kThreads) {
+  for (int i = thread; i < (kGroup + 2) * kPieces; i += kThreads) {
     const int row = i / kPieces, feature = i % kPieces * kChunk;
     Piece<E> piece{zero_chunk<E>(), zero_chunk<E>()};
     const Piece<E> cosine = load_piece<E>(params.cos, angle + feature, kDim / 2);
     const Piece<E> sine = load_piece<E>(params.sin, angle + feature, kDim / 2);
     if (row < kGroup) {
-      const int64_t at = sequence * params.q_stride + (int64_t{key_head} * group + row) * kDim + feature;
-      if (row < group) piece = rotate<E>(load_piece<E>(params.q, at, kDim / 2), cosine, sine);
+      const int64_t at = sequence * params.q_stride + int64_t{first_head + row} * kDim + feature;
+      if (row < heads) piece = rotate<E>(load_piece<E>(params.q, at, kDim / 2), cosine, sine);
     } else {
       const bool is_key = row == kGroup;
       const int64_t at = sequence * (is_key ? params.k_stride : params.v_stride) + int64_t{key_head} * kDim + feature;
       piece = load_piece<E>(is_key ? params.k : params.v, at, kDim / 2);
       if (is_key) piece = rotate<E>(piece, cosine, sine);
-      if (owns_new) store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
+      if (owns_new && part == 0) store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
     }
     float* target = shared + (row < kGroup ? L::kQuery + row * kDim : row == kGroup ? L::kKey : L::kValue) + feature;
     const float factor = row < kGroup ? params.scaling * 1.4426950408889634f : 1.0f;
@@ -213,19 +208,19 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
       partial.output[g][i] = 0.0f;
     }
   }
-  const int steps = (old_end - begin + S::kTeams * kTokens - 1) / (S::kTeams * kTokens);
+  const int old_end = owns_new ? last : end;
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-    wait_for_copies<S::kStages - 1>();
-    Chunk<E> key[kTokens], value[kTokens];
-    bool real[kTokens];
+  for (int first = begin; first < old_end; first += S::kTeams * S::kTokens) {
+    Chunk<E> key[S::kTokens], value[S::kTokens];
+    bool real[S::kTokens];
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      real[t] = token_of(step, t) < old_end;
-      key[t] = real[t] ? staged_chunk<E>(staged(step % S::kStages, t)) : zero_chunk<E>();
-      value[t] = real[t] ? staged_chunk<E>(staged(step % S::kStages, kTokens + t)) : zero_chunk<E>();
+    for (int t = 0; t < S::kTokens; ++t) {
+      const int token = first + t * S::kTeams + team;
+      real[t] = token < old_end;
+      const int64_t at = int64_t{real[t] ? token : begin} * kDim + lane * kChunk;
+      key[t] = load_chunk<E, true>(keys + at, kChunk);
+      value[t] = load_chunk<E, true>(values + at, kChunk);
     }
-    fetch(step + S::kStages);
     add_tokens<E, S::kLanes>(partial, query, key, value, real);
   }
   if (owns_new) {  // all teams compute it, the first one keeps it
@@ -253,8 +248,6 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
       merge(partial, g, top, sum, output);
     }
   }
-  wait_for_copies<0>();
-  __syncthreads();  // the sums overwrite the stages
   const int warp = thread / 32;
   if (thread % 32 < S::kLanes) {
 #pragma unroll
@@ -272,7 +265,7 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
   // A peer's shared memory may be written only after that block has started.
   if (splits > 1) wait_for_cluster();
   const int outputs = S::kOutputs / splits;  // that a block finishes; splits is a power of two
-  for (int i = thread; i < S::kOutputs; i += S::kThreads) {
+  for (int i = thread; i < S::kOutputs; i += kThreads) {
     const int g = i / kDim, feature = i % kDim;
     float top = -FLT_MAX, sum = 0.0f, output = 0.0f;
 #pragma unroll 4
@@ -296,9 +289,9 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
   } else {
     __syncthreads();
   }
-  for (int i = thread; i < outputs; i += S::kThreads) {
+  for (int i = thread; i < outputs; i += kThreads) {
     const int g = (rank * outputs + i) / kDim, feature = (rank * outputs + i) % kDim;
-    if (g >= group) continue;
+    if (g >= heads) continue;
     const float* tops = shared + L::kReceivedTops + g * 2;
     float top = -FLT_MAX, sum = 0.0f, output = 0.0f;
     for (int s = 0; s < splits; ++s) top = fmaxf(top, tops[s * kGroup * 2]);
@@ -307,35 +300,50 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
       sum += scale * tops[s * kGroup * 2 + 1];
       output += scale * shared[L::kReceived + s * outputs + i];
     }
-    const int64_t at = (int64_t{sequence} * params.q_heads + key_head * group + g) * kDim + feature;
+    const int64_t at = (int64_t{sequence} * params.q_heads + first_head + g) * kDim + feature;
     static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(E::pack(output / sum, 0.0f));
   }
 }
 
+// How a launch divides the work: clusters of `splits` blocks, each with `group` query heads of a key head.
+struct Division {
+  int group, splits;
+};
+
+// Few heads are divided as far as blocks find multiprocessors; many go by whole groups.
+Division divide(const DecodeAttentionParams& params, int multiprocessors) {
+  const int group = params.q_heads / params.k_heads, heads = params.batch * params.k_heads;
+  Division division{1, 8};  // the largest portable cluster
+  const auto blocks = [&](Division d) { return heads * ((group + d.group - 1) / d.group) * d.splits; };
+  while (division.group < group && blocks(division) > multiprocessors) division.group *= 2;
+  while (division.splits > 1 && blocks(division) > multiprocessors) division.splits /= 2;
+  return division;
+}
+
 template <class E, int kDim, int kGroup>
 cudaError_t launch_shape(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
-  const LaunchShape shape{static_cast<unsigned>(params.batch * params.k_heads * splits), block_threads<kGroup>(),
+  const int parts = (params.q_heads / params.k_heads + kGroup - 1) / kGroup;
+  const LaunchShape shape{static_cast<unsigned>(params.batch * params.k_heads * parts * splits), kThreads,
                           static_cast<unsigned>(splits), Layout<kDim, kGroup>::bytes(splits)};
   return launch_kernel(decode_attention_kernel<E, kDim, kGroup>, shape, stream, params, splits);
 }
 
 template <class E, int kDim>
-cudaError_t launch_group(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
-  switch (params.q_heads / params.k_heads) {
-    case 1: return launch_shape<E, kDim, 1>(params, splits, stream);
-    case 2: return launch_shape<E, kDim, 2>(params, splits, stream);
-    case 3:
-    case 4: return launch_shape<E, kDim, 4>(params, splits, stream);
-    default: return launch_shape<E, kDim, 8>(params, splits, stream);
+cudaError_t launch_group(const DecodeAttentionParams& params, Division division, cudaStream_t stream) {
+  switch (division.group) {
+    case 1: return launch_shape<E, kDim, 1>(params, division.splits, stream);
+    case 2: return launch_shape<E, kDim, 2>(params, division.splits, stream);
+    case 4: return launch_shape<E, kDim, 4>(params, division.splits, stream);
+    default: return launch_shape<E, kDim, 8>(params, division.splits, stream);
   }
 }
 
 template <class E>
-cudaError_t launch_typed(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
+cudaError_t launch_typed(const DecodeAttentionParams& params, Division division, cudaStream_t stream) {
   switch (params.dim) {
-    case 64: return launch_group<E, 64>(params, splits, stream);
-    case 128: return launch_group<E, 128>(params, splits, stream);
-    default: return launch_group<E, 256>(params, splits, stream);
+    case 64: return launch_group<E, 64>(params, division, stream);
+    case 128: return launch_group<E, 128>(params, division, stream);
+    default: return launch_group<E, 256>(params, division, stream);
   }
 }
 
@@ -351,11 +359,10 @@ bool fits(const DecodeAttentionParams& p) {
 cudaError_t launch_decode_attention(const DecodeAttentionParams& params, GemmDevice device, cudaStream_t stream) {
   if (!fits(params) || device.compute_capability_major != 9) return cudaErrorInvalidValue;
   if (params.batch == 0) return cudaSuccess;
-  int splits = 8;  // the largest portable cluster
-  while (splits > 1 && params.batch * params.k_heads * splits > device.multiprocessors) splits /= 2;
+  const Division division = divide(params, device.multiprocessors);
   switch (params.type) {
-    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, splits, stream);
-    case ElementType::kFloat16: return launch_typed<Float16>(params, splits, stream);
+    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, division, stream);
+    case ElementType::kFloat16: return launch_typed<Float16>(params, division, stream);
     default: return cudaErrorInvalidValue;
   }
 }

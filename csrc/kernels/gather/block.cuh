@@ -52,20 +52,6 @@ __device__ __forceinline__ uint4 load_weight(const void* source) {
   return v;
 }
 
-// Copies 16 bytes to shared memory without a register; only the thread that copied them may read them, after its
-// wait_for_copies<n>() has seen all but its last n commits.
-__device__ __forceinline__ void copy_async(void* target, const void* source) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(source) : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 }  // namespace nm_act
 
 #endif
