@@ -7,6 +7,6 @@
 namespace nm_act::cpu::NM_ACT_ISA {
 
 extern const CpuKernels kKernels;
-const CpuKernels kKernels = {NM_ACT_NAME(NM_ACT_ISA), prune, gather, dot, epilogue};
+const CpuKernels kKernels = {NM_ACT_NAME(NM_ACT_ISA), prune, gather, dot, gemm, epilogue};
 
 }  // namespace nm_act::cpu::NM_ACT_ISA
