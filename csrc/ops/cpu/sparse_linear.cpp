@@ -141,7 +141,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   const LinearFacts facts{tokens, type, type, type, selection.pattern, facts_of(weight), {}, variance_correction};
   if (choose_on_cpu(facts).path == LinearPath::kGather) {
     launch_gather(operand, weight, epilogue, selection.type, y);
-  } else if (tokens <= cpu_gather_tokens(type == ElementType::kFloat32) && weight.stride(1) == 1) {
+  } else if (tokens <= cpu::most_gathered_tokens(type == ElementType::kFloat32) && weight.stride(1) == 1) {
     dense_rows(operand, weight, epilogue, selection.type, y);
   } else if (stored_in_out(weight) && columns_pay(type, tokens)) {
     dense_columns(operand, weight, epilogue, selection.type, y);
