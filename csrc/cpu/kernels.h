@@ -67,12 +67,12 @@ struct DotParams {
 struct GemmParams {
   const void* weight;  // [in, out]; row k starts at weight + k * row_stride
   void* y;             // [tokens, out_features], dtype
-  const float* x;      // [tokens, in_features]
+  const void* x;       // [tokens, in_features], float32; of dtype kBFloat16 with CpuKernels::multiplies_bfloat16, dtype
   int64_t tokens;
   int64_t out_features;
-  int64_t in_features;
-  int64_t row_stride;  // elements
-  ElementType dtype;   // of weight and y: kFloat32, kBFloat16 or kFloat16
+  int64_t in_features;  // even
+  int64_t row_stride;   // elements
+  ElementType dtype;    // of weight and y: kFloat32, kBFloat16 or kFloat16
   Epilogue epilogue;
 };
 
@@ -98,6 +98,7 @@ constexpr int64_t kGemmColumns = 48;
 
 struct CpuKernels {
   const char* name;
+  bool multiplies_bfloat16;  // in pairs, with sums in float32
   void (*prune)(const PruneParams&, int64_t token_begin, int64_t token_end);
   void (*gather)(const GatherParams&, int64_t column_begin, int64_t column_end);
   void (*dot)(const DotParams&, int64_t row_begin, int64_t row_end);
