@@ -5,7 +5,7 @@
 
 namespace nm_act::cpu {
 
-// Most tokens that the gather kernel handles in one pass over the weight.
+// Most tokens that the gather and dot kernels handle in one pass over the weight.
 constexpr int kGatherTokens = 4;
 
 // Most tokens for which sparse_linear gathers. Two passes over the weight are faster than torch's float32 GEMM, but not

@@ -12,6 +12,7 @@ namespace nm_act::cpu {
   extern const CpuKernels kKernels; \
   }
 #ifdef NM_ACT_X86
+NM_ACT_DECLARE(avx512_bf16)
 NM_ACT_DECLARE(avx512)
 NM_ACT_DECLARE(avx2)
 #endif
@@ -34,6 +35,7 @@ const CpuKernels& choose() {
 #endif
   const Candidate candidates[] = {
 #ifdef NM_ACT_X86
+      {&avx512_bf16::kKernels, avx512 && __builtin_cpu_supports("avx512bf16")},
       {&avx512::kKernels, avx512},
       {&avx2::kKernels, avx2},
 #endif
@@ -58,7 +60,7 @@ const CpuKernels& cpu_kernels() {
 
 const char* compiled_isas() {
 #ifdef NM_ACT_X86
-  return "avx512,avx2,generic";
+  return "avx512_bf16,avx512,avx2,generic";
 #else
   return "generic";
 #endif

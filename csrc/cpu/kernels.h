@@ -64,6 +64,18 @@ struct DotParams {
   Epilogue epilogue;
 };
 
+struct GemmParams {
+  const void* weight;  // [in, out]; row k starts at weight + k * row_stride
+  void* y;             // [tokens, out_features], dtype
+  const void* x;       // [tokens, in_features], float32; of dtype kBFloat16 with CpuKernels::multiplies_bfloat16, dtype
+  int64_t tokens;
+  int64_t out_features;
+  int64_t in_features;  // even
+  int64_t row_stride;   // elements
+  ElementType dtype;    // of weight and y: kFloat32, kBFloat16 or kFloat16
+  Epilogue epilogue;
+};
+
 // A range of columns of a finished product. All pointers except the epilogue's point to the first of these columns.
 struct EpilogueParams {
   const float* product;  // [tokens, columns], rows product_stride apart
@@ -81,11 +93,16 @@ constexpr int64_t kGatherColumns = 32;
 // Weight rows that are processed together, so that the accumulators are loaded and stored once for all of them.
 constexpr int kGatherUnroll = 8;
 
+// Columns that the gemm kernel sums together.
+constexpr int64_t kGemmColumns = 48;
+
 struct CpuKernels {
   const char* name;
+  bool multiplies_bfloat16;  // in pairs, with sums in float32
   void (*prune)(const PruneParams&, int64_t token_begin, int64_t token_end);
   void (*gather)(const GatherParams&, int64_t column_begin, int64_t column_end);
   void (*dot)(const DotParams&, int64_t row_begin, int64_t row_end);
+  void (*gemm)(const GemmParams&, int64_t column_begin, int64_t column_end);
   void (*epilogue)(const EpilogueParams&, int64_t token_begin, int64_t token_end);
 };
 

@@ -371,7 +371,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @torch.library.register_fake("nm_act::dense_linear")
-def _(x, weight, bias=None):
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     check_devices("dense_linear", x, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

@@ -219,6 +219,22 @@ def test_no_features_is_one_sentence():
         nm_act.sparse_linear(torch.empty(3, 0), torch.empty(5, 0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "in_features"), [(9, 1, 16), (16, 47, 144), (19, 100, 2080), (300, 50, 1040)]
+)
+def test_many_tokens_over_a_weight_stored_in_out(dtype, tokens, out_features, in_features):
+    """Whole and narrow panels of columns, tiles of tokens, several passes over the rows; NaN around the weight is not read."""
+    room = torch.full((in_features, out_features + 9), float("nan"), dtype=dtype)
+    weight = room[:, :out_features].copy_(torch.randn(in_features, out_features)).t()
+    x, bias = torch.randn(tokens, in_features).to(dtype), torch.randn(out_features).to(dtype)
+    y = nm_act.sparse_linear(x, weight, bias, "8:16")
+    exact = F.linear(nm_act.prune(x, "8:16").double(), weight.double(), bias.double())
+    assert relative_error(y, exact) < {torch.float32: 1e-6}.get(dtype, 4e-3)
+    few = torch.cat([nm_act.sparse_linear(rows, weight, bias, "8:16") for rows in x.split(9)])
+    assert relative_error(few, exact) < {torch.float32: 1e-6}.get(dtype, 4e-3)
+
+
 def test_gather_linear():
     x, weight, bias = torch.relu(torch.randn(3, 128)), stored(torch.randn(40, 128), "in_out"), torch.randn(40)
     torch.testing.assert_close(nm_act.gather_linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)

@@ -7,6 +7,11 @@
 namespace nm_act::cpu::NM_ACT_ISA {
 
 extern const CpuKernels kKernels;
-const CpuKernels kKernels = {NM_ACT_NAME(NM_ACT_ISA), prune, gather, dot, epilogue};
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesBFloat16 = true;
+#else
+constexpr bool kMultipliesBFloat16 = false;
+#endif
+const CpuKernels kKernels = {NM_ACT_NAME(NM_ACT_ISA), kMultipliesBFloat16, prune, gather, dot, gemm, epilogue};
 
 }  // namespace nm_act::cpu::NM_ACT_ISA

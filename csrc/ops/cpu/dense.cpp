@@ -11,6 +11,7 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <string_view>
 
 namespace nm_act::cpu_ops {
 
@@ -54,6 +55,41 @@ void dense_rows(const at::Tensor& operand, const at::Tensor& weight, const cpu::
     const int64_t grain = 1 + 65536 / (1 + p.in_features);
     at::parallel_for(0, p.out_features, grain, [&](int64_t begin, int64_t end) { kernels.dot(p, begin, end); });
   }
+}
+
+// One thread of an AMD EPYC (Zen 5), torch 2.13, 9 to 256 tokens over 576 x 576 to 4096 x 4096 weights stored [in, out]:
+// in float32 1.5x to 2.2x faster than torch, whose library runs its AVX2 kernels there; in bfloat16, where torch first
+// reorders the weight, 1.0x to 1.8x faster with products of pairs, without them 1.1x to 1.4x up to 16 tokens and slower
+// from there on. torch's float16 product took 19 s for 512 x 2048 x 2048.
+bool columns_pay(ElementType dtype, int64_t tokens) {
+  if (dtype == ElementType::kFloat16) return true;
+  const cpu::CpuKernels& kernels = cpu::cpu_kernels();
+  if (std::string_view(kernels.name).substr(0, 6) != "avx512") return false;
+  return dtype == ElementType::kFloat32 || kernels.multiplies_bfloat16 || tokens <= 16;
+}
+
+void dense_columns(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue,
+                   ElementType dtype, const at::Tensor& y) {
+  const cpu::CpuKernels& kernels = cpu::cpu_kernels();
+  const bool pairs = dtype == ElementType::kBFloat16 && kernels.multiplies_bfloat16;
+  const at::Tensor x = pairs ? operand : operand.to(at::kFloat);
+  cpu::GemmParams p{};
+  p.weight = weight.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.x = x.const_data_ptr();
+  p.tokens = operand.size(0);
+  p.out_features = weight.size(0);
+  p.in_features = weight.size(1);
+  p.row_stride = weight.stride(1);
+  p.dtype = dtype;
+  p.epilogue = epilogue;
+  constexpr int64_t kPanel = cpu::kGemmColumns;
+  const int64_t panels = (p.out_features + kPanel - 1) / kPanel;
+  // At least 256 Ki multiply-adds per thread, about 10 us.
+  const int64_t grain = 1 + 262144 / (kPanel * (1 + p.in_features) * p.tokens);
+  at::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    kernels.gemm(p, begin * kPanel, std::min(end * kPanel, p.out_features));
+  });
 }
 
 }  // namespace nm_act::cpu_ops

@@ -12,6 +12,13 @@ namespace nm_act::cpu_ops {
 void dense_product(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue,
                    ElementType dtype, const at::Tensor& y);
 
+// Whether dense_columns is faster than torch's product of so many tokens over a weight stored [in, out].
+bool columns_pay(ElementType dtype, int64_t tokens);
+
+// The same as dense_product for a weight stored [in, out], in float32 throughout and rounded once.
+void dense_columns(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue,
+                   ElementType dtype, const at::Tensor& y);
+
 // The same for a few tokens and a weight stored [out, in], in float32 throughout and rounded once.
 void dense_rows(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, ElementType dtype,
                 const at::Tensor& y);

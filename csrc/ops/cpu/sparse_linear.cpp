@@ -1,9 +1,8 @@
 // nm_act::sparse_linear, nm_act::gather_linear and nm_act::dense_linear on CPUs.
 //
 // An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens with a weight stored [in, out] run
-// on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product: for a
-// few tokens with a weight stored [out, in] our own, else torch's, or if more than a bias follows, one that keeps
-// float32 until the end (dense.cpp).
+// on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product: our
+// own where it is faster (dense.cpp), else torch's, or if more than a bias follows, one that keeps float32 until the end.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -99,10 +98,6 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
   return at::sum(weight, {1}, false, at::kFloat);
 }
 
-// torch has no fast float16 product for a weight stored [in, out]: 512 x 2048 x 2048 took 19 s, while a float32 product
-// takes 0.1 s (2 threads of an AMD EPYC with AVX-512, torch 2.13).
-bool torch_is_slow(const at::Tensor& weight) { return weight.scalar_type() == at::kHalf && stored_in_out(weight); }
-
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
@@ -148,7 +143,9 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
     launch_gather(operand, weight, epilogue, selection.type, y);
   } else if (tokens <= cpu::most_gathered_tokens(type == ElementType::kFloat32) && weight.stride(1) == 1) {
     dense_rows(operand, weight, epilogue, selection.type, y);
-  } else if (nu.defined() || shift_vector.defined() || column_vector.defined() || torch_is_slow(weight)) {
+  } else if (stored_in_out(weight) && columns_pay(type, tokens)) {
+    dense_columns(operand, weight, epilogue, selection.type, y);
+  } else if (nu.defined() || shift_vector.defined() || column_vector.defined()) {
     dense_product(operand, weight, epilogue, selection.type, y);
   } else {
     y = at::linear(operand, weight, bias);
