@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 
 from ...recipe import DENSE, LinearSpec, Recipe, Rule
+from ...supported import require
 from ..cost import Cost, Place, is_packed, layer_time
-from ..extras import import_extra
 from .sensitivity import Group
 
 __all__ = ["Choice", "Problem"]
@@ -71,7 +71,7 @@ class Problem:
         """The largest share of the time that can be saved in every phase."""
         if len(self._saved) == 1:
             return float(self._saved[0].max(axis=1).sum())
-        optimize = import_extra("scipy.optimize", "the solver of nm-act search")
+        optimize = require("scipy.optimize", "eval", "the solver of nm-act search")
         phases, groups, options = self._saved.shape
         saved = np.hstack([self._saved.reshape(phases, -1), -np.ones((phases, 1))])
         one_each = np.hstack([np.kron(np.eye(groups), np.ones(options)), np.zeros((groups, 1))])
@@ -95,7 +95,7 @@ class Problem:
         It is found by HiGHS, as an integer program with one binary variable per group and option. Raises ValueError if
         even the fastest option everywhere does not reach the target.
         """
-        optimize = import_extra("scipy.optimize", "the solver of nm-act search")
+        optimize = require("scipy.optimize", "eval", "the solver of nm-act search")
         needed = 1 - 1 / target_speedup
         if needed > self._reachable + 1e-9:
             best = 1 / (1 - self._reachable)
