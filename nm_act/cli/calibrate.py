@@ -19,7 +19,7 @@ def calibrate(
     model: opt.Model,
     recipe: Annotated[
         Path,
-        typer.Option("--recipe", exists=True, dir_okay=False, help="Recipe (.yaml, .yml or .json) to calibrate."),
+        typer.Option("--recipe", callback=opt.existing_recipe, help="Recipe (.yaml, .yml or .json) to calibrate."),
     ],
     data: Annotated[Path, typer.Option("--data", help='Text, .jsonl with "text" fields, or a folder of such files.')],
     output: Annotated[Path, typer.Option("--output", help="Folder for the result; a stopped run continues there.")],
