@@ -70,7 +70,8 @@ def _parse(name: str) -> Mode:
     if Path(name).suffix in (".yaml", ".yml", ".json"):
         return Mode(Path(name).stem, nm_act.Recipe.load(name))
     raise ValueError(
-        f"expected a mode such as dense, nm-2:4, nm-2:4/8:16, nm-8:16-fp8, nm-2:4-fp8-prefill or a recipe file, got {name!r}; write one of those"
+        f"expected a mode such as dense, nm-2:4, nm-2:4/8:16, nm-8:16-fp8, nm-2:4-fp8-prefill or a recipe file, got "
+        f"{name!r}; write one of those"
     )
 
 

@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 SPARSE_GEMM_TOKENS: int
 MAX_ROW_FEATURES: int
+MAX_NORM_FEATURES: int
 
 _Facts = tuple[int, int, int, int, bool]
 
@@ -23,6 +24,7 @@ def choose_path(
     weight_dtype: str,
     activation_dtype: str,
 ) -> tuple[str, str]: ...
+def decode_attention_supports(q_heads: int, k_heads: int, head_dim: int) -> bool: ...
 def gather_configs(
     tokens: int,
     out_features: int,

@@ -354,13 +354,38 @@ class Recipe:
         write_atomic(path, dump_yaml(self.to_dict()))
 
     @classmethod
+    def named(cls, name: str) -> "Recipe":
+        """A recommended recipe for any model; ValueError if there is none of that name (docs/recipes.md).
+
+        Parameters
+        ----------
+        name : {"prefill", "decode", "balanced"}
+            What is to be faster: reading prompts, writing answers with few sequences at once, or both.
+
+        Examples
+        --------
+        >>> str(Recipe.named("decode").resolve(0, "q_proj"))
+        '8:16 wina var (decode only)'
+        """
+        if name not in NAMED:
+            raise ValueError(f"expected a name among {', '.join(NAMED)}, got {name!r}; or load a recipe file")
+        return NAMED[name]
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
-        """Read a recipe; the suffix (.yaml, .yml or .json) decides the format."""
+        """Read a recipe; the suffix (.yaml, .yml or .json) decides the format. A name of :meth:`named` is one too."""
+        if str(path) in NAMED:
+            return cls.named(str(path))
         return cls.from_json(path) if _suffix(path) == ".json" else cls.from_yaml(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe; the suffix (.yaml, .yml or .json) decides the format."""
         self.to_json(path) if _suffix(path) == ".json" else self.to_yaml(path)
+
+
+def _of_roles(*roles: str) -> tuple[str, ...]:
+    """The projections of any family that have one of these roles."""
+    return tuple(name for name, own in ROLES.items() if set(own) & set(roles))
 
 
 def in_state_space(name: str) -> bool:
@@ -461,3 +486,13 @@ def _suffix(path: str | os.PathLike[str]) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+_SENSITIVE = Rule(projections=_of_roles("o_proj", "up_proj"), pattern=DENSE)
+
+NAMED: dict[str, Recipe] = {
+    "prefill": Recipe("2:4", criterion="wina", mitigation=("var",), rules=(_SENSITIVE,)),
+    "decode": Recipe("8:16", criterion="wina", mitigation=("var",), phase="decode"),
+    "balanced": Recipe("2:4", criterion="wina", mitigation=("var",), rules=(_SENSITIVE,)),
+}
+"""Name -> recommended recipe: rules by projection, for any model."""

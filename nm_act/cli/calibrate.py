@@ -1,5 +1,6 @@
 """``nm-act calibrate``: the data that a recipe's mitigations need, from a text; the result is a sparse checkpoint."""
 
+import copy
 import dataclasses
 import os
 import shutil
@@ -18,7 +19,7 @@ def calibrate(
     model: opt.Model,
     recipe: Annotated[
         Path,
-        typer.Option("--recipe", exists=True, dir_okay=False, help="Recipe (.yaml, .yml or .json) to calibrate."),
+        typer.Option("--recipe", callback=opt.existing_recipe, help="Recipe (.yaml, .yml or .json) to calibrate."),
     ],
     data: Annotated[Path, typer.Option("--data", help='Text, .jsonl with "text" fields, or a folder of such files.')],
     output: Annotated[Path, typer.Option("--output", help="Folder for the result; a stopped run continues there.")],
@@ -27,6 +28,13 @@ def calibrate(
     lr: Annotated[float, typer.Option("--lr", help="Learning rate of what is learned.")] = 1e-4,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the windows in each block.")] = 1.0,
     loss: Annotated[str, typer.Option("--loss", help="mse, or relative: every token has the same weight.")] = "mse",
+    distill: Annotated[
+        int,
+        typer.Option("--distill", min=0, help="Steps of end-to-end training on the dense outputs, e.g. 256."),
+    ] = 0,
+    train: Annotated[
+        str, typer.Option("--train", help="What --distill trains: learned data, weights (in the checkpoint), or both.")
+    ] = "data",
     seed: Annotated[int, typer.Option("--seed", help="Seed of the choice and the order of windows.")] = 0,
     checkpoint: Annotated[
         bool, typer.Option("--checkpoint/--no-checkpoint", help="Also write the whole model for from_pretrained.")
@@ -37,22 +45,31 @@ def calibrate(
     as_json: opt.AsJson = False,
 ) -> None:
     """Calibrate a recipe's mitigations, decoder block by decoder block."""
-    from ..conversion.calibration import FACTS_FILE
+    import torch
+
+    from ..conversion.calibration import DATA_FILE, FACTS_FILE
+    from ..conversion.fingerprint import weights_fingerprint
+    from ..conversion.sparsify import sparsify
     from ..integrations.checkpoints import check_device
     from ..lab.calibrate import CalibrationSettings, save_calibration
     from ..lab.calibrate import calibrate as run
-    from ..lab.calibrate.data import read_texts, windows_of
+    from ..lab.calibrate.data import read_texts, split_windows, windows_of
+    from ..lab.calibrate.distill import distill as train_end_to_end
     from ..lab.calibrate.run import check_needed
     from ..lab.evaluate.perplexity import check_window
     from ..lab.evaluate.variants import resolved
     from ..lab.output import write_json
     from ..lab.overlap import KEY, fingerprints
+    from ..methods.mitigations import data_of
     from ..recipe import Recipe
 
     _check_output(output, model)
     settings = CalibrationSettings(learning_rate=lr, epochs=epochs, loss=loss, seed=seed)
     chosen = Recipe.load(recipe)
-    check_needed(resolved(chosen))
+    end_to_end = _distill_settings(distill, train, checkpoint, seed)
+    needed = any(map(data_of, resolved(chosen)))
+    if end_to_end is None or end_to_end.train == "data":
+        check_needed(resolved(chosen))
     check_device(device)
     common.set_threads(threads)
     texts = read_texts(data)
@@ -61,34 +78,77 @@ def calibrate(
     ids = windows_of(tokenizer, texts, data, windows=windows, length=length, seed=seed)
     if len(ids) < windows:
         common.note(f"the text has {len(ids)} windows of {length} tokens, fewer than {windows}: all are used")
+    used = ids
+    if end_to_end is not None:
+        ids, held_out = split_windows(ids)
+    teacher = None if end_to_end is None else copy.deepcopy(dense)
+    weights = weights_fingerprint(dense, torch.bfloat16)
     output.mkdir(parents=True, exist_ok=True)
-    with common.progress_bar("calibrating") as update:
-        report, history = run(
-            dense, chosen, ids, settings=settings, device=device, state=output / _STATE, progress=update
-        )
+    if needed:
+        with common.progress_bar("calibrating") as update:
+            report, history = run(
+                dense, chosen, ids, settings=settings, device=device, state=output / _STATE, progress=update
+            )
+    else:
+        report, history = sparsify(dense, chosen), []
+    trained = {}
+    if teacher is not None:
+        with common.progress_bar("training end to end") as update:
+            done = train_end_to_end(
+                report.model.to(device),
+                teacher.to(device),
+                ids,
+                held_out,
+                end_to_end,
+                lambda step, steps, loss: update(step, steps, f"loss {loss:.3g}"),
+            )
+        report.model.to("cpu")
+        common.note(str(done))
+        trained = {"end_to_end": dataclasses.asdict(end_to_end) | dataclasses.asdict(done)}
     facts = {
         "source": common.model_name(model),
-        "weights": report.model.nm_act_dense_weights["weights"],
+        "weights": weights,
         "data": data.name,
-        "windows": len(ids),
+        "windows": len(used),
         "length": length,
         **dataclasses.asdict(settings),
         "seconds": round(sum(block["seconds"] for block in history), 1),
         "environment": common.environment(),
         "recipe": chosen.to_dict(),
         "blocks": history,
+        **trained,
     }
     _note_orders(report.model)
     if checkpoint:
         _save_checkpoint(report.model, tokenizer, output)
-    write_json(output / FACTS_FILE, facts | {KEY: fingerprints(ids)})
-    save_calibration(report.model, output)
-    shutil.rmtree(output / _STATE)
+    write_json(output / FACTS_FILE, facts | {KEY: fingerprints(used)})
+    if end_to_end is None or end_to_end.train == "data":
+        save_calibration(report.model, output)
+    shutil.rmtree(output / _STATE, ignore_errors=True)
     if as_json:
         common.print_json(facts)
         return
     print(report)
-    print(f"written to {output}: nm-act ppl {model} --calibration {output}")
+    if (output / DATA_FILE).exists():
+        print(f"written to {output}: nm-act ppl {model} --calibration {output}")
+    else:
+        print(f"written to {output}, a checkpoint with its own weights: nm-act generate {output} PROMPT")
+
+
+def _distill_settings(steps: int, train: str, checkpoint: bool, seed: int):
+    """Settings of the end-to-end training; None without."""
+    from ..lab.calibrate.distill import DistillSettings
+
+    if not steps:
+        if train != "data":
+            raise ValueError(f"expected --distill beside --train {train}, got none; add for example --distill 256")
+        return None
+    settings = DistillSettings(steps=steps, train=train, seed=seed)
+    if train != "data" and not checkpoint:
+        raise ValueError(
+            f"expected a checkpoint for the weights that --train {train} changes, got --no-checkpoint; leave it out"
+        )
+    return settings
 
 
 def _check_output(output: Path, model: str) -> None:

@@ -10,8 +10,22 @@ MAX_THREADS = 1024
 
 DEFAULT_PATTERNS = ("2:4", "4:8", "8:16", "16:32")
 
+
+def existing_recipe(value: Path | list[Path] | None) -> Path | list[Path] | None:
+    """Refuse a file that is not there, and is no name of a recommended recipe either."""
+    from ..recipe import NAMED
+
+    for path in value if isinstance(value, list) else [value]:
+        if path is not None and str(path) not in NAMED and not path.is_file():
+            what = "is a directory" if path.is_dir() else "does not exist"
+            raise typer.BadParameter(f"file {str(path)!r} {what}, nor is it one of {', '.join(NAMED)}.")
+    return value
+
+
 _RECIPE = typer.Option(
-    "--recipe", exists=True, dir_okay=False, help="Recipe (.yaml, .yml or .json); --pattern replaces its pattern."
+    "--recipe",
+    callback=existing_recipe,
+    help="Recipe: prefill, decode, balanced or a file (.yaml, .yml, .json); --pattern replaces its pattern.",
 )
 
 Model = Annotated[

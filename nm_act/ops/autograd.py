@@ -37,7 +37,13 @@ WITHOUT_GRADIENT = {
     "compress_packed": "nm_act.prune",
     "rms_norm_compress": "nm_act.prune of the norm",
     "silu_mul_compress": "nm_act.prune of the product",
+    "rms_norm_prune": "nm_act.prune of the norm",
+    "silu_mul_prune": "nm_act.prune of the product",
     "sparse_gemm": "nm_act.sparse_linear",
+    "decode_linear": "nm_act.sparse_linear",
+    "rotary": "the embedding of the model",
+    "rotary_cache": "the embedding of the model",
+    "decode_attention": "the attention of the model",
     "_tune_gather": "nm_act.sparse_linear",
     "_tune_sparse_gemm": "nm_act.sparse_linear",
 }

@@ -86,7 +86,7 @@ def _normed(attention: nn.Module, name: str, heads: Tensor) -> Tensor:
 
 
 def _attention(attention: nn.Module, q, k, v, angles, mask, cache, options: dict):
-    """Attention of unrotated ``[batch, tokens, heads, head_dim]``, ``[batch, tokens, heads, head_dim]``, and weights."""
+    """``[batch, tokens, heads, head_dim]`` for q, k and v of that shape that are not rotated yet; and weights."""
     lengths = options.get("nm_act_lengths")
     if cache is not None and lengths is not None:  # StaticDecoder's: a plain static cache
         layer = cache.layers[attention.layer_idx]

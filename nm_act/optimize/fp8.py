@@ -66,7 +66,8 @@ class FP8Linear(nn.Module):
     rounding to e4m3; ``load_state_dict`` quantises.
     """
 
-    codes: Tensor
+    codes: Tensor | None
+    rows: Tensor | None
     weight_scale: Tensor
     channel_scale: Tensor | None
     shift_out: Tensor | None
@@ -124,7 +125,10 @@ class FP8Linear(nn.Module):
     @property
     def e4m3(self) -> Tensor:
         """``[out, in]``; contiguous where it is stored so."""
-        return self.rows.view(E4M3).t() if self.codes is None else self.codes.view(E4M3)
+        if self.codes is not None:
+            return self.codes.view(E4M3)
+        assert self.rows is not None  # one of them is there
+        return self.rows.view(E4M3).t()
 
     @property
     def e4m3_rows(self) -> Tensor | None:
@@ -159,7 +163,8 @@ class FP8Linear(nn.Module):
         weight = self.e4m3_rows
         if self.codes is not None and (weight is None or x.shape[:-1].numel() > FEW_TOKENS):
             weight, options["activation_dtype"] = self.e4m3, E4M3
-        return ops.sparse_linear(x, weight, self.bias, self.spec.pattern_in(is_decode(x)), **options)
+        pattern: Any = self.spec.pattern_in(is_decode(x))  # no top-k: see not_fp8
+        return ops.sparse_linear(x, weight, self.bias, pattern, **options)
 
     bypass = differentiable = False  # calibration never sees this layer
     _is_dense_phase: Any = NMLinear._is_dense_phase
@@ -187,6 +192,13 @@ class FP8Linear(nn.Module):
             value if value is None else value.to(device) for value in vectors
         )
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "rows" not in self._buffers:  # pickled by nm_act 0.2, which kept either copy in codes
+            kept = self._buffers["codes"]
+            self.register_buffer("rows", kept if self.layout == "decode" else None, persistent=False)
+            self._buffers["codes"] = None if self.layout == "decode" else kept
 
     def _load_from_state_dict(
         self,

@@ -11,7 +11,7 @@ from torch import nn
 from ..layers.hooks import take_over_hooks
 from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
-from . import dense, fused, static_attention
+from . import dense, fused, operands, static_attention
 from .attention import FusedAttention, merged_qkv
 from .changed import Changed, change
 from .eligible import not_fp8
@@ -145,6 +145,8 @@ def optimize(model: nn.Module, *, fp8: str | None = None) -> OptimizeReport:
         if type(layer).__name__.endswith("DecoderLayer"):
             _fuse_layer(report, name, layer)
     for layer in model.modules():
+        if isinstance(layer, (NMLinear, FP8Linear)):
+            operands.remember(layer)
         if isinstance(layer, NMLinear):
             layer.derived_for_call()  # compares touched weights now, because a compiled layer cannot
     report.dense = dense.change_dense(model)
@@ -222,7 +224,7 @@ def _check_memory(layers: list[NMLinear], fp8: str) -> None:
     needed: dict[torch.device, int] = {}
     for layer in layers:
         weight = parameter_of(layer, "weight")
-        if weight.is_cuda and not not_fp8(layer, fp8):
+        if weight is not None and weight.is_cuda and not not_fp8(layer, fp8):
             # Of a group that will be merged, whose 16-bit parts are freed before.
             need = 3 * weight.numel() * (2 if fp8 == "both" else 1)
             needed[weight.device] = max(needed.get(weight.device, 0), need)
@@ -288,9 +290,9 @@ def _quantise(report: OptimizeReport, layout: str) -> None:
 
 def _fuse_mlp(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:
     child = next((child for child, layer in parent.named_children() if isinstance(layer, MergedLinear)), None)
-    if group == GROUPS[1] and child is not None and parent.get_submodule(child).names == group:
-        if fused.fuse_mlp(parent, child):
-            report.fused.append(name)
+    whole = group == GROUPS[1] and child is not None and parent.get_submodule(child).names == group
+    if whole and fused.fuse_mlp(parent, child):
+        report.fused.append(name)
 
 
 def _fuse_layer(report: OptimizeReport, name: str, layer: nn.Module) -> None:

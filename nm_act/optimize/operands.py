@@ -8,8 +8,6 @@ Each call of a layer takes one of these ways:
 ``""``      none: the producer, the selection and the product run one after another
 """
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -136,18 +134,34 @@ def _gathers(linear: nn.Module, tokens: int, pattern: NMPattern, dtype: torch.dt
     if weight is None or pattern.extra_columns:
         return False
     # Of the storage: allocations are aligned further, and a compiler could not follow an address.
-    aligned = weight.storage_offset() * weight.element_size() % 16 == 0
-    return aligned and _choice(tokens, pattern, dtype, device, weight.dtype, weight.shape, weight.stride()) == "gather"
+    if weight.storage_offset() * weight.element_size() % 16:
+        return False
+    facts = (tokens, pattern.keep, pattern.group, dtype, device.index, weight.dtype, *weight.shape, *weight.stride())
+    known = _GATHERS.get(facts)
+    if known is None and not torch.compiler.is_compiling():
+        known = _GATHERS[facts] = _chooses_gather(tokens, pattern, dtype, device, weight)
+    return bool(known)
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=4096)
-def _choice(tokens, pattern, dtype, device, weight_dtype, shape, strides) -> str:
+_GATHERS: dict[tuple, bool] = {}
+"""Facts of a call -> whether the gather kernel serves it. A compiled call cannot ask, and takes another way where they
+are new; :func:`remember` asks for it."""
+
+
+def _chooses_gather(tokens: int, pattern: NMPattern, dtype: torch.dtype, device: torch.device, weight: Tensor) -> bool:
     facts = torch.cuda.get_device_properties(device)
-    x = torch.empty(tokens, shape[1], dtype=dtype, device="meta")
-    weight = torch.empty_strided(shape, strides, dtype=weight_dtype, device="meta")
+    x = torch.empty(tokens, weight.shape[1], dtype=dtype, device="meta")
+    of_weight = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
     options = {"compute_capability": facts.major, "multiprocessors": facts.multi_processor_count}
-    return explain(x, weight, pattern, device="cuda", **options).path
+    return explain(x, of_weight, pattern, device="cuda", **options).path == "gather"
+
+
+def remember(linear: nn.Module) -> None:
+    """Find out which decode steps of a layer on CUDA the gather kernel serves, for compiled calls."""
+    like = linear.like if isinstance(linear, FP8Linear) else parameter_of(linear, "weight")
+    if like.is_cuda and not why_unfused(linear):
+        for tokens in range(1, FEW_TOKENS + 1):
+            _gathers(linear, tokens, linear.spec.pattern_in(True), like.dtype, like.device)
 
 
 def _not_packed(linear: nn.Module, pattern: NMPattern) -> str:

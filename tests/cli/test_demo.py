@@ -11,12 +11,12 @@ def test_demo(folder, text, tmp_path):
     pytest.importorskip("matplotlib")
     options = ("--model", folder, "--text", text, "--tokens", 200, "--threads", 1, "--out", tmp_path / "new")
     out = ok("demo", *options)
-    for word in ("dense", "2:4", "4:8", "8:16", "16:32", "speed-up", "[8:16]"):
+    for word in ("dense", "2:4", "4:8", "8:16", "16:32", "speed-up", "[decode]", "what not to do"):
         assert word in out
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["demo.json", "demo.png"]
     assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
     data = json.loads((tmp_path / "new" / "demo.json").read_text())
-    assert [row["name"] for row in data["rows"]] == ["dense", "2:4", "4:8", "8:16", "16:32"]
+    assert [row["name"] for row in data["rows"]] == ["dense", "decode", "2:4", "4:8", "8:16", "16:32"]
     assert data["environment"]["threads"] == 1
     assert data["rows"][0]["tokens"] == 127
     assert data["rows"][0]["decode_speedup"]["median"] == 1.0
@@ -24,7 +24,7 @@ def test_demo(folder, text, tmp_path):
         assert row["perplexity"] > 1
         speed = row["decode_tokens_per_second"]
         assert 0 < speed["p20"] <= speed["median"] <= speed["p80"]
-    assert [sample["name"] for sample in data["samples"]] == ["dense", "2:4", "8:16"]
+    assert [sample["name"] for sample in data["samples"]] == ["dense", "decode", "2:4"]
 
 
 def test_demo_default_text_and_json(folder, tmp_path):

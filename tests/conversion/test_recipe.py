@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nm_act.methods.mitigations import MITIGATIONS, data_of
 from nm_act.patterns import NMPattern
-from nm_act.recipe import DEFAULT_PROJECTIONS, PHASES, LinearSpec, Recipe, Rule
+from nm_act.recipe import DEFAULT_PROJECTIONS, NAMED, PHASES, ROLES, LinearSpec, Recipe, Rule
 
 FULL = Recipe(
     "8:16",
@@ -286,3 +286,27 @@ def test_a_yaml_key_given_twice_is_a_mistake(tmp_path):
     path.write_text("pattern: 2:4\npattern: 8:16\n")
     with pytest.raises(ValueError, match="the key 'pattern' is given twice"):
         Recipe.load(path)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_recommended_recipes(name, tmp_path):
+    recipe = Recipe.named(name)
+    assert Recipe.load(name) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    recipe.save(tmp_path / "r.yaml")
+    assert Recipe.load(tmp_path / "r.yaml") == recipe
+    assert recipe.phase == ("decode" if name == "decode" else "both")
+    specs = {projection: recipe.resolve(5, projection) for projection in ROLES}
+    assert not any(data_of(spec) for spec in specs.values() if spec)  # nothing to calibrate
+    for projection, roles in ROLES.items():  # of every family alike; a layer of several roles has the safest one's
+        own = [specs[role] for role in roles]
+        kept = max(1.0 if spec is None else spec.pattern.kept_fraction for spec in own)
+        spec = specs[projection]
+        assert (1.0 if spec is None else spec.pattern.kept_fraction) == kept
+
+
+def test_unknown_recommendations_are_refused():
+    with pytest.raises(
+        ValueError, match="expected a name among prefill, decode, balanced, got 'fast'; or load a recipe"
+    ):
+        Recipe.named("fast")

@@ -46,7 +46,8 @@ def test_norm_then_prune(features, pattern):
         poison()
         pruned = nm_act.ops.fused.rms_norm_prune(x, weight, 1e-5, other, pattern)
         total = x + other if residual else x
-        assert torch.equal(pruned.hidden, total) and pruned.row_scale.numel() == 0
+        assert torch.equal(pruned.hidden, total)
+        assert pruned.row_scale.numel() == 0
         assert_pruned(pruned.values, rms_norm(total, weight, 1e-5), pattern)
 
 
@@ -91,8 +92,8 @@ def test_dense_e4m3_product(pattern, tokens):
     exact = reference.prune(x, pattern).float() @ (codes.float() * scale[:, None]).t() + bias.float()
     assert relative_error(y, exact) < 0.04
     assert "dense fp8 tensor cores" in nm_act.explain(x, codes, pattern, activation_dtype=E4M3).why
+    options = {"weight_scale": scale, "activation_dtype": E4M3, "variance_correction": True}
     with pytest.raises(NotImplementedError, match="without a channel scale"):
-        options = {"weight_scale": scale, "activation_dtype": E4M3, "variance_correction": True}
         nm_act.sparse_linear(x, codes, bias, pattern, **options)
 
 
@@ -143,7 +144,8 @@ def test_rotary(dtype, q_heads, k_heads, dim, batch, tokens):
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         poison()
         q_out, k_out = fused.rotary(q, k, cos, sin)
-        assert torch.equal(q_out, rotated(q, cos, sin)) and torch.equal(k_out, rotated(k, cos, sin))
+        assert torch.equal(q_out, rotated(q, cos, sin))
+        assert torch.equal(k_out, rotated(k, cos, sin))
         before = 5
         keys, values = (
             torch.full((batch, k_heads, tokens + 9, dim), 7.0, device="cuda", dtype=dtype) for _ in range(2)
@@ -153,7 +155,8 @@ def test_rotary(dtype, q_heads, k_heads, dim, batch, tokens):
         assert torch.equal(again, q_out)
         for cache, new in ((keys, k_out), (values, v)):
             assert torch.equal(cache[:, :, before : before + tokens], new.transpose(1, 2))
-            assert (cache[:, :, :before] == 7).all() and (cache[:, :, before + tokens :] == 7).all()
+            assert (cache[:, :, :before] == 7).all()
+            assert (cache[:, :, before + tokens :] == 7).all()
 
 
 def test_nothing_is_written_beyond_the_cache():
@@ -162,7 +165,8 @@ def test_nothing_is_written_beyond_the_cache():
     keys, values = (torch.zeros(1, 2, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for length in (0, 9, 1000):
         fused.rotary_cache(q, k, v, cos, sin, keys, values, torch.tensor([length], dtype=torch.int32, device="cuda"))
-    assert not keys.any() and not values.any()
+    assert not keys.any()
+    assert not values.any()
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -218,8 +222,8 @@ def test_wrong_arguments_are_one_sentence():
         fused.decode_linear(x, weight.contiguous(), None, "2:4")
     with pytest.raises(NotImplementedError, match="at most 16384 features"):
         fused.rms_norm_prune(drawn(1, 32768), drawn(32768), 1e-5)
+    half = drawn(1, 64, dtype=torch.float16)
     with pytest.raises(TypeError, match="float8_e4m3fn with x in bfloat16"):
-        half = drawn(1, 64, dtype=torch.float16)
         fused.silu_mul_prune(half, half, "8:16", activation_dtype=E4M3)
     with pytest.raises(ValueError, match="head_dim divisible by 16"):
         fused.rotary(drawn(1, 1, 2, 24), drawn(1, 1, 2, 24), drawn(1, 1, 24), drawn(1, 1, 24))

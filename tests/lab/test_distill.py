@@ -1,10 +1,14 @@
 """End-to-end training on the dense model's outputs: what is trained, what is kept, and what is refused."""
 
+import json
+
 import pytest
 import tiny_model
 import torch
+from commands import ok, refused
 
 import nm_act
+from nm_act.integrations.checkpoints import load_model
 from nm_act.lab.calibrate.distill import DistillSettings, distill, divergence, held_out_losses
 from nm_act.lab.evaluate.variants import sparse_copy
 from nm_act.recipe import Recipe
@@ -87,3 +91,33 @@ def test_refusals(dense):
     broken.model.embed_tokens = torch.nn.Embedding.from_pretrained(torch.full_like(dense.lm_head.weight, torch.nan))
     with pytest.raises(ValueError, match="expected a finite loss, got nan at step 1"):
         distill(broken, dense, windows(4, 0), windows(2, 1))
+
+
+def test_command(folder, tmp_path):
+    """Data end to end: a calibration. Weights: a checkpoint of its own, which loads sparse."""
+    words, text = tiny_model.TEXT.split(), tmp_path / "text.txt"
+    text.write_text(" ".join(words[index] for index in torch.randperm(len(words)).tolist()))  # no window twice
+    small = ("--data", text, "--windows", 12, "--length", 32, "--distill", 2)
+    (tmp_path / "data.yaml").write_text("pattern: 2:4\nmitigation: [ls, lpts]\n")
+    made = tmp_path / "data"
+    ok("calibrate", folder, "--recipe", tmp_path / "data.yaml", *small, "--output", made, "--no-checkpoint")
+    facts = json.loads((made / "calibration.json").read_text())
+    assert facts["windows"] == 12
+    assert facts["end_to_end"]["steps"] == 2
+    assert {"kept", "before", "after", "difference", "stderr"} <= set(facts["end_to_end"])
+    nm_act.load_calibration(load_model(folder)[0], made)
+    (tmp_path / "plain.yaml").write_text("pattern: 2:4\nmitigation: [var]\n")
+    made = tmp_path / "weights"
+    options = ("--recipe", tmp_path / "plain.yaml", *small, "--train", "weights")
+    assert "a checkpoint with its own weights" in ok("calibrate", folder, *options, "--output", made)
+    assert not (made / "calibration.safetensors").exists()
+    model, _ = load_model(made)
+    assert any(isinstance(module, nm_act.NMLinear) for module in model.modules())
+    assert "expected a checkpoint for the weights" in refused(
+        "calibrate", folder, *options, "--output", tmp_path / "x", "--no-checkpoint"
+    )
+    plain = ("calibrate", folder, "--recipe", tmp_path / "plain.yaml", "--data", text, "--output", tmp_path / "x")
+    assert "expected --distill beside --train weights, got none" in refused(*plain, "--train", "weights")
+    assert "expected a recipe with something to calibrate" in refused(*plain, "--distill", 2)
+    few = ("--windows", 2, "--length", 32, "--distill", 2, "--train", "weights")
+    assert "expected at least 3 windows, 2 of them held out, got 2" in refused(*plain, *few)

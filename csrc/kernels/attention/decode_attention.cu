@@ -40,13 +40,13 @@ struct Shape {
 template <int kDim, int kGroup>
 struct Layout {
   using S = Shape<kDim, kGroup>;
-  static constexpr int kQuery = 0;                                // [group, dim]: rotated, scaled
-  static constexpr int kKey = kQuery + S::kOutputs;               // [dim]: the new key
-  static constexpr int kValue = kKey + kDim;                      // [dim]: the new value
-  static constexpr int kSums = kValue + kDim;                     // [warps, group, dim]
-  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;   // [warps, group, 2]: maxima and sums
+  static constexpr int kQuery = 0;                                  // [group, dim]: rotated, scaled
+  static constexpr int kKey = kQuery + S::kOutputs;                 // [dim]: the new key
+  static constexpr int kValue = kKey + kDim;                        // [dim]: the new value
+  static constexpr int kSums = kValue + kDim;                       // [warps, group, dim]
+  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;     // [warps, group, 2]: maxima and sums
   static constexpr int kReceived = kTops + S::kWarps * kGroup * 2;  // [splits, dim * group / splits]
-  static constexpr int kReceivedTops = kReceived + S::kOutputs;   // [splits, group, 2]
+  static constexpr int kReceivedTops = kReceived + S::kOutputs;     // [splits, group, 2]
   static int bytes(int splits) { return 4 * (kReceivedTops + splits * kGroup * 2); }
 };
 
@@ -184,7 +184,8 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t at = sequence * (is_key ? params.k_stride : params.v_stride) + int64_t{key_head} * kDim + feature;
       piece = load_piece<E>(is_key ? params.k : params.v, at, kDim / 2);
       if (is_key) piece = rotate<E>(piece, cosine, sine);
-      if (owns_new && part == 0) store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
+      if (owns_new && part == 0)
+        store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
     }
     float* target = shared + (row < kGroup ? L::kQuery + row * kDim : row == kGroup ? L::kKey : L::kValue) + feature;
     const float factor = row < kGroup ? params.scaling * 1.4426950408889634f : 1.0f;

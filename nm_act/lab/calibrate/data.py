@@ -60,6 +60,14 @@ def windows_of(tokenizer, texts: list[str], source, *, windows: int, length: int
     return ids[: available * length].view(available, length)[order]
 
 
+def split_windows(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to train on, and the last sixteenth, 2 to 32 of them, held out; ValueError if there are fewer than 3."""
+    if len(windows) < 3:
+        raise ValueError(f"expected at least 3 windows, 2 of them held out, got {len(windows)}; give more text")
+    held_out = min(32, max(2, len(windows) // 16))
+    return windows[:-held_out], windows[-held_out:]
+
+
 def check_seed(seed: int) -> None:
     """Raise a ValueError for a seed that torch's generators do not take."""
     if not 0 <= seed < 2**63:
