@@ -160,9 +160,9 @@ class FP8Linear(nn.Module):
             "variance_correction": self.spec.variance_correction,
             "weight_scale": self.weight_scale,
         }
-        weight = self.e4m3_rows
-        if self.codes is not None and (weight is None or x.shape[:-1].numel() > FEW_TOKENS):
-            weight, options["activation_dtype"] = self.e4m3, E4M3
+        if self.codes is not None and (self.rows is None or x.shape[:-1].numel() > FEW_TOKENS):
+            options["activation_dtype"] = E4M3
+        weight = self.e4m3 if self.rows is None or "activation_dtype" in options else self.rows.view(E4M3).t()
         pattern: Any = self.spec.pattern_in(is_decode(x))  # no top-k: see not_fp8
         return ops.sparse_linear(x, weight, self.bias, pattern, **options)
 
@@ -194,7 +194,7 @@ class FP8Linear(nn.Module):
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "rows" not in self._buffers:  # pickled by nm_act 0.2, which kept either copy in codes
             kept = self._buffers["codes"]
             self.register_buffer("rows", kept if self.layout == "decode" else None, persistent=False)

@@ -290,8 +290,9 @@ def _quantise(report: OptimizeReport, layout: str) -> None:
 
 def _fuse_mlp(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:
     child = next((child for child, layer in parent.named_children() if isinstance(layer, MergedLinear)), None)
-    whole = group == GROUPS[1] and child is not None and parent.get_submodule(child).names == group
-    if whole and fused.fuse_mlp(parent, child):
+    if group != GROUPS[1] or child is None or parent.get_submodule(child).names != group:
+        return
+    if fused.fuse_mlp(parent, child):
         report.fused.append(name)
 
 

@@ -117,7 +117,8 @@ def test_the_old_operator_names_the_new_way():
     [
         (1, W8, {}, "sparse", "fp8 tensor cores"),
         (4096, W8, {}, "sparse", "fp8 tensor cores"),
-        (4096, W8, {"pattern": "8:16"}, "dense", "e4m3 activations need 2:4"),
+        (4096, W8, {"pattern": "8:16"}, "dense", "run on the dense fp8 tensor cores"),
+        (4096, W8[:8], {"pattern": "8:16"}, "dense", "out_features by 16"),
         (4096, W8.t().contiguous().t(), {}, "dense", "stored [out, in]"),
         (4096, W8[:8], {}, "dense", "out_features by 16"),
         (4096, W8, {"compute_capability": 8}, "dense", "compute capability 9.0"),

@@ -11,8 +11,12 @@ from torch.nn import functional as F
 
 import nm_act
 from nm_act import reference
-from nm_act.optimize import fused
+from nm_act.layers.work import is_decode
+from nm_act.ops import autograd
+from nm_act.ops.fused import Pruned
+from nm_act.optimize import fused, operands
 from nm_act.optimize import model as model_module
+from nm_act.optimize.eligible import has_hooks
 
 MITIGATION = ["var", "dpts-mean"]
 WHOLE = ["norm", "norm + residual", "silu"]  # the packed operands of a layer
@@ -30,6 +34,20 @@ def compressed(x, calls, name, *, token_shift, variance_correction, channel_scal
     return nm_act.Packed(pruned, empty, nu, eta, nm_act.NMPattern("2:4"), x.shape[-1], "neutral", flat.shape[0])
 
 
+def pruned(x, pattern, hidden=None):
+    return Pruned(reference.prune(x.reshape(-1, x.shape[-1]), pattern), x.new_empty(0), hidden)
+
+
+def on_a_cpu(linear, x, *others):
+    """The way of a layer with a pattern of its own, as on CUDA with many tokens."""
+    if linear._is_dense_phase(x) or has_hooks(linear):
+        return ""
+    if autograd.needs_gradient(x, *others, *linear.parameters()):
+        return ""
+    pattern = linear.spec.pattern_in(is_decode(x))
+    return "pruned" if operands._not_packed(linear, pattern) else "packed"
+
+
 @pytest.fixture
 def calls(monkeypatch):
     made = []
@@ -43,6 +61,15 @@ def calls(monkeypatch):
     def silu_mul_compress(gate, up, **options):
         return compressed(F.silu(gate) * up, made, "silu", **options)
 
+    def rms_norm_prune(x, weight, eps, residual=None, pattern="2:4", *, activation_dtype=None):
+        hidden = x if residual is None else x + residual
+        made.append("pruned norm" if residual is None else "pruned norm + residual")
+        return pruned(F.rms_norm(hidden, (x.shape[-1],), weight, eps), pattern, hidden)
+
+    def silu_mul_prune(gate, up, pattern="2:4", *, activation_dtype=None):
+        made.append("pruned silu")
+        return pruned(F.silu(gate) * up, pattern)
+
     def sparse_gemm(operand, weight, bias, *, shift_out, column_scale, out_dtype):
         assert out_dtype == torch.float32
         row_scale, eta = operand.row_scale, operand.eta
@@ -52,10 +79,10 @@ def calls(monkeypatch):
         y = y if column_scale is None else y * column_scale
         return y if bias is None else y + bias
 
-    for replaced in (rms_norm_compress, silu_mul_compress, sparse_gemm):
-        monkeypatch.setattr(fused, replaced.__name__, replaced)
+    for replaced in (rms_norm_compress, silu_mul_compress, rms_norm_prune, silu_mul_prune, sparse_gemm):
+        monkeypatch.setattr(operands, replaced.__name__, replaced)
     monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
-    monkeypatch.setattr(fused, "takes_packed", lambda linear, x: not linear._is_dense_phase(x))
+    monkeypatch.setattr(operands, "way_of", on_a_cpu)
     linear = nm_act.ops.sparse_linear  # dequantises the weight where the activations are not e4m3 too
     monkeypatch.setattr(nm_act.ops, "sparse_linear", lambda *a, activation_dtype=None, **options: linear(*a, **options))
     return made

@@ -3,18 +3,15 @@
 //
 //   y = softmax(scaling * q K^T) V over the last `window` of a sequence's tokens, the new one included
 //
-// A cluster has one key head of one sequence and kGroup of its query heads; its blocks divide the tokens. Where there are
-// too few key heads to fill the device, the query heads of one are divided over clusters, which read its cache at the same
-// time: from memory once, and again from L2. In a block, kDim / 8 lanes share a token: each has eight features of its key
-// and value, and of the query heads. Such a team keeps its own running maximum, sum and output of every query head
-// (float32), over steps of several tokens whose loads are all issued before the first is used; all lines of the cache are
-// prefetched to L2 before that, while the kernel before still ends. The teams' results are combined in a fixed order:
-// within the warp, through shared memory over the warps, through distributed shared memory over the blocks. No partial
-// result reaches global memory. Rounding is that of Transformers' modules: rotated values to the element type, softmax
-// and sums in float32, y to the element type.
+// A cluster has one key head of one sequence and kGroup of its query heads; its blocks divide the tokens. In a block,
+// kDim / 8 lanes share a token: each has eight features of its key and value, and of the query heads. Such a team keeps
+// its own running maximum, sum and output of every query head (float32), over kTokens tokens whose loads are all issued
+// before the first is used. The teams' results are combined in a fixed order: within the warp, through shared memory over
+// the warps, through distributed shared memory over the blocks. No partial result reaches global memory. Rounding is that
+// of Transformers' modules: rotated values to the element type, softmax and sums in float32, y to the element type.
 //
-// Tried and dropped: the cache through cp.async into three stages of shared memory (as fast alone; its 200 KB keep the
-// products before and after from overlapping it: a decode step of 2.87 ms became 2.97).
+// Tried and dropped (docs/kernels/decode_attention.md): the cache through cp.async into shared memory, twice the blocks
+// with half the query heads each, small blocks with the cache prefetched to L2.
 #include <cfloat>
 
 #include "../gather/block.cuh"
@@ -24,14 +21,18 @@
 namespace nm_act {
 namespace {
 
+constexpr int kTokens = 4;  // of a team in one step
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
-constexpr int kThreads = 256;  // few enough to share a multiprocessor with blocks of the products before and after
 
-// kGroup: query heads of a block, a power of two.
+// Threads of a block with so many query heads, which take registers.
+template <int kGroup>
+constexpr int block_threads() {
+  return kGroup <= 4 ? 512 : 256;
+}
+
 template <int kDim, int kGroup>
 struct Shape {
-  static constexpr int kWarps = kThreads / 32;
-  static constexpr int kTokens = kGroup <= 2 ? 8 : 4;  // of a team in one step: as many as the registers allow
+  static constexpr int kThreads = block_threads<kGroup>(), kWarps = kThreads / 32;
   static constexpr int kLanes = kDim / kChunk, kTeams = kThreads / kLanes;
   static constexpr int kOutputs = kGroup * kDim;
 };
@@ -40,13 +41,13 @@ struct Shape {
 template <int kDim, int kGroup>
 struct Layout {
   using S = Shape<kDim, kGroup>;
-  static constexpr int kQuery = 0;                                  // [group, dim]: rotated, scaled
-  static constexpr int kKey = kQuery + S::kOutputs;                 // [dim]: the new key
-  static constexpr int kValue = kKey + kDim;                        // [dim]: the new value
-  static constexpr int kSums = kValue + kDim;                       // [warps, group, dim]
-  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;     // [warps, group, 2]: maxima and sums
+  static constexpr int kQuery = 0;                                // [group, dim]: rotated, scaled
+  static constexpr int kKey = kQuery + S::kOutputs;               // [dim]: the new key
+  static constexpr int kValue = kKey + kDim;                      // [dim]: the new value
+  static constexpr int kSums = kValue + kDim;                     // [warps, group, dim]
+  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;   // [warps, group, 2]: maxima and sums
   static constexpr int kReceived = kTops + S::kWarps * kGroup * 2;  // [splits, dim * group / splits]
-  static constexpr int kReceivedTops = kReceived + S::kOutputs;     // [splits, group, 2]
+  static constexpr int kReceivedTops = kReceived + S::kOutputs;   // [splits, group, 2]
   static int bytes(int splits) { return 4 * (kReceivedTops + splits * kGroup * 2); }
 };
 
@@ -120,30 +121,8 @@ __device__ __forceinline__ void add_tokens(Partial<kGroup>& partial, const float
   }
 }
 
-struct Range {
-  int begin, end;
-};
-
-// A block's share of the tokens to attend to.
-__device__ __forceinline__ Range range_of(const DecodeAttentionParams& params, int length, int rank, int splits) {
-  const int end = max(0, min(length, params.max_tokens));
-  const int start = params.window > 0 ? max(0, end - params.window) : 0;
-  const int share = (end - start + splits - 1) / splits, begin = min(start + rank * share, end);
-  return {begin, min(begin + share, end)};
-}
-
-template <int kDim>
-__device__ __forceinline__ void prefetch_range(const uint16_t* keys, const uint16_t* values, Range range) {
-  constexpr int kLine = 64;  // elements
-  const int end = range.end * (kDim / kLine);
-  for (int line = range.begin * (kDim / kLine) + static_cast<int>(threadIdx.x); line < end; line += kThreads) {
-    prefetch_line(keys + int64_t{line} * kLine);
-    prefetch_line(values + int64_t{line} * kLine);
-  }
-}
-
 template <class E, int kDim, int kGroup>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(block_threads<kGroup>())
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams params, const int splits) {
   using S = Shape<kDim, kGroup>;
   using L = Layout<kDim, kGroup>;
@@ -159,19 +138,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t cached = (int64_t{sequence} * params.k_heads + key_head) * params.max_tokens * kDim;
   auto* const keys = static_cast<uint16_t*>(params.keys) + cached;
   auto* const values = static_cast<uint16_t*>(params.values) + cached;
-  // Only to know what to prefetch: the kernel before may still write them.
-  prefetch_range<kDim>(keys, values, range_of(params, params.lengths[sequence], rank, splits));
   wait_for_previous_kernel();
   allow_next_kernel();
-  const int length = min(*static_cast<const volatile int32_t*>(params.lengths + sequence), params.max_tokens);
-  const auto [begin, end] = range_of(params, length, rank, splits);
+
+  const int length = min(params.lengths[sequence], params.max_tokens);
+  const int start = params.window > 0 ? max(0, length - params.window) : 0;
+  const int share = (length - start + splits - 1) / splits;
+  const int begin = min(start + rank * share, length), end = min(begin + share, length);
   const int last = length - 1;  // the new token's place
   const bool owns_new = last >= begin && last < end;
 
   // The rotated query of the group, and the new key and value: a thread takes a piece of one head.
   constexpr int kPieces = kDim / 2 / kChunk;
   const int64_t angle = (params.cos_batch > 1 ? int64_t{sequence} : 0) * kDim;
-  for (int i = thread; i < (kGroup + 2) * kPieces; i += kThreads) {
+  for (int i = thread; i < (kGroup + 2) * kPieces; i += S::kThreads) {
     const int row = i / kPieces, feature = i % kPieces * kChunk;
     Piece<E> piece{zero_chunk<E>(), zero_chunk<E>()};
     const Piece<E> cosine = load_piece<E>(params.cos, angle + feature, kDim / 2);
@@ -184,8 +164,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t at = sequence * (is_key ? params.k_stride : params.v_stride) + int64_t{key_head} * kDim + feature;
       piece = load_piece<E>(is_key ? params.k : params.v, at, kDim / 2);
       if (is_key) piece = rotate<E>(piece, cosine, sine);
-      if (owns_new && part == 0)
-        store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
+      if (owns_new && part == 0) store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
     }
     float* target = shared + (row < kGroup ? L::kQuery + row * kDim : row == kGroup ? L::kKey : L::kValue) + feature;
     const float factor = row < kGroup ? params.scaling * 1.4426950408889634f : 1.0f;
@@ -211,11 +190,11 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int old_end = owns_new ? last : end;
 #pragma unroll 1
-  for (int first = begin; first < old_end; first += S::kTeams * S::kTokens) {
-    Chunk<E> key[S::kTokens], value[S::kTokens];
-    bool real[S::kTokens];
+  for (int first = begin; first < old_end; first += S::kTeams * kTokens) {
+    Chunk<E> key[kTokens], value[kTokens];
+    bool real[kTokens];
 #pragma unroll
-    for (int t = 0; t < S::kTokens; ++t) {
+    for (int t = 0; t < kTokens; ++t) {
       const int token = first + t * S::kTeams + team;
       real[t] = token < old_end;
       const int64_t at = int64_t{real[t] ? token : begin} * kDim + lane * kChunk;
@@ -266,7 +245,7 @@ __global__ void __launch_bounds__(kThreads)
   // A peer's shared memory may be written only after that block has started.
   if (splits > 1) wait_for_cluster();
   const int outputs = S::kOutputs / splits;  // that a block finishes; splits is a power of two
-  for (int i = thread; i < S::kOutputs; i += kThreads) {
+  for (int i = thread; i < S::kOutputs; i += S::kThreads) {
     const int g = i / kDim, feature = i % kDim;
     float top = -FLT_MAX, sum = 0.0f, output = 0.0f;
 #pragma unroll 4
@@ -290,7 +269,7 @@ __global__ void __launch_bounds__(kThreads)
   } else {
     __syncthreads();
   }
-  for (int i = thread; i < outputs; i += kThreads) {
+  for (int i = thread; i < outputs; i += S::kThreads) {
     const int g = (rank * outputs + i) / kDim, feature = (rank * outputs + i) % kDim;
     if (g >= heads) continue;
     const float* tops = shared + L::kReceivedTops + g * 2;
@@ -311,12 +290,13 @@ struct Division {
   int group, splits;
 };
 
-// Few heads are divided as far as blocks find multiprocessors; many go by whole groups.
+// Few heads are divided over up to half of the multiprocessors: more blocks were slower alone, and leave none for the
+// blocks of the next product. Many heads go by whole groups.
 Division divide(const DecodeAttentionParams& params, int multiprocessors) {
   const int group = params.q_heads / params.k_heads, heads = params.batch * params.k_heads;
   Division division{1, 8};  // the largest portable cluster
   const auto blocks = [&](Division d) { return heads * ((group + d.group - 1) / d.group) * d.splits; };
-  while (division.group < group && blocks(division) > multiprocessors) division.group *= 2;
+  while (division.group < group && 2 * blocks(division) > multiprocessors) division.group *= 2;
   while (division.splits > 1 && blocks(division) > multiprocessors) division.splits /= 2;
   return division;
 }
@@ -324,7 +304,7 @@ Division divide(const DecodeAttentionParams& params, int multiprocessors) {
 template <class E, int kDim, int kGroup>
 cudaError_t launch_shape(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
   const int parts = (params.q_heads / params.k_heads + kGroup - 1) / kGroup;
-  const LaunchShape shape{static_cast<unsigned>(params.batch * params.k_heads * parts * splits), kThreads,
+  const LaunchShape shape{static_cast<unsigned>(params.batch * params.k_heads * parts * splits), block_threads<kGroup>(),
                           static_cast<unsigned>(splits), Layout<kDim, kGroup>::bytes(splits)};
   return launch_kernel(decode_attention_kernel<E, kDim, kGroup>, shape, stream, params, splits);
 }
