@@ -73,7 +73,7 @@ class LinearWork:
         sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
         if context is not None:
             sequences, valid = context.sequences(x, sequences)
-        if sequences.shape[1] == 1:  # over one token CLACT equals act
+        if sequences.shape[1] == 1:  # one token ranks its channels by themselves alone: act
             return self.operator(x, weight, bias, self.pattern, **options)
         static, rows = options.get("channel_scale"), []
         for index, tokens in enumerate(sequences):
