@@ -49,7 +49,7 @@ class LinearWork:
         weight = weight if self.weight is None else self.weight
         bias = bias if self.bias is None else self.bias
         options = self.options
-        if weight.dtype != x.dtype:  # under autocast; the operator takes one dtype
+        if weight.dtype != x.dtype:  # under autocast, as F.linear does; the operator itself takes one dtype only
             weight = weight.to(x.dtype)
             lifted = options.get("lifted_weight")
             options = options if lifted is None else {**options, "lifted_weight": lifted.to(x.dtype)}
@@ -81,7 +81,7 @@ class LinearWork:
             scale = criteria.call_scale(seen, None if valid is None else valid[index])
             scale = scale if static is None else scale * static
             rows.append(self.operator(tokens, weight, bias, self.pattern, **{**options, "channel_scale": scale}))
-        # weight.shape, not out_features: in a layer that is split over ranks, the weight here is a part.
+        # Not out_features: of a layer that is split over ranks, the weight here is a part.
         y = torch.stack(rows) if rows else x.new_empty((0, weight.shape[0]))
         return y.view(*x.shape[:-1], weight.shape[0])
 
