@@ -1,4 +1,4 @@
-"""What a sparse layer's call needs beside its input; computed when the weight, the data or the spec change."""
+"""What a sparse call of a layer needs beside its input, worked out when the weight, the data or the spec change."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from .tokens import TokenContext
 
 @dataclass(frozen=True, eq=False)
 class LinearWork:
-    """The operator of a layer's call with all its operands except the input.
+    """What a layer multiplies, how its input is selected, and what is added.
 
     Attributes
     ----------
@@ -24,15 +24,15 @@ class LinearWork:
         ``(x, weight, bias, pattern, **options) -> y``: one of those below.
     pattern : NMPattern or TopKPattern
     options : mapping
-        Channel scale, shifts and their image, variance correction, column scale, lifted weight.
+        Of the operator: channel scale, shifts and their image, variance correction, column scale, lifted weight.
     weight, bias : Tensor, optional
-        Replace the layer's own.
+        In place of the layer's own.
     rotation : Tensor [in, in], optional
-        Multiplied to the input before the selection; in the dtype of the weight.
+        Basis of the selection, in the dtype of the weight.
     low_rank : (Tensor [rank, in], Tensor [out, rank]), optional
-        ``x @ in^T @ out^T`` is added to the output.
+        Added for the dense input.
     by_sequence : bool
-        Whether the channel scale of each sequence is computed from its tokens in the call (CLACT).
+        Every sequence has a channel scale of its own, from this call's tokens (CLACT).
     """
 
     operator: Callable[..., Tensor]
@@ -53,7 +53,7 @@ class LinearWork:
             weight = weight.to(x.dtype)
             lifted = options.get("lifted_weight")
             options = options if lifted is None else {**options, "lifted_weight": lifted.to(x.dtype)}
-        if bias is not None and bias.dtype != x.dtype:  # not only under autocast: some layers keep it in float32
+        if bias is not None and bias.dtype != x.dtype:  # of a layer that keeps its bias in float32, too
             bias = bias.to(x.dtype)
         z = x if self.rotation is None else x @ self.rotation.to(x.dtype)
         if self.by_sequence and x.ndim > 1:
@@ -69,7 +69,7 @@ class LinearWork:
     def _by_sequence(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Mapping[str, Any], context: TokenContext | None
     ) -> Tensor:
-        # The number of sequences is given to reshape, which cannot infer it if there are no tokens.
+        # The number of sequences is spelt out: of no tokens at all, none could be inferred.
         sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
         if context is not None:
             sequences, valid = context.sequences(x, sequences)
@@ -93,7 +93,7 @@ def work_of(
     derived: Mapping[str, Tensor | None],
     lifted_weight: Tensor | None = None,
 ) -> LinearWork:
-    """The :class:`LinearWork` of a :class:`~nm_act.LinearSpec`, its calibrated data and the derived tensors."""
+    """The work of a :class:`~nm_act.LinearSpec` with its calibrated data and what derives from the weight."""
     vectors = {
         "channel_scale": derived.get("channel_scale"),
         "shift": data.get("shift"),
@@ -121,12 +121,12 @@ def work_of(
 def dense_operator(
     x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern | TopKPattern, **options: Any
 ) -> Tensor:
-    """The operator of the weight-pruning baselines: the operand weight is sparse, the activation dense."""
+    """Of the baselines that prune the weight: their operand weight is sparse, the activation dense."""
     return F.linear(x, weight, bias)
 
 
 def compiled_operator(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern, **options: Any) -> Tensor:
-    """``torch.ops.nm_act.sparse_linear`` without :func:`nm_act.sparse_linear`'s checks, which the layer has made."""
+    """``torch.ops.nm_act.sparse_linear``, without the checks that the layer has made."""
     if pattern.extra_columns:
         options["extra_columns"] = pattern.extra_columns
     y: Tensor = torch.ops.nm_act.sparse_linear(x, weight, bias, pattern.keep, pattern.group, **options)
