@@ -11,9 +11,9 @@ TYPED = {
     "methods": "__init__ criteria mitigations",
     "parallel": "__init__ row shard sizes",
     "layers": "__init__ hooks kv_cache linear stale tokens work",
-    "optimize": "__init__ fp8 model",
-    "conversion": "__init__ adapters calibration sparsify",
-    "integrations": "__init__ registration transformers vllm",
+    "optimize": "__init__ changed fp8 model readonly",
+    "conversion": "__init__ adapters calibration fingerprint macs permutation sparsify undo",
+    "integrations": "__init__ registration tensor_parallel transformers vllm",
     "cli": "__init__ run",
 }
 """Folder -> modules that mypy --strict accepts; what they import is not judged with them."""

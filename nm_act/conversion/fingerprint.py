@@ -44,5 +44,5 @@ def weights_fingerprint(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -
             raise ValueError(f"expected loaded weights, got {name} on the meta device; load the checkpoint first")
         digest.update(f"{name} {list(value.shape)}\n".encode())
         # Bit patterns as int16, because NumPy has no bfloat16.
-        digest.update(value.detach().to(dtype).cpu().contiguous().view(torch.int16).numpy())
+        digest.update(value.detach().to(dtype).cpu().contiguous().view(torch.int16).numpy().data)
     return digest.hexdigest()

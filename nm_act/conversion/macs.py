@@ -1,6 +1,7 @@
 """Multiply-accumulates per token of a decoder's modules: linear layers and everything else with weights."""
 
 import math
+from typing import Any
 
 from torch import nn
 
@@ -34,17 +35,18 @@ def macs_of(model: nn.Module, name: str) -> float | None:
     that is merged or not active counts nothing.
     """
     module = model.get_submodule(name)
-    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    sizes: list[Any] = [getattr(module, "in_features", None), getattr(module, "out_features", None)]
     if all(isinstance(size, int) for size in sizes):
         return 0.0 if adapter_is_idle(model, name) else math.prod(sizes) * _share(model, name)
-    own = [module.get_parameter(each) for each in matrices(module)]
+    own: list[Any] = [module.get_parameter(each) for each in matrices(module)]
     if own and all(value.ndim == 3 for value in own) and not isinstance(module, nn.modules.conv._ConvNd):
         experts, active = own[0].shape[0], _top_k(model, name)
-        known = active is not None and all(value.shape[0] == experts for value in own)
-        return sum(value.numel() for value in own) * active / experts if known else None
+        if active is None or any(value.shape[0] != experts for value in own):
+            return None
+        return float(sum(value.numel() for value in own) * active / experts)
     # [in, out] of Conv1D, [experts, in] of a router, the kernel of a convolution over tokens: each used once per token.
     single = matrices(module) == ["weight"] and (own[0].ndim == 2 or isinstance(module, nn.Conv1d))
-    return own[0].numel() * _share(model, name) if single else None
+    return float(own[0].numel() * _share(model, name)) if single else None
 
 
 def _share(model: nn.Module, name: str) -> float:
@@ -60,7 +62,7 @@ def _share(model: nn.Module, name: str) -> float:
 
 def _top_k(model: nn.Module, name: str) -> int | None:
     block = model.get_submodule(name.rpartition(".")[0])
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     owners = [model.get_submodule(name), block, *block.children(), text]
     found = (getattr(owner, key, None) for owner in owners if owner is not None for key in _TOP_K)

@@ -6,6 +6,8 @@ that share a value head get one order). The dense function does not change. The 
 the residual stream and keep their order. :mod:`nm_act.lab.calibrate.order` finds a good order.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -28,7 +30,7 @@ def fold_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
     if torch.equal(order, torch.arange(len(order), device=order.device)):
         return
     heads, pair = value_heads(block, name), gate_and_up(block, name)
-    layer = block.get_submodule(name)
+    layer: Any = block.get_submodule(name)
     _set_weight(layer, layer.weight[:, order.to(layer.weight.device)])
     if heads is None:
         for module in pair:
@@ -61,7 +63,8 @@ def value_heads(block: nn.Module, name: str) -> tuple[int, int] | None:
     head_dim = getattr(attention, "head_dim", None)
     if name.rpartition(".")[2] != "o_proj" or value is None or not isinstance(head_dim, int):
         return None
-    fits = value.out_features % head_dim == 0 and block.get_submodule(name).in_features % value.out_features == 0
+    layer: Any = block.get_submodule(name)
+    fits = value.out_features % head_dim == 0 and layer.in_features % value.out_features == 0
     return (value.out_features // head_dim, head_dim) if fits else None
 
 
@@ -73,7 +76,7 @@ def gate_and_up(block: nn.Module, name: str) -> list[nn.Linear]:
     return pair if fits else []
 
 
-def _sibling(block: nn.Module, name: str, other: str) -> nn.Linear | None:
+def _sibling(block: nn.Module, name: str, other: str) -> Any:
     module = getattr(block.get_submodule(name.rpartition(".")[0]), other, None)
     return module if isinstance(module, nn.Linear) else None
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ def _linears(model: nn.Module) -> dict[int, "_Linear"]:
 
 
 def _put_back(model: nn.Module, layers: dict[int, "_Linear"], modules: list["_Module"]) -> None:
-    weights: dict[int, nn.Parameter] = {}
+    weights: dict[int, Any] = {}
     linears = {}
     for key, layer in layers.items():
         linears[key] = layer.restored(model, weights)
@@ -80,7 +81,7 @@ class _Module:
         _fill(self.attributes, contents)
 
 
-def _fill(containers: dict, contents: dict) -> None:
+def _fill(containers: dict[str, Any], contents: dict[str, Any]) -> None:
     for key, value in contents.items():
         containers[key].clear()
         containers[key].update(value)
@@ -100,7 +101,7 @@ class _Linear:
         plain = type(module._parameters.get("weight")) is nn.Parameter
         self.weight = _Weight(self.contents["_parameters"].pop("weight")) if plain else None
 
-    def restored(self, model: nn.Module, weights: dict[int, nn.Parameter]) -> nn.Linear:
+    def restored(self, model: nn.Module, weights: dict[int, Any]) -> nn.Linear:
         """The restored layer: the same object if it is referenced elsewhere."""
         module = self.module()
         if module is None:
@@ -128,7 +129,7 @@ class _Weight:
         self.stride, self.requires_grad = weight.stride(), weight.requires_grad
         self.grad, self.attributes = weight.grad, dict(vars(weight))
 
-    def restored(self, current, weights: dict[int, nn.Parameter]) -> torch.Tensor:
+    def restored(self, current: Callable[[], Any], weights: dict[int, Any]) -> Any:
         """The same object if it still exists, else one with the values of ``current()``; tied weights stay tied."""
         weight = self.reference()
         if weight is None:

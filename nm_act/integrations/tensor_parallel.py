@@ -4,6 +4,8 @@ Transformers does the splitting (``tp_plan``); :class:`~nm_act.NMLinear` detects
 """
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from ..layers.linear import NMLinear
 from ..parallel import Part, check_size, check_split, part_of
@@ -15,7 +17,7 @@ _GATHERED = ("colwise_gather_output", "colwise_rep")
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
 
 
-def check_plan(model) -> None:
+def check_plan(model: Any) -> None:
     """Check that the tensor-parallel plan of a Transformers model that is being loaded cuts no group.
 
     Does nothing without such a plan.
@@ -26,7 +28,7 @@ def check_plan(model) -> None:
         If the size does not divide a sparse layer into whole groups and attention heads (the error names the layer and
         the sizes that work), if a layer's method cannot be split, or if FSDP is requested.
     """
-    distributed = getattr(model.config, "distributed_config", None)
+    distributed: Any = getattr(model.config, "distributed_config", None)
     _refuse_fsdp(distributed)
     size = getattr(distributed, "tp_size", None) or 1
     if size == 1:
@@ -37,7 +39,7 @@ def check_plan(model) -> None:
     check_size(size, _parts(model, plan))
 
 
-def _refuse_fsdp(distributed) -> None:
+def _refuse_fsdp(distributed: Any) -> None:
     # FSDP splits every weight by rows, as column parallelism does, but gathers it again for each call.
     for field in ("fsdp_size", "dp_replicate_size", "dp_size"):
         ranks = getattr(distributed, field, None) or 1
@@ -48,7 +50,7 @@ def _refuse_fsdp(distributed) -> None:
             )
 
 
-def _parts(model, plan: dict[str, str]):
+def _parts(model: Any, plan: dict[str, str]) -> Iterator[Part]:
     config = model.config.get_text_config()
     for name, module in model.named_modules():
         if not isinstance(module, NMLinear):

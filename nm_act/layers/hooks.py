@@ -1,4 +1,4 @@
-"""Hooks that users registered on a layer, when another layer takes its place."""
+"""Keeps the hooks that users registered on a layer when another layer replaces it."""
 
 from torch import nn
 
@@ -21,13 +21,13 @@ _STATE_HOOKS = (
 
 
 def take_over_hooks(layer: nn.Module, old: nn.Module) -> None:
-    """Let ``layer`` call the forward and backward hooks of ``old``, whose place it takes."""
-    # The same dictionaries, not copies: the handles that users keep remove hooks from these.
+    """Let ``layer`` call the forward and backward hooks of ``old``, which it replaces."""
+    # The same dictionaries, not copies: users' handles remove hooks from these.
     vars(layer).update({name: vars(old)[name] for name in _CARRIED})
 
 
 def refuse_uncarried(name: str, layer: nn.Linear) -> None:
-    """Raise a ValueError for a layer with something registered that another layer in its place would not do.
+    """Raise a ValueError for a layer with hooks of its state, or a forward of its own, which a replacement would lose.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def refuse_uncarried(name: str, layer: nn.Linear) -> None:
     what = ""
     if any(getattr(layer, hooks) for hooks in _STATE_HOOKS):
         what = "hooks of state_dict or load_state_dict"
-    # What accelerate puts there is a placement of the weight, not a user's own forward.
+    # accelerate sets forward on the instance too, with _hf_hook, to place the weight.
     elif "forward" in vars(layer) and not hasattr(layer, "_hf_hook"):
         what = "a forward set on the instance"
     if what:

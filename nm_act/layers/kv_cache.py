@@ -1,4 +1,4 @@
-"""The KV cache in Transformers' calls: the argument and output field `cache` from 5.24 on, `past_key_values` before."""
+"""The name of the KV cache in Transformers' calls and outputs: `cache` from 5.24 on, `past_key_values` before."""
 
 import inspect
 from typing import Any

@@ -37,8 +37,8 @@ class NMLinear(Deriving):
         contiguous), so that a decode step reads the rows of surviving inputs only; "out_in" keeps torch's
         own layout.
     lift : bool or str
-        Keep the weight of a 2:4+1 layer lifted (:func:`nm_act.lift_weight`), of which ``weight`` is then a view: a
-        quarter more memory. "auto" (default) does where the sparse tensor cores can use it: on CUDA, in 16 bits.
+        Store the weight of a 2:4+1 layer lifted (:func:`nm_act.lift_weight`), with ``weight`` a view of it; takes a
+        quarter more memory. "auto" (default): where the sparse tensor cores can use it, on CUDA in 16 bits.
 
     Raises
     ------
@@ -48,28 +48,27 @@ class NMLinear(Deriving):
 
     Notes
     -----
-    A call is *decode* if the input's next-to-last dimension is 1 (one token per sequence), else *prefill*;
-    in a phase that the spec leaves out the layer is the dense ``F.linear``.
+    A call is *decode* if the input's next-to-last dimension is 1 (one token per sequence), else *prefill*. In a phase
+    that the spec leaves out, the layer computes the dense ``F.linear``.
 
-    ``weight`` always is the dense one. What the operator reads derives from it and from the calibrated data and is not
-    saved: ``channel_scale``, ``shift_out``, ``operand_bias``, and ``operand_weight`` where a method changes the weight
-    (which then costs its memory a second time; a layer whose weight accelerate brings in for each call keeps only the
-    vectors, and changes the weight in each call). From a weight that torch computes (``parametrize``) it derives in
-    each call.
+    ``weight`` is always the dense weight. The operands derived from it and from the calibrated data are not saved:
+    ``channel_scale``, ``shift_out``, ``operand_bias`` and, where a method changes the weight, ``operand_weight`` (a
+    second copy of the weight in memory; a layer whose weight accelerate loads for each call derives that one in each
+    call). A weight that torch computes (``parametrize``) is derived from in each call.
 
-    It follows the weight. Every call sees a parameter set anew, lent by ``functional_call``, or changed by any
-    operation that torch counts. A write through ``.data`` is not counted: after ``layer.weight`` was read (as LoRA
-    merging does), or ``train()`` or ``eval()`` called, the next call compares a fingerprint of the weight, once. A
-    write to ``.data`` that reached the weight otherwise (through ``parameters()``, or a reference kept since an earlier
-    call) needs :meth:`refresh` or ``eval()``; so does any in a CUDA graph, which has to be captured again. A compiled
-    layer cannot compare: once touched, each of its calls derives anew, until :meth:`refresh` or a call that is not
-    compiled. Where the weight is sharded (a DTensor), or brought in for each call, nothing is checked:
-    call :meth:`refresh`, of a sharded one on all of its ranks together.
+    Derived operands follow the weight. Every call notices a parameter that was assigned, substituted by
+    ``functional_call``, or changed by an operation that increments its version counter. A write through ``.data`` does
+    not: after ``layer.weight`` was read (as LoRA merging does), or ``train()`` or ``eval()`` called, the next call
+    compares a fingerprint of the weight once. After a write to ``.data`` by another way (through ``parameters()``, or a
+    reference kept since an earlier call), call :meth:`refresh` or ``eval()``; with a CUDA graph do so after any write,
+    and capture it again. A compiled layer cannot compare: once its weight was read, each call derives again, until
+    :meth:`refresh` or a call that is not compiled. A weight that is sharded (a DTensor) or loaded for each call is not
+    checked: call :meth:`refresh`, for a sharded one on all ranks together.
 
-    The layer trains: its gradient is straight through the selection, with the forward's mask as a constant, as in the
-    training recipe of arXiv 2509.22166, and the forward computes the same bits as without one (a lifted weight is left
-    aside, which on CUDA may round otherwise). While its weight requires a gradient, each call that autograd records
-    derives again what derives from it. Calibration sets ``differentiable``.
+    The layer trains: the gradient is straight through the selection, with the forward's mask as a constant, as in the
+    training recipe of arXiv 2509.22166. The forward computes the same bits with and without a gradient, except that it
+    does not use a lifted weight, which on CUDA may round differently. While the weight requires a gradient, every call
+    that autograd records derives the operands again. Calibration sets ``differentiable``.
 
     Examples
     --------

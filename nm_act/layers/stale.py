@@ -1,8 +1,8 @@
-"""Noticing that a parameter changed since something was derived from it.
+"""Detects that a parameter changed since something was derived from it.
 
-An in-place operation raises a tensor's version counter, and a parameter set anew is another object: both are cheap to
-see in every call. A write through ``.data`` (as LoRA merging does) leaves the counter as it is: that takes a
-fingerprint of the bits, which the layer compares where somebody had the parameter in hand.
+An in-place operation increments the tensor's version counter, and assigning a parameter makes it another object; every
+call checks both, cheaply. A write through ``.data`` (as LoRA merging does) does not touch the counter. It shows in a
+fingerprint of the bits, which the layer compares only after code outside of it has read the parameter.
 """
 
 import weakref
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 
 class Source:
-    """A parameter as it was when something was derived from it."""
+    """The state of a parameter at the time when something was derived from it."""
 
     def __init__(self, parameter: Tensor):
-        self._parameter = weakref.ref(parameter)  # an offloaded weight has to be freed after its call
-        # Subclasses (fake tensors, say) have no address; tensors made in inference mode have no counter.
+        self._parameter = weakref.ref(parameter)  # so that an offloaded weight is freed after its call
+        # Tensor subclasses (fake tensors) have no address; tensors made in inference mode have no version counter.
         self._has_address = is_own(parameter)
         self._is_counted = self._has_address and not parameter.is_inference()
         self._address = parameter.data_ptr() if self._has_address else 0
@@ -24,7 +24,7 @@ class Source:
         self._bits = fingerprint(parameter)
 
     def is_seen_in(self, parameter: Tensor | None) -> bool:
-        """Whether it is the same object in the same memory, untouched by any operation that torch counts."""
+        """Whether ``parameter`` is the same object at the same address with the same version counter."""
         return (
             parameter is not None
             and self._parameter() is parameter
@@ -33,19 +33,19 @@ class Source:
         )
 
     def is_equal_to(self, parameter: Tensor) -> bool:
-        """Whether the values are the same too; reads the whole parameter, and waits for its device."""
+        """Whether the values are equal too; reads the whole parameter and synchronises with its device."""
         bits = fingerprint(parameter)
         return self.is_seen_in(parameter) and bits.shape == self._bits.shape and torch.equal(self._bits, bits)
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
-    """A module's parameter, without an NMLinear taking that for a reader who may write to it."""
-    # Where torch's parametrize or prune computes it, it is no parameter but an attribute, new for each call.
+    """A module's parameter, read without setting the flag of :class:`NMLinear` for a reader that may write to it."""
+    # parametrize and torch's prune compute it: then it is no parameter but an attribute, another tensor in each call.
     return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 def is_own(parameter: Tensor) -> bool:
-    """Whether a module keeps this tensor; ``functional_call`` lends it plain, wrapped or fake ones for one call."""
+    """Whether it is a parameter of the module; ``functional_call`` substitutes other tensors during one call."""
     return type(parameter) is nn.Parameter
 
 
@@ -60,7 +60,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     packs = 8 // size
     starts = (tensor.shape[1], tensor.stride(0), tensor.storage_offset())
     if tensor.stride(1) == 1 and all(start % packs == 0 for start in starts):
-        bits = tensor.view(torch.int64)  # a sum in another dtype would make a copy in it
+        bits = tensor.view(torch.int64)  # narrower integers would be copied to int64 for the sum
     else:
         bits = tensor.view(_INTEGERS[size])
     return torch.cat([bits.sum(dim=axis, dtype=torch.int64) for axis in (0, 1)])

@@ -1,4 +1,4 @@
-"""Which tokens of a call are the first of their sequence or padding, for recipes that treat those apart."""
+"""Finds the first tokens of each sequence, and padding, in a call; some recipes treat them differently."""
 
 import inspect
 import sys
@@ -15,20 +15,20 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What the layers of a running call of the decoder stack have to know about its tokens."""
+    """Facts about the tokens of a running call of the decoder stack, for its layers."""
 
     stack: torch.nn.Module | None
     shape: tuple[int, int]  # (batch, tokens)
     rows: slice | torch.Tensor | None = None  # the first tokens: along the tokens, or [batch * tokens] indices
     valid: torch.Tensor | None = None  # [batch, tokens] bool, False for padding
     positions: torch.Tensor | None = None  # [batch or 1, tokens]
-    packed: str = ""  # the argument that says that a row holds several requests
-    outer: "_Call | None" = None  # the call inside of which this one runs
-    backward: int | None = None  # the backward pass in which checkpointed layers of this call run again
+    packed: str = ""  # name of the argument that marks rows of several requests
+    outer: "_Call | None" = None  # the enclosing call
+    backward: int | None = None  # id of the backward pass in which checkpointed layers of this call run again
 
     @cached_property
     def mixed(self) -> str:
-        """Why a row of the call holds several sequences; empty where it holds one. Waits for the device, once."""
+        """Why a row of the call holds several sequences; empty if it holds one. Synchronises with the device once."""
         if self.packed:
             return f"requests packed into one ({self.packed}, as generate_batch passes it)"
         positions, tokens = self.positions, self.shape[1]
@@ -46,19 +46,18 @@ class _Call:
 class TokenContext:
     """Tells every :class:`~nm_act.NMLinear` of a model what the tokens of the running call are.
 
-    That is: which are computed dense, and for criteria that read a whole sequence (clact) where each one is and which
-    of its tokens are padding.
+    It tells which tokens are computed dense and, for criteria that read a whole sequence (clact), where each sequence
+    is and which of its tokens are padding.
 
-    The first tokens of a sequence act as attention sinks; pruning their activations costs more accuracy
-    than their share of the work saves (TEAL and WINA leave them dense). Two hooks on the decoder stack begin
-    and end a call around every forward; layers read it. Each thread has running calls of its own, so that
-    several may run one model.
+    The first tokens of a sequence act as attention sinks; pruning their activations costs more accuracy than their
+    share of the work saves (TEAL and WINA leave them dense). Two hooks on the decoder stack begin and end a call around
+    every forward, and layers read it. Running calls are kept per thread, so that several threads may run one model.
 
-    A token's position in its sequence comes from ``position_ids``, else from the 2-D ``attention_mask``,
-    else from the length of the KV cache, which is whatever argument has a ``get_seq_length``. Padding is never a
-    first token. Where there is no padding the first tokens of a call are a slice; otherwise their rows are gathered.
-    The hook reads a flag or two back from the device per call that brings positions or a mask, and is not traced by
-    ``torch.compile`` (the graph breaks in front of the decoder stack).
+    A token's position in its sequence comes from ``position_ids``, else from the 2-D ``attention_mask``, else from the
+    length of the KV cache (any argument with a ``get_seq_length``). Padding is never a first token. Without padding the
+    first tokens of a call are a slice; with padding their rows are gathered. In a call with positions or a mask the
+    hook reads one or two flags back from the device. ``torch.compile`` does not trace it: the graph breaks in front of
+    the decoder stack.
 
     Parameters
     ----------
@@ -67,10 +66,10 @@ class TokenContext:
 
     Notes
     -----
-    A call of the stack raises a ValueError where the position of its tokens cannot be known (a state that is no KV
-    cache, without positions; a mask that does not cover the cache), and where clact meets several sequences in one row.
-    Where gradient checkpointing runs blocks again, the call does too, from the gradient of what the stack returned on;
-    a RuntimeError is raised where blocks run again without that.
+    A call of the stack raises a ValueError if the positions of its tokens are unknown (a state other than a KV cache
+    and no positions; a mask that does not cover the cache), or if clact gets several sequences in one row. Gradient
+    checkpointing runs blocks again in the backward pass: the call is active again from the gradient of the stack's
+    outputs on, and a RuntimeError is raised if blocks run again without it.
     """
 
     def __init__(self, first_tokens: int):
@@ -87,7 +86,7 @@ class TokenContext:
     def attach(self, stack: torch.nn.Module) -> None:
         """Install the hooks on the module that owns the decoder layers."""
         stack.register_forward_pre_hook(self._begin, with_kwargs=True)
-        # Over even after an exception: a layer called on its own later must not see these rows.
+        # always_call ends the call after an exception too: a layer called on its own later must not see these rows.
         stack.register_forward_hook(self._end, always_call=True)
 
     def overwrite_dense(
@@ -96,7 +95,7 @@ class TokenContext:
         """Replace the rows of the call's first tokens in ``y [..., out]`` by ``dense(x rows)``.
 
         ``x`` holds the call's tokens as [batch, tokens, in] or flattened to [batch * tokens, in]. A layer
-        that sees other tokens (an expert of a mixture) cannot tell which are first and stays as it is.
+        that sees other tokens (an expert of a mixture) cannot tell which are first: its ``y`` is returned unchanged.
         """
         call = self._call_of(x)
         if call is None or call.rows is None:
@@ -111,7 +110,7 @@ class TokenContext:
         return flat.reshape(y.shape)
 
     def sequences(self, x: torch.Tensor, default: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``x [..., in]`` as sequences [batch, tokens, in] and which tokens are no padding (None: all).
+        """``x [..., in]`` as sequences [batch, tokens, in], and a mask that is False for padding (None: no padding).
 
         ``default`` is returned for a layer that sees other tokens than the running call's.
 
@@ -131,12 +130,12 @@ class TokenContext:
         return x.reshape(*call.shape, x.shape[-1]), None if call.valid is None else call.valid.to(x.device)
 
     def begin_whole_sequences(self, batch: int, tokens: int) -> None:
-        """A call of blocks without their stack begins: whole sequences, no padding."""
+        """Begin a call of blocks without their stack, on whole sequences without padding."""
         rows = slice(0, min(self.first_tokens, tokens)) if self.first_tokens else None
         self._here.call = _Call(None, (batch, tokens), rows, outer=self._running())
 
     def end(self) -> None:
-        """The running call is over."""
+        """End the running call."""
         self._here.call = self._here.call.outer
 
     def _running(self) -> _Call | None:
@@ -158,7 +157,7 @@ class TokenContext:
         call = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         inputs = (call.get("input_ids"), call.get("inputs_embeds"), call.get("hidden_states"), *args)
         tokens = next((tensor for tensor in inputs if isinstance(tensor, torch.Tensor)), None)
-        if tokens is None:  # the stack itself will say that its input is missing
+        if tokens is None:  # the stack itself reports a missing input
             return
         leading = tokens.shape[:-1] if tokens.is_floating_point() else tokens.shape
         shape = (leading[:-1].numel(), leading[-1])
@@ -175,10 +174,10 @@ class TokenContext:
         self._here.call = _Call(module, shape, rows, valid, positions, packed, self._still_running(module))
 
     def _still_running(self, stack: torch.nn.Module) -> _Call | None:
-        """The running call that one of ``stack`` begins inside of."""
+        """The running call that encloses a new one of ``stack``."""
         outer = call = self._running()
         while call is not None:
-            # One of this stack that is not on Python's own stack was interrupted where no hooks are called (Ctrl-C).
+            # A call of this stack that is not on Python's call stack was interrupted without its end hook (Ctrl-C).
             if call.stack is stack and _depth(stack) == 1:
                 outer = call.outer
             call = call.outer
@@ -186,16 +185,15 @@ class TokenContext:
 
     def _end(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = self._running()
-        if call is not None and call.stack is module:  # else it was refused before it began
+        if call is not None and call.stack is module:  # else the begin hook refused the call
             self.end()
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._resume_in_backward(call, output)
 
     def _resume_in_backward(self, call: _Call, output: Any) -> None:
-        """Gradient checkpointing runs layers again inside the backward pass, where the stack is not called.
+        """Make the call active again in the backward pass, where gradient checkpointing runs layers but not the stack.
 
-        The gradient of what the stack returns comes before those of its layers: with it the call runs again, in that
-        backward pass.
+        The gradient of the stack's outputs is computed before those of its layers, so hooks on the outputs do it.
         """
 
         def resume(_gradient: torch.Tensor) -> None:
@@ -253,7 +251,7 @@ def _depth(module: torch.nn.Module) -> int:
 
 
 def _positions(call: dict[str, Any]) -> torch.Tensor | None:
-    """Positions of the call's tokens, ``[batch or 1, tokens]``; None where the call does not bring them."""
+    """Positions of the call's tokens, ``[batch or 1, tokens]``; None if the call has none."""
     for name in ("position_ids", "cache_position"):
         positions = call.get(name)
         if isinstance(positions, torch.Tensor) and positions.ndim in (1, 2):
@@ -262,19 +260,19 @@ def _positions(call: dict[str, Any]) -> torch.Tensor | None:
 
 
 def _cached_tokens(call: dict[str, Any]) -> int | None:
-    """Tokens that the call's state holds already, 0 without one; None where there is a state that does not say."""
+    """Number of tokens in the call's state, 0 without a state; None if the state does not tell."""
     for value in call.values():
         if not callable(getattr(value, "get_seq_length", None)):
             continue
         try:
             return int(value.get_seq_length())
-        except ValueError:  # a state without attention layers knows only whether it has begun
+        except ValueError:  # a state without attention layers tells only whether it is empty
             return None if value.has_previous_state() else 0
     return None if any(_is_state(name, value) for name, value in call.items()) else 0
 
 
 def _is_state(name: str, value: Any) -> bool:
-    """Whether an argument is what earlier calls left: tuples of tensors of each layer, or what is called a cache."""
+    """Whether an argument is the state of earlier calls: tuples of tensors per layer, or something named a cache."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return False
     if name in ("state", "mems"):  # RWKV, Transformer-XL
@@ -285,7 +283,7 @@ def _is_state(name: str, value: Any) -> bool:
 
 
 def _up_to_now(mask: torch.Tensor, past: int | None, tokens: int) -> torch.Tensor:
-    """The columns of a 2-D mask for the cached tokens and the call's; a mask over a whole static cache has more."""
+    """The columns of a 2-D mask for cached tokens and those of the call; a mask of a static cache has more columns."""
     if mask.shape[1] < (past or 0) + tokens:
         raise ValueError(
             f"expected an attention_mask over {past or 0} cached and {tokens} new tokens, got {mask.shape[1]} columns; "
@@ -299,10 +297,10 @@ def _says_packed(name: str) -> bool:
 
 
 def _refuse_rerun() -> None:
-    """Refuse a layer that autograd runs again: the call whose tokens it was given is over, and nothing tells them."""
+    """Refuse a layer that autograd runs again after its call has ended, when its tokens are unknown."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    if torch._C._current_graph_task_id() != -1:  # as torch.utils.checkpoint asks whether a backward pass runs
+    if torch._C._current_graph_task_id() != -1:  # a backward pass is running (torch.utils.checkpoint tests it so)
         raise RuntimeError(
             "expected a gradient that comes through what the decoder stack returns, got a layer with "
             "dense_first_tokens or clact that is run again in the backward pass without it; compute the loss from the "

@@ -1,8 +1,8 @@
 """Error mitigations: what each one needs as data, and what a layer derives from that data.
 
-No mitigation has a forward of its own. Each is data, handed to the one operator :func:`nm_act.sparse_linear` (a channel
-scale, a shift and its image, a column scale, a bias), or put into the weight that the operator reads (the *operand
-weight*), or a change of the input's basis in front of it:
+No mitigation has a forward of its own. Each one supplies an option of :func:`nm_act.sparse_linear` (a channel scale, a
+shift and its image, a column scale, a bias), changes the weight that the operator reads (the *operand weight*), or
+rotates the input in front of it:
 
 ``Y = (nu * P(T(X) - eta) @ V^T + shift term) * column_scale + bias + X @ (AB)^T``,  ``V = T(W - AB)``
 
@@ -25,12 +25,12 @@ larosa          ``P(XQ)(WQ)^T``, Q = eigenvectors of the inputs' covariance    `
 permute [ours]  an order of the input channels, folded into the neighbours     ``input_order``
 ==============  =============================================================  =====================================
 
-Why pcs is exact: ``P(X/s)(W*s)^T`` multiplies the survivors by the very ``W``, so only the *choice* of survivors
-differs, and that is ``channel_scale / s`` on unchanged X and W (in e4m3 the scaling would also change the rounding).
-The low-rank term is added beside the operator and not by it: it reads the dense input, so a kernel
-of the sparse operand could only call the same two small GEMMs, and ``addmm`` already fuses the sum into the second. It
-is not scaled by ``nu`` or ``column_scale``. A criterion that reads a weight reads V, with ``-fit`` W. Shift images and
-row sums are computed from the operand weight as stored.
+pcs changes nothing but the selection: in ``P(X/s)(W*s)^T`` the scales of a survivor cancel, so the layer keeps X and W
+and selects with ``channel_scale / s`` (in e4m3, real scaling would also change the rounding).
+The low-rank term is computed outside of the operator: it reads the dense input, so a kernel of the sparse operand could
+only run the same two small GEMMs, and ``addmm`` already fuses the sum into the second. ``nu`` and ``column_scale`` do
+not scale it. A criterion that reads the weight reads V, or W with ``-fit``. Shift images and row sums are computed from
+the operand weight as stored.
 
 Sources: arXiv 2509.22166 (VAR, shifts, LS), R-Sparse (arXiv 2504.19449), LaRoSA (arXiv 2507.01299).
 """
@@ -116,7 +116,7 @@ class Mitigation:
 
 
 class Spec(Protocol):
-    """What is read here of a :class:`nm_act.LinearSpec`."""
+    """The part of :class:`nm_act.LinearSpec` that this module reads."""
 
     @property
     def pattern(self) -> NMPattern | TopKPattern: ...
@@ -198,7 +198,7 @@ def mitigation(name: str) -> Mitigation:
             return MITIGATIONS[name]
     raise ValueError(
         f"expected mitigations among {', '.join(MITIGATIONS)}, rsparse-<rank>[-fit][-trained], got {name!r}; "
-        "choose of those"
+        "choose some of those"
     )
 
 
@@ -272,12 +272,12 @@ def has_shift(spec: Spec) -> bool:
 
 
 def depends_on_weight(spec: Spec) -> bool:
-    """Whether anything that the operator reads beside the weight is derived from it, or replaces it."""
+    """Whether an operand of the operator is derived from the weight or replaces it."""
     return reads_weight(spec) or has_shift(spec)
 
 
 def operand_weight(spec: Spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
-    """``V [out, in]``, the weight that the operator multiplies by; ``weight`` itself where no method changes it."""
+    """The operand weight ``V [out, in]``; ``weight`` itself if no method changes it."""
     if spec.scoring.prunes_weight:
         return criteria.prune_weight(spec.criterion, weight, spec.pattern, data.get("input_norm"))
     v = weight
@@ -292,10 +292,10 @@ def operand_weight(spec: Spec, weight: torch.Tensor, data: dict[str, torch.Tenso
 def selection_scale(
     spec: Spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str, torch.Tensor]
 ) -> torch.Tensor | None:
-    """Channel scale of the selection, the criterion's for the operand weight ``v``; with pcs for ``V*s``, over s.
+    """Channel scale of the selection: the criterion's for the operand weight ``v``; with pcs, that for ``V*s`` over s.
 
-    A fitted low-rank pair follows from what the selection drops, so its selection cannot follow from the pair: the
-    criterion reads ``weight`` there, W itself, before the pair is known and after.
+    A fitted low-rank pair is computed from what the selection drops, so the selection must not depend on the pair: with
+    ``-fit`` the criterion reads ``weight``, W.
     """
     read = weight if is_fitted(spec.mitigation) else v
     if "smoothing" not in data:
@@ -317,7 +317,7 @@ def shift_image(spec: Spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> t
 
 
 def smoothing_of(input_max: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """PCS: ``s_j = sqrt(max|X_j| / max|W_j|)`` [in] float32; 1 where either is 0, so that nothing divides by 0."""
+    """PCS: ``s_j = sqrt(max|X_j| / max|W_j|)`` [in], float32; a maximum of 0 counts as 1."""
     weight_max = weight.float().abs().amax(dim=0)
     usable = (input_max > 0) & (weight_max > 0)
     ratio = torch.where(usable, input_max.float(), 1.0) / torch.where(usable, weight_max, 1.0)

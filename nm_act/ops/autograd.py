@@ -2,12 +2,12 @@
 
 :mod:`nm_act.ops.gradients` has the formulas.
 
-What is kept for the backward pass is X and the weight. The selection is a function of X to the bit, so it is made again
-instead of kept. The forward pass is the same kernel with and without a gradient, so its values are the same bits.
+The backward pass keeps X and the weight, and selects again: the selection is deterministic to the bit. The forward pass
+runs the same kernel with and without a gradient, so its values are the same bits.
 
-Under torch.func, and for forward-mode derivatives, the operator is :mod:`nm_act.ops.composed` instead, whose values may
-differ in rounding. An operator whose result is no function that training could use (packed operands, 8-bit weights)
-refuses the backward pass in one sentence.
+Under torch.func and for forward-mode derivatives, :mod:`nm_act.ops.composed` replaces the operator; its values may
+differ in rounding. Operators that have no useful gradient (packed operands, 8-bit weights) refuse the backward pass in
+one sentence.
 """
 
 import operator
@@ -28,7 +28,7 @@ Forward = Callable[..., Any]
 
 _LIBRARY = torch.library.Library("nm_act", "FRAGMENT")
 _RECORDING = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView")
-# Views too: a kernel shapes its result with view, and one that is tracked could not be changed in place afterwards.
+# ADInplaceOrView too: kernels shape their result with view, and autograd forbids in-place changes of a tracked view.
 _RECORDED = reduce(operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _RECORDING))
 
 WITHOUT_GRADIENT = {
@@ -47,7 +47,7 @@ WITHOUT_GRADIENT = {
     "_tune_gather": "nm_act.sparse_linear",
     "_tune_sparse_gemm": "nm_act.sparse_linear",
 }
-"""Operators without a gradient, and what has one in their place."""
+"""Operators without a gradient -> the function to use instead."""
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -87,7 +87,7 @@ class _Refused(torch.autograd.Function):
 
 
 def _register(name: str, differentiable: Callable[..., Any]) -> None:
-    """Autograd kernel of an operator: ``differentiable(forward, *args, **kwargs)`` where a derivative is asked for."""
+    """Register an operator's autograd kernel, which calls ``differentiable(forward, *args, **kwargs)`` if needed."""
     redispatch, behind = getattr(torch.ops.nm_act, name).default.redispatch, torch._C._after_autograd_keyset
 
     def forward(keyset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,7 @@ def _has_tangent(tensors: list[Tensor]) -> bool:
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func or forward mode asks for the derivative, which a Function here would not give."""
+    """Whether torch.func or forward mode asks for the derivative, which the Functions here do not support."""
     if torch._C._are_functorch_transforms_active():
         return True
     return _has_tangent([tensor for tensor in tensors if tensor is not None])

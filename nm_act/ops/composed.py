@@ -1,7 +1,7 @@
 """sparse_linear as torch operations around the selection: for per-token top-k, calibration and torch.func.
 
-The compiled operator (:func:`nm_act.sparse_linear`) is what else runs, in inference and in training; this one exists
-for what it lacks: forward-mode derivatives, and float64, in which the tests check derivatives.
+Inference and training run the compiled operator, :func:`nm_act.sparse_linear`. This module adds what that operator
+lacks: forward-mode derivatives, and float64, in which the tests check derivatives.
 """
 
 from typing import Any
@@ -28,9 +28,9 @@ def sparse_linear(
     token_shift: str = "none",
     **epilogue: Any,
 ) -> Tensor:
-    """:func:`nm_act.sparse_linear` in which every argument but the selection has a gradient.
+    """:func:`nm_act.sparse_linear`, differentiable in every argument.
 
-    The mask is a constant in the gradient, as in the training recipe of arXiv 2509.22166.
+    The gradient treats the mask of survivors as a constant, as in the training recipe of arXiv 2509.22166.
 
     Parameters
     ----------
@@ -57,13 +57,13 @@ def select(z: Tensor, pattern: NMPattern | TopKPattern, channel_scale: Tensor | 
 
 
 def survivors(z: Tensor, pattern: NMPattern | TopKPattern, channel_scale: Tensor | None) -> Tensor:
-    """Mask of the survivors of ``z [..., in]``, bool and without a gradient; one that is exactly 0 counts too."""
+    """Mask of the survivors of ``z [..., in]``, bool, without a gradient; True for a survivor that is 0 too."""
     z = z.detach()
     channel_scale = None if channel_scale is None else channel_scale.detach()
     if not isinstance(pattern, NMPattern):
         return _top_mask(z, pattern.keep_of(z.shape[-1]), channel_scale)
-    # The operator selects among the keys themselves, each one float further from 0, so that no survivor is 0. (The
-    # largest float has no finite neighbour: it becomes the equal of the one below it.)
+    # Prune the keys instead of z, each raised to the next float, so that no surviving key is 0. (The largest float has
+    # no finite successor: it stays, equal to the raised key below it.)
     raised = _finite_keys(z, channel_scale).view(torch.int32) + 1
     keys = raised.clamp(max=_BITS_OF_LARGEST).view(torch.float32)
     keys = torch.where(z.isfinite(), keys, z.float())
@@ -76,7 +76,7 @@ def _finite_keys(z: Tensor, channel_scale: Tensor | None) -> Tensor:
     key = z.float().abs()
     if channel_scale is None:
         return key
-    # min, for a NaN product too.
+    # fmin maps a NaN product to the largest float too.
     return torch.fmin((key * channel_scale.float()).abs(), key.new_tensor(_LARGEST))
 
 
@@ -90,6 +90,6 @@ def _top_mask(z: Tensor, keep: int, channel_scale: Tensor | None) -> Tensor:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    # Half precision on a GPU multiplies as it is, with float32 sums; a CPU has no fast half-precision training.
+    # A GPU multiplies 16-bit operands with float32 sums; on a CPU 16-bit products are slow in training.
     halves_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if halves_on_cpu else x.dtype

@@ -55,8 +55,8 @@ def explain(
 ) -> Explanation:
     """Tell which path :func:`nm_act.sparse_linear` takes for these arguments, and why.
 
-    Nothing is computed: the tensors' shapes, strides, dtypes and alignment decide, so meta tensors do, and the options
-    that change none of them (shifts, scales, bias) are left out.
+    Nothing is computed: shapes, strides, dtypes and alignment decide. Meta tensors suffice, and options that do not
+    affect the path (shifts, scales, bias) are not parameters.
 
     Parameters
     ----------
@@ -65,10 +65,10 @@ def explain(
     pattern, lifted_weight, activation_dtype
         As in :func:`nm_act.sparse_linear`.
     device : {"cpu", "cuda"}, optional
-        Where it would run; that of ``x`` if absent.
+        Where the operator would run; the device of ``x`` if absent.
     compute_capability, multiprocessors : int, optional
-        Facts of the CUDA device (its major compute capability, its multiprocessors): those of the device of ``x``, or
-        of an H200 if ``x`` is not on CUDA.
+        Major compute capability and number of multiprocessors of the CUDA device; by default those of the device of
+        ``x``, or of an H200 if ``x`` is not on CUDA.
 
     Returns
     -------
@@ -138,6 +138,6 @@ def explain(
 
 
 def _facts(weight: Tensor) -> tuple[int, int, int, int, bool]:
-    """Sizes, strides and whether the storage is aligned to 16 bytes: what the dispatch reads of a weight."""
+    """What the dispatch reads of a weight: sizes, strides, whether the storage is aligned to 16 bytes."""
     start = weight.storage_offset() * weight.element_size() if weight.is_meta else weight.data_ptr()
     return *weight.shape, *weight.stride(), start % 16 == 0

@@ -1,7 +1,7 @@
 """Formulas that the operators, their gradients, the layers and the oracle share, in plain torch.
 
-The selection itself is not here: the kernels have it, and :mod:`nm_act.reference` as the oracle that they are tested
-against. The contract that both follow is written there.
+The selection itself is implemented in the kernels, and in :mod:`nm_act.reference`, the oracle that they are tested
+against, which also states the contract of both.
 """
 
 import torch
@@ -12,7 +12,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 def token_shift_values(x: torch.Tensor, token_shift: str) -> torch.Tensor:
     """Per-token shift eta ``[..., 1]`` of ``x [..., in]`` for ``token_shift`` "mean" or "median" (D-PTS).
 
-    Float32; of a float64 ``x`` float64.
+    Returned in float32, in float64 if ``x`` is float64.
     """
     if token_shift == "mean":
         eta = x.double().mean(dim=-1, keepdim=True).to(_wide(x))
@@ -33,7 +33,7 @@ def shifted(x: torch.Tensor, shift: torch.Tensor | None, token_shift: str) -> to
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
-    # Float32 by contract; float64 is no dtype of the operators, but the one in which derivatives are checked.
+    # Float32 by contract. The operators do not take float64; tests check derivatives in it.
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -54,8 +54,8 @@ def variance_ratio(z: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
 
 
 def ratio_root(total: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """``sqrt(total / kept)``, 1 where ``kept`` is 0; with gradient 0 there and where ``total`` is 0."""
-    # Chosen before the division and the root, whose infinite derivatives would make the gradient 0 * inf.
+    """``sqrt(total / kept)``, 1 where ``kept`` is 0; its gradient is 0 there, and where ``total`` is 0."""
+    # torch.where before the division and the root: behind them, their infinite derivatives would give 0 * inf.
     ratio = torch.where(kept == 0, 1.0, total) / torch.where(kept == 0, 1.0, kept)
     return torch.where(ratio == 0, 0.0, torch.where(ratio == 0, 1.0, ratio).sqrt())
 
@@ -79,7 +79,7 @@ def linear_of_pruned(
     weight_scale: torch.Tensor | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """The rest of :func:`nm_act.sparse_linear` once the selection ``pruned = P(x - eta)`` is made; differentiable."""
+    """:func:`nm_act.sparse_linear` from the selected operand ``pruned = P(x - eta)`` on; differentiable."""
     w = weight.to(compute_dtype)
     if weight_scale is not None:
         w = (weight.double() * weight_scale.double()[:, None]).to(compute_dtype)

@@ -17,7 +17,7 @@ from . import composed, formulas, operators
 
 
 class Selection:
-    """``Z = X - eta`` [tokens, in], its mask and survivors, and the way back from their gradients to X and eta.
+    """``Z = X - eta`` [tokens, in], its mask and survivors, and their gradients with respect to X and eta.
 
     ``options`` are the operator's: n, m, extra_columns and token_shift.
     """
@@ -38,7 +38,7 @@ class Selection:
         return formulas.shifted(self.x, self.shift, self.token_shift)
 
     def masked(self, gradient: Tensor) -> Tensor:
-        """The gradient of the survivors as one of Z."""
+        """Gradient of Z from that of the survivors."""
         mask = composed.survivors(self.shifted(), self.pattern, self.channel_scale)
         return torch.where(mask, gradient, gradient.new_zeros(()))
 
@@ -47,7 +47,7 @@ class Selection:
         return formulas.token_shift_values(self.x, self.token_shift)
 
     def through_eta(self, of_z: Tensor, of_eta: Tensor | None) -> Tensor:
-        """Gradient of X from those of Z and, where the token's eta is added again, of eta [tokens, 1]."""
+        """Gradient of X from that of Z and from ``of_eta`` [tokens, 1], that of eta in the shift term, or None."""
         if self.token_shift == "none":
             return of_z
         wide = of_z.float()
@@ -68,7 +68,7 @@ class Variance:
         self.nu = formulas.ratio_root(self.total, self.kept).float()
 
     def gradients(self, of_nu: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of Z and of P: ``nu * (Z - mean Z) / (N Var Z)`` and ``-nu * (P - mean P) / (N Var P)`` times of_nu."""
+        """Of Z and of P: ``nu * (Z - mean Z) / (N Var Z)`` and ``-nu * (P - mean P) / (N Var P)`` times of_nu."""
         usable = (self.total != 0) & (self.kept != 0)
         factor = torch.where(usable, of_nu.double() * self.nu.double() / self.z.shape[-1], 0.0)
         total, kept = (torch.where(usable, each, 1.0) for each in (self.total, self.kept))
@@ -78,7 +78,7 @@ class Variance:
 def linear_gradients(
     gradient: Tensor, saved: tuple[Any, ...], options: Mapping[str, Any], needs: Mapping[str, bool]
 ) -> dict[str, Tensor]:
-    """Gradients by the operator's names, of those that are needed; no product is made for the others."""
+    """Gradients by argument name, of those in ``needs`` alone; no product is computed for the others."""
     x, weight, channel_scale, shift, shift_out, column_scale = saved
     selection = Selection(x, channel_scale, shift, options)
     gradient = gradient.reshape(selection.x.shape[0], weight.shape[0])

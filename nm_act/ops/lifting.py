@@ -1,4 +1,4 @@
-"""Lifting a weight: duplicated columns, over which 2:4+1 is a 2:4 pattern.
+"""Lifting a weight: columns are duplicated so that 2:4+1 over the weight becomes 2:4 over the lifted one.
 
 ``csrc/kernels/format/windows.h`` says where each column lies; ``docs/kernels/windows.md`` explains windows.
 """
@@ -35,7 +35,8 @@ def lifted_features(pattern: NMPattern | str, in_features: int) -> int:
 def lifted_columns(pattern: NMPattern | str, in_features: int) -> Tensor:
     """Index ``[lifted in_features]`` of the weight's column that each column of the lifted weight repeats.
 
-    The first ``in_features`` columns are those of the weight, the fifth windows of every sixteen features follow.
+    The first ``in_features`` columns are those of the weight; those of the extra windows follow, four for every sixteen
+    features.
 
     Raises
     ------
@@ -43,7 +44,7 @@ def lifted_columns(pattern: NMPattern | str, in_features: int) -> Tensor:
         If the pattern is not 2:4+1, or 16 does not divide in_features.
     """
     if not is_lifted(pattern):
-        raise ValueError(f"expected 2:4+1, got {pattern}; no other pattern has a use for a lifted weight")
+        raise ValueError(f"expected 2:4+1, got {pattern}; pass the weight as it is with any other pattern")
     if in_features % WINDOW_SPAN:
         raise ValueError(f"expected in_features divisible by {WINDOW_SPAN}, got {in_features}; pad the features")
     features = torch.arange(in_features)
@@ -51,15 +52,15 @@ def lifted_columns(pattern: NMPattern | str, in_features: int) -> Tensor:
 
 
 def lift_weight(weight: Tensor, pattern: NMPattern | str) -> Tensor:
-    """Repeat the columns of a weight as the windows of 2:4+1 need them, once, for ``sparse_linear``.
+    """Append the columns that the extra window of 2:4+1 reads a second time; once per weight, for ``sparse_linear``.
 
-    The first ``in_features`` columns of the result are ``weight`` itself: the view ``lifted[:, :in_features]`` can take
-    its place, so that one copy serves every path.
+    The first ``in_features`` columns of the result equal ``weight``: use the view ``lifted[:, :in_features]`` as the
+    weight, so that memory holds one copy.
 
     Parameters
     ----------
     weight : Tensor [out_features, in_features]
-        Any dtype, either stride order, which the result keeps; in_features divisible by 16.
+        Any dtype and either stride order, both kept; in_features divisible by 16.
     pattern : NMPattern or str
         "2:4+1", with any column.
 
@@ -87,7 +88,7 @@ def lift_weight(weight: Tensor, pattern: NMPattern | str) -> Tensor:
     if weight.dim() != 2:
         raise ValueError(f"expected weight of shape [out_features, in_features], got {list(weight.shape)}; reshape it")
     columns = lifted_columns(pattern, weight.shape[1]).to(weight.device)
-    # e4m3 has no index_select; its bytes do.
+    # torch has no index_select for e4m3: select its bytes.
     bits = weight.view(torch.uint8) if weight.element_size() == 1 else weight
     if weight.stride(1) != 1 and weight.stride(0) == 1:
         lifted = bits.t().index_select(0, columns).t()
@@ -97,15 +98,15 @@ def lift_weight(weight: Tensor, pattern: NMPattern | str) -> Tensor:
 
 
 def unlift(operand: Tensor, pattern: NMPattern | str, in_features: int) -> Tensor:
-    """The pruned activation ``[tokens, in_features]`` that a lifted operand holds, to the bit: the inverse of lifting.
+    """The pruned activation ``[tokens, in_features]`` of a lifted operand, to the bit.
 
     Parameters
     ----------
     operand : Tensor [tokens, lifted in_features]
-        Decompressed, of any floating dtype: each survivor in one of its columns, +0.0 in the others.
+        Decompressed, any floating dtype: each survivor is in one of its columns, the others hold +0.0.
     """
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[operand.element_size()]
     columns = lifted_columns(pattern, in_features).to(operand.device)
-    # A sum of integers: of a feature's columns at most one has any bit set, and -0.0 stays what it is.
+    # Add bit patterns, not floats: at most one of a feature's columns has a bit set, and -0.0 keeps its sign.
     bits = torch.zeros(operand.shape[0], in_features, dtype=integer, device=operand.device)
     return bits.index_add_(1, columns, operand.contiguous().view(integer)).view(operand.dtype)

@@ -42,11 +42,11 @@ def prune(
     pattern : NMPattern or str
         "N:M", where M in {2, 4, 8, 16, 32} divides in_features, or "2:4+1" or "2:4+2", where 16 does.
     channel_scale : Tensor [in_features], float32 or the dtype of x, optional
-        c of the score ``|x - eta| * |c|`` (Amber-Pruner, WINA, ...); 1 if absent.
+        ``c`` in the score ``|x - eta| * |c|`` (Amber-Pruner, WINA, ...); 1 if absent.
     shift : Tensor [in_features], float32 or the dtype of x, optional
-        A static eta per channel (S-PTS, L-PTS), subtracted before the selection.
+        Static ``eta`` per channel (S-PTS, L-PTS), subtracted before the selection.
     token_shift : {"none", "mean", "median"}
-        A dynamic eta per token (D-PTS); excludes ``shift``.
+        Dynamic ``eta`` per token (D-PTS); excludes ``shift``.
 
     Returns
     -------
@@ -62,8 +62,8 @@ def prune(
 
     Notes
     -----
-    The gradient of a survivor is that of its output, of a pruned entry 0: the mask is a constant. Source: arXiv
-    2509.22166.
+    The gradient treats the mask as a constant: a survivor gets that of its output, a pruned entry gets 0. Source:
+    arXiv 2509.22166.
 
     Examples
     --------
@@ -155,31 +155,33 @@ def sparse_linear(
     ----------
     x : Tensor [..., in_features], float32, bfloat16 or float16
     weight : Tensor [out_features, in_features], dtype of x; float8_e4m3fn or int8 with ``weight_scale``
-        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to four tokens (eight in float32 on a
-        CPU) read only the rows whose input survived in one of them; on CUDA if x has 16 bits, out_features is a
-        multiple of 8 (of 16 for an 8-bit weight), its rows are 16-byte aligned and, for a 16-bit weight, the tokens
-        are expected to need at most 95 % of them. Expected finite: the rows of pruned inputs may not be read.
+        Either stride order. If it is stored [in, out] (``weight.t()`` contiguous), a call of one to four tokens (eight
+        in float32 on a CPU) reads only the rows whose input survived in one of them. On CUDA this needs x in 16 bits,
+        out_features a multiple of 8 (16 for an 8-bit weight), rows aligned to 16 bytes and, for a 16-bit weight, a
+        pattern that leaves at least 5 % of the rows unread. The weight should be finite: rows of pruned inputs may
+        not be read.
     bias : Tensor [out_features], dtype of x, optional
     pattern : NMPattern or str
-        "N:M" with M in {2, 4, 8, 16, 32} a divisor of in_features, or 2:4+1, 2:4+2 with 16 one.
+        "N:M", where M in {2, 4, 8, 16, 32} divides in_features, or "2:4+1", "2:4+2", where 16 does.
     channel_scale, shift, token_shift
         The selection, as in :func:`prune`.
     shift_out : Tensor [out_features], float32 or the dtype of x, optional
-        Image of the shift, which puts back what it took: ``W @ shift`` for ``shift`` (added as a bias), the row sums
-        ``W @ 1`` for ``token_shift`` (times eta, a rank-1 term). Computed from the weight at every call if absent.
+        Image of the shift, which compensates for its subtraction: ``W @ shift`` for ``shift`` (added as a bias), the
+        row sums ``W @ 1`` for ``token_shift`` (multiplied by eta: a rank-1 term). If absent, every call computes it
+        from the weight.
     variance_correction : bool
         VAR: ``nu = sqrt(Var(Z) / Var(P))`` per token, with Z = X - eta; 1 where Var(P) is 0.
     column_scale : Tensor [out_features], float32 or the dtype of x, optional
         LS: ``1 + s``.
     weight_scale : Tensor [out_features], float32, optional
         Scale of each output channel of an 8-bit weight: ``W = weight * weight_scale``. Where the gather kernel does
-        not apply (more tokens, another storage, a CPU), W is written out in the dtype of x at every call.
+        not apply (more tokens, another storage order, a CPU), every call dequantises W to the dtype of x.
     lifted_weight : Tensor [out_features, lifted in_features], dtype of x, optional
-        :func:`nm_act.lift_weight` of ``weight``, for 2:4+1 on the sparse tensor cores; used where that pays, which
-        :func:`nm_act.explain` tells.
+        :func:`nm_act.lift_weight` of ``weight``, for 2:4+1 on the sparse tensor cores; used where it is faster, as
+        :func:`nm_act.explain` reports.
     activation_dtype : torch.dtype, optional
-        torch.float8_e4m3fn casts the survivors to e4m3, one dynamic scale a token, for the fp8 tensor cores: 2:4 on
-        CUDA (sm_90), x in 16 bits, the weight in float8_e4m3fn and contiguous. Otherwise the dtype of x.
+        torch.float8_e4m3fn casts the survivors to e4m3 with one dynamic scale per token, for the fp8 tensor cores; it
+        needs 2:4, CUDA (sm_90), x in 16 bits and a contiguous float8_e4m3fn weight. Default: the dtype of x.
 
     Returns
     -------
@@ -196,10 +198,10 @@ def sparse_linear(
 
     Notes
     -----
-    The gradient goes straight through the selection, with the forward's mask as a constant; x and the weight are kept
-    for it. ``channel_scale`` only chooses: its gradient is 0. ``lifted_weight`` has none, all of it goes to ``weight``.
-    With ``weight_scale`` a backward pass is refused. Under torch.func and forward-mode derivatives, values may differ
-    in rounding. Source: arXiv 2509.22166 (D-PTS, S-PTS, L-PTS, VAR, LS).
+    The gradient is straight through the selection, with the forward's mask as a constant; autograd keeps x and the
+    weight. ``channel_scale`` only affects the selection, so its gradient is 0. ``lifted_weight`` gets no gradient:
+    ``weight`` gets all of it. A backward pass with ``weight_scale`` is refused. Under torch.func and forward-mode
+    derivatives, values may differ in rounding. Source: arXiv 2509.22166 (D-PTS, S-PTS, L-PTS, VAR, LS).
 
     Examples
     --------
@@ -307,7 +309,7 @@ def support_table() -> list[dict[str, str]]:
 
 
 def call(op: str, *arguments: Any, **options: Any) -> Any:
-    """The operator; an argument of another kind is our sentence, since torch's shows the schema and no remedy."""
+    """Call an operator; a TypeError of one sentence replaces torch's message about the schema for a wrong argument."""
     function = getattr(torch.ops.nm_act, op)
     if torch.compiler.is_compiling():
         return function(*arguments, **options)
@@ -326,7 +328,7 @@ _OTHER_KIND = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)'
 
 
 def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """The kernels check this too, but arguments on mixed devices are dispatched to none of them."""
+    """Raise a ValueError for tensors on different devices, which torch may dispatch to no kernel that checks."""
     for name, other in others.items():
         if other is not None and other.device != x.device:
             raise ValueError(

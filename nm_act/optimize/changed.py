@@ -1,6 +1,7 @@
 """Modules whose forward optimize() replaces, by changing their class, so that they still pickle, copy and replicate."""
 
 import functools
+from typing import Any
 
 from torch import nn
 
@@ -14,31 +15,33 @@ class Changed:
 
     nm_act_stock: type[nn.Module]
 
-    def __reduce_ex__(self, protocol):
-        _, _, *state = super().__reduce_ex__(protocol)
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, *state = reduced
         change = next(base for base in type(self).__bases__ if issubclass(base, Changed))
         return (_new, (self.nm_act_stock, change), *state)
 
 
-def change(module: nn.Module, how: type[Changed]) -> None:
+def change(module: Any, how: Any) -> None:
     """Change the class of ``module`` to its own with ``how`` mixed in, replacing an earlier change."""
-    module.__class__ = _class(getattr(module, "nm_act_stock", type(module)), how)
+    own: Any = type(module)
+    module.__class__ = _class(getattr(own, "nm_act_stock", own), how)
 
 
 def restore(module: nn.Module) -> None:
     """Restore a module's own class."""
     if isinstance(module, Changed):
-        module.__class__ = module.nm_act_stock
+        module.__class__ = module.nm_act_stock  # type: ignore[assignment]
 
 
 @functools.cache
-def _class(stock: type[nn.Module], how: type[Changed]) -> type[nn.Module]:
+def _class(stock: Any, how: Any) -> Any:  # classes of modules are not Hashable to mypy
     # The stock name, which Transformers, accelerate and FSDP look for.
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
     return type(stock.__name__, (how, stock), names | {"nm_act_stock": stock})
 
 
-def _new(stock: type[nn.Module], how: type[Changed]) -> nn.Module:
+def _new(stock: Any, how: Any) -> Any:
     """An empty instance that pickle and copy fill."""
     cls = _class(stock, how)
     return cls.__new__(cls)

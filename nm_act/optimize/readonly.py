@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 REMEDY = "call nm_act.deoptimize(model), change the weight, and optimize again"
 
 _IN_PLACE = [f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow")]
-_SET_DATA = Tensor.data.__set__
+_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class Computed(Tensor):
@@ -18,7 +19,7 @@ class Computed(Tensor):
     what = "weight"
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation on plain tensors, unless it writes to a tensor of this class."""
         kwargs = kwargs or {}
         for target in _targets(func.__name__, args, kwargs):
@@ -34,14 +35,14 @@ class Computed(Tensor):
             return type(result)(results) if type(result) in (tuple, list) or hasattr(result, "n_fields") else result
         return wrap(result)
 
-    def set_(self, *args, **kwargs):
+    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
         """Refused, because it replaces the memory; the only write of torch that ``__torch_function__`` does not see."""
         self._refuse("set_")
 
-    def _refuse(self, name: str) -> None:
+    def _refuse(self, name: str) -> NoReturn:
         raise RuntimeError(f"expected no write to the {self.what} of an optimized layer, got one ({name}); {REMEDY}")
 
-    def _loses(self, func, args) -> bool:
+    def _loses(self, func: Any, args: Any) -> bool:
         return True
 
 
@@ -50,25 +51,25 @@ class Part(Computed):
 
     what = "weight or bias"
 
-    def _loses(self, func, args) -> bool:
+    def _loses(self, func: Any, args: Any) -> bool:
         if func != _SET_DATA:
             return False
         with torch._C.DisableTorchFunctionSubclass():
-            return args[0].data_ptr() != args[1].data_ptr() or args[0].stride() != args[1].stride()
+            return bool(args[0].data_ptr() != args[1].data_ptr() or args[0].stride() != args[1].stride())
 
 
-def _targets(name: str, args: tuple, kwargs: dict) -> Iterator[Computed]:
+def _targets(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Computed]:
     """The tensors of these classes that an operation of this name writes to."""
     yield from _computed(kwargs.get("out"))
     if name.startswith("__"):
         writes = name in ("__setitem__", "__set__", *_IN_PLACE)
     else:
-        writes = (name.endswith("_") and name not in ("requires_grad_", "retain_grad_")) or kwargs.get("inplace")
+        writes = (name.endswith("_") and name not in ("requires_grad_", "retain_grad_")) or bool(kwargs.get("inplace"))
     if writes:
         yield from _computed(args[0] if args else None)
 
 
-def _computed(value) -> Iterator[Computed]:
+def _computed(value: Any) -> Iterator[Computed]:
     if isinstance(value, Computed):
         yield value
     elif isinstance(value, tuple | list):
@@ -78,10 +79,10 @@ def _computed(value) -> Iterator[Computed]:
 
 def _storage(tensor: Tensor) -> int:
     with torch._C.DisableTorchFunctionSubclass():
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
 
 
-def _wrapped(value, sources: dict[int, Computed]):
+def _wrapped(value: Any, sources: dict[int, Computed]) -> Any:
     """Results that share storage with one of these tensors refuse the same writes; others are plain tensors."""
     if not (isinstance(value, Computed) or type(value) is Tensor) or value.layout != torch.strided:
         return value
@@ -90,6 +91,6 @@ def _wrapped(value, sources: dict[int, Computed]):
         return value.as_subclass(Tensor if source is None else type(source))
 
 
-def refuse_set(name: str) -> None:
+def refuse_set(name: str) -> NoReturn:
     """Raise a RuntimeError for an assignment to an optimized layer's ``weight`` (or a part's ``bias``)."""
     raise RuntimeError(f"expected no write to the {name} of an optimized layer, got an assignment; {REMEDY}")
