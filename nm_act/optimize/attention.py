@@ -36,7 +36,8 @@ class FusedAttention(SharesProducts):
     ):
         """The stock forward's ``(output [batch, tokens, hidden], weights)``; with a residual, their sum.
 
-        ``nm_act_product`` is the product of q, k and v if it is computed already.
+        ``nm_act_product`` is the product of q, k and v if it is computed already. A residual is given only where
+        :func:`~nm_act.optimize.operands.why_unfused` of the output projection is empty.
         """
         if args or not fuses(self, hidden_states, position_embeddings):
             stock = (hidden_states, position_embeddings, attention_mask, *args)
@@ -53,7 +54,7 @@ class FusedAttention(SharesProducts):
         y = y.reshape(*hidden_states.shape[:-1], -1).contiguous()
         if nm_act_residual is None:
             return self.o_proj(y), weights
-        if not operands.why_unfused(self.o_proj) and operands.way_of(self.o_proj, y, nm_act_residual) == "decode":
+        if operands.way_of(self.o_proj, y, nm_act_residual) == "decode":
             return operands.plus_residual(self.o_proj, y, nm_act_residual), weights
         return nm_act_residual + self.o_proj(y), weights
 

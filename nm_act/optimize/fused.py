@@ -11,7 +11,7 @@ from .changed import Changed, change, restore
 from .eligible import has_hooks, why_stays
 from .merged import Product, SharesProducts
 
-_MARKS = ("nm_act_gate_up", "nm_act_gates", "nm_act_norms")
+_MARKS = ("nm_act_gate_up", "nm_act_gates", "nm_act_norms", "nm_act_adds")
 """Attributes that fusing adds to Transformers' modules."""
 
 
@@ -72,6 +72,8 @@ def fuse_layer(layer: nn.Module) -> list[str]:
         # The fused path does not call the MLP itself.
         "post_attention_layernorm": None if gate_up is None or has_hooks(mlp) else getattr(mlp, gate_up).linear,
     }
+    # Whether the output projection may add the residual.
+    layer.nm_act_adds = isinstance(attention, FusedAttention) and not operands.why_unfused(attention.o_proj)
     layer.nm_act_norms = [name for name, linear in after.items() if linear is not None and _fits(layer, name, linear)]
     if layer.nm_act_norms:
         change(layer, FusedLayer)
@@ -107,7 +109,7 @@ class FusedLayer(Changed):
             del y
         else:
             hidden_states = self.input_layernorm(hidden_states)
-        if mlp_way == "decode" and isinstance(self.self_attn, FusedAttention) and not has_hooks(self.self_attn):
+        if mlp_way == "decode" and self.nm_act_adds and not has_hooks(self.self_attn):
             hidden, _ = self.self_attn(hidden_states=hidden_states, nm_act_residual=residual, **kwargs)
             products = [operands.norm_product(mlp_way, self.post_attention_layernorm, gate_up, hidden)[0]]
             return _mlp_tail(self.mlp, products, hidden)

@@ -133,9 +133,8 @@ def _gathers(linear: nn.Module, tokens: int, pattern: NMPattern, dtype: torch.dt
     weight = linear.e4m3_rows if fp8 else parameter_of(linear, "weight")
     if weight is None or pattern.extra_columns:
         return False
-    # Of the storage: allocations are aligned further, and a compiler could not follow an address.
-    if weight.storage_offset() * weight.element_size() % 16:
-        return False
+    if not torch.compiler.is_compiling() and weight.storage_offset() * weight.element_size() % 16:
+        return False  # allocations are aligned further; a compiler cannot ask
     facts = (tokens, pattern.keep, pattern.group, dtype, device.index, weight.dtype, *weight.shape, *weight.stride())
     known = _GATHERS.get(facts)
     if known is None and not torch.compiler.is_compiling():

@@ -1,6 +1,7 @@
 """optimize(): the same outputs from fewer layers, stock checkpoints, and sentences for what cannot be."""
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -362,7 +363,8 @@ class TestFP8:
         report = nm_act.optimize(model, fp8="decode")
         assert len(report.fp8) == 8
         layers = [module for module in model.modules() if isinstance(module, nm_act.FP8Linear)]
-        assert all(layer.codes.numel() == layer.in_features * layer.out_features for layer in layers)
+        assert all(layer.rows.numel() == layer.in_features * layer.out_features for layer in layers)
+        assert all(layer.codes is None for layer in layers)
         error = (logits(model) - expected).norm() / expected.norm()
         assert 1e-4 < error < 0.1
 
@@ -389,7 +391,7 @@ class TestFP8:
 
     def test_follows_the_dtype_but_keeps_its_bytes_and_scales(self):
         fp8 = nm_act.FP8Linear(layer_of("2:4"), "decode").bfloat16()
-        assert (fp8.codes.dtype, fp8.weight_scale.dtype) == (torch.uint8, torch.float32)
+        assert (fp8.rows.dtype, fp8.weight_scale.dtype) == (torch.uint8, torch.float32)
         assert fp8.weight.dtype == torch.bfloat16
         assert fp8(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
@@ -420,8 +422,10 @@ class TestFP8:
     @pytest.mark.parametrize(
         ("layout", "spec", "why"),
         [
-            ("prefill", {"pattern": "8:16"}, "8:16 act (pattern 8:16)"),
-            ("prefill", {"pattern": "2:4+1"}, "2:4+1 act (pattern 2:4+1)"),
+            ("prefill", {"pattern": "8:16", "mitigation": ["var"]}, "8:16 act var (unfused method 8:16 act var)"),
+            ("both", {"pattern": "8:16", "criterion": "wina"}, "8:16 wina (a channel scale (wina))"),
+            ("both", {"pattern": "2:4", "phase": "decode"}, "(dense in prefill)"),
+            ("both", {"pattern": "2:4+1"}, "2:4+1 act (unfused method 2:4+1 act)"),
             ("decode", {"pattern": "50%"}, "50% act (50% act)"),
             ("decode", {"pattern": "8:16", "criterion": "clact"}, "8:16 clact (8:16 clact)"),
             ("decode", {"pattern": "8:16", "criterion": "weight-magnitude"}, "(8:16 weight-magnitude)"),
@@ -453,10 +457,35 @@ class TestFP8:
         assert dict(report.kept)["model.layers.0.mlp.down_proj"] == "stays in 16 bits: 8:16 act"
         assert len(report.fp8) == 7
 
-    def test_prefill_storage_takes_2_4_only(self, monkeypatch):
+    def test_prefill_storage_takes_what_fp8_tensor_cores_multiply(self, monkeypatch):
         monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
         rules = [nm_act.Rule(projections=["down_proj"], pattern="8:16")]
+        rules += [nm_act.Rule(projections=["o_proj"], pattern="2:4+1")]
         model = sparse(rules=rules)
         report = nm_act.optimize(model, fp8="prefill")
-        assert dict(report.kept)["model.layers.0.mlp.down_proj"] == "stays in 16 bits: pattern 8:16"
+        assert dict(report.kept)["model.layers.0.self_attn.o_proj"] == "stays in 16 bits: unfused method 2:4+1 act"
         assert len(report.fp8) == 6
+
+    @pytest.mark.parametrize("patterns", [("8:16", None), ("2:4", "8:16")])
+    def test_both_copies_hold_the_same_weight_and_load(self, patterns):
+        fp8 = nm_act.FP8Linear(layer_of(patterns[0], decode_pattern=patterns[1]), "both")
+        bytes_of = [buffer.numel() * buffer.element_size() for buffer in (fp8.codes, fp8.rows)]
+        assert sum(bytes_of) == 2 * 64 * 48  # those of the 16-bit weight
+        assert torch.equal(fp8.codes.t(), fp8.rows)
+        other = torch.nn.Linear(64, 48)
+        fp8.load_state_dict(other.state_dict())
+        assert torch.equal(fp8.codes.t(), fp8.rows)
+        again = pickle.loads(pickle.dumps(fp8))
+        x = torch.randn(3, 1, 64)
+        assert torch.equal(again(x), fp8(x))
+        expected = nm_act.prune(x, patterns[1] or patterns[0]) @ fp8.weight.t() + other.bias
+        assert_close(fp8(x), expected, atol=1e-4)
+
+    def test_pickles_of_0_2_load(self):
+        fp8 = nm_act.FP8Linear(layer_of("8:16"), "decode")
+        expected = fp8(torch.ones(1, 64))
+        state = fp8.__dict__ | {"_buffers": {**fp8._buffers, "codes": fp8.rows}}
+        del state["_buffers"]["rows"]
+        old = nm_act.FP8Linear.__new__(nm_act.FP8Linear)
+        old.__setstate__(state)
+        assert torch.equal(old(torch.ones(1, 64)), expected)

@@ -203,7 +203,7 @@ def test_hidden_states_are_those_of_the_unfused_model(calls):
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+@pytest.mark.parametrize("pattern", ["2:4", "8:16", "2:4+1"])
 def test_gate_and_up_are_freed_before_the_down_layer_runs(pattern, calls, monkeypatch):
     """They are the largest tensors of a model, and a layer that prunes makes a copy of its input."""
     model = sparse(pattern=pattern)
@@ -213,7 +213,7 @@ def test_gate_and_up_are_freed_before_the_down_layer_runs(pattern, calls, monkey
 
     def recording(function):
         def call(*arguments, **options):
-            gate, up = arguments[-2:]
+            gate, up = arguments[:2] if made != "gated" else arguments[1:]
             seen.extend(map(weakref.ref, (gate, up, gate._base)))
             return function(*arguments, **options)
 
@@ -227,10 +227,14 @@ def test_gate_and_up_are_freed_before_the_down_layer_runs(pattern, calls, monkey
 
         return call
 
-    packed = pattern == "2:4"
-    made, used = "silu_mul_compress" if packed else "gated", "product" if packed else "forward"
-    monkeypatch.setattr(fused, made, recording(getattr(fused, made)))
-    owner = fused if packed else nm_act.NMLinear
+    made, used = {
+        "2:4": ("silu_mul_compress", "_packed_product"),
+        "8:16": ("silu_mul_prune", "_pruned_product"),
+        "2:4+1": ("gated", "forward"),
+    }[pattern]
+    at = fused if made == "gated" else operands
+    monkeypatch.setattr(at, made, recording(getattr(at, made)))
+    owner = nm_act.NMLinear if used == "forward" else operands
     monkeypatch.setattr(owner, used, counting(getattr(owner, used)))
     logits(model)
     assert len(seen) == 6

@@ -41,13 +41,13 @@ struct Shape {
 template <int kDim, int kGroup>
 struct Layout {
   using S = Shape<kDim, kGroup>;
-  static constexpr int kQuery = 0;                                // [group, dim]: rotated, scaled
-  static constexpr int kKey = kQuery + S::kOutputs;               // [dim]: the new key
-  static constexpr int kValue = kKey + kDim;                      // [dim]: the new value
-  static constexpr int kSums = kValue + kDim;                     // [warps, group, dim]
-  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;   // [warps, group, 2]: maxima and sums
+  static constexpr int kQuery = 0;                                  // [group, dim]: rotated, scaled
+  static constexpr int kKey = kQuery + S::kOutputs;                 // [dim]: the new key
+  static constexpr int kValue = kKey + kDim;                        // [dim]: the new value
+  static constexpr int kSums = kValue + kDim;                       // [warps, group, dim]
+  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;     // [warps, group, 2]: maxima and sums
   static constexpr int kReceived = kTops + S::kWarps * kGroup * 2;  // [splits, dim * group / splits]
-  static constexpr int kReceivedTops = kReceived + S::kOutputs;   // [splits, group, 2]
+  static constexpr int kReceivedTops = kReceived + S::kOutputs;     // [splits, group, 2]
   static int bytes(int splits) { return 4 * (kReceivedTops + splits * kGroup * 2); }
 };
 
@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
       const int64_t at = sequence * (is_key ? params.k_stride : params.v_stride) + int64_t{key_head} * kDim + feature;
       piece = load_piece<E>(is_key ? params.k : params.v, at, kDim / 2);
       if (is_key) piece = rotate<E>(piece, cosine, sine);
-      if (owns_new && part == 0) store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
+      if (owns_new && part == 0)
+        store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
     }
     float* target = shared + (row < kGroup ? L::kQuery + row * kDim : row == kGroup ? L::kKey : L::kValue) + feature;
     const float factor = row < kGroup ? params.scaling * 1.4426950408889634f : 1.0f;
@@ -304,8 +305,8 @@ Division divide(const DecodeAttentionParams& params, int multiprocessors) {
 template <class E, int kDim, int kGroup>
 cudaError_t launch_shape(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
   const int parts = (params.q_heads / params.k_heads + kGroup - 1) / kGroup;
-  const LaunchShape shape{static_cast<unsigned>(params.batch * params.k_heads * parts * splits), block_threads<kGroup>(),
-                          static_cast<unsigned>(splits), Layout<kDim, kGroup>::bytes(splits)};
+  const LaunchShape shape{static_cast<unsigned>(params.batch * params.k_heads * parts * splits),
+                          block_threads<kGroup>(), static_cast<unsigned>(splits), Layout<kDim, kGroup>::bytes(splits)};
   return launch_kernel(decode_attention_kernel<E, kDim, kGroup>, shape, stream, params, splits);
 }
 
