@@ -206,7 +206,7 @@ def _with_drop(row: Row | None) -> str:
 def draw(rows: list[Row]) -> dict[str, bytes]:
     """File name -> PNG: perplexity of every variant, and the average drop, with standard errors."""
     plots = {}
-    measured = [row for row in rows if row.fields["metric"] == "ppl"]
+    measured = [row for row in rows if row.fields["task"] == PERPLEXITY]
     if measured:
         bars = {row.name: (row.fields["value"], row.fields["stderr"]) for row in measured}
         dense = measured[0].fields["dense_value"]
