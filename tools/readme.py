@@ -16,6 +16,7 @@ from nm_act.lab.evaluate.results import markdown_table as table
 from nm_act.lab.measured import Measured, shapes_of
 
 DOCUMENTS = ("README.md", "docs/operators.md", "docs/results.md", "docs/search.md", "docs/kernels/cpu_decode.md")
+DOCUMENTS += ("docs/recipes.md",)
 
 
 def predicted() -> str:
@@ -292,6 +293,26 @@ def best() -> str:
     return perplexity_table(list({row["name"]: row for row in shown}.values()))
 
 
+def rules() -> str:
+    """Rules by projection that the recommended recipes were chosen among."""
+    found = read_rows("docs/evaluation/rules.csv")
+    lines = [
+        [
+            row["rule"],
+            f"{float(row['prefill']):.2f}x",
+            f"{float(row['decode']):.2f}x",
+            f"{float(row['perplexity']):.1f}",
+        ]
+        for row in found
+    ]
+    header = ["sparse projections", "prefill, predicted", "decode, predicted", "perplexity"]
+    origin = (
+        f"SmolLM2-135M, {found[0]['text']}, criterion wina, mitigation var, commit {found[0]['commit']}; "
+        "`docs/evaluation/rules.csv`. A decode recipe is measured as if all tokens were decoded."
+    )
+    return f"{table(header, lines)}\n\n{origin}"
+
+
 def held_out() -> dict[str, float]:
     """Name of a row -> perplexity on C4 that no calibration saw."""
     return {row["name"]: float(row["value"]) for row in read_rows(EVALUATION) if row["task"] == "c4_heldout"}
@@ -337,6 +358,7 @@ BLOCKS = {
     "inference": inference,
     "quality": quality,
     "best": best,
+    "rules": rules,
     "patterns": pattern_frontier.summary,
     "searched": searched,
     "predicted": predicted,
