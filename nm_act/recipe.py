@@ -162,7 +162,8 @@ class Rule:
     layers : sequence of int, optional
         Decoder layers it applies to; all of them if None.
     projections : sequence of str, optional
-        Projections it applies to; all of the recipe's if None.
+        Projections it applies to; all of the recipe's if None. With the recipe's default projections, names of several
+        families may stand together: a model has to have one of them.
     pattern : str or NMPattern, optional
         "N:M", "2:4+1" or "2:4+2", a percentage such as "50%", or "dense".
     criterion, mitigation, phase, decode_pattern : optional
@@ -488,11 +489,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-_SENSITIVE = Rule(projections=_of_roles("o_proj", "up_proj"), pattern=DENSE)
+_SPARED = Rule(projections=_of_roles("k_proj", "v_proj", "o_proj", "up_proj"), pattern=DENSE)
+_MORE_KEPT = Rule(projections=_of_roles("o_proj", "up_proj"), pattern="12:16")
 
 NAMED: dict[str, Recipe] = {
-    "prefill": Recipe("2:4", criterion="wina", mitigation=("var",), rules=(_SENSITIVE,)),
-    "decode": Recipe("8:16", criterion="wina", mitigation=("var",), phase="decode"),
-    "balanced": Recipe("2:4", criterion="wina", mitigation=("var",), rules=(_SENSITIVE,)),
+    "prefill": Recipe("2:4", criterion="wina", mitigation=("var",), phase="prefill", rules=(_SPARED,)),
+    "decode": Recipe("8:16", criterion="wina", mitigation=("var",), phase="decode", rules=(_MORE_KEPT,)),
+    "balanced": Recipe("2:4", criterion="wina", mitigation=("var",), rules=(_SPARED,)),
 }
-"""Name -> recommended recipe: rules by projection, for any model."""
+"""Name -> recommended recipe: rules by projection for any model, chosen on SmolLM2 and C4 (docs/recipes.md)."""

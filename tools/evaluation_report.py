@@ -15,7 +15,7 @@ from pathlib import Path
 from nm_act.files import write_atomic
 from nm_act.lab.cost import Rates
 from nm_act.lab.evaluate import results
-from nm_act.lab.evaluate.folder import RunFolder, read_rows_file, write_rows_file
+from nm_act.lab.evaluate.folder import PERPLEXITY, RunFolder, read_rows_file, write_rows_file
 from nm_act.lab.evaluate.noise import paired_difference
 from nm_act.lab.tables import DEFAULT_DEVICE
 from nm_act.methods.criteria import WEIGHT_PRUNING
@@ -109,7 +109,9 @@ def noise_of(path: Path) -> float:
 
 def ranking(run: list[results.Row], noise: float) -> str:
     """Perplexities from the best, each with its paired difference from the row above it; no rank without one."""
-    rows = sorted((row for row in run if row.fields["metric"] == "ppl" and row.scores), key=lambda r: r.fields["value"])
+    rows = sorted(
+        (row for row in run if row.fields["task"] == PERPLEXITY and row.scores), key=lambda r: r.fields["value"]
+    )
     lines, rank = [], 0
     for index, row in enumerate(rows):
         difference = "–"
@@ -153,6 +155,7 @@ def sections(run: list[results.Row], noise: float = 0.0) -> list[str]:
         "Unstructured reference": by_pattern(unstructured, dense),
         "Calibrations": calibrations(sparse),
         "Ranking": ranking(run, noise),
+        "Texts": other_texts(run),
         "Every row": results.to_markdown(run),
     }
     return [part for title, table in tables.items() if table for part in (f"### {title}", table)]
@@ -176,6 +179,21 @@ def by_pattern(rows: list[results.Row], dense: list[results.Row], *, speedup: bo
         return ""
     note = " After the semicolon: predicted speed-up, what the mitigation adds included." if speedup else ""
     return results.markdown_table(["", *patterns], lines) + f"\n\n{caption([*dense, *rows])}{note}"
+
+
+def other_texts(run: list[results.Row]) -> str:
+    """Perplexities on every text, each over the dense model's, for the variants that were measured on several."""
+    values: dict[str, dict[str, float]] = {}
+    for row in run:
+        if row.fields["metric"] == "ppl":
+            values.setdefault(row.name, {})[row.fields["task"]] = row.fields["value"] / row.fields["dense_value"]
+    texts = list(dict.fromkeys(text for found in values.values() for text in found))
+    lines = [
+        [name, *(f"{found[text]:.2f}x" if text in found else "–" for text in texts)]
+        for name, found in sorted(values.items(), key=lambda item: item[1].get(PERPLEXITY, math.inf))
+        if len(found) > 1
+    ]
+    return results.markdown_table(["over dense", *texts], lines) if len(texts) > 1 else ""
 
 
 def seed_labels(rows: list[results.Row]) -> list[str]:

@@ -16,6 +16,7 @@ from nm_act.lab.evaluate.results import markdown_table as table
 from nm_act.lab.measured import Measured, shapes_of
 
 DOCUMENTS = ("README.md", "docs/operators.md", "docs/results.md", "docs/search.md", "docs/kernels/cpu_decode.md")
+DOCUMENTS += ("docs/recipes.md",)
 
 
 def predicted() -> str:
@@ -246,23 +247,31 @@ def results() -> str:
 def perplexity_table(rows: list[dict[str, str]]) -> str:
     lines = [
         [
-            row["method"],
+            row["name"] + (" *" if row["calibrated_on"] else ""),
             row["pattern"],
             row["layers"],
             f"{float(row['predicted_speedup']):.2f}x",
+            f"{float(row['predicted_decode']):.2f}x",
             with_error(row),
         ]
         for row in sorted(rows, key=lambda row: float(row["value"]))
     ]
     first = rows[0]
-    header = ["method", "pattern", "layers", "predicted prefill speed-up", "perplexity"]
-    origin = f"{first['model']}, {first['task']}, {first['samples']} tokens; `{EVALUATION}`."
+    header = ["recipe", "pattern", "layers", "prefill, predicted", "decode, predicted", "perplexity"]
+    star = " An asterisk marks what was calibrated or trained." if any(row["calibrated_on"] for row in rows) else ""
+    origin = f"{first['model']}, {first['task']}, {first['samples']} tokens; `{EVALUATION}`.{star}"
     return f"{table(header, lines, right=3)}\n\n{origin}"
 
 
 def quality() -> str:
-    """Perplexity against predicted speed-up: plain ACT, and the rows that no other row beats in both."""
-    points = [(row, (float(row["predicted_speedup"]), -float(row["value"]))) for row in perplexities()]
+    """Plain ACT, and the rows that no other row beats in perplexity and both speeds.
+
+    Where held-out C4 was measured, it decides which rows these are; the table shows the test's perplexity.
+    """
+    losses = held_out()
+    points = [(row, (*speeds(row), -losses.get(row["name"], float(row["value"])))) for row in perplexities()]
+    if losses:  # rows that were not measured on it cannot be compared
+        points = [(row, point) for row, point in points if row["name"] in losses]
     return perplexity_table(
         [
             row
@@ -270,6 +279,48 @@ def quality() -> str:
             if (row["method"], row["layers"]) == ("act", "all") or not any(beats(other, point) for _, other in points)
         ]
     )
+
+
+def best() -> str:
+    """The best rows that are faster than dense, for the front page, beside 2:4 everywhere."""
+    rows = {row["name"]: row for row in perplexities()}
+    shown = [rows["dense"], rows["act 2:4"], rows["act 8:16"]]
+    losses = held_out() or {name: float(row["value"]) for name, row in rows.items()}
+    for phase, targets in ((0, (1.1, 1.2, 1.3)), (1, (1.3, 1.45))):
+        for target in targets:
+            fast = [row for name, row in rows.items() if name in losses and speeds(row)[phase] >= target]
+            shown += sorted(fast, key=lambda row: losses[row["name"]])[:1]
+    return perplexity_table(list({row["name"]: row for row in shown}.values()))
+
+
+def rules() -> str:
+    """Rules by projection that the recommended recipes were chosen among."""
+    found = read_rows("docs/evaluation/rules.csv")
+    lines = [
+        [
+            row["rule"],
+            f"{float(row['prefill']):.2f}x",
+            f"{float(row['decode']):.2f}x",
+            f"{float(row['perplexity']):.1f}",
+        ]
+        for row in found
+    ]
+    header = ["sparse projections", "prefill, predicted", "decode, predicted", "perplexity"]
+    origin = (
+        f"SmolLM2-135M, {found[0]['text']}, criterion wina, mitigation var, commit {found[0]['commit']}; "
+        "`docs/evaluation/rules.csv`. A decode recipe is measured as if all tokens were decoded."
+    )
+    return f"{table(header, lines)}\n\n{origin}"
+
+
+def held_out() -> dict[str, float]:
+    """Name of a row -> perplexity on C4 that no calibration saw."""
+    return {row["name"]: float(row["value"]) for row in read_rows(EVALUATION) if row["task"] == "c4_heldout"}
+
+
+def speeds(row: dict[str, str]) -> tuple[float, float]:
+    """Predicted speed-ups of a row in prefill and decode."""
+    return float(row["predicted_speedup"]), float(row["predicted_decode"])
 
 
 def searched() -> str:
@@ -306,6 +357,8 @@ BLOCKS = {
     "gpu-speed": gpu_speed,
     "inference": inference,
     "quality": quality,
+    "best": best,
+    "rules": rules,
     "patterns": pattern_frontier.summary,
     "searched": searched,
     "predicted": predicted,

@@ -332,8 +332,12 @@ def _check_names(recipe: Recipe, places: list[_Place]) -> None:
     if unknown_layers:
         span = f"layers {min(layers)} to {max(layers)}" if layers else "no numbered layers"
         raise ValueError(f"expected layers that the model has ({span}), got {unknown_layers[0]}; correct the recipe")
-    # The default list stands for a whole block; an explicit list must match name by name.
-    named = [name for rule in recipe.rules for name in rule.projections or ()]
+    # The default list stands for a whole block, and so a rule for any family may name one that this one lacks; an
+    # explicit list must match name by name.
+    lists = [rule.projections or () for rule in recipe.rules]
+    if recipe.projections == DEFAULT_PROJECTIONS:
+        lists = [names for names in lists if projections.isdisjoint(names)]
+    named = [name for names in lists for name in names]
     if recipe.projections != DEFAULT_PROJECTIONS or not any(map(recipe.covers, projections)):
         named += recipe.projections
     unknown = [name for name in named if name not in projections]

@@ -146,8 +146,10 @@ def cost_of(
 
 
 def pruned(spec: LinearSpec | None, phase: str) -> LinearSpec | None:
-    """The spec where it prunes activations in a phase, else None."""
-    return None if spec is None or spec.scoring.prunes_weight or spec.phase not in ("both", phase) else spec
+    """The spec where it prunes activations in a phase by a pattern that kernels have, else None."""
+    if spec is None or spec.scoring.prunes_weight or not isinstance(spec.pattern, NMPattern):
+        return None
+    return spec if spec.phase in ("both", phase) else None
 
 
 def is_packed(spec: LinearSpec | None) -> bool:
@@ -155,18 +157,24 @@ def is_packed(spec: LinearSpec | None) -> bool:
     return spec is not None and not data_of(spec) and not spec.scoring.by_sequence
 
 
-def layer_time(cost: Cost, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
-    """Time of a layer with what its mitigations add, whose GEMMs run at the dense speed."""
+def layer_time(
+    cost: Cost, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False, rank_factor: float = 1.0
+) -> float:
+    """Time of a layer with what its mitigations add, whose GEMMs run at the dense speed; ranks times `rank_factor`."""
     spec = pruned(spec, phase)
     time = cost.time(phase, place, spec, fused=fused)
-    added = 0 if spec is None else added_macs(spec, place.in_features, place.out_features)
+    added = 0.0 if spec is None else float(added_macs(spec, place.in_features, place.out_features))
+    added *= rank_factor if spec is not None and rank_of(spec.mitigation) else 1.0
     return time + (cost.time(phase, place, None) * added / place.macs if added else 0.0)
 
 
-def predictions(cost: Cost, places: Iterable[Place], recipe: Recipe | None) -> dict[str, float]:
+def predictions(
+    cost: Cost, places: Iterable[Place], recipe: Recipe | None, *, rank_factor: float = 1.0
+) -> dict[str, float]:
     """Predicted speed-up over the dense model by phase, for a recipe in these layers.
 
-    First tokens that stay dense are computed twice in prefill. The GEMMs that mitigations add run at the dense speed.
+    First tokens that stay dense are computed twice in prefill. The GEMMs that mitigations add run at the dense speed;
+    where another model than the evaluated one is predicted, `rank_factor` times wider, low ranks are as much larger.
 
     Examples
     --------
@@ -189,7 +197,7 @@ def predictions(cost: Cost, places: Iterable[Place], recipe: Recipe | None) -> d
                 together = {specs[name] for name in merged_with(place.projection) if name in specs}
                 dense += alone
                 packed = len(together) == 1 and is_packed(spec) and not recipe.dense_first_tokens
-                sparse += layer_time(cost, phase, place, spec, fused=packed)
+                sparse += layer_time(cost, phase, place, spec, fused=packed, rank_factor=rank_factor)
                 if recipe is not None and phase == "prefill" and pruned(spec, phase) is not None:
                     sparse += alone * min(recipe.dense_first_tokens / PREFILL_TOKENS, 1)
         speedups[phase] = dense / sparse

@@ -73,6 +73,7 @@ class Tables:
             )
         self._device = device
         self._products: dict[tuple[str, str, str], list[_Row]] = {}  # "phase stage", dtype, pattern
+        self._found: dict[tuple, Product] = {}
         for index, name in enumerate(_FILES):
             for row in self._read(name):
                 self._add(index, row)
@@ -152,6 +153,11 @@ class Tables:
         return Product(low.us * (1 - weight) + high.us * weight, low.dense_us, note)
 
     def _nearest(self, kind: tuple[str, str, str], sizes: tuple[int, int, int]) -> Product:
+        if (kind, sizes) not in self._found:  # asked for by every layer of a model
+            self._found[kind, sizes] = self._nearest_row(kind, sizes)
+        return self._found[kind, sizes]
+
+    def _nearest_row(self, kind: tuple[str, str, str], sizes: tuple[int, int, int]) -> Product:
         best = min(self._products[kind], key=lambda row: (row.distance(sizes), row.table, row.us))
         note = ""
         if best.distance(sizes):

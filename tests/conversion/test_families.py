@@ -7,7 +7,7 @@ from torch import nn
 
 from nm_act.conversion.sparsify import decoder_linears, sparsify
 from nm_act.layers.linear import NMLinear
-from nm_act.recipe import DEFAULT_PROJECTIONS, ROLES, Recipe, Rule
+from nm_act.recipe import DEFAULT_PROJECTIONS, NAMED, ROLES, Recipe, Rule
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 FFN = {"intermediate_size": 96}
@@ -282,3 +282,13 @@ def test_vllm_covers_what_sparsify_covers():
         assert specs_of(recipe, f"model.layers.1.{name}", {}, 64) == []
     listed = Recipe("8:16", projections=["out_proj"])
     assert [str(spec) for _, spec in specs_of(listed, "model.layers.1.mixer.out_proj", {}, 64)] == ["8:16 act"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("kind", DENSE)
+def test_recommended_recipes_fit_every_family(kind, name):
+    prefix, sizes, projections = DENSE[kind]
+    model = sparsify(_model(prefix, sizes), Recipe.named(name)).model
+    found = {n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, NMLinear)}
+    assert found == {each for each in projections.split() if Recipe.named(name).resolve(0, each) is not None}
+    assert found

@@ -295,7 +295,7 @@ def test_recommended_recipes(name, tmp_path):
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     recipe.save(tmp_path / "r.yaml")
     assert Recipe.load(tmp_path / "r.yaml") == recipe
-    assert recipe.phase == ("decode" if name == "decode" else "both")
+    assert recipe.phase == {"balanced": "both"}.get(name, name)
     specs = {projection: recipe.resolve(5, projection) for projection in ROLES}
     assert not any(data_of(spec) for spec in specs.values() if spec)  # nothing to calibrate
     for projection, roles in ROLES.items():  # of every family alike; a layer of several roles has the safest one's

@@ -119,7 +119,7 @@ def test_drops_are_paired(tmp_path):
     assert average == (pytest.approx(100 / 3), pytest.approx(100 / 3), 1)
     header = results.to_csv(list(rows.values())).splitlines()[0]
     assert header == (
-        "model,method,pattern,layers,predicted_speedup,predicted_decode,task,metric,value,stderr,samples,dense_value,"
+        "model,name,method,pattern,layers,predicted_speedup,predicted_decode,task,metric,value,stderr,samples,dense_value,"
         "seed,calibrated_on,commit,date"
     )
 

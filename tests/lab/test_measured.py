@@ -69,6 +69,9 @@ def test_what_mitigations_and_first_tokens_add():
         > speedup(mitigation=["rsparse-32"])
         > speedup(mitigation=["rsparse-128"])
     )
+    wider = predictions(cost, places, Recipe("2:4", mitigation=["rsparse-32"]), rank_factor=4)["prefill"]
+    assert wider == pytest.approx(speedup(mitigation=["rsparse-128"]))
+    assert predictions(cost, places, Recipe("50%")) == {"prefill": 1}  # no kernel serves it
     assert 1 < speedup(mitigation=["lpts"]) / speedup(dense_first_tokens=4) < 1.01
 
 

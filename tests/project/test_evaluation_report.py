@@ -112,7 +112,7 @@ def test_committed_studies_multiply_out():
 def test_speed_is_predicted_from_measured_products_and_by_phase(tool, tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     measured = {"metric": "ppl", "value": 20.0, "stderr": 0.5, "samples": 20, "scores": [1.0, 2.0]}
-    measured |= {"macs": {"dense": 4}, "extra_macs": 0, "layers": 30}
+    measured |= {"macs": {"dense": 4}, "extra_macs": 0, "layers": 30, "width": 576}
     recipes = {
         "prefill": Recipe("2:4"),
         "decode": Recipe("8:16", phase="decode"),
@@ -145,7 +145,7 @@ def test_no_rank_within_the_error_or_the_noise(tool, tmp_path):
         scores = [loss + more for loss, more in zip(windows, change, strict=True)]
         result = {"metric": "ppl", "value": 30 + sum(change), "stderr": 9.0, "samples": 4, "scores": scores}
         variant = study.DENSE_VARIANT if name == "dense" else study.from_recipe(Recipe("2:4"), name)
-        folder.write(variant, "wikitext2", result | {"macs": {"dense": 1}, "extra_macs": 0, "layers": 2})
+        folder.write(variant, "wikitext2", result | {"macs": {"dense": 1}, "extra_macs": 0, "layers": 2, "width": 64})
     assert tool.main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
 
     def ranks():

@@ -17,8 +17,8 @@ from .variants import DENSE_VARIANT
 __all__ = ["COLUMNS", "Row", "average_drops", "collect", "draw", "markdown_table", "to_csv"]
 
 COLUMNS = (
-    *("model", "method", "pattern", "layers", "predicted_speedup", "predicted_decode", "task", "metric", "value"),
-    *("stderr", "samples", "dense_value", "seed", "calibrated_on", "commit", "date"),
+    *("model", "name", "method", "pattern", "layers", "predicted_speedup", "predicted_decode", "task", "metric"),
+    *("value", "stderr", "samples", "dense_value", "seed", "calibrated_on", "commit", "date"),
 )
 """predicted_speedup is that of prefill, predicted_decode that of a step (`predicted`)."""
 
@@ -114,7 +114,8 @@ def predicted(result: dict, rates: Rates | None) -> dict[str, float]:
     recipe = result["variant"]["recipe"]
     cost = Measured(DEFAULT_DEVICE, shapes_of(PREDICTED_MODEL), PREDICTED_MODEL, phases=("prefill", "decode"))
     places = places_of(PREDICTED_MODEL, result["layers"])
-    return predictions(cost, places, None if recipe is None else Recipe.from_dict(recipe))
+    factor = places[0].in_features / result["width"]
+    return predictions(cost, places, None if recipe is None else Recipe.from_dict(recipe), rank_factor=factor)
 
 
 def _row(result: dict, dense: dict, identity: dict, rates: Rates | None) -> Row:
@@ -130,6 +131,8 @@ def _row(result: dict, dense: dict, identity: dict, rates: Rates | None) -> Row:
 
 
 def _drop(result: dict, dense: dict) -> tuple[float, float]:
+    if not (result["scores"] and dense["scores"]):  # of a run that is not kept: without pairs
+        return _unpaired_drop(result, dense)
     pairs = zip(result["scores"], dense["scores"], strict=True)
     mean, stderr = mean_and_stderr([ours - theirs for ours, theirs in pairs])
     if result["metric"] == "ppl":  # scores are losses: the ratio of perplexities is the exponential of their difference
@@ -138,6 +141,12 @@ def _drop(result: dict, dense: dict) -> tuple[float, float]:
     if dense["value"] == 0:
         return math.nan, math.nan
     return 0.0 - 100 * mean / dense["value"], 100 * stderr / dense["value"]
+
+
+def _unpaired_drop(result: dict, dense: dict) -> tuple[float, float]:
+    ratio = result["value"] / dense["value"] if dense["value"] else math.nan
+    error = math.hypot(result["stderr"], ratio * dense["stderr"]) / dense["value"] if dense["value"] else math.nan
+    return 100 * (ratio - 1 if result["metric"] == "ppl" else 1 - ratio), 100 * error
 
 
 def average_drops(rows: list[Row]) -> dict[str, tuple[float, float, int]]:
@@ -206,7 +215,7 @@ def _with_drop(row: Row | None) -> str:
 def draw(rows: list[Row]) -> dict[str, bytes]:
     """File name -> PNG: perplexity of every variant, and the average drop, with standard errors."""
     plots = {}
-    measured = [row for row in rows if row.fields["metric"] == "ppl"]
+    measured = [row for row in rows if row.fields["task"] == PERPLEXITY]
     if measured:
         bars = {row.name: (row.fields["value"], row.fields["stderr"]) for row in measured}
         dense = measured[0].fields["dense_value"]

@@ -62,8 +62,9 @@ class Study:
             if not missing:
                 continue
             model = variant.make(self.dense).model
-            layers = len({place.layer for place in places_of(model)})
-            macs = {"macs": macs_by_pattern(model), "extra_macs": extra_macs(model), "layers": layers}
+            places = places_of(model)
+            macs = {"macs": macs_by_pattern(model), "extra_macs": extra_macs(model)}
+            macs |= {"layers": len({place.layer for place in places}), "width": places[0].in_features}
             at_once = 1 if _reads_sequences(model) else batch_size
             for name in missing:
                 progress(f"{variant.name}: {name}")
