@@ -6,7 +6,7 @@ namespace nm_act {
 std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
   const bool one = facts.tokens == 1;
   const std::string tokens = std::to_string(facts.tokens) + (one ? " token" : " tokens");
-  const int64_t few = cpu_gather_tokens(facts.type == ElementType::kFloat32);
+  const int64_t few = cpu::most_gathered_tokens(facts.type == ElementType::kFloat32);
   switch (choice.why) {
     case Why::kFewTokens: return tokens + " over a weight stored [in, out]: only the rows of surviving inputs are read";
     case Why::kEnoughTokens:

@@ -7,7 +7,7 @@
 #include <optional>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "cpu/config.h"
 #include "kernels/gather/config.h"
 #include "kernels/matmul/config.h"
 
@@ -76,14 +76,8 @@ inline WeightFacts dequantised_facts(const WeightFacts& w) {
   return {w.out_features, w.in_features, in_out ? 1 : w.in_features, in_out ? w.out_features : 1, true};
 }
 
-// Two passes over the weight are faster than torch's float32 GEMM, but not than its 16-bit one
-// (docs/kernels/cpu_decode.md).
-constexpr int64_t cpu_gather_tokens(bool is_float32) {
-  return is_float32 ? 2 * cpu::kGatherTokens : cpu::kGatherTokens;
-}
-
 inline LinearChoice choose_on_cpu(const LinearFacts& facts) {
-  if (facts.tokens > cpu_gather_tokens(facts.type == ElementType::kFloat32))
+  if (facts.tokens > cpu::most_gathered_tokens(facts.type == ElementType::kFloat32))
     return {LinearPath::kDense, Why::kManyTokens};
   if (!facts.weight.stored_in_out()) return {LinearPath::kDense, Why::kStoredOutIn};
   return {LinearPath::kGather, Why::kFewTokens};

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch.nn import functional as F
 
 from ..methods import criteria
 from ..patterns import NMPattern, TopKPattern
+from ..recipe import LinearSpec
+from .tokens import TokenContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +37,14 @@ class LinearWork:
 
     operator: Callable[..., Tensor]
     pattern: NMPattern | TopKPattern
-    options: Mapping[str, object]
+    options: Mapping[str, Any]
     weight: Tensor | None = None
     bias: Tensor | None = None
     rotation: Tensor | None = None
     low_rank: tuple[Tensor, Tensor] | None = None
     by_sequence: bool = False
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, context) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: TokenContext | None) -> Tensor:
         """``x [..., in] -> [..., out]``, given the layer's own parameters and its token context (or None)."""
         weight = weight if self.weight is None else self.weight
         bias = bias if self.bias is None else self.bias
@@ -63,7 +66,9 @@ class LinearWork:
         rows = F.linear(x.reshape(-1, x.shape[-1]), inner)
         return torch.addmm(y.view(-1, y.shape[-1]), rows, outer.t()).view(y.shape)
 
-    def _by_sequence(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Mapping, context) -> Tensor:
+    def _by_sequence(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Mapping[str, Any], context: TokenContext | None
+    ) -> Tensor:
         # The number of sequences is spelt out: of no tokens at all, none could be inferred.
         sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
         if context is not None:
@@ -82,17 +87,21 @@ class LinearWork:
 
 
 def work_of(
-    spec, data: Mapping, operator: Callable, derived: Mapping, lifted_weight: Tensor | None = None
+    spec: LinearSpec,
+    data: Mapping[str, Tensor],
+    operator: Callable[..., Tensor],
+    derived: Mapping[str, Tensor | None],
+    lifted_weight: Tensor | None = None,
 ) -> LinearWork:
     """The work of a :class:`~nm_act.LinearSpec` with its calibrated data and what derives from the weight."""
-    options = {
+    vectors = {
         "channel_scale": derived.get("channel_scale"),
         "shift": data.get("shift"),
         "shift_out": derived.get("shift_out"),
         "column_scale": data.get("column_scale"),
         "lifted_weight": lifted_weight,
     }
-    options = {name: value for name, value in options.items() if value is not None}
+    options: dict[str, Any] = {name: value for name, value in vectors.items() if value is not None}
     if spec.token_shift != "none":
         options["token_shift"] = spec.token_shift
     if spec.variance_correction:
@@ -109,13 +118,16 @@ def work_of(
     )
 
 
-def dense_operator(x: Tensor, weight: Tensor, bias: Tensor | None, pattern, **options) -> Tensor:
+def dense_operator(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern | TopKPattern, **options: Any
+) -> Tensor:
     """Of the baselines that prune the weight: their operand weight is sparse, the activation dense."""
     return F.linear(x, weight, bias)
 
 
-def compiled_operator(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern, **options) -> Tensor:
+def compiled_operator(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern, **options: Any) -> Tensor:
     """``torch.ops.nm_act.sparse_linear``, without the checks that the layer has made."""
     if pattern.extra_columns:
         options["extra_columns"] = pattern.extra_columns
-    return torch.ops.nm_act.sparse_linear(x, weight, bias, pattern.keep, pattern.group, **options)
+    y: Tensor = torch.ops.nm_act.sparse_linear(x, weight, bias, pattern.keep, pattern.group, **options)
+    return y

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -162,7 +163,7 @@ def deoptimize(model: nn.Module) -> nn.Module:
     for _, module in list(model.named_modules()):
         children = [child for child, layer in module.named_children() if isinstance(layer, MergedLinear)]
         if isinstance(module, Changed):
-            fused.unfuse(module)
+            fused.unfuse(module)  # type: ignore[arg-type]
         for child in children:
             unmerge(module, child)
     return model
@@ -190,7 +191,8 @@ def _check(model: nn.Module, fp8: str | None) -> None:
     layers = [module for module in model.modules() if isinstance(module, NMLinear)]
     if not layers:
         raise ValueError("expected a sparse model for fp8, got a dense one; call sparsify(model, recipe) first")
-    elsewhere = {parameter_of(layer, "weight").device.type for layer in layers} - {"meta", *PREFILL_DEVICES}
+    weights = [parameter_of(layer, "weight") for layer in layers]
+    elsewhere = {weight.device.type for weight in weights if weight is not None} - {"meta", *PREFILL_DEVICES}
     if fp8 == "prefill" and elsewhere:
         raise ValueError(
             f'expected a model on CUDA for fp8="prefill", got one on {", ".join(sorted(elsewhere))}; move it there '
@@ -214,7 +216,7 @@ def _family(module: nn.Module) -> str:
 
 
 def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:
-    groups: dict[tuple | str, list[str]] = {}
+    groups: dict[tuple[Any, ...] | str, list[str]] = {}
     for child in group:
         groups.setdefault(merge_key(getattr(parent, child)), []).append(child)
     for key, children in groups.items():
@@ -234,7 +236,7 @@ def _quantise(report: OptimizeReport, layout: str) -> None:
     for name in [name for name, _ in report.model.named_modules()]:
         module = report.model.get_submodule(name)
         for child in [child for child, layer in module.named_children() if isinstance(layer, NMLinear)]:
-            layer = module.get_submodule(child)
+            layer: Any = module.get_submodule(child)
             why = not_fp8(layer, layout)
             if why:
                 report.kept.append((f"{name}.{child}", f"stays in 16 bits: {why}"))

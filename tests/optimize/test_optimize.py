@@ -75,13 +75,22 @@ def test_state_dict_is_the_stock_one_and_loads(name):
     assert torch.equal(logits(model), expected)
 
 
-def test_an_incomplete_state_dict_is_an_error():
-    model = sparse()
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_incomplete_state_dict_loads_its_part_and_names_the_rest(assign):
+    model, other = sparse(), sparse()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     nm_act.optimize(model)
-    state = model.state_dict()
-    del state["model.layers.0.self_attn.k_proj.weight"]
-    with pytest.raises(RuntimeError, match="merged_q_k_v"):
+    attention = "model.layers.0.self_attn"
+    absent = [f"{attention}.k_proj.weight", *(f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))]
+    state = {key: value + 1 for key, value in before.items() if key not in absent}
+    with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"{attention}.k_proj.weight\", "):
         model.load_state_dict(state)
+    result = model.load_state_dict(state, strict=False, assign=assign)
+    assert (result.missing_keys, result.unexpected_keys) == (absent, [])
+    expected = {key: before[key] if key in absent else state[key] for key in before}
+    assert_same_state(model.state_dict(), expected)
+    other.load_state_dict(expected)
+    assert torch.equal(logits(model), logits(other))
 
 
 @pytest.mark.parametrize("name", KNOWN)
