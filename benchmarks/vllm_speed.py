@@ -14,7 +14,7 @@ import time
 
 from nm_act import Recipe
 
-GENERATED, PREFILL = 64, 512
+PREFILL = 512
 
 
 def seconds(llm, requests: int, prompt: int, generated: int, seed: int) -> float:
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=json.loads, default={"pattern": "8:16"})
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--generated", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -43,7 +44,9 @@ def main() -> None:
     sparse = {"quantization_config": {"quant_method": "nm_act", "recipe": Recipe(**arguments.recipe).to_dict()}}
     options = {"dtype": arguments.dtype, "max_model_len": 1024, "max_num_seqs": 16, "enable_prefix_caching": False}
     engines = [LLM(arguments.model, hf_overrides=overrides, **options) for overrides in ({}, sparse)]
-    cases = [(n, 32, GENERATED, n * GENERATED) for n in arguments.requests] + [(1, PREFILL, 1, PREFILL)]
+    cases = [(n, 32, arguments.generated, n * arguments.generated) for n in arguments.requests] + [
+        (1, PREFILL, 1, PREFILL)
+    ]
     print(f"load at the start {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores\n")
     print(f"| requests | tokens in, out | dense, tokens/s | {arguments.recipe} | ratio |\n|---|---|---|---|---|")
     for requests, prompt, generated, counted in cases:
