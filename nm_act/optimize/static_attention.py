@@ -18,6 +18,8 @@ try:
 except ImportError:
     varlen_attn = None
 
+_varlen_options = frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
+
 logger = logging.getLogger(__name__)
 
 ATTENTION = "nm_act_static"
@@ -180,20 +182,24 @@ def _try_flash(heads: int, key_heads: int, dim: int, windowed: bool, dtype: torc
     except (RuntimeError, TypeError, AssertionError) as error:  # other versions reject or ignore these arguments
         reason = str(error).strip().split("\n")[0]
         logger.warning(
-            "expected torch.nn.attention.varlen.varlen_attn with lengths on the device, got from torch %s: %s; every "
-            "step masks the whole cache",
+            "expected flash attention with lengths on the device (torch.nn.attention.varlen), got from torch %s: %s; "
+            "every step masks the whole cache",
             torch.__version__,
             reason,
         )
         _fits.update(dict.fromkeys(cases, False))
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, *arguments, **options) -> Tensor:
-    if varlen_attn is None:
-        raise RuntimeError("torch.nn.attention.varlen is missing")
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before, heads were not compared
-        options["enable_gqa"] = query.shape[1] > key.shape[1]
-    return varlen_attn(query, key, value, *arguments, **options)
+def _flash(query: Tensor, key: Tensor, value: Tensor, *arguments, window_size: tuple[int, int], **options) -> Tensor:
+    """Attention of packed sequences ``[tokens, heads, dim]``, by torch's public function where it takes lengths."""
+    if "seqused_k" in _varlen_options:
+        if "enable_gqa" in _varlen_options:  # before, heads were not compared
+            options["enable_gqa"] = query.shape[1] > key.shape[1]
+        return varlen_attn(query, key, value, *arguments, window_size=window_size, **options)
+    left, right = window_size
+    options |= {"window_size_left": left, "window_size_right": right}
+    # What the public function calls, with the lengths that torch 2.11 has here only.
+    return torch.ops.aten._flash_attention_forward(query, key, value, *arguments, 0.0, False, False, **options)[0]
 
 
 def _flash_step(query, key, value, filled, scaling, window) -> Tensor:
