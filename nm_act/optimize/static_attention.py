@@ -6,6 +6,7 @@ place of a mask, a decode step then gets the number of filled tokens, which the 
 
 import inspect
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -104,7 +105,9 @@ def static_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
+    mask_function: Callable | None = None,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     device: torch.device | str = "cpu",
     config=None,
@@ -121,7 +124,11 @@ def static_mask(
     ValueError
         If a prompt is padded: the steps after it would attend to the padding.
     """
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    causal = mask_function in (None, causal_mask_function)
+    # Of other masks only the window of a layer reaches the attention, which applies it.
+    causal = causal or (local_size is not None and local_size == getattr(config, "sliding_window", None))
 
     tracing = torch.compiler.is_compiling()
     if attention_mask is not None and not tracing and (q_length > 1 or not attention_mask.is_cuda):
@@ -131,15 +138,16 @@ def static_mask(
                 f"{int((~attention_mask.bool()).sum())} padded tokens; call model.set_attn_implementation('sdpa')"
             )
         attention_mask = None
-    if q_length == 1 and not (tracing and attention_mask is not None):
+    if q_length == 1 and causal and not (tracing and attention_mask is not None):
         if config is not None and not tracing:
             try_flash(config, dtype, torch.device(device))
         filled = torch.as_tensor(q_offset + (1 - kv_offset), dtype=torch.int32, device=device)
         return filled.clamp(max=kv_length).view(-1, 1, 1, 1).expand(batch_size, 1, 1, 1)
-    plain = allow_is_causal_skip and attention_mask is None
+    plain = causal and allow_is_causal_skip and attention_mask is None
     if plain and not (tracing and isinstance(q_offset, Tensor)) and int(q_offset) == 0:
         return None
     options |= {"attention_mask": attention_mask, "allow_is_causal_skip": False, "device": device}
+    options |= {} if mask_function is None else {"mask_function": mask_function}
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
 
 

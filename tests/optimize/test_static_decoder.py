@@ -192,6 +192,21 @@ def test_padding_is_refused_in_a_sentence(chosen):
         model.generate(IDS, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
 
 
+@pytest.mark.parametrize("q_length", [1, 6])
+def test_masks_that_are_neither_causal_nor_a_window_remain(q_length):
+    """Chunked attention, say: the number of filled tokens would not tell it."""
+    from transformers.masking_utils import causal_mask_function, chunked_causal_mask_function, sdpa_mask
+
+    chunked = chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int))
+    sizes = {"batch_size": 2, "q_length": q_length, "kv_length": 9, "q_offset": 0 if q_length > 1 else 6}
+    options = {**sizes, "mask_function": chunked, "local_size": 4, "config": SimpleNamespace(sliding_window=None)}
+    expected = sdpa_mask(**sizes, mask_function=chunked, allow_is_causal_skip=False)
+    assert torch.equal(static_attention.static_mask(**options, dtype=torch.float32), expected)
+    options |= {"mask_function": causal_mask_function, "local_size": None}
+    mask = static_attention.static_mask(**options, dtype=torch.float32)
+    assert mask is None if q_length > 1 else mask.flatten().tolist() == [7, 7]
+
+
 def one_step(query, key, value, _starts, _ends, _max_q, max_k, *, scale, window_size, enable_gqa, seqused_k):
     """varlen_attn for one query, of which a compiler can follow each operation."""
     assert window_size == (-1, -1)
