@@ -15,6 +15,8 @@ from nm_act.lab.cost import places_of, predictions
 from nm_act.lab.evaluate.results import markdown_table as table
 from nm_act.lab.measured import Measured, shapes_of
 
+GENERATE = "benchmarks/results/cpu/generate.csv"
+
 DOCUMENTS = ("README.md", "docs/operators.md", "docs/results.md", "docs/search.md", "docs/kernels/cpu_decode.md")
 DOCUMENTS += ("docs/recipes.md",)
 
@@ -230,15 +232,18 @@ def results() -> str:
         gains = [f"{float(metrics[name]['speedup']):.2f}x" for name in ("ttft_ms", "decode_tok_s")]
         perplexity = f"{float(quality[pattern]['value']):.1f}" if pattern in quality else "–"
         lines.append([first["model"], mode, *gains, f"{float(metrics['peak_gib']['p50']):.1f} GiB", perplexity])
-    cpu = read_rows("benchmarks/results/cpu/generate.csv")
-    for row in cpu:
-        pattern = "dense" if row["mode"] == "dense" else row["mode"].split()[0].removeprefix("nm-")
+    cpu = [row for row in read_rows(GENERATE) if row["dtype"] == "float32"]
+    longest = max((row for row in cpu if row["metric"] == "prefill_ms"), key=lambda row: int(row["prompt"]))["prompt"]
+    for mode in dict.fromkeys(row["mode"] for row in cpu):
+        pattern = mode.split()[0].removeprefix("nm-")
         perplexity = f"{float(quality[pattern]['value']):.1f}"
-        lines.append(["SmolLM2-135M, CPU", row["mode"], "–", f"{float(row['speedup']):.2f}x", "–", perplexity])
+        mine = {(row["metric"], row["prompt"]): f"{float(row['speedup']):.2f}x" for row in cpu if row["mode"] == mode}
+        decode = next(value for (metric, _), value in mine.items() if metric == "generate_tok_s")
+        lines.append(["SmolLM2-135M, CPU", mode, mine["prefill_ms", longest], decode, "–", perplexity])
     header = ["model", "mode", "prefill", "decode", "memory", "perplexity of the pattern"]
     origin = (
         f"{first['device']}, {first['prompt']} tokens of prompt, batch {first['batch']}, over dense bf16 with the same "
-        f"CUDA graphs (`{source}`); {cpu[0]['device']}, float32 (`benchmarks/results/cpu/generate.csv`). Perplexity: "
+        f"CUDA graphs (`{source}`); {cpu[0]['device']}, float32, {longest} tokens of prompt (`{GENERATE}`). Perplexity: "
         f"SmolLM2-135M, WikiText-2, float32, the pattern in every linear layer, no mitigation (`{EVALUATION}`)."
     )
     return f"{table(header, lines, right=2)}\n\n{origin}"
@@ -334,18 +339,21 @@ def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def generate() -> str:
-    rows = read_rows("benchmarks/results/cpu/generate.csv")
-    lines = [[row["mode"], row["p50"], f"{row['p20']} to {row['p80']}", f"{row['speedup']}x"] for row in rows]
+    rows, units = read_rows(GENERATE), {"generate_tok_s": "tokens/s", "prefill_ms": "ms of prefill"}
+    lines = [
+        [
+            *(row["dtype"], row["prompt"], row["mode"], f"{row['p50']} {units[row['metric']]}"),
+            *(f"{row['p20']} to {row['p80']}", f"{float(row['speedup']):.2f}x"),
+        ]
+        for row in rows
+    ]
     first = rows[0]
     origin = (
-        f"{first['model']}, float32, {first['prompt']} tokens of prompt and {first['tokens']} generated, medians of "
-        f"{first['rounds']} rounds, the speed-up that of the rounds' ratios; {first['device']}, "
-        f"torch {first['torch']}, {first['date']}"
+        f"{first['model']}, {first['tokens']} generated tokens or a prefill alone, medians of {first['rounds']} rounds, "
+        f"the speed-up that of the rounds' ratios; {first['device']}, torch {first['torch']}, {first['date']}"
     )
-    return (
-        f"{table(['mode', 'tokens/s', '20th to 80th percentile', 'speed-up'], lines)}\n\n"
-        f"{origin}; `benchmarks/results/cpu/generate.csv`."
-    )
+    header = ["dtype", "prompt", "mode", "median", "20th to 80th percentile", "speed-up"]
+    return f"{table(header, lines, right=3)}\n\n{origin}; `{GENERATE}`."
 
 
 BLOCKS = {

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..methods import criteria
+from ..ops.autograd import unrecorded
 from ..patterns import NMPattern, TopKPattern
 from ..recipe import LinearSpec
 from .tokens import TokenContext
@@ -147,5 +148,4 @@ def compiled_operator(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: N
     """``torch.ops.nm_act.sparse_linear``, without the checks that the layer has made."""
     if pattern.extra_columns:
         options["extra_columns"] = pattern.extra_columns
-    y: Tensor = torch.ops.nm_act.sparse_linear(x, weight, bias, pattern.keep, pattern.group, **options)
-    return y
+    return unrecorded(torch.ops.nm_act.sparse_linear, x, weight, bias, pattern.keep, pattern.group, **options)

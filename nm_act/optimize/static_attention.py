@@ -6,6 +6,7 @@ place of a mask, a decode step then gets the number of filled tokens, which the 
 
 import inspect
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -17,6 +18,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+
+_varlen_options = frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +105,9 @@ def static_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
+    mask_function: Callable | None = None,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     device: torch.device | str = "cpu",
     config=None,
@@ -119,7 +124,11 @@ def static_mask(
     ValueError
         If a prompt is padded: the steps after it would attend to the padding.
     """
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    causal = mask_function in (None, causal_mask_function)
+    # Of other masks only the window of a layer reaches the attention, which applies it.
+    causal = causal or (local_size is not None and local_size == getattr(config, "sliding_window", None))
 
     tracing = torch.compiler.is_compiling()
     if attention_mask is not None and not tracing and (q_length > 1 or not attention_mask.is_cuda):
@@ -129,15 +138,16 @@ def static_mask(
                 f"{int((~attention_mask.bool()).sum())} padded tokens; call model.set_attn_implementation('sdpa')"
             )
         attention_mask = None
-    if q_length == 1 and not (tracing and attention_mask is not None):
+    if q_length == 1 and causal and not (tracing and attention_mask is not None):
         if config is not None and not tracing:
             try_flash(config, dtype, torch.device(device))
         filled = torch.as_tensor(q_offset + (1 - kv_offset), dtype=torch.int32, device=device)
         return filled.clamp(max=kv_length).view(-1, 1, 1, 1).expand(batch_size, 1, 1, 1)
-    plain = allow_is_causal_skip and attention_mask is None
+    plain = causal and allow_is_causal_skip and attention_mask is None
     if plain and not (tracing and isinstance(q_offset, Tensor)) and int(q_offset) == 0:
         return None
     options |= {"attention_mask": attention_mask, "allow_is_causal_skip": False, "device": device}
+    options |= {} if mask_function is None else {"mask_function": mask_function}
     return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
 
 
@@ -180,20 +190,24 @@ def _try_flash(heads: int, key_heads: int, dim: int, windowed: bool, dtype: torc
     except (RuntimeError, TypeError, AssertionError) as error:  # other versions reject or ignore these arguments
         reason = str(error).strip().split("\n")[0]
         logger.warning(
-            "expected torch.nn.attention.varlen.varlen_attn with lengths on the device, got from torch %s: %s; every "
-            "step masks the whole cache",
+            "expected flash attention with lengths on the device (torch.nn.attention.varlen), got from torch %s: %s; "
+            "every step masks the whole cache",
             torch.__version__,
             reason,
         )
         _fits.update(dict.fromkeys(cases, False))
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, *arguments, **options) -> Tensor:
-    if varlen_attn is None:
-        raise RuntimeError("torch.nn.attention.varlen is missing")
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before, heads were not compared
-        options["enable_gqa"] = query.shape[1] > key.shape[1]
-    return varlen_attn(query, key, value, *arguments, **options)
+def _flash(query: Tensor, key: Tensor, value: Tensor, *arguments, window_size: tuple[int, int], **options) -> Tensor:
+    """Attention of packed sequences ``[tokens, heads, dim]``, by torch's public function where it takes lengths."""
+    if "seqused_k" in _varlen_options:
+        if "enable_gqa" in _varlen_options:  # before, heads were not compared
+            options["enable_gqa"] = query.shape[1] > key.shape[1]
+        return varlen_attn(query, key, value, *arguments, window_size=window_size, **options)
+    left, right = window_size
+    options |= {"window_size_left": left, "window_size_right": right}
+    # What the public function calls, with the lengths that torch 2.11 has here only.
+    return torch.ops.aten._flash_attention_forward(query, key, value, *arguments, 0.0, False, False, **options)[0]
 
 
 def _flash_step(query, key, value, filled, scaling, window) -> Tensor:

@@ -119,12 +119,26 @@ def flash(query, key, value, starts, ends, max_q, max_k, *, scale, window_size, 
     return torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(0, 1).float()
 
 
+def private_flash(query, key, value, *arguments, **options):
+    *arguments, dropout, causal, debug = arguments
+    assert (dropout, causal, debug) == (0.0, False, False)
+    window = options.pop("window_size_left"), options.pop("window_size_right")
+    return (
+        flash(query, key, value, *arguments, window_size=window, enable_gqa=query.shape[1] > key.shape[1], **options),
+    )
+
+
 @pytest.mark.parametrize("window", [None, 5, 100])
 @pytest.mark.parametrize("tokens", [1, 12])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_flash_attention_is_asked_for_the_same(window, tokens, groups, monkeypatch):
+@pytest.mark.parametrize("public", [True, False])
+def test_flash_attention_is_asked_for_the_same(window, tokens, groups, public, monkeypatch):
     """The sequences of a batch as heads of one, windows that count the query: the arguments mean what the masks do."""
-    monkeypatch.setattr(static_attention, "varlen_attn", flash)
+    if public:
+        monkeypatch.setattr(static_attention, "varlen_attn", flash)
+    else:  # torch 2.11
+        monkeypatch.setattr(static_attention, "_varlen_options", frozenset())
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", private_flash)
     key, value = torch.randn(2, 3, 2, 20, 8)  # batch, key heads, cache, dim
     query, length = torch.randn(3, 2 * groups, tokens, 8), 12
     options = {"scaling": 0.3, "sliding_window": window}
@@ -178,10 +192,41 @@ def test_padding_is_refused_in_a_sentence(chosen):
         model.generate(IDS, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
 
 
-@pytest.mark.parametrize("attn", ["sdpa", static_attention.ATTENTION])
+@pytest.mark.parametrize("q_length", [1, 6])
+def test_masks_that_are_neither_causal_nor_a_window_remain(q_length):
+    """Chunked attention, say: the number of filled tokens would not tell it."""
+    from transformers.masking_utils import causal_mask_function, chunked_causal_mask_function, sdpa_mask
+
+    chunked = chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int))
+    sizes = {"batch_size": 2, "q_length": q_length, "kv_length": 9, "q_offset": 0 if q_length > 1 else 6}
+    options = {**sizes, "mask_function": chunked, "local_size": 4, "config": SimpleNamespace(sliding_window=None)}
+    expected = sdpa_mask(**sizes, mask_function=chunked, allow_is_causal_skip=False)
+    assert torch.equal(static_attention.static_mask(**options, dtype=torch.float32), expected)
+    options |= {"mask_function": causal_mask_function, "local_size": None}
+    mask = static_attention.static_mask(**options, dtype=torch.float32)
+    assert mask is None if q_length > 1 else mask.flatten().tolist() == [7, 7]
+
+
+def one_step(query, key, value, _starts, _ends, _max_q, max_k, *, scale, window_size, enable_gqa, seqused_k):
+    """varlen_attn for one query, of which a compiler can follow each operation."""
+    assert window_size == (-1, -1)
+    groups = query.shape[1] // key.shape[1]
+    assert enable_gqa == (groups > 1)
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    scores = scores.masked_fill(torch.arange(max_k) >= seqused_k, float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", static_attention.ATTENTION, "flash"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_generate_compiles_its_steps_to_one_graph(attn, backend, chosen):
+def test_generate_compiles_its_steps_to_one_graph(attn, backend, chosen, monkeypatch):
     """What reduce-overhead puts into CUDA graphs: one graph without breaks for all steps after the prompt."""
+    if attn == "flash":
+        attn = static_attention.ATTENTION
+        monkeypatch.setattr(static_attention, "varlen_attn", one_step)
+        case = static_attention._case(4, 2, 16, False, torch.float32, torch.device("cpu"))
+        monkeypatch.setitem(static_attention._fits, case, True)
     from torch._dynamo.utils import counters
     from transformers import CompileConfig
 

@@ -138,14 +138,16 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
                                data_or_null(column_vector),
                                bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr};
   const ElementType type = element_type(x.scalar_type());
+  const bool scales = nu.defined() || shift_vector.defined() || column_vector.defined();
   const LinearFacts facts{tokens, type, type, type, selection.pattern, facts_of(weight), {}, variance_correction};
   if (choose_on_cpu(facts).path == LinearPath::kGather) {
     launch_gather(operand, weight, epilogue, selection.type, y);
   } else if (tokens <= cpu::most_gathered_tokens(type == ElementType::kFloat32) && weight.stride(1) == 1) {
     dense_rows(operand, weight, epilogue, selection.type, y);
-  } else if (stored_in_out(weight) && columns_pay(type, tokens)) {
+  } else if (stored_in_out(weight) && columns_pay(type, tokens) && !(scales && type == ElementType::kBFloat16)) {
+    // Of bfloat16 that is scaled, both storages round alike: the product, and then the result.
     dense_columns(operand, weight, epilogue, selection.type, y);
-  } else if (nu.defined() || shift_vector.defined() || column_vector.defined()) {
+  } else if (scales) {
     dense_product(operand, weight, epilogue, selection.type, y);
   } else {
     y = at::linear(operand, weight, bias);
