@@ -76,15 +76,18 @@ inline WeightFacts dequantised_facts(const WeightFacts& w) {
   return {w.out_features, w.in_features, in_out ? 1 : w.in_features, in_out ? w.out_features : 1, true};
 }
 
-// Two passes over the weight are faster than torch's float32 GEMM, but not than its 16-bit one
-// (docs/kernels/cpu_decode.md).
-constexpr int64_t cpu_gather_tokens(bool is_float32) {
-  return is_float32 ? 2 * cpu::kGatherTokens : cpu::kGatherTokens;
+// Three passes over the weight are faster than torch's GEMM over a weight stored [in, out] (docs/kernels/cpu_decode.md).
+constexpr int64_t kCpuGatherTokens = 3 * cpu::kGatherTokens;
+
+// Whether skipping rows beats pruning followed by oneDNN's product with a prepacked weight: if the tokens leave one row
+// in ten unread, in float32 one in five (three and two tokens of a 50 % pattern; docs/kernels/cpu_decode.md).
+inline bool gather_pays_over_prepacked(ElementType type, Pattern pattern, int64_t tokens) {
+  const double most = type == ElementType::kFloat32 ? 0.8 : 0.9;
+  return tokens <= cpu::kGatherTokens && union_fraction(pattern, static_cast<int>(tokens)) <= most;
 }
 
 inline LinearChoice choose_on_cpu(const LinearFacts& facts) {
-  if (facts.tokens > cpu_gather_tokens(facts.type == ElementType::kFloat32))
-    return {LinearPath::kDense, Why::kManyTokens};
+  if (facts.tokens > kCpuGatherTokens) return {LinearPath::kDense, Why::kManyTokens};
   if (!facts.weight.stored_in_out()) return {LinearPath::kDense, Why::kStoredOutIn};
   return {LinearPath::kGather, Why::kFewTokens};
 }

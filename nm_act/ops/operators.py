@@ -151,7 +151,7 @@ def sparse_linear(
     ----------
     x : Tensor [..., in_features], float32, bfloat16 or float16
     weight : Tensor [out_features, in_features], dtype of x; float8_e4m3fn or int8 with ``weight_scale``
-        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to four tokens (eight in float32 on a
+        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to four tokens (up to twelve on a
         CPU) read only the rows whose input survived in one of them; on CUDA if x has 16 bits, out_features is a
         multiple of 8 (of 16 for an 8-bit weight), its rows are 16-byte aligned and, for a 16-bit weight, the tokens
         are expected to need at most 95 % of them. Expected finite: the rows of pruned inputs may not be read.
@@ -355,6 +355,12 @@ def _(values, metadata):
 @torch.library.register_fake("nm_act::sparse_linear")
 def _(x, weight, bias=None, n=2, m=4, **options):
     _linear_devices("sparse_linear", x, weight, bias, options)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("nm_act::sparse_linear_prepacked")
+def _(x, weight, prepacked_weight, bias=None, n=2, m=4, **options):
+    _linear_devices("sparse_linear_prepacked", x, weight, bias, options)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -1,13 +1,15 @@
-// nm_act::sparse_linear and nm_act::gather_linear on CPUs.
+// nm_act::sparse_linear, sparse_linear_prepacked and gather_linear on CPUs.
 //
 // An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens with a weight stored [in, out] run
 // on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product:
-// torch's, or if more than a bias follows, one that keeps float32 until the end (dense.cpp).
+// torch's, or if more than a bias follows, one that keeps float32 until the end (dense.cpp). With a prepacked weight that
+// product is oneDNN's, and rows are skipped for fewer tokens, because it is faster.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -102,29 +104,11 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
 // takes 0.1 s (2 threads of an AMD EPYC with AVX-512, torch 2.13).
 bool torch_is_slow(const at::Tensor& weight) { return weight.scalar_type() == at::kHalf && stored_in_out(weight); }
 
-at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,
-                         int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
-                         c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
-                         const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
-                         at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight,
-                         std::optional<at::ScalarType> activation_dtype) {
-  constexpr const char* kOp = "sparse_linear";
-  const NoAutocast no_autocast;
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
-  const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
-  check_lifted_weight(lifted_weight, selection, x, stored_weight, kOp);
-  TORCH_CHECK_NOT_IMPLEMENTED(!check_activation_dtype(activation_dtype, x, stored_weight, kOp),
-                              "nm_act::sparse_linear expected CUDA tensors along with activation_dtype float8_e4m3fn, ",
-                              "got CPU tensors; leave activation_dtype out");
-  const int64_t tokens = selection.tokens, in_features = selection.in_features, out_features = stored_weight.size(0);
-  at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
-  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
-  at::Tensor y = at::empty({tokens, out_features}, x.options());
-  if (y.numel() == 0) return y.view(with_last(x.sizes(), out_features));
-  if (selection.has_shift() && !shift_vector.defined())
-    shift_vector = shift_image(dequantised(stored_weight, scale, at::kFloat), selection);
-  const at::Tensor weight = dequantised(stored_weight, scale, x.scalar_type());
-
+// Both operators, once their own arguments are checked; without a prepacked weight it is undefined.
+at::Tensor pruned_product(const at::Tensor& x, const Selection& selection, const at::Tensor& weight,
+                          const at::Tensor& prepacked, const OptionalTensor& bias, const at::Tensor& shift_vector,
+                          const at::Tensor& column_vector, bool variance_correction, const at::Tensor& y) {
+  const int64_t tokens = selection.tokens, in_features = selection.in_features;
   const at::Tensor dense = x.contiguous();
   const at::TensorOptions vector_options = x.options().dtype(at::kFloat);
   at::Tensor operand = at::empty({tokens, in_features}, x.options());
@@ -141,16 +125,74 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   const cpu::Epilogue epilogue{data_or_null(nu), data_or_null(eta), data_or_null(shift_vector),
                                data_or_null(column_vector),
                                bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr};
-  const ElementType type = element_type(x.scalar_type());
+  const bool only_bias = !nu.defined() && !shift_vector.defined() && !column_vector.defined();
+  const ElementType type = selection.type;
   const LinearFacts facts{tokens, type, type, type, selection.pattern, facts_of(weight), {}, variance_correction};
-  if (choose_on_cpu(facts).path == LinearPath::kGather) {
-    launch_gather(operand, weight, epilogue, selection.type, y);
-  } else if (nu.defined() || shift_vector.defined() || column_vector.defined() || torch_is_slow(weight)) {
-    dense_product(operand, weight, epilogue, selection.type, y);
+  const bool gathers = choose_on_cpu(facts).path == LinearPath::kGather &&
+                       (!prepacked.defined() || gather_pays_over_prepacked(type, selection.pattern, tokens));
+  if (gathers) {
+    launch_gather(operand, weight, epilogue, type, y);
+  } else if (prepacked.defined()) {
+    const at::Tensor product = prepacked_product(operand, prepacked, only_bias ? bias : OptionalTensor());
+    if (only_bias) return product.view(with_last(x.sizes(), weight.size(0)));
+    apply_epilogue(product.to(at::kFloat), epilogue, type, 0, y);
+  } else if (!only_bias || torch_is_slow(weight)) {
+    dense_product(operand, weight, epilogue, type, y);
   } else {
-    y = at::linear(operand, weight, bias);
+    return at::linear(operand, weight, bias).view(with_last(x.sizes(), weight.size(0)));
   }
-  return y.view(with_last(x.sizes(), out_features));
+  return y.view(with_last(x.sizes(), weight.size(0)));
+}
+
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,
+                         int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
+                         c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
+                         const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
+                         at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight,
+                         std::optional<at::ScalarType> activation_dtype) {
+  constexpr const char* kOp = "sparse_linear";
+  const NoAutocast no_autocast;
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
+  const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
+  check_lifted_weight(lifted_weight, selection, x, stored_weight, kOp);
+  TORCH_CHECK_NOT_IMPLEMENTED(!check_activation_dtype(activation_dtype, x, stored_weight, kOp),
+                              "nm_act::sparse_linear expected CUDA tensors along with activation_dtype float8_e4m3fn, ",
+                              "got CPU tensors; leave activation_dtype out");
+  const int64_t out_features = stored_weight.size(0);
+  at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
+  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
+  const at::Tensor y = at::empty({selection.tokens, out_features}, x.options());
+  if (y.numel() == 0) return y.view(with_last(x.sizes(), out_features));
+  if (selection.has_shift() && !shift_vector.defined())
+    shift_vector = shift_image(dequantised(stored_weight, scale, at::kFloat), selection);
+  return pruned_product(x, selection, dequantised(stored_weight, scale, x.scalar_type()), {}, bias, shift_vector,
+                        column_vector, variance_correction, y);
+}
+
+at::Tensor sparse_linear_prepacked(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& prepacked,
+                                   const OptionalTensor& bias, int64_t n, int64_t m,
+                                   const OptionalTensor& channel_scale, const OptionalTensor& shift,
+                                   c10::string_view token_shift, const OptionalTensor& shift_out,
+                                   bool variance_correction, const OptionalTensor& column_scale,
+                                   at::IntArrayRef extra_columns) {
+  constexpr const char* kOp = "sparse_linear_prepacked";
+  const NoAutocast no_autocast;
+  const at::AutoDispatchBelowADInplaceOrView no_gradient;
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
+  check_weight(x, weight, bias, kOp);
+  TORCH_CHECK_VALUE(prepacked.is_mkldnn() && prepacked.scalar_type() == x.scalar_type() &&
+                        prepacked.sizes() == weight.sizes(),
+                    "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ",
+                    weight.scalar_type(), " ", weight.sizes(), ", got ", prepacked.layout(), " ",
+                    prepacked.scalar_type(), " ", prepacked.sizes(),
+                    "; make it with torch.ops.mkldnn._reorder_linear_weight");
+  const int64_t out_features = weight.size(0);
+  at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
+  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
+  const at::Tensor y = at::empty({selection.tokens, out_features}, x.options());
+  if (y.numel() == 0) return y.view(with_last(x.sizes(), out_features));
+  if (selection.has_shift() && !shift_vector.defined()) shift_vector = shift_image(weight.to(at::kFloat), selection);
+  return pruned_product(x, selection, weight, prepacked, bias, shift_vector, column_vector, variance_correction, y);
 }
 
 at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
@@ -171,7 +213,11 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
 
 TORCH_LIBRARY_IMPL(nm_act, CPU, m) {
   m.impl("sparse_linear", sparse_linear);
+  m.impl("sparse_linear_prepacked", sparse_linear_prepacked);
   m.impl("gather_linear", gather_linear);
 }
+
+// The key of a tensor in oneDNN's layout, which the operator is dispatched by.
+TORCH_LIBRARY_IMPL(nm_act, MkldnnCPU, m) { m.impl("sparse_linear_prepacked", sparse_linear_prepacked); }
 
 }  // namespace nm_act::cpu_ops
