@@ -6,6 +6,7 @@ import types
 from typing import Any
 
 from .integrations import register
+from .moved import MOVED, register_old_names
 from .version import __version__
 
 __all__ = [
@@ -77,6 +78,8 @@ class _Package(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name in _HOME:
             value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        elif name in MOVED:
+            value = sys.modules[f"{__name__}.{name}"]
         elif not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
             value = importlib.import_module(f"{__name__}.{name}")
         else:
@@ -96,3 +99,4 @@ class _Package(types.ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 register()
+register_old_names(__name__)

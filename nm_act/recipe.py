@@ -3,9 +3,11 @@
 import dataclasses
 import difflib
 import json
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from .files import write_atomic
 from .methods.criteria import CRITERIA, Criterion, check_criterion
@@ -80,7 +82,7 @@ class LinearSpec:
     mitigation: tuple[str, ...] = ()
     phase: str = "both"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", as_pattern(self.pattern))
         object.__setattr__(self, "mitigation", _mitigation(self.mitigation))
         check_criterion(self.criterion)
@@ -96,7 +98,7 @@ class LinearSpec:
         """What the criterion is made of."""
         return CRITERIA[self.criterion]
 
-    @cached_property
+    @property
     def methods(self) -> tuple[Mitigation, ...]:
         """What the mitigations are made of."""
         return tuple(mitigation(name) for name in self.mitigation)
@@ -139,7 +141,7 @@ class Rule:
     mitigation: tuple[str, ...] | None = None
     phase: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _normalise(self, layers=_layers, projections=_names, pattern=_pattern, mitigation=_mitigation)
         if self.criterion is not None:
             check_criterion(self.criterion)
@@ -152,11 +154,11 @@ class Rule:
         return in_layers and (self.projections is None or projection in self.projections)
 
     @classmethod
-    def from_dict(cls, data: dict) -> "Rule":
+    def from_dict(cls, data: dict[str, Any]) -> "Rule":
         """Rule from a plain mapping; ValueError for an unknown key."""
         return cls(**_checked_keys(cls, data, "a rule"))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain mapping of the fields that are set."""
         return {key: value for key, value in _plain(self).items() if value is not None}
 
@@ -207,7 +209,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     version: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_version(self.version)
         empty = next((field.name for field in dataclasses.fields(self) if getattr(self, field.name) is None), None)
         if empty is not None:  # a rule's field may be None, and then keeps what came before
@@ -261,7 +263,7 @@ class Recipe:
         return bool(self.dense_first_tokens) or any(CRITERIA[name].by_sequence for name in named if name is not None)
 
     @classmethod
-    def from_dict(cls, data: dict) -> "Recipe":
+    def from_dict(cls, data: dict[str, Any]) -> "Recipe":
         """Recipe from a plain mapping; ValueError names an unknown key, the allowed ones and the nearest."""
         if isinstance(data, dict):  # before the keys: a newer version may have keys that this one does not know
             _check_version(data.get("version", 1))
@@ -270,12 +272,12 @@ class Recipe:
             raise ValueError('expected a recipe with a pattern, got none; add for example pattern: "8:16"')
         return cls(**fields)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain mapping (lists, strings, integers) that :meth:`from_dict` reads back."""
         return {"version": self.version, **_plain(self), "rules": [rule.to_dict() for rule in self.rules]}
 
     @classmethod
-    def from_json(cls, path) -> "Recipe":
+    def from_json(cls, path: str | os.PathLike[str]) -> "Recipe":
         """Read a JSON file; ValueError if it is not valid JSON or not a recipe."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -283,12 +285,12 @@ class Recipe:
             raise ValueError(f"expected a recipe in JSON, got invalid text in {path}: {_one_line(error)}") from error
         return cls.from_dict(data)
 
-    def to_json(self, path) -> None:
+    def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, whole or not at all."""
         write_atomic(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
-    def from_yaml(cls, path) -> "Recipe":
+    def from_yaml(cls, path: str | os.PathLike[str]) -> "Recipe":
         """Read a YAML file (patterns need no quotes); ValueError if it is not valid YAML or not a recipe."""
         from .yaml_text import YAMLError, load_yaml  # needs PyYAML, which recipes made in Python do not
 
@@ -298,18 +300,18 @@ class Recipe:
             raise ValueError(f"expected a recipe in YAML, got invalid text in {path}: {_one_line(error)}") from error
         return cls.from_dict(data)
 
-    def to_yaml(self, path) -> None:
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write a YAML file, whole or not at all."""
         from .yaml_text import dump_yaml
 
         write_atomic(path, dump_yaml(self.to_dict()))
 
     @classmethod
-    def load(cls, path) -> "Recipe":
+    def load(cls, path: str | os.PathLike[str]) -> "Recipe":
         """Read a recipe; the suffix (.yaml, .yml or .json) decides the format."""
         return cls.from_json(path) if _suffix(path) == ".json" else cls.from_yaml(path)
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe; the suffix (.yaml, .yml or .json) decides the format."""
         self.to_json(path) if _suffix(path) == ".json" else self.to_yaml(path)
 
@@ -331,48 +333,48 @@ def in_state_space(name: str) -> bool:
 _SPEC_FIELDS = tuple(field.name for field in dataclasses.fields(LinearSpec))
 
 
-def _normalise(instance, **converters) -> None:
+def _normalise(instance: object, **converters: Callable[[Any], Any]) -> None:
     for name, convert in converters.items():
         value = getattr(instance, name)
         if value is not None:
             object.__setattr__(instance, name, convert(value))
 
 
-def _pattern(value) -> str:
+def _pattern(value: Any) -> str:
     return DENSE if value == DENSE else str(as_pattern(value))
 
 
-def _names(value) -> tuple[str, ...]:
+def _names(value: Any) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in _sequence(value, "projections")):
         raise ValueError(f'expected projections as a list of names such as ["down_proj"], got {value!r}; use names')
     return tuple(value)
 
 
-def _layers(value) -> tuple[int, ...]:
+def _layers(value: Any) -> tuple[int, ...]:
     if not all(map(_is_count, _sequence(value, "layers"))):
         raise ValueError(f"expected layers as a list of integers >= 0 such as [0, 29], got {value!r}; use integers")
     return tuple(value)
 
 
-def _mitigation(value) -> tuple[str, ...]:
+def _mitigation(value: Any) -> tuple[str, ...]:
     return check_mitigations(_sequence(value, "mitigation"))
 
 
-def _rules(value) -> tuple[Rule, ...]:
+def _rules(value: Any) -> tuple[Rule, ...]:
     return tuple(rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in _sequence(value, "rules"))
 
 
-def _sequence(value, what: str):
+def _sequence(value: Any, what: str) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"expected {what} as a list, got {value!r}; put it in brackets")
     return value
 
 
-def _is_count(value) -> bool:
+def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check_version(version) -> None:
+def _check_version(version: Any) -> None:
     if version != 1:
         raise ValueError(f"expected recipe version 1, got {version!r}; upgrade nm_act or set version to 1")
 
@@ -382,7 +384,7 @@ def _check_phase(phase: str) -> None:
         raise ValueError(f"expected a phase among {', '.join(PHASES)}, got {phase!r}; choose one of those")
 
 
-def _checked_keys(cls, data, what: str) -> dict:
+def _checked_keys(cls: type[Any], data: Any, what: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"expected {what} as a mapping of fields, got {type(data).__name__}; see docs/recipes.md")
     allowed = [field.name for field in dataclasses.fields(cls)]
@@ -394,12 +396,12 @@ def _checked_keys(cls, data, what: str) -> dict:
     return data
 
 
-def _plain(instance) -> dict:
+def _plain(instance: Any) -> dict[str, Any]:
     values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _suffix(path) -> str:
+def _suffix(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix.lower()
     if suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"expected a recipe file ending in .yaml, .yml or .json, got {str(path)!r}; rename it")

@@ -23,6 +23,8 @@ contract: it can change the mean of about one token in 10^9), the median is the 
 ``torch.median``) with -0.0 read as 0.0. Both are NaN if the token holds a NaN.
 """
 
+from typing import Any
+
 import torch
 
 from .ops.formulas import decompress, linear_of_pruned, ratio_root, scores, shifted, token_shift_values, variance_ratio
@@ -42,9 +44,6 @@ __all__ = [
     "token_shift_values",
     "variance_ratio",
 ]
-
-TOKEN_SHIFTS = ("none", "mean", "median")
-"""Names accepted by ``token_shift``."""
 
 
 def selection_mask(
@@ -82,7 +81,7 @@ def _fits_windows(mask: torch.Tensor, extra_columns: tuple[int, ...]) -> torch.T
     quads = mask.unflatten(-1, (4, 4))
     excess = (quads.sum(dim=-1) - 2).clamp(min=0)  # what a quad has to hand on
     takes = quads[..., list(extra_columns)].int()  # [..., 4, extra windows]: what they could take of it
-    fits = (excess <= takes.sum(dim=-1)).all(dim=-1) & (excess.sum(dim=-1) <= 2 * len(extra_columns))
+    fits: torch.Tensor = (excess <= takes.sum(dim=-1)).all(dim=-1) & (excess.sum(dim=-1) <= 2 * len(extra_columns))
     for window in range(len(extra_columns)):
         others = takes.sum(dim=-1) - takes[..., window]
         fits &= (excess - others).clamp(min=0).sum(dim=-1) <= 2  # what none but this window can take
@@ -90,14 +89,27 @@ def _fits_windows(mask: torch.Tensor, extra_columns: tuple[int, ...]) -> torch.T
 
 
 @takes_pattern
-def prune(x, pattern, *, channel_scale=None, shift=None, token_shift="none"):
+def prune(
+    x: torch.Tensor,
+    pattern: NMPattern | str,
+    *,
+    channel_scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    token_shift: str = "none",
+) -> torch.Tensor:
     """Oracle of :func:`nm_act.prune`: ``P(X - eta)``, same shape and dtype as ``x``, pruned entries +0.0."""
     z = shifted(x, shift, token_shift)
     # where, not z * mask: a product would keep the sign of -0.0 and turn a pruned inf into NaN.
     return torch.where(selection_mask(z, NMPattern(pattern), channel_scale), z, z.new_zeros(()))
 
 
-def compress(x, *, channel_scale=None, shift=None, token_shift="none"):
+def compress(
+    x: torch.Tensor,
+    *,
+    channel_scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    token_shift: str = "none",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Oracle of :func:`nm_act.compress`: 2:4 ``values [..., in/2]`` and ``metadata [..., ceil(in/8)]`` (uint8)."""
     z = shifted(x, shift, token_shift)
     mask = selection_mask(z, NMPattern(2, 4), channel_scale)
@@ -113,8 +125,16 @@ def compress(x, *, channel_scale=None, shift=None, token_shift="none"):
 
 @takes_pattern
 def sparse_linear(
-    x, weight, bias=None, pattern="2:4", *, channel_scale=None, shift=None, token_shift="none", **epilogue
-):
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    pattern: NMPattern | str = "2:4",
+    *,
+    channel_scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    token_shift: str = "none",
+    **epilogue: Any,
+) -> torch.Tensor:
     """Oracle of :func:`nm_act.sparse_linear`; ``epilogue`` is that of :func:`linear_of_pruned`, float64 by default."""
     pruned = prune(x, pattern, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
     return linear_of_pruned(x, pruned, weight, bias, shift=shift, token_shift=token_shift, **epilogue)

@@ -33,8 +33,8 @@ class Supported:
         return self.installed is not None and specifiers.contains(self.installed, prereleases=True)
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import a module that an extra installs; an ImportError names the extra where it is missing."""
+def require(module: str, extra: str, purpose: str = "") -> ModuleType:
+    """Import a module that an extra installs; an ImportError names the extra, and what for, where it is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -42,7 +42,8 @@ def require(module: str, extra: str) -> ModuleType:
         if (error.name or "").partition(".")[0] != package:  # it is there, and lacks something itself
             raise
         raise ModuleNotFoundError(
-            f"expected the package {package}, found none; install it with: pip install 'nm_act[{extra}]'",
+            f"expected the package {package + (purpose and f' for {purpose}')}, found none; install it with: "
+            f"pip install 'nm_act[{extra}]'",
             name=error.name,
         ) from error
 

@@ -5,11 +5,18 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TYPED = [f"nm_act/{name}.py" for name in ("__init__", "files", "patterns", "supported", "version", "yaml_text")]
-TYPED += [f"nm_act/{name}/__init__.py" for name in ("ops", "optimize", "parallel")]
-TYPED += ["nm_act/ops/lifting.py", "nm_act/layers/hooks.py", "nm_act/layers/stale.py", "nm_act/integrations/vllm.py"]
-TYPED += ["nm_act/integrations/registration.py", "nm_act/cli/run.py", "tools/compare.py"]
-"""Modules that mypy --strict accepts; what they import is not judged with them."""
+TYPED = {
+    "": "__init__ files moved patterns recipe reference supported version yaml_text",
+    "ops": "__init__ autograd composed explain formulas gradients legacy lifting operators packed",
+    "methods": "__init__ criteria mitigations",
+    "parallel": "__init__ row shard sizes",
+    "layers": "__init__ hooks kv_cache linear stale tokens work",
+    "optimize": "__init__ fp8 model",
+    "conversion": "__init__ adapters calibration sparsify",
+    "integrations": "__init__ registration transformers vllm",
+    "cli": "__init__ run",
+}
+"""Folder -> modules that mypy --strict accepts; what they import is not judged with them."""
 
 CPP = {".h", ".cpp", ".cu", ".cuh"}
 
@@ -17,11 +24,12 @@ CPP = {".h", ".cpp", ".cu", ".cuh"}
 def main(arguments: list[str]) -> int:
     fix = "--fix" in arguments
     sources = [str(path) for folder in ("csrc", "tests") for path in (ROOT / folder).rglob("*") if path.suffix in CPP]
+    typed = [Path("nm_act", room, f"{name}.py") for room, names in TYPED.items() for name in names.split()]
     scripts = Path(sys.executable).parent
     commands = [
         [scripts / "ruff", "check", *(["--fix"] if fix else []), ROOT],
         [scripts / "ruff", "format", *([] if fix else ["--check"]), ROOT],
-        [scripts / "mypy", *TYPED],
+        [scripts / "mypy", *typed, "tools/compare.py"],
         [scripts / "clang-format", *(["-i"] if fix else ["--dry-run", "--Werror"]), *sorted(sources)],
     ]
     missing = [command[0].name for command in commands if not command[0].exists()]

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "cpu/config.h"
 #include "kernels/format/pattern.h"
 #include "kernels/format/types.h"
 
@@ -63,8 +64,6 @@ struct EpilogueParams {
   Epilogue epilogue;
 };
 
-// Most tokens that the gather kernel handles in one pass over the weight.
-constexpr int kGatherTokens = 4;
 // Ranges of columns begin at multiples of this: a cache line of the narrowest dtype.
 constexpr int64_t kGatherColumns = 32;
 // Weight rows that are processed together, so that the accumulators are loaded and stored once for all of them.

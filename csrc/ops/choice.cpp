@@ -12,7 +12,8 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
       return tokens + " are enough for the sparse tensor cores" +
              (choice.path == LinearPath::kLifted ? ", and the lifted weight costs less than it saves" : "");
     case Why::kManyTokens:
-      return tokens + " need nearly every weight row; rows are skipped up to " + std::to_string(kCpuGatherTokens) + " tokens";
+      return tokens + " need nearly every weight row; rows are skipped up to " +
+             std::to_string(cpu::kMostGatheredTokens) + " tokens";
     case Why::kFullUnion:
       return tokens + " of this pattern need nearly every weight row between them, so skipping rows does not pay";
     case Why::kStoredOutIn:

@@ -7,7 +7,7 @@
 #include <optional>
 #include <string>
 
-#include "cpu/kernels.h"
+#include "cpu/config.h"
 #include "kernels/gather/config.h"
 #include "kernels/matmul/config.h"
 
@@ -76,9 +76,6 @@ inline WeightFacts dequantised_facts(const WeightFacts& w) {
   return {w.out_features, w.in_features, in_out ? 1 : w.in_features, in_out ? w.out_features : 1, true};
 }
 
-// Three passes over the weight are faster than torch's GEMM over a weight stored [in, out] (docs/kernels/cpu_decode.md).
-constexpr int64_t kCpuGatherTokens = 3 * cpu::kGatherTokens;
-
 // Whether skipping rows beats pruning followed by oneDNN's product with a prepacked weight: if the tokens leave one row
 // in ten unread, in float32 one in five (three and two tokens of a 50 % pattern; docs/kernels/cpu_decode.md).
 inline bool gather_pays_over_prepacked(ElementType type, Pattern pattern, int64_t tokens) {
@@ -87,7 +84,7 @@ inline bool gather_pays_over_prepacked(ElementType type, Pattern pattern, int64_
 }
 
 inline LinearChoice choose_on_cpu(const LinearFacts& facts) {
-  if (facts.tokens > kCpuGatherTokens) return {LinearPath::kDense, Why::kManyTokens};
+  if (facts.tokens > cpu::kMostGatheredTokens) return {LinearPath::kDense, Why::kManyTokens};
   if (!facts.weight.stored_in_out()) return {LinearPath::kDense, Why::kStoredOutIn};
   return {LinearPath::kGather, Why::kFewTokens};
 }

@@ -57,7 +57,8 @@ TORCH_LIBRARY(nm_act, m) {
   // CPU only, without a gradient. prepacked_weight is `weight` in the layout that oneDNN's product reads, as made by
   // mkldnn::_reorder_linear_weight, and is used where skipping rows does not pay.
   m.def(
-      "sparse_linear_prepacked(Tensor x, Tensor weight, Tensor prepacked_weight, Tensor? bias=None, int n=2, int m=4, *, "
+      "sparse_linear_prepacked(Tensor x, Tensor weight, Tensor prepacked_weight, Tensor? bias=None, int n=2, int m=4, "
+      "*, "
       "Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, "
       "bool variance_correction=False, Tensor? column_scale=None, int[] extra_columns=[]) -> Tensor");
 

@@ -25,7 +25,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name == "app":
         from .application import app
 

@@ -60,6 +60,10 @@ class _OneSentence(TyperGroup):
 
 def _usage_sentence(error) -> str:
     text = " ".join(error.format_message().split()).rstrip(".")
+    wanted = text.partition("Input should be ")[2].partition(", unable")[0]
+    if wanted:  # of pydantic, which newer versions of Typer ask
+        got = "".join(f", got {each['input']!r}" for each in error.__cause__.errors()[:1])
+        text = f"expected {error.param.opts[0]} to be {wanted}{got}"
     context = getattr(error, "ctx", None)
     command = "nm-act" if context is None or context.parent is None else f"nm-act {context.info_name}"
     return f"{text[:1].lower()}{text[1:]}; {command} --help lists what it takes"

@@ -111,7 +111,7 @@ def _note_orders(model) -> None:
     from ..conversion.calibration import is_reordered
     from ..layers.linear import NMLinear
 
-    layers = [each for each in model.modules() if isinstance(each, NMLinear) and "permute" in each.spec.mitigation]
+    layers = [each for each in model.modules() if isinstance(each, NMLinear) and "input_order" in each.data()]
     if layers and not any(map(is_reordered, layers)):
         common.note(
             "permute reorders nothing here: only down_proj and o_proj have layers in front to fold an order into"

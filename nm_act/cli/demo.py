@@ -36,10 +36,10 @@ def demo(
     """Prune a small real model with four patterns: perplexity, decode speed, sample texts, plot, JSON."""
     from ..files import check_writable, write_atomic
     from ..integrations.checkpoints import demo_model_path
-    from ..lab.extras import import_extra
     from ..lab.output import make_folder, write_json
+    from ..supported import require
 
-    import_extra("matplotlib.figure", "the plot", "demo")  # not after minutes of work
+    require("matplotlib.figure", "demo", "the plot")  # not after minutes of work
     start = time.perf_counter()
     content, source = _text(text)
     place = str(demo_model_path()) if model is None else model

@@ -1,5 +1,7 @@
 """Linear layers of other libraries: which are plain ones, and what PEFT has wrapped around them."""
 
+from typing import TypeGuard
+
 from torch import nn
 
 BASE = "base_layer"
@@ -10,7 +12,7 @@ _PLAIN = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
 """Subclasses of nn.Linear that compute the same as it."""
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is ``torch.nn.Linear``, or a subclass that is known to compute the same."""
     kind = type(module)
     return kind is nn.Linear or (kind.__module__, kind.__name__) in _PLAIN
@@ -69,8 +71,9 @@ def why_wrapped_stays(model: nn.Module, name: str) -> str:
 
 def adapter_is_idle(model: nn.Module, name: str) -> bool:
     """Whether a linear layer is an adapter that calls do not run: merged, disabled, or not the active one."""
-    if not is_adapter(model, name):
+    found = wrapper_of(model, name)
+    if found is None or not is_adapter(model, name):
         return False
-    wrapper, adapter = wrapper_of(model, name)[1], name.rpartition(".")[2]
+    wrapper, adapter = found[1], name.rpartition(".")[2]
     off = getattr(wrapper, "merged", False) or getattr(wrapper, "disable_adapters", False)
     return bool(off) or adapter not in getattr(wrapper, "active_adapters", [adapter])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ _ROUNDED = {"weights": torch.bfloat16, "weights_float16": torch.float16}
 """Fingerprints in the header -> what the weights are rounded to: a calibration serves the model in any dtype."""
 
 
-def save_calibration(model: nn.Module, folder, **facts: str) -> None:
+def save_calibration(model: nn.Module, folder: str | os.PathLike[str], **facts: str) -> None:
     """Write the calibrated data and the recipe of a sparse model into a folder.
 
     Parameters
@@ -59,7 +60,7 @@ def save_calibration(model: nn.Module, folder, **facts: str) -> None:
     write_atomic(Path(folder) / DATA_FILE, require("safetensors.torch", "transformers").save(tensors, header))
 
 
-def load_calibration(model: nn.Module, folder) -> SparsifyReport:
+def load_calibration(model: nn.Module, folder: str | os.PathLike[str]) -> SparsifyReport:
     """Make a dense model sparse with the recipe and the data of a calibration.
 
     Parameters
@@ -85,7 +86,7 @@ def load_calibration(model: nn.Module, folder) -> SparsifyReport:
     original = dense_weights(model) if any(name.endswith(".input_order") for name in tensors) else {}
     report = sparsify(model, recipe)
     set_layers(report.model, _sparse_layers(report.model), tensors)
-    report.model.nm_act_dense_weights = original  # for save_calibration, where orders have changed the weights
+    report.model.nm_act_dense_weights = original  # type: ignore[assignment]  # for save_calibration, where orders have changed the weights
     return report
 
 
@@ -124,7 +125,7 @@ def _check_weights(model: nn.Module, header: dict[str, str], folder: Path) -> No
         )
 
 
-def check_calibration(model: nn.Module, folder) -> tuple[Recipe, dict[str, torch.Tensor]]:
+def check_calibration(model: nn.Module, folder: str | os.PathLike[str]) -> tuple[Recipe, dict[str, torch.Tensor]]:
     """Recipe and tensors of a calibration; raises what :func:`load_calibration` would raise, and changes nothing."""
     refuse_optimized(model)
     folder = Path(folder)
@@ -140,7 +141,9 @@ def check_calibration(model: nn.Module, folder) -> tuple[Recipe, dict[str, torch
     return recipe, tensors
 
 
-def _check_tensors(model: nn.Module, specs: dict[str, LinearSpec], tensors: dict, folder: Path) -> None:
+def _check_tensors(
+    model: nn.Module, specs: dict[str, LinearSpec], tensors: dict[str, torch.Tensor], folder: Path
+) -> None:
     """Compare the data's names and shapes with those that the layers need; a shared layer has one of its names."""
     modules = {name: module for name, module in model.named_modules() if name in specs}
     needed = {

@@ -4,6 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +23,9 @@ from .undo import unchanged_on_error
 RECORDERS: list[Callable[[nn.Module, Recipe], str]] = []
 """What writes the recipe into a model's own config, for saving, and returns a note where it cannot; integrations add
 theirs."""
+
+Candidates = list[tuple[str, Any]]
+"""Name and module of what a recipe may name: linear layers, and others that a report mentions."""
 
 
 @dataclass
@@ -136,7 +140,7 @@ def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
 
 
 def _replace_linears(
-    model: nn.Module, recipe: Recipe, candidates: list[tuple[str, nn.Module]], places: dict[str, "_Place | None"]
+    model: nn.Module, recipe: Recipe, candidates: Candidates, places: dict[str, "_Place | None"]
 ) -> SparsifyReport:
     report = SparsifyReport(model, recipe)
     macs = {name: macs_of(model, name) for name, _ in candidates if places[name] is not None}
@@ -150,18 +154,19 @@ def _replace_linears(
     candidates.reverse()
     while candidates:  # consumed, so that a replaced layer's weight is freed before the next one is copied
         name, module = candidates.pop()
-        spec, reason = _decide(model, name, module, places[name], recipe)
-        if spec is None:
+        place = places[name]
+        spec, reason = _decide(model, name, module, place, recipe)
+        if spec is None or place is None:
             uncounted = "; its multiply-accumulates are not counted" if name in report.uncounted else ""
             report.kept.append((name, reason + uncounted))
             continue
         report.replaced.append((name, spec))
-        stacks.add(places[name].stack)
+        stacks.add(place.stack)
         sparse = sparse_layers.get((module, spec))
         if sparse is None:
             # A weight that several modules share keeps its layout: a copy would no longer be shared.
             linear = plain_linear(module)
-            kept = {"weight_layout": "out_in", "lift": False} if id(linear.weight) in tied else {}
+            kept: dict[str, Any] = {"weight_layout": "out_in", "lift": False} if id(linear.weight) in tied else {}
             sparse = NMLinear.from_linear(linear, spec, **kept)
             take_over_hooks(sparse, module)
         if id(module) in shared:  # under several names
@@ -171,7 +176,7 @@ def _replace_linears(
     report.mac_fraction = sum(macs[name] or 0 for name, _ in report.replaced) / total if total else 0.0
     if recipe.needs_token_context:
         _attach_context(model, sorted(stacks), report, TokenContext(recipe.dense_first_tokens))
-    model.nm_act_recipe = recipe
+    model.nm_act_recipe = recipe  # type: ignore[assignment]
     return report
 
 
@@ -202,7 +207,7 @@ def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
     return {name: (p.layer, p.projection, linears[name]) for name, p in places.items() if p is not None}
 
 
-def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Module]], dict[str, "_Place | None"]]:
+def _checked(model: nn.Module, recipe: Recipe) -> tuple[Candidates, dict[str, "_Place | None"]]:
     """The candidates for replacement and their places in the model, after all checks."""
     if not isinstance(recipe, Recipe):
         raise TypeError(f"expected a Recipe, got {type(recipe).__name__}; use Recipe(...) or Recipe.load(path)")
@@ -219,10 +224,10 @@ def _checked(model: nn.Module, recipe: Recipe) -> tuple[list[tuple[str, nn.Modul
     parallel.refuse_sharded((name, module.weight) for name, module in candidates if isinstance(module, nn.Linear))
     places = {name: _place(name, prefix) for name, _ in candidates}
     _check_names(recipe, [place for place in places.values() if place is not None])
-    _check_kinds(recipe, candidates, places)
-    decided = [_decide(model, name, module, places[name], recipe) for name, module in candidates]
-    _check_effect(candidates, decided)
-    for (name, module), (spec, _) in zip(candidates, decided, strict=True):
+    decided = {name: _decide(model, name, module, places[name], recipe) for name, module in candidates}
+    _check_effect(recipe, places, decided)
+    for name, module in candidates:
+        spec, _ = decided[name]
         _check_rank(name, module, spec)
         if spec is not None:
             refuse_uncarried(name, module)
@@ -240,7 +245,7 @@ class _Place:
     projection: str
 
 
-def _candidates(model: nn.Module, recipe: Recipe, prefix: str) -> list[tuple[str, nn.Module]]:
+def _candidates(model: nn.Module, recipe: Recipe, prefix: str) -> Candidates:
     """Linear layers, and all else that has a projection's name or multiplies by weights, under each of its names."""
 
     def wanted(name: str, module: nn.Module) -> bool:
@@ -256,7 +261,8 @@ def _in_layer(name: str, prefix: str) -> bool:
 
 def _decoder_prefix(model: nn.Module) -> str:
     """Name prefix of the text decoder, because a vision tower has projections of the same names."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    decoder = model if get_decoder is None else get_decoder()
     return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
@@ -271,7 +277,7 @@ def _place(name: str, prefix: str) -> _Place | None:
 
 
 def _decide(
-    model: nn.Module, name: str, module: nn.Module, place: _Place | None, recipe: Recipe
+    model: nn.Module, name: str, module: Any, place: _Place | None, recipe: Recipe
 ) -> tuple[LinearSpec | None, str]:
     if place is None:
         return None, OUTSIDE
@@ -304,29 +310,18 @@ def _other_kind(module: nn.Module) -> str:
     return ""
 
 
-def _check_kinds(recipe: Recipe, candidates: list[tuple[str, nn.Module]], places: dict[str, "_Place | None"]) -> None:
-    """Refuse a model in which no named projection is a linear layer, so that the recipe would do nothing."""
-    named = {name: module for name, module in candidates if places[name] and recipe.covers(places[name].projection)}
-    sparse = [name for name in named if recipe.resolve(places[name].layer, places[name].projection) is not None]
-    if sparse and not any(isinstance(module, nn.Linear) for module in named.values()):
-        kind = type(named[sparse[0]]).__name__
+def _check_effect(
+    recipe: Recipe, places: dict[str, "_Place | None"], decided: dict[str, tuple[LinearSpec | None, str]]
+) -> None:
+    """Refuse a recipe that names layers of which none can be sparse."""
+    inside = [(name, place) for name, place in places.items() if place is not None]
+    wanted = [name for name, place in inside if recipe.resolve(place.layer, place.projection) is not None]
+    if wanted and all(spec is None for spec, _ in decided.values()):
         raise ValueError(
-            f"expected projections that are torch.nn.Linear, got {kind} in {sparse[0]} and all others; use a model "
-            "whose projections are linear layers"
+            f"expected at least one layer that the recipe can make sparse, got none: {wanted[0]} and all others stay "
+            f"dense ({decided[wanted[0]][1]}); choose another pattern, other projections, or a model whose "
+            "projections are linear layers"
         )
-
-
-def _check_effect(candidates: list[tuple[str, nn.Module]], decided: list[tuple[LinearSpec | None, str]]) -> None:
-    """Refuse a recipe under which every layer stays dense for a reason other than the recipe itself."""
-    reasons = [(name, reason) for (name, _), (spec, reason) in zip(candidates, decided, strict=True) if spec is None]
-    if len(reasons) < len(decided) or any(reason == DENSE_BY_RECIPE for _, reason in reasons):
-        return
-    inside = [(name, reason) for name, reason in reasons if reason != OUTSIDE]
-    name, reason = (inside or reasons or [("any layer", "there is no linear layer")])[0]
-    raise ValueError(
-        f"expected at least one layer that the recipe can make sparse, got none: {name} and all others stay dense "
-        f"({reason}); choose another pattern, or name the model's projections"
-    )
 
 
 def _check_names(recipe: Recipe, places: list[_Place]) -> None:
@@ -351,7 +346,7 @@ def _check_names(recipe: Recipe, places: list[_Place]) -> None:
         )
 
 
-def _check_rank(name: str, module: nn.Module, spec: LinearSpec | None) -> None:
+def _check_rank(name: str, module: Any, spec: LinearSpec | None) -> None:
     rank = 0 if spec is None else mitigations.rank_of(spec.mitigation)
     if rank and rank > min(module.in_features, module.out_features):
         raise ValueError(
@@ -369,9 +364,9 @@ def _attach_context(model: nn.Module, stacks: list[str], report: SparsifyReport,
     for stack in stacks:
         context.attach(model.get_submodule(stack))
     for name, _ in report.replaced:
-        model.get_submodule(name).token_context = context
+        model.get_submodule(name).token_context = context  # type: ignore[assignment]
 
 
-def _table(rows: Counter) -> list[str]:
+def _table(rows: Counter[tuple[str, str]]) -> list[str]:
     width = max((len(name) for name, _ in rows), default=0)
     return [f"  {name:<{width}}  {text}  x {count}" for (name, text), count in rows.items()]

@@ -4,9 +4,11 @@ Importing this module registers the method "nm_act" with Transformers; ``import 
 by itself.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..conversion.sparsify import RECORDERS, replace_linears
 from ..layers.linear import FOLLOW_WEIGHT, NMLinear
@@ -46,7 +48,7 @@ class NMActConfig(QuantizationConfigMixin):
     '8:16'
     """
 
-    def __init__(self, recipe: Recipe | dict | str | None = None, **fields: Any):
+    def __init__(self, recipe: Recipe | dict[str, Any] | str | None = None, **fields: Any):
         fields.pop("quant_method", None)  # saved configs contain this name
         if isinstance(recipe, dict):  # first, because the version says whether a newer nm_act wrote it
             recipe = Recipe.from_dict(recipe)
@@ -58,14 +60,14 @@ class NMActConfig(QuantizationConfigMixin):
             recipe = Recipe.from_dict(fields)
         elif not isinstance(recipe, Recipe):
             recipe = Recipe.load(recipe)
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.recipe = recipe
 
     def to_dict(self) -> dict[str, Any]:
         """The plain mapping that is written to ``config.json``."""
         return {"quant_method": self.quant_method, "recipe": self.recipe.to_dict()}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
 
@@ -75,7 +77,7 @@ class NMActQuantizer(HfQuantizer):
 
     quantization_config: NMActConfig
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         report = replace_linears(model, self.quantization_config.recipe)
         check_plan(model)
         vectors = {
@@ -86,7 +88,7 @@ class NMActQuantizer(HfQuantizer):
         }
         model._keep_in_fp32_modules_strict = vectors | set(model._keep_in_fp32_modules_strict or ())
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _check_weights(model)
         for module in model.modules():
             if isinstance(module, NMLinear):
@@ -97,7 +99,7 @@ class NMActQuantizer(HfQuantizer):
                 module.refresh()
         return model
 
-    def is_serializable(self, **kwargs) -> bool:
+    def is_serializable(self, **kwargs: Any) -> bool:
         """Whether ``save_pretrained`` works."""
         return True
 
@@ -117,14 +119,15 @@ class NMActQuantizer(HfQuantizer):
         return not self.quantization_config.recipe.needs_token_context
 
 
-def _check_weights(model) -> None:
+def _check_weights(model: nn.Module) -> None:
     """Refuse a sparse layer whose weight the checkpoint lacks: Transformers would leave a random one."""
     for name, module in model.named_modules():
         own = module.named_parameters(recurse=False) if isinstance(module, NMLinear) else ()
         # Transformers marks what it has read or tied; what it leaves on disk (on the meta device) cannot be checked.
         # Calibrated data are buffers, which the layer itself checks.
-        read = lambda value: value.is_meta or getattr(value, "_is_hf_initialized", False)  # noqa: E731
-        lacking = next((key for key, value in own if not read(value)), None)
+        lacking = next(
+            (key for key, value in own if not (value.is_meta or getattr(value, "_is_hf_initialized", False))), None
+        )
         if lacking is not None:
             raise ValueError(
                 f"expected every sparse layer's weight in the checkpoint of this {type(model).__name__}, but it lacks "
@@ -132,21 +135,21 @@ def _check_weights(model) -> None:
             )
 
 
-def quantisation_of(config) -> str | None:
+def quantisation_of(config: Any) -> str | None:
     """Name of the quantisation method in a Transformers configuration."""
     found = getattr(config, "quantization_config", None)
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     return getattr(method, "value", method)  # Transformers' own methods are an Enum
 
 
-def forget_gguf(model) -> None:
+def forget_gguf(model: Any) -> None:
     """Make a dequantised model an ordinary one, because Transformers refuses to save a model marked as GGUF."""
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(name, None)
     vars(model.config).pop("quantization_config", None)
 
 
-def record_recipe(model, recipe: Recipe) -> str:
+def record_recipe(model: Any, recipe: Recipe) -> str:
     """Write the recipe into a Transformers model's config for saving; returns a note if that is impossible."""
     from transformers import PreTrainedModel
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..files import write_atomic
-from .extras import import_extra
+from ..supported import require
 
 RUN_FILE = "run.json"
 """File with the identity of a run, in its folder."""
@@ -87,7 +87,7 @@ def markdown_table(header: list[str], lines: list[list[str]], right: int = 1) ->
 
 def new_figure(width: float, height: float):
     """An empty matplotlib figure of that many inches."""
-    figures = import_extra("matplotlib.figure", "the plot", "demo")
+    figures = require("matplotlib.figure", "demo", "the plot")
     return figures.Figure(figsize=(width, height), layout="constrained")
 
 

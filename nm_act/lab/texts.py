@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .extras import import_extra
+from ..supported import require
 
 __all__ = [
     *("HUB_TEXTS", "find_file", "find_splits", "first_windows", "load_text", "read_rows", "read_text", "tokenize"),
@@ -80,7 +80,7 @@ def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
     if folder is not None:
         path = find_file(folder, name)
         return read_text(path), path.name
-    datasets = import_extra("datasets", "reading the hub")
+    datasets = require("datasets", "eval", "reading the hub")
     place, configuration, split = HUB_TEXTS[name]
     try:
         rows = datasets.load_dataset(place, configuration, split=split, streaming=name == "c4")
@@ -159,7 +159,7 @@ def _decoded(path: Path) -> str:
 def _rows(path: Path) -> Iterator[tuple[str, object, str]]:
     """Place, value and text of every row of a JSON-lines, .json or .parquet file; the value may be a ValueError."""
     if path.suffix == ".parquet":
-        values = import_extra("datasets", "reading Parquet").Dataset.from_parquet(str(path)).to_list()
+        values = require("datasets", "eval", "reading Parquet").Dataset.from_parquet(str(path)).to_list()
     elif path.suffix == ".json":
         value = _json(_decoded(path))
         values = value if isinstance(value, list) else [value]

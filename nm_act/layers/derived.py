@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ class Deriving(nn.Linear):
         # The parameters that the derived data came from; None for one that is computed, or may have been swapped.
         self._sources: dict[str, stale.Source | None] = {}
         for name in DERIVED:
-            self.register_buffer(name, None, persistent=False)
+            self.register_buffer(name, None)
         self._data_names = mitigations.data_of(spec)
         self._reads_weight = mitigations.depends_on_weight(spec)
         self._adds_bias = "added_bias" in self._data_names
@@ -114,7 +115,7 @@ class Deriving(nn.Linear):
             self.__dict__["_handed_out"] = True
         return super().__getattr__(name)
 
-    def _own(self, name: str) -> torch.Tensor | None:
+    def _own(self, name: str) -> Any:  # a tensor, or None for no bias
         return stale.parameter_of(self, name)
 
     @property
@@ -146,8 +147,7 @@ class Deriving(nn.Linear):
         """Store the weight in its layout and recompute what derives from it; a meta weight stays as it is."""
         self._lifted, self._prepacked, self._visited, self._stored = None, None, False, None
         if self._own_weight.is_meta:
-            for name in DERIVED:
-                setattr(self, name, None)
+            self._keep(dict.fromkeys(DERIVED))
             self._sources, self._underived = {}, True
             return
         if self._parameters.get("weight") is not None:  # else it is computed, and its storage not the layer's
@@ -188,8 +188,7 @@ class Deriving(nn.Linear):
             if name in self._data_names:
                 setattr(self, name, getattr(self, name).to(self._own_weight.dtype))
         self._incomplete = next((name for name, value in self.data().items() if value.isnan().any()), "")
-        for name, value in self._derive().items():
-            setattr(self, name, value)
+        self._keep(self._derive())
         packed = prepack_weight(self._operand()) if self.prepack and self.shard is None else None
         self._prepacked = None if packed is None else (self._operand(), packed)
         self._underived = self._handed_out = self._unchecked = False
@@ -198,6 +197,12 @@ class Deriving(nn.Linear):
             self._stored = None
         else:
             self._store_work()
+
+    def _keep(self, derived: dict[str, torch.Tensor | None]) -> None:
+        for name, value in derived.items():
+            setattr(self, name, value)
+            # No checkpoint holds them. Those that are None are not listed: accelerate moves whatever is.
+            (self._non_persistent_buffers_set.discard if value is None else self._non_persistent_buffers_set.add)(name)
 
     def _set_sources(self) -> None:
         """Remember the parameters that something derives from, if nobody else has to take part in deriving it."""
@@ -439,7 +444,12 @@ class Deriving(nn.Linear):
         state = self.__dict__.copy()
         sources = self._sources.items()
         seen = all(source is not None and source.is_seen_in(self._parameters.get(name)) for name, source in sources)
-        state |= {"_sources": {}, "_stored": None, "_prepacked": None, "_handed_out": not seen or self._handed_out or self._unchecked}
+        state |= {
+            "_sources": {},
+            "_stored": None,
+            "_prepacked": None,
+            "_handed_out": not seen or self._handed_out or self._unchecked,
+        }
         return state
 
     def __setstate__(self, state):

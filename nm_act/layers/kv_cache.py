@@ -1,9 +1,12 @@
 """The KV cache in Transformers' calls: the argument and output field `cache` from 5.24 on, `past_key_values` before."""
 
 import inspect
+from typing import Any
+
+from torch import nn
 
 
-def cache_argument(model) -> str:
+def cache_argument(model: nn.Module) -> str:
     """Name of the KV cache argument of ``model.forward``.
 
     Raises
@@ -21,6 +24,6 @@ def cache_argument(model) -> str:
     return name
 
 
-def cache_of(output):
+def cache_of(output: Any) -> Any:
     """The KV cache in a model's output."""
     return output.cache if hasattr(output, "cache") else output.past_key_values

@@ -1,12 +1,14 @@
 """NMLinear: a linear layer whose input activations are pruned N:M on the fly."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .. import parallel
 from ..ops.lifting import is_lifted
-from ..patterns import NMPattern
+from ..patterns import NMPattern, TopKPattern
 from ..recipe import LinearSpec
 from .derived import FOLLOW_WEIGHT, Deriving
 from .tokens import TokenContext
@@ -88,8 +90,8 @@ class NMLinear(Deriving):
         spec: LinearSpec,
         weight_layout: str = "in_out",
         lift: bool | str = "auto",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         if in_features % spec.pattern.span:
             raise ValueError(
@@ -102,7 +104,13 @@ class NMLinear(Deriving):
                 "choose one of those"
             )
         _check_lift(lift, spec.pattern)
-        options = {"spec": spec, "weight_layout": weight_layout, "lift": lift, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {
+            "spec": spec,
+            "weight_layout": weight_layout,
+            "lift": lift,
+            "device": device,
+            "dtype": dtype,
+        }
         super().__init__(in_features, out_features, bias, **options)
         self.token_context: TokenContext | None = None
         self.bypass = False  # dense in every phase, while calibration takes the dense output
@@ -135,13 +143,16 @@ class NMLinear(Deriving):
             device="meta",
         )
         layer.weight, layer.bias = linear.weight, linear.bias
+        hook, device = getattr(linear, "_hf_hook", None), linear.weight.device
+        aligning = [each for each in getattr(hook, "hooks", [hook]) if hasattr(each, "execution_device")]
+        for each in aligning:  # accelerate's, which bring an offloaded weight in for each call
+            device = device if each.execution_device is None else each.execution_device
+            each.offload_buffers = False  # what it would bring in are the dense layer's: it has none
         for name in layer._data_names:
-            empty = torch.full_like(getattr(layer, name), torch.nan, device=linear.weight.device)
-            setattr(layer, name, empty)
+            setattr(layer, name, torch.full_like(getattr(layer, name), torch.nan, device=device))
         layer.train(linear.training)
         layer.refresh()
-        hook = getattr(linear, "_hf_hook", None)
-        if hook is not None:  # accelerate's, which brings an offloaded weight in for each call
+        if hook is not None:
             from accelerate.hooks import add_hook_to_module
 
             add_hook_to_module(layer, hook)
@@ -198,7 +209,7 @@ class NMLinear(Deriving):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.spec}"
 
 
-def _check_lift(lift: bool | str, pattern: NMPattern) -> None:
+def _check_lift(lift: bool | str, pattern: NMPattern | TopKPattern) -> None:
     if lift not in (True, False, "auto"):
         raise ValueError(f'expected lift to be True, False or "auto", got {lift!r}; choose one of those')
     if lift is True and not (isinstance(pattern, NMPattern) and is_lifted(pattern)):

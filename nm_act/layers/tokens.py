@@ -3,8 +3,11 @@
 import inspect
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import FrameType
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -75,11 +78,11 @@ class TokenContext:
         # Thread-local rather than a context variable: torch.compile traces reads of the one, not of the other.
         self._here = threading.local()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, int]:
         return {"first_tokens": self.first_tokens}  # running calls stay where they run
 
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+    def __setstate__(self, state: dict[str, int]) -> None:
+        TokenContext.__init__(self, **state)
 
     def attach(self, stack: torch.nn.Module) -> None:
         """Install the hooks on the module that owns the decoder layers."""
@@ -87,7 +90,9 @@ class TokenContext:
         # Over even after an exception: a layer called on its own later must not see these rows.
         stack.register_forward_hook(self._end, always_call=True)
 
-    def overwrite_dense(self, y: torch.Tensor, x: torch.Tensor, dense) -> torch.Tensor:
+    def overwrite_dense(
+        self, y: torch.Tensor, x: torch.Tensor, dense: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         """Replace the rows of the call's first tokens in ``y [..., out]`` by ``dense(x rows)``.
 
         ``x`` holds the call's tokens as [batch, tokens, in] or flattened to [batch * tokens, in]. A layer
@@ -96,6 +101,7 @@ class TokenContext:
         call = self._call_of(x)
         if call is None or call.rows is None:
             return y
+        rows: Any
         if isinstance(call.rows, slice):
             tokens, rows = x.reshape(*call.shape, x.shape[-1]), (slice(None), call.rows)
         else:
@@ -148,7 +154,7 @@ class TokenContext:
         return call if x.shape[:-1].numel() == call.shape[0] * call.shape[1] else None
 
     @torch.compiler.disable
-    def _begin(self, module, args, kwargs) -> None:
+    def _begin(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         inputs = (call.get("input_ids"), call.get("inputs_embeds"), call.get("hidden_states"), *args)
         tokens = next((tensor for tensor in inputs if isinstance(tensor, torch.Tensor)), None)
@@ -178,21 +184,21 @@ class TokenContext:
             call = call.outer
         return outer
 
-    def _end(self, module, args, output) -> None:
+    def _end(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = self._running()
         if call is not None and call.stack is module:  # else it was refused before it began
             self.end()
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._resume_in_backward(call, output)
 
-    def _resume_in_backward(self, call: _Call, output) -> None:
+    def _resume_in_backward(self, call: _Call, output: Any) -> None:
         """Gradient checkpointing runs layers again inside the backward pass, where the stack is not called.
 
         The gradient of what the stack returns comes before those of its layers: with it the call runs again, in that
         backward pass.
         """
 
-        def resume(_gradient) -> None:
+        def resume(_gradient: torch.Tensor) -> None:
             backward = torch._C._current_graph_task_id()
             outer = getattr(self._here, "call", None)
             while outer is not None and outer.backward is not None:
@@ -203,17 +209,24 @@ class TokenContext:
             if isinstance(tensor, torch.Tensor) and tensor.grad_fn is not None:  # a leaf would keep the hook
                 tensor.register_hook(resume)
 
-    def _first_rows(self, shape, positions, mask, valid, past) -> slice | torch.Tensor | None:
+    def _first_rows(
+        self,
+        shape: tuple[int, int],
+        positions: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        valid: torch.Tensor | None,
+        past: int | None,
+    ) -> slice | torch.Tensor | None:
         batch, tokens = shape
         if positions is None and past is None and (mask is None or mask.shape[1] == tokens):
             raise ValueError(
                 "expected position_ids or a KV cache with get_seq_length to tell which tokens are first in their "
                 "sequence, got a state of another kind; pass position_ids, or a recipe without dense_first_tokens"
             )
-        if positions is None and mask is None:
-            left = self.first_tokens - past
-            return slice(0, min(left, tokens)) if left > 0 else None
         if positions is None:
+            if mask is None:
+                left = self.first_tokens - (past or 0)
+                return slice(0, min(left, tokens)) if left > 0 else None
             positions = (mask.long().cumsum(dim=-1) - 1)[:, -tokens:]
         first = (positions < self.first_tokens).expand(batch, tokens)
         if valid is not None:
@@ -230,7 +243,8 @@ class TokenContext:
 
 def _depth(module: torch.nn.Module) -> int:
     """How many calls of a module this thread is in."""
-    frame, depth = sys._getframe(), 0
+    frame: FrameType | None = sys._getframe()
+    depth = 0
     while frame is not None:
         if frame.f_code is torch.nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
             depth += 1
@@ -238,7 +252,7 @@ def _depth(module: torch.nn.Module) -> int:
     return depth
 
 
-def _positions(call: dict) -> torch.Tensor | None:
+def _positions(call: dict[str, Any]) -> torch.Tensor | None:
     """Positions of the call's tokens, ``[batch or 1, tokens]``; None where the call does not bring them."""
     for name in ("position_ids", "cache_position"):
         positions = call.get(name)
@@ -247,7 +261,7 @@ def _positions(call: dict) -> torch.Tensor | None:
     return None
 
 
-def _cached_tokens(call: dict) -> int | None:
+def _cached_tokens(call: dict[str, Any]) -> int | None:
     """Tokens that the call's state holds already, 0 without one; None where there is a state that does not say."""
     for value in call.values():
         if not callable(getattr(value, "get_seq_length", None)):
@@ -259,7 +273,7 @@ def _cached_tokens(call: dict) -> int | None:
     return None if any(_is_state(name, value) for name, value in call.items()) else 0
 
 
-def _is_state(name: str, value) -> bool:
+def _is_state(name: str, value: Any) -> bool:
     """Whether an argument is what earlier calls left: tuples of tensors of each layer, or what is called a cache."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return False

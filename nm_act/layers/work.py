@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 from ..methods import criteria
 from ..ops.autograd import needs_derivative
 from ..patterns import NMPattern, TopKPattern
+from ..recipe import LinearSpec
+from .tokens import TokenContext
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +39,14 @@ class LinearWork:
 
     operator: Callable[..., Tensor]
     pattern: NMPattern | TopKPattern
-    options: Mapping[str, object]
+    options: Mapping[str, Any]
     weight: Tensor | None = None
     bias: Tensor | None = None
     rotation: Tensor | None = None
     low_rank: tuple[Tensor, Tensor] | None = None
     by_sequence: bool = False
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, context) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: TokenContext | None) -> Tensor:
         """``x [..., in] -> [..., out]``, given the layer's own parameters and its token context (or None)."""
         weight = weight if self.weight is None else self.weight
         bias = bias if self.bias is None else self.bias
@@ -66,7 +69,9 @@ class LinearWork:
         rows = F.linear(x.reshape(-1, x.shape[-1]), inner)
         return torch.addmm(y.view(-1, y.shape[-1]), rows, outer.t()).view(y.shape)
 
-    def _by_sequence(self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Mapping, context) -> Tensor:
+    def _by_sequence(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, options: Mapping[str, Any], context: TokenContext | None
+    ) -> Tensor:
         # The number of sequences is spelt out: of no tokens at all, none could be inferred.
         sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
         if context is not None:
@@ -85,20 +90,24 @@ class LinearWork:
 
 
 def work_of(
-    spec, data: Mapping, operator: Callable, derived: Mapping, **copies: Tensor | None
+    spec: LinearSpec,
+    data: Mapping[str, Tensor],
+    operator: Callable[..., Tensor],
+    derived: Mapping[str, Tensor | None],
+    **copies: Tensor | None,
 ) -> LinearWork:
     """The work of a :class:`~nm_act.LinearSpec` with its calibrated data and what derives from the weight.
 
     `copies` are the weight in other layouts: ``lifted_weight``, ``prepacked_weight``.
     """
-    options = {
+    vectors = {
         "channel_scale": derived.get("channel_scale"),
         "shift": data.get("shift"),
         "shift_out": derived.get("shift_out"),
         "column_scale": data.get("column_scale"),
         **copies,
     }
-    options = {name: value for name, value in options.items() if value is not None}
+    options: dict[str, Any] = {name: value for name, value in vectors.items() if value is not None}
     if spec.token_shift != "none":
         options["token_shift"] = spec.token_shift
     if spec.variance_correction:
@@ -115,7 +124,9 @@ def work_of(
     )
 
 
-def dense_operator(x: Tensor, weight: Tensor, bias: Tensor | None, pattern, **options) -> Tensor:
+def dense_operator(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern | TopKPattern, **options: Any
+) -> Tensor:
     """Of the baselines that prune the weight: their operand weight is sparse, the activation dense."""
     return F.linear(x, weight, bias)
 
@@ -127,13 +138,15 @@ def compiled_operator(
     pattern: NMPattern,
     *,
     prepacked_weight: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """``torch.ops.nm_act.sparse_linear``, without the checks that the layer has made."""
     if pattern.extra_columns:
         options["extra_columns"] = pattern.extra_columns
     if prepacked_weight is None or needs_derivative(x, bias):  # which the other operator lacks
-        return torch.ops.nm_act.sparse_linear(x, weight, bias, pattern.keep, pattern.group, **options)
+        y: Tensor = torch.ops.nm_act.sparse_linear(x, weight, bias, pattern.keep, pattern.group, **options)
+        return y
     options.pop("lifted_weight", None)
-    sparse_linear = torch.ops.nm_act.sparse_linear_prepacked
-    return sparse_linear(x, weight, prepacked_weight, bias, pattern.keep, pattern.group, **options)
+    prepacked = (x, weight, prepacked_weight, bias, pattern.keep, pattern.group)
+    y = torch.ops.nm_act.sparse_linear_prepacked(*prepacked, **options)
+    return y

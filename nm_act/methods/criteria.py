@@ -35,6 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ops import composed
+from ..patterns import NMPattern, TopKPattern
 
 AMBER_QUANTILES = (0.005, 0.995)
 """Quantiles of the whole weight outside which Amber-Pruner sets entries aside."""
@@ -181,7 +182,9 @@ def call_scale(x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tens
     return square.sum(dim=0).sqrt().float()
 
 
-def prune_weight(name: str, weight: torch.Tensor, pattern, input_norm: torch.Tensor | None = None) -> torch.Tensor:
+def prune_weight(
+    name: str, weight: torch.Tensor, pattern: NMPattern | TopKPattern, input_norm: torch.Tensor | None = None
+) -> torch.Tensor:
     """The weight with all but its best entries of every group of inputs set to zero (a weight-pruning baseline).
 
     Parameters

@@ -36,12 +36,46 @@ Sources: arXiv 2509.22166 (VAR, shifts, LS), R-Sparse (arXiv 2504.19449), LaRoSA
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from ..patterns import NMPattern, TopKPattern
 from . import criteria
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What calibration knows of one layer when its data are made.
+
+    Attributes
+    ----------
+    weight : Tensor [out, in]
+    mean : Tensor [in]
+        Of the operand's channels, float32, in the basis of the selection.
+    largest : Tensor [in]
+        ``max|X_j|``.
+    covariance, lost : Tensor [in, in]
+        Of the inputs, and ``R`` of :func:`fitted_low_rank_of`; only there for a mitigation that names them.
+    input_order : Tensor [in]
+        Order that is folded into the weights.
+    rank : int
+        Of the low-rank pair; 0 is none.
+    """
+
+    weight: torch.Tensor
+    mean: torch.Tensor
+    largest: torch.Tensor
+    covariance: torch.Tensor
+    lost: torch.Tensor
+    input_order: torch.Tensor
+    rank: int
+
+
+def _nothing(seen: Observed) -> tuple[torch.Tensor, ...]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +88,10 @@ class Mitigation:
         What it does, in a few words.
     data : tuple of str
         Names of the tensors in ``DATA`` that it needs from calibration.
+    start : callable
+        ``Observed -> tensors``, those data in closed form, or where training starts from.
+    matrices : tuple of str
+        Those of "covariance" and "lost" that ``start`` reads.
     learned : bool
         Whether they are trained.
     slot : str
@@ -64,18 +102,34 @@ class Mitigation:
         Whether the operator rescales its output per token.
     rank : int
         Of a low-rank pair; 0 is none.
-    fitted : bool
-        Whether that pair starts from the selection's error instead of the weight.
     """
 
     text: str
     data: tuple[str, ...] = ()
+    start: Callable[[Observed], tuple[torch.Tensor, ...]] = _nothing
+    matrices: tuple[str, ...] = ()
     learned: bool = False
     slot: str = ""
     token_shift: str = "none"
     variance_correction: bool = False
     rank: int = 0
-    fitted: bool = False
+
+
+class Spec(Protocol):
+    """What is read here of a :class:`nm_act.LinearSpec`."""
+
+    @property
+    def pattern(self) -> NMPattern | TopKPattern: ...
+    @property
+    def criterion(self) -> str: ...
+    @property
+    def mitigation(self) -> tuple[str, ...]: ...
+    @property
+    def scoring(self) -> criteria.Criterion: ...
+    @property
+    def methods(self) -> tuple[Mitigation, ...]: ...
+    @property
+    def token_shift(self) -> str: ...
 
 
 DATA: dict[str, tuple[str, ...]] = {
@@ -95,13 +149,29 @@ MITIGATIONS = {
     "var": Mitigation("variance correction", variance_correction=True),
     "dpts-mean": Mitigation("per-token mean shift", slot="shift", token_shift="mean"),
     "dpts-median": Mitigation("per-token median shift", slot="shift", token_shift="median"),
-    "spts": Mitigation("static shift, one value a channel", ("shift",), slot="shift"),
-    "spts-scalar": Mitigation("static shift, one value a layer", ("shift",), slot="shift"),
-    "lpts": Mitigation("learned shift", ("shift",), learned=True, slot="shift"),
-    "ls": Mitigation("learned scale and bias", ("column_scale", "added_bias"), learned=True),
-    "pcs": Mitigation("smoothing", ("smoothing",), slot="basis"),
-    "larosa": Mitigation("rotation", ("rotation",), slot="basis"),
-    "permute": Mitigation("static order of the input channels", ("input_order",)),
+    "spts": Mitigation("static shift, one value a channel", ("shift",), lambda seen: (seen.mean,), slot="shift"),
+    "spts-scalar": Mitigation(
+        "static shift, one value a layer",
+        ("shift",),
+        lambda seen: (seen.mean.mean().expand_as(seen.mean),),
+        slot="shift",
+    ),
+    "lpts": Mitigation(
+        "learned shift", ("shift",), lambda seen: (torch.zeros_like(seen.mean),), learned=True, slot="shift"
+    ),
+    "ls": Mitigation(
+        "learned scale and bias",
+        ("column_scale", "added_bias"),
+        lambda seen: (seen.mean.new_ones(len(seen.weight)), seen.mean.new_zeros(len(seen.weight))),
+        learned=True,
+    ),
+    "pcs": Mitigation(
+        "smoothing", ("smoothing",), lambda seen: (smoothing_of(seen.largest, seen.weight),), slot="basis"
+    ),
+    "larosa": Mitigation(
+        "rotation", ("rotation",), lambda seen: (rotation_of(seen.covariance),), ("covariance",), slot="basis"
+    ),
+    "permute": Mitigation("static order of the input channels", ("input_order",), lambda seen: (seen.input_order,)),
 }
 """Mitigation name -> what it is; "rsparse-R", with any rank R, "-fit" and "-trained" come on top."""
 
@@ -113,8 +183,15 @@ def mitigation(name: str) -> Mitigation:
     if isinstance(name, str):
         match = _LOW_RANK.fullmatch(name)
         if match:
-            pair, learned = ("low_rank_in", "low_rank_out"), match[3] is not None
-            return Mitigation(f"rank {match[1]}", pair, learned, "low rank", rank=int(match[1]), fitted=bool(match[2]))
+            return Mitigation(
+                f"rank {match[1]}",
+                ("low_rank_in", "low_rank_out"),
+                _fitted_pair if match[2] else _pair,
+                ("lost",) if match[2] else (),
+                learned=match[3] is not None,
+                slot="low rank",
+                rank=int(match[1]),
+            )
         if name in MITIGATIONS:
             return MITIGATIONS[name]
     raise ValueError(
@@ -156,16 +233,16 @@ def rank_of(names: Iterable[str]) -> int:
 
 def is_fitted(names: Iterable[str]) -> bool:
     """Whether the low-rank pair among the mitigations starts from the selection's error."""
-    return any(mitigation(name).fitted for name in names)
+    return any("lost" in mitigation(name).matrices for name in names)
 
 
-def data_of(spec) -> tuple[str, ...]:
+def data_of(spec: Spec) -> tuple[str, ...]:
     """Names of the calibrated tensors that a :class:`~nm_act.LinearSpec` needs, in the order of ``DATA``."""
     needed = {*spec.scoring.data, *(name for each in spec.methods for name in each.data)}
     return tuple(name for name in DATA if name in needed)
 
 
-def learned_data_of(spec) -> tuple[str, ...]:
+def learned_data_of(spec: Spec) -> tuple[str, ...]:
     """Names of the calibrated tensors that training changes."""
     learned = {name for each in spec.methods if each.learned for name in each.data}
     return tuple(name for name in DATA if name in learned)
@@ -177,27 +254,27 @@ def shape_of(name: str, in_features: int, out_features: int, rank: int) -> tuple
     return tuple(sizes[axis] for axis in DATA[name])
 
 
-def replaces_weight(spec) -> bool:
+def replaces_weight(spec: Spec) -> bool:
     """Whether the operator multiplies by another weight than the layer's own (:func:`operand_weight`)."""
     return spec.scoring.prunes_weight or not {"low_rank_in", "rotation"}.isdisjoint(data_of(spec))
 
 
-def reads_weight(spec) -> bool:
+def reads_weight(spec: Spec) -> bool:
     """Whether the selection or the operand weight derives from the whole of the layer's weight."""
     return replaces_weight(spec) or spec.scoring.formula is not None
 
 
-def has_shift(spec) -> bool:
+def has_shift(spec: Spec) -> bool:
     """Whether the operator reads the image of a shift (:func:`shift_image`)."""
     return spec.token_shift != "none" or "shift" in data_of(spec)
 
 
-def depends_on_weight(spec) -> bool:
+def depends_on_weight(spec: Spec) -> bool:
     """Whether anything that the operator reads beside the weight is derived from it, or replaces it."""
     return reads_weight(spec) or has_shift(spec)
 
 
-def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
+def operand_weight(spec: Spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor:
     """``V [out, in]``, the weight that the operator multiplies by; ``weight`` itself where no method changes it."""
     if spec.scoring.prunes_weight:
         return criteria.prune_weight(spec.criterion, weight, spec.pattern, data.get("input_norm"))
@@ -210,7 +287,9 @@ def operand_weight(spec, weight: torch.Tensor, data: dict[str, torch.Tensor]) ->
     return v
 
 
-def selection_scale(spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
+def selection_scale(
+    spec: Spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
     """Channel scale of the selection, the criterion's for the operand weight ``v``; with pcs for ``V*s``, over s.
 
     A fitted low-rank pair follows from what the selection drops, so its selection cannot follow from the pair: the
@@ -222,10 +301,11 @@ def selection_scale(spec, weight: torch.Tensor, v: torch.Tensor, data: dict[str,
     smoothing = data["smoothing"]
     if spec.scoring.formula is None:
         return smoothing.reciprocal()
-    return criteria.channel_scale(spec.criterion, read.float() * smoothing) / smoothing
+    scale = criteria.channel_scale(spec.criterion, read.float() * smoothing)
+    return scale if scale is None else scale / smoothing
 
 
-def shift_image(spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
+def shift_image(spec: Spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """``V @ eta`` of a static shift, the row sums ``V @ 1`` of a per-token one, float32; None without a shift."""
     if spec.token_shift != "none":
         return v.sum(dim=1, dtype=torch.float64).float()
@@ -244,7 +324,8 @@ def smoothing_of(input_max: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def rotation_of(covariance: torch.Tensor) -> torch.Tensor:
     """LaRoSA: eigenvectors ``Q [in, in]`` (columns) of the inputs' covariance, the largest eigenvalue first."""
-    return torch.linalg.eigh(covariance.double()).eigenvectors.flip(-1).float()
+    vectors: torch.Tensor = torch.linalg.eigh(covariance.double()).eigenvectors
+    return vectors.flip(-1).float()
 
 
 def low_rank_of(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,3 +361,11 @@ def fitted_low_rank_of(weight: torch.Tensor, lost: torch.Tensor, rank: int) -> t
         half = w @ (vectors * values.clamp_min(0.0).sqrt())
         u = torch.linalg.qr(half @ torch.linalg.eigh(half.t() @ half).eigenvectors[:, -rank:]).Q
     return (u.t() @ w).float(), u.float()
+
+
+def _pair(seen: Observed) -> tuple[torch.Tensor, ...]:
+    return low_rank_of(seen.weight, seen.rank)
+
+
+def _fitted_pair(seen: Observed) -> tuple[torch.Tensor, ...]:
+    return fitted_low_rank_of(seen.weight, seen.lost, seen.rank)

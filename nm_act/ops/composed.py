@@ -4,6 +4,8 @@ The compiled operator (:func:`nm_act.sparse_linear`) is what else runs, in infer
 for what it lacks: forward-mode derivatives, and float64, in which the tests check derivatives.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def sparse_linear(
     channel_scale: Tensor | None = None,
     shift: Tensor | None = None,
     token_shift: str = "none",
-    **epilogue,
+    **epilogue: Any,
 ) -> Tensor:
     """:func:`nm_act.sparse_linear` in which every argument but the selection has a gradient.
 

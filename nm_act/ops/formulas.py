@@ -66,19 +66,19 @@ def _variance(values: torch.Tensor) -> torch.Tensor:
 
 
 def linear_of_pruned(
-    x,
-    pruned,
-    weight,
-    bias=None,
+    x: torch.Tensor,
+    pruned: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
     *,
-    shift=None,
-    token_shift="none",
-    shift_out=None,
-    variance_correction=False,
-    column_scale=None,
-    weight_scale=None,
-    compute_dtype=torch.float64,
-):
+    shift: torch.Tensor | None = None,
+    token_shift: str = "none",
+    shift_out: torch.Tensor | None = None,
+    variance_correction: bool = False,
+    column_scale: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
     """The rest of :func:`nm_act.sparse_linear` once the selection ``pruned = P(x - eta)`` is made; differentiable."""
     w = weight.to(compute_dtype)
     if weight_scale is not None:
@@ -98,7 +98,7 @@ def linear_of_pruned(
     return y
 
 
-def decompress(values, metadata):
+def decompress(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
     """Formula of :func:`nm_act.decompress`: the dense ``[..., in]`` tensor that :func:`compress` packed."""
     groups = values.shape[-1] // 2
     nibbles = torch.stack([metadata & 15, metadata >> 4], dim=-1).flatten(-2)[..., :groups].long()

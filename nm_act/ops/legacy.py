@@ -5,13 +5,14 @@ import inspect
 import numbers
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from ..patterns import NMPattern
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
@@ -24,7 +25,7 @@ def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
     has_default = parameters["pattern"].default is not inspect.Parameter.empty
 
     @functools.wraps(function)
-    def called(*args, **kwargs):
+    def called(*args: Any, **kwargs: Any) -> R:
         by_position = len(args) > position and isinstance(args[position], numbers.Integral)
         if by_position or "n" in kwargs or "m" in kwargs or "extra_columns" in kwargs:
             if "pattern" in kwargs or (len(args) > position and not by_position):

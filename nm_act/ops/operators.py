@@ -4,6 +4,7 @@ The selection contract, identical on every device, is written in ``csrc/ops/sche
 """
 
 import re
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def prune(
     tensor([[ 0., -3.,  2.,  0.]])
     """
     pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
-    return call(
+    y: Tensor = call(
         "prune",
         x,
         pattern.keep,
@@ -81,6 +82,7 @@ def prune(
         token_shift=token_shift,
         extra_columns=pattern.extra_columns,
     )
+    return y
 
 
 def compress(
@@ -111,7 +113,8 @@ def compress(
     >>> nm_act.compress(torch.tensor([[1.0, -3.0, 2.0, 0.5]]))
     (tensor([[-3.,  2.]]), tensor([[9]], dtype=torch.uint8))
     """
-    return call("compress", x, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
+    values, metadata = call("compress", x, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
+    return values, metadata
 
 
 def decompress(values: Tensor, metadata: Tensor) -> Tensor:
@@ -123,7 +126,8 @@ def decompress(values: Tensor, metadata: Tensor) -> Tensor:
     >>> nm_act.decompress(*nm_act.compress(torch.tensor([[1.0, -3.0, 2.0, 0.5]])))
     tensor([[ 0., -3.,  2.,  0.]])
     """
-    return call("decompress", values, metadata)
+    x: Tensor = call("decompress", values, metadata)
+    return x
 
 
 @takes_pattern
@@ -206,7 +210,7 @@ def sparse_linear(
     True
     """
     pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
-    return call(
+    y: Tensor = call(
         "sparse_linear",
         x,
         weight,
@@ -224,6 +228,7 @@ def sparse_linear(
         lifted_weight=lifted_weight,
         activation_dtype=activation_dtype,
     )
+    return y
 
 
 def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -245,7 +250,8 @@ def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     >>> torch.allclose(nm_act.gather_linear(x, weight), x @ weight.t(), atol=1e-5)
     True
     """
-    return call("gather_linear", x, weight, bias)
+    y: Tensor = call("gather_linear", x, weight, bias)
+    return y
 
 
 def pack_metadata(metadata: Tensor, in_features: int, layout: str) -> Tensor:
@@ -286,7 +292,7 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 def build_info() -> dict[str, object]:
     """What was compiled, for which torch, and which instruction set is in use."""
-    info = {"version": __version__, **_C.build_info()}
+    info: dict[str, Any] = {"version": __version__, **_C.build_info()}
     info["torch_cuda"] = info["torch_cuda"] or None
     info["cpu_isas"] = info["cpu_isas"].split(",")
     info["cuda_archs"] = [arch for arch in info["cuda_archs"].split(",") if arch]
@@ -300,7 +306,7 @@ def support_table() -> list[dict[str, str]]:
     return _C.support_table()
 
 
-def call(op: str, *arguments, **options):
+def call(op: str, *arguments: Any, **options: Any) -> Any:
     """The operator; an argument of another kind is our sentence, since torch's shows the schema and no remedy."""
     function = getattr(torch.ops.nm_act, op)
     if torch.compiler.is_compiling():
@@ -328,44 +334,52 @@ def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
             )
 
 
-def _linear_devices(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict) -> None:
+def _linear_devices(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> None:
     tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
     check_devices(op, x, weight=weight, bias=bias, **tensors)
 
 
 @torch.library.register_fake("nm_act::prune")
-def _(x, n, m, *, channel_scale=None, shift=None, token_shift="none", extra_columns=()):
+def _(x: Tensor, n: int, m: int, *, channel_scale: Any = None, shift: Any = None, **options: Any) -> Tensor:
     check_devices("prune", x, channel_scale=channel_scale, shift=shift)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("nm_act::compress")
-def _(x, *, channel_scale=None, shift=None, token_shift="none"):
+def _(x: Tensor, *, channel_scale: Any = None, shift: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
     check_devices("compress", x, channel_scale=channel_scale, shift=shift)
     values = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     return values, x.new_empty((*x.shape[:-1], (x.shape[-1] + 7) // 8), dtype=torch.uint8)
 
 
 @torch.library.register_fake("nm_act::decompress")
-def _(values, metadata):
+def _(values: Tensor, metadata: Tensor) -> Tensor:
     check_devices("decompress", values, metadata=metadata)
     return values.new_empty((*values.shape[:-1], values.shape[-1] * 2))
 
 
 @torch.library.register_fake("nm_act::sparse_linear")
-def _(x, weight, bias=None, n=2, m=4, **options):
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, n: int = 2, m: int = 4, **options: Any) -> Tensor:
     _linear_devices("sparse_linear", x, weight, bias, options)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("nm_act::sparse_linear_prepacked")
-def _(x, weight, prepacked_weight, bias=None, n=2, m=4, **options):
+def _(
+    x: Tensor,
+    weight: Tensor,
+    prepacked_weight: Tensor,
+    bias: Tensor | None = None,
+    n: int = 2,
+    m: int = 4,
+    **options: Any,
+) -> Tensor:
     _linear_devices("sparse_linear_prepacked", x, weight, bias, options)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("nm_act::gather_linear")
-def _(x, weight, bias=None):
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     check_devices("gather_linear", x, weight=weight, bias=bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -374,7 +388,7 @@ def refuse(op: str, device: str) -> None:
     """Register one sentence for an operator that has no kernel for the CPU or, in this build, for CUDA."""
     wanted = "CUDA" if device == "CPU" else "CPU"
 
-    def refused(*_arguments, **_options):
+    def refused(*_arguments: Any, **_options: Any) -> NoReturn:
         reason = build_info()["why_no_cuda"]
         built = f" (this build has no CUDA kernels: {reason})" if reason else ""
         raise NotImplementedError(

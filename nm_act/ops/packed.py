@@ -8,6 +8,7 @@ back where these refuse.
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ def compress_packed(
     return _packed(tensors, x, pattern)
 
 
-def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options) -> Packed:
+def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options: Any) -> Packed:
     """``compress_packed(RMSNorm(x + residual) * weight)`` in one kernel, with ``hidden``, the next residual.
 
     Parameters
@@ -143,7 +144,7 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
     return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
 
 
-def silu_mul_compress(gate: Tensor, up: Tensor, **options) -> Packed:
+def silu_mul_compress(gate: Tensor, up: Tensor, **options: Any) -> Packed:
     """``compress_packed(SiLU(gate) * up)`` in one kernel.
 
     Parameters
@@ -160,11 +161,11 @@ def sparse_gemm(
     operand: Packed | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    *separate,
+    *separate: Any,
     shift_out: Tensor | None = None,
     column_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-    **separately,
+    **separately: Any,
 ) -> Tensor:
     """``(row_scale * P @ weight.t() + eta (x) shift_out) * column_scale + bias`` on sparse tensor cores.
 
@@ -201,7 +202,7 @@ def sparse_gemm(
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected weight as a torch.Tensor, got {type(weight).__name__}; pass the layer's own")
     _check_operand(operand, weight)
-    return operators.call(
+    y: Tensor = operators.call(
         "sparse_gemm",
         operand.values,
         operand.metadata,
@@ -214,6 +215,7 @@ def sparse_gemm(
         column_scale=column_scale,
         out_dtype=out_dtype,
     )
+    return y
 
 
 def _check_operand(operand: Packed, weight: Tensor) -> None:
@@ -233,7 +235,9 @@ def _check_operand(operand: Packed, weight: Tensor) -> None:
         )
 
 
-def sparse_linear_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options) -> Tensor:
+def sparse_linear_fp8(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
     """Deprecated: :func:`nm_act.sparse_linear` with ``weight_scale`` and ``activation_dtype=torch.float8_e4m3fn``."""
     warnings.warn(
         "nm_act.sparse_linear_fp8 is deprecated; use nm_act.sparse_linear(x, weight, bias, weight_scale=weight_scale, "
@@ -264,44 +268,59 @@ def _fake_packed(
 
 @torch.library.register_fake("nm_act::compress_packed")
 def _(
-    x,
-    n=2,
-    m=4,
+    x: Tensor,
+    n: int = 2,
+    m: int = 4,
     *,
-    channel_scale=None,
-    shift=None,
-    token_shift="none",
-    variance_correction=False,
-    fp8=False,
-    extra_columns=(),
-):
+    token_shift: str = "none",
+    variance_correction: bool = False,
+    fp8: bool = False,
+    extra_columns: Sequence[int] = (),
+    **_vectors: Tensor | None,
+) -> tuple[Tensor, ...]:
     return _fake_packed(x, variance_correction, fp8, token_shift, NMPattern(n, m, extra_columns))
 
 
 @torch.library.register_fake("nm_act::rms_norm_compress")
 def _(
-    x,
-    weight,
-    eps,
-    residual=None,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
     *,
-    channel_scale=None,
-    shift=None,
-    token_shift="none",
-    variance_correction=False,
-    fp8=False,
-):
+    token_shift: str = "none",
+    variance_correction: bool = False,
+    fp8: bool = False,
+    **_vectors: Tensor | None,
+) -> tuple[Tensor, ...]:
     hidden = x.new_empty((0,) if residual is None else x.shape)
     return *_fake_packed(x, variance_correction, fp8, token_shift), hidden
 
 
 @torch.library.register_fake("nm_act::silu_mul_compress")
-def _(gate, up, *, channel_scale=None, shift=None, token_shift="none", variance_correction=False, fp8=False):
+def _(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    token_shift: str = "none",
+    variance_correction: bool = False,
+    fp8: bool = False,
+    **_vectors: Tensor | None,
+) -> tuple[Tensor, ...]:
     return _fake_packed(gate, variance_correction, fp8, token_shift)
 
 
 @torch.library.register_fake("nm_act::sparse_gemm")
-def _(values, metadata, layout, weight, bias=None, *, out_dtype=None, **_vectors):
+def _(
+    values: Tensor,
+    metadata: Tensor,
+    layout: str,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    **_vectors: Tensor | None,
+) -> Tensor:
     operators.check_devices("sparse_gemm", values, metadata=metadata, weight=weight, bias=bias)
     dtype = out_dtype or (torch.bfloat16 if values.dtype == torch.float8_e4m3fn else values.dtype)
     return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)

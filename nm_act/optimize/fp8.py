@@ -1,5 +1,8 @@
 """e4m3 weights: one byte per weight and one scale per output channel."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,6 +60,13 @@ class FP8Linear(nn.Module):
     rounding to e4m3; ``load_state_dict`` quantises.
     """
 
+    codes: Tensor
+    weight_scale: Tensor
+    channel_scale: Tensor | None
+    shift_out: Tensor | None
+    scaled_shift_out: Tensor | None
+    like: Tensor
+
     def __init__(self, layer: NMLinear, layout: str):
         check_layout(layout)
         if not isinstance(layer, NMLinear):
@@ -78,7 +88,7 @@ class FP8Linear(nn.Module):
         self.register_buffer("scaled_shift_out", None, persistent=False)
         self.register_buffer("like", layer.weight.new_empty(0), persistent=False)  # has the model's dtype
         self.bias = layer.bias
-        self.register_state_dict_post_hook(_dequantised_state)
+        self.register_state_dict_post_hook(_dequantised_state)  # type: ignore[no-untyped-call]
         self.store(layer.weight)
         self.train(layer.training)
 
@@ -114,7 +124,7 @@ class FP8Linear(nn.Module):
         """``[out, in]``, dequantised to the model's dtype: a new tensor at each access that refuses writes."""
         return self.dequantised(self.like.dtype).as_subclass(readonly.Computed)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             readonly.refuse_set(name)
         super().__setattr__(name, value)
@@ -125,7 +135,8 @@ class FP8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]``."""
-        options = {
+        options: dict[str, Any] = {
+            "pattern": self.spec.pattern,
             "channel_scale": self.channel_scale,
             "token_shift": self.spec.token_shift,
             "shift_out": self.shift_out,
@@ -135,27 +146,28 @@ class FP8Linear(nn.Module):
             return F.linear(x, self.dequantised(x.dtype), self.bias)
         options["weight_scale"] = self.weight_scale
         options["activation_dtype"] = E4M3 if self.layout == "prefill" else None
-        return ops.sparse_linear(x, self.e4m3, self.bias, self.spec.pattern, **options)
+        return ops.sparse_linear(x, self.e4m3, self.bias, **options)
 
     bypass = differentiable = False  # calibration never sees this layer
-    _is_dense_phase = NMLinear._is_dense_phase
+    _is_dense_phase: Any = NMLinear._is_dense_phase
 
     def to_nm_linear(self) -> NMLinear:
         """A 16-bit layer with the dequantised weight."""
-        options = {"weight_layout": self.weight_layout, "lift": self.lift, "device": "meta"}
+        options: dict[str, Any] = {"weight_layout": self.weight_layout, "lift": self.lift, "device": "meta"}
         layer = NMLinear(self.in_features, self.out_features, self.bias is not None, spec=self.spec, **options)
         layer.weight = nn.Parameter(self.dequantised(self.like.dtype), requires_grad=False)
         layer.bias = self.bias
         layer.refresh()
-        return layer.train(self.training)
+        layer.train(self.training)
+        return layer
 
     def extra_repr(self) -> str:
         """Sizes, spec and storage, for printing."""
         return f"{self.in_features}, {self.out_features}, {self.spec}, e4m3 for {self.layout}"
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Any, recurse: bool = True) -> "FP8Linear":
         scale, vectors = self.weight_scale, (self.shift_out, self.scaled_shift_out, self.channel_scale)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.codes.device
         self.weight_scale = scale.to(device)  # stays float32 in a bfloat16 model
         self.shift_out, self.scaled_shift_out, self.channel_scale = (
@@ -163,7 +175,16 @@ class FP8Linear(nn.Module):
         )
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         weight = state_dict.get(f"{prefix}weight")
         if weight is None:
             missing.append(f"{prefix}weight")
@@ -179,5 +200,5 @@ class FP8Linear(nn.Module):
                 self.bias.copy_(bias)
 
 
-def _dequantised_state(layer: FP8Linear, state: dict, prefix: str, _metadata) -> None:
+def _dequantised_state(layer: FP8Linear, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     state[f"{prefix}weight"] = layer.dequantised(layer.like.dtype).contiguous()

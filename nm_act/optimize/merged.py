@@ -204,9 +204,9 @@ class SharesProducts(Changed):
             products[nm_act_product.merged.names] = nm_act_product
         return self.nm_act_stock.forward(_Running(self, products), *args, **kwargs)
 
-    def _load_from_state_dict(self, state_dict, prefix, *others):
-        _join_state(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *others)
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *others):
+        _join_state(self, state_dict, prefix, missing)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
 
 
 class _Running:
@@ -244,13 +244,17 @@ def _split_state(merged: MergedLinear, state: dict, prefix: str, _metadata) -> N
             state[f"{parent}.{name}.{kind}" if parent else f"{name}.{kind}"] = part.contiguous()
 
 
-def _join_state(parent: nn.Module, state: dict, prefix: str) -> None:
-    """Builds the merged tensors from the stock ones; torch reports an incomplete set."""
+def _join_state(parent: nn.Module, state: dict, prefix: str, missing: list[str]) -> None:
+    """Builds the merged tensors from the stock ones; a part that the state lacks is missing, and stays as it is."""
     for child, merged in parent.named_children():
         if not isinstance(merged, MergedLinear):
             continue
         for kind in ("weight", "bias"):
+            value = parameter_of(merged.linear, kind)
+            if value is None:  # torch reports what the state has for it
+                continue
             names = [f"{prefix}{name}.{kind}" for name in merged.names]
-            if all(name in state for name in names):
-                parts = [state.pop(name) for name in names]
-                state[f"{prefix}{child}.linear.{kind}"] = torch.cat([part.to(parts[0].device) for part in parts])
+            missing.extend(name for name in names if name not in state)
+            kept = value.detach().split(merged.sizes)
+            parts = [state.pop(name, part) for name, part in zip(names, kept, strict=True)]
+            state[f"{prefix}{child}.linear.{kind}"] = torch.cat([part.to(parts[0].device) for part in parts])

@@ -2,7 +2,9 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..layers.hooks import take_over_hooks
@@ -181,7 +183,7 @@ def deoptimize(model: nn.Module) -> nn.Module:
     for _, module in list(model.named_modules()):
         children = [child for child, layer in module.named_children() if isinstance(layer, MergedLinear)]
         if isinstance(module, Changed):
-            fused.unfuse(module)
+            fused.unfuse(module)  # type: ignore[arg-type]
         for child in children:
             unmerge(module, child)
     return model
@@ -214,7 +216,8 @@ def _check(model: nn.Module, fp8: str | None, prepack: bool) -> None:
     if not layers and (fp8 is not None or prepack):
         option = "fp8" if fp8 is not None else "prepack"
         raise ValueError(f"expected a sparse model for {option}, got a dense one; call sparsify(model, recipe) first")
-    elsewhere = {parameter_of(layer, "weight").device.type for layer in layers} - {"meta", *PREFILL_DEVICES}
+    weights = [parameter_of(layer, "weight") for layer in layers]
+    elsewhere = {weight.device.type for weight in weights if weight is not None} - {"meta", *PREFILL_DEVICES}
     if fp8 == "prefill" and elsewhere:
         raise ValueError(
             f'expected a model on CUDA for fp8="prefill", got one on {", ".join(sorted(elsewhere))}; move it there '
@@ -238,7 +241,7 @@ def _family(module: nn.Module) -> str:
 
 
 def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:
-    groups: dict[tuple | str, list[str]] = {}
+    groups: dict[tuple[Any, ...] | str, list[str]] = {}
     for child in group:
         groups.setdefault(merge_key(getattr(parent, child)), []).append(child)
     for key, children in groups.items():
@@ -258,7 +261,7 @@ def _quantise(report: OptimizeReport, layout: str) -> None:
     for name in [name for name, _ in report.model.named_modules()]:
         module = report.model.get_submodule(name)
         for child in [child for child, layer in module.named_children() if isinstance(layer, NMLinear)]:
-            layer = module.get_submodule(child)
+            layer: Any = module.get_submodule(child)
             why = not_fp8(layer, layout)
             if why:
                 report.kept.append((f"{name}.{child}", f"stays in 16 bits: {why}"))
@@ -270,14 +273,15 @@ def _quantise(report: OptimizeReport, layout: str) -> None:
 def _prepack(report: OptimizeReport) -> None:
     for name, layer in report.model.named_modules():
         if isinstance(layer, NMLinear):
-            why = why_absent(layer) or why_not_prepacked(parameter_of(layer, "weight"))
+            weight: torch.Tensor = layer.weight
+            why = why_absent(layer) or why_not_prepacked(weight)
             if why:
                 report.kept.append((name, f"not prepacked: {why}"))
                 continue
             layer.prepack = True
             layer.refresh()
             report.prepacked.append(name)
-            report.prepacked_bytes += parameter_of(layer, "weight").nbytes
+            report.prepacked_bytes += weight.nbytes
 
 
 def _fuse_mlp(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:

@@ -9,6 +9,8 @@ Dynamic fp8 is the exception: each rank scales its slice of a token by the slice
 least as fine as that of a single process, and needs no exchange.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def row_sparse_linear(
     shift_out: Tensor | None = None,
     variance_correction: bool = False,
     column_scale: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor:
     """This rank's term of :func:`nm_act.sparse_linear`: the sum over the ranks is the layer's output.
 
@@ -94,7 +96,7 @@ def row_sparse_linear(
     return y.to(x.dtype)
 
 
-def _float32_product(z: Tensor, weight: Tensor, pattern: NMPattern, **selection) -> Tensor:
+def _float32_product(z: Tensor, weight: Tensor, pattern: NMPattern, **selection: Any) -> Tensor:
     """``P(z) weight^T [..., out]``; in float16, rounding here could overflow although the scaled product does not."""
     if z.dtype != torch.float16:
         return ops.sparse_linear(z, weight, None, pattern, **selection).float()

@@ -9,6 +9,7 @@ added once.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -61,15 +62,16 @@ def shard_of(weight: Tensor) -> Shard | None:
     split = [(dim, place) for dim, place in enumerate(weight.placements) if not place.is_replicate()]
     if not split:
         return None
-    if len(split) > 1 or getattr(split[0][1], "dim", None) is None:
+    mesh_dim, placement = split[0]
+    dim = getattr(placement, "dim", None)
+    if len(split) > 1 or dim is None:
         raise ValueError(
             f"expected a weight that is split over one mesh dimension, got placements {tuple(weight.placements)}; "
             "use tensor parallelism alone"
         )
-    mesh_dim, placement = split[0]
     mesh = weight.device_mesh
     group = mesh.get_group(mesh_dim)
-    kind = "column" if placement.dim % 2 == 0 else "row"
+    kind = "column" if dim % 2 == 0 else "row"
     return Shard(kind, mesh.get_local_rank(mesh_dim), mesh.size(mesh_dim), lambda tensor: _gather(tensor, group))
 
 
@@ -129,12 +131,12 @@ def check_plain(x: Tensor) -> None:
         )
 
 
-def _is_sharded(weight: Tensor) -> bool:
+def _is_sharded(weight: Tensor) -> "TypeGuard[DTensor]":
     return is_available() and isinstance(weight, DTensor)
 
 
 @torch.no_grad()
-def _gather(tensor: Tensor, group) -> Tensor:
+def _gather(tensor: Tensor, group: "dist.ProcessGroup") -> Tensor:
     size = dist.get_world_size(group)
     flat = tensor.new_empty((size * tensor.numel(),))
     # torch 2.13 renamed the function and warns about the old name.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..methods.mitigations import data_of
+from ..methods.mitigations import Spec, data_of
 from ..patterns import NMPattern
 
 
@@ -33,14 +33,14 @@ class Part:
         return self.extent % (size * self.unit) == 0
 
 
-def part_of(name: str, spec, kind: str, in_features: int, out_features: int) -> Part:
+def part_of(name: str, spec: Spec, kind: str, in_features: int, out_features: int) -> Part:
     """What is split in a "column" or "row" parallel layer of these sizes."""
     if kind == "row":
         return Part(name, "in_features", in_features, spec.pattern.span)
     return Part(name, "out_features", out_features)
 
 
-def check_split(name: str, spec, kind: str) -> None:
+def check_split(name: str, spec: Spec, kind: str) -> None:
     """Raise a ValueError if a layer with this :class:`~nm_act.LinearSpec` cannot be split that way.
 
     Calibrated data is split with the weight. If ranks see only a slice of a token's inputs, methods that compare or mix

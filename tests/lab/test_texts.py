@@ -7,8 +7,8 @@ import tiny_model
 import torch
 
 from nm_act.lab import texts
-from nm_act.lab.extras import import_extra
 from nm_act.lab.texts import read_text, tokenize
+from nm_act.supported import require
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,8 @@ def test_splits_in_the_order_of_preference(tmp_path):
 
 @pytest.mark.parametrize("extra", ["eval", "demo"])
 def test_a_missing_package_is_named_with_the_extra_that_installs_it(extra):
-    with pytest.raises(
-        ImportError, match=rf"^the plot needs the package nonsense, .*; run `pip install nm_act\[{extra}\]`"
-    ):
-        import_extra("nonsense.figure", "the plot", extra)
+    told = (
+        rf"^expected the package nonsense for the plot, found none; install it with: pip install 'nm_act\[{extra}\]'$"
+    )
+    with pytest.raises(ImportError, match=told):
+        require("nonsense.figure", extra, "the plot")

@@ -212,21 +212,26 @@ def test_a_state_dict_goes_into_safetensors_as_it_is(name, layout, tmp_path):
 
 
 @needs("accelerate")
-@pytest.mark.parametrize("name", ["act", "wina", "dpts-mean", "weight-magnitude"])
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @torch.no_grad()
-def test_offloaded_before_it_becomes_sparse(name, autocast):
+def test_offloaded_before_or_after_it_becomes_sparse(name, buffers, autocast):
     import accelerate
 
     dense = _dense(0)
     expected = _layer(name, dense)
-    model = accelerate.cpu_offload(nn.Sequential(copy.deepcopy(dense)), execution_device="cpu")
-    model[0] = NMLinear.from_linear(model[0], SPECS[name])
-    assert model[0].weight.is_meta
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        for _ in range(2):
-            torch.testing.assert_close(model(X), expected(X), rtol=1e-4, atol=1e-5)
-    assert model[0].weight.is_meta
+    options = {"execution_device": "cpu", "offload_buffers": buffers}
+    first = accelerate.cpu_offload(nn.Sequential(copy.deepcopy(dense)), **options)
+    first[0] = NMLinear.from_linear(first[0], SPECS[name])
+    first[0].set_data(**expected.data())
+    after = accelerate.cpu_offload(nn.Sequential(copy.deepcopy(expected)), **options)
+    for model in (first, after):
+        assert model[0].weight.is_meta
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for _ in range(2):
+                torch.testing.assert_close(model(X), expected(X), rtol=1e-4, atol=1e-5)
+        assert model[0].weight.is_meta
 
 
 # ---- whole models ---------------------------------------------------------------------------------------------------

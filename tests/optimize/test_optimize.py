@@ -6,10 +6,12 @@ import re
 import pytest
 import torch
 from tiny_families import IDS, KNOWN, assert_close, family, logits, optimize_checked, sparse, sparse_layers
+from torch import nn
 
 import nm_act
 from nm_act.layers.kv_cache import cache_argument
 from nm_act.layers.linear import NMLinear
+from nm_act.ops import prepack
 from nm_act.optimize import model as model_module
 from nm_act.optimize.merged import MergedLinear, Product
 from nm_act.optimize.model import is_optimized
@@ -75,13 +77,22 @@ def test_state_dict_is_the_stock_one_and_loads(name):
     assert torch.equal(logits(model), expected)
 
 
-def test_an_incomplete_state_dict_is_an_error():
-    model = sparse()
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_incomplete_state_dict_loads_its_part_and_names_the_rest(assign):
+    model, other = sparse(), sparse()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     nm_act.optimize(model)
-    state = model.state_dict()
-    del state["model.layers.0.self_attn.k_proj.weight"]
-    with pytest.raises(RuntimeError, match="merged_q_k_v"):
+    attention = "model.layers.0.self_attn"
+    absent = [f"{attention}.k_proj.weight", *(f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))]
+    state = {key: value + 1 for key, value in before.items() if key not in absent}
+    with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"{attention}.k_proj.weight\", "):
         model.load_state_dict(state)
+    result = model.load_state_dict(state, strict=False, assign=assign)
+    assert (result.missing_keys, result.unexpected_keys) == (absent, [])
+    expected = {key: before[key] if key in absent else state[key] for key in before}
+    assert_same_state(model.state_dict(), expected)
+    other.load_state_dict(expected)
+    assert torch.equal(logits(model), logits(other))
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -427,3 +438,34 @@ class TestFP8:
         report = nm_act.optimize(model, fp8="prefill")
         assert dict(report.kept)["model.layers.0.mlp.down_proj"] == "stays in 16 bits: pattern 8:16"
         assert len(report.fp8) == 6
+
+
+# ---- weights in oneDNN's layout
+
+
+@torch.no_grad()
+def test_prepack_keeps_the_outputs_and_says_its_bytes():
+    if prepack.why_not_prepacked(torch.empty(1)):
+        pytest.skip("this torch was built without oneDNN")
+    model = sparse("llama", "8:16")
+    expected = logits(model)
+    report = nm_act.optimize(model, prepack=True)
+    layers = [layer for layer in model.modules() if isinstance(layer, nm_act.NMLinear)]
+    assert len(report.prepacked) == len(layers) == 8  # per layer: merged q/k/v, o, merged gate/up, down
+    assert report.prepacked_bytes == sum(layer.weight.nbytes for layer in layers)
+    assert "prepacked for oneDNN: 8, a second copy of" in str(report)
+    assert all(layer.prepacked_weight is not None for layer in layers)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected a model that is not optimized"):
+        nm_act.optimize(model)
+    nm_act.deoptimize(model)
+    assert not any(layer.prepack for layer in model.modules() if isinstance(layer, nm_act.NMLinear))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prepack_refuses_a_dense_model_and_says_what_stays():
+    with pytest.raises(ValueError, match="expected a sparse model for prepack, got a dense one"):
+        nm_act.optimize(nn.ModuleList([nn.Linear(32, 32)]), prepack=True)
+    layer = nm_act.NMLinear.from_linear(nn.Linear(32, 32).double(), nm_act.LinearSpec("8:16"))
+    report = nm_act.optimize(nn.ModuleList([layer]), prepack=True)
+    assert report.kept[-1] == ("0", "not prepacked: oneDNN has no product in float64 on this processor")

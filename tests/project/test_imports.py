@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "nm_act"
 ROOMS = (
-    ("files", "patterns", "supported", "version", "yaml_text", "_C"),
+    ("files", "moved", "patterns", "supported", "version", "yaml_text", "_C"),
     *(("ops",), ("methods",), ("recipe",), ("parallel",), ("layers",), ("optimize",), ("conversion",)),
     *(("integrations",), ("lab",), ("cli", "__main__")),
 )

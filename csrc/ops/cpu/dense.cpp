@@ -7,9 +7,9 @@
 #include "ops/cpu/dense.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
 

@@ -5,11 +5,11 @@
 // torch's, or if more than a bias follows, one that keeps float32 until the end (dense.cpp). With a prepacked weight that
 // product is oneDNN's, and rows are skipped for fewer tokens, because it is faster.
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -180,12 +180,11 @@ at::Tensor sparse_linear_prepacked(const at::Tensor& x, const at::Tensor& weight
   const at::AutoDispatchBelowADInplaceOrView no_gradient;
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
   check_weight(x, weight, bias, kOp);
-  TORCH_CHECK_VALUE(prepacked.is_mkldnn() && prepacked.scalar_type() == x.scalar_type() &&
-                        prepacked.sizes() == weight.sizes(),
-                    "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ",
-                    weight.scalar_type(), " ", weight.sizes(), ", got ", prepacked.layout(), " ",
-                    prepacked.scalar_type(), " ", prepacked.sizes(),
-                    "; make it with torch.ops.mkldnn._reorder_linear_weight");
+  TORCH_CHECK_VALUE(
+      prepacked.is_mkldnn() && prepacked.scalar_type() == x.scalar_type() && prepacked.sizes() == weight.sizes(),
+      "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ", weight.scalar_type(), " ",
+      weight.sizes(), ", got ", prepacked.layout(), " ", prepacked.scalar_type(), " ", prepacked.sizes(),
+      "; make it with torch.ops.mkldnn._reorder_linear_weight");
   const int64_t out_features = weight.size(0);
   at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
   const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);

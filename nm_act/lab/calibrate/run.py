@@ -175,7 +175,7 @@ def _calibrate_block(runner: BlockRunner, index: int, hidden, settings, device, 
     if not layers:
         return {}
     note("statistics")
-    permuted = [name for name, layer in layers.items() if "permute" in layer.spec.mitigation]
+    permuted = [name for name, layer in layers.items() if "input_order" in layer.data()]
     if permuted:
         # A pass of its own: what selections drop, which other data need, depends on the order.
         with switched(layers.values(), "bypass"), collect(layers, device, matrices=False) as statistics:

@@ -62,6 +62,14 @@ class InputStatistics:
         return (self.total / self.tokens).float()
 
     @property
+    def centred_covariance(self) -> torch.Tensor | None:
+        """Covariance of the channels, float64 [in, in], or None if it was not taken."""
+        if self.covariance is None:
+            return None
+        mean = self.mean.double()
+        return self.covariance.double() / self.tokens - torch.outer(mean, mean)
+
+    @property
     def norm(self) -> torch.Tensor:
         """``||X_:j||_2``, float32 [in]."""
         return self.square.sqrt().float()
@@ -73,15 +81,12 @@ def collect(layers: dict[str, NMLinear], device, *, matrices: bool = True) -> It
 
     Without `matrices`, only statistics per channel are taken.
     """
-    statistics = {
-        name: InputStatistics(
-            layer.in_features,
-            device,
-            covariance=matrices and "larosa" in layer.spec.mitigation,
-            lost=matrices and mitigations.is_fitted(layer.spec.mitigation),
+    statistics = {}
+    for name, layer in layers.items():
+        needed = {each for method in layer.spec.methods for each in method.matrices} if matrices else ()
+        statistics[name] = InputStatistics(
+            layer.in_features, device, covariance="covariance" in needed, lost="lost" in needed
         )
-        for name, layer in layers.items()
-    }
 
     def add(layer, name, x):
         statistics[name].add(x)
@@ -97,32 +102,18 @@ def collect(layers: dict[str, NMLinear], device, *, matrices: bool = True) -> It
 
 def initial_data(layer: NMLinear, statistics: InputStatistics) -> dict[str, torch.Tensor]:
     """All calibrated data of a layer before training: static ones in closed form, learned ones at their start."""
-    spec, device = layer.spec, layer.weight.device
-    weight = layer.weight.detach()
-    data = {}
-    rank = mitigations.rank_of(spec.mitigation)
-    for name in spec.mitigation:
-        if name == "lpts":
-            data["shift"] = torch.zeros(layer.in_features, device=device)
-        elif name == "ls":
-            data["column_scale"] = torch.ones(layer.out_features, device=device)
-            data["added_bias"] = torch.zeros(layer.out_features, device=device)
-        elif name == "pcs":
-            data["smoothing"] = mitigations.smoothing_of(statistics.largest, weight)
-        elif name == "larosa":
-            mean = statistics.mean.double()
-            covariance = statistics.covariance.double() / statistics.tokens - torch.outer(mean, mean)
-            data["rotation"] = mitigations.rotation_of(covariance)
-        elif name == "permute":  # the orders were folded into the weights already
-            data["input_order"] = layer.input_order
-    if mitigations.is_fitted(spec.mitigation):
-        pair = mitigations.fitted_low_rank_of(weight, statistics.lost, rank)
-        data["low_rank_in"], data["low_rank_out"] = pair
-    elif rank:
-        data["low_rank_in"], data["low_rank_out"] = mitigations.low_rank_of(weight, rank)
-    if "spts" in spec.mitigation or "spts-scalar" in spec.mitigation:
-        mean = statistics.mean if "rotation" not in data else statistics.mean @ data["rotation"]
-        data["shift"] = mean if "spts" in spec.mitigation else mean.mean().expand_as(mean)
+    spec, mean, data = layer.spec, statistics.mean, {}
+    for method in sorted(spec.methods, key=lambda each: each.slot != "basis"):  # a shift is one in that basis
+        seen = mitigations.Observed(
+            weight=layer.weight.detach(),
+            mean=mean @ data["rotation"] if "rotation" in data else mean,
+            largest=statistics.largest,
+            covariance=statistics.centred_covariance,
+            lost=statistics.lost,
+            input_order=layer.data().get("input_order"),  # folded into the weights already
+            rank=mitigations.rank_of(spec.mitigation),
+        )
+        data.update(zip(method.data, method.start(seen), strict=True))
     if "input_norm" in spec.scoring.data:
         data["input_norm"] = statistics.norm
     return data

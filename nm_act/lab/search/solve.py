@@ -12,8 +12,8 @@ from functools import cached_property
 import numpy as np
 
 from ...recipe import DENSE, LinearSpec, Recipe, Rule
+from ...supported import require
 from ..cost import Rates, added_macs, pattern_of
-from ..extras import import_extra
 from .sensitivity import Group
 
 __all__ = ["Choice", "Problem"]
@@ -71,7 +71,7 @@ class Problem:
         It is found by HiGHS, as an integer program with one binary variable per group and option. Raises ValueError if
         even the fastest option everywhere does not reach the target.
         """
-        optimize = import_extra("scipy.optimize", "the solver of nm-act search")
+        optimize = require("scipy.optimize", "eval", "the solver of nm-act search")
         needed = 1 - 1 / target_speedup
         if needed > self._reachable + 1e-9:
             best = 1 / (1 - self._reachable)

@@ -1,0 +1,39 @@
+from collections.abc import Sequence
+
+SPARSE_GEMM_TOKENS: int
+MAX_ROW_FEATURES: int
+
+_Facts = tuple[int, int, int, int, bool]
+
+def build_info() -> dict[str, object]: ...
+def support_table() -> list[dict[str, str]]: ...
+def pack_metadata(neutral: bytes, tokens: int, in_features: int, layout: str) -> bytes: ...
+def unpack_metadata(physical: bytes, tokens: int, in_features: int, layout: str) -> bytes: ...
+def choose_path(
+    on_cuda: bool,
+    tokens: int,
+    dtype: str,
+    n: int,
+    m: int,
+    extra_columns: Sequence[int],
+    weight: _Facts,
+    lifted: _Facts | None,
+    compute_capability_major: int,
+    multiprocessors: int,
+    weight_dtype: str,
+    activation_dtype: str,
+) -> tuple[str, str]: ...
+def gather_configs(
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    bits8: bool,
+    keep: int,
+    group: int,
+    compute_capability_major: int,
+    multiprocessors: int,
+) -> list[tuple[int, int, int, int]]: ...
+def gemm_tiles(dtype: str) -> list[dict[str, int | str | bool]]: ...
+def select_gemm_config(
+    dtype: str, tokens: int, out_features: int, in_features: int, multiprocessors: int
+) -> tuple[int, int, int, int, bool]: ...
