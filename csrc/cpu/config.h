@@ -8,8 +8,8 @@ namespace nm_act::cpu {
 // Most tokens that the gather kernel handles in one pass over the weight.
 constexpr int kGatherTokens = 4;
 
-// Most tokens for which sparse_linear gathers: three passes over the weight are faster than torch's GEMM over a weight
-// stored [in, out] (docs/kernels/cpu_decode.md).
-constexpr int64_t kMostGatheredTokens = 3 * kGatherTokens;
+// Most tokens for which sparse_linear gathers. Two passes over the weight are faster than torch's float32 GEMM, but not
+// than its 16-bit one (docs/kernels/cpu_decode.md).
+constexpr int64_t most_gathered_tokens(bool is_float32) { return is_float32 ? 2 * kGatherTokens : kGatherTokens; }
 
 }  // namespace nm_act::cpu

@@ -6,14 +6,14 @@ namespace nm_act {
 std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
   const bool one = facts.tokens == 1;
   const std::string tokens = std::to_string(facts.tokens) + (one ? " token" : " tokens");
+  const int64_t few = cpu::most_gathered_tokens(facts.type == ElementType::kFloat32);
   switch (choice.why) {
     case Why::kFewTokens: return tokens + " over a weight stored [in, out]: only the rows of surviving inputs are read";
     case Why::kEnoughTokens:
       return tokens + " are enough for the sparse tensor cores" +
              (choice.path == LinearPath::kLifted ? ", and the lifted weight costs less than it saves" : "");
     case Why::kManyTokens:
-      return tokens + " need nearly every weight row; rows are skipped up to " +
-             std::to_string(cpu::kMostGatheredTokens) + " tokens";
+      return tokens + " need nearly every weight row; rows are skipped up to " + std::to_string(few) + " tokens";
     case Why::kFullUnion:
       return tokens + " of this pattern need nearly every weight row between them, so skipping rows does not pay";
     case Why::kStoredOutIn:

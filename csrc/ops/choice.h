@@ -84,7 +84,8 @@ inline bool gather_pays_over_prepacked(ElementType type, Pattern pattern, int64_
 }
 
 inline LinearChoice choose_on_cpu(const LinearFacts& facts) {
-  if (facts.tokens > cpu::kMostGatheredTokens) return {LinearPath::kDense, Why::kManyTokens};
+  if (facts.tokens > cpu::most_gathered_tokens(facts.type == ElementType::kFloat32))
+    return {LinearPath::kDense, Why::kManyTokens};
   if (!facts.weight.stored_in_out()) return {LinearPath::kDense, Why::kStoredOutIn};
   return {LinearPath::kGather, Why::kFewTokens};
 }

@@ -26,7 +26,7 @@ inline constexpr SupportRow kSupport[] = {
     {"prune", "always", "cpu", kAllDtypes, kAllPatterns, "vectorised selection, one pass"},
     {"compress", "always", "cpu", kAllDtypes, "2:4", "vectorised selection, neutral format"},
     {"decompress", "always", "cpu", kAllDtypes, "2:4", "scatter"},
-    {"sparse_linear", "1 to 12 tokens, weight stored [in, out]", "cpu", kAllDtypes, kAllPatterns,
+    {"sparse_linear", "1 to 4 tokens (float32: 8), weight stored [in, out]", "cpu", kAllDtypes, kAllPatterns,
      "reads only the weight rows of survivors"},
     {"sparse_linear", "otherwise", "cpu", kAllDtypes, kAllPatterns, "prune, then torch's dense GEMM"},
     {"sparse_linear", "weight_scale given", "cpu, cuda sm_80+", "e4m3 or int8 weight", kAllPatterns,

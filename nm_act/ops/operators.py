@@ -155,7 +155,7 @@ def sparse_linear(
     ----------
     x : Tensor [..., in_features], float32, bfloat16 or float16
     weight : Tensor [out_features, in_features], dtype of x; float8_e4m3fn or int8 with ``weight_scale``
-        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to four tokens (up to twelve on a
+        Either stride order. Stored [in, out] (``weight.t()`` contiguous), one to four tokens (eight in float32 on a
         CPU) read only the rows whose input survived in one of them; on CUDA if x has 16 bits, out_features is a
         multiple of 8 (of 16 for an 8-bit weight), its rows are 16-byte aligned and, for a 16-bit weight, the tokens
         are expected to need at most 95 % of them. Expected finite: the rows of pruned inputs may not be read.

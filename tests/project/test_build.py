@@ -146,6 +146,7 @@ def test_native_checks(name):
     assert int(checks[1]) > NATIVE[name]
 
 
+@needs_source
 def test_the_clone_is_found_from_its_parent_folder(tmp_path):
     """An editable install is a path, not a finder behind all paths: there the folder nm_act would hide the package."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]

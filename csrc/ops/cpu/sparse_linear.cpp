@@ -2,10 +2,9 @@
 //
 // An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens with a weight stored [in, out] run
 // on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product:
-// torch's, or if more than a bias follows, one that keeps float32 until the end (dense.cpp). With a prepacked weight that
-// product is oneDNN's, and rows are skipped for fewer tokens, because it is faster.
+// torch's, or if more than a bias follows, one that keeps float32 until the end (dense.cpp). With a prepacked weight it
+// is oneDNN's, which is faster, so that fewer tokens skip rows.
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mv.h>
@@ -104,11 +103,30 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
 // takes 0.1 s (2 threads of an AMD EPYC with AVX-512, torch 2.13).
 bool torch_is_slow(const at::Tensor& weight) { return weight.scalar_type() == at::kHalf && stored_in_out(weight); }
 
-// Both operators, once their own arguments are checked; without a prepacked weight it is undefined.
-at::Tensor pruned_product(const at::Tensor& x, const Selection& selection, const at::Tensor& weight,
-                          const at::Tensor& prepacked, const OptionalTensor& bias, const at::Tensor& shift_vector,
-                          const at::Tensor& column_vector, bool variance_correction, const at::Tensor& y) {
-  const int64_t tokens = selection.tokens, in_features = selection.in_features;
+// Both operators; without a prepacked weight it is undefined.
+at::Tensor pruned_product(const char* op, const at::Tensor& prepacked, const at::Tensor& x,
+                          const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n, int64_t m,
+                          const OptionalTensor& channel_scale, const OptionalTensor& shift,
+                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
+                          const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
+                          at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight,
+                          std::optional<at::ScalarType> activation_dtype) {
+  const NoAutocast no_autocast;
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, op, extra_columns);
+  const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, op);
+  check_lifted_weight(lifted_weight, selection, x, stored_weight, op);
+  TORCH_CHECK_NOT_IMPLEMENTED(!check_activation_dtype(activation_dtype, x, stored_weight, op),
+                              "nm_act::sparse_linear expected CUDA tensors along with activation_dtype float8_e4m3fn, ",
+                              "got CPU tensors; leave activation_dtype out");
+  const int64_t tokens = selection.tokens, in_features = selection.in_features, out_features = stored_weight.size(0);
+  at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, op);
+  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", op);
+  at::Tensor y = at::empty({tokens, out_features}, x.options());
+  if (y.numel() == 0) return y.view(with_last(x.sizes(), out_features));
+  if (selection.has_shift() && !shift_vector.defined())
+    shift_vector = shift_image(dequantised(stored_weight, scale, at::kFloat), selection);
+  const at::Tensor weight = dequantised(stored_weight, scale, x.scalar_type());
+
   const at::Tensor dense = x.contiguous();
   const at::TensorOptions vector_options = x.options().dtype(at::kFloat);
   at::Tensor operand = at::empty({tokens, in_features}, x.options());
@@ -125,48 +143,32 @@ at::Tensor pruned_product(const at::Tensor& x, const Selection& selection, const
   const cpu::Epilogue epilogue{data_or_null(nu), data_or_null(eta), data_or_null(shift_vector),
                                data_or_null(column_vector),
                                bias_vector.defined() ? bias_vector.const_data_ptr() : nullptr};
-  const bool only_bias = !nu.defined() && !shift_vector.defined() && !column_vector.defined();
-  const ElementType type = selection.type;
+  const ElementType type = element_type(x.scalar_type());
   const LinearFacts facts{tokens, type, type, type, selection.pattern, facts_of(weight), {}, variance_correction};
-  const bool gathers = choose_on_cpu(facts).path == LinearPath::kGather &&
-                       (!prepacked.defined() || gather_pays_over_prepacked(type, selection.pattern, tokens));
-  if (gathers) {
-    launch_gather(operand, weight, epilogue, type, y);
+  const bool pays = !prepacked.defined() || gather_pays_over_prepacked(type, selection.pattern, tokens);
+  if (pays && choose_on_cpu(facts).path == LinearPath::kGather) {
+    launch_gather(operand, weight, epilogue, selection.type, y);
+  } else if (prepacked.defined() && (nu.defined() || shift_vector.defined() || column_vector.defined())) {
+    apply_epilogue(prepacked_product(operand, prepacked, {}).to(at::kFloat), epilogue, type, 0, y);
   } else if (prepacked.defined()) {
-    const at::Tensor product = prepacked_product(operand, prepacked, only_bias ? bias : OptionalTensor());
-    if (only_bias) return product.view(with_last(x.sizes(), weight.size(0)));
-    apply_epilogue(product.to(at::kFloat), epilogue, type, 0, y);
-  } else if (!only_bias || torch_is_slow(weight)) {
-    dense_product(operand, weight, epilogue, type, y);
+    y = prepacked_product(operand, prepacked, bias);
+  } else if (nu.defined() || shift_vector.defined() || column_vector.defined() || torch_is_slow(weight)) {
+    dense_product(operand, weight, epilogue, selection.type, y);
   } else {
-    return at::linear(operand, weight, bias).view(with_last(x.sizes(), weight.size(0)));
+    y = at::linear(operand, weight, bias);
   }
-  return y.view(with_last(x.sizes(), weight.size(0)));
+  return y.view(with_last(x.sizes(), out_features));
 }
 
-at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
                          const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
                          at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight,
                          std::optional<at::ScalarType> activation_dtype) {
-  constexpr const char* kOp = "sparse_linear";
-  const NoAutocast no_autocast;
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
-  const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
-  check_lifted_weight(lifted_weight, selection, x, stored_weight, kOp);
-  TORCH_CHECK_NOT_IMPLEMENTED(!check_activation_dtype(activation_dtype, x, stored_weight, kOp),
-                              "nm_act::sparse_linear expected CUDA tensors along with activation_dtype float8_e4m3fn, ",
-                              "got CPU tensors; leave activation_dtype out");
-  const int64_t out_features = stored_weight.size(0);
-  at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
-  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
-  const at::Tensor y = at::empty({selection.tokens, out_features}, x.options());
-  if (y.numel() == 0) return y.view(with_last(x.sizes(), out_features));
-  if (selection.has_shift() && !shift_vector.defined())
-    shift_vector = shift_image(dequantised(stored_weight, scale, at::kFloat), selection);
-  return pruned_product(x, selection, dequantised(stored_weight, scale, x.scalar_type()), {}, bias, shift_vector,
-                        column_vector, variance_correction, y);
+  return pruned_product("sparse_linear", {}, x, weight, bias, n, m, channel_scale, shift, token_shift, shift_out,
+                        variance_correction, column_scale, weight_scale, extra_columns, lifted_weight,
+                        activation_dtype);
 }
 
 at::Tensor sparse_linear_prepacked(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& prepacked,
@@ -176,22 +178,13 @@ at::Tensor sparse_linear_prepacked(const at::Tensor& x, const at::Tensor& weight
                                    bool variance_correction, const OptionalTensor& column_scale,
                                    at::IntArrayRef extra_columns) {
   constexpr const char* kOp = "sparse_linear_prepacked";
-  const NoAutocast no_autocast;
-  const at::AutoDispatchBelowADInplaceOrView no_gradient;
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
-  check_weight(x, weight, bias, kOp);
   TORCH_CHECK_VALUE(
-      prepacked.is_mkldnn() && prepacked.scalar_type() == x.scalar_type() && prepacked.sizes() == weight.sizes(),
+      prepacked.is_mkldnn() && prepacked.scalar_type() == weight.scalar_type() && prepacked.sizes() == weight.sizes(),
       "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ", weight.scalar_type(), " ",
       weight.sizes(), ", got ", prepacked.layout(), " ", prepacked.scalar_type(), " ", prepacked.sizes(),
       "; make it with torch.ops.mkldnn._reorder_linear_weight");
-  const int64_t out_features = weight.size(0);
-  at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
-  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
-  const at::Tensor y = at::empty({selection.tokens, out_features}, x.options());
-  if (y.numel() == 0) return y.view(with_last(x.sizes(), out_features));
-  if (selection.has_shift() && !shift_vector.defined()) shift_vector = shift_image(weight.to(at::kFloat), selection);
-  return pruned_product(x, selection, weight, prepacked, bias, shift_vector, column_vector, variance_correction, y);
+  return pruned_product(kOp, prepacked, x, weight, bias, n, m, channel_scale, shift, token_shift, shift_out,
+                        variance_correction, column_scale, {}, extra_columns, {}, {});
 }
 
 at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
