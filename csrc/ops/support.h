@@ -33,7 +33,7 @@ inline constexpr SupportRow kSupport[] = {
      "as above, the gather kernel on CUDA; otherwise the weight is dequantised at every call"},
     {"sparse_linear_prepacked",
      "at most 4 tokens, weight stored [in, out], at most 90 % of its rows needed (float32: 80 %)", "cpu", kAllDtypes,
-     kAllPatterns, "as above"},
+     kAllPatterns, "reads only the weight rows of survivors"},
     {"sparse_linear_prepacked", "otherwise", "cpu", kAllDtypes, kAllPatterns,
      "prune, then oneDNN's product with the prepacked weight"},
     {"gather_linear", "1 to 8 tokens, weight stored [in, out]", "cpu", kAllDtypes, "any zeros in the input",
