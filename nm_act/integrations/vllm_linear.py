@@ -5,12 +5,19 @@ replacement of the weight) is computed while the loader holds it, before it is s
 communicate, and all select as a single process does. A weight that is loaded before its calibrated data is kept until
 the data arrives. Every collective is vLLM's own, and ``apply`` reads nothing back from the device, so CUDA graphs can
 capture it.
+
+A reload (``reload_weights``, a weight update) goes the same way: vLLM calls each loader with a weight on the meta
+device to count what arrives, then loads the layer into new memory and copies its parameters to their old addresses.
+What this module derives is copied to its old addresses here, because captured graphs and compiled code read those.
 """
 
 import functools
 import inspect
 import logging
+import sys
+import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,10 +55,18 @@ _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
 
 
 class NMActVLLMConfig(QuantizationConfig):
-    """The ``quantization_config`` of a saved checkpoint in vLLM: the recipe."""
+    """The ``quantization_config`` of a saved checkpoint, or of ``--hf-overrides`` for a dense one: the recipe.
 
-    def __init__(self, recipe: Recipe):
+    Raises
+    ------
+    ValueError
+        If there is no recipe (``--quantization nm_act`` alone), or a server cannot follow it.
+    """
+
+    def __init__(self, recipe: Recipe | None = None):
         super().__init__()
+        if recipe is None:
+            raise ValueError(plan.NO_RECIPE)
         plan.check_servable(recipe)
         self.recipe = recipe
         self._sparse: list[str] = []
@@ -112,6 +127,68 @@ class NMActVLLMConfig(QuantizationConfig):
         self._logged = True
 
 
+class _Loading:
+    """What a layer keeps while its weights are read.
+
+    Attributes
+    ----------
+    scales : list of Tensor or None
+        Each projection's channel scale over its whole input.
+    data : list of dict
+        Each projection's whole calibrated data.
+    waiting : list of tuple
+        Weights that came before their data.
+    arrived : set of int
+        Projections whose weight came.
+    rows : ChannelQuantScaleParameter
+        The output features of each projection that this rank has: an index vector that vLLM's loader slices like the
+        weight. It is not a parameter of the layer, because no checkpoint contains it.
+    """
+
+    def __init__(self, layer: torch.nn.Module, projections: int):
+        self.scales: list[torch.Tensor | None] = [None] * projections
+        self.data: list[dict[str, torch.Tensor]] = [{} for _ in range(projections)]
+        self.waiting: list[tuple] = []
+        self.arrived: set[int] = set()
+        rows = torch.empty(sum(layer.nm_act_sizes), dtype=torch.int64)
+        self.rows = ChannelQuantScaleParameter(data=rows, output_dim=0, weight_loader=layer.nm_act_load)
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """What the forward of a layer reads; a reload fills the same tensors.
+
+    Attributes
+    ----------
+    parameter : Parameter
+        The layer's weight, to tell it from that of a reload.
+    segments : list of Segment
+    weights : list of Tensor or None
+        Of each segment, stored [in, out]; None is the parameter.
+    shift_outs : list of Tensor or None
+        Images of the shifts.
+    operator : callable
+        With the signature of :func:`nm_act.sparse_linear`.
+    """
+
+    parameter: torch.nn.Parameter
+    segments: list[plan.Segment]
+    weights: list[torch.Tensor | None]
+    shift_outs: list[torch.Tensor | None]
+    operator: Callable[..., torch.Tensor]
+
+    def copy_(self, other: "_Operands") -> None:
+        """Take the values of another layer of the same segments, at the addresses of this one."""
+        for mine, new in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(new)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        held = [
+            value for each in self.segments for value in (each.channel_scale, *map(each.data.get, sorted(each.data)))
+        ]
+        return [tensor for tensor in (*held, *self.weights, *self.shift_outs) if tensor is not None]
+
+
 class NMActLinearMethod(LinearMethodBase):
     """Runs one vLLM linear layer (replicated, column, row, merged, QKV) through :func:`nm_act.sparse_linear`.
 
@@ -154,65 +231,105 @@ class NMActLinearMethod(LinearMethodBase):
                 f"expected {len(output_partition_sizes)} projections in {layer.prefix}, got {', '.join(self.names)}; "
                 "leave this layer out of the recipe"
             )
-        load = extra_weight_attrs.pop("weight_loader")
+        _guard_reloads()
+        layer.nm_act_load = extra_weight_attrs.pop("weight_loader")
         weight = ModelWeightParameter(
             data=torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype),
             input_dim=1,
             output_dim=0,
-            weight_loader=functools.partial(self._load, layer, load),
+            weight_loader=types.MethodType(self._load_weight, layer),
         )
         layer.register_parameter("weight", weight)
         set_weight_attrs(weight, extra_weight_attrs)
         layer.nm_act_sizes = list(output_partition_sizes) if len(self.specs) > 1 else [sum(output_partition_sizes)]
-        layer.nm_act_scales = [None] * len(self.specs)
-        layer.nm_act_data = [dict[str, torch.Tensor]() for _ in self.specs]
-        layer.nm_act_waiting = []
-        # An index vector, loaded like the weight, shows which output features of each projection vLLM's loader gives
-        # this rank. It is not a parameter of the layer, because no checkpoint contains it.
-        rows = torch.empty(sum(output_partition_sizes), dtype=torch.int64)
-        layer.nm_act_rows = [ChannelQuantScaleParameter(data=rows, output_dim=0, weight_loader=load)]
+        layer.nm_act_loading = _Loading(layer, len(self.specs))
+        layer.nm_act_operands = None
+        whole = _whole_sizes(layer) if len(self.specs) > 1 else [output_size]
         for name in self._data_names:
-            loader = functools.partial(self._load_data, layer, name)
-            layer.register_parameter(name, BasevLLMParameter(data=torch.empty(0), weight_loader=loader))
+            shapes = [
+                mitigations.shape_of(name, input_size, out, mitigations.rank_of(spec.mitigation))
+                for spec, out in zip(self.specs, whole, strict=True)
+                if spec is not None and name in mitigations.data_of(spec)
+            ]
+            # Without memory: vLLM finds the loader by the parameter, and compares its size with what a reload brings.
+            place = torch.empty(sum(torch.Size(shape).numel() for shape in shapes), device="meta")
+            loader = types.MethodType(self._data_loader(name), layer)
+            layer.register_parameter(name, BasevLLMParameter(data=place, weight_loader=loader))
 
     @property
     def _data_names(self) -> list[str]:
         return sorted({name for spec in self.specs if spec is not None for name in mitigations.data_of(spec)})
 
-    def _load_data(self, layer, name: str, param, value: torch.Tensor, loaded_shard_id=None) -> None:
-        """Take one projection's whole calibrated data; ``param`` is only the name under which vLLM finds it."""
-        index = 0 if len(self.specs) == 1 else _SHARD_IDS.get(loaded_shard_id, loaded_shard_id)
-        dtype = layer.weight.dtype if name in FOLLOW_WEIGHT else torch.float32
-        layer.nm_act_data[index][name] = value.to(layer.weight.device, dtype, copy=True)
-        layer.nm_act_waiting = [item for item in layer.nm_act_waiting if not self._finish(layer, *item)]
+    # The loaders are functions that a layer binds: vLLM needs their name, and does not keep a layer alive by a method
+    # that is bound to it.
 
-    def _load(self, layer, load, param, loaded_weight: torch.Tensor, loaded_shard_id=None) -> None:
-        """Derive what needs the whole weight, then call vLLM's loader of this layer, which slices it."""
-        if not self._finish(layer, load, param, loaded_weight, loaded_shard_id):
-            # A copy, because it is kept longer than some of vLLM's readers keep their buffers.
-            layer.nm_act_waiting.append((load, param, loaded_weight.clone(), loaded_shard_id))
+    def _data_loader(self, name: str) -> Callable[..., None]:
+        """Loader of one projection's whole calibrated data; ``param`` is only the name under which vLLM finds it."""
 
-    def _finish(self, layer, load, param, loaded_weight: torch.Tensor, shard_id) -> bool:
+        def load_data(layer, param, loaded_weight: torch.Tensor, loaded_shard_id=None) -> None:
+            if layer.weight.is_meta:
+                torch.empty_like(loaded_weight, device="meta").copy_(loaded_weight)  # this is what vLLM counts
+                return
+            loading = self._loading(layer)
+            index = 0 if len(self.specs) == 1 else _SHARD_IDS.get(loaded_shard_id, loaded_shard_id)
+            dtype = layer.weight.dtype if name in FOLLOW_WEIGHT else torch.float32
+            loading.data[index][name] = loaded_weight.to(layer.weight.device, dtype, copy=True)
+            loading.waiting = [item for item in loading.waiting if not self._finish(layer, *item)]
+
+        return load_data
+
+    @property
+    def _load_weight(self) -> Callable[..., None]:
+        """Loader that derives what needs the whole weight, then calls vLLM's loader of this layer, which slices it."""
+
+        def load_weight(layer, param, loaded_weight: torch.Tensor, loaded_shard_id=None) -> None:
+            if param.is_meta:
+                layer.nm_act_load(param, loaded_weight, *_given(loaded_shard_id))
+            elif not self._finish(layer, param, loaded_weight, loaded_shard_id):
+                # A copy, because it is kept longer than some of vLLM's readers keep their buffers.
+                layer.nm_act_loading.waiting.append((param, loaded_weight.clone(), loaded_shard_id))
+
+        return load_weight
+
+    def _loading(self, layer) -> _Loading:
+        """What the layer keeps while its weights are read; a reload starts it anew.
+
+        Raises
+        ------
+        RuntimeError
+            If a loader is called for a layer that serves, outside of vLLM's reload.
+        """
+        if layer.nm_act_loading is None:
+            if layer.weight is layer.nm_act_operands.parameter:
+                raise RuntimeError(
+                    f"expected new weights of {layer.prefix} through vLLM's reload_weights or a weight update, got a "
+                    "call of its loader; reload with collective_rpc('reload_weights')"
+                )
+            layer.nm_act_loading = _Loading(layer, len(self.specs))
+        return layer.nm_act_loading
+
+    def _finish(self, layer, param, loaded_weight: torch.Tensor, shard_id) -> bool:
         """Load a weight if the calibrated data of its projections has arrived."""
+        loading = self._loading(layer)
         parts = list(self._projections(layer, loaded_weight, shard_id))
-        if any(self._missing(layer, index) for index, _ in parts):
+        loading.arrived.update(index for index, _ in parts)
+        if any(self._missing(loading, index) for index, _ in parts):
             return False
         operands = [self._derive(layer, index, part, param) for index, part in parts]
-        ids = () if shard_id is None else (shard_id,)
         if any(operand is not part for operand, (_, part) in zip(operands, parts, strict=True)):
             loaded_weight = torch.cat([operand.to(param.device, param.dtype) for operand in operands])
-        load(param, loaded_weight, *ids)
-        load(layer.nm_act_rows[0], torch.cat([torch.arange(len(part)) for _, part in parts]), *ids)
+        layer.nm_act_load(param, loaded_weight, *_given(shard_id))
+        layer.nm_act_load(loading.rows, torch.cat([torch.arange(len(part)) for _, part in parts]), *_given(shard_id))
         return True
 
-    def _missing(self, layer, index: int) -> str:
+    def _missing(self, loading: _Loading, index: int) -> str:
         """Name of a piece of calibrated data that a projection still lacks."""
-        spec, data = self.specs[index], layer.nm_act_data[index]
+        spec, data = self.specs[index], loading.data[index]
         return "" if spec is None else next((name for name in mitigations.data_of(spec) if name not in data), "")
 
     def _derive(self, layer, index: int, part: torch.Tensor, param) -> torch.Tensor:
         """Set a projection's channel scale; return its operand weight (``part`` itself if no method replaces it)."""
-        spec, data = self.specs[index], layer.nm_act_data[index]
+        spec, data, scales = self.specs[index], layer.nm_act_loading.data[index], layer.nm_act_loading.scales
         if spec is None:
             return part
         for name, value in data.items():
@@ -224,11 +341,11 @@ class NMActLinearMethod(LinearMethodBase):
                     f"{got}; calibrate with nm-act calibrate and save the model again"
                 )
         if not mitigations.reads_weight(spec):
-            layer.nm_act_scales[index] = mitigations.selection_scale(spec, part, part, data)
+            scales[index] = mitigations.selection_scale(spec, part, part, data)
             return part
         whole = part.to(param.device, param.dtype)
         operand = mitigations.operand_weight(spec, whole, data)
-        layer.nm_act_scales[index] = mitigations.selection_scale(spec, whole, operand, data)
+        scales[index] = mitigations.selection_scale(spec, whole, operand, data)
         return part if operand is whole else operand
 
     def _projections(self, layer, whole: torch.Tensor, shard_id):
@@ -237,12 +354,7 @@ class NMActLinearMethod(LinearMethodBase):
             return [(0, whole)]
         if isinstance(shard_id, (int, str)):
             return [(_SHARD_IDS.get(shard_id, shard_id), whole)]
-        if isinstance(layer, QKVParallelLinear):
-            heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
-            widths = (layer.head_size, layer.head_size, getattr(layer, "v_head_size", layer.head_size))
-            sizes = [count * width for count, width in zip(heads, widths, strict=True)]
-        else:
-            sizes = layer.output_sizes
+        sizes = _whole_sizes(layer)
         indices = range(len(sizes)) if shard_id is None else shard_id
         return zip(indices, whole.split([sizes[index] for index in indices]), strict=True)
 
@@ -252,11 +364,20 @@ class NMActLinearMethod(LinearMethodBase):
         Raises
         ------
         RuntimeError
-            If a criterion needs the whole weight and no checkpoint was loaded (dummy weights, say), or calibrated data
-            is missing.
+            If a criterion needs the whole weight and no checkpoint was loaded (dummy weights, say), calibrated data is
+            missing, or a reload brings a part of the layer.
+        ValueError
+            If a reload brings projections that no longer select alike.
         """
-        for index, (name, spec, scale) in enumerate(zip(self.names, self.specs, layer.nm_act_scales, strict=True)):
-            missing = self._missing(layer, index)
+        loading = self._loading(layer)
+        absent = [name for index, name in enumerate(self.names) if index not in loading.arrived]
+        if absent and loading.arrived:
+            raise RuntimeError(
+                f"expected the weights of {', '.join(self.names)} in {layer.prefix}, got none of {', '.join(absent)}; "
+                "load them together"
+            )
+        for index, (name, spec, scale) in enumerate(zip(self.names, self.specs, loading.scales, strict=True)):
+            missing = self._missing(loading, index)
             if missing:
                 raise RuntimeError(
                     f"expected calibrated data for {name} in {layer.prefix}, got no {missing}; load a checkpoint that "
@@ -267,33 +388,43 @@ class NMActLinearMethod(LinearMethodBase):
                     f"expected the weight of {name} in {layer.prefix} from a checkpoint, from which the criterion "
                     f"{spec.criterion!r} computes its channel scale, got none; load the checkpoint itself"
                 )
-        shard = self._shard(layer)
-        scales = [
-            scale if shard is None or scale is None else shard.part(scale, ("in",)) for scale in layer.nm_act_scales
-        ]
-        layer.nm_act_segments = plan.segments(self.specs, layer.nm_act_sizes, scales, self._local_data(layer, shard))
+        new, old = self._operands(layer, loading), layer.nm_act_operands
         for name in self._data_names:
             delattr(layer, name)
-        del layer.nm_act_data, layer.nm_act_scales, layer.nm_act_rows, layer.nm_act_waiting
-        weight = layer.weight.data
-        parts = [parallel.stored_in_out(weight[each.start : each.stop]) for each in layer.nm_act_segments]
-        # A single part remains the parameter; several are stored separately, and the whole is freed.
-        layer.weight.data = parts[0] if len(parts) == 1 else weight.new_empty(0)
-        layer.nm_act_weights = [None] if len(parts) == 1 else parts
-        layer.nm_act_shift_outs = [
-            None if each.spec is None else mitigations.shift_image(each.spec, part, each.data)
-            for each, part in zip(layer.nm_act_segments, parts, strict=True)
-        ]
-        layer.nm_act_operator = ops.sparse_linear
-        if shard is not None:
-            layer.nm_act_operator = functools.partial(parallel.row_sparse_linear, shard)
+        layer.weight.data = layer.weight.new_empty(0) if len(new.segments) > 1 else new.weights[0]
+        if len(new.segments) == 1:  # it remains the parameter, which vLLM copies in a reload
+            new.weights[0] = None
+        if old is None:
+            layer.nm_act_operands = new
+        else:
+            old.copy_(new)
+        layer.nm_act_loading = None
         self._loaded()
 
+    def _operands(self, layer, loading: _Loading) -> _Operands:
+        """What the forward reads, computed from what was loaded."""
+        shard = self._shard(layer)
+        scales = [scale if shard is None or scale is None else shard.part(scale, ("in",)) for scale in loading.scales]
+        before = layer.nm_act_operands and [each.stop for each in layer.nm_act_operands.segments]
+        segments = plan.segments(
+            self.specs, layer.nm_act_sizes, scales, self._local_data(layer, loading, shard), before
+        )
+        weight = layer.weight.data
+        parts = [parallel.stored_in_out(weight[each.start : each.stop]) for each in segments]
+        shift_outs = [
+            None if each.spec is None else mitigations.shift_image(each.spec, part, each.data)
+            for each, part in zip(segments, parts, strict=True)
+        ]
+        operator = ops.sparse_linear
+        if shard is not None:
+            operator = functools.partial(parallel.row_sparse_linear, shard)
+        return _Operands(layer.weight, segments, parts, shift_outs, operator)
+
     @staticmethod
-    def _local_data(layer, shard: parallel.Shard | None) -> list[dict[str, torch.Tensor]]:
+    def _local_data(layer, loading: _Loading, shard: parallel.Shard | None) -> list[dict[str, torch.Tensor]]:
         """The part of each projection's calibrated data that the forward on this rank reads."""
-        local, rows = [], layer.nm_act_rows[0].data.split(layer.nm_act_sizes)
-        for data, mine in zip(layer.nm_act_data, rows, strict=True):
+        local, rows = [], loading.rows.data.split(layer.nm_act_sizes)
+        for data, mine in zip(loading.data, rows, strict=True):
             part = {}
             for name, value in data.items():
                 if mitigations.DATA[name][0] == "out":
@@ -319,19 +450,80 @@ class NMActLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x [tokens, in] -> [tokens, out]`` of this rank; a row-parallel layer's outputs are summed by vLLM."""
+        held = layer.nm_act_operands
         outputs = [
             each.run(
                 x,
                 layer.weight if part is None else part,
                 None if bias is None else bias[each.start : each.stop],
                 shift_out,
-                layer.nm_act_operator,
+                held.operator,
             )
-            for each, part, shift_out in zip(
-                layer.nm_act_segments, layer.nm_act_weights, layer.nm_act_shift_outs, strict=True
-            )
+            for each, part, shift_out in zip(held.segments, held.weights, held.shift_outs, strict=True)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+def _whole_sizes(layer: torch.nn.Module) -> list[int]:
+    """Output features of a merged layer's projections over all ranks."""
+    if not isinstance(layer, QKVParallelLinear):
+        return layer.output_sizes
+    heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
+    widths = (layer.head_size, layer.head_size, getattr(layer, "v_head_size", layer.head_size))
+    return [count * width for count, width in zip(heads, widths, strict=True)]
+
+
+def _given(shard_id) -> tuple:
+    return () if shard_id is None else (shard_id,)
+
+
+def _guard_reloads() -> None:
+    """Let an engine answer after a reload that fails.
+
+    vLLM leaves its layers without memory then. The guard gives each one the tensors it had; layers that were complete
+    keep their new weights.
+    """
+    module = sys.modules.get("vllm.v1.worker.gpu_worker")  # of the process that has a worker
+    if module is None or hasattr(module.Worker.reload_weights, "nm_act"):
+        return
+    reload = module.Worker.reload_weights
+
+    @functools.wraps(reload)
+    def reload_weights(self, *args, **kwargs) -> None:
+        config = self.vllm_config.model_config
+        source = config.model, config.revision
+        try:
+            reload(self, *args, **kwargs)
+        except Exception as error:  # any error: the engine must go on
+            config.model, config.revision = source
+            new = _undo_reload()
+            if new is None:
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RuntimeError(
+                f"expected the weights of the model that is served, got others ({reason}); {new} layers have new "
+                "weights and all others their old ones, so reload a whole checkpoint of this model"
+            ) from error
+
+    reload_weights.nm_act = True
+    module.Worker.reload_weights = reload_weights
+
+
+def _undo_reload() -> int | None:
+    """Give the layers of an unfinished reload their tensors back; how many were finished, None if it had not begun."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    layers = list(layerwise.LAYERWISE_INFO.items())
+    unfinished = [(layer, info) for layer, info in layers if info.can_load()]
+    for layer, info in unfinished:
+        if hasattr(layer, "nm_act_loading"):
+            layer.nm_act_loading = None
+        layerwise._place_kernel_tensors(layer, info)
+        info.reset()
+    layerwise.LOADING_LAYERS.clear()
+    if not unfinished:
+        return None
+    return sum(bool(layer._parameters) for layer, _ in layers) - sum(bool(each._parameters) for each, _ in unfinished)
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:

