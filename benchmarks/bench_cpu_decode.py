@@ -9,7 +9,8 @@ dense product, so one of its baselines is dense + prune, for both storages of th
 the last line of the output: a thread that has to wait for a core shows in every row.
 
     python benchmarks/bench_cpu_decode.py --tokens 1 2 4 8 16 64 256 --csv benchmarks/results/cpu/decode.csv
-    python benchmarks/bench_cpu_decode.py --tokens 1 2 3 4 8 16 64 --threads 1 --csv benchmarks/results/cpu/prepacked.csv
+    python benchmarks/bench_cpu_decode.py --tokens 1 2 3 4 8 16 64 --threads 1 \
+        --csv benchmarks/results/cpu/prepacked.csv
     python benchmarks/bench_cpu_decode.py --patterns 2:4 4:8 8:16 16:32 2:4+1 2:4+2 6:8 --dtypes bf16 \
         --csv benchmarks/results/cpu/patterns.csv
 """

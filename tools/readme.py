@@ -96,6 +96,8 @@ def caption(rows: list[dict[str, str]], source: str = DECODE) -> str:
 def cpu_prepacked() -> str:
     """The sparse layer without and with a prepacked copy, over a prepacked dense one: 20th percentiles, in rows of one
     run, because whatever else runs on the machine only ever adds time."""
+    if not (ROOT / PREPACKED).exists():
+        return f"All shapes on an idle machine: not measured yet (`benchmarks/bench_cpu_decode.py --csv {PREPACKED}`)."
     rows = [row for row in read_rows(PREPACKED) if row["baseline"] == "prepacked"]
     cells: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
@@ -106,7 +108,16 @@ def cpu_prepacked() -> str:
         ratios = [f"{times[0] / time:.2f}x" for time in times[1:]]
         shown = [milliseconds(str(time)) for time in times]
         lines.append([f"{outputs} × {inputs}", dtype, tokens, *shown, *ratios])
-    header = ["out × in", "dtype", "tokens", "prepacked dense ms", "sparse ms", "with a copy ms", "sparse", "with a copy"]
+    header = [
+        "out × in",
+        "dtype",
+        "tokens",
+        "prepacked dense ms",
+        "sparse ms",
+        "with a copy ms",
+        "sparse",
+        "with a copy",
+    ]
     note = caption(rows, PREPACKED).replace("medians", "20th percentiles")
     return f"{table(header, lines, right=2)}\n\n{note}"
 
