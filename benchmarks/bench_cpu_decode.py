@@ -1,16 +1,22 @@
-"""The CPU's sparse_linear against torch.nn.functional.linear, with weights of 32 MiB and more.
+"""The CPU's sparse_linear against torch.nn.functional.linear and oneDNN's prepacked product, with weights of 32 MiB and
+more.
 
-Per shape and dtype, interleaved in one run: the dense layer as models store it ([out, in]), the sparse layer (selection
-included), our kernel reading every row (which shows the part due to sparsity) and a plain read of memory. Above 4
-tokens (8 in fp32) the sparse layer is prune + torch's GEMM, so its baseline is dense + prune, for both storages of the
-weight: torch's bf16 GEMM is slower for [in, out], and so is the sparse layer.
+Per shape and dtype, interleaved in one run: the dense layer as models store it ([out, in]), the dense layer with a
+weight that oneDNN has prepacked (what serving engines run; the stronger baseline), the sparse layer (selection
+included), the sparse layer with a prepacked copy (`optimize(prepack=True)`), our kernel reading every row (which shows
+the part due to sparsity) and a plain read of memory. Above 4 tokens (8 in fp32) the sparse layer prunes and runs a
+dense product, so one of its baselines is dense + prune, for both storages of the weight. The load of the machine is in
+the last line of the output: a thread that has to wait for a core shows in every row.
 
     python benchmarks/bench_cpu_decode.py --tokens 1 2 4 8 16 64 256 --csv benchmarks/results/cpu/decode.csv
+    python benchmarks/bench_cpu_decode.py --tokens 1 2 3 4 8 16 64 --threads 1 \
+        --csv benchmarks/results/cpu/prepacked.csv
     python benchmarks/bench_cpu_decode.py --patterns 2:4 4:8 8:16 16:32 2:4+1 2:4+2 6:8 --dtypes bf16 \
         --csv benchmarks/results/cpu/patterns.csv
 """
 
 import argparse
+import os
 import platform
 from pathlib import Path
 
@@ -20,6 +26,7 @@ from shapes import LLAMA_3_8B
 from timer import Rows, interleaved, percentiles, relative_error
 
 import nm_act
+from nm_act.ops.prepack import prepack_weight
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 READ_BYTES = 256 << 20
@@ -55,6 +62,18 @@ def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, re
         "prune": lambda: nm_act.prune(x, **selection),
         "read": read_buffer.sum,
     }
+    packed = prepack_weight(stock)
+    if packed is not None:
+        made = nm_act.NMPattern(str(pattern))
+        arguments = (x, weight, packed, None, made.keep, made.group)
+        linear, sparse = torch.ops.mkldnn._linear_pointwise, torch.ops.nm_act.sparse_linear_prepacked
+        # Each behind a read, so that neither finds the copy in the cache.
+        calls = {
+            "evict": read_buffer.sum,
+            "prepacked": lambda: linear(x, packed, None, "none", [], ""),
+            **calls,
+            "sparse_prepacked": lambda: sparse(*arguments, extra_columns=made.extra_columns),
+        }
     if tokens <= DECODE_TOKENS[name]:
         calls["every_row"] = lambda: nm_act.gather_linear(x, weight)
     else:
@@ -96,6 +115,9 @@ def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, re
             add("sparse", 1.0, "F.linear[in,out]+prune", plus_prune["dense_in_out"], str(pattern)),
             add("sparse", 1.0, "F.linear+prune", plus_prune["dense"], str(pattern)),
         ]
+    if packed is not None:
+        for variant in ("prepacked", "sparse", "sparse_prepacked"):
+            report.append(add(variant, 1.0, "prepacked", times["prepacked"], str(pattern)))
     rows.add(times["read"], times["read"], **common, variant="read", stage="read", gbps=f"{read:.1f}")
     dense = percentiles(times["dense"])[1] / 1e3
     print(
@@ -125,6 +147,7 @@ def main() -> None:
             for pattern in arguments.patterns:
                 for shape in LLAMA_3_8B.values():
                     bench(rows, name, shape, tokens, pattern, arguments.seconds, read_buffer)
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,33 @@ def reloads(pairs) -> None:
 
 
 @torch.no_grad()
+def prepacked(folder, other, recipe) -> None:
+    """A copy of every weight in oneDNN's layout: the same outputs, after a reload too, and one line says its bytes."""
+    records = []
+    override = {"quantization_config": {"quant_method": "nm_act", "recipe": recipe, "prepack": True}}
+    with mock.patch.object(logging.getLogger("vllm.nm_act"), "handle", records.append):
+        model = _vllm_model(folder, torch.float32, hf_overrides=override)
+    assert "prepack keeps a second copy of their weights" in records[0].getMessage()
+    for new in (folder, other):
+        if new is other:
+            _reload(model, new)
+        whole = tp_cases.load(new, dtype=torch.float32)
+        inputs = tp_cases.inputs(whole)
+        for name, layer in model.named_modules():
+            held = getattr(layer, "nm_act_operands", None)
+            if held is None:
+                continue
+            assert all(each is not None for each in held.prepacked)
+            parent, _, last = name.rpartition(".")
+            parts = [f"{parent}.{each}" for each in MERGED.get(last, (last,))]
+            for tokens in (1, 18):
+                x = inputs[parts[0]].flatten(0, -2)[:tokens]
+                expected = torch.cat([whole.get_submodule(part)(x) for part in parts], dim=-1)
+                tolerance = TOLERANCES[x.dtype] * expected.abs().max().item()
+                torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
 def reloads_that_fail(calibrated, plain) -> None:
     """The loader of a layer that serves, a part of a layer, weights without their calibrated data."""
     from vllm.model_executor.model_loader.reload import layerwise
@@ -191,7 +218,7 @@ def _column_layer(folder, model, whole, inputs) -> None:
     torch.testing.assert_close(layer(inputs[name])[0], expected, rtol=0, atol=tolerance)
 
 
-def _vllm_model(folder, dtype):
+def _vllm_model(folder, dtype, **options):
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     identity = [os.urandom(8).hex()]
     dist.broadcast_object_list(identity)
@@ -210,6 +237,7 @@ def _vllm_model(folder, dtype):
         max_model_len=32,
         tensor_parallel_size=size,
         distributed_executor_backend="mp",
+        **options,
     )
     config = arguments.create_engine_config()  # this loads the plug-in through its entry point
     with set_current_vllm_config(config):

@@ -110,13 +110,45 @@ def gpu_speed() -> str:
     return f"{table(header, lines, right=0)}\n\n{origin}"
 
 
+DECODE, PREPACKED = "benchmarks/results/cpu/decode.csv", "benchmarks/results/cpu/prepacked.csv"
+
+
 def decode_rows() -> list[dict[str, str]]:
-    return read_rows("benchmarks/results/cpu/decode.csv")
+    return [row for row in read_rows(DECODE) if row["baseline"] != "prepacked"]
 
 
-def caption(rows: list[dict[str, str]]) -> str:
+def caption(rows: list[dict[str, str]], source: str = DECODE) -> str:
     first = rows[0]
-    return f"{first['device']}, torch {first['torch']}, {first['date']}, medians; `benchmarks/results/cpu/decode.csv`."
+    return f"{first['device']}, torch {first['torch']}, {first['date']}, medians; `{source}`."
+
+
+def cpu_prepacked() -> str:
+    """The sparse layer without and with a prepacked copy, over a prepacked dense one: 20th percentiles, in rows of one
+    run, because whatever else runs on the machine only ever adds time."""
+    if not (ROOT / PREPACKED).exists():
+        return f"All shapes on an idle machine: not measured yet (`benchmarks/bench_cpu_decode.py --csv {PREPACKED}`)."
+    rows = [row for row in read_rows(PREPACKED) if row["baseline"] == "prepacked"]
+    cells: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault(key(row), {})[row["variant"]] = float(row["us_p20"])
+    lines = []
+    for (dtype, tokens, outputs, inputs), found in cells.items():
+        times = [found[variant] for variant in ("prepacked", "sparse", "sparse_prepacked")]
+        ratios = [f"{times[0] / time:.2f}x" for time in times[1:]]
+        shown = [milliseconds(str(time)) for time in times]
+        lines.append([f"{outputs} × {inputs}", dtype, tokens, *shown, *ratios])
+    header = [
+        "out × in",
+        "dtype",
+        "tokens",
+        "prepacked dense ms",
+        "sparse ms",
+        "with a copy ms",
+        "sparse",
+        "with a copy",
+    ]
+    note = caption(rows, PREPACKED).replace("medians", "20th percentiles")
+    return f"{table(header, lines, right=2)}\n\n{note}"
 
 
 def cpu_decode() -> str:
@@ -362,6 +394,7 @@ BLOCKS = {
     "demo": demo,
     "cpu-decode": cpu_decode,
     "cpu-tokens": cpu_tokens,
+    "cpu-prepacked": cpu_prepacked,
     "gpu-speed": gpu_speed,
     "inference": inference,
     "quality": quality,

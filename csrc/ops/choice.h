@@ -77,6 +77,13 @@ inline WeightFacts dequantised_facts(const WeightFacts& w) {
   return {w.out_features, w.in_features, in_out ? 1 : w.in_features, in_out ? w.out_features : 1, true};
 }
 
+// Whether skipping rows beats pruning followed by oneDNN's product with a prepacked weight: if the tokens leave one row
+// in ten unread, in float32 one in five (three and two tokens of a 50 % pattern; docs/kernels/cpu_decode.md).
+inline bool gather_pays_over_prepacked(ElementType type, Pattern pattern, int64_t tokens) {
+  const double most = type == ElementType::kFloat32 ? 0.8 : 0.9;
+  return tokens <= cpu::kGatherTokens && union_fraction(pattern, static_cast<int>(tokens)) <= most;
+}
+
 inline LinearChoice choose_on_cpu(const LinearFacts& facts) {
   if (facts.tokens > cpu::most_gathered_tokens(facts.type == ElementType::kFloat32))
     return {LinearPath::kDense, Why::kManyTokens};

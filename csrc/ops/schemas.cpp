@@ -54,6 +54,14 @@ TORCH_LIBRARY(nm_act, m) {
       "Tensor? column_scale=None, Tensor? weight_scale=None, int[] extra_columns=[], Tensor? lifted_weight=None, "
       "ScalarType? activation_dtype=None) -> Tensor");
 
+  // CPU only, without a gradient. prepacked_weight is `weight` in the layout that oneDNN's product reads, as made by
+  // mkldnn::_reorder_linear_weight, and is used where skipping rows does not pay.
+  m.def(
+      "sparse_linear_prepacked(Tensor x, Tensor weight, Tensor prepacked_weight, Tensor? bias=None, int n=2, int m=4, "
+      "*, "
+      "Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, "
+      "bool variance_correction=False, Tensor? column_scale=None, int[] extra_columns=[]) -> Tensor");
+
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
   // gather kernel of sparse_linear without the selection. At most 8 tokens.
   m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");

@@ -47,7 +47,9 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from .. import ops, parallel
 from ..layers.linear import FOLLOW_WEIGHT
+from ..layers.work import compiled_operator
 from ..methods import mitigations
+from ..ops.prepack import prepack_weight, why_not_prepacked
 from ..recipe import LinearSpec, Recipe
 from . import vllm_plan as plan
 
@@ -63,12 +65,14 @@ class NMActVLLMConfig(QuantizationConfig):
         If there is no recipe (``--quantization nm_act`` alone), or a server cannot follow it.
     """
 
-    def __init__(self, recipe: Recipe | None = None):
+    def __init__(self, recipe: Recipe | None = None, prepack: bool = False):
         super().__init__()
         if recipe is None:
             raise ValueError(plan.NO_RECIPE)
         plan.check_servable(recipe)
         self.recipe = recipe
+        self.prepack = prepack
+        self._prepacked_bytes = 0
         self._sparse: list[str] = []
         self._dense: list[str] = []
         self._logged = False
@@ -97,8 +101,11 @@ class NMActVLLMConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NMActVLLMConfig":
         """From the entry in config.json; ValueError as :meth:`nm_act.Recipe.from_dict`."""
-        fields = {key: value for key, value in config.items() if key != "quant_method"}
-        return cls(Recipe.from_dict(fields.get("recipe", fields)))
+        fields = {key: value for key, value in config.items() if key not in ("quant_method", "prepack")}
+        prepack = config.get("prepack", False)
+        if not isinstance(prepack, bool):
+            raise ValueError(f"expected prepack as true or false in quantization_config, got {prepack!r}; write one")
+        return cls(Recipe.from_dict(fields.get("recipe", fields)), prepack)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         """The sparse method for a linear layer in the recipe, vLLM's dense one for any other; None elsewhere."""
@@ -107,7 +114,7 @@ class NMActVLLMConfig(QuantizationConfig):
         specs = plan.specs_of(self.recipe, prefix, self.packed_modules_mapping, layer.input_size)
         (self._sparse if specs else self._dense).append(prefix)
         if specs:
-            return NMActLinearMethod(specs, self._log)
+            return NMActLinearMethod(specs, self._log, self._count_prepacked if self.prepack else None)
         method = UnquantizedLinearMethod()
         process = method.process_weights_after_loading
 
@@ -119,10 +126,17 @@ class NMActVLLMConfig(QuantizationConfig):
         method.process_weights_after_loading = process_and_log
         return method
 
+    def _count_prepacked(self, size: int) -> None:
+        self._prepacked_bytes += size
+
     def _log(self) -> None:
         """Log once what is sparse, when the first layer has its weights and so all layers exist."""
         if not self._logged and get_tensor_model_parallel_rank() == 0:
             level, text = plan.loaded_sentence(len(self._sparse), len(self._dense), (self._dense or [""])[0])
+            if self._prepacked_bytes:
+                text += (
+                    f"; prepack keeps a second copy of their weights, {self._prepacked_bytes / 2**20:.0f} MiB a rank"
+                )
             logging.getLogger("vllm.nm_act").log(level, text)
         self._logged = True
 
@@ -168,7 +182,9 @@ class _Operands:
     shift_outs : list of Tensor or None
         Images of the shifts.
     operator : callable
-        With the signature of :func:`nm_act.sparse_linear`.
+        With the signature of :func:`nm_act.sparse_linear`; it takes a prepacked weight besides if there are some.
+    prepacked : list of Tensor or None
+        Of each segment's weight, a copy in oneDNN's layout.
     """
 
     parameter: torch.nn.Parameter
@@ -176,11 +192,13 @@ class _Operands:
     weights: list[torch.Tensor | None]
     shift_outs: list[torch.Tensor | None]
     operator: Callable[..., torch.Tensor]
+    prepacked: list[torch.Tensor | None]
 
     def copy_(self, other: "_Operands") -> None:
         """Take the values of another layer of the same segments, at the addresses of this one."""
         for mine, new in zip(self._tensors(), other._tensors(), strict=True):
             mine.copy_(new)
+        self.prepacked[:] = other.prepacked  # opaque tensors of CPUs, which no graph was captured with
 
     def _tensors(self) -> list[torch.Tensor]:
         held = [
@@ -198,10 +216,18 @@ class NMActLinearMethod(LinearMethodBase):
         The projections in the layer, in order.
     loaded : callable
         Called when a layer has its weights.
+    prepacks : callable, optional
+        To keep a copy of every weight in oneDNN's layout too, on CPUs; called with the bytes of each.
     """
 
-    def __init__(self, specs: list[tuple[str, LinearSpec | None]], loaded: Callable[[], None]):
+    def __init__(
+        self,
+        specs: list[tuple[str, LinearSpec | None]],
+        loaded: Callable[[], None],
+        prepacks: Callable[[int], None] | None = None,
+    ):
         self._loaded = loaded
+        self._prepacks = prepacks
         self.names = [name for name, _ in specs]
         self.specs = [spec for _, spec in specs]
 
@@ -239,6 +265,8 @@ class NMActLinearMethod(LinearMethodBase):
             output_dim=0,
             weight_loader=types.MethodType(self._load_weight, layer),
         )
+        if self._prepacks is not None and size == 1 and not why_not_prepacked(weight):
+            self._prepacks(weight.nbytes)
         layer.register_parameter("weight", weight)
         set_weight_attrs(weight, extra_weight_attrs)
         layer.nm_act_sizes = list(output_partition_sizes) if len(self.specs) > 1 else [sum(output_partition_sizes)]
@@ -416,9 +444,16 @@ class NMActLinearMethod(LinearMethodBase):
             for each, part in zip(segments, parts, strict=True)
         ]
         operator = ops.sparse_linear
+        prepacked: list[torch.Tensor | None] = [None] * len(parts)
         if shard is not None:
             operator = functools.partial(parallel.row_sparse_linear, shard)
-        return _Operands(layer.weight, segments, parts, shift_outs, operator)
+        elif self._prepacks is not None:
+            operator = compiled_operator
+            prepacked = [
+                None if each.spec is None or each.spec.scoring.prunes_weight else prepack_weight(part)
+                for each, part in zip(segments, parts, strict=True)
+            ]
+        return _Operands(layer.weight, segments, parts, shift_outs, operator, prepacked)
 
     @staticmethod
     def _local_data(layer, loading: _Loading, shard: parallel.Shard | None) -> list[dict[str, torch.Tensor]]:
@@ -458,8 +493,11 @@ class NMActLinearMethod(LinearMethodBase):
                 None if bias is None else bias[each.start : each.stop],
                 shift_out,
                 held.operator,
+                prepacked,
             )
-            for each, part, shift_out in zip(held.segments, held.weights, held.shift_outs, strict=True)
+            for each, part, shift_out, prepacked in zip(
+                held.segments, held.weights, held.shift_outs, held.prepacked, strict=True
+            )
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 

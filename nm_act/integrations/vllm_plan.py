@@ -130,15 +130,24 @@ class Segment:
     channel_scale: Tensor | None = None
     data: dict[str, Tensor] = field(default_factory=dict)
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, shift_out: Tensor | None, sparse: Callable) -> Tensor:
-        """The segment's outputs; ``sparse`` has the signature of :func:`nm_act.sparse_linear`."""
+    def run(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shift_out: Tensor | None,
+        sparse: Callable,
+        prepacked: Tensor | None = None,
+    ) -> Tensor:
+        """The segment's outputs; ``sparse`` has the signature of :func:`nm_act.sparse_linear`, or takes a prepacked
+        weight besides."""
         if "added_bias" in self.data:
             added = self.data["added_bias"].to(x.dtype)
             bias = added if bias is None else bias + added
         if self.spec is None or self.spec.scoring.prunes_weight:
             return functional.linear(x, weight, bias)
         derived = {"channel_scale": self.channel_scale, "shift_out": shift_out}
-        return work_of(self.spec, self.data, sparse, derived)(x, weight, bias, None)
+        return work_of(self.spec, self.data, sparse, derived, prepacked_weight=prepacked)(x, weight, bias, None)
 
     def reads_as(self, other: "Segment") -> bool:
         """Whether both have the same operand: the same selection of the same inputs."""

@@ -11,6 +11,7 @@ from .. import parallel
 from ..methods import mitigations
 from ..ops import autograd, composed
 from ..ops.lifting import is_lifted, lift_weight
+from ..ops.prepack import prepack_weight
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
 from . import stale
@@ -38,6 +39,10 @@ class Deriving(nn.Linear):
         As in :class:`nm_act.NMLinear`.
     """
 
+    prepack = False
+    """Whether to keep a second copy of the weight, in oneDNN's layout, for calls with too many tokens to skip rows, on
+    CPUs; set it and call :meth:`refresh`."""
+
     def __init__(
         self,
         in_features: int,
@@ -56,6 +61,8 @@ class Deriving(nn.Linear):
         self.lift = lift
         # A tuple: as an attribute of its own the weight would be a parameter twice.
         self._lifted: tuple[nn.Parameter, torch.Tensor] | None = None
+        # The weight that the operator multiplies, and a copy of it in oneDNN's layout.
+        self._prepacked: tuple[torch.Tensor, torch.Tensor] | None = None
         # The work of ordinary calls, and the buffers that it was made of.
         self._stored: tuple[LinearWork, list[tuple[str, torch.Tensor | None]]] | None = None
         self.differentiable = False
@@ -125,11 +132,20 @@ class Deriving(nn.Linear):
         """The lifted weight of which ``weight`` is a view, or None: nothing is lifted, or the weight was set since."""
         return self._lifted[1] if self._lifted is not None and self._lifted[0] is self._own_weight else None
 
+    @property
+    def prepacked_weight(self) -> torch.Tensor | None:
+        """The copy of the operand weight in oneDNN's layout, or None: there is none, or the weight was set since."""
+        return self._prepacked[1] if self._prepacked is not None and self._prepacked[0] is self._operand() else None
+
+    def _operand(self) -> torch.Tensor:
+        """The weight that the operator multiplies, or the one that it is made from."""
+        return self._own_weight if self.operand_weight is None else self.operand_weight
+
     @torch.inference_mode(False)  # what is kept has to serve training too
     @torch.no_grad()
     def refresh(self) -> None:
         """Store the weight in its layout and recompute what derives from it; a meta weight stays as it is."""
-        self._lifted, self._visited, self._stored = None, False, None
+        self._lifted, self._prepacked, self._visited, self._stored = None, None, False, None
         if self._own_weight.is_meta:
             self._keep(dict.fromkeys(DERIVED))
             self._sources, self._underived = {}, True
@@ -173,6 +189,8 @@ class Deriving(nn.Linear):
                 setattr(self, name, getattr(self, name).to(self._own_weight.dtype))
         self._incomplete = next((name for name, value in self.data().items() if value.isnan().any()), "")
         self._keep(self._derive())
+        packed = prepack_weight(self._operand()) if self.prepack and self.shard is None else None
+        self._prepacked = None if packed is None else (self._operand(), packed)
         self._underived = self._handed_out = self._unchecked = False
         self._set_sources()
         if self.differentiable:  # calls build their own, of other operators; the first after that stores one
@@ -188,7 +206,8 @@ class Deriving(nn.Linear):
 
     def _set_sources(self) -> None:
         """Remember the parameters that something derives from, if nobody else has to take part in deriving it."""
-        names = ["weight"] if self._reads_weight or self._lifted is not None else []
+        copied = self._lifted is not None or self._prepacked is not None
+        names = ["weight"] if self._reads_weight or copied else []
         names += ["bias"] if self._adds_bias and self._own("bias") is not None else []
         if self.shard is not None:
             names = []  # all ranks derive together, or none
@@ -242,7 +261,7 @@ class Deriving(nn.Linear):
             with without_autocast(self._own_weight):
                 self._set_derived()
             if hasattr(self, "_hf_hook"):  # and, from accelerate's disk or memory, for this call only
-                self.operand_weight, self._stored, self._visited = None, None, True
+                self.operand_weight, self._prepacked, self._stored, self._visited = None, None, None, True
         if self._incomplete:
             raise RuntimeError(
                 f"expected calibrated data for {self.spec}, got no {self._incomplete}; make it with nm-act calibrate "
@@ -287,12 +306,12 @@ class Deriving(nn.Linear):
         self._check_ready()
         trained = autograd.needs_derivative(weight)
         if trained and self._reads_weight and self.shard is not None:
-            return self._make_work(self._refusing_to_train(weight), None)
-        lifted = None if trained else self.lifted_weight  # an optimizer does not change the columns behind a lifted one
+            return self._make_work(self._refusing_to_train(weight))
+        copies = {} if trained else self._copies()  # an optimizer does not change them
         if self.differentiable or (trained and self._reads_weight):
             with without_autocast(weight):
-                return self._make_work(self._derive(), lifted)
-        # In training a lifted weight is left aside: then only an added bias can have changed.
+                return self._make_work(self._derive(), **copies)
+        # In training the copies are left aside: then only an added bias can have changed.
         mine = self.derived_for_call() if self._adds_bias or not trained else None
         bias_trained = self._adds_bias and autograd.needs_derivative(self._own("bias"))
         replaced = self._visited and mitigations.replaces_weight(self.spec)
@@ -304,7 +323,7 @@ class Deriving(nn.Linear):
         if replaced and derived["operand_weight"] is None:
             with without_autocast(weight):
                 derived["operand_weight"] = mitigations.operand_weight(self.spec, weight.detach(), self.data())
-        return self._make_work(derived, lifted)
+        return self._make_work(derived, **copies)
 
     def _stored_work(self) -> LinearWork:
         stored = self._stored  # read once: another thread may refresh the layer
@@ -318,23 +337,26 @@ class Deriving(nn.Linear):
 
     def _store_work(self) -> LinearWork:
         buffers = [(name, self._buffers[name]) for name in (*DERIVED, *self._data_names)]
-        work = self._make_work({name: value for name, value in buffers if name in DERIVED}, self.lifted_weight)
+        work = self._make_work({name: value for name, value in buffers if name in DERIVED}, **self._copies())
         self._stored = work, buffers
         return work
 
-    def _make_work(self, derived: dict[str, torch.Tensor | None], lifted: torch.Tensor | None) -> LinearWork:
+    def _copies(self) -> dict[str, torch.Tensor | None]:
+        return {"lifted_weight": self.lifted_weight, "prepacked_weight": self.prepacked_weight}
+
+    def _make_work(self, derived: dict[str, torch.Tensor | None], **copies: torch.Tensor | None) -> LinearWork:
         spec, data = self.spec, self._local_data()
         if spec.scoring.prunes_weight:
-            operator, lifted = dense_operator, None
+            operator, copies = dense_operator, {}
         elif self.differentiable or not isinstance(spec.pattern, NMPattern):
-            operator, lifted = composed.sparse_linear, None
+            operator, copies = composed.sparse_linear, {}
         else:
             # Ranks that see a slice of the features exchange what is a statistic of the whole token.
             by_row = self.shard is not None and self.shard.kind == "row"
             operator = partial(parallel.row_sparse_linear, self.shard) if by_row else compiled_operator
             if derived["operand_weight"] is not None:
-                lifted = None
-        return work_of(spec, data, operator, derived, lifted)
+                copies["lifted_weight"] = None
+        return work_of(spec, data, operator, derived, **copies)
 
     def _refusing_to_train(self, weight: torch.Tensor) -> dict[str, torch.Tensor | None]:
         sentence = (
@@ -422,16 +444,22 @@ class Deriving(nn.Linear):
         state = self.__dict__.copy()
         sources = self._sources.items()
         seen = all(source is not None and source.is_seen_in(self._parameters.get(name)) for name, source in sources)
-        state |= {"_sources": {}, "_stored": None, "_handed_out": not seen or self._handed_out or self._unchecked}
+        state |= {
+            "_sources": {},
+            "_stored": None,
+            "_prepacked": None,
+            "_handed_out": not seen or self._handed_out or self._unchecked,
+        }
         return state
 
     def __setstate__(self, state):
         if "spec" in state:  # pickled by nm_act 0.1
             state = {**state, "_spec": state["spec"], "_stored": None}
             del state["spec"]
+        state.setdefault("_prepacked", None)  # by nm_act 0.2
         super().__setstate__(state)
         # A copy of a lifted view is a tensor of its own, and what derives from a weight may be older than it.
-        if self._lifted is not None or self._handed_out:
+        if self._lifted is not None or self._handed_out or self.prepack:
             self.refresh()
         elif not self._own_weight.is_meta:
             self._set_sources()

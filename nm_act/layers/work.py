@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..methods import criteria
-from ..ops.autograd import unrecorded
+from ..ops.autograd import needs_derivative, unrecorded
 from ..patterns import NMPattern, TopKPattern
 from ..recipe import LinearSpec
 from .tokens import TokenContext
@@ -27,7 +27,8 @@ class LinearWork:
     decode_pattern : NMPattern, optional
         In place of ``pattern`` for one token per sequence.
     options : mapping
-        Of the operator: channel scale, shifts and their image, variance correction, column scale, lifted weight.
+        Of the operator: channel scale, shifts and their image, variance correction, column scale, lifted or prepacked
+        weight.
     weight, bias : Tensor, optional
         In place of the layer's own.
     rotation : Tensor [in, in], optional
@@ -58,8 +59,9 @@ class LinearWork:
             options = {name: value for name, value in options.items() if name != "lifted_weight"}  # of the other one
         if weight.dtype != x.dtype:  # under autocast, as F.linear does; the operator itself takes one dtype only
             weight = weight.to(x.dtype)
-            lifted = options.get("lifted_weight")
-            options = options if lifted is None else {**options, "lifted_weight": lifted.to(x.dtype)}
+            options = {name: value for name, value in options.items() if name != "prepacked_weight"}
+            if "lifted_weight" in options:
+                options["lifted_weight"] = options["lifted_weight"].to(x.dtype)
         if bias is not None and bias.dtype != x.dtype:  # of a layer that keeps its bias in float32, too
             bias = bias.to(x.dtype)
         z = x if self.rotation is None else x @ self.rotation.to(x.dtype)
@@ -109,15 +111,18 @@ def work_of(
     data: Mapping[str, Tensor],
     operator: Callable[..., Tensor],
     derived: Mapping[str, Tensor | None],
-    lifted_weight: Tensor | None = None,
+    **copies: Tensor | None,
 ) -> LinearWork:
-    """The work of a :class:`~nm_act.LinearSpec` with its calibrated data and what derives from the weight."""
+    """The work of a :class:`~nm_act.LinearSpec` with its calibrated data and what derives from the weight.
+
+    `copies` are the weight in other layouts: ``lifted_weight``, ``prepacked_weight``.
+    """
     vectors = {
         "channel_scale": derived.get("channel_scale"),
         "shift": data.get("shift"),
         "shift_out": derived.get("shift_out"),
         "column_scale": data.get("column_scale"),
-        "lifted_weight": lifted_weight,
+        **copies,
     }
     options: dict[str, Any] = {name: value for name, value in vectors.items() if value is not None}
     if spec.token_shift != "none":
@@ -144,8 +149,21 @@ def dense_operator(
     return F.linear(x, weight, bias)
 
 
-def compiled_operator(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern, **options: Any) -> Tensor:
+def compiled_operator(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pattern: NMPattern,
+    *,
+    prepacked_weight: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     """``torch.ops.nm_act.sparse_linear``, without the checks that the layer has made."""
     if pattern.extra_columns:
         options["extra_columns"] = pattern.extra_columns
-    return unrecorded(torch.ops.nm_act.sparse_linear, x, weight, bias, pattern.keep, pattern.group, **options)
+    if prepacked_weight is None or needs_derivative(x, bias):  # which the other operator lacks
+        return unrecorded(torch.ops.nm_act.sparse_linear, x, weight, bias, pattern.keep, pattern.group, **options)
+    options.pop("lifted_weight", None)
+    prepacked = (x, weight, prepacked_weight, bias, pattern.keep, pattern.group)
+    y: Tensor = torch.ops.nm_act.sparse_linear_prepacked(*prepacked, **options)
+    return y

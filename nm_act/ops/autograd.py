@@ -44,6 +44,7 @@ WITHOUT_GRADIENT = {
     "rotary": "the embedding of the model",
     "rotary_cache": "the embedding of the model",
     "decode_attention": "the attention of the model",
+    "sparse_linear_prepacked": "nm_act.sparse_linear",
     "_tune_gather": "nm_act.sparse_linear",
     "_tune_sparse_gemm": "nm_act.sparse_linear",
 }

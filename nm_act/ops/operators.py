@@ -366,6 +366,20 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, n: int = 2, m: int 
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("nm_act::sparse_linear_prepacked")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    prepacked_weight: Tensor,
+    bias: Tensor | None = None,
+    n: int = 2,
+    m: int = 4,
+    **options: Any,
+) -> Tensor:
+    _linear_devices("sparse_linear_prepacked", x, weight, bias, options)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 @torch.library.register_fake("nm_act::gather_linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     check_devices("gather_linear", x, weight=weight, bias=bias)

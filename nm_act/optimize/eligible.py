@@ -25,14 +25,22 @@ def has_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
-def why_stays(module: nn.Module) -> str:
-    """Why a layer or norm must be neither replaced nor computed elsewhere; empty if it may."""
+def why_absent(module: nn.Module) -> str:
+    """Why a layer does not have its whole weight in memory; empty if it has."""
     parameters = list(module.parameters(recurse=False))
     if any(parameter.is_meta for parameter in parameters):
         return "its weight is on the meta device (offloaded)"
     sharded = any(parallel.local_weight(parameter) is not parameter for parameter in parameters)
     if sharded or getattr(module, "shard", None) is not None:
         return "its weight is split over ranks"
+    return ""
+
+
+def why_stays(module: nn.Module) -> str:
+    """Why a layer or norm must be neither replaced nor computed elsewhere; empty if it may."""
+    why = why_absent(module)
+    if why:
+        return why
     if "forward" in vars(module):
         return "its forward is replaced already"
     return "it has hooks" if has_hooks(module) else ""

@@ -195,6 +195,16 @@ def test_reload(folders, tmp_path, size):
 
 @needs_vllm
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["act", "low-rank-pcs-lpts"])
+def test_prepacked_layers_equal_the_transformers_model(folders, tmp_path, name):
+    import vllm_cases
+
+    other = tp_cases.save(tmp_path / name, RECIPES[name], seed=1)
+    run_ranks(vllm_cases.prepacked, folders[name], other, RECIPES[name].to_dict(), size=1, timeout=400)
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_reloads_that_fail_leave_a_model_that_serves(folders):
     import vllm_cases
 
@@ -235,6 +245,16 @@ def test_what_loading_says(tmp_path):
         tp_cases.save(tmp_path / "uncalibrated", Recipe("8:16", mitigation=["spts"]), calibrated=False),
     )
     run_ranks(vllm_cases.loading_says, *folders, size=1, timeout=400)
+
+
+@needs_vllm
+def test_prepack_is_true_or_false():
+    from nm_act.integrations.vllm_linear import NMActVLLMConfig
+
+    recipe = Recipe("8:16").to_dict()
+    assert NMActVLLMConfig.from_config({"quant_method": "nm_act", "recipe": recipe, "prepack": True}).prepack
+    with pytest.raises(ValueError, match="expected prepack as true or false in quantization_config, got 'yes'"):
+        NMActVLLMConfig.from_config({"quant_method": "nm_act", "recipe": recipe, "prepack": "yes"})
 
 
 @needs_vllm

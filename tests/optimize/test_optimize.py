@@ -7,10 +7,12 @@ import re
 import pytest
 import torch
 from tiny_families import IDS, KNOWN, assert_close, family, logits, optimize_checked, sparse, sparse_layers
+from torch import nn
 
 import nm_act
 from nm_act.layers.kv_cache import cache_argument
 from nm_act.layers.linear import NMLinear
+from nm_act.ops import prepack
 from nm_act.optimize import model as model_module
 from nm_act.optimize.merged import MergedLinear, Product
 from nm_act.optimize.model import is_optimized
@@ -489,3 +491,34 @@ class TestFP8:
         old = nm_act.FP8Linear.__new__(nm_act.FP8Linear)
         old.__setstate__(state)
         assert torch.equal(old(torch.ones(1, 64)), expected)
+
+
+# ---- weights in oneDNN's layout
+
+
+@torch.no_grad()
+def test_prepack_keeps_the_outputs_and_says_its_bytes():
+    if prepack.why_not_prepacked(torch.empty(1)):
+        pytest.skip("this torch was built without oneDNN")
+    model = sparse("llama", "8:16")
+    expected = logits(model)
+    report = nm_act.optimize(model, prepack=True)
+    layers = [layer for layer in model.modules() if isinstance(layer, nm_act.NMLinear)]
+    assert len(report.prepacked) == len(layers) == 8  # per layer: merged q/k/v, o, merged gate/up, down
+    assert report.prepacked_bytes == sum(layer.weight.nbytes for layer in layers)
+    assert "prepacked for oneDNN: 8, a second copy of" in str(report)
+    assert all(layer.prepacked_weight is not None for layer in layers)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected a model that is not optimized"):
+        nm_act.optimize(model)
+    nm_act.deoptimize(model)
+    assert not any(layer.prepack for layer in model.modules() if isinstance(layer, nm_act.NMLinear))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prepack_refuses_a_dense_model_and_says_what_stays():
+    with pytest.raises(ValueError, match="expected a sparse model for prepack, got a dense one"):
+        nm_act.optimize(nn.ModuleList([nn.Linear(32, 32)]), prepack=True)
+    layer = nm_act.NMLinear.from_linear(nn.Linear(32, 32).double(), nm_act.LinearSpec("8:16"))
+    report = nm_act.optimize(nn.ModuleList([layer]), prepack=True)
+    assert report.kept[-1] == ("0", "not prepacked: oneDNN has no product in float64 on this processor")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import compilers
@@ -143,3 +144,14 @@ def test_native_checks(name):
     assert run.returncode == 0, run.stdout
     checks = re.search(r"(\d+) checks, 0 failed", run.stdout)
     assert int(checks[1]) > NATIVE[name]
+
+
+@needs_source
+def test_the_clone_is_found_from_its_parent_folder(tmp_path):
+    """An editable install is a path, not a finder behind all paths: there the folder nm_act would hide the package."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["package-dir"] == {"": "."}
+    (tmp_path / "nm_act").symlink_to(ROOT, target_is_directory=True)
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from nm_act import Recipe; print(Recipe.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert done.stdout == "nm_act.recipe\n", done.stderr

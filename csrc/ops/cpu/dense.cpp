@@ -7,6 +7,7 @@
 #include "ops/cpu/dense.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
@@ -14,6 +15,24 @@
 #include <string_view>
 
 namespace nm_act::cpu_ops {
+
+void apply_epilogue(const at::Tensor& product, const cpu::Epilogue& epilogue, ElementType dtype, int64_t column,
+                    const at::Tensor& y) {
+  const int64_t columns = product.size(1);
+  void* const out = static_cast<char*>(y.mutable_data_ptr()) + column * y.element_size();
+  const cpu::EpilogueParams p{
+      product.const_data_ptr<float>(), out, columns, y.stride(0), column, columns, dtype, epilogue};
+  at::parallel_for(0, y.size(0), 1 + 16384 / columns,
+                   [&](int64_t begin, int64_t end) { cpu::cpu_kernels().epilogue(p, begin, end); });
+}
+
+at::Tensor prepacked_product(const at::Tensor& operand, const at::Tensor& weight, const OptionalTensor& bias) {
+  using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, c10::string_view,
+                            c10::List<std::optional<at::Scalar>>, std::optional<c10::string_view>);
+  static const auto linear =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Linear>();
+  return linear.call(operand, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
 
 void dense_product(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue,
                    ElementType dtype, const at::Tensor& y) {
@@ -26,11 +45,7 @@ void dense_product(const at::Tensor& operand, const at::Tensor& weight, const cp
     const at::Tensor block = weight.narrow(0, column, columns);
     const at::Tensor product =
         widened ? at::mm(rows, block.to(at::kFloat).t()) : at::linear(rows, block).to(at::kFloat);
-    void* const out = static_cast<char*>(y.mutable_data_ptr()) + column * y.element_size();
-    const cpu::EpilogueParams p{
-        product.const_data_ptr<float>(), out, columns, y.stride(0), column, columns, dtype, epilogue};
-    at::parallel_for(0, y.size(0), 1 + 16384 / columns,
-                     [&](int64_t begin, int64_t end) { cpu::cpu_kernels().epilogue(p, begin, end); });
+    apply_epilogue(product, epilogue, dtype, column, y);
   }
 }
 

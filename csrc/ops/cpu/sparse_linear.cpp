@@ -1,8 +1,9 @@
-// nm_act::sparse_linear, nm_act::gather_linear and nm_act::dense_linear on CPUs.
+// nm_act::sparse_linear, sparse_linear_prepacked, gather_linear and dense_linear on CPUs.
 //
 // An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens with a weight stored [in, out] run
 // on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product: our
 // own where it is faster (dense.cpp), else torch's, or if more than a bias follows, one that keeps float32 until the end.
+// With a prepacked weight it is oneDNN's, which is faster, so that fewer tokens skip rows.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -98,23 +99,24 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
   return at::sum(weight, {1}, false, at::kFloat);
 }
 
-at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n,
-                         int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
-                         c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
-                         const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
-                         at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight,
-                         std::optional<at::ScalarType> activation_dtype) {
-  constexpr const char* kOp = "sparse_linear";
+// Both operators; without a prepacked weight it is undefined.
+at::Tensor pruned_product(const char* op, const at::Tensor& prepacked, const at::Tensor& x,
+                          const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n, int64_t m,
+                          const OptionalTensor& channel_scale, const OptionalTensor& shift,
+                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
+                          const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
+                          at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight,
+                          std::optional<at::ScalarType> activation_dtype) {
   const NoAutocast no_autocast;
-  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
-  const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, kOp);
-  check_lifted_weight(lifted_weight, selection, x, stored_weight, kOp);
-  TORCH_CHECK_NOT_IMPLEMENTED(!check_activation_dtype(activation_dtype, x, stored_weight, kOp),
+  const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, op, extra_columns);
+  const at::Tensor scale = check_scaled_weight(x, stored_weight, weight_scale, bias, op);
+  check_lifted_weight(lifted_weight, selection, x, stored_weight, op);
+  TORCH_CHECK_NOT_IMPLEMENTED(!check_activation_dtype(activation_dtype, x, stored_weight, op),
                               "nm_act::sparse_linear expected CUDA tensors along with activation_dtype float8_e4m3fn, ",
                               "got CPU tensors; leave activation_dtype out");
   const int64_t tokens = selection.tokens, in_features = selection.in_features, out_features = stored_weight.size(0);
-  at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, kOp);
-  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", kOp);
+  at::Tensor shift_vector = check_shift_out(shift_out, selection, x, out_features, op);
+  const at::Tensor column_vector = check_vector(column_scale, x, out_features, "column_scale", op);
   at::Tensor y = at::empty({tokens, out_features}, x.options());
   if (y.numel() == 0) return y.view(with_last(x.sizes(), out_features));
   if (selection.has_shift() && !shift_vector.defined())
@@ -140,8 +142,13 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
   const ElementType type = element_type(x.scalar_type());
   const bool scales = nu.defined() || shift_vector.defined() || column_vector.defined();
   const LinearFacts facts{tokens, type, type, type, selection.pattern, facts_of(weight), {}, variance_correction};
-  if (choose_on_cpu(facts).path == LinearPath::kGather) {
+  const bool pays = !prepacked.defined() || gather_pays_over_prepacked(type, selection.pattern, tokens);
+  if (pays && choose_on_cpu(facts).path == LinearPath::kGather) {
     launch_gather(operand, weight, epilogue, selection.type, y);
+  } else if (prepacked.defined() && scales) {
+    apply_epilogue(prepacked_product(operand, prepacked, {}).to(at::kFloat), epilogue, type, 0, y);
+  } else if (prepacked.defined()) {
+    y = prepacked_product(operand, prepacked, bias);
   } else if (tokens <= cpu::most_gathered_tokens(type == ElementType::kFloat32) && weight.stride(1) == 1) {
     dense_rows(operand, weight, epilogue, selection.type, y);
   } else if (stored_in_out(weight) && columns_pay(type, tokens) && !(scales && type == ElementType::kBFloat16)) {
@@ -153,6 +160,33 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
     y = at::linear(operand, weight, bias);
   }
   return y.view(with_last(x.sizes(), out_features));
+}
+
+at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
+                         int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
+                         c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
+                         const OptionalTensor& column_scale, const OptionalTensor& weight_scale,
+                         at::IntArrayRef extra_columns, const OptionalTensor& lifted_weight,
+                         std::optional<at::ScalarType> activation_dtype) {
+  return pruned_product("sparse_linear", {}, x, weight, bias, n, m, channel_scale, shift, token_shift, shift_out,
+                        variance_correction, column_scale, weight_scale, extra_columns, lifted_weight,
+                        activation_dtype);
+}
+
+at::Tensor sparse_linear_prepacked(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& prepacked,
+                                   const OptionalTensor& bias, int64_t n, int64_t m,
+                                   const OptionalTensor& channel_scale, const OptionalTensor& shift,
+                                   c10::string_view token_shift, const OptionalTensor& shift_out,
+                                   bool variance_correction, const OptionalTensor& column_scale,
+                                   at::IntArrayRef extra_columns) {
+  constexpr const char* kOp = "sparse_linear_prepacked";
+  TORCH_CHECK_VALUE(
+      prepacked.is_mkldnn() && prepacked.scalar_type() == weight.scalar_type() && prepacked.sizes() == weight.sizes(),
+      "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ", weight.scalar_type(), " ",
+      weight.sizes(), ", got ", prepacked.layout(), " ", prepacked.scalar_type(), " ", prepacked.sizes(),
+      "; make it with torch.ops.mkldnn._reorder_linear_weight");
+  return pruned_product(kOp, prepacked, x, weight, bias, n, m, channel_scale, shift, token_shift, shift_out,
+                        variance_correction, column_scale, {}, extra_columns, {}, {});
 }
 
 at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
@@ -185,8 +219,12 @@ at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
 
 TORCH_LIBRARY_IMPL(nm_act, CPU, m) {
   m.impl("sparse_linear", sparse_linear);
+  m.impl("sparse_linear_prepacked", sparse_linear_prepacked);
   m.impl("gather_linear", gather_linear);
   m.impl("dense_linear", dense_linear);
 }
+
+// The key of a tensor in oneDNN's layout, which the operator is dispatched by.
+TORCH_LIBRARY_IMPL(nm_act, MkldnnCPU, m) { m.impl("sparse_linear_prepacked", sparse_linear_prepacked); }
 
 }  // namespace nm_act::cpu_ops

@@ -1,0 +1,31 @@
+"""Weights in the layout that oneDNN's product reads, on CPUs."""
+
+import torch
+from torch import Tensor
+
+_BUILT = torch.backends.mkldnn.is_available()
+
+
+def why_not_prepacked(weight: Tensor) -> str:
+    """Why oneDNN has no prepacked product for a weight; empty if it has."""
+    if weight.device.type != "cpu":
+        return f"its weight is on {weight.device.type}, and oneDNN computes on CPUs"
+    if not _BUILT:
+        return "this torch was built without oneDNN"
+    supported = {
+        torch.float32: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    if not supported.get(weight.dtype, False):
+        return f"oneDNN has no product in {str(weight.dtype).removeprefix('torch.')} on this processor"
+    return ""
+
+
+def prepack_weight(weight: Tensor) -> Tensor | None:
+    """A copy of ``weight [out, in]``, either stride order, in oneDNN's layout; None where oneDNN has no product for it.
+
+    The copy is opaque: it can be passed to ``torch.ops.nm_act.sparse_linear_prepacked``, and neither be read nor saved.
+    It takes about as many bytes as the weight.
+    """
+    return None if why_not_prepacked(weight) else torch.ops.mkldnn._reorder_linear_weight(weight.detach())
