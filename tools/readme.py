@@ -275,7 +275,8 @@ def results() -> str:
     header = ["model", "mode", "prefill", "decode", "memory", "perplexity of the pattern"]
     origin = (
         f"{first['device']}, {first['prompt']} tokens of prompt, batch {first['batch']}, over dense bf16 with the same "
-        f"CUDA graphs (`{source}`); {cpu[0]['device']}, float32, {longest} tokens of prompt (`{GENERATE}`). Perplexity: "
+        f"CUDA graphs (`{source}`); {cpu[0]['device']}, float32, {longest} tokens of prompt (`{GENERATE}`). "
+        "Perplexity: "
         f"SmolLM2-135M, WikiText-2, float32, the pattern in every linear layer, no mitigation (`{EVALUATION}`)."
     )
     return f"{table(header, lines, right=2)}\n\n{origin}"
@@ -381,8 +382,8 @@ def generate() -> str:
     ]
     first = rows[0]
     origin = (
-        f"{first['model']}, {first['tokens']} generated tokens or a prefill alone, medians of {first['rounds']} rounds, "
-        f"the speed-up that of the rounds' ratios; {first['device']}, torch {first['torch']}, {first['date']}"
+        f"{first['model']}, {first['tokens']} generated tokens or a prefill alone, medians of {first['rounds']} "
+        f"rounds, the speed-up that of the rounds' ratios; {first['device']}, torch {first['torch']}, {first['date']}"
     )
     header = ["dtype", "prompt", "mode", "median", "20th to 80th percentile", "speed-up"]
     return f"{table(header, lines, right=3)}\n\n{origin}; `{GENERATE}`."

@@ -115,8 +115,8 @@ def optimize(model: nn.Module, *, fp8: str | None = None, prepack: bool = False)
     Raises
     ------
     ValueError
-        If the model is already optimized, ``fp8`` is unknown, ``fp8`` or ``prepack`` is given for a model without sparse
-        layers, or "prefill"
+        If the model is already optimized, ``fp8`` is unknown, ``fp8`` or ``prepack`` is given for a model without
+        sparse layers, or "prefill"
         or "both" is given for a model that is not on CUDA. The model is then unchanged.
     MemoryError
         If the device has too little memory left for a layer's e4m3 copies beside its 16-bit weight; it is unchanged.
