@@ -72,12 +72,13 @@ def fuse_layer(layer: nn.Module) -> list[str]:
         # The fused path does not call the MLP itself.
         "post_attention_layernorm": None if gate_up is None or has_hooks(mlp) else getattr(mlp, gate_up).linear,
     }
-    # Whether the output projection may add the residual.
-    layer.nm_act_adds = isinstance(attention, FusedAttention) and not operands.why_unfused(attention.o_proj)
-    layer.nm_act_norms = [name for name, linear in after.items() if linear is not None and _fits(layer, name, linear)]
-    if layer.nm_act_norms:
+    norms = [name for name, linear in after.items() if linear is not None and _fits(layer, name, linear)]
+    if norms:
+        layer.nm_act_norms = norms
+        # Whether the output projection may add the residual.
+        layer.nm_act_adds = isinstance(attention, FusedAttention) and not operands.why_unfused(attention.o_proj)
         change(layer, FusedLayer)
-    return layer.nm_act_norms
+    return norms
 
 
 def _fits(layer: nn.Module, name: str, linear: nn.Module) -> bool:
