@@ -1,4 +1,4 @@
-// launch_rmsnorm_compress and launch_silu_mul_compress with their kernels' own source, run on the host
+// launch_rmsnorm_compress, launch_silu_mul_compress and their pruning twins with their kernels' own source, run on the host
 // (emulate_cuda.h), against float64 formulas and the plain contract, bit for bit: the features are such that an error
 // of 2^-20 before a rounding, which a device's approximations stay below, does not change it. Prints "N checks, 0
 // failed"; exits 1 on a mismatch.
@@ -6,6 +6,7 @@
 // After it: the kernels.
 #include "compressed.h"
 #include "kernels/prune/producers.cu"
+#include "kernels/prune/prune_row.cu"
 
 namespace {
 
@@ -36,6 +37,31 @@ uint32_t draw_feature(int64_t row, int feature, int in_features, ElementType typ
     default: break;
   }
   return encode(normal(), type);
+}
+
+// Pruned as a dense tensor, in the type of the input: `expected` gives a token's features before the selection.
+template <class Launch, class Expected>
+void verify_pruned(int64_t tokens, int in_features, ElementType type, const Launch& launch, const Expected& expected) {
+  const std::string before = current;
+  for (const Pattern& pattern : {Pattern{1, 2, {}}, Pattern{3, 4, {}}, Pattern{5, 8, {}}, Pattern{8, 16, {}}, Pattern{24, 32, {}}}) {
+    if (in_features % pattern.group != 0) continue;
+    current = before + ", pruned to " + name_of(pattern);
+    const Buffer out(size_t(tokens) * in_features * bytes_of(type), 0);
+    check(launch(PruneOutput{out.data(), nullptr, pattern, type}) == cudaSuccess, "launch");
+    size_t wrong = 0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const std::vector<uint32_t> features = expected(t);
+      std::vector<float> z;
+      for (uint32_t bits : features) z.push_back(decode(bits, type));
+      const std::vector<bool> kept = survivors_of(z, pattern, nullptr);
+      for (int k = 0; k < in_features; ++k) {
+        wrong += !same_bits(out.get(t * in_features + k, bytes_of(type)), kept[k] ? features[k] : 0, type, true);
+      }
+    }
+    check(wrong == 0, std::to_string(wrong) + " features");
+    check(out.guards_are_intact(), "nothing beside the values");
+  }
+  current = before;
 }
 
 // ---- SiLU * up ----------------------------------------------------------------------------------------------------
@@ -71,11 +97,12 @@ void run_silu(int64_t tokens, int in_features, ElementType type, ElementType val
   }
   Compressed result(tokens, in_features, type, value_type, layout, options, !finite, true);
   current += merged ? ", merged SiLU" : ", SiLU";
-  const SiluMulCompressParams params{
-      both.memory.data(), up.memory.data() + up_at * bytes_of(type), both.stride, tokens, in_features, type,
-      result.out()};
-  check(launch_silu_mul_compress(params, nullptr) == cudaSuccess, "launch");
+  const SiluMulInput input{
+      both.memory.data(), up.memory.data() + up_at * bytes_of(type), both.stride, tokens, in_features, type};
+  check(launch_silu_mul_compress(input, result.out(), nullptr) == cudaSuccess, "launch");
   result.verify([&](int64_t token) { return expected[token]; }, true);
+  const auto prune = [&](const PruneOutput& out) { return launch_silu_mul_prune(input, out, nullptr); };
+  if (value_type == type) verify_pruned(tokens, in_features, type, prune, [&](int64_t t) { return expected[t]; });
   check(both.memory.guards_are_intact() && up.memory.guards_are_intact(), "nothing beside the inputs");
 }
 
@@ -154,17 +181,21 @@ void run_rmsnorm(const RmsNormCase& c) {
   Rows& hidden = c.in_place ? residual : separate;
   Compressed result(c.tokens, c.in_features, c.type, c.value_type, c.layout, c.options, !c.options.variance, true);
   current += std::string(", RMSNorm") + (c.exact ? ", exact" : "") + (c.residual ? ", residual" : "");
-  const RmsNormCompressParams params{x.memory.data(),
-                                     c.residual ? residual.memory.data() : nullptr,
-                                     c.residual ? hidden.memory.data() : nullptr,
-                                     weight.memory.data(),
-                                     c.exact ? kExactEpsilon : kEpsilon,
-                                     c.tokens,
-                                     c.in_features,
-                                     c.type,
-                                     result.out()};
-  check(launch_rmsnorm_compress(params, nullptr) == cudaSuccess, "launch");
+  const RmsNormInput input{x.memory.data(),
+                           c.residual ? residual.memory.data() : nullptr,
+                           c.residual ? hidden.memory.data() : nullptr,
+                           weight.memory.data(),
+                           c.exact ? kExactEpsilon : kEpsilon,
+                           c.tokens,
+                           c.in_features,
+                           c.type};
+  check(launch_rmsnorm_compress(input, result.out(), nullptr) == cudaSuccess, "launch");
   result.verify([&](int64_t token) { return tokens[token].produced; }, true);
+  const auto prune = [&](const PruneOutput& out) { return launch_rmsnorm_prune(input, out, nullptr); };
+  const bool whole = !c.in_place;  // in place, the residual is the hidden state by now
+  if (c.value_type == c.type && whole && c.in_features <= kMaxNormFeatures) {
+    verify_pruned(c.tokens, c.in_features, c.type, prune, [&](int64_t t) { return tokens[t].produced; });
+  }
   size_t wrong = 0;
   for (int64_t t = 0; c.residual && t < c.tokens; ++t) {
     for (int k = 0; k < c.in_features; ++k) wrong += !same_bits(hidden.bits(t, k), tokens[t].hidden[k], c.type, true);
@@ -231,16 +262,17 @@ void check_refusals() {
   const long before = emulation::launches;
   alignas(16) static unsigned char memory[64];
   const auto silu = [&](int offset, int64_t stride, int in_features, ElementType type, ElementType value_type) {
-    SiluMulCompressParams params{memory + offset, memory, stride, 1, in_features, type, {}};
-    params.out.value_type = value_type;
-    params.out.layout = layout_of(value_type, 0);
-    return launch_silu_mul_compress(params, nullptr);
+    CompressOutput out{};
+    out.value_type = value_type;
+    out.layout = layout_of(value_type, 0);
+    return launch_silu_mul_compress({memory + offset, memory, stride, 1, in_features, type}, out, nullptr);
   };
   const auto rmsnorm = [&](int offset, int64_t tokens, int in_features, ElementType type) {
-    RmsNormCompressParams params{memory, nullptr, nullptr, memory + offset, 1, tokens, in_features, type, {}};
-    params.out.value_type = type;
-    params.out.layout = layout_of(type, 0);
-    return launch_rmsnorm_compress(params, nullptr);
+    CompressOutput out{};
+    out.value_type = type;
+    out.layout = layout_of(type, 0);
+    const RmsNormInput input{memory, nullptr, nullptr, memory + offset, 1, tokens, in_features, type};
+    return launch_rmsnorm_compress(input, out, nullptr);
   };
   const cudaError_t refused = cudaErrorInvalidValue;
   check(silu(2, 64, 64, kBf16, kBf16) == refused, "an unaligned gate");
@@ -264,8 +296,10 @@ int main() {
     check_refusals();
     // SiLU, RMSNorm and RMSNorm with a residual; two types; with e4m3 values and without; plain and general; four or
     // eight chunks a thread.
-    constexpr size_t kKernels = 3 * 2 * 2 * 2 * 2;
-    check_every_kernel_ran(kKernels);
+    constexpr size_t kCompressing = 3 * 2 * 2 * 2 * 2;
+    // Pruned in 16 bits: two types; four kinds of groups; SiLU with four or eight chunks a thread, RMSNorm with four.
+    constexpr size_t kPruning = 2 * 4 * 3;
+    check_every_kernel_ran(kCompressing + kPruning);
     check(emulation::most_threads == nm_act::kMaxRowThreads, "no more threads than the kernels are compiled for");
   });
 }
