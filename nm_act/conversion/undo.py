@@ -108,6 +108,7 @@ class _Linear:
             module = self.kind.__new__(self.kind)
             vars(module).update(self.attributes)
             _fill(self.attributes, self.contents)
+        module.__class__ = self.kind  # optimize changes that of dense layers
         parameters = dict(self.contents["_parameters"])
         if self.weight is not None:
             parameters = {"weight": self.weight.restored(lambda: model.get_submodule(self.names[0]).weight, weights)}

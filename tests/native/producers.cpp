@@ -43,7 +43,8 @@ uint32_t draw_feature(int64_t row, int feature, int in_features, ElementType typ
 template <class Launch, class Expected>
 void verify_pruned(int64_t tokens, int in_features, ElementType type, const Launch& launch, const Expected& expected) {
   const std::string before = current;
-  for (const Pattern& pattern : {Pattern{1, 2, {}}, Pattern{3, 4, {}}, Pattern{5, 8, {}}, Pattern{8, 16, {}}, Pattern{24, 32, {}}}) {
+  for (const Pattern& pattern :
+       {Pattern{1, 2, {}}, Pattern{3, 4, {}}, Pattern{5, 8, {}}, Pattern{8, 16, {}}, Pattern{24, 32, {}}}) {
     if (in_features % pattern.group != 0) continue;
     current = before + ", pruned to " + name_of(pattern);
     const Buffer out(size_t(tokens) * in_features * bytes_of(type), 0);
