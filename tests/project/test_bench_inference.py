@@ -87,14 +87,16 @@ def test_a_failure_costs_its_own_cell(tmp_path, monkeypatch, capsys):
 
 
 def test_modes():
-    modes = inference_models.parse_modes(["nm-2:4-fp8", "dense", "nm-8:16-fp8", "nm-8:16"])
+    modes = inference_models.parse_modes(["nm-2:4-fp8-prefill", "dense", "nm-2:4/8:16-fp8", "nm-8:16-fp8-decode", "nm-8:16"])
     assert [(mode.name, mode.fp8) for mode in modes] == [
         ("dense_bf16", None),
         ("dense_fp8", "prefill"),
-        ("nm-2:4-fp8", "prefill"),
-        ("nm-8:16-fp8", "decode"),
+        ("nm-2:4-fp8-prefill", "prefill"),
+        ("nm-2:4/8:16-fp8", "both"),
+        ("nm-8:16-fp8-decode", "decode"),
         ("nm-8:16", None),
     ]
+    assert (modes[3].recipe.pattern, modes[3].recipe.decode_pattern) == ("2:4", "8:16")
 
 
 @pytest.mark.parametrize(
