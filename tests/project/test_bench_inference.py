@@ -87,7 +87,8 @@ def test_a_failure_costs_its_own_cell(tmp_path, monkeypatch, capsys):
 
 
 def test_modes():
-    modes = inference_models.parse_modes(["nm-2:4-fp8-prefill", "dense", "nm-2:4/8:16-fp8", "nm-8:16-fp8-decode", "nm-8:16"])
+    names = ["nm-2:4-fp8-prefill", "dense", "nm-2:4/8:16-fp8", "nm-8:16-fp8-decode", "nm-8:16"]
+    modes = inference_models.parse_modes(names)
     assert [(mode.name, mode.fp8) for mode in modes] == [
         ("dense_bf16", None),
         ("dense_fp8", "prefill"),
