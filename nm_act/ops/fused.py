@@ -281,7 +281,5 @@ def _(q, k, v, cos, sin, keys, values, lengths, scaling, window=0):
     return q.new_empty(q.shape)
 
 
-for _name in ("rms_norm_prune", "silu_mul_prune", "decode_linear", "rotary", "rotary_cache", "decode_attention"):
-    operators.refuse(_name, "CPU")
-    if not operators.build_info()["cuda"]:
-        operators.refuse(_name, "CUDA")
+operators.only_on_cuda("rms_norm_prune", "silu_mul_prune", "decode_linear")
+operators.only_on_cuda("rotary", "rotary_cache", "decode_attention")

@@ -407,6 +407,16 @@ def refuse(op: str, device: str) -> None:
 
 
 refuse("dense_linear", "CUDA")
+
+
+def only_on_cuda(*ops: str) -> None:
+    """Register the sentence for operators without a kernel for the CPU, and for CUDA in a build without it."""
+    for op in ops:
+        refuse(op, "CPU")
+        if not _C.build_info()["cuda"]:
+            refuse(op, "CUDA")
+
+
 if _C.build_info()["cuda"]:
     torch.library.impl("nm_act::decompress", "CUDA")(formulas.decompress)
 else:

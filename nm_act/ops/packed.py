@@ -326,7 +326,4 @@ def _(
     return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
 
 
-for _name in ("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm"):
-    operators.refuse(_name, "CPU")
-    if not operators.build_info()["cuda"]:
-        operators.refuse(_name, "CUDA")
+operators.only_on_cuda("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm")
