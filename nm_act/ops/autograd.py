@@ -40,6 +40,7 @@ WITHOUT_GRADIENT = {
     "rms_norm_prune": "nm_act.prune of the norm",
     "silu_mul_prune": "nm_act.prune of the product",
     "sparse_gemm": "nm_act.sparse_linear",
+    "sparse_gemm_silu_mul": "nm_act.sparse_linear",
     "decode_linear": "nm_act.sparse_linear",
     "rotary": "the embedding of the model",
     "rotary_cache": "the embedding of the model",

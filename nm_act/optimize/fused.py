@@ -115,12 +115,22 @@ class FusedLayer(Changed):
             products = [operands.norm_product(mlp_way, self.post_attention_layernorm, gate_up, hidden)[0]]
             return _mlp_tail(self.mlp, products, hidden)
         attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+        if self._gates_in_product(mlp_way, gate_up, attention):
+            y, hidden = operands.norm_gated_product(
+                self.post_attention_layernorm, gate_up, self.mlp.down_proj, attention, residual
+            )
+            return hidden + y
         if mlp_way:
             products = list(operands.norm_product(mlp_way, self.post_attention_layernorm, gate_up, attention, residual))
             hidden = products.pop()
             return _mlp_tail(self.mlp, products, hidden)
         hidden = residual + attention
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+    def _gates_in_product(self, way: str, gate_up: nn.Module | None, x: Tensor) -> bool:
+        gates = way and vars(self.mlp).get("nm_act_gates")
+        return bool(gates) and operands.gates_in_product(way, gate_up, self.mlp.down_proj, x)
 
 
 def _way_of(norm: nn.Module, linear: nn.Module, x: Tensor) -> str:

@@ -7,14 +7,18 @@ namespace nm_act {
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
+// SiLU(gate) * up of two features.
+template <class E>
+__device__ __forceinline__ uint32_t silu_times(uint32_t gate, uint32_t up) {
+  const uint32_t activated = E::pack(silu(E::low(gate)), silu(E::high(gate)));
+  return E::pack(E::low(activated) * E::low(up), E::high(activated) * E::high(up));
+}
+
 // gate = SiLU(gate) * up.
 template <class E>
 __device__ __forceinline__ void multiply_by_silu(Chunk<E>& gate, const Chunk<E>& up) {
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
-    const uint32_t activated = E::pack(silu(gate.get(2 * i)), silu(gate.get(2 * i + 1)));
-    gate.set_pair(i, E::low(activated) * up.get(2 * i), E::high(activated) * up.get(2 * i + 1));
-  }
+  for (int i = 0; i < kChunk / 2; ++i) gate.word[i] = silu_times<E>(gate.word[i], up.word[i]);
 }
 
 template <class E>
