@@ -127,7 +127,6 @@ class FusedLayer(Changed):
         hidden = residual + attention
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
-
     def _gates_in_product(self, way: str, gate_up: nn.Module | None, x: Tensor) -> bool:
         gates = way and vars(self.mlp).get("nm_act_gates")
         return bool(gates) and operands.gates_in_product(way, gate_up, self.mlp.down_proj, x)

@@ -83,7 +83,8 @@ def test_fused_kernels_run(monkeypatch, pattern):
     model = on_gpu("llama", nm_act.Recipe(pattern))
     nm_act.optimize(model)
     calls = []
-    for name in ("rms_norm_compress", "silu_mul_compress", "rms_norm_prune", "silu_mul_prune", "decode_linear"):
+    names = ("rms_norm_compress", "silu_mul_compress", "rms_norm_prune", "silu_mul_prune", "decode_linear")
+    for name in (*names, "sparse_gemm_silu_mul"):
         kernel = getattr(operands, name)
         monkeypatch.setattr(operands, name, lambda *a, n=name, k=kernel, **o: calls.append(n) or k(*a, **o))
 
@@ -96,7 +97,7 @@ def test_fused_kernels_run(monkeypatch, pattern):
     assert called(1) == ["decode_linear"] * 4 * layers
     assert called(40) == ["rms_norm_prune", "rms_norm_prune", "silu_mul_prune"] * layers
     packs = HAS_PACKED and pattern == "2:4"
-    expected = [name.replace("prune", "compress") if packs else name for name in called(40)]
+    expected = ["rms_norm_compress", "rms_norm_compress", "sparse_gemm_silu_mul"] * layers if packs else called(40)[:]
     assert called(operands.PACKED_TOKENS) == expected
 
 

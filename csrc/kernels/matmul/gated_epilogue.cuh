@@ -7,8 +7,8 @@
 // and the selection is theirs, so the results are the same bits.
 #pragma once
 
-#include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
+#include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/detail.hpp>
 
 #include "../prune/activations.cuh"
@@ -79,8 +79,8 @@ struct GatedEpilogueOp {
   CUTLASS_HOST_DEVICE explicit GatedEpilogueOp(const Params& params) : params(params) {}
 
   template <class Problem, class Tile, class Coord, class Accumulators, class Mma, class Residue>
-  CUTLASS_DEVICE void operator()(const Problem& problem, Tile, const Coord& coord, const Accumulators& accumulators, Mma,
-                                 Residue, int thread, char*) const {
+  CUTLASS_DEVICE void operator()(const Problem& problem, Tile, const Coord& coord, const Accumulators& accumulators,
+                                 Mma, Residue, int thread, char*) const {
     static_assert(kTileTokens == 128 && cute::size(Accumulators{}) == kHalf, "a warp group has 64 tokens");
     constexpr int kGroup = 32;  // outputs that four lanes hold, eight each
     const int lane = thread % 4;
@@ -143,7 +143,8 @@ struct GatedEpilogueOp {
         if (stored) store_values<E, true>(params.z + at / 2, kept, kChunk);
         bytes[group % 2] |= kept.metadata << 16 * row;
       }
-      if (!kScaled && group % 2 == 1 && params.metadata != nullptr) store_metadata(bytes, token, tokens, output, outputs, lane);
+      if (!kScaled && group % 2 == 1 && params.metadata != nullptr)
+        store_metadata(bytes, token, tokens, output, outputs, lane);
     }
   }
 

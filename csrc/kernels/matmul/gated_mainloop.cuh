@@ -31,7 +31,8 @@ struct GatedMainloop : Base {
       cute::make_shape(cute::Int<kHalf>{}, cute::get<2>(TileShape{}), cute::Int<2 * DispatchPolicy::Stages>{}),
       cute::conditional_t<Base::is_B_mn_major, cute::Step<cute::_2, cute::_1, cute::_3>,
                           cute::Step<cute::_1, cute::_2, cute::_3>>{}));
-  static_assert(SmemLayoutB{}(0, 0, 1) == SmemHalves{}(0, 0, 2) && SmemLayoutB{}(kHalf, 0, 0) == SmemHalves{}(0, 0, 1) &&
+  static_assert(SmemLayoutB{}(0, 0, 1) == SmemHalves{}(0, 0, 2) &&
+                    SmemLayoutB{}(kHalf, 0, 0) == SmemHalves{}(0, 0, 1) &&
                     SmemLayoutB{}(kHalf + 3, 5, 1) == SmemHalves{}(3, 5, 3),
                 "the halves of a stage lie one after the other");
 

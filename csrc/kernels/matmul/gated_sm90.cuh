@@ -26,7 +26,8 @@ struct GatedGemm {
     const SparseGemmParams& product = params.product;
     auto arguments = Types::template arguments<Kernel>(product, launch);
     // From the gate's weight to that of up.
-    cute::get<2>(arguments.mainloop.dB) = int64_t{product.out_features / 2} * (kWeightInOut ? 1 : product.weight_stride);
+    cute::get<2>(arguments.mainloop.dB) =
+        int64_t{product.out_features / 2} * (kWeightInOut ? 1 : product.weight_stride);
     arguments.epilogue = {static_cast<typename Output::Raw*>(product.y), params.metadata, product.row_scale,
                           product.column_scale};
     return arguments;

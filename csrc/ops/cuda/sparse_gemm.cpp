@@ -127,9 +127,10 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
   const GemmConfig chosen =
-      config.has_value() ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
-                                      static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
-                         : select_config({tokens, out_features, weight.size(1), params.value_type, device.multiprocessors});
+      config.has_value()
+          ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
+                       static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
+          : select_config({tokens, out_features, weight.size(1), params.value_type, device.multiprocessors});
   run_sparse_gemm(params, device, chosen, y, kOp);
   return y;
 }
