@@ -223,7 +223,7 @@ def sparse_gemm_silu_mul(
 ) -> Tensor | Packed:
     """``SiLU(gate) * up`` with ``[gate, up] = sparse_gemm(operand, weight)``, in one kernel of compute capability 9.0.
 
-    The values are those of :func:`sparse_gemm` and :func:`silu_mul_compress`, bit for bit; gate and up never reach memory.
+    The values are the bits of :func:`sparse_gemm` and :func:`silu_mul_compress`; gate and up never reach memory.
 
     Parameters
     ----------
@@ -253,6 +253,8 @@ def sparse_gemm_silu_mul(
             f"{operand.pattern}{' with one' if operand.eta.numel() else ''}; use sparse_gemm and silu_mul_compress"
         )
     _check_operand(operand, weight)
+    values: Tensor
+    metadata: Tensor
     values, metadata = operators.call(
         "sparse_gemm_silu_mul",
         operand.values,
@@ -383,7 +385,10 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.bfloat16 if values.dtype == torch.float8_e4m3fn else values.dtype
     z = values.new_empty((values.shape[0], weight.shape[0] // 2), dtype=dtype)
-    return _fake_packed(z, False, False, "none")[:2] if compress else (z, z.new_empty((0,), dtype=torch.uint8))
+    if not compress:
+        return z, z.new_empty((0,), dtype=torch.uint8)
+    packed, packed_metadata, *_ = _fake_packed(z, False, False, "none")
+    return packed, packed_metadata
 
 
 operators.only_on_cuda(

@@ -91,7 +91,7 @@ def norm_product(way: str, norm: nn.Module, linear: nn.Module, x: Tensor, residu
 
 
 def gates_in_product(way: str, gate_up: nn.Module, down: nn.Module, x: Tensor) -> bool:
-    """Whether one kernel computes gate, up and ``SiLU(gate) * up`` for this call, as :func:`norm_gated_product` does."""
+    """Whether one kernel can compute gate, up and ``SiLU(gate) * up`` in this call (:func:`norm_gated_product`)."""
     if way != "packed" or not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
         return False
     spec, derived = gate_up.spec, _derived(gate_up)
