@@ -126,7 +126,8 @@ def test_opcheck():
             OPS.sparse_gemm_silu_mul.default,
             arguments,
             options,
-            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+            # torch's check of schemas multiplies the arguments, which it cannot in e4m3.
+            test_utils=("test_autograd_registration", "test_faketensor", *(["test_schema"] if dtype != E4M3 else [])),
         )
 
 
