@@ -40,7 +40,7 @@ from nm_act.lab.evaluate.variants import resolved, sparse_copy
 from nm_act.lab.search.options import option_name, parse_option
 from nm_act.lab.search.sensitivity import groups_of, sensitivities
 from nm_act.lab.search.solve import Problem
-from nm_act.methods.mitigations import data_of
+from nm_act.methods.mitigations import data_of, learned_data_of
 from nm_act.recipe import DEFAULT_PROJECTIONS
 
 WINDOW = 2048
@@ -67,6 +67,7 @@ class Session:
         with safe_open(options.data, framework="pt") as file:
             self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             self.texts, self.tasks = (json.loads(file.metadata()[name]) for name in ("texts", "tasks"))
+        self.unpacked: dict = {}
         self.windows = self.tensors["calibration"].long()[: options.calibration]
         self.output = Path(options.output)
         self.output.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,9 @@ class Session:
             self.write(dtype, variant, text, perplexity_result(model, tokens, self.options.window) | facts)
         for task in tasks:
             self.need(20)
-            answers, right = unpacked(self.tensors, task)
+            if task not in self.unpacked:
+                self.unpacked[task] = unpacked(self.tensors, task)
+            answers, right = self.unpacked[task]
             found = score(model, answers[: self.options.limit], right[: self.options.limit])
             value, stderr = mean_and_stderr(found)
             result = {"metric": "acc", "value": value, "stderr": stderr, "samples": len(found), "scores": found}
@@ -202,9 +205,11 @@ def rows(session: Session) -> None:
             session.fact(name, deviation=deviation, largest=largest)
 
 
-def calibrated(variant: Variant) -> Variant:
+def calibrated(variant: Variant, windows: int = 8) -> Variant:
     """The variant, said to be calibrated by `Session.model`."""
-    return dataclasses.replace(variant, calibrated=True, calibrated_on=f"{C4}, 8 windows of 512 tokens")
+    learned = any(learned_data_of(spec) for spec in resolved(variant.recipe))
+    how = "; what is learned: block by block, one step a window at 0.0001, mse" if learned else ""
+    return dataclasses.replace(variant, calibrated=True, calibrated_on=f"{C4}, {windows} windows of 512 tokens{how}")
 
 
 def generate(session: Session) -> None:
@@ -274,18 +279,18 @@ def trained_recipes(session: Session) -> Iterator[tuple[str, Recipe, str, int]]:
         return Recipe(pattern, criterion="wina", mitigation=mitigation)
 
     yield "2:4", plain("2:4", *learned), "data", 4
-    yield "2:4", plain("2:4"), "weights", 8
-    yield "8:16", dataclasses.replace(plain("8:16"), phase="decode"), "weights", 8
+    yield "2:4", plain("2:4"), "weights", 12
+    yield "8:16", dataclasses.replace(plain("8:16"), phase="decode"), "weights", 12
     for name in ("search prefill 1.20", "search decode 1.45", "search prefill 1.10"):
         if name in found:
-            yield f"{name}x", found[name], "weights", 8
+            yield f"{name}x", found[name], "weights", 12
     yield "8:16", dataclasses.replace(plain("8:16", *learned), phase="decode"), "data", 4
     for name in ("search prefill 1.20", "search decode 1.45"):
         if name in found:
             yield f"{name}x", with_mitigation(found[name], learned), "data", 4
     yield "2:4", plain("2:4", "rsparse-8-fit-trained"), "data", 4
     yield "8:16", dataclasses.replace(plain("8:16", "rsparse-16-fit-trained"), phase="decode"), "data", 4
-    yield "decode (recommended)", with_mitigation(Recipe.named("decode"), []), "weights", 8
+    yield "decode (recommended)", with_mitigation(Recipe.named("decode"), []), "weights", 12
     yield (
         "prefill (recommended)",
         dataclasses.replace(with_mitigation(Recipe.named("prefill"), []), phase="both"),
@@ -294,7 +299,7 @@ def trained_recipes(session: Session) -> Iterator[tuple[str, Recipe, str, int]]:
     )
     for name in ("search decode 1.80", "search prefill 1.10", "search prefill 1.30"):
         if name in found:
-            yield f"{name}x", found[name], "weights", 8
+            yield f"{name}x", found[name], "weights", 12
 
 
 def train(session: Session) -> None:
@@ -302,7 +307,7 @@ def train(session: Session) -> None:
     windows, held_out = split_windows(session.windows)
     step_seconds: dict[str, float] = {}
     for short, recipe, what, batch in trained_recipes(session):
-        steps = session.options.train_steps * (2 if what == "weights" else 1)
+        steps = session.options.train_steps * (3 if what == "weights" else 2) // 2
         method = "+".join(dict.fromkeys(m for spec in resolved(recipe) for m in (spec.criterion, *spec.mitigation)))
         variant = from_recipe(recipe, f"{short} {method} trained {what}", calibrated=True)
         if all(("float32", variant.name, text) in session.done for text in session.texts):
@@ -350,12 +355,14 @@ def study(session: Session) -> None:
     for name in ("study.yaml", "calibrated.yaml"):
         for row in load_study(EVALUATION / name):
             variant = row_variant(row)
-            variant = calibrated(variant) if variant.calibrated else variant
             if ("float32", variant.name, "wikitext2") in session.done:
                 continue
-            session.need(12 if variant.calibrated else 3)
+            learned = any(learned_data_of(spec) for spec in resolved(variant.recipe))
+            windows = session.options.learned_windows if learned else 8
+            session.need((110 if learned else 12) if variant.calibrated else 3)
             try:
-                session.measure(variant, texts=["wikitext2"])
+                variant = calibrated(variant, windows) if variant.calibrated else variant
+                session.measure(variant, session.model(variant.recipe, windows), ["wikitext2"])
             except (ValueError, RuntimeError) as error:
                 session.say("failed", variant.name, error)
 
@@ -433,11 +440,17 @@ def main() -> None:
     parser.add_argument("--weight-rate", type=float, default=3e-4)
     parser.add_argument("--tasks-of-trained", action="store_true")
     options = parser.parse_args()
-    sizes = {"tokens": 20480, "window": WINDOW, "limit": None, "calibration": 1 << 30, "keeps": range(4, 15)}
-    sizes |= {"together": 1, "generated": 80, "refit_windows": 200}
+    sizes = {
+        "tokens": 20480,
+        "window": WINDOW,
+        "limit": None,
+        "calibration": 1 << 30,
+        "keeps": (5, 6, 7, 8, 9, 10, 12, 14),
+    }
+    sizes |= {"together": 1, "generated": 80, "refit_windows": 200, "learned_windows": 256}
     if options.tiny:
-        sizes = {"tokens": 128, "window": 64, "limit": 2, "calibration": 60, "keeps": (4, 8), "together": 15}
-        sizes |= {"generated": 18, "refit_windows": 4}
+        sizes = {"tokens": 128, "window": 64, "limit": 2, "calibration": 120, "keeps": (4, 8), "together": 15}
+        sizes |= {"generated": 18, "refit_windows": 60, "learned_windows": 2}
     vars(options).update(sizes)
     options.commit = options.commit or nm_act.version.commit()
     session = Session(options)
