@@ -117,18 +117,18 @@ TORCH_LIBRARY(nm_act, m) {
       "Tensor lengths, float scaling, int window=0) -> Tensor");
 
   // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32. layout
-  // names the metadata's layout, which must be the one that the device's GEMM reads.
+  // names the metadata's layout, which must be the one that the device's GEMM reads. The residual [tokens, out_features]
+  // is added to the rounded Y.
   m.def(
       "sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, Tensor? bias=None, *, "
       "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? "
-      "out_dtype=None) -> Tensor");
+      "out_dtype=None, Tensor? residual=None) -> Tensor");
 
-  // Z = SiLU(gate) * up with [gate, up] = sparse_gemm over a merged weight [2 * outputs, in_features], rounded as
-  // silu_mul_compress rounds. With compress (16-bit values), z and z_metadata are the packed 2:4 operand of Z; else z is
-  // dense [tokens, outputs] and z_metadata empty. e4m3 values need both scales.
+  // The packed 2:4 operand of SiLU(gate) * up with [gate, up] = sparse_gemm over a merged weight [2 * outputs,
+  // in_features] stored [in, out]: 16-bit values, the bits of silu_mul_compress.
   m.def(
-      "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight, *, Tensor? row_scale=None, "
-      "Tensor? column_scale=None, bool compress=False) -> (Tensor z, Tensor z_metadata)");
+      "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight) "
+      "-> (Tensor values, Tensor metadata)");
 
   // Private, for benchmarks/tune_decode.py and tune.py: the kernels with the caller's configuration. For the
   // gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for the GEMM on sm_90: tile,

@@ -165,6 +165,7 @@ def sparse_gemm(
     shift_out: Tensor | None = None,
     column_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
     **separately: Any,
 ) -> Tensor:
     """``(row_scale * P @ weight.t() + eta (x) shift_out) * column_scale + bias`` on sparse tensor cores.
@@ -179,6 +180,8 @@ def sparse_gemm(
     shift_out, column_scale : Tensor [out_features], optional
     out_dtype : torch.dtype, optional
         Dtype of the result; that of 16-bit values, bfloat16 (or float16) for e4m3.
+    residual : Tensor [tokens, out_features], dtype of the result, optional
+        Added to the rounded result, in the same kernel where one tile fills the device.
 
     Returns
     -------
@@ -214,61 +217,40 @@ def sparse_gemm(
         shift_out=shift_out,
         column_scale=column_scale,
         out_dtype=out_dtype,
+        residual=residual,
     )
     return y
 
 
-def sparse_gemm_silu_mul(
-    operand: Packed, weight: Tensor, *, column_scale: Tensor | None = None, compress: bool = False
-) -> Tensor | Packed:
-    """``SiLU(gate) * up`` with ``[gate, up] = sparse_gemm(operand, weight)``, in one kernel of compute capability 9.0.
+def sparse_gemm_silu_mul(operand: Packed, weight: Tensor) -> Packed:
+    """The packed 2:4 operand of ``SiLU(gate) * up`` with ``[gate, up] = sparse_gemm(operand, weight)``, in one kernel.
 
-    The values are the bits of :func:`sparse_gemm` and :func:`silu_mul_compress`; gate and up never reach memory.
+    It has the bits of :func:`silu_mul_compress`; neither gate and up nor their product reach memory.
 
     Parameters
     ----------
     operand : Packed
-        2:4, packed on this device, without a per-token shift; in 16 bits without a variance factor.
+        2:4 in 16 bits, packed on this device, without a per-token shift or a variance factor.
     weight : Tensor [2 * outputs, in_features], dtype of the operand's values
-        The weights of gate and up, concatenated: 16-bit stored [in, out], with outputs divisible by 8; e4m3 contiguous.
-    column_scale : Tensor [2 * outputs], float32
-        With e4m3 values only.
-    compress : bool
-        Pack the result for the next product. 16-bit values; outputs divisible by 16.
-
-    Returns
-    -------
-    Tensor [tokens, outputs], dtype of 16-bit values or bfloat16, or with ``compress`` the Packed of it
+        The weights of gate and up, concatenated, stored [in, out]; outputs divisible by 16.
 
     Raises
     ------
     TypeError, ValueError
         If an argument does not fit.
     NotImplementedError
-        If no compiled kernel takes the combination.
+        If the device is not of compute capability 9.0, or the weight is stored otherwise.
     """
-    if operand.eta.numel() or is_lifted(operand.pattern):
+    if operand.eta.numel() or (operand.row_scale.numel() and operand.values.dtype != torch.float8_e4m3fn):
         raise ValueError(
-            "expected an operand of 2:4 without a per-token shift, got "
-            f"{operand.pattern}{' with one' if operand.eta.numel() else ''}; use sparse_gemm and silu_mul_compress"
+            "expected an operand without a per-token shift or factor, got "
+            f"{operand.eta.numel()} shifts and {operand.row_scale.numel()} factors; use sparse_gemm and "
+            "silu_mul_compress"
         )
     _check_operand(operand, weight)
-    values: Tensor
-    metadata: Tensor
-    values, metadata = operators.call(
-        "sparse_gemm_silu_mul",
-        operand.values,
-        operand.metadata,
-        operand.layout,
-        weight,
-        row_scale=operand.row_scale,
-        column_scale=column_scale,
-        compress=compress,
-    )
-    if not compress:
-        return values
-    none = operand.row_scale.new_empty(0)
-    return Packed(values, metadata, none, none, _PLAIN, weight.shape[0] // 2, operand.layout, operand.tokens)
+    values, metadata = operators.call("sparse_gemm_silu_mul", operand.values, operand.metadata, operand.layout, weight)
+    outputs, eta = weight.shape[0] // 2, operand.eta
+    return Packed(values, metadata, eta, eta, _PLAIN, outputs, operand.layout, operand.tokens)
 
 
 def _check_operand(operand: Packed, weight: Tensor) -> None:
@@ -380,14 +362,10 @@ def _(
 
 
 @torch.library.register_fake("nm_act::sparse_gemm_silu_mul")
-def _(
-    values: Tensor, metadata: Tensor, layout: str, weight: Tensor, *, compress: bool = False, **_vectors: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.bfloat16 if values.dtype == torch.float8_e4m3fn else values.dtype
-    z = values.new_empty((values.shape[0], weight.shape[0] // 2), dtype=dtype)
-    if not compress:
-        return z, z.new_empty((0,), dtype=torch.uint8)
-    packed, packed_metadata, *_ = _fake_packed(z, False, False, "none")
+def _(values: Tensor, metadata: Tensor, layout: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    packed, packed_metadata, *_ = _fake_packed(
+        values.new_empty((values.shape[0], weight.shape[0] // 2)), False, False, "none"
+    )
     return packed, packed_metadata
 
 

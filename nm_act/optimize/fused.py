@@ -53,8 +53,7 @@ def _mlp_tail(mlp: nn.Module, products: list[Tensor], residual: Tensor | None = 
         return y if residual is None else residual + y
     step = operands.Gated(way, mlp.down_proj, gate, up, residual)
     del gate, up
-    y = step.product()
-    return y if residual is None or way == "decode" else residual + y
+    return step.product(residual)
 
 
 def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -116,10 +115,8 @@ class FusedLayer(Changed):
             return _mlp_tail(self.mlp, products, hidden)
         attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
         if self._gates_in_product(mlp_way, gate_up, attention):
-            y, hidden = operands.norm_gated_product(
-                self.post_attention_layernorm, gate_up, self.mlp.down_proj, attention, residual
-            )
-            return hidden + y
+            norm, down = self.post_attention_layernorm, self.mlp.down_proj
+            return operands.norm_gated_product(norm, gate_up, down, attention, residual)
         if mlp_way:
             products = list(operands.norm_product(mlp_way, self.post_attention_layernorm, gate_up, attention, residual))
             hidden = products.pop()

@@ -70,14 +70,15 @@ def calls(monkeypatch):
         made.append("pruned silu")
         return pruned(F.silu(gate) * up, pattern)
 
-    def sparse_gemm(operand, weight, bias, *, shift_out, column_scale, out_dtype):
+    def sparse_gemm(operand, weight, bias, *, shift_out, column_scale, out_dtype, residual=None):
         assert out_dtype == torch.float32
         row_scale, eta = operand.row_scale, operand.eta
         y = operand.values @ weight.float().t()
         y = y * row_scale[:, None] if row_scale.numel() else y
         y = y + eta[:, None] * shift_out if eta.numel() else y
         y = y if column_scale is None else y * column_scale
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        return y if residual is None else residual + y
 
     for replaced in (rms_norm_compress, silu_mul_compress, rms_norm_prune, silu_mul_prune, sparse_gemm):
         monkeypatch.setattr(operands, replaced.__name__, replaced)

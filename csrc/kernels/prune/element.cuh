@@ -26,7 +26,8 @@ struct BFloat16 {
   // The products of two pairs, rounded once.
   static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
-    const __nv_bfloat162 product = __hmul2_rn(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    const __nv_bfloat162 product =
+        __hmul2_rn(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
     return reinterpret_cast<const uint32_t&>(product);
 #else
     return pack(low(a) * low(b), high(a) * high(b));
