@@ -139,7 +139,7 @@ class Case:
         self.limit = max(2 * self.torch_error, E4M3_FLOOR) if self.fp8 else 2 * self.torch_error
 
     def pack(self, x: torch.Tensor) -> nm_act.Packed:
-        return nm_act.compress_packed(x, fp8=self.fp8)
+        return nm_act.compress_packed(x, activation_dtype=torch.float8_e4m3fn if self.fp8 else None)
 
     def product(self, packed: nm_act.Packed, index: int, config: Config, overlapped: bool = False) -> torch.Tensor:
         operand = packed.values, packed.metadata, packed.layout, self.weights[index]

@@ -70,24 +70,25 @@ TORCH_LIBRARY(nm_act, m) {
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 
   // CUDA only. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
-  // [tokens, in_features / 2] in the dtype of x (float8_e4m3fn with fp8, scaled per token by its largest |Z| / 448),
-  // metadata uint8 [bytes], row_scale [tokens] (nu times the fp8 scale) and eta [tokens], float32, empty if not
-  // requested. The producers support 2:4; compress_packed also 2:4+1, whose operand has the in_features of the lifted
+  // [tokens, in_features / 2] in the dtype of x, or with activation_dtype float8_e4m3fn scaled per token by its largest
+  // |Z| / 448, metadata uint8 [bytes], row_scale [tokens] (nu times the e4m3 scale) and eta [tokens], float32, empty if
+  // not requested. The producers support 2:4; compress_packed also 2:4+1, whose operand has the in_features of the lifted
   // weight (csrc/kernels/format/windows.h).
   m.def(
       "compress_packed(Tensor x, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? shift=None, str "
       "token_shift=\"none\", "
-      "bool variance_correction=False, bool fp8=False, int[] extra_columns=[]) "
+      "bool variance_correction=False, ScalarType? activation_dtype=None, int[] extra_columns=[]) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // x' = RMSNorm(x + residual) * weight, then compress_packed; hidden = x + residual, empty without a residual.
   m.def(
       "rms_norm_compress(Tensor x, Tensor weight, float eps, Tensor? residual=None, *, Tensor? channel_scale=None, "
-      "Tensor? shift=None, str token_shift=\"none\", bool variance_correction=False, bool fp8=False) "
+      "Tensor? shift=None, str token_shift=\"none\", bool variance_correction=False, ScalarType? "
+      "activation_dtype=None) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta, Tensor hidden)");
   // x' = SiLU(gate) * up, then compress_packed.
   m.def(
       "silu_mul_compress(Tensor gate, Tensor up, *, Tensor? channel_scale=None, Tensor? shift=None, "
-      "str token_shift=\"none\", bool variance_correction=False, bool fp8=False) "
+      "str token_shift=\"none\", bool variance_correction=False, ScalarType? activation_dtype=None) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // The same producers for any n:m: values [tokens, in_features], dense with zeros, in the dtype of x, or in
   // float8_e4m3fn (from bfloat16) with one row_scale a token, max|Z| / 448; row_scale is empty otherwise.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..patterns import NMPattern
 from . import operators
-from .legacy import takes_pattern
+from .legacy import takes_activation_dtype, takes_pattern
 from .lifting import is_lifted, lifted_features
 
 _PLAIN = NMPattern(2, 4)
@@ -34,7 +34,7 @@ class Packed:
     values : Tensor [tokens, in_features / 2], dtype of the input or float8_e4m3fn
         Of 2:4+1, half of the lifted in_features.
     metadata : Tensor [bytes], uint8, in ``layout`` (:func:`nm_act.unpack_metadata` reads it)
-    row_scale : Tensor [tokens] or [0], float32: variance factor times fp8 scale
+    row_scale : Tensor [tokens] or [0], float32: variance factor times e4m3 scale
     eta : Tensor [tokens] or [0], float32: per-token shift
     pattern : NMPattern
         2:4 or 2:4+1.
@@ -76,6 +76,7 @@ def _layout(dtype: torch.dtype, device: torch.device) -> str:
     return "sm90_16bit_t64" if torch.cuda.get_device_capability(device)[0] == 9 else "sm80_16bit"
 
 
+@takes_activation_dtype
 @takes_pattern
 def compress_packed(
     x: Tensor,
@@ -85,7 +86,7 @@ def compress_packed(
     shift: Tensor | None = None,
     token_shift: str = "none",
     variance_correction: bool = False,
-    fp8: bool = False,
+    activation_dtype: torch.dtype | None = None,
 ) -> Packed:
     """Select and pack for this device's sparse GEMM, in one pass over ``x``.
 
@@ -95,7 +96,7 @@ def compress_packed(
     Parameters
     ----------
     x : Tensor [..., in_features], bfloat16 or float16, on CUDA
-        in_features divisible by 16, with ``fp8`` by 32, for 2:4+1 by four times that; at most 32768 with fp8 or a
+        in_features divisible by 16, in e4m3 by 32, for 2:4+1 by four times that; at most 32768 in e4m3 or with a
         per-token statistic.
     pattern : NMPattern or str
         2:4 or 2:4+1.
@@ -103,8 +104,9 @@ def compress_packed(
         The selection, as in :func:`nm_act.prune`.
     variance_correction : bool
         Put VAR's factor into ``row_scale``.
-    fp8 : bool
-        Cast the survivors to e4m3 with one dynamic scale a token, max|Z| / 448.
+    activation_dtype : torch.dtype, optional
+        torch.float8_e4m3fn casts the survivors to e4m3 with one dynamic scale per token, max|Z| / 448; otherwise the
+        dtype of ``x``.
 
     Raises
     ------
@@ -123,12 +125,13 @@ def compress_packed(
         shift=shift,
         token_shift=token_shift,
         variance_correction=variance_correction,
-        fp8=fp8,
+        activation_dtype=activation_dtype,
         extra_columns=pattern.extra_columns,
     )
     return _packed(tensors, x, pattern)
 
 
+@takes_activation_dtype
 def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options: Any) -> Packed:
     """``compress_packed(RMSNorm(x + residual) * weight)`` in one kernel, with ``hidden``, the next residual.
 
@@ -144,6 +147,7 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
     return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
 
 
+@takes_activation_dtype
 def silu_mul_compress(gate: Tensor, up: Tensor, **options: Any) -> Packed:
     """``compress_packed(SiLU(gate) * up)`` in one kernel.
 
@@ -286,17 +290,21 @@ def sparse_linear_fp8(
 
 
 def _fake_packed(
-    x: Tensor, variance_correction: bool, fp8: bool, token_shift: str, pattern: NMPattern = _PLAIN
+    x: Tensor,
+    variance_correction: bool,
+    activation_dtype: torch.dtype | None,
+    token_shift: str,
+    pattern: NMPattern = _PLAIN,
 ) -> tuple[Tensor, ...]:
     tokens, in_features = x.numel() // x.shape[-1], lifted_features(pattern, x.shape[-1])
-    dtype = torch.float8_e4m3fn if fp8 else x.dtype
+    dtype = activation_dtype or x.dtype
     tile_tokens, tile_features = _TILES[_layout(dtype, x.device)]
     rounded = (tokens + tile_tokens - 1) // tile_tokens * tile_tokens
     metadata = rounded * ((in_features + tile_features - 1) // tile_features * tile_features) // 8
     return (
         x.new_empty((tokens, in_features // 2), dtype=dtype),
         x.new_empty((metadata,), dtype=torch.uint8),
-        x.new_empty((tokens if variance_correction or fp8 else 0,), dtype=torch.float32),
+        x.new_empty((tokens if variance_correction or dtype == torch.float8_e4m3fn else 0,), dtype=torch.float32),
         x.new_empty((tokens if token_shift != "none" else 0,), dtype=torch.float32),
     )
 
@@ -309,11 +317,11 @@ def _(
     *,
     token_shift: str = "none",
     variance_correction: bool = False,
-    fp8: bool = False,
+    activation_dtype: torch.dtype | None = None,
     extra_columns: Sequence[int] = (),
     **_vectors: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    return _fake_packed(x, variance_correction, fp8, token_shift, NMPattern(n, m, extra_columns))
+    return _fake_packed(x, variance_correction, activation_dtype, token_shift, NMPattern(n, m, extra_columns))
 
 
 @torch.library.register_fake("nm_act::rms_norm_compress")
@@ -325,11 +333,11 @@ def _(
     *,
     token_shift: str = "none",
     variance_correction: bool = False,
-    fp8: bool = False,
+    activation_dtype: torch.dtype | None = None,
     **_vectors: Tensor | None,
 ) -> tuple[Tensor, ...]:
     hidden = x.new_empty((0,) if residual is None else x.shape)
-    return *_fake_packed(x, variance_correction, fp8, token_shift), hidden
+    return *_fake_packed(x, variance_correction, activation_dtype, token_shift), hidden
 
 
 @torch.library.register_fake("nm_act::silu_mul_compress")
@@ -339,10 +347,10 @@ def _(
     *,
     token_shift: str = "none",
     variance_correction: bool = False,
-    fp8: bool = False,
+    activation_dtype: torch.dtype | None = None,
     **_vectors: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    return _fake_packed(gate, variance_correction, fp8, token_shift)
+    return _fake_packed(gate, variance_correction, activation_dtype, token_shift)
 
 
 @torch.library.register_fake("nm_act::sparse_gemm")

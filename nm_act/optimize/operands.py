@@ -212,7 +212,7 @@ def _packing(linear: nn.Module, channel_scale: Tensor | None) -> dict:
         "channel_scale": channel_scale,
         "token_shift": linear.spec.token_shift,
         "variance_correction": linear.spec.variance_correction,
-        "fp8": isinstance(linear, FP8Linear),
+        **_pruning(linear),
     }
 
 

@@ -22,7 +22,7 @@ MITIGATION = ["var", "dpts-mean"]
 WHOLE = ["norm", "norm + residual", "silu"]  # the packed operands of a layer
 
 
-def compressed(x, calls, name, *, token_shift, variance_correction, channel_scale, fp8):
+def compressed(x, calls, name, *, token_shift, variance_correction, channel_scale, activation_dtype):
     """A "packed" operand whose values are the pruned activation itself."""
     calls.append(name)
     flat = x.reshape(-1, x.shape[-1])
