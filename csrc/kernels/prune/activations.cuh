@@ -1,4 +1,4 @@
-// RMSNorm and SiLU * up of eight features, rounded to the element type where the unfused modules round.
+// RMSNorm and a gated activation of eight features, rounded to the element type where the unfused modules round.
 #pragma once
 
 #include "element.cuh"
@@ -7,13 +7,30 @@ namespace nm_act {
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-// gate = SiLU(gate) * up.
-template <class E>
-__device__ __forceinline__ void multiply_by_silu(Chunk<E>& gate, const Chunk<E>& up) {
+// x / 2 * (1 + tanh(u)) with u = sqrt(2 / pi) * (x + 0.044715 x^3), as x / (1 + exp(-2 u)): without the sum's cancellation
+// where x is far below zero.
+__device__ __forceinline__ float gelu_tanh(float x) {
+  constexpr float kTwice = 2.0f * 0.79788456080286536f;
+  return __fdividef(x, 1.0f + __expf(-kTwice * fmaf(0.044715f * x * x, x, x)));
+}
+
+// gate = function(gate) * up.
+template <class E, class Function>
+__device__ __forceinline__ void multiply_by(Chunk<E>& gate, const Chunk<E>& up, const Function& function) {
 #pragma unroll
   for (int i = 0; i < kChunk / 2; ++i) {
-    const uint32_t activated = E::pack(silu(gate.get(2 * i)), silu(gate.get(2 * i + 1)));
+    const uint32_t activated = E::pack(function(gate.get(2 * i)), function(gate.get(2 * i + 1)));
     gate.set_pair(i, E::low(activated) * up.get(2 * i), E::high(activated) * up.get(2 * i + 1));
+  }
+}
+
+// One branch for eight features, the same in the whole grid.
+template <class E>
+__device__ __forceinline__ void multiply_by_activated(Chunk<E>& gate, const Chunk<E>& up, Activation activation) {
+  if (activation == Activation::kGeluTanh) {
+    multiply_by(gate, up, [](float x) { return gelu_tanh(x); });
+  } else {
+    multiply_by(gate, up, [](float x) { return silu(x); });
   }
 }
 
@@ -36,10 +53,19 @@ __device__ __forceinline__ float inverse_rms(float squares, int in_features, flo
   return 1.0f / sqrtf(squares / static_cast<float>(in_features) + epsilon);
 }
 
-// h = round(round(h * inverse) * weight); `weight` holds eight values of the element type.
+// h = round(round(h * inverse) * weight), or with unit_offset round(h * inverse * (1 + weight)), as Gemma's module rounds;
+// `weight` holds eight values of the element type.
 template <class E>
-__device__ __forceinline__ void normalise(Chunk<E>& h, float inverse, uint4 weight) {
+__device__ __forceinline__ void normalise(Chunk<E>& h, float inverse, uint4 weight, bool unit_offset) {
   const uint32_t word[4] = {weight.x, weight.y, weight.z, weight.w};
+  if (unit_offset) {
+#pragma unroll
+    for (int i = 0; i < kChunk / 2; ++i) {
+      h.set_pair(i, h.get(2 * i) * inverse * (1.0f + E::low(word[i])),
+                 h.get(2 * i + 1) * inverse * (1.0f + E::high(word[i])));
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kChunk / 2; ++i) {
     const uint32_t normed = E::pack(h.get(2 * i) * inverse, h.get(2 * i + 1) * inverse);

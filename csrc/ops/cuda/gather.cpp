@@ -89,17 +89,18 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   return y;
 }
 
-// The gather kernel with what stands around the layer: RMSNorm or SiLU * up before, a residual after.
+// The gather kernel with what stands around the layer: RMSNorm or activation * up before, a residual after.
 at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& up, const OptionalTensor& norm_weight, double eps,
                          const OptionalTensor& residual, const OptionalTensor& channel_scale,
-                         const OptionalTensor& weight_scale) {
+                         const OptionalTensor& weight_scale, c10::string_view activation, bool unit_offset) {
   constexpr const char* kOp = "decode_linear";
   Selection selection = check_selection(x, n, m, channel_scale, {}, "none", kOp);
   const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, bias, kOp);
   const bool gated = up.has_value() && up->defined(), normed = norm_weight.has_value() && norm_weight->defined();
   TORCH_CHECK_VALUE(!(gated && normed), "nm_act::", kOp,
                     " expected either up or norm_weight, got both; apply one of them before");
+  const Activation function = activation_of(activation, kOp);
   const std::vector<int64_t> sizes = with_last(x.sizes(), weight.size(0));
   const auto check_like = [&](const OptionalTensor& other, const char* name, at::IntArrayRef expected) {
     if (!other.has_value() || !other->defined()) return;
@@ -148,6 +149,8 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   params.up = data_of(factor);
   params.norm_weight = data_of(norm);
   params.epsilon = float(eps);
+  params.activation = function;
+  params.unit_offset = unit_offset;
   params.residual = data_of(added);
   check_status(launch_gather(params, device, config, current_stream(x)), kOp);
   return y;
