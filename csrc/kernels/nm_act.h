@@ -203,6 +203,15 @@ struct SparseGemmParams {
   ElementType y_type;  // value_type; kBFloat16 or kFloat16 for kE4M3
   bool weight_in_out;
 };
+// gated_gemm: z = SiLU(gate) * up with [gate, up] = product, over a merged weight whose first out_features / 2 outputs
+// are the gate's; rounded as silu_mul_compress rounds. product.y is z [tokens, out_features / 2]; with metadata, the
+// values [tokens, out_features / 4] of z's packed 2:4 operand. No bias, eta or shift_out; scales for kE4M3 alone, whose z
+// is dense.
+struct GatedGemmParams {
+  SparseGemmParams product;
+  uint8_t* metadata;  // [metadata_bytes(kSm90Bits16T64, tokens, out_features / 2)], or null
+};
+bool gated_gemm_supports(const GatedGemmParams& params, GemmDevice device);
 cudaError_t query_gemm_device(int device, GemmDevice* result);
 const char* cuda_error_text(cudaError_t status);
 MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device);

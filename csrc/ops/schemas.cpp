@@ -133,6 +133,13 @@ TORCH_LIBRARY(nm_act, m) {
       "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? "
       "out_dtype=None) -> Tensor");
 
+  // Z = SiLU(gate) * up with [gate, up] = sparse_gemm over a merged weight [2 * outputs, in_features], rounded as
+  // silu_mul_compress rounds. With compress (16-bit values), z and z_metadata are the packed 2:4 operand of Z; else z is
+  // dense [tokens, outputs] and z_metadata empty. e4m3 values need both scales.
+  m.def(
+      "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight, *, Tensor? row_scale=None, "
+      "Tensor? column_scale=None, bool compress=False) -> (Tensor z, Tensor z_metadata)");
+
   // Private, for benchmarks/tune_decode.py and tune.py: the kernels with the caller's configuration. For the
   // gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for the GEMM on sm_90: tile,
   // raster, swizzle, splits, overlapped (csrc/kernels/matmul/config.h).

@@ -41,6 +41,7 @@ WITHOUT_GRADIENT = {
     "silu_mul_prune": "nm_act.prune of the product",
     "rms_norm_add": "the norm of the model",
     "sparse_gemm": "nm_act.sparse_linear",
+    "sparse_gemm_silu_mul": "nm_act.sparse_linear",
     "decode_linear": "nm_act.sparse_linear",
     "rotary": "the embedding of the model",
     "rotary_cache": "the embedding of the model",

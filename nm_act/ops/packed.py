@@ -220,6 +220,59 @@ def sparse_gemm(
     return y
 
 
+def sparse_gemm_silu_mul(
+    operand: Packed, weight: Tensor, *, column_scale: Tensor | None = None, compress: bool = False
+) -> Tensor | Packed:
+    """``SiLU(gate) * up`` with ``[gate, up] = sparse_gemm(operand, weight)``, in one kernel of compute capability 9.0.
+
+    The values are the bits of :func:`sparse_gemm` and :func:`silu_mul_compress`; gate and up never reach memory.
+
+    Parameters
+    ----------
+    operand : Packed
+        2:4, packed on this device, without a per-token shift; in 16 bits without a variance factor.
+    weight : Tensor [2 * outputs, in_features], dtype of the operand's values
+        The weights of gate and up, concatenated: 16-bit stored [in, out], with outputs divisible by 8; e4m3 contiguous.
+    column_scale : Tensor [2 * outputs], float32
+        With e4m3 values only.
+    compress : bool
+        Pack the result for the next product. 16-bit values; outputs divisible by 16.
+
+    Returns
+    -------
+    Tensor [tokens, outputs], dtype of 16-bit values or bfloat16, or with ``compress`` the Packed of it
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+    NotImplementedError
+        If no compiled kernel takes the combination.
+    """
+    if operand.eta.numel() or is_lifted(operand.pattern):
+        raise ValueError(
+            "expected an operand of 2:4 without a per-token shift, got "
+            f"{operand.pattern}{' with one' if operand.eta.numel() else ''}; use sparse_gemm and silu_mul_compress"
+        )
+    _check_operand(operand, weight)
+    values: Tensor
+    metadata: Tensor
+    values, metadata = operators.call(
+        "sparse_gemm_silu_mul",
+        operand.values,
+        operand.metadata,
+        operand.layout,
+        weight,
+        row_scale=operand.row_scale,
+        column_scale=column_scale,
+        compress=compress,
+    )
+    if not compress:
+        return values
+    none = operand.row_scale.new_empty(0)
+    return Packed(values, metadata, none, none, _PLAIN, weight.shape[0] // 2, operand.layout, operand.tokens)
+
+
 def _check_operand(operand: Packed, weight: Tensor) -> None:
     """Raise a ValueError in one sentence unless the operand is whole and the weight fits it."""
     features = lifted_features(operand.pattern, operand.in_features)
@@ -328,4 +381,18 @@ def _(
     return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
 
 
-operators.only_on_cuda("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm")
+@torch.library.register_fake("nm_act::sparse_gemm_silu_mul")
+def _(
+    values: Tensor, metadata: Tensor, layout: str, weight: Tensor, *, compress: bool = False, **_vectors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.bfloat16 if values.dtype == torch.float8_e4m3fn else values.dtype
+    z = values.new_empty((values.shape[0], weight.shape[0] // 2), dtype=dtype)
+    if not compress:
+        return z, z.new_empty((0,), dtype=torch.uint8)
+    packed, packed_metadata, *_ = _fake_packed(z, False, False, "none")
+    return packed, packed_metadata
+
+
+operators.only_on_cuda(
+    "compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm", "sparse_gemm_silu_mul"
+)

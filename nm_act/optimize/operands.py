@@ -18,7 +18,14 @@ from ..layers.work import is_decode
 from ..ops import autograd
 from ..ops.explain import explain
 from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_add, rms_norm_prune, silu_mul_prune
-from ..ops.packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
+from ..ops.packed import (
+    Packed,
+    compress_packed,
+    rms_norm_compress,
+    silu_mul_compress,
+    sparse_gemm,
+    sparse_gemm_silu_mul,
+)
 from ..patterns import NMPattern
 from .eligible import MAX_NORM_FEATURES, has_hooks, not_pruned_alone, not_sparse_gemm, why_stays
 from .fp8 import E4M3, FEW_TOKENS, FP8Linear
@@ -125,6 +132,37 @@ def norm_plus(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """``norm(x) + residual`` in one kernel."""
     eps, unit_offset = norm_facts(norm)
     return rms_norm_add(x, norm.weight, eps, residual, unit_offset=unit_offset)
+
+
+def gates_in_product(way: str, gate_up: nn.Module, down: nn.Module, x: Tensor) -> bool:
+    """Whether one kernel can compute gate, up and ``SiLU(gate) * up`` in this call (:func:`norm_gated_product`)."""
+    if way != "packed" or not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
+        return False
+    spec, derived = gate_up.spec, _derived(gate_up)
+    if parameter_of(gate_up, "bias") is not None or derived["shift_out"] is not None or spec.token_shift != "none":
+        return False
+    if isinstance(gate_up, FP8Linear):
+        fits = gate_up.like.dtype == torch.bfloat16
+    else:
+        fits = not spec.variance_correction and parameter_of(gate_up, "weight").stride(0) == 1
+    # Of the down layer's input only tokens, dtype and device matter here, and those are x's.
+    return fits and gate_up.out_features % 32 == 0 and way_of(down, x) == "packed"
+
+
+def norm_gated_product(
+    norm: nn.Module, gate_up: nn.Module, down: nn.Module, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``down(SiLU(gate) * up)`` with ``[gate, up] = gate_up(norm(x + residual))``, and ``x + residual``."""
+    packing = _packing(gate_up, _derived(gate_up)["channel_scale"])
+    packed = rms_norm_compress(x, norm.weight, norm.variance_epsilon, residual, **packing)
+    fp8, derived = isinstance(gate_up, FP8Linear), _derived(down)
+    weight, scale = (gate_up.e4m3, gate_up.weight_scale) if fp8 else (parameter_of(gate_up, "weight"), None)
+    options = _packing(down, derived["channel_scale"])
+    plain = not fp8 and derived["channel_scale"] is None and options == _PLAIN_PACKING
+    operand = sparse_gemm_silu_mul(packed, weight, column_scale=scale, compress=plain)
+    if not plain:
+        operand = compress_packed(operand, **options)
+    return _packed_product(down, operand, x.shape, derived["shift_out"]), packed.hidden
 
 
 class Gated:
@@ -234,6 +272,9 @@ def _packing(linear: nn.Module, channel_scale: Tensor | None) -> dict:
         "variance_correction": linear.spec.variance_correction,
         "fp8": isinstance(linear, FP8Linear),
     }
+
+
+_PLAIN_PACKING = {"channel_scale": None, "token_shift": "none", "variance_correction": False, "fp8": False}
 
 
 def _pruning(linear: nn.Module) -> dict:

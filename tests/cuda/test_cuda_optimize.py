@@ -84,12 +84,10 @@ def test_fused_kernels_run(monkeypatch, pattern, name):
     model = on_gpu(name, nm_act.Recipe(pattern))
     nm_act.optimize(model)
     calls = []
-    kernels = ("rms_norm_compress", "silu_mul_compress", "rms_norm_prune", "silu_mul_prune", "rms_norm_add")
-    for kernel_name in (*kernels, "decode_linear"):
-        kernel = getattr(operands, kernel_name)
-        monkeypatch.setattr(
-            operands, kernel_name, lambda *a, n=kernel_name, k=kernel, **o: calls.append(n) or k(*a, **o)
-        )
+    names = ("rms_norm_compress", "silu_mul_compress", "rms_norm_prune", "silu_mul_prune", "rms_norm_add")
+    for each in (*names, "decode_linear", "sparse_gemm_silu_mul"):
+        kernel = getattr(operands, each)
+        monkeypatch.setattr(operands, each, lambda *a, n=each, k=kernel, **o: calls.append(n) or k(*a, **o))
 
     def called(tokens):
         calls.clear()
@@ -104,7 +102,9 @@ def test_fused_kernels_run(monkeypatch, pattern, name):
     assert called(1) == step * layers
     assert called(40) == ["rms_norm_prune", "rms_norm_prune", "silu_mul_prune", *after] * layers
     packs = HAS_PACKED and pattern == "2:4"
-    expected = [call.replace("prune", "compress") if packs else call for call in called(40)]
+    # SiLU * up is part of the product of gate and up.
+    gated = "silu_mul_compress" if sandwich else "sparse_gemm_silu_mul"
+    expected = ["rms_norm_compress", "rms_norm_compress", gated, *after] * layers if packs else called(40)
     assert called(operands.PACKED_TOKENS) == expected
 
 
