@@ -240,8 +240,9 @@ def test_capturing_after_a_prefill_keeps_its_cache():
     assert [first.step().item() for _ in range(6)] == [second.step().item() for _ in range(6)]
 
 
-def test_one_graph_for_all_prompt_lengths():
-    model = on_gpu("llama", nm_act.Recipe("2:4"))
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_one_graph_for_all_prompt_lengths(name):
+    model = on_gpu(name, nm_act.Recipe("2:4"))
     nm_act.optimize(model)
     torch._dynamo.reset()
     graphs = []
@@ -252,7 +253,7 @@ def test_one_graph_for_all_prompt_lengths():
         ids = prompt(tokens)
         with torch.inference_mode():
             y = compiled(input_ids=ids, use_cache=False).logits
-        assert relative_error(y, logits(model, ids)) < CLOSE
+        assert relative_error(y, logits(model, ids)) < (0.04 if name == "gemma3" else CLOSE)
     assert len(graphs) == 1
 
 

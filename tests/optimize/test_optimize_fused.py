@@ -14,7 +14,7 @@ from nm_act import reference
 from nm_act.layers.work import is_decode
 from nm_act.ops import autograd
 from nm_act.ops.fused import Pruned
-from nm_act.optimize import fused, operands
+from nm_act.optimize import attention, fused, operands
 from nm_act.optimize import model as model_module
 from nm_act.optimize.eligible import has_hooks
 
@@ -186,6 +186,34 @@ def test_hooks_between_norms_see_what_the_stock_layer_gives(hooked, expected_cal
     assert_close(actual, logits(model))
     assert len(seen) == 4
     assert_close(seen[:2], seen[2:])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_norms_of_heads_go_to_the_embedding(name, monkeypatch):
+    taken = []
+
+    def rotary(q, k, cos, sin, **norms):
+        taken.append(sorted(norms))
+        if norms:
+            weights = [norms[name] + norms["unit_offset"] for name in ("q_norm", "k_norm")]
+            dim, eps = (q.shape[-1],), norms["eps"]
+            q, k = (F.rms_norm(heads, dim, weight, eps) for heads, weight in zip((q, k), weights, strict=True))
+        halves = [x.chunk(2, dim=-1) for x in (q, k)]
+        turned = [torch.cat((-second, first), dim=-1) for first, second in halves]
+        return tuple(x * cos[:, :, None] + y * sin[:, :, None] for x, y in zip((q, k), turned, strict=True))
+
+    monkeypatch.setattr(attention, "rotary", rotary)
+    monkeypatch.setattr(attention, "fuses", lambda *_: True)
+    model = sparse(name)
+    expected = logits(model)
+    nm_act.optimize(model)
+    assert_close(logits(model), expected)
+    assert taken == [[] if name == "llama" else ["eps", "k_norm", "q_norm", "unit_offset"]] * 2
+    if name != "llama":
+        seen = []
+        model.model.layers[1].self_attn.q_norm.register_forward_hook(lambda *_: seen.append(1))
+        assert_close(logits(model), expected)
+        assert (taken[3], seen) == ([], [1])
 
 
 def test_another_activation_is_not_taken_for_gelu(calls):
