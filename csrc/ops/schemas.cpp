@@ -63,8 +63,9 @@ TORCH_LIBRARY(nm_act, m) {
       "bool variance_correction=False, Tensor? column_scale=None, int[] extra_columns=[]) -> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
-  // gather kernel of sparse_linear without the selection. At most 8 tokens.
-  m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  // gather kernel of sparse_linear without the selection. At most 8 tokens. With a weight_scale, four at a time on CUDA; on a
+  // CPU and where no kernel fits, the weight is dequantised at every call.
+  m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? weight_scale=None) -> Tensor");
 
   // CPU only. Y = X @ W^T + bias for a weight stored [out, in], faster than torch's product for up to 8 tokens.
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
