@@ -39,6 +39,7 @@ WITHOUT_GRADIENT = {
     "silu_mul_compress": "nm_act.prune of the product",
     "rms_norm_prune": "nm_act.prune of the norm",
     "silu_mul_prune": "nm_act.prune of the product",
+    "rms_norm_add": "the norm of the model",
     "sparse_gemm": "nm_act.sparse_linear",
     "sparse_gemm_silu_mul": "nm_act.sparse_linear",
     "decode_linear": "nm_act.sparse_linear",
@@ -257,6 +258,15 @@ class _SparseLinear(torch.autograd.Function):
 
 
 # ---- gather_linear, dense_linear and the operators without a gradient ------------------------------------------------
+def _gather_linear(
+    forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None
+) -> Any:
+    if weight_scale is None:
+        return _few_linear(forward, x, weight, bias)
+    compute = partial(forward, x, weight, bias, weight_scale=weight_scale)
+    return _refuse("gather_linear with a weight_scale", "the 16-bit weight", compute, x, bias)
+
+
 def _few_linear(forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if _is_transformed(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
@@ -298,7 +308,7 @@ def _refusing(name: str, instead: str) -> Callable[..., Any]:
 
 _register("prune", _prune)
 _register("sparse_linear", _sparse_linear)
-_register("gather_linear", _few_linear)
+_register("gather_linear", _gather_linear)
 _register("dense_linear", _few_linear)
 for _name, _instead in WITHOUT_GRADIENT.items():
     _register(_name, _refusing(_name, _instead))

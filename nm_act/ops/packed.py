@@ -141,7 +141,8 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
     weight : Tensor [in_features], dtype of x
     eps : float
     **options
-        As in :func:`compress_packed`, but the pattern: it is 2:4.
+        As in :func:`compress_packed`, but the pattern: it is 2:4. ``unit_offset`` and ``x_weight`` as in
+        :func:`nm_act.ops.fused.rms_norm_prune`.
     """
     *tensors, hidden = operators.call("rms_norm_compress", x, weight, eps, residual, **options)
     return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
@@ -149,14 +150,15 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
 
 @takes_activation_dtype
 def silu_mul_compress(gate: Tensor, up: Tensor, **options: Any) -> Packed:
-    """``compress_packed(SiLU(gate) * up)`` in one kernel.
+    """``compress_packed(activation(gate) * up)`` in one kernel.
 
     Parameters
     ----------
     gate, up : Tensor [..., in_features], bfloat16 or float16
         The halves of a merged projection are read in place.
     **options
-        As in :func:`compress_packed`, but the pattern: it is 2:4.
+        As in :func:`compress_packed`, but the pattern: it is 2:4. ``activation`` is "silu" or "gelu_tanh" (GELU with
+        the tanh approximation).
     """
     return _packed(operators.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
 
@@ -334,7 +336,7 @@ def _(
     token_shift: str = "none",
     variance_correction: bool = False,
     activation_dtype: torch.dtype | None = None,
-    **_vectors: Tensor | None,
+    **_options: Any,
 ) -> tuple[Tensor, ...]:
     hidden = x.new_empty((0,) if residual is None else x.shape)
     return *_fake_packed(x, variance_correction, activation_dtype, token_shift), hidden
@@ -348,7 +350,7 @@ def _(
     token_shift: str = "none",
     variance_correction: bool = False,
     activation_dtype: torch.dtype | None = None,
-    **_vectors: Tensor | None,
+    **_options: Any,
 ) -> tuple[Tensor, ...]:
     return _fake_packed(gate, variance_correction, activation_dtype, token_shift)
 

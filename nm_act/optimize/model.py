@@ -13,7 +13,7 @@ from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
 from ..ops.prepack import why_not_prepacked
 from . import dense, fused, operands, static_attention
-from .attention import FusedAttention, merged_qkv
+from .attention import FusedAttention, mark_head_norms, merged_qkv
 from .changed import Changed, change
 from .eligible import not_fp8, why_absent
 from .fp8 import FP8Linear, check_layout
@@ -22,8 +22,16 @@ from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 """Folders under transformers.models whose attention and MLP call each projection once, on the same input."""
 
-PRE_NORM_FAMILIES = ("llama", "qwen2", "qwen3")
-"""Those of them with layers ``h = x + attention(norm(x)); h + mlp(norm(h))`` and the usual RMSNorm."""
+LAYER_NORMS = {
+    "llama": ("input_layernorm", "post_attention_layernorm"),
+    "qwen2": ("input_layernorm", "post_attention_layernorm"),
+    "qwen3": ("input_layernorm", "post_attention_layernorm"),
+    "gemma3": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+"""The norms of each family's layers, of the forms that FusedLayer and FusedSandwichLayer know."""
 
 PREFILL_DEVICES = ("cuda",)
 """Devices that have the fp8 tensor-core product."""
@@ -42,7 +50,7 @@ class OptimizeReport:
     merged : list of (str, tuple of str)
         The parent of every merged layer, and the layers that were merged.
     fused : list of str
-        Norms and MLPs that are computed with the product after them on CUDA.
+        Norms and MLPs that are computed with the product after them, or with the residual, on CUDA.
     fp8 : list of str
         Layers whose weight is in e4m3 now.
     dense : list of str
@@ -67,7 +75,7 @@ class OptimizeReport:
     def __str__(self) -> str:
         lines = [f"merged: {len(self.merged)} groups"]
         lines += [f"  {' + '.join(names)}  x {count}" for names, count in Counter(n for _, n in self.merged).items()]
-        lines.append(f"computed with the product after them on CUDA: {len(self.fused)}")
+        lines.append(f"computed with the product after them, or with the residual, on CUDA: {len(self.fused)}")
         lines += [f"  {name}  x {count}" for name, count in Counter(map(_last, self.fused)).items()]
         if self.fp8:
             lines.append(f"e4m3 weights: {len(self.fp8)}")
@@ -88,10 +96,11 @@ def optimize(model: nn.Module, *, fp8: str | None = None, prepack: bool = False)
 
     Projections that read the same activation and share one spec (q/k/v, gate/up) become one layer, so that the
     activation is selected and compressed once for all of them. On CUDA in 16 bits, the rotary embedding and a static
-    cache's update are one kernel, and RMSNorm (with the residual) and SiLU * up are computed with the sparse product
-    after them: they write its packed or pruned operand, or, for one to four tokens, are part of its kernel. Llama,
-    Qwen2, Qwen3 and Gemma 3 of Transformers are supported; the layers of other models stay as they are. Checkpoints
-    keep the stock names and layout.
+    cache's update are one kernel (with the norms of heads in Qwen3 and Gemma 3), and RMSNorm (with the residual) and
+    the gated activation (SiLU, GELU with the tanh approximation) are computed with the sparse product after them: they
+    write its packed or pruned operand, or, for one to four tokens, are part of its kernel. Norms between a part of a
+    layer and its residual (Gemma 3) are one kernel with the addition. Llama, Qwen2, Qwen3 and Gemma 3 of Transformers
+    are supported; the layers of other models stay as they are. Checkpoints keep the stock names and layout.
 
     Parameters
     ----------
@@ -297,6 +306,7 @@ def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tu
             report.merged.append((name, tuple(children)))
     if merged_qkv(parent) is not None:
         change(parent, FusedAttention)
+        mark_head_norms(parent)
     elif any(isinstance(child, MergedLinear) for child in parent.children()):
         change(parent, SharesProducts)
 
@@ -338,10 +348,10 @@ def _fuse_mlp(report: OptimizeReport, name: str, parent: nn.Module, group: tuple
 
 
 def _fuse_layer(report: OptimizeReport, name: str, layer: nn.Module) -> None:
-    if _family(layer) not in PRE_NORM_FAMILIES or "forward" in vars(layer):
+    if "forward" in vars(layer):
         return
     children = {child for child, _ in layer.named_children()}
-    if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+    if children != {"self_attn", "mlp", *LAYER_NORMS.get(_family(layer), ())}:
         return
     report.fused += [f"{name}.{norm}" for norm in fused.fuse_layer(layer)]
 

@@ -17,7 +17,7 @@ from ..layers.stale import parameter_of
 from ..layers.work import is_decode
 from ..ops import autograd
 from ..ops.explain import explain
-from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_prune, silu_mul_prune
+from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_add, rms_norm_prune, silu_mul_prune
 from ..ops.packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm, sparse_gemm_silu_mul
 from ..patterns import NMPattern
 from .eligible import MAX_NORM_FEATURES, has_hooks, not_pruned_alone, not_sparse_gemm, why_stays
@@ -69,18 +69,62 @@ def way_of(linear: nn.Module, x: Tensor, *others: Tensor) -> str:
     return "pruned" if plain and linear.channel_scale is None and (not fp8 or x.dtype == torch.bfloat16) else ""
 
 
-def norm_product(way: str, norm: nn.Module, linear: nn.Module, x: Tensor, residual: Tensor | None = None):
-    """``linear(norm(x + residual))`` and ``x + residual``, ``[..., out]`` and ``[..., in]``."""
-    weight, eps = norm.weight, norm.variance_epsilon
+def norm_product(
+    way: str,
+    norm: nn.Module,
+    linear: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    after: nn.Module | None = None,
+):
+    """``linear(norm(hidden))`` and ``hidden = x + residual``, ``[..., out]`` and ``[..., in]``.
+
+    With ``after``, a norm like ``norm``, ``hidden = after(x) + residual``.
+    """
+    weight, (eps, unit_offset) = norm.weight, norm_facts(norm)
     if way == "decode":
-        hidden = x if residual is None else x + residual
-        return _decode(linear, hidden, norm_weight=weight, eps=eps), hidden
+        hidden = x if residual is None else x + residual if after is None else norm_plus(after, x, residual)
+        return _decode(linear, hidden, norm_weight=weight, eps=eps, unit_offset=unit_offset), hidden
+    options = {"unit_offset": unit_offset, "x_weight": None if after is None else after.weight}
     if way == "packed":
         derived = _derived(linear)
-        packed = rms_norm_compress(x, weight, eps, residual, **_packing(linear, derived["channel_scale"]))
+        options |= _packing(linear, derived["channel_scale"])
+        packed = rms_norm_compress(x, weight, eps, residual, **options)
         return _packed_product(linear, packed, x.shape, derived["shift_out"]), packed.hidden
-    pruned = rms_norm_prune(x, weight, eps, residual, linear.spec.pattern_in(is_decode(x)), **_pruning(linear))
+    options |= _pruning(linear)
+    pruned = rms_norm_prune(x, weight, eps, residual, linear.spec.pattern_in(is_decode(x)), **options)
     return _pruned_product(linear, pruned, x.shape), pruned.hidden
+
+
+def takes_norm(norm: nn.Module, features: int) -> bool:
+    """Whether the fused kernels compute this norm of rows of this length."""
+    return features <= MAX_NORM_FEATURES and features % 8 == 0 and norm_facts(norm) is not None
+
+
+def norm_facts(norm: nn.Module) -> tuple[float, bool] | None:
+    """A norm's epsilon, and whether 1 is added to its weight (Gemma); None for a norm that is not known."""
+    eps = getattr(norm, "variance_epsilon", None)
+    if eps is not None:
+        return eps, False
+    return (norm.eps, True) if type(norm).__name__ in UNIT_OFFSET_NORMS else None
+
+
+UNIT_OFFSET_NORMS = ("Gemma2RMSNorm", "Gemma3RMSNorm")
+"""Classes of Transformers whose forward is ``RMSNorm(x) * (1 + weight)``, rounded once."""
+
+
+def adds_norm(norm: nn.Module, x: Tensor) -> bool:
+    """Whether :func:`norm_plus` computes this call of a norm that :func:`takes_norm` accepts."""
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type):
+        return False
+    weight = norm.weight
+    return weight.dtype == x.dtype and not has_hooks(norm) and not autograd.needs_gradient(x, weight)
+
+
+def norm_plus(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """``norm(x) + residual`` in one kernel."""
+    eps, unit_offset = norm_facts(norm)
+    return rms_norm_add(x, norm.weight, eps, residual, unit_offset=unit_offset)
 
 
 def gates_in_product(way: str, gate_up: nn.Module, down: nn.Module, x: Tensor) -> bool:
@@ -106,31 +150,37 @@ def norm_gated_product(
     norm: nn.Module, gate_up: nn.Module, down: nn.Module, x: Tensor, residual: Tensor | None
 ) -> Tensor:
     """``h + down(SiLU(gate) * up)`` with ``[gate, up] = gate_up(norm(h))`` and ``h = x + residual``."""
-    packed = rms_norm_compress(x, norm.weight, norm.variance_epsilon, residual)
+    eps, unit_offset = norm_facts(norm)
+    packed = rms_norm_compress(x, norm.weight, eps, residual, unit_offset=unit_offset)
     operand = sparse_gemm_silu_mul(packed, parameter_of(gate_up, "weight"))
     return _packed_product(down, operand, x.shape, _derived(down)["shift_out"], packed.hidden)
 
 
-def takes_norm(norm: nn.Module, linear: nn.Module) -> bool:
-    """Whether a norm's row fits the fused kernels."""
-    return linear.in_features <= MAX_NORM_FEATURES and hasattr(norm, "variance_epsilon")
-
-
 class Gated:
-    """``linear(SiLU(gate) * up)`` in two steps, so that the caller can free gate and up in between."""
+    """``linear(activation(gate) * up)`` in two steps, so that the caller can free gate and up in between."""
 
-    def __init__(self, way: str, linear: nn.Module, gate: Tensor, up: Tensor, residual: Tensor | None = None):
+    def __init__(
+        self,
+        way: str,
+        linear: nn.Module,
+        gate: Tensor,
+        up: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "silu",
+    ):
         self.linear, self.shape = linear, gate.shape
         self.shift_out: Tensor | None = None
         self.operand: Tensor | Packed | Pruned
         if way == "decode":
-            self.operand = _decode(linear, gate, up=up, residual=residual)
+            self.operand = _decode(linear, gate, up=up, residual=residual, activation=activation)
         elif way == "packed":
             derived = _derived(linear)
             self.shift_out = derived["shift_out"]
-            self.operand = silu_mul_compress(gate, up, **_packing(linear, derived["channel_scale"]))
+            options = _packing(linear, derived["channel_scale"])
+            self.operand = silu_mul_compress(gate, up, activation=activation, **options)
         else:
-            self.operand = silu_mul_prune(gate, up, linear.spec.pattern_in(is_decode(gate)), **_pruning(linear))
+            pattern = linear.spec.pattern_in(is_decode(gate))
+            self.operand = silu_mul_prune(gate, up, pattern, activation=activation, **_pruning(linear))
 
     def product(self, residual: Tensor | None = None) -> Tensor:
         """``[..., out]``, with the residual, which "decode" added before."""

@@ -99,7 +99,7 @@ struct GatedEpilogueOp {
             half[part] = E::pack(accumulators(i), accumulators(i + 1));
           }
           // Padding tokens are zeros: their selection is the padding of the metadata.
-          word[row][chunk] = token + 8 * row < tokens ? silu_times<E>(half[0], half[1]) : 0u;
+          word[row][chunk] = token + 8 * row < tokens ? activated_times<E>(half[0], half[1], Activation::kSilu) : 0u;
         }
       }
       const int output = first + group * kGroup + lane * kChunk;
