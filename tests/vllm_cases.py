@@ -75,7 +75,7 @@ def reloads_that_fail(calibrated, plain) -> None:
     """The loader of a layer that serves, a part of a layer, weights without their calibrated data."""
     from vllm.model_executor.model_loader.reload import layerwise
 
-    from nm_act.integrations import vllm_linear
+    from nm_act.integrations.vllm_reload import undo_reload
 
     with pytest.raises(RuntimeError, match=r"expected new weights of model\.layers\.0.* through vLLM's reload_weights"):
         _vllm_model(plain, torch.float32).load_weights(_weights(plain))
@@ -90,7 +90,7 @@ def reloads_that_fail(calibrated, plain) -> None:
     ):
         with pytest.raises((RuntimeError, AssertionError), match=sentence):
             _load(model, given)
-        assert vllm_linear._undo_reload() is not None
+        assert undo_reload() is not None
         assert not any(info.can_load() for info in layerwise.LAYERWISE_INFO.values())
         assert not any(parameter.is_meta for parameter in model.parameters())
     _load(model, weights)
@@ -121,7 +121,7 @@ def _weights(folder):
 def _addresses(model) -> dict[str, list[int]]:
     """Where each sparse layer's tensors are."""
     return {
-        name: [tensor.data_ptr() for tensor in (layer.weight, *layer.nm_act_operands._tensors())]
+        name: [tensor.data_ptr() for tensor in (layer.weight, *layer.nm_act_operands.tensors())]
         for name, layer in model.named_modules()
         if getattr(layer, "nm_act_operands", None) is not None
     }

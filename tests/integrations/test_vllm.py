@@ -248,16 +248,6 @@ def test_what_loading_says(tmp_path):
 
 
 @needs_vllm
-def test_prepack_is_true_or_false():
-    from nm_act.integrations.vllm_linear import NMActVLLMConfig
-
-    recipe = Recipe("8:16").to_dict()
-    assert NMActVLLMConfig.from_config({"quant_method": "nm_act", "recipe": recipe, "prepack": True}).prepack
-    with pytest.raises(ValueError, match="expected prepack as true or false in quantization_config, got 'yes'"):
-        NMActVLLMConfig.from_config({"quant_method": "nm_act", "recipe": recipe, "prepack": "yes"})
-
-
-@needs_vllm
 def test_config_of_a_newer_version():
     from nm_act.integrations.vllm_linear import NMActVLLMConfig
 
