@@ -62,7 +62,7 @@ def prepacked(folder, other, recipe) -> None:
             held = getattr(layer, "nm_act_operands", None)
             if held is None:
                 continue
-            assert all(each is not None for each in held.prepacked)
+            assert all(each is not None for each in held.copies)
             parent, _, last = name.rpartition(".")
             parts = [f"{parent}.{each}" for each in MERGED.get(last, (last,))]
             for tokens in (1, 18):

@@ -378,10 +378,6 @@ class NMActLinearMethod(LinearMethodBase):
         new, old = self._operands(layer, loading), layer.nm_act_operands
         for name in self._data_names:
             delattr(layer, name)
-        alone = new.weights[0] if len(new.segments) == 1 else None
-        layer.weight.data = layer.weight.new_empty(0) if alone is None else alone
-        if alone is not None:  # it remains the parameter, which vLLM copies in a reload
-            new.weights[0] = None
         if old is None:
             layer.nm_act_operands = new
         else:

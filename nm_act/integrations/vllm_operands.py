@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional
 
-from .. import ops, parallel
+from .. import parallel
 from ..layers.linear import NMLinear
-from ..layers.work import compiled_operator
+from ..layers.work import LinearWork, compiled_operator, work_of
 from ..methods import mitigations
 from ..ops.e4m3 import E4M3Weight, check_layout
 from ..ops.prepack import prepack_weight, why_not_prepacked
 from ..optimize.eligible import unfit_for_fp8
+from ..patterns import NMPattern
 from ..recipe import LinearSpec
 from .vllm_plan import Segment
 
@@ -127,6 +129,52 @@ def _not_e4m3(spec: LinearSpec, size: int, weight: torch.Tensor, layout: str, sp
     return unfit_for_fp8(meta, layout)
 
 
+@dataclass(eq=False)
+class Prepacked:
+    """A second copy of a weight, in oneDNN's layout; a reload puts another one here, because it cannot be written."""
+
+    copy: torch.Tensor
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pattern: NMPattern, **options: Any
+    ) -> torch.Tensor:
+        """With the signature of :func:`nm_act.sparse_linear`."""
+        if pattern.extra_columns:
+            options["extra_columns"] = pattern.extra_columns
+        product = torch.ops.nm_act.sparse_linear_prepacked
+        return product(x, weight, self.copy, bias, pattern.keep, pattern.group, **options)
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One segment's product, with all that does not depend on its input: an eager call should not work it out anew.
+
+    Attributes
+    ----------
+    work : LinearWork or None
+        None is a dense product.
+    weight : Tensor, optional
+        In place of the layer's.
+    added_bias : Tensor, optional
+    start, stop : int
+        The output features.
+    """
+
+    work: LinearWork | None
+    weight: torch.Tensor | None
+    added_bias: torch.Tensor | None
+    start: int
+    stop: int
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [tokens, in] -> [tokens, stop - start]``, given the layer's weight and the segment's bias."""
+        weight = weight if self.weight is None else self.weight
+        if self.added_bias is not None:
+            added = self.added_bias.to(x.dtype)
+            bias = added if bias is None else bias + added
+        return functional.linear(x, weight, bias) if self.work is None else self.work(x, weight, bias, None)
+
+
 @dataclass(frozen=True)
 class Operands:
     """What the forward of a layer reads; a reload fills the same tensors.
@@ -140,21 +188,18 @@ class Operands:
         Of each segment, stored [in, out]; None is the parameter, or nothing where there are e4m3 copies.
     shift_outs : list of Tensor or None
         Images of the shifts.
-    operator : callable
-        With the signature of :func:`nm_act.sparse_linear`; it takes a prepacked weight besides if there are some.
-    prepacked : list of Tensor or None
-        Of each segment's weight, a copy in oneDNN's layout.
-    e4m3 : list of E4M3Weight or None
-        Of each segment, in place of its weight.
+    copies : list of Prepacked or E4M3Weight or None
+        Of each segment's weight: beside it, or in its place.
+    products : list of Product
+        Of the above.
     """
 
     parameter: torch.nn.Parameter
     segments: list[Segment]
     weights: list[torch.Tensor | None]
     shift_outs: list[torch.Tensor | None]
-    operator: Callable[..., torch.Tensor]
-    prepacked: list[torch.Tensor | None]
-    e4m3: list[E4M3Weight | None]
+    copies: list[Prepacked | E4M3Weight | None]
+    products: list[Product]
 
     @classmethod
     def of(
@@ -167,61 +212,70 @@ class Operands:
         prepack: bool = False,
     ) -> "Operands":
         """Of a layer whose ``parameter [out, in]`` is loaded."""
-        rows = [parameter.data[each.start : each.stop] for each in segments]
-        e4m3 = [
-            E4M3Weight.quantised(part, fp8) if fp8 and each.spec is not None else None
-            for each, part in zip(segments, rows, strict=True)
-        ]
-        weights = [
-            parallel.stored_in_out(part) if stored is None else None for part, stored in zip(rows, e4m3, strict=True)
-        ]
-        shift_outs = []
-        for each, part, stored in zip(segments, rows, e4m3, strict=True):
-            shifted = each.spec is not None and mitigations.has_shift(each.spec)
-            read = part if stored is None or not shifted else stored.dequantised(torch.float32)
-            shift_outs.append(mitigations.shift_image(each.spec, read, each.data) if shifted else None)
-        operator: Callable[..., torch.Tensor] = ops.sparse_linear
-        prepacked: list[torch.Tensor | None] = [None] * len(segments)
+        operator: Callable[..., torch.Tensor] = compiled_operator
         if shard is not None:
-            operator = functools.partial(parallel.row_sparse_linear, shard)
-        elif prepack:
-            operator = compiled_operator
-            prepacked = [
-                None if each.spec is None or each.spec.scoring.prunes_weight else prepack_weight(part)
-                for each, part in zip(segments, weights, strict=True)
-            ]
-        return cls(parameter, segments, weights, shift_outs, operator, prepacked, e4m3)
+            operator, prepack = functools.partial(parallel.row_sparse_linear, shard), False
+        held = cls(parameter, segments, [], [], [], [])
+        for each in segments:
+            part = parameter.data[each.start : each.stop]
+            spec, copy, read = each.spec, None, part
+            if fp8 and spec is not None:
+                copy = E4M3Weight.quantised(part, fp8)
+                weight = None
+                if mitigations.has_shift(spec):
+                    read = copy.dequantised(torch.float32)
+            else:
+                weight = read = parallel.stored_in_out(part)
+                packed = prepack_weight(weight) if prepack and spec and not spec.scoring.prunes_weight else None
+                copy = None if packed is None else Prepacked(packed)
+            shift_out = None if spec is None else mitigations.shift_image(spec, read, each.data)
+            held.weights.append(weight)
+            held.shift_outs.append(shift_out)
+            held.copies.append(copy)
+            # One segment's weight becomes the parameter.
+            own = weight if len(segments) > 1 else None
+            held.products.append(_product(each, own, shift_out, operator if copy is None else copy.linear))
+        if len(segments) == 1 and held.weights[0] is not None:
+            parameter.data, held.weights[0] = held.weights[0], None  # which vLLM copies in a reload
+        else:
+            parameter.data = parameter.new_empty(0)
+        return held
 
     def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x [tokens, in] -> [tokens, out]``, given the layer's own parameters."""
-        outputs = [
-            each.run(
-                x,
-                weight if part is None else part,
-                None if bias is None else bias[each.start : each.stop],
-                shift_out,
-                self.operator if stored is None else stored.linear,
-                prepacked,
-            )
-            for each, part, shift_out, prepacked, stored in zip(
-                self.segments, self.weights, self.shift_outs, self.prepacked, self.e4m3, strict=True
-            )
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if len(self.products) == 1:
+            return self.products[0](x, weight, bias)
+        biases = [None if bias is None else bias[each.start : each.stop] for each in self.products]
+        return torch.cat([each(x, weight, own) for each, own in zip(self.products, biases, strict=True)], dim=-1)
 
     def copy_(self, other: "Operands") -> None:
         """Take the values of another layer of the same segments, at the addresses of this one."""
         for mine, new in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(new)
-        self.prepacked[:] = other.prepacked  # opaque tensors of CPUs, which no graph was captured with
+        for copy, later in zip(self.copies, other.copies, strict=True):
+            if isinstance(copy, Prepacked) and isinstance(later, Prepacked):
+                copy.copy = later.copy
 
     def tensors(self) -> list[torch.Tensor]:
         """All that stays at its address, but the parameter."""
         held = [
             value for each in self.segments for value in (each.channel_scale, *map(each.data.get, sorted(each.data)))
         ]
-        stored = [tensor for each in self.e4m3 if each is not None for tensor in each.tensors()]
+        stored = [tensor for each in self.copies if isinstance(each, E4M3Weight) for tensor in each.tensors()]
         return [tensor for tensor in (*held, *self.weights, *self.shift_outs, *stored) if tensor is not None]
+
+
+def _product(
+    segment: Segment,
+    weight: torch.Tensor | None,
+    shift_out: torch.Tensor | None,
+    operator: Callable[..., torch.Tensor],
+) -> Product:
+    spec, work = segment.spec, None
+    if spec is not None and not spec.scoring.prunes_weight:
+        derived = {"channel_scale": segment.channel_scale, "shift_out": shift_out}
+        work = work_of(spec, segment.data, operator, derived)
+    return Product(work, weight, segment.data.get("added_bias"), segment.start, segment.stop)
 
 
 def prepacked_size(weight: torch.Tensor) -> int:

@@ -147,18 +147,23 @@ def test_which_layers_have_e4m3_weights_on_tensor_cores(spec, dtype, split, why)
         assert why.replace("\\", "") in storage.in_16_bits[0][1]
 
 
-@torch.inference_mode()
-def test_one_graph_for_any_number_of_tokens(plugin):
-    _, layers = served(plugin, Recipe("8:16"), fp8="decode")
+@torch.no_grad()
+@pytest.mark.parametrize("storage", [{}, {"prepack": True}, {"fp8": "decode"}], ids=str)
+@pytest.mark.parametrize("criterion", ["act", "wina"])
+def test_one_graph_for_any_number_of_tokens_and_after_a_reload(plugin, criterion, storage):
+    _, layers = served(plugin, Recipe("8:16", criterion=criterion), **storage)
     layer, graphs = layers["gate_up_proj"], []
     layer.load(vllm_standin.weights(layer, 0))
     torch._dynamo.reset()
     compiled = torch.compile(
         layer, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=True
     )
-    for tokens in (9, 4, 2):
-        x = torch.randn(tokens, FEATURES)
-        assert torch.equal(compiled(x), layer(x))
+    for seed in (0, 1):
+        if seed:
+            layer.load(vllm_standin.weights(layer, seed))
+        for tokens in (9, 4, 2):
+            x = torch.randn(tokens, FEATURES)
+            assert torch.equal(compiled(x), layer(x)), (seed, tokens)
     assert len(graphs) == 1
 
 
