@@ -375,7 +375,7 @@ def stopper(session: Session):
 
 
 def study(session: Session) -> None:
-    """Every row of the committed studies, on WikiText-2."""
+    """Every row of the committed studies, on the test's text and on held-out C4."""
     for name in ("study.yaml", "calibrated.yaml"):
         for row in load_study(EVALUATION / name):
             variant = row_variant(row)
@@ -386,7 +386,7 @@ def study(session: Session) -> None:
             session.need((110 if learned else 12) if variant.calibrated else 3)
             try:
                 variant = calibrated(variant, windows) if variant.calibrated else variant
-                session.measure(variant, session.model(variant.recipe, windows), ["wikitext2"])
+                session.measure(variant, session.model(variant.recipe, windows), ["wikitext2", "c4"])
             except (ValueError, RuntimeError) as error:
                 session.say("failed", variant.name, error)
 
