@@ -340,6 +340,7 @@ def train(session: Session) -> None:
         session.fact(f"train {variant.name}", seconds=seconds, **dataclasses.asdict(done))
         session.measure(variant, model)
         if session.options.tasks_of_trained:
+            session.measure(DENSE_VARIANT, None, ["wikitext2"], session.tasks[:5], dtype="bfloat16")
             session.measure(variant, model, ["wikitext2"], session.tasks[:5], dtype="bfloat16")
         del model
 

@@ -2,8 +2,8 @@
 
     python tools/evaluation_report.py [RUN...] [--rates CSV] [--out docs]
 
-Folders of nm-act eval and files of benchmarks/quality_gpu.py are added to rows.jsonl first, in place of the same rows of
-the same run. Every table is a selection of the rows, so methods that a study adds appear without a change here.
+Folders of nm-act eval and files of benchmarks/quality_gpu.py are added to rows.jsonl first, in place of the same rows
+of the same run. Every table is a selection of the rows, so methods that a study adds appear without a change here.
 """
 
 import argparse
