@@ -16,12 +16,13 @@ from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
 from ..layers.work import is_decode
 from ..ops import autograd
+from ..ops.e4m3 import E4M3, FEW_TOKENS
 from ..ops.explain import explain
 from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_add, rms_norm_prune, silu_mul_prune
 from ..ops.packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm, sparse_gemm_silu_mul
 from ..patterns import NMPattern
 from .eligible import MAX_NORM_FEATURES, has_hooks, not_pruned_alone, not_sparse_gemm, why_stays
-from .fp8 import E4M3, FEW_TOKENS, FP8Linear
+from .fp8 import FP8Linear
 
 PACKED_TOKENS = _C.SPARSE_GEMM_TOKENS
 """Fewest tokens for which a packed 16-bit product is worthwhile."""
