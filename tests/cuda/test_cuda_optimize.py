@@ -175,6 +175,36 @@ def test_e4m3_weights_for_decode():
         assert relative_error(fast[tokens], logits(model, value)) < CLOSE
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_e4m3_output_head(monkeypatch, tied, dtype):
+    from nm_act import ops
+
+    model = on_gpu("llama", nm_act.Recipe("8:16"), dtype, vocab_size=4096, tie_word_embeddings=tied)
+    weight = model.lm_head.weight.detach().float()
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+    rounded = (weight / scale).to(torch.float8_e4m3fn).float() * scale
+    before = torch.cuda.memory_allocated()
+    report = nm_act.optimize(model, fp8_head=True)
+    assert report.fp8_head_bytes == 4096 * (256 + 4)
+    assert torch.cuda.memory_allocated() <= before + (report.fp8_head_bytes if tied else 0) + 2**18
+    called = []
+    gather_linear = ops.gather_linear
+    monkeypatch.setattr(ops, "gather_linear", lambda x, *a, **o: called.append(x.shape) or gather_linear(x, *a, **o))
+    for batch, tokens in ((1, 1), (4, 1), (7, 1), (1, 9), (1, 600)):
+        x = torch.randn(batch, tokens, 256, device="cuda", dtype=dtype)
+        poison()
+        with torch.inference_mode():
+            y = model.lm_head(x)
+        assert relative_error(y, x.float() @ rounded.t()) < 5e-3
+    assert called == [(1, 1, 256), (4, 1, 256), (7, 1, 256)]
+    decoder = nm_act.StaticDecoder(model, max_tokens=64)
+    sequence = decoder.generate(prompt(20), 10)
+    with torch.inference_mode():
+        exact = model(input_ids=sequence[:, :-1], use_cache=False).logits[:, -1]
+    assert relative_error(decoder.logits[:, -1], exact) < CLOSE
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_graphs_decode_what_transformers_decodes(name, batch):
