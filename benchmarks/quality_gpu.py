@@ -59,7 +59,7 @@ class Session:
     """The model, the tokens, what was measured, and the time left."""
 
     def __init__(self, options: argparse.Namespace):
-        self.start, self.options = time.perf_counter(), options
+        self.start, self.options, self.step_end = time.perf_counter(), options, math.inf
         self.device = torch.device(options.device)
         from nm_act.integrations.checkpoints import load_model
 
@@ -92,7 +92,7 @@ class Session:
     @property
     def left(self) -> float:
         """Seconds until the limit."""
-        return self.options.limit_seconds - (time.perf_counter() - self.start)
+        return min(self.options.limit_seconds, self.step_end) - (time.perf_counter() - self.start)
 
     def need(self, seconds: float) -> None:
         """Stop where fewer seconds are left."""
@@ -311,7 +311,8 @@ def train(session: Session) -> None:
     rate_of = {"weights": learning_rate(session, windows, held_out), "data": 3e-3}
     spent: dict[str, float] = {}
     for short, recipe, what in trained_recipes(session):
-        steps, batch = session.options.train_steps, session.options.batch
+        steps = session.options.train_steps
+        batch = session.options.batch if what == "weights" else max(1, session.options.batch // 2)
         method = "+".join(dict.fromkeys(m for spec in resolved(recipe) for m in (spec.criterion, *spec.mitigation)))
         name = f"{short} {method} trained {what}"
         if all(("float32", name, text) in session.done for text in session.texts):
@@ -320,7 +321,7 @@ def train(session: Session) -> None:
         start = time.perf_counter()
         model = untrained(session, recipe)
         try:
-            done = trained(session, model, windows, held_out, steps, what, rate_of[what])
+            done = trained(session, model, windows, held_out, steps, batch, what, rate_of[what])
         except (ValueError, RuntimeError) as error:
             session.say("failed", name, error)
             continue
@@ -342,10 +343,10 @@ def train(session: Session) -> None:
         del model
 
 
-def trained(session: Session, model, windows, held_out, steps: int, what: str, rate: float):
+def trained(session: Session, model, windows, held_out, steps: int, batch: int, what: str, rate: float):
     """`train_graphed` with this session's settings."""
     dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float32
-    options = {"steps": steps, "batch": session.options.batch, "what": what, "rate": rate, "dtype": dtype}
+    options = {"steps": steps, "batch": batch, "what": what, "rate": rate, "dtype": dtype}
     with tf32(session.device):
         return train_graphed(model, session.dense, windows, held_out, progress=stopper(session), **options)
 
@@ -355,10 +356,10 @@ def learning_rate(session: Session, windows: torch.Tensor, held_out: torch.Tenso
     if "rates" not in session.facts:
         session.need(60)
         recipe, steps = Recipe("2:4", criterion="wina"), session.options.train_steps // 6
-        found = {
-            rate: trained(session, untrained(session, recipe), windows, held_out[:8], steps, "weights", rate).after
-            for rate in RATES
-        }
+        batch, found = session.options.batch, {}
+        for rate in RATES:
+            model = untrained(session, recipe)
+            found[rate] = trained(session, model, windows, held_out[:8], steps, batch, "weights", rate).after
         session.fact("rates", losses=found, rate=min(found, key=found.__getitem__))
     return session.facts["rates"]["rate"]
 
@@ -458,7 +459,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or .gguf file")
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)}; NAME:SECONDS limits one")
     parser.add_argument("--limit-seconds", type=float, default=480.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", default=None)
@@ -485,6 +486,8 @@ def main() -> None:
         session.windows = session.windows[:, :32]
     session.say("loaded", torch.__version__, options.commit)
     for name in options.steps.split(","):
+        name, _, seconds = name.partition(":")
+        session.step_end = time.perf_counter() - session.start + float(seconds or math.inf)
         session.say(f"== {name}")
         try:
             STEPS[name](session)
