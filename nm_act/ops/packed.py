@@ -374,7 +374,7 @@ def _(
 @torch.library.register_fake("nm_act::sparse_gemm_silu_mul")
 def _(values: Tensor, metadata: Tensor, layout: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     packed, packed_metadata, *_ = _fake_packed(
-        values.new_empty((values.shape[0], weight.shape[0] // 2)), False, False, "none"
+        values.new_empty((values.shape[0], weight.shape[0] // 2)), False, None, "none"
     )
     return packed, packed_metadata
 
