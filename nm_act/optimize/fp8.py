@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
+from .. import _C, ops
 from ..layers.linear import NMLinear
 from ..layers.work import is_decode
 from ..methods import mitigations
@@ -18,7 +18,7 @@ E4M3 = torch.float8_e4m3fn
 FP8_LAYOUTS = ("prefill", "decode", "both")
 """The phases that the e4m3 copies of a weight are stored for."""
 
-FEW_TOKENS = 4
+FEW_TOKENS = _C.FEW_TOKENS
 """Most tokens whose weight rows are worth skipping in e4m3."""
 
 

@@ -41,6 +41,11 @@ inline bool is_aligned(const Rows& rows) { return is_aligned(rows.tensor) && row
 // A contiguous, 16-byte aligned tensor for kernels that read whole vectors: the tensor itself, or a copy if necessary.
 at::Tensor aligned(const at::Tensor& tensor);
 
+// Rows that can be read in whole vectors: those of x, or of a copy if necessary. Two of one shape share a stride, as the
+// halves of a merged projection do, which are read in place.
+Rows aligned_rows(const at::Tensor& x);
+std::pair<Rows, Rows> aligned_rows(const at::Tensor& x, const at::Tensor& other);
+
 inline at::Tensor empty_vector(const at::Tensor& like, int64_t size) {
   return at::empty({size}, like.options().dtype(at::kFloat));
 }
