@@ -142,7 +142,8 @@ class Prepacked:
         if pattern.extra_columns:
             options["extra_columns"] = pattern.extra_columns
         product = torch.ops.nm_act.sparse_linear_prepacked
-        return product(x, weight, self.copy, bias, pattern.keep, pattern.group, **options)
+        y: torch.Tensor = product(x, weight, self.copy, bias, pattern.keep, pattern.group, **options)
+        return y
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,12 +219,13 @@ class Operands:
         held = cls(parameter, segments, [], [], [], [])
         for each in segments:
             part = parameter.data[each.start : each.stop]
-            spec, copy, read = each.spec, None, part
+            spec, read = each.spec, part
+            copy: Prepacked | E4M3Weight | None = None
             if fp8 and spec is not None:
-                copy = E4M3Weight.quantised(part, fp8)
+                copy = e4m3 = E4M3Weight.quantised(part, fp8)
                 weight = None
                 if mitigations.has_shift(spec):
-                    read = copy.dequantised(torch.float32)
+                    read = e4m3.dequantised(torch.float32)
             else:
                 weight = read = parallel.stored_in_out(part)
                 packed = prepack_weight(weight) if prepack and spec and not spec.scoring.prunes_weight else None

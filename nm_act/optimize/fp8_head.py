@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..ops.e4m3 import E4M3, quantise_rows
 from . import readonly
 from .changed import Changed
 from .eligible import why_stays
-from ..ops.e4m3 import E4M3, quantise_rows
 
 MOST_TOKENS = 8
 """Most tokens that :func:`nm_act.gather_linear` takes; their activations stay in 16 bits."""
@@ -71,7 +71,7 @@ class FP8Head(nn.Module):
     @property
     def tied(self) -> nn.Module | None:
         """The embedding that keeps the weight before rounding."""
-        return self._tied  # type: ignore[no-any-return]
+        return self._tied  # type: ignore[return-value]
 
     @property
     def nbytes(self) -> int:
