@@ -86,15 +86,16 @@ def variants() -> list[Variant]:
         Variant("compress_neutral", half, False, lambda o: nm_act.compress(o.x)),
     ]
     for fp8 in (False, True):
+        dtype = torch.float8_e4m3fn if fp8 else None
 
-        def packed(operands, fp8=fp8, **options):
-            return nm_act.compress_packed(operands.x, fp8=fp8, **options)
+        def packed(operands, dtype=dtype, **options):
+            return nm_act.compress_packed(operands.x, activation_dtype=dtype, **options)
 
-        def normed(operands, residual=None, fp8=fp8):
-            return nm_act.rms_norm_compress(operands.x, operands.weight, 1e-6, residual, fp8=fp8)
+        def normed(operands, residual=None, dtype=dtype):
+            return nm_act.rms_norm_compress(operands.x, operands.weight, 1e-6, residual, activation_dtype=dtype)
 
-        def gated(operands, fp8=fp8):
-            return nm_act.silu_mul_compress(operands.x, operands.other, fp8=fp8)
+        def gated(operands, dtype=dtype):
+            return nm_act.silu_mul_compress(operands.x, operands.other, activation_dtype=dtype)
 
         result += [
             Variant("compress", half, fp8, packed),

@@ -23,8 +23,8 @@ from timer import Rows, percentiles, relative_error
 
 import nm_act
 from nm_act import NMPattern, reference
+from nm_act.ops.e4m3 import quantise_rows
 from nm_act.ops.lifting import lifted_features
-from nm_act.optimize.fp8 import quantise_rows
 
 PATTERNS = ("2:4", "2:4+1")
 PRUNED = ("1:2", "2:4", "4:8", "8:16", "16:32", "2:4+1", "2:4+2")
@@ -94,11 +94,12 @@ class Bench:
 
     def add_pattern(self, text: str, dtype: str) -> None:
         options, fp8 = keywords(text), dtype == "e4m3"
+        options["activation_dtype"] = torch.float8_e4m3fn if fp8 else None
         variant = "sparse" if text == "2:4" else "lifted"
         lift = (lambda w: w) if text == "2:4" else (lambda w: nm_act.lift_weight(w, text))
 
         def layer(x, weight, scale=None):
-            packed = nm_act.compress_packed(x, **options, fp8=fp8)
+            packed = nm_act.compress_packed(x, **options)
             return nm_act.sparse_gemm(packed, weight, column_scale=scale)
 
         operands = [(x, lift(w), *rest) for x, w, *rest in (self.fp8 if fp8 else self.pairs)]
@@ -108,12 +109,12 @@ class Bench:
         self.add(f"{variant} {text} {dtype}", calls, baselines, stage="op", variant=variant, **common)
         lifted = lifted_features(text, self.in_features)
         moved = self.tokens * (2 * self.in_features + (lifted // 2 if fp8 else lifted) + lifted // 8 + 4 * fp8)
-        calls = [lambda x=x: nm_act.compress_packed(x, **options, fp8=fp8) for x in self.xs]
+        calls = [lambda x=x: nm_act.compress_packed(x, **options) for x in self.xs]
         self.add(
             f"compress {text} {dtype}", calls, ["copy"], moved=moved, stage="compress", variant="compress", **common
         )
         if not fp8:
-            calls = [lambda x=x, w=w: torch.mm(nm_act.prune(x, **options), w.t()) for x, w in self.pairs]
+            calls = [lambda x=x, w=w: torch.mm(nm_act.prune(x, **keywords(text)), w.t()) for x, w in self.pairs]
             key = f"prune+dense {text}"
             self.add(key, calls, baselines, stage="op", variant="prune+dense", **common)
 

@@ -19,7 +19,7 @@ from timer import Rows, percentiles, relative_error
 
 import nm_act
 from nm_act import reference
-from nm_act.optimize.fp8 import quantise_rows
+from nm_act.ops.e4m3 import quantise_rows
 
 SHAPES = (*LLAMA_3_8B.values(), *LLAMA_3_70B.values())
 TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -118,7 +118,7 @@ def add_fp8(case: Case) -> None:
     common = {"dtype": "e4m3", "baselines": baselines}
     case.add_ours("op e4m3", calls, exact, stage="op", variant="sparse_linear_fp8", **common)
     if case.tokens >= GEMM_TOKENS:
-        packed = [(nm_act.compress_packed(x, fp8=True), w, s) for x, w, s in pairs]
+        packed = [(nm_act.compress_packed(x, activation_dtype=torch.float8_e4m3fn), w, s) for x, w, s in pairs]
         calls = [lambda p=p, w=w, s=s: nm_act.sparse_gemm(p, w, column_scale=s) for p, w, s in packed]
         case.add_ours("gemm e4m3", calls, exact, stage="gemm", variant="sparse_gemm_fp8", **common)
     op = [lambda x=x, w=w, s=s: dense_fp8.product(*dense_fp8.quantise(x), w, s) for x, w, s in pairs]

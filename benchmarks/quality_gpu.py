@@ -17,7 +17,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -46,6 +46,8 @@ from nm_act.recipe import DEFAULT_PROJECTIONS
 WINDOW = 2048
 EVALUATION = Path(__file__).resolve().parents[1] / "docs" / "evaluation"
 SHAPES = "llama-3-8b"
+RATES = {"weights": (1e-4, 3e-4, 1e-3), "data": (1e-3, 5e-3)}
+"""Learning rates that are tried in a short training, by what is trained."""
 C4 = "documents 1 to 1700 of C4"
 
 
@@ -313,7 +315,8 @@ def train(session: Session) -> None:
         if all(("float32", variant.name, text) in session.done for text in session.texts):
             continue
         session.need(steps * step_seconds.get(what, 0.2) + 20)
-        settings = DistillSettings(steps, batch, what, weight_rate=session.options.weight_rate, checks=4)
+        rate = learning_rate(session, what, batch, windows, held_out)
+        settings = DistillSettings(steps, batch, what, learning_rate=rate, weight_rate=rate, checks=4)
         model = session.model(recipe, settings=CalibrationSettings(loss="relative"))
         start = time.perf_counter()
         with tf32(session.device):
@@ -324,8 +327,10 @@ def train(session: Session) -> None:
                 continue
         seconds = time.perf_counter() - start
         step_seconds[what] = seconds / steps
-        on = f"{C4}, {len(windows)} windows of {windows.shape[1]}; {what} end to end, {steps} steps of {batch} windows"
-        on += f", rate {settings.weight_rate if what == 'weights' else settings.learning_rate:g}"
+        on = (
+            f"{C4}, {len(windows)} windows of {windows.shape[1]}; {what} end to end, {steps} steps of {batch} windows, "
+        )
+        on += f"rate {rate:g}"
         variant = dataclasses.replace(
             variant,
             method=f"{method} trained {what}",
@@ -335,8 +340,28 @@ def train(session: Session) -> None:
         session.fact(f"train {variant.name}", seconds=seconds, **dataclasses.asdict(done))
         session.measure(variant, model)
         if session.options.tasks_of_trained:
+            session.measure(DENSE_VARIANT, None, ["wikitext2"], session.tasks[:5], dtype="bfloat16")
             session.measure(variant, model, ["wikitext2"], session.tasks[:5], dtype="bfloat16")
         del model
+
+
+def learning_rate(session: Session, what: str, batch: int, windows: torch.Tensor, held_out: torch.Tensor) -> float:
+    """The rate with the lowest held-out loss after a short training of 2:4."""
+    name = f"rates {what}"
+    if name not in session.facts:
+        session.need(60)
+        recipe = Recipe("2:4", criterion="wina", mitigation=["ls", "lpts", "var"] if what == "data" else [])
+        found = {}
+        for rate in RATES[what]:
+            settings = DistillSettings(
+                session.options.train_steps // 5 + 1, batch, what, learning_rate=rate, weight_rate=rate, checks=1
+            )
+            model = session.model(recipe)
+            found[rate] = math.inf
+            with tf32(session.device), suppress(ValueError):  # a loss that is not finite
+                found[rate] = distill(model, session.dense, windows, held_out, settings, stopper(session)).after
+        session.fact(name, losses=found, rate=min(found, key=found.__getitem__))
+    return session.facts[name]["rate"]
 
 
 def stopper(session: Session):
@@ -351,7 +376,7 @@ def stopper(session: Session):
 
 
 def study(session: Session) -> None:
-    """Every row of the committed studies, on WikiText-2."""
+    """Every row of the committed studies, on the test's text and on held-out C4."""
     for name in ("study.yaml", "calibrated.yaml"):
         for row in load_study(EVALUATION / name):
             variant = row_variant(row)
@@ -362,7 +387,7 @@ def study(session: Session) -> None:
             session.need((110 if learned else 12) if variant.calibrated else 3)
             try:
                 variant = calibrated(variant, windows) if variant.calibrated else variant
-                session.measure(variant, session.model(variant.recipe, windows), ["wikitext2"])
+                session.measure(variant, session.model(variant.recipe, windows), ["wikitext2", "c4"])
             except (ValueError, RuntimeError) as error:
                 session.say("failed", variant.name, error)
 
@@ -437,7 +462,6 @@ def main() -> None:
     parser.add_argument("--commit", default=None)
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: two short windows of everything")
     parser.add_argument("--train-steps", type=int, default=256)
-    parser.add_argument("--weight-rate", type=float, default=3e-4)
     parser.add_argument("--tasks-of-trained", action="store_true")
     options = parser.parse_args()
     sizes = {

@@ -10,7 +10,7 @@ from timer import percentiles, relative_error
 
 import nm_act
 from nm_act import reference
-from nm_act.optimize.fp8 import quantise_rows
+from nm_act.ops.e4m3 import quantise_rows
 
 DIFFERENCE = {"bf16": 5e-3, "e4m3": 1e-2}  # between two tiles; sums of e4m3 tensor cores depend on a tile's split
 E4M3_FLOOR = 6e-3  # of the error that is allowed: bench_sparse_linear's
@@ -139,7 +139,7 @@ class Case:
         self.limit = max(2 * self.torch_error, E4M3_FLOOR) if self.fp8 else 2 * self.torch_error
 
     def pack(self, x: torch.Tensor) -> nm_act.Packed:
-        return nm_act.compress_packed(x, fp8=self.fp8)
+        return nm_act.compress_packed(x, activation_dtype=torch.float8_e4m3fn if self.fp8 else None)
 
     def product(self, packed: nm_act.Packed, index: int, config: Config, overlapped: bool = False) -> torch.Tensor:
         operand = packed.values, packed.metadata, packed.layout, self.weights[index]

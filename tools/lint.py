@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TYPED = {
     "": "__init__ files moved patterns recipe reference supported version yaml_text",
-    "ops": "__init__ autograd composed explain formulas gradients legacy lifting operators packed",
+    "ops": "__init__ autograd composed e4m3 explain formulas gradients legacy lifting operators packed",
     "methods": "__init__ criteria mitigations",
     "parallel": "__init__ row shard sizes",
     "layers": "__init__ hooks kv_cache linear stale tokens work",

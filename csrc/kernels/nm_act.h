@@ -196,6 +196,7 @@ struct SparseGemmParams {
   const float* shift_out;     // [out_features] or null
   const float* column_scale;  // [out_features] or null
   const void* bias;           // [out_features] of y_type, or null
+  const void* residual;       // [tokens, out_features] of y_type, contiguous, or null: added to the rounded y
   int tokens;
   int out_features;  // a multiple of 8 (of 16 for kE4M3)
   int in_features;   // a multiple of 16, 32 for kE4M3 and on sm80
@@ -203,13 +204,13 @@ struct SparseGemmParams {
   ElementType y_type;  // value_type; kBFloat16 or kFloat16 for kE4M3
   bool weight_in_out;
 };
-// gated_gemm: z = SiLU(gate) * up with [gate, up] = product, over a merged weight whose first out_features / 2 outputs
-// are the gate's; rounded as silu_mul_compress rounds. product.y is z [tokens, out_features / 2]; with metadata, the
-// values [tokens, out_features / 4] of z's packed 2:4 operand. No bias, eta or shift_out; scales for kE4M3 alone, whose z
-// is dense.
+// gated_gemm: the packed 2:4 operand of z = SiLU(gate) * up with [gate, up] = product, over a merged weight stored
+// [in, out] whose first out_features / 2 outputs are the gate's; the bits of silu_mul_compress. 16-bit values, compute
+// capability 9.0, out_features a multiple of 32; without scales, terms or residual. product.y is the operand's values
+// [tokens, out_features / 4].
 struct GatedGemmParams {
   SparseGemmParams product;
-  uint8_t* metadata;  // [metadata_bytes(kSm90Bits16T64, tokens, out_features / 2)], or null
+  uint8_t* metadata;  // [metadata_bytes(kSm90Bits16T64, tokens, out_features / 2)]
 };
 bool gated_gemm_supports(const GatedGemmParams& params, GemmDevice device);
 cudaError_t query_gemm_device(int device, GemmDevice* result);

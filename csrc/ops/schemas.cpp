@@ -71,27 +71,28 @@ TORCH_LIBRARY(nm_act, m) {
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 
   // CUDA only. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
-  // [tokens, in_features / 2] in the dtype of x (float8_e4m3fn with fp8, scaled per token by its largest |Z| / 448),
-  // metadata uint8 [bytes], row_scale [tokens] (nu times the fp8 scale) and eta [tokens], float32, empty if not
-  // requested. The producers support 2:4; compress_packed also 2:4+1, whose operand has the in_features of the lifted
+  // [tokens, in_features / 2] in the dtype of x, or with activation_dtype float8_e4m3fn scaled per token by its largest
+  // |Z| / 448, metadata uint8 [bytes], row_scale [tokens] (nu times the e4m3 scale) and eta [tokens], float32, empty if
+  // not requested. The producers support 2:4; compress_packed also 2:4+1, whose operand has the in_features of the lifted
   // weight (csrc/kernels/format/windows.h).
   m.def(
       "compress_packed(Tensor x, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? shift=None, str "
       "token_shift=\"none\", "
-      "bool variance_correction=False, bool fp8=False, int[] extra_columns=[]) "
+      "bool variance_correction=False, ScalarType? activation_dtype=None, int[] extra_columns=[]) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // x' = norm(hidden, weight), then compress_packed. hidden = x + residual, or norm(x, x_weight) + residual with x_weight;
   // a result only with a residual, else empty, and then it is x. norm(x, weight) = RMSNorm(x) * weight, rounded before the
   // product too; with unit_offset RMSNorm(x) * (1 + weight), rounded once, as Gemma's module rounds.
   m.def(
       "rms_norm_compress(Tensor x, Tensor weight, float eps, Tensor? residual=None, *, Tensor? channel_scale=None, "
-      "Tensor? shift=None, str token_shift=\"none\", bool variance_correction=False, bool fp8=False, "
-      "bool unit_offset=False, Tensor? x_weight=None) "
+      "Tensor? shift=None, str token_shift=\"none\", bool variance_correction=False, ScalarType? "
+      "activation_dtype=None, bool unit_offset=False, Tensor? x_weight=None) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta, Tensor hidden)");
   // x' = activation(gate) * up, rounded before the product too, then compress_packed. activation is "silu" or "gelu_tanh".
   m.def(
       "silu_mul_compress(Tensor gate, Tensor up, *, Tensor? channel_scale=None, Tensor? shift=None, "
-      "str token_shift=\"none\", bool variance_correction=False, bool fp8=False, str activation=\"silu\") "
+      "str token_shift=\"none\", bool variance_correction=False, ScalarType? activation_dtype=None, "
+      "str activation=\"silu\") "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // The same producers for any n:m: values [tokens, in_features], dense with zeros, in the dtype of x, or in
   // float8_e4m3fn (from bfloat16) with one row_scale a token, max|Z| / 448; row_scale is empty otherwise.
@@ -128,18 +129,18 @@ TORCH_LIBRARY(nm_act, m) {
       "bool unit_offset=False) -> Tensor");
 
   // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32. layout
-  // names the metadata's layout, which must be the one that the device's GEMM reads.
+  // names the metadata's layout, which must be the one that the device's GEMM reads. The residual [tokens, out_features]
+  // is added to the rounded Y.
   m.def(
       "sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, Tensor? bias=None, *, "
       "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? "
-      "out_dtype=None) -> Tensor");
+      "out_dtype=None, Tensor? residual=None) -> Tensor");
 
-  // Z = SiLU(gate) * up with [gate, up] = sparse_gemm over a merged weight [2 * outputs, in_features], rounded as
-  // silu_mul_compress rounds. With compress (16-bit values), z and z_metadata are the packed 2:4 operand of Z; else z is
-  // dense [tokens, outputs] and z_metadata empty. e4m3 values need both scales.
+  // The packed 2:4 operand of SiLU(gate) * up with [gate, up] = sparse_gemm over a merged weight [2 * outputs,
+  // in_features] stored [in, out]: 16-bit values, the bits of silu_mul_compress.
   m.def(
-      "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight, *, Tensor? row_scale=None, "
-      "Tensor? column_scale=None, bool compress=False) -> (Tensor z, Tensor z_metadata)");
+      "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight) "
+      "-> (Tensor values, Tensor metadata)");
 
   // Private, for benchmarks/tune_decode.py and tune.py: the kernels with the caller's configuration. For the
   // gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for the GEMM on sm_90: tile,

@@ -46,12 +46,17 @@ at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& sel
   return vector;
 }
 
-bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x,
-                            const at::Tensor& weight, const char* op) {
+bool is_e4m3(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x, const char* op) {
   if (!activation_dtype.has_value() || *activation_dtype == x.scalar_type()) return false;
   TORCH_CHECK_TYPE(*activation_dtype == at::kFloat8_e4m3fn, "nm_act::", op,
                    " expected activation_dtype float8_e4m3fn or the dtype of x, ", x.scalar_type(), ", got ",
                    *activation_dtype, "; choose one of those");
+  return true;
+}
+
+bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x,
+                            const at::Tensor& weight, const char* op) {
+  if (!is_e4m3(activation_dtype, x, op)) return false;
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat8_e4m3fn, "nm_act::", op,
                    " expected weight in float8_e4m3fn along with activation_dtype float8_e4m3fn, got ",
                    weight.scalar_type(), "; quantise it per output channel");

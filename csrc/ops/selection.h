@@ -35,7 +35,10 @@ at::Tensor check_lifted_weight(const OptionalTensor& lifted_weight, const Select
 at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& selection, const at::Tensor& x,
                            int64_t out_features, const char* op);
 
-// Whether sparse_linear's activation_dtype requests e4m3 activations, which need an e4m3 weight.
+// Whether activation_dtype requests e4m3 activations; the only other one is the dtype of x.
+bool is_e4m3(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x, const char* op);
+
+// The same of sparse_linear, where e4m3 activations need an e4m3 weight.
 bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x,
                             const at::Tensor& weight, const char* op);
 

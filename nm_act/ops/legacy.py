@@ -56,3 +56,27 @@ def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return called
+
+
+def takes_activation_dtype(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function that takes ``activation_dtype`` also be called with ``fp8``, as before 0.2, with a warning."""
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "fp8" in kwargs:
+            fp8 = kwargs.pop("fp8")
+            if "activation_dtype" in kwargs:
+                raise TypeError(
+                    f"nm_act.{function.__name__} expected activation_dtype alone, got fp8={fp8} beside it; leave it out"
+                )
+            if not torch.compiler.is_compiling():
+                warnings.warn(
+                    f"nm_act.{function.__name__} takes activation_dtype since 0.2: write "
+                    "activation_dtype=torch.float8_e4m3fn in place of fp8=True, and nothing in place of fp8=False",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+            kwargs["activation_dtype"] = torch.float8_e4m3fn if fp8 else None
+        return function(*args, **kwargs)
+
+    return called

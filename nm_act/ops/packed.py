@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..patterns import NMPattern
 from . import operators
-from .legacy import takes_pattern
+from .legacy import takes_activation_dtype, takes_pattern
 from .lifting import is_lifted, lifted_features
 
 _PLAIN = NMPattern(2, 4)
@@ -34,7 +34,7 @@ class Packed:
     values : Tensor [tokens, in_features / 2], dtype of the input or float8_e4m3fn
         Of 2:4+1, half of the lifted in_features.
     metadata : Tensor [bytes], uint8, in ``layout`` (:func:`nm_act.unpack_metadata` reads it)
-    row_scale : Tensor [tokens] or [0], float32: variance factor times fp8 scale
+    row_scale : Tensor [tokens] or [0], float32: variance factor times e4m3 scale
     eta : Tensor [tokens] or [0], float32: per-token shift
     pattern : NMPattern
         2:4 or 2:4+1.
@@ -76,6 +76,7 @@ def _layout(dtype: torch.dtype, device: torch.device) -> str:
     return "sm90_16bit_t64" if torch.cuda.get_device_capability(device)[0] == 9 else "sm80_16bit"
 
 
+@takes_activation_dtype
 @takes_pattern
 def compress_packed(
     x: Tensor,
@@ -85,7 +86,7 @@ def compress_packed(
     shift: Tensor | None = None,
     token_shift: str = "none",
     variance_correction: bool = False,
-    fp8: bool = False,
+    activation_dtype: torch.dtype | None = None,
 ) -> Packed:
     """Select and pack for this device's sparse GEMM, in one pass over ``x``.
 
@@ -95,7 +96,7 @@ def compress_packed(
     Parameters
     ----------
     x : Tensor [..., in_features], bfloat16 or float16, on CUDA
-        in_features divisible by 16, with ``fp8`` by 32, for 2:4+1 by four times that; at most 32768 with fp8 or a
+        in_features divisible by 16, in e4m3 by 32, for 2:4+1 by four times that; at most 32768 in e4m3 or with a
         per-token statistic.
     pattern : NMPattern or str
         2:4 or 2:4+1.
@@ -103,8 +104,9 @@ def compress_packed(
         The selection, as in :func:`nm_act.prune`.
     variance_correction : bool
         Put VAR's factor into ``row_scale``.
-    fp8 : bool
-        Cast the survivors to e4m3 with one dynamic scale a token, max|Z| / 448.
+    activation_dtype : torch.dtype, optional
+        torch.float8_e4m3fn casts the survivors to e4m3 with one dynamic scale per token, max|Z| / 448; otherwise the
+        dtype of ``x``.
 
     Raises
     ------
@@ -123,12 +125,13 @@ def compress_packed(
         shift=shift,
         token_shift=token_shift,
         variance_correction=variance_correction,
-        fp8=fp8,
+        activation_dtype=activation_dtype,
         extra_columns=pattern.extra_columns,
     )
     return _packed(tensors, x, pattern)
 
 
+@takes_activation_dtype
 def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options: Any) -> Packed:
     """``compress_packed(RMSNorm(x + residual) * weight)`` in one kernel, with ``hidden``, the next residual.
 
@@ -145,6 +148,7 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
     return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
 
 
+@takes_activation_dtype
 def silu_mul_compress(gate: Tensor, up: Tensor, **options: Any) -> Packed:
     """``compress_packed(activation(gate) * up)`` in one kernel.
 
@@ -167,6 +171,7 @@ def sparse_gemm(
     shift_out: Tensor | None = None,
     column_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
     **separately: Any,
 ) -> Tensor:
     """``(row_scale * P @ weight.t() + eta (x) shift_out) * column_scale + bias`` on sparse tensor cores.
@@ -181,6 +186,8 @@ def sparse_gemm(
     shift_out, column_scale : Tensor [out_features], optional
     out_dtype : torch.dtype, optional
         Dtype of the result; that of 16-bit values, bfloat16 (or float16) for e4m3.
+    residual : Tensor [tokens, out_features], dtype of the result, optional
+        Added to the rounded result, in the same kernel where one tile fills the device.
 
     Returns
     -------
@@ -216,61 +223,40 @@ def sparse_gemm(
         shift_out=shift_out,
         column_scale=column_scale,
         out_dtype=out_dtype,
+        residual=residual,
     )
     return y
 
 
-def sparse_gemm_silu_mul(
-    operand: Packed, weight: Tensor, *, column_scale: Tensor | None = None, compress: bool = False
-) -> Tensor | Packed:
-    """``SiLU(gate) * up`` with ``[gate, up] = sparse_gemm(operand, weight)``, in one kernel of compute capability 9.0.
+def sparse_gemm_silu_mul(operand: Packed, weight: Tensor) -> Packed:
+    """The packed 2:4 operand of ``SiLU(gate) * up`` with ``[gate, up] = sparse_gemm(operand, weight)``, in one kernel.
 
-    The values are the bits of :func:`sparse_gemm` and :func:`silu_mul_compress`; gate and up never reach memory.
+    It has the bits of :func:`silu_mul_compress`; neither gate and up nor their product reach memory.
 
     Parameters
     ----------
     operand : Packed
-        2:4, packed on this device, without a per-token shift; in 16 bits without a variance factor.
+        2:4 in 16 bits, packed on this device, without a per-token shift or a variance factor.
     weight : Tensor [2 * outputs, in_features], dtype of the operand's values
-        The weights of gate and up, concatenated: 16-bit stored [in, out], with outputs divisible by 8; e4m3 contiguous.
-    column_scale : Tensor [2 * outputs], float32
-        With e4m3 values only.
-    compress : bool
-        Pack the result for the next product. 16-bit values; outputs divisible by 16.
-
-    Returns
-    -------
-    Tensor [tokens, outputs], dtype of 16-bit values or bfloat16, or with ``compress`` the Packed of it
+        The weights of gate and up, concatenated, stored [in, out]; outputs divisible by 16.
 
     Raises
     ------
     TypeError, ValueError
         If an argument does not fit.
     NotImplementedError
-        If no compiled kernel takes the combination.
+        If the device is not of compute capability 9.0, or the weight is stored otherwise.
     """
-    if operand.eta.numel() or is_lifted(operand.pattern):
+    if operand.eta.numel() or (operand.row_scale.numel() and operand.values.dtype != torch.float8_e4m3fn):
         raise ValueError(
-            "expected an operand of 2:4 without a per-token shift, got "
-            f"{operand.pattern}{' with one' if operand.eta.numel() else ''}; use sparse_gemm and silu_mul_compress"
+            "expected an operand without a per-token shift or factor, got "
+            f"{operand.eta.numel()} shifts and {operand.row_scale.numel()} factors; use sparse_gemm and "
+            "silu_mul_compress"
         )
     _check_operand(operand, weight)
-    values: Tensor
-    metadata: Tensor
-    values, metadata = operators.call(
-        "sparse_gemm_silu_mul",
-        operand.values,
-        operand.metadata,
-        operand.layout,
-        weight,
-        row_scale=operand.row_scale,
-        column_scale=column_scale,
-        compress=compress,
-    )
-    if not compress:
-        return values
-    none = operand.row_scale.new_empty(0)
-    return Packed(values, metadata, none, none, _PLAIN, weight.shape[0] // 2, operand.layout, operand.tokens)
+    values, metadata = operators.call("sparse_gemm_silu_mul", operand.values, operand.metadata, operand.layout, weight)
+    outputs, eta = weight.shape[0] // 2, operand.eta
+    return Packed(values, metadata, eta, eta, _PLAIN, outputs, operand.layout, operand.tokens)
 
 
 def _check_operand(operand: Packed, weight: Tensor) -> None:
@@ -306,17 +292,21 @@ def sparse_linear_fp8(
 
 
 def _fake_packed(
-    x: Tensor, variance_correction: bool, fp8: bool, token_shift: str, pattern: NMPattern = _PLAIN
+    x: Tensor,
+    variance_correction: bool,
+    activation_dtype: torch.dtype | None,
+    token_shift: str,
+    pattern: NMPattern = _PLAIN,
 ) -> tuple[Tensor, ...]:
     tokens, in_features = x.numel() // x.shape[-1], lifted_features(pattern, x.shape[-1])
-    dtype = torch.float8_e4m3fn if fp8 else x.dtype
+    dtype = activation_dtype or x.dtype
     tile_tokens, tile_features = _TILES[_layout(dtype, x.device)]
     rounded = (tokens + tile_tokens - 1) // tile_tokens * tile_tokens
     metadata = rounded * ((in_features + tile_features - 1) // tile_features * tile_features) // 8
     return (
         x.new_empty((tokens, in_features // 2), dtype=dtype),
         x.new_empty((metadata,), dtype=torch.uint8),
-        x.new_empty((tokens if variance_correction or fp8 else 0,), dtype=torch.float32),
+        x.new_empty((tokens if variance_correction or dtype == torch.float8_e4m3fn else 0,), dtype=torch.float32),
         x.new_empty((tokens if token_shift != "none" else 0,), dtype=torch.float32),
     )
 
@@ -329,11 +319,11 @@ def _(
     *,
     token_shift: str = "none",
     variance_correction: bool = False,
-    fp8: bool = False,
+    activation_dtype: torch.dtype | None = None,
     extra_columns: Sequence[int] = (),
     **_vectors: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    return _fake_packed(x, variance_correction, fp8, token_shift, NMPattern(n, m, extra_columns))
+    return _fake_packed(x, variance_correction, activation_dtype, token_shift, NMPattern(n, m, extra_columns))
 
 
 @torch.library.register_fake("nm_act::rms_norm_compress")
@@ -345,11 +335,11 @@ def _(
     *,
     token_shift: str = "none",
     variance_correction: bool = False,
-    fp8: bool = False,
+    activation_dtype: torch.dtype | None = None,
     **_options: Any,
 ) -> tuple[Tensor, ...]:
     hidden = x.new_empty((0,) if residual is None else x.shape)
-    return *_fake_packed(x, variance_correction, fp8, token_shift), hidden
+    return *_fake_packed(x, variance_correction, activation_dtype, token_shift), hidden
 
 
 @torch.library.register_fake("nm_act::silu_mul_compress")
@@ -359,10 +349,10 @@ def _(
     *,
     token_shift: str = "none",
     variance_correction: bool = False,
-    fp8: bool = False,
+    activation_dtype: torch.dtype | None = None,
     **_options: Any,
 ) -> tuple[Tensor, ...]:
-    return _fake_packed(gate, variance_correction, fp8, token_shift)
+    return _fake_packed(gate, variance_correction, activation_dtype, token_shift)
 
 
 @torch.library.register_fake("nm_act::sparse_gemm")
@@ -382,14 +372,10 @@ def _(
 
 
 @torch.library.register_fake("nm_act::sparse_gemm_silu_mul")
-def _(
-    values: Tensor, metadata: Tensor, layout: str, weight: Tensor, *, compress: bool = False, **_vectors: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.bfloat16 if values.dtype == torch.float8_e4m3fn else values.dtype
-    z = values.new_empty((values.shape[0], weight.shape[0] // 2), dtype=dtype)
-    if not compress:
-        return z, z.new_empty((0,), dtype=torch.uint8)
-    packed, packed_metadata, *_ = _fake_packed(z, False, False, "none")
+def _(values: Tensor, metadata: Tensor, layout: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    packed, packed_metadata, *_ = _fake_packed(
+        values.new_empty((values.shape[0], weight.shape[0] // 2)), False, None, "none"
+    )
     return packed, packed_metadata
 
 

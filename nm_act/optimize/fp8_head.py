@@ -11,7 +11,7 @@ from .. import ops
 from . import readonly
 from .changed import Changed
 from .eligible import why_stays
-from .fp8 import E4M3, quantise_rows
+from ..ops.e4m3 import E4M3, quantise_rows
 
 MOST_TOKENS = 8
 """Most tokens that :func:`nm_act.gather_linear` takes; their activations stay in 16 bits."""

@@ -66,8 +66,7 @@ def _mlp_tail(mlp: nn.Module, products: list[Tensor], residual: Tensor | None = 
         return y if residual is None else residual + y
     step = operands.Gated(way, mlp.down_proj, gate, up, residual, mlp.nm_act_gates)
     del gate, up
-    y = step.product()
-    return y if residual is None or way == "decode" else residual + y
+    return step.product(residual)
 
 
 def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -148,8 +147,7 @@ class FusedLayer(Changed):
             hidden = self._plus(0, attention, residual)
             return self._plus(1, self.mlp(before_mlp(hidden)), hidden)
         if self._gates_in_product(mlp_way, gate_up, attention):
-            y, hidden = operands.norm_gated_product(before_mlp, gate_up, self.mlp.down_proj, attention, residual)
-            return hidden + y
+            return operands.norm_gated_product(before_mlp, gate_up, self.mlp.down_proj, attention, residual)
         after = self._after(0, attention)
         if self.after_parts and after is None:
             attention = getattr(self, self.after_parts[0])(attention)

@@ -11,12 +11,13 @@ from torch import nn
 from ..layers.hooks import take_over_hooks
 from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
+from ..ops.e4m3 import check_layout
 from ..ops.prepack import why_not_prepacked
 from . import dense, fused, operands, static_attention
 from .attention import FusedAttention, mark_head_norms, merged_qkv
 from .changed import Changed, change
 from .eligible import not_fp8, why_absent
-from .fp8 import FP8Linear, check_layout
+from .fp8 import FP8Linear
 from .fp8_head import ROWS_AT_ONCE, FP8Head, head_of, store_head, why_not_e4m3
 from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, unmerge
 

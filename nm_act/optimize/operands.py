@@ -16,19 +16,13 @@ from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
 from ..layers.work import is_decode
 from ..ops import autograd
+from ..ops.e4m3 import E4M3, FEW_TOKENS
 from ..ops.explain import explain
 from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_add, rms_norm_prune, silu_mul_prune
-from ..ops.packed import (
-    Packed,
-    compress_packed,
-    rms_norm_compress,
-    silu_mul_compress,
-    sparse_gemm,
-    sparse_gemm_silu_mul,
-)
+from ..ops.packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm, sparse_gemm_silu_mul
 from ..patterns import NMPattern
 from .eligible import MAX_NORM_FEATURES, has_hooks, not_pruned_alone, not_sparse_gemm, why_stays
-from .fp8 import E4M3, FEW_TOKENS, FP8Linear
+from .fp8 import FP8Linear
 
 PACKED_TOKENS = _C.SPARSE_GEMM_TOKENS
 """Fewest tokens for which a packed 16-bit product is worthwhile."""
@@ -135,34 +129,32 @@ def norm_plus(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def gates_in_product(way: str, gate_up: nn.Module, down: nn.Module, x: Tensor) -> bool:
-    """Whether one kernel can compute gate, up and ``SiLU(gate) * up`` in this call (:func:`norm_gated_product`)."""
+    """Whether one kernel can compute gate, up and the packed ``SiLU(gate) * up`` of this call, in 16 bits."""
     if way != "packed" or not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
         return False
-    spec, derived = gate_up.spec, _derived(gate_up)
-    if parameter_of(gate_up, "bias") is not None or derived["shift_out"] is not None or spec.token_shift != "none":
+    if any(isinstance(linear, FP8Linear) or not _selects_plainly(linear) for linear in (gate_up, down)):
         return False
-    if isinstance(gate_up, FP8Linear):
-        fits = gate_up.like.dtype == torch.bfloat16
-    else:
-        fits = not spec.variance_correction and parameter_of(gate_up, "weight").stride(0) == 1
+    if parameter_of(gate_up, "bias") is not None or _derived(gate_up)["shift_out"] is not None:
+        return False
+    fits = gate_up.out_features % 32 == 0 and parameter_of(gate_up, "weight").stride(0) == 1
     # Of the down layer's input only tokens, dtype and device matter here, and those are x's.
-    return fits and gate_up.out_features % 32 == 0 and way_of(down, x) == "packed"
+    return fits and way_of(down, x) == "packed"
+
+
+def _selects_plainly(linear: nn.Module) -> bool:
+    """Whether a layer's selection needs nothing but the magnitudes of each group."""
+    spec = linear.spec
+    return _derived(linear)["channel_scale"] is None and spec.token_shift == "none" and not spec.variance_correction
 
 
 def norm_gated_product(
     norm: nn.Module, gate_up: nn.Module, down: nn.Module, x: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``down(SiLU(gate) * up)`` with ``[gate, up] = gate_up(norm(x + residual))``, and ``x + residual``."""
-    packing = _packing(gate_up, _derived(gate_up)["channel_scale"])
-    packed = rms_norm_compress(x, norm.weight, norm.variance_epsilon, residual, **packing)
-    fp8, derived = isinstance(gate_up, FP8Linear), _derived(down)
-    weight, scale = (gate_up.e4m3, gate_up.weight_scale) if fp8 else (parameter_of(gate_up, "weight"), None)
-    options = _packing(down, derived["channel_scale"])
-    plain = not fp8 and derived["channel_scale"] is None and options == _PLAIN_PACKING
-    operand = sparse_gemm_silu_mul(packed, weight, column_scale=scale, compress=plain)
-    if not plain:
-        operand = compress_packed(operand, **options)
-    return _packed_product(down, operand, x.shape, derived["shift_out"]), packed.hidden
+) -> Tensor:
+    """``h + down(SiLU(gate) * up)`` with ``[gate, up] = gate_up(norm(h))`` and ``h = x + residual``."""
+    eps, unit_offset = norm_facts(norm)
+    packed = rms_norm_compress(x, norm.weight, eps, residual, unit_offset=unit_offset)
+    operand = sparse_gemm_silu_mul(packed, parameter_of(gate_up, "weight"))
+    return _packed_product(down, operand, x.shape, _derived(down)["shift_out"], packed.hidden)
 
 
 class Gated:
@@ -191,13 +183,14 @@ class Gated:
             pattern = linear.spec.pattern_in(is_decode(gate))
             self.operand = silu_mul_prune(gate, up, pattern, activation=activation, **_pruning(linear))
 
-    def product(self) -> Tensor:
-        """``[..., out]``."""
+    def product(self, residual: Tensor | None = None) -> Tensor:
+        """``[..., out]``, with the residual, which "decode" added before."""
+        if isinstance(self.operand, Tensor):
+            return self.operand
         if isinstance(self.operand, Packed):
-            return _packed_product(self.linear, self.operand, self.shape, self.shift_out)
-        return (
-            self.operand if isinstance(self.operand, Tensor) else _pruned_product(self.linear, self.operand, self.shape)
-        )
+            return _packed_product(self.linear, self.operand, self.shape, self.shift_out, residual)
+        y = _pruned_product(self.linear, self.operand, self.shape)
+        return y if residual is None else residual + y
 
 
 def plus_residual(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
@@ -270,25 +263,27 @@ def _packing(linear: nn.Module, channel_scale: Tensor | None) -> dict:
         "channel_scale": channel_scale,
         "token_shift": linear.spec.token_shift,
         "variance_correction": linear.spec.variance_correction,
-        "fp8": isinstance(linear, FP8Linear),
+        **_pruning(linear),
     }
-
-
-_PLAIN_PACKING = {"channel_scale": None, "token_shift": "none", "variance_correction": False, "fp8": False}
 
 
 def _pruning(linear: nn.Module) -> dict:
     return {"activation_dtype": E4M3 if isinstance(linear, FP8Linear) else None}
 
 
-def _packed_product(linear: nn.Module, operand: Packed, shape: torch.Size, shift_out: Tensor | None) -> Tensor:
+def _packed_product(
+    linear: nn.Module, operand: Packed, shape: torch.Size, shift_out: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
     if isinstance(linear, FP8Linear):
         weight, scale, dtype = linear.e4m3, linear.weight_scale, linear.like.dtype
     else:
         weight = parameter_of(linear, "weight")
         scale, dtype = None, weight.dtype
     bias = parameter_of(linear, "bias")
-    y = sparse_gemm(operand, weight, bias, shift_out=shift_out, column_scale=scale, out_dtype=dtype)
+    options = {"shift_out": shift_out, "column_scale": scale, "out_dtype": dtype}
+    if residual is not None:
+        options["residual"] = residual.reshape(operand.tokens, linear.out_features)
+    y = sparse_gemm(operand, weight, bias, **options)
     return y.view(*shape[:-1], linear.out_features)
 
 

@@ -113,36 +113,38 @@ def test_packed_equals_neutral(dtype, name, tokens, in_features):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("fp8", [False, True])
-def test_packed_of_strided_inputs(dtype, fp8):
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_packed_of_strided_inputs(dtype, activation_dtype):
     x = torch.randn(33, 288, device="cuda").to(dtype)
-    expected = nm_act.compress_packed(x, fp8=fp8)
+    expected = nm_act.compress_packed(x, activation_dtype=activation_dtype)
     for name, view in strided(x).items():
-        assert_same_bytes(nm_act.compress_packed(view, fp8=fp8), expected, name)
+        assert_same_bytes(nm_act.compress_packed(view, activation_dtype=activation_dtype), expected, name)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_packed_variance_factor(dtype, fp8, name):
+def test_packed_variance_factor(dtype, activation_dtype, name):
     x = (torch.randn(65, 1024) + 0.25).to(dtype)
     options = {"channel_scale": torch.rand(1024)} if name == "channel scale" else selections(1024)[name]
-    row_scale = nm_act.compress_packed(x.cuda(), fp8=fp8, variance_correction=True, **on_gpu(options)).row_scale
+    row_scale = nm_act.compress_packed(
+        x.cuda(), activation_dtype=activation_dtype, variance_correction=True, **on_gpu(options)
+    ).row_scale
     pruned = reference.prune(x, "2:4", **options)
     shifted = reference.shifted(x, options.get("shift"), options.get("token_shift", "none"))
     expected = reference.variance_ratio(shifted, pruned).squeeze(-1)
-    if fp8:
+    if activation_dtype:
         expected = expected * quantise_rows(pruned)[1].double()
     torch.testing.assert_close(row_scale.cpu().double(), expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_packed_tokens_without_variance_have_factor_one(fp8):
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_packed_tokens_without_variance_have_factor_one(activation_dtype):
     x = torch.zeros(3, 128, dtype=torch.bfloat16, device="cuda")
-    values, _, row_scale, _ = nm_act.compress_packed(x, fp8=fp8, variance_correction=True)
+    values, _, row_scale, _ = nm_act.compress_packed(x, activation_dtype=activation_dtype, variance_correction=True)
     assert (values.float() == 0).all()
     assert row_scale.isfinite().all()
-    if not fp8:
+    if not activation_dtype:
         assert (row_scale == 1).all()
 
 
@@ -157,7 +159,7 @@ def test_fp8_selects_before_it_quantises(dtype, name, tokens, in_features):
     if tokens > 2:
         x[1], x[2] = torch.randint(-2, 3, (in_features,)), 0.0
         x[0] *= 2.0**-10
-    values, metadata, row_scale, _ = nm_act.compress_packed(x.cuda(), fp8=True, **on_gpu(options))
+    values, metadata, row_scale, _ = nm_act.compress_packed(x.cuda(), activation_dtype=E4M3, **on_gpu(options))
     survivors, expected_metadata = reference.compress(x, **options)
     assert values.dtype == E4M3
     assert torch.equal(nm_act.unpack_metadata(metadata.cpu(), tokens, in_features, "sm90_8bit"), expected_metadata)
@@ -169,7 +171,7 @@ def test_fp8_selects_before_it_quantises(dtype, name, tokens, in_features):
 
 def test_fp8_uses_the_whole_range():
     x = torch.randn(8, 256, device="cuda", dtype=torch.bfloat16) * torch.logspace(-30, 30, 8, device="cuda")[:, None]
-    values, _, row_scale, _ = nm_act.compress_packed(x.bfloat16(), fp8=True)
+    values, _, row_scale, _ = nm_act.compress_packed(x.bfloat16(), activation_dtype=E4M3)
     assert (values.float().abs().amax(dim=-1) == 448).all()
     assert row_scale.isfinite().all()
 
@@ -177,7 +179,7 @@ def test_fp8_uses_the_whole_range():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_fp8_never_drops_a_nan_or_infinity(dtype):
     x = hard_activations(33, 288, dtype)
-    values, _, row_scale, _ = nm_act.compress_packed(x.cuda(), fp8=True)
+    values, _, row_scale, _ = nm_act.compress_packed(x.cuda(), activation_dtype=E4M3)
     lost = ~x.isfinite().all(dim=-1).cuda()
     poisoned = values.float().isnan().any(dim=-1) | row_scale.isnan()
     assert torch.equal(poisoned, lost)
@@ -199,13 +201,15 @@ def assert_close_to_pruned(packed, produced: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(("tokens", "in_features"), [(1, 32), (33, 288), (65, 4096), (5, 14336)])
-def test_rms_norm_compress(dtype, fp8, with_residual, tokens, in_features):
+def test_rms_norm_compress(dtype, activation_dtype, with_residual, tokens, in_features):
     x, residual = (torch.randn(tokens, in_features, device="cuda").to(dtype) for _ in range(2))
     weight, before = torch.randn(in_features, device="cuda").to(dtype), (x.clone(), residual.clone())
-    packed = nm_act.rms_norm_compress(x, weight, 1e-6, residual if with_residual else None, fp8=fp8)
+    packed = nm_act.rms_norm_compress(
+        x, weight, 1e-6, residual if with_residual else None, activation_dtype=activation_dtype
+    )
     expected = x + residual if with_residual else x
     assert_same_bits(packed.hidden, expected)
     assert torch.equal(x, before[0])  # inputs are read only
@@ -216,13 +220,13 @@ def test_rms_norm_compress(dtype, fp8, with_residual, tokens, in_features):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
 @pytest.mark.parametrize(("tokens", "in_features"), [(1, 32), (33, 288), (65, 4096), (5, 14336)])
-def test_silu_mul_compress(dtype, fp8, tokens, in_features):
+def test_silu_mul_compress(dtype, activation_dtype, tokens, in_features):
     merged = torch.randn(tokens, 2 * in_features, device="cuda").to(dtype)
     gate, up = merged.chunk(2, dim=-1)
     for arguments in ((gate.contiguous(), up.contiguous()), (gate, up)):
-        packed = nm_act.silu_mul_compress(*arguments, fp8=fp8)
+        packed = nm_act.silu_mul_compress(*arguments, activation_dtype=activation_dtype)
         assert_close_to_pruned(packed, F.silu(gate) * up)
 
 
@@ -241,12 +245,17 @@ def test_halves_of_a_merged_projection_are_read_in_place():
         assert torch.equal(nm_act.prune(view, "2:4"), nm_act.prune(view.contiguous(), "2:4"))
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_producers_take_the_options_of_the_selection(fp8):
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_producers_take_the_options_of_the_selection(activation_dtype):
     tokens, in_features = 33, 1024
     x, up = (torch.randn(tokens, in_features, device="cuda").bfloat16() for _ in range(2))
     scale, weight = torch.rand(in_features, device="cuda") + 0.5, torch.ones(in_features, device="cuda").bfloat16()
-    options = {"channel_scale": scale, "token_shift": "mean", "variance_correction": True, "fp8": fp8}
+    options = {
+        "channel_scale": scale,
+        "token_shift": "mean",
+        "variance_correction": True,
+        "activation_dtype": activation_dtype,
+    }
     normed = (x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + 1e-6)).bfloat16()
     for packed, produced in (
         (nm_act.rms_norm_compress(x, weight, 1e-6, **options), normed),
@@ -257,11 +266,14 @@ def test_producers_take_the_options_of_the_selection(fp8):
         torch.testing.assert_close(packed.row_scale, expected.row_scale, rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-def test_an_exact_product_is_compressed_to_the_same_bits(fp8):
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_an_exact_product_is_compressed_to_the_same_bits(activation_dtype):
     x = torch.randn(33, 288, device="cuda").bfloat16()
     gate = torch.full_like(x, 60.0)  # SiLU(60) is 60 in bf16, so the product has no rounding of its own
-    assert_same_bytes(nm_act.silu_mul_compress(gate, x, fp8=fp8), nm_act.compress_packed(gate * x, fp8=fp8))
+    assert_same_bytes(
+        nm_act.silu_mul_compress(gate, x, activation_dtype=activation_dtype),
+        nm_act.compress_packed(gate * x, activation_dtype=activation_dtype),
+    )
 
 
 # ---- determinism and the smallest cases for compute-sanitizer --------------------------------------------------------
@@ -270,8 +282,8 @@ def test_ten_runs_give_the_same_bits():
     options = {"token_shift": "mean", "variance_correction": True}
     calls = [
         lambda: nm_act.compress_packed(x, **options),
-        lambda: nm_act.compress_packed(x, fp8=True, **options),
-        lambda: nm_act.rms_norm_compress(x, weight, 1e-6, x, fp8=True, **options),
+        lambda: nm_act.compress_packed(x, activation_dtype=E4M3, **options),
+        lambda: nm_act.rms_norm_compress(x, weight, 1e-6, x, activation_dtype=E4M3, **options),
         lambda: nm_act.silu_mul_compress(x, x, **options),
         lambda: (nm_act.prune(x, "8:16", token_shift="mean"),),
     ]
@@ -304,25 +316,31 @@ def pruned_nans(x: torch.Tensor, options: dict) -> torch.Tensor:
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("tokens", [1, 33])
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("fp8", [False, True])
-def test_small_packed_and_producers(dtype, fp8, tokens):
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_small_packed_and_producers(dtype, activation_dtype, tokens):
     x, up = torch.randn(tokens, 96).to(dtype).cuda(), torch.randn(tokens, 96).to(dtype).cuda()
     expected = reference.compress(x.cpu())[1]
     for view in (x, *strided(x).values()):
-        values, metadata, *_ = nm_act.compress_packed(view, fp8=fp8)
+        values, metadata, *_ = nm_act.compress_packed(view, activation_dtype=activation_dtype)
         layout = packed_layout(values.dtype)
         assert torch.equal(nm_act.unpack_metadata(metadata.cpu(), tokens, 96, layout), expected)
     for token_shift in ("mean", "median"):
-        row_scale = nm_act.compress_packed(x, fp8=fp8, token_shift=token_shift, variance_correction=True).row_scale
+        row_scale = nm_act.compress_packed(
+            x, activation_dtype=activation_dtype, token_shift=token_shift, variance_correction=True
+        ).row_scale
         assert row_scale.isfinite().all()
-    packed = nm_act.rms_norm_compress(x, up[0].contiguous(), 1e-6, up, fp8=fp8)
+    packed = nm_act.rms_norm_compress(x, up[0].contiguous(), 1e-6, up, activation_dtype=activation_dtype)
     h = (x + up).float()
     normed = (h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + 1e-6)).to(dtype) * up[0]
     assert_close_to_pruned(packed, normed)
-    assert_close_to_pruned(nm_act.silu_mul_compress(x, up, fp8=fp8), F.silu(x) * up)
+    assert_close_to_pruned(nm_act.silu_mul_compress(x, up, activation_dtype=activation_dtype), F.silu(x) * up)
     scale = torch.rand(96, device="cuda")
     results = []
     for weight, channel_scale in ((up[0].contiguous(), scale), (moved(up[0]), moved(scale))):
-        normed = nm_act.rms_norm_compress(x, weight, 1e-6, up, channel_scale=channel_scale, fp8=fp8)
-        results.append((*normed, *nm_act.silu_mul_compress(x, up, channel_scale=channel_scale, fp8=fp8)))
+        normed = nm_act.rms_norm_compress(
+            x, weight, 1e-6, up, channel_scale=channel_scale, activation_dtype=activation_dtype
+        )
+        results.append(
+            (*normed, *nm_act.silu_mul_compress(x, up, channel_scale=channel_scale, activation_dtype=activation_dtype))
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

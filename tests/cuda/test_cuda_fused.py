@@ -89,15 +89,15 @@ def test_producers_of_gemma_are_packed(fp8, features):
         return nm_act.sparse_gemm(operand, wide, column_scale=scale, out_dtype=torch.bfloat16)
 
     def separate(z):
-        return product(nm_act.compress_packed(z, fp8=fp8))
+        return product(nm_act.compress_packed(z, activation_dtype=E4M3 if fp8 else None))
 
     for x_weight in (None, before):
-        options = {"unit_offset": True, "x_weight": x_weight, "fp8": fp8}
+        options = {"unit_offset": True, "x_weight": x_weight, "activation_dtype": E4M3 if fp8 else None}
         packed = nm_act.rms_norm_compress(x, weight, 1e-5, other, **options)
         total = other + (x if x_weight is None else rms_norm(x, x_weight, 1e-5, True))
         assert (packed.hidden != total).float().mean() < 2e-3
         assert relative_error(product(packed), separate(rms_norm(packed.hidden, weight, 1e-5, True))) < CLOSE
-    gated = nm_act.silu_mul_compress(x, up, activation="gelu_tanh", fp8=fp8)
+    gated = nm_act.silu_mul_compress(x, up, activation="gelu_tanh", activation_dtype=E4M3 if fp8 else None)
     assert relative_error(product(gated), separate(activated(x, "gelu_tanh") * up)) < CLOSE
 
 

@@ -1,11 +1,10 @@
-"""sparse_gemm_silu_mul: the bits of sparse_gemm and silu_mul_compress, in one kernel."""
+"""Epilogues of the sparse GEMM with more than a layer in them: SiLU * up with its packing, and the residual."""
 
 import re
 
 import pytest
 import torch
-from cuda_cases import E4M3, GPU_MARKS, HALVES, assert_legal, assert_same_bytes, poison
-from linear_cases import relative_error
+from cuda_cases import E4M3, GPU_MARKS, HALVES, assert_legal, assert_same_bytes, moved, poison
 
 import nm_act
 from nm_act import _C
@@ -18,7 +17,7 @@ pytestmark = [
     ),
 ]
 OPS = torch.ops.nm_act
-TILES = {E4M3: "k128x256x128E4M3", None: "k128x256x64"}
+WIDE = {torch.bfloat16: "k128x256x64", torch.float16: "k128x256x64", E4M3: "k128x256x128E4M3"}
 SIZES = [
     (1, 16, 32),
     (33, 48, 64),
@@ -30,126 +29,127 @@ SIZES = [
 ]
 
 
-def operand_and_weight(tokens, outputs, in_features, dtype):
-    """A packed operand, the weights of gate and up as the kernel takes them, and their scale."""
+def in_out(weight):
+    return weight.t().contiguous().t()
+
+
+def operand_and_weight(tokens, out_features, in_features, dtype=torch.bfloat16):
+    """A packed operand, a weight in the storage that its kernel takes, and the weight's scale."""
     x = torch.randn(tokens, in_features, device="cuda").to(torch.bfloat16 if dtype == E4M3 else dtype)
-    weight = torch.randn(2 * outputs, in_features, device="cuda") * in_features**-0.5 * 1.5
+    weight = torch.randn(out_features, in_features, device="cuda") * in_features**-0.5 * 1.5
     if dtype == E4M3:
-        return nm_act.compress_packed(x, fp8=True), *quantise_rows(weight)
-    return nm_act.compress_packed(x), weight.t().contiguous().t().to(dtype), None
+        return nm_act.compress_packed(x, activation_dtype=E4M3), *quantise_rows(weight)
+    return nm_act.compress_packed(x), in_out(weight.to(dtype)), None
 
 
-def product(packed, weight, scale):
-    """sparse_gemm with the tile of the fused kernel, so that the sums are the same."""
-    tile = TILES[E4M3 if weight.dtype == E4M3 else None]
-    index = next(t["tile"] for t in _C.gemm_tiles("e4m3" if weight.dtype == E4M3 else "bfloat16") if t["name"] == tile)
-    options = {"row_scale": packed.row_scale, "column_scale": scale} if scale is not None else {}
-    return OPS._tune_sparse_gemm(packed.values, packed.metadata, packed.layout, weight, [index, 0, 1, 1, 0], **options)
+def wide_product(packed, weight):
+    """sparse_gemm with the tile of these epilogues, so that the sums are the same."""
+    tiles = _C.gemm_tiles("float16" if weight.dtype == torch.float16 else "bfloat16")
+    index = next(tile["tile"] for tile in tiles if tile["name"] == WIDE[weight.dtype])
+    return OPS._tune_sparse_gemm(packed.values, packed.metadata, packed.layout, weight, [index, 0, 1, 1, 0])
 
 
 @pytest.mark.parametrize(("tokens", "outputs", "in_features"), SIZES)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_packs_what_the_separate_kernels_pack(dtype, tokens, outputs, in_features):
-    packed, weight, _ = operand_and_weight(tokens, outputs, in_features, dtype)
-    gate, up = product(packed, weight, None).split(outputs, dim=-1)
+    packed, weight, _ = operand_and_weight(tokens, 2 * outputs, in_features, dtype)
+    gate, up = wide_product(packed, weight).split(outputs, dim=-1)
     expected = nm_act.silu_mul_compress(gate, up)
     poison()
-    actual = nm_act.sparse_gemm_silu_mul(packed, weight, compress=True)
+    actual = nm_act.sparse_gemm_silu_mul(packed, weight)
     assert_same_bytes(actual, expected)
     assert_legal(actual.metadata)
-    assert (actual.pattern, actual.in_features, actual.layout, actual.tokens, actual.hidden) == (
-        *(expected.pattern, outputs, expected.layout, tokens),
-        None,
-    )
+    facts = ("pattern", "in_features", "layout", "tokens", "hidden")
+    assert [getattr(actual, fact) for fact in facts] == [getattr(expected, fact) for fact in facts]
     down = torch.randn(64, outputs, device="cuda").to(dtype)
     assert torch.equal(nm_act.sparse_gemm(actual, down), nm_act.sparse_gemm(expected, down))
 
 
-@pytest.mark.parametrize(("tokens", "outputs", "in_features"), SIZES)
-@pytest.mark.parametrize("dtype", [*HALVES, E4M3])
-def test_dense_results(dtype, tokens, outputs, in_features):
-    packed, weight, scale = operand_and_weight(tokens, outputs, in_features, dtype)
-    gate, up = product(packed, weight, scale).split(outputs, dim=-1)
-    poison()
-    z = nm_act.sparse_gemm_silu_mul(packed, weight, column_scale=scale)
-    # The separate kernel's SiLU * up, without its selection: of a 2:4 operand whose survivors are all features.
-    survivors = nm_act.silu_mul_compress(gate.contiguous(), up.contiguous())
-    assert_same_bytes(nm_act.compress_packed(z), survivors)
-    exact = torch.nn.functional.silu(gate.double()) * up.double()
-    assert relative_error(z, exact) < 6e-3
-    assert z.shape == (tokens, outputs)
-
-
 def test_hard_values():
     """Infinities, NaNs, large and tiny gates take the same way through the epilogue as through memory."""
-    packed, weight, _ = operand_and_weight(130, 64, 64, torch.bfloat16)
+    packed, weight, _ = operand_and_weight(130, 128, 64)
     packed.values[3] = float("inf")
     packed.values[4] = float("nan")
     packed.values[5] *= 1e4
     packed.values[6] *= 1e-30
-    gate, up = product(packed, weight, None).split(64, dim=-1)
-    assert_same_bytes(nm_act.sparse_gemm_silu_mul(packed, weight, compress=True), nm_act.silu_mul_compress(gate, up))
+    gate, up = wide_product(packed, weight).split(64, dim=-1)
+    assert_same_bytes(nm_act.sparse_gemm_silu_mul(packed, weight), nm_act.silu_mul_compress(gate, up))
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("dtype", [torch.bfloat16, E4M3])
-def test_small_gated(dtype):
-    packed, weight, scale = operand_and_weight(33, 48, 64, dtype)
-    z = nm_act.sparse_gemm_silu_mul(packed, weight, column_scale=scale)
-    gate, up = product(packed, weight, scale).split(48, dim=-1)
-    assert relative_error(z, torch.nn.functional.silu(gate.float()) * up.float()) < 1e-2
-    if dtype != E4M3:
-        actual = nm_act.sparse_gemm_silu_mul(packed, weight, compress=True)
-        assert_same_bytes(actual, nm_act.silu_mul_compress(gate, up))
+def test_small_epilogues():
+    packed, weight, _ = operand_and_weight(33, 96, 64)
+    gate, up = wide_product(packed, weight).split(48, dim=-1)
+    assert_same_bytes(nm_act.sparse_gemm_silu_mul(packed, weight), nm_act.silu_mul_compress(gate, up))
+    for dtype in (torch.bfloat16, E4M3):
+        packed, weight, scale = operand_and_weight(200, 256, 128, dtype)
+        residual = torch.randn(200, 256, device="cuda").bfloat16()
+        y = nm_act.sparse_gemm(packed, weight, column_scale=scale)
+        assert torch.equal(nm_act.sparse_gemm(packed, weight, column_scale=scale, residual=residual), residual + y)
+
+
+@pytest.mark.parametrize(("tokens", "out_features"), [(1, 64), (385, 1024), (700, 2304), (4096, 4096), (1000, 28672)])
+@pytest.mark.parametrize("dtype", [*HALVES, E4M3])
+def test_residuals(dtype, tokens, out_features):
+    """With the tile that fuses it and with others, over either storage, with a bias: rounded before and after the sum."""
+    packed, weight, scale = operand_and_weight(tokens, out_features, 512, dtype)
+    residual = torch.randn(tokens, out_features, device="cuda").to(torch.bfloat16 if dtype == E4M3 else dtype)
+    bias, options = torch.randn(out_features, device="cuda").to(residual.dtype), {"column_scale": scale}
+    shift_out = torch.randn(out_features, device="cuda")
+    kept = residual.clone()
+    for w in (weight, weight.contiguous()):  # the same for e4m3
+        for b in (None, bias):
+            for extra in ({}, {"shift_out": shift_out}):
+                y = nm_act.sparse_gemm(packed, w, b, **options, **extra)
+                poison()
+                actual = nm_act.sparse_gemm(packed, w, b, **options, **extra, residual=residual)
+                assert torch.equal(actual, residual + y)
+    misaligned = moved(residual.flatten()).view_as(residual)
+    expected = residual + nm_act.sparse_gemm(packed, weight, **options)
+    assert torch.equal(nm_act.sparse_gemm(packed, weight, **options, residual=misaligned), expected)
+    assert torch.equal(residual, kept)
 
 
 def test_ten_runs_and_a_graph_give_the_same_bits():
-    packed, weight, _ = operand_and_weight(600, 1024, 512, torch.bfloat16)
-    first = [part.clone() for part in nm_act.sparse_gemm_silu_mul(packed, weight, compress=True)]
+    packed, weight, _ = operand_and_weight(600, 2048, 512)
+    first = [part.clone() for part in nm_act.sparse_gemm_silu_mul(packed, weight)]
     for _ in range(9):
         poison()
-        assert_same_bytes(nm_act.sparse_gemm_silu_mul(packed, weight, compress=True), first)
+        assert_same_bytes(nm_act.sparse_gemm_silu_mul(packed, weight), first)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = nm_act.sparse_gemm_silu_mul(packed, weight, compress=True)
+        captured = nm_act.sparse_gemm_silu_mul(packed, weight)
     captured.values.zero_()
     graph.replay()
     assert_same_bytes(captured, first)
 
 
 def test_opcheck():
-    for dtype in (torch.bfloat16, E4M3):
-        packed, weight, scale = operand_and_weight(70, 64, 128, dtype)
-        options = {"row_scale": packed.row_scale, "column_scale": scale} if dtype == E4M3 else {"compress": True}
-        arguments = (packed.values, packed.metadata, packed.layout, weight)
-        torch.library.opcheck(
-            OPS.sparse_gemm_silu_mul.default,
-            arguments,
-            options,
-            # torch's check of schemas multiplies the arguments, which it cannot in e4m3.
-            test_utils=("test_autograd_registration", "test_faketensor", *(["test_schema"] if dtype != E4M3 else [])),
-        )
+    packed, weight, _ = operand_and_weight(70, 128, 128)
+    arguments = (packed.values, packed.metadata, packed.layout, weight)
+    torch.library.opcheck(OPS.sparse_gemm_silu_mul.default, arguments)
+    residual = torch.randn(70, 128, device="cuda").bfloat16()
+    torch.library.opcheck(OPS.sparse_gemm.default, arguments, {"residual": residual})
 
 
 def test_sentences():
-    packed, weight, _ = operand_and_weight(16, 64, 64, torch.bfloat16)
-    q_packed, q_weight, scale = operand_and_weight(16, 64, 64, E4M3)
-    shifted = nm_act.compress_packed(torch.randn(16, 64, device="cuda").bfloat16(), token_shift="mean")
-    scaled = nm_act.compress_packed(torch.randn(16, 64, device="cuda").bfloat16(), variance_correction=True)
+    packed, weight, _ = operand_and_weight(16, 128, 64)
+    q_packed, q_weight, _ = operand_and_weight(16, 128, 64, E4M3)
+    x, residual = (torch.randn(16, n, device="cuda").bfloat16() for n in (64, 128))
+    shifted, scaled = nm_act.compress_packed(x, token_shift="mean"), nm_act.compress_packed(x, variance_correction=True)
+    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for error, words, call in (
         (ValueError, "without a per-token shift", lambda: nm_act.sparse_gemm_silu_mul(shifted, weight)),
-        (ValueError, "expected row_scale and column_scale", lambda: nm_act.sparse_gemm_silu_mul(scaled, weight)),
-        (ValueError, "expected row_scale and column_scale", lambda: nm_act.sparse_gemm_silu_mul(q_packed, q_weight)),
-        (ValueError, "expected weight", lambda: nm_act.sparse_gemm_silu_mul(packed, weight[:-1])),
+        (ValueError, "without a per-token shift", lambda: nm_act.sparse_gemm_silu_mul(scaled, weight)),
+        (TypeError, "expected 16-bit values", lambda: nm_act.sparse_gemm_silu_mul(q_packed, q_weight)),
+        (NotImplementedError, "divisible by 16", lambda: nm_act.sparse_gemm_silu_mul(packed, weight[:-8])),
         (ValueError, "expected weight of shape", lambda: nm_act.sparse_gemm_silu_mul(packed, weight[:, :32])),
         (TypeError, "expected weight in the dtype", lambda: nm_act.sparse_gemm_silu_mul(packed, weight.half())),
-        (
-            TypeError,
-            "expected 16-bit values to compress",
-            lambda: nm_act.sparse_gemm_silu_mul(q_packed, q_weight, column_scale=scale, compress=True),
-        ),
         (NotImplementedError, "stored [in, out]", lambda: nm_act.sparse_gemm_silu_mul(packed, weight.contiguous())),
+        (ValueError, "expected residual [16, 128]", lambda: nm_act.sparse_gemm(packed, weight, residual=residual[:8])),
+        (ValueError, "expected residual", lambda: nm_act.sparse_gemm(packed, weight, residual=residual.half())),
+        (ValueError, "residual", lambda: nm_act.sparse_gemm(packed, weight, residual=residual.cpu())),
     ):
         with pytest.raises(error, match=re.escape(words)):
             call()

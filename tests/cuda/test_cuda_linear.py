@@ -152,17 +152,17 @@ def tuned(packed, weight, config, column_scale=None, **terms):
 
 
 @HOPPER
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
 @pytest.mark.parametrize("shape", [(512, 8192, 28672), (300, 4096, 4096), (64, 512, 1024)])
-def test_overlapped_launches_wait_for_their_operands(fp8, shape):
+def test_overlapped_launches_wait_for_their_operands(activation_dtype, shape):
     """A GEMM that starts while the compression before it ends gives the bits of one in stream order, every time."""
     tokens, out_features, in_features = shape
-    config = list(nm_act._C.select_gemm_config("e4m3" if fp8 else "bf16", *shape, 132))[:4]
+    config = list(nm_act._C.select_gemm_config("e4m3" if activation_dtype else "bf16", *shape, 132))[:4]
     weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16)
-    weight, scale = quantise_weight(weight) if fp8 else (weight, None)
+    weight, scale = quantise_weight(weight) if activation_dtype else (weight, None)
 
     def product(x, overlapped):
-        packed = nm_act.compress_packed(x, fp8=fp8)
+        packed = nm_act.compress_packed(x, activation_dtype=activation_dtype)
         return tuned(packed, weight, [*config, int(overlapped)], scale)
 
     for _ in range(10):
@@ -172,25 +172,25 @@ def test_overlapped_launches_wait_for_their_operands(fp8, shape):
 
 
 @HOPPER
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("shape", [(1, 16, 64), (129, 272, 288), (200, 1024, 14336), (512, 10240, 4096)])
-def test_every_tile_makes_the_product_with_the_same_bits_each_time(fp8, full, shape):
+def test_every_tile_makes_the_product_with_the_same_bits_each_time(activation_dtype, full, shape):
     x, weight, _ = problem(*shape)
-    packed, scale = nm_act.compress_packed(x, fp8=fp8), None
-    if fp8:
+    packed, scale = nm_act.compress_packed(x, activation_dtype=activation_dtype), None
+    if activation_dtype:
         weight, scale = quantise_weight(weight)
     terms = {"column_scale": scale}
     if full:
         packed = dataclasses.replace(packed, eta=torch.randn(shape[0], device="cuda"))
         terms["shift_out"] = torch.randn(shape[1], device="cuda")
     expected = nm_act.sparse_gemm(packed, weight, **terms)
-    for tile in nm_act._C.gemm_tiles("e4m3" if fp8 else "bf16"):
+    for tile in nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16"):
         for raster, swizzle, splits in ((1, 1, 2), (2, 2, 3), (1, 2, 8)):
             config = [tile["tile"], raster, swizzle, splits if tile["split"] else 1, 0]
             first = tuned(packed, weight, config, **terms)
             # Sums of the e4m3 tensor cores depend on where a tile is split.
-            assert relative_error(first, expected) < (1e-2 if fp8 else 5e-3), config
+            assert relative_error(first, expected) < (1e-2 if activation_dtype else 5e-3), config
             for _ in range(3):
                 poison()
                 assert torch.equal(tuned(packed, weight, config, **terms), first), config
@@ -254,7 +254,7 @@ def test_fp8_against_float64_of_the_quantised_values(dtype, tokens):
 def test_fp8_error_at_most_twice_the_dense_fp8_products():
     x, weight, _ = problem(256, 512, 4096)
     w8, scale = quantise_weight(weight)
-    packed = nm_act.compress_packed(x, fp8=True)
+    packed = nm_act.compress_packed(x, activation_dtype=E4M3)
     values, metadata, row_scale, _ = packed
     neutral = nm_act.unpack_metadata(metadata.cpu(), 256, 4096, "sm90_8bit")
     quantised = reference.decompress(values.cpu().float(), neutral).cuda().to(E4M3)
@@ -288,7 +288,7 @@ def calls_on(x, weight, bias):
     return {
         "prune": lambda: (nm_act.prune(x, "8:16", token_shift="median"),),
         "compress": lambda: nm_act.compress(x),
-        "compress_packed fp8": lambda: nm_act.compress_packed(x, fp8=True),
+        "compress_packed e4m3": lambda: nm_act.compress_packed(x, activation_dtype=E4M3),
         "rms_norm_compress": lambda: nm_act.rms_norm_compress(x, norm, 1e-6, x),
         "silu_mul_compress": lambda: nm_act.silu_mul_compress(x, x),
         "sparse_gemm": lambda: (packed_gemm(),),
@@ -397,7 +397,7 @@ def test_compile_fullgraph_one_graph_for_any_batch(graphs):
     (w8, scale), norm = quantise_weight(weight), torch.ones(512, device="cuda").bfloat16()
 
     def block(x):
-        packed = nm_act.compress_packed(x, fp8=True)
+        packed = nm_act.compress_packed(x, activation_dtype=E4M3)
         normed = nm_act.rms_norm_compress(x, norm, 1e-6, x)
         gated = nm_act.silu_mul_compress(x, x)
         return (
@@ -442,16 +442,20 @@ def test_opcheck(dtype, tokens):
     (w8, scale), vector, out = quantise_weight(weight), torch.rand(128, device="cuda"), torch.rand(64, device="cuda")
     packed = nm_act.compress_packed(x, token_shift="mean", variance_correction=True)
     values, metadata, row_scale, eta = packed
-    q_values, q_metadata, q_scale, _ = nm_act.compress_packed(x, fp8=True)
+    q_values, q_metadata, q_scale, _ = nm_act.compress_packed(x, activation_dtype=E4M3)
     checks = [
         (OPS.prune, (x, 8, 16), {"token_shift": "median"}),
         (OPS.compress, (x,), {"shift": vector}),
         (OPS.decompress, nm_act.compress(x), {}),
         (OPS.compress_packed, (x,), {}),
         (OPS.compress_packed, (x,), {"channel_scale": vector, "variance_correction": True, "token_shift": "mean"}),
-        (OPS.compress_packed, (x,), {"fp8": True}),
+        (OPS.compress_packed, (x,), {"activation_dtype": E4M3}),
         (OPS.rms_norm_compress, (x, vector.to(dtype), 1e-6), {}),
-        (OPS.rms_norm_compress, (x, vector.to(dtype), 1e-6, x.clone()), {"fp8": True, "token_shift": "mean"}),
+        (
+            OPS.rms_norm_compress,
+            (x, vector.to(dtype), 1e-6, x.clone()),
+            {"activation_dtype": E4M3, "token_shift": "mean"},
+        ),
         (OPS.silu_mul_compress, (x, x.clone()), {"variance_correction": True}),
         (
             OPS.sparse_gemm,
@@ -472,7 +476,7 @@ def test_opcheck(dtype, tokens):
     for op, arguments, options in checks:
         # The schema test multiplies its results, which torch cannot do in e4m3.
         e4m3 = (
-            options.get("fp8")
+            options.get("activation_dtype")
             or "weight_scale" in options
             or any(argument is q_values or argument is w8 for argument in arguments)
         )
@@ -497,8 +501,9 @@ def error_cases():
         (TypeError, "expected weight in the dtype of x, BFloat16, got Half", lambda: linear(x, weight.half())),
         (TypeError, "expected x in float32, bfloat16 or float16, got Double", lambda: linear(x.double(), weight.double())),
         (ValueError, "expected in_features divisible by", lambda: nm_act.compress_packed(x[:, :40])),
-        (ValueError, "expected in_features divisible by", lambda: nm_act.compress_packed(x[:, :48], fp8=True)),
+        (ValueError, "expected in_features divisible by", lambda: nm_act.compress_packed(x[:, :48], activation_dtype=E4M3)),
         (TypeError, "expected x in bfloat16 or float16", lambda: nm_act.compress_packed(x.float())),
+        (TypeError, "expected activation_dtype float8_e4m3fn or the dtype of x", lambda: nm_act.compress_packed(x, activation_dtype=torch.int8)),
         (ValueError, "expected either shift or token_shift, got both", lambda: nm_act.compress_packed(x, shift=x[0], token_shift="mean")),
         (ValueError, "expected weight of shape [128], got [64]", lambda: nm_act.rms_norm_compress(x, bias, 1e-6)),
         (ValueError, "expected residual of shape", lambda: nm_act.rms_norm_compress(x, x[0].contiguous(), 1e-6, x[:1])),

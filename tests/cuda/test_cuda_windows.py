@@ -75,12 +75,12 @@ def test_lifted_operand_holds_the_pruned_activation(dtype, text, tokens, in_feat
 
 
 @pytest.mark.parametrize("text", LIFTED)
-@pytest.mark.parametrize("fp8", [False, True])
-def test_packed_of_strided_inputs(text, fp8):
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_packed_of_strided_inputs(text, activation_dtype):
     pattern, x = NMPattern(text), torch.randn(33, 384, device="cuda").bfloat16()
-    expected = nm_act.compress_packed(x, pattern, fp8=fp8)
+    expected = nm_act.compress_packed(x, pattern, activation_dtype=activation_dtype)
     for name, view in strided(x).items():
-        assert_same_bytes(nm_act.compress_packed(view, pattern, fp8=fp8), expected, name)
+        assert_same_bytes(nm_act.compress_packed(view, pattern, activation_dtype=activation_dtype), expected, name)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -94,7 +94,7 @@ def test_fp8_selects_before_it_quantises(dtype, text, tokens, in_features):
         x[1], x[2] = torch.randint(-2, 3, (in_features,)), 0.0
     for name in ("plain", "channel scale", "mean"):
         options = selections(in_features)[name]
-        packed = nm_act.compress_packed(x.cuda(), pattern, fp8=True, **on_gpu(options))
+        packed = nm_act.compress_packed(x.cuda(), pattern, activation_dtype=E4M3, **on_gpu(options))
         values, scale = quantise_rows(reference.prune(x, pattern, **options))
         torch.testing.assert_close(packed.row_scale.cpu(), scale, rtol=2e-7, atol=0)
         actual = unpacked(packed, pattern, in_features).view(torch.uint8)
@@ -103,13 +103,13 @@ def test_fp8_selects_before_it_quantises(dtype, text, tokens, in_features):
 
 
 @pytest.mark.parametrize("text", LIFTED)
-@pytest.mark.parametrize("fp8", [False, True])
-def test_variance_factor(text, fp8):
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_variance_factor(text, activation_dtype):
     pattern, x = NMPattern(text), (torch.randn(65, 1024) + 0.25).bfloat16()
-    packed = nm_act.compress_packed(x.cuda(), pattern, fp8=fp8, variance_correction=True)
+    packed = nm_act.compress_packed(x.cuda(), pattern, activation_dtype=activation_dtype, variance_correction=True)
     pruned = reference.prune(x, pattern)
     expected = reference.variance_ratio(x, pruned).squeeze(-1)
-    if fp8:
+    if activation_dtype:
         expected = expected * quantise_rows(pruned)[1].double()
     else:
         assert_same_bits(unpacked(packed, pattern, 1024), pruned)
@@ -143,7 +143,7 @@ def test_lifted_gemm_in_fp8(text):
         pytest.skip("e4m3 sparse GEMMs need sm_90")
     pattern, x = NMPattern(text), torch.randn(300, 1024, device="cuda").bfloat16()
     weight, scale = quantise_rows(torch.randn(256, 1024, device="cuda"))
-    packed = nm_act.compress_packed(x, pattern, fp8=True)
+    packed = nm_act.compress_packed(x, pattern, activation_dtype=E4M3)
     y = nm_act.sparse_gemm(packed, nm_act.lift_weight(weight, pattern), column_scale=scale)
     values, row_scale = quantise_rows(reference.prune(x, pattern))
     exact = (values.double() * row_scale.double()[:, None]) @ (weight.double() * scale.double()[:, None]).t()
@@ -193,15 +193,15 @@ def test_graph_replay():
 # ---- the smallest cases for compute-sanitizer ------------------------------------------------------------------------
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("text", LIFTED)
-@pytest.mark.parametrize("fp8", [False, True])
-def test_small_operands(text, fp8):
-    if fp8 and torch.cuda.get_device_capability()[0] != 9:
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_small_operands(text, activation_dtype):
+    if activation_dtype and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("e4m3 sparse GEMMs need sm_90")
     pattern, x = NMPattern(text), torch.randn(33, 384, device="cuda").bfloat16()
     pruned = nm_act.prune(x, pattern)
     assert_same_bits(pruned.cpu(), reference.prune(x.cpu(), pattern))
-    packed = nm_act.compress_packed(x, pattern, fp8=fp8)
+    packed = nm_act.compress_packed(x, pattern, activation_dtype=activation_dtype)
     weight = torch.randn(48, 384, device="cuda").to(packed.values.dtype)
     y = nm_act.sparse_gemm(packed, nm_act.lift_weight(weight, pattern))
     exact = pruned.double() @ weight.double().t()
-    assert relative_error(y, exact) < (5e-2 if fp8 else 8e-3)
+    assert relative_error(y, exact) < (5e-2 if activation_dtype else 8e-3)

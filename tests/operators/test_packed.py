@@ -80,8 +80,32 @@ def test_compressing_and_multiplying_is_one_graph(monkeypatch):
     assert [len(names) for names in graphs] == [7]
 
 
+class Called(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["compress_packed", "rms_norm_compress", "silu_mul_compress"])
+def test_fp8_of_old_calls_names_the_new_way(monkeypatch, name):
+    def call(op, *arguments, **options):
+        raise Called(options["activation_dtype"])
+
+    monkeypatch.setattr(packed_module.operators, "call", call)
+    arguments = {"rms_norm_compress": (NORM, 1e-6), "silu_mul_compress": (X,)}.get(name, ())
+    for fp8, dtype in ((True, E4M3), (False, None)):
+        with (
+            pytest.raises(Called) as called,
+            pytest.warns(DeprecationWarning, match=f"nm_act.{name} takes activation_d"),
+        ):
+            getattr(nm_act, name)(X, *arguments, fp8=fp8)
+        assert called.value.args == (dtype,)
+    with pytest.raises(
+        TypeError, match=f"nm_act.{name} expected activation_dtype alone, got fp8=True beside it; leave it out"
+    ):
+        getattr(nm_act, name)(X, *arguments, fp8=True, activation_dtype=E4M3)
+
+
 # ---- e4m3 activations ------------------------------------------------------------------------------------------------
-X, SCALE = torch.zeros(2, 64).bfloat16(), torch.ones(16)
+X, NORM, SCALE = torch.zeros(2, 64).bfloat16(), torch.ones(64).bfloat16(), torch.ones(16)
 W8 = torch.zeros(16, 64).to(E4M3)
 
 

@@ -22,7 +22,7 @@ MITIGATION = ["var", "dpts-mean"]
 WHOLE = ["norm", "norm + residual", "silu"]  # the packed operands of a layer
 
 
-def compressed(x, calls, name, *, token_shift, variance_correction, channel_scale, fp8):
+def compressed(x, calls, name, *, token_shift, variance_correction, channel_scale, activation_dtype):
     """A "packed" operand whose values are the pruned activation itself."""
     calls.append(name)
     flat = x.reshape(-1, x.shape[-1])
@@ -91,14 +91,15 @@ def calls(monkeypatch):
     def adds_norm(norm, x):
         return not has_hooks(norm) and not autograd.needs_gradient(x, norm.weight)
 
-    def sparse_gemm(operand, weight, bias, *, shift_out, column_scale, out_dtype):
+    def sparse_gemm(operand, weight, bias, *, shift_out, column_scale, out_dtype, residual=None):
         assert out_dtype == torch.float32
         row_scale, eta = operand.row_scale, operand.eta
         y = operand.values @ weight.float().t()
         y = y * row_scale[:, None] if row_scale.numel() else y
         y = y + eta[:, None] * shift_out if eta.numel() else y
         y = y if column_scale is None else y * column_scale
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        return y if residual is None else residual + y
 
     for replaced in (
         rms_norm_compress,

@@ -1,5 +1,5 @@
-// The epilogue of a product with a merged gate and up weight: z = SiLU(gate) * up, stored dense or as the packed 2:4
-// operand of the next product. Gate and up never reach memory.
+// The epilogue of a product with a merged gate and up weight: z = SiLU(gate) * up, stored as the packed 2:4 operand of
+// the next product. Neither gate and up nor z reach memory.
 //
 // The accumulators of a warp group's 64 x 2H tile (gated_mainloop.cuh) give each thread, for two tokens 8 apart, two
 // adjacent outputs of every 8: first of gate, then of up. Four lanes exchange their words so that each holds 8 adjacent
@@ -35,9 +35,8 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int lane) {
   }
 }
 
-// E: element of z. kScaled: the accumulators are first multiplied by a scale a token and one an output. kHalf: outputs
-// of a tile, in each of gate and up.
-template <class E, class CutlassOutput, bool kScaled, int kTileTokens, int kHalf>
+// E: element of z. kHalf: outputs of a tile, in each of gate and up.
+template <class E, class CutlassOutput, int kTileTokens, int kHalf>
 struct GatedEpilogueOp {
   // What CUTLASS's kernel and adapter ask of an epilogue.
   struct ThreadEpilogueOp {
@@ -50,10 +49,8 @@ struct GatedEpilogueOp {
   using StrideD = StrideC;
   struct SharedStorage {};
   struct Arguments {
-    typename E::Raw* z;         // [tokens, outputs], or [tokens, outputs / 2] with metadata
-    uint8_t* metadata;          // or null
-    const float* row_scale;     // [tokens]; only if kScaled
-    const float* column_scale;  // [2 * outputs]; only if kScaled
+    typename E::Raw* values;  // [tokens, outputs / 2]
+    uint8_t* metadata;
   };
   using Params = Arguments;
 
@@ -87,39 +84,19 @@ struct GatedEpilogueOp {
     const int tokens = cute::get<0>(problem), outputs = cute::get<1>(problem) / 2;
     const int token = cute::get<0>(coord) * kTileTokens + thread / 32 * 16 + thread % 32 / 4;  // and 8 tokens on
     const int first = cute::get<1>(coord) * kHalf;
-    float row_scale[2] = {1.0f, 1.0f};
-    if constexpr (kScaled) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        if (token + 8 * row < tokens) row_scale[row] = params.row_scale[token + 8 * row];
-      }
-    }
     uint32_t bytes[2];  // metadata of two groups: the first token's in byte 0, the second's in byte 2
 #pragma unroll
     for (int group = 0; group < kHalf / kGroup; ++group) {
       uint32_t word[2][4];
 #pragma unroll
       for (int chunk = 0; chunk < 4; ++chunk) {
-        const int column = first + group * kGroup + chunk * kChunk + 2 * lane;
-        float2 scale[2] = {};
-        if constexpr (kScaled) {
-          if (column < outputs) {
-            scale[0] = *reinterpret_cast<const float2*>(params.column_scale + column);
-            scale[1] = *reinterpret_cast<const float2*>(params.column_scale + outputs + column);
-          }
-        }
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           uint32_t half[2];
 #pragma unroll
           for (int part = 0; part < 2; ++part) {
             const int i = part * (kHalf / 2) + (group * 4 + chunk) * 4 + row * 2;
-            float low = accumulators(i), high = accumulators(i + 1);
-            if constexpr (kScaled) {
-              low = scale[part].x * (row_scale[row] * low);
-              high = scale[part].y * (row_scale[row] * high);
-            }
-            half[part] = E::pack(low, high);
+            half[part] = E::pack(accumulators(i), accumulators(i + 1));
           }
           // Padding tokens are zeros: their selection is the padding of the metadata.
           word[row][chunk] = token + 8 * row < tokens ? activated_times<E>(half[0], half[1], Activation::kSilu) : 0u;
@@ -133,18 +110,13 @@ struct GatedEpilogueOp {
         const bool stored = token + 8 * row < tokens && output < outputs;
         const int64_t at = int64_t{token + 8 * row} * outputs + output;
         const Chunk<E> z{{word[row][0], word[row][1], word[row][2], word[row][3]}};
-        if (kScaled || params.metadata == nullptr) {
-          if (stored) store_chunk<E, true>(params.z + at, z, kChunk);
-          continue;
-        }
         uint32_t mask[2];
         chunk_survivors<E, false>(z, {}, mask);
         const Kept<E> kept = keep_survivors(z, mask[0], mask[1]);
-        if (stored) store_values<E, true>(params.z + at / 2, kept, kChunk);
+        if (stored) store_values<E, true>(params.values + at / 2, kept, kChunk);
         bytes[group % 2] |= kept.metadata << 16 * row;
       }
-      if (!kScaled && group % 2 == 1 && params.metadata != nullptr)
-        store_metadata(bytes, token, tokens, output, outputs, lane);
+      if (group % 2 == 1) store_metadata(bytes, token, tokens, output, outputs, lane);
     }
   }
 
@@ -163,9 +135,9 @@ struct GatedEpilogueOp {
   }
 };
 
-template <class E, class CutlassOutput, bool kScaled, int kTileTokens, int kHalf>
+template <class E, class CutlassOutput, int kTileTokens, int kHalf>
 using GatedEpilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<
-    GatedEpilogueOp<E, CutlassOutput, kScaled, kTileTokens, kHalf>>;
+    GatedEpilogueOp<E, CutlassOutput, kTileTokens, kHalf>>;
 
 }  // namespace sm90
 }  // namespace nm_act

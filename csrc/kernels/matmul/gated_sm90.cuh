@@ -11,14 +11,14 @@
 namespace nm_act {
 namespace sm90 {
 
-template <ElementType kValue, ElementType kOutput, bool kWeightInOut>
+// kWeightInOut: as an optimized model stores it.
+template <ElementType kValue, bool kWeightInOut = true>
 struct GatedGemm {
-  static constexpr GemmTile kTile = gated_tile(kValue);
-  using Types = GemmTypes<kValue, kWeightInOut, kTile>;
-  using Output = std::conditional_t<kOutput == ElementType::kBFloat16, BFloat16, Float16>;
+  using Types = GemmTypes<kValue, kWeightInOut, wide_tile(kValue)>;
+  using Element = std::conditional_t<kValue == ElementType::kBFloat16, BFloat16, Float16>;
   static constexpr int kHalf = cute::size<1>(typename Types::Tile{}) / 2;
   using CollectiveEpilogue =
-      GatedEpilogue<Output, CutlassElement<kOutput>, Types::kE4M3, cute::size<0>(typename Types::Tile{}), kHalf>;
+      GatedEpilogue<Element, CutlassElement<kValue>, cute::size<0>(typename Types::Tile{}), kHalf>;
   using CollectiveMainloop = GatedMainloop<typename Types::template Mainloop<CollectiveEpilogue>>;
   using Kernel = typename Types::template Kernel<CollectiveMainloop, CollectiveEpilogue>;
 
@@ -28,17 +28,16 @@ struct GatedGemm {
     // From the gate's weight to that of up.
     cute::get<2>(arguments.mainloop.dB) =
         int64_t{product.out_features / 2} * (kWeightInOut ? 1 : product.weight_stride);
-    arguments.epilogue = {static_cast<typename Output::Raw*>(product.y), params.metadata, product.row_scale,
-                          product.column_scale};
+    arguments.epilogue = {static_cast<typename Element::Raw*>(product.y), params.metadata};
     return arguments;
   }
 };
 
 }  // namespace sm90
 
-template <ElementType kValue, ElementType kOutput, bool kWeightInOut>
+template <ElementType kValue>
 cudaError_t run_gated_gemm_sm90(const GatedGemmParams& params, const GemmLaunch& launch) {
-  using Gemm = sm90::GatedGemm<kValue, kOutput, kWeightInOut>;
+  using Gemm = sm90::GatedGemm<kValue>;
   return sm90::run<typename Gemm::Kernel>(Gemm::arguments(params, launch), launch);
 }
 

@@ -8,6 +8,7 @@
 //         kPlain, 16-bit  acc + bias
 //         kPlain, e4m3    column_scale * (row_scale * acc) + bias
 //         kFull           column_scale * (row_scale * acc + eta (x) shift_out) + bias
+//         kResidual       residual + kPlain, rounded before and after the sum
 //       A null vector stands for ones (a factor) or zeros (a term), filled in once per tile without loads.
 //
 // Limits: in_features % 16 == 0 (32 for e4m3), out_features % 8 == 0 (16 for e4m3), 16-byte aligned pointers and weight
@@ -76,11 +77,22 @@ struct Epilogue {
   using Shifted = Tree<Compute<cutlass::homogeneous_multiply_add>, PerToken, Accumulator, Shift>;
   using Scaled = Tree<Compute<cutlass::multiplies>, PerToken, Accumulator>;
   using Inner = std::conditional_t<kFull, Shifted, Scaled>;
-  using Callbacks = std::conditional_t<kFull || kScaled,
-                                       Tree<Compute<cutlass::homogeneous_multiply_add, Output>, PerOutput, Inner, Bias>,
-                                       Tree<Compute<cutlass::plus, Output>, Accumulator, Bias>>;
+  using Layer = std::conditional_t<kFull || kScaled,
+                                   Tree<Compute<cutlass::homogeneous_multiply_add, Output>, PerOutput, Inner, Bias>,
+                                   Tree<Compute<cutlass::plus, Output>, Accumulator, Bias>>;
+  static constexpr bool kResidual = kEpilogue == GemmEpilogue::kResidual;
+  using Residual = cutlass::epilogue::fusion::Sm90SrcFetch<Output>;
+  using Callbacks = std::conditional_t<kResidual, Tree<Compute<cutlass::plus, Output>, Residual, Layer>, Layer>;
 
   static typename Callbacks::Arguments arguments(const SparseGemmParams& params) {
+    if constexpr (kResidual) {
+      return {{}, layer(params), {}};
+    } else {
+      return layer(params);
+    }
+  }
+
+  static typename Layer::Arguments layer(const SparseGemmParams& params) {
     const typename Bias::Arguments bias{static_cast<const Output*>(params.bias), Output(0)};
     const typename PerToken::Arguments row_scale{params.row_scale, 1.0f};
     const typename PerOutput::Arguments column_scale{params.column_scale, 1.0f};
@@ -167,8 +179,9 @@ struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
   using Fusion = Epilogue<typename Types::Tile, Output, Types::kE4M3, kEpilogue>;
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, typename Types::Tile, typename Types::Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor,
-      16 / sizeof(Output), Output, cutlass::layout::RowMajor, 16 / sizeof(Output), typename Types::EpilogueSchedule,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+      std::conditional_t<Fusion::kResidual, Output, void>, cutlass::layout::RowMajor, 16 / sizeof(Output), Output,
+      cutlass::layout::RowMajor, 16 / sizeof(Output), typename Types::EpilogueSchedule,
       typename Fusion::Callbacks>::CollectiveOp;
   using Kernel =
       typename Types::template Kernel<typename Types::template Mainloop<CollectiveEpilogue>, CollectiveEpilogue>;
@@ -178,6 +191,10 @@ struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
     arguments.epilogue.thread = Fusion::arguments(params);
     arguments.epilogue.ptr_D = static_cast<Output*>(params.y);
     cute::get<0>(arguments.epilogue.dD) = params.out_features;
+    if constexpr (Fusion::kResidual) {
+      arguments.epilogue.ptr_C = static_cast<const Output*>(params.residual);
+      arguments.epilogue.dC = arguments.epilogue.dD;
+    }
     if constexpr (TileShape<kTile>::kSplit) {
       arguments.scheduler.splits = launch.config.splits;
       arguments.scheduler.reduction_mode = decltype(arguments.scheduler.reduction_mode)::Deterministic;

@@ -7,7 +7,6 @@
 #include "ops/cuda/common.h"
 
 namespace nm_act::cuda_ops {
-namespace {}  // namespace
 
 PackedTensors results(const PackedOperand& operand) {
   const auto or_empty = [&](const at::Tensor& tensor) {
@@ -108,13 +107,14 @@ std::tuple<at::Tensor, at::Tensor> compress(const at::Tensor& x, const OptionalT
 
 PackedTensors compress_packed_op(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
                                  const OptionalTensor& shift, c10::string_view token_shift, bool variance_correction,
-                                 bool fp8, at::IntArrayRef extra_columns) {
+                                 std::optional<at::ScalarType> activation_dtype, at::IntArrayRef extra_columns) {
   constexpr const char* kOp = "compress_packed";
   const Selection selection = check_selection(x, n, m, channel_scale, shift, token_shift, kOp, extra_columns);
   TORCH_CHECK_VALUE(is_lifted(selection.pattern) || is_2_4(selection.pattern),
                     "nm_act::compress_packed expected the pattern 2:4 or 2:4+1, got ", pattern_text(selection.pattern),
                     "; use sparse_linear, which falls back to a dense product");
   const c10::cuda::CUDAGuard guard(x.device());
+  const bool fp8 = is_e4m3(activation_dtype, x, kOp);
   return results(compress_packed(x, selection, variance_correction, fp8, gemm_device(x, kOp), kOp));
 }
 

@@ -77,9 +77,11 @@ GatedTensors gated_tensors(const at::Tensor& gate, const at::Tensor& up, const S
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_compress(
     const at::Tensor& x, const at::Tensor& weight, double eps, const OptionalTensor& residual,
     const OptionalTensor& channel_scale, const OptionalTensor& shift, c10::string_view token_shift,
-    bool variance_correction, bool fp8, bool unit_offset, const OptionalTensor& x_weight) {
+    bool variance_correction, std::optional<at::ScalarType> activation_dtype, bool unit_offset,
+    const OptionalTensor& x_weight) {
   constexpr const char* kOp = "rms_norm_compress";
   const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
+  const bool fp8 = is_e4m3(activation_dtype, x, kOp);
   check_packable(x, selection, true, fp8, kOp);
   check_norm(x, weight, residual, x_weight, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
@@ -92,9 +94,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_
 
 PackedTensors silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& channel_scale,
                                 const OptionalTensor& shift, c10::string_view token_shift, bool variance_correction,
-                                bool fp8, c10::string_view activation) {
+                                std::optional<at::ScalarType> activation_dtype, c10::string_view activation) {
   constexpr const char* kOp = "silu_mul_compress";
   const Selection selection = check_selection(gate, 2, 4, channel_scale, shift, token_shift, kOp);
+  const bool fp8 = is_e4m3(activation_dtype, gate, kOp);
   check_packable(gate, selection, true, fp8, kOp);
   const Activation function = activation_of(activation, kOp);
   check_same_shape(gate, up, "up", kOp);

@@ -101,7 +101,8 @@ namespace {
 at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout_name,
                const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& row_scale,
                const OptionalTensor& eta, const OptionalTensor& shift_out, const OptionalTensor& column_scale,
-               std::optional<at::ScalarType> out_dtype, at::OptionalIntArrayRef config) {
+               std::optional<at::ScalarType> out_dtype, const OptionalTensor& residual,
+               at::OptionalIntArrayRef config) {
   constexpr const char* kOp = "sparse_gemm";
   const bool fp8 = values.scalar_type() == at::kFloat8_e4m3fn;
   const at::ScalarType type = out_dtype.value_or(fp8 ? at::kBFloat16 : values.scalar_type());
@@ -116,6 +117,14 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
                     "nm_act::sparse_gemm expected a floating-point bias [", out_features, "], got ",
                     biased ? bias->sizes() : at::IntArrayRef{}, "; pass the layer's own");
   if (biased) check_same_device(values, *bias, "bias", kOp);
+  const bool adds = residual.has_value() && residual->defined();
+  if (adds) {
+    check_same_device(values, *residual, "residual", kOp);
+    TORCH_CHECK_VALUE(residual->dim() == 2 && residual->size(0) == tokens && residual->size(1) == out_features &&
+                          residual->scalar_type() == type,
+                      "nm_act::sparse_gemm expected residual [", tokens, ", ", out_features, "] in ", type, ", got ",
+                      residual->sizes(), " in ", residual->scalar_type(), "; add it to the result instead");
+  }
   const c10::cuda::CUDAGuard guard(values.device());
   const at::Tensor like = at::empty({0}, values.options().dtype(type));  // vectors may be float32 or y's dtype
   const auto vector = [&](const OptionalTensor& tensor, int64_t size, const char* name) {
@@ -131,22 +140,27 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
           ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
                        static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
           : select_config({tokens, out_features, weight.size(1), params.value_type, device.multiprocessors});
+  // The kernel adds it where it is compiled to; else it costs one more pass.
+  const bool fused = adds && sparse_gemm_adds(params, device, chosen);
+  const at::Tensor addend = fused ? aligned(*residual) : at::Tensor();
+  if (fused) params.residual = addend.const_data_ptr();
   run_sparse_gemm(params, device, chosen, y, kOp);
+  if (adds && !fused) y.add_(*residual);
   return y;
 }
 
 at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout,
                        const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& row_scale,
                        const OptionalTensor& eta, const OptionalTensor& shift_out, const OptionalTensor& column_scale,
-                       std::optional<at::ScalarType> out_dtype) {
-  return run(values, metadata, layout, weight, bias, row_scale, eta, shift_out, column_scale, out_dtype, {});
+                       std::optional<at::ScalarType> out_dtype, const OptionalTensor& residual) {
+  return run(values, metadata, layout, weight, bias, row_scale, eta, shift_out, column_scale, out_dtype, residual, {});
 }
 
 at::Tensor tune_sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout,
                             const at::Tensor& weight, at::IntArrayRef config, const OptionalTensor& row_scale,
                             const OptionalTensor& eta, const OptionalTensor& shift_out,
                             const OptionalTensor& column_scale, std::optional<at::ScalarType> out_dtype) {
-  return run(values, metadata, layout, weight, {}, row_scale, eta, shift_out, column_scale, out_dtype, config);
+  return run(values, metadata, layout, weight, {}, row_scale, eta, shift_out, column_scale, out_dtype, {}, config);
 }
 
 }  // namespace
