@@ -17,7 +17,7 @@ from ..ops.prepack import prepack_weight, why_not_prepacked
 from ..optimize.eligible import unfit_for_fp8
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
-from .vllm_plan import Segment
+from .vllm_plan import STORAGE_KEYS, Segment
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Storage:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Storage":
         """Of an entry in config.json; ValueError if it asks for what there is not."""
-        known = ("quant_method", "recipe", "prepack", "fp8")
+        known = ("quant_method", "recipe", *STORAGE_KEYS)
         other = next((key for key in config if key not in known), None)
         if other is not None and "recipe" in config:  # without that key they are the recipe's own
             raise ValueError(
