@@ -23,6 +23,7 @@ from contextlib import contextmanager
 
 import torch
 from inference_models import CONFIGS, Mode, build, compile_parts, parse_modes
+from inference_profile import COLUMNS as STEP_COLUMNS
 from timer import Rows, percentiles
 
 import nm_act
@@ -104,6 +105,13 @@ class Report:
             model=label,
             commit=arguments.commit,
         )
+        self.steps = Rows(
+            arguments.profile or None,
+            STEP_COLUMNS,
+            device=device.name,
+            model=label,
+            commit=arguments.commit,
+        )
         self.medians: dict[tuple, float] = {}
         self.failed: list[str] = []
 
@@ -152,10 +160,11 @@ def measure(report: Report, mode: Mode, model, device: Device, batch: int, promp
     for metric, value in {"peak_gib": device.peak_gib(), **energies}.items():
         if value:
             report.add(mode, batch, prompt, metric, [value])
-    if arguments.profile:
-        from inference_profile import profile
+    if arguments.profile is not None:
+        from inference_profile import profile, rows_of
 
-        profile(f"{mode.name}, {batch} x {prompt}", decoder, ids, device)
+        for row in rows_of(*profile(f"{mode.name}, {batch} x {prompt}", decoder, ids, device)):
+            report.steps.append(mode=mode.name, batch=batch, prompt=prompt, source="bench_inference.py", **row)
 
 
 def _spent(device: Device, before: float | None, times: int) -> float | None:
@@ -175,7 +184,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--csv", help="write the rows to this file")
     parser.add_argument("--plot", help="draw the speed-ups into this .png")
     parser.add_argument("--commit", default=commit(), help="what the column commit says, where there is no git")
-    parser.add_argument("--profile", action="store_true", help="where the device's time goes, by kind of kernel")
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const="",
+        metavar="CSV",
+        help="print where the device's time goes, by kind of kernel and in a layer; with a name, write it to this file",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave elementwise parts uncompiled")
     arguments = parser.parse_args(argv)
     if min(*arguments.prompt, *arguments.batch, arguments.decode) < 1:

@@ -23,8 +23,8 @@ from timer import Rows, percentiles, relative_error
 
 import nm_act
 from nm_act import NMPattern, reference
+from nm_act.ops.e4m3 import quantise_rows
 from nm_act.ops.lifting import lifted_features
-from nm_act.optimize.fp8 import quantise_rows
 
 PATTERNS = ("2:4", "2:4+1")
 PRUNED = ("1:2", "2:4", "4:8", "8:16", "16:32", "2:4+1", "2:4+2")

@@ -19,7 +19,7 @@ from timer import Rows, percentiles, relative_error
 
 import nm_act
 from nm_act import reference
-from nm_act.optimize.fp8 import quantise_rows
+from nm_act.ops.e4m3 import quantise_rows
 
 SHAPES = (*LLAMA_3_8B.values(), *LLAMA_3_70B.values())
 TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

@@ -1,8 +1,9 @@
-"""Where the device's time goes in a prefill and in a decode step, by kind of kernel."""
+"""Where the device's time goes in a prefill and a decode step: by kind of kernel, and by kernel in a layer."""
 
 import re
 from collections import Counter
 
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
@@ -16,21 +17,87 @@ KINDS = (
 
 STEPS = 8
 
+COLUMNS = (
+    *("device", "model", "mode", "batch", "prompt", "phase", "position", "part", "us"),
+    *("torch", "cuda", "commit", "date", "source"),
+)
+"""Of the rows that ``bench_inference.py --profile FILE`` writes and plot_steps.py draws. ``phase`` is "prefill" or
+"decode step", with kinds as parts, or "decode layer", with a layer's kernels in order."""
+
+_SHORT = (("gather_kernel", "decode_linear"), ("_kernel", ""), ("nm_act::", ""), ("(anonymous namespace)::", ""))
+
+
+def short(name: str) -> str:
+    """A kernel's name without templates, arguments and namespaces."""
+    name = re.sub(r"^void ", "", name)
+    for old, new in _SHORT:
+        name = name.replace(old, new)
+    return re.split(r"[<(]", name, maxsplit=1)[0][:40]
+
+
+def layer_of(kernels: list[tuple[str, float]], layers: int) -> list[tuple[str, float]]:
+    """The kernels of one layer with their mean microseconds, from those of a whole step; empty if no order repeats."""
+    names = [name for name, _ in kernels]
+    period = sum(count // layers for count in Counter(names).values())
+    for start in range(len(names) - period * layers + 1) if period else ():
+        part = kernels[start : start + period * layers]
+        if all(name == part[i % period][0] for i, (name, _) in enumerate(part)):
+            return [(part[i][0], sum(us for _, us in part[i::period]) / layers) for i in range(period)]
+    return []
+
+
+def in_order(trace) -> list[tuple[str, float]]:
+    """Kernels in the order of their ends, with the time since the one before ended: launches overlap, these do not."""
+    events = [event for event in trace.events() if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.end)
+    before = events[0].time_range.start if events else 0.0
+    kernels = []
+    for event in events:
+        kernels.append((event.name, event.time_range.end - before))
+        before = event.time_range.end
+    return kernels
+
+
+def step_layer(kernels: list[tuple[str, float]], layers: int) -> list[tuple[str, float]]:
+    """`layer_of` the mean of STEPS equal steps."""
+    size, rest = divmod(len(kernels), STEPS)
+    steps = [kernels[i * size : (i + 1) * size] for i in range(STEPS)]
+    if rest or any([name for name, _ in step] != [name for name, _ in steps[0]] for step in steps):
+        return []
+    return layer_of([(step[0][0], sum(us for _, us in step) / STEPS) for step in zip(*steps, strict=True)], layers)
+
+
+def rows_of(result: dict[str, dict[str, float]], layer: list[tuple[str, float]]) -> list[dict]:
+    """Rows of COLUMNS, without what is common to them."""
+    rows = [
+        {"phase": phase, "position": i, "part": part, "us": f"{1e3 * ms:.4g}"}
+        for phase, parts in result.items()
+        for i, (part, ms) in enumerate(parts.items())
+    ]
+    rows += [
+        {"phase": "decode layer", "position": i, "part": short(name), "us": f"{us:.4g}"}
+        for i, (name, us) in enumerate(layer, 1)
+    ]
+    return rows
+
 
 def kind_of(name: str) -> str:
     """Kind of a kernel (of an operator on a CPU)."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def profile(title: str, decoder, ids, device) -> dict[str, dict[str, float]]:
-    """Print and return milliseconds a prefill and a decode step by kind; "gaps" is what no kernel accounts for."""
+def profile(title: str, decoder, ids, device) -> tuple[dict[str, dict[str, float]], list[tuple[str, float]]]:
+    """Print and return milliseconds a prefill and a decode step by kind; "gaps" is what no kernel accounts for.
+
+    And a layer's kernels in a decode step on CUDA, with microseconds.
+    """
     decoder.prefill(ids)
     decoder.step()
     phases = {
         "prefill": (lambda: decoder.prefill(ids), 1),
         "decode step": (lambda: [decoder.step() for _ in range(STEPS)], STEPS),
     }
-    result = {}
+    result, layer = {}, []
     if decoder.length + STEPS > decoder.max_tokens:
         phases.pop("decode step")
     for name, (function, times) in phases.items():
@@ -51,4 +118,7 @@ def profile(title: str, decoder, ids, device) -> dict[str, dict[str, float]]:
             print(
                 f"    {event.self_device_time_total / 1e3 / times:8.3f} ms  {kind_of(event.key):<9} {event.key[:100]}"
             )
-    return result
+        if name == "decode step" and device.cuda:
+            layer = step_layer(in_order(trace), decoder.model.config.get_text_config().num_hidden_layers)
+            print("    a layer, us: " + ", ".join(f"{short(kernel)} {us:.1f}" for kernel, us in layer), flush=True)
+    return result, layer

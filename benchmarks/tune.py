@@ -30,7 +30,7 @@ from tune_case import Calls, Case, Clock, Config, Problem, scaled_mm
 
 import nm_act
 from nm_act import _C
-from nm_act.optimize.fp8 import quantise_rows
+from nm_act.ops.e4m3 import quantise_rows
 from nm_act.version import commit
 
 LLAMA_TOKENS = (4096, 16384, 1024)

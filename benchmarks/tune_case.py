@@ -10,7 +10,7 @@ from timer import percentiles, relative_error
 
 import nm_act
 from nm_act import reference
-from nm_act.optimize.fp8 import quantise_rows
+from nm_act.ops.e4m3 import quantise_rows
 
 DIFFERENCE = {"bf16": 5e-3, "e4m3": 1e-2}  # between two tiles; sums of e4m3 tensor cores depend on a tile's split
 E4M3_FLOOR = 6e-3  # of the error that is allowed: bench_sparse_linear's

@@ -39,6 +39,7 @@ __all__ = [
     "rms_norm_compress",
     "silu_mul_compress",
     "sparse_gemm",
+    "sparse_gemm_silu_mul",
     "sparse_linear",
     "sparse_linear_fp8",
     "sparsify",
@@ -60,7 +61,7 @@ _MODULES = {
     "ops.lifting": ("lift_weight", "unlift"),
     "ops.packed": (
         *("Packed", "compress_packed", "rms_norm_compress", "silu_mul_compress"),
-        *("sparse_gemm", "sparse_linear_fp8"),
+        *("sparse_gemm", "sparse_gemm_silu_mul", "sparse_linear_fp8"),
     ),
     "optimize": ("FP8Linear", "OptimizeReport", "StaticDecoder", "deoptimize", "optimize"),
     "patterns": ("NMPattern",),

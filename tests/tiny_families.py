@@ -27,12 +27,13 @@ def family(name: str = "llama", *, std: float | None = None, **changes):
     transformers = pytest.importorskip("transformers")
 
     prefix = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3", "phi3": "Phi3"}[name]
-    sizes = {**SIZES, **changes}
+    sizes = dict(SIZES)
     if name == "gemma3":
         sizes |= {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
         sizes |= {"layer_types": ["sliding_attention", "full_attention"]}
     if name == "qwen3":
         sizes["head_dim"] = 32
+    sizes |= changes
     config_name = f"{prefix}TextConfig" if name == "gemma3" else f"{prefix}Config"
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, config_name)(**sizes))

@@ -1,6 +1,7 @@
 """What each rank does in test_vllm.py: vLLM's own model, read by its own loader, against the Transformers model."""
 
 import itertools
+import json
 import logging
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import assert_same_bits
 
 from nm_act import NMLinear
 from nm_act.methods.criteria import WEIGHT_PRUNING
+from nm_act.optimize import FP8Linear
 
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a layer's largest output
@@ -60,7 +62,7 @@ def prepacked(folder, other, recipe) -> None:
             held = getattr(layer, "nm_act_operands", None)
             if held is None:
                 continue
-            assert all(each is not None for each in held.prepacked)
+            assert all(each is not None for each in held.copies)
             parent, _, last = name.rpartition(".")
             parts = [f"{parent}.{each}" for each in MERGED.get(last, (last,))]
             for tokens in (1, 18):
@@ -71,11 +73,58 @@ def prepacked(folder, other, recipe) -> None:
 
 
 @torch.no_grad()
+def e4m3(folder, other, recipe, expected) -> None:
+    """e4m3 weights: the outputs of FP8Linear, after a reload too, at the same addresses; one line says how many."""
+    records = []
+    override = {"quantization_config": {"quant_method": "nm_act", "recipe": recipe, "fp8": "decode"}}
+    with mock.patch.object(logging.getLogger("vllm.nm_act"), "handle", records.append):
+        model = _vllm_model(folder, torch.float32, hf_overrides=override)
+    if dist.get_rank() == 0:
+        assert f"; {expected} of them have e4m3 weights" in records[0].getMessage()
+    addresses = _addresses(model)
+    for new in (folder, other):
+        if new is other:
+            _reload(model, new)
+        whole = tp_cases.load(new, dtype=torch.float32)
+        inputs = tp_cases.inputs(whole)
+        for name, layer in model.named_modules():
+            if getattr(layer, "nm_act_operands", None) is None:
+                continue
+            parent, _, last = name.rpartition(".")
+            parts = [f"{parent}.{each}" for each in MERGED.get(last, (last,))]
+            for tokens in (1, 18):
+                _compare_e4m3(name, layer, [whole.get_submodule(part) for part in parts], inputs[parts[0]], tokens)
+    assert _addresses(model) == addresses
+
+
+def _compare_e4m3(name, layer, parts, inputs, tokens) -> None:
+    size, rank = dist.get_world_size(), dist.get_rank()
+    x = inputs.flatten(0, -2)[:tokens]
+    if type(layer).__name__ == "RowParallelLinear":
+        (part,) = parts
+        slices = zip(part.weight.chunk(size, dim=1), x.chunk(size, dim=-1), strict=True)
+        # Each rank quantises its own slice, or keeps 16 bits where its statistics cross ranks.
+        stored = layer.nm_act_fp8 is not None
+        expected = sum(_fp8(part, weight)(mine) for weight, mine in slices) + part.bias if stored else part(x)
+        x = x.chunk(size, dim=-1)[rank].contiguous()
+    else:
+        expected = torch.cat([(_fp8(part, part.weight)(x) + part.bias).chunk(size, -1)[rank] for part in parts], -1)
+    tolerance = TOLERANCES[x.dtype] * expected.abs().max().item()
+    torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}")
+
+
+def _fp8(part, weight) -> FP8Linear:
+    dense = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    dense.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return FP8Linear(NMLinear.from_linear(dense, part.spec), "decode")
+
+
+@torch.no_grad()
 def reloads_that_fail(calibrated, plain) -> None:
     """The loader of a layer that serves, a part of a layer, weights without their calibrated data."""
     from vllm.model_executor.model_loader.reload import layerwise
 
-    from nm_act.integrations import vllm_linear
+    from nm_act.integrations.vllm_reload import undo_reload
 
     with pytest.raises(RuntimeError, match=r"expected new weights of model\.layers\.0.* through vLLM's reload_weights"):
         _vllm_model(plain, torch.float32).load_weights(_weights(plain))
@@ -90,7 +139,7 @@ def reloads_that_fail(calibrated, plain) -> None:
     ):
         with pytest.raises((RuntimeError, AssertionError), match=sentence):
             _load(model, given)
-        assert vllm_linear._undo_reload() is not None
+        assert undo_reload() is not None
         assert not any(info.can_load() for info in layerwise.LAYERWISE_INFO.values())
         assert not any(parameter.is_meta for parameter in model.parameters())
     _load(model, weights)
@@ -121,7 +170,7 @@ def _weights(folder):
 def _addresses(model) -> dict[str, list[int]]:
     """Where each sparse layer's tensors are."""
     return {
-        name: [tensor.data_ptr() for tensor in (layer.weight, *layer.nm_act_operands._tensors())]
+        name: [tensor.data_ptr() for tensor in (layer.weight, *layer.nm_act_operands.tensors())]
         for name, layer in model.named_modules()
         if getattr(layer, "nm_act_operands", None) is not None
     }
@@ -258,8 +307,9 @@ if __name__ == "__main__":  # vLLM's ranks import this file again
 
     from vllm import LLM, SamplingParams
 
-    folder, size, mode = sys.argv[1:]
+    folder, size, mode, overrides = sys.argv[1:]
     arguments = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "skip_tokenizer_init": True}
+    arguments["hf_overrides"] = json.loads(overrides)
     llm = LLM(folder, tensor_parallel_size=int(size), enforce_eager=mode == "eager", **arguments)
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": [5, 7, 11, 13]}], sampling)

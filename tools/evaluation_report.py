@@ -2,8 +2,8 @@
 
     python tools/evaluation_report.py [RUN...] [--rates CSV] [--out docs]
 
-Folders that nm-act eval wrote are added to rows.jsonl first, in place of the same rows of the same run. Every table is
-a selection of the rows, so methods that a study adds appear without a change here.
+Folders of nm-act eval and files of benchmarks/quality_gpu.py are added to rows.jsonl first, in place of the same rows
+of the same run. Every table is a selection of the rows, so methods that a study adds appear without a change here.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> int:
     try:
         rates = None if options.rates is None else Rates.load(options.rates)
         store = options.out / "evaluation" / "rows.jsonl"
-        results.collect(options.runs, rates)  # refuses a row that two of them have
-        runs = merged(read_rows_file(store), [RunFolder.read(run) for run in options.runs])
+        results.collect([run for run in options.runs if run.is_dir()], rates)  # refuses a row that two of them have
+        runs = merged(read_rows_file(store), [each for run in options.runs for each in read_run(run)])
         rows = results.collect_runs([(str(store), *run) for run in runs], rates)
         if not rows:
             raise ValueError(f"expected results in {str(store)!r} or a RUN, got none; run nm-act eval")
@@ -50,6 +50,11 @@ def main(arguments: list[str]) -> int:
     write_atomic(folder / "results.csv", results.to_csv(rows))
     write_atomic(options.out / "evaluation.md", report(rows, rates, sorted(plots), folder))
     return 0
+
+
+def read_run(path: Path) -> list[tuple[dict, list[dict]]]:
+    """Identities and results in a file of rows, or in a folder of nm-act eval."""
+    return read_rows_file(path) if path.is_file() else [RunFolder.read(path)]
 
 
 def merged(runs: list[tuple[dict, list[dict]]], more: list[tuple[dict, list[dict]]]) -> list[tuple[dict, list[dict]]]:

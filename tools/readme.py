@@ -353,7 +353,7 @@ def rules() -> str:
 
 def held_out() -> dict[str, float]:
     """Name of a row -> perplexity on C4 that no calibration saw."""
-    return {row["name"]: float(row["value"]) for row in read_rows(EVALUATION) if row["task"] == "c4_heldout"}
+    return {row["name"]: float(row["value"]) for row in read_rows(EVALUATION) if row["task"] == "c4"}
 
 
 def speeds(row: dict[str, str]) -> tuple[float, float]:

@@ -43,6 +43,8 @@ inline constexpr int kMaxGatherTokens = 8;
 inline bool decode_attention_supports(int64_t q_heads, int64_t k_heads, int64_t dim) {
   return k_heads > 0 && q_heads % k_heads == 0 && q_heads / k_heads <= 8 && (dim == 64 || dim == 128 || dim == 256);
 }
+// Heads whose RMSNorm the rotary kernels compute.
+inline bool head_norms_support(int64_t dim) { return dim >= 16 && dim <= 512 && (dim & (dim - 1)) == 0; }
 
 #if defined(NM_ACT_CUDA) || defined(__CUDACC__)
 
@@ -114,7 +116,10 @@ cudaError_t launch_variance_ratio(const TokenStatisticsParams& params, const voi
 // What produces the operand of a fused selection, token by token. Rows are 16-byte aligned; in_features is a multiple of
 // 8, at most kMaxRowFeatures; x_type is kBFloat16 or kFloat16.
 
-// x' = round(round(h * rsqrt(mean(h^2) + epsilon)) * weight), with h = round(x + residual), or x without a residual.
+// norm(x, weight) = round(round(x * rsqrt(mean(x^2) + epsilon)) * weight), or with unit_offset, as Gemma has it,
+// round(x * rsqrt(mean(x^2) + epsilon) * (1 + weight)).
+
+// x' = norm(h, weight), with h = round(x + residual), round(norm(x, x_weight) + residual), or x without a residual.
 struct RmsNormInput {
   const void* x;         // [tokens, in_features], contiguous
   const void* residual;  // like x, or null
@@ -124,9 +129,25 @@ struct RmsNormInput {
   int64_t tokens;
   int in_features;
   ElementType x_type;
+  bool unit_offset = false;
+  const void* x_weight = nullptr;  // like weight, or null; with a residual alone
 };
 
-// x' = round(round(gate / (1 + exp(-gate))) * up).
+// y = round(norm(x, weight) + residual), rows of whole 16-byte chunks, at most kMaxNormFeatures.
+struct RmsNormAddParams {
+  const void* x;         // [tokens, in_features], contiguous, 16-byte aligned, as everything here
+  const void* residual;  // like x
+  const void* weight;    // [in_features] of x's type
+  void* y;               // like x; may alias x or residual
+  float epsilon;
+  bool unit_offset;
+  int64_t tokens;
+  int in_features;  // a multiple of 8
+  ElementType x_type;
+};
+cudaError_t launch_rmsnorm_add(const RmsNormAddParams& params, cudaStream_t stream);
+
+// x' = round(round(activation(gate)) * up).
 struct SiluMulInput {
   const void* gate;  // [tokens, in_features], rows stride elements apart
   const void* up;    // like gate; gate + in_features for a merged projection
@@ -134,6 +155,7 @@ struct SiluMulInput {
   int64_t tokens;
   int in_features;
   ElementType x_type;
+  Activation activation = Activation::kSilu;
 };
 
 // x' = x.
@@ -174,6 +196,7 @@ struct SparseGemmParams {
   const float* shift_out;     // [out_features] or null
   const float* column_scale;  // [out_features] or null
   const void* bias;           // [out_features] of y_type, or null
+  const void* residual;       // [tokens, out_features] of y_type, contiguous, or null: added to the rounded y
   int tokens;
   int out_features;  // a multiple of 8 (of 16 for kE4M3)
   int in_features;   // a multiple of 16, 32 for kE4M3 and on sm80
@@ -181,6 +204,15 @@ struct SparseGemmParams {
   ElementType y_type;  // value_type; kBFloat16 or kFloat16 for kE4M3
   bool weight_in_out;
 };
+// gated_gemm: the packed 2:4 operand of z = SiLU(gate) * up with [gate, up] = product, over a merged weight stored
+// [in, out] whose first out_features / 2 outputs are the gate's; the bits of silu_mul_compress. 16-bit values, compute
+// capability 9.0, out_features a multiple of 32; without scales, terms or residual. product.y is the operand's values
+// [tokens, out_features / 4].
+struct GatedGemmParams {
+  SparseGemmParams product;
+  uint8_t* metadata;  // [metadata_bytes(kSm90Bits16T64, tokens, out_features / 2)]
+};
+bool gated_gemm_supports(const GatedGemmParams& params, GemmDevice device);
 cudaError_t query_gemm_device(int device, GemmDevice* result);
 const char* cuda_error_text(cudaError_t status);
 MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device);
@@ -206,7 +238,7 @@ struct GatherParams {
   const void* bias;            // [out_features] of x_type, or null
   // What stands before the selection and after the product, for a whole block of a model in one launch. At most one of
   // up and norm_weight is not null, and then x and it are 16-byte aligned and in_features is a multiple of 8.
-  const void* up;           // [tokens, in_features], rows x_stride apart, or null: x becomes SiLU(x) * up
+  const void* up;           // [tokens, in_features], rows x_stride apart, or null: x becomes activation(x) * up
   const void* norm_weight;  // [in_features] of x_type, or null: x becomes RMSNorm(x) * norm_weight
   float epsilon;
   const void* residual;     // [tokens, out_features] of x_type, contiguous, or null: added to the rounded y
@@ -216,12 +248,22 @@ struct GatherParams {
   Pattern pattern;          // keep 0: no selection
   ElementType x_type;       // kBFloat16 or kFloat16
   ElementType weight_type;  // x_type, kE4M3 or kInt8
+  Activation activation;    // with up
+  bool unit_offset;         // with norm_weight: 1 is added to it
 };
 // config: one of for_each_gather_config, such as choose_gather_config's.
 struct GatherConfig;  // gather/config.h
 bool gather_supports(const GatherParams& params, GemmDevice device);
 cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const GatherConfig& config,
                           cudaStream_t stream);
+
+// RMSNorm of each head's features before the rotary embedding, for dims of head_norms_support.
+struct HeadNorms {
+  const void* q;  // [dim], 16-byte aligned, or null: no norm of the queries
+  const void* k;  // like q, of the keys
+  float epsilon;
+  bool unit_offset;
+};
 
 // rotary: queries and keys turned by their positions, and keys and values written into a cache.
 struct RotaryPart {
@@ -243,6 +285,7 @@ struct RotaryParams {
   const int32_t* lengths;
   int batch, tokens, dim;
   ElementType type;  // of everything; kBFloat16 or kFloat16
+  HeadNorms norms;
 };
 cudaError_t launch_rotary(const RotaryParams& params, cudaStream_t stream);
 
@@ -264,6 +307,7 @@ struct DecodeAttentionParams {
   int window;  // tokens to attend to, the new one included; 0: all
   int batch, q_heads, k_heads, max_tokens, dim;
   ElementType type;  // of everything; kBFloat16 or kFloat16
+  HeadNorms norms;
 };
 cudaError_t launch_decode_attention(const DecodeAttentionParams& params, GemmDevice device, cudaStream_t stream);
 

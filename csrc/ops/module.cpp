@@ -193,6 +193,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("SPARSE_GEMM_TOKENS") = nm_act::kSparseGemmTokens;
   m.attr("MAX_ROW_FEATURES") = nm_act::kMaxRowFeatures;
   m.attr("MAX_NORM_FEATURES") = nm_act::kMaxNormFeatures;
+  m.def("head_norms_support", nm_act::head_norms_support, py::arg("head_dim"));
   m.def("decode_attention_supports", nm_act::decode_attention_supports, py::arg("q_heads"), py::arg("k_heads"),
         py::arg("head_dim"));
   m.def("gather_configs", gather_configs, py::arg("tokens"), py::arg("out_features"), py::arg("in_features"),

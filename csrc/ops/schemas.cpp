@@ -63,8 +63,9 @@ TORCH_LIBRARY(nm_act, m) {
       "bool variance_correction=False, Tensor? column_scale=None, int[] extra_columns=[]) -> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
-  // gather kernel of sparse_linear without the selection. At most 8 tokens.
-  m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  // gather kernel of sparse_linear without the selection. At most 8 tokens. With a weight_scale, four at a time on CUDA; on a
+  // CPU and where no kernel fits, the weight is dequantised at every call.
+  m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? weight_scale=None) -> Tensor");
 
   // CPU only. Y = X @ W^T + bias for a weight stored [out, in], faster than torch's product for up to 8 tokens.
   m.def("dense_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
@@ -79,50 +80,67 @@ TORCH_LIBRARY(nm_act, m) {
       "token_shift=\"none\", "
       "bool variance_correction=False, ScalarType? activation_dtype=None, int[] extra_columns=[]) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
-  // x' = RMSNorm(x + residual) * weight, then compress_packed; hidden = x + residual, empty without a residual.
+  // x' = norm(hidden, weight), then compress_packed. hidden = x + residual, or norm(x, x_weight) + residual with x_weight;
+  // a result only with a residual, else empty, and then it is x. norm(x, weight) = RMSNorm(x) * weight, rounded before the
+  // product too; with unit_offset RMSNorm(x) * (1 + weight), rounded once, as Gemma's module rounds.
   m.def(
       "rms_norm_compress(Tensor x, Tensor weight, float eps, Tensor? residual=None, *, Tensor? channel_scale=None, "
       "Tensor? shift=None, str token_shift=\"none\", bool variance_correction=False, ScalarType? "
-      "activation_dtype=None) "
+      "activation_dtype=None, bool unit_offset=False, Tensor? x_weight=None) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta, Tensor hidden)");
-  // x' = SiLU(gate) * up, then compress_packed.
+  // x' = activation(gate) * up, rounded before the product too, then compress_packed. activation is "silu" or "gelu_tanh".
   m.def(
       "silu_mul_compress(Tensor gate, Tensor up, *, Tensor? channel_scale=None, Tensor? shift=None, "
-      "str token_shift=\"none\", bool variance_correction=False, ScalarType? activation_dtype=None) "
+      "str token_shift=\"none\", bool variance_correction=False, ScalarType? activation_dtype=None, "
+      "str activation=\"silu\") "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // The same producers for any n:m: values [tokens, in_features], dense with zeros, in the dtype of x, or in
   // float8_e4m3fn (from bfloat16) with one row_scale a token, max|Z| / 448; row_scale is empty otherwise.
   m.def(
       "rms_norm_prune(Tensor x, Tensor weight, float eps, Tensor? residual=None, int n=2, int m=4, *, "
-      "ScalarType? activation_dtype=None) -> (Tensor values, Tensor row_scale, Tensor hidden)");
+      "ScalarType? activation_dtype=None, bool unit_offset=False, Tensor? x_weight=None) "
+      "-> (Tensor values, Tensor row_scale, Tensor hidden)");
   m.def(
-      "silu_mul_prune(Tensor gate, Tensor up, int n=2, int m=4, *, ScalarType? activation_dtype=None) "
-      "-> (Tensor values, Tensor row_scale)");
+      "silu_mul_prune(Tensor gate, Tensor up, int n=2, int m=4, *, ScalarType? activation_dtype=None, "
+      "str activation=\"silu\") -> (Tensor values, Tensor row_scale)");
+  // norm(x, weight) + residual, for layers with a norm after their parts.
+  m.def("rms_norm_add(Tensor x, Tensor weight, float eps, Tensor residual, *, bool unit_offset=False) -> Tensor");
   // sparse_linear for one to four tokens over a weight stored [in, out], in one launch with what stands around the
-  // layer: X becomes RMSNorm(X) * norm_weight or SiLU(X) * up; the residual [..., out_features] is added to the rounded Y.
+  // layer: X becomes norm(X, norm_weight) or activation(X) * up; the residual [..., out_features] is added to the rounded Y.
   m.def(
       "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? up=None, "
       "Tensor? norm_weight=None, float eps=0.0, Tensor? residual=None, Tensor? channel_scale=None, "
-      "Tensor? weight_scale=None) -> Tensor");
+      "Tensor? weight_scale=None, str activation=\"silu\", bool unit_offset=False) -> Tensor");
   // Rotary position embedding, round(round(x * cos) + round(rotate_half(x) * sin)), of q and k [batch, tokens, heads,
   // head_dim] with cos and sin [1 or batch, tokens, head_dim]. rotary_cache writes the keys and v into a static cache
   // [batch, heads, max_tokens, head_dim], at the last places before lengths [batch], int32, which count the new tokens.
-  m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)");
+  // With q_norm and k_norm [head_dim], each head is norm(head, q_norm or k_norm) first.
+  m.def(
+      "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, *, Tensor? q_norm=None, Tensor? k_norm=None, float eps=0.0, "
+      "bool unit_offset=False) -> (Tensor, Tensor)");
   m.def(
       "rotary_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-      "Tensor lengths) -> Tensor");
+      "Tensor lengths, *, Tensor? q_norm=None, Tensor? k_norm=None, float eps=0.0, bool unit_offset=False) -> Tensor");
   // Attention of one new token per sequence over a static cache, with rotary_cache in the same launch: softmax(scaling *
   // q K^T) V over the last `window` tokens, the new one included, or all of them with window 0.
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-      "Tensor lengths, float scaling, int window=0) -> Tensor");
+      "Tensor lengths, float scaling, int window=0, *, Tensor? q_norm=None, Tensor? k_norm=None, float eps=0.0, "
+      "bool unit_offset=False) -> Tensor");
 
   // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32. layout
-  // names the metadata's layout, which must be the one that the device's GEMM reads.
+  // names the metadata's layout, which must be the one that the device's GEMM reads. The residual [tokens, out_features]
+  // is added to the rounded Y.
   m.def(
       "sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, Tensor? bias=None, *, "
       "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? "
-      "out_dtype=None) -> Tensor");
+      "out_dtype=None, Tensor? residual=None) -> Tensor");
+
+  // The packed 2:4 operand of SiLU(gate) * up with [gate, up] = sparse_gemm over a merged weight [2 * outputs,
+  // in_features] stored [in, out]: 16-bit values, the bits of silu_mul_compress.
+  m.def(
+      "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight) "
+      "-> (Tensor values, Tensor metadata)");
 
   // Private, for benchmarks/tune_decode.py and tune.py: the kernels with the caller's configuration. For the
   // gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for the GEMM on sm_90: tile,

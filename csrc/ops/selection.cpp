@@ -65,11 +65,8 @@ bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, cons
 
 namespace {
 
-// The number of tokens, after the checks of any product of a few of them.
-int64_t check_few(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op) {
-  check_features(x, op);
-  check_dtype(x, op);
-  check_weight(x, weight, bias, op);
+// The number of tokens of a product of a few of them.
+int64_t check_few(const at::Tensor& x, const char* op) {
   const int64_t tokens = x.numel() / x.size(-1);
   constexpr int64_t kMost = 8;
   TORCH_CHECK_VALUE(tokens <= kMost, "nm_act::", op, " expected at most ", kMost, " tokens, got ", tokens,
@@ -79,16 +76,23 @@ int64_t check_few(const at::Tensor& x, const at::Tensor& weight, const OptionalT
 
 }  // namespace
 
-int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op) {
-  const int64_t tokens = check_few(x, weight, bias, op);
+GatherArguments check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                    const OptionalTensor& weight_scale, const char* op) {
+  check_features(x, op);
+  check_dtype(x, op);
+  const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, bias, op);
+  const int64_t tokens = check_few(x, op);
   TORCH_CHECK_VALUE(stored_in_out(weight), "nm_act::", op,
                     " expected a weight stored [in_features, out_features], got strides ", weight.strides(),
                     "; store it with weight.t().contiguous().t()");
-  return tokens;
+  return {tokens, scale};
 }
 
 int64_t check_dense_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op) {
-  const int64_t tokens = check_few(x, weight, bias, op);
+  check_features(x, op);
+  check_dtype(x, op);
+  check_weight(x, weight, bias, op);
+  const int64_t tokens = check_few(x, op);
   TORCH_CHECK_VALUE(weight.stride(1) == 1, "nm_act::", op,
                     " expected a weight stored [out_features, in_features], got strides ", weight.strides(),
                     "; store it with weight.contiguous()");

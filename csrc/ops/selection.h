@@ -42,8 +42,13 @@ bool is_e4m3(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x
 bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x,
                             const at::Tensor& weight, const char* op);
 
-// Checks the arguments of gather_linear; returns the number of tokens.
-int64_t check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op);
+// What the checks of gather_linear give: the number of tokens, and the scale of an 8-bit weight.
+struct GatherArguments {
+  int64_t tokens;
+  at::Tensor weight_scale;  // float32 [out_features], or undefined
+};
+GatherArguments check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                                    const OptionalTensor& weight_scale, const char* op);
 
 // The same of dense_linear.
 int64_t check_dense_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op);

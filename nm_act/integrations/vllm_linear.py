@@ -11,13 +11,10 @@ device to count what arrives, then loads the layer into new memory and copies it
 What this module derives is copied to its old addresses here, because captured graphs and compiled code read those.
 """
 
-import functools
 import inspect
 import logging
-import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,14 +41,16 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
-from .. import ops, parallel
+from .. import parallel
 from ..layers.linear import FOLLOW_WEIGHT
-from ..layers.work import compiled_operator
 from ..methods import mitigations
-from ..ops.prepack import prepack_weight, why_not_prepacked
+from ..ops.e4m3 import E4M3Weight
 from ..recipe import LinearSpec, Recipe
 from . import vllm_plan as plan
+from .vllm_operands import Operands, Storage, prepacked_size
+from .vllm_reload import guard_reloads
 
 _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
 
@@ -65,14 +64,13 @@ class NMActVLLMConfig(QuantizationConfig):
         If there is no recipe (``--quantization nm_act`` alone), or a server cannot follow it.
     """
 
-    def __init__(self, recipe: Recipe | None = None, prepack: bool = False):
+    def __init__(self, recipe: Recipe | None = None, storage: Storage | None = None):
         super().__init__()
         if recipe is None:
             raise ValueError(plan.NO_RECIPE)
         plan.check_servable(recipe)
         self.recipe = recipe
-        self.prepack = prepack
-        self._prepacked_bytes = 0
+        self.storage = Storage() if storage is None else storage
         self._sparse: list[str] = []
         self._dense: list[str] = []
         self._logged = False
@@ -101,11 +99,11 @@ class NMActVLLMConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NMActVLLMConfig":
         """From the entry in config.json; ValueError as :meth:`nm_act.Recipe.from_dict`."""
-        fields = {key: value for key, value in config.items() if key not in ("quant_method", "prepack")}
-        prepack = config.get("prepack", False)
-        if not isinstance(prepack, bool):
-            raise ValueError(f"expected prepack as true or false in quantization_config, got {prepack!r}; write one")
-        return cls(Recipe.from_dict(fields.get("recipe", fields)), prepack)
+        fields = {key: value for key, value in config.items() if key not in ("quant_method", "prepack", "fp8")}
+        storage = Storage.from_config(config)
+        if storage.fp8 is not None:
+            storage.check_device(current_platform.device_type, current_platform.get_device_capability())
+        return cls(Recipe.from_dict(fields.get("recipe", fields)), storage)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         """The sparse method for a linear layer in the recipe, vLLM's dense one for any other; None elsewhere."""
@@ -114,7 +112,7 @@ class NMActVLLMConfig(QuantizationConfig):
         specs = plan.specs_of(self.recipe, prefix, self.packed_modules_mapping, layer.input_size)
         (self._sparse if specs else self._dense).append(prefix)
         if specs:
-            return NMActLinearMethod(specs, self._log, self._count_prepacked if self.prepack else None)
+            return NMActLinearMethod(specs, self._log, self.storage)
         method = UnquantizedLinearMethod()
         process = method.process_weights_after_loading
 
@@ -126,18 +124,11 @@ class NMActVLLMConfig(QuantizationConfig):
         method.process_weights_after_loading = process_and_log
         return method
 
-    def _count_prepacked(self, size: int) -> None:
-        self._prepacked_bytes += size
-
     def _log(self) -> None:
         """Log once what is sparse, when the first layer has its weights and so all layers exist."""
         if not self._logged and get_tensor_model_parallel_rank() == 0:
             level, text = plan.loaded_sentence(len(self._sparse), len(self._dense), (self._dense or [""])[0])
-            if self._prepacked_bytes:
-                text += (
-                    f"; prepack keeps a second copy of their weights, {self._prepacked_bytes / 2**20:.0f} MiB a rank"
-                )
-            logging.getLogger("vllm.nm_act").log(level, text)
+            logging.getLogger("vllm.nm_act").log(level, text + self.storage.sentence())
         self._logged = True
 
 
@@ -168,45 +159,6 @@ class _Loading:
         self.rows = ChannelQuantScaleParameter(data=rows, output_dim=0, weight_loader=layer.nm_act_load)
 
 
-@dataclass(frozen=True)
-class _Operands:
-    """What the forward of a layer reads; a reload fills the same tensors.
-
-    Attributes
-    ----------
-    parameter : Parameter
-        The layer's weight, to tell it from that of a reload.
-    segments : list of Segment
-    weights : list of Tensor or None
-        Of each segment, stored [in, out]; None is the parameter.
-    shift_outs : list of Tensor or None
-        Images of the shifts.
-    operator : callable
-        With the signature of :func:`nm_act.sparse_linear`; it takes a prepacked weight besides if there are some.
-    prepacked : list of Tensor or None
-        Of each segment's weight, a copy in oneDNN's layout.
-    """
-
-    parameter: torch.nn.Parameter
-    segments: list[plan.Segment]
-    weights: list[torch.Tensor | None]
-    shift_outs: list[torch.Tensor | None]
-    operator: Callable[..., torch.Tensor]
-    prepacked: list[torch.Tensor | None]
-
-    def copy_(self, other: "_Operands") -> None:
-        """Take the values of another layer of the same segments, at the addresses of this one."""
-        for mine, new in zip(self._tensors(), other._tensors(), strict=True):
-            mine.copy_(new)
-        self.prepacked[:] = other.prepacked  # opaque tensors of CPUs, which no graph was captured with
-
-    def _tensors(self) -> list[torch.Tensor]:
-        held = [
-            value for each in self.segments for value in (each.channel_scale, *map(each.data.get, sorted(each.data)))
-        ]
-        return [tensor for tensor in (*held, *self.weights, *self.shift_outs) if tensor is not None]
-
-
 class NMActLinearMethod(LinearMethodBase):
     """Runs one vLLM linear layer (replicated, column, row, merged, QKV) through :func:`nm_act.sparse_linear`.
 
@@ -216,18 +168,18 @@ class NMActLinearMethod(LinearMethodBase):
         The projections in the layer, in order.
     loaded : callable
         Called when a layer has its weights.
-    prepacks : callable, optional
-        To keep a copy of every weight in oneDNN's layout too, on CPUs; called with the bytes of each.
+    storage : Storage, optional
+        How the weights of the model are stored.
     """
 
     def __init__(
         self,
         specs: list[tuple[str, LinearSpec | None]],
         loaded: Callable[[], None],
-        prepacks: Callable[[int], None] | None = None,
+        storage: Storage | None = None,
     ):
         self._loaded = loaded
-        self._prepacks = prepacks
+        self._storage = Storage() if storage is None else storage
         self.names = [name for name, _ in specs]
         self.specs = [spec for _, spec in specs]
 
@@ -257,7 +209,7 @@ class NMActLinearMethod(LinearMethodBase):
                 f"expected {len(output_partition_sizes)} projections in {layer.prefix}, got {', '.join(self.names)}; "
                 "leave this layer out of the recipe"
             )
-        _guard_reloads()
+        guard_reloads()
         layer.nm_act_load = extra_weight_attrs.pop("weight_loader")
         weight = ModelWeightParameter(
             data=torch.empty(sum(output_partition_sizes), input_size_per_partition, dtype=params_dtype),
@@ -265,13 +217,15 @@ class NMActLinearMethod(LinearMethodBase):
             output_dim=0,
             weight_loader=types.MethodType(self._load_weight, layer),
         )
-        if self._prepacks is not None and size == 1 and not why_not_prepacked(weight):
-            self._prepacks(weight.nbytes)
+        if self._storage.prepack and size == 1:
+            self._storage.prepacked_bytes += prepacked_size(weight)
         layer.register_parameter("weight", weight)
         set_weight_attrs(weight, extra_weight_attrs)
         layer.nm_act_sizes = list(output_partition_sizes) if len(self.specs) > 1 else [sum(output_partition_sizes)]
         layer.nm_act_loading = _Loading(layer, len(self.specs))
         layer.nm_act_operands = None
+        takes_e4m3 = self._storage.takes_e4m3(layer.prefix, self.specs, layer.nm_act_sizes, weight, size > 1)
+        layer.nm_act_fp8 = self._storage.fp8 if takes_e4m3 else None
         whole = _whole_sizes(layer) if len(self.specs) > 1 else [output_size]
         for name in self._data_names:
             shapes = [
@@ -372,6 +326,10 @@ class NMActLinearMethod(LinearMethodBase):
             scales[index] = mitigations.selection_scale(spec, part, part, data)
             return part
         whole = part.to(param.device, param.dtype)
+        if layer.nm_act_fp8 is not None:  # the scale is that of the weight as stored, which no method replaces here
+            stored = E4M3Weight.quantised(whole, layer.nm_act_fp8).dequantised(torch.float32)
+            scales[index] = mitigations.selection_scale(spec, stored, stored, data)
+            return part
         operand = mitigations.operand_weight(spec, whole, data)
         scales[index] = mitigations.selection_scale(spec, whole, operand, data)
         return part if operand is whole else operand
@@ -397,6 +355,7 @@ class NMActLinearMethod(LinearMethodBase):
         ValueError
             If a reload brings projections that no longer select alike.
         """
+        self._storage.check_some_e4m3()
         loading = self._loading(layer)
         absent = [name for index, name in enumerate(self.names) if index not in loading.arrived]
         if absent and loading.arrived:
@@ -419,9 +378,6 @@ class NMActLinearMethod(LinearMethodBase):
         new, old = self._operands(layer, loading), layer.nm_act_operands
         for name in self._data_names:
             delattr(layer, name)
-        layer.weight.data = layer.weight.new_empty(0) if len(new.segments) > 1 else new.weights[0]
-        if len(new.segments) == 1:  # it remains the parameter, which vLLM copies in a reload
-            new.weights[0] = None
         if old is None:
             layer.nm_act_operands = new
         else:
@@ -429,7 +385,7 @@ class NMActLinearMethod(LinearMethodBase):
         layer.nm_act_loading = None
         self._loaded()
 
-    def _operands(self, layer, loading: _Loading) -> _Operands:
+    def _operands(self, layer, loading: _Loading) -> Operands:
         """What the forward reads, computed from what was loaded."""
         shard = self._shard(layer)
         scales = [scale if shard is None or scale is None else shard.part(scale, ("in",)) for scale in loading.scales]
@@ -437,23 +393,8 @@ class NMActLinearMethod(LinearMethodBase):
         segments = plan.segments(
             self.specs, layer.nm_act_sizes, scales, self._local_data(layer, loading, shard), before
         )
-        weight = layer.weight.data
-        parts = [parallel.stored_in_out(weight[each.start : each.stop]) for each in segments]
-        shift_outs = [
-            None if each.spec is None else mitigations.shift_image(each.spec, part, each.data)
-            for each, part in zip(segments, parts, strict=True)
-        ]
-        operator = ops.sparse_linear
-        prepacked: list[torch.Tensor | None] = [None] * len(parts)
-        if shard is not None:
-            operator = functools.partial(parallel.row_sparse_linear, shard)
-        elif self._prepacks is not None:
-            operator = compiled_operator
-            prepacked = [
-                None if each.spec is None or each.spec.scoring.prunes_weight else prepack_weight(part)
-                for each, part in zip(segments, parts, strict=True)
-            ]
-        return _Operands(layer.weight, segments, parts, shift_outs, operator, prepacked)
+        storage = {"fp8": layer.nm_act_fp8, "prepack": self._storage.prepack}
+        return Operands.of(layer.weight, segments, shard, **storage)
 
     @staticmethod
     def _local_data(layer, loading: _Loading, shard: parallel.Shard | None) -> list[dict[str, torch.Tensor]]:
@@ -485,21 +426,7 @@ class NMActLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x [tokens, in] -> [tokens, out]`` of this rank; a row-parallel layer's outputs are summed by vLLM."""
-        held = layer.nm_act_operands
-        outputs = [
-            each.run(
-                x,
-                layer.weight if part is None else part,
-                None if bias is None else bias[each.start : each.stop],
-                shift_out,
-                held.operator,
-                prepacked,
-            )
-            for each, part, shift_out, prepacked in zip(
-                held.segments, held.weights, held.shift_outs, held.prepacked, strict=True
-            )
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return layer.nm_act_operands.run(x, layer.weight, bias)
 
 
 def _whole_sizes(layer: torch.nn.Module) -> list[int]:
@@ -513,55 +440,6 @@ def _whole_sizes(layer: torch.nn.Module) -> list[int]:
 
 def _given(shard_id) -> tuple:
     return () if shard_id is None else (shard_id,)
-
-
-def _guard_reloads() -> None:
-    """Let an engine answer after a reload that fails.
-
-    vLLM leaves its layers without memory then. The guard gives each one the tensors it had; layers that were complete
-    keep their new weights.
-    """
-    module = sys.modules.get("vllm.v1.worker.gpu_worker")  # of the process that has a worker
-    if module is None or hasattr(module.Worker.reload_weights, "nm_act"):
-        return
-    reload = module.Worker.reload_weights
-
-    @functools.wraps(reload)
-    def reload_weights(self, *args, **kwargs) -> None:
-        config = self.vllm_config.model_config
-        source = config.model, config.revision
-        try:
-            reload(self, *args, **kwargs)
-        except Exception as error:  # any error: the engine must go on
-            config.model, config.revision = source
-            new = _undo_reload()
-            if new is None:
-                raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RuntimeError(
-                f"expected the weights of the model that is served, got others ({reason}); {new} layers have new "
-                "weights and all others their old ones, so reload a whole checkpoint of this model"
-            ) from error
-
-    reload_weights.nm_act = True
-    module.Worker.reload_weights = reload_weights
-
-
-def _undo_reload() -> int | None:
-    """Give the layers of an unfinished reload their tensors back; how many were finished, None if it had not begun."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    layers = list(layerwise.LAYERWISE_INFO.items())
-    unfinished = [(layer, info) for layer, info in layers if info.can_load()]
-    for layer, info in unfinished:
-        if hasattr(layer, "nm_act_loading"):
-            layer.nm_act_loading = None
-        layerwise._place_kernel_tensors(layer, info)
-        info.reset()
-    layerwise.LOADING_LAYERS.clear()
-    if not unfinished:
-        return None
-    return sum(bool(layer._parameters) for layer, _ in layers) - sum(bool(each._parameters) for each, _ in unfinished)
 
 
 def _gather(tensor: torch.Tensor) -> torch.Tensor:

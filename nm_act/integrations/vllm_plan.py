@@ -7,14 +7,12 @@ has its own data; then each projection has its own selection, as in Transformers
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ..layers.work import work_of
 from ..methods import mitigations
 from ..methods.criteria import CRITERIA
 from ..recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe, Rule, in_state_space
@@ -129,25 +127,6 @@ class Segment:
     spec: LinearSpec | None
     channel_scale: Tensor | None = None
     data: dict[str, Tensor] = field(default_factory=dict)
-
-    def run(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        shift_out: Tensor | None,
-        sparse: Callable[..., Tensor],
-        prepacked: Tensor | None = None,
-    ) -> Tensor:
-        """The segment's outputs; ``sparse`` has the signature of :func:`nm_act.sparse_linear`, or takes a prepacked
-        weight besides."""
-        if "added_bias" in self.data:
-            added = self.data["added_bias"].to(x.dtype)
-            bias = added if bias is None else bias + added
-        if self.spec is None or self.spec.scoring.prunes_weight:
-            return functional.linear(x, weight, bias)
-        derived = {"channel_scale": self.channel_scale, "shift_out": shift_out}
-        return work_of(self.spec, self.data, sparse, derived, prepacked_weight=prepacked)(x, weight, bias, None)
 
     def reads_as(self, other: "Segment") -> bool:
         """Whether both have the same operand: the same selection of the same inputs."""

@@ -39,7 +39,9 @@ WITHOUT_GRADIENT = {
     "silu_mul_compress": "nm_act.prune of the product",
     "rms_norm_prune": "nm_act.prune of the norm",
     "silu_mul_prune": "nm_act.prune of the product",
+    "rms_norm_add": "the norm of the model",
     "sparse_gemm": "nm_act.sparse_linear",
+    "sparse_gemm_silu_mul": "nm_act.sparse_linear",
     "decode_linear": "nm_act.sparse_linear",
     "rotary": "the embedding of the model",
     "rotary_cache": "the embedding of the model",
@@ -58,6 +60,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 def needs_derivative(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these tensors, or one has a tangent (forward mode)."""
+    if forward_ad._current_level < 0:  # the usual case, in every call of a layer
+        return needs_gradient(*tensors)
     return needs_gradient(*tensors) or _has_tangent([tensor for tensor in tensors if tensor is not None])
 
 
@@ -256,6 +260,15 @@ class _SparseLinear(torch.autograd.Function):
 
 
 # ---- gather_linear, dense_linear and the operators without a gradient ------------------------------------------------
+def _gather_linear(
+    forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None
+) -> Any:
+    if weight_scale is None:
+        return _few_linear(forward, x, weight, bias)
+    compute = partial(forward, x, weight, bias, weight_scale=weight_scale)
+    return _refuse("gather_linear with a weight_scale", "the 16-bit weight", compute, x, bias)
+
+
 def _few_linear(forward: Forward, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if _is_transformed(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
@@ -297,7 +310,7 @@ def _refusing(name: str, instead: str) -> Callable[..., Any]:
 
 _register("prune", _prune)
 _register("sparse_linear", _sparse_linear)
-_register("gather_linear", _few_linear)
+_register("gather_linear", _gather_linear)
 _register("dense_linear", _few_linear)
 for _name, _instead in WITHOUT_GRADIENT.items():
     _register(_name, _refusing(_name, _instead))

@@ -4,6 +4,7 @@ The producers of the packed 2:4 operand are in :mod:`nm_act.ops.packed`; these s
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ def rms_norm_prune(
     pattern: NMPattern | str = "2:4",
     *,
     activation_dtype: torch.dtype | None = None,
+    unit_offset: bool = False,
+    x_weight: Tensor | None = None,
 ) -> Pruned:
     """``prune(RMSNorm(x + residual) * weight)`` in one kernel, with ``hidden``, the next residual.
 
@@ -54,6 +57,11 @@ def rms_norm_prune(
         N:M without extra windows.
     activation_dtype : torch.dtype, optional
         torch.float8_e4m3fn, for x in bfloat16, scales each token by its largest magnitude / 448.
+    unit_offset : bool
+        Gemma's norm, ``RMSNorm(x) * (1 + weight)``, rounded once as its module does.
+    x_weight : Tensor [in_features], dtype of x, optional
+        Of a norm of ``x`` before the residual is added, with the same eps and offset: ``hidden = norm(x) + residual``,
+        as in layers with norms on both sides. Needs a residual.
 
     Raises
     ------
@@ -64,15 +72,23 @@ def rms_norm_prune(
     """
     n, m = _keep_and_group(pattern)
     values, row_scale, hidden = operators.call(
-        "rms_norm_prune", x, weight, eps, residual, n, m, activation_dtype=activation_dtype
+        *("rms_norm_prune", x, weight, eps, residual, n, m),
+        activation_dtype=activation_dtype,
+        unit_offset=unit_offset,
+        x_weight=x_weight,
     )
     return Pruned(values, row_scale, x if residual is None else hidden)
 
 
 def silu_mul_prune(
-    gate: Tensor, up: Tensor, pattern: NMPattern | str = "2:4", *, activation_dtype: torch.dtype | None = None
+    gate: Tensor,
+    up: Tensor,
+    pattern: NMPattern | str = "2:4",
+    *,
+    activation_dtype: torch.dtype | None = None,
+    activation: str = "silu",
 ) -> Pruned:
-    """``prune(SiLU(gate) * up)`` in one kernel.
+    """``prune(activation(gate) * up)`` in one kernel.
 
     Parameters
     ----------
@@ -80,9 +96,37 @@ def silu_mul_prune(
         The halves of a merged projection are read in place; in_features divisible by 8, at most 32768.
     pattern, activation_dtype
         As in :func:`rms_norm_prune`.
+    activation : {"silu", "gelu_tanh"}
+        "gelu_tanh" is GELU with the tanh approximation, as in Gemma.
     """
     n, m = _keep_and_group(pattern)
-    return Pruned(*operators.call("silu_mul_prune", gate, up, n, m, activation_dtype=activation_dtype))
+    options = {"activation_dtype": activation_dtype, "activation": activation}
+    return Pruned(*operators.call("silu_mul_prune", gate, up, n, m, **options))
+
+
+def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, unit_offset: bool = False) -> Tensor:
+    """``RMSNorm(x) * weight + residual`` in one kernel, of layers with a norm after their parts.
+
+    Parameters
+    ----------
+    x, residual : Tensor [..., in_features], bfloat16 or float16, on CUDA
+        in_features divisible by 8, at most 16384.
+    weight : Tensor [in_features], dtype of x
+    eps : float
+    unit_offset : bool
+        As in :func:`rms_norm_prune`.
+
+    Returns
+    -------
+    Tensor like x; the norm is rounded before the addition, as in the separate modules
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a dtype or shape does not fit.
+    """
+    y: Tensor = operators.call("rms_norm_add", x, weight, eps, residual, unit_offset=unit_offset)
+    return y
 
 
 def pruned_product(
@@ -121,10 +165,12 @@ def decode_linear(
     residual: Tensor | None = None,
     channel_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
+    activation: str = "silu",
+    unit_offset: bool = False,
 ) -> Tensor:
     """A sparse linear layer of one to four tokens, in one kernel with what stands before and after it.
 
-    ``round(P(x') @ W^T + bias) + residual`` with ``x' = RMSNorm(x) * norm_weight``, ``SiLU(x) * up`` or ``x``.
+    ``round(P(x') @ W^T + bias) + residual`` with ``x' = RMSNorm(x) * norm_weight``, ``activation(x) * up`` or ``x``.
 
     Parameters
     ----------
@@ -141,6 +187,10 @@ def decode_linear(
     residual : Tensor [..., out_features], dtype of x, optional
     channel_scale : Tensor [in_features], float32 or the dtype of x, optional
         As in :func:`nm_act.prune`.
+    activation : {"silu", "gelu_tanh"}
+        With ``up``.
+    unit_offset : bool
+        With ``norm_weight``, to which it adds 1; rounded as in :func:`rms_norm_prune`.
 
     Returns
     -------
@@ -156,10 +206,11 @@ def decode_linear(
     n, m = _keep_and_group(pattern)
     options = {"up": up, "norm_weight": norm_weight, "eps": eps, "residual": residual}
     options |= {"channel_scale": channel_scale, "weight_scale": weight_scale}
+    options |= {"activation": activation, "unit_offset": unit_offset}
     return operators.call("decode_linear", x, weight, bias, n, m, **options)
 
 
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **norms: Any) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of queries and keys in one kernel: ``x * cos + rotate_half(x) * sin``.
 
     Parameters
@@ -167,16 +218,27 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     q, k : Tensor [batch, tokens, heads, head_dim], bfloat16 or float16, on CUDA
         head_dim divisible by 16; parts of a merged projection are read in place.
     cos, sin : Tensor [1 or batch, tokens, head_dim], dtype of q
+    **norms
+        ``q_norm`` and ``k_norm`` [head_dim], dtype of q, weights of an RMSNorm of each head before the embedding;
+        ``eps``; ``unit_offset`` as in :func:`rms_norm_prune`. For head_dim 16, 32, 64, 128, 256 and 512.
 
     Returns
     -------
     q, k : Tensor, contiguous, of the shapes given; rounded where Transformers' own embedding rounds
     """
-    return operators.call("rotary", q, k, cos, sin)
+    return operators.call("rotary", q, k, cos, sin, **norms)
 
 
 def rotary_cache(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    **norms: Any,
 ) -> Tensor:
     """:func:`rotary`, which also writes keys and values into a static cache; returns the queries.
 
@@ -188,8 +250,10 @@ def rotary_cache(
         Written at the last ``tokens`` places before ``lengths``; none beyond the cache.
     lengths : Tensor [batch], int32
         Tokens of each sequence, the new ones included.
+    **norms
+        As in :func:`rotary`.
     """
-    return operators.call("rotary_cache", q, k, v, cos, sin, keys, values, lengths)
+    return operators.call("rotary_cache", q, k, v, cos, sin, keys, values, lengths, **norms)
 
 
 def decode_attention(
@@ -204,6 +268,7 @@ def decode_attention(
     *,
     scaling: float,
     window: int = 0,
+    **norms: Any,
 ) -> Tensor:
     """Attention of one new token per sequence over a static cache, with :func:`rotary_cache` in the same kernel.
 
@@ -217,6 +282,8 @@ def decode_attention(
         Factor of the scores.
     window : int
         Tokens to attend to, the new one included; 0: all.
+    **norms
+        As in :func:`rotary`.
 
     Returns
     -------
@@ -229,13 +296,19 @@ def decode_attention(
     NotImplementedError
         If the device is not of compute capability 9.0, or the heads are not supported.
     """
-    return operators.call("decode_attention", q, k, v, cos, sin, keys, values, lengths, scaling=scaling, window=window)
+    options = {"scaling": scaling, "window": window, **norms}
+    return operators.call("decode_attention", q, k, v, cos, sin, keys, values, lengths, **options)
 
 
 def attends(q_heads: int, k_heads: int, head_dim: int, device: torch.device) -> bool:
     """Whether :func:`decode_attention` supports these heads on this device."""
     supported = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     return supported and _C.decode_attention_supports(q_heads, k_heads, head_dim)
+
+
+def norms_heads(head_dim: int) -> bool:
+    """Whether :func:`rotary` and the operators that contain it can normalise heads of this size."""
+    return _C.head_norms_support(head_dim)
 
 
 def _keep_and_group(pattern: NMPattern | str) -> tuple[int, int]:
@@ -252,13 +325,18 @@ def _fake_pruned(x: Tensor, activation_dtype: torch.dtype | None) -> tuple[Tenso
 
 
 @torch.library.register_fake("nm_act::rms_norm_prune")
-def _(x, weight, eps, residual=None, n=2, m=4, *, activation_dtype=None):
+def _(x, weight, eps, residual=None, n=2, m=4, *, activation_dtype=None, **_options):
     return *_fake_pruned(x, activation_dtype), x.new_empty((0,) if residual is None else x.shape)
 
 
 @torch.library.register_fake("nm_act::silu_mul_prune")
-def _(gate, up, n=2, m=4, *, activation_dtype=None):
+def _(gate, up, n=2, m=4, *, activation_dtype=None, activation="silu"):
     return _fake_pruned(gate, activation_dtype)
+
+
+@torch.library.register_fake("nm_act::rms_norm_add")
+def _(x, weight, eps, residual, *, unit_offset=False):
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("nm_act::decode_linear")
@@ -267,19 +345,19 @@ def _(x, weight, bias=None, n=2, m=4, **_options):
 
 
 @torch.library.register_fake("nm_act::rotary")
-def _(q, k, cos, sin):
+def _(q, k, cos, sin, **_norms):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @torch.library.register_fake("nm_act::rotary_cache")
-def _(q, k, v, cos, sin, keys, values, lengths):
+def _(q, k, v, cos, sin, keys, values, lengths, **_norms):
     return q.new_empty(q.shape)
 
 
 @torch.library.register_fake("nm_act::decode_attention")
-def _(q, k, v, cos, sin, keys, values, lengths, scaling, window=0):
+def _(q, k, v, cos, sin, keys, values, lengths, scaling, window=0, **_norms):
     return q.new_empty(q.shape)
 
 
-operators.only_on_cuda("rms_norm_prune", "silu_mul_prune", "decode_linear")
+operators.only_on_cuda("rms_norm_prune", "silu_mul_prune", "rms_norm_add", "decode_linear")
 operators.only_on_cuda("rotary", "rotary_cache", "decode_attention")

@@ -233,7 +233,9 @@ def sparse_linear(
     return y
 
 
-def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def gather_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None
+) -> Tensor:
     """``x @ weight.t() + bias`` for one to eight tokens, reading only the weight rows whose input is not zero.
 
     The gather kernel of :func:`sparse_linear` without the selection, for inputs that are sparse already (ReLU, top-k).
@@ -242,7 +244,10 @@ def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     ----------
     x : Tensor [..., in_features], at most 8 tokens in all
     weight : Tensor [out_features, in_features], dtype of x, stored [in, out] (``weight.t()`` contiguous)
+        Or float8_e4m3fn or int8, with a scale.
     bias : Tensor [out_features], dtype of x, optional
+    weight_scale : Tensor [out_features], float32, optional
+        ``W = weight * weight_scale``. On a CPU the weight is dequantised at every call.
 
     Examples
     --------
@@ -252,7 +257,7 @@ def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     >>> torch.allclose(nm_act.gather_linear(x, weight), x @ weight.t(), atol=1e-5)
     True
     """
-    y: Tensor = call("gather_linear", x, weight, bias)
+    y: Tensor = call("gather_linear", x, weight, bias, weight_scale=weight_scale)
     return y
 
 
@@ -381,8 +386,8 @@ def _(
 
 
 @torch.library.register_fake("nm_act::gather_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_devices("gather_linear", x, weight=weight, bias=bias)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None) -> Tensor:
+    check_devices("gather_linear", x, weight=weight, bias=bias, weight_scale=weight_scale)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -141,7 +141,8 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
     weight : Tensor [in_features], dtype of x
     eps : float
     **options
-        As in :func:`compress_packed`, but the pattern: it is 2:4.
+        As in :func:`compress_packed`, but the pattern: it is 2:4. ``unit_offset`` and ``x_weight`` as in
+        :func:`nm_act.ops.fused.rms_norm_prune`.
     """
     *tensors, hidden = operators.call("rms_norm_compress", x, weight, eps, residual, **options)
     return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
@@ -149,14 +150,15 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
 
 @takes_activation_dtype
 def silu_mul_compress(gate: Tensor, up: Tensor, **options: Any) -> Packed:
-    """``compress_packed(SiLU(gate) * up)`` in one kernel.
+    """``compress_packed(activation(gate) * up)`` in one kernel.
 
     Parameters
     ----------
     gate, up : Tensor [..., in_features], bfloat16 or float16
         The halves of a merged projection are read in place.
     **options
-        As in :func:`compress_packed`, but the pattern: it is 2:4.
+        As in :func:`compress_packed`, but the pattern: it is 2:4. ``activation`` is "silu" or "gelu_tanh" (GELU with
+        the tanh approximation).
     """
     return _packed(operators.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
 
@@ -169,6 +171,7 @@ def sparse_gemm(
     shift_out: Tensor | None = None,
     column_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
     **separately: Any,
 ) -> Tensor:
     """``(row_scale * P @ weight.t() + eta (x) shift_out) * column_scale + bias`` on sparse tensor cores.
@@ -183,6 +186,8 @@ def sparse_gemm(
     shift_out, column_scale : Tensor [out_features], optional
     out_dtype : torch.dtype, optional
         Dtype of the result; that of 16-bit values, bfloat16 (or float16) for e4m3.
+    residual : Tensor [tokens, out_features], dtype of the result, optional
+        Added to the rounded result, in the same kernel where one tile fills the device.
 
     Returns
     -------
@@ -218,8 +223,40 @@ def sparse_gemm(
         shift_out=shift_out,
         column_scale=column_scale,
         out_dtype=out_dtype,
+        residual=residual,
     )
     return y
+
+
+def sparse_gemm_silu_mul(operand: Packed, weight: Tensor) -> Packed:
+    """The packed 2:4 operand of ``SiLU(gate) * up`` with ``[gate, up] = sparse_gemm(operand, weight)``, in one kernel.
+
+    It has the bits of :func:`silu_mul_compress`; neither gate and up nor their product reach memory.
+
+    Parameters
+    ----------
+    operand : Packed
+        2:4 in 16 bits, packed on this device, without a per-token shift or a variance factor.
+    weight : Tensor [2 * outputs, in_features], dtype of the operand's values
+        The weights of gate and up, concatenated, stored [in, out]; outputs divisible by 16.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit.
+    NotImplementedError
+        If the device is not of compute capability 9.0, or the weight is stored otherwise.
+    """
+    if operand.eta.numel() or (operand.row_scale.numel() and operand.values.dtype != torch.float8_e4m3fn):
+        raise ValueError(
+            "expected an operand without a per-token shift or factor, got "
+            f"{operand.eta.numel()} shifts and {operand.row_scale.numel()} factors; use sparse_gemm and "
+            "silu_mul_compress"
+        )
+    _check_operand(operand, weight)
+    values, metadata = operators.call("sparse_gemm_silu_mul", operand.values, operand.metadata, operand.layout, weight)
+    outputs, eta = weight.shape[0] // 2, operand.eta
+    return Packed(values, metadata, eta, eta, _PLAIN, outputs, operand.layout, operand.tokens)
 
 
 def _check_operand(operand: Packed, weight: Tensor) -> None:
@@ -299,7 +336,7 @@ def _(
     token_shift: str = "none",
     variance_correction: bool = False,
     activation_dtype: torch.dtype | None = None,
-    **_vectors: Tensor | None,
+    **_options: Any,
 ) -> tuple[Tensor, ...]:
     hidden = x.new_empty((0,) if residual is None else x.shape)
     return *_fake_packed(x, variance_correction, activation_dtype, token_shift), hidden
@@ -313,7 +350,7 @@ def _(
     token_shift: str = "none",
     variance_correction: bool = False,
     activation_dtype: torch.dtype | None = None,
-    **_vectors: Tensor | None,
+    **_options: Any,
 ) -> tuple[Tensor, ...]:
     return _fake_packed(gate, variance_correction, activation_dtype, token_shift)
 
@@ -334,4 +371,14 @@ def _(
     return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
 
 
-operators.only_on_cuda("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm")
+@torch.library.register_fake("nm_act::sparse_gemm_silu_mul")
+def _(values: Tensor, metadata: Tensor, layout: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    packed, packed_metadata, *_ = _fake_packed(
+        values.new_empty((values.shape[0], weight.shape[0] // 2)), False, None, "none"
+    )
+    return packed, packed_metadata
+
+
+operators.only_on_cuda(
+    "compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm", "sparse_gemm_silu_mul"
+)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import autograd
-from ..ops.fused import attends, decode_attention, rotary, rotary_cache
+from ..ops.fused import attends, decode_attention, norms_heads, rotary, rotary_cache
 from . import operands
-from .eligible import has_hooks
+from .eligible import has_hooks, why_stays
 from .merged import MergedLinear, Product, SharesProducts
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -49,8 +49,10 @@ class FusedAttention(SharesProducts):
         q, k, v = (
             product.take(hidden_states, index).view(*hidden_states.shape[:-1], -1, self.head_dim) for index in range(3)
         )
-        q, k = (_normed(self, name, heads) for name, heads in (("q_norm", q), ("k_norm", k)))
-        y, weights = _attention(self, q, k, v, position_embeddings, attention_mask, cache, kwargs)
+        norms = _head_norms(self, q)
+        if not norms:
+            q, k = (_normed(self, name, heads) for name, heads in (("q_norm", q), ("k_norm", k)))
+        y, weights = _attention(self, q, k, v, position_embeddings, attention_mask, cache, norms, kwargs)
         y = y.reshape(*hidden_states.shape[:-1], -1).contiguous()
         if nm_act_residual is None:
             return self.o_proj(y), weights
@@ -86,8 +88,34 @@ def _normed(attention: nn.Module, name: str, heads: Tensor) -> Tensor:
     return heads if norm is None else norm(heads)
 
 
-def _attention(attention: nn.Module, q, k, v, angles, mask, cache, options: dict):
-    """``[batch, tokens, heads, head_dim]`` for q, k and v of that shape that are not rotated yet; and weights."""
+def mark_head_norms(attention: nn.Module) -> bool:
+    """Note on a FusedAttention whether its kernels can normalise the heads of q and k themselves; returns that."""
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    facts = None
+    if None not in norms and norms_heads(attention.head_dim) and not any(why_stays(norm) for norm in norms):
+        known = {operands.norm_facts(norm) for norm in norms}
+        shapes = {tuple(norm.weight.shape) for norm in norms}
+        facts = known.pop() if len(known) == 1 and shapes == {(attention.head_dim,)} else None
+    attention.nm_act_head_norms = facts
+    return facts is not None
+
+
+def _head_norms(attention: nn.Module, q: Tensor) -> dict:
+    """What the rotary kernels need to normalise the heads of q and k; empty if they do not."""
+    if attention.nm_act_head_norms is None:
+        return {}
+    norms = (attention.q_norm, attention.k_norm)
+    if any(has_hooks(norm) or norm.weight.dtype != q.dtype for norm in norms):
+        return {}
+    eps, unit_offset = attention.nm_act_head_norms
+    return {"q_norm": norms[0].weight, "k_norm": norms[1].weight, "eps": eps, "unit_offset": unit_offset}
+
+
+def _attention(attention: nn.Module, q, k, v, angles, mask, cache, norms: dict, options: dict):
+    """``[batch, tokens, heads, head_dim]`` for q, k and v of that shape that are not rotated yet; and weights.
+
+    ``norms`` of the heads come before the rotation.
+    """
     lengths = options.get("nm_act_lengths")
     if cache is not None and lengths is not None:  # StaticDecoder's: a plain static cache
         layer = cache.layers[attention.layer_idx]
@@ -96,11 +124,12 @@ def _attention(attention: nn.Module, q, k, v, angles, mask, cache, options: dict
         window = getattr(attention, "sliding_window", None) or 0
         if q.shape[1] == 1 and attends(q.shape[2], k.shape[2], attention.head_dim, q.device):
             cached = (layer.keys, layer.values, lengths)
-            return decode_attention(q, k, v, *angles, *cached, scaling=attention.scaling, window=window), None
-        query = rotary_cache(q, k, v, *angles, layer.keys, layer.values, lengths).transpose(1, 2)
+            options = {"scaling": attention.scaling, "window": window, **norms}
+            return decode_attention(q, k, v, *angles, *cached, **options), None
+        query = rotary_cache(q, k, v, *angles, layer.keys, layer.values, lengths, **norms).transpose(1, 2)
         key, value = layer.keys, layer.values
     else:
-        query, key = (heads.transpose(1, 2) for heads in rotary(q, k, *angles))
+        query, key = (heads.transpose(1, 2) for heads in rotary(q, k, *angles, **norms))
         value = v.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx)

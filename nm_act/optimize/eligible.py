@@ -115,9 +115,11 @@ def not_dense_e4m3(layer: Sparse, pattern: NMPattern) -> str:
 
 def not_fp8(layer: NMLinear, layout: str) -> str:
     """Why a layer's weight cannot be stored in e4m3 for "prefill", "decode" or "both"; empty if it can."""
-    why = why_stays(layer)
-    if why:
-        return why
+    return why_stays(layer) or unfit_for_fp8(layer, layout)
+
+
+def unfit_for_fp8(layer: NMLinear, layout: str) -> str:
+    """As :func:`not_fp8`, by spec and sizes alone: the layer may be on the meta device."""
     if layer.token_context is not None:
         return "first tokens are dense"
     if layer.spec.phase == "prefill":

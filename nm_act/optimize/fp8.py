@@ -7,31 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _C, ops
+from .. import ops
 from ..layers.linear import NMLinear
 from ..layers.work import is_decode
 from ..methods import mitigations
+from ..ops.e4m3 import E4M3, E4M3Weight, check_layout, reads_rows
 from . import readonly
 from .eligible import not_fp8
-
-E4M3 = torch.float8_e4m3fn
-FP8_LAYOUTS = ("prefill", "decode", "both")
-"""The phases that the e4m3 copies of a weight are stored for."""
-
-FEW_TOKENS = _C.FEW_TOKENS
-"""Most tokens whose weight rows are worth skipping in e4m3."""
-
-
-def check_layout(layout: str) -> None:
-    """Raise a ValueError for an unknown layout of e4m3 weights."""
-    if layout not in FP8_LAYOUTS:
-        raise ValueError(f"expected fp8 among {', '.join(FP8_LAYOUTS)}, got {layout!r}; choose one of those")
-
-
-def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values ``[rows, columns]``, rounded to nearest, and their float32 scales ``[rows]``, ``max|row| / 448``."""
-    scale = (values.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
-    return (values.float() / scale[:, None]).clamp(-448, 448).to(E4M3), scale
 
 
 class FP8Linear(nn.Module):
@@ -103,16 +85,8 @@ class FP8Linear(nn.Module):
     @torch.no_grad()
     def store(self, weight: Tensor) -> None:
         """Quantise ``weight [out, in]`` and compute channel scale and row sums from the stored values."""
-        # In slices: a float32 copy of a whole merged weight would determine the peak memory of the process.
-        scales, codes = [], []
-        for rows in weight.split(4096):
-            quantised, scale = quantise_rows(rows)
-            scales.append(scale)
-            codes.append(quantised.view(torch.uint8))
-        self.weight_scale = torch.cat(scales)
-        stored = torch.cat(codes)
-        self.codes = None if self.layout == "decode" else stored
-        self.rows = None if self.layout == "prefill" else stored.t().contiguous()
+        stored = E4M3Weight.quantised(weight, self.layout)
+        self.codes, self.rows, self.weight_scale = stored.codes, stored.rows, stored.scale
         if self.spec.token_shift == "none" and self.spec.scoring.formula is None:
             return  # nothing is derived from the weight
         operand = self.dequantised(torch.float32)
@@ -123,12 +97,13 @@ class FP8Linear(nn.Module):
             self.scaled_shift_out = self.shift_out / self.weight_scale
 
     @property
+    def _stored(self) -> E4M3Weight:
+        return E4M3Weight(self.codes, self.rows, self.weight_scale)
+
+    @property
     def e4m3(self) -> Tensor:
         """``[out, in]``; contiguous where it is stored so."""
-        if self.codes is not None:
-            return self.codes.view(E4M3)
-        assert self.rows is not None  # one of them is there
-        return self.rows.view(E4M3).t()
+        return self._stored.values
 
     @property
     def e4m3_rows(self) -> Tensor | None:
@@ -147,7 +122,7 @@ class FP8Linear(nn.Module):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """``[out, in]`` in 16 or 32 bits, in the storage order of ``e4m3``."""
-        return self.e4m3.float().mul_(self.weight_scale[:, None]).to(dtype)
+        return self._stored.dequantised(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]``."""
@@ -160,9 +135,9 @@ class FP8Linear(nn.Module):
             "variance_correction": self.spec.variance_correction,
             "weight_scale": self.weight_scale,
         }
-        if self.codes is not None and (self.rows is None or x.shape[:-1].numel() > FEW_TOKENS):
-            options["activation_dtype"] = E4M3
-        weight = self.e4m3 if self.rows is None or "activation_dtype" in options else self.rows.view(E4M3).t()
+        weight: Any = self.e4m3_rows
+        if not reads_rows(x.shape[:-1].numel(), self.codes, self.rows):
+            weight, options["activation_dtype"] = self.e4m3, E4M3
         pattern: Any = self.spec.pattern_in(is_decode(x))  # no top-k: see not_fp8
         return ops.sparse_linear(x, weight, self.bias, pattern, **options)
 

@@ -3,6 +3,8 @@
 Before attention runs, the product of its merged q/k/v layer is computed from the norm and handed to it for this call.
 """
 
+import functools
+
 from torch import Tensor, nn
 
 from . import operands
@@ -11,17 +13,28 @@ from .changed import Changed, change, restore
 from .eligible import has_hooks, why_stays
 from .merged import Product, SharesProducts
 
-_MARKS = ("nm_act_gate_up", "nm_act_gates", "nm_act_norms", "nm_act_adds")
+_MARKS = ("nm_act_gate_up", "nm_act_gates", "nm_act_norms", "nm_act_adds", "nm_act_head_norms")
 """Attributes that fusing adds to Transformers' modules."""
 
 
 def fuse_mlp(mlp: nn.Module, gate_up: str) -> bool:
-    """Call merged gate and up layers as one; returns whether SiLU(gate) * up is computed with the down layer."""
+    """Call merged gate and up layers as one; returns whether activation(gate) * up is computed with the down layer."""
     mlp.nm_act_gate_up = gate_up  # the name only: the module is already registered
-    silu = isinstance(mlp.act_fn, nn.SiLU) or type(mlp.act_fn).__name__ == "SiLUActivation"
-    mlp.nm_act_gates = silu and not why_stays(mlp.act_fn) and not operands.why_unfused(mlp.down_proj)
+    stays = why_stays(mlp.act_fn) or operands.why_unfused(mlp.down_proj)
+    mlp.nm_act_gates = "" if stays else _activation(mlp.act_fn)
     change(mlp, FusedMLP)
-    return mlp.nm_act_gates
+    return bool(mlp.nm_act_gates)
+
+
+def _activation(act_fn: nn.Module) -> str:
+    """The operators' name of an activation; empty for one that they do not know."""
+    if isinstance(act_fn, nn.SiLU) or type(act_fn).__name__ == "SiLUActivation":
+        return "silu"
+    if isinstance(act_fn, nn.GELU):
+        return "gelu_tanh" if act_fn.approximate == "tanh" else ""
+    # Transformers' GELUTanh, but for its variant in Python, which rounds at every step.
+    compiled = type(act_fn).__name__ == "GELUTanh" and isinstance(act_fn.act, functools.partial)
+    return "gelu_tanh" if compiled else ""
 
 
 class FusedMLP(SharesProducts):
@@ -51,10 +64,9 @@ def _mlp_tail(mlp: nn.Module, products: list[Tensor], residual: Tensor | None = 
         del gate, up
         y = mlp.down_proj(x)
         return y if residual is None else residual + y
-    step = operands.Gated(way, mlp.down_proj, gate, up, residual)
+    step = operands.Gated(way, mlp.down_proj, gate, up, residual, mlp.nm_act_gates)
     del gate, up
-    y = step.product()
-    return y if residual is None or way == "decode" else residual + y
+    return step.product(residual)
 
 
 def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
@@ -63,43 +75,59 @@ def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def fuse_layer(layer: nn.Module) -> list[str]:
-    """Compute the norms of a pre-norm decoder layer with the products after them; returns which ones."""
+    """Compute the norms of a decoder layer with the products after them or with the residuals; returns which ones."""
+    how = FusedSandwichLayer if hasattr(layer, "pre_feedforward_layernorm") else FusedLayer
     attention, mlp = layer.self_attn, layer.mlp
     qkv = merged_qkv(attention)
     gate_up = vars(mlp).get("nm_act_gate_up")
     after = {
         "input_layernorm": None if qkv is None else qkv.linear,
         # The fused path does not call the MLP itself.
-        "post_attention_layernorm": None if gate_up is None or has_hooks(mlp) else getattr(mlp, gate_up).linear,
+        how.before_mlp: None if gate_up is None or has_hooks(mlp) else getattr(mlp, gate_up).linear,
     }
     norms = [name for name, linear in after.items() if linear is not None and _fits(layer, name, linear)]
     if norms:
+        before = getattr(layer, how.before_mlp)
+        for name in how.after_parts:
+            norm = getattr(layer, name)
+            # One kernel may compute two norms, which share an epsilon and an offset.
+            like = operands.norm_facts(norm) == operands.norm_facts(before)
+            if like and not why_stays(norm) and operands.takes_norm(norm, norm.weight.shape[0]):
+                norms.append(name)
         layer.nm_act_norms = norms
         # Whether the output projection may add the residual.
-        layer.nm_act_adds = isinstance(attention, FusedAttention) and not operands.why_unfused(attention.o_proj)
-        change(layer, FusedLayer)
+        adds = isinstance(attention, FusedAttention) and not operands.why_unfused(attention.o_proj)
+        layer.nm_act_adds = adds and not how.after_parts
+        change(layer, how)
     return norms
 
 
 def _fits(layer: nn.Module, name: str, linear: nn.Module) -> bool:
     norm = getattr(layer, name)
-    return not why_stays(norm) and not operands.why_unfused(linear) and operands.takes_norm(norm, linear)
+    if why_stays(norm) or operands.why_unfused(linear):
+        return False
+    return operands.takes_norm(norm, linear.in_features)
 
 
 class FusedLayer(Changed):
     """A pre-norm decoder layer, ``h = x + attention(norm(x)); h + mlp(norm(h))``, whose norms may be fused."""
 
+    before_mlp = "post_attention_layernorm"
+    after_parts: tuple[str, ...] = ()
+    """Norms of the outputs of attention and MLP, before their residuals are added."""
+
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         """The hidden states of the next layer, ``[batch, tokens, hidden]``."""
         qkv, gate_up = merged_qkv(self.self_attn), None
-        if "post_attention_layernorm" in self.nm_act_norms:
+        before_mlp = getattr(self, self.before_mlp)
+        if self.before_mlp in self.nm_act_norms:
             gate_up = getattr(self.mlp, self.mlp.nm_act_gate_up).linear
         # Hooks that were registered since must get what the stock layer would pass to them.
         way = mlp_way = ""
         if "input_layernorm" in self.nm_act_norms and not has_hooks(self.self_attn):
             way = _way_of(self.input_layernorm, qkv.linear, hidden_states)
         if gate_up is not None and not has_hooks(self.mlp) and not _parts_have_hooks(self.mlp):
-            mlp_way = _way_of(self.post_attention_layernorm, gate_up, hidden_states)
+            mlp_way = _way_of(before_mlp, gate_up, hidden_states)
         if args or not (way or mlp_way):
             return self.nm_act_stock.forward(self, hidden_states, *args, **kwargs)
         residual = hidden_states
@@ -112,15 +140,48 @@ class FusedLayer(Changed):
             hidden_states = self.input_layernorm(hidden_states)
         if mlp_way == "decode" and self.nm_act_adds and not has_hooks(self.self_attn):
             hidden, _ = self.self_attn(hidden_states=hidden_states, nm_act_residual=residual, **kwargs)
-            products = [operands.norm_product(mlp_way, self.post_attention_layernorm, gate_up, hidden)[0]]
+            products = [operands.norm_product(mlp_way, before_mlp, gate_up, hidden)[0]]
             return _mlp_tail(self.mlp, products, hidden)
         attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
-        if mlp_way:
-            products = list(operands.norm_product(mlp_way, self.post_attention_layernorm, gate_up, attention, residual))
-            hidden = products.pop()
+        if not mlp_way:
+            hidden = self._plus(0, attention, residual)
+            return self._plus(1, self.mlp(before_mlp(hidden)), hidden)
+        if self._gates_in_product(mlp_way, gate_up, attention):
+            return operands.norm_gated_product(before_mlp, gate_up, self.mlp.down_proj, attention, residual)
+        after = self._after(0, attention)
+        if self.after_parts and after is None:
+            attention = getattr(self, self.after_parts[0])(attention)
+        products = list(operands.norm_product(mlp_way, before_mlp, gate_up, attention, residual, after))
+        del attention
+        hidden = products.pop()
+        if not self.after_parts:
             return _mlp_tail(self.mlp, products, hidden)
-        hidden = residual + attention
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return self._plus(1, _mlp_tail(self.mlp, products), hidden)
+
+    def _gates_in_product(self, way: str, gate_up: nn.Module, x: Tensor) -> bool:
+        silu = vars(self.mlp).get("nm_act_gates") == "silu" and not self.after_parts
+        return silu and operands.gates_in_product(way, gate_up, self.mlp.down_proj, x)
+
+    def _after(self, part: int, y: Tensor) -> nn.Module | None:
+        """The norm of a part's output if a kernel computes it in this call."""
+        name = self.after_parts[part] if self.after_parts else ""
+        if name not in self.nm_act_norms or not operands.adds_norm(getattr(self, name), y):
+            return None
+        return getattr(self, name)
+
+    def _plus(self, part: int, y: Tensor, residual: Tensor) -> Tensor:
+        """The residual plus a part's output, after its norm if there is one."""
+        norm = self._after(part, y)
+        if norm is not None:
+            return operands.norm_plus(norm, y, residual)
+        return residual + (getattr(self, self.after_parts[part])(y) if self.after_parts else y)
+
+
+class FusedSandwichLayer(FusedLayer):
+    """A layer with norms on both sides, ``h = x + norm(attention(norm(x))); h + norm(mlp(norm(h)))``, as Gemma's."""
+
+    before_mlp = "pre_feedforward_layernorm"
+    after_parts = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def _way_of(norm: nn.Module, linear: nn.Module, x: Tensor) -> str:

@@ -11,19 +11,29 @@ from torch import nn
 from ..layers.hooks import take_over_hooks
 from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
+from ..ops.e4m3 import check_layout
 from ..ops.prepack import why_not_prepacked
 from . import dense, fused, operands, static_attention
-from .attention import FusedAttention, merged_qkv
+from .attention import FusedAttention, mark_head_norms, merged_qkv
 from .changed import Changed, change
 from .eligible import not_fp8, why_absent
-from .fp8 import FP8Linear, check_layout
+from .fp8 import FP8Linear
+from .fp8_head import ROWS_AT_ONCE, FP8Head, head_of, store_head, why_not_e4m3
 from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, unmerge
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 """Folders under transformers.models whose attention and MLP call each projection once, on the same input."""
 
-PRE_NORM_FAMILIES = ("llama", "qwen2", "qwen3")
-"""Those of them with layers ``h = x + attention(norm(x)); h + mlp(norm(h))`` and the usual RMSNorm."""
+LAYER_NORMS = {
+    "llama": ("input_layernorm", "post_attention_layernorm"),
+    "qwen2": ("input_layernorm", "post_attention_layernorm"),
+    "qwen3": ("input_layernorm", "post_attention_layernorm"),
+    "gemma3": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+"""The norms of each family's layers, of the forms that FusedLayer and FusedSandwichLayer know."""
 
 PREFILL_DEVICES = ("cuda",)
 """Devices that have the fp8 tensor-core product."""
@@ -42,9 +52,13 @@ class OptimizeReport:
     merged : list of (str, tuple of str)
         The parent of every merged layer, and the layers that were merged.
     fused : list of str
-        Norms and MLPs that are computed with the product after them on CUDA.
+        Norms and MLPs that are computed with the product after them, or with the residual, on CUDA.
     fp8 : list of str
         Layers whose weight is in e4m3 now.
+    fp8_head : str
+        The output head, if its weight is in e4m3 now.
+    fp8_head_bytes, fp8_head_saved : int
+        Memory that it takes now, and that it takes less than before: negative where a tied embedding keeps the weight.
     dense : list of str
         Dense layers on a CPU, whose decode steps run on ``torch.ops.nm_act.dense_linear``.
     prepacked : list of str
@@ -59,6 +73,9 @@ class OptimizeReport:
     merged: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
     fp8: list[str] = field(default_factory=list)
+    fp8_head: str = ""
+    fp8_head_bytes: int = 0
+    fp8_head_saved: int = 0
     dense: list[str] = field(default_factory=list)
     prepacked: list[str] = field(default_factory=list)
     prepacked_bytes: int = 0
@@ -67,10 +84,14 @@ class OptimizeReport:
     def __str__(self) -> str:
         lines = [f"merged: {len(self.merged)} groups"]
         lines += [f"  {' + '.join(names)}  x {count}" for names, count in Counter(n for _, n in self.merged).items()]
-        lines.append(f"computed with the product after them on CUDA: {len(self.fused)}")
+        lines.append(f"computed with the product after them, or with the residual, on CUDA: {len(self.fused)}")
         lines += [f"  {name}  x {count}" for name, count in Counter(map(_last, self.fused)).items()]
         if self.fp8:
             lines.append(f"e4m3 weights: {len(self.fp8)}")
+        if self.fp8_head:
+            less = self.fp8_head_saved / 2**20
+            change = f"{less:.0f} MiB less than before" if less > 0 else "beside the weight of the tied embedding"
+            lines.append(f"e4m3 output head: {self.fp8_head}, {self.fp8_head_bytes / 2**20:.0f} MiB, {change}")
         if self.dense:
             lines.append(f"dense layers, faster for a few tokens on a CPU: {len(self.dense)}")
         if self.prepacked:
@@ -83,15 +104,18 @@ class OptimizeReport:
         return "\n".join(lines)
 
 
-def optimize(model: nn.Module, *, fp8: str | None = None, prepack: bool = False) -> OptimizeReport:
+def optimize(
+    model: nn.Module, *, fp8: str | None = None, fp8_head: bool = False, prepack: bool = False
+) -> OptimizeReport:
     """Make a dense or sparse model faster without changing what it computes, in place.
 
     Projections that read the same activation and share one spec (q/k/v, gate/up) become one layer, so that the
     activation is selected and compressed once for all of them. On CUDA in 16 bits, the rotary embedding and a static
-    cache's update are one kernel, and RMSNorm (with the residual) and SiLU * up are computed with the sparse product
-    after them: they write its packed or pruned operand, or, for one to four tokens, are part of its kernel. Llama,
-    Qwen2, Qwen3 and Gemma 3 of Transformers are supported; the layers of other models stay as they are. Checkpoints
-    keep the stock names and layout.
+    cache's update are one kernel (with the norms of heads in Qwen3 and Gemma 3), and RMSNorm (with the residual) and
+    the gated activation (SiLU, GELU with the tanh approximation) are computed with the sparse product after them: they
+    write its packed or pruned operand, or, for one to four tokens, are part of its kernel. Norms between a part of a
+    layer and its residual (Gemma 3) are one kernel with the addition. Llama, Qwen2, Qwen3 and Gemma 3 of Transformers
+    are supported; the layers of other models stay as they are. Checkpoints keep the stock names and layout.
 
     Parameters
     ----------
@@ -102,6 +126,11 @@ def optimize(model: nn.Module, *, fp8: str | None = None, prepack: bool = False)
         ones for 2:4 and dense ones over the pruned activation for other patterns; "decode" as [in, out] for row
         skipping, where prefill gains nothing; "both" in both copies, together the bytes of the 16-bit weight. The
         model's outputs change by the rounding; dense layers stay in 16 bits.
+    fp8_head : bool
+        Store the weight of the output head in float8_e4m3fn, of a dense model too. A head that is tied to the embedding
+        leaves it as it is, so memory grows by a byte per weight; otherwise it shrinks by one. The report has the bytes.
+        One to eight tokens on CUDA are fast; for more, such as a prompt's logits at every place, and on a CPU, each
+        call dequantises the weight.
     prepack : bool
         On CPUs: also keep the weights of sparse layers in the layout that oneDNN's product reads, a second copy, for
         calls with too many tokens to skip rows (more than three at 8:16). Without it such calls multiply the [in, out]
@@ -116,10 +145,11 @@ def optimize(model: nn.Module, *, fp8: str | None = None, prepack: bool = False)
     ------
     ValueError
         If the model is already optimized, ``fp8`` is unknown, ``fp8`` or ``prepack`` is given for a model without
-        sparse layers, or "prefill"
-        or "both" is given for a model that is not on CUDA. The model is then unchanged.
+        sparse layers, "prefill" or "both" is given for a model that is not on CUDA, or ``fp8_head`` for a model without
+        an output head. The model is then unchanged.
     MemoryError
-        If the device has too little memory left for a layer's e4m3 copies beside its 16-bit weight; it is unchanged.
+        If the device has too little memory left for the e4m3 copies of a layer or of the head beside the 16-bit weight;
+        it is unchanged.
 
     Notes
     -----
@@ -139,7 +169,7 @@ def optimize(model: nn.Module, *, fp8: str | None = None, prepack: bool = False)
     >>> len(optimize(LlamaForCausalLM(config)).merged)
     4
     """
-    _check(model, fp8, prepack)
+    _check(model, fp8, fp8_head, prepack)
     report = OptimizeReport(model)
     parents = {}
     for name, parent in list(model.named_modules()):
@@ -154,6 +184,12 @@ def optimize(model: nn.Module, *, fp8: str | None = None, prepack: bool = False)
             _merge_group(report, name, parent, group)
     if fp8 is not None:
         _quantise(report, fp8)
+    if fp8_head:
+        name, head, why = store_head(model)
+        if head is None:
+            report.kept.append((name, f"the output head stays as it is: {why}"))
+        else:
+            report.fp8_head, report.fp8_head_bytes, report.fp8_head_saved = name, head.nbytes, head.saved
     for name, (parent, group) in parents.items():
         _fuse_mlp(report, name, parent, group)
     for name, layer in model.named_modules():
@@ -195,6 +231,10 @@ def deoptimize(model: nn.Module) -> nn.Module:
                 restored = layer.to_nm_linear()
                 take_over_hooks(restored, layer)
                 setattr(module, child, restored)
+            elif isinstance(layer, FP8Head):
+                head = layer.to_linear()
+                take_over_hooks(head, layer)
+                setattr(module, child, head)
             elif _is_prepacked(layer):
                 layer.prepack = False
                 layer.refresh()
@@ -209,7 +249,7 @@ def deoptimize(model: nn.Module) -> nn.Module:
 
 def is_optimized(model: nn.Module) -> bool:
     """Whether :func:`optimize` has changed this model."""
-    changed = (MergedLinear, LinearPart, FP8Linear, Changed)
+    changed = (MergedLinear, LinearPart, FP8Linear, FP8Head, Changed)
     return any(isinstance(module, changed) or _is_prepacked(module) for module in model.modules())
 
 
@@ -226,7 +266,7 @@ def refuse_optimized(model: nn.Module) -> None:
         )
 
 
-def _check(model: nn.Module, fp8: str | None, prepack: bool) -> None:
+def _check(model: nn.Module, fp8: str | None, fp8_head: bool, prepack: bool) -> None:
     refuse_optimized(model)
     if fp8 is not None:
         check_layout(fp8)
@@ -234,7 +274,14 @@ def _check(model: nn.Module, fp8: str | None, prepack: bool) -> None:
     if not layers and (fp8 is not None or prepack):
         option = "fp8" if fp8 is not None else "prepack"
         raise ValueError(f"expected a sparse model for {option}, got a dense one; call sparsify(model, recipe) first")
+    head = head_of(model) if fp8_head else None
+    if fp8_head and head is None:
+        raise ValueError(
+            f"expected a model with an output head for fp8_head, got {type(model).__name__}, which has none; leave "
+            "fp8_head out"
+        )
     if fp8 is None:
+        _check_memory([], "", head)
         return
     weights = [parameter_of(layer, "weight") for layer in layers]
     elsewhere = {weight.device.type for weight in weights if weight is not None} - {"meta", *PREFILL_DEVICES}
@@ -243,12 +290,16 @@ def _check(model: nn.Module, fp8: str | None, prepack: bool) -> None:
             f'expected a model on CUDA for fp8="{fp8}", got one on {", ".join(sorted(elsewhere))}; move it there '
             'first, or choose fp8="decode"'
         )
-    _check_memory(layers, fp8)
+    _check_memory(layers, fp8, head)
 
 
-def _check_memory(layers: list[NMLinear], fp8: str) -> None:
+def _check_memory(layers: list[NMLinear], fp8: str, head: nn.Module | None) -> None:
     """Raise a MemoryError unless each device has room for its largest layer's copies beside the 16-bit weight."""
     needed: dict[torch.device, int] = {}
+    weight: Any
+    if head is not None and not why_not_e4m3(head) and head.weight.is_cuda:
+        weight = head.weight
+        needed[weight.device] = weight.numel() + 12 * weight.shape[1] * ROWS_AT_ONCE  # in float32, scaled, in e4m3
     for layer in layers:
         weight = parameter_of(layer, "weight")
         if weight is not None and weight.is_cuda and not not_fp8(layer, fp8):
@@ -262,8 +313,9 @@ def _check_memory(layers: list[NMLinear], fp8: str) -> None:
             - torch.cuda.memory_allocated(device)
         )
         if need > free:
+            option = f'fp8="{fp8}"' if fp8 else "fp8_head"
             raise MemoryError(
-                f'expected {need / 2**30:.1f} GiB free on {device} to convert its largest layer to fp8="{fp8}", got '
+                f"expected {need / 2**30:.1f} GiB free on {device} to convert its largest layer to {option}, got "
                 f"{free / 2**30:.1f} GiB; free memory first, or convert on a device with more"
             )
 
@@ -297,6 +349,7 @@ def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tu
             report.merged.append((name, tuple(children)))
     if merged_qkv(parent) is not None:
         change(parent, FusedAttention)
+        mark_head_norms(parent)
     elif any(isinstance(child, MergedLinear) for child in parent.children()):
         change(parent, SharesProducts)
 
@@ -338,10 +391,10 @@ def _fuse_mlp(report: OptimizeReport, name: str, parent: nn.Module, group: tuple
 
 
 def _fuse_layer(report: OptimizeReport, name: str, layer: nn.Module) -> None:
-    if _family(layer) not in PRE_NORM_FAMILIES or "forward" in vars(layer):
+    if "forward" in vars(layer):
         return
     children = {child for child, _ in layer.named_children()}
-    if children != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+    if children != {"self_attn", "mlp", *LAYER_NORMS.get(_family(layer), ())}:
         return
     report.fused += [f"{name}.{norm}" for norm in fused.fuse_layer(layer)]
 

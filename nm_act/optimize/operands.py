@@ -16,12 +16,13 @@ from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
 from ..layers.work import is_decode
 from ..ops import autograd
+from ..ops.e4m3 import E4M3, FEW_TOKENS
 from ..ops.explain import explain
-from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_prune, silu_mul_prune
-from ..ops.packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm
+from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_add, rms_norm_prune, silu_mul_prune
+from ..ops.packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm, sparse_gemm_silu_mul
 from ..patterns import NMPattern
 from .eligible import MAX_NORM_FEATURES, has_hooks, not_pruned_alone, not_sparse_gemm, why_stays
-from .fp8 import E4M3, FEW_TOKENS, FP8Linear
+from .fp8 import FP8Linear
 
 PACKED_TOKENS = _C.SPARSE_GEMM_TOKENS
 """Fewest tokens for which a packed 16-bit product is worthwhile."""
@@ -69,48 +70,127 @@ def way_of(linear: nn.Module, x: Tensor, *others: Tensor) -> str:
     return "pruned" if plain and linear.channel_scale is None and (not fp8 or x.dtype == torch.bfloat16) else ""
 
 
-def norm_product(way: str, norm: nn.Module, linear: nn.Module, x: Tensor, residual: Tensor | None = None):
-    """``linear(norm(x + residual))`` and ``x + residual``, ``[..., out]`` and ``[..., in]``."""
-    weight, eps = norm.weight, norm.variance_epsilon
+def norm_product(
+    way: str,
+    norm: nn.Module,
+    linear: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    after: nn.Module | None = None,
+):
+    """``linear(norm(hidden))`` and ``hidden = x + residual``, ``[..., out]`` and ``[..., in]``.
+
+    With ``after``, a norm like ``norm``, ``hidden = after(x) + residual``.
+    """
+    weight, (eps, unit_offset) = norm.weight, norm_facts(norm)
     if way == "decode":
-        hidden = x if residual is None else x + residual
-        return _decode(linear, hidden, norm_weight=weight, eps=eps), hidden
+        hidden = x if residual is None else x + residual if after is None else norm_plus(after, x, residual)
+        return _decode(linear, hidden, norm_weight=weight, eps=eps, unit_offset=unit_offset), hidden
+    options = {"unit_offset": unit_offset, "x_weight": None if after is None else after.weight}
     if way == "packed":
         derived = _derived(linear)
-        packed = rms_norm_compress(x, weight, eps, residual, **_packing(linear, derived["channel_scale"]))
+        options |= _packing(linear, derived["channel_scale"])
+        packed = rms_norm_compress(x, weight, eps, residual, **options)
         return _packed_product(linear, packed, x.shape, derived["shift_out"]), packed.hidden
-    pruned = rms_norm_prune(x, weight, eps, residual, linear.spec.pattern_in(is_decode(x)), **_pruning(linear))
+    options |= _pruning(linear)
+    pruned = rms_norm_prune(x, weight, eps, residual, linear.spec.pattern_in(is_decode(x)), **options)
     return _pruned_product(linear, pruned, x.shape), pruned.hidden
 
 
-def takes_norm(norm: nn.Module, linear: nn.Module) -> bool:
-    """Whether a norm's row fits the fused kernels."""
-    return linear.in_features <= MAX_NORM_FEATURES and hasattr(norm, "variance_epsilon")
+def takes_norm(norm: nn.Module, features: int) -> bool:
+    """Whether the fused kernels compute this norm of rows of this length."""
+    return features <= MAX_NORM_FEATURES and features % 8 == 0 and norm_facts(norm) is not None
+
+
+def norm_facts(norm: nn.Module) -> tuple[float, bool] | None:
+    """A norm's epsilon, and whether 1 is added to its weight (Gemma); None for a norm that is not known."""
+    eps = getattr(norm, "variance_epsilon", None)
+    if eps is not None:
+        return eps, False
+    return (norm.eps, True) if type(norm).__name__ in UNIT_OFFSET_NORMS else None
+
+
+UNIT_OFFSET_NORMS = ("Gemma2RMSNorm", "Gemma3RMSNorm")
+"""Classes of Transformers whose forward is ``RMSNorm(x) * (1 + weight)``, rounded once."""
+
+
+def adds_norm(norm: nn.Module, x: Tensor) -> bool:
+    """Whether :func:`norm_plus` computes this call of a norm that :func:`takes_norm` accepts."""
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type):
+        return False
+    weight = norm.weight
+    return weight.dtype == x.dtype and not has_hooks(norm) and not autograd.needs_gradient(x, weight)
+
+
+def norm_plus(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """``norm(x) + residual`` in one kernel."""
+    eps, unit_offset = norm_facts(norm)
+    return rms_norm_add(x, norm.weight, eps, residual, unit_offset=unit_offset)
+
+
+def gates_in_product(way: str, gate_up: nn.Module, down: nn.Module, x: Tensor) -> bool:
+    """Whether one kernel can compute gate, up and the packed ``SiLU(gate) * up`` of this call, in 16 bits."""
+    if way != "packed" or not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
+        return False
+    if any(isinstance(linear, FP8Linear) or not _selects_plainly(linear) for linear in (gate_up, down)):
+        return False
+    if parameter_of(gate_up, "bias") is not None or _derived(gate_up)["shift_out"] is not None:
+        return False
+    fits = gate_up.out_features % 32 == 0 and parameter_of(gate_up, "weight").stride(0) == 1
+    # Of the down layer's input only tokens, dtype and device matter here, and those are x's.
+    return fits and way_of(down, x) == "packed"
+
+
+def _selects_plainly(linear: nn.Module) -> bool:
+    """Whether a layer's selection needs nothing but the magnitudes of each group."""
+    spec = linear.spec
+    return _derived(linear)["channel_scale"] is None and spec.token_shift == "none" and not spec.variance_correction
+
+
+def norm_gated_product(
+    norm: nn.Module, gate_up: nn.Module, down: nn.Module, x: Tensor, residual: Tensor | None
+) -> Tensor:
+    """``h + down(SiLU(gate) * up)`` with ``[gate, up] = gate_up(norm(h))`` and ``h = x + residual``."""
+    eps, unit_offset = norm_facts(norm)
+    packed = rms_norm_compress(x, norm.weight, eps, residual, unit_offset=unit_offset)
+    operand = sparse_gemm_silu_mul(packed, parameter_of(gate_up, "weight"))
+    return _packed_product(down, operand, x.shape, _derived(down)["shift_out"], packed.hidden)
 
 
 class Gated:
-    """``linear(SiLU(gate) * up)`` in two steps, so that the caller can free gate and up in between."""
+    """``linear(activation(gate) * up)`` in two steps, so that the caller can free gate and up in between."""
 
-    def __init__(self, way: str, linear: nn.Module, gate: Tensor, up: Tensor, residual: Tensor | None = None):
+    def __init__(
+        self,
+        way: str,
+        linear: nn.Module,
+        gate: Tensor,
+        up: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "silu",
+    ):
         self.linear, self.shape = linear, gate.shape
         self.shift_out: Tensor | None = None
         self.operand: Tensor | Packed | Pruned
         if way == "decode":
-            self.operand = _decode(linear, gate, up=up, residual=residual)
+            self.operand = _decode(linear, gate, up=up, residual=residual, activation=activation)
         elif way == "packed":
             derived = _derived(linear)
             self.shift_out = derived["shift_out"]
-            self.operand = silu_mul_compress(gate, up, **_packing(linear, derived["channel_scale"]))
+            options = _packing(linear, derived["channel_scale"])
+            self.operand = silu_mul_compress(gate, up, activation=activation, **options)
         else:
-            self.operand = silu_mul_prune(gate, up, linear.spec.pattern_in(is_decode(gate)), **_pruning(linear))
+            pattern = linear.spec.pattern_in(is_decode(gate))
+            self.operand = silu_mul_prune(gate, up, pattern, activation=activation, **_pruning(linear))
 
-    def product(self) -> Tensor:
-        """``[..., out]``."""
+    def product(self, residual: Tensor | None = None) -> Tensor:
+        """``[..., out]``, with the residual, which "decode" added before."""
+        if isinstance(self.operand, Tensor):
+            return self.operand
         if isinstance(self.operand, Packed):
-            return _packed_product(self.linear, self.operand, self.shape, self.shift_out)
-        return (
-            self.operand if isinstance(self.operand, Tensor) else _pruned_product(self.linear, self.operand, self.shape)
-        )
+            return _packed_product(self.linear, self.operand, self.shape, self.shift_out, residual)
+        y = _pruned_product(self.linear, self.operand, self.shape)
+        return y if residual is None else residual + y
 
 
 def plus_residual(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
@@ -191,14 +271,19 @@ def _pruning(linear: nn.Module) -> dict:
     return {"activation_dtype": E4M3 if isinstance(linear, FP8Linear) else None}
 
 
-def _packed_product(linear: nn.Module, operand: Packed, shape: torch.Size, shift_out: Tensor | None) -> Tensor:
+def _packed_product(
+    linear: nn.Module, operand: Packed, shape: torch.Size, shift_out: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
     if isinstance(linear, FP8Linear):
         weight, scale, dtype = linear.e4m3, linear.weight_scale, linear.like.dtype
     else:
         weight = parameter_of(linear, "weight")
         scale, dtype = None, weight.dtype
     bias = parameter_of(linear, "bias")
-    y = sparse_gemm(operand, weight, bias, shift_out=shift_out, column_scale=scale, out_dtype=dtype)
+    options = {"shift_out": shift_out, "column_scale": scale, "out_dtype": dtype}
+    if residual is not None:
+        options["residual"] = residual.reshape(operand.tokens, linear.out_features)
+    y = sparse_gemm(operand, weight, bias, **options)
     return y.view(*shape[:-1], linear.out_features)
 
 

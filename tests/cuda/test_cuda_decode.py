@@ -164,6 +164,29 @@ def test_gather_linear(dtype, tokens):
     assert torch.equal(nm_act.gather_linear(torch.zeros_like(x), weight, bias), bias.expand(tokens, -1))
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_gather_linear_of_8_bits(dtype, kind, tokens):
+    """The product of an output head: every row is needed, four tokens at a time."""
+    for out_features, in_features in ((528, 1056), (48, 40), (32064, 2048)):
+        x, codes, bias, options = problem(tokens, out_features, in_features, dtype, kind)
+        weight = codes.float() * options["weight_scale"][:, None]
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        poison()
+        y = nm_act.gather_linear(x, codes, bias, **options)
+        assert relative_error(y, exact) <= 2 * relative_error(F.linear(x, weight.to(dtype), bias), exact)
+        for token in range(tokens):
+            assert (
+                relative_error(nm_act.gather_linear(x[token : token + 1], codes, bias, **options), exact[[token]])
+                < 1e-2
+            )
+    unfit = problem(tokens, 40, 48, dtype, kind)  # no kernel takes 40 outputs in 8 bits
+    weight = unfit[1].float() * unfit[3]["weight_scale"][:, None]
+    y = nm_act.gather_linear(*unfit[:3], **unfit[3])
+    assert relative_error(y, F.linear(unfit[0].float(), weight, unfit[2].float())) < 1e-2
+
+
 # ---- every configuration, determinism, streams, graphs, compile ------------------------------------------------------
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("tokens", [1, 4])

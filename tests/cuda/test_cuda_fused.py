@@ -21,11 +21,15 @@ def drawn(*shape, dtype=torch.bfloat16, seed=0):
     return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
 
 
-def rms_norm(x, weight, eps):
-    """As Transformers' module computes it."""
+def rms_norm(x, weight, eps, unit_offset=False):
+    """As Transformers' modules compute it; with an offset, Gemma's."""
     h = x.float()
-    h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-    return weight * h
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (h * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * h.to(x.dtype)
+
+
+def activated(gate, activation):
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 def assert_pruned(values, dense, pattern):
@@ -51,17 +55,90 @@ def test_norm_then_prune(features, pattern):
         assert_pruned(pruned.values, rms_norm(total, weight, 1e-5), pattern)
 
 
-@pytest.mark.parametrize("features", [64, 3072, 14336, 18944, 28672])
+@pytest.mark.parametrize("features", [256, 2560, 16384])
+@pytest.mark.parametrize("pattern", ["2:4", "5:8", "8:16"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_norms_of_a_sandwich_layer_then_prune(features, pattern, dtype):
+    """An offset of the weights, and a norm of x before the residual; or one weight for both norms."""
+    x, other = drawn(3, 11, features, dtype=dtype), drawn(3, 11, features, dtype=dtype, seed=2)
+    weight, before = drawn(features, dtype=dtype, seed=1), drawn(features, dtype=dtype, seed=3)
+    for unit_offset, x_weight in ((True, None), (True, before), (False, before), (True, weight)):
+        poison()
+        options = {"unit_offset": unit_offset, "x_weight": x_weight}
+        pruned = fused.rms_norm_prune(x, weight, 1e-5, other, pattern, **options)
+        total = other + (x if x_weight is None else rms_norm(x, x_weight, 1e-5, unit_offset))
+        assert (pruned.hidden != total).float().mean() < 2e-3
+        assert_pruned(pruned.values, rms_norm(pruned.hidden, weight, 1e-5, unit_offset), pattern)
+    alone = fused.rms_norm_prune(x, weight, 1e-5, None, pattern, unit_offset=True)
+    assert_pruned(alone.values, rms_norm(x, weight, 1e-5, True), pattern)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("features", [256, 2560, 10240])
+def test_producers_of_gemma_are_packed(fp8, features):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("e4m3 needs compute capability 9")
+    x, other, up = (drawn(70, features, seed=seed) for seed in range(3))
+    weight, before, wide = drawn(features, seed=3), drawn(features, seed=4), drawn(512, features, seed=5)
+    scale = None
+    if fp8:
+        scale = wide.float().abs().amax(1) / 448
+        wide = (wide.float() / scale[:, None]).to(E4M3)
+
+    def product(operand):
+        return nm_act.sparse_gemm(operand, wide, column_scale=scale, out_dtype=torch.bfloat16)
+
+    def separate(z):
+        return product(nm_act.compress_packed(z, activation_dtype=E4M3 if fp8 else None))
+
+    for x_weight in (None, before):
+        options = {"unit_offset": True, "x_weight": x_weight, "activation_dtype": E4M3 if fp8 else None}
+        packed = nm_act.rms_norm_compress(x, weight, 1e-5, other, **options)
+        total = other + (x if x_weight is None else rms_norm(x, x_weight, 1e-5, True))
+        assert (packed.hidden != total).float().mean() < 2e-3
+        assert relative_error(product(packed), separate(rms_norm(packed.hidden, weight, 1e-5, True))) < CLOSE
+    gated = nm_act.silu_mul_compress(x, up, activation="gelu_tanh", activation_dtype=E4M3 if fp8 else None)
+    assert relative_error(product(gated), separate(activated(x, "gelu_tanh") * up)) < CLOSE
+
+
+@pytest.mark.parametrize("features", [64, 2560, 3072, 10240, 18944, 28672])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_silu_then_prune(features, pattern):
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activation_then_prune(features, pattern, activation):
     for dtype in HALVES:
         both = drawn(7, 2 * features, dtype=dtype)
         gate, up = both.split(features, dim=-1)
         poison()
-        merged = fused.silu_mul_prune(gate, up, pattern)
-        assert_pruned(merged.values, F.silu(gate) * up, pattern)
-        apart = fused.silu_mul_prune(gate.contiguous(), up.contiguous(), pattern)
+        merged = fused.silu_mul_prune(gate, up, pattern, activation=activation)
+        assert_pruned(merged.values, activated(gate, activation) * up, pattern)
+        apart = fused.silu_mul_prune(gate.contiguous(), up.contiguous(), pattern, activation=activation)
         assert torch.equal(apart.values, merged.values)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gelu_far_from_zero(dtype):
+    gate = torch.linspace(-30, 30, 4096, device="cuda").to(dtype)[None]
+    for large in (gate, 1000 * gate):
+        values = fused.silu_mul_prune(large, torch.ones_like(large), "31:32", activation="gelu_tanh").values
+        exact = F.gelu(large.double(), approximate="tanh")
+        kept = values != 0
+        torch.testing.assert_close(values.double()[kept], exact[kept], atol=1e-5, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("features", [8, 256, 2560, 5000, 16384])
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_norm_plus_residual(dtype, unit_offset, features, tokens):
+    x, residual = (drawn(tokens, features, dtype=dtype, seed=seed) for seed in (0, 1))
+    weight = drawn(features, dtype=dtype, seed=2)
+    poison()
+    y = fused.rms_norm_add(x, weight, 1e-5, residual, unit_offset=unit_offset)
+    expected = rms_norm(x, weight, 1e-5, unit_offset) + residual
+    assert (y != expected).float().mean() < 2e-3
+    assert relative_error(y, expected) < 1e-3
+    apart = fused.rms_norm_add(x.repeat(1, 2)[:, :features], weight, 1e-5, residual, unit_offset=unit_offset)
+    assert torch.equal(apart, y)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "5:8", "8:16", "24:32"])
@@ -124,6 +201,11 @@ def test_decode_in_one_kernel(tokens, pattern, kind):
         normed = rms_norm(gate, norm, 1e-5)
         assert relative_error(run(gate, norm_weight=norm, eps=1e-5), separate(normed)) < CLOSE
         assert torch.equal(run(gate, norm_weight=norm, eps=1e-5), run(gate, norm_weight=norm, eps=1e-5))
+        # Of Gemma.
+        around = {"up": up, "activation": "gelu_tanh"}
+        assert relative_error(run(gate, **around), separate(activated(gate, "gelu_tanh") * up)) < CLOSE
+        around = {"norm_weight": norm, "eps": 1e-5, "unit_offset": True}
+        assert relative_error(run(gate, **around), separate(rms_norm(gate, norm, 1e-5, True))) < CLOSE
 
 
 def rotated(x, cos, sin):
@@ -157,6 +239,41 @@ def test_rotary(dtype, q_heads, k_heads, dim, batch, tokens):
             assert torch.equal(cache[:, :, before : before + tokens], new.transpose(1, 2))
             assert (cache[:, :, :before] == 7).all()
             assert (cache[:, :, before + tokens :] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize(
+    ("q_heads", "k_heads", "dim"), [(32, 8, 128), (3, 1, 64), (8, 4, 256), (5, 5, 16), (2, 1, 512)]
+)
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 37)])
+def test_norms_of_heads_before_the_embedding(dtype, unit_offset, q_heads, k_heads, dim, batch, tokens):
+    merged = drawn(batch, tokens, (q_heads + 2 * k_heads) * dim, dtype=dtype)
+    heads = [q_heads, k_heads, k_heads]
+    q, k, v = (part.unflatten(-1, (-1, dim)) for part in merged.split([count * dim for count in heads], dim=-1))
+    angles = 3 * drawn(1, tokens, dim, dtype=torch.float32, seed=1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    weights = [drawn(dim, dtype=dtype, seed=seed) for seed in (2, 3)]
+    norms = {"q_norm": weights[0], "k_norm": weights[1], "eps": 1e-6, "unit_offset": unit_offset}
+    normed = [rms_norm(x, weight, 1e-6, unit_offset) for x, weight in zip((q, k), weights, strict=True)]
+    poison()
+    actual, expected = fused.rotary(q, k, cos, sin, **norms), fused.rotary(*normed, cos, sin)
+    for one, other in zip(actual, expected, strict=True):
+        assert relative_error(one, other) < 2e-3
+    only = fused.rotary(q, k, cos, sin, k_norm=weights[1], eps=1e-6, unit_offset=unit_offset)
+    assert torch.equal(only[0], rotated(q, cos, sin))
+    assert torch.equal(only[1], actual[1])
+    keys, values = (torch.zeros(batch, k_heads, tokens + 3, dim, device="cuda", dtype=dtype) for _ in range(2))
+    lengths = torch.full((batch,), tokens + 1, dtype=torch.int32, device="cuda")
+    assert torch.equal(fused.rotary_cache(q, k, v, cos, sin, keys, values, lengths, **norms), actual[0])
+    assert torch.equal(keys[:, :, 1 : tokens + 1], actual[1].transpose(1, 2))
+    assert torch.equal(values[:, :, 1 : tokens + 1], v.transpose(1, 2))
+    if tokens == 1 and dim in (64, 128, 256) and torch.cuda.get_device_capability()[0] == 9:
+        cached = [cache.clone() for cache in (keys, values)]
+        y = fused.decode_attention(q, k, v, cos, sin, *cached, lengths, scaling=dim**-0.5, **norms)
+        assert torch.equal(cached[0], keys)
+        apart = [normed[0], normed[1], v, cos, sin, *(cache.clone() for cache in (keys, values)), lengths]
+        assert relative_error(y, fused.decode_attention(*apart, scaling=dim**-0.5)) < 1e-2
 
 
 def test_nothing_is_written_beyond_the_cache():
@@ -225,5 +342,24 @@ def test_wrong_arguments_are_one_sentence():
     half = drawn(1, 64, dtype=torch.float16)
     with pytest.raises(TypeError, match="float8_e4m3fn with x in bfloat16"):
         fused.silu_mul_prune(half, half, "8:16", activation_dtype=E4M3)
+    with pytest.raises(ValueError, match='expected activation "silu" or "gelu_tanh", got "relu"'):
+        fused.silu_mul_prune(x, x, activation="relu")
+    with pytest.raises(ValueError, match='expected activation "silu" or "gelu_tanh", got "gelu"'):
+        nm_act.silu_mul_compress(x, x, activation="gelu")
+    with pytest.raises(ValueError, match='expected activation "silu" or "gelu_tanh", got ""'):
+        fused.decode_linear(x, weight, None, "2:4", up=x, activation="")
+    with pytest.raises(ValueError, match="expected a residual with x_weight, got none"):
+        fused.rms_norm_prune(x, norm, 1e-5, None, "2:4", x_weight=norm)
+    with pytest.raises(ValueError, match=r"expected x_weight of shape \[64\], got \[32\]"):
+        nm_act.rms_norm_compress(x, norm, 1e-5, x, x_weight=drawn(32))
+    with pytest.raises(TypeError, match="expected weight in BFloat16, got Float"):
+        fused.rms_norm_add(x, norm.float(), 1e-5, x)
+    with pytest.raises(ValueError, match="in_features divisible by 8 and at most 16384, got 12"):
+        fused.rms_norm_add(drawn(1, 12), drawn(12), 1e-5, drawn(1, 12))
+    wide = drawn(1, 1, 2, 80)
+    with pytest.raises(ValueError, match="expected head_dim 16, 32, 64, 128, 256 or 512 with q_norm, got 80"):
+        fused.rotary(wide, wide, wide[:, :, 0], wide[:, :, 0], q_norm=drawn(80))
+    with pytest.raises(ValueError, match=r"expected k_norm of shape \[64\], got \[32\]"):
+        fused.rotary(drawn(1, 1, 2, 64), drawn(1, 1, 2, 64), drawn(1, 1, 64), drawn(1, 1, 64), k_norm=drawn(32))
     with pytest.raises(ValueError, match="head_dim divisible by 16"):
         fused.rotary(drawn(1, 1, 2, 24), drawn(1, 1, 2, 24), drawn(1, 1, 24), drawn(1, 1, 24))

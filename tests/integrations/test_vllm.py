@@ -16,7 +16,7 @@ import tp_cases
 from conftest import needs
 from ranks import run_ranks
 
-from nm_act import LinearSpec, Recipe, Rule
+from nm_act import LinearSpec, Recipe, Rule, optimize
 from nm_act.integrations import vllm as plugin
 from nm_act.integrations import vllm_plan as plan
 from nm_act.supported import supported
@@ -205,6 +205,28 @@ def test_prepacked_layers_equal_the_transformers_model(folders, tmp_path, name):
 
 @needs_vllm
 @pytest.mark.slow
+@pytest.mark.parametrize(("size", "expected"), [(1, 8), (2, 4)])
+def test_e4m3_layers_equal_fp8_linear(folders, tmp_path, size, expected):
+    """With two ranks the row-parallel ones keep 16 bits: dpts needs the whole token."""
+    import vllm_cases
+
+    recipe = RECIPES["act"]
+    other = tp_cases.save(tmp_path / "other", recipe, seed=1)
+    run_ranks(vllm_cases.e4m3, folders["act"], other, recipe.to_dict(), expected, size=size, timeout=400)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_e4m3_layers_split_by_rows(tmp_path):
+    import vllm_cases
+
+    recipe = Recipe("8:16")
+    folder, other = (tp_cases.save(tmp_path / str(seed), recipe, seed=seed) for seed in (0, 1))
+    run_ranks(vllm_cases.e4m3, folder, other, recipe.to_dict(), 8, size=2, timeout=400)
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_reloads_that_fail_leave_a_model_that_serves(folders):
     import vllm_cases
 
@@ -214,18 +236,34 @@ def test_reloads_that_fail_leave_a_model_that_serves(folders):
 @needs_vllm
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "size", "mode"),
-    [*((name, size, "eager") for name in ENGINE for size in (1, 2)), ("amber-median", 2, "compiled")],
+    ("name", "size", "mode", "fp8"),
+    [
+        *((name, size, "eager", None) for name in ENGINE for size in (1, 2)),
+        ("amber-median", 2, "compiled", None),
+        ("act", 1, "compiled", "decode"),
+    ],
 )
-def test_the_engine_generates_what_transformers_does(name, size, mode, folders):
+def test_the_engine_generates_what_transformers_does(name, size, mode, fp8, folders):
     """In float32, with no near tie: then the order of sums decides nothing. One rank, compiled: test_examples.py."""
     model, prompt = tp_cases.load(folders[name]), torch.tensor([[5, 7, 11, 13]])
+    overrides = {}
+    if fp8 is not None:
+        optimize(model, fp8=fp8)
+        quantization = {"quant_method": "nm_act", "recipe": RECIPES[name].to_dict(), "fp8": fp8}
+        overrides = {"quantization_config": quantization}
     tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)[0].tolist()
     with torch.no_grad():
         best = model(torch.tensor([tokens[:-1]])).logits[0, 3:].topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 1e-3
     run = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "vllm_cases.py", folders[name], str(size), mode],
+        [
+            sys.executable,
+            Path(__file__).parents[1] / "vllm_cases.py",
+            folders[name],
+            str(size),
+            mode,
+            json.dumps(overrides),
+        ],
         env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -245,16 +283,6 @@ def test_what_loading_says(tmp_path):
         tp_cases.save(tmp_path / "uncalibrated", Recipe("8:16", mitigation=["spts"]), calibrated=False),
     )
     run_ranks(vllm_cases.loading_says, *folders, size=1, timeout=400)
-
-
-@needs_vllm
-def test_prepack_is_true_or_false():
-    from nm_act.integrations.vllm_linear import NMActVLLMConfig
-
-    recipe = Recipe("8:16").to_dict()
-    assert NMActVLLMConfig.from_config({"quant_method": "nm_act", "recipe": recipe, "prepack": True}).prepack
-    with pytest.raises(ValueError, match="expected prepack as true or false in quantization_config, got 'yes'"):
-        NMActVLLMConfig.from_config({"quant_method": "nm_act", "recipe": recipe, "prepack": "yes"})
 
 
 @needs_vllm

@@ -190,8 +190,8 @@ def test_eval_perplexity_resumes(folder, data, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = (folder, "--pattern", "2:4", "--tasks", "wikitext2", "--data", data, "--output", out)
     measured = []
-    real = run._perplexity
-    monkeypatch.setattr(run, "_perplexity", lambda *a: measured.append(1) or real(*a))
+    real = run.perplexity_result
+    monkeypatch.setattr(run, "perplexity_result", lambda *a: measured.append(1) or real(*a))
     first = _eval(*arguments)
     assert first.exit_code == 0, first.stderr
     assert "estimated time: " in first.stderr

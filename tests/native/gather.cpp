@@ -216,6 +216,112 @@ void run_long_slices() {
   }
 }
 
+// With RMSNorm or a gated activation before the selection and a residual after the product: the same bits as without, from
+// what the functions of activations.cuh make of the inputs (tests/native/producers.cpp has their formulas), rounded once
+// more with the residual. Sums of squares are exact, so their order does not matter.
+enum class Before { kNorm, kOffsetNorm, kSilu, kGelu };
+
+template <class E>
+void produce(Before before, const Rows& x, const Rows& up, const Rows& weight, Rows& produced, int tokens,
+             int features) {
+  for (int t = 0; t < tokens; ++t) {
+    float squares = 0;
+    for (int k = 0; k < features; ++k) squares += std::pow(E::low(x.bits(t, k)), 2.0f);
+    const float inverse = nm_act::inverse_rms(squares, features, 1e-5f);
+    for (int k = 0; k < features; k += kChunk) {
+      const auto chunk_of = [&](const Rows& rows, int row) {
+        return nm_act::load_chunk<E, true>(
+            reinterpret_cast<const uint16_t*>(rows.memory.data()) + row * rows.stride + k, kChunk);
+      };
+      nm_act::Chunk<E> z = chunk_of(x, t);
+      if (before == Before::kSilu || before == Before::kGelu) {
+        nm_act::multiply_by_activated(z, chunk_of(up, t),
+                                      before == Before::kSilu ? Activation::kSilu : Activation::kGeluTanh);
+      } else {
+        const nm_act::Chunk<E> by = chunk_of(weight, 0);
+        nm_act::normalise(z, inverse, make_uint4(by.word[0], by.word[1], by.word[2], by.word[3]),
+                          before == Before::kOffsetNorm);
+      }
+      for (int i = 0; i < kChunk; ++i) produced.set(t, k + i, z.word[i / 2] >> 16 * (i % 2) & 0xFFFFu);
+    }
+  }
+}
+
+void run_around(Before before, ElementType type, ElementType weight_type, int tokens, int in_features,
+                const GatherConfig& config, const Pattern& pattern) {
+  const Case c{tokens, in_features, 48, type, weight_type, pattern, config, {}};
+  current = describe(c) + ", before it " + std::to_string(int(before));
+  Rows x(tokens, in_features, type, 8, 0), up(tokens, in_features, type, 8, 0), weight(1, in_features, type, 0, 0),
+      produced(tokens, in_features, type, 8, 0), matrix(in_features, c.out_features, weight_type, 16, 0),
+      residual(tokens, c.out_features, type, 0, 0), alone(1, tokens * c.out_features, type, 0, 0),
+      whole(1, tokens * c.out_features, type, 0, 0);
+  Channels scale(true, c.out_features, false, 0);
+  for (int k = 0; k < in_features; ++k) {
+    weight.set(0, k, encode(uniform(), type));
+    for (int t = 0; t < tokens; ++t) {
+      x.set(t, k, encode(std::round(8 * uniform()) / 4, type));
+      up.set(t, k, encode(uniform(), type));
+    }
+    for (int o = 0; o < c.out_features; ++o) {
+      const uint32_t bits = weight_bytes(weight_type) == 1 ? (engine() & 0x3F) : encode(uniform(), type);
+      matrix.memory.put(k * matrix.stride + o, bits, weight_bytes(weight_type));
+    }
+  }
+  for (int t = 0; t < tokens; ++t) {
+    for (int o = 0; o < c.out_features; ++o) residual.set(t, o, encode(uniform(), type));
+  }
+  if (type == kBf16) {
+    produce<nm_act::BFloat16>(before, x, up, weight, produced, tokens, in_features);
+  } else {
+    produce<nm_act::Float16>(before, x, up, weight, produced, tokens, in_features);
+  }
+  GatherParams params{};
+  params.x = produced.memory.data();
+  params.x_stride = produced.stride;
+  params.weight = matrix.memory.data();
+  params.weight_stride = matrix.stride;
+  params.y = alone.memory.data();
+  params.weight_scale = weight_bytes(weight_type) == 1 ? scale.pointer() : nullptr;
+  params.tokens = tokens;
+  params.in_features = in_features;
+  params.out_features = c.out_features;
+  params.pattern = pattern;
+  params.x_type = type;
+  params.weight_type = weight_type;
+  check(launch_gather(params, kHopper, config, nullptr) == cudaSuccess, "launch of the product alone");
+  params.x = x.memory.data();
+  params.y = whole.memory.data();
+  const bool gated = before == Before::kSilu || before == Before::kGelu;
+  params.up = gated ? up.memory.data() : nullptr;
+  params.activation = before == Before::kGelu ? Activation::kGeluTanh : Activation::kSilu;
+  params.norm_weight = gated ? nullptr : weight.memory.data();
+  params.unit_offset = before == Before::kOffsetNorm;
+  params.epsilon = 1e-5f;
+  params.residual = residual.memory.data();
+  check(launch_gather(params, kHopper, config, nullptr) == cudaSuccess, "launch");
+  int wrong = 0;
+  for (int i = 0; i < tokens * c.out_features; ++i) {
+    const float added = decode(residual.bits(i / c.out_features, i % c.out_features), type);
+    wrong += whole.bits(0, i) != encode(decode(alone.bits(0, i), type) + added, type);
+  }
+  check(wrong == 0, std::to_string(wrong) + " outputs");
+}
+
+void run_what_stands_around() {
+  const ElementType types[][2] = {{kBf16, kBf16}, {kFp16, kFp16}, {kBf16, kFp8}, {kFp16, kInt8}};
+  const GatherConfig configs[] = {{16, 1, 256, false}, {32, 3, 256, true}, {16, 8, 512, true}};
+  int step = 0;
+  for (const auto& [type, weight_type] : types) {
+    for (Before before : {Before::kNorm, Before::kOffsetNorm, Before::kSilu, Before::kGelu}) {
+      for (int tokens : {1, 2, 4}) {
+        const Pattern pattern = step % 2 == 0 ? Pattern{8, 16, {}} : Pattern{2, 4, {}};
+        run_around(before, type, weight_type, tokens, 16 * (5 + 13 * (step % 4)), configs[step % 3], pattern);
+        ++step;
+      }
+    }
+  }
+}
+
 void check_configs() {
   current = "configurations";
   const int shapes[][2] = {{6144, 4096},  {4096, 4096},   {28672, 4096}, {4096, 14336}, {10240, 8192},
@@ -256,6 +362,7 @@ int main() {
   return run_checks([] {
     run_cases();
     run_long_slices();
+    run_what_stands_around();
     check_configs();
     // Two types of inputs by one, two or four tokens and three types of weights, and eight tokens with 16-bit weights.
     check_every_kernel_ran(2 * (3 * 3 + 1));

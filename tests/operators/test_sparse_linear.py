@@ -242,6 +242,24 @@ def test_gather_linear():
     assert nm_act.gather_linear(torch.empty(0, 128), weight).shape == (0, 40)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_gather_linear_of_8_bits(dtype):
+    weight = torch.randn(40, 128)
+    scale = weight.abs().amax(1) / 100
+    codes = stored((weight / scale[:, None]).to(dtype), "in_out")
+    x, bias = torch.randn(3, 128), torch.randn(40)
+    expected = F.linear(x, codes.float() * scale[:, None], bias)
+    torch.testing.assert_close(nm_act.gather_linear(x, codes, bias, weight_scale=scale), expected, rtol=1e-5, atol=1e-4)
+    if dtype == torch.int8:  # opcheck's own comparison has no e4m3
+        torch.library.opcheck(OPS.gather_linear.default, (x, codes, bias), {"weight_scale": scale})
+    with pytest.raises(TypeError, match="gather_linear expected weight_scale along with a weight in"):
+        nm_act.gather_linear(x, codes, bias)
+    with pytest.raises(TypeError, match="expected weight in float8_e4m3fn or int8 along with weight_scale, got Float"):
+        nm_act.gather_linear(x, stored(weight, "in_out"), bias, weight_scale=scale)
+    with pytest.raises(RuntimeError, match="no gradient through nm_act::gather_linear with a weight_scale"):
+        nm_act.gather_linear(x.requires_grad_(), codes, bias, weight_scale=scale).sum().backward()
+
+
 OPS = torch.ops.nm_act
 
 

@@ -14,7 +14,7 @@ from nm_act import reference
 from nm_act.layers.work import is_decode
 from nm_act.ops import autograd
 from nm_act.ops.fused import Pruned
-from nm_act.optimize import fused, operands
+from nm_act.optimize import attention, fused, operands
 from nm_act.optimize import model as model_module
 from nm_act.optimize.eligible import has_hooks
 
@@ -52,34 +52,64 @@ def on_a_cpu(linear, x, *others):
 def calls(monkeypatch):
     made = []
 
-    def rms_norm_compress(x, weight, eps, residual=None, **options):
-        hidden = x if residual is None else x + residual
-        normed = F.rms_norm(hidden, (x.shape[-1],), weight, eps)
-        packed = compressed(normed, made, "norm" if residual is None else "norm + residual", **options)
+    def norm(x, weight, eps, unit_offset):
+        return F.rms_norm(x, (x.shape[-1],), weight + 1 if unit_offset else weight, eps)
+
+    def hidden_of(x, eps, residual, unit_offset, x_weight):
+        """And what was added, in words."""
+        if residual is None:
+            return x, ""
+        if x_weight is None:
+            return x + residual, " + residual"
+        return norm(x, x_weight, eps, unit_offset) + residual, " + normed residual"
+
+    def rms_norm_compress(x, weight, eps, residual=None, *, unit_offset, x_weight, **options):
+        hidden, added = hidden_of(x, eps, residual, unit_offset, x_weight)
+        packed = compressed(norm(hidden, weight, eps, unit_offset), made, f"norm{added}", **options)
         return dataclasses.replace(packed, hidden=hidden)
 
-    def silu_mul_compress(gate, up, **options):
-        return compressed(F.silu(gate) * up, made, "silu", **options)
+    def activated(gate, activation):
+        return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
-    def rms_norm_prune(x, weight, eps, residual=None, pattern="2:4", *, activation_dtype=None):
-        hidden = x if residual is None else x + residual
-        made.append("pruned norm" if residual is None else "pruned norm + residual")
-        return pruned(F.rms_norm(hidden, (x.shape[-1],), weight, eps), pattern, hidden)
+    def silu_mul_compress(gate, up, *, activation, **options):
+        name = "silu" if activation == "silu" else "gelu"
+        return compressed(activated(gate, activation) * up, made, name, **options)
 
-    def silu_mul_prune(gate, up, pattern="2:4", *, activation_dtype=None):
-        made.append("pruned silu")
-        return pruned(F.silu(gate) * up, pattern)
+    def rms_norm_prune(x, weight, eps, residual=None, pattern="2:4", *, unit_offset, x_weight, activation_dtype=None):
+        hidden, added = hidden_of(x, eps, residual, unit_offset, x_weight)
+        made.append(f"pruned norm{added}")
+        return pruned(norm(hidden, weight, eps, unit_offset), pattern, hidden)
 
-    def sparse_gemm(operand, weight, bias, *, shift_out, column_scale, out_dtype):
+    def silu_mul_prune(gate, up, pattern="2:4", *, activation, activation_dtype=None):
+        made.append("pruned silu" if activation == "silu" else "pruned gelu")
+        return pruned(activated(gate, activation) * up, pattern)
+
+    def rms_norm_add(x, weight, eps, residual, *, unit_offset):
+        made.append("added norm")
+        return norm(x, weight, eps, unit_offset) + residual
+
+    def adds_norm(norm, x):
+        return not has_hooks(norm) and not autograd.needs_gradient(x, norm.weight)
+
+    def sparse_gemm(operand, weight, bias, *, shift_out, column_scale, out_dtype, residual=None):
         assert out_dtype == torch.float32
         row_scale, eta = operand.row_scale, operand.eta
         y = operand.values @ weight.float().t()
         y = y * row_scale[:, None] if row_scale.numel() else y
         y = y + eta[:, None] * shift_out if eta.numel() else y
         y = y if column_scale is None else y * column_scale
-        return y if bias is None else y + bias
+        y = y if bias is None else y + bias
+        return y if residual is None else residual + y
 
-    for replaced in (rms_norm_compress, silu_mul_compress, rms_norm_prune, silu_mul_prune, sparse_gemm):
+    for replaced in (
+        rms_norm_compress,
+        silu_mul_compress,
+        rms_norm_prune,
+        silu_mul_prune,
+        rms_norm_add,
+        adds_norm,
+        sparse_gemm,
+    ):
         monkeypatch.setattr(operands, replaced.__name__, replaced)
     monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
     monkeypatch.setattr(operands, "way_of", on_a_cpu)
@@ -114,9 +144,85 @@ def test_what_is_not_plain_2_4_stays_unfused(rules, expected_calls, calls):
     assert calls == expected_calls * 2
 
 
-def test_the_norm_of_gemma_and_its_gelu_stay_unfused(calls):
-    assert optimize_checked(model_of("gemma3")).fused == []
-    assert calls == []
+SANDWICH = ["norm", "norm + normed residual", "gelu", "added norm"]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+def test_norms_on_both_sides_and_gelu(pattern, calls):
+    report = optimize_checked(sparse("gemma3", pattern))
+    names = ["input", "pre_feedforward", "post_attention", "post_feedforward"]
+    assert [name for name in report.fused if ".0" in name and "mlp" not in name] == [
+        f"model.layers.0.{name}_layernorm" for name in names
+    ]
+    assert len(report.fused) == 10
+    expected = SANDWICH if pattern == "2:4" else [*(f"pruned {call}" for call in SANDWICH[:3]), SANDWICH[3]]
+    assert calls == expected * 2
+
+
+@pytest.mark.parametrize(
+    ("hooked", "expected_calls"),
+    [
+        ("input_layernorm", SANDWICH[1:]),
+        ("post_attention_layernorm", ["norm", "norm + residual", *SANDWICH[2:]]),
+        ("pre_feedforward_layernorm", ["norm", "added norm", *SANDWICH[2:]]),
+        ("post_feedforward_layernorm", SANDWICH[:3]),
+        ("mlp", ["norm", "added norm", *SANDWICH[2:]]),
+    ],
+)
+def test_hooks_between_norms_see_what_the_stock_layer_gives(hooked, expected_calls, calls):
+    model = model_of("gemma3")
+    seen = []
+
+    def register():
+        for layer in model.model.layers:
+            layer.get_submodule(hooked).register_forward_hook(lambda _m, args, y: seen.append((*args, y)))
+
+    reference_model = copy.deepcopy(model)
+    nm_act.optimize(model)
+    register()
+    actual = logits(model)
+    assert calls == expected_calls * 2
+    model = reference_model
+    register()
+    assert_close(actual, logits(model))
+    assert len(seen) == 4
+    assert_close(seen[:2], seen[2:])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_norms_of_heads_go_to_the_embedding(name, monkeypatch):
+    taken = []
+
+    def rotary(q, k, cos, sin, **norms):
+        taken.append(sorted(norms))
+        if norms:
+            weights = [norms[name] + norms["unit_offset"] for name in ("q_norm", "k_norm")]
+            dim, eps = (q.shape[-1],), norms["eps"]
+            q, k = (F.rms_norm(heads, dim, weight, eps) for heads, weight in zip((q, k), weights, strict=True))
+        halves = [x.chunk(2, dim=-1) for x in (q, k)]
+        turned = [torch.cat((-second, first), dim=-1) for first, second in halves]
+        return tuple(x * cos[:, :, None] + y * sin[:, :, None] for x, y in zip((q, k), turned, strict=True))
+
+    monkeypatch.setattr(attention, "rotary", rotary)
+    monkeypatch.setattr(attention, "fuses", lambda *_: True)
+    model = sparse(name)
+    expected = logits(model)
+    nm_act.optimize(model)
+    assert_close(logits(model), expected)
+    assert taken == [[] if name == "llama" else ["eps", "k_norm", "q_norm", "unit_offset"]] * 2
+    if name != "llama":
+        seen = []
+        model.model.layers[1].self_attn.q_norm.register_forward_hook(lambda *_: seen.append(1))
+        assert_close(logits(model), expected)
+        assert (taken[3], seen) == ([], [1])
+
+
+def test_another_activation_is_not_taken_for_gelu(calls):
+    model = model_of("gemma3")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    optimize_checked(model)
+    assert calls == [SANDWICH[0], SANDWICH[1], SANDWICH[3]] * 2
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

@@ -11,7 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_cpu_generate
 import bench_inference
 import inference_models
-from inference_profile import kind_of
+import plot_steps
+from inference_profile import COLUMNS as STEP_COLUMNS
+from inference_profile import kind_of, layer_of, short, step_layer
 
 TINY = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--decode", "4", "--seconds", "0"]
 
@@ -146,3 +148,41 @@ def test_generate_on_a_cpu(tmp_path):
         dense, mine = (float(each["p50"]) for each in (rows[index - index % 4], row))
         faster = mine / dense if row["metric"] == "generate_tok_s" else dense / mine
         assert float(row["speedup"]) == pytest.approx(faster, rel=5e-2)
+
+
+def test_a_layer_is_found_in_the_kernels_of_a_step():
+    layer = [("product", 5.0), ("attention", 2.0), ("product", 3.0)]
+    step = [("embedding", 9.0), *layer, *layer, ("norm", 1.0), ("product", 30.0)]
+    assert layer_of(step, 2) == layer
+    doubled = [(name, 3 * us) for name, us in layer]
+    assert layer_of([("embedding", 9.0), *layer, *doubled], 2) == [(name, 2 * us) for name, us in layer]
+    assert layer_of(step, 3) == []
+    assert layer_of([("a", 1.0), ("b", 1.0), ("b", 1.0), ("a", 1.0)], 2) == []
+    assert layer_of([], 2) == []
+    assert step_layer(step * 8, 2) == layer
+    assert step_layer(step * 7, 2) == []
+    assert short("void nm_act::gather_kernel<nm_act::BFloat16, 1>(nm_act::GatherParams)") == "decode_linear"
+
+
+def test_profiles_are_written_and_drawn(tmp_path):
+    steps, plot = tmp_path / "steps.csv", tmp_path / "steps.png"
+    bench_inference.main([*TINY, "--prompt", "5", "--batch", "1", "--mode", "nm-2:4", "--profile", str(steps)])
+    rows = rows_of(steps)
+    assert tuple(rows[0]) == STEP_COLUMNS
+    assert {row["mode"] for row in rows} == {"dense_bf16", "nm-2:4"}
+    for mode in ("dense_bf16", "nm-2:4"):
+        prefill = {row["part"]: float(row["us"]) for row in rows if (row["mode"], row["phase"]) == (mode, "prefill")}
+        assert prefill["wall"] > 0
+        assert "linear" in prefill
+    plot_steps.draw(rows, plot)
+    assert plot.stat().st_size > 1000
+
+
+def test_the_committed_steps_add_up():
+    rows = rows_of(Path(__file__).parents[2] / "benchmarks/results/h100/inference_steps.csv")
+    bars = plot_steps.stacks(rows)
+    assert len(bars) == 4
+    by_mode = {name.partition("\n")[0]: sum(us for _, us in parts) for name, parts in bars.items()}
+    assert by_mode["dense_bf16"] > by_mode["nm-8:16"] > by_mode["nm-8:16-fp8"]
+    layer = plot_steps.groups(rows, "decode layer")["nm-8:16", "2f80001"]
+    assert plot_steps.named([part for part, _ in layer])[1] == "rope, cache, attention"

@@ -179,3 +179,18 @@ def test_rows_are_kept_and_replaced(tool, tmp_path, capsys):
     rows.write_text('{"variant": 1}\n')
     assert tool.main(["--out", str(tmp_path)]) == 2
     assert "expected the identity of a run in the first line" in capsys.readouterr().err
+
+
+def test_a_file_of_rows_is_a_run_too(tool, tmp_path):
+    folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
+    _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
+    _write(folder, study.from_recipe(Recipe("2:4")), 30.0, {"2:4": 4})
+    identity, rows = run_folder.RunFolder.read(tmp_path / "run")
+    # As benchmarks/quality_gpu.py writes: a run's rows in several parts, another device's in between.
+    other = {**identity, "device": "another"}
+    run_folder.write_rows_file(tmp_path / "rows.jsonl", [(identity, rows[:1]), (other, rows), (identity, rows[1:])])
+    assert tool.main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "evaluation.md").read_text()
+    assert text.count("## tiny") == 2
+    assert "device another" in text
+    assert text.count("| act 2:4 | 30.00 ± 0.50") == 2

@@ -3,6 +3,8 @@
 //
 //   y = softmax(scaling * q K^T) V over the last `window` of a sequence's tokens, the new one included
 //
+// with RMSNorm of each head of q and k before the embedding, if their weights are given.
+//
 // A cluster has one key head of one sequence and kGroup of its query heads; its blocks divide the tokens. In a block,
 // kDim / 8 lanes share a token: each has eight features of its key and value, and of the query heads. Such a team keeps
 // its own running maximum, sum and output of every query head (float32), over kTokens tokens whose loads are all issued
@@ -157,12 +159,19 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
     const Piece<E> sine = load_piece<E>(params.sin, angle + feature, kDim / 2);
     if (row < kGroup) {
       const int64_t at = sequence * params.q_stride + int64_t{first_head + row} * kDim + feature;
-      if (row < heads) piece = rotate<E>(load_piece<E>(params.q, at, kDim / 2), cosine, sine);
+      if (row < heads) {
+        piece = load_piece<E>(params.q, at, kDim / 2);
+        if (params.norms.q != nullptr) normalise_head(piece, params.norms.q, feature, kPieces, params.norms);
+        piece = rotate<E>(piece, cosine, sine);
+      }
     } else {
       const bool is_key = row == kGroup;
       const int64_t at = sequence * (is_key ? params.k_stride : params.v_stride) + int64_t{key_head} * kDim + feature;
       piece = load_piece<E>(is_key ? params.k : params.v, at, kDim / 2);
-      if (is_key) piece = rotate<E>(piece, cosine, sine);
+      if (is_key) {
+        if (params.norms.k != nullptr) normalise_head(piece, params.norms.k, feature, kPieces, params.norms);
+        piece = rotate<E>(piece, cosine, sine);
+      }
       if (owns_new && part == 0)
         store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
     }
@@ -332,7 +341,7 @@ bool fits(const DecodeAttentionParams& p) {
   constexpr auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   return decode_attention_supports(p.q_heads, p.k_heads, p.dim) && p.q_stride % kChunk == 0 &&
          p.k_stride % kChunk == 0 && p.v_stride % kChunk == 0 && aligned(p.q) && aligned(p.k) && aligned(p.v) &&
-         aligned(p.cos) && aligned(p.sin) && aligned(p.keys) && aligned(p.values);
+         aligned(p.cos) && aligned(p.sin) && aligned(p.keys) && aligned(p.values) && fits(p.norms, p.dim);
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 //
 //   rotated = round(round(x * cos) + round(rotate_half(x) * sin)),  rotate_half(x) = [-x2, x1] of the halves [x1, x2]
 //
+// with x = norm(head, weight) where there is a norm of the heads.
+//
 // A thread has one piece (rotate.cuh) of kHeads heads: it loads the piece's cosines and sines once and issues all heads'
 // loads before it uses the first. Limit: rows of whole aligned pieces, dim % 16 == 0.
 #include "../launch.cuh"
@@ -57,6 +59,8 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant_
     const RotaryPart& part = part_of(first_head + i, place);
     const int at_token = &part == &params.q ? token : position;
     if (at_token < 0 || at_token >= part.out_tokens) continue;
+    const void* norm = &part == &params.q ? params.norms.q : &part == &params.k ? params.norms.k : nullptr;
+    if (norm != nullptr) normalise_head(piece[i], norm, feature, pieces, params.norms);
     const int64_t at =
         sequence * part.out_batch_stride + at_token * part.out_token_stride + place * part.out_head_stride + feature;
     store_piece<E>(part.out, at, half, &part == &params.v ? piece[i] : rotate<E>(piece[i], cosine, sine));
@@ -76,7 +80,7 @@ cudaError_t launch_rotary(const RotaryParams& params, cudaStream_t stream) {
   const bool values = params.v.data != nullptr;
   if (params.dim % (2 * kChunk) != 0 || params.dim <= 0 || !fits(params.q) || !fits(params.k) ||
       (values && !fits(params.v)) || reinterpret_cast<uintptr_t>(params.cos) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(params.sin) % 16 != 0) {
+      reinterpret_cast<uintptr_t>(params.sin) % 16 != 0 || !fits(params.norms, params.dim)) {
     return cudaErrorInvalidValue;
   }
   const int64_t rows = int64_t{params.batch} * params.tokens;

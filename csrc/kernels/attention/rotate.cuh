@@ -1,10 +1,16 @@
-// The rotary embedding of a piece: eight features of the first half of a head and their partners in the second. It
-// rounds where Transformers' own modules do.
+// A head's RMSNorm and the rotary embedding of a piece: eight features of the first half of a head and their partners in the
+// second. They round where Transformers' own modules do.
 #pragma once
 
-#include "../prune/element.cuh"
+#include "../prune/activations.cuh"
 
 namespace nm_act {
+
+inline bool fits(const HeadNorms& norms, int dim) {
+  constexpr auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  return (norms.q == nullptr && norms.k == nullptr) ||
+         (head_norms_support(dim) && aligned(norms.q) && aligned(norms.k));
+}
 
 template <class E>
 struct Piece {
@@ -22,6 +28,22 @@ __device__ __forceinline__ void store_piece(void* base, int64_t at, int half, co
   auto* target = static_cast<uint16_t*>(base) + at;
   store_chunk<E, true>(target, piece.first, kChunk);
   store_chunk<E, true>(target + half, piece.second, kChunk);
+}
+
+// norm(head, weight) of the head whose `pieces` pieces are in consecutive lanes, a power of two that divides a warp's 32;
+// all lanes of the head call it.
+template <class E>
+__device__ __forceinline__ void normalise_head(Piece<E>& piece, const void* weight, int feature, int pieces,
+                                               const HeadNorms& norms) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const uint32_t lanes = (0xFFFFFFFFu >> (32 - pieces)) << (lane & ~(pieces - 1));
+  float squares = add_squares(piece.second, add_squares(piece.first, 0.0f));
+  for (int offset = pieces / 2; offset > 0; offset /= 2) squares += __shfl_xor_sync(lanes, squares, offset);
+  const int half = pieces * kChunk;
+  const float inverse = inverse_rms(squares, 2 * half, norms.epsilon);
+  const auto* by = static_cast<const uint16_t*>(weight) + feature;
+  normalise(piece.first, inverse, __ldg(reinterpret_cast<const uint4*>(by)), norms.unit_offset);
+  normalise(piece.second, inverse, __ldg(reinterpret_cast<const uint4*>(by + half)), norms.unit_offset);
 }
 
 // round(round(x * cos) + round(y * sin)) of two features.

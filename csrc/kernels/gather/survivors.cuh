@@ -109,11 +109,12 @@ __device__ __forceinline__ void load_inputs(const GatherParams& params, const Ga
     z = whole ? load_chunk<E, true>(source, count) : load_chunk<E, false>(source, count);
     if (params.up != nullptr) {
       const auto* up = static_cast<const uint16_t*>(params.up) + token * params.x_stride + at;
-      multiply_by_silu(z, load_chunk<E, true>(up, kChunk));
+      multiply_by_activated(z, load_chunk<E, true>(up, kChunk), params.activation);
     }
     if (params.norm_weight != nullptr) {
       normalise(z, inverse,
-                __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(params.norm_weight) + at)));
+                __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(params.norm_weight) + at)),
+                params.unit_offset);
     }
     if (selects && params.eta != nullptr) subtract(z, __ldg(params.eta + token));
     if (selects && params.shift != nullptr) {

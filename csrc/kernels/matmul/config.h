@@ -84,6 +84,11 @@ inline constexpr TileCost kTileCosts[] = {
 };
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
 
+// The tile of full grids; products with another epilogue than a plain layer's are compiled for it alone.
+constexpr GemmTile wide_tile(ElementType value_type) {
+  return value_type == ElementType::kE4M3 ? GemmTile::k128x256x128E4M3 : GemmTile::k128x256x64;
+}
+
 constexpr const TileFacts& facts_of(GemmTile tile) { return kTiles[static_cast<int>(tile)]; }
 
 struct TileGrid {

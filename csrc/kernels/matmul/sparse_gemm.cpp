@@ -40,6 +40,24 @@ const Sm90Instance kSm90Instances[] = {
 #undef NM_ACT_INSTANCES_E4M3
 };
 
+struct ResidualInstance {
+  ElementType value_type;
+  ElementType y_type;
+  bool weight_in_out;
+  RunSm90 run;
+};
+
+template <ElementType kValue, ElementType kOutput, bool kWeightInOut>
+constexpr ResidualInstance residual_instance() {
+  return {kValue, kOutput, kWeightInOut,
+          run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, wide_tile(kValue), GemmEpilogue::kResidual>};
+}
+
+// In the storages that optimized models have.
+const ResidualInstance kResidualInstances[] = {residual_instance<kBf16, kBf16, true>(),
+                                               residual_instance<kFp16, kFp16, true>(),
+                                               residual_instance<kFp8, kBf16, false>()};
+
 struct Sm80Instance {
   ElementType value_type;
   bool weight_in_out;
@@ -71,6 +89,16 @@ const Sm90Instance* find_sm90(const SparseGemmParams& params, GemmTile tile) {
   return nullptr;
 }
 
+const ResidualInstance* find_residual(const SparseGemmParams& params) {
+  for (const ResidualInstance& instance : kResidualInstances) {
+    if (instance.value_type == params.value_type && instance.y_type == params.y_type &&
+        instance.weight_in_out == params.weight_in_out) {
+      return &instance;
+    }
+  }
+  return nullptr;
+}
+
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 GemmEpilogue epilogue_for(const SparseGemmParams& params) {
@@ -89,7 +117,7 @@ MetadataLayout gemm_metadata_layout(ElementType value_type, GemmDevice device) {
 bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device) {
   const bool aligned = is_aligned(params.values) && is_aligned(params.metadata) && is_aligned(params.weight) &&
                        is_aligned(params.y) && is_aligned(params.shift_out) && is_aligned(params.column_scale) &&
-                       is_aligned(params.bias);
+                       is_aligned(params.bias) && is_aligned(params.residual);
   if (!aligned || !gemm_shape_fits(params.value_type, params.out_features, params.in_features, params.weight_stride,
                                    device.compute_capability_major)) {
     return false;
@@ -108,9 +136,18 @@ size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch) 
   return launch_sparse_gemm(params, launch) == cudaSuccess ? bytes : 0;
 }
 
+bool sparse_gemm_adds(const SparseGemmParams& params, GemmDevice device, const GemmConfig& config) {
+  return device.compute_capability_major == 9 && config.tile == wide_tile(params.value_type) &&
+         epilogue_for(params) == GemmEpilogue::kPlain && find_residual(params) != nullptr;
+}
+
 cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch& launch) {
   if (!sparse_gemm_supports(params, launch.device)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
+  if (params.residual != nullptr) {
+    return sparse_gemm_adds(params, launch.device, launch.config) ? find_residual(params)->run(params, launch)
+                                                                  : cudaErrorInvalidValue;
+  }
   if (launch.device.compute_capability_major != 9) return find_sm80(params)->run(params, launch.stream);
   const Sm90Instance* instance = find_sm90(params, launch.config.tile);
   if (instance == nullptr) return cudaErrorInvalidValue;

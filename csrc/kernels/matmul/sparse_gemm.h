@@ -7,8 +7,9 @@
 namespace nm_act {
 
 // The vectors that the epilogue reads. kPlain is what ordinary inference needs: the bias for 16-bit values; row scale,
-// column scale and bias for e4m3. kFull is the whole formula of SparseGemmParams.
-enum class GemmEpilogue : int { kPlain = 0, kFull = 1 };
+// column scale and bias for e4m3. kFull is the whole formula of SparseGemmParams but the residual, which kResidual adds to
+// kPlain.
+enum class GemmEpilogue : int { kPlain = 0, kFull = 1, kResidual = 2 };
 
 struct GemmLaunch {
   GemmDevice device;
@@ -27,6 +28,9 @@ cudaError_t run_sparse_gemm_sm80(const SparseGemmParams& params, cudaStream_t st
 
 // Number of bytes of launch.workspace, which is not read here.
 size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch);
+
+// Whether this configuration's kernel adds the residual; if not, launch_sparse_gemm refuses one.
+bool sparse_gemm_adds(const SparseGemmParams& params, GemmDevice device, const GemmConfig& config);
 
 cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch& launch);
 

@@ -8,6 +8,7 @@
 //         kPlain, 16-bit  acc + bias
 //         kPlain, e4m3    column_scale * (row_scale * acc) + bias
 //         kFull           column_scale * (row_scale * acc + eta (x) shift_out) + bias
+//         kResidual       residual + kPlain, rounded before and after the sum
 //       A null vector stands for ones (a factor) or zeros (a term), filled in once per tile without loads.
 //
 // Limits: in_features % 16 == 0 (32 for e4m3), out_features % 8 == 0 (16 for e4m3), 16-byte aligned pointers and weight
@@ -76,11 +77,22 @@ struct Epilogue {
   using Shifted = Tree<Compute<cutlass::homogeneous_multiply_add>, PerToken, Accumulator, Shift>;
   using Scaled = Tree<Compute<cutlass::multiplies>, PerToken, Accumulator>;
   using Inner = std::conditional_t<kFull, Shifted, Scaled>;
-  using Callbacks = std::conditional_t<kFull || kScaled,
-                                       Tree<Compute<cutlass::homogeneous_multiply_add, Output>, PerOutput, Inner, Bias>,
-                                       Tree<Compute<cutlass::plus, Output>, Accumulator, Bias>>;
+  using Layer = std::conditional_t<kFull || kScaled,
+                                   Tree<Compute<cutlass::homogeneous_multiply_add, Output>, PerOutput, Inner, Bias>,
+                                   Tree<Compute<cutlass::plus, Output>, Accumulator, Bias>>;
+  static constexpr bool kResidual = kEpilogue == GemmEpilogue::kResidual;
+  using Residual = cutlass::epilogue::fusion::Sm90SrcFetch<Output>;
+  using Callbacks = std::conditional_t<kResidual, Tree<Compute<cutlass::plus, Output>, Residual, Layer>, Layer>;
 
   static typename Callbacks::Arguments arguments(const SparseGemmParams& params) {
+    if constexpr (kResidual) {
+      return {{}, layer(params), {}};
+    } else {
+      return layer(params);
+    }
+  }
+
+  static typename Layer::Arguments layer(const SparseGemmParams& params) {
     const typename Bias::Arguments bias{static_cast<const Output*>(params.bias), Output(0)};
     const typename PerToken::Arguments row_scale{params.row_scale, 1.0f};
     const typename PerOutput::Arguments column_scale{params.column_scale, 1.0f};
@@ -96,14 +108,14 @@ struct Epilogue {
   }
 };
 
-template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
-struct SparseGemm {
+// What a tile, a type and a weight storage determine: everything but the epilogue.
+template <ElementType kValue, bool kWeightInOut, GemmTile kTile>
+struct GemmTypes {
   static constexpr bool kE4M3 = kValue == ElementType::kE4M3;
   static_assert(!kE4M3 || !kWeightInOut, "wgmma takes e4m3 weights K-major only");
   static_assert(kE4M3 == (cute::size<2>(typename TileShape<kTile>::Shape{}) >= 128),
                 "16-bit metadata is laid out for tiles 64 features deep, 8-bit metadata for 128 and more");
   using Value = CutlassElement<kValue>;
-  using Output = CutlassElement<kOutput>;
   using Tile = typename TileShape<kTile>::Shape;
   using Cluster = typename TileShape<kTile>::Cluster;
   static constexpr bool kPingPong = TileShape<kTile>::kPingPong;
@@ -116,39 +128,30 @@ struct SparseGemm {
   using EpilogueSchedule = std::conditional_t<kPingPong, cutlass::epilogue::TmaWarpSpecialized,
                                               cutlass::epilogue::TmaWarpSpecializedCooperative>;
   using WeightLayout = std::conditional_t<kWeightInOut, cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
-  using Fusion = Epilogue<Tile, Output, kE4M3, kEpilogue>;
-
-  using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor,
-      16 / sizeof(Output), Output, cutlass::layout::RowMajor, 16 / sizeof(Output), EpilogueSchedule,
-      typename Fusion::Callbacks>::CollectiveOp;
+  template <class CollectiveEpilogue>
   using CutlassMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Value, cutlass::layout::RowMajor, 32 / sizeof(Value),
       Value, WeightLayout, 16 / sizeof(Value), float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
-  using CollectiveMainloop =
-      std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<CutlassMainloop>, CutlassMainloop>;
-  static constexpr bool kSplit = TileShape<kTile>::kSplit;
-  using Scheduler = std::conditional_t<kSplit, SplitScheduler, cutlass::gemm::PersistentScheduler>;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, CollectiveMainloop,
-                                                      CollectiveEpilogue, Scheduler>;
-  using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
-  using SparseConfig = typename CollectiveMainloop::SparseConfig;
+  template <class CollectiveEpilogue>
+  using Mainloop =
+      std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<CutlassMainloop<CollectiveEpilogue>>,
+                         CutlassMainloop<CollectiveEpilogue>>;
+  template <class CollectiveMainloop, class CollectiveEpilogue>
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<
+      cute::Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue,
+      std::conditional_t<TileShape<kTile>::kSplit, SplitScheduler, cutlass::gemm::PersistentScheduler>>;
 
+  // Arguments of a kernel, without its epilogue's.
+  template <class Kernel>
   static typename Kernel::Arguments arguments(const SparseGemmParams& params, const GemmLaunch& launch) {
+    using CollectiveMainloop = typename Kernel::CollectiveMainloop;
+    using SparseConfig = typename CollectiveMainloop::SparseConfig;
     const auto shape = cute::make_shape(params.tokens, params.out_features, params.in_features, 1);
-    using WeightStride = typename CollectiveMainloop::StrideB;
-    WeightStride weight_stride{};
-    if constexpr (kWeightInOut) {
-      cute::get<1>(weight_stride) = params.weight_stride;
-    } else {
-      cute::get<0>(weight_stride) = params.weight_stride;
-    }
-    typename CollectiveEpilogue::StrideD y_stride{};
-    cute::get<0>(y_stride) = params.out_features;
+    typename CollectiveMainloop::StrideB weight_stride{};
+    cute::get<kWeightInOut ? 1 : 0>(weight_stride) = params.weight_stride;
 
     typename Kernel::Arguments arguments{};
     arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
@@ -159,16 +162,8 @@ struct SparseGemm {
                           weight_stride,
                           reinterpret_cast<const typename CollectiveMainloop::ElementE*>(params.metadata),
                           SparseConfig::fill_layoutE(shape)};
-    arguments.epilogue.thread = Fusion::arguments(params);
-    arguments.epilogue.ptr_D = static_cast<Output*>(params.y);
-    arguments.epilogue.dD = y_stride;
     arguments.hw_info.sm_count = launch.device.multiprocessors;
     arguments.scheduler.max_swizzle_size = launch.config.swizzle;
-    if constexpr (kSplit) {
-      arguments.scheduler.splits = launch.config.splits;
-      arguments.scheduler.reduction_mode = decltype(arguments.scheduler.reduction_mode)::Deterministic;
-      arguments.scheduler.decomposition_mode = decltype(arguments.scheduler.decomposition_mode)::SplitK;
-    }
     using Raster = std::remove_reference_t<decltype(arguments.scheduler.raster_order)>;
     arguments.scheduler.raster_order = launch.config.raster == GemmRaster::kAlongTokens    ? Raster::AlongM
                                        : launch.config.raster == GemmRaster::kAlongOutputs ? Raster::AlongN
@@ -177,30 +172,68 @@ struct SparseGemm {
   }
 };
 
-}  // namespace sm90
-
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
-cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
-  using Gemm = sm90::SparseGemm<kValue, kOutput, kWeightInOut, kTile, kEpilogue>;
-  const auto arguments = Gemm::arguments(params, launch);
+struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
+  using Types = GemmTypes<kValue, kWeightInOut, kTile>;
+  using Output = CutlassElement<kOutput>;
+  using Fusion = Epilogue<typename Types::Tile, Output, Types::kE4M3, kEpilogue>;
+  using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, typename Types::Tile, typename Types::Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+      std::conditional_t<Fusion::kResidual, Output, void>, cutlass::layout::RowMajor, 16 / sizeof(Output), Output,
+      cutlass::layout::RowMajor, 16 / sizeof(Output), typename Types::EpilogueSchedule,
+      typename Fusion::Callbacks>::CollectiveOp;
+  using Kernel =
+      typename Types::template Kernel<typename Types::template Mainloop<CollectiveEpilogue>, CollectiveEpilogue>;
+
+  static typename Kernel::Arguments arguments(const SparseGemmParams& params, const GemmLaunch& launch) {
+    auto arguments = Types::template arguments<Kernel>(params, launch);
+    arguments.epilogue.thread = Fusion::arguments(params);
+    arguments.epilogue.ptr_D = static_cast<Output*>(params.y);
+    cute::get<0>(arguments.epilogue.dD) = params.out_features;
+    if constexpr (Fusion::kResidual) {
+      arguments.epilogue.ptr_C = static_cast<const Output*>(params.residual);
+      arguments.epilogue.dC = arguments.epilogue.dD;
+    }
+    if constexpr (TileShape<kTile>::kSplit) {
+      arguments.scheduler.splits = launch.config.splits;
+      arguments.scheduler.reduction_mode = decltype(arguments.scheduler.reduction_mode)::Deterministic;
+      arguments.scheduler.decomposition_mode = decltype(arguments.scheduler.decomposition_mode)::SplitK;
+    }
+    return arguments;
+  }
+};
+
+// Runs a kernel, or only writes the bytes of its workspace.
+template <class Kernel>
+cudaError_t run(const typename Kernel::Arguments& arguments, const GemmLaunch& launch) {
+  using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   if (launch.workspace_bytes != nullptr) {
-    *launch.workspace_bytes = Gemm::Adapter::get_workspace_size(arguments);
+    *launch.workspace_bytes = Adapter::get_workspace_size(arguments);
     return cudaSuccess;
   }
-  if (Gemm::Adapter::can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
+  if (Adapter::can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
   // An overlapped launch starts while the previous kernel ends. CUTLASS's producer warp waits for that kernel
   // (griddepcontrol.wait) before it loads. The consumer warps read the epilogue's vectors after a tile's main loop, and
   // so after the producer's wait.
 #ifndef CUTLASS_ENABLE_GDC_FOR_SM90
 #error "an overlapped launch waits for its operands only with CUTLASS_ENABLE_GDC_FOR_SM90"
 #endif
-  typename Gemm::Adapter gemm;
+  Adapter gemm;
   if (gemm.initialize(arguments, launch.workspace, launch.stream) != cutlass::Status::kSuccess ||
       gemm.run(launch.stream, nullptr, /*launch_with_pdl=*/launch.config.overlapped) != cutlass::Status::kSuccess) {
     const cudaError_t error = cudaGetLastError();
     return error != cudaSuccess ? error : cudaErrorLaunchFailure;
   }
   return cudaGetLastError();
+}
+
+}  // namespace sm90
+
+template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
+cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
+  using Gemm = sm90::SparseGemm<kValue, kOutput, kWeightInOut, kTile, kEpilogue>;
+  return sm90::run<typename Gemm::Kernel>(Gemm::arguments(params, launch), launch);
 }
 
 }  // namespace nm_act

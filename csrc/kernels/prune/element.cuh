@@ -24,6 +24,16 @@ struct BFloat16 {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return reinterpret_cast<const uint32_t&>(pair);
   }
+  // The products of two pairs, rounded once.
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+    const __nv_bfloat162 product =
+        __hmul2_rn(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const uint32_t&>(product);
+#else
+    return pack(low(a) * low(b), high(a) * high(b));
+#endif
+  }
 };
 
 struct Float16 {
@@ -39,6 +49,15 @@ struct Float16 {
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return reinterpret_cast<const uint32_t&>(pair);
+  }
+  // The products of two pairs, rounded once.
+  static __device__ __forceinline__ uint32_t multiply(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+    const __half2 product = __hmul2_rn(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const uint32_t&>(product);
+#else
+    return pack(low(a) * low(b), high(a) * high(b));
+#endif
   }
 };
 

@@ -189,9 +189,11 @@ at::Tensor sparse_linear_prepacked(const at::Tensor& x, const at::Tensor& weight
                         variance_correction, column_scale, {}, extra_columns, {}, {});
 }
 
-at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& stored_weight, const OptionalTensor& bias,
+                         const OptionalTensor& weight_scale) {
   constexpr const char* kOp = "gather_linear";
-  const int64_t tokens = check_gather_linear(x, weight, bias, kOp);
+  const auto [tokens, scale] = check_gather_linear(x, stored_weight, bias, weight_scale, kOp);
+  const at::Tensor weight = scale.defined() ? dequantised(stored_weight, scale, x.scalar_type()) : stored_weight;
   const ElementType dtype = check_dtype(x, kOp);
   at::Tensor y = at::empty(with_last(x.sizes(), weight.size(0)), x.options());
   if (y.numel() == 0) return y;

@@ -82,6 +82,30 @@ void write_to(RotaryPart& part, const at::Tensor& out, int batch_at, int token_a
   part.out_tokens = int(out.size(token_at));
 }
 
+// The norms of the heads after checking, aligned.
+struct HeadNormTensors {
+  at::Tensor q, k;
+  HeadNorms norms{};
+};
+
+HeadNormTensors head_norms(const at::Tensor& q, const OptionalTensor& q_norm, const OptionalTensor& k_norm, double eps,
+                           bool unit_offset, const char* op) {
+  HeadNormTensors tensors;
+  tensors.norms.epsilon = float(eps);
+  tensors.norms.unit_offset = unit_offset;
+  for (const auto& [name, weight, kept, pointer] : {std::tuple{"q_norm", &q_norm, &tensors.q, &tensors.norms.q},
+                                                    std::tuple{"k_norm", &k_norm, &tensors.k, &tensors.norms.k}}) {
+    if (!weight->has_value() || !(*weight)->defined()) continue;
+    check_norm_weight(q, **weight, q.size(3), name, op);
+    TORCH_CHECK_VALUE(head_norms_support(q.size(3)), "nm_act::", op,
+                      " expected head_dim 16, 32, 64, 128, 256 or 512 with ", name, ", got ", q.size(3),
+                      "; apply the norm before");
+    *kept = aligned(**weight);
+    *pointer = kept->const_data_ptr();
+  }
+  return tensors;
+}
+
 RotaryParams rotary_params(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin) {
   RotaryParams params{};
   params.q = read_part(q);
@@ -97,13 +121,16 @@ RotaryParams rotary_params(const at::Tensor& q, const at::Tensor& k, const at::T
 }
 
 std::tuple<at::Tensor, at::Tensor> rotary(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
-                                          const at::Tensor& sin) {
+                                          const at::Tensor& sin, const OptionalTensor& q_norm,
+                                          const OptionalTensor& k_norm, double eps, bool unit_offset) {
   constexpr const char* kOp = "rotary";
   check_rotary(q, k, cos, sin, kOp);
+  const HeadNormTensors norms = head_norms(q, q_norm, k_norm, eps, unit_offset, kOp);
   const c10::cuda::CUDAGuard guard(q.device());
   const at::Tensor queries = heads_of(q), keys = heads_of(k), cosines = aligned(cos), sines = aligned(sin);
   const at::Tensor q_out = at::empty(q.sizes(), q.options()), k_out = at::empty(k.sizes(), k.options());
   RotaryParams params = rotary_params(queries, keys, cosines, sines);
+  params.norms = norms.norms;
   write_to(params.q, q_out, 0, 1, 2);
   write_to(params.k, k_out, 0, 1, 2);
   check_status(launch_rotary(params, current_stream(q)), kOp);
@@ -112,15 +139,18 @@ std::tuple<at::Tensor, at::Tensor> rotary(const at::Tensor& q, const at::Tensor&
 
 at::Tensor rotary_cache(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos,
                         const at::Tensor& sin, const at::Tensor& cached_keys, const at::Tensor& cached_values,
-                        const at::Tensor& lengths) {
+                        const at::Tensor& lengths, const OptionalTensor& q_norm, const OptionalTensor& k_norm,
+                        double eps, bool unit_offset) {
   constexpr const char* kOp = "rotary_cache";
   check_rotary(q, k, cos, sin, kOp);
   check_cache(q, k, v, cached_keys, cached_values, lengths, kOp);
+  const HeadNormTensors norms = head_norms(q, q_norm, k_norm, eps, unit_offset, kOp);
   const c10::cuda::CUDAGuard guard(q.device());
   const at::Tensor queries = heads_of(q), keys = heads_of(k), values = heads_of(v);
   const at::Tensor cosines = aligned(cos), sines = aligned(sin), q_out = at::empty(q.sizes(), q.options());
   RotaryParams params = rotary_params(queries, keys, cosines, sines);
   params.v = read_part(values);
+  params.norms = norms.norms;
   params.lengths = lengths.const_data_ptr<int32_t>();
   write_to(params.q, q_out, 0, 1, 2);
   write_to(params.k, cached_keys, 0, 2, 1);
@@ -131,7 +161,8 @@ at::Tensor rotary_cache(const at::Tensor& q, const at::Tensor& k, const at::Tens
 
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos,
                             const at::Tensor& sin, const at::Tensor& cached_keys, const at::Tensor& cached_values,
-                            const at::Tensor& lengths, double scaling, int64_t window) {
+                            const at::Tensor& lengths, double scaling, int64_t window, const OptionalTensor& q_norm,
+                            const OptionalTensor& k_norm, double eps, bool unit_offset) {
   constexpr const char* kOp = "decode_attention";
   check_rotary(q, k, cos, sin, kOp);
   check_cache(q, k, v, cached_keys, cached_values, lengths, kOp);
@@ -139,6 +170,7 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
                     "; use rotary_cache and another attention for prompts");
   TORCH_CHECK_VALUE(window >= 0 && window <= INT32_MAX, "nm_act::", kOp, " expected a window of tokens or 0, got ",
                     window, "; use 0 to attend to all");
+  const HeadNormTensors norms = head_norms(q, q_norm, k_norm, eps, unit_offset, kOp);
   const c10::cuda::CUDAGuard guard(q.device());
   const GemmDevice device = gemm_device(q, kOp);
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -171,6 +203,7 @@ at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::
   params.max_tokens = int(cached_keys.size(2));
   params.dim = int(q.size(3));
   params.type = element_type(q.scalar_type());
+  params.norms = norms.norms;
   check_status(launch_decode_attention(params, device, current_stream(q)), kOp);
   return y;
 }

@@ -41,6 +41,23 @@ inline bool is_aligned(const Rows& rows) { return is_aligned(rows.tensor) && row
 // A contiguous, 16-byte aligned tensor for kernels that read whole vectors: the tensor itself, or a copy if necessary.
 at::Tensor aligned(const at::Tensor& tensor);
 
+// The activation of a gated MLP, by its name.
+inline Activation activation_of(c10::string_view name, const char* op) {
+  TORCH_CHECK_VALUE(name == "silu" || name == "gelu_tanh", "nm_act::", op,
+                    " expected activation \"silu\" or \"gelu_tanh\", got \"", name, "\"; apply another one before");
+  return name == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+}
+
+// The weight of an RMSNorm of x, [features].
+inline void check_norm_weight(const at::Tensor& x, const at::Tensor& weight, int64_t features, const char* name,
+                              const char* op) {
+  check_same_device(x, weight, name, op);
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == features, "nm_act::", op, " expected ", name, " of shape [",
+                    features, "], got ", weight.sizes(), "; give one value a feature");
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", op, " expected ", name, " in ", x.scalar_type(),
+                   ", got ", weight.scalar_type(), "; convert it");
+}
+
 // Rows that can be read in whole vectors: those of x, or of a copy if necessary. Two of one shape share a stride, as the
 // halves of a merged projection do, which are read in place.
 Rows aligned_rows(const at::Tensor& x);

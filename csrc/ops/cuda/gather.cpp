@@ -1,6 +1,8 @@
 // nm_act::gather_linear and decode_linear on CUDA, and sparse_linear for few tokens.
 #include "ops/cuda/gather.h"
 
+#include <algorithm>
+
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
@@ -65,41 +67,49 @@ at::Tensor gather_product(const at::Tensor& x, const at::Tensor& weight, const S
 
 namespace {
 
-at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias) {
+at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                         const OptionalTensor& weight_scale) {
   constexpr const char* kOp = "gather_linear";
-  const int64_t tokens = check_gather_linear(x, weight, bias, kOp);
+  const auto [tokens, scale] = check_gather_linear(x, weight, bias, weight_scale, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   const std::vector<int64_t> sizes = with_last(x.sizes(), weight.size(0));
   if (tokens == 0 || weight.size(0) == 0) return at::empty(sizes, x.options());
   const GemmDevice device = gemm_device(x, kOp);
   const ElementType type = element_type(x.scalar_type());
   const WeightFacts facts = facts_of(weight);
-  const GatherConfig config =
-      facts.aligned && type != ElementType::kFloat32
-          ? choose_gather_config(type, {}, tokens, facts.out_features, facts.in_features, facts.row_stride(), device)
-          : GatherConfig{};
-  if (config.splits == 0) return at::linear(x, weight, bias);
+  const int64_t most = scale.defined() ? kFewTokens : kMaxGatherTokens;
+  const auto config_of = [&](int64_t count) {
+    return choose_gather_config(element_type(weight.scalar_type()), {}, count, facts.out_features, facts.in_features,
+                                facts.row_stride(), device);
+  };
+  const bool fits = facts.aligned && type != ElementType::kFloat32 && config_of(std::min(tokens, most)).splits > 0;
+  if (!fits) return at::linear(x, scale.defined() ? dequantised(weight, scale, x.scalar_type()) : weight, bias);
   const Rows rows = rows_of(x);
   const at::Tensor y = at::empty(sizes, x.options());
   const at::Tensor bias_vector = contiguous_or_undefined(bias.value_or(at::Tensor()));
-  GatherParams params = operand_params(rows, weight, {}, tokens);
-  set_epilogue(params, {}, bias_vector);
-  params.y = y.mutable_data_ptr();
-  check_status(launch_gather(params, device, config, current_stream(x)), kOp);
+  for (int64_t first = 0; first < tokens; first += most) {
+    const int64_t count = std::min(most, tokens - first);
+    GatherParams params = operand_params(rows, weight, {}, count);
+    set_epilogue(params, {scale, {}, {}, {}}, bias_vector);
+    params.x = static_cast<const char*>(params.x) + first * rows.stride * x.element_size();
+    params.y = static_cast<char*>(y.mutable_data_ptr()) + first * weight.size(0) * y.element_size();
+    check_status(launch_gather(params, device, config_of(count), current_stream(x)), kOp);
+  }
   return y;
 }
 
-// The gather kernel with what stands around the layer: RMSNorm or SiLU * up before, a residual after.
+// The gather kernel with what stands around the layer: RMSNorm or activation * up before, a residual after.
 at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& up, const OptionalTensor& norm_weight, double eps,
                          const OptionalTensor& residual, const OptionalTensor& channel_scale,
-                         const OptionalTensor& weight_scale) {
+                         const OptionalTensor& weight_scale, c10::string_view activation, bool unit_offset) {
   constexpr const char* kOp = "decode_linear";
   Selection selection = check_selection(x, n, m, channel_scale, {}, "none", kOp);
   const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, bias, kOp);
   const bool gated = up.has_value() && up->defined(), normed = norm_weight.has_value() && norm_weight->defined();
   TORCH_CHECK_VALUE(!(gated && normed), "nm_act::", kOp,
                     " expected either up or norm_weight, got both; apply one of them before");
+  const Activation function = activation_of(activation, kOp);
   const std::vector<int64_t> sizes = with_last(x.sizes(), weight.size(0));
   const auto check_like = [&](const OptionalTensor& other, const char* name, at::IntArrayRef expected) {
     if (!other.has_value() || !other->defined()) return;
@@ -138,6 +148,8 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   params.up = data_of(factor.tensor);
   params.norm_weight = data_of(norm);
   params.epsilon = float(eps);
+  params.activation = function;
+  params.unit_offset = unit_offset;
   params.residual = data_of(added);
   check_status(launch_gather(params, device, config, current_stream(x)), kOp);
   return y;

@@ -16,25 +16,29 @@ void check_same_shape(const at::Tensor& x, const at::Tensor& other, const char* 
 
 // The arguments of RMSNorm after checking, aligned, and its results: the tensors that the kernel's input points to.
 struct NormTensors {
-  at::Tensor x, weight, residual;
+  at::Tensor x, weight, residual, x_weight;
   at::Tensor hidden;  // a result must not alias an input, so without a residual it is empty
   RmsNormInput input;
 };
 
-void check_norm(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& residual, const char* op) {
-  check_same_device(x, weight, "weight", op);
-  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == x.size(-1), "nm_act::", op, " expected weight of shape [",
-                    x.size(-1), "], got ", weight.sizes(), "; give one value a feature");
-  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", op, " expected weight in ", x.scalar_type(),
-                   ", got ", weight.scalar_type(), "; convert it");
-  if (residual.has_value() && residual->defined()) check_same_shape(x, *residual, "residual", op);
+void check_norm(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& residual,
+                const OptionalTensor& x_weight, const char* op) {
+  check_norm_weight(x, weight, x.size(-1), "weight", op);
+  const bool add = residual.has_value() && residual->defined();
+  if (add) check_same_shape(x, *residual, "residual", op);
+  if (!x_weight.has_value() || !x_weight->defined()) return;
+  TORCH_CHECK_VALUE(add, "nm_act::", op,
+                    " expected a residual with x_weight, got none; give one of zeros or apply the norm "
+                    "before");
+  check_norm_weight(x, *x_weight, x.size(-1), "x_weight", op);
 }
 
 NormTensors norm_tensors(const at::Tensor& x, const at::Tensor& weight, double eps, const OptionalTensor& residual,
-                         const Selection& selection) {
-  NormTensors norm{aligned(x), aligned(weight), {}, {}, {}};
+                         const OptionalTensor& x_weight, bool unit_offset, const Selection& selection) {
+  NormTensors norm{aligned(x), aligned(weight), {}, {}, {}, {}};
   const bool add = residual.has_value() && residual->defined();
   if (add) norm.residual = aligned(*residual);
+  if (x_weight.has_value() && x_weight->defined()) norm.x_weight = aligned(*x_weight);
   norm.hidden = add ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   norm.input = {norm.x.const_data_ptr(),
                 add ? norm.residual.const_data_ptr() : nullptr,
@@ -43,7 +47,9 @@ NormTensors norm_tensors(const at::Tensor& x, const at::Tensor& weight, double e
                 float(eps),
                 selection.tokens,
                 int(selection.in_features),
-                selection.type};
+                selection.type,
+                unit_offset,
+                norm.x_weight.defined() ? norm.x_weight.const_data_ptr() : nullptr};
   return norm;
 }
 
@@ -52,7 +58,8 @@ struct GatedTensors {
   SiluMulInput input;
 };
 
-GatedTensors gated_tensors(const at::Tensor& gate, const at::Tensor& up, const Selection& selection) {
+GatedTensors gated_tensors(const at::Tensor& gate, const at::Tensor& up, const Selection& selection,
+                           Activation activation) {
   const auto [gates, ups] = aligned_rows(gate, up);
   GatedTensors gated{gates.tensor, ups.tensor, {}};
   gated.input = {gated.gate.const_data_ptr(),
@@ -60,40 +67,44 @@ GatedTensors gated_tensors(const at::Tensor& gate, const at::Tensor& up, const S
                  gates.stride,
                  selection.tokens,
                  int(selection.in_features),
-                 selection.type};
+                 selection.type,
+                 activation};
   return gated;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> rms_norm_compress(
     const at::Tensor& x, const at::Tensor& weight, double eps, const OptionalTensor& residual,
     const OptionalTensor& channel_scale, const OptionalTensor& shift, c10::string_view token_shift,
-    bool variance_correction, std::optional<at::ScalarType> activation_dtype) {
+    bool variance_correction, std::optional<at::ScalarType> activation_dtype, bool unit_offset,
+    const OptionalTensor& x_weight) {
   constexpr const char* kOp = "rms_norm_compress";
   const Selection selection = check_selection(x, 2, 4, channel_scale, shift, token_shift, kOp);
   const bool fp8 = is_e4m3(activation_dtype, x, kOp);
   check_packable(x, selection, true, fp8, kOp);
-  check_norm(x, weight, residual, kOp);
+  check_norm(x, weight, residual, x_weight, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   const Selection vectors = with_aligned_vectors(selection);
   auto [operand, out] = allocate_packed(x, vectors, variance_correction, fp8, gemm_device(x, kOp));
-  const NormTensors norm = norm_tensors(x, weight, eps, residual, selection);
+  const NormTensors norm = norm_tensors(x, weight, eps, residual, x_weight, unit_offset, selection);
   if (selection.tokens != 0) check_status(launch_rmsnorm_compress(norm.input, out, current_stream(x)), kOp);
   return std::tuple_cat(results(operand), std::make_tuple(norm.hidden));
 }
 
 PackedTensors silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& channel_scale,
                                 const OptionalTensor& shift, c10::string_view token_shift, bool variance_correction,
-                                std::optional<at::ScalarType> activation_dtype) {
+                                std::optional<at::ScalarType> activation_dtype, c10::string_view activation) {
   constexpr const char* kOp = "silu_mul_compress";
   const Selection selection = check_selection(gate, 2, 4, channel_scale, shift, token_shift, kOp);
   const bool fp8 = is_e4m3(activation_dtype, gate, kOp);
   check_packable(gate, selection, true, fp8, kOp);
+  const Activation function = activation_of(activation, kOp);
   check_same_shape(gate, up, "up", kOp);
   const c10::cuda::CUDAGuard guard(gate.device());
   const Selection vectors = with_aligned_vectors(selection);
   auto [operand, out] = allocate_packed(gate, vectors, variance_correction, fp8, gemm_device(gate, kOp));
   if (selection.tokens != 0) {
-    check_status(launch_silu_mul_compress(gated_tensors(gate, up, selection).input, out, current_stream(gate)), kOp);
+    check_status(
+        launch_silu_mul_compress(gated_tensors(gate, up, selection, function).input, out, current_stream(gate)), kOp);
   }
   return results(operand);
 }
@@ -133,31 +144,55 @@ Pruned allocate_pruned(const at::Tensor& x, const Selection& selection, bool fp8
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> rms_norm_prune(const at::Tensor& x, const at::Tensor& weight, double eps,
                                                               const OptionalTensor& residual, int64_t n, int64_t m,
-                                                              std::optional<at::ScalarType> activation_dtype) {
+                                                              std::optional<at::ScalarType> activation_dtype,
+                                                              bool unit_offset, const OptionalTensor& x_weight) {
   constexpr const char* kOp = "rms_norm_prune";
   const Selection selection = check_selection(x, n, m, {}, {}, "none", kOp);
   const bool fp8 = check_prunable(x, selection, activation_dtype, kMaxNormFeatures, kOp);
-  check_norm(x, weight, residual, kOp);
+  check_norm(x, weight, residual, x_weight, kOp);
   const c10::cuda::CUDAGuard guard(x.device());
   const Pruned pruned = allocate_pruned(x, selection, fp8);
-  const NormTensors norm = norm_tensors(x, weight, eps, residual, selection);
+  const NormTensors norm = norm_tensors(x, weight, eps, residual, x_weight, unit_offset, selection);
   if (selection.tokens != 0) check_status(launch_rmsnorm_prune(norm.input, pruned.out, current_stream(x)), kOp);
   return {pruned.values, pruned.row_scale, norm.hidden};
 }
 
 std::tuple<at::Tensor, at::Tensor> silu_mul_prune(const at::Tensor& gate, const at::Tensor& up, int64_t n, int64_t m,
-                                                  std::optional<at::ScalarType> activation_dtype) {
+                                                  std::optional<at::ScalarType> activation_dtype,
+                                                  c10::string_view activation) {
   constexpr const char* kOp = "silu_mul_prune";
   const Selection selection = check_selection(gate, n, m, {}, {}, "none", kOp);
   const bool fp8 = check_prunable(gate, selection, activation_dtype, kMaxRowFeatures, kOp);
+  const Activation function = activation_of(activation, kOp);
   check_same_shape(gate, up, "up", kOp);
   const c10::cuda::CUDAGuard guard(gate.device());
   const Pruned pruned = allocate_pruned(gate, selection, fp8);
   if (selection.tokens != 0) {
-    check_status(launch_silu_mul_prune(gated_tensors(gate, up, selection).input, pruned.out, current_stream(gate)),
-                 kOp);
+    check_status(
+        launch_silu_mul_prune(gated_tensors(gate, up, selection, function).input, pruned.out, current_stream(gate)),
+        kOp);
   }
   return {pruned.values, pruned.row_scale};
+}
+
+at::Tensor rms_norm_add(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& residual,
+                        bool unit_offset) {
+  constexpr const char* kOp = "rms_norm_add";
+  check_features(x, kOp);
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", kOp,
+                   " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
+  TORCH_CHECK_VALUE(x.size(-1) % 8 == 0 && x.size(-1) <= kMaxNormFeatures, "nm_act::", kOp,
+                    " expected in_features divisible by 8 and at most ", kMaxNormFeatures, ", got ", x.size(-1),
+                    "; use the separate operators");
+  check_norm(x, weight, residual, {}, kOp);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor rows = aligned(x), by = aligned(weight), added = aligned(residual);
+  const at::Tensor y = at::empty(x.sizes(), x.options());
+  const RmsNormAddParams params{
+      rows.const_data_ptr(), added.const_data_ptr(), by.const_data_ptr(), y.mutable_data_ptr(),         float(eps),
+      unit_offset,           x.numel() / x.size(-1), int(x.size(-1)),     element_type(x.scalar_type())};
+  check_status(launch_rmsnorm_add(params, current_stream(x)), kOp);
+  return y;
 }
 
 }  // namespace
@@ -177,6 +212,7 @@ TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
   m.impl("silu_mul_compress", silu_mul_compress);
   m.impl("rms_norm_prune", rms_norm_prune);
   m.impl("silu_mul_prune", silu_mul_prune);
+  m.impl("rms_norm_add", rms_norm_add);
 }
 
 }  // namespace nm_act::cuda_ops

@@ -54,47 +54,60 @@ void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConf
   check_status(launch_sparse_gemm(params, launch), op);
 }
 
-namespace {
-
-at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout_name,
-               const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& row_scale,
-               const OptionalTensor& eta, const OptionalTensor& shift_out, const OptionalTensor& column_scale,
-               std::optional<at::ScalarType> out_dtype, at::OptionalIntArrayRef config) {
-  constexpr const char* kOp = "sparse_gemm";
+GemmDevice check_product(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout_name,
+                         const at::Tensor& weight, at::ScalarType y_type, const char* op) {
   TORCH_CHECK_VALUE(
       values.dim() == 2 && values.is_contiguous() && weight.dim() == 2 && weight.size(1) == 2 * values.size(1),
-      "nm_act::sparse_gemm expected contiguous values [tokens, in_features / 2] and weight [out_features, ",
+      "nm_act::", op, " expected contiguous values [tokens, in_features / 2] and weight [out_features, ",
       "in_features], got ", values.sizes(), " and ", weight.sizes(), "; pass what compress_packed returned");
-  check_same_device(values, metadata, "metadata", kOp);
-  check_same_device(values, weight, "weight", kOp);
-  TORCH_CHECK_TYPE(weight.scalar_type() == values.scalar_type(), "nm_act::sparse_gemm expected weight in the dtype of ",
+  check_same_device(values, metadata, "metadata", op);
+  check_same_device(values, weight, "weight", op);
+  TORCH_CHECK_TYPE(weight.scalar_type() == values.scalar_type(), "nm_act::", op, " expected weight in the dtype of ",
                    "values, ", values.scalar_type(), ", got ", weight.scalar_type(), "; convert one of them");
-  const bool fp8 = values.scalar_type() == at::kFloat8_e4m3fn;
-  const at::ScalarType type = out_dtype.value_or(fp8 ? at::kBFloat16 : values.scalar_type());
-  const int64_t tokens = values.size(0), out_features = weight.size(0);
-  const GemmDevice device = gemm_device(values, kOp);
-  const ElementType value_type = element_type(values.scalar_type());
-  const MetadataLayout layout = gemm_metadata_layout(value_type, device);
-  TORCH_CHECK_VALUE(layout_name == layout_text(layout), "nm_act::sparse_gemm expected an operand in the layout ",
+  const int64_t tokens = values.size(0);
+  const GemmDevice device = gemm_device(values, op);
+  const MetadataLayout layout = gemm_metadata_layout(element_type(values.scalar_type()), device);
+  TORCH_CHECK_VALUE(layout_name == layout_text(layout), "nm_act::", op, " expected an operand in the layout ",
                     layout_text(layout), ", which this device reads for ", values.scalar_type(), ", got one in ",
                     layout_name, "; compress it on this device");
   // The sm_80 GEMM reads whole blocks of tokens, for which a copy or a slice of the values has no memory.
   const int64_t rows = layout == MetadataLayout::kSm80Bits16 ? metadata_padded_tokens(layout, tokens) : tokens;
   const int64_t needed = (values.storage_offset() + rows * values.size(1)) * values.element_size();
-  TORCH_CHECK_VALUE(int64_t(values.storage().nbytes()) >= needed,
-                    "nm_act::sparse_gemm expected values with memory for ", rows, " tokens behind the first, got ",
-                    tokens,
+  TORCH_CHECK_VALUE(int64_t(values.storage().nbytes()) >= needed, "nm_act::", op, " expected values with memory for ",
+                    rows, " tokens behind the first, got ", tokens,
                     " tokens alone; pass the values that compress_packed returned, not a copy or a part of them");
   const int64_t bytes = metadata_bytes(layout, tokens, weight.size(1));
   TORCH_CHECK_VALUE(metadata.scalar_type() == at::kByte && metadata.numel() == bytes && metadata.is_contiguous(),
-                    "nm_act::sparse_gemm expected ", bytes, " metadata bytes, got ", metadata.numel(), " of ",
+                    "nm_act::", op, " expected ", bytes, " metadata bytes, got ", metadata.numel(), " of ",
                     metadata.scalar_type(), "; pass what compress_packed returned on this device");
   TORCH_CHECK_NOT_IMPLEMENTED(
-      is_aligned(values) && is_aligned(metadata) && weight_fits_gemm(weight, values.scalar_type(), type, device),
-      "nm_act::sparse_gemm expected a compiled combination (float16 or bfloat16 in ",
+      is_aligned(values) && is_aligned(metadata) && weight_fits_gemm(weight, values.scalar_type(), y_type, device),
+      "nm_act::", op, " expected a compiled combination (float16 or bfloat16 in ",
       "and out with either weight storage; e4m3 with an [out, in] weight on sm_90; 16-byte aligned rows), got values ",
-      values.scalar_type(), ", output ", type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
+      values.scalar_type(), ", output ", y_type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
       " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
+  return device;
+}
+
+at::Tensor epilogue_vector(const OptionalTensor& tensor, const at::Tensor& like, int64_t size, const char* name,
+                           const char* op) {
+  // compress_packed returns vectors of length 0 for what was not requested.
+  if (tensor.has_value() && tensor->defined() && tensor->numel() == 0 && size != 0) return at::Tensor();
+  return aligned(check_vector(tensor, like, size, name, op));
+}
+
+namespace {
+
+at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout_name,
+               const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& row_scale,
+               const OptionalTensor& eta, const OptionalTensor& shift_out, const OptionalTensor& column_scale,
+               std::optional<at::ScalarType> out_dtype, const OptionalTensor& residual,
+               at::OptionalIntArrayRef config) {
+  constexpr const char* kOp = "sparse_gemm";
+  const bool fp8 = values.scalar_type() == at::kFloat8_e4m3fn;
+  const at::ScalarType type = out_dtype.value_or(fp8 ? at::kBFloat16 : values.scalar_type());
+  const GemmDevice device = check_product(values, metadata, layout_name, weight, type, kOp);
+  const int64_t tokens = values.size(0), out_features = weight.size(0);
   TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 5 && device.compute_capability_major == 9),
                     "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on ",
                     "sm_90, got ", config.value_or(at::IntArrayRef{}), " on compute capability ",
@@ -104,12 +117,18 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
                     "nm_act::sparse_gemm expected a floating-point bias [", out_features, "], got ",
                     biased ? bias->sizes() : at::IntArrayRef{}, "; pass the layer's own");
   if (biased) check_same_device(values, *bias, "bias", kOp);
+  const bool adds = residual.has_value() && residual->defined();
+  if (adds) {
+    check_same_device(values, *residual, "residual", kOp);
+    TORCH_CHECK_VALUE(residual->dim() == 2 && residual->size(0) == tokens && residual->size(1) == out_features &&
+                          residual->scalar_type() == type,
+                      "nm_act::sparse_gemm expected residual [", tokens, ", ", out_features, "] in ", type, ", got ",
+                      residual->sizes(), " in ", residual->scalar_type(), "; add it to the result instead");
+  }
   const c10::cuda::CUDAGuard guard(values.device());
   const at::Tensor like = at::empty({0}, values.options().dtype(type));  // vectors may be float32 or y's dtype
   const auto vector = [&](const OptionalTensor& tensor, int64_t size, const char* name) {
-    // compress_packed returns vectors of length 0 for what was not requested.
-    if (tensor.has_value() && tensor->defined() && tensor->numel() == 0 && size != 0) return at::Tensor();
-    return aligned(check_vector(tensor, like, size, name, kOp));
+    return epilogue_vector(tensor, like, size, name, kOp);
   };
   const GemmEpilogueTensors epilogue{
       vector(row_scale, tokens, "row_scale"), vector(eta, tokens, "eta"), vector(shift_out, out_features, "shift_out"),
@@ -117,25 +136,31 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
   const GemmConfig chosen =
-      config.has_value() ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
-                                      static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
-                         : select_config({tokens, out_features, weight.size(1), value_type, device.multiprocessors});
+      config.has_value()
+          ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
+                       static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
+          : select_config({tokens, out_features, weight.size(1), params.value_type, device.multiprocessors});
+  // The kernel adds it where it is compiled to; else it costs one more pass.
+  const bool fused = adds && sparse_gemm_adds(params, device, chosen);
+  const at::Tensor addend = fused ? aligned(*residual) : at::Tensor();
+  if (fused) params.residual = addend.const_data_ptr();
   run_sparse_gemm(params, device, chosen, y, kOp);
+  if (adds && !fused) y.add_(*residual);
   return y;
 }
 
 at::Tensor sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout,
                        const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& row_scale,
                        const OptionalTensor& eta, const OptionalTensor& shift_out, const OptionalTensor& column_scale,
-                       std::optional<at::ScalarType> out_dtype) {
-  return run(values, metadata, layout, weight, bias, row_scale, eta, shift_out, column_scale, out_dtype, {});
+                       std::optional<at::ScalarType> out_dtype, const OptionalTensor& residual) {
+  return run(values, metadata, layout, weight, bias, row_scale, eta, shift_out, column_scale, out_dtype, residual, {});
 }
 
 at::Tensor tune_sparse_gemm(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout,
                             const at::Tensor& weight, at::IntArrayRef config, const OptionalTensor& row_scale,
                             const OptionalTensor& eta, const OptionalTensor& shift_out,
                             const OptionalTensor& column_scale, std::optional<at::ScalarType> out_dtype) {
-  return run(values, metadata, layout, weight, {}, row_scale, eta, shift_out, column_scale, out_dtype, config);
+  return run(values, metadata, layout, weight, {}, row_scale, eta, shift_out, column_scale, out_dtype, {}, config);
 }
 
 }  // namespace

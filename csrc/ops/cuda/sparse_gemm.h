@@ -11,6 +11,14 @@ struct GemmEpilogueTensors {
   at::Tensor bias;                                     // dtype of y
 };
 
+// Checks a packed operand and the weight that it meets, for a result of y_type, before anything is allocated.
+GemmDevice check_product(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout_name,
+                         const at::Tensor& weight, at::ScalarType y_type, const char* op);
+
+// A checked vector in float32, undefined if there is none; it may come in the dtype of `like`.
+at::Tensor epilogue_vector(const OptionalTensor& tensor, const at::Tensor& like, int64_t size, const char* name,
+                           const char* op);
+
 // All parameters except y.
 SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
                              const GemmEpilogueTensors& epilogue, at::ScalarType y_type);

@@ -23,6 +23,8 @@ from .training import BETAS, LARGEST_GRADIENT, linear_schedule, master
 TRAINED = ("data", "weights", "both")
 """What can be trained: the learned data of mitigations, the sparse layers' weights, or both."""
 
+_AT_ONCE = 4  # held-out windows in one call: bounds the float32 copies of their logits
+
 
 @dataclass(frozen=True)
 class DistillSettings:
@@ -186,7 +188,8 @@ def divergence(model: nn.Module, dense: nn.Module, ids: torch.Tensor) -> torch.T
 def held_out_losses(model: nn.Module, dense: nn.Module, windows: torch.Tensor) -> list[float]:
     """`divergence` of every window."""
     device = next(model.parameters()).device
-    return [divergence(model, dense, window[None].to(device)).item() for window in windows]
+    parts = (divergence(model, dense, some.to(device)).tolist() for some in windows.split(_AT_ONCE))
+    return [value for part in parts for value in part]
 
 
 def _check_windows(windows: torch.Tensor, held_out: torch.Tensor) -> None:

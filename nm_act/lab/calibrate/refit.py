@@ -6,7 +6,7 @@ error. What comes of it end to end is in docs/evaluation.md: a lower error of ev
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from ...layers.linear import NMLinear
 from ...ops import composed, formulas
 from ..evaluate.perplexity import mean_and_stderr
 from ..measured import MERGED
-from .blocks import BlockRunner, switched
+from .blocks import BlockRunner, at_once, switched
 
 __all__ = ["RefitSettings", "refit", "ridge"]
 
@@ -198,6 +198,7 @@ def _refit_layers(
     if not fits:
         return []
     first = len(hidden) - settings.held_out
+    parts = [*_pairs(hidden[:first], wanted[:first], at_once(device)), *_pairs(hidden[first:], wanted[first:], 1)]
     inputs: dict[str, torch.Tensor] = {}
     targets: dict[str, torch.Tensor] = {}
     with ExitStack() as hooks:
@@ -205,20 +206,21 @@ def _refit_layers(
             hooks.enter_context(layer.register_forward_pre_hook(_keeper(inputs, name)))
             dense_layer = reference.model.get_submodule(name)
             hooks.enter_context(dense_layer.register_forward_hook(_output_keeper(targets, name)))
-        for window, (own, theirs) in enumerate(zip(hidden.split(1), wanted.split(1), strict=True)):
+        fitted = math.ceil(first / at_once(device))
+        for part, (own, theirs) in enumerate(parts):
             runner.run(index, own.to(device))
             if settings.target == "dense":
                 reference.run(index, theirs.to(device))
             for name, layer in chosen.items():
-                x = inputs[name].flatten(0, -2)[settings.first_tokens :]
+                x = inputs[name][:, settings.first_tokens :].flatten(0, -2)
                 if settings.target == "dense":
-                    target = targets[name].flatten(0, -2)[settings.first_tokens :]
+                    target = targets[name][:, settings.first_tokens :].flatten(0, -2)
                 else:
                     target = x @ fits[name].weight.t()
                 spec = layer.spec
                 pruned = composed.select(formulas.shifted(x, None, spec.token_shift), spec.pattern, layer.channel_scale)
                 scale = x.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt() if settings.relative else 1.0
-                fits[name].add(pruned, target, scale, held=window >= first)
+                fits[name].add(pruned, target, scale, held=part >= fitted)
     report = []
     for name, fit in fits.items():
         found = ridge(fit.weight, fit.gram, fit.cross, settings.strength)
@@ -232,6 +234,10 @@ def _refit_layers(
         numbers = {"before": averages[0], "after": averages[1], "difference": mean, "stderr": stderr}
         report.append({"layer": name, **numbers, "kept": kept})
     return report
+
+
+def _pairs(hidden: torch.Tensor, wanted: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(hidden.split(size), wanted.split(size), strict=True)
 
 
 def _keeper(store: dict[str, Any], name: str) -> Callable[..., None]:

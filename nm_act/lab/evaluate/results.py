@@ -31,7 +31,7 @@ PREDICTED_MODEL = "llama-3-8b"
 AVERAGED = ("arc_easy", "boolq", "piqa", "winogrande")
 """The tasks of the paper's averages; others are shown but not averaged."""
 
-_COMPARABLE = ("model", "weights", "dtype", "limit", "tokens", "window", "data")
+_COMPARABLE = ("model", "weights", "dtype", "limit", "tokens", "window", "data", "device")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Row:
     @property
     def protocol(self) -> str:
         """Settings of the run, as text."""
-        settings = ("dtype", "limit", "tokens", "window")
+        settings = ("device", "dtype", "limit", "tokens", "window")
         return ", ".join(f"{key} {value}" for key, value in self.identity.items() if key in settings)
 
     @property

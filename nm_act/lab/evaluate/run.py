@@ -17,7 +17,7 @@ from .perplexity import check_finite, check_window, context_length, perplexity
 from .tasks import GENERATION, harness_model, run_task
 from .variants import Variant
 
-__all__ = ["Study", "check_context", "check_scored"]
+__all__ = ["Study", "check_context", "check_scored", "model_facts", "perplexity_result"]
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,13 @@ class Study:
             if not missing:
                 continue
             model = variant.make(self.dense).model
-            places = places_of(model)
-            macs = {"macs": macs_by_pattern(model), "extra_macs": extra_macs(model)}
-            macs |= {"layers": len({place.layer for place in places}), "width": places[0].in_features}
+            facts = model_facts(model)
             at_once = 1 if _reads_sequences(model) else batch_size
             for name in missing:
                 progress(f"{variant.name}: {name}")
                 start = time.perf_counter()
                 if name == PERPLEXITY:
-                    result = _perplexity(model, self.tokens, self.folder.identity["window"])
+                    result = perplexity_result(model, self.tokens, self.folder.identity["window"])
                     if variant.recipe is None:
                         check_finite(result["value"])
                 else:
@@ -79,7 +77,7 @@ class Study:
                     found = run_task(self.tasks[name], wrapped, self.folder.identity["limit"])
                     result = {**vars(found), "samples": len(found.scores)}
                 seconds = round(time.perf_counter() - start, 1)
-                self.folder.write(variant, name, {**result, **macs, "seconds": seconds})
+                self.folder.write(variant, name, {**result, **facts, "seconds": seconds})
             del model
 
 
@@ -87,7 +85,19 @@ def _reads_sequences(model: nn.Module) -> bool:
     return any(isinstance(module, NMLinear) and module.spec.scoring.by_sequence for module in model.modules())
 
 
-def _perplexity(model: Any, tokens: torch.Tensor, window: int | None) -> dict[str, Any]:
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """What predictions of a result's speed need beside its recipe."""
+    places = places_of(model)
+    return {
+        "macs": macs_by_pattern(model),
+        "extra_macs": extra_macs(model),
+        "layers": len({place.layer for place in places}),
+        "width": places[0].in_features,
+    }
+
+
+def perplexity_result(model: nn.Module, tokens: torch.Tensor, window: int | None) -> dict[str, Any]:
+    """A perplexity as a result, with the loss of every window."""
     found = perplexity(model, tokens, window=window)
     return {
         "metric": "ppl",

@@ -1,0 +1,503 @@
+"""Perplexity, tasks, searches and training of one model's recipes on a GPU, in steps ordered by what they tell.
+
+    python benchmarks/quality_gpu.py MODEL --data tokens.safetensors --output OUT --steps rows,train
+
+tokens.safetensors is what quality_data.py writes. OUT/rows.jsonl gets a line for each result at once, in the form of
+docs/evaluation/rows.jsonl (tools/evaluation_report.py OUT/rows.jsonl adds them), OUT/facts.jsonl what else was found:
+recipes, losses of training, refits, noise, tokens per second. What is in them is not measured again, so that a second
+call continues. No step starts that would end after the limit.
+"""
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import json
+import math
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from quality_data import unpacked
+from quality_training import train_graphed
+from safetensors import safe_open
+
+import nm_act
+from nm_act import Recipe
+from nm_act.lab.calibrate import CalibrationSettings, calibrate
+from nm_act.lab.calibrate.data import split_windows
+from nm_act.lab.calibrate.refit import RefitSettings, refit
+from nm_act.lab.cost import Measured, places_of, predictions, shapes_of
+from nm_act.lab.evaluate.choices import score
+from nm_act.lab.evaluate.noise import noise_floor
+from nm_act.lab.evaluate.perplexity import mean_and_stderr
+from nm_act.lab.evaluate.run import model_facts, perplexity_result
+from nm_act.lab.evaluate.study import DENSE_VARIANT, Variant, from_recipe, load_study, row_variant
+from nm_act.lab.evaluate.variants import resolved, sparse_copy
+from nm_act.lab.search.options import option_name, parse_option
+from nm_act.lab.search.sensitivity import groups_of, sensitivities
+from nm_act.lab.search.solve import Problem
+from nm_act.methods.mitigations import data_of, learned_data_of
+from nm_act.recipe import DEFAULT_PROJECTIONS
+
+WINDOW = 2048
+EVALUATION = Path(__file__).resolve().parents[1] / "docs" / "evaluation"
+SHAPES = "llama-3-8b"
+RATES = (2e-4, 5e-4, 1e-3)
+"""Learning rates of weights that are tried in a short training."""
+C4 = "documents 1 to 1700 of C4"
+
+
+class OutOfTimeError(Exception):
+    """The limit is reached."""
+
+
+class Session:
+    """The model, the tokens, what was measured, and the time left."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.start, self.options, self.step_end = time.perf_counter(), options, math.inf
+        self.device = torch.device(options.device)
+        from nm_act.integrations.checkpoints import load_model
+
+        self.cpu, self.tokenizer = load_model(options.model, dtype="float32")
+        self.cpu.requires_grad_(False)
+        self.dense = copy.deepcopy(self.cpu).to(self.device)
+        with safe_open(options.data, framework="pt") as file:
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            self.texts, self.tasks = (json.loads(file.metadata()[name]) for name in ("texts", "tasks"))
+        self.unpacked: dict = {}
+        self.windows = self.tensors["calibration"].long()[: options.calibration]
+        self.output = Path(options.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.facts = {fact["name"]: fact for fact in self._lines("facts.jsonl")}
+        self.done, self._identity = set(), None
+        for line in self._lines("rows.jsonl"):
+            if "identity" in line:
+                self._identity = line["identity"]
+            else:
+                self.done.add((self._identity["dtype"], line["variant"]["name"], line["task"]))
+
+    def _lines(self, name: str) -> list[dict]:
+        path = self.output / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def _append(self, name: str, line: dict) -> None:
+        with (self.output / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @property
+    def left(self) -> float:
+        """Seconds until the limit."""
+        return min(self.options.limit_seconds, self.step_end) - (time.perf_counter() - self.start)
+
+    def need(self, seconds: float) -> None:
+        """Stop where fewer seconds are left."""
+        if self.left < seconds:
+            raise OutOfTimeError(f"{seconds:.0f} s needed, {self.left:.0f} s left")
+
+    def fact(self, name: str, **values: object) -> None:
+        """Keep something that is not a row."""
+        self.facts[name] = {"name": name, **values}
+        self._append("facts.jsonl", self.facts[name] | {"commit": self.options.commit})
+        self.say(name, json.dumps(values)[:300])
+
+    def say(self, *parts: object) -> None:
+        print(f"{time.perf_counter() - self.start:6.1f}", *parts, flush=True)
+
+    def write(self, dtype: str, variant: Variant, task: str, result: dict) -> None:
+        """Append a row, with the identity of its run in front where that is another one."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        identity = {"model": Path(self.options.model).name, "dtype": dtype, "device": name, "limit": self.options.limit}
+        identity |= {"tokens": self.options.tokens, "window": self.options.window}
+        if identity != self._identity:
+            self._append("rows.jsonl", {"identity": identity})
+            self._identity = identity
+        record = {"variant": variant.to_dict(), "task": task, **result, "commit": self.options.commit}
+        self._append("rows.jsonl", record | {"date": datetime.datetime.now(datetime.UTC).date().isoformat()})
+        self.done.add((dtype, variant.name, task))
+        self.say(f"{variant.name:40} {task:14} {dtype:9} {result['value']:.4f} ± {result['stderr']:.4f}")
+
+    def measure(self, variant: Variant, model=None, texts=None, tasks=(), dtype: str = "float32") -> None:
+        """The rows of a variant that are missing; without a model, that of its recipe."""
+        texts = [t for t in (texts or self.texts) if (dtype, variant.name, t) not in self.done]
+        tasks = [t for t in tasks if (dtype, variant.name, t) not in self.done]
+        if not texts and not tasks:
+            return
+        self.need(3)
+        model = self.model(variant.recipe) if model is None else model
+        if str(next(model.parameters()).dtype) != f"torch.{dtype}":
+            model = copy.deepcopy(model).to(getattr(torch, dtype))
+        facts = model_facts(model)
+        for text in texts:
+            tokens = self.tensors[f"text.{text}"].long()[: self.options.tokens]
+            self.write(dtype, variant, text, perplexity_result(model, tokens, self.options.window) | facts)
+        for task in tasks:
+            self.need(5)
+            if task not in self.unpacked:
+                self.unpacked[task] = unpacked(self.tensors, task)
+            answers, right = self.unpacked[task]
+            found = score(model, answers[: self.options.limit], right[: self.options.limit], 32768)
+            value, stderr = mean_and_stderr(found)
+            result = {"metric": "acc", "value": value, "stderr": stderr, "samples": len(found), "scores": found}
+            self.write(dtype, variant, task, result | facts)
+
+    def model(self, recipe: Recipe | None, windows: int = 8, settings: CalibrationSettings | None = None):
+        """A sparse copy in both phases, calibrated on a few windows if its recipe needs data; the dense model."""
+        if recipe is None:
+            return self.dense
+        recipe = everywhere(recipe)
+        if not any(map(data_of, resolved(recipe))):
+            return sparse_copy(self.dense, recipe).model
+        report, _ = calibrate(
+            copy.deepcopy(self.cpu), recipe, self.windows[:windows], settings=settings, device=self.device
+        )
+        return report.model.to(self.device)
+
+
+def everywhere(recipe: Recipe) -> Recipe:
+    """The recipe with all tokens sparse, as if all were decoded."""
+    rules = tuple(dataclasses.replace(rule, phase=None) for rule in recipe.rules)
+    return dataclasses.replace(recipe, phase="both", rules=rules)
+
+
+def with_mitigation(recipe: Recipe, mitigation: list[str]) -> Recipe:
+    """The recipe with these mitigations in every sparse layer."""
+    rules = tuple(
+        rule if rule.pattern == "dense" else dataclasses.replace(rule, mitigation=tuple(mitigation))
+        for rule in recipe.rules
+    )
+    return dataclasses.replace(recipe, mitigation=tuple(mitigation), rules=rules)
+
+
+@contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Products of float32 on tensor cores: for training only."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def rows(session: Session) -> None:
+    """Known rows on every text in both dtypes, and the noise of rounding."""
+    recipes = [
+        Recipe(p, criterion=c, mitigation=m) for c, m in (("act", []), ("wina", ["var"])) for p in ("2:4", "8:16")
+    ]
+    variants = [DENSE_VARIANT, *map(from_recipe, recipes)]
+    row = {"recipe": str(EVALUATION / "searched-1.20.yaml"), "layers": "search", "calibrated": True}
+    variants.append(calibrated(row_variant(row)))
+    for name in ("decode", "prefill"):
+        recipe = Recipe.named(name)
+        variants.append(dataclasses.replace(from_recipe(recipe, f"{name} (recommended)"), layers="rule"))
+    for dtype in ("float32", "bfloat16"):
+        for variant in variants:
+            session.measure(variant, dtype=dtype)
+    for recipe in recipes[2:]:
+        name = f"noise {from_recipe(recipe).name}"
+        if name not in session.facts:
+            session.need(15)
+            tokens = session.tensors["text.wikitext2"].long()[: session.options.tokens]
+            deviation, largest = noise_floor(session.model(recipe), tokens, session.options.window)
+            session.fact(name, deviation=deviation, largest=largest)
+
+
+def calibrated(variant: Variant, windows: int = 8) -> Variant:
+    """The variant, said to be calibrated by `Session.model`."""
+    learned = any(learned_data_of(spec) for spec in resolved(variant.recipe))
+    how = "; what is learned: block by block, one step a window at 0.0001, mse" if learned else ""
+    return dataclasses.replace(variant, calibrated=True, calibrated_on=f"{C4}, {windows} windows of 512 tokens{how}")
+
+
+def generate(session: Session) -> None:
+    """Tokens per second of generate() and StaticDecoder, bfloat16, 256 tokens of prompt."""
+    from bench_generate import measure as speed
+
+    prompt = session.windows[:1, :256].to(session.device)
+    for name, recipe in (("dense", None), ("8:16", Recipe("8:16")), ("2:4", Recipe("2:4"))):
+        if f"generate {name}" in session.facts:
+            continue
+        session.need(40)
+        model = copy.deepcopy(session.model(recipe)).to(torch.bfloat16)
+        found = {}
+        for way in ("eager", "StaticDecoder"):
+            found[way] = speed(way, model, prompt, session.options.generated, 1)
+        nm_act.optimize(model)
+        for way in ("eager", "StaticDecoder"):
+            found[f"{way}, optimized"] = speed(way, model, prompt, session.options.generated, 1)
+        session.fact(f"generate {name}", **found)
+
+
+def curve(session: Session) -> None:
+    """All layers at keep 12 to 4 of 16, as if every token were decoded."""
+    for keep in range(12, 3, -1):
+        session.measure(from_recipe(Recipe(f"{keep}:16", criterion="wina", mitigation=["var"])))
+
+
+def search(session: Session) -> None:
+    """Recipes by projection for decode and prefill: the least sum of sensitivities for a predicted speed-up."""
+    decode = [parse_option(f"{keep}:16 wina") for keep in session.options.keeps]
+    prefill = [parse_option("2:4 wina"), parse_option("2:4+1 wina")]
+    for phase, specs, targets in (("decode", decode, (1.45, 1.3, 1.617, 1.8)), ("prefill", prefill, (1.2, 1.1, 1.3))):
+        wanted = [target for target in targets if f"search {phase} {target:.2f}" not in session.facts]
+        if not wanted:
+            continue
+        session.need(60)
+        specs = {option_name(spec): spec for spec in specs}
+        groups = groups_of(session.dense, DEFAULT_PROJECTIONS, session.options.together, merged=True)
+        windows = session.windows[: 2 * 1024 // session.windows.shape[1]].reshape(2, -1)
+        store = session.output / f"sensitivities-{phase}.jsonl"
+        costs = sensitivities(session.dense, windows, groups, specs, store)
+        cost = Measured("h100", shapes_of(SHAPES), SHAPES, phases=(phase,))
+        problem = Problem(groups, costs, specs, cost)
+        for target in wanted:
+            try:
+                choice = problem.solve(target)
+            except ValueError as error:
+                session.say(error)
+                continue
+            recipe = dataclasses.replace(problem.recipe(choice), phase="decode" if phase == "decode" else "both")
+            found = predictions(cost, places_of(SHAPES, 30), recipe)[phase]
+            session.fact(f"search {phase} {target:.2f}", recipe=recipe.to_dict(), predicted=found)
+    for name, fact in list(session.facts.items()):
+        if name.startswith("search"):
+            recipe = with_mitigation(Recipe.from_dict(fact["recipe"]), ["var"])
+            session.measure(from_recipe(recipe, f"{name}x", layers="search"), texts=["wikitext2", "c4"])
+
+
+def trained_recipes(session: Session) -> Iterator[tuple[str, Recipe, str]]:
+    """Name, recipe and what is trained, the most promising first."""
+    found = {
+        f"{name}x": Recipe.from_dict(fact["recipe"])
+        for name, fact in session.facts.items()
+        if name.startswith("search")
+    }
+    learned = ["ls", "lpts", "var"]
+    for pattern in ("2:4", "8:16"):
+        found[pattern] = Recipe(pattern, criterion="wina", phase="both" if pattern == "2:4" else "decode")
+    for name in ("decode", "prefill"):
+        found[f"{name} (recommended)"] = with_mitigation(Recipe.named(name), [])
+    jobs = [(name, "weights", []) for name in ("2:4", "search decode 1.45x", "search prefill 1.20x")]
+    jobs += [(name, "weights", []) for name in ("search prefill 1.10x", "8:16")]
+    jobs += [(name, "data", learned) for name in ("2:4", "8:16", "search prefill 1.20x", "search decode 1.45x")]
+    jobs += [(name, "weights", []) for name in ("search prefill 1.30x", "search decode 1.62x")]
+    jobs += [("2:4", "data", ["rsparse-8-fit"]), ("8:16", "data", ["rsparse-16-fit"])]
+    jobs += [(name, "weights", []) for name in ("decode (recommended)", "prefill (recommended)", "search decode 1.80x")]
+    for name, what, mitigation in jobs:
+        if name in found:
+            yield name, with_mitigation(found[name], mitigation), what
+
+
+def untrained(session: Session, recipe: Recipe):
+    """The sparse model with learned data where training starts: no shift, a scale of 1."""
+    if any(spec.mitigation and spec.mitigation[0].startswith("rsparse") for spec in resolved(recipe)):
+        return session.model(recipe)
+    model = sparse_copy(session.dense, everywhere(recipe)).model
+    for layer in model.modules():
+        if isinstance(layer, nm_act.NMLinear) and layer.data():
+            start = {key: torch.full_like(value, float(key == "column_scale")) for key, value in layer.data().items()}
+            layer.set_data(**start)
+    return model
+
+
+def train(session: Session) -> None:
+    """End-to-end training on the dense model's output distribution, straight through the selection."""
+    windows, held_out = split_windows(session.windows)
+    rate_of = {"weights": learning_rate(session, windows, held_out), "data": 3e-3}
+    spent: dict[str, float] = {}
+    for short, recipe, what in trained_recipes(session):
+        steps = session.options.train_steps
+        batch = session.options.batch if what == "weights" else max(1, session.options.batch // 2)
+        method = "+".join(dict.fromkeys(m for spec in resolved(recipe) for m in (spec.criterion, *spec.mitigation)))
+        name = f"{short} {method} trained {what}"
+        if all(("float32", name, text) in session.done for text in session.texts):
+            continue
+        session.need(spent.get(what, 60.0) + 8)
+        start = time.perf_counter()
+        model = untrained(session, recipe)
+        try:
+            done = trained(session, model, windows, held_out, steps, batch, what, rate_of[what])
+        except (ValueError, RuntimeError) as error:
+            session.say("failed", name, error)
+            continue
+        spent[what] = time.perf_counter() - start
+        on = (
+            f"{C4}, {len(windows)} windows of {windows.shape[1]}; {what} end to end, {steps} steps of {batch} windows, "
+        )
+        on += f"rate {rate_of[what]:g}" + ("" if done.kept else "; not better on held-out text, kept out")
+        variant = from_recipe(recipe, name, calibrated=True, calibrated_on=on)
+        layers = variant.layers if variant.layers == "all" else "rule" if "recommended" in name else "search"
+        if short in ("2:4", "8:16"):
+            layers = "all"
+        variant = dataclasses.replace(variant, method=f"{method} trained {what}", layers=layers)
+        session.fact(f"train {name}", seconds=spent[what], **dataclasses.asdict(done))
+        session.measure(variant, model)
+        if session.options.tasks_of_trained:
+            session.measure(DENSE_VARIANT, None, ["wikitext2"], session.tasks[:5], dtype="bfloat16")
+            session.measure(variant, model, ["wikitext2"], session.tasks[:5], dtype="bfloat16")
+        del model
+
+
+def trained(session: Session, model, windows, held_out, steps: int, batch: int, what: str, rate: float):
+    """`train_graphed` with this session's settings."""
+    dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float32
+    options = {"steps": steps, "batch": batch, "what": what, "rate": rate, "dtype": dtype}
+    with tf32(session.device):
+        return train_graphed(model, session.dense, windows, held_out, progress=stopper(session), **options)
+
+
+def learning_rate(session: Session, windows: torch.Tensor, held_out: torch.Tensor) -> float:
+    """The rate for weights with the lowest held-out loss after a short training of 2:4."""
+    if "rates" not in session.facts:
+        session.need(60)
+        recipe, steps = Recipe("2:4", criterion="wina"), session.options.train_steps // 6
+        batch, found = session.options.batch, {}
+        for rate in RATES:
+            model = untrained(session, recipe)
+            found[rate] = trained(session, model, windows, held_out[:8], steps, batch, "weights", rate).after
+        session.fact("rates", losses=found, rate=min(found, key=found.__getitem__))
+    return session.facts["rates"]["rate"]
+
+
+def stopper(session: Session):
+    """Progress that ends a training at the limit."""
+
+    def progress(step: int, steps: int, loss: float) -> None:
+        session.need(0)
+        session.say(f"  step {step}/{steps}, loss {loss:.4f}")
+
+    return progress
+
+
+def study(session: Session) -> None:
+    """Every row of the committed studies, on the test's text and on held-out C4."""
+    for name in ("study.yaml", "calibrated.yaml"):
+        for row in load_study(EVALUATION / name):
+            variant = row_variant(row)
+            if ("float32", variant.name, "wikitext2") in session.done:
+                continue
+            learned = any(learned_data_of(spec) for spec in resolved(variant.recipe))
+            windows = session.options.learned_windows if learned else 8
+            session.need((110 if learned else 12) if variant.calibrated else 3)
+            try:
+                variant = calibrated(variant, windows) if variant.calibrated else variant
+                session.measure(variant, session.model(variant.recipe, windows), ["wikitext2", "c4"])
+            except (ValueError, RuntimeError) as error:
+                session.say("failed", variant.name, error)
+
+
+def refits(session: Session) -> None:
+    """Ridge refits of the weights: which setting lowers the model's perplexity, beside the error of every layer."""
+    dense = RefitSettings(held_out=32)
+    relative = dataclasses.replace(dense, first_tokens=1, relative=True)
+    tried = [("2:4", dataclasses.replace(relative, strength=strength)) for strength in (1.0, 0.1, 10.0)]
+    tried += [("8:16", relative), ("2:4", dense), ("2:4", dataclasses.replace(relative, target="own"))]
+    tokens = session.options.refit_windows
+    for pattern, settings in tried:
+        about = f"{settings.target} {settings.strength:g}" + (
+            " relative, first token left out" if settings.relative else ""
+        )
+        recipe = Recipe(pattern, criterion="wina", mitigation=[])
+        name = f"wina {pattern} refit {about}"
+        if f"refit {name}" in session.facts:
+            continue
+        session.need(40)
+        model, other = session.model(recipe), session.model(recipe)
+        windows = torch.cat([session.windows[:tokens], session.windows[-settings.held_out :]])
+        start = time.perf_counter()
+        report = refit(model, other, windows, settings)
+        kept = [each for each in report if each["kept"]]
+        change = math.fsum(each["difference"] / each["before"] for each in kept) / max(1, len(kept))
+        session.fact(
+            f"refit {name}", kept=len(kept), layers=len(report), mean_change=change, seconds=time.perf_counter() - start
+        )
+        on = f"{C4}, {tokens} windows of {windows.shape[1]}; refit, {about}, {len(kept)} of {len(report)} layers kept"
+        variant = from_recipe(recipe, name, calibrated=True)
+        variant = dataclasses.replace(variant, method=f"wina refit {about}", calibrated_on=on)
+        session.measure(variant, model, ["wikitext2", "c4"])
+
+
+def tasks(session: Session) -> None:
+    """Whole validation sets, bfloat16: criteria, patterns, mitigations, weights against activations, subsets."""
+    chosen = [
+        ("act", "8:16", []),
+        ("wanda", "8:16", []),
+        ("act", "16:32", []),
+        ("act", "2:4", []),
+        ("wina", "8:16", ["var"]),
+    ]
+    chosen += [("weight-magnitude", "8:16", []), ("wina", "2:4", ["var"]), ("act", "4:8", []), ("act", "50%", [])]
+    chosen += [("wanda", "2:4", []), ("weight-magnitude", "2:4", []), ("act", "8:16", ["var"]), ("act", "2:4", ["var"])]
+    chosen += [("wina", "12:16", ["var"]), ("act", "8:16", ["dpts-median"]), ("act", "2:4", ["dpts-median"])]
+    chosen += [("wina", "8:16", []), ("amber", "8:16", [])]
+    recipes = [Recipe(pattern, criterion=criterion, mitigation=m) for criterion, pattern, m in chosen]
+    variants = [DENSE_VARIANT, *map(from_recipe, recipes)]
+    for layers in ("amber", "alanova"):
+        variants += [row_variant({"pattern": p, "layers": layers}) for p in ("2:4", "8:16")]
+    for name in ("decode", "prefill"):
+        variants.append(dataclasses.replace(from_recipe(Recipe.named(name), f"{name} (recommended)"), layers="rule"))
+    for names in (session.tasks[:5], session.tasks[5:]):
+        for variant in variants:
+            wanted = [name for name in names if ("bfloat16", variant.name, name) not in session.done]
+            if wanted:
+                session.need(15)
+                if variant.recipe is not None and any(map(data_of, resolved(variant.recipe))):
+                    variant = calibrated(variant)
+                session.measure(variant, texts=["wikitext2"], tasks=wanted, dtype="bfloat16")
+
+
+STEPS = {each.__name__: each for each in (rows, curve, search, train, tasks, refits, study, generate)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or .gguf file")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)}; NAME:SECONDS limits one")
+    parser.add_argument("--limit-seconds", type=float, default=480.0)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", default=None)
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: two short windows of everything")
+    parser.add_argument("--train-steps", type=int, default=384)
+    parser.add_argument("--batch", type=int, default=12, help="windows in a step of training")
+    parser.add_argument("--tasks-of-trained", action="store_true")
+    options = parser.parse_args()
+    sizes = {
+        "tokens": 20480,
+        "window": WINDOW,
+        "limit": None,
+        "calibration": 1 << 30,
+        "keeps": (5, 6, 7, 8, 9, 10, 12, 14),
+    }
+    sizes |= {"together": 1, "generated": 80, "refit_windows": 200, "learned_windows": 256}
+    if options.tiny:
+        sizes = {"tokens": 128, "window": 64, "limit": 2, "calibration": 120, "keeps": (4, 8), "together": 15}
+        sizes |= {"generated": 18, "refit_windows": 60, "learned_windows": 2}
+    vars(options).update(sizes)
+    options.commit = options.commit or nm_act.version.commit()
+    session = Session(options)
+    if options.tiny:
+        session.windows = session.windows[:, :32]
+    session.say("loaded", torch.__version__, options.commit)
+    for name in options.steps.split(","):
+        name, _, seconds = name.partition(":")
+        session.step_end = time.perf_counter() - session.start + float(seconds or math.inf)
+        session.say(f"== {name}")
+        try:
+            STEPS[name](session)
+        except OutOfTimeError as error:
+            session.say(f"{name} stopped: {error}")
+        except Exception:  # the steps behind it are worth their time all the same
+            traceback.print_exc()
+            torch.cuda.empty_cache()
+    session.say("done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+// A main loop over both halves of a merged gate and up weight: tile n of the outputs multiplies outputs n * H to
+// (n + 1) * H of the gate, and then those of up, where H is half the width of the tile. One thread so holds the gate and
+// the up value of an output, whatever the width of the projections.
+//
+// CUTLASS loads a tile of the weight in one piece. Here two loads of half a tile fill the same shared memory: the weight
+// is a tensor [outputs, features, 2] whose last stride leads from gate to up.
+#pragma once
+
+#include <cute/tensor.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+
+namespace nm_act {
+namespace sm90 {
+
+template <class Base>
+struct GatedMainloop : Base {
+  using typename Base::DispatchPolicy;
+  using typename Base::MainloopPipeline;
+  using typename Base::PipelineState;
+  using typename Base::SmemLayoutB;
+  using typename Base::TensorStorage;
+  using typename Base::TileShape;
+  using ClusterShape = typename DispatchPolicy::ClusterShape;
+  using Arguments = typename Base::Arguments;
+
+  static constexpr int kHalf = cute::size<1>(TileShape{}) / 2;
+  using HalfTile = decltype(cute::make_shape(cute::get<0>(TileShape{}), cute::Int<kHalf>{}, cute::get<2>(TileShape{})));
+  // A stage is two halves, one after the other.
+  using SmemHalves = decltype(cute::tile_to_shape(
+      typename Base::SmemLayoutAtomB{},
+      cute::make_shape(cute::Int<kHalf>{}, cute::get<2>(TileShape{}), cute::Int<2 * DispatchPolicy::Stages>{}),
+      cute::conditional_t<Base::is_B_mn_major, cute::Step<cute::_2, cute::_1, cute::_3>,
+                          cute::Step<cute::_1, cute::_2, cute::_3>>{}));
+  static_assert(SmemLayoutB{}(0, 0, 1) == SmemHalves{}(0, 0, 2) &&
+                    SmemLayoutB{}(kHalf, 0, 0) == SmemHalves{}(0, 0, 1) &&
+                    SmemLayoutB{}(kHalf + 3, 5, 1) == SmemHalves{}(3, 5, 3),
+                "the halves of a stage lie one after the other");
+
+  template <class Weight>
+  static auto make_half_load(const Weight& weight) {
+    return cute::make_tma_copy_B_sm90<typename Base::TmaInternalElementB>(
+        typename Base::GmemTiledCopyB{}, weight, SmemHalves{}(cute::_, cute::_, cute::Int<0>{}), HalfTile{},
+        ClusterShape{});
+  }
+  static auto weight_of(const typename Base::ElementB* data, int outputs, int features,
+                        const typename Base::StrideB& stride) {
+    return cute::make_tensor(cute::recast_ptr<typename Base::TmaInternalElementB>(data),
+                             cute::make_layout(cute::make_shape(outputs, features, 2), stride));
+  }
+
+  struct Params : Base::Params {
+    decltype(make_half_load(weight_of(nullptr, 0, 0, {}))) load_half;
+  };
+
+  // args.dB's last stride leads from gate to up; the problem's outputs are those of both.
+  template <class Problem>
+  static Params to_underlying_arguments(const Problem& problem, const Arguments& args, void* workspace) {
+    const int outputs = cute::get<1>(problem) / 2;
+    return {Base::to_underlying_arguments(problem, args, workspace),
+            make_half_load(weight_of(args.ptr_B, outputs, cute::get<2>(problem), args.dB))};
+  }
+
+  CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& params) {
+    cute::prefetch_tma_descriptor(params.tma_load_a.get_tma_descriptor());
+    cute::prefetch_tma_descriptor(params.tma_load_e.get_tma_descriptor());
+    cute::prefetch_tma_descriptor(params.load_half.get_tma_descriptor());
+  }
+
+  template <class Problem>
+  CUTLASS_DEVICE auto load_init(const Problem& problem, const Params& params) const {
+    using namespace cute;
+    const auto inputs = Base::load_init(problem, params);  // the kernel takes the number of tiles from these
+    const auto weight = params.load_half.get_tma_tensor(make_shape(get<1>(problem) / 2, get<2>(problem), 2));
+    return make_tuple(get<0>(inputs), get<1>(inputs), get<2>(inputs),
+                      local_tile(weight, HalfTile{}, make_coord(_, _, _), Step<Underscore, _1, _1>{}));
+  }
+
+  template <class Inputs, class BlockCoord, class TileIterator>
+  CUTLASS_DEVICE void load(const Params& params, MainloopPipeline pipeline, PipelineState write, const Inputs& inputs,
+                           const BlockCoord& block, TileIterator tile, int tiles, int, uint32_t block_rank_in_cluster,
+                           TensorStorage& shared) {
+    using namespace cute;
+    if (!elect_one_sync()) return;
+    const auto smem_a = make_tensor(make_smem_ptr(shared.smem_A.begin()), typename Base::SmemLayoutA{});
+    const auto smem_e = make_tensor(make_smem_ptr(shared.smem_E.begin()), typename Base::SmemLayoutE{});
+    const auto smem_b = make_tensor(make_smem_ptr(shared.smem_B.begin()), SmemHalves{});
+    const auto [all_a, all_b, all_e, all_halves] = inputs;
+
+    const auto blocks = make_layout(ClusterShape{});
+    const auto mine = blocks.get_flat_coord(block_rank_in_cluster);
+    const uint16_t to_row = create_tma_multicast_mask<1>(blocks, mine);
+    const uint16_t to_column = create_tma_multicast_mask<0>(blocks, mine);
+    const auto copy_a = params.tma_load_a.get_slice(get<1>(mine));
+    const auto copy_e = params.tma_load_e.get_slice(get<1>(mine));
+    const auto copy_b = params.load_half.get_slice(get<0>(mine));
+
+    const auto source_a = copy_a.partition_S(all_a(_, _, get<0>(block), _, get<3>(block)));
+    const auto source_e = copy_e.partition_S(all_e(_, _, get<0>(block), _, get<3>(block)));
+    const auto gate = copy_b.partition_S(all_halves(_, _, get<1>(block), _, 0));
+    const auto up = copy_b.partition_S(all_halves(_, _, get<1>(block), _, 1));
+    const auto stages_a = copy_a.partition_D(smem_a);
+    const auto stages_e = copy_e.partition_D(smem_e);
+    const auto stages_b = copy_b.partition_D(smem_b);
+
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (; tiles > 0; --tiles) {
+      pipeline.producer_acquire(write);
+      auto* barrier = pipeline.producer_get_barrier(write);
+      const int stage = write.index();
+      copy(params.tma_load_a.with(*barrier, to_row), source_a(_, _, _, *tile), stages_a(_, _, _, stage));
+      copy(params.tma_load_e.with(*barrier, to_row), source_e(_, _, _, *tile), stages_e(_, _, _, stage));
+      copy(params.load_half.with(*barrier, to_column), gate(_, _, _, *tile), stages_b(_, _, _, 2 * stage));
+      copy(params.load_half.with(*barrier, to_column), up(_, _, _, *tile), stages_b(_, _, _, 2 * stage + 1));
+      ++tile;
+      ++write;
+    }
+  }
+};
+
+}  // namespace sm90
+}  // namespace nm_act

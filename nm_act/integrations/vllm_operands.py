@@ -1,0 +1,285 @@
+"""What the forward of a vLLM layer reads, and how its weight is stored; nothing here needs vLLM."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from .. import parallel
+from ..layers.linear import NMLinear
+from ..layers.work import LinearWork, compiled_operator, work_of
+from ..methods import mitigations
+from ..ops.e4m3 import E4M3Weight, check_layout
+from ..ops.prepack import prepack_weight, why_not_prepacked
+from ..optimize.eligible import unfit_for_fp8
+from ..patterns import NMPattern
+from ..recipe import LinearSpec
+from .vllm_plan import Segment
+
+
+@dataclass
+class Storage:
+    """The storage that ``quantization_config`` asks for, and what came of it.
+
+    Attributes
+    ----------
+    prepack : bool
+        Keep a second copy of the weights in oneDNN's layout, on CPUs.
+    fp8 : {"prefill", "decode", "both"}, optional
+        Keep the weights in e4m3, as :func:`nm_act.optimize` names the copies.
+    prepacked_bytes : int
+    e4m3 : int
+        Layers with e4m3 weights.
+    in_16_bits : list of (str, str)
+        Sparse layers that stay in 16 bits despite ``fp8``, and why.
+    """
+
+    prepack: bool = False
+    fp8: str | None = None
+    prepacked_bytes: int = 0
+    e4m3: int = 0
+    in_16_bits: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Storage":
+        """Of an entry in config.json; ValueError if it asks for what there is not."""
+        prepack, fp8 = config.get("prepack", False), config.get("fp8")
+        if not isinstance(prepack, bool):
+            raise ValueError(f"expected prepack as true or false in quantization_config, got {prepack!r}; write one")
+        if fp8 is not None:
+            check_layout(fp8)
+            if prepack:
+                raise ValueError(
+                    "expected prepack or fp8 in quantization_config, got both; prepack is for CPUs, fp8 for GPUs"
+                )
+        return cls(prepack, fp8)
+
+    def check_device(self, device: str, capability: tuple[int, int] | None) -> None:
+        """Raise a ValueError if the device has no e4m3 products; "decode" dequantises where it has none."""
+        if self.fp8 not in (None, "decode") and (device != "cuda" or capability is None or capability[0] != 9):
+            got = device if capability is None else f"{device} with {capability[0]}.{capability[1]}"
+            raise ValueError(
+                f'expected a GPU of compute capability 9.0 (H100, H200) for fp8="{self.fp8}", got {got}; choose '
+                'fp8="decode" or leave fp8 out'
+            )
+
+    def takes_e4m3(
+        self, name: str, specs: Sequence[LinearSpec | None], sizes: Sequence[int], weight: torch.Tensor, split: bool
+    ) -> bool:
+        """Whether a layer's sparse projections get e4m3 weights; counts it.
+
+        Parameters
+        ----------
+        name : str
+        specs : sequence of LinearSpec or None
+        sizes : sequence of int
+            Output features of each projection on this rank.
+        weight : Tensor [out, in]
+            Of this rank.
+        split : bool
+            Whether the inputs are split over ranks.
+        """
+        if self.fp8 is None:
+            return False
+        whys = (
+            _not_e4m3(spec, size, weight, self.fp8, split)
+            for spec, size in zip(specs, sizes, strict=True)
+            if spec is not None
+        )
+        why = next(filter(None, whys), "")
+        if why:
+            self.in_16_bits.append((name, why))
+        else:
+            self.e4m3 += 1
+        return not why
+
+    def check_some_e4m3(self) -> None:
+        """Raise a ValueError if ``fp8`` was asked for and no layer can have it."""
+        if self.fp8 is not None and not self.e4m3 and self.in_16_bits:
+            name, why = self.in_16_bits[0]
+            raise ValueError(
+                f'expected layers whose weights can be e4m3 for fp8="{self.fp8}", got none ({name}: {why}); leave fp8 '
+                "out or choose another recipe"
+            )
+
+    def sentence(self) -> str:
+        """What the message after loading adds."""
+        text = ""
+        if self.prepacked_bytes:
+            text = f"; prepack keeps a second copy of their weights, {self.prepacked_bytes / 2**20:.0f} MiB a rank"
+        if self.e4m3:
+            text = f'; {self.e4m3} of them have e4m3 weights (fp8="{self.fp8}")'
+            if self.in_16_bits:
+                name, why = self.in_16_bits[0]
+                text += f", {len(self.in_16_bits)} stay in 16 bits ({name}: {why})"
+        return text
+
+
+def _not_e4m3(spec: LinearSpec, size: int, weight: torch.Tensor, layout: str, split: bool) -> str:
+    """Why a projection cannot have e4m3 weights; empty if it can."""
+    if split and (spec.token_shift != "none" or spec.variance_correction):
+        return f"{spec} needs statistics of the whole token, and its inputs are split over ranks"
+    halves = (torch.bfloat16, torch.float16) if str(spec.pattern) == "2:4" else (torch.bfloat16,)
+    if layout != "decode" and weight.dtype not in halves:
+        return f"{spec.pattern} in {str(weight.dtype).removeprefix('torch.')}"
+    meta = NMLinear(weight.shape[1], size, False, spec=spec, device="meta", dtype=weight.dtype)
+    return unfit_for_fp8(meta, layout)
+
+
+@dataclass(eq=False)
+class Prepacked:
+    """A second copy of a weight, in oneDNN's layout; a reload puts another one here, because it cannot be written."""
+
+    copy: torch.Tensor
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pattern: NMPattern, **options: Any
+    ) -> torch.Tensor:
+        """With the signature of :func:`nm_act.sparse_linear`."""
+        if pattern.extra_columns:
+            options["extra_columns"] = pattern.extra_columns
+        product = torch.ops.nm_act.sparse_linear_prepacked
+        y: torch.Tensor = product(x, weight, self.copy, bias, pattern.keep, pattern.group, **options)
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """One segment's product, with all that does not depend on its input: an eager call should not work it out anew.
+
+    Attributes
+    ----------
+    work : LinearWork or None
+        None is a dense product.
+    weight : Tensor, optional
+        In place of the layer's.
+    added_bias : Tensor, optional
+    start, stop : int
+        The output features.
+    """
+
+    work: LinearWork | None
+    weight: torch.Tensor | None
+    added_bias: torch.Tensor | None
+    start: int
+    stop: int
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [tokens, in] -> [tokens, stop - start]``, given the layer's weight and the segment's bias."""
+        weight = weight if self.weight is None else self.weight
+        if self.added_bias is not None:
+            added = self.added_bias.to(x.dtype)
+            bias = added if bias is None else bias + added
+        return functional.linear(x, weight, bias) if self.work is None else self.work(x, weight, bias, None)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the forward of a layer reads; a reload fills the same tensors.
+
+    Attributes
+    ----------
+    parameter : Parameter
+        The layer's weight, to tell it from that of a reload.
+    segments : list of Segment
+    weights : list of Tensor or None
+        Of each segment, stored [in, out]; None is the parameter, or nothing where there are e4m3 copies.
+    shift_outs : list of Tensor or None
+        Images of the shifts.
+    copies : list of Prepacked or E4M3Weight or None
+        Of each segment's weight: beside it, or in its place.
+    products : list of Product
+        Of the above.
+    """
+
+    parameter: torch.nn.Parameter
+    segments: list[Segment]
+    weights: list[torch.Tensor | None]
+    shift_outs: list[torch.Tensor | None]
+    copies: list[Prepacked | E4M3Weight | None]
+    products: list[Product]
+
+    @classmethod
+    def of(
+        cls,
+        parameter: torch.nn.Parameter,
+        segments: list[Segment],
+        shard: parallel.Shard | None,
+        *,
+        fp8: str | None = None,
+        prepack: bool = False,
+    ) -> "Operands":
+        """Of a layer whose ``parameter [out, in]`` is loaded."""
+        operator: Callable[..., torch.Tensor] = compiled_operator
+        if shard is not None:
+            operator, prepack = functools.partial(parallel.row_sparse_linear, shard), False
+        held = cls(parameter, segments, [], [], [], [])
+        for each in segments:
+            part = parameter.data[each.start : each.stop]
+            spec, read = each.spec, part
+            copy: Prepacked | E4M3Weight | None = None
+            if fp8 and spec is not None:
+                copy = e4m3 = E4M3Weight.quantised(part, fp8)
+                weight = None
+                if mitigations.has_shift(spec):
+                    read = e4m3.dequantised(torch.float32)
+            else:
+                weight = read = parallel.stored_in_out(part)
+                packed = prepack_weight(weight) if prepack and spec and not spec.scoring.prunes_weight else None
+                copy = None if packed is None else Prepacked(packed)
+            shift_out = None if spec is None else mitigations.shift_image(spec, read, each.data)
+            held.weights.append(weight)
+            held.shift_outs.append(shift_out)
+            held.copies.append(copy)
+            # One segment's weight becomes the parameter.
+            own = weight if len(segments) > 1 else None
+            held.products.append(_product(each, own, shift_out, operator if copy is None else copy.linear))
+        if len(segments) == 1 and held.weights[0] is not None:
+            parameter.data, held.weights[0] = held.weights[0], None  # which vLLM copies in a reload
+        else:
+            parameter.data = parameter.new_empty(0)
+        return held
+
+    def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [tokens, in] -> [tokens, out]``, given the layer's own parameters."""
+        if len(self.products) == 1:
+            return self.products[0](x, weight, bias)
+        biases = [None if bias is None else bias[each.start : each.stop] for each in self.products]
+        return torch.cat([each(x, weight, own) for each, own in zip(self.products, biases, strict=True)], dim=-1)
+
+    def copy_(self, other: "Operands") -> None:
+        """Take the values of another layer of the same segments, at the addresses of this one."""
+        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(new)
+        for copy, later in zip(self.copies, other.copies, strict=True):
+            if isinstance(copy, Prepacked) and isinstance(later, Prepacked):
+                copy.copy = later.copy
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that stays at its address, but the parameter."""
+        held = [
+            value for each in self.segments for value in (each.channel_scale, *map(each.data.get, sorted(each.data)))
+        ]
+        stored = [tensor for each in self.copies if isinstance(each, E4M3Weight) for tensor in each.tensors()]
+        return [tensor for tensor in (*held, *self.weights, *self.shift_outs, *stored) if tensor is not None]
+
+
+def _product(
+    segment: Segment,
+    weight: torch.Tensor | None,
+    shift_out: torch.Tensor | None,
+    operator: Callable[..., torch.Tensor],
+) -> Product:
+    spec, work = segment.spec, None
+    if spec is not None and not spec.scoring.prunes_weight:
+        derived = {"channel_scale": segment.channel_scale, "shift_out": shift_out}
+        work = work_of(spec, segment.data, operator, derived)
+    return Product(work, weight, segment.data.get("added_bias"), segment.start, segment.stop)
+
+
+def prepacked_size(weight: torch.Tensor) -> int:
+    """Bytes of a second copy in oneDNN's layout; 0 where there is none."""
+    return 0 if why_not_prepacked(weight) else weight.nbytes

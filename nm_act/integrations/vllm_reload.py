@@ -1,0 +1,54 @@
+"""A reload that fails leaves an engine that answers."""
+
+import functools
+import sys
+from typing import Any
+
+
+def guard_reloads() -> None:
+    """Let an engine answer after a reload that fails.
+
+    vLLM leaves its layers without memory then. The guard gives each one the tensors it had; layers that were complete
+    keep their new weights.
+    """
+    module = sys.modules.get("vllm.v1.worker.gpu_worker")  # of the process that has a worker
+    if module is None or hasattr(module.Worker.reload_weights, "nm_act"):
+        return
+    reload = module.Worker.reload_weights
+
+    @functools.wraps(reload)
+    def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        config = self.vllm_config.model_config
+        source = config.model, config.revision
+        try:
+            reload(self, *args, **kwargs)
+        except Exception as error:  # any error: the engine must go on
+            config.model, config.revision = source
+            new = undo_reload()
+            if new is None:
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RuntimeError(
+                f"expected the weights of the model that is served, got others ({reason}); {new} layers have new "
+                "weights and all others their old ones, so reload a whole checkpoint of this model"
+            ) from error
+
+    reload_weights.nm_act = True  # type: ignore[attr-defined]
+    module.Worker.reload_weights = reload_weights
+
+
+def undo_reload() -> int | None:
+    """Give the layers of an unfinished reload their tensors back; how many were finished, None if it had not begun."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    layers = list(layerwise.LAYERWISE_INFO.items())
+    unfinished = [(layer, info) for layer, info in layers if info.can_load()]
+    for layer, info in unfinished:
+        if hasattr(layer, "nm_act_loading"):
+            layer.nm_act_loading = None
+        layerwise._place_kernel_tensors(layer, info)
+        info.reset()
+    layerwise.LOADING_LAYERS.clear()
+    if not unfinished:
+        return None
+    return sum(bool(layer._parameters) for layer, _ in layers) - sum(bool(each._parameters) for each, _ in unfinished)

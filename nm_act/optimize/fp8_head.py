@@ -1,0 +1,189 @@
+"""An output head in e4m3: one byte per weight and one scale per word of the vocabulary."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..ops.e4m3 import E4M3, quantise_rows
+from . import readonly
+from .changed import Changed
+from .eligible import why_stays
+
+MOST_TOKENS = 8
+"""Most tokens that :func:`nm_act.gather_linear` takes; their activations stay in 16 bits."""
+
+ROWS_AT_ONCE = 8192
+"""Words that are quantised, or dequantised for more tokens, at once: their copies determine the peak of memory."""
+
+
+class FP8Head(nn.Module):
+    """The output head of a model with its weight in float8_e4m3fn, ``W ~ weight_scale[:, None] * e4m3``.
+
+    Parameters
+    ----------
+    head : nn.Linear
+        Quantised per row: ``weight_scale = max|W| / 448``, rounded to nearest.
+    tied : nn.Embedding, optional
+        The embedding that shares the head's weight. It keeps its own, which stays in ``state_dict``.
+
+    Notes
+    -----
+    Stored [in, out]. On CUDA, up to eight tokens are multiplied by the kernel of :func:`nm_act.gather_linear`; for more
+    tokens, and on a CPU, the weight is dequantised in slices at every call. Without a tied embedding, ``state_dict``
+    contains the dequantised weight under the stock name.
+    """
+
+    rows: Tensor
+    weight_scale: Tensor
+    like: Tensor
+
+    def __init__(self, head: nn.Linear, tied: nn.Module | None = None):
+        super().__init__()
+        why = why_not_e4m3(head)
+        if why:
+            raise ValueError(f"expected an output head whose weight can be e4m3, got one of which {why}; keep it")
+        self.in_features, self.out_features = head.in_features, head.out_features
+        # Not a submodule here: the model has it already.
+        object.__setattr__(self, "_tied", tied)
+        self.register_buffer("rows", None, persistent=False)  # [in, out], as bytes: .to(dtype) would convert e4m3
+        self.register_buffer("weight_scale", None, persistent=False)
+        self.register_buffer("like", head.weight.new_empty(0), persistent=False)  # has the model's dtype
+        self.bias = head.bias
+        self.register_state_dict_post_hook(_stock_state)  # type: ignore[no-untyped-call]
+        self.store(head.weight)
+        self.train(head.training)
+
+    @torch.no_grad()
+    def store(self, weight: Tensor) -> None:
+        """Quantise ``weight [out, in]``."""
+        self.rows = torch.empty(self.in_features, self.out_features, dtype=torch.uint8, device=weight.device)
+        scales = []
+        for part, target in zip(weight.split(ROWS_AT_ONCE), self.rows.split(ROWS_AT_ONCE, dim=1), strict=True):
+            codes, scale = quantise_rows(part)
+            target.copy_(codes.view(torch.uint8).t())
+            scales.append(scale)
+        self.weight_scale = torch.cat(scales)
+
+    @property
+    def tied(self) -> nn.Module | None:
+        """The embedding that keeps the weight before rounding."""
+        return self._tied  # type: ignore[return-value]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight and its scales."""
+        return self.rows.nbytes + self.weight_scale.nbytes
+
+    @property
+    def saved(self) -> int:
+        """Bytes that it takes less than the layer it replaced; negative where a tied embedding keeps the weight."""
+        return (0 if self.tied is not None else self.rows.numel() * self.like.element_size()) - self.nbytes
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``, dequantised to the model's dtype: a new tensor at each access that refuses writes."""
+        return self.dequantised(self.like.dtype).as_subclass(readonly.Computed)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            readonly.refuse_set(name)
+        super().__setattr__(name, value)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """``[out, in]``, contiguous."""
+        return torch.cat([self._slice(start, dtype) for start in range(0, self.out_features, ROWS_AT_ONCE)])
+
+    def _slice(self, start: int, dtype: torch.dtype) -> Tensor:
+        codes = self.rows[:, start : start + ROWS_AT_ONCE].t().contiguous().view(E4M3)
+        return codes.float().mul_(self.weight_scale[start : start + ROWS_AT_ONCE, None]).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]``."""
+        if x.is_cuda and x.dtype == self.like.dtype and 0 < x.shape[:-1].numel() <= MOST_TOKENS:
+            return ops.gather_linear(x, self.rows.view(E4M3).t(), self.bias, weight_scale=self.weight_scale)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        for start in range(0, self.out_features, ROWS_AT_ONCE):
+            y[..., start : start + ROWS_AT_ONCE] = F.linear(x, self._slice(start, x.dtype))
+        return y if self.bias is None else y + self.bias
+
+    def to_linear(self) -> nn.Linear:
+        """A stock layer with the tied embedding's weight, or the dequantised one."""
+        tied = self.tied
+        head = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        own = nn.Parameter(self.dequantised(self.like.dtype), False) if tied is None else tied.weight
+        head.weight = own  # type: ignore[assignment]
+        head.bias = self.bias
+        return head.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Sizes and storage, for printing."""
+        return f"{self.in_features}, {self.out_features}, e4m3{'' if self.tied is None else ', beside the embedding'}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FP8Head":
+        scale = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.weight_scale = scale.to(self.rows.device)  # stays float32 in a bfloat16 model
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        weight, shape = state_dict.get(f"{prefix}weight"), (self.out_features, self.in_features)
+        if weight is None:
+            missing.append(f"{prefix}weight")
+        elif weight.shape != shape:
+            errors.append(f"expected {prefix}weight of shape {list(shape)}, got {list(weight.shape)}")
+        else:
+            self.store(weight.to(self.rows.device, self.like.dtype))
+        bias = state_dict.get(f"{prefix}bias")
+        if self.bias is not None and bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+
+def head_of(model: nn.Module) -> Any:
+    """The output head of a Transformers model; None if there is none."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    return None if get is None else get()
+
+
+def store_head(model: Any) -> tuple[str, FP8Head | None, str]:
+    """Replace the output head of a model by an FP8Head; returns its name, and the new head or why there is none."""
+    head = head_of(model)
+    name = next(name for name, module in model.named_modules() if module is head)
+    why = why_not_e4m3(head)
+    if why:
+        return name, None, why
+    embedding = model.get_input_embeddings()
+    stored = FP8Head(head, embedding if getattr(embedding, "weight", None) is head.weight else None)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, stored)
+    return name, stored, ""
+
+
+def why_not_e4m3(head: nn.Module) -> str:
+    """Why the weight of an output head cannot be stored in e4m3; empty if it can."""
+    if isinstance(head, Changed) or type(head) is not nn.Linear:
+        return f"it is {type(head).__name__}, not torch.nn.Linear"
+    why = why_stays(head)
+    if why:
+        return why
+    if not head.weight.is_floating_point() or head.weight.dtype == torch.float64:
+        return f"its weight is {head.weight.dtype}"
+    return "" if head.out_features % 16 == 0 else f"its {head.out_features} outputs are not divisible by 16"
+
+
+def _stock_state(head: FP8Head, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    tied = head.tied
+    state[f"{prefix}weight"] = head.dequantised(head.like.dtype) if tied is None else tied.weight.detach()  # type: ignore[operator]
