@@ -17,18 +17,18 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from quality_data import unpacked
+from quality_training import train_graphed
 from safetensors import safe_open
 
 import nm_act
 from nm_act import Recipe
 from nm_act.lab.calibrate import CalibrationSettings, calibrate
 from nm_act.lab.calibrate.data import split_windows
-from nm_act.lab.calibrate.distill import DistillSettings, distill
 from nm_act.lab.calibrate.refit import RefitSettings, refit
 from nm_act.lab.cost import Measured, places_of, predictions, shapes_of
 from nm_act.lab.evaluate.choices import score
@@ -46,8 +46,8 @@ from nm_act.recipe import DEFAULT_PROJECTIONS
 WINDOW = 2048
 EVALUATION = Path(__file__).resolve().parents[1] / "docs" / "evaluation"
 SHAPES = "llama-3-8b"
-RATES = {"weights": (1e-4, 3e-4, 1e-3), "data": (1e-3, 5e-3)}
-"""Learning rates that are tried in a short training, by what is trained."""
+RATES = (2e-4, 5e-4, 1e-3)
+"""Learning rates of weights that are tried in a short training."""
 C4 = "documents 1 to 1700 of C4"
 
 
@@ -59,7 +59,7 @@ class Session:
     """The model, the tokens, what was measured, and the time left."""
 
     def __init__(self, options: argparse.Namespace):
-        self.start, self.options = time.perf_counter(), options
+        self.start, self.options, self.step_end = time.perf_counter(), options, math.inf
         self.device = torch.device(options.device)
         from nm_act.integrations.checkpoints import load_model
 
@@ -92,7 +92,7 @@ class Session:
     @property
     def left(self) -> float:
         """Seconds until the limit."""
-        return self.options.limit_seconds - (time.perf_counter() - self.start)
+        return min(self.options.limit_seconds, self.step_end) - (time.perf_counter() - self.start)
 
     def need(self, seconds: float) -> None:
         """Stop where fewer seconds are left."""
@@ -136,11 +136,11 @@ class Session:
             tokens = self.tensors[f"text.{text}"].long()[: self.options.tokens]
             self.write(dtype, variant, text, perplexity_result(model, tokens, self.options.window) | facts)
         for task in tasks:
-            self.need(20)
+            self.need(5)
             if task not in self.unpacked:
                 self.unpacked[task] = unpacked(self.tensors, task)
             answers, right = self.unpacked[task]
-            found = score(model, answers[: self.options.limit], right[: self.options.limit])
+            found = score(model, answers[: self.options.limit], right[: self.options.limit], 32768)
             value, stderr = mean_and_stderr(found)
             result = {"metric": "acc", "value": value, "stderr": stderr, "samples": len(found), "scores": found}
             self.write(dtype, variant, task, result | facts)
@@ -270,74 +270,72 @@ def search(session: Session) -> None:
             session.measure(from_recipe(recipe, f"{name}x", layers="search"), texts=["wikitext2", "c4"])
 
 
-def trained_recipes(session: Session) -> Iterator[tuple[str, Recipe, str, int]]:
-    """Name, recipe, what is trained and windows a step, the most promising first."""
+def trained_recipes(session: Session) -> Iterator[tuple[str, Recipe, str]]:
+    """Name, recipe and what is trained, the most promising first."""
     found = {
-        name: Recipe.from_dict(fact["recipe"]) for name, fact in session.facts.items() if name.startswith("search")
+        f"{name}x": Recipe.from_dict(fact["recipe"])
+        for name, fact in session.facts.items()
+        if name.startswith("search")
     }
     learned = ["ls", "lpts", "var"]
+    for pattern in ("2:4", "8:16"):
+        found[pattern] = Recipe(pattern, criterion="wina", phase="both" if pattern == "2:4" else "decode")
+    for name in ("decode", "prefill"):
+        found[f"{name} (recommended)"] = with_mitigation(Recipe.named(name), [])
+    jobs = [(name, "weights", []) for name in ("2:4", "search decode 1.45x", "search prefill 1.20x")]
+    jobs += [(name, "weights", []) for name in ("search prefill 1.10x", "8:16")]
+    jobs += [(name, "data", learned) for name in ("2:4", "8:16", "search prefill 1.20x", "search decode 1.45x")]
+    jobs += [(name, "weights", []) for name in ("search prefill 1.30x", "search decode 1.62x")]
+    jobs += [("2:4", "data", ["rsparse-8-fit"]), ("8:16", "data", ["rsparse-16-fit"])]
+    jobs += [(name, "weights", []) for name in ("decode (recommended)", "prefill (recommended)", "search decode 1.80x")]
+    for name, what, mitigation in jobs:
+        if name in found:
+            yield name, with_mitigation(found[name], mitigation), what
 
-    def plain(pattern: str, *mitigation: str) -> Recipe:
-        return Recipe(pattern, criterion="wina", mitigation=mitigation)
 
-    yield "2:4", plain("2:4", *learned), "data", 4
-    yield "2:4", plain("2:4"), "weights", 12
-    yield "8:16", dataclasses.replace(plain("8:16"), phase="decode"), "weights", 12
-    for name in ("search prefill 1.20", "search decode 1.45", "search prefill 1.10"):
-        if name in found:
-            yield f"{name}x", found[name], "weights", 12
-    yield "8:16", dataclasses.replace(plain("8:16", *learned), phase="decode"), "data", 4
-    for name in ("search prefill 1.20", "search decode 1.45"):
-        if name in found:
-            yield f"{name}x", with_mitigation(found[name], learned), "data", 4
-    yield "2:4", plain("2:4", "rsparse-8-fit-trained"), "data", 4
-    yield "8:16", dataclasses.replace(plain("8:16", "rsparse-16-fit-trained"), phase="decode"), "data", 4
-    yield "decode (recommended)", with_mitigation(Recipe.named("decode"), []), "weights", 12
-    yield (
-        "prefill (recommended)",
-        dataclasses.replace(with_mitigation(Recipe.named("prefill"), []), phase="both"),
-        "weights",
-        8,
-    )
-    for name in ("search decode 1.80", "search prefill 1.10", "search prefill 1.30"):
-        if name in found:
-            yield f"{name}x", found[name], "weights", 12
+def untrained(session: Session, recipe: Recipe):
+    """The sparse model with learned data where training starts: no shift, a scale of 1."""
+    if any(spec.mitigation and spec.mitigation[0].startswith("rsparse") for spec in resolved(recipe)):
+        return session.model(recipe)
+    model = sparse_copy(session.dense, everywhere(recipe)).model
+    for layer in model.modules():
+        if isinstance(layer, nm_act.NMLinear) and layer.data():
+            start = {key: torch.full_like(value, float(key == "column_scale")) for key, value in layer.data().items()}
+            layer.set_data(**start)
+    return model
 
 
 def train(session: Session) -> None:
     """End-to-end training on the dense model's output distribution, straight through the selection."""
     windows, held_out = split_windows(session.windows)
-    step_seconds: dict[str, float] = {}
-    for short, recipe, what, batch in trained_recipes(session):
-        steps = session.options.train_steps * (3 if what == "weights" else 2) // 2
+    rate_of = {"weights": learning_rate(session, windows, held_out), "data": 3e-3}
+    spent: dict[str, float] = {}
+    for short, recipe, what in trained_recipes(session):
+        steps = session.options.train_steps
+        batch = session.options.batch if what == "weights" else max(1, session.options.batch // 2)
         method = "+".join(dict.fromkeys(m for spec in resolved(recipe) for m in (spec.criterion, *spec.mitigation)))
-        variant = from_recipe(recipe, f"{short} {method} trained {what}", calibrated=True)
-        if all(("float32", variant.name, text) in session.done for text in session.texts):
+        name = f"{short} {method} trained {what}"
+        if all(("float32", name, text) in session.done for text in session.texts):
             continue
-        session.need(steps * step_seconds.get(what, 0.2) + 20)
-        rate = learning_rate(session, what, batch, windows, held_out)
-        settings = DistillSettings(steps, batch, what, learning_rate=rate, weight_rate=rate, checks=4)
-        model = session.model(recipe, settings=CalibrationSettings(loss="relative"))
+        session.need(spent.get(what, 60.0) + 8)
         start = time.perf_counter()
-        with tf32(session.device):
-            try:
-                done = distill(model, session.dense, windows, held_out, settings, progress=stopper(session))
-            except (ValueError, torch.OutOfMemoryError) as error:
-                session.say("failed", variant.name, error)
-                continue
-        seconds = time.perf_counter() - start
-        step_seconds[what] = seconds / steps
+        model = untrained(session, recipe)
+        try:
+            done = trained(session, model, windows, held_out, steps, batch, what, rate_of[what])
+        except (ValueError, RuntimeError) as error:
+            session.say("failed", name, error)
+            continue
+        spent[what] = time.perf_counter() - start
         on = (
             f"{C4}, {len(windows)} windows of {windows.shape[1]}; {what} end to end, {steps} steps of {batch} windows, "
         )
-        on += f"rate {rate:g}"
-        variant = dataclasses.replace(
-            variant,
-            method=f"{method} trained {what}",
-            layers=variant.layers if variant.layers == "all" else "search",
-            calibrated_on=on + ("" if done.kept else "; not better on held-out text, kept out"),
-        )
-        session.fact(f"train {variant.name}", seconds=seconds, **dataclasses.asdict(done))
+        on += f"rate {rate_of[what]:g}" + ("" if done.kept else "; not better on held-out text, kept out")
+        variant = from_recipe(recipe, name, calibrated=True, calibrated_on=on)
+        layers = variant.layers if variant.layers == "all" else "rule" if "recommended" in name else "search"
+        if short in ("2:4", "8:16"):
+            layers = "all"
+        variant = dataclasses.replace(variant, method=f"{method} trained {what}", layers=layers)
+        session.fact(f"train {name}", seconds=spent[what], **dataclasses.asdict(done))
         session.measure(variant, model)
         if session.options.tasks_of_trained:
             session.measure(DENSE_VARIANT, None, ["wikitext2"], session.tasks[:5], dtype="bfloat16")
@@ -345,23 +343,25 @@ def train(session: Session) -> None:
         del model
 
 
-def learning_rate(session: Session, what: str, batch: int, windows: torch.Tensor, held_out: torch.Tensor) -> float:
-    """The rate with the lowest held-out loss after a short training of 2:4."""
-    name = f"rates {what}"
-    if name not in session.facts:
+def trained(session: Session, model, windows, held_out, steps: int, batch: int, what: str, rate: float):
+    """`train_graphed` with this session's settings."""
+    dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float32
+    options = {"steps": steps, "batch": batch, "what": what, "rate": rate, "dtype": dtype}
+    with tf32(session.device):
+        return train_graphed(model, session.dense, windows, held_out, progress=stopper(session), **options)
+
+
+def learning_rate(session: Session, windows: torch.Tensor, held_out: torch.Tensor) -> float:
+    """The rate for weights with the lowest held-out loss after a short training of 2:4."""
+    if "rates" not in session.facts:
         session.need(60)
-        recipe = Recipe("2:4", criterion="wina", mitigation=["ls", "lpts", "var"] if what == "data" else [])
-        found = {}
-        for rate in RATES[what]:
-            settings = DistillSettings(
-                session.options.train_steps // 5 + 1, batch, what, learning_rate=rate, weight_rate=rate, checks=1
-            )
-            model = session.model(recipe)
-            found[rate] = math.inf
-            with tf32(session.device), suppress(ValueError):  # a loss that is not finite
-                found[rate] = distill(model, session.dense, windows, held_out, settings, stopper(session)).after
-        session.fact(name, losses=found, rate=min(found, key=found.__getitem__))
-    return session.facts[name]["rate"]
+        recipe, steps = Recipe("2:4", criterion="wina"), session.options.train_steps // 6
+        batch, found = session.options.batch, {}
+        for rate in RATES:
+            model = untrained(session, recipe)
+            found[rate] = trained(session, model, windows, held_out[:8], steps, batch, "weights", rate).after
+        session.fact("rates", losses=found, rate=min(found, key=found.__getitem__))
+    return session.facts["rates"]["rate"]
 
 
 def stopper(session: Session):
@@ -369,8 +369,7 @@ def stopper(session: Session):
 
     def progress(step: int, steps: int, loss: float) -> None:
         session.need(0)
-        if step in (1, 2, 16) or step % 64 == 0:
-            session.say(f"  step {step}/{steps}, loss {loss:.4f}")
+        session.say(f"  step {step}/{steps}, loss {loss:.4f}")
 
     return progress
 
@@ -425,13 +424,17 @@ def refits(session: Session) -> None:
 
 def tasks(session: Session) -> None:
     """Whole validation sets, bfloat16: criteria, patterns, mitigations, weights against activations, subsets."""
-    chosen = [("act", p, []) for p in ("2:4", "8:16", "4:8", "16:32", "50%")]
-    chosen += [("weight-magnitude", p, []) for p in ("2:4", "8:16")] + [("wanda", p, []) for p in ("2:4", "8:16")]
-    chosen += [("wina", p, ["var"]) for p in ("2:4", "8:16", "12:16")] + [
-        ("act", "2:4", ["var"]),
-        ("act", "8:16", ["var"]),
+    chosen = [
+        ("act", "8:16", []),
+        ("wanda", "8:16", []),
+        ("act", "16:32", []),
+        ("act", "2:4", []),
+        ("wina", "8:16", ["var"]),
     ]
-    chosen += [("act", p, ["dpts-median"]) for p in ("2:4", "8:16")] + [("wina", "8:16", []), ("amber", "8:16", [])]
+    chosen += [("weight-magnitude", "8:16", []), ("wina", "2:4", ["var"]), ("act", "4:8", []), ("act", "50%", [])]
+    chosen += [("wanda", "2:4", []), ("weight-magnitude", "2:4", []), ("act", "8:16", ["var"]), ("act", "2:4", ["var"])]
+    chosen += [("wina", "12:16", ["var"]), ("act", "8:16", ["dpts-median"]), ("act", "2:4", ["dpts-median"])]
+    chosen += [("wina", "8:16", []), ("amber", "8:16", [])]
     recipes = [Recipe(pattern, criterion=criterion, mitigation=m) for criterion, pattern, m in chosen]
     variants = [DENSE_VARIANT, *map(from_recipe, recipes)]
     for layers in ("amber", "alanova"):
@@ -442,13 +445,13 @@ def tasks(session: Session) -> None:
         for variant in variants:
             wanted = [name for name in names if ("bfloat16", variant.name, name) not in session.done]
             if wanted:
-                session.need(25)
+                session.need(15)
                 if variant.recipe is not None and any(map(data_of, resolved(variant.recipe))):
                     variant = calibrated(variant)
                 session.measure(variant, texts=["wikitext2"], tasks=wanted, dtype="bfloat16")
 
 
-STEPS = {each.__name__: each for each in (rows, curve, search, train, generate, study, refits, tasks)}
+STEPS = {each.__name__: each for each in (rows, curve, search, train, tasks, refits, study, generate)}
 
 
 def main() -> None:
@@ -456,12 +459,13 @@ def main() -> None:
     parser.add_argument("model", help="folder or .gguf file")
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--steps", default=",".join(STEPS), help=f"of {', '.join(STEPS)}; NAME:SECONDS limits one")
     parser.add_argument("--limit-seconds", type=float, default=480.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", default=None)
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: two short windows of everything")
-    parser.add_argument("--train-steps", type=int, default=256)
+    parser.add_argument("--train-steps", type=int, default=384)
+    parser.add_argument("--batch", type=int, default=12, help="windows in a step of training")
     parser.add_argument("--tasks-of-trained", action="store_true")
     options = parser.parse_args()
     sizes = {
@@ -482,6 +486,8 @@ def main() -> None:
         session.windows = session.windows[:, :32]
     session.say("loaded", torch.__version__, options.commit)
     for name in options.steps.split(","):
+        name, _, seconds = name.partition(":")
+        session.step_end = time.perf_counter() - session.start + float(seconds or math.inf)
         session.say(f"== {name}")
         try:
             STEPS[name](session)

@@ -303,14 +303,14 @@ class Deriving(nn.Linear):
         RuntimeError
             If calibrated data is missing.
         """
-        self._check_ready()
+        if self._underived or self._incomplete:
+            self._check_ready()
         trained = autograd.needs_derivative(weight)
         if trained and self._reads_weight and self.shard is not None:
             return self._make_work(self._refusing_to_train(weight))
-        copies = {} if trained else self._copies()  # an optimizer does not change them
         if self.differentiable or (trained and self._reads_weight):
             with without_autocast(weight):
-                return self._make_work(self._derive(), **copies)
+                return self._make_work(self._derive(), **self._copies(trained))
         # In training the copies are left aside: then only an added bias can have changed.
         mine = self.derived_for_call() if self._adds_bias or not trained else None
         bias_trained = self._adds_bias and autograd.needs_derivative(self._own("bias"))
@@ -323,7 +323,7 @@ class Deriving(nn.Linear):
         if replaced and derived["operand_weight"] is None:
             with without_autocast(weight):
                 derived["operand_weight"] = mitigations.operand_weight(self.spec, weight.detach(), self.data())
-        return self._make_work(derived, **copies)
+        return self._make_work(derived, **self._copies(trained))
 
     def _stored_work(self) -> LinearWork:
         stored = self._stored  # read once: another thread may refresh the layer
@@ -341,7 +341,9 @@ class Deriving(nn.Linear):
         self._stored = work, buffers
         return work
 
-    def _copies(self) -> dict[str, torch.Tensor | None]:
+    def _copies(self, trained: bool = False) -> dict[str, torch.Tensor | None]:
+        if trained:  # an optimizer does not change them
+            return {}
         return {"lifted_weight": self.lifted_weight, "prepacked_weight": self.prepacked_weight}
 
     def _make_work(self, derived: dict[str, torch.Tensor | None], **copies: torch.Tensor | None) -> LinearWork:

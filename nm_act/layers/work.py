@@ -165,5 +165,4 @@ def compiled_operator(
         return unrecorded(torch.ops.nm_act.sparse_linear, x, weight, bias, pattern.keep, pattern.group, **options)
     options.pop("lifted_weight", None)
     prepacked = (x, weight, prepacked_weight, bias, pattern.keep, pattern.group)
-    y: Tensor = torch.ops.nm_act.sparse_linear_prepacked(*prepacked, **options)
-    return y
+    return unrecorded(torch.ops.nm_act.sparse_linear_prepacked, *prepacked, **options)

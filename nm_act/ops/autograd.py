@@ -60,6 +60,8 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 def needs_derivative(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these tensors, or one has a tangent (forward mode)."""
+    if forward_ad._current_level < 0:  # the usual case, in every call of a layer
+        return needs_gradient(*tensors)
     return needs_gradient(*tensors) or _has_tangent([tensor for tensor in tensors if tensor is not None])
 
 

@@ -8,7 +8,7 @@ from cuda_cases import E4M3, GPU_MARKS, HALVES, assert_legal, assert_same_bytes,
 
 import nm_act
 from nm_act import _C
-from nm_act.optimize.fp8 import quantise_rows
+from nm_act.ops.e4m3 import quantise_rows
 
 pytestmark = [
     *GPU_MARKS,
