@@ -233,6 +233,28 @@ def generate(session: Session) -> None:
         session.fact(f"generate {name}", **found)
 
 
+RULES = {
+    "10:16, in down 8:16": ("10:16", {"down": "8:16"}),
+    "10:16, in down 7:16": ("10:16", {"down": "7:16"}),
+    "9:16, in down 7:16": ("9:16", {"down": "7:16"}),
+    "8:16, in gate, up and o 10:16": ("8:16", {"gate": "10:16", "up": "10:16", "o": "10:16"}),
+    "10:16, in down 7:16, in q, k, v 9:16": ("10:16", {"down": "7:16", "q": "9:16", "k": "9:16", "v": "9:16"}),
+    "2:4 in down": ("dense", {"down": "2:4"}),
+    "2:4 in gate, up, down": ("dense", {"gate": "2:4", "up": "2:4", "down": "2:4"}),
+    "2:4 in gate, down": ("dense", {"gate": "2:4", "down": "2:4"}),
+    "2:4 in q, k, v, down": ("dense", {"q": "2:4", "k": "2:4", "v": "2:4", "down": "2:4"}),
+}
+"""Rules by projection, to choose the recommended recipes among."""
+
+
+def rules(session: Session) -> None:
+    """`RULES` on the test's text and on held-out C4, as if every token were decoded."""
+    for name, (pattern, others) in RULES.items():
+        parts = tuple(nm_act.Rule(projections=(f"{key}_proj",), pattern=value) for key, value in others.items())
+        recipe = Recipe(pattern, criterion="wina", mitigation=["var"], rules=parts)
+        session.measure(from_recipe(recipe, f"rule {name}", layers="rule"), texts=["wikitext2", "c4", "french"])
+
+
 def curve(session: Session) -> None:
     """All layers at keep 12 to 4 of 16, as if every token were decoded."""
     for keep in range(12, 3, -1):
@@ -451,7 +473,7 @@ def tasks(session: Session) -> None:
                 session.measure(variant, texts=["wikitext2"], tasks=wanted, dtype="bfloat16")
 
 
-STEPS = {each.__name__: each for each in (rows, curve, search, train, tasks, refits, study, generate)}
+STEPS = {each.__name__: each for each in (rows, rules, curve, search, train, tasks, refits, study, generate)}
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 
+FEW_TOKENS: int
 SPARSE_GEMM_TOKENS: int
 MAX_ROW_FEATURES: int
 MAX_NORM_FEATURES: int

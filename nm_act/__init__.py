@@ -65,7 +65,8 @@ _MODULES = {
     ),
     "optimize": ("FP8Linear", "OptimizeReport", "StaticDecoder", "deoptimize", "optimize"),
     "patterns": ("NMPattern",),
-    "recipe": ("LinearSpec", "Recipe", "Rule"),
+    "recipe": ("Recipe", "Rule"),
+    "spec": ("LinearSpec",),
 }
 """Module -> its public names. They are loaded when they are asked for: torch takes seconds, which ``nm-act --help`` and
 whoever interrupts it should not wait for, and Transformers as long again."""

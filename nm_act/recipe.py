@@ -4,16 +4,17 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import lcm
 from pathlib import Path
 from typing import Any
 
 from .files import write_atomic
-from .methods.criteria import CRITERIA, Criterion, check_criterion
-from .methods.mitigations import Mitigation, check_mitigations, mitigation
-from .patterns import NMPattern, TopKPattern, as_pattern
+from .methods.criteria import CRITERIA, check_criterion
+from .patterns import NMPattern, as_pattern
+from .spec import LinearSpec, check_list, check_phase, read_mitigation
+
+__all__ = ["DEFAULT_PROJECTIONS", "DENSE", "NAMED", "ROLES", "LinearSpec", "Recipe", "Rule", "in_state_space"]
 
 DEFAULT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of a Llama-like decoder block; as a recipe's projections they stand for any family's whole block."""
@@ -49,108 +50,8 @@ ROLES = {
 }
 """Projection of a model family -> what it is in a Llama-like block."""
 
-PHASES = ("both", "prefill", "decode")
-"""When a layer is sparse: a call with one token per sequence is decode, any other is prefill."""
-
 DENSE = "dense"
 """Written in place of a pattern where nothing is pruned."""
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """How one linear layer is made sparse.
-
-    Parameters
-    ----------
-    pattern : NMPattern, TopKPattern or str
-        Pattern of the input activations: N:M, or 2:4+1, 2:4+2 (:class:`nm_act.NMPattern`); or the percentage kept by
-        unstructured top-k ("50%", a baseline).
-    criterion : str
-        How survivors are chosen, or which baseline prunes the weights instead; see :mod:`nm_act.methods.criteria`.
-    mitigation : sequence of str
-        What is done about the error; see :mod:`nm_act.methods.mitigations`. Some exclude each other.
-    phase : str
-        "both", "prefill" or "decode".
-    decode_pattern : NMPattern or str, optional
-        N:M pattern of decode steps, where it is another one: ``pattern`` is that of prefill then.
-
-    Raises
-    ------
-    ValueError
-        If any of them is unknown, or they do not go together.
-    """
-
-    pattern: NMPattern | TopKPattern
-    criterion: str = "act"
-    mitigation: tuple[str, ...] = ()
-    phase: str = "both"
-    decode_pattern: NMPattern | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", as_pattern(self.pattern))
-        check_criterion(self.criterion)
-        _check_phase(self.phase)
-        object.__setattr__(self, "decode_pattern", self._own_decode_pattern())
-        object.__setattr__(self, "mitigation", _mitigation(self.mitigation))
-        if self.scoring.prunes_weight and self.mitigation:
-            raise ValueError(
-                f"expected no mitigation where the weights are pruned ({self.criterion}), got {self.mitigation[0]}; "
-                "remove it or choose a criterion for activations"
-            )
-
-    def _own_decode_pattern(self) -> NMPattern | None:
-        """``decode_pattern`` as an object; None if it is the pattern itself."""
-        pattern = None if self.decode_pattern is None else as_pattern(self.decode_pattern)
-        if pattern is None or pattern == self.pattern:
-            return None
-        if self.phase != "both":
-            raise ValueError(
-                f"expected phase both along with decode_pattern {pattern}, got {self.phase}; leave one of them out"
-            )
-        if not isinstance(pattern, NMPattern) or not isinstance(self.pattern, NMPattern):
-            raise ValueError(
-                f"expected N:M patterns for both phases, got {self.pattern} and decode_pattern {pattern}; top-k has one"
-            )
-        if self.scoring.prunes_weight:
-            raise ValueError(
-                f"expected one pattern where the weights are pruned ({self.criterion}), got decode_pattern {pattern}; "
-                "leave it out or choose a criterion for activations"
-            )
-        return pattern
-
-    def pattern_in(self, decode: bool) -> NMPattern | TopKPattern:
-        """The pattern of decode steps or of prefill."""
-        return self.decode_pattern if decode and self.decode_pattern is not None else self.pattern
-
-    @property
-    def span(self) -> int:
-        """in_features is a multiple of it: whole groups of either pattern."""
-        return self.pattern.span if self.decode_pattern is None else lcm(self.pattern.span, self.decode_pattern.span)
-
-    @property
-    def scoring(self) -> Criterion:
-        """What the criterion is made of."""
-        return CRITERIA[self.criterion]
-
-    @property
-    def methods(self) -> tuple[Mitigation, ...]:
-        """What the mitigations are made of."""
-        return tuple(mitigation(name) for name in self.mitigation)
-
-    @property
-    def variance_correction(self) -> bool:
-        """Whether the output is rescaled per token (VAR)."""
-        return any(each.variance_correction for each in self.methods)
-
-    @property
-    def token_shift(self) -> str:
-        """Per-token shift of the operators: "none", "mean" or "median" (D-PTS)."""
-        return next((each.token_shift for each in self.methods if each.token_shift != "none"), "none")
-
-    def __str__(self) -> str:
-        pattern = str(self.pattern) if self.decode_pattern is None else f"{self.pattern}/{self.decode_pattern}"
-        parts = [pattern, self.criterion, *self.mitigation]
-        return " ".join(parts) if self.phase == "both" else f"{' '.join(parts)} ({self.phase} only)"
 
 
 @dataclass(frozen=True)
@@ -184,13 +85,13 @@ class Rule:
             layers=_layers,
             projections=_names,
             pattern=_pattern,
-            mitigation=_mitigation,
+            mitigation=read_mitigation,
             decode_pattern=_decode_pattern,
         )
         if self.criterion is not None:
             check_criterion(self.criterion)
         if self.phase is not None:
-            _check_phase(self.phase)
+            check_phase(self.phase)
 
     def matches(self, layer: int, projection: str) -> bool:
         """Whether the rule applies to a projection of a layer."""
@@ -264,7 +165,7 @@ class Recipe:
             self,
             pattern=_pattern,
             projections=_names,
-            mitigation=_mitigation,
+            mitigation=read_mitigation,
             skip_layers=_layers,
             rules=_rules,
             decode_pattern=_decode_pattern,
@@ -274,7 +175,7 @@ class Recipe:
                 "expected at least one projection, got none; leave projections out to take the usual seven"
             )
         check_criterion(self.criterion)
-        _check_phase(self.phase)
+        check_phase(self.phase)
         if not _is_count(self.dense_first_tokens):
             raise ValueError(
                 f"expected dense_first_tokens to be an integer >= 0, got {self.dense_first_tokens!r}; "
@@ -422,29 +323,19 @@ def _decode_pattern(value: Any) -> str:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    if not all(isinstance(name, str) for name in _sequence(value, "projections")):
+    if not all(isinstance(name, str) for name in check_list(value, "projections")):
         raise ValueError(f'expected projections as a list of names such as ["down_proj"], got {value!r}; use names')
     return tuple(value)
 
 
 def _layers(value: Any) -> tuple[int, ...]:
-    if not all(map(_is_count, _sequence(value, "layers"))):
+    if not all(map(_is_count, check_list(value, "layers"))):
         raise ValueError(f"expected layers as a list of integers >= 0 such as [0, 29], got {value!r}; use integers")
     return tuple(value)
 
 
-def _mitigation(value: Any) -> tuple[str, ...]:
-    return check_mitigations(_sequence(value, "mitigation"))
-
-
 def _rules(value: Any) -> tuple[Rule, ...]:
-    return tuple(rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in _sequence(value, "rules"))
-
-
-def _sequence(value: Any, what: str) -> Sequence[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"expected {what} as a list, got {value!r}; put it in brackets")
-    return value
+    return tuple(rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in check_list(value, "rules"))
 
 
 def _is_count(value: Any) -> bool:
@@ -454,11 +345,6 @@ def _is_count(value: Any) -> bool:
 def _check_version(version: Any) -> None:
     if version != 1:
         raise ValueError(f"expected recipe version 1, got {version!r}; upgrade nm_act or set version to 1")
-
-
-def _check_phase(phase: str) -> None:
-    if phase not in PHASES:
-        raise ValueError(f"expected a phase among {', '.join(PHASES)}, got {phase!r}; choose one of those")
 
 
 def _checked_keys(cls: type[Any], data: Any, what: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import nm_act
+from nm_act.optimize.model import FAMILIES
 
 SIZES = {
     "vocab_size": 96,
@@ -17,7 +18,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-KNOWN = ("llama", "qwen2", "qwen3", "gemma3")
+KNOWN = FAMILIES
 IDS = torch.arange(3, 27).view(2, 12)
 
 

@@ -189,6 +189,7 @@ std::pair<std::string, std::string> choose_path(bool on_cuda, int64_t tokens, co
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info);
   m.def("support_table", support_table);
+  m.attr("FEW_TOKENS") = nm_act::kFewTokens;
   m.attr("SPARSE_GEMM_TOKENS") = nm_act::kSparseGemmTokens;
   m.attr("MAX_ROW_FEATURES") = nm_act::kMaxRowFeatures;
   m.attr("MAX_NORM_FEATURES") = nm_act::kMaxNormFeatures;

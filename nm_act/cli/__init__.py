@@ -7,6 +7,16 @@ def main() -> None:
     """Entry point of ``nm-act``: run the command line and exit with its code."""
     import sys
 
+    try:
+        _run()
+    except KeyboardInterrupt:  # while the command line was still being read
+        print("interrupted; no result was written", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> None:
+    import sys
+
     from ..supported import require
 
     try:
@@ -14,15 +24,11 @@ def main() -> None:
         require("rich", "cli")
     except ModuleNotFoundError as error:
         sys.exit(f"nm-act: {error}")
-    try:
-        from .application import app
-        from .common import remember_interrupts
+    from .application import app
+    from .common import remember_interrupts
 
-        remember_interrupts()
-        app()
-    except KeyboardInterrupt:  # while the command line was still being read
-        print("interrupted; no result was written", file=sys.stderr)
-        sys.exit(130)
+    remember_interrupts()
+    app()
 
 
 def __getattr__(name: str) -> object:

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -35,15 +35,17 @@ def _interrupts_told() -> Iterator[None]:
 class _OneSentence(TyperGroup):
     """Usage errors are one sentence, as all other errors of the command line."""
 
-    def make_context(self, *args, **kwargs):
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _interrupts_told():
             return super().make_context(*args, **kwargs)
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> Any:
         with _interrupts_told():
             return super().invoke(ctx)
 
-    def main(self, args=None, prog_name=None, standalone_mode=True, **extra):
+    def main(  # type: ignore[override]
+        self, args: Any = None, prog_name: Any = None, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
         args = list(sys.argv[1:] if args is None else args) or ["--help"]
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
@@ -58,7 +60,7 @@ class _OneSentence(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _usage_sentence(error) -> str:
+def _usage_sentence(error: Any) -> str:
     text = " ".join(error.format_message().split()).rstrip(".")
     wanted = text.partition("Input should be ")[2].partition(", unable")[0]
     if wanted:  # of pydantic, which newer versions of Typer ask

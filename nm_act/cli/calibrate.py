@@ -5,7 +5,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -135,7 +135,7 @@ def calibrate(
         print(f"written to {output}, a checkpoint with its own weights: nm-act generate {output} PROMPT")
 
 
-def _distill_settings(steps: int, train: str, checkpoint: bool, seed: int):
+def _distill_settings(steps: int, train: str, checkpoint: bool, seed: int) -> Any:
     """Settings of the end-to-end training; None without."""
     from ..lab.calibrate.distill import DistillSettings
 
@@ -168,7 +168,7 @@ def _check_output(output: Path, model: str) -> None:
     check_output(output, f"{_STATE}/{RUN_FILE}", _STATE)
 
 
-def _note_orders(model) -> None:
+def _note_orders(model: Any) -> None:
     from ..conversion.calibration import is_reordered
     from ..layers.linear import NMLinear
 
@@ -179,7 +179,7 @@ def _note_orders(model) -> None:
         )
 
 
-def _save_checkpoint(model, tokenizer, output: Path) -> None:
+def _save_checkpoint(model: Any, tokenizer: Any, output: Path) -> None:
     """Write into the state's folder, then move, the configuration last: until then the output is no checkpoint."""
     from ..integrations.checkpoints import save_model
 

@@ -6,8 +6,10 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -32,11 +34,11 @@ def remember_interrupts() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
-        def interrupt(number, frame):
+        def interrupt(number: int, frame: Any) -> None:
             _interrupts.append(number)
             raise KeyboardInterrupt
 
-        def unraisable(dropped):
+        def unraisable(dropped: Any) -> None:
             if not issubclass(dropped.exc_type, KeyboardInterrupt):
                 sys.__unraisablehook__(dropped)
 
@@ -44,7 +46,7 @@ def remember_interrupts() -> None:
         sys.unraisablehook = unraisable
 
 
-def reports_errors(command, *, unfinished: str | None = None):
+def reports_errors(command: Callable[..., Any], *, unfinished: str | None = None) -> Callable[..., Any]:
     """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
 
     `unfinished` is a glob pattern of the finished parts that a stopped run leaves in its ``output``, if the command can
@@ -52,7 +54,7 @@ def reports_errors(command, *, unfinished: str | None = None):
     """
 
     @functools.wraps(command)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         def interrupted() -> typer.Exit:
             kept = unfinished is not None and any(kwargs["output"].glob(unfinished))
             print(INTERRUPTED_BUT_KEPT if kept else INTERRUPTED, file=sys.stderr)
@@ -82,13 +84,13 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def print_json(data: dict) -> None:
+def print_json(data: dict[str, Any]) -> None:
     """The machine output: one JSON document on stdout."""
     print(to_json(data))
 
 
 @contextmanager
-def progress_bar(label: str):
+def progress_bar(label: str) -> Iterator[Callable[..., None]]:
     """Progress bar on stderr; yields ``update(done, total, detail="")``. Without a terminal, a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -169,13 +171,13 @@ def _column_widths(columns: list[str], rows: list[list[str]], total: int) -> lis
     return widths
 
 
-def format_quality(row: dict) -> list[str]:
+def format_quality(row: dict[str, Any]) -> list[str]:
     """Perplexity and its change against dense, as table cells."""
     change = "" if row["change_percent"] is None else f"{row['change_percent']:+.1f} %"
     return [f"{row['perplexity']:.2f}", change]
 
 
-def load(source: str, dtype: str = "auto", device: str = "cpu"):
+def load(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """`nm_act.integrations.checkpoints.load_model` without Transformers' own chatter and progress bars."""
     from ..integrations.checkpoints import check_device, load_model
 
@@ -185,7 +187,7 @@ def load(source: str, dtype: str = "auto", device: str = "cpu"):
     return load_model(source, dtype=dtype, device=device)
 
 
-def load_config(source: str):
+def load_config(source: str) -> Any:
     """`nm_act.integrations.checkpoints.load_config` without Transformers' own chatter."""
     from ..integrations import checkpoints
 
@@ -194,13 +196,14 @@ def load_config(source: str):
 
 
 def _quiet() -> None:
-    import transformers
+    from transformers.utils import logging
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers_log: Any = logging  # without annotations
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
 
 
-def load_dense(source: str, dtype: str = "auto", device: str = "cpu", window: int | None = None):
+def load_dense(source: str, dtype: str = "auto", device: str = "cpu", window: int | None = None) -> tuple[Any, Any]:
     """`load`, of a dense model whose context holds the window, which its configuration tells before it is loaded."""
     from ..lab.evaluate.perplexity import check_window
     from ..layers.linear import NMLinear
@@ -224,7 +227,7 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def environment() -> dict:
+def environment() -> dict[str, Any]:
     """Versions and machine, for the record beside a measurement."""
     import torch
     import transformers
@@ -263,6 +266,6 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def model_name(source: str | os.PathLike) -> str:
+def model_name(source: str | os.PathLike[str]) -> str:
     """Short name for a table: the last part of a path or hub id."""
     return Path(source).name or str(source)

@@ -1,7 +1,7 @@
 """``nm-act convert``: a sparse checkpoint from a dense model, for Transformers, vLLM and lm-eval."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -58,7 +58,7 @@ def convert(
     print(f"written to {output}: nm-act generate {output} PROMPT, vllm serve {output}, nm-act run PROGRAM ...")
 
 
-def _variant(pattern, recipe, criterion, mitigation, calibration):
+def _variant(pattern: Any, recipe: Any, criterion: Any, mitigation: Any, calibration: Any) -> Any:
     """What the options describe; a recipe file that nm-act calibrate wrote brings the data beside it."""
     from ..conversion.calibration import DATA_FILE, RECIPE_FILE
     from ..lab.evaluate.calibrated import of_calibration
@@ -84,7 +84,7 @@ def _variant(pattern, recipe, criterion, mitigation, calibration):
     return variant
 
 
-def _note_unservable(recipe) -> None:
+def _note_unservable(recipe: Any) -> None:
     from ..integrations.vllm_plan import check_servable
 
     try:

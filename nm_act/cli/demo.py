@@ -6,7 +6,7 @@ import hashlib
 import platform
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,7 +72,7 @@ def demo(
     print(f"{result['seconds']:.0f} s; wrote {plot_path} and {json_path}")
 
 
-def _measure(dense, tokenizer, content: str, max_tokens: int) -> dict:
+def _measure(dense: Any, tokenizer: Any, content: str, max_tokens: int) -> dict[str, Any]:
     """Rows and samples of the dense model and a sparse copy per recipe, as plain data."""
     from ..lab.evaluate.compare import compare
     from ..lab.evaluate.decode_speed import decode_speed
@@ -105,11 +105,11 @@ def _measure(dense, tokenizer, content: str, max_tokens: int) -> dict:
     return {"rows": rows, "samples": samples}
 
 
-def _figures(speed) -> dict:
+def _figures(speed: Any) -> dict[str, Any]:
     return {"median": speed.median, "p20": speed.spread[0], "p80": speed.spread[1]}
 
 
-def _text(path: Path | None) -> tuple[str, dict]:
+def _text(path: Path | None) -> tuple[str, dict[str, Any]]:
     """The text to evaluate on and where it is from."""
     from ..lab.texts import read_text
 
@@ -126,12 +126,12 @@ def _text(path: Path | None) -> tuple[str, dict]:
     return content, {"source": source, "sha256": hashlib.sha256(content.encode()).hexdigest()}
 
 
-def _title(result: dict) -> str:
+def _title(result: dict[str, Any]) -> str:
     machine = result["environment"]
     return f"{result['model']}, {result['dtype']}, {machine['threads']} threads on {machine['cpu']}"
 
 
-def _show(result: dict) -> None:
+def _show(result: dict[str, Any]) -> None:
     rows = []
     for row in result["rows"]:
         speed, ratio = row["decode_tokens_per_second"], row["decode_speedup"]
@@ -151,7 +151,7 @@ def _show(result: dict) -> None:
         print(f"[{sample['name']}] {sample['prompt']}{sample['text'].rstrip()}\n")
 
 
-def _draw(result: dict) -> bytes:
+def _draw(result: dict[str, Any]) -> bytes:
     """PNG with two panels: perplexity and decode speed of every row of `result`."""
     from ..lab.output import new_figure, png
 

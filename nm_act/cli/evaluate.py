@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -111,7 +111,13 @@ def evaluate(
     _finish(output, as_json)
 
 
-def _recipes(paths, patterns, criterion, mitigation, compared: bool) -> list[tuple]:
+def _recipes(
+    paths: list[Path] | None,
+    patterns: list[str] | None,
+    criterion: str | None,
+    mitigation: list[str] | None,
+    compared: bool,
+) -> list[tuple[str | None, Any]]:
     """(name or None, recipe) of the options; recipes of a file are named after it."""
     options = (patterns, criterion, mitigation)
     if paths:
@@ -129,7 +135,7 @@ def _recipes(paths, patterns, criterion, mitigation, compared: bool) -> list[tup
     return []
 
 
-def _check_names(variants: list) -> None:
+def _check_names(variants: list[Any]) -> None:
     slugs = {"dense"}
     for variant in variants:
         if variant.slug in slugs:
@@ -137,7 +143,7 @@ def _check_names(variants: list) -> None:
         slugs.add(variant.slug)
 
 
-def _lines(rows: list, averages: dict) -> list[list[str]]:
+def _lines(rows: list[Any], averages: dict[str, Any]) -> list[list[str]]:
     """Table of one variant: a line per task, and the average drop."""
     lines = []
     for row in rows:

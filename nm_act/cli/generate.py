@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,7 +49,7 @@ def generate(
         from ..conversion.sparsify import sparsify
 
         name = variants[0].name
-        sparsify(network, variants[0].recipe)
+        sparsify(network, next(iter(recipes.values())))
     if optimize:
         from ..optimize import optimize as merge_and_fuse
 
@@ -65,7 +65,9 @@ def generate(
         common.note(f"{count} tokens in {seconds:.1f} s ({name})")
 
 
-def continue_text(network, tokenizer, prompt: str, max_new_tokens: int, stream: bool = False) -> tuple[str, int]:
+def continue_text(
+    network: Any, tokenizer: Any, prompt: str, max_new_tokens: int, stream: bool = False
+) -> tuple[str, int]:
     """Greedy continuation of `prompt` and its number of tokens; `stream` also writes all text to stdout.
 
     Of the model's generation_config only the special tokens apply: with beams, penalties and the like the next token
@@ -94,13 +96,15 @@ def continue_text(network, tokenizer, prompt: str, max_new_tokens: int, stream: 
 
 
 @contextmanager
-def _greedy(network) -> Iterator[None]:
+def _greedy(network: Any) -> Iterator[None]:
     """The model with the special tokens of its generation_config only: a call takes its other settings from there."""
-    from transformers import GenerationConfig
+    import transformers
+
+    config: Any = transformers.GenerationConfig
 
     own = network.generation_config
     ends = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    network.generation_config = GenerationConfig(**ends)
+    network.generation_config = config(**ends)
     try:
         yield
     finally:

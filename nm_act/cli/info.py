@@ -1,6 +1,7 @@
 """``nm-act info``: how this installation was built, what it runs on, what it supports."""
 
 import dataclasses
+from typing import Any
 
 from . import common
 from . import options as opt
@@ -42,11 +43,11 @@ def info(as_json: opt.AsJson = False) -> None:
         common.print_table(f"Supported on {_text(device)}", columns, rows, numbers=False)
 
 
-def _judged(each) -> str:
+def _judged(each: Any) -> str:
     return "" if each.installed is None or each.tested else "untested"
 
 
-def _devices() -> list[dict]:
+def _devices() -> list[dict[str, Any]]:
     import torch
 
     found = [{"device": "cpu", "name": common.cpu_name(), "detail": f"{common.usable_cores()} cores"}]
@@ -57,7 +58,7 @@ def _devices() -> list[dict]:
     return found
 
 
-def _text(value) -> str:
+def _text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple, set)):

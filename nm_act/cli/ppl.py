@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -84,7 +84,7 @@ def _check_out(out: Path | None) -> None:
     check_writable(out)
 
 
-def _write(out: Path, result: dict) -> None:
+def _write(out: Path, result: dict[str, Any]) -> None:
     from ..files import write_atomic
     from ..lab.output import to_csv, write_json
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from . import common
 
@@ -13,27 +14,28 @@ def build_recipes(
     criterion: str | None,
     mitigation: list[str] | None,
     default_patterns: tuple[str, ...] = (),
-) -> dict:
+) -> dict[str, Any]:
     """Name -> Recipe from the options, which replace fields of the file's recipe or the default one.
 
     Every pattern makes one recipe. Without patterns the file's recipe keeps its own, and without a file the patterns
     are `default_patterns`.
     """
-    from ..recipe import DENSE, Recipe, as_pattern
+    from ..patterns import as_pattern
+    from ..recipe import DENSE, Recipe
 
-    changes = {"criterion": criterion} if criterion is not None else {}
+    changes: dict[str, Any] = {"criterion": criterion} if criterion is not None else {}
     changes |= {"mitigation": mitigation} if mitigation else {}
     base = None if path is None else Recipe.load(path)
-    if base is not None and not patterns:
+    if base is not None and path is not None and not patterns:
         return {path.stem: dataclasses.replace(base, **changes)}
     spelled = [name if name == DENSE else str(as_pattern(name)) for name in patterns or default_patterns]
     names = once(spelled, "--pattern")
-    if base is None:
+    if base is None or path is None:
         return {name: Recipe(pattern=name, **changes) for name in names}
     return {f"{path.stem} {name}": dataclasses.replace(base, pattern=name, **changes) for name in names}
 
 
-def once(values: list | None, option: str) -> list:
+def once(values: list[Any] | None, option: str) -> list[Any]:
     """The values of a repeatable option without duplicates, which a note names."""
     values = values or []
     found = list(dict.fromkeys(values))
@@ -42,7 +44,7 @@ def once(values: list | None, option: str) -> list:
     return found
 
 
-def check_uncalibrated(variants: Iterable, remedy: str) -> None:
+def check_uncalibrated(variants: Iterable[Any], remedy: str) -> None:
     """Raise a ValueError for a variant that needs calibrated data and has none."""
     from ..lab.evaluate.variants import resolved
     from ..methods.mitigations import data_of

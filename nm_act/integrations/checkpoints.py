@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ..files import new_folder
 
@@ -18,7 +19,7 @@ _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Options of ``from_pretrained`` that report what does not fit; for a wrong shape, its error names no tensor."""
 
 
-def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = "cpu"):
+def load_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """Load a decoder-only Transformers model for inference, and its tokenizer.
 
     A checkpoint that was saved with N:M sparsity is loaded sparse. A GGUF file is dequantised: its layers are plain
@@ -64,7 +65,7 @@ def load_model(source: str | os.PathLike, *, dtype: str = "auto", device: str = 
     return model.to(device).eval(), tokenizer
 
 
-def save_model(model, tokenizer, folder: str | os.PathLike) -> None:
+def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     """Write a model and its tokenizer as a checkpoint for Transformers and vLLM, whole or not at all.
 
     Parameters
@@ -93,7 +94,7 @@ def save_model(model, tokenizer, folder: str | os.PathLike) -> None:
         tokenizer.save_pretrained(place)
 
 
-def load_config(source: str | os.PathLike):
+def load_config(source: str | os.PathLike[str]) -> Any:
     """A model's configuration, read before its weights are loaded; None if `load_model` will raise the reason."""
     kind, place = _classify(source)
     if kind == "hub":
@@ -153,7 +154,7 @@ def demo_model_path() -> Path:
     return files[0]
 
 
-def _classify(source: str | os.PathLike) -> tuple[str, str]:
+def _classify(source: str | os.PathLike[str]) -> tuple[str, str]:
     """Distinguish "gguf", "folder" and "hub", and refuse what can be none of them."""
     text = os.path.expanduser(os.fspath(source))
     if not text:
@@ -181,7 +182,7 @@ def _classify(source: str | os.PathLike) -> tuple[str, str]:
     return "hub", text
 
 
-def _load_gguf(path: str, dtype: str):
+def _load_gguf(path: str, dtype: str) -> tuple[Any, Any]:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"loading {path!r} needs the package {package}; run `pip install {package}`")
@@ -190,14 +191,15 @@ def _load_gguf(path: str, dtype: str):
 
     from .transformers import forget_gguf
 
-    options = {**_REPORTED, "dtype": dtype}
+    options: dict[str, Any] = {**_REPORTED, "dtype": dtype}
     if hasattr(transformers, "GgufConfig"):  # else the package `kernels` would keep the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # Transformers takes folder and name separately; an empty folder name would be taken for a hub id.
     folder, name = os.path.split(os.path.abspath(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        model, report = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **options)
+        model, report = loaded
     except Exception as error:  # the GGUF reader can raise anything for a short buffer
         raise _gguf_sentence(path, error) from error
     try:
@@ -235,7 +237,7 @@ def _gguf_part(path: str) -> ValueError | None:
     )
 
 
-def _check_report(model, report: dict, place: str) -> None:
+def _check_report(model: Any, report: dict[str, Any], place: str) -> None:
     """Refuse a checkpoint that does not match the model: Transformers would continue with random weights.
 
     `report` is the result of ``output_loading_info``. It omits tied weights, and names that the model's class allows to
@@ -269,11 +271,11 @@ def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
 
 
-def _natural(name: str) -> list:
+def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _load_checkpoint(place: str, kind: str, dtype: str):
+def _load_checkpoint(place: str, kind: str, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if kind == "hub":
@@ -288,7 +290,8 @@ def _load_checkpoint(place: str, kind: str, dtype: str):
     if not tokenizer.get_vocab():
         raise _no_tokenizer(place, None)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **_REPORTED)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **_REPORTED)
+        model, report = loaded
     except Exception as error:
         if kind == "hub":
             raise _hub_sentence(place, error) from error

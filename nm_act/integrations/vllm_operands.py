@@ -17,7 +17,7 @@ from ..ops.prepack import prepack_weight, why_not_prepacked
 from ..optimize.eligible import unfit_for_fp8
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
-from .vllm_plan import Segment
+from .vllm_plan import STORAGE_KEYS, Segment
 
 
 @dataclass
@@ -46,6 +46,13 @@ class Storage:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Storage":
         """Of an entry in config.json; ValueError if it asks for what there is not."""
+        known = ("quant_method", "recipe", *STORAGE_KEYS)
+        other = next((key for key in config if key not in known), None)
+        if other is not None and "recipe" in config:  # without that key they are the recipe's own
+            raise ValueError(
+                f"expected the keys of quantization_config among {', '.join(known)}, got {other!r}; remove it, or "
+                "upgrade nm_act if a newer one wrote it"
+            )
         prepack, fp8 = config.get("prepack", False), config.get("fp8")
         if not isinstance(prepack, bool):
             raise ValueError(f"expected prepack as true or false in quantization_config, got {prepack!r}; write one")
@@ -142,7 +149,8 @@ class Prepacked:
         if pattern.extra_columns:
             options["extra_columns"] = pattern.extra_columns
         product = torch.ops.nm_act.sparse_linear_prepacked
-        return product(x, weight, self.copy, bias, pattern.keep, pattern.group, **options)
+        y: torch.Tensor = product(x, weight, self.copy, bias, pattern.keep, pattern.group, **options)
+        return y
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,12 +226,13 @@ class Operands:
         held = cls(parameter, segments, [], [], [], [])
         for each in segments:
             part = parameter.data[each.start : each.stop]
-            spec, copy, read = each.spec, None, part
+            spec, read = each.spec, part
+            copy: Prepacked | E4M3Weight | None = None
             if fp8 and spec is not None:
-                copy = E4M3Weight.quantised(part, fp8)
+                copy = e4m3 = E4M3Weight.quantised(part, fp8)
                 weight = None
                 if mitigations.has_shift(spec):
-                    read = copy.dequantised(torch.float32)
+                    read = e4m3.dequantised(torch.float32)
             else:
                 weight = read = parallel.stored_in_out(part)
                 packed = prepack_weight(weight) if prepack and spec and not spec.scoring.prunes_weight else None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..methods import mitigations
 from ..methods.criteria import CRITERIA
-from ..recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe, in_state_space
+from ..recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe, Rule, in_state_space
 
 _TEXT_STACKS = (
     *("model", "language_model", "llm", "lm", "language", "text", "text_model", "thinker", "backbone"),
@@ -24,6 +24,9 @@ _TEXT_STACKS = (
 """Words that lead to a text decoder's layers in vLLM's names; others may lead to a tower, projector or draft head."""
 
 _DECODER = re.compile(rf"(?:(?:{'|'.join(_TEXT_STACKS)})\.)+(\d+)\.(?:[a-zA-Z_]\w*\.)*([a-zA-Z_]\w*)")
+
+STORAGE_KEYS = ("prepack", "fp8")
+"""What ``quantization_config`` may say to vLLM beside the recipe; Transformers does without."""
 
 NO_RECIPE = (
     "expected a recipe for the quantization nm_act, got a checkpoint without one; serve it without "
@@ -42,7 +45,8 @@ def check_servable(recipe: Recipe) -> None:
             f"expected a recipe with phase both for vLLM, which computes prefill and decode tokens in one call, got "
             f"phase {sorted(phases)[0]}; save the model with phase both"
         )
-    if any(each.decode_pattern for each in (recipe, *recipe.rules)):
+    parts: tuple[Recipe | Rule, ...] = (recipe, *recipe.rules)
+    if any(each.decode_pattern for each in parts):
         raise ValueError(
             "expected a recipe with one pattern for vLLM, which computes prefill and decode tokens in one call, got a "
             "decode_pattern; save the model without it"
@@ -52,7 +56,6 @@ def check_servable(recipe: Recipe) -> None:
             f"expected a recipe with dense_first_tokens 0 for vLLM, whose layers do not know a token's position, got "
             f"{recipe.dense_first_tokens}; save the model without it"
         )
-    parts = (recipe, *recipe.rules)
     patterns = {each.pattern for each in parts if each.pattern and each.pattern.endswith("%")}
     refused = sorted({name for each in parts if (name := each.criterion) and CRITERIA[name].by_sequence} | patterns)
     if refused:
@@ -130,12 +133,10 @@ class Segment:
 
     def reads_as(self, other: "Segment") -> bool:
         """Whether both have the same operand: the same selection of the same inputs."""
-        mine, theirs = (
-            {name: value for name, value in each.data.items() if mitigations.DATA[name][0] != "out"}
-            | {"channel_scale": each.channel_scale}
-            for each in (self, other)
-        )
-        return self.spec == other.spec and all(_same(mine[name], theirs[name]) for name in mine)
+        if self.spec != other.spec or not _same(self.channel_scale, other.channel_scale):
+            return False
+        shared = [name for name in self.data if mitigations.DATA[name][0] != "out"]
+        return all(_same(self.data[name], other.data[name]) for name in shared)
 
     def joined(self, other: "Segment") -> "Segment":
         """This segment and its neighbour as one."""

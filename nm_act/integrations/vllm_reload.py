@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from typing import Any
 
 
 def guard_reloads() -> None:
@@ -16,7 +17,7 @@ def guard_reloads() -> None:
     reload = module.Worker.reload_weights
 
     @functools.wraps(reload)
-    def reload_weights(self, *args, **kwargs) -> None:
+    def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
         config = self.vllm_config.model_config
         source = config.model, config.revision
         try:
@@ -32,7 +33,7 @@ def guard_reloads() -> None:
                 "weights and all others their old ones, so reload a whole checkpoint of this model"
             ) from error
 
-    reload_weights.nm_act = True
+    reload_weights.nm_act = True  # type: ignore[attr-defined]
     module.Worker.reload_weights = reload_weights
 
 

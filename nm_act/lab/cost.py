@@ -61,8 +61,11 @@ class Rates:
         2:4, because its inner dimension is longer by that factor. Other patterns without a row run the dense product.
         """
         chosen = None if pattern == DENSE else as_pattern(pattern)
-        windows = len(chosen.extra_columns) if isinstance(chosen, NMPattern) else 0
-        for row in (pattern, f"{chosen.keep}:{chosen.group}+{windows}") if windows else (pattern,):
+        windows, rows = 0, [pattern]
+        if isinstance(chosen, NMPattern) and chosen.extra_columns:
+            windows = len(chosen.extra_columns)
+            rows.append(f"{chosen.keep}:{chosen.group}+{windows}")
+        for row in rows:
             if row in self.table:
                 return self.table[row]
         if windows and "2:4" in self.table:
@@ -116,7 +119,9 @@ def _read(path: Path) -> dict[str, tuple[float, str]]:
 class Cost(Protocol):
     """Times of linear layers, in any one unit: `Rates` or `Measured`."""
 
-    phases: tuple[str, ...]
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Those whose times are known."""
 
     def time(self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
         """Of one layer; `spec` None is dense, `fused` says that all layers that share its input have this spec."""
@@ -136,7 +141,12 @@ def places_of(model: nn.Module | str, layers: int | None = None) -> list[Place]:
 
 
 def cost_of(
-    model: nn.Module, device: str, shapes: str | None = None, *, phases: tuple[str, ...] = ("prefill",), dtype="bf16"
+    model: nn.Module,
+    device: str,
+    shapes: str | None = None,
+    *,
+    phases: tuple[str, ...] = ("prefill",),
+    dtype: str = "bf16",
 ) -> Measured:
     """Measured times on a device for the shapes of a named model, or else of the model itself."""
     if shapes is not None:
@@ -196,7 +206,7 @@ def predictions(
                 spec, alone = specs[place.projection], cost.time(phase, place, None)
                 together = {specs[name] for name in merged_with(place.projection) if name in specs}
                 dense += alone
-                packed = len(together) == 1 and is_packed(spec) and not recipe.dense_first_tokens
+                packed = len(together) == 1 and is_packed(spec) and not (recipe and recipe.dense_first_tokens)
                 sparse += layer_time(cost, phase, place, spec, fused=packed, rank_factor=rank_factor)
                 if recipe is not None and phase == "prefill" and pruned(spec, phase) is not None:
                     sparse += alone * min(recipe.dense_first_tokens / PREFILL_TOKENS, 1)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..patterns import NMPattern
 from ..recipe import DEFAULT_PROJECTIONS, ROLES, LinearSpec
 from .tables import Tables, load_tables
 
@@ -109,7 +110,7 @@ class Measured:
     notes: dict[str, None] = field(default_factory=dict)
     """Sentences on what was not measured as asked, each once."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.tables: Tables = load_tables(self.device)
 
     def time(self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
@@ -156,7 +157,7 @@ class Measured:
         alone = Measured(self.device, shapes_of(_REFERENCE), _REFERENCE, phases=("decode",))
         alone._in_model = 0.0
         layers = SHAPES[_REFERENCE][0]
-        products = layers * alone.block("decode", LinearSpec("8:16"))
+        products = layers * alone.block("decode", LinearSpec(NMPattern("8:16")))
         return max(0.0, step - products - alone.rest("decode", layers)) / (layers * len(MERGED))
 
     def block(self, phase: str, spec: LinearSpec | None) -> float:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..files import write_atomic
 from ..supported import require
@@ -35,17 +36,17 @@ def check_output(path: Path, run_file: str = RUN_FILE, part: str = "rows") -> No
             )
 
 
-def to_json(data: dict) -> str:
+def to_json(data: dict[str, Any]) -> str:
     """Indented JSON that any reader accepts: infinities and NaN, which JSON lacks, become null."""
     return json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def write_json(path: Path, data: dict) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write `to_json` of the data, whole or not at all."""
     write_atomic(path, to_json(data) + "\n")
 
 
-def read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} if it holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +55,7 @@ def read_object(path: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -64,17 +65,17 @@ def _finite(value):
     return value
 
 
-def to_csv(rows: list[dict], columns: Iterable[str] | None = None) -> str:
+def to_csv(rows: list[dict[str, Any]], columns: Iterable[str] | None = None) -> str:
     """CSV of some fields of the rows, by default all; None and NaN are empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns or rows[0], extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, list(columns or rows[0]), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({key: "" if is_undefined(value) else value for key, value in row.items()})
     return text.getvalue()
 
 
-def is_undefined(value) -> bool:
+def is_undefined(value: object) -> bool:
     """Whether a value is None or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -85,13 +86,13 @@ def markdown_table(header: list[str], lines: list[list[str]], right: int = 1) ->
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float) -> Any:
     """An empty matplotlib figure of that many inches."""
     figures = require("matplotlib.figure", "demo", "the plot")
     return figures.Figure(figsize=(width, height), layout="constrained")
 
 
-def png(figure) -> bytes:
+def png(figure: Any) -> bytes:
     """A figure as PNG."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)

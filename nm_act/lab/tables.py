@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..patterns import NMPattern, as_pattern
 
@@ -73,7 +74,7 @@ class Tables:
             )
         self._device = device
         self._products: dict[tuple[str, str, str], list[_Row]] = {}  # "phase stage", dtype, pattern
-        self._found: dict[tuple, Product] = {}
+        self._found: dict[tuple[Any, ...], Product] = {}
         for index, name in enumerate(_FILES):
             for row in self._read(name):
                 self._add(index, row)
@@ -117,8 +118,10 @@ class Tables:
         chosen = as_pattern(pattern)
         if phase == "decode":
             return self._decode(chosen.kept_fraction, sizes, dtype)
-        windows = len(chosen.extra_columns) if isinstance(chosen, NMPattern) else 0
-        name = f"{chosen.keep}:{chosen.group}+{windows}" if windows else str(chosen)
+        windows, name = 0, str(chosen)
+        if isinstance(chosen, NMPattern) and chosen.extra_columns:
+            windows = len(chosen.extra_columns)
+            name = f"{chosen.keep}:{chosen.group}+{windows}"
         stage = "prefill gemm" if fused and (name == "2:4") else "prefill op"
         if (stage, dtype, name) in self._products:
             return self._nearest((stage, dtype, name), sizes)

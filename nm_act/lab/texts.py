@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,9 +60,9 @@ def find_splits(folder: str | Path, name: str) -> list[Path]:
     )
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a .jsonl, .json or .parquet file; ValueError if there are none or one is not an object."""
-    rows = [row for _, row, _ in _rows(path)]
+    rows: list[Any] = [row for _, row, _ in _rows(path)]
     broken = next((row for row in rows if isinstance(row, ValueError)), None)
     if broken is not None:
         raise ValueError(f"expected JSON in {str(path)!r}, got invalid text ({broken}); repair the file") from broken
@@ -91,7 +92,7 @@ def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
         raise OSError(f"cannot read {name} from the hub ({first}); name a folder with --data") from error
 
 
-def read_text(path: str | os.PathLike) -> str:
+def read_text(path: str | os.PathLike[str]) -> str:
     """Text of a UTF-8 file; of a .jsonl, .json or .parquet file, the rows' "text" fields joined by blank lines.
 
     A byte order mark is not part of the text. Raises OSError if the file cannot be read, ValueError if it is empty, not
@@ -109,7 +110,7 @@ def read_text(path: str | os.PathLike) -> str:
     return text
 
 
-def tokenize(tokenizer, text: str, max_tokens: int | None = None) -> torch.Tensor:
+def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None) -> torch.Tensor:
     """Token ids of a text, int64 ``[tokens]``, or only the first `max_tokens`, at least 2 (else ValueError).
 
     Special tokens are up to the tokenizer: a beginning-of-sequence token stands at the start of the text, not of every
@@ -122,7 +123,7 @@ def tokenize(tokenizer, text: str, max_tokens: int | None = None) -> torch.Tenso
     return torch.tensor(ids[:max_tokens], dtype=torch.int64)
 
 
-def whole_windows(tokenizer, text: str, window: int, max_tokens: int | None = None) -> torch.Tensor:
+def whole_windows(tokenizer: Any, text: str, window: int, max_tokens: int | None = None) -> torch.Tensor:
     """Token ids of a text's whole windows, int64 ``[tokens]``; ValueError if there is none."""
     ids = tokenize(tokenizer, text, max_tokens)
     if ids.numel() < window:
@@ -133,7 +134,7 @@ def whole_windows(tokenizer, text: str, window: int, max_tokens: int | None = No
     return ids[: ids.numel() // window * window]
 
 
-def first_windows(tokenizer, text: str, windows: int, window: int) -> torch.Tensor:
+def first_windows(tokenizer: Any, text: str, windows: int, window: int) -> torch.Tensor:
     """The first windows of a text, int64 ``[windows, window]``; ValueError if it has fewer."""
     # A token is a few characters: a text much longer than that need not be tokenised to its end.
     ids = tokenize(tokenizer, text[: 32 * windows * window], windows * window)
@@ -171,14 +172,14 @@ def _rows(path: Path) -> Iterator[tuple[str, object, str]]:
     yield from ((f"row {number}", value, str(value)) for number, value in enumerate(values, 1))
 
 
-def _json(text: str):
+def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
         return error
 
 
-def _field(path: Path, place: str, row, shown: str) -> str:
+def _field(path: Path, place: str, row: object, shown: str) -> str:
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise ValueError(

@@ -1,5 +1,6 @@
 """What a sparse layer derives from its weight and its calibrated data, kept up to date with both."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -52,15 +53,15 @@ class Deriving(nn.Linear):
         spec: LinearSpec,
         weight_layout: str,
         lift: bool | str,
-        device,
-        dtype,
-    ):
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._spec = spec
         self.weight_layout = weight_layout
         self.lift = lift
         # A tuple: as an attribute of its own the weight would be a parameter twice.
-        self._lifted: tuple[nn.Parameter, torch.Tensor] | None = None
+        self._lifted: tuple[nn.Parameter, torch.Tensor, NMPattern] | None = None
         # The weight that the operator multiplies, and a copy of it in oneDNN's layout.
         self._prepacked: tuple[torch.Tensor, torch.Tensor] | None = None
         # The work of ordinary calls, and the buffers that it was made of.
@@ -110,7 +111,7 @@ class Deriving(nn.Linear):
         self._reads_weight = mitigations.depends_on_weight(spec)
         self.refresh()
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name in ("weight", "bias"):  # asked for from outside: the layer itself reads _parameters
             self.__dict__["_handed_out"] = True
         return super().__getattr__(name)
@@ -119,8 +120,9 @@ class Deriving(nn.Linear):
         return stale.parameter_of(self, name)
 
     @property
-    def _own_weight(self) -> torch.Tensor:
-        return self._own("weight")
+    def _own_weight(self) -> nn.Parameter:
+        weight: nn.Parameter = self._own("weight")
+        return weight
 
     def train(self, mode: bool = True) -> "Deriving":
         """As ``nn.Module.train``; the next call also checks whether the weight was written to through ``.data``."""
@@ -163,23 +165,24 @@ class Deriving(nn.Linear):
     def _store(self, weight: nn.Parameter) -> None:
         """Put a weight of another layout, or one to be lifted, into a parameter of its own: others may share this."""
         stored = parallel.stored_in_out(weight) if self.weight_layout == "in_out" else weight
-        if self._lifts(weight):
-            lifted = lift_weight(stored.detach(), self.spec.pattern)
+        pattern = self._lifted_pattern(weight)
+        if pattern is not None:
+            lifted = lift_weight(stored.detach(), pattern)
             self.weight = nn.Parameter(lifted[:, : self.in_features], weight.requires_grad)
-            self._lifted = (self._own_weight, lifted)
+            self._lifted = (self._own_weight, lifted, pattern)
         elif stored is not weight:
             self.weight = nn.Parameter(stored, weight.requires_grad)
 
-    def _lifts(self, weight: torch.Tensor) -> bool:
+    def _lifted_pattern(self, weight: torch.Tensor) -> NMPattern | None:
+        """The pattern that the weight is lifted for, or None."""
+        pattern = self.spec.pattern
+        if not isinstance(pattern, NMPattern) or not is_lifted(pattern):
+            return None
         # Only the weight itself is lifted: not a part of it, and not where another one is multiplied in its place.
-        if not isinstance(self.spec.pattern, NMPattern) or not is_lifted(self.spec.pattern):
-            return False
         if parallel.shard_of(weight) is not None or mitigations.replaces_weight(self.spec):
-            return False
-        if self.lift != "auto":
-            return self.lift
-        is_half = weight.dtype in (torch.bfloat16, torch.float16)
-        return weight.is_cuda and is_half
+            return None
+        on_gpu_in_half = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+        return pattern if (on_gpu_in_half if self.lift == "auto" else self.lift) else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -240,7 +243,7 @@ class Deriving(nn.Linear):
                 "expected a weight that no one has touched since the last call while a CUDA graph is captured, got "
                 "one that may have changed; call refresh() or the layer itself once before the capture"
             )
-        if seen and all(source.is_equal_to(parameter) for source, parameter in parameters):
+        if seen and all(source is not None and source.is_equal_to(parameter) for source, parameter in parameters):
             self._handed_out = self._unchecked = False
         else:
             self._lift_again()
@@ -250,9 +253,9 @@ class Deriving(nn.Linear):
     def _lift_again(self) -> None:
         if self._lifted is None:
             return
-        weight, lifted = self._lifted
+        weight, lifted, pattern = self._lifted
         if weight is self._own_weight and weight.data_ptr() == lifted.data_ptr():
-            lifted[:, self.in_features :] = lift_weight(weight.detach(), self.spec.pattern)[:, self.in_features :]
+            lifted[:, self.in_features :] = lift_weight(weight.detach(), pattern)[:, self.in_features :]
         else:  # another weight, of which no columns lie behind it
             self._lifted = None
 
@@ -270,7 +273,7 @@ class Deriving(nn.Linear):
 
     def data(self) -> dict[str, torch.Tensor]:
         """The calibrated data of this layer, by name; NaN where it has not been set yet."""
-        return {name: self._buffers[name] for name in self._data_names}
+        return {name: getattr(self, name) for name in self._data_names}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -292,7 +295,7 @@ class Deriving(nn.Linear):
                 )
         for name, value in data.items():
             value = value.clone() if value.is_inference() else value.detach()
-            setattr(self, name, value.to(known.device, torch.float32).contiguous())
+            setattr(self, name, value.to(getattr(self, name).device, torch.float32).contiguous())
         self.refresh()
 
     def work(self, weight: torch.Tensor) -> LinearWork:
@@ -348,14 +351,17 @@ class Deriving(nn.Linear):
 
     def _make_work(self, derived: dict[str, torch.Tensor | None], **copies: torch.Tensor | None) -> LinearWork:
         spec, data = self.spec, self._local_data()
+        operator: Callable[..., torch.Tensor]
         if spec.scoring.prunes_weight:
             operator, copies = dense_operator, {}
         elif self.differentiable or not isinstance(spec.pattern, NMPattern):
             operator, copies = composed.sparse_linear, {}
         else:
             # Ranks that see a slice of the features exchange what is a statistic of the whole token.
-            by_row = self.shard is not None and self.shard.kind == "row"
-            operator = partial(parallel.row_sparse_linear, self.shard) if by_row else compiled_operator
+            if self.shard is not None and self.shard.kind == "row":
+                operator = partial(parallel.row_sparse_linear, self.shard)
+            else:
+                operator = compiled_operator
             if derived["operand_weight"] is not None:
                 copies["lifted_weight"] = None
         return work_of(spec, data, operator, derived, **copies)
@@ -386,7 +392,7 @@ class Deriving(nn.Linear):
             operand = part.contiguous() if self.weight_layout == "out_in" else part.t().contiguous().t()
         local = self._local_data()
         return {
-            "channel_scale": self._part(channel_scale, ("in",)),
+            "channel_scale": None if channel_scale is None else self._part(channel_scale, ("in",)),
             # Of this rank's part: a row-parallel layer's images add up as its outputs do.
             "shift_out": mitigations.shift_image(spec, operand, local),
             "operand_weight": None if v is whole else operand,
@@ -403,8 +409,8 @@ class Deriving(nn.Linear):
             return added if self.shard.rank == 0 else None
         return added if self._own("bias") is None else parallel.local_weight(self._own("bias")) + added
 
-    def _part(self, tensor: torch.Tensor | None, axes: tuple[str, ...]) -> torch.Tensor | None:
-        return tensor if self.shard is None or tensor is None else self.shard.part(tensor, axes)
+    def _part(self, tensor: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
+        return tensor if self.shard is None else self.shard.part(tensor, axes)
 
     def _local_data(self) -> dict[str, torch.Tensor]:
         """The calibrated data, of a layer that is split over ranks this rank's part of it."""
@@ -412,11 +418,11 @@ class Deriving(nn.Linear):
             return self.data()
         return {name: self._part(value, mitigations.DATA[name]) for name, value in self.data().items()}
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Deriving":
         # Not left to fn: the vectors stay float32 in a bfloat16 model and follow the weight as it is stored.
         before = self.data()
         self._forget_sources()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in before.items():
             after = getattr(self, name)
             if name not in FOLLOW_WEIGHT and after.dtype != value.dtype:
@@ -424,7 +430,7 @@ class Deriving(nn.Linear):
         self.refresh()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._forget_sources()
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
@@ -433,7 +439,7 @@ class Deriving(nn.Linear):
         # torch.utils.swap_tensors, with which torch may convert and load, refuses what has a weak reference.
         self._sources = dict.fromkeys(self._sources)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self._parameters.get("weight")
         saved = f"{prefix}weight" in destination
@@ -442,7 +448,7 @@ class Deriving(nn.Linear):
             own = weight.detach() if self.lifted_weight is None else weight.detach().clone()
             destination[f"{prefix}weight"] = own.contiguous()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         sources = self._sources.items()
         seen = all(source is not None and source.is_seen_in(self._parameters.get(name)) for name, source in sources)
@@ -454,12 +460,12 @@ class Deriving(nn.Linear):
         }
         return state
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         if "spec" in state:  # pickled by nm_act 0.1
             state = {**state, "_spec": state["spec"], "_stored": None}
             del state["spec"]
         state.setdefault("_prepacked", None)  # by nm_act 0.2
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         # A copy of a lifted view is a tensor of its own, and what derives from a weight may be older than it.
         if self._lifted is not None or self._handed_out or self.prepack:
             self.refresh()
@@ -467,6 +473,6 @@ class Deriving(nn.Linear):
             self._set_sources()
 
 
-def without_autocast(weight: torch.Tensor) -> AbstractContextManager:
+def without_autocast(weight: torch.Tensor) -> AbstractContextManager[Any]:
     """Inside, what derives from a weight is computed as it is while a model loads."""
     return nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..patterns import NMPattern
 from .autograd import unrecorded
 
@@ -16,7 +17,7 @@ E4M3 = torch.float8_e4m3fn
 FP8_LAYOUTS = ("prefill", "decode", "both")
 """The phases that the e4m3 copies of a weight are stored for."""
 
-FEW_TOKENS = 4
+FEW_TOKENS = _C.FEW_TOKENS
 """Most tokens whose weight rows are worth skipping in e4m3."""
 
 

@@ -1,12 +1,18 @@
 """Modules whose forward optimize() replaces, by changing their class, so that they still pickle, copy and replicate."""
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+# A mix-in of modules: to the type checker a module, at run time a class that adds nothing to their bases.
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
 
-class Changed:
+
+class Changed(_Base):
     """Mixed in before a module's own class, which remains accessible as ``nm_act_stock``.
 
     A forward set on the instance would be bound to that instance, so neither pickle nor a shallow copy (such as

@@ -11,12 +11,17 @@ from .eligible import why_stays
 class FewTokensLinear(Changed):
     """A linear layer that reads its weight once, in order, for one token of each of a few sequences on a CPU."""
 
+    weight: Tensor
+    bias: Tensor | None
+
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]``."""
         # Sequences, not tokens, are counted: under torch.compile a prompt's length may be symbolic.
         if x.ndim > 1 and x.shape[-2] == 1 and _takes(x, self.weight, self.bias):
-            return torch.ops.nm_act.dense_linear(x, self.weight, self.bias)
-        return self.nm_act_stock.forward(self, x)
+            y: Tensor = torch.ops.nm_act.dense_linear(x, self.weight, self.bias)
+        else:
+            y = self.nm_act_stock.forward(self, x)
+        return y
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -1,6 +1,9 @@
 """What optimize() may change: one answer for merging, e4m3 weights and fused norms."""
 
-from torch import nn
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor, nn
 
 from .. import _C, parallel
 from ..layers.linear import NMLinear
@@ -18,6 +21,18 @@ _DERIVED = {"channel_scale", "shift_out"}
 """Buffers of an NMLinear that are derived from its weight and spec; any other was calibrated for that layer."""
 
 _FP8_BUFFERS = {"codes", "rows", "weight_scale", "scaled_shift_out", "like"}
+
+
+class Sparse(Protocol):
+    """What an NMLinear and an FP8Linear have in common here."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def spec(self) -> LinearSpec: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -46,12 +61,12 @@ def why_stays(module: nn.Module) -> str:
     return "it has hooks" if has_hooks(module) else ""
 
 
-def calibrated(layer: nn.Module) -> set[str]:
+def calibrated(layer: Sparse) -> set[str]:
     """Names of the buffers that are not derived from the weight and the spec."""
     return {name for name, _ in layer.named_buffers()} - _DERIVED - _FP8_BUFFERS
 
 
-def beyond(layer: nn.Module) -> str:
+def beyond(layer: Sparse) -> str:
     """What a layer needs beyond N:M with a static score, VAR and D-PTS, which is all that these paths compute."""
     spec = layer.spec
     plain = LinearSpec(
@@ -66,7 +81,7 @@ def beyond(layer: nn.Module) -> str:
     return "" if known and not calibrated(layer) else f"unfused method {spec}"
 
 
-def not_sparse_gemm(layer: nn.Module, pattern: NMPattern, step: int) -> str:
+def not_sparse_gemm(layer: Sparse, pattern: NMPattern, step: int) -> str:
     """Why the sparse GEMM cannot multiply this pattern in steps of ``step`` inputs; empty if it can."""
     if str(pattern) != "2:4":
         return f"pattern {pattern}"
@@ -75,7 +90,7 @@ def not_sparse_gemm(layer: nn.Module, pattern: NMPattern, step: int) -> str:
     return beyond(layer)
 
 
-def not_pruned_alone(layer: nn.Module, pattern: NMPattern) -> str:
+def not_pruned_alone(layer: Sparse, pattern: NMPattern) -> str:
     """Why a layer needs more than its pruned activation and a product, or the kernel does not prune it; else empty."""
     why = beyond(layer)
     if why:
@@ -87,7 +102,7 @@ def not_pruned_alone(layer: nn.Module, pattern: NMPattern) -> str:
     return ""
 
 
-def not_dense_e4m3(layer: nn.Module, pattern: NMPattern) -> str:
+def not_dense_e4m3(layer: Sparse, pattern: NMPattern) -> str:
     """Why a layer cannot run this pattern as a dense e4m3 product over a pruned activation; empty if it can."""
     why = not_pruned_alone(layer, pattern)
     if why:
@@ -116,7 +131,8 @@ def unfit_for_fp8(layer: NMLinear, layout: str) -> str:
     if layer.spec.phase == "decode":
         return "dense in prefill"
     # More than a few sequences decode over the copy of prefill.
-    for pattern in {layer.spec.pattern_in(decode) for decode in (False, True)}:
+    patterns: set[Any] = {layer.spec.pattern_in(decode) for decode in (False, True)}  # no top-k: see beyond
+    for pattern in patterns:
         why = not_sparse_gemm(layer, pattern, 32) if str(pattern) == "2:4" else not_dense_e4m3(layer, pattern)
         if why:
             return why

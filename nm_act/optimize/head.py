@@ -79,7 +79,7 @@ class QuantisedHead(nn.Module):
     @property
     def tied(self) -> nn.Module | None:
         """The embedding that keeps the weight before rounding."""
-        return self._tied  # type: ignore[no-any-return]
+        return self._tied  # type: ignore[return-value]
 
     @property
     def nbytes(self) -> int:

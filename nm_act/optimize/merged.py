@@ -1,6 +1,8 @@
 """Linear layers that read the same input, computed as one layer; checkpoints keep the stock names."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +34,22 @@ class MergedLinear(nn.Module):
     and layout, each weight as a contiguous copy; ``load_state_dict`` accepts them.
     """
 
-    def __init__(self, linear: nn.Module, names: tuple[str, ...], sizes: tuple[int, ...]):
+    linear: Any  # an nn.Linear, NMLinear or FP8Linear
+
+    def __init__(self, linear: nn.Module, names: Sequence[str], sizes: Sequence[int]):
         super().__init__()
         self.linear = linear
         self.names, self.sizes = tuple(names), tuple(sizes)
-        self.register_state_dict_post_hook(_split_state)
+        self.register_state_dict_post_hook(_split_state)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., sum(sizes)]``, all outputs."""
-        return self.linear(x)
+        y: Tensor = self.linear(x)
+        return y
+
+    def split(self, y: Tensor) -> list[Tensor | None]:
+        """The outputs ``[..., size]`` of the merged layers, views of ``y [..., sum(sizes)]``."""
+        return list(y.split(self.sizes, dim=-1))
 
     def extra_repr(self) -> str:
         """The merged layers, for printing."""
@@ -61,18 +70,18 @@ class Product:
         self.merged = merged
         self.filled = y is not None
         self._input = placeholder
-        self._outputs = [] if y is None else list(y.split(merged.sizes, dim=-1))
+        self._outputs: list[Tensor | None] = [] if y is None else merged.split(y)
 
     def take(self, x: Tensor, index: int) -> Tensor:
         """Output ``[..., sizes[index]]`` of one of the merged layers, a view of the merged one."""
         if self._input is not x:
             self._refuse_filled(index, "another one")
-            self._input, self._outputs = x, list(self.merged(x).split(self.merged.sizes, dim=-1))
+            self._input, self._outputs = x, self.merged.split(self.merged(x))
         output = self._outputs[index]
+        self._outputs[index] = None  # frees what is no longer needed
         if output is None:
             self._refuse_filled(index, "it twice")
-            return self.merged(x).split(self.merged.sizes, dim=-1)[index]
-        self._outputs[index] = None  # frees what is no longer needed
+            return self.merged(x).split(self.merged.sizes, dim=-1)[index]  # type: ignore[no-any-return]
         return output
 
     def _refuse_filled(self, index: int, got: str) -> None:
@@ -85,6 +94,8 @@ class Product:
 
 class LinearPart(nn.Module):
     """Replaces a merged layer under its stock name: the same call and attributes, but no own parameters."""
+
+    _merged: MergedLinear
 
     def __init__(self, merged: MergedLinear, index: int):
         super().__init__()
@@ -106,7 +117,7 @@ class LinearPart(nn.Module):
         bias = self._merged.linear.bias
         return bias if bias is None else bias.split(self._merged.sizes)[self._index].as_subclass(readonly.Part)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
             readonly.refuse_set(name)
         super().__setattr__(name, value)
@@ -125,11 +136,12 @@ def merge(parent: nn.Module, names: list[str]) -> MergedLinear:
     layers = [getattr(parent, name) for name in names]
     sizes = [layer.out_features for layer in layers]
     first = layers[0]
-    options = {"bias": first.bias is not None, "device": "meta", "dtype": first.weight.dtype}
+    options: dict[str, Any] = {"bias": first.bias is not None, "device": "meta", "dtype": first.weight.dtype}
     if isinstance(first, NMLinear):
         options |= {"weight_layout": first.weight_layout, "lift": first.lift}
-        linear = NMLinear(first.in_features, sum(sizes), spec=first.spec, **options)
-        linear.token_context = first.token_context
+        sparse = NMLinear(first.in_features, sum(sizes), spec=first.spec, **options)
+        sparse.token_context = first.token_context
+        linear: nn.Linear = sparse
     else:
         linear = nn.Linear(first.in_features, sum(sizes), **options)
     grad = first.weight.requires_grad
@@ -159,11 +171,12 @@ def unmerge(parent: nn.Module, child: str) -> None:
     if linear.bias is not None:
         biases = linear.bias.split(merged.sizes)
     for name, size, weight, bias in zip(merged.names, merged.sizes, weights, biases, strict=True):
-        options = {"bias": bias is not None, "device": "meta"}
+        options: dict[str, Any] = {"bias": bias is not None, "device": "meta"}
         if isinstance(linear, NMLinear):
             options |= {"weight_layout": linear.weight_layout, "lift": linear.lift}
-            layer = NMLinear(linear.in_features, size, spec=linear.spec, **options)
-            layer.token_context = linear.token_context
+            sparse = NMLinear(linear.in_features, size, spec=linear.spec, **options)
+            sparse.token_context = linear.token_context
+            layer: nn.Linear = sparse
             own = weight.detach().t().clone().t() if linear.weight_layout == "in_out" else weight.detach().clone()
         else:
             layer, own = nn.Linear(linear.in_features, size, **options), weight.detach().clone()
@@ -176,15 +189,16 @@ def unmerge(parent: nn.Module, child: str) -> None:
         setattr(parent, name, layer.train(linear.training))
 
 
-def merge_key(layer: nn.Module) -> tuple | str:
+def merge_key(layer: nn.Module) -> tuple[Any, ...] | str:
     """Layers with equal keys can be merged; a string is the reason why a layer cannot."""
-    if type(layer) not in (nn.Linear, NMLinear):
+    if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, NMLinear):
         return f"{type(layer).__name__} is neither torch.nn.Linear nor NMLinear"
     why = why_stays(layer)
     if why:
         return why
-    weight, bias = (parameter_of(layer, name) for name in ("weight", "bias"))
-    facts = (layer.in_features, bias is not None, weight.dtype, weight.device)
+    weight, bias = parameter_of(layer, "weight"), parameter_of(layer, "bias")
+    assert weight is not None
+    facts: tuple[Any, ...] = (layer.in_features, bias is not None, weight.dtype, weight.device)
     if isinstance(layer, NMLinear):
         if layer.channel_scale is not None:
             return f"the scores of {layer.spec.criterion!r} differ from layer to layer"
@@ -197,14 +211,16 @@ def merge_key(layer: nn.Module) -> tuple | str:
 class SharesProducts(Changed):
     """A parent of merged layers: during its forward each of them computes one product for all its parts."""
 
-    def forward(self, *args, nm_act_product: Product | None = None, **kwargs):
+    def forward(self, *args: Any, nm_act_product: Product | None = None, **kwargs: Any) -> Any:
         """The stock forward; a given ``nm_act_product`` is already computed."""
         products = {child.names: Product(child) for child in self.children() if isinstance(child, MergedLinear)}
         if nm_act_product is not None:
             products[nm_act_product.merged.names] = nm_act_product
         return self.nm_act_stock.forward(_Running(self, products), *args, **kwargs)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *others):
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+    ) -> None:
         _join_state(self, state_dict, prefix, missing)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
 
@@ -222,10 +238,10 @@ class _Running:
             for name in names:
                 super().__setattr__(name, partial(getattr(module, name), product=product))
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.nm_act_module, name)
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.nm_act_module, name, value)
 
 
@@ -233,7 +249,7 @@ def _child_name(names: list[str]) -> str:
     return "merged_" + "_".join(name.removesuffix("_proj") for name in names)
 
 
-def _split_state(merged: MergedLinear, state: dict, prefix: str, _metadata) -> None:
+def _split_state(merged: MergedLinear, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
     """State dict hook: stock names, each tensor contiguous in the stock layout."""
     parent = prefix.removesuffix(".").rpartition(".")[0]
     for kind in ("weight", "bias"):
@@ -244,7 +260,7 @@ def _split_state(merged: MergedLinear, state: dict, prefix: str, _metadata) -> N
             state[f"{parent}.{name}.{kind}" if parent else f"{name}.{kind}"] = part.contiguous()
 
 
-def _join_state(parent: nn.Module, state: dict, prefix: str, missing: list[str]) -> None:
+def _join_state(parent: nn.Module, state: dict[str, Tensor], prefix: str, missing: list[str]) -> None:
     """Builds the merged tensors from the stock ones; a part that the state lacks is missing, and stays as it is."""
     for child, merged in parent.named_children():
         if not isinstance(merged, MergedLinear):

@@ -241,7 +241,7 @@ def deoptimize(model: nn.Module) -> nn.Module:
     for _, module in list(model.named_modules()):
         children = [child for child, layer in module.named_children() if isinstance(layer, MergedLinear)]
         if isinstance(module, Changed):
-            fused.unfuse(module)  # type: ignore[arg-type]
+            fused.unfuse(module)
         for child in children:
             unmerge(module, child)
     return model

@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ class StaticDecoder:
         static_attention.register()
         self.model, self.batch, self.max_tokens = model, batch, max_tokens
         self.device = next(iter(devices))
-        self._config = model.config.get_text_config()
+        transformer: Any = model
+        self._config = transformer.config.get_text_config()
         self._static_config = copy.deepcopy(self._config)
         view = _with_config(model, self._config, self._static_config)
         if view is None:
@@ -86,17 +88,17 @@ class StaticDecoder:
                 f"attention still {self._static_config._attn_implementation!r}; use model.generate"
             )
         self.length = 0
-        new = lambda *size, dtype=torch.long: torch.zeros(size, dtype=dtype, device=self.device)  # noqa: E731
+        new = functools.partial(torch.zeros, dtype=torch.long, device=self.device)
         self.token = new(batch, 1)
         self.logits: Tensor | None = None
         self._position = new(1, 1)
         self._lengths = new(batch, dtype=torch.int32)
         self._cache = _full_cache(self._config, max_tokens)
         self._cache_name = cache_argument(model)
-        self._pool = None
-        self._step_graph: Callable | None = None
-        self._prefill_graphs: dict[int, tuple[Tensor, Callable]] = {}
-        self._flash = static_attention.try_flash(self._config, model.dtype, self.device)
+        self._pool: Any = None
+        self._step_graph: Callable[[], None] | None = None
+        self._prefill_graphs: dict[int, tuple[Tensor, Callable[[], None]]] = {}
+        self._flash = static_attention.try_flash(self._config, transformer.dtype, self.device)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor) -> Tensor:
@@ -135,6 +137,7 @@ class StaticDecoder:
         if self.device.type == "cuda":
             if self._step_graph is None:
                 self.capture_step()
+            assert self._step_graph is not None
             self._step_graph()
         else:
             self._step()
@@ -207,7 +210,7 @@ class StaticDecoder:
         self.logits = output.logits
         self.token.copy_(output.logits[:, -1:].argmax(dim=-1))
 
-    def _captured(self, function: Callable, before: Callable) -> Callable:
+    def _captured(self, function: Callable[[], None], before: Callable[[], None]) -> Callable[[], None]:
         """One graph launch for what ``function`` enqueues."""
         side = _side_stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
@@ -250,7 +253,7 @@ class StaticDecoder:
         yield from (self.token, self._position, self._lengths)
         yield from (layer.cumulative_length for layer in self._layers())
 
-    def _layers(self) -> list:
+    def _layers(self) -> list[Any]:
         return [layer for layer in self._cache.layers if layer.is_initialized]
 
     def _rewind(self, length: int) -> None:
@@ -298,7 +301,7 @@ def _refuse_first_tokens(model: nn.Module) -> None:
         )
 
 
-def _with_config(module: nn.Module, before, after, name: str = "the model") -> nn.Module | None:
+def _with_config(module: nn.Module, before: Any, after: Any, name: str = "the model") -> Any:
     """A shallow copy of ``module`` that reads the config ``after`` instead of ``before``; None if nothing reads it.
 
     The modules that hold the config and their parents are copied; all others, and all parameters, are shared.
@@ -321,7 +324,7 @@ def _with_config(module: nn.Module, before, after, name: str = "the model") -> n
     return copied
 
 
-def _full_cache(config, max_tokens: int):
+def _full_cache(config: Any, max_tokens: int) -> Any:
     """A cache that holds all tokens of every layer; attention applies the windows."""
     from transformers.cache_utils import Cache, StaticLayer
 

@@ -7,7 +7,9 @@ place of a mask, a decode step then gets the number of filled tokens, which the 
 import inspect
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]
 
 _varlen_options = frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
 
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 ATTENTION = "nm_act_static"
 """Name of :func:`static_attention` among Transformers' attention implementations."""
 
-_fits: dict[tuple, bool] = {}
+_fits: dict[tuple[Any, ...], bool] = {}
 """Whether torch's flash attention works: by heads, key heads, dim, windowed, dtype, kind and index of the device."""
 
 
@@ -50,7 +52,7 @@ def register() -> None:
 
 
 def static_attention(
-    module: nn.Module,
+    module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -58,7 +60,7 @@ def static_attention(
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_ignored,
+    **_ignored: Any,
 ) -> tuple[Tensor, None]:
     """Attention over the filled part of a static cache, in the form of Transformers' attention interface.
 
@@ -82,20 +84,25 @@ def static_attention(
     prompt = tokens > 1 or attention_mask is None
     if prompt:
         key, value = key[:, :, :tokens], value[:, :, :tokens]
-    windowed = sliding_window is not None and sliding_window < key.shape[2]
-    if prompt and not windowed:
+    window = sliding_window if sliding_window is not None and sliding_window < key.shape[2] else None
+    if prompt and window is None:
         y = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
         return y.transpose(1, 2).contiguous(), None
-    if _fits.get(_case(query.shape[1], key.shape[1], query.shape[3], windowed, query.dtype, query.device), False):
+    case = _case(query.shape[1], key.shape[1], query.shape[3], window is not None, query.dtype, query.device)
+    if _fits.get(case, False):
         # The window counts the keys before the query itself.
-        window = (sliding_window - 1, 0) if windowed else (-1, -1)
-        flash = _flash_prompt if prompt else _flash_step
-        return flash(query, key, value, attention_mask, scaling, window), None
-    last = torch.arange(tokens, device=query.device)[:, None] if prompt else attention_mask - 1
+        sides = (-1, -1) if window is None else (window - 1, 0)
+        if prompt or attention_mask is None:
+            return _flash_prompt(query, key, value, scaling, sides), None
+        return _flash_step(query, key, value, attention_mask, scaling, sides), None
+    if prompt or attention_mask is None:
+        last = torch.arange(tokens, device=query.device)[:, None]
+    else:
+        last = attention_mask - 1
     columns = torch.arange(key.shape[2], device=query.device)
     mask = columns <= last
-    if windowed:
-        mask = mask & (columns > last - sliding_window)
+    if window is not None:
+        mask = mask & (columns > last - window)
     return _masked(query, key, value, mask, scaling), None
 
 
@@ -105,14 +112,14 @@ def static_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable | None = None,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     device: torch.device | str = "cpu",
-    config=None,
+    config: Any = None,
     dtype: torch.dtype | None = None,
-    **options,
+    **options: Any,
 ) -> Tensor | None:
     """What :func:`static_attention` takes as the mask of a call, in the form of Transformers' mask interface.
 
@@ -148,10 +155,11 @@ def static_mask(
         return None
     options |= {"attention_mask": attention_mask, "allow_is_causal_skip": False, "device": device}
     options |= {} if mask_function is None else {"mask_function": mask_function}
-    return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **options)
+    sizes: tuple[Any, ...] = (batch_size, q_length, kv_length, q_offset, kv_offset)
+    return sdpa_mask(*sizes, **options)
 
 
-def try_flash(config, dtype: torch.dtype, device: torch.device) -> bool:
+def try_flash(config: Any, dtype: torch.dtype | None, device: torch.device) -> bool:
     """Whether torch's flash attention supports lengths on the device, and windows; tried once on a small cache.
 
     :func:`static_attention` uses it from then on; a logged line tells where it cannot.
@@ -168,20 +176,22 @@ def try_flash(config, dtype: torch.dtype, device: torch.device) -> bool:
     return _fits[_case(*case)]
 
 
-def _case(heads: int, key_heads: int, dim: int, windowed: bool, dtype: torch.dtype, device: torch.device) -> tuple:
+def _case(
+    heads: int, key_heads: int, dim: int, windowed: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, ...]:
     return heads, key_heads, dim, windowed, dtype, device.type, device.index
 
 
 @torch.inference_mode()
 def _try_flash(heads: int, key_heads: int, dim: int, windowed: bool, dtype: torch.dtype, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(0)
-    draw = lambda *size: torch.randn(size, generator=generator, device=device, dtype=dtype)  # noqa: E731
+    draw = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     query, key, value = draw(2, heads, 100, dim), draw(2, key_heads, 512, dim), draw(2, key_heads, 512, dim)
     cases = [_case(heads, key_heads, dim, each, dtype, device) for each in {False, windowed}]
     try:
         for window, tokens in ((None, 1), (64, 1), (64, 100)) if windowed else ((None, 1),):
             filled = torch.full((2, 1, 1, 1), 300 if tokens == 1 else tokens, dtype=torch.int32, device=device)
-            options = {"scaling": dim**-0.5, "sliding_window": window, "attention_mask": filled}
+            options: dict[str, Any] = {"scaling": dim**-0.5, "sliding_window": window, "attention_mask": filled}
             _fits.update(dict.fromkeys(cases, False))
             masked, _ = static_attention(None, query[:, :, :tokens], key, value, **options)
             _fits.update(dict.fromkeys(cases, True))
@@ -198,19 +208,24 @@ def _try_flash(heads: int, key_heads: int, dim: int, windowed: bool, dtype: torc
         _fits.update(dict.fromkeys(cases, False))
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, *arguments, window_size: tuple[int, int], **options) -> Tensor:
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, *arguments: Any, window_size: tuple[int, int], **options: Any
+) -> Tensor:
     """Attention of packed sequences ``[tokens, heads, dim]``, by torch's public function where it takes lengths."""
     if "seqused_k" in _varlen_options:
         if "enable_gqa" in _varlen_options:  # before, heads were not compared
             options["enable_gqa"] = query.shape[1] > key.shape[1]
-        return varlen_attn(query, key, value, *arguments, window_size=window_size, **options)
-    left, right = window_size
-    options |= {"window_size_left": left, "window_size_right": right}
-    # What the public function calls, with the lengths that torch 2.11 has here only.
-    return torch.ops.aten._flash_attention_forward(query, key, value, *arguments, 0.0, False, False, **options)[0]
+        y: Any = varlen_attn(query, key, value, *arguments, window_size=window_size, **options)
+    else:  # what the public function calls, with the lengths that torch 2.11 has here only
+        options |= dict(zip(("window_size_left", "window_size_right"), window_size, strict=True))
+        y = torch.ops.aten._flash_attention_forward(query, key, value, *arguments, 0.0, False, False, **options)[0]
+    result: Tensor = y
+    return result
 
 
-def _flash_step(query, key, value, filled, scaling, window) -> Tensor:
+def _flash_step(
+    query: Tensor, key: Tensor, value: Tensor, filled: Tensor, scaling: float | None, window: tuple[int, int]
+) -> Tensor:
     """Attention of one token per sequence, with sequences of one length; ``[batch, 1, heads, dim]``.
 
     The sequences are treated as heads of one sequence: their caches are contiguous, and a group of heads still shares
@@ -234,7 +249,7 @@ def _flash_step(query, key, value, filled, scaling, window) -> Tensor:
     return y.view(batch, 1, heads, dim)
 
 
-def _flash_prompt(query, key, value, _filled, scaling, window) -> Tensor:
+def _flash_prompt(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: tuple[int, int]) -> Tensor:
     """Attention of prompts longer than the window; ``[batch, tokens, heads, dim]``."""
     batch, _, tokens, _ = query.shape
     starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * tokens
@@ -258,7 +273,7 @@ def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: fl
     return y.reshape(batch, 1, heads, dim) if tokens == 1 else y.transpose(1, 2).contiguous()
 
 
-def _no_cudnn(query: Tensor):
+def _no_cudnn(query: Tensor) -> AbstractContextManager[Any]:
     """Masked attention by torch's own kernels, because cuDNN, which torch prefers on Hopper, may reject such masks."""
     if not query.is_cuda:
         return nullcontext()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from nm_act.methods.mitigations import MITIGATIONS, data_of
 from nm_act.patterns import NMPattern
-from nm_act.recipe import DEFAULT_PROJECTIONS, NAMED, PHASES, ROLES, LinearSpec, Recipe, Rule
+from nm_act.recipe import DEFAULT_PROJECTIONS, NAMED, ROLES, LinearSpec, Recipe, Rule
+from nm_act.spec import PHASES
 
 FULL = Recipe(
     "8:16",

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "nm_act"
 ROOMS = (
     ("files", "moved", "patterns", "supported", "version", "yaml_text", "_C"),
-    *(("ops",), ("methods",), ("recipe",), ("parallel",), ("layers",), ("optimize",), ("conversion",)),
+    *(("ops",), ("methods",), ("recipe", "spec"), ("parallel",), ("layers",), ("optimize",), ("conversion",)),
     *(("integrations",), ("lab",), ("cli", "__main__")),
 )
 """From the ground up: a module imports from its own room and from those before it."""

@@ -24,7 +24,6 @@ namespace nm_act {
 namespace {
 
 constexpr int kTokens = 4;  // of a team in one step
-constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 
 // Threads of a block with so many query heads, which take registers.
 template <int kGroup>

@@ -81,7 +81,7 @@ __device__ __forceinline__ void inverse_norms(const GatherParams& params, const 
       }
     }
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, offset);
+    for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
     if (lane == 0) slice.squares[token * kGatherMaxWarps + thread / 32] = squares;
   }
   __syncthreads();
@@ -89,7 +89,7 @@ __device__ __forceinline__ void inverse_norms(const GatherParams& params, const 
   for (int token = 0; token < kTokens; ++token) {
     float squares = lane < warps ? slice.squares[token * kGatherMaxWarps + lane] : 0.0f;
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, offset);
+    for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
     inverse[token] = inverse_rms(squares, params.in_features, params.epsilon);
   }
 }
@@ -170,7 +170,7 @@ __device__ __forceinline__ void select_share(const GatherParams& params, const G
   for (int block = begin; block < end; ++block) {
     const int feature = 32 * block + lane;
     const bool kept = survives(params, slice, 0, feature);
-    const uint32_t mask = __ballot_sync(0xFFFFFFFFu, kept);
+    const uint32_t mask = __ballot_sync(kAllLanes, kept);
     if (!kept) continue;
     const int slot = block * per_block + __popc(mask & ((1u << lane) - 1u));
     slice.rows[slot] = static_cast<uint16_t>(feature);
@@ -193,7 +193,7 @@ __device__ __forceinline__ void mark_survivors(const GatherParams& params, const
       } else if (token < params.tokens) {
         kept = survives(params, slice, token, feature);
       }
-      const uint32_t mask = __ballot_sync(0xFFFFFFFFu, kept);
+      const uint32_t mask = __ballot_sync(kAllLanes, kept);
       if (lane == 0) slice.masks[token * blocks + block] = mask;
     }
   }
@@ -220,11 +220,11 @@ __device__ __forceinline__ void sum_counts(const GatherSlice& slice) {
     int sum = own;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int other = __shfl_up_sync(0xFFFFFFFFu, sum, distance);
+      const int other = __shfl_up_sync(kAllLanes, sum, distance);
       if (lane >= distance) sum += other;
     }
     if (block < blocks) slice.offsets[block] = before + sum - own;
-    before += __shfl_sync(0xFFFFFFFFu, sum, 31);
+    before += __shfl_sync(kAllLanes, sum, 31);
   }
   if (lane == 0) slice.offsets[blocks] = before;
 }

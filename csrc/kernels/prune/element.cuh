@@ -11,6 +11,7 @@
 
 namespace nm_act {
 
+inline constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 inline constexpr int kChunk = 8;  // features per thread and step: one 16-byte load of 16-bit elements
 
 struct BFloat16 {

@@ -15,8 +15,6 @@
 
 namespace nm_act {
 
-inline constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
-
 __device__ __forceinline__ uint32_t swap_halves(uint32_t word) { return permute_bytes(word, word, 0x1032); }
 
 // Sorts the bitonic sequence of kCount keys from kFirst on in descending order.

@@ -27,15 +27,15 @@ class RowReducer {
   __device__ __forceinline__ T sum(T value) {
     return reduce(value, T{0}, [](T v) {
 #pragma unroll
-      for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xFFFFFFFFu, v, offset);
+      for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);
       return v;
     });
   }
   __device__ __forceinline__ uint32_t count(uint32_t value) {
-    return reduce(value, 0u, [](uint32_t v) { return __reduce_add_sync(0xFFFFFFFFu, v); });
+    return reduce(value, 0u, [](uint32_t v) { return __reduce_add_sync(kAllLanes, v); });
   }
   __device__ __forceinline__ uint32_t max(uint32_t value) {
-    return reduce(value, 0u, [](uint32_t v) { return __reduce_max_sync(0xFFFFFFFFu, v); });
+    return reduce(value, 0u, [](uint32_t v) { return __reduce_max_sync(kAllLanes, v); });
   }
 
  private:
@@ -117,11 +117,11 @@ __device__ __forceinline__ uint32_t bin_of_rank(const uint32_t (&bins)[kBins], u
   uint32_t up_to = own;
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t before = __shfl_up_sync(0xFFFFFFFFu, up_to, distance);
+    const uint32_t before = __shfl_up_sync(kAllLanes, up_to, distance);
     if (lane >= distance) up_to += before;
   }
   const uint32_t before = up_to - own;
-  const uint32_t mask = __ballot_sync(0xFFFFFFFFu, rank >= before && rank < up_to);
+  const uint32_t mask = __ballot_sync(kAllLanes, rank >= before && rank < up_to);
   uint32_t bin = static_cast<uint32_t>(lane * kPerLane), left = rank - before;
   bool beyond = true;
 #pragma unroll
@@ -131,8 +131,8 @@ __device__ __forceinline__ uint32_t bin_of_rank(const uint32_t (&bins)[kBins], u
     left -= beyond ? count[i] : 0u;
   }
   const int source = 31 - __clz(static_cast<int>(mask));
-  rank = __shfl_sync(0xFFFFFFFFu, left, source);
-  return __shfl_sync(0xFFFFFFFFu, bin, source);
+  rank = __shfl_sync(kAllLanes, left, source);
+  return __shfl_sync(kAllLanes, bin, source);
 }
 
 // The first count_of(i) features of chunk i belong to the row.
@@ -230,18 +230,18 @@ struct VarianceSums {
 
  private:
   __device__ __forceinline__ void combine_lanes() {
-    const float first = __shfl_sync(0xFFFFFFFFu, origin, 0);
+    const float first = __shfl_sync(kAllLanes, origin, 0);
     const double moved = static_cast<double>(origin) - static_cast<double>(first);
     z_squared += moved * (2 * z + features * moved);
     z += features * moved;
     origin = first;
-    features = static_cast<int>(__reduce_add_sync(0xFFFFFFFFu, static_cast<uint32_t>(features)));
+    features = static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<uint32_t>(features)));
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
-      z += __shfl_xor_sync(0xFFFFFFFFu, z, offset);
-      z_squared += __shfl_xor_sync(0xFFFFFFFFu, z_squared, offset);
-      p += __shfl_xor_sync(0xFFFFFFFFu, p, offset);
-      p_squared += __shfl_xor_sync(0xFFFFFFFFu, p_squared, offset);
+      z += __shfl_xor_sync(kAllLanes, z, offset);
+      z_squared += __shfl_xor_sync(kAllLanes, z_squared, offset);
+      p += __shfl_xor_sync(kAllLanes, p, offset);
+      p_squared += __shfl_xor_sync(kAllLanes, p_squared, offset);
     }
   }
 };

@@ -74,7 +74,7 @@ __device__ __forceinline__ Lifted lift(const Unit<E>& unit, const WindowSlots& w
 // call. Units that are not `real` contribute the padding nibble.
 __device__ __forceinline__ uint8_t extra_byte(const Lifted& lifted, bool real) {
   const uint32_t own = real ? lifted.extra : kPaddingNibble;
-  return static_cast<uint8_t>(own | __shfl_down_sync(0xFFFFFFFFu, own, 1) << 4);
+  return static_cast<uint8_t>(own | __shfl_down_sync(kAllLanes, own, 1) << 4);
 }
 
 }  // namespace nm_act

@@ -58,6 +58,11 @@ inline void check_norm_weight(const at::Tensor& x, const at::Tensor& weight, int
                    ", got ", weight.scalar_type(), "; convert it");
 }
 
+// Rows that can be read in whole vectors: those of x, or of a copy if necessary. Two of one shape share a stride, as the
+// halves of a merged projection do, which are read in place.
+Rows aligned_rows(const at::Tensor& x);
+std::pair<Rows, Rows> aligned_rows(const at::Tensor& x, const at::Tensor& other);
+
 inline at::Tensor empty_vector(const at::Tensor& like, int64_t size) {
   return at::empty({size}, like.options().dtype(at::kFloat));
 }

@@ -76,8 +76,7 @@ PackedOperand compress_packed(const at::Tensor& x, const Selection& selection, b
   const Selection vectors = lifted ? with_aligned_vectors(selection) : selection;
   auto [operand, out] = allocate_packed(x, vectors, variance_correction, fp8, device);
   if (selection.tokens == 0) return operand;
-  Rows rows = rows_of(x);
-  if (lifted && !is_aligned(rows)) rows = {aligned(rows.tensor), selection.in_features};
+  const Rows rows = lifted ? aligned_rows(x) : rows_of(x);
   const CompressParams params{rows.tensor.const_data_ptr(), rows.stride,    selection.tokens,
                               int(selection.in_features),   selection.type, out};
   check_status(lifted ? launch_compress_windows(params, selection.pattern, current_stream(x))

@@ -50,6 +50,17 @@ at::Tensor aligned(const at::Tensor& tensor) {
   return is_aligned(dense) ? dense : dense.clone();
 }
 
+Rows aligned_rows(const at::Tensor& x) {
+  const Rows rows = rows_of(x);
+  return is_aligned(rows) ? rows : Rows{aligned(rows.tensor), x.size(-1)};
+}
+
+std::pair<Rows, Rows> aligned_rows(const at::Tensor& x, const at::Tensor& other) {
+  const Rows rows = rows_of(x), others = rows_of(other);
+  if (rows.stride == others.stride && is_aligned(rows) && is_aligned(others)) return {rows, others};
+  return {{aligned(rows.tensor), x.size(-1)}, {aligned(others.tensor), x.size(-1)}};
+}
+
 void check_row_statistics(const Selection& selection, bool needed, const char* op) {
   TORCH_CHECK_NOT_IMPLEMENTED(!needed || selection.in_features <= kMaxRowFeatures, "nm_act::", op, " expected at most ",
                               kMaxRowFeatures,

@@ -135,17 +135,7 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
                               selection.tokens, " tokens in ", x.scalar_type(), ", weight ", weight.sizes(),
                               " with strides ", weight.strides(), "; use the separate operators");
   selection.channel_scale = aligned(selection.channel_scale);
-  // The halves of a merged projection share a row stride and are read in place.
-  Rows rows = rows_of(x);
-  at::Tensor factor = gated ? *up : at::Tensor();
-  if (gated) {
-    const Rows ups = rows_of(factor);
-    const bool in_place = rows.stride == ups.stride && is_aligned(rows) && is_aligned(ups);
-    if (!in_place) rows = {aligned(x), selection.in_features};
-    factor = in_place ? ups.tensor : aligned(factor);
-  } else if (!is_aligned(rows)) {
-    rows = {aligned(x), selection.in_features};
-  }
+  const auto [rows, factor] = gated ? aligned_rows(x, *up) : std::pair(aligned_rows(x), Rows{});
   const at::Tensor y = at::empty(sizes, x.options()),
                    bias_vector = contiguous_or_undefined(bias.value_or(at::Tensor()));
   const at::Tensor norm = normed ? aligned(*norm_weight) : at::Tensor();
@@ -155,7 +145,7 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   set_epilogue(params, {scale, {}, {}, {}}, bias_vector);
   params.y = y.mutable_data_ptr();
   params.channel_scale = data_or_null(selection.channel_scale);
-  params.up = data_of(factor);
+  params.up = data_of(factor.tensor);
   params.norm_weight = data_of(norm);
   params.epsilon = float(eps);
   params.activation = function;

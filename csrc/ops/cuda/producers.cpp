@@ -58,15 +58,13 @@ struct GatedTensors {
   SiluMulInput input;
 };
 
-// The halves of a merged projection share a row stride and are read in place.
 GatedTensors gated_tensors(const at::Tensor& gate, const at::Tensor& up, const Selection& selection,
                            Activation activation) {
-  const Rows gates = rows_of(gate), ups = rows_of(up);
-  const bool in_place = gates.stride == ups.stride && is_aligned(gates) && is_aligned(ups);
-  GatedTensors gated{in_place ? gates.tensor : aligned(gate), in_place ? ups.tensor : aligned(up), {}};
+  const auto [gates, ups] = aligned_rows(gate, up);
+  GatedTensors gated{gates.tensor, ups.tensor, {}};
   gated.input = {gated.gate.const_data_ptr(),
                  gated.up.const_data_ptr(),
-                 in_place ? gates.stride : selection.in_features,
+                 gates.stride,
                  selection.tokens,
                  int(selection.in_features),
                  selection.type,
@@ -202,8 +200,7 @@ at::Tensor rms_norm_add(const at::Tensor& x, const at::Tensor& weight, double ep
 std::pair<at::Tensor, at::Tensor> prune_e4m3(const at::Tensor& x, const Selection& selection, const char* op) {
   check_prunable(x, selection, at::kFloat8_e4m3fn, kMaxRowFeatures, op);
   const Pruned pruned = allocate_pruned(x, selection, true);
-  Rows rows = rows_of(x);
-  if (!is_aligned(rows)) rows = {aligned(rows.tensor), selection.in_features};
+  const Rows rows = aligned_rows(x);
   const RowsInput input{rows.tensor.const_data_ptr(), rows.stride, selection.tokens, int(selection.in_features),
                         selection.type};
   if (selection.tokens != 0) check_status(launch_prune_e4m3(input, pruned.out, current_stream(x)), op);

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,11 +32,11 @@ class BlockRunner:
     def __init__(self, model: nn.Module, window: torch.Tensor):
         self.model = model
         self.names = block_names(model)
-        self._arguments: dict[str, tuple[tuple, dict]] = {}
+        self._arguments: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         with torch.no_grad(), ExitStack() as hooks:
             for name in self.names:
 
-                def record(module, args, kwargs, name=name):
+                def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
                     kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
                     self._arguments[name] = args[1:], kwargs
 
@@ -50,7 +51,7 @@ class BlockRunner:
         """Hidden states ``[windows, length, hidden]`` that enter the first block."""
         inputs = []
 
-        def record(module, args, kwargs):
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs.append((args[0] if args else kwargs["hidden_states"]).detach())
             raise _ReachedError
 
@@ -73,8 +74,8 @@ class BlockRunner:
         """Output of a block for the ``hidden [windows, length, hidden]`` of some windows."""
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(hidden.device), self._arguments[self.names[index]])
         # The decoder stack, whose hooks tell the layers where sequences start, is not called: do it here.
-        contexts = {id(layer.token_context): layer.token_context for layer in self.layers(index).values()}
-        contexts = [context for context in contexts.values() if context is not None]
+        found = {id(layer.token_context): layer.token_context for layer in self.layers(index).values()}
+        contexts = [context for context in found.values() if context is not None]
         for context in contexts:
             context.begin_whole_sequences(*hidden.shape[:-1])
         try:
@@ -82,7 +83,8 @@ class BlockRunner:
         finally:
             for context in contexts:
                 context.end()
-        return output[0] if isinstance(output, tuple) else output
+        first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return first
 
     @torch.no_grad()
     def run_all(self, index: int, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ SUFFIXES = (".txt", ".jsonl", ".md")
 
 
 def calibration_windows(
-    tokenizer, source: str | os.PathLike, *, windows: int, length: int, seed: int = 0
+    tokenizer: Any, source: str | os.PathLike[str], *, windows: int, length: int, seed: int = 0
 ) -> torch.Tensor:
     """Windows of token ids, drawn without replacement from a text cut into consecutive windows.
 
@@ -47,7 +48,9 @@ def calibration_windows(
     return windows_of(tokenizer, read_texts(source), source, windows=windows, length=length, seed=seed)
 
 
-def windows_of(tokenizer, texts: list[str], source, *, windows: int, length: int, seed: int) -> torch.Tensor:
+def windows_of(
+    tokenizer: Any, texts: list[str], source: str | os.PathLike[str], *, windows: int, length: int, seed: int
+) -> torch.Tensor:
     """`calibration_windows` of the texts of a source."""
     ids = torch.cat([tokenize(tokenizer, text) for text in texts])
     available = ids.numel() // length
@@ -74,7 +77,7 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"expected a seed from 0 to 2**63 - 1, got {seed}; choose one of those")
 
 
-def read_texts(source: str | os.PathLike) -> list[str]:
+def read_texts(source: str | os.PathLike[str]) -> list[str]:
     """Texts of a source of `calibration_windows`, one per file."""
     source = Path(source)
     files = [source]

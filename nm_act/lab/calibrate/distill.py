@@ -9,6 +9,7 @@ operator, and changed weights replace the old ones.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +59,7 @@ class DistillSettings:
     checks: int = 8
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         numbers = self.steps, self.batch, self.learning_rate, self.weight_rate, self.checks
         if not all(value > 0 and math.isfinite(value) for value in numbers):
             raise ValueError(f"expected positive, finite numbers, got {numbers}; 256 steps of 4 windows are usual")
@@ -75,7 +76,7 @@ class Distilled:
     after: float  # of the best trained values
     difference: float  # after - before, mean over held-out windows
     stderr: float  # of the difference, paired by window
-    history: list[dict]  # step, training loss and held-out loss at every check
+    history: list[dict[str, Any]]  # step, training loss and held-out loss at every check
 
     def __str__(self) -> str:
         change = f"{self.before:.4f} -> {self.after:.4f} nats ({self.difference:+.4f} ± {self.stderr:.4f})"
@@ -142,7 +143,7 @@ def distill(
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS, weight_decay=0.0)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, settings.steps))
-    history: list[dict] = []
+    history: list[dict[str, Any]] = []
     order = _batches(len(windows), settings)
     every = max(1, settings.steps // settings.checks)
     try:
@@ -221,13 +222,13 @@ def _refresh(layers: dict[str, NMLinear]) -> None:
         layer.refresh()
 
 
-def _values(layers, data, weights) -> dict[tuple[str, str], torch.Tensor]:
+def _values(layers: dict[str, NMLinear], data: Any, weights: Any) -> dict[tuple[str, str], torch.Tensor]:
     found = {(name, key): layers[name].get_buffer(key).detach().clone() for name, key in data}
     return found | {(name, "weight"): layers[name].weight.detach().clone() for name in weights}
 
 
 @torch.no_grad()
-def _restore(layers, values: dict[tuple[str, str], torch.Tensor]) -> None:
+def _restore(layers: dict[str, NMLinear], values: dict[tuple[str, str], torch.Tensor]) -> None:
     for (name, key), value in values.items():
         if key == "weight":
             layers[name].weight.copy_(value)

@@ -4,6 +4,8 @@ N:M keeps N of each M neighbours, so two strong channels in one group compete wh
 one channel of each strength in every group, the groups are alike.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -32,7 +34,7 @@ def find_order(block: nn.Module, name: str, energy: torch.Tensor) -> torch.Tenso
     It is `channel_order` of the energy ``[in]``, for an output projection within each head; the identity if none can be
     folded.
     """
-    layer = block.get_submodule(name)
+    layer: Any = block.get_submodule(name)  # an NMLinear
     group = layer.spec.pattern.span
     heads = value_heads(block, name)
     if heads is not None and heads[1] % group == 0:

@@ -6,9 +6,10 @@ error. What comes of it end to end is in docs/evaluation.md: a lower error of ev
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class RefitSettings:
     relative: bool = False
     held_out: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (self.strength > 0 and math.isfinite(self.strength)):
             raise ValueError(f"expected a positive, finite strength of the ridge, got {self.strength}; 1 is strong")
         if self.target not in TARGETS:
@@ -101,7 +102,7 @@ class _Fit:
         self.cross = torch.zeros(layer.out_features, size, dtype=torch.float64, device=device)
         self.held: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def add(self, pruned, target, scale, held: bool) -> None:
+    def add(self, pruned: torch.Tensor, target: torch.Tensor, scale: torch.Tensor | float, held: bool) -> None:
         missing = (target - pruned @ self.weight.t()) * scale
         pruned = pruned * scale
         if held:
@@ -123,7 +124,7 @@ def refit(
     windows: torch.Tensor,
     settings: RefitSettings | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Refit the weights of a sparse model in place, block by block and product by product.
 
     Each product is fitted to the inputs that the refitted layers before it give.
@@ -183,7 +184,16 @@ def refit(
     return report
 
 
-def _refit_layers(runner, reference, index, chosen, hidden, wanted, settings, device) -> list[dict]:
+def _refit_layers(
+    runner: BlockRunner,
+    reference: Any,
+    index: int,
+    chosen: dict[str, NMLinear],
+    hidden: torch.Tensor,
+    wanted: torch.Tensor,
+    settings: Any,
+    device: torch.device,
+) -> list[dict[str, Any]]:
     fits = {name: _Fit(layer, device) for name, layer in chosen.items()}
     if not fits:
         return []
@@ -226,13 +236,13 @@ def _refit_layers(runner, reference, index, chosen, hidden, wanted, settings, de
     return report
 
 
-def _pairs(hidden, wanted, size: int):
+def _pairs(hidden: torch.Tensor, wanted: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     return zip(hidden.split(size), wanted.split(size), strict=True)
 
 
-def _keeper(store: dict, name: str):
+def _keeper(store: dict[str, Any], name: str) -> Callable[..., None]:
     return lambda module, args: store.__setitem__(name, args[0].detach().float())
 
 
-def _output_keeper(store: dict, name: str):
+def _output_keeper(store: dict[str, Any], name: str) -> Callable[..., None]:
     return lambda module, args, output: store.__setitem__(name, output.detach().float())

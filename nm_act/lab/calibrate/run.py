@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class CalibrationSettings:
     loss: str = "mse"
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not all(value > 0 and math.isfinite(value) for value in (self.learning_rate, self.epochs)):
             raise ValueError(
                 "expected a positive, finite learning rate and number of epochs, got "
@@ -72,7 +73,7 @@ def calibrate(
     device: str | torch.device = "cpu",
     state: str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> tuple[SparsifyReport, list[dict]]:
+) -> tuple[SparsifyReport, list[dict[str, Any]]]:
     """Make a dense model sparse and calibrate what its recipe needs.
 
     Each block first runs dense on the output of the sparse blocks before it, which yields the statistics for the static
@@ -123,7 +124,8 @@ def calibrate(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     report = sparsify(model.eval(), recipe)
-    report.model.nm_act_dense_weights = original
+    sparse: Any = report.model
+    sparse.nm_act_dense_weights = original
     with switched((each for each in model.modules() if isinstance(each, NMLinear)), "bypass"):
         runner = BlockRunner(model, windows[0])
         hidden = runner.first_inputs(windows)
@@ -170,7 +172,14 @@ def check_needed(specs: Collection[LinearSpec]) -> None:
         )
 
 
-def _calibrate_block(runner: BlockRunner, index: int, hidden, settings, device, note) -> dict:
+def _calibrate_block(
+    runner: BlockRunner,
+    index: int,
+    hidden: torch.Tensor,
+    settings: Any,
+    device: torch.device,
+    note: Callable[..., None],
+) -> dict[str, Any]:
     layers, block = runner.layers(index), runner.block(index)
     if not layers:
         return {}

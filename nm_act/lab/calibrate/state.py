@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
 
 from ...files import write_atomic
+from ...layers.linear import NMLinear
 from ..output import RUN_FILE, read_object, write_json
 
 _FACTS = "facts"
@@ -21,7 +22,7 @@ class RunState:
     has finished blocks of another run, or its ``run.json`` is damaged.
     """
 
-    def __init__(self, folder, identity: dict):
+    def __init__(self, folder: str | Path | None, identity: dict[str, Any]):
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
@@ -41,9 +42,10 @@ class RunState:
         write_json(path, identity)
 
     def _path(self, index: int) -> Path:
+        assert self.folder is not None
         return self.folder / f"block-{index:04d}.safetensors"
 
-    def load(self, index: int) -> tuple[dict[str, torch.Tensor], dict] | None:
+    def load(self, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Data of a finished block and the facts about it; None if it is not finished, or its file is damaged."""
         if self.folder is None or not self._path(index).is_file():
             return None
@@ -54,7 +56,7 @@ class RunState:
         except SafetensorError:
             return None
 
-    def save(self, index: int, layers: dict[str, nn.Module], facts: dict) -> None:
+    def save(self, index: int, layers: dict[str, NMLinear], facts: dict[str, Any]) -> None:
         """Keep the data of a finished block, and facts about it that JSON can hold."""
         if self.folder is not None:
             data = {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.data().items()}
@@ -62,11 +64,11 @@ class RunState:
             write_atomic(self._path(index), save(tensors, {_FACTS: json.dumps(facts)}))
 
 
-def _difference(known: dict, identity: dict) -> str:
+def _difference(known: dict[str, Any], identity: dict[str, Any]) -> str:
     """Name of the first field that differs, with both values if it is a setting."""
     key = next((key for key, value in identity.items() if known.get(key) != value), "version")
     before, now = known.get(key), identity.get(key)
-    if key == "settings" and isinstance(before, dict):
+    if key == "settings" and isinstance(before, dict) and isinstance(now, dict):
         name = next((name for name in now if before.get(name) != now[name]), None)
         return key if name is None else f"{name} ({before.get(name)} then, {now[name]} now)"
     return key

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ class InputStatistics:
     square, each [in, in], float32, or None if not needed.
     """
 
-    def __init__(self, in_features: int, device, *, covariance: bool = False, lost: bool = False):
+    def __init__(self, in_features: int, device: torch.device | str, *, covariance: bool = False, lost: bool = False):
         self.tokens = 0
         self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.square = torch.zeros(in_features, dtype=torch.float64, device=device)
@@ -45,7 +46,8 @@ class InputStatistics:
         """
         if self._weight_scale is None:  # the same in every window
             self._weight_scale = (mitigations.selection_scale(layer.spec, layer.weight, layer.weight, {}),)
-        [static] = self._weight_scale
+        [static], lost = self._weight_scale, self.lost
+        assert lost is not None  # else nobody asks
         x = x.detach()
         for tokens in x.reshape(-1, *x.shape[-2:]):
             scale = criteria.call_scale(tokens) if layer.spec.scoring.by_sequence and len(tokens) > 1 else static
@@ -54,7 +56,7 @@ class InputStatistics:
             # Otherwise a token with a thousandfold input would dominate the sum.
             size = tokens.float().square().mean(dim=-1, keepdim=True).sqrt()
             dropped = dropped / size.clamp_min(torch.finfo(torch.float32).tiny)
-            self.lost.addmm_(dropped.t(), dropped)
+            lost.addmm_(dropped.t(), dropped)
 
     @property
     def mean(self) -> torch.Tensor:
@@ -76,7 +78,9 @@ class InputStatistics:
 
 
 @contextmanager
-def collect(layers: dict[str, NMLinear], device, *, matrices: bool = True) -> Iterator[dict[str, InputStatistics]]:
+def collect(
+    layers: dict[str, NMLinear], device: torch.device | str, *, matrices: bool = True
+) -> Iterator[dict[str, InputStatistics]]:
     """Statistics of the layers' inputs over all calls inside the context, by the layers' names.
 
     Without `matrices`, only statistics per channel are taken.
@@ -88,7 +92,7 @@ def collect(layers: dict[str, NMLinear], device, *, matrices: bool = True) -> It
             layer.in_features, device, covariance="covariance" in needed, lost="lost" in needed
         )
 
-    def add(layer, name, x):
+    def add(layer: NMLinear, name: str, x: torch.Tensor) -> None:
         statistics[name].add(x)
         if statistics[name].lost is not None:
             statistics[name].add_lost(layer, x)
@@ -102,16 +106,20 @@ def collect(layers: dict[str, NMLinear], device, *, matrices: bool = True) -> It
 
 def initial_data(layer: NMLinear, statistics: InputStatistics) -> dict[str, torch.Tensor]:
     """All calibrated data of a layer before training: static ones in closed form, learned ones at their start."""
-    spec, mean, data = layer.spec, statistics.mean, {}
+    spec, mean = layer.spec, statistics.mean
+    data: dict[str, torch.Tensor] = {}
     for method in sorted(spec.methods, key=lambda each: each.slot != "basis"):  # a shift is one in that basis
+        taken: dict[str, Any] = {  # each there if a mitigation names it
+            "covariance": statistics.centred_covariance,
+            "lost": statistics.lost,
+            "input_order": layer.data().get("input_order"),  # folded into the weights already
+        }
         seen = mitigations.Observed(
             weight=layer.weight.detach(),
             mean=mean @ data["rotation"] if "rotation" in data else mean,
             largest=statistics.largest,
-            covariance=statistics.centred_covariance,
-            lost=statistics.lost,
-            input_order=layer.data().get("input_order"),  # folded into the weights already
             rank=mitigations.rank_of(spec.mitigation),
+            **taken,
         )
         data.update(zip(method.data, method.start(seen), strict=True))
     if "input_norm" in spec.scoring.data:

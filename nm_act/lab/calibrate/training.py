@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ def train_block(
     index: int,
     inputs: torch.Tensor,
     targets: torch.Tensor,
-    settings,
+    settings: Any,
     device: torch.device,
     progress: Callable[[int, int, float], None],
 ) -> dict[str, float]:

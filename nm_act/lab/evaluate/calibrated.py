@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from ...conversion.calibration import DATA_FILE, FACTS_FILE, read_calibration
 from ..output import read_object
@@ -28,7 +29,7 @@ def of_calibration(folder: Path) -> Variant:
     )
 
 
-def _facts(file: Path) -> dict:
+def _facts(file: Path) -> dict[str, Any]:
     """Facts that nm-act calibrate and search write beside a calibration; none beside one that a program saved."""
     if not file.is_file():
         return {}
@@ -40,7 +41,7 @@ def _facts(file: Path) -> dict:
     return facts
 
 
-def _text_and_training(facts: dict) -> str:
+def _text_and_training(facts: dict[str, Any]) -> str:
     return (
         f"{facts['data']}, {facts['windows']} windows of {facts['length']} tokens; what is learned: learning rate "
         f"{facts['learning_rate']:g}, {facts['epochs']:g} epochs, {facts['loss']}"

@@ -6,6 +6,7 @@ whether the right answer has the largest log-likelihood. A test compares both, d
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,25 +22,25 @@ class Question:
     right: int
 
 
-def _query(row: dict) -> Question:
+def _query(row: dict[str, Any]) -> Question:
     return Question(tuple((f"{row['query']}\nAnswer:", f" {choice}") for choice in row["choices"]), int(row["gold"]))
 
 
-def _goal(row: dict) -> Question:
+def _goal(row: dict[str, Any]) -> Question:
     answers = tuple((f"Question: {row['goal']}\nAnswer:", f" {row[name]}") for name in ("sol1", "sol2"))
     return Question(answers, int(row["label"]))
 
 
-def _endings(row: dict) -> Question:
+def _endings(row: dict[str, Any]) -> Question:
     return Question(tuple((row["query"], f" {choice}") for choice in row["choices"]), int(row["label"]))
 
 
-def _partial(row: dict) -> Question:
+def _partial(row: dict[str, Any]) -> Question:
     answers = tuple((context, f" {row['continuation']}") for context in row["context_options"])
     return Question(answers, int(row["gold"]))
 
 
-CHOICES: dict[str, Callable[[dict], Question]] = {
+CHOICES: dict[str, Callable[[dict[str, Any]], Question]] = {
     "arc_easy": _query,
     "arc_challenge": _query,
     "boolq": _query,
@@ -50,7 +51,7 @@ CHOICES: dict[str, Callable[[dict], Question]] = {
 """Task -> its question from a row in the layout of a data folder (docs/evaluate.md)."""
 
 
-def tokenized(tokenizer, questions: list[Question]) -> list[list[tuple[list[int], int]]]:
+def tokenized(tokenizer: Any, questions: list[Question]) -> list[list[tuple[list[int], int]]]:
     """Token ids of every answer with its context, and how many of them are the continuation."""
     found = []
     for question in questions:
@@ -65,7 +66,9 @@ def tokenized(tokenizer, questions: list[Question]) -> list[list[tuple[list[int]
 
 
 @torch.inference_mode()
-def score(model: nn.Module, answers: list[list[tuple[list[int], int]]], right: list[int], tokens: int = 16384):
+def score(
+    model: nn.Module, answers: list[list[tuple[list[int], int]]], right: list[int], tokens: int = 16384
+) -> list[float]:
     """1.0 or 0.0 for every document: whether the right answer is the likeliest.
 
     Parameters

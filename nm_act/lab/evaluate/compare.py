@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -18,15 +19,15 @@ def compare(
     window: int | None = None,
     *,
     note: Callable[[str], None],
-    bar: Callable[[str], AbstractContextManager],
-) -> list[dict]:
+    bar: Callable[[str], AbstractContextManager[Any]],
+) -> list[dict[str, Any]]:
     """Perplexity of every model as a row of plain data, with its change against the dense model's in per cent.
 
     `reports` are names and models, the dense one first; an iterator may make each model when its turn comes, because
     none is kept. `note` is called with a line before a measurement, `bar` with a label for a context that yields
     ``update(done, total, detail)``. Raises RuntimeError if the dense model's perplexity is not finite.
     """
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     for name, report in reports:
         label = f"perplexity, {name}"
         note(label)

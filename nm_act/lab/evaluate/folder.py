@@ -2,8 +2,10 @@
 
 import datetime
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...files import read_json_lines, write_atomic, write_json_lines
 from ...version import commit
@@ -24,10 +26,10 @@ class RunFolder:
     """A folder with one run: ``run.json`` has its identity, ``rows/`` one file per result."""
 
     path: Path
-    identity: dict  # settings that comparable results share: model, dtype, limit, windows, data
+    identity: dict[str, Any]  # settings that comparable results share: model, dtype, limit, windows, data
 
     @classmethod
-    def open(cls, path: str | Path, identity: dict) -> "RunFolder":
+    def open(cls, path: str | Path, identity: dict[str, Any]) -> "RunFolder":
         """Create the folder, or continue the run in it.
 
         A run may gain tasks: the data of common tasks have to be equal, and so have the settings of common kinds of
@@ -62,14 +64,14 @@ class RunFolder:
             )
         return True
 
-    def write(self, variant: Variant, task: str, result: dict) -> None:
+    def write(self, variant: Variant, task: str, result: dict[str, Any]) -> None:
         """Write one result, whole or not at all."""
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         record = {"variant": variant.to_dict(), "task": task, **result, "commit": commit(), "date": today}
         write_atomic(self.result_path(variant, task), json.dumps(record) + "\n")
 
     @staticmethod
-    def read(path: str | Path) -> tuple[dict, list[dict]]:
+    def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Identity and results of a finished or unfinished run; ValueError if the folder holds none."""
         path = Path(path)
         if not (path / RUN_FILE).is_file():
@@ -80,9 +82,9 @@ class RunFolder:
         return identity, [_read_result(file) for file in sorted((path / "rows").glob("*.json"))]
 
 
-def read_rows_file(path: Path) -> list[tuple[dict, list[dict]]]:
+def read_rows_file(path: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Identities and results of the runs in a file of `write_rows_file`; none if there is no such file."""
-    runs: list[tuple[dict, list[dict]]] = []
+    runs: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     for line in read_json_lines(path, ()) if path.is_file() else ():
         if "identity" in line:
             runs.append((line["identity"], []))
@@ -94,9 +96,9 @@ def read_rows_file(path: Path) -> list[tuple[dict, list[dict]]]:
     return runs
 
 
-def write_rows_file(path: Path, runs: list[tuple[dict, list[dict]]]) -> None:
+def write_rows_file(path: Path, runs: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
     """Write runs as JSON lines: an identity, then its results; right and wrong answers are the digits 1 and 0."""
-    lines = []
+    lines: list[dict[str, Any]] = []
     for identity, results in runs:
         lines.append({"identity": identity})
         for result in results:
@@ -109,7 +111,7 @@ def write_rows_file(path: Path, runs: list[tuple[dict, list[dict]]]) -> None:
 _RESULT = ("variant", "task", "metric", "value", "stderr", "samples", "scores", "macs", "extra_macs", "commit", "date")
 
 
-def _read_result(path: Path) -> dict:
+def _read_result(path: Path) -> dict[str, Any]:
     found = read_object(path)
     lacking = next((key for key in _RESULT if key not in found), None)
     if lacking is not None:
@@ -117,16 +119,17 @@ def _read_result(path: Path) -> dict:
     return found
 
 
-def _merged(found: dict, wanted: dict, path: Path) -> dict:
+def _merged(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     """Identity of the run with the tasks of both; ValueError if the two belong to different runs."""
     if "data" in found and "data" in wanted:
         before, now = found["data"], wanted["data"]
         for task in sorted(before.keys() & now.keys()):
             _check_same(f"data of {task}", before[task], now[task], path)
-        for keys, used in (
+        parts: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], bool]], ...] = (
             (("tokens", "window"), lambda data: PERPLEXITY in data),
             (("limit",), lambda data: any(task != PERPLEXITY for task in data)),
-        ):
+        )
+        for keys, used in parts:
             if not used(now):
                 wanted = {**wanted, **{key: found.get(key) for key in keys}}
             elif not used(before):
@@ -137,7 +140,7 @@ def _merged(found: dict, wanted: dict, path: Path) -> dict:
     return wanted
 
 
-def _check_same(what: str, found, wanted, path: Path) -> None:
+def _check_same(what: str, found: object, wanted: object, path: Path) -> None:
     if found != wanted:
         raise ValueError(
             f"expected in {str(path)!r} a run with {what} {wanted!r}, got one with {found!r}; choose another --output "
@@ -145,11 +148,12 @@ def _check_same(what: str, found, wanted, path: Path) -> None:
         )
 
 
-def _read_identity(file: Path) -> dict:
+def _read_identity(file: Path) -> dict[str, Any]:
     found = read_object(file)
     if found.get("format") != _FORMAT or not isinstance(found.get("identity"), dict):
         raise ValueError(
             f"expected a run of format {_FORMAT} in {str(file.parent)!r}, got a {RUN_FILE} of another kind (an older "
             "run, or the state of nm-act calibrate); choose another folder"
         )
-    return found["identity"]
+    identity: dict[str, Any] = found["identity"]
+    return identity

@@ -5,7 +5,9 @@ therefore differ in perplexity, and differences within that noise are no ranking
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,15 +21,16 @@ PERTURBATION = 1e-6
 
 
 @contextmanager
-def perturbed(model: nn.Module, seed: int, size: float = PERTURBATION):
+def perturbed(model: nn.Module, seed: int, size: float = PERTURBATION) -> Iterator[None]:
     """Within it, the model's embeddings are multiplied by ``1 + size * n`` with n from a normal distribution."""
     generator = torch.Generator().manual_seed(seed)
 
-    def change(module, args, output):
+    def change(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         noise = torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output.device)
         return (output.double() * (1 + size * noise.double())).to(output.dtype)
 
-    hook = model.get_input_embeddings().register_forward_hook(change)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    hook = embeddings.register_forward_hook(change)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,14 +108,14 @@ def check_finite(value: float) -> None:
         )
 
 
-def context_length(model) -> int | None:
+def context_length(model: Any) -> int | None:
     """Largest number of positions of a model or a Transformers configuration; None if unknown."""
     config = getattr(model, "config", model)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(config, "max_position_embeddings", None)
 
 
-def check_window(model, window: int | None, what: str = "a window") -> int:
+def check_window(model: Any, window: int | None, what: str = "a window") -> int:
     """`window`, or by default the smaller of 2048 and the model's context; ValueError if it exceeds the context."""
     context = context_length(model)
     if window is None:

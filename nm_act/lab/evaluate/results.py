@@ -4,10 +4,12 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...recipe import Recipe
 from .. import output
-from ..cost import Measured, Rates, places_of, predicted_speedup, predictions, shapes_of
+from ..cost import Rates, places_of, predicted_speedup, predictions
+from ..measured import Measured, shapes_of
 from ..output import is_undefined, markdown_table
 from ..tables import DEFAULT_DEVICE
 from .folder import PERPLEXITY, RunFolder
@@ -18,7 +20,7 @@ __all__ = ["COLUMNS", "Row", "average_drops", "collect", "draw", "markdown_table
 
 COLUMNS = (
     *("model", "name", "method", "pattern", "layers", "predicted_speedup", "predicted_decode", "task", "metric"),
-    *("value", "stderr", "samples", "dense_value", "seed", "calibrated_on", "commit", "date"),
+    *("value", "stderr", "samples", "dense_value", "seed", "calibrated_on", "dtype", "device", "commit", "date"),
 )
 """predicted_speedup is that of prefill, predicted_decode that of a step (`predicted`)."""
 
@@ -36,11 +38,11 @@ _COMPARABLE = ("model", "weights", "dtype", "limit", "tokens", "window", "data",
 class Row:
     """One result beside the dense model's of the same run."""
 
-    fields: dict  # the COLUMNS
+    fields: dict[str, Any]  # the COLUMNS
     name: str  # variant's name
     drop: float  # relative drop in %, 100 (dense - value) / dense, for a perplexity its rise; NaN for the dense row
     drop_stderr: float  # standard error of the paired differences, document by document
-    identity: dict = field(default_factory=dict, repr=False)  # of the run
+    identity: dict[str, Any] = field(default_factory=dict, repr=False)  # of the run
     calibrated_on: str = ""  # text and training of the row's calibration
     scores: tuple[float, ...] = field(default=(), repr=False)  # by window or document
 
@@ -58,10 +60,10 @@ class Row:
     @property
     def is_dense(self) -> bool:
         """Whether it is the reference row."""
-        return self.fields["method"] == DENSE_VARIANT.method
+        return bool(self.fields["method"] == DENSE_VARIANT.method)
 
 
-def comparable(identity: dict) -> str:
+def comparable(identity: dict[str, Any]) -> str:
     """What runs have in common whose rows may be compared."""
     return json.dumps([identity.get(key) for key in _COMPARABLE], sort_keys=True)
 
@@ -77,7 +79,7 @@ def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
     return collect_runs([(str(folder), *RunFolder.read(folder)) for folder in folders], rates)
 
 
-def collect_runs(runs: list[tuple[str, dict, list[dict]]], rates: Rates | None = None) -> list[Row]:
+def collect_runs(runs: list[tuple[str, dict[str, Any], list[dict[str, Any]]]], rates: Rates | None = None) -> list[Row]:
     """`collect` of runs that were read already: where from, identity, results."""
     rows: dict[tuple[str, str, str], Row] = {}
     for folder, identity, results in runs:
@@ -92,7 +94,7 @@ def collect_runs(runs: list[tuple[str, dict, list[dict]]], rates: Rates | None =
     return list(rows.values())
 
 
-def _run_rows(folder: str, identity: dict, results: list[dict], rates: Rates | None) -> list[Row]:
+def _run_rows(folder: str, identity: dict[str, Any], results: list[dict[str, Any]], rates: Rates | None) -> list[Row]:
     dense = {result["task"]: result for result in results if result["variant"]["name"] == DENSE_VARIANT.name}
     lacking = next((result["task"] for result in results if result["task"] not in dense), None)
     if lacking is not None or not dense:
@@ -104,7 +106,7 @@ def _run_rows(folder: str, identity: dict, results: list[dict], rates: Rates | N
     return [_row(result, dense[result["task"]], identity, rates) for result in results]
 
 
-def predicted(result: dict, rates: Rates | None) -> dict[str, float]:
+def predicted(result: dict[str, Any], rates: Rates | None) -> dict[str, float]:
     """Speed-up by phase of a result's recipe in the shapes of `PREDICTED_MODEL`; prefill from `rates` if there are any.
 
     A result of an older run does not say how many layers its model has, and is predicted by multiply-accumulates too.
@@ -118,9 +120,17 @@ def predicted(result: dict, rates: Rates | None) -> dict[str, float]:
     return predictions(cost, places, None if recipe is None else Recipe.from_dict(recipe), rank_factor=factor)
 
 
-def _row(result: dict, dense: dict, identity: dict, rates: Rates | None) -> Row:
+def _row(result: dict[str, Any], dense: dict[str, Any], identity: dict[str, Any], rates: Rates | None) -> Row:
     variant = result["variant"]
-    fields = {"calibrated_on": "", **identity, **result, **variant, "dense_value": dense["value"]}
+    fields = {
+        "calibrated_on": "",
+        "dtype": "",
+        "device": "",
+        **identity,
+        **result,
+        **variant,
+        "dense_value": dense["value"],
+    }
     speedups = predicted(result, rates)
     fields["predicted_speedup"] = round(speedups["prefill"], 4)
     fields["predicted_decode"] = round(speedups["decode"], 4) if "decode" in speedups else math.nan
@@ -130,7 +140,7 @@ def _row(result: dict, dense: dict, identity: dict, rates: Rates | None) -> Row:
     return Row(fields, variant["name"], drop, stderr, identity, on, tuple(result["scores"]))
 
 
-def _drop(result: dict, dense: dict) -> tuple[float, float]:
+def _drop(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
     if not (result["scores"] and dense["scores"]):  # of a run that is not kept: without pairs
         return _unpaired_drop(result, dense)
     pairs = zip(result["scores"], dense["scores"], strict=True)
@@ -143,7 +153,7 @@ def _drop(result: dict, dense: dict) -> tuple[float, float]:
     return 0.0 - 100 * mean / dense["value"], 100 * stderr / dense["value"]
 
 
-def _unpaired_drop(result: dict, dense: dict) -> tuple[float, float]:
+def _unpaired_drop(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
     ratio = result["value"] / dense["value"] if dense["value"] else math.nan
     error = math.hypot(result["stderr"], ratio * dense["stderr"]) / dense["value"] if dense["value"] else math.nan
     return 100 * (ratio - 1 if result["metric"] == "ppl" else 1 - ratio), 100 * error
@@ -226,7 +236,7 @@ def draw(rows: list[Row]) -> dict[str, bytes]:
     return plots
 
 
-def _bars(bars: dict[str, tuple], label: str, reference: float | None = None) -> bytes:
+def _bars(bars: dict[str, tuple[Any, ...]], label: str, reference: float | None = None) -> bytes:
     """Name -> (value, standard error, ...) as horizontal bars, with a line at the reference."""
     figure = output.new_figure(7, 1.2 + 0.28 * len(bars))
     axes = figure.subplots()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,8 +28,8 @@ class Study:
     variants: list[Variant]
     folder: RunFolder
     tokenizer: object  # transformers.PreTrainedTokenizerBase
-    tokens: torch.Tensor | None  # [tokens], int64: text of the perplexity; None leaves it out
-    tasks: dict  # name -> lm_eval's task
+    tokens: Any  # torch.Tensor [tokens], int64: text of the perplexity; None leaves it out
+    tasks: dict[str, Any]  # name -> lm_eval's task
 
     @property
     def _names(self) -> list[str]:
@@ -46,7 +47,7 @@ class Study:
 
     def _tokens_of(self, name: str) -> int:
         if name == PERPLEXITY:
-            return self.tokens.numel()
+            return int(self.tokens.numel())
         return request_tokens(self.tasks[name], self.tokenizer, self.folder.identity["limit"])
 
     def run(self, progress: Callable[[str], None], batch_size: int = 8) -> None:
@@ -84,7 +85,7 @@ def _reads_sequences(model: nn.Module) -> bool:
     return any(isinstance(module, NMLinear) and module.spec.scoring.by_sequence for module in model.modules())
 
 
-def model_facts(model: nn.Module) -> dict:
+def model_facts(model: nn.Module) -> dict[str, Any]:
     """What predictions of a result's speed need beside its recipe."""
     places = places_of(model)
     return {
@@ -95,7 +96,7 @@ def model_facts(model: nn.Module) -> dict:
     }
 
 
-def perplexity_result(model: nn.Module, tokens: torch.Tensor, window: int | None) -> dict:
+def perplexity_result(model: nn.Module, tokens: torch.Tensor, window: int | None) -> dict[str, Any]:
     """A perplexity as a result, with the loss of every window."""
     found = perplexity(model, tokens, window=window)
     return {
@@ -124,7 +125,7 @@ def estimate(model: nn.Module, tokens: int) -> float:
     return (time.perf_counter() - start) / ids.numel() * tokens
 
 
-def request_tokens(task, tokenizer, limit: int | None, sample: int = 16) -> int:
+def request_tokens(task: Any, tokenizer: Any, limit: int | None, sample: int = 16) -> int:
     """About how many tokens a task makes a model read (scored answers) or write at most (generation)."""
     documents = list(task.eval_docs)
     count = len(documents) if limit is None else min(limit, len(documents))
@@ -134,7 +135,7 @@ def request_tokens(task, tokenizer, limit: int | None, sample: int = 16) -> int:
     return sum(_choice_tokens(task, document, tokenizer) for document in documents) * count // len(documents)
 
 
-def check_context(name: str, task, model: nn.Module) -> None:
+def check_context(name: str, task: Any, model: nn.Module) -> None:
     """Raise a ValueError if a task writes more tokens than the model's context holds."""
     context = context_length(model)
     if task.OUTPUT_TYPE == "generate_until" and context is not None and _generated_tokens(task) >= context:
@@ -147,18 +148,20 @@ def check_context(name: str, task, model: nn.Module) -> None:
 def check_scored(dense: nn.Module, variant: Variant, tasks: list[str]) -> None:
     """Raise a ValueError if a variant prunes in decode only, and a task scores given answers, which is prefill."""
     scored = next((task for task in tasks if task not in GENERATION), None)
-    if scored is not None and {spec.phase for spec in resolved_specs(dense, variant.recipe).values()} == {"decode"}:
+    if scored is None or variant.recipe is None:
+        return
+    if {spec.phase for spec in resolved_specs(dense, variant.recipe).values()} == {"decode"}:
         raise ValueError(
             f"expected recipes that prune in prefill, where {scored} is scored, got only phase decode in "
             f"{variant.name!r}; use a generating task ({', '.join(sorted(GENERATION))})"
         )
 
 
-def _generated_tokens(task) -> int:
+def _generated_tokens(task: Any) -> int:
     return int(task.config.generation_kwargs.get("max_gen_toks", 256))
 
 
-def _choice_tokens(task, document, tokenizer) -> int:
+def _choice_tokens(task: Any, document: Any, tokenizer: Any) -> int:
     context, choices = task.doc_to_text(document), task.doc_to_choice(document)
     shared = context if isinstance(context, str) else task.doc_to_target(document)
     return sum(len(tokenizer(f"{shared} {choice}")["input_ids"]) for choice in choices)

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 from ...recipe import Recipe
 from ...yaml_text import YAMLError, load_yaml
@@ -16,7 +17,7 @@ _KEYS = (*_FIELDS, "layers", "recipe", "calibrated", "seed")
 _RECIPE_LAYERS = (*POLICIES, "search")
 
 
-def load_study(path: str | Path) -> list[dict]:
+def load_study(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a study file, products multiplied out: one value per key, for `row_variant`.
 
     The file holds ``rows``, a list of mappings with the keys ``pattern``, ``criterion``, ``mitigation``,
@@ -38,7 +39,7 @@ def load_study(path: str | Path) -> list[dict]:
     return [row for entry in data["rows"] for row in _expand(entry, path)]
 
 
-def _expand(entry, path: Path) -> list[dict]:
+def _expand(entry: object, path: Path) -> list[dict[str, Any]]:
     where = repr(str(path))
     if not isinstance(entry, dict) or not ({"pattern", "recipe"} & set(entry)):
         raise ValueError(
@@ -68,14 +69,14 @@ def _expand(entry, path: Path) -> list[dict]:
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-def _values(key: str, value) -> list:
+def _values(key: str, value: object) -> list[Any]:
     if key == "mitigation":  # [var] is one mitigation, [[var], [dpts-mean, var]] are two
         value = value if isinstance(value, list) else [value]
         return value if value and all(isinstance(item, list) for item in value) else [value]
     return value if isinstance(value, list) and key in (*_FIELDS, "layers") else [value]
 
 
-def row_variant(row: dict) -> Variant:
+def row_variant(row: dict[str, Any]) -> Variant:
     """Variant of one row of `load_study`; ValueError if a name in it is unknown."""
     fields = {key: row[key] for key in _BESIDE_RECIPE if key in row}
     if "recipe" in row:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..texts import find_splits, read_rows
 from .perplexity import mean_and_stderr
@@ -34,24 +35,25 @@ class Layout:
 
     fields: tuple[str, ...]  # that every document has
     label: str = ""  # field of the right answer; "" where there is nothing to check
-    choices: Callable[[dict], Collection] = lambda row: (None,)  # document -> labels that it may have
+    choices: Callable[[dict[str, Any]], Collection[Any]] = lambda row: (None,)  # document -> labels that it may have
     # Whether a number may be written as text. The harness takes text for an index only where it renders a template;
     # elsewhere it would look up the words.
     text: bool = False
-    overrides: dict = field(default_factory=dict)  # of the harness's task configuration, to read this layout
+    overrides: dict[str, Any] = field(default_factory=dict)  # of the harness's task configuration, to read this layout
 
-    def answer(self, row: dict) -> tuple[object, Collection]:
+    def answer(self, row: dict[str, Any]) -> tuple[object, Collection[Any]]:
         """A document's label, and those that it may have."""
         value = row[self.label] if self.label else None
-        number = self.text and isinstance(value, str) and value.isdigit()
-        return int(value) if number else value, self.choices(row)
+        if self.text and isinstance(value, str) and value.isdigit():
+            value = int(value)
+        return value, self.choices(row)
 
 
-def _indices(name: str) -> Callable[[dict], Collection]:
+def _indices(name: str) -> Callable[[dict[str, Any]], Collection[Any]]:
     return lambda row: range(len(row[name]))
 
 
-def _two(row: dict) -> Collection:
+def _two(row: dict[str, Any]) -> Collection[Any]:
     return range(2)
 
 
@@ -148,7 +150,7 @@ def _check_punkt() -> None:
         ) from error
 
 
-def build_task(name: str, folder: str | Path | None = None):
+def build_task(name: str, folder: str | Path | None = None) -> tuple[Any, dict[str, Any]]:
     """The harness's task object, and where its documents are from: "file" and "sha256", or "hub".
 
     Without a data folder (see `nm_act.lab.texts.find_file`) the harness downloads from the hub. Raises ValueError if
@@ -157,8 +159,8 @@ def build_task(name: str, folder: str | Path | None = None):
     """
     check_available([name])
     _quiet()
-    member: dict = {"task": name}
-    source: dict = {"hub": name}
+    member: dict[str, Any] = {"task": name}
+    source: dict[str, Any] = {"hub": name}
     if folder is not None:
         path, rows, layout = _documents(name, folder)
         member |= _overrides(rows, layout)
@@ -175,7 +177,7 @@ def build_task(name: str, folder: str | Path | None = None):
 
 
 @functools.cache
-def _manager():
+def _manager() -> Any:
     """The harness's index of these tasks; that of all its tasks, thousands of files, would take ten seconds."""
     import lm_eval.tasks
 
@@ -186,9 +188,9 @@ def _manager():
     return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
 
 
-def _documents(name: str, folder: str | Path) -> tuple[Path, list[dict], Layout]:
+def _documents(name: str, folder: str | Path) -> tuple[Path, list[dict[str, Any]], Layout]:
     """File, documents and layout of the first split in a data folder in which every document has a label."""
-    unlabelled = None
+    unlabelled: Exception = ValueError(f"expected a file of {name} in {str(folder)!r}, got none")
     for path in find_splits(folder, name):
         rows = read_rows(path)
         layout = _layout(name, path, rows)
@@ -201,7 +203,7 @@ def _documents(name: str, folder: str | Path) -> tuple[Path, list[dict], Layout]
     raise unlabelled
 
 
-def _layout(name: str, path: Path, rows: list[dict]) -> Layout:
+def _layout(name: str, path: Path, rows: list[dict[str, Any]]) -> Layout:
     found = next((layout for layout in TASKS[name] if set(layout.fields) <= set(rows[0])), None)
     if found is None:
         allowed = " or ".join("{" + ", ".join(layout.fields) + "}" for layout in TASKS[name])
@@ -209,7 +211,7 @@ def _layout(name: str, path: Path, rows: list[dict]) -> Layout:
     return found
 
 
-def _check_labels(path: Path, rows: list[dict], layout: Layout) -> None:
+def _check_labels(path: Path, rows: list[dict[str, Any]], layout: Layout) -> None:
     """Refuse rows without a valid label, which the harness would count as answered wrongly."""
     for number, row in enumerate(rows, 1):
         lacking = next((name for name in layout.fields if row.get(name) is None), None)
@@ -229,7 +231,7 @@ def _check_labels(path: Path, rows: list[dict], layout: Layout) -> None:
             )
 
 
-def _overrides(rows: list[dict], layout: Layout) -> dict:
+def _overrides(rows: list[dict[str, Any]], layout: Layout) -> dict[str, Any]:
     from datasets import Dataset, DatasetDict
 
     documents = DatasetDict({"test": Dataset.from_list(rows)})
@@ -244,7 +246,7 @@ def _overrides(rows: list[dict], layout: Layout) -> dict:
     }
 
 
-def harness_model(model, tokenizer, batch_size: int = 8):
+def harness_model(model: Any, tokenizer: Any, batch_size: int = 8) -> Any:
     """The harness's wrapper around a loaded model."""
     _quiet()
     from lm_eval.models.huggingface import HFLM
@@ -252,7 +254,7 @@ def harness_model(model, tokenizer, batch_size: int = 8):
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
+def run_task(task: Any, wrapped: Any, limit: int | None = None) -> TaskResult:
     """Evaluate a `harness_model` on a task of `build_task`, zero-shot, on at most `limit` documents.
 
     Raises RuntimeError if the likelihood of an answer is NaN.
@@ -278,7 +280,7 @@ def run_task(task, wrapped, limit: int | None = None) -> TaskResult:
     return TaskResult(metric, *mean_and_stderr(scores), scores)
 
 
-def _check_scores(name: str, samples: list[dict]) -> None:
+def _check_scores(name: str, samples: list[dict[str, Any]]) -> None:
     """Refuse NaN among the likelihoods of answers: argmax would take it for the model's choice."""
     for sample in samples if name not in GENERATION else ():
         if any(math.isnan(likelihood) for likelihood, _ in sample["filtered_resps"]):

@@ -4,6 +4,7 @@ import copy
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -30,7 +31,7 @@ class Variant:
     calibrated_on: str = ""  # text and training of the calibration
     folder: Path | None = None  # of the calibration; not part of a result
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain mapping of the fields, without the folder."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "folder"}
         return {**values, "recipe": None if self.recipe is None else self.recipe.to_dict()}
@@ -42,21 +43,22 @@ class Variant:
 
     def check(self, dense: nn.Module) -> None:
         """Raise a ValueError if `make` would, before the work."""
-        check_recipe(dense, self.recipe)
+        if self.recipe is not None:
+            check_recipe(dense, self.recipe)
         if self.folder is not None:
             check_calibration(dense, self.folder)
 
     def make(self, dense: nn.Module) -> SparsifyReport:
         """The variant as ``report.model``; it shares with the dense model what stays dense."""
         if self.recipe is None:
-            return SparsifyReport(dense, None)
+            return SparsifyReport(dense, None)  # type: ignore[arg-type]  # the dense model has no recipe
         return sparse_copy(dense, self.recipe) if self.folder is None else calibrated_copy(dense, self.folder)
 
 
 DENSE_VARIANT = Variant("dense", "dense", "dense", "all")
 
 
-def from_recipe(recipe: Recipe, name: str | None = None, **fields) -> Variant:
+def from_recipe(recipe: Recipe, name: str | None = None, **fields: Any) -> Variant:
     """Variant of a recipe; its name and fields follow from the recipe unless they are given.
 
     Examples
@@ -80,7 +82,8 @@ def resolved(recipe: Recipe) -> set[LinearSpec]:
     named = {*recipe.skip_layers, *(layer for rule in recipe.rules for layer in rule.layers or ())}
     projections = {*recipe.projections, *(name for rule in recipe.rules for name in rule.projections or ())}
     places = itertools.product([*named, max(named, default=-1) + 1], projections)
-    return {recipe.resolve(layer, projection) for layer, projection in places} - {None}
+    specs = {recipe.resolve(layer, projection) for layer, projection in places}
+    return {spec for spec in specs if spec is not None}
 
 
 def sparse_copy(model: nn.Module, recipe: Recipe) -> SparsifyReport:
@@ -93,7 +96,7 @@ def sparse_copy(model: nn.Module, recipe: Recipe) -> SparsifyReport:
     return sparsify(_shared_copy(model), recipe)
 
 
-def calibrated_copy(model: nn.Module, folder) -> SparsifyReport:
+def calibrated_copy(model: nn.Module, folder: str | Path) -> SparsifyReport:
     """`sparse_copy` with the recipe and the data of a calibration (:func:`nm_act.load_calibration`)."""
     return load_calibration(_shared_copy(model), folder)
 

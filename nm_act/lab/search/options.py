@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from ...conversion.calibration import check_calibration, set_layers
 from ...layers.linear import NMLinear
 from ...methods.criteria import CRITERIA
 from ...methods.mitigations import data_of
+from ...patterns import as_pattern
 from ...recipe import LinearSpec, Recipe
 from ..evaluate.calibrated import calibrated_row
 from ..evaluate.variants import Variant, from_recipe, sparse_copy
@@ -43,7 +45,9 @@ def parse_option(text: str) -> LinearSpec:
     criteria = [name for name in names if name in CRITERIA]
     if len(criteria) > 1:
         raise ValueError(f"expected at most one criterion in the option {text!r}, got {', '.join(criteria)}")
-    spec = LinearSpec(pattern, *criteria, mitigation=tuple(name for name in names if name not in CRITERIA))
+    mitigation = tuple(name for name in names if name not in CRITERIA)
+    scores: dict[str, Any] = {"criterion": criteria[0]} if criteria else {}
+    spec = LinearSpec(as_pattern(pattern), mitigation=mitigation, **scores)
     if "input_order" in data_of(spec):
         raise ValueError(
             f"expected an option that leaves weights as they are, got {str(spec)!r}; leave permute out and calibrate "
@@ -57,7 +61,7 @@ def option_name(spec: LinearSpec) -> str:
     return str(dataclasses.replace(spec, phase="both"))
 
 
-def option_recipe(spec: LinearSpec, **fields) -> Recipe:
+def option_recipe(spec: LinearSpec, **fields: Any) -> Recipe:
     """Recipe that gives a spec to every projection, or to those in `fields`."""
     return Recipe(pattern=str(spec.pattern), criterion=spec.criterion, mitigation=spec.mitigation, **fields)
 
@@ -79,10 +83,15 @@ def find_calibrations(specs: dict[str, LinearSpec], calibrated: Path | None) -> 
     return found
 
 
+def _folder_of(calibration: Variant) -> Path:
+    assert calibration.folder is not None  # else it were no calibration
+    return calibration.folder
+
+
 def read_data(model: nn.Module, specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, CalibratedData]:
     """Option -> data of its calibration (`find_calibrations`); ValueError if it was made for another model."""
     return {
-        name: CalibratedData(check_calibration(model, found.folder)[1], found.calibration, found.seed)
+        name: CalibratedData(check_calibration(model, _folder_of(found))[1], found.calibration, found.seed)
         for name, found in find_calibrations(specs, calibrated).items()
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +17,11 @@ from ...conversion.fingerprint import weights_fingerprint
 from ...conversion.sparsify import decoder_linears
 from ...files import write_atomic
 from ...recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe
-from ..cost import Cost, Place, places_of, predictions
+from ..cost import Cost, places_of, predictions
 from ..evaluate.folder import RunFolder
 from ..evaluate.perplexity import perplexity
 from ..evaluate.variants import resolved
+from ..measured import Place
 from ..output import new_figure, png, to_csv, to_json, write_json
 from ..overlap import KEY, fingerprints
 from ..policies import POLICIES
@@ -44,7 +46,7 @@ class Goal:
     target_speedup: float | None = None
     max_drop: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.target_speedup is None) == (self.max_drop is None):
             raise ValueError("expected either --target-speedup or --max-drop, got both or neither; give one of them")
         if self.target_speedup is not None and not self.target_speedup >= 1:
@@ -80,12 +82,12 @@ def search(
     goal: Goal,
     output: Path,
     *,
-    identity: dict,
+    identity: dict[str, Any],
     layers_together: int = 1,
     merged: bool = False,
     calibrated: Path | None = None,
     note: Callable[[str], None],
-    bar: Callable[[str], AbstractContextManager],
+    bar: Callable[[str], AbstractContextManager[Any]],
 ) -> tuple[Point, list[Point], list[str]]:
     """Find a recipe for a goal, and write it with its frontier; finished measurements in `output` are not repeated.
 
@@ -156,7 +158,7 @@ def search(
     return best, points, _write(folder, points, best, dense, used, fingerprints(windows))
 
 
-def _check_reachable(groups: list[Group], specs, cost: Cost, goal: Goal, others: tuple[Place, ...]) -> None:
+def _check_reachable(groups: list[Group], specs: Any, cost: Cost, goal: Goal, others: tuple[Place, ...]) -> None:
     """Raise a ValueError if the target cannot be reached or, without one, if no option is faster than dense."""
     free = Problem(groups, {group.key: dict.fromkeys(specs, 0.0) for group in groups}, specs, cost, others)
     if goal.target_speedup is not None:
@@ -221,7 +223,7 @@ def _best(points: list[Point], solved: Recipe, goal: Goal) -> Point:
     return max(allowed, key=lambda point: point.speedup)
 
 
-def point_rows(points: list[Point]) -> list[dict]:
+def point_rows(points: list[Point]) -> list[dict[str, Any]]:
     """Points as plain data, with their change against the first one in per cent."""
     return [
         {
@@ -235,8 +237,9 @@ def point_rows(points: list[Point]) -> list[dict]:
     ]
 
 
-def result(best: Point, points: list[Point]) -> dict:
+def result(best: Point, points: list[Point]) -> dict[str, Any]:
     """A search's result as plain data."""
+    assert best.recipe is not None  # what is found is never the dense model
     return {
         "recipe": best.recipe.to_dict(),
         "predicted_speedup": best.speedup,
@@ -246,11 +249,11 @@ def result(best: Point, points: list[Point]) -> dict:
 
 
 def _write(
-    folder: Path, points: list[Point], best: Point, dense, used: dict[str, CalibratedData], hashes: list[str]
+    folder: Path, points: list[Point], best: Point, dense: Any, used: dict[str, CalibratedData], hashes: list[str]
 ) -> list[str]:
     """Write the recipe, the data of its options `used`, the frontier and its plot; names of the files."""
-    sparse = option_variant(dense, best.recipe, used) if used else None
-    files = {
+    assert best.recipe is not None
+    files: dict[str, bytes | str] = {
         "frontier.png": _draw(points, best),
         "frontier.csv": to_csv(point_rows(points)),
         SEARCH_FILE: to_json(result(best, points) | {KEY: hashes}) + "\n",
@@ -260,7 +263,7 @@ def _write(
     if used:
         facts = {"seed": next(iter(used.values())).seed, "options": {name: each.digest for name, each in used.items()}}
         write_json(folder / FACTS_FILE, facts | {KEY: hashes})
-        save_calibration(sparse, folder)
+        save_calibration(option_variant(dense, best.recipe, used), folder)
     else:
         best.recipe.save(folder / RECIPE_FILE)
     for name, content in files.items():

@@ -6,10 +6,11 @@ negative and needs few tokens; unlike the relative error of a layer's output it 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +19,7 @@ from ...conversion.calibration import set_layers
 from ...conversion.sparsify import decoder_linears
 from ...layers.linear import NMLinear
 from ...recipe import LinearSpec
-from ..cost import Place
-from ..measured import merged_with
+from ..measured import Place, merged_with
 from .options import CalibratedData
 from .store import ResultLines
 
@@ -139,33 +139,35 @@ def sensitivities(
 
     def mean(group: Group, name: str) -> float:
         keys = ((index, group.key, name, digests[name]) for index in range(len(windows)))
-        return sum(known[key]["kl"] for key in keys) / len(windows)
+        return float(sum(known[key]["kl"] for key in keys) / len(windows))
 
     return {group.key: {name: mean(group, name) for name in specs} for group in groups}
 
 
 def _log_probabilities(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(dim=-1)
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[0].float().log_softmax(dim=-1)
 
 
 def _divergence(dense: torch.Tensor, sparse: torch.Tensor) -> float:
-    value = nn.functional.kl_div(sparse, dense, log_target=True, reduction="sum").item() / dense.shape[0]
+    value: float = nn.functional.kl_div(sparse, dense, log_target=True, reduction="sum").item() / dense.shape[0]
     if not math.isfinite(value):
         raise RuntimeError(f"expected a finite divergence, got {value}; load the model with --dtype float32")
     return max(value, 0.0)
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    get_decoder: Any = getattr(model, "get_decoder", lambda: None)
+    decoder = get_decoder()
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"expected a model with get_decoder().layers, got {type(model).__name__}; search needs those")
     return layers
 
 
-def _dense_run(model: nn.Module, layers: nn.ModuleList, ids: torch.Tensor) -> tuple[torch.Tensor, list]:
+def _dense_run(model: nn.Module, layers: nn.ModuleList, ids: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
     """Log-probabilities of the dense model, and the outputs of its decoder layers."""
-    outputs: list = []
+    outputs: list[Any] = []
     with ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(lambda module, args, output: outputs.append(output)))
@@ -173,7 +175,7 @@ def _dense_run(model: nn.Module, layers: nn.ModuleList, ids: torch.Tensor) -> tu
 
 
 @contextmanager
-def _replaced(model: nn.Module, sparse: dict[str, nn.Module], front) -> Iterator[None]:
+def _replaced(model: nn.Module, sparse: Mapping[str, nn.Module], front: Any) -> Iterator[None]:
     """The model with the sparse modules in place; the (layer, output) pairs of `front` are not computed again."""
     dense, front = {name: model.get_submodule(name) for name in sparse}, list(front)
     try:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ...recipe import DENSE, LinearSpec, Recipe, Rule
 from ...supported import require
-from ..cost import Cost, Place, is_packed, layer_time
+from ..cost import Cost, is_packed, layer_time
+from ..measured import Place
 from .sensitivity import Group
 
 __all__ = ["Choice", "Problem"]
@@ -106,7 +108,7 @@ class Problem:
         cost = np.array([[0.0, *(self.costs[group.key][name] for name in self.specs)] for group in self.groups])
         groups, options = cost.shape
         unit = cost.max() or 1.0
-        useful = (self._saved > 0).any(axis=0)  # what saves nothing is never chosen
+        useful: Any = (self._saved > 0).any(axis=0)  # what saves nothing is never chosen
         useful[:, 0] = True
         # HiGHS lets a row fall short by 1e-6: in units of a ten-thousandth, that is 1e-10 of the time.
         enough = optimize.LinearConstraint(
