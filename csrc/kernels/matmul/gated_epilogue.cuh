@@ -1,4 +1,4 @@
-// The epilogue of a product with a merged gate and up weight: z = SiLU(gate) * up, stored as the packed 2:4 operand of
+// The epilogue of a product with a merged gate and up weight: z = activation(gate) * up, stored as the packed 2:4 operand of
 // the next product. Neither gate and up nor z reach memory.
 //
 // The accumulators of a warp group's 64 x 2H tile (gated_mainloop.cuh) give each thread, for two tokens 8 apart, two
@@ -51,6 +51,7 @@ struct GatedEpilogueOp {
   struct Arguments {
     typename E::Raw* values;  // [tokens, outputs / 2]
     uint8_t* metadata;
+    Activation activation;
   };
   using Params = Arguments;
 
@@ -99,7 +100,7 @@ struct GatedEpilogueOp {
             half[part] = E::pack(accumulators(i), accumulators(i + 1));
           }
           // Padding tokens are zeros: their selection is the padding of the metadata.
-          word[row][chunk] = token + 8 * row < tokens ? activated_times<E>(half[0], half[1], Activation::kSilu) : 0u;
+          word[row][chunk] = token + 8 * row < tokens ? activated_times<E>(half[0], half[1], params.activation) : 0u;
         }
       }
       const int output = first + group * kGroup + lane * kChunk;
