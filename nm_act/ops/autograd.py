@@ -314,3 +314,9 @@ _register("gather_linear", _gather_linear)
 _register("dense_linear", _few_linear)
 for _name, _instead in WITHOUT_GRADIENT.items():
     _register(_name, _refusing(_name, _instead))
+
+
+def refuse_gradient(name: str, instead: str) -> None:
+    """Register the refusal for an operator that another module defines."""
+    WITHOUT_GRADIENT[name] = instead
+    _register(name, _refusing(name, instead))

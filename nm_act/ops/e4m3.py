@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _C
 from ..patterns import NMPattern
-from .autograd import unrecorded
+from .autograd import refuse_gradient, unrecorded
 
 E4M3 = torch.float8_e4m3fn
 FP8_LAYOUTS = ("prefill", "decode", "both")
@@ -127,3 +127,6 @@ def _(
     x: Tensor, codes: Tensor | None, rows: Tensor | None, weight_scale: Tensor, *_arguments: Any, **_options: Any
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+refuse_gradient("e4m3_linear", "nm_act.sparse_linear")

@@ -204,10 +204,11 @@ def decode_linear(
         If the gather kernel does not take the sizes or the storage, or ``x`` is not on CUDA.
     """
     n, m = _keep_and_group(pattern)
-    options = {"up": up, "norm_weight": norm_weight, "eps": eps, "residual": residual}
+    options: dict[str, Any] = {"up": up, "norm_weight": norm_weight, "eps": eps, "residual": residual}
     options |= {"channel_scale": channel_scale, "weight_scale": weight_scale}
     options |= {"activation": activation, "unit_offset": unit_offset}
-    return operators.call("decode_linear", x, weight, bias, n, m, **options)
+    y: Tensor = operators.call("decode_linear", x, weight, bias, n, m, **options)
+    return y
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **norms: Any) -> tuple[Tensor, Tensor]:
@@ -226,7 +227,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **norms: Any) -> tupl
     -------
     q, k : Tensor, contiguous, of the shapes given; rounded where Transformers' own embedding rounds
     """
-    return operators.call("rotary", q, k, cos, sin, **norms)
+    rotated: tuple[Tensor, Tensor] = operators.call("rotary", q, k, cos, sin, **norms)
+    return rotated
 
 
 def rotary_cache(
@@ -253,7 +255,8 @@ def rotary_cache(
     **norms
         As in :func:`rotary`.
     """
-    return operators.call("rotary_cache", q, k, v, cos, sin, keys, values, lengths, **norms)
+    y: Tensor = operators.call("rotary_cache", q, k, v, cos, sin, keys, values, lengths, **norms)
+    return y
 
 
 def decode_attention(
@@ -297,7 +300,8 @@ def decode_attention(
         If the device is not of compute capability 9.0, or the heads are not supported.
     """
     options = {"scaling": scaling, "window": window, **norms}
-    return operators.call("decode_attention", q, k, v, cos, sin, keys, values, lengths, **options)
+    y: Tensor = operators.call("decode_attention", q, k, v, cos, sin, keys, values, lengths, **options)
+    return y
 
 
 def attends(q_heads: int, k_heads: int, head_dim: int, device: torch.device) -> bool:
@@ -325,37 +329,35 @@ def _fake_pruned(x: Tensor, activation_dtype: torch.dtype | None) -> tuple[Tenso
 
 
 @torch.library.register_fake("nm_act::rms_norm_prune")
-def _(x, weight, eps, residual=None, n=2, m=4, *, activation_dtype=None, **_options):
-    return *_fake_pruned(x, activation_dtype), x.new_empty((0,) if residual is None else x.shape)
+def _(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *_pattern: int, **options: Any
+) -> tuple[Tensor, ...]:
+    return *_fake_pruned(x, options.get("activation_dtype")), x.new_empty((0,) if residual is None else x.shape)
 
 
 @torch.library.register_fake("nm_act::silu_mul_prune")
-def _(gate, up, n=2, m=4, *, activation_dtype=None, activation="silu"):
-    return _fake_pruned(gate, activation_dtype)
+def _(gate: Tensor, up: Tensor, *_pattern: int, **options: Any) -> tuple[Tensor, ...]:
+    return _fake_pruned(gate, options.get("activation_dtype"))
 
 
 @torch.library.register_fake("nm_act::rms_norm_add")
-def _(x, weight, eps, residual, *, unit_offset=False):
+def _(x: Tensor, *_others: Any, **_options: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("nm_act::decode_linear")
-def _(x, weight, bias=None, n=2, m=4, **_options):
+def _(x: Tensor, weight: Tensor, *_others: Any, **_options: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("nm_act::rotary")
-def _(q, k, cos, sin, **_norms):
+def _(q: Tensor, k: Tensor, *_others: Tensor, **_norms: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @torch.library.register_fake("nm_act::rotary_cache")
-def _(q, k, v, cos, sin, keys, values, lengths, **_norms):
-    return q.new_empty(q.shape)
-
-
 @torch.library.register_fake("nm_act::decode_attention")
-def _(q, k, v, cos, sin, keys, values, lengths, scaling, window=0, **_norms):
+def _(q: Tensor, *_others: Any, **_norms: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
