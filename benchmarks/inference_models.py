@@ -44,12 +44,13 @@ class Mode:
     """How a model runs: ``dense_bf16`` and ``dense_fp8`` are the baselines, everything else is sparse.
 
     ``fp8`` is None, or the phases that the e4m3 weights are stored for; of dense weights it is "prefill".
+    ``head`` is what the output head is stored as, or None.
     """
 
     name: str
     recipe: nm_act.Recipe | None
     fp8: str | None = None
-    fp8_head: bool = False
+    head: str | None = None
 
 
 def parse_modes(names: list[str]) -> list[Mode]:
@@ -64,15 +65,16 @@ def parse_modes(names: list[str]) -> list[Mode]:
 def _parse(name: str) -> Mode:
     if name in ("dense", "dense-fp8"):
         return Mode("dense_fp8", None, "prefill") if name == "dense-fp8" else Mode("dense_bf16", None)
-    found = re.fullmatch(r"nm-([^/-]+)(?:/([^/-]+))?(?:-fp8(?:-(prefill|decode))?)?(-head)?", name)
+    found = re.fullmatch(r"nm-([^/-]+)(?:/([^/-]+))?(?:-fp8(?:-(prefill|decode))?)?(?:-head-(e4m3|int8))?", name)
     if found:
         fp8 = (found[3] or "both") if "-fp8" in name else None
-        return Mode(name, nm_act.Recipe(found[1], decode_pattern=found[2]), fp8, bool(found[4]))
+        return Mode(name, nm_act.Recipe(found[1], decode_pattern=found[2]), fp8, found[4])
     if Path(name).suffix in (".yaml", ".yml", ".json"):
         return Mode(Path(name).stem, nm_act.Recipe.load(name))
     raise ValueError(
-        "expected a mode such as dense, nm-2:4, nm-2:4/8:16, nm-8:16-fp8, nm-8:16-fp8-head (its output head in e4m3 "
-        f"too), nm-2:4-fp8-prefill or a recipe file, got {name!r}; write one of those"
+        "expected a mode such as dense, nm-2:4, nm-2:4/8:16, nm-8:16-fp8, nm-8:16-fp8-head-int8 "
+        f"(or -head-e4m3: the output head in 8 bits too), nm-2:4-fp8-prefill or a recipe file, got {name!r}; write one "
+        "of those"
     )
 
 
@@ -90,7 +92,7 @@ def build(name: str, mode: Mode, device: str, dtype: torch.dtype, max_tokens: in
     model.eval().requires_grad_(False)
     if mode.recipe is not None:
         nm_act.sparsify(model, mode.recipe)
-        nm_act.optimize(model, fp8=mode.fp8, fp8_head=mode.fp8_head)
+        nm_act.optimize(model, fp8=mode.fp8, head=mode.head)
         return model
     nm_act.optimize(model)
     if mode.fp8:

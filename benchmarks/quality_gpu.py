@@ -4,38 +4,29 @@
 
 tokens.safetensors is what quality_data.py writes. OUT/rows.jsonl gets a line for each result at once, in the form of
 docs/evaluation/rows.jsonl (tools/evaluation_report.py OUT/rows.jsonl adds them), OUT/facts.jsonl what else was found:
-recipes, losses of training, refits, noise, tokens per second. What is in them is not measured again, so that a second
+recipes, losses of training, refits, noise. What is in them is not measured again, so that a second
 call continues. No step starts that would end after the limit.
 """
 
 import argparse
-import copy
 import dataclasses
-import datetime
-import json
 import math
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from quality_data import unpacked
+from quality_session import C4, OutOfTimeError, Session, calibrated, everywhere, tf32, with_mitigation
 from quality_training import train_graphed
-from safetensors import safe_open
 
 import nm_act
 from nm_act import Recipe
-from nm_act.lab.calibrate import CalibrationSettings, calibrate
 from nm_act.lab.calibrate.data import split_windows
 from nm_act.lab.calibrate.refit import RefitSettings, refit
 from nm_act.lab.cost import Measured, places_of, predictions, shapes_of
-from nm_act.lab.evaluate.choices import score
 from nm_act.lab.evaluate.noise import noise_floor
-from nm_act.lab.evaluate.perplexity import mean_and_stderr
-from nm_act.lab.evaluate.run import model_facts, perplexity_result
-from nm_act.lab.evaluate.study import DENSE_VARIANT, Variant, from_recipe, load_study, row_variant
+from nm_act.lab.evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
 from nm_act.lab.evaluate.variants import resolved, sparse_copy
 from nm_act.lab.search.options import option_name, parse_option
 from nm_act.lab.search.sensitivity import groups_of, sensitivities
@@ -48,140 +39,6 @@ EVALUATION = Path(__file__).resolve().parents[1] / "docs" / "evaluation"
 SHAPES = "llama-3-8b"
 RATES = (2e-4, 5e-4, 1e-3)
 """Learning rates of weights that are tried in a short training."""
-C4 = "documents 1 to 1700 of C4"
-
-
-class OutOfTimeError(Exception):
-    """The limit is reached."""
-
-
-class Session:
-    """The model, the tokens, what was measured, and the time left."""
-
-    def __init__(self, options: argparse.Namespace):
-        self.start, self.options, self.step_end = time.perf_counter(), options, math.inf
-        self.device = torch.device(options.device)
-        from nm_act.integrations.checkpoints import load_model
-
-        self.cpu, self.tokenizer = load_model(options.model, dtype="float32")
-        self.cpu.requires_grad_(False)
-        self.dense = copy.deepcopy(self.cpu).to(self.device)
-        with safe_open(options.data, framework="pt") as file:
-            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            self.texts, self.tasks = (json.loads(file.metadata()[name]) for name in ("texts", "tasks"))
-        self.unpacked: dict = {}
-        self.windows = self.tensors["calibration"].long()[: options.calibration]
-        self.output = Path(options.output)
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.facts = {fact["name"]: fact for fact in self._lines("facts.jsonl")}
-        self.done, self._identity = set(), None
-        for line in self._lines("rows.jsonl"):
-            if "identity" in line:
-                self._identity = line["identity"]
-            else:
-                self.done.add((self._identity["dtype"], line["variant"]["name"], line["task"]))
-
-    def _lines(self, name: str) -> list[dict]:
-        path = self.output / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-    def _append(self, name: str, line: dict) -> None:
-        with (self.output / name).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    @property
-    def left(self) -> float:
-        """Seconds until the limit."""
-        return min(self.options.limit_seconds, self.step_end) - (time.perf_counter() - self.start)
-
-    def need(self, seconds: float) -> None:
-        """Stop where fewer seconds are left."""
-        if self.left < seconds:
-            raise OutOfTimeError(f"{seconds:.0f} s needed, {self.left:.0f} s left")
-
-    def fact(self, name: str, **values: object) -> None:
-        """Keep something that is not a row."""
-        self.facts[name] = {"name": name, **values}
-        self._append("facts.jsonl", self.facts[name] | {"commit": self.options.commit})
-        self.say(name, json.dumps(values)[:300])
-
-    def say(self, *parts: object) -> None:
-        print(f"{time.perf_counter() - self.start:6.1f}", *parts, flush=True)
-
-    def write(self, dtype: str, variant: Variant, task: str, result: dict) -> None:
-        """Append a row, with the identity of its run in front where that is another one."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-        identity = {"model": Path(self.options.model).name, "dtype": dtype, "device": name, "limit": self.options.limit}
-        identity |= {"tokens": self.options.tokens, "window": self.options.window}
-        if identity != self._identity:
-            self._append("rows.jsonl", {"identity": identity})
-            self._identity = identity
-        record = {"variant": variant.to_dict(), "task": task, **result, "commit": self.options.commit}
-        self._append("rows.jsonl", record | {"date": datetime.datetime.now(datetime.UTC).date().isoformat()})
-        self.done.add((dtype, variant.name, task))
-        self.say(f"{variant.name:40} {task:14} {dtype:9} {result['value']:.4f} ± {result['stderr']:.4f}")
-
-    def measure(self, variant: Variant, model=None, texts=None, tasks=(), dtype: str = "float32") -> None:
-        """The rows of a variant that are missing; without a model, that of its recipe."""
-        texts = [t for t in (texts or self.texts) if (dtype, variant.name, t) not in self.done]
-        tasks = [t for t in tasks if (dtype, variant.name, t) not in self.done]
-        if not texts and not tasks:
-            return
-        self.need(3)
-        model = self.model(variant.recipe) if model is None else model
-        if str(next(model.parameters()).dtype) != f"torch.{dtype}":
-            model = copy.deepcopy(model).to(getattr(torch, dtype))
-        facts = model_facts(model)
-        for text in texts:
-            tokens = self.tensors[f"text.{text}"].long()[: self.options.tokens]
-            self.write(dtype, variant, text, perplexity_result(model, tokens, self.options.window) | facts)
-        for task in tasks:
-            self.need(5)
-            if task not in self.unpacked:
-                self.unpacked[task] = unpacked(self.tensors, task)
-            answers, right = self.unpacked[task]
-            found = score(model, answers[: self.options.limit], right[: self.options.limit], 32768)
-            value, stderr = mean_and_stderr(found)
-            result = {"metric": "acc", "value": value, "stderr": stderr, "samples": len(found), "scores": found}
-            self.write(dtype, variant, task, result | facts)
-
-    def model(self, recipe: Recipe | None, windows: int = 8, settings: CalibrationSettings | None = None):
-        """A sparse copy in both phases, calibrated on a few windows if its recipe needs data; the dense model."""
-        if recipe is None:
-            return self.dense
-        recipe = everywhere(recipe)
-        if not any(map(data_of, resolved(recipe))):
-            return sparse_copy(self.dense, recipe).model
-        report, _ = calibrate(
-            copy.deepcopy(self.cpu), recipe, self.windows[:windows], settings=settings, device=self.device
-        )
-        return report.model.to(self.device)
-
-
-def everywhere(recipe: Recipe) -> Recipe:
-    """The recipe with all tokens sparse, as if all were decoded."""
-    rules = tuple(dataclasses.replace(rule, phase=None) for rule in recipe.rules)
-    return dataclasses.replace(recipe, phase="both", rules=rules)
-
-
-def with_mitigation(recipe: Recipe, mitigation: list[str]) -> Recipe:
-    """The recipe with these mitigations in every sparse layer."""
-    rules = tuple(
-        rule if rule.pattern == "dense" else dataclasses.replace(rule, mitigation=tuple(mitigation))
-        for rule in recipe.rules
-    )
-    return dataclasses.replace(recipe, mitigation=tuple(mitigation), rules=rules)
-
-
-@contextmanager
-def tf32(device: torch.device) -> Iterator[None]:
-    """Products of float32 on tensor cores: for training only."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = device.type == "cuda"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def rows(session: Session) -> None:
@@ -207,30 +64,26 @@ def rows(session: Session) -> None:
             session.fact(name, deviation=deviation, largest=largest)
 
 
-def calibrated(variant: Variant, windows: int = 8) -> Variant:
-    """The variant, said to be calibrated by `Session.model`."""
-    learned = any(learned_data_of(spec) for spec in resolved(variant.recipe))
-    how = "; what is learned: block by block, one step a window at 0.0001, mse" if learned else ""
-    return dataclasses.replace(variant, calibrated=True, calibrated_on=f"{C4}, {windows} windows of 512 tokens{how}")
+RULES = {
+    "10:16, in down 8:16": ("10:16", {"down": "8:16"}),
+    "10:16, in down 7:16": ("10:16", {"down": "7:16"}),
+    "9:16, in down 7:16": ("9:16", {"down": "7:16"}),
+    "8:16, in gate, up and o 10:16": ("8:16", {"gate": "10:16", "up": "10:16", "o": "10:16"}),
+    "10:16, in down 7:16, in q, k, v 9:16": ("10:16", {"down": "7:16", "q": "9:16", "k": "9:16", "v": "9:16"}),
+    "2:4 in down": ("dense", {"down": "2:4"}),
+    "2:4 in gate, up, down": ("dense", {"gate": "2:4", "up": "2:4", "down": "2:4"}),
+    "2:4 in gate, down": ("dense", {"gate": "2:4", "down": "2:4"}),
+    "2:4 in q, k, v, down": ("dense", {"q": "2:4", "k": "2:4", "v": "2:4", "down": "2:4"}),
+}
+"""Rules by projection, to choose the recommended recipes among."""
 
 
-def generate(session: Session) -> None:
-    """Tokens per second of generate() and StaticDecoder, bfloat16, 256 tokens of prompt."""
-    from bench_generate import measure as speed
-
-    prompt = session.windows[:1, :256].to(session.device)
-    for name, recipe in (("dense", None), ("8:16", Recipe("8:16")), ("2:4", Recipe("2:4"))):
-        if f"generate {name}" in session.facts:
-            continue
-        session.need(40)
-        model = copy.deepcopy(session.model(recipe)).to(torch.bfloat16)
-        found = {}
-        for way in ("eager", "StaticDecoder"):
-            found[way] = speed(way, model, prompt, session.options.generated, 1)
-        nm_act.optimize(model)
-        for way in ("eager", "StaticDecoder"):
-            found[f"{way}, optimized"] = speed(way, model, prompt, session.options.generated, 1)
-        session.fact(f"generate {name}", **found)
+def rules(session: Session) -> None:
+    """`RULES` on the test's text and on held-out C4, as if every token were decoded."""
+    for name, (pattern, others) in RULES.items():
+        parts = tuple(nm_act.Rule(projections=(f"{key}_proj",), pattern=value) for key, value in others.items())
+        recipe = Recipe(pattern, criterion="wina", mitigation=["var"], rules=parts)
+        session.measure(from_recipe(recipe, f"rule {name}", layers="rule"), texts=["wikitext2", "c4", "french"])
 
 
 def curve(session: Session) -> None:
@@ -451,7 +304,7 @@ def tasks(session: Session) -> None:
                 session.measure(variant, texts=["wikitext2"], tasks=wanted, dtype="bfloat16")
 
 
-STEPS = {each.__name__: each for each in (rows, curve, search, train, tasks, refits, study, generate)}
+STEPS = {each.__name__: each for each in (rows, rules, curve, search, train, tasks, refits, study)}
 
 
 def main() -> None:
@@ -475,10 +328,10 @@ def main() -> None:
         "calibration": 1 << 30,
         "keeps": (5, 6, 7, 8, 9, 10, 12, 14),
     }
-    sizes |= {"together": 1, "generated": 80, "refit_windows": 200, "learned_windows": 256}
+    sizes |= {"together": 1, "refit_windows": 200, "learned_windows": 256}
     if options.tiny:
         sizes = {"tokens": 128, "window": 64, "limit": 2, "calibration": 120, "keeps": (4, 8), "together": 15}
-        sizes |= {"generated": 18, "refit_windows": 60, "learned_windows": 2}
+        sizes |= {"refit_windows": 60, "learned_windows": 2}
     vars(options).update(sizes)
     options.commit = options.commit or nm_act.version.commit()
     session = Session(options)

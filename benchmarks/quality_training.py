@@ -56,7 +56,8 @@ class Linear:
             weight = weight - low_rank[1] @ low_rank[0]
         scale = None
         if spec.criterion == "wina":  # with a fitted pair, of the whole weight
-            scale = torch.linalg.vector_norm(self.weight.detach(), dim=0)
+            fitted = any(name.endswith("-fit") for name in spec.mitigation)
+            scale = torch.linalg.vector_norm((self.weight if fitted else weight).detach(), dim=0)
         z = x if "shift" not in data else (x.float() - data["shift"]).to(x.dtype)
         pruned = Select.apply(z, scale, spec.pattern)
         y = F.linear(pruned, weight.to(x.dtype))
@@ -142,6 +143,9 @@ def train_graphed(
     device = next(model.parameters()).device
     windows, held_out = windows.to(device), held_out.to(device)
     layers = {_short(name): module for name, module in model.named_modules() if isinstance(module, NMLinear)}
+    unknown = next((layer.spec for layer in layers.values() if layer.spec.criterion not in ("act", "wina")), None)
+    if unknown is not None:
+        raise ValueError(f"expected the criterion act or wina, got {unknown}; train it with nm-act calibrate --distill")
     linears = {
         name: Linear(
             layer,

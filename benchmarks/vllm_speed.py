@@ -13,6 +13,7 @@ import os
 import time
 
 import torch
+from bench_cpu_decode import processor
 from timer import Rows, percentiles
 
 from nm_act import Recipe, build_info
@@ -64,13 +65,14 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, __version__
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else build_info()["cpu_isa"]
     threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    on_cpu = f"{processor()} x{threads} {build_info()['cpu_isa']}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else on_cpu
     rows = Rows(
         arguments.csv,
         COLUMNS,
         bench="vllm_speed",
-        device=device if torch.cuda.is_available() else f"{device} x{threads}",
+        device=device,
         vllm=__version__,
         model=os.path.basename(os.path.normpath(arguments.model)),
         pattern=arguments.pattern,

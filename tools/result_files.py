@@ -19,11 +19,15 @@ def measured_rows(path: str) -> list[dict[str, str]]:
     return read_rows(path) if (ROOT / path).exists() else []
 
 
-def perplexities() -> list[dict[str, str]]:
-    """Perplexity rows of the report's first run: one model, one text, one protocol."""
-    rows = [row for row in read_rows(EVALUATION) if row["metric"] == "ppl"]
-    same = ("model", "task", "samples", "dense_value")
-    return [row for row in rows if all(row[key] == rows[0][key] for key in same)]
+def perplexities(task: str = "wikitext2") -> list[dict[str, str]]:
+    """Perplexity rows of one model, text and protocol in float32, on whatever device; of one name the first."""
+    rows = [row for row in read_rows(EVALUATION) if row["metric"] == "ppl" and row["dtype"] == "float32"]
+    rows = [row for row in rows if (row["task"], row["model"]) == (task, rows[0]["model"])]
+    rows = [row for row in rows if row["samples"] == rows[0]["samples"]]
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        found.setdefault(row["name"], row)
+    return list(found.values())
 
 
 def geometric_mean(values: list[float]) -> float | None:

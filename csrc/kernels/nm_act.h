@@ -204,13 +204,14 @@ struct SparseGemmParams {
   ElementType y_type;  // value_type; kBFloat16 or kFloat16 for kE4M3
   bool weight_in_out;
 };
-// gated_gemm: the packed 2:4 operand of z = SiLU(gate) * up with [gate, up] = product, over a merged weight stored
+// gated_gemm: the packed 2:4 operand of z = activation(gate) * up with [gate, up] = product, over a merged weight stored
 // [in, out] whose first out_features / 2 outputs are the gate's; the bits of silu_mul_compress. 16-bit values, compute
 // capability 9.0, out_features a multiple of 32; without scales, terms or residual. product.y is the operand's values
 // [tokens, out_features / 4].
 struct GatedGemmParams {
   SparseGemmParams product;
   uint8_t* metadata;  // [metadata_bytes(kSm90Bits16T64, tokens, out_features / 2)]
+  Activation activation;
 };
 bool gated_gemm_supports(const GatedGemmParams& params, GemmDevice device);
 cudaError_t query_gemm_device(int device, GemmDevice* result);

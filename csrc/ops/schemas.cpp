@@ -139,7 +139,7 @@ TORCH_LIBRARY(nm_act, m) {
   // The packed 2:4 operand of SiLU(gate) * up with [gate, up] = sparse_gemm over a merged weight [2 * outputs,
   // in_features] stored [in, out]: 16-bit values, the bits of silu_mul_compress.
   m.def(
-      "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight) "
+      "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight, *, str activation=\"silu\") "
       "-> (Tensor values, Tensor metadata)");
 
   // Private, for benchmarks/tune_decode.py and tune.py: the kernels with the caller's configuration. For the

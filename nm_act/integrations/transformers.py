@@ -15,6 +15,7 @@ from ..layers.linear import FOLLOW_WEIGHT, NMLinear
 from ..recipe import Recipe
 from ..supported import require, warn_if_untested
 from .tensor_parallel import check_plan
+from .vllm_plan import STORAGE_KEYS
 
 require("transformers", "transformers")
 from transformers.quantizers.auto import register_quantization_config, register_quantizer  # noqa: E402
@@ -49,7 +50,11 @@ class NMActConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, recipe: Recipe | dict[str, Any] | str | None = None, **fields: Any):
-        fields.pop("quant_method", None)  # saved configs contain this name
+        for name in (
+            "quant_method",
+            *STORAGE_KEYS,
+        ):  # a saved config contains the first, and may say the others to vLLM
+            fields.pop(name, None)
         if isinstance(recipe, dict):  # first, because the version says whether a newer nm_act wrote it
             recipe = Recipe.from_dict(recipe)
         if recipe is not None and fields:

@@ -99,7 +99,7 @@ class NMActVLLMConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NMActVLLMConfig":
         """From the entry in config.json; ValueError as :meth:`nm_act.Recipe.from_dict`."""
-        fields = {key: value for key, value in config.items() if key not in ("quant_method", "prepack", "fp8")}
+        fields = {key: value for key, value in config.items() if key not in ("quant_method", *plan.STORAGE_KEYS)}
         storage = Storage.from_config(config)
         if storage.fp8 is not None:
             storage.check_device(current_platform.device_type, current_platform.get_device_capability())

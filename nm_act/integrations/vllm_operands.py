@@ -17,7 +17,7 @@ from ..ops.prepack import prepack_weight, why_not_prepacked
 from ..optimize.eligible import unfit_for_fp8
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
-from .vllm_plan import Segment
+from .vllm_plan import STORAGE_KEYS, Segment
 
 
 @dataclass
@@ -46,6 +46,13 @@ class Storage:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Storage":
         """Of an entry in config.json; ValueError if it asks for what there is not."""
+        known = ("quant_method", "recipe", *STORAGE_KEYS)
+        other = next((key for key in config if key not in known), None)
+        if other is not None and "recipe" in config:  # without that key they are the recipe's own
+            raise ValueError(
+                f"expected the keys of quantization_config among {', '.join(known)}, got {other!r}; remove it, or "
+                "upgrade nm_act if a newer one wrote it"
+            )
         prepack, fp8 = config.get("prepack", False), config.get("fp8")
         if not isinstance(prepack, bool):
             raise ValueError(f"expected prepack as true or false in quantization_config, got {prepack!r}; write one")

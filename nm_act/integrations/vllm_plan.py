@@ -25,6 +25,9 @@ _TEXT_STACKS = (
 
 _DECODER = re.compile(rf"(?:(?:{'|'.join(_TEXT_STACKS)})\.)+(\d+)\.(?:[a-zA-Z_]\w*\.)*([a-zA-Z_]\w*)")
 
+STORAGE_KEYS = ("prepack", "fp8")
+"""What ``quantization_config`` may say to vLLM beside the recipe; Transformers does without."""
+
 NO_RECIPE = (
     "expected a recipe for the quantization nm_act, got a checkpoint without one; serve it without "
     "--quantization and with "

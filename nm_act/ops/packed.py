@@ -228,8 +228,8 @@ def sparse_gemm(
     return y
 
 
-def sparse_gemm_silu_mul(operand: Packed, weight: Tensor) -> Packed:
-    """The packed 2:4 operand of ``SiLU(gate) * up`` with ``[gate, up] = sparse_gemm(operand, weight)``, in one kernel.
+def sparse_gemm_silu_mul(operand: Packed, weight: Tensor, *, activation: str = "silu") -> Packed:
+    """The packed 2:4 operand of ``activation(gate) * up``, in one kernel with ``[gate, up] = operand @ weight.t()``.
 
     It has the bits of :func:`silu_mul_compress`; neither gate and up nor their product reach memory.
 
@@ -239,6 +239,7 @@ def sparse_gemm_silu_mul(operand: Packed, weight: Tensor) -> Packed:
         2:4 in 16 bits, packed on this device, without a per-token shift or a variance factor.
     weight : Tensor [2 * outputs, in_features], dtype of the operand's values
         The weights of gate and up, concatenated, stored [in, out]; outputs divisible by 16.
+    activation : {"silu", "gelu_tanh"}
 
     Raises
     ------
@@ -254,7 +255,9 @@ def sparse_gemm_silu_mul(operand: Packed, weight: Tensor) -> Packed:
             "silu_mul_compress"
         )
     _check_operand(operand, weight)
-    values, metadata = operators.call("sparse_gemm_silu_mul", operand.values, operand.metadata, operand.layout, weight)
+    values, metadata = operators.call(
+        *("sparse_gemm_silu_mul", operand.values, operand.metadata, operand.layout, weight), activation=activation
+    )
     outputs, eta = weight.shape[0] // 2, operand.eta
     return Packed(values, metadata, eta, eta, _PLAIN, outputs, operand.layout, operand.tokens)
 
@@ -372,7 +375,9 @@ def _(
 
 
 @torch.library.register_fake("nm_act::sparse_gemm_silu_mul")
-def _(values: Tensor, metadata: Tensor, layout: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _(
+    values: Tensor, metadata: Tensor, layout: str, weight: Tensor, *, activation: str = "silu"
+) -> tuple[Tensor, Tensor]:
     packed, packed_metadata, *_ = _fake_packed(
         values.new_empty((values.shape[0], weight.shape[0] // 2)), False, None, "none"
     )

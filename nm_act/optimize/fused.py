@@ -158,21 +158,22 @@ class FusedLayer(Changed):
         if not mlp_way:
             hidden = self._plus(0, attention, residual)
             return self._plus(1, self.mlp(before_mlp(hidden)), hidden)
-        if self._gates_in_product(mlp_way, gate_up, attention):
-            return operands.norm_gated_product(before_mlp, gate_up, self.mlp.down_proj, attention, residual)
         after = self._after(0, attention)
         if self.after_parts and after is None:
             attention = getattr(self, self.after_parts[0])(attention)
+        down, gates = self.mlp.down_proj, vars(self.mlp).get("nm_act_gates")
+        if gates and operands.gates_in_product(mlp_way, gate_up, down, attention):
+            operand, hidden = operands.norm_gated_operand(before_mlp, gate_up, attention, residual, gates, after)
+            del attention
+            if not self.after_parts:
+                return operands.gated_product(down, operand, hidden.shape, hidden)
+            return self._plus(1, operands.gated_product(down, operand, hidden.shape), hidden)
         products = list(operands.norm_product(mlp_way, before_mlp, gate_up, attention, residual, after))
         del attention
         hidden = products.pop()
         if not self.after_parts:
             return _mlp_tail(self.mlp, products, hidden)
         return self._plus(1, _mlp_tail(self.mlp, products), hidden)
-
-    def _gates_in_product(self, way: str, gate_up: Any, x: Tensor) -> bool:
-        silu = vars(self.mlp).get("nm_act_gates") == "silu" and not self.after_parts
-        return silu and operands.gates_in_product(way, gate_up, self.mlp.down_proj, x)
 
     def _after(self, part: int, y: Tensor) -> Any:
         """The norm of a part's output if a kernel computes it in this call."""

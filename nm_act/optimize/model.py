@@ -18,7 +18,7 @@ from .attention import FusedAttention, mark_head_norms, merged_qkv
 from .changed import Changed, change
 from .eligible import not_fp8, why_absent
 from .fp8 import FP8Linear
-from .fp8_head import ROWS_AT_ONCE, FP8Head, head_of, store_head, why_not_e4m3
+from .head import ROWS_AT_ONCE, QuantisedHead, check_kind, head_of, store_head, why_not_8_bits
 from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, unmerge
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -55,9 +55,9 @@ class OptimizeReport:
         Norms and MLPs that are computed with the product after them, or with the residual, on CUDA.
     fp8 : list of str
         Layers whose weight is in e4m3 now.
-    fp8_head : str
-        The output head, if its weight is in e4m3 now.
-    fp8_head_bytes, fp8_head_saved : int
+    head : str
+        The output head, if its weight is in 8 bits now.
+    head_bytes, head_saved : int
         Memory that it takes now, and that it takes less than before: negative where a tied embedding keeps the weight.
     dense : list of str
         Dense layers on a CPU, whose decode steps run on ``torch.ops.nm_act.dense_linear``.
@@ -73,9 +73,9 @@ class OptimizeReport:
     merged: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
     fp8: list[str] = field(default_factory=list)
-    fp8_head: str = ""
-    fp8_head_bytes: int = 0
-    fp8_head_saved: int = 0
+    head: str = ""
+    head_bytes: int = 0
+    head_saved: int = 0
     dense: list[str] = field(default_factory=list)
     prepacked: list[str] = field(default_factory=list)
     prepacked_bytes: int = 0
@@ -88,10 +88,10 @@ class OptimizeReport:
         lines += [f"  {name}  x {count}" for name, count in Counter(map(_last, self.fused)).items()]
         if self.fp8:
             lines.append(f"e4m3 weights: {len(self.fp8)}")
-        if self.fp8_head:
-            less = self.fp8_head_saved / 2**20
+        if self.head:
+            less = self.head_saved / 2**20
             change = f"{less:.0f} MiB less than before" if less > 0 else "beside the weight of the tied embedding"
-            lines.append(f"e4m3 output head: {self.fp8_head}, {self.fp8_head_bytes / 2**20:.0f} MiB, {change}")
+            lines.append(f"output head in 8 bits: {self.head}, {self.head_bytes / 2**20:.0f} MiB, {change}")
         if self.dense:
             lines.append(f"dense layers, faster for a few tokens on a CPU: {len(self.dense)}")
         if self.prepacked:
@@ -105,7 +105,7 @@ class OptimizeReport:
 
 
 def optimize(
-    model: nn.Module, *, fp8: str | None = None, fp8_head: bool = False, prepack: bool = False
+    model: nn.Module, *, fp8: str | None = None, head: str | None = None, prepack: bool = False
 ) -> OptimizeReport:
     """Make a dense or sparse model faster without changing what it computes, in place.
 
@@ -126,11 +126,11 @@ def optimize(
         ones for 2:4 and dense ones over the pruned activation for other patterns; "decode" as [in, out] for row
         skipping, where prefill gains nothing; "both" in both copies, together the bytes of the 16-bit weight. The
         model's outputs change by the rounding; dense layers stay in 16 bits.
-    fp8_head : bool
-        Store the weight of the output head in float8_e4m3fn, of a dense model too. A head that is tied to the embedding
-        leaves it as it is, so memory grows by a byte per weight; otherwise it shrinks by one. The report has the bytes.
-        One to eight tokens on CUDA are fast; for more, such as a prompt's logits at every place, and on a CPU, each
-        call dequantises the weight.
+    head : {"int8", "e4m3"}, optional
+        Store the weight of the output head in 8 bits with one scale per word, of a dense model too. int8 rounds less. A
+        head that is tied to the embedding leaves it as it is, so memory grows by a byte per weight; otherwise it
+        shrinks by one. The report has the bytes. One to eight tokens on CUDA are fast; for more, such as a prompt's
+        logits at every place, and on a CPU, each call dequantises the weight.
     prepack : bool
         On CPUs: also keep the weights of sparse layers in the layout that oneDNN's product reads, a second copy, for
         calls with too many tokens to skip rows (more than three at 8:16). Without it such calls multiply the [in, out]
@@ -144,9 +144,9 @@ def optimize(
     Raises
     ------
     ValueError
-        If the model is already optimized, ``fp8`` is unknown, ``fp8`` or ``prepack`` is given for a model without
-        sparse layers, "prefill" or "both" is given for a model that is not on CUDA, or ``fp8_head`` for a model without
-        an output head. The model is then unchanged.
+        If the model is already optimized, ``fp8`` or ``head`` is unknown, ``fp8`` or ``prepack`` is given for a model
+        without sparse layers, "prefill" or "both" is given for a model that is not on CUDA, or ``head`` for a model
+        without an output head. The model is then unchanged.
     MemoryError
         If the device has too little memory left for the e4m3 copies of a layer or of the head beside the 16-bit weight;
         it is unchanged.
@@ -169,7 +169,7 @@ def optimize(
     >>> len(optimize(LlamaForCausalLM(config)).merged)
     4
     """
-    _check(model, fp8, fp8_head, prepack)
+    _check(model, fp8, head, prepack)
     report = OptimizeReport(model)
     parents = {}
     for name, parent in list(model.named_modules()):
@@ -184,12 +184,12 @@ def optimize(
             _merge_group(report, name, parent, group)
     if fp8 is not None:
         _quantise(report, fp8)
-    if fp8_head:
-        name, head, why = store_head(model)
-        if head is None:
+    if head is not None:
+        name, stored, why = store_head(model, head)
+        if stored is None:
             report.kept.append((name, f"the output head stays as it is: {why}"))
         else:
-            report.fp8_head, report.fp8_head_bytes, report.fp8_head_saved = name, head.nbytes, head.saved
+            report.head, report.head_bytes, report.head_saved = name, stored.nbytes, stored.saved
     for name, (parent, group) in parents.items():
         _fuse_mlp(report, name, parent, group)
     for name, layer in model.named_modules():
@@ -231,7 +231,7 @@ def deoptimize(model: nn.Module) -> nn.Module:
                 restored = layer.to_nm_linear()
                 take_over_hooks(restored, layer)
                 setattr(module, child, restored)
-            elif isinstance(layer, FP8Head):
+            elif isinstance(layer, QuantisedHead):
                 head = layer.to_linear()
                 take_over_hooks(head, layer)
                 setattr(module, child, head)
@@ -249,7 +249,7 @@ def deoptimize(model: nn.Module) -> nn.Module:
 
 def is_optimized(model: nn.Module) -> bool:
     """Whether :func:`optimize` has changed this model."""
-    changed = (MergedLinear, LinearPart, FP8Linear, FP8Head, Changed)
+    changed = (MergedLinear, LinearPart, FP8Linear, QuantisedHead, Changed)
     return any(isinstance(module, changed) or _is_prepacked(module) for module in model.modules())
 
 
@@ -266,7 +266,7 @@ def refuse_optimized(model: nn.Module) -> None:
         )
 
 
-def _check(model: nn.Module, fp8: str | None, fp8_head: bool, prepack: bool) -> None:
+def _check(model: nn.Module, fp8: str | None, head: str | None, prepack: bool) -> None:
     refuse_optimized(model)
     if fp8 is not None:
         check_layout(fp8)
@@ -274,14 +274,16 @@ def _check(model: nn.Module, fp8: str | None, fp8_head: bool, prepack: bool) -> 
     if not layers and (fp8 is not None or prepack):
         option = "fp8" if fp8 is not None else "prepack"
         raise ValueError(f"expected a sparse model for {option}, got a dense one; call sparsify(model, recipe) first")
-    head = head_of(model) if fp8_head else None
-    if fp8_head and head is None:
+    if head is not None:
+        check_kind(head)
+    output = None if head is None else head_of(model)
+    if head is not None and output is None:
         raise ValueError(
-            f"expected a model with an output head for fp8_head, got {type(model).__name__}, which has none; leave "
-            "fp8_head out"
+            f"expected a model with an output head for head={head!r}, got {type(model).__name__}, which has none; "
+            "leave head out"
         )
     if fp8 is None:
-        _check_memory([], "", head)
+        _check_memory([], "", output)
         return
     weights = [parameter_of(layer, "weight") for layer in layers]
     elsewhere = {weight.device.type for weight in weights if weight is not None} - {"meta", *PREFILL_DEVICES}
@@ -290,14 +292,14 @@ def _check(model: nn.Module, fp8: str | None, fp8_head: bool, prepack: bool) -> 
             f'expected a model on CUDA for fp8="{fp8}", got one on {", ".join(sorted(elsewhere))}; move it there '
             'first, or choose fp8="decode"'
         )
-    _check_memory(layers, fp8, head)
+    _check_memory(layers, fp8, output)
 
 
 def _check_memory(layers: list[NMLinear], fp8: str, head: nn.Module | None) -> None:
     """Raise a MemoryError unless each device has room for its largest layer's copies beside the 16-bit weight."""
     needed: dict[torch.device, int] = {}
     weight: Any
-    if head is not None and not why_not_e4m3(head) and head.weight.is_cuda:
+    if head is not None and not why_not_8_bits(head) and head.weight.is_cuda:
         weight = head.weight
         needed[weight.device] = weight.numel() + 12 * weight.shape[1] * ROWS_AT_ONCE  # in float32, scaled, in e4m3
     for layer in layers:
@@ -313,7 +315,7 @@ def _check_memory(layers: list[NMLinear], fp8: str, head: nn.Module | None) -> N
             - torch.cuda.memory_allocated(device)
         )
         if need > free:
-            option = f'fp8="{fp8}"' if fp8 else "fp8_head"
+            option = f'fp8="{fp8}"' if fp8 else "head"
             raise MemoryError(
                 f"expected {need / 2**30:.1f} GiB free on {device} to convert its largest layer to {option}, got "
                 f"{free / 2**30:.1f} GiB; free memory first, or convert on a device with more"

@@ -147,14 +147,19 @@ def _selects_plainly(linear: nn.Module) -> bool:
     return _derived(linear)["channel_scale"] is None and spec.token_shift == "none" and not spec.variance_correction
 
 
-def norm_gated_product(
-    norm: nn.Module, gate_up: nn.Module, down: nn.Module, x: Tensor, residual: Tensor | None
-) -> Tensor:
-    """``h + down(SiLU(gate) * up)`` with ``[gate, up] = gate_up(norm(h))`` and ``h = x + residual``."""
+def norm_gated_operand(
+    norm: nn.Module, gate_up: nn.Module, x: Tensor, residual: Tensor, activation: str, after: nn.Module | None = None
+) -> tuple[Packed, Tensor]:
+    """The operand of the down layer from one product with gate and up, and ``hidden`` as of :func:`norm_product`."""
     eps, unit_offset = norm_facts(norm)
-    packed = rms_norm_compress(x, norm.weight, eps, residual, unit_offset=unit_offset)
-    operand = sparse_gemm_silu_mul(packed, parameter_of(gate_up, "weight"))
-    return _packed_product(down, operand, x.shape, _derived(down)["shift_out"], packed.hidden)
+    options = {"unit_offset": unit_offset, "x_weight": None if after is None else after.weight}
+    packed = rms_norm_compress(x, norm.weight, eps, residual, **options)
+    return sparse_gemm_silu_mul(packed, parameter_of(gate_up, "weight"), activation=activation), packed.hidden
+
+
+def gated_product(down: nn.Module, operand: Packed, shape: torch.Size, residual: Tensor | None = None) -> Tensor:
+    """The output of the MLP from its operand, plus the residual if there is one."""
+    return _packed_product(down, operand, shape, _derived(down)["shift_out"], residual)
 
 
 class Gated:

@@ -51,12 +51,13 @@ def wide_product(packed, weight):
 
 @pytest.mark.parametrize(("tokens", "outputs", "in_features"), SIZES)
 @pytest.mark.parametrize("dtype", HALVES)
-def test_packs_what_the_separate_kernels_pack(dtype, tokens, outputs, in_features):
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_packs_what_the_separate_kernels_pack(activation, dtype, tokens, outputs, in_features):
     packed, weight, _ = operand_and_weight(tokens, 2 * outputs, in_features, dtype)
     gate, up = wide_product(packed, weight).split(outputs, dim=-1)
-    expected = nm_act.silu_mul_compress(gate, up)
+    expected = nm_act.silu_mul_compress(gate, up, activation=activation)
     poison()
-    actual = nm_act.sparse_gemm_silu_mul(packed, weight)
+    actual = nm_act.sparse_gemm_silu_mul(packed, weight, activation=activation)
     assert_same_bytes(actual, expected)
     assert_legal(actual.metadata)
     facts = ("pattern", "in_features", "layout", "tokens", "hidden")
@@ -142,6 +143,7 @@ def test_sentences():
     for error, words, call in (
         (ValueError, "without a per-token shift", lambda: nm_act.sparse_gemm_silu_mul(shifted, weight)),
         (ValueError, "without a per-token shift", lambda: nm_act.sparse_gemm_silu_mul(scaled, weight)),
+        (ValueError, "expected activation", lambda: nm_act.sparse_gemm_silu_mul(packed, weight, activation="relu")),
         (TypeError, "expected 16-bit values", lambda: nm_act.sparse_gemm_silu_mul(q_packed, q_weight)),
         (NotImplementedError, "divisible by 16", lambda: nm_act.sparse_gemm_silu_mul(packed, weight[:-8])),
         (ValueError, "expected weight of shape", lambda: nm_act.sparse_gemm_silu_mul(packed, weight[:, :32])),

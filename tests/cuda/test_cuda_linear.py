@@ -525,10 +525,10 @@ def error_cases():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(28))
+@pytest.mark.parametrize("index", range(29))
 def test_error_sentences(index):
     cases = error_cases()
-    assert len(cases) == 28
+    assert len(cases) == 29
     error, sentence, call = cases[index]
     with pytest.raises(error, match=re.escape(sentence)):
         call()

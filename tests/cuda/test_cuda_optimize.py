@@ -102,9 +102,9 @@ def test_fused_kernels_run(monkeypatch, pattern, name):
     assert called(1) == step * layers
     assert called(40) == ["rms_norm_prune", "rms_norm_prune", "silu_mul_prune", *after] * layers
     packs = HAS_PACKED and pattern == "2:4"
-    # SiLU * up is part of the product of gate and up.
-    gated = "silu_mul_compress" if sandwich else "sparse_gemm_silu_mul"
-    expected = ["rms_norm_compress", "rms_norm_compress", gated, *after] * layers if packs else called(40)
+    # The activation is part of the product of gate and up.
+    whole = ["rms_norm_compress", "rms_norm_compress", "sparse_gemm_silu_mul", *after]
+    expected = whole * layers if packs else called(40)
     assert called(operands.PACKED_TOKENS) == expected
 
 
@@ -177,17 +177,19 @@ def test_e4m3_weights_for_decode():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_e4m3_output_head(monkeypatch, tied, dtype):
+@pytest.mark.parametrize("kind", ["e4m3", "int8"])
+def test_output_head_of_8_bits(monkeypatch, kind, tied, dtype):
     from nm_act import ops
 
     model = on_gpu("llama", nm_act.Recipe("8:16"), dtype, vocab_size=4096, tie_word_embeddings=tied)
     weight = model.lm_head.weight.detach().float()
-    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
-    rounded = (weight / scale).to(torch.float8_e4m3fn).float() * scale
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / (127 if kind == "int8" else 448)
+    codes = (weight / scale).round() if kind == "int8" else (weight / scale).to(torch.float8_e4m3fn)
+    rounded = codes.float() * scale
     before = torch.cuda.memory_allocated()
-    report = nm_act.optimize(model, fp8_head=True)
-    assert report.fp8_head_bytes == 4096 * (256 + 4)
-    assert torch.cuda.memory_allocated() <= before + (report.fp8_head_bytes if tied else 0) + 2**18
+    report = nm_act.optimize(model, head=kind)
+    assert report.head_bytes == 4096 * (256 + 4)
+    assert torch.cuda.memory_allocated() <= before + (report.head_bytes if tied else 0) + 2**18
     called = []
     gather_linear = ops.gather_linear
     monkeypatch.setattr(ops, "gather_linear", lambda x, *a, **o: called.append(x.shape) or gather_linear(x, *a, **o))

@@ -274,6 +274,13 @@ def test_config_accepts_a_recipe_its_fields_and_a_file(tmp_path):
     assert '"8:16"' in repr(NMActConfig(recipe))
 
 
+def test_what_a_config_says_to_vllm_is_left_to_it():
+    config = NMActConfig.from_dict(
+        {"quant_method": "nm_act", "recipe": {"version": 1, "pattern": "8:16"}, "fp8": "both", "prepack": False}
+    )
+    assert config.recipe == Recipe("8:16")
+
+
 def test_config_errors():
     with pytest.raises(ValueError, match=r"expected a recipe or its fields, got both \(fields phase\); pass one"):
         NMActConfig(Recipe("2:4"), phase="both")

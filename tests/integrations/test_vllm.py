@@ -267,7 +267,7 @@ def test_the_engine_generates_what_transformers_does(name, size, mode, fp8, fold
         env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert f"generated {tokens[4:]}" in run.stdout, run.stderr[-3000:]
 

@@ -107,6 +107,7 @@ def test_what_cannot_be_e4m3_stays_in_16_bits_and_is_said(plugin):
         ({"fp8": True}, "expected fp8 among prefill, decode, both, got True; choose one of those"),
         ({"fp8": "decode", "prepack": True}, "expected prepack or fp8 in quantization_config, got both"),
         ({"fp8": "both"}, 'expected a GPU of compute capability 9.0 .* for fp8="both", got cpu; choose fp8="decode"'),
+        ({"fp88": "both"}, "among quant_method, recipe, prepack, fp8, got 'fp88'; remove it, or upgrade nm_act"),
         ({"prepack": "yes"}, "expected prepack as true or false in quantization_config, got 'yes'"),
     ],
     ids=str,

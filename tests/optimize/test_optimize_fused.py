@@ -22,7 +22,9 @@ MITIGATION = ["var", "dpts-mean"]
 WHOLE = ["norm", "norm + residual", "silu"]  # the packed operands of a layer
 
 
-def compressed(x, calls, name, *, token_shift, variance_correction, channel_scale, activation_dtype):
+def compressed(
+    x, calls, name, *, token_shift="none", variance_correction=False, channel_scale=None, activation_dtype=None
+):
     """A "packed" operand whose values are the pruned activation itself."""
     calls.append(name)
     flat = x.reshape(-1, x.shape[-1])
@@ -157,6 +159,21 @@ def test_norms_on_both_sides_and_gelu(pattern, calls):
     assert len(report.fused) == 10
     expected = SANDWICH if pattern == "2:4" else [*(f"pruned {call}" for call in SANDWICH[:3]), SANDWICH[3]]
     assert calls == expected * 2
+
+
+@pytest.mark.parametrize(("name", "after"), [("llama", []), ("gemma3", ["added norm"])])
+def test_the_activation_is_part_of_the_product_of_gate_and_up(name, after, calls, monkeypatch):
+    def sparse_gemm_silu_mul(operand, weight, *, activation):
+        gate, up = (operand.values @ weight.t()).chunk(2, dim=-1)
+        y = F.silu(gate) * up if activation == "silu" else F.gelu(gate, approximate="tanh") * up
+        return compressed(y, calls, f"product with {activation}")
+
+    monkeypatch.setattr(operands, "sparse_gemm_silu_mul", sparse_gemm_silu_mul)
+    monkeypatch.setattr(operands, "gates_in_product", lambda way, *_: way == "packed")
+    optimize_checked(sparse(name))
+    gated = "silu" if name == "llama" else "gelu_tanh"
+    before = "norm + normed residual" if after else "norm + residual"
+    assert calls == ["norm", before, f"product with {gated}", *after] * 2
 
 
 @pytest.mark.parametrize(

@@ -157,23 +157,18 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
     Piece<E> piece{zero_chunk<E>(), zero_chunk<E>()};
     const Piece<E> cosine = load_piece<E>(params.cos, angle + feature, kDim / 2);
     const Piece<E> sine = load_piece<E>(params.sin, angle + feature, kDim / 2);
-    if (row < kGroup) {
-      const int64_t at = sequence * params.q_stride + int64_t{first_head + row} * kDim + feature;
-      if (row < heads) {
-        piece = load_piece<E>(params.q, at, kDim / 2);
-        if (params.norms.q != nullptr) normalise_head(piece, params.norms.q, feature, kPieces, params.norms);
-        piece = rotate<E>(piece, cosine, sine);
-      }
-    } else {
-      const bool is_key = row == kGroup;
-      const int64_t at = sequence * (is_key ? params.k_stride : params.v_stride) + int64_t{key_head} * kDim + feature;
-      piece = load_piece<E>(is_key ? params.k : params.v, at, kDim / 2);
-      if (is_key) {
-        if (params.norms.k != nullptr) normalise_head(piece, params.norms.k, feature, kPieces, params.norms);
-        piece = rotate<E>(piece, cosine, sine);
-      }
-      if (owns_new && part == 0)
+    const bool is_query = row < kGroup, is_key = row == kGroup;
+    if (!is_query || row < heads) {
+      const void* source = is_query ? params.q : is_key ? params.k : params.v;
+      const void* norm = is_query ? params.norms.q : is_key ? params.norms.k : nullptr;
+      const int64_t stride = is_query ? params.q_stride : is_key ? params.k_stride : params.v_stride;
+      const int at_head = is_query ? first_head + row : key_head;
+      piece = load_piece<E>(source, sequence * stride + int64_t{at_head} * kDim + feature, kDim / 2);
+      if (norm != nullptr) normalise_head(piece, norm, feature, kPieces, params.norms);
+      if (is_query || is_key) piece = rotate<E>(piece, cosine, sine);
+      if (!is_query && owns_new && part == 0) {
         store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
+      }
     }
     float* target = shared + (row < kGroup ? L::kQuery + row * kDim : row == kGroup ? L::kKey : L::kValue) + feature;
     const float factor = row < kGroup ? params.scaling * 1.4426950408889634f : 1.0f;

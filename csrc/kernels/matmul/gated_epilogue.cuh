@@ -1,4 +1,4 @@
-// The epilogue of a product with a merged gate and up weight: z = SiLU(gate) * up, stored as the packed 2:4 operand of
+// The epilogue of a product with a merged gate and up weight: z = activation(gate) * up, stored as the packed 2:4 operand of
 // the next product. Neither gate and up nor z reach memory.
 //
 // The accumulators of a warp group's 64 x 2H tile (gated_mainloop.cuh) give each thread, for two tokens 8 apart, two
@@ -51,6 +51,7 @@ struct GatedEpilogueOp {
   struct Arguments {
     typename E::Raw* values;  // [tokens, outputs / 2]
     uint8_t* metadata;
+    Activation activation;
   };
   using Params = Arguments;
 
@@ -78,6 +79,17 @@ struct GatedEpilogueOp {
   template <class Problem, class Tile, class Coord, class Accumulators, class Mma, class Residue>
   CUTLASS_DEVICE void operator()(const Problem& problem, Tile, const Coord& coord, const Accumulators& accumulators,
                                  Mma, Residue, int thread, char*) const {
+    // A branch here, not at every output: nothing else of the device is busy meanwhile.
+    if (params.activation == Activation::kGeluTanh) {
+      store_tile<Activation::kGeluTanh>(problem, coord, accumulators, thread);
+    } else {
+      store_tile<Activation::kSilu>(problem, coord, accumulators, thread);
+    }
+  }
+
+  template <Activation kActivation, class Problem, class Coord, class Accumulators>
+  CUTLASS_DEVICE void store_tile(const Problem& problem, const Coord& coord, const Accumulators& accumulators,
+                                 int thread) const {
     static_assert(kTileTokens == 128 && cute::size(Accumulators{}) == kHalf, "a warp group has 64 tokens");
     constexpr int kGroup = 32;  // outputs that four lanes hold, eight each
     const int lane = thread % 4;
@@ -99,7 +111,7 @@ struct GatedEpilogueOp {
             half[part] = E::pack(accumulators(i), accumulators(i + 1));
           }
           // Padding tokens are zeros: their selection is the padding of the metadata.
-          word[row][chunk] = token + 8 * row < tokens ? activated_times<E>(half[0], half[1], Activation::kSilu) : 0u;
+          word[row][chunk] = token + 8 * row < tokens ? activated_times<E>(half[0], half[1], kActivation) : 0u;
         }
       }
       const int output = first + group * kGroup + lane * kChunk;

@@ -28,7 +28,7 @@ struct GatedGemm {
     // From the gate's weight to that of up.
     cute::get<2>(arguments.mainloop.dB) =
         int64_t{product.out_features / 2} * (kWeightInOut ? 1 : product.weight_stride);
-    arguments.epilogue = {static_cast<typename Element::Raw*>(product.y), params.metadata};
+    arguments.epilogue = {static_cast<typename Element::Raw*>(product.y), params.metadata, params.activation};
     return arguments;
   }
 };

@@ -9,14 +9,16 @@ namespace nm_act::cuda_ops {
 namespace {
 
 std::tuple<at::Tensor, at::Tensor> sparse_gemm_silu_mul(const at::Tensor& values, const at::Tensor& metadata,
-                                                        c10::string_view layout, const at::Tensor& weight) {
+                                                        c10::string_view layout, const at::Tensor& weight,
+                                                        c10::string_view activation) {
   constexpr const char* kOp = "sparse_gemm_silu_mul";
   TORCH_CHECK_TYPE(values.scalar_type() != at::kFloat8_e4m3fn, "nm_act::", kOp,
                    " expected 16-bit values, got e4m3, whose next scale needs the whole token; use sparse_gemm and ",
                    "silu_mul_compress");
   const GemmDevice device = check_product(values, metadata, layout, weight, values.scalar_type(), kOp);
   const int64_t tokens = values.size(0), outputs = weight.size(0) / 2;
-  GatedGemmParams params{gemm_params({values, metadata, {}, {}}, weight, {}, values.scalar_type()), nullptr};
+  GatedGemmParams params{gemm_params({values, metadata, {}, {}}, weight, {}, values.scalar_type()), nullptr,
+                         activation_of(activation, kOp)};
   TORCH_CHECK_NOT_IMPLEMENTED(gated_gemm_supports(params, device), "nm_act::", kOp,
                               " expected compute capability 9.0 and weight [2 * outputs, in_features], stored [in, ",
                               "out], with outputs divisible by 16, got ", weight.sizes(), " with strides ",

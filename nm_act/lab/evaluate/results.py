@@ -20,7 +20,7 @@ __all__ = ["COLUMNS", "Row", "average_drops", "collect", "draw", "markdown_table
 
 COLUMNS = (
     *("model", "name", "method", "pattern", "layers", "predicted_speedup", "predicted_decode", "task", "metric"),
-    *("value", "stderr", "samples", "dense_value", "seed", "calibrated_on", "commit", "date"),
+    *("value", "stderr", "samples", "dense_value", "seed", "calibrated_on", "dtype", "device", "commit", "date"),
 )
 """predicted_speedup is that of prefill, predicted_decode that of a step (`predicted`)."""
 
@@ -122,7 +122,15 @@ def predicted(result: dict[str, Any], rates: Rates | None) -> dict[str, float]:
 
 def _row(result: dict[str, Any], dense: dict[str, Any], identity: dict[str, Any], rates: Rates | None) -> Row:
     variant = result["variant"]
-    fields = {"calibrated_on": "", **identity, **result, **variant, "dense_value": dense["value"]}
+    fields = {
+        "calibrated_on": "",
+        "dtype": "",
+        "device": "",
+        **identity,
+        **result,
+        **variant,
+        "dense_value": dense["value"],
+    }
     speedups = predicted(result, rates)
     fields["predicted_speedup"] = round(speedups["prefill"], 4)
     fields["predicted_decode"] = round(speedups["decode"], 4) if "decode" in speedups else math.nan

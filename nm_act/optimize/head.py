@@ -1,4 +1,4 @@
-"""An output head in e4m3: one byte per weight and one scale per word of the vocabulary."""
+"""An output head in 8 bits: one byte per weight and one scale per word of the vocabulary."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +13,9 @@ from . import readonly
 from .changed import Changed
 from .eligible import why_stays
 
+HEAD_DTYPES = {"e4m3": E4M3, "int8": torch.int8}
+"""What the weight of an output head can be stored as, by name."""
+
 MOST_TOKENS = 8
 """Most tokens that :func:`nm_act.gather_linear` takes; their activations stay in 16 bits."""
 
@@ -20,13 +23,16 @@ ROWS_AT_ONCE = 8192
 """Words that are quantised, or dequantised for more tokens, at once: their copies determine the peak of memory."""
 
 
-class FP8Head(nn.Module):
-    """The output head of a model with its weight in float8_e4m3fn, ``W ~ weight_scale[:, None] * e4m3``.
+class QuantisedHead(nn.Module):
+    """The output head of a model with its weight in 8 bits, ``W ~ weight_scale[:, None] * codes``.
 
     Parameters
     ----------
     head : nn.Linear
-        Quantised per row: ``weight_scale = max|W| / 448``, rounded to nearest.
+        Quantised per row, rounded to nearest.
+    kind : {"e4m3", "int8"}
+        ``weight_scale`` is ``max|W| / 448`` or ``max|W| / 127``. A row's values are close to normally distributed, so
+        int8 rounds them less: half as much of the weight's norm in SmolLM2-135M.
     tied : nn.Embedding, optional
         The embedding that shares the head's weight. It keeps its own, which stays in ``state_dict``.
 
@@ -41,11 +47,13 @@ class FP8Head(nn.Module):
     weight_scale: Tensor
     like: Tensor
 
-    def __init__(self, head: nn.Linear, tied: nn.Module | None = None):
+    def __init__(self, head: nn.Linear, kind: str, tied: nn.Module | None = None):
         super().__init__()
-        why = why_not_e4m3(head)
+        check_kind(kind)
+        why = why_not_8_bits(head)
         if why:
-            raise ValueError(f"expected an output head whose weight can be e4m3, got one of which {why}; keep it")
+            raise ValueError(f"expected an output head whose weight can be {kind}, got one of which {why}; keep it")
+        self.kind = kind
         self.in_features, self.out_features = head.in_features, head.out_features
         # Not a submodule here: the model has it already.
         object.__setattr__(self, "_tied", tied)
@@ -63,7 +71,7 @@ class FP8Head(nn.Module):
         self.rows = torch.empty(self.in_features, self.out_features, dtype=torch.uint8, device=weight.device)
         scales = []
         for part, target in zip(weight.split(ROWS_AT_ONCE), self.rows.split(ROWS_AT_ONCE, dim=1), strict=True):
-            codes, scale = quantise_rows(part)
+            codes, scale = quantise_rows(part) if self.kind == "e4m3" else _to_int8(part)
             target.copy_(codes.view(torch.uint8).t())
             scales.append(scale)
         self.weight_scale = torch.cat(scales)
@@ -98,13 +106,14 @@ class FP8Head(nn.Module):
         return torch.cat([self._slice(start, dtype) for start in range(0, self.out_features, ROWS_AT_ONCE)])
 
     def _slice(self, start: int, dtype: torch.dtype) -> Tensor:
-        codes = self.rows[:, start : start + ROWS_AT_ONCE].t().contiguous().view(E4M3)
+        codes = self.rows[:, start : start + ROWS_AT_ONCE].t().contiguous().view(HEAD_DTYPES[self.kind])
         return codes.float().mul_(self.weight_scale[start : start + ROWS_AT_ONCE, None]).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]``."""
         if x.is_cuda and x.dtype == self.like.dtype and 0 < x.shape[:-1].numel() <= MOST_TOKENS:
-            return ops.gather_linear(x, self.rows.view(E4M3).t(), self.bias, weight_scale=self.weight_scale)
+            codes = self.rows.view(HEAD_DTYPES[self.kind]).t()
+            return ops.gather_linear(x, codes, self.bias, weight_scale=self.weight_scale)
         y = x.new_empty(*x.shape[:-1], self.out_features)
         for start in range(0, self.out_features, ROWS_AT_ONCE):
             y[..., start : start + ROWS_AT_ONCE] = F.linear(x, self._slice(start, x.dtype))
@@ -121,9 +130,10 @@ class FP8Head(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and storage, for printing."""
-        return f"{self.in_features}, {self.out_features}, e4m3{'' if self.tied is None else ', beside the embedding'}"
+        beside = "" if self.tied is None else ", beside the embedding"
+        return f"{self.in_features}, {self.out_features}, {self.kind}{beside}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "FP8Head":
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantisedHead":
         scale = self.weight_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.weight_scale = scale.to(self.rows.device)  # stays float32 in a bfloat16 model
@@ -158,22 +168,28 @@ def head_of(model: nn.Module) -> Any:
     return None if get is None else get()
 
 
-def store_head(model: Any) -> tuple[str, FP8Head | None, str]:
-    """Replace the output head of a model by an FP8Head; returns its name, and the new head or why there is none."""
+def check_kind(kind: object) -> None:
+    """Raise a ValueError for an unknown kind of output head."""
+    if kind not in HEAD_DTYPES:
+        raise ValueError(f"expected head among {', '.join(HEAD_DTYPES)}, got {kind!r}; choose one of those")
+
+
+def store_head(model: Any, kind: str) -> tuple[str, QuantisedHead | None, str]:
+    """Replace the output head of a model by a QuantisedHead; its name, and the new head or why there is none."""
     head = head_of(model)
     name = next(name for name, module in model.named_modules() if module is head)
-    why = why_not_e4m3(head)
+    why = why_not_8_bits(head)
     if why:
         return name, None, why
     embedding = model.get_input_embeddings()
-    stored = FP8Head(head, embedding if getattr(embedding, "weight", None) is head.weight else None)
+    stored = QuantisedHead(head, kind, embedding if getattr(embedding, "weight", None) is head.weight else None)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, stored)
     return name, stored, ""
 
 
-def why_not_e4m3(head: nn.Module) -> str:
-    """Why the weight of an output head cannot be stored in e4m3; empty if it can."""
+def why_not_8_bits(head: nn.Module) -> str:
+    """Why the weight of an output head cannot be stored in 8 bits; empty if it can."""
     if isinstance(head, Changed) or type(head) is not nn.Linear:
         return f"it is {type(head).__name__}, not torch.nn.Linear"
     why = why_stays(head)
@@ -184,6 +200,11 @@ def why_not_e4m3(head: nn.Module) -> str:
     return "" if head.out_features % 16 == 0 else f"its {head.out_features} outputs are not divisible by 16"
 
 
-def _stock_state(head: FP8Head, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+def _to_int8(values: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (values.float().abs().amax(dim=1) / 127).clamp(min=1e-12)
+    return (values.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _stock_state(head: QuantisedHead, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
     tied = head.tied
     state[f"{prefix}weight"] = head.dequantised(head.like.dtype) if tied is None else tied.weight.detach()  # type: ignore[operator]
