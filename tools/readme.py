@@ -342,8 +342,8 @@ def rules() -> str:
     ]
     header = ["sparse projections", "prefill, predicted", "decode, predicted", "perplexity"]
     origin = (
-        f"SmolLM2-135M, the first {found[0]['samples']} tokens of C4's documents from 1701 on, float32, criterion wina, "
-        f"mitigation var; `{EVALUATION}`. A decode recipe is measured as if all tokens were decoded."
+        f"SmolLM2-135M, the first {found[0]['samples']} tokens of C4's documents from 1701 on, float32, "
+        f"criterion wina, mitigation var; `{EVALUATION}`. A decode recipe is measured as if all tokens were decoded."
     )
     return f"{table(header, lines)}\n\n{origin}"
 

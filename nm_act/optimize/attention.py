@@ -3,6 +3,8 @@
 The attention itself remains the implementation that the model's config names.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,28 +26,32 @@ def merged_qkv(attention: nn.Module) -> MergedLinear | None:
 class FusedAttention(SharesProducts):
     """An attention of merged q, k and v layers whose embedding and cache update are one kernel where that fits."""
 
-    def forward(
+    head_dim: int
+    o_proj: Any
+
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        *args,
+        *args: Any,
         nm_act_product: Product | None = None,
         nm_act_residual: Tensor | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
         """The stock forward's ``(output [batch, tokens, hidden], weights)``; with a residual, their sum.
 
         ``nm_act_product`` is the product of q, k and v if it is computed already. A residual is given only where
         :func:`~nm_act.optimize.operands.why_unfused` of the output projection is empty.
         """
-        if args or not fuses(self, hidden_states, position_embeddings):
+        if args or position_embeddings is None or not fuses(self, hidden_states, position_embeddings):
             stock = (hidden_states, position_embeddings, attention_mask, *args)
             y, weights = super().forward(*stock, nm_act_product=nm_act_product, **kwargs)
             return (y if nm_act_residual is None else nm_act_residual + y), weights
         cache = kwargs.pop("cache", None)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
-        product = Product(merged_qkv(self)) if nm_act_product is None else nm_act_product
+        merged: Any = merged_qkv(self)
+        product = Product(merged) if nm_act_product is None else nm_act_product
         q, k, v = (
             product.take(hidden_states, index).view(*hidden_states.shape[:-1], -1, self.head_dim) for index in range(3)
         )
@@ -61,9 +67,9 @@ class FusedAttention(SharesProducts):
         return nm_act_residual + self.o_proj(y), weights
 
 
-def fuses(attention: nn.Module, x: Tensor, position_embeddings) -> bool:
+def fuses(attention: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> bool:
     """Whether this call computes the embedding in one kernel."""
-    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or position_embeddings is None:
+    if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     if attention.training or torch.is_autocast_enabled(x.device.type) or _interface(attention) is None:
         return False
@@ -76,21 +82,21 @@ def fuses(attention: nn.Module, x: Tensor, position_embeddings) -> bool:
     return fits and not autograd.needs_gradient(x, *attention.parameters())
 
 
-def _interface(attention: nn.Module):
+def _interface(attention: Any) -> Any:
     """The attention implementation of the config; None for Transformers' eager one, which its module keeps."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation, None)
 
 
-def _normed(attention: nn.Module, name: str, heads: Tensor) -> Tensor:
+def _normed(attention: Any, name: str, heads: Tensor) -> Tensor:
     norm = getattr(attention, name, None)
     return heads if norm is None else norm(heads)
 
 
-def mark_head_norms(attention: nn.Module) -> bool:
+def mark_head_norms(attention: Any) -> bool:
     """Note on a FusedAttention whether its kernels can normalise the heads of q and k themselves; returns that."""
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    norms: list[Any] = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     facts = None
     if None not in norms and norms_heads(attention.head_dim) and not any(why_stays(norm) for norm in norms):
         known = {operands.norm_facts(norm) for norm in norms}
@@ -100,7 +106,7 @@ def mark_head_norms(attention: nn.Module) -> bool:
     return facts is not None
 
 
-def _head_norms(attention: nn.Module, q: Tensor) -> dict:
+def _head_norms(attention: Any, q: Tensor) -> dict[str, Any]:
     """What the rotary kernels need to normalise the heads of q and k; empty if they do not."""
     if attention.nm_act_head_norms is None:
         return {}
@@ -111,7 +117,17 @@ def _head_norms(attention: nn.Module, q: Tensor) -> dict:
     return {"q_norm": norms[0].weight, "k_norm": norms[1].weight, "eps": eps, "unit_offset": unit_offset}
 
 
-def _attention(attention: nn.Module, q, k, v, angles, mask, cache, norms: dict, options: dict):
+def _attention(
+    attention: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cache: Any,
+    norms: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[Tensor, Any]:
     """``[batch, tokens, heads, head_dim]`` for q, k and v of that shape that are not rotated yet; and weights.
 
     ``norms`` of the heads come before the rotation.
@@ -136,4 +152,5 @@ def _attention(attention: nn.Module, q, k, v, angles, mask, cache, norms: dict, 
     if hasattr(attention, "sliding_window"):
         options = {**options, "sliding_window": attention.sliding_window}
     options = {"dropout": 0.0, "scaling": attention.scaling, **options}
-    return _interface(attention)(attention, query, key, value, mask, **options)
+    result: tuple[Tensor, Any] = _interface(attention)(attention, query, key, value, mask, **options)
+    return result

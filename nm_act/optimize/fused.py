@@ -4,6 +4,7 @@ Before attention runs, the product of its merged q/k/v layer is computed from th
 """
 
 import functools
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,10 +15,10 @@ from .eligible import has_hooks, why_stays
 from .merged import Product, SharesProducts
 
 _MARKS = ("nm_act_gate_up", "nm_act_gates", "nm_act_norms", "nm_act_adds", "nm_act_head_norms")
-"""Attributes that fusing adds to Transformers' modules."""
+"""Attributes that fusing adds to Transformers' modules. Those are Any here: their classes have no annotations."""
 
 
-def fuse_mlp(mlp: nn.Module, gate_up: str) -> bool:
+def fuse_mlp(mlp: Any, gate_up: str) -> bool:
     """Call merged gate and up layers as one; returns whether activation(gate) * up is computed with the down layer."""
     mlp.nm_act_gate_up = gate_up  # the name only: the module is already registered
     stays = why_stays(mlp.act_fn) or operands.why_unfused(mlp.down_proj)
@@ -26,7 +27,7 @@ def fuse_mlp(mlp: nn.Module, gate_up: str) -> bool:
     return bool(mlp.nm_act_gates)
 
 
-def _activation(act_fn: nn.Module) -> str:
+def _activation(act_fn: Any) -> str:
     """The operators' name of an activation; empty for one that they do not know."""
     if isinstance(act_fn, nn.SiLU) or type(act_fn).__name__ == "SiLUActivation":
         return "silu"
@@ -40,18 +41,21 @@ def _activation(act_fn: nn.Module) -> str:
 class FusedMLP(SharesProducts):
     """An MLP that computes gate and up in one product."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    nm_act_gate_up: str
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x [..., in] -> [..., out]``."""
         if _parts_have_hooks(self):
-            return super().forward(x)
+            stock: Tensor = super().forward(x)
+            return stock
         return _mlp_tail(self, [getattr(self, self.nm_act_gate_up)(x)])
 
 
-def _parts_have_hooks(mlp: nn.Module) -> bool:
+def _parts_have_hooks(mlp: Any) -> bool:
     return any(has_hooks(getattr(mlp, name)) for name in getattr(mlp, mlp.nm_act_gate_up).names)
 
 
-def _mlp_tail(mlp: nn.Module, products: list[Tensor], residual: Tensor | None = None) -> Tensor:
+def _mlp_tail(mlp: Any, products: list[Tensor], residual: Tensor | None = None) -> Tensor:
     """The output of the MLP, plus the residual if there is one, from the only element of ``products``.
 
     That is the concatenated output of gate and up, the largest tensor of a model: taken out of the list, it is freed
@@ -62,25 +66,26 @@ def _mlp_tail(mlp: nn.Module, products: list[Tensor], residual: Tensor | None = 
     if not way:
         x = gated(mlp.act_fn, gate, up)
         del gate, up
-        y = mlp.down_proj(x)
+        y: Tensor = mlp.down_proj(x)
         return y if residual is None else residual + y
     step = operands.Gated(way, mlp.down_proj, gate, up, residual, mlp.nm_act_gates)
     del gate, up
     return step.product(residual)
 
 
-def gated(act_fn: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+def gated(act_fn: Any, gate: Tensor, up: Tensor) -> Tensor:
     """The activation of an MLP where it is not fused; benchmarks compile it for the dense model too."""
-    return act_fn(gate) * up
+    y: Tensor = act_fn(gate) * up
+    return y
 
 
-def fuse_layer(layer: nn.Module) -> list[str]:
+def fuse_layer(layer: Any) -> list[str]:
     """Compute the norms of a decoder layer with the products after them or with the residuals; returns which ones."""
     how = FusedSandwichLayer if hasattr(layer, "pre_feedforward_layernorm") else FusedLayer
     attention, mlp = layer.self_attn, layer.mlp
     qkv = merged_qkv(attention)
     gate_up = vars(mlp).get("nm_act_gate_up")
-    after = {
+    after: dict[str, Any] = {
         "input_layernorm": None if qkv is None else qkv.linear,
         # The fused path does not call the MLP itself.
         how.before_mlp: None if gate_up is None or has_hooks(mlp) else getattr(mlp, gate_up).linear,
@@ -102,7 +107,7 @@ def fuse_layer(layer: nn.Module) -> list[str]:
     return norms
 
 
-def _fits(layer: nn.Module, name: str, linear: nn.Module) -> bool:
+def _fits(layer: Any, name: str, linear: Any) -> bool:
     norm = getattr(layer, name)
     if why_stays(norm) or operands.why_unfused(linear):
         return False
@@ -115,11 +120,17 @@ class FusedLayer(Changed):
     before_mlp = "post_attention_layernorm"
     after_parts: tuple[str, ...] = ()
     """Norms of the outputs of attention and MLP, before their residuals are added."""
+    nm_act_norms: list[str]
+    nm_act_adds: bool
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden states of the next layer, ``[batch, tokens, hidden]``."""
-        qkv, gate_up = merged_qkv(self.self_attn), None
-        before_mlp = getattr(self, self.before_mlp)
+        qkv: Any = merged_qkv(self.self_attn)
+        gate_up: Any = None
+        before_mlp: Any = getattr(self, self.before_mlp)
         if self.before_mlp in self.nm_act_norms:
             gate_up = getattr(self.mlp, self.mlp.nm_act_gate_up).linear
         # Hooks that were registered since must get what the stock layer would pass to them.
@@ -129,7 +140,8 @@ class FusedLayer(Changed):
         if gate_up is not None and not has_hooks(self.mlp) and not _parts_have_hooks(self.mlp):
             mlp_way = _way_of(before_mlp, gate_up, hidden_states)
         if args or not (way or mlp_way):
-            return self.nm_act_stock.forward(self, hidden_states, *args, **kwargs)
+            stock: Tensor = self.nm_act_stock.forward(self, hidden_states, *args, **kwargs)
+            return stock
         residual = hidden_states
         if way:
             y, _ = operands.norm_product(way, self.input_layernorm, qkv.linear, hidden_states)
@@ -163,7 +175,7 @@ class FusedLayer(Changed):
             return _mlp_tail(self.mlp, products, hidden)
         return self._plus(1, _mlp_tail(self.mlp, products), hidden)
 
-    def _after(self, part: int, y: Tensor) -> nn.Module | None:
+    def _after(self, part: int, y: Tensor) -> Any:
         """The norm of a part's output if a kernel computes it in this call."""
         name = self.after_parts[part] if self.after_parts else ""
         if name not in self.nm_act_norms or not operands.adds_norm(getattr(self, name), y):
@@ -185,7 +197,7 @@ class FusedSandwichLayer(FusedLayer):
     after_parts = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
-def _way_of(norm: nn.Module, linear: nn.Module, x: Tensor) -> str:
+def _way_of(norm: Any, linear: nn.Module, x: Tensor) -> str:
     return "" if has_hooks(norm) else operands.way_of(linear, x, norm.weight)
 
 

@@ -144,6 +144,9 @@ def server(models):
     served.process.send_signal(signal.SIGTERM)
     try:
         code = served.process.wait(60)
+        deadline = time.monotonic() + 20
+        while served.group() and time.monotonic() < deadline:  # Python's resource tracker ends after its parent
+            time.sleep(0.2)
     finally:
         left = served.group()
         if left:

@@ -120,7 +120,7 @@ def test_drops_are_paired(tmp_path):
     header = results.to_csv(list(rows.values())).splitlines()[0]
     assert header == (
         "model,name,method,pattern,layers,predicted_speedup,predicted_decode,task,metric,value,stderr,samples,dense_value,"
-        "seed,calibrated_on,commit,date"
+        "seed,calibrated_on,dtype,device,commit,date"
     )
 
 

@@ -190,7 +190,7 @@ def _manager() -> Any:
 
 def _documents(name: str, folder: str | Path) -> tuple[Path, list[dict[str, Any]], Layout]:
     """File, documents and layout of the first split in a data folder in which every document has a label."""
-    unlabelled: Exception = ValueError(f"expected a file of {name} in {str(folder)!r}, got none")
+    unlabelled: ValueError | None = None
     for path in find_splits(folder, name):
         rows = read_rows(path)
         layout = _layout(name, path, rows)
@@ -200,6 +200,7 @@ def _documents(name: str, folder: str | Path) -> tuple[Path, list[dict[str, Any]
             unlabelled = unlabelled or error
         else:
             return path, rows, layout
+    assert unlabelled is not None  # without any file find_splits raises
     raise unlabelled
 
 
