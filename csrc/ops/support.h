@@ -52,7 +52,7 @@ inline constexpr SupportRow kSupport[] = {
     {"sparse_gemm", "always", "cuda sm_80+", kBits16, "2:4",
      "sparse tensor cores (mma.sp); speed on Ampere not measured"},
     {"sparse_gemm_silu_mul", "weight stored [in, out]", "cuda sm_90", kBits16, "2:4",
-     "sparse_gemm with activation(gate) * up and the packing of its 2:4 in the epilogue"},
+     "the gated activation and its 2:4 packing in the epilogue of sparse_gemm"},
     {"sparse_linear", "1 to 4 tokens, weight stored [in, out], at most 95 % of its rows needed", "cuda sm_80+",
      "bfloat16, float16 x; weight of x's dtype, e4m3 or int8", kAllPatterns,
      "gather kernel: reads only the weight rows of survivors; slices in clusters on sm_90"},
