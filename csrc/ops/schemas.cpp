@@ -136,7 +136,7 @@ TORCH_LIBRARY(nm_act, m) {
       "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? "
       "out_dtype=None, Tensor? residual=None) -> Tensor");
 
-  // The packed 2:4 operand of SiLU(gate) * up with [gate, up] = sparse_gemm over a merged weight [2 * outputs,
+  // The packed 2:4 operand of activation(gate) * up with [gate, up] = sparse_gemm over a merged weight [2 * outputs,
   // in_features] stored [in, out]: 16-bit values, the bits of silu_mul_compress.
   m.def(
       "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight, *, str activation=\"silu\") "

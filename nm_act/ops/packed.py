@@ -248,6 +248,11 @@ def sparse_gemm_silu_mul(operand: Packed, weight: Tensor, *, activation: str = "
     NotImplementedError
         If the device is not of compute capability 9.0, or the weight is stored otherwise.
     """
+    if not isinstance(operand, Packed) or not isinstance(weight, Tensor):
+        raise TypeError(
+            f"expected an nm_act.Packed and a torch.Tensor, got {type(operand).__name__} and {type(weight).__name__}; "
+            "pass what compress_packed returned, and the weights of gate and up"
+        )
     if operand.eta.numel() or (operand.row_scale.numel() and operand.values.dtype != torch.float8_e4m3fn):
         raise ValueError(
             "expected an operand without a per-token shift or factor, got "

@@ -4,10 +4,12 @@ Before attention runs, the product of its merged q/k/v layer is computed from th
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops import autograd
 from . import operands
 from .attention import FusedAttention, merged_qkv
 from .changed import Changed, change, restore
@@ -49,6 +51,10 @@ class FusedMLP(SharesProducts):
             stock: Tensor = super().forward(x)
             return stock
         return _mlp_tail(self, [getattr(self, self.nm_act_gate_up)(x)])
+
+
+def _has_hooks_at(module: nn.Module, names: Iterable[str]) -> bool:
+    return any(has_hooks(module.get_submodule(name)) for name in names)
 
 
 def _parts_have_hooks(mlp: Any) -> bool:
@@ -135,7 +141,7 @@ class FusedLayer(Changed):
             gate_up = getattr(self.mlp, self.mlp.nm_act_gate_up).linear
         # Hooks that were registered since must get what the stock layer would pass to them.
         way = mlp_way = ""
-        if "input_layernorm" in self.nm_act_norms and not has_hooks(self.self_attn):
+        if "input_layernorm" in self.nm_act_norms and not _has_hooks_at(self.self_attn, ("", *qkv.names)):
             way = _way_of(self.input_layernorm, qkv.linear, hidden_states)
         if gate_up is not None and not has_hooks(self.mlp) and not _parts_have_hooks(self.mlp):
             mlp_way = _way_of(before_mlp, gate_up, hidden_states)
@@ -150,12 +156,13 @@ class FusedLayer(Changed):
             del y
         else:
             hidden_states = self.input_layernorm(hidden_states)
-        if mlp_way == "decode" and self.nm_act_adds and not has_hooks(self.self_attn):
+        adds = mlp_way == "decode" and self.nm_act_adds and not has_hooks(self.self_attn)
+        if adds and not autograd.needs_gradient(*self.self_attn.parameters()):
             hidden, _ = self.self_attn(hidden_states=hidden_states, nm_act_residual=residual, **kwargs)
             products = [operands.norm_product(mlp_way, before_mlp, gate_up, hidden)[0]]
             return _mlp_tail(self.mlp, products, hidden)
         attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
-        if not mlp_way:
+        if not mlp_way or autograd.needs_gradient(attention):  # attention alone may be trained
             hidden = self._plus(0, attention, residual)
             return self._plus(1, self.mlp(before_mlp(hidden)), hidden)
         after = self._after(0, attention)

@@ -152,12 +152,21 @@ class QuantisedHead(nn.Module):
         weight, shape = state_dict.get(f"{prefix}weight"), (self.out_features, self.in_features)
         if weight is None:
             missing.append(f"{prefix}weight")
+            if self.tied is not None:  # the embedding was loaded before
+                embedding: Any = self.tied.weight
+                self.store(embedding.detach().to(self.rows.device, self.like.dtype))
         elif weight.shape != shape:
             errors.append(f"expected {prefix}weight of shape {list(shape)}, got {list(weight.shape)}")
         else:
             self.store(weight.to(self.rows.device, self.like.dtype))
         bias = state_dict.get(f"{prefix}bias")
-        if self.bias is not None and bias is not None:
+        if self.bias is None:
+            return
+        if bias is None:
+            missing.append(f"{prefix}bias")
+        elif bias.shape != self.bias.shape:
+            errors.append(f"expected {prefix}bias of shape {list(self.bias.shape)}, got {list(bias.shape)}")
+        else:
             with torch.no_grad():
                 self.bias.copy_(bias)
 

@@ -288,7 +288,7 @@ def test_what_has_hooks_is_called(hooked, expected_calls, calls):
     [
         ("input_layernorm", ["norm + residual", "silu"]),
         ("self_attn", ["norm + residual", "silu"]),
-        ("self_attn.v_proj", ["norm", "norm + residual", "silu"]),
+        ("self_attn.v_proj", ["norm + residual", "silu"]),
         ("post_attention_layernorm", ["norm", "silu"]),
         ("mlp", ["norm", "silu"]),
         ("mlp.up_proj", ["norm"]),
@@ -380,6 +380,17 @@ def test_where_a_gradient_is_recorded_nothing_is_packed(calls):
     model.model.layers[1].post_attention_layernorm.weight.requires_grad_(True)  # reaches no other norm's operand
     model(input_ids=IDS, use_cache=False)
     assert calls == [*WHOLE, "norm"]
+
+
+def test_where_attention_alone_is_trained_the_mlp_runs_unfused(calls):
+    model, expected = model_of(), model_of()
+    nm_act.optimize(model)
+    for each in (model, expected):
+        each.requires_grad_(False)
+        each.get_parameter("model.layers.1.self_attn.o_proj.weight").requires_grad_(True)
+        each(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    grads = [each.get_parameter("model.layers.1.self_attn.o_proj.weight").grad for each in (model, expected)]
+    assert_close(*grads, atol=1e-5)
 
 
 def test_packed_calls_read_no_fingerprint(calls, monkeypatch):

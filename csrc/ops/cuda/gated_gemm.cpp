@@ -1,4 +1,4 @@
-// nm_act::sparse_gemm_silu_mul: the product of a packed operand and a merged gate and up weight, SiLU(gate) * up and its
+// nm_act::sparse_gemm_silu_mul: the product of a packed operand and a merged gate and up weight, activation(gate) * up and its
 // 2:4 packing in one kernel.
 #include <torch/library.h>
 
