@@ -33,7 +33,7 @@ class _Moved(types.ModuleType):
     """Stands in ``sys.modules`` under an old name, so that no file and no finder has to."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # asked by whoever walks through all modules
+        if name.startswith("__"):  # tools that scan sys.modules look these up
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         package, _, old = self.__name__.partition(".")
         place = f"{package}.{MOVED[old]}"

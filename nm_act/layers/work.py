@@ -56,7 +56,7 @@ class LinearWork:
         pattern, options = self.pattern, self.options
         if self.decode_pattern is not None and is_decode(x):
             pattern = self.decode_pattern
-            options = {name: value for name, value in options.items() if name != "lifted_weight"}  # of the other one
+            options = {name: value for name, value in options.items() if name != "lifted_weight"}  # the lifted weight belongs to the prefill pattern
         if weight.dtype != x.dtype:  # under autocast, as F.linear does; the operator itself takes one dtype only
             weight = weight.to(x.dtype)
             options = {name: value for name, value in options.items() if name != "prepacked_weight"}
@@ -161,7 +161,7 @@ def compiled_operator(
     """``torch.ops.nm_act.sparse_linear``, without the checks that the layer has made."""
     if pattern.extra_columns:
         options["extra_columns"] = pattern.extra_columns
-    if prepacked_weight is None or needs_derivative(x, bias):  # which the other operator lacks
+    if prepacked_weight is None or needs_derivative(x, bias):  # the prepacked operator has no derivative
         return unrecorded(torch.ops.nm_act.sparse_linear, x, weight, bias, pattern.keep, pattern.group, **options)
     options.pop("lifted_weight", None)
     prepacked = (x, weight, prepacked_weight, bias, pattern.keep, pattern.group)
