@@ -56,7 +56,8 @@ class LinearWork:
         pattern, options = self.pattern, self.options
         if self.decode_pattern is not None and is_decode(x):
             pattern = self.decode_pattern
-            options = {name: value for name, value in options.items() if name != "lifted_weight"}  # the lifted weight belongs to the prefill pattern
+            # The lifted weight belongs to the prefill pattern.
+            options = {name: value for name, value in options.items() if name != "lifted_weight"}
         if weight.dtype != x.dtype:  # under autocast, as F.linear does; the operator itself takes one dtype only
             weight = weight.to(x.dtype)
             options = {name: value for name, value in options.items() if name != "prepacked_weight"}
