@@ -11,10 +11,10 @@
 namespace nm_act {
 namespace sm90 {
 
-// kWeightInOut: as an optimized model stores it.
-template <ElementType kValue, bool kWeightInOut = true>
+// The weight is stored [in, out], as in an optimized model.
+template <ElementType kValue>
 struct GatedGemm {
-  using Types = GemmTypes<kValue, kWeightInOut, wide_tile(kValue)>;
+  using Types = GemmTypes<kValue, /*kWeightInOut=*/true, wide_tile(kValue)>;
   using Element = std::conditional_t<kValue == ElementType::kBFloat16, BFloat16, Float16>;
   static constexpr int kHalf = cute::size<1>(typename Types::Tile{}) / 2;
   using CollectiveEpilogue =
@@ -26,8 +26,7 @@ struct GatedGemm {
     const SparseGemmParams& product = params.product;
     auto arguments = Types::template arguments<Kernel>(product, launch);
     // From the gate's weight to that of up.
-    cute::get<2>(arguments.mainloop.dB) =
-        int64_t{product.out_features / 2} * (kWeightInOut ? 1 : product.weight_stride);
+    cute::get<2>(arguments.mainloop.dB) = int64_t{product.out_features / 2};
     arguments.epilogue = {static_cast<typename Element::Raw*>(product.y), params.metadata, params.activation};
     return arguments;
   }

@@ -12,17 +12,22 @@ struct Sm90Instance {
   ElementType y_type;
   bool weight_in_out;
   GemmTile tile;
-  RunSm90 run[2];  // by GemmEpilogue
+  RunSm90 run[3];  // by GemmEpilogue; null for kResidual but on the widest tile, in optimized models' storages
 };
 
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
 constexpr Sm90Instance sm90_instance() {
-  return {kValue,
-          kOutput,
-          kWeightInOut,
-          kTile,
-          {run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kPlain>,
-           run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kFull>}};
+  Sm90Instance instance{kValue,
+                        kOutput,
+                        kWeightInOut,
+                        kTile,
+                        {run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kPlain>,
+                         run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kFull>, nullptr}};
+  constexpr bool kBits8 = kValue == ElementType::kE4M3;
+  if constexpr (kTile == wide_tile(kValue) && (kBits8 ? kOutput == ElementType::kBFloat16 : kWeightInOut)) {
+    instance.run[2] = run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kResidual>;
+  }
+  return instance;
 }
 
 constexpr ElementType kBf16 = ElementType::kBFloat16, kFp16 = ElementType::kFloat16, kFp8 = ElementType::kE4M3;
@@ -39,24 +44,6 @@ const Sm90Instance kSm90Instances[] = {
 #undef NM_ACT_INSTANCES_Bits16
 #undef NM_ACT_INSTANCES_E4M3
 };
-
-struct ResidualInstance {
-  ElementType value_type;
-  ElementType y_type;
-  bool weight_in_out;
-  RunSm90 run;
-};
-
-template <ElementType kValue, ElementType kOutput, bool kWeightInOut>
-constexpr ResidualInstance residual_instance() {
-  return {kValue, kOutput, kWeightInOut,
-          run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, wide_tile(kValue), GemmEpilogue::kResidual>};
-}
-
-// In the storages that optimized models have.
-const ResidualInstance kResidualInstances[] = {residual_instance<kBf16, kBf16, true>(),
-                                               residual_instance<kFp16, kFp16, true>(),
-                                               residual_instance<kFp8, kBf16, false>()};
 
 struct Sm80Instance {
   ElementType value_type;
@@ -83,16 +70,6 @@ const Sm90Instance* find_sm90(const SparseGemmParams& params, GemmTile tile) {
   for (const Sm90Instance& instance : kSm90Instances) {
     if (instance.value_type == params.value_type && instance.y_type == params.y_type &&
         instance.weight_in_out == params.weight_in_out && instance.tile == tile) {
-      return &instance;
-    }
-  }
-  return nullptr;
-}
-
-const ResidualInstance* find_residual(const SparseGemmParams& params) {
-  for (const ResidualInstance& instance : kResidualInstances) {
-    if (instance.value_type == params.value_type && instance.y_type == params.y_type &&
-        instance.weight_in_out == params.weight_in_out) {
       return &instance;
     }
   }
@@ -137,21 +114,20 @@ size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch) 
 }
 
 bool sparse_gemm_adds(const SparseGemmParams& params, GemmDevice device, const GemmConfig& config) {
-  return device.compute_capability_major == 9 && config.tile == wide_tile(params.value_type) &&
-         epilogue_for(params) == GemmEpilogue::kPlain && find_residual(params) != nullptr;
+  if (device.compute_capability_major != 9 || epilogue_for(params) != GemmEpilogue::kPlain) return false;
+  const Sm90Instance* instance = find_sm90(params, config.tile);
+  return instance != nullptr && instance->run[static_cast<int>(GemmEpilogue::kResidual)] != nullptr;
 }
 
 cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch& launch) {
   if (!sparse_gemm_supports(params, launch.device)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
-  if (params.residual != nullptr) {
-    return sparse_gemm_adds(params, launch.device, launch.config) ? find_residual(params)->run(params, launch)
-                                                                  : cudaErrorInvalidValue;
-  }
+  const bool adds = params.residual != nullptr;
+  if (adds && !sparse_gemm_adds(params, launch.device, launch.config)) return cudaErrorInvalidValue;
   if (launch.device.compute_capability_major != 9) return find_sm80(params)->run(params, launch.stream);
   const Sm90Instance* instance = find_sm90(params, launch.config.tile);
   if (instance == nullptr) return cudaErrorInvalidValue;
-  return instance->run[static_cast<int>(epilogue_for(params))](params, launch);
+  return instance->run[static_cast<int>(adds ? GemmEpilogue::kResidual : epilogue_for(params))](params, launch);
 }
 
 }  // namespace nm_act
