@@ -36,6 +36,18 @@ def build():
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
+def teacher():
+    """A model whose outputs others are trained on: a random one's predictions are all alike, nothing to learn."""
+    model, _ = build()
+    model.lm_head.weight.data *= 10
+    return model.requires_grad_(False)
+
+
+def windows(count: int, seed: int) -> torch.Tensor:
+    """Token windows ``[count, 24]`` for it."""
+    return torch.randint(0, 8, (count, 24), generator=torch.Generator().manual_seed(seed))
+
+
 def save(folder: Path) -> Path:
     """Write the checkpoint into `folder`."""
     model, tokenizer = build()

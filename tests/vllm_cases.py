@@ -53,23 +53,13 @@ def prepacked(folder, other, recipe) -> None:
     with mock.patch.object(logging.getLogger("vllm.nm_act"), "handle", records.append):
         model = _vllm_model(folder, torch.float32, hf_overrides=override)
     assert "prepack keeps a second copy of their weights" in records[0].getMessage()
-    for new in (folder, other):
-        if new is other:
-            _reload(model, new)
-        whole = tp_cases.load(new, dtype=torch.float32)
-        inputs = tp_cases.inputs(whole)
-        for name, layer in model.named_modules():
-            held = getattr(layer, "nm_act_operands", None)
-            if held is None:
-                continue
-            assert all(each is not None for each in held.copies)
-            parent, _, last = name.rpartition(".")
-            parts = [f"{parent}.{each}" for each in MERGED.get(last, (last,))]
-            for tokens in (1, 18):
-                x = inputs[parts[0]].flatten(0, -2)[:tokens]
-                expected = torch.cat([whole.get_submodule(part)(x) for part in parts], dim=-1)
-                tolerance = TOLERANCES[x.dtype] * expected.abs().max().item()
-                torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=tolerance)
+    for _name, layer, parts, inputs in _layers_before_and_after_a_reload(model, folder, other):
+        assert all(each is not None for each in layer.nm_act_operands.copies)
+        for tokens in (1, 18):
+            x = inputs.flatten(0, -2)[:tokens]
+            expected = torch.cat([part(x) for part in parts], dim=-1)
+            tolerance = TOLERANCES[x.dtype] * expected.abs().max().item()
+            torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=tolerance)
 
 
 @torch.no_grad()
@@ -82,6 +72,14 @@ def e4m3(folder, other, recipe, expected) -> None:
     if dist.get_rank() == 0:
         assert f"; {expected} of them have e4m3 weights" in records[0].getMessage()
     addresses = _addresses(model)
+    for name, layer, parts, inputs in _layers_before_and_after_a_reload(model, folder, other):
+        for tokens in (1, 18):
+            _compare_e4m3(name, layer, parts, inputs, tokens)
+    assert _addresses(model) == addresses
+
+
+def _layers_before_and_after_a_reload(model, folder, other):
+    """Each of the plug-in's layers with its name, Transformers' layers that it merges, and their input."""
     for new in (folder, other):
         if new is other:
             _reload(model, new)
@@ -92,9 +90,7 @@ def e4m3(folder, other, recipe, expected) -> None:
                 continue
             parent, _, last = name.rpartition(".")
             parts = [f"{parent}.{each}" for each in MERGED.get(last, (last,))]
-            for tokens in (1, 18):
-                _compare_e4m3(name, layer, [whole.get_submodule(part) for part in parts], inputs[parts[0]], tokens)
-    assert _addresses(model) == addresses
+            yield name, layer, [whole.get_submodule(part) for part in parts], inputs[parts[0]]
 
 
 def _compare_e4m3(name, layer, parts, inputs, tokens) -> None:

@@ -58,6 +58,11 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def trains(module: torch.nn.Module) -> bool:
+    """Whether autograd records what is computed from a module's parameters."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+
+
 def needs_derivative(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these tensors, or one has a tangent (forward mode)."""
     if forward_ad._current_level < 0:  # the usual case, in every call of a layer

@@ -16,7 +16,7 @@ from . import readonly
 from .eligible import not_fp8
 
 
-class FP8Linear(nn.Module):
+class FP8Linear(readonly.DequantisedWeight):
     """An :class:`~nm_act.NMLinear` with its weight in float8_e4m3fn, ``W ~ weight_scale[:, None] * e4m3``.
 
     Parameters
@@ -110,16 +110,6 @@ class FP8Linear(nn.Module):
         """``[out, in]``, stored [in, out] for row skipping; None where only the other copy is there."""
         return None if self.rows is None else self.rows.view(E4M3).t()
 
-    @property
-    def weight(self) -> Tensor:
-        """``[out, in]``, dequantised to the model's dtype: a new tensor at each access that refuses writes."""
-        return self.dequantised(self.like.dtype).as_subclass(readonly.Computed)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            readonly.refuse_set(name)
-        super().__setattr__(name, value)
-
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """``[out, in]`` in 16 or 32 bits, in the storage order of ``e4m3``."""
         return self._stored.dequantised(dtype)
@@ -185,15 +175,7 @@ class FP8Linear(nn.Module):
         unexpected: list[str],
         errors: list[str],
     ) -> None:
-        weight = state_dict.get(f"{prefix}weight")
-        if weight is None:
-            missing.append(f"{prefix}weight")
-        elif weight.shape != (self.out_features, self.in_features):
-            errors.append(
-                f"expected {prefix}weight of shape {[self.out_features, self.in_features]}, got {list(weight.shape)}"
-            )
-        else:
-            self.store(weight.to(self.weight_scale.device, self.like.dtype))
+        self._load_weight(state_dict, prefix, missing, errors, self.weight_scale.device)
         bias = state_dict.get(f"{prefix}bias")
         if self.bias is not None and bias is not None:
             with torch.no_grad():

@@ -4,7 +4,6 @@ Before attention runs, the product of its merged q/k/v layer is computed from th
 """
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,18 +46,15 @@ class FusedMLP(SharesProducts):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x [..., in] -> [..., out]``."""
-        if _parts_have_hooks(self):
+        gate_up = getattr(self, self.nm_act_gate_up)
+        if _parts_have_hooks(self, gate_up):
             stock: Tensor = super().forward(x)
             return stock
-        return _mlp_tail(self, [getattr(self, self.nm_act_gate_up)(x)])
+        return _mlp_tail(self, [gate_up(x)])
 
 
-def _has_hooks_at(module: nn.Module, names: Iterable[str]) -> bool:
-    return any(has_hooks(module.get_submodule(name)) for name in names)
-
-
-def _parts_have_hooks(mlp: Any) -> bool:
-    return any(has_hooks(getattr(mlp, name)) for name in getattr(mlp, mlp.nm_act_gate_up).names)
+def _parts_have_hooks(parent: nn.Module, merged: Any) -> bool:
+    return any(has_hooks(getattr(parent, name)) for name in merged.names)
 
 
 def _mlp_tail(mlp: Any, products: list[Tensor], residual: Tensor | None = None) -> Tensor:
@@ -135,15 +131,17 @@ class FusedLayer(Changed):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden states of the next layer, ``[batch, tokens, hidden]``."""
         qkv: Any = merged_qkv(self.self_attn)
-        gate_up: Any = None
+        merged: Any = None
         before_mlp: Any = getattr(self, self.before_mlp)
         if self.before_mlp in self.nm_act_norms:
-            gate_up = getattr(self.mlp, self.mlp.nm_act_gate_up).linear
+            merged = getattr(self.mlp, self.mlp.nm_act_gate_up)
+        gate_up: Any = None if merged is None else merged.linear
         # Hooks that were registered since must get what the stock layer would pass to them.
         way = mlp_way = ""
-        if "input_layernorm" in self.nm_act_norms and not _has_hooks_at(self.self_attn, ("", *qkv.names)):
+        fuses = "input_layernorm" in self.nm_act_norms and not has_hooks(self.self_attn)
+        if fuses and not _parts_have_hooks(self.self_attn, qkv):
             way = _way_of(self.input_layernorm, qkv.linear, hidden_states)
-        if gate_up is not None and not has_hooks(self.mlp) and not _parts_have_hooks(self.mlp):
+        if merged is not None and not has_hooks(self.mlp) and not _parts_have_hooks(self.mlp, merged):
             mlp_way = _way_of(before_mlp, gate_up, hidden_states)
         if args or not (way or mlp_way):
             stock: Tensor = self.nm_act_stock.forward(self, hidden_states, *args, **kwargs)
@@ -157,7 +155,7 @@ class FusedLayer(Changed):
         else:
             hidden_states = self.input_layernorm(hidden_states)
         adds = mlp_way == "decode" and self.nm_act_adds and not has_hooks(self.self_attn)
-        if adds and not autograd.needs_gradient(*self.self_attn.parameters()):
+        if adds and not autograd.trains(self.self_attn):
             hidden, _ = self.self_attn(hidden_states=hidden_states, nm_act_residual=residual, **kwargs)
             products = [operands.norm_product(mlp_way, before_mlp, gate_up, hidden)[0]]
             return _mlp_tail(self.mlp, products, hidden)

@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 8192
 """Words that are quantised, or dequantised for more tokens, at once: their copies determine the peak of memory."""
 
 
-class QuantisedHead(nn.Module):
+class QuantisedHead(readonly.DequantisedWeight):
     """The output head of a model with its weight in 8 bits, ``W ~ weight_scale[:, None] * codes``.
 
     Parameters
@@ -91,16 +91,6 @@ class QuantisedHead(nn.Module):
         """Bytes that it takes less than the layer it replaced; negative where a tied embedding keeps the weight."""
         return (0 if self.tied is not None else self.rows.numel() * self.like.element_size()) - self.nbytes
 
-    @property
-    def weight(self) -> Tensor:
-        """``[out, in]``, dequantised to the model's dtype: a new tensor at each access that refuses writes."""
-        return self.dequantised(self.like.dtype).as_subclass(readonly.Computed)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            readonly.refuse_set(name)
-        super().__setattr__(name, value)
-
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """``[out, in]``, contiguous."""
         return torch.cat([self._slice(start, dtype) for start in range(0, self.out_features, ROWS_AT_ONCE)])
@@ -149,16 +139,10 @@ class QuantisedHead(nn.Module):
         unexpected: list[str],
         errors: list[str],
     ) -> None:
-        weight, shape = state_dict.get(f"{prefix}weight"), (self.out_features, self.in_features)
-        if weight is None:
-            missing.append(f"{prefix}weight")
-            if self.tied is not None:  # the embedding was loaded before
-                embedding: Any = self.tied.weight
-                self.store(embedding.detach().to(self.rows.device, self.like.dtype))
-        elif weight.shape != shape:
-            errors.append(f"expected {prefix}weight of shape {list(shape)}, got {list(weight.shape)}")
-        else:
-            self.store(weight.to(self.rows.device, self.like.dtype))
+        self._load_weight(state_dict, prefix, missing, errors, self.rows.device)
+        if f"{prefix}weight" not in state_dict and self.tied is not None:  # the embedding was loaded before
+            embedding: Any = self.tied.weight
+            self.store(embedding.detach().to(self.rows.device, self.like.dtype))
         bias = state_dict.get(f"{prefix}bias")
         if self.bias is None:
             return

@@ -57,7 +57,7 @@ def way_of(linear: nn.Module, x: Tensor, *others: Tensor) -> str:
     if (linear.like if fp8 else parameter_of(linear, "weight")).dtype != x.dtype:
         return ""
     # None of these ways has a gradient: while gradients are recorded, the layers run one by one.
-    if autograd.needs_gradient(x, *others, *linear.parameters()):
+    if autograd.needs_gradient(x, *others) or autograd.trains(linear):
         return ""
     tokens, pattern = x.shape[:-1].numel(), linear.spec.pattern_in(is_decode(x))
     plain = not not_pruned_alone(linear, pattern)

@@ -1,11 +1,11 @@
 """Weights that are computed or are parts of other weights: writes that would be lost are refused."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 REMEDY = "call nm_act.deoptimize(model), change the weight, and optimize again"
 
@@ -94,3 +94,44 @@ def _wrapped(value: Any, sources: dict[int, Computed]) -> Any:
 def refuse_set(name: str) -> NoReturn:
     """Raise a RuntimeError for an assignment to an optimized layer's ``weight`` (or a part's ``bias``)."""
     raise RuntimeError(f"expected no write to the {name} of an optimized layer, got an assignment; {REMEDY}")
+
+
+class DequantisedWeight(nn.Module):
+    """A layer that stores its weight ``[out_features, in_features]`` in 8 bits and reads like one of 16 bits.
+
+    Subclasses have :meth:`store`, :meth:`dequantised`, and ``like``, an empty tensor of the model's dtype and device.
+    """
+
+    in_features: int
+    out_features: int
+    like: Tensor
+    bias: Any
+
+    def store(self, weight: Tensor) -> None:
+        """Quantise ``weight [out, in]``."""
+        raise NotImplementedError
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """``[out, in]``."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``, dequantised to the model's dtype: a new tensor at each access that refuses writes."""
+        return self.dequantised(self.like.dtype).as_subclass(Computed)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            refuse_set(name)
+        super().__setattr__(name, value)
+
+    def _load_weight(
+        self, state_dict: Mapping[str, Any], prefix: str, missing: list[str], errors: list[str], device: torch.device
+    ) -> None:
+        weight, shape = state_dict.get(f"{prefix}weight"), [self.out_features, self.in_features]
+        if weight is None:
+            missing.append(f"{prefix}weight")
+        elif list(weight.shape) != shape:
+            errors.append(f"expected {prefix}weight of shape {shape}, got {list(weight.shape)}")
+        else:
+            self.store(weight.to(device, self.like.dtype))

@@ -16,13 +16,7 @@ from nm_act.recipe import Recipe
 
 @pytest.fixture(scope="module")
 def dense():
-    model, _ = tiny_model.build()
-    model.lm_head.weight.data *= 10  # a random model's predictions are all alike: there would be nothing to learn
-    return model.requires_grad_(False)
-
-
-def windows(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(0, 8, (count, 24), generator=torch.Generator().manual_seed(seed))
+    return tiny_model.teacher()
 
 
 def sparse_model(dense, **fields):
@@ -46,10 +40,12 @@ def test_training_lowers_the_held_out_loss(dense, mitigation, train):
     teacher = {name: value.clone() for name, value in dense.state_dict().items()}
     settings = DistillSettings(steps=40, batch=4, train=train, learning_rate=2e-3, weight_rate=2e-4, checks=4)
     steps = []
-    found = distill(model, dense, windows(160, 0), windows(6, 1), settings, lambda *each: steps.append(each))
+    found = distill(
+        model, dense, tiny_model.windows(160, 0), tiny_model.windows(6, 1), settings, lambda *each: steps.append(each)
+    )
     assert found.kept, str(found)
     assert found.difference < -2 * found.stderr
-    after = held_out_losses(model, dense, windows(6, 1))
+    after = held_out_losses(model, dense, tiny_model.windows(6, 1))
     assert sum(after) / 6 == pytest.approx(found.after, rel=1e-5)
     assert found.after < found.before
     assert [step for step, _, _ in steps] == list(range(1, 41))
@@ -63,26 +59,26 @@ def test_training_lowers_the_held_out_loss(dense, mitigation, train):
 def test_what_does_not_help_is_kept_out(dense):
     """A rate that destroys the model: the values from before come back, to the bit."""
     model = sparse_model(dense, mitigation=["ls", "lpts"])
-    before = model(windows(1, 3)).logits
+    before = model(tiny_model.windows(1, 3)).logits
     settings = DistillSettings(steps=4, batch=1, learning_rate=30.0, checks=2)
-    found = distill(model, dense, windows(4, 0), windows(3, 1), settings)
+    found = distill(model, dense, tiny_model.windows(4, 0), tiny_model.windows(3, 1), settings)
     assert not found.kept
     assert "kept out" in str(found)
-    assert torch.equal(model(windows(1, 3)).logits, before)
+    assert torch.equal(model(tiny_model.windows(1, 3)).logits, before)
 
 
 def test_divergence_of_the_same_model_is_zero(dense):
-    assert divergence(dense, dense, windows(2, 0)).abs().max() < 1e-6
+    assert divergence(dense, dense, tiny_model.windows(2, 0)).abs().max() < 1e-6
 
 
 def test_refusals(dense):
     plain = sparse_model(dense)
     with pytest.raises(ValueError, match=r"expected something to train \(data\), got sparse layers without it"):
-        distill(plain, dense, windows(2, 0), windows(2, 1))
+        distill(plain, dense, tiny_model.windows(2, 0), tiny_model.windows(2, 1))
     with pytest.raises(ValueError, match="expected held-out windows apart from those trained on"):
-        distill(plain, dense, windows(4, 0), windows(2, 0)[:2])
+        distill(plain, dense, tiny_model.windows(4, 0), tiny_model.windows(2, 0)[:2])
     with pytest.raises(ValueError, match="at least 1 window to train on and 2 held out, got 4 and 1"):
-        distill(plain, dense, windows(4, 0), windows(1, 1))
+        distill(plain, dense, tiny_model.windows(4, 0), tiny_model.windows(1, 1))
     with pytest.raises(ValueError, match="expected to train data, weights, both, got 'all'"):
         DistillSettings(train="all")
     with pytest.raises(ValueError, match="expected positive, finite numbers"):
@@ -90,7 +86,7 @@ def test_refusals(dense):
     broken = sparse_model(dense, mitigation=["ls"])
     broken.model.embed_tokens = torch.nn.Embedding.from_pretrained(torch.full_like(dense.lm_head.weight, torch.nan))
     with pytest.raises(ValueError, match="expected a finite loss, got nan at step 1"):
-        distill(broken, dense, windows(4, 0), windows(2, 1))
+        distill(broken, dense, tiny_model.windows(4, 0), tiny_model.windows(2, 1))
 
 
 def test_command(folder, tmp_path):

@@ -120,6 +120,24 @@ def calls(monkeypatch):
     return made
 
 
+def assert_later_hooks_see_the_same(model, hooked, expected_calls, calls, sees):
+    """Hooks that are registered after optimize() see what those of the stock model see: ``sees(args, y)``."""
+    reference_model, seen = copy.deepcopy(model), []
+    nm_act.optimize(model)
+    outputs = []
+    for each in (model, reference_model):
+        for layer in each.model.layers:
+            layer.get_submodule(hooked).register_forward_hook(
+                lambda _module, args, _kwargs, y: seen.append(sees(args, y)), with_kwargs=True
+            )
+        outputs.append(logits(each))
+        if each is model:
+            assert calls == expected_calls * 2
+    assert_close(*outputs)
+    assert len(seen) == 4
+    assert_close(seen[:2], seen[2:])
+
+
 def model_of(name="llama", **patterns):
     """2:4 with mitigations, but for projections with a pattern of their own."""
     rules = [nm_act.Rule(projections=[projection], pattern=pattern) for projection, pattern in patterns.items()]
@@ -187,23 +205,7 @@ def test_the_activation_is_part_of_the_product_of_gate_and_up(name, after, calls
     ],
 )
 def test_hooks_between_norms_see_what_the_stock_layer_gives(hooked, expected_calls, calls):
-    model = model_of("gemma3")
-    seen = []
-
-    def register():
-        for layer in model.model.layers:
-            layer.get_submodule(hooked).register_forward_hook(lambda _m, args, y: seen.append((*args, y)))
-
-    reference_model = copy.deepcopy(model)
-    nm_act.optimize(model)
-    register()
-    actual = logits(model)
-    assert calls == expected_calls * 2
-    model = reference_model
-    register()
-    assert_close(actual, logits(model))
-    assert len(seen) == 4
-    assert_close(seen[:2], seen[2:])
+    assert_later_hooks_see_the_same(model_of("gemma3"), hooked, expected_calls, calls, lambda args, y: (*args, y))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
@@ -295,25 +297,7 @@ def test_what_has_hooks_is_called(hooked, expected_calls, calls):
     ],
 )
 def test_hooks_that_come_later_see_what_the_stock_layer_gives(hooked, expected_calls, calls):
-    model = model_of()
-    seen = []
-
-    def register():
-        for layer in model.model.layers:
-            layer.get_submodule(hooked).register_forward_hook(
-                lambda _m, args, kwargs, y: seen.append(y), with_kwargs=True
-            )
-
-    reference_model = copy.deepcopy(model)
-    nm_act.optimize(model)
-    register()
-    actual = logits(model)
-    assert calls == expected_calls * 2
-    model = reference_model
-    register()
-    assert_close(actual, logits(model))
-    assert len(seen) == 4
-    assert_close(seen[:2], seen[2:])
+    assert_later_hooks_see_the_same(model_of(), hooked, expected_calls, calls, lambda _args, y: y)
 
 
 def test_hidden_states_are_those_of_the_unfused_model(calls):

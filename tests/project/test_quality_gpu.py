@@ -20,13 +20,7 @@ from quality_training import Linear, Llama, train_graphed
 
 @pytest.fixture(scope="module")
 def dense():
-    model, _ = tiny_model.build()
-    model.lm_head.weight.data *= 10  # a random model's predictions are all alike: there would be nothing to learn
-    return model.requires_grad_(False)
-
-
-def windows(count: int, seed: int) -> torch.Tensor:
-    return torch.randint(0, 8, (count, 24), generator=torch.Generator().manual_seed(seed))
+    return tiny_model.teacher()
 
 
 def sparse_model(dense, pattern="2:4", mitigation=()):
@@ -49,7 +43,7 @@ def linears_of(model) -> dict[str, Linear]:
 
 
 def test_dense_logits_are_the_models(dense):
-    ids = windows(2, 0)
+    ids = tiny_model.windows(2, 0)
     found = Llama(dense, ids.shape[1], torch.float32, {}).logits(ids)
     assert torch.allclose(found, dense(input_ids=ids).logits, atol=1e-4)
 
@@ -68,13 +62,13 @@ def test_every_layer_computes_what_the_sparse_layer_does(dense, pattern, mitigat
 @pytest.mark.parametrize(("mitigation", "what"), [((), "weights"), (("ls", "lpts", "var"), "data")])
 def test_training_lowers_the_held_out_loss(dense, mitigation, what):
     model = sparse_model(dense, mitigation=mitigation)
-    held_out = windows(8, 1)
+    held_out = tiny_model.windows(8, 1)
     before = held_out_losses(model, dense, held_out)
     steps = []
     found = train_graphed(
         model,
         dense,
-        windows(120, 0),
+        tiny_model.windows(120, 0),
         held_out,
         steps=40,
         batch=4,
