@@ -62,9 +62,7 @@ class FusedAttention(SharesProducts):
         y = y.reshape(*hidden_states.shape[:-1], -1).contiguous()
         if nm_act_residual is None:
             return self.o_proj(y), weights
-        if operands.way_of(self.o_proj, y, nm_act_residual) == "decode":
-            return operands.plus_residual(self.o_proj, y, nm_act_residual), weights
-        return nm_act_residual + self.o_proj(y), weights
+        return operands.plus_residual(self.o_proj, y, nm_act_residual), weights
 
 
 def fuses(attention: Any, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> bool:

@@ -146,7 +146,7 @@ class FusedLayer(Changed):
         if args or not (way or mlp_way):
             stock: Tensor = self.nm_act_stock.forward(self, hidden_states, *args, **kwargs)
             return stock
-        residual = hidden_states
+        entered = hidden_states
         if way:
             y, _ = operands.norm_product(way, self.input_layernorm, qkv.linear, hidden_states)
             # Attention reads only the shape of this input: called with it, q, k and v are parts of y.
@@ -154,13 +154,14 @@ class FusedLayer(Changed):
             del y
         else:
             hidden_states = self.input_layernorm(hidden_states)
-        adds = mlp_way == "decode" and self.nm_act_adds and not has_hooks(self.self_attn)
-        if adds and not autograd.trains(self.self_attn):
-            hidden, _ = self.self_attn(hidden_states=hidden_states, nm_act_residual=residual, **kwargs)
-            products = [operands.norm_product(mlp_way, before_mlp, gate_up, hidden)[0]]
-            return _mlp_tail(self.mlp, products, hidden)
-        attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
-        if not mlp_way or autograd.needs_gradient(attention):  # attention alone may be trained
+        residual: Tensor | None = None
+        if self._adds(mlp_way, entered):  # attention returns the sum
+            attention, _ = self.self_attn(hidden_states=hidden_states, nm_act_residual=entered, **kwargs)
+        else:
+            residual = entered
+            attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+        # Attention alone may be trained.
+        if residual is not None and (not mlp_way or autograd.needs_gradient(attention)):
             hidden = self._plus(0, attention, residual)
             return self._plus(1, self.mlp(before_mlp(hidden)), hidden)
         after = self._after(0, attention)
@@ -179,6 +180,14 @@ class FusedLayer(Changed):
         if not self.after_parts:
             return _mlp_tail(self.mlp, products, hidden)
         return self._plus(1, _mlp_tail(self.mlp, products), hidden)
+
+    def _adds(self, mlp_way: str, x: Tensor) -> bool:
+        """Whether the output projection adds the residual, so that the norm before the MLP need not."""
+        if mlp_way not in ("decode", "packed") or not self.nm_act_adds or has_hooks(self.self_attn):
+            return False
+        if autograd.trains(self.self_attn):
+            return False
+        return mlp_way == "decode" or operands.adds_residual(self.self_attn.o_proj, x)
 
     def _after(self, part: int, y: Tensor) -> Any:
         """The norm of a part's output if a kernel computes it in this call."""

@@ -19,7 +19,14 @@ from ..ops import autograd
 from ..ops.e4m3 import E4M3, FEW_TOKENS
 from ..ops.explain import explain
 from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_add, rms_norm_prune, silu_mul_prune
-from ..ops.packed import Packed, rms_norm_compress, silu_mul_compress, sparse_gemm, sparse_gemm_silu_mul
+from ..ops.packed import (
+    Packed,
+    compress_packed,
+    rms_norm_compress,
+    silu_mul_compress,
+    sparse_gemm,
+    sparse_gemm_silu_mul,
+)
 from ..patterns import NMPattern
 from .eligible import MAX_NORM_FEATURES, has_hooks, not_pruned_alone, not_sparse_gemm, why_stays
 from .fp8 import FP8Linear
@@ -148,7 +155,12 @@ def _selects_plainly(linear: nn.Module) -> bool:
 
 
 def norm_gated_operand(
-    norm: nn.Module, gate_up: nn.Module, x: Tensor, residual: Tensor, activation: str, after: nn.Module | None = None
+    norm: nn.Module,
+    gate_up: nn.Module,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    after: nn.Module | None = None,
 ) -> tuple[Packed, Tensor]:
     """The operand of the down layer from one product with gate and up, and ``hidden`` as of :func:`norm_product`."""
     eps, unit_offset = norm_facts(norm)
@@ -198,9 +210,23 @@ class Gated:
         return y if residual is None else residual + y
 
 
+def adds_residual(linear: nn.Module, x: Tensor) -> bool:
+    """Whether :func:`plus_residual` is one kernel, for a layer whose :func:`why_unfused` is empty and x of its input's sizes."""
+    way = way_of(linear, x)
+    return way == "decode" or (way == "packed" and torch.cuda.get_device_capability(x.device)[0] == 9)
+
+
 def plus_residual(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """``residual + linear(x)``, for a call whose way is "decode"."""
-    return _decode(linear, x, residual=residual)
+    """``residual + linear(x)``."""
+    way = way_of(linear, x, residual)
+    if way == "decode":
+        return _decode(linear, x, residual=residual)
+    if way != "packed":
+        y: Tensor = linear(x)
+        return residual + y
+    derived = _derived(linear)
+    packed = compress_packed(x, **_packing(linear, derived["channel_scale"]))
+    return _packed_product(linear, packed, x.shape, derived["shift_out"], residual)
 
 
 def _decode(linear: nn.Module, x: Tensor, **around) -> Tensor:

@@ -319,7 +319,10 @@ def test_attention_of_a_decode_step(dtype, q_heads, k_heads, dim, batch):
         seen = (place < length) & (place >= (length - window if window else 0))
         wide = [cache.nan_to_num(0).float().repeat_interleave(q_heads // k_heads, dim=1) for cache in expected]
         exact = F.scaled_dot_product_attention(query.float(), *wide, attn_mask=seen[:, None, None])
-        torch.testing.assert_close(y.float(), exact.transpose(1, 2), atol=1e-3, rtol=1e-2)
+        # The kernel rounds probabilities, as flash attention does.
+        near = 3e-3 if dtype == torch.bfloat16 else 1e-3
+        torch.testing.assert_close(y.float(), exact.transpose(1, 2), atol=near, rtol=1e-2)
+        assert relative_error(y, exact.transpose(1, 2)) < near
 
 
 def test_wrong_arguments_are_one_sentence():

@@ -5,15 +5,19 @@
 //
 // with RMSNorm of each head of q and k before the embedding, if their weights are given.
 //
-// A cluster has one key head of one sequence and kGroup of its query heads; its blocks divide the tokens. In a block,
-// kDim / 8 lanes share a token: each has eight features of its key and value, and of the query heads. Such a team keeps
-// its own running maximum, sum and output of every query head (float32), over kTokens tokens whose loads are all issued
-// before the first is used. The teams' results are combined in a fixed order: within the warp, through shared memory over
-// the warps, through distributed shared memory over the blocks. No partial result reaches global memory. Rounding is that
-// of Transformers' modules: rotated values to the element type, softmax and sums in float32, y to the element type.
+// A cluster has one key head of one sequence with its query heads; its blocks divide the tokens, and the warps of a block
+// take 16 of them at a time. Both products run on tensor cores, mma.m16n8k16, with fragments that are loaded from the cache
+// as they lie, since the order of features within a product is free:
 //
-// Tried and dropped (docs/kernels/decode_attention.md): the cache through cp.async into shared memory, twice the blocks
-// with half the query heads each, small blocks with the cache prefetched to L2.
+//   scores[head, token] = Q K^T: a lane's 16 bytes of a key are the words of two k-steps of operand B;
+//   y^T[feature, head] += V^T P: a lane has the same eight features of four tokens, whose words are interleaved to operand A,
+//                                and its scores are already operand B.
+//
+// Each warp keeps its own running maximum, sum and output (float32). The results are combined in a fixed order: through shared
+// memory over the warps, through distributed shared memory over the blocks. No partial result reaches global memory. Rounding
+// is that of flash attention: rotated values and probabilities to the element type, scores, softmax and sums in float32.
+//
+// Tried and dropped: docs/kernels/decode_attention.md.
 #include <cfloat>
 
 #include "../gather/block.cuh"
@@ -23,248 +27,310 @@
 namespace nm_act {
 namespace {
 
-constexpr int kTokens = 4;  // of a team in one step
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kTokens = 16;              // of a warp in one step
+constexpr int kHeads = 8;                // query heads of a key head, the columns of a product
+constexpr int kStep = kWarps * kTokens;  // tokens of a block in one step
 
-// Threads of a block with so many query heads, which take registers.
-template <int kGroup>
-constexpr int block_threads() {
-  return kGroup <= 4 ? 512 : 256;
-}
-
-template <int kDim, int kGroup>
-struct Shape {
-  static constexpr int kThreads = block_threads<kGroup>(), kWarps = kThreads / 32;
-  static constexpr int kLanes = kDim / kChunk, kTeams = kThreads / kLanes;
-  static constexpr int kOutputs = kGroup * kDim;
-};
-
-// Floats of a block's shared memory.
-template <int kDim, int kGroup>
+// A block's shared memory: first what all warps read, then the results.
+template <class E, int kDim>
 struct Layout {
-  using S = Shape<kDim, kGroup>;
-  static constexpr int kQuery = 0;                                  // [group, dim]: rotated, scaled
-  static constexpr int kKey = kQuery + S::kOutputs;                 // [dim]: the new key
-  static constexpr int kValue = kKey + kDim;                        // [dim]: the new value
-  static constexpr int kSums = kValue + kDim;                       // [warps, group, dim]
-  static constexpr int kTops = kSums + S::kWarps * S::kOutputs;     // [warps, group, 2]: maxima and sums
-  static constexpr int kReceived = kTops + S::kWarps * kGroup * 2;  // [splits, dim * group / splits]
-  static constexpr int kReceivedTops = kReceived + S::kOutputs;     // [splits, group, 2]
-  static int bytes(int splits) { return 4 * (kReceivedTops + splits * kGroup * 2); }
+  static constexpr int kQuery = 0;                                     // E [8, dim]: rotated
+  static constexpr int kKey = kQuery + 2 * kHeads * kDim;              // E [dim]: the new key
+  static constexpr int kValue = kKey + 2 * kDim;                       // E [dim]: the new value
+  static constexpr int kSums = kValue + 2 * kDim;                      // [warps, 8, dim]
+  static constexpr int kTops = kSums + 4 * kWarps * kHeads * kDim;     // [warps, 8, 2]: maxima and sums
+  static constexpr int kReceived = kTops + 4 * kWarps * kHeads * 2;    // [splits, heads * dim / splits]
+  static constexpr int kReceivedTops = kReceived + 4 * kHeads * kDim;  // [splits, 8, 2]
+  static int bytes(int splits) { return kReceivedTops + 4 * splits * kHeads * 2; }
 };
 
 template <class E>
-__device__ __forceinline__ void unpack(const Chunk<E>& chunk, float (&value)[kChunk]) {
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) value[i] = chunk.get(i);
+__device__ __forceinline__ Chunk<E> load_shared(const uint16_t* source) {
+  const uint4 vector = *reinterpret_cast<const uint4*>(source);
+  return {{vector.x, vector.y, vector.z, vector.w}};
 }
 
-// Softmax over some tokens: the largest score, the sum of exponentials and of weighted values, for each query head.
-template <int kGroup>
-struct Partial {
-  float top[kGroup], sum[kGroup], output[kGroup][kChunk];
+// c += a * b over 16 rows, 8 columns and 16 products each.
+template <class E>
+__device__ __forceinline__ void multiply_tile(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                              uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<E, BFloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+// Keys of 16 tokens: lane 4 * i + j has tokens i and 8 + i, of each 32 features the eight from 8 * j.
+template <class E, int kDim>
+struct Keys {
+  Chunk<E> of[2][kDim / 32];
 };
 
-template <int kGroup>
-__device__ __forceinline__ void merge(Partial<kGroup>& a, int g, float top, float sum, const float (&output)[kChunk]) {
-  const float most = fmaxf(a.top[g], top);
-  const float mine = exp2f(a.top[g] - most), theirs = exp2f(top - most);
-  a.top[g] = most;
-  a.sum[g] = a.sum[g] * mine + sum * theirs;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) a.output[g][i] = a.output[g][i] * mine + output[i] * theirs;
-}
+// Values of 16 tokens: lane 4 * i + j has tokens 2 * j, 2 * j + 1, 2 * j + 8 and 2 * j + 9, of each 64 features the eight
+// from 8 * i.
+template <class E, int kDim>
+struct Values {
+  Chunk<E> of[4][kDim / 64];
+};
 
-// Adds tokens with their keys and values; `real[t]` is false for a token beyond the range.
-template <class E, int kLanes, int kGroup, int kCount>
-__device__ __forceinline__ void add_tokens(Partial<kGroup>& partial, const float (&query)[kGroup][kChunk],
-                                           const Chunk<E> (&key)[kCount], const Chunk<E> (&value)[kCount],
-                                           const bool (&real)[kCount]) {
-  float score[kCount][kGroup];
-#pragma unroll
-  for (int t = 0; t < kCount; ++t) {
-    float k[kChunk];
-    unpack(key[t], k);
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-      float dot = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) dot = fmaf(query[g][i], k[i], dot);
-#pragma unroll
-      for (int offset = kLanes / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(kAllLanes, dot, offset);
-      score[t][g] = real[t] ? dot : -FLT_MAX;
-    }
-  }
-#pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-    float most = partial.top[g];
-#pragma unroll
-    for (int t = 0; t < kCount; ++t) most = fmaxf(most, score[t][g]);
-    const float scale = exp2f(partial.top[g] - most);
-    partial.top[g] = most;
-    partial.sum[g] *= scale;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) partial.output[g][i] *= scale;
-#pragma unroll
-    for (int t = 0; t < kCount; ++t) {
-      score[t][g] = real[t] ? exp2f(score[t][g] - most) : 0.0f;
-      partial.sum[g] += score[t][g];
-    }
-  }
-#pragma unroll
-  for (int t = 0; t < kCount; ++t) {
-    float v[kChunk];
-    unpack(value[t], v);
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) partial.output[g][i] = fmaf(score[t][g], v[i], partial.output[g][i]);
-    }
-  }
-}
+// Softmax over some tokens. Lane 4 * i + j has the maximum and its own share of the sum of head i, and outputs of heads
+// 2 * j and 2 * j + 1: of each 64 features the pairs from 8 * i.
+template <int kDim>
+struct Partial {
+  float top = -FLT_MAX, sum = 0.0f;
+  float output[kDim / 16][4] = {};
+};
 
-template <class E, int kDim, int kGroup>
-__global__ void __launch_bounds__(block_threads<kGroup>())
+template <class E, int kDim>
+struct Warp {
+  static constexpr int kKeyChunks = kDim / 32, kValueChunks = kDim / 64;
+  const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4, column = lane % 4;
+  Chunk<E> query[kKeyChunks];  // of head `row`
+  Partial<kDim> partial;
+  float scale;  // of scores, for exp2
+
+  // The token of row i of a lane's keys or values.
+  __device__ int key_token(int i) const { return 8 * i + row; }
+  __device__ int value_token(int i) const { return 2 * column + i % 2 + 8 * (i / 2); }
+
+  __device__ __forceinline__ void load(Keys<E, kDim>& keys, const uint16_t* cache, int first, int end,
+                                       int begin) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = first + key_token(i);
+      const uint16_t* from = cache + int64_t{token < end ? token : begin} * kDim + 8 * column;
+#pragma unroll
+      for (int c = 0; c < kKeyChunks; ++c) keys.of[i][c] = load_chunk<E, true>(from + 32 * c, kChunk);
+    }
+  }
+  __device__ __forceinline__ void load(Values<E, kDim>& values, const uint16_t* cache, int first, int end,
+                                       int begin) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = first + value_token(i);
+      const uint16_t* from = cache + int64_t{token < end ? token : begin} * kDim + 8 * row;
+#pragma unroll
+      for (int c = 0; c < kValueChunks; ++c) values.of[i][c] = load_chunk<E, true>(from + 64 * c, kChunk);
+    }
+  }
+
+  // Probabilities of 16 tokens, of which `real` are, relative to the new maximum: operand B of the second product.
+  __device__ __forceinline__ void score(const Keys<E, kDim>& keys, int real, uint32_t (&probability)[2]) {
+    float scores[2][2][4] = {};  // of eight tokens each, in two sums, so that two products are in flight
+#pragma unroll
+    for (int c = 0; c < kKeyChunks; ++c) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          multiply_tile<E>(scores[i][half], query[c].word[2 * half], 0, query[c].word[2 * half + 1], 0,
+                           keys.of[i][c].word[2 * half], keys.of[i][c].word[2 * half + 1]);
+        }
+      }
+    }
+    float value[4], most = partial.top;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      value[i] = value_token(i) < real ? scale * (scores[i / 2][0][i % 2] + scores[i / 2][1][i % 2]) : -FLT_MAX;
+      most = fmaxf(most, value[i]);
+    }
+    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+    if (__any_sync(kAllLanes, most > partial.top)) {
+      const float shrink = exp2f(partial.top - most);
+      partial.sum *= shrink;
+      const float low = __shfl_sync(kAllLanes, shrink, 8 * column),
+                  high = __shfl_sync(kAllLanes, shrink, 8 * column + 4);
+#pragma unroll
+      for (int i = 0; i < kDim / 16; ++i) {
+        partial.output[i][0] *= low;
+        partial.output[i][1] *= high;
+        partial.output[i][2] *= low;
+        partial.output[i][3] *= high;
+      }
+      partial.top = most;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      value[i] = value_token(i) < real ? exp2f(value[i] - most) : 0.0f;
+      partial.sum += value[i];
+    }
+    probability[0] = E::pack(value[0], value[1]);
+    probability[1] = E::pack(value[2], value[3]);
+  }
+
+  __device__ __forceinline__ void add(const Values<E, kDim>& values, const uint32_t (&probability)[2]) {
+#pragma unroll
+    for (int c = 0; c < kValueChunks; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t a = values.of[0][c].word[i], b = values.of[1][c].word[i], d = values.of[2][c].word[i],
+                       e = values.of[3][c].word[i];
+        multiply_tile<E>(partial.output[4 * c + i], __byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632),
+                         __byte_perm(d, e, 0x5410), __byte_perm(d, e, 0x7632), probability[0], probability[1]);
+      }
+    }
+  }
+};
+
+template <class E, int kDim>
+__global__ void __launch_bounds__(kThreads)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams params, const int splits) {
-  using S = Shape<kDim, kGroup>;
-  using L = Layout<kDim, kGroup>;
+  using L = Layout<E, kDim>;
   if (splits > 1) arrive_at_cluster();
-  float* const shared = reinterpret_cast<float*>(dynamic_shared());
-  const int rank = static_cast<int>(blockIdx.x) % splits, cluster = static_cast<int>(blockIdx.x) / splits;
-  const int group = params.q_heads / params.k_heads, parts = (group + kGroup - 1) / kGroup;
-  const int part = cluster % parts, head = cluster / parts;
+  unsigned char* const shared = dynamic_shared();
+  auto* const queries = reinterpret_cast<uint16_t*>(shared + L::kQuery);
+  auto* const new_key = reinterpret_cast<uint16_t*>(shared + L::kKey);
+  auto* const new_value = reinterpret_cast<uint16_t*>(shared + L::kValue);
+  auto* const sums = reinterpret_cast<float*>(shared + L::kSums);
+  auto* const tops = reinterpret_cast<float*>(shared + L::kTops);
+  auto* const received = reinterpret_cast<float*>(shared + L::kReceived);
+  auto* const received_tops = reinterpret_cast<float*>(shared + L::kReceivedTops);
+  const int rank = static_cast<int>(blockIdx.x) % splits, head = static_cast<int>(blockIdx.x) / splits;
+  const int heads = params.q_heads / params.k_heads;  // of this cluster
   const int sequence = head / params.k_heads, key_head = head % params.k_heads;
-  // This cluster's query heads.
-  const int first_head = key_head * group + part * kGroup, heads = min(kGroup, group - part * kGroup);
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % S::kLanes, team = thread / S::kLanes;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int64_t cached = (int64_t{sequence} * params.k_heads + key_head) * params.max_tokens * kDim;
   auto* const keys = static_cast<uint16_t*>(params.keys) + cached;
   auto* const values = static_cast<uint16_t*>(params.values) + cached;
+
+  struct Range {
+    int begin, end, last;
+  };
+  const auto range = [&] {
+    const int length = max(0, min(params.lengths[sequence], params.max_tokens));
+    const int start = params.window > 0 ? max(0, length - params.window) : 0;
+    const int share = (length - start + splits - 1) / splits;
+    const int begin = min(start + rank * share, length);
+    return Range{begin, min(begin + share, length), length - 1};
+  };
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  const int length = min(params.lengths[sequence], params.max_tokens);
-  const int start = params.window > 0 ? max(0, length - params.window) : 0;
-  const int share = (length - start + splits - 1) / splits;
-  const int begin = min(start + rank * share, length), end = min(begin + share, length);
-  const int last = length - 1;  // the new token's place
-  const bool owns_new = last >= begin && last < end;
+  const auto [begin, end, last] = range();
+  const bool owns_new = last >= begin && last < end;  // the new token's place
 
-  // The rotated query of the group, and the new key and value: a thread takes a piece of one head.
+  // The rotated queries, and the new key and value: a thread takes a piece of one head.
   constexpr int kPieces = kDim / 2 / kChunk;
   const int64_t angle = (params.cos_batch > 1 ? int64_t{sequence} : 0) * kDim;
-  for (int i = thread; i < (kGroup + 2) * kPieces; i += S::kThreads) {
+  for (int i = thread; i < (kHeads + 2) * kPieces; i += kThreads) {
     const int row = i / kPieces, feature = i % kPieces * kChunk;
     Piece<E> piece{zero_chunk<E>(), zero_chunk<E>()};
     const Piece<E> cosine = load_piece<E>(params.cos, angle + feature, kDim / 2);
     const Piece<E> sine = load_piece<E>(params.sin, angle + feature, kDim / 2);
-    const bool is_query = row < kGroup, is_key = row == kGroup;
+    const bool is_query = row < kHeads, is_key = row == kHeads;
     if (!is_query || row < heads) {
       const void* source = is_query ? params.q : is_key ? params.k : params.v;
       const void* norm = is_query ? params.norms.q : is_key ? params.norms.k : nullptr;
       const int64_t stride = is_query ? params.q_stride : is_key ? params.k_stride : params.v_stride;
-      const int at_head = is_query ? first_head + row : key_head;
+      const int at_head = is_query ? key_head * heads + row : key_head;
       piece = load_piece<E>(source, sequence * stride + int64_t{at_head} * kDim + feature, kDim / 2);
       if (norm != nullptr) normalise_head(piece, norm, feature, kPieces, params.norms);
       if (is_query || is_key) piece = rotate<E>(piece, cosine, sine);
-      if (!is_query && owns_new && part == 0) {
+      if (!is_query && owns_new) {
         store_piece<E>(is_key ? keys : values, int64_t{last} * kDim + feature, kDim / 2, piece);
       }
     }
-    float* target = shared + (row < kGroup ? L::kQuery + row * kDim : row == kGroup ? L::kKey : L::kValue) + feature;
-    const float factor = row < kGroup ? params.scaling * 1.4426950408889634f : 1.0f;
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j) {
-      target[j] = piece.first.get(j) * factor;
-      target[kDim / 2 + j] = piece.second.get(j) * factor;
-    }
+    store_piece<E>(is_query ? queries + row * kDim : is_key ? new_key : new_value, feature, kDim / 2, piece);
   }
   __syncthreads();
 
-  float query[kGroup][kChunk];
-  Partial<kGroup> partial;
+  Warp<E, kDim> team;
+  team.scale = params.scaling * 1.4426950408889634f;
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-    partial.top[g] = -FLT_MAX;
-    partial.sum[g] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      query[g][i] = shared[L::kQuery + g * kDim + lane * kChunk + i];
-      partial.output[g][i] = 0.0f;
-    }
+  for (int c = 0; c < team.kKeyChunks; ++c) {
+    team.query[c] = load_shared<E>(queries + team.row * kDim + 32 * c + 8 * team.column);
   }
+  uint32_t probability[2];
   const int old_end = owns_new ? last : end;
-#pragma unroll 1
-  for (int first = begin; first < old_end; first += S::kTeams * kTokens) {
-    Chunk<E> key[kTokens], value[kTokens];
-    bool real[kTokens];
+  if (owns_new && warp == kWarps - 1) {  // the first of 16 tokens, of which the others are zero
+    Keys<E, kDim> key{};
+    Values<E, kDim> value{};
+    if (team.row == 0) {
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      const int token = first + t * S::kTeams + team;
-      real[t] = token < old_end;
-      const int64_t at = int64_t{real[t] ? token : begin} * kDim + lane * kChunk;
-      key[t] = load_chunk<E, true>(keys + at, kChunk);
-      value[t] = load_chunk<E, true>(values + at, kChunk);
-    }
-    add_tokens<E, S::kLanes>(partial, query, key, value, real);
-  }
-  if (owns_new) {  // all teams compute it, the first one keeps it
-    Chunk<E> key[1], value[1];
-#pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i) {
-      const int at = lane * kChunk + 2 * i;
-      key[0].set_pair(i, shared[L::kKey + at], shared[L::kKey + at + 1]);
-      value[0].set_pair(i, shared[L::kValue + at], shared[L::kValue + at + 1]);
-    }
-    const bool real[1] = {team == 0};
-    add_tokens<E, S::kLanes>(partial, query, key, value, real);
-  }
-
-  // Teams of a warp.
-#pragma unroll
-  for (int offset = S::kLanes; offset < 32; offset *= 2) {
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-      const float top = __shfl_xor_sync(kAllLanes, partial.top[g], offset);
-      const float sum = __shfl_xor_sync(kAllLanes, partial.sum[g], offset);
-      float output[kChunk];
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) output[i] = __shfl_xor_sync(kAllLanes, partial.output[g][i], offset);
-      merge(partial, g, top, sum, output);
-    }
-  }
-  const int warp = thread / 32;
-  if (thread % 32 < S::kLanes) {
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-      float* sums = shared + L::kSums + (warp * kGroup + g) * kDim + lane * kChunk;
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) sums[i] = partial.output[g][i];
-      if (lane == 0) {
-        shared[L::kTops + (warp * kGroup + g) * 2] = partial.top[g];
-        shared[L::kTops + (warp * kGroup + g) * 2 + 1] = partial.sum[g];
+      for (int c = 0; c < team.kKeyChunks; ++c) {
+        key.of[0][c] = load_shared<E>(new_key + 32 * c + 8 * team.column);
       }
     }
+    if (team.column == 0) {
+#pragma unroll
+      for (int c = 0; c < team.kValueChunks; ++c) {
+        value.of[0][c] = load_shared<E>(new_value + 64 * c + 8 * team.row);
+      }
+    }
+    team.score(key, 1, probability);
+    team.add(value, probability);
+  }
+  // Where registers suffice, the next tile is loaded while this one is multiplied.
+  constexpr bool kAhead = kDim <= 128;
+  int first = begin + warp * kTokens;
+  Keys<E, kDim> key;
+  Values<E, kDim> value;
+  const auto load_keys = [&](int at) {
+    if (at < old_end) team.load(key, keys, at, old_end, begin);
+  };
+  const auto load_values = [&](int at) {
+    if (at < old_end) team.load(value, values, at, old_end, begin);
+  };
+  if constexpr (kAhead) {
+    load_keys(first);
+    load_values(first);
+  }
+#pragma unroll 1
+  for (; first < old_end; first += kStep) {
+    if constexpr (!kAhead) load_keys(first);
+    team.score(key, old_end - first, probability);
+    if constexpr (kAhead) {
+      load_keys(first + kStep);
+    } else {
+      load_values(first);
+    }
+    team.add(value, probability);
+    if constexpr (kAhead) load_values(first + kStep);
+  }
+
+  // The warps' results.
+  const float sum = team.partial.sum + __shfl_xor_sync(kAllLanes, team.partial.sum, 1);
+  const float whole = sum + __shfl_xor_sync(kAllLanes, sum, 2);
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i) {
+    const int feature = 64 * (i / 4) + 8 * team.row + 2 * (i % 4);
+    float* to = sums + (warp * kHeads + 2 * team.column) * kDim + feature;
+    *reinterpret_cast<float2*>(to) = make_float2(team.partial.output[i][0], team.partial.output[i][2]);
+    *reinterpret_cast<float2*>(to + kDim) = make_float2(team.partial.output[i][1], team.partial.output[i][3]);
+  }
+  if (team.column == 0) {
+    tops[(warp * kHeads + team.row) * 2] = team.partial.top;
+    tops[(warp * kHeads + team.row) * 2 + 1] = whole;
   }
   __syncthreads();
   // A peer's shared memory may be written only after that block has started.
   if (splits > 1) wait_for_cluster();
-  const int outputs = S::kOutputs / splits;  // that a block finishes; splits is a power of two
-  for (int i = thread; i < S::kOutputs; i += S::kThreads) {
+  const int all = heads * kDim, outputs = all / splits;  // outputs of a block; splits is a power of two of at most 16
+  for (int i = thread; i < all; i += kThreads) {
     const int g = i / kDim, feature = i % kDim;
-    float top = -FLT_MAX, sum = 0.0f, output = 0.0f;
-#pragma unroll 4
-    for (int w = 0; w < S::kWarps; ++w) top = fmaxf(top, shared[L::kTops + (w * kGroup + g) * 2]);
-#pragma unroll 4
-    for (int w = 0; w < S::kWarps; ++w) {
-      const float scale = exp2f(shared[L::kTops + (w * kGroup + g) * 2] - top);
-      sum += scale * shared[L::kTops + (w * kGroup + g) * 2 + 1];
-      output += scale * shared[L::kSums + (w * kGroup + g) * kDim + feature];
+    float top = -FLT_MAX, total = 0.0f, output = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, tops[(w * kHeads + g) * 2]);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float shrink = exp2f(tops[(w * kHeads + g) * 2] - top);
+      total += shrink * tops[(w * kHeads + g) * 2 + 1];
+      output += shrink * sums[(w * kHeads + g) * kDim + feature];
     }
-    write_peer(shared + L::kReceived + rank * outputs + i % outputs, i / outputs, output);
+    write_peer(received + rank * outputs + i % outputs, i / outputs, output);
     if (feature < splits) {  // everybody gets everybody's maxima and sums
-      float* tops = shared + L::kReceivedTops + (rank * kGroup + g) * 2;
-      write_peer(tops, feature, top);
-      write_peer(tops + 1, feature, sum);
+      float* to = received_tops + (rank * kHeads + g) * 2;
+      write_peer(to, feature, top);
+      write_peer(to + 1, feature, total);
     }
   }
   if (splits > 1) {
@@ -273,62 +339,42 @@ __global__ void __launch_bounds__(block_threads<kGroup>())
   } else {
     __syncthreads();
   }
-  for (int i = thread; i < outputs; i += S::kThreads) {
+  for (int i = thread; i < outputs; i += kThreads) {
     const int g = (rank * outputs + i) / kDim, feature = (rank * outputs + i) % kDim;
-    if (g >= heads) continue;
-    const float* tops = shared + L::kReceivedTops + g * 2;
-    float top = -FLT_MAX, sum = 0.0f, output = 0.0f;
-    for (int s = 0; s < splits; ++s) top = fmaxf(top, tops[s * kGroup * 2]);
+    const float* from = received_tops + g * 2;
+    float top = -FLT_MAX, total = 0.0f, output = 0.0f;
+    for (int s = 0; s < splits; ++s) top = fmaxf(top, from[s * kHeads * 2]);
     for (int s = 0; s < splits; ++s) {
-      const float scale = exp2f(tops[s * kGroup * 2] - top);
-      sum += scale * tops[s * kGroup * 2 + 1];
-      output += scale * shared[L::kReceived + s * outputs + i];
+      const float shrink = exp2f(from[s * kHeads * 2] - top);
+      total += shrink * from[s * kHeads * 2 + 1];
+      output += shrink * received[s * outputs + i];
     }
-    const int64_t at = (int64_t{sequence} * params.q_heads + first_head + g) * kDim + feature;
-    static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(E::pack(output / sum, 0.0f));
+    const int64_t at = (int64_t{sequence} * params.q_heads + key_head * heads + g) * kDim + feature;
+    static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(E::pack(output / total, 0.0f));
   }
 }
 
-// How a launch divides the work: clusters of `splits` blocks, each with `group` query heads of a key head.
-struct Division {
-  int group, splits;
-};
-
-// Few heads are divided over up to half of the multiprocessors: more blocks were slower alone, and leave none for the
-// blocks of the next product. Many heads go by whole groups.
-Division divide(const DecodeAttentionParams& params, int multiprocessors) {
-  const int group = params.q_heads / params.k_heads, heads = params.batch * params.k_heads;
-  Division division{1, 8};  // the largest portable cluster
-  const auto blocks = [&](Division d) { return heads * ((group + d.group - 1) / d.group) * d.splits; };
-  while (division.group < group && 2 * blocks(division) > multiprocessors) division.group *= 2;
-  while (division.splits > 1 && blocks(division) > multiprocessors) division.splits /= 2;
-  return division;
-}
-
-template <class E, int kDim, int kGroup>
-cudaError_t launch_shape(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
-  const int parts = (params.q_heads / params.k_heads + kGroup - 1) / kGroup;
-  const LaunchShape shape{static_cast<unsigned>(params.batch * params.k_heads * parts * splits),
-                          block_threads<kGroup>(), static_cast<unsigned>(splits), Layout<kDim, kGroup>::bytes(splits)};
-  return launch_kernel(decode_attention_kernel<E, kDim, kGroup>, shape, stream, params, splits);
+// Blocks of a cluster. Few heads are divided over up to half of the multiprocessors, many fill the device.
+int divide(const DecodeAttentionParams& params, int multiprocessors) {
+  const int heads = params.batch * params.k_heads;
+  int splits = 8;  // the largest portable cluster
+  while (splits > 1 && heads * splits > multiprocessors) splits /= 2;
+  return splits;
 }
 
 template <class E, int kDim>
-cudaError_t launch_group(const DecodeAttentionParams& params, Division division, cudaStream_t stream) {
-  switch (division.group) {
-    case 1: return launch_shape<E, kDim, 1>(params, division.splits, stream);
-    case 2: return launch_shape<E, kDim, 2>(params, division.splits, stream);
-    case 4: return launch_shape<E, kDim, 4>(params, division.splits, stream);
-    default: return launch_shape<E, kDim, 8>(params, division.splits, stream);
-  }
+cudaError_t launch_shape(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
+  const LaunchShape shape{static_cast<unsigned>(params.batch * params.k_heads * splits), kThreads,
+                          static_cast<unsigned>(splits), Layout<E, kDim>::bytes(splits)};
+  return launch_kernel(decode_attention_kernel<E, kDim>, shape, stream, params, splits);
 }
 
 template <class E>
-cudaError_t launch_typed(const DecodeAttentionParams& params, Division division, cudaStream_t stream) {
+cudaError_t launch_typed(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
   switch (params.dim) {
-    case 64: return launch_group<E, 64>(params, division, stream);
-    case 128: return launch_group<E, 128>(params, division, stream);
-    default: return launch_group<E, 256>(params, division, stream);
+    case 64: return launch_shape<E, 64>(params, splits, stream);
+    case 128: return launch_shape<E, 128>(params, splits, stream);
+    default: return launch_shape<E, 256>(params, splits, stream);
   }
 }
 
@@ -344,10 +390,10 @@ bool fits(const DecodeAttentionParams& p) {
 cudaError_t launch_decode_attention(const DecodeAttentionParams& params, GemmDevice device, cudaStream_t stream) {
   if (!fits(params) || device.compute_capability_major != 9) return cudaErrorInvalidValue;
   if (params.batch == 0) return cudaSuccess;
-  const Division division = divide(params, device.multiprocessors);
+  const int splits = divide(params, device.multiprocessors);
   switch (params.type) {
-    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, division, stream);
-    case ElementType::kFloat16: return launch_typed<Float16>(params, division, stream);
+    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, splits, stream);
+    case ElementType::kFloat16: return launch_typed<Float16>(params, splits, stream);
     default: return cudaErrorInvalidValue;
   }
 }

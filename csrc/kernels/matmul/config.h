@@ -202,6 +202,17 @@ inline GemmConfig select_config(const GemmProblem& problem) {
   return configure(problem, *best, best_splits);
 }
 
+// The configuration of a product with a residual: the widest tile, whose epilogue adds it, unless another tile and one more
+// pass over both are estimated to be faster.
+inline constexpr double kAddUsPerMb = 0.36, kAddUs = 2.0;
+inline GemmConfig select_residual_config(const GemmProblem& problem) {
+  const GemmConfig best = select_config(problem);
+  const TileFacts& wide = facts_of(wide_tile(problem.value_type));
+  const double moved = static_cast<double>(problem.tokens) * static_cast<double>(problem.out_features) * 6 / 1e6;
+  const double apart = estimate_us(problem, facts_of(best.tile), best.splits) + kAddUs + kAddUsPerMb * moved;
+  return estimate_us(problem, wide) <= apart ? configure(problem, wide) : best;
+}
+
 // Whether compression and the sparse GEMM beat pruning and the dense product; from a sweep of 11 token counts over 32
 // layer shapes of seven families in bf16 on an H100. Up to 384 tokens cuBLAS has one row of 128 tokens less than the
 // sparse tiles, whose clusters need an even number, and is faster on most shapes; from 385 on both have four rows. With
