@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_cases import E4M3, GPU_MARKS, HALVES, poison
+from cuda_cases import E4M3, GPU_MARKS, HALVES, adds_after, poison
 from linear_cases import relative_error
 
 import nm_act
@@ -201,6 +201,7 @@ def test_decode_in_one_kernel(tokens, pattern, kind):
         assert relative_error(run(gate), separate(gate)) < CLOSE
         # Of many survivors, sparse_linear prefers the dense product, whose sums have another order.
         assert relative_error(run(gate, residual=residual), separate(gate) + residual) < CLOSE
+        assert not adds_after(lambda: run(gate, residual=residual))  # noqa: B023
         assert (
             relative_error(
                 run(gate, up=up, activation="silu", residual=residual), separate(F.silu(gate) * up) + residual
