@@ -107,25 +107,28 @@ TORCH_LIBRARY(nm_act, m) {
   m.def("rms_norm_add(Tensor x, Tensor weight, float eps, Tensor residual, *, bool unit_offset=False) -> Tensor");
   // sparse_linear for one to four tokens over a weight stored [in, out], in one launch with what stands around the
   // layer: X becomes norm(X, norm_weight) or activation(X) * up; the residual [..., out_features] is added to the rounded Y.
+  // eps and unit_offset belong to norm_weight, activation to up: one without the other is an error.
   m.def(
       "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? up=None, "
-      "Tensor? norm_weight=None, float eps=0.0, Tensor? residual=None, Tensor? channel_scale=None, "
-      "Tensor? weight_scale=None, str activation=\"silu\", bool unit_offset=False) -> Tensor");
+      "Tensor? norm_weight=None, float? eps=None, Tensor? residual=None, Tensor? channel_scale=None, "
+      "Tensor? weight_scale=None, str? activation=None, bool unit_offset=False) -> Tensor");
   // Rotary position embedding, round(round(x * cos) + round(rotate_half(x) * sin)), of q and k [batch, tokens, heads,
   // head_dim] with cos and sin [1 or batch, tokens, head_dim]. rotary_cache writes the keys and v into a static cache
   // [batch, heads, max_tokens, head_dim], at the last places before lengths [batch], int32, which count the new tokens.
-  // With q_norm and k_norm [head_dim], each head is norm(head, q_norm or k_norm) first.
+  // With q_norm and k_norm [head_dim], each head is norm(head, q_norm or k_norm) first; eps and unit_offset are theirs.
   m.def(
-      "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, *, Tensor? q_norm=None, Tensor? k_norm=None, float eps=0.0, "
+      "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, *, Tensor? q_norm=None, Tensor? k_norm=None, float? "
+      "eps=None, "
       "bool unit_offset=False) -> (Tensor, Tensor)");
   m.def(
       "rotary_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-      "Tensor lengths, *, Tensor? q_norm=None, Tensor? k_norm=None, float eps=0.0, bool unit_offset=False) -> Tensor");
+      "Tensor lengths, *, Tensor? q_norm=None, Tensor? k_norm=None, float? eps=None, bool unit_offset=False) -> "
+      "Tensor");
   // Attention of one new token per sequence over a static cache, with rotary_cache in the same launch: softmax(scaling *
   // q K^T) V over the last `window` tokens, the new one included, or all of them with window 0.
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
-      "Tensor lengths, float scaling, int window=0, *, Tensor? q_norm=None, Tensor? k_norm=None, float eps=0.0, "
+      "Tensor lengths, float scaling, int window=0, *, Tensor? q_norm=None, Tensor? k_norm=None, float? eps=None, "
       "bool unit_offset=False) -> Tensor");
 
   // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32. layout

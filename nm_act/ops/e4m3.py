@@ -3,6 +3,7 @@
 The choice of the copy by the number of tokens is an operator, because a compiled graph serves any number of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from .. import _C
 from ..patterns import NMPattern
 from .autograd import refuse_gradient, unrecorded
+from .explain import gathers
+from .operators import check_devices
 
 E4M3 = torch.float8_e4m3fn
 FP8_LAYOUTS = ("prefill", "decode", "both")
@@ -83,7 +86,7 @@ class E4M3Weight:
         """All that is stored."""
         return [tensor for tensor in (self.codes, self.rows, self.scale) if tensor is not None]
 
-    def linear(self, x: Tensor, _weight: Tensor, bias: Tensor | None, pattern: NMPattern, **options: Any) -> Tensor:
+    def linear(self, x: Tensor, _weight: Any, bias: Tensor | None, pattern: NMPattern, **options: Any) -> Tensor:
         """``x [..., in] -> [..., out]``; with the signature of :func:`nm_act.sparse_linear`, whose weight this is."""
         if pattern.extra_columns:
             options["extra_columns"] = pattern.extra_columns
@@ -91,9 +94,25 @@ class E4M3Weight:
         return unrecorded(torch.ops.nm_act.e4m3_linear, x, *stored, **options)
 
 
-def reads_rows(tokens: int, codes: Tensor | None, rows: Tensor | None) -> bool:
-    """Whether a call of so many tokens reads the copy for row skipping, and keeps its activation in 16 bits."""
-    return codes is None or (rows is not None and tokens <= FEW_TOKENS)
+def reads_rows(
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pattern: NMPattern,
+    codes: Tensor | None,
+    rows: Tensor | None,
+) -> bool:
+    """Whether a call of so many tokens reads the copy for row skipping, and keeps its activation in 16 bits.
+
+    With both copies, where the gather kernel takes the call; any other product over ``rows`` would dequantise them.
+    """
+    if codes is None or rows is None:
+        return codes is None
+    if tokens > FEW_TOKENS:
+        return False
+    if device.type != "cuda" or dtype == torch.float32:  # neither kernel
+        return True
+    return gathers(tokens, pattern, dtype, device, rows.view(E4M3).t())
 
 
 torch.library.define(
@@ -115,7 +134,8 @@ def _(
     m: int,
     **options: Any,
 ) -> Tensor:
-    few = reads_rows(x.shape[:-1].numel(), codes, rows)
+    pattern = _check(x, codes, rows, weight_scale, bias, n, m, **options)
+    few = reads_rows(x.shape[:-1].numel(), x.dtype, x.device, pattern, codes, rows)
     weight = E4M3Weight(None if few else codes, rows, weight_scale).values
     options |= {"weight_scale": weight_scale, "activation_dtype": None if few else E4M3}
     y: Tensor = torch.ops.nm_act.sparse_linear(x, weight, bias, n, m, **options)
@@ -124,9 +144,93 @@ def _(
 
 @torch.library.register_fake("nm_act::e4m3_linear")
 def _(
-    x: Tensor, codes: Tensor | None, rows: Tensor | None, weight_scale: Tensor, *_arguments: Any, **_options: Any
+    x: Tensor,
+    codes: Tensor | None,
+    rows: Tensor | None,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    **options: Any,
 ) -> Tensor:
+    _check(x, codes, rows, weight_scale, bias, n, m, **options)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+def _check(
+    x: Tensor,
+    codes: Tensor | None,
+    rows: Tensor | None,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    m: int,
+    *,
+    channel_scale: Tensor | None = None,
+    token_shift: str = "none",
+    shift_out: Tensor | None = None,
+    variance_correction: bool = False,
+    extra_columns: Sequence[int] = (),
+) -> NMPattern:
+    """Raise a TypeError or ValueError in one sentence for arguments that do not fit; else the pattern.
+
+    The same before a kernel and in a compiled call, which reaches no kernel.
+    """
+    op = "nm_act::e4m3_linear"
+    copies = {"codes": codes, "rows": rows}
+    given = {name: copy for name, copy in copies.items() if copy is not None}
+    if not given:
+        raise ValueError(
+            f"{op} expected codes [out, in], rows [in, out] or both, got neither; give a copy of the weight"
+        )
+    for name, copy in given.items():
+        if copy.dtype != torch.uint8:
+            raise TypeError(f"{op} expected {name} as the bytes of e4m3 values, uint8, got {copy.dtype}; view it so")
+        if copy.dim() != 2:
+            axes = "[out, in]" if name == "codes" else "[in, out]"
+            raise ValueError(f"{op} expected {name} of shape {axes}, got {list(copy.shape)}; reshape it")
+    out, features = rows.shape[::-1] if codes is None else codes.shape  # type: ignore[union-attr]
+    if len(given) == 2 and rows.shape != (features, out):  # type: ignore[union-attr]
+        raise ValueError(
+            f"{op} expected rows of shape [{features}, {out}] beside codes [{out}, {features}], got "
+            f"{list(rows.shape)}; give copies of one weight"  # type: ignore[union-attr]
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{op} expected x in float32, bfloat16 or float16, got {x.dtype}; convert it first")
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(
+            f"{op} expected x of shape [..., {features}] for a weight of {features} inputs, got {list(x.shape)}; "
+            "check the layer's input"
+        )
+    of_x = (torch.float32, x.dtype)
+    _check_vector(op, "weight_scale", weight_scale, out, (torch.float32,))
+    _check_vector(op, "bias", bias, out, (x.dtype,))
+    _check_vector(op, "channel_scale", channel_scale, features, of_x)
+    _check_vector(op, "shift_out", shift_out, out, of_x)
+    others = {"weight_scale": weight_scale, "bias": bias, "channel_scale": channel_scale, "shift_out": shift_out}
+    check_devices("e4m3_linear", x, **given, **others)
+    if token_shift not in ("none", "mean", "median"):
+        raise ValueError(
+            f'{op} expected token_shift "none", "mean" or "median", got {token_shift!r}; choose one of those'
+        )
+    if shift_out is not None and token_shift == "none":
+        raise ValueError(f"{op} expected token_shift along with shift_out, got shift_out alone; leave it out")
+    pattern = NMPattern(n, m, extra_columns)
+    if features % pattern.span:
+        raise ValueError(
+            f"{op} expected in_features divisible by {pattern.span} for {pattern}, got {features}; choose another"
+        )
+    return pattern
+
+
+def _check_vector(op: str, name: str, vector: Tensor | None, size: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    if vector is None:
+        return
+    if vector.dtype not in dtypes:
+        wanted = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise TypeError(f"{op} expected {name} in {wanted}, got {vector.dtype}; convert it first")
+    if vector.dim() != 1 or vector.shape[0] != size:
+        raise ValueError(f"{op} expected {name} of shape [{size}], got {list(vector.shape)}; give one value a channel")
 
 
 refuse_gradient("e4m3_linear", "nm_act.sparse_linear")

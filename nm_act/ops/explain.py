@@ -1,6 +1,7 @@
 """Which path ``sparse_linear`` takes for given arguments, and why; the rules are those of the dispatch itself."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,6 +136,32 @@ def explain(
         str(activation_dtype or x.dtype).removeprefix("torch."),
     )
     return Explanation(path, why, device)
+
+
+def gathers(tokens: int, pattern: NMPattern, dtype: torch.dtype, device: torch.device, weight: Tensor) -> bool:
+    """Whether :func:`nm_act.sparse_linear` skips rows of ``weight [out, in]`` for so many tokens on a CUDA device.
+
+    A compiled call cannot ask the dispatch, and gets False for facts that no call asked for before.
+    """
+    if not torch.compiler.is_compiling() and weight.storage_offset() * weight.element_size() % 16:
+        return False  # allocations are aligned further; a compiler cannot ask
+    facts = (tokens, pattern, dtype, device.index, weight.dtype, *weight.shape, *weight.stride())
+    known = _GATHERS.get(facts)
+    if known is None and not torch.compiler.is_compiling():
+        known = _GATHERS[facts] = _chooses_gather(tokens, pattern, dtype, device, weight)
+    return bool(known)
+
+
+_GATHERS: dict[tuple[Any, ...], bool] = {}
+"""Facts of a call -> what :func:`gathers` found."""
+
+
+def _chooses_gather(tokens: int, pattern: NMPattern, dtype: torch.dtype, device: torch.device, weight: Tensor) -> bool:
+    facts = torch.cuda.get_device_properties(device)
+    x = torch.empty(tokens, weight.shape[1], dtype=dtype, device="meta")
+    of_weight = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
+    options: dict[str, Any] = {"compute_capability": facts.major, "multiprocessors": facts.multi_processor_count}
+    return explain(x, of_weight, pattern, device="cuda", **options).path == "gather"
 
 
 def _facts(weight: Tensor) -> tuple[int, int, int, int, bool]:

@@ -161,11 +161,11 @@ def decode_linear(
     *,
     up: Tensor | None = None,
     norm_weight: Tensor | None = None,
-    eps: float = 0.0,
+    eps: float | None = None,
     residual: Tensor | None = None,
     channel_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
-    activation: str = "silu",
+    activation: str | None = None,
     unit_offset: bool = False,
 ) -> Tensor:
     """A sparse linear layer of one to four tokens, in one kernel with what stands before and after it.
@@ -182,15 +182,15 @@ def decode_linear(
     pattern : NMPattern or str
         N:M without extra windows.
     up : Tensor like x, optional
+        With ``activation``, and not without.
     norm_weight : Tensor [in_features], dtype of x, optional
-        With ``eps``; not with ``up``.
+        With ``eps``, and not without; not with ``up``.
     residual : Tensor [..., out_features], dtype of x, optional
     channel_scale : Tensor [in_features], float32 or the dtype of x, optional
         As in :func:`nm_act.prune`.
-    activation : {"silu", "gelu_tanh"}
-        With ``up``.
+    activation : {"silu", "gelu_tanh"}, optional
     unit_offset : bool
-        With ``norm_weight``, to which it adds 1; rounded as in :func:`rms_norm_prune`.
+        Adds 1 to ``norm_weight``, which it needs; rounded as in :func:`rms_norm_prune`.
 
     Returns
     -------
@@ -199,7 +199,7 @@ def decode_linear(
     Raises
     ------
     TypeError, ValueError
-        If a dtype, shape, pattern or option does not fit.
+        If a dtype, shape, pattern or option does not fit, or an option is given without its tensor.
     NotImplementedError
         If the gather kernel does not take the sizes or the storage, or ``x`` is not on CUDA.
     """
@@ -221,7 +221,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **norms: Any) -> tupl
     cos, sin : Tensor [1 or batch, tokens, head_dim], dtype of q
     **norms
         ``q_norm`` and ``k_norm`` [head_dim], dtype of q, weights of an RMSNorm of each head before the embedding;
-        ``eps``; ``unit_offset`` as in :func:`rms_norm_prune`. For head_dim 16, 32, 64, 128, 256 and 512.
+        with one of them ``eps``, and ``unit_offset`` as in :func:`rms_norm_prune`. For head_dim 16, 32, 64, 128, 256
+        and 512.
 
     Returns
     -------
@@ -346,19 +347,64 @@ def _(x: Tensor, *_others: Any, **_options: Any) -> Tensor:
 
 
 @torch.library.register_fake("nm_act::decode_linear")
-def _(x: Tensor, weight: Tensor, *_others: Any, **_options: Any) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    *_others: Any,
+    up: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    activation: str | None = None,
+    unit_offset: bool = False,
+    **_options: Any,
+) -> Tensor:
+    _check_norm_options("decode_linear", "norm_weight", norm_weight is not None, eps, unit_offset)
+    if (up is None) != (activation is None):
+        alone = "activation" if up is None else "up"
+        raise ValueError(
+            f"nm_act::decode_linear expected up and activation together, got {alone} alone; give both or neither"
+        )
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("nm_act::rotary")
-def _(q: Tensor, k: Tensor, *_others: Tensor, **_norms: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, *_others: Tensor, **norms: Any) -> tuple[Tensor, Tensor]:
+    _check_head_norms("rotary", **norms)
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.register_fake("nm_act::rotary_cache")
-@torch.library.register_fake("nm_act::decode_attention")
-def _(q: Tensor, *_others: Any, **_norms: Any) -> Tensor:
-    return q.new_empty(q.shape)
+def _fake_queries(op: str) -> None:
+    @torch.library.register_fake(f"nm_act::{op}")
+    def _(q: Tensor, *_others: Any, **norms: Any) -> Tensor:
+        _check_head_norms(op, **norms)
+        return q.new_empty(q.shape)
+
+
+_fake_queries("rotary_cache")
+_fake_queries("decode_attention")
+
+
+def _check_head_norms(
+    op: str,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float | None = None,
+    unit_offset: bool = False,
+) -> None:
+    normed = q_norm is not None or k_norm is not None
+    _check_norm_options(op, "q_norm or k_norm", normed, eps, unit_offset)
+
+
+def _check_norm_options(op: str, weights: str, normed: bool, eps: float | None, unit_offset: bool) -> None:
+    """As check_norm_options of csrc/ops/cuda/common.h, for calls that are compiled."""
+    if normed and eps is None:
+        raise ValueError(f"nm_act::{op} expected eps along with {weights}, got none; give the epsilon of the norm")
+    if not normed and (eps is not None or unit_offset):
+        option = "unit_offset" if eps is None else "eps"
+        raise ValueError(
+            f"nm_act::{op} expected {weights} along with {option}, got none; leave the option out or give the weight"
+        )
 
 
 operators.only_on_cuda("rms_norm_prune", "silu_mul_prune", "rms_norm_add", "decode_linear")

@@ -184,6 +184,7 @@ def sparse_gemm(
         16-bit: either stride order; e4m3: contiguous. For 2:4+1, :func:`nm_act.lift_weight` of it.
     bias : Tensor [out_features], optional
     shift_out, column_scale : Tensor [out_features], optional
+        An operand with a per-token shift needs ``shift_out``, the row sums of the weight.
     out_dtype : torch.dtype, optional
         Dtype of the result; that of 16-bit values, bfloat16 (or float16) for e4m3.
     residual : Tensor [tokens, out_features], dtype of the result, optional
@@ -211,6 +212,10 @@ def sparse_gemm(
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected weight as a torch.Tensor, got {type(weight).__name__}; pass the layer's own")
     _check_operand(operand, weight)
+    if operand.eta.numel() and shift_out is None:
+        raise ValueError(
+            "expected shift_out for an operand with a per-token shift, got none; give the row sums of the weight"
+        )
     y: Tensor = operators.call(
         "sparse_gemm",
         operand.values,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .. import _C, parallel
@@ -133,6 +134,9 @@ def unfit_for_fp8(layer: NMLinear, layout: str) -> str:
     # More than a few sequences decode over the copy of prefill.
     patterns: set[Any] = {layer.spec.pattern_in(decode) for decode in (False, True)}  # no top-k: see beyond
     for pattern in patterns:
+        halves = (torch.bfloat16, torch.float16) if str(pattern) == "2:4" else (torch.bfloat16,)
+        if layer.weight.device.type != "cpu" and layer.weight.dtype not in halves:  # a CPU has neither product
+            return f"{pattern} in {str(layer.weight.dtype).removeprefix('torch.')}"
         why = not_sparse_gemm(layer, pattern, 32) if str(pattern) == "2:4" else not_dense_e4m3(layer, pattern)
         if why:
             return why

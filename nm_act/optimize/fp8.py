@@ -1,17 +1,15 @@
 """e4m3 weights: one byte per weight and one scale per output channel."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
 from ..layers.linear import NMLinear
 from ..layers.work import is_decode
 from ..methods import mitigations
-from ..ops.e4m3 import E4M3, E4M3Weight, check_layout, reads_rows
+from ..ops.e4m3 import E4M3, E4M3Weight, check_layout
 from . import readonly
 from .eligible import not_fp8
 
@@ -118,18 +116,17 @@ class FP8Linear(readonly.DequantisedWeight):
         """``x [..., in] -> [..., out]``."""
         if self._is_dense_phase(x):
             return F.linear(x, self.dequantised(x.dtype), self.bias)
-        options: dict[str, Any] = {
-            "channel_scale": self.channel_scale,
-            "token_shift": self.spec.token_shift,
-            "shift_out": self.shift_out,
-            "variance_correction": self.spec.variance_correction,
-            "weight_scale": self.weight_scale,
-        }
-        weight: Any = self.e4m3_rows
-        if not reads_rows(x.shape[:-1].numel(), self.codes, self.rows):
-            weight, options["activation_dtype"] = self.e4m3, E4M3
         pattern: Any = self.spec.pattern_in(is_decode(x))  # no top-k: see not_fp8
-        return ops.sparse_linear(x, weight, self.bias, pattern, **options)
+        return self._stored.linear(
+            x,
+            None,
+            self.bias,
+            pattern,
+            channel_scale=self.channel_scale,
+            token_shift=self.spec.token_shift,
+            shift_out=self.shift_out,
+            variance_correction=self.spec.variance_correction,
+        )
 
     bypass = differentiable = False  # calibration never sees this layer
     _is_dense_phase: Any = NMLinear._is_dense_phase
@@ -164,22 +161,6 @@ class FP8Linear(readonly.DequantisedWeight):
             kept = self._buffers["codes"]
             self.register_buffer("rows", kept if self.layout == "decode" else None, persistent=False)
             self._buffers["codes"] = None if self.layout == "decode" else kept
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        self._load_weight(state_dict, prefix, missing, errors, self.weight_scale.device)
-        bias = state_dict.get(f"{prefix}bias")
-        if self.bias is not None and bias is not None:
-            with torch.no_grad():
-                self.bias.copy_(bias)
 
 
 def _dequantised_state(layer: FP8Linear, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -129,30 +129,11 @@ class QuantisedHead(readonly.DequantisedWeight):
         self.weight_scale = scale.to(self.rows.device)  # stays float32 in a bfloat16 model
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        self._load_weight(state_dict, prefix, missing, errors, self.rows.device)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
         if f"{prefix}weight" not in state_dict and self.tied is not None:  # the embedding was loaded before
             embedding: Any = self.tied.weight
             self.store(embedding.detach().to(self.rows.device, self.like.dtype))
-        bias = state_dict.get(f"{prefix}bias")
-        if self.bias is None:
-            return
-        if bias is None:
-            missing.append(f"{prefix}bias")
-        elif bias.shape != self.bias.shape:
-            errors.append(f"expected {prefix}bias of shape {list(self.bias.shape)}, got {list(bias.shape)}")
-        else:
-            with torch.no_grad():
-                self.bias.copy_(bias)
 
 
 def head_of(model: nn.Module) -> Any:

@@ -145,8 +145,8 @@ def optimize(
     ------
     ValueError
         If the model is already optimized, ``fp8`` or ``head`` is unknown, ``fp8`` or ``prepack`` is given for a model
-        without sparse layers, "prefill" or "both" is given for a model that is not on CUDA, or ``head`` for a model
-        without an output head. The model is then unchanged.
+        without sparse layers, "prefill" or "both" is given for a model that is not on CUDA with compute capability 9.0,
+        or ``head`` for a model without an output head. The model is then unchanged.
     MemoryError
         If the device has too little memory left for the e4m3 copies of a layer or of the head beside the 16-bit weight;
         it is unchanged.
@@ -286,13 +286,24 @@ def _check(model: nn.Module, fp8: str | None, head: str | None, prepack: bool) -
         _check_memory([], "", output)
         return
     weights = [parameter_of(layer, "weight") for layer in layers]
-    elsewhere = {weight.device.type for weight in weights if weight is not None} - {"meta", *PREFILL_DEVICES}
-    if fp8 != "decode" and elsewhere:
-        raise ValueError(
-            f'expected a model on CUDA for fp8="{fp8}", got one on {", ".join(sorted(elsewhere))}; move it there '
-            'first, or choose fp8="decode"'
-        )
+    if fp8 != "decode":
+        for device in {weight.device for weight in weights if weight is not None and not weight.is_meta}:
+            _check_prefill_device(device, fp8)
     _check_memory(layers, fp8, output)
+
+
+def _check_prefill_device(device: torch.device, fp8: str) -> None:
+    if device.type not in PREFILL_DEVICES:
+        raise ValueError(
+            f'expected a model on CUDA for fp8="{fp8}", got one on {device.type}; move it there first, or choose '
+            'fp8="decode"'
+        )
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    if major != 9:
+        raise ValueError(
+            f'expected compute capability 9.0 for fp8="{fp8}", whose products run on its fp8 tensor cores, got '
+            f'{major}.{minor}; choose fp8="decode"'
+        )
 
 
 def _check_memory(layers: list[NMLinear], fp8: str, head: nn.Module | None) -> None:

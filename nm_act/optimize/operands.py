@@ -17,7 +17,7 @@ from ..layers.stale import parameter_of
 from ..layers.work import is_decode
 from ..ops import autograd
 from ..ops.e4m3 import E4M3, FEW_TOKENS
-from ..ops.explain import explain
+from ..ops.explain import gathers
 from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_add, rms_norm_prune, silu_mul_prune
 from ..ops.packed import (
     Packed,
@@ -244,26 +244,7 @@ def _gathers(linear: nn.Module, tokens: int, pattern: NMPattern, dtype: torch.dt
     weight = linear.e4m3_rows if fp8 else parameter_of(linear, "weight")
     if weight is None or pattern.extra_columns:
         return False
-    if not torch.compiler.is_compiling() and weight.storage_offset() * weight.element_size() % 16:
-        return False  # allocations are aligned further; a compiler cannot ask
-    facts = (tokens, pattern.keep, pattern.group, dtype, device.index, weight.dtype, *weight.shape, *weight.stride())
-    known = _GATHERS.get(facts)
-    if known is None and not torch.compiler.is_compiling():
-        known = _GATHERS[facts] = _chooses_gather(tokens, pattern, dtype, device, weight)
-    return bool(known)
-
-
-_GATHERS: dict[tuple, bool] = {}
-"""Facts of a call -> whether the gather kernel serves it. A compiled call cannot ask, and takes another way where they
-are new; :func:`remember` asks for it."""
-
-
-def _chooses_gather(tokens: int, pattern: NMPattern, dtype: torch.dtype, device: torch.device, weight: Tensor) -> bool:
-    facts = torch.cuda.get_device_properties(device)
-    x = torch.empty(tokens, weight.shape[1], dtype=dtype, device="meta")
-    of_weight = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device="meta")
-    options = {"compute_capability": facts.major, "multiprocessors": facts.multi_processor_count}
-    return explain(x, of_weight, pattern, device="cuda", **options).path == "gather"
+    return gathers(tokens, pattern, dtype, device, weight)
 
 
 def remember(linear: nn.Module) -> None:

@@ -125,13 +125,31 @@ class DequantisedWeight(nn.Module):
             refuse_set(name)
         super().__setattr__(name, value)
 
-    def _load_weight(
-        self, state_dict: Mapping[str, Any], prefix: str, missing: list[str], errors: list[str], device: torch.device
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
-        weight, shape = state_dict.get(f"{prefix}weight"), [self.out_features, self.in_features]
-        if weight is None:
-            missing.append(f"{prefix}weight")
-        elif list(weight.shape) != shape:
-            errors.append(f"expected {prefix}weight of shape {shape}, got {list(weight.shape)}")
-        else:
-            self.store(weight.to(device, self.like.dtype))
+        """As torch's: every name that is missing or unexpected is reported."""
+        stored = {"weight": [self.out_features, self.in_features]}
+        if self.bias is not None:
+            stored["bias"] = [self.out_features]
+        for name, shape in stored.items():
+            value = state_dict.get(f"{prefix}{name}")
+            if value is None:
+                missing.append(f"{prefix}{name}")
+            elif list(value.shape) != shape:
+                errors.append(f"expected {prefix}{name} of shape {shape}, got {list(value.shape)}")
+            elif name == "weight":
+                self.store(value.to(self.like.device, self.like.dtype))
+            else:
+                with torch.no_grad():
+                    self.bias.copy_(value)
+        if strict:
+            own = {f"{prefix}{name}" for name in stored}
+            unexpected += [key for key in state_dict if key.startswith(prefix) and key not in own]

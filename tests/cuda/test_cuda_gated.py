@@ -1,10 +1,11 @@
 """Epilogues of the sparse GEMM with more than a layer in them: SiLU * up with its packing, and the residual."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
-from cuda_cases import E4M3, GPU_MARKS, HALVES, assert_legal, assert_same_bytes, moved, poison
+from cuda_cases import E4M3, GPU_MARKS, HALVES, adds_after, assert_legal, assert_same_bytes, moved, poison
 
 import nm_act
 from nm_act import _C
@@ -40,6 +41,13 @@ def operand_and_weight(tokens, out_features, in_features, dtype=torch.bfloat16):
     if dtype == E4M3:
         return nm_act.compress_packed(x, activation_dtype=E4M3), *quantise_rows(weight)
     return nm_act.compress_packed(x), in_out(weight.to(dtype)), None
+
+
+def takes_wide_tile(dtype, *shape):
+    """Whether the product of this shape runs on the tile whose epilogue adds the residual."""
+    kind, multiprocessors = str(dtype).removeprefix("torch."), torch.cuda.get_device_properties(0).multi_processor_count
+    index = _C.select_gemm_config(kind, *shape, multiprocessors)[0]
+    return next(tile["name"] for tile in _C.gemm_tiles(kind) if tile["tile"] == index) == WIDE[dtype]
 
 
 def wide_product(packed, weight):
@@ -89,11 +97,16 @@ def test_small_epilogues():
         assert torch.equal(nm_act.sparse_gemm(packed, weight, column_scale=scale, residual=residual), residual + y)
 
 
-@pytest.mark.parametrize(("tokens", "out_features"), [(1, 64), (385, 1024), (700, 2304), (4096, 4096), (1000, 28672)])
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "wide"),
+    [(1, 64, False), (385, 1024, False), (700, 2304, False), (2000, 2048, True), (1000, 4096, True)],
+)
 @pytest.mark.parametrize("dtype", [*HALVES, E4M3])
-def test_residuals(dtype, tokens, out_features):
+def test_residuals(dtype, tokens, out_features, wide):
     """With the tile that fuses it and with others, over either storage, with a bias: rounded before and after the sum."""
-    packed, weight, scale = operand_and_weight(tokens, out_features, 512, dtype)
+    packed, weight, scale = operand_and_weight(tokens, out_features, 2048, dtype)
+    if torch.cuda.get_device_properties(0).multi_processor_count == 132:
+        assert takes_wide_tile(dtype, tokens, out_features, 2048) == wide
     residual = torch.randn(tokens, out_features, device="cuda").to(torch.bfloat16 if dtype == E4M3 else dtype)
     bias, options = torch.randn(out_features, device="cuda").to(residual.dtype), {"column_scale": scale}
     shift_out = torch.randn(out_features, device="cuda")
@@ -103,8 +116,12 @@ def test_residuals(dtype, tokens, out_features):
             for extra in ({}, {"shift_out": shift_out}):
                 y = nm_act.sparse_gemm(packed, w, b, **options, **extra)
                 poison()
-                actual = nm_act.sparse_gemm(packed, w, b, **options, **extra, residual=residual)
-                assert torch.equal(actual, residual + y)
+                run = partial(nm_act.sparse_gemm, packed, w, b, **options, **extra)
+                assert torch.equal(run(residual=residual), residual + y)
+                fused = takes_wide_tile(dtype, tokens, out_features, 2048) and not extra
+                fused = fused and (dtype == E4M3 or w.stride(0) == 1)
+                assert adds_after(partial(run, residual=residual)) == (not fused)
+                assert not adds_after(run)
     misaligned = moved(residual.flatten()).view_as(residual)
     expected = residual + nm_act.sparse_gemm(packed, weight, **options)
     assert torch.equal(nm_act.sparse_gemm(packed, weight, **options, residual=misaligned), expected)

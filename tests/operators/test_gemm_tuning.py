@@ -73,3 +73,11 @@ def test_every_tile_is_chosen_somewhere(scanned, dtype):
         if of == dtype and shape[0] >= FEWEST[dtype]
     }
     assert chosen == {tile["tile"] for tile in _C.gemm_tiles(dtype)}
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [("bf16", "k128x256x64"), ("e4m3", "k128x256x128E4M3")])
+@pytest.mark.parametrize("in_features", [4096, 14336])
+def test_residuals_of_a_long_prompt_are_added_by_the_kernel(dtype, wide, in_features):
+    """The output and down projections of Llama-3-8B take the one tile whose epilogue adds; test_cuda_gated runs it."""
+    names = {tile["tile"]: tile["name"] for tile in _C.gemm_tiles(dtype)}
+    assert names[_C.select_gemm_config(dtype, 4096, 4096, in_features, MULTIPROCESSORS)[0]] == wide

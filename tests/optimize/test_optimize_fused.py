@@ -13,6 +13,7 @@ import nm_act
 from nm_act import reference
 from nm_act.layers.work import is_decode
 from nm_act.ops import autograd
+from nm_act.ops.e4m3 import E4M3Weight
 from nm_act.ops.fused import Pruned
 from nm_act.optimize import attention, fused, operands
 from nm_act.optimize import model as model_module
@@ -38,6 +39,16 @@ def compressed(
 
 def pruned(x, pattern, hidden=None):
     return Pruned(reference.prune(x.reshape(-1, x.shape[-1]), pattern), x.new_empty(0), hidden)
+
+
+def rotated(q, k, cos, sin, **norms):
+    """The rotary embedding, after the norms of the heads."""
+    if norms:
+        weights = [norms[name] + norms["unit_offset"] for name in ("q_norm", "k_norm")]
+        q, k = (F.rms_norm(x, (x.shape[-1],), w, norms["eps"]) for x, w in zip((q, k), weights, strict=True))
+    halves = [x.chunk(2, dim=-1) for x in (q, k)]
+    turned = [torch.cat((-second, first), dim=-1) for first, second in halves]
+    return tuple(x * cos[:, :, None] + y * sin[:, :, None] for x, y in zip((q, k), turned, strict=True))
 
 
 def on_a_cpu(linear, x, *others):
@@ -115,8 +126,11 @@ def calls(monkeypatch):
         monkeypatch.setattr(operands, replaced.__name__, replaced)
     monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
     monkeypatch.setattr(operands, "way_of", on_a_cpu)
-    linear = nm_act.ops.sparse_linear  # dequantises the weight where the activations are not e4m3 too
-    monkeypatch.setattr(nm_act.ops, "sparse_linear", lambda *a, activation_dtype=None, **options: linear(*a, **options))
+
+    def linear(stored, x, _weight, bias, pattern, **options):  # dequantises the weight: a CPU has no e4m3 product
+        return nm_act.sparse_linear(x, stored.values, bias, pattern, weight_scale=stored.scale, **options)
+
+    monkeypatch.setattr(E4M3Weight, "linear", linear)
     return made
 
 
@@ -212,15 +226,9 @@ def test_hooks_between_norms_see_what_the_stock_layer_gives(hooked, expected_cal
 def test_norms_of_heads_go_to_the_embedding(name, monkeypatch):
     taken = []
 
-    def rotary(q, k, cos, sin, **norms):
+    def rotary(*arguments, **norms):
         taken.append(sorted(norms))
-        if norms:
-            weights = [norms[name] + norms["unit_offset"] for name in ("q_norm", "k_norm")]
-            dim, eps = (q.shape[-1],), norms["eps"]
-            q, k = (F.rms_norm(heads, dim, weight, eps) for heads, weight in zip((q, k), weights, strict=True))
-        halves = [x.chunk(2, dim=-1) for x in (q, k)]
-        turned = [torch.cat((-second, first), dim=-1) for first, second in halves]
-        return tuple(x * cos[:, :, None] + y * sin[:, :, None] for x, y in zip((q, k), turned, strict=True))
+        return rotated(*arguments, **norms)
 
     monkeypatch.setattr(attention, "rotary", rotary)
     monkeypatch.setattr(attention, "fuses", lambda *_: True)
@@ -234,6 +242,48 @@ def test_norms_of_heads_go_to_the_embedding(name, monkeypatch):
         model.model.layers[1].self_attn.q_norm.register_forward_hook(lambda *_: seen.append(1))
         assert_close(logits(model), expected)
         assert (taken[3], seen) == ([], [1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_residuals_go_into_the_product_of_the_down_layer(name, calls, monkeypatch):
+    given, product = [], operands.sparse_gemm
+
+    def sparse_gemm(*arguments, residual=None, **options):
+        given.append(residual is not None)
+        return product(*arguments, residual=residual, **options)
+
+    monkeypatch.setattr(operands, "sparse_gemm", sparse_gemm)
+    optimize_checked(sparse(name))
+    # Of q/k/v, gate/up and down; a norm stands between Gemma's down layer and its residual.
+    assert given == [False, False, name == "llama"] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_residuals_go_into_the_products_of_a_decode_step(name, calls, monkeypatch):
+    """In place of the kernel, its formula; an addition after it would be one too many, or none at all."""
+    products = []
+
+    def decode_linear(x, weight, bias, pattern, *, channel_scale, up=None, residual=None, activation=None, **norm):
+        products.append([key for key, value in {"up": up, "residual": residual, **norm}.items() if value is not None])
+        if norm:
+            scale = norm["norm_weight"] + norm["unit_offset"]
+            x = F.rms_norm(x, (x.shape[-1],), scale, norm["eps"])
+        if up is not None:
+            x = up * (F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh"))
+        y = F.linear(reference.prune(x, pattern, channel_scale=channel_scale), weight, bias)
+        return y if residual is None else y + residual
+
+    monkeypatch.setattr(operands, "decode_linear", decode_linear)
+    monkeypatch.setattr(operands, "way_of", lambda *_: "decode")
+    monkeypatch.setattr(attention, "rotary", rotated)
+    monkeypatch.setattr(attention, "fuses", lambda *_: True)
+    optimize_checked(sparse(name))
+    norm = ["norm_weight", "eps", "unit_offset"]
+    # q/k/v, output projection, gate/up, down; norms stand between Gemma's products and their residuals.
+    ends = [["up"]] if name == "gemma3" else [["residual"], ["up", "residual"]]
+    expected = [norm, *ends[:-1], norm, ends[-1]]
+    assert products == expected * 2
+    assert calls == (["added norm"] * 4 if name == "gemma3" else [])
 
 
 def test_another_activation_is_not_taken_for_gelu(calls):

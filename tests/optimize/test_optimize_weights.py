@@ -12,6 +12,7 @@ import nm_act
 from nm_act.layers.linear import NMLinear
 from nm_act.ops import prepack
 from nm_act.optimize import model as model_module
+from nm_act.optimize.eligible import unfit_for_fp8
 from nm_act.optimize.model import is_optimized
 
 
@@ -52,6 +53,44 @@ class TestFP8:
         expected = logits(model)
         model.load_state_dict(state)  # rounded already: nothing changes
         assert_close(logits(model), expected, atol=1e-5)
+
+    @pytest.mark.parametrize("layout", ["decode", "both"])
+    def test_loading_reports_names_as_torch_does(self, layout):
+        layer = layer_of("8:16")
+        stock, fp8 = torch.nn.Linear(64, 48), nm_act.FP8Linear(layer, layout)
+        weight, bias = fp8.dequantised(torch.float32), fp8.bias.detach().clone()
+        full = torch.nn.Linear(64, 48).state_dict()
+        for state in (
+            {},
+            {"weight": full["weight"]},
+            {"bias": full["bias"]},
+            full | {"shift": torch.ones(64)},
+            full | {"scale.weight": torch.ones(64)},
+        ):
+            found = fp8.load_state_dict(state, strict=False)
+            expected = stock.load_state_dict(state, strict=False)
+            assert sorted(found.missing_keys) == sorted(expected.missing_keys)
+            assert found.unexpected_keys == expected.unexpected_keys
+            if found.missing_keys or found.unexpected_keys:
+                with pytest.raises(RuntimeError, match=(found.missing_keys + found.unexpected_keys)[0]):
+                    fp8.load_state_dict(state)
+        assert not torch.equal(fp8.dequantised(torch.float32), weight)
+        assert torch.equal(fp8.bias, full["bias"])
+        assert not torch.equal(bias, full["bias"])
+        with pytest.raises(RuntimeError, match=r"expected bias of shape \[48\], got \[1\]"):
+            fp8.load_state_dict(full | {"bias": torch.ones(1)})
+        alone = nm_act.FP8Linear(NMLinear.from_linear(nn.Linear(64, 48, bias=False), layer.spec), layout)
+        assert alone.load_state_dict(full, strict=False).unexpected_keys == ["bias"]
+
+    def test_a_model_reports_the_missing_bias_of_a_merged_layer(self):
+        model = sparse("qwen2", "8:16")  # q, k and v have biases
+        nm_act.optimize(model, fp8="decode")
+        state = model.state_dict()
+        lost = [name for name in state if name.endswith(("layers.0.self_attn.k_proj.bias", "0.mlp.down_proj.weight"))]
+        for name in lost:
+            state.pop(name)
+        assert len(lost) == 2
+        assert sorted(model.load_state_dict(state, strict=False).missing_keys) == sorted(lost)
 
     def test_follows_the_dtype_but_keeps_its_bytes_and_scales(self):
         fp8 = nm_act.FP8Linear(layer_of("2:4"), "decode").bfloat16()
@@ -113,6 +152,27 @@ class TestFP8:
         with pytest.raises(ValueError, match='expected a model on CUDA for fp8="prefill", got one on cpu; move it'):
             nm_act.optimize(model, fp8="prefill")
         assert not is_optimized(model)
+
+    def test_prefill_storage_needs_fp8_tensor_cores(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+        sentence = re.escape(
+            'expected compute capability 9.0 for fp8="both", whose products run on its fp8 tensor cores'
+        )
+        with pytest.raises(ValueError, match=f"{sentence}, got 8.0; choose"):
+            model_module._check_prefill_device(torch.device("cuda"), "both")
+
+    @pytest.mark.parametrize(
+        ("pattern", "dtype", "why"),
+        [
+            ("8:16", torch.float16, "8:16 in float16"),
+            ("2:4", torch.float16, ""),
+            ("8:16", torch.bfloat16, ""),
+            ("2:4", torch.float32, "2:4 in float32"),
+        ],
+    )
+    def test_prefill_storage_needs_a_dtype_of_its_products(self, pattern, dtype, why):
+        layer = NMLinear(64, 48, spec=nm_act.LinearSpec(pattern), device="meta", dtype=dtype)
+        assert [unfit_for_fp8(layer, layout) for layout in ("prefill", "both", "decode")] == [why, why, ""]
 
     def test_calibrated_layers_stay_in_16_bits(self):
         model = sparse(pattern="8:16")

@@ -88,10 +88,11 @@ struct HeadNormTensors {
   HeadNorms norms{};
 };
 
-HeadNormTensors head_norms(const at::Tensor& q, const OptionalTensor& q_norm, const OptionalTensor& k_norm, double eps,
-                           bool unit_offset, const char* op) {
+HeadNormTensors head_norms(const at::Tensor& q, const OptionalTensor& q_norm, const OptionalTensor& k_norm,
+                           std::optional<double> eps, bool unit_offset, const char* op) {
   HeadNormTensors tensors;
-  tensors.norms.epsilon = float(eps);
+  const bool normed = (q_norm.has_value() && q_norm->defined()) || (k_norm.has_value() && k_norm->defined());
+  tensors.norms.epsilon = check_norm_options(normed, eps, unit_offset, "q_norm or k_norm", op);
   tensors.norms.unit_offset = unit_offset;
   for (const auto& [name, weight, kept, pointer] : {std::tuple{"q_norm", &q_norm, &tensors.q, &tensors.norms.q},
                                                     std::tuple{"k_norm", &k_norm, &tensors.k, &tensors.norms.k}}) {
@@ -122,7 +123,7 @@ RotaryParams rotary_params(const at::Tensor& q, const at::Tensor& k, const at::T
 
 std::tuple<at::Tensor, at::Tensor> rotary(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos,
                                           const at::Tensor& sin, const OptionalTensor& q_norm,
-                                          const OptionalTensor& k_norm, double eps, bool unit_offset) {
+                                          const OptionalTensor& k_norm, std::optional<double> eps, bool unit_offset) {
   constexpr const char* kOp = "rotary";
   check_rotary(q, k, cos, sin, kOp);
   const HeadNormTensors norms = head_norms(q, q_norm, k_norm, eps, unit_offset, kOp);
@@ -140,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor> rotary(const at::Tensor& q, const at::Tensor&
 at::Tensor rotary_cache(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos,
                         const at::Tensor& sin, const at::Tensor& cached_keys, const at::Tensor& cached_values,
                         const at::Tensor& lengths, const OptionalTensor& q_norm, const OptionalTensor& k_norm,
-                        double eps, bool unit_offset) {
+                        std::optional<double> eps, bool unit_offset) {
   constexpr const char* kOp = "rotary_cache";
   check_rotary(q, k, cos, sin, kOp);
   check_cache(q, k, v, cached_keys, cached_values, lengths, kOp);
@@ -162,7 +163,7 @@ at::Tensor rotary_cache(const at::Tensor& q, const at::Tensor& k, const at::Tens
 at::Tensor decode_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cos,
                             const at::Tensor& sin, const at::Tensor& cached_keys, const at::Tensor& cached_values,
                             const at::Tensor& lengths, double scaling, int64_t window, const OptionalTensor& q_norm,
-                            const OptionalTensor& k_norm, double eps, bool unit_offset) {
+                            const OptionalTensor& k_norm, std::optional<double> eps, bool unit_offset) {
   constexpr const char* kOp = "decode_attention";
   check_rotary(q, k, cos, sin, kOp);
   check_cache(q, k, v, cached_keys, cached_values, lengths, kOp);

@@ -48,6 +48,16 @@ inline Activation activation_of(c10::string_view name, const char* op) {
   return name == "silu" ? Activation::kSilu : Activation::kGeluTanh;
 }
 
+// The options of a norm whose weights may be absent. Returns its epsilon, 0 without a norm.
+inline float check_norm_options(bool normed, std::optional<double> eps, bool unit_offset, const char* weights,
+                                const char* op) {
+  TORCH_CHECK_VALUE(!normed || eps.has_value(), "nm_act::", op, " expected eps along with ", weights,
+                    ", got none; give the epsilon of the norm");
+  TORCH_CHECK_VALUE(normed || !(eps.has_value() || unit_offset), "nm_act::", op, " expected ", weights, " along with ",
+                    eps.has_value() ? "eps" : "unit_offset", ", got none; leave the option out or give the weight");
+  return static_cast<float>(eps.value_or(0));
+}
+
 // The weight of an RMSNorm of x, [features].
 inline void check_norm_weight(const at::Tensor& x, const at::Tensor& weight, int64_t features, const char* name,
                               const char* op) {

@@ -100,16 +100,20 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
 
 // The gather kernel with what stands around the layer: RMSNorm or activation * up before, a residual after.
 at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
-                         int64_t m, const OptionalTensor& up, const OptionalTensor& norm_weight, double eps,
-                         const OptionalTensor& residual, const OptionalTensor& channel_scale,
-                         const OptionalTensor& weight_scale, c10::string_view activation, bool unit_offset) {
+                         int64_t m, const OptionalTensor& up, const OptionalTensor& norm_weight,
+                         std::optional<double> eps, const OptionalTensor& residual, const OptionalTensor& channel_scale,
+                         const OptionalTensor& weight_scale, std::optional<c10::string_view> activation,
+                         bool unit_offset) {
   constexpr const char* kOp = "decode_linear";
   Selection selection = check_selection(x, n, m, channel_scale, {}, "none", kOp);
   const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, bias, kOp);
   const bool gated = up.has_value() && up->defined(), normed = norm_weight.has_value() && norm_weight->defined();
   TORCH_CHECK_VALUE(!(gated && normed), "nm_act::", kOp,
                     " expected either up or norm_weight, got both; apply one of them before");
-  const Activation function = activation_of(activation, kOp);
+  const float epsilon = check_norm_options(normed, eps, unit_offset, "norm_weight", kOp);
+  TORCH_CHECK_VALUE(gated == activation.has_value(), "nm_act::", kOp, " expected up and activation together, got ",
+                    gated ? "up" : "activation", " alone; give both or neither");
+  const Activation function = gated ? activation_of(*activation, kOp) : Activation::kSilu;
   const std::vector<int64_t> sizes = with_last(x.sizes(), weight.size(0));
   const auto check_like = [&](const OptionalTensor& other, const char* name, at::IntArrayRef expected) {
     if (!other.has_value() || !other->defined()) return;
@@ -147,7 +151,7 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   params.channel_scale = data_or_null(selection.channel_scale);
   params.up = data_of(factor.tensor);
   params.norm_weight = data_of(norm);
-  params.epsilon = float(eps);
+  params.epsilon = epsilon;
   params.activation = function;
   params.unit_offset = unit_offset;
   params.residual = data_of(added);

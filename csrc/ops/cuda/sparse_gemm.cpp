@@ -133,6 +133,10 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
   const GemmEpilogueTensors epilogue{
       vector(row_scale, tokens, "row_scale"), vector(eta, tokens, "eta"), vector(shift_out, out_features, "shift_out"),
       vector(column_scale, out_features, "column_scale"), biased ? aligned(bias->to(type)) : at::Tensor()};
+  TORCH_CHECK_VALUE(
+      tokens == 0 || !epilogue.eta.defined() || epilogue.shift_out.defined(),
+      "nm_act::sparse_gemm expected shift_out along with eta, which was subtracted from the operand, got ",
+      "none; give the row sums of the weight");
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
   const GemmProblem problem{tokens, out_features, weight.size(1), params.value_type, device.multiprocessors};
