@@ -27,7 +27,8 @@ void apply_epilogue(const at::Tensor& product, const cpu::Epilogue& epilogue, El
 }
 
 bool is_vllm_handler(const at::Tensor& prepacked) {
-  return prepacked.scalar_type() == at::kLong && prepacked.numel() == 1 && *prepacked.const_data_ptr<int64_t>() != 0;
+  return prepacked.is_cpu() && prepacked.scalar_type() == at::kLong && prepacked.numel() == 1 &&
+         *prepacked.const_data_ptr<int64_t>() != 0;
 }
 
 // vLLM's call takes 6 us beside the product, torch's 13 (one thread of an AMD EPYC, torch 2.13, a weight of 16 x 32).
