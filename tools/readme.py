@@ -437,7 +437,7 @@ def served() -> str:
     loads = [float(row["load"]) for row in rows]
     origin = (
         f"{first['model']}, {first['dtype']}, {first['prompt']} tokens in and {first['generated']} out a request; "
-        f"medians (20th to 80th percentile) of {first['rounds']} rounds in which the engines take turns; {first['device']}, "
+        f"medians (20th to 80th percentile) of {first['rounds']} rounds, the engines in turn; {first['device']}, "
         f"vLLM {first['vllm']}, torch {first['torch']}, {first['date']}, load {min(loads)} to {max(loads)}; `{SERVED}`."
     )
     return f"{table(header, lines, right=1)}\n\n{origin}"
