@@ -1,9 +1,9 @@
-"""A saved nm_act checkpoint in vLLM: only its name is needed; `vllm serve MODEL` works the same way.
+"""A saved nm_act checkpoint in vLLM: only its name is needed, as in vLLM's server (docs/serving.md).
 
 python examples/vllm_generate.py MODEL [DTYPE]
 
 By default (dtype "auto") vLLM computes a float32 checkpoint in 16 bits, where other inputs survive. Pass float32
-(`vllm serve MODEL --dtype float32`) to get the tokens that Transformers generates from it.
+(`--dtype float32` to a server) to get the tokens that Transformers generates from it.
 """
 
 import os

@@ -16,9 +16,10 @@ from nm_act.lab.evaluate.results import markdown_table as table
 from nm_act.lab.measured import Measured, shapes_of
 
 GENERATE = "benchmarks/results/cpu/generate.csv"
+SERVED = "benchmarks/results/cpu/vllm.csv"
 
 DOCUMENTS = ("README.md", "docs/operators.md", "docs/results.md", "docs/search.md", "docs/kernels/cpu_decode.md")
-DOCUMENTS += ("docs/recipes.md",)
+DOCUMENTS += ("docs/recipes.md", "docs/serving.md")
 
 
 def predicted() -> str:
@@ -412,6 +413,36 @@ def generate() -> str:
     return f"{table(header, lines, right=3)}\n\n{origin}; `{GENERATE}`."
 
 
+def served() -> str:
+    """vLLM's engines by the number of requests at once."""
+    rows = read_rows(SERVED)
+    names = list(dict.fromkeys(row["engine"] for row in rows))
+    titles = {"sparse": rows[0]["pattern"], "prepack": f'{rows[0]["pattern"]}, `"prepack": true`'}
+    lines = []
+    for requests, metric in dict.fromkeys((row["requests"], row["metric"]) for row in rows):
+        found = {row["engine"]: row for row in rows if (row["requests"], row["metric"]) == (requests, metric)}
+        prefill = metric.startswith("prefill")
+        line = [f"a prompt of {found['dense']['prompt']}" if prefill else requests]
+        for name in names:
+            line.append(
+                f"{float(found[name]['p50']):.0f} ({float(found[name]['p20']):.0f}–{float(found[name]['p80']):.0f})"
+            )
+            if name != "dense":
+                line.append(f"{float(found[name]['speedup']):.2f}x")
+        lines.append(line)
+    header = ["requests"]
+    for name in names:
+        header += [f"{titles.get(name, name)}, tokens/s", *([] if name == "dense" else ["over dense"])]
+    first = rows[0]
+    loads = [float(row["load"]) for row in rows]
+    origin = (
+        f"{first['model']}, {first['dtype']}, {first['prompt']} tokens in and {first['generated']} out a request; "
+        f"medians (20th to 80th percentile) of {first['rounds']} rounds, the engines in turn; {first['device']}, "
+        f"vLLM {first['vllm']}, torch {first['torch']}, {first['date']}, load {min(loads)} to {max(loads)}; `{SERVED}`."
+    )
+    return f"{table(header, lines, right=1)}\n\n{origin}"
+
+
 BLOCKS = {
     "results": results,
     "support": support,
@@ -429,6 +460,7 @@ BLOCKS = {
     "searched": searched,
     "predicted": predicted,
     "generate": generate,
+    "served": served,
 }
 
 

@@ -55,7 +55,8 @@ TORCH_LIBRARY(nm_act, m) {
       "ScalarType? activation_dtype=None) -> Tensor");
 
   // CPU only, without a gradient. prepacked_weight is `weight` in the layout that oneDNN's product reads, as made by
-  // mkldnn::_reorder_linear_weight, and is used where skipping rows does not pay.
+  // mkldnn::_reorder_linear_weight, or the handler of vLLM's product of it (int64, what vllm._custom_ops keeps), and is
+  // used where skipping rows does not pay.
   m.def(
       "sparse_linear_prepacked(Tensor x, Tensor weight, Tensor prepacked_weight, Tensor? bias=None, int n=2, int m=4, "
       "*, "

@@ -55,7 +55,10 @@ def convert(
         )
         return
     print(report)
-    print(f"written to {output}: nm-act generate {output} PROMPT, vllm serve {output}, nm-act run PROGRAM ...")
+    print(f"written to {output}; use it with one of")
+    print(f"  nm-act generate {output} PROMPT")
+    print(f"  python -m vllm.entrypoints.openai.api_server --model {output}")
+    print("  nm-act run PROGRAM ...")
 
 
 def _variant(pattern: Any, recipe: Any, criterion: Any, mitigation: Any, calibration: Any) -> Any:

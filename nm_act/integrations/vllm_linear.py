@@ -47,9 +47,10 @@ from .. import parallel
 from ..layers.linear import FOLLOW_WEIGHT
 from ..methods import mitigations
 from ..ops.e4m3 import E4M3Weight
+from ..ops.prepack import why_not_prepacked
 from ..recipe import LinearSpec, Recipe
 from . import vllm_plan as plan
-from .vllm_operands import Operands, Storage, prepacked_size
+from .vllm_operands import Operands, Prepacked, Storage, prepacked_size
 from .vllm_reload import guard_reloads
 
 _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
@@ -393,8 +394,8 @@ class NMActLinearMethod(LinearMethodBase):
         segments = plan.segments(
             self.specs, layer.nm_act_sizes, scales, self._local_data(layer, loading, shard), before
         )
-        storage = {"fp8": layer.nm_act_fp8, "prepack": self._storage.prepack}
-        return Operands.of(layer.weight, segments, shard, **storage)
+        prepack = _prepacked if self._storage.prepack else None
+        return Operands.of(layer.weight, segments, shard, fp8=layer.nm_act_fp8, prepack=prepack)
 
     @staticmethod
     def _local_data(layer, loading: _Loading, shard: parallel.Shard | None) -> list[dict[str, torch.Tensor]]:
@@ -427,6 +428,18 @@ class NMActLinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x [tokens, in] -> [tokens, out]`` of this rank; a row-parallel layer's outputs are summed by vLLM."""
         return layer.nm_act_operands.run(x, layer.weight, bias)
+
+
+def _prepacked(weight: torch.Tensor) -> Prepacked | None:
+    """A second copy of ``weight [out, in]``, for the product of vLLM's dense layers where this build has it."""
+    if why_not_prepacked(weight):
+        return None
+    if not hasattr(torch.ops._C, "create_onednn_mm_handler"):
+        return Prepacked(torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
+    from vllm import _custom_ops as ops
+
+    handler = ops.create_onednn_mm(weight.t(), 32)  # so many numbers of tokens are compiled at once, as vLLM does
+    return Prepacked(handler.handler_tensor, handler)
 
 
 def _whole_sizes(layer: torch.nn.Module) -> list[int]:

@@ -13,7 +13,7 @@ from ..layers.linear import NMLinear
 from ..layers.work import LinearWork, compiled_operator, work_of
 from ..methods import mitigations
 from ..ops.e4m3 import E4M3Weight, check_layout
-from ..ops.prepack import prepack_weight, why_not_prepacked
+from ..ops.prepack import why_not_prepacked
 from ..optimize.eligible import unfit_for_fp8
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
@@ -138,9 +138,18 @@ def _not_e4m3(spec: LinearSpec, size: int, weight: torch.Tensor, layout: str, sp
 
 @dataclass(eq=False)
 class Prepacked:
-    """A second copy of a weight, in oneDNN's layout; a reload puts another one here, because it cannot be written."""
+    """A second copy of a weight, in oneDNN's layout.
+
+    Attributes
+    ----------
+    copy : Tensor
+        Of ``prepack_weight``, or the handler tensor of vLLM's product, which takes less time to call.
+    handler : object, optional
+        What frees the copy that a handler tensor names.
+    """
 
     copy: torch.Tensor
+    handler: Any = None
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pattern: NMPattern, **options: Any
@@ -151,6 +160,16 @@ class Prepacked:
         product = torch.ops.nm_act.sparse_linear_prepacked
         y: torch.Tensor = product(x, weight, self.copy, bias, pattern.keep, pattern.group, **options)
         return y
+
+    def take(self, other: "Prepacked") -> None:
+        """Multiply by another copy from now on; the other one gets this one's, and may be dropped."""
+        if self.handler is None or other.handler is None:
+            self.copy, other.copy = other.copy, self.copy  # opaque: it cannot be written to
+            self.handler, other.handler = other.handler, self.handler
+            return
+        mine = self.copy.clone()
+        self.copy.copy_(other.copy)
+        other.copy.copy_(mine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,12 +236,12 @@ class Operands:
         shard: parallel.Shard | None,
         *,
         fp8: str | None = None,
-        prepack: bool = False,
+        prepack: Callable[[torch.Tensor], Prepacked | None] | None = None,
     ) -> "Operands":
-        """Of a layer whose ``parameter [out, in]`` is loaded."""
+        """Of a layer whose ``parameter [out, in]`` is loaded; `prepack` makes second copies, on CPUs."""
         operator: Callable[..., torch.Tensor] = compiled_operator
         if shard is not None:
-            operator, prepack = functools.partial(parallel.row_sparse_linear, shard), False
+            operator, prepack = functools.partial(parallel.row_sparse_linear, shard), None
         held = cls(parameter, segments, [], [], [], [])
         for each in segments:
             part = parameter.data[each.start : each.stop]
@@ -235,8 +254,7 @@ class Operands:
                     read = e4m3.dequantised(torch.float32)
             else:
                 weight = read = parallel.stored_in_out(part)
-                packed = prepack_weight(weight) if prepack and spec and not spec.scoring.prunes_weight else None
-                copy = None if packed is None else Prepacked(packed)
+                copy = prepack(weight) if prepack and spec and not spec.scoring.prunes_weight else None
             shift_out = None if spec is None else mitigations.shift_image(spec, read, each.data)
             held.weights.append(weight)
             held.shift_outs.append(shift_out)
@@ -263,7 +281,7 @@ class Operands:
             mine.copy_(new)
         for copy, later in zip(self.copies, other.copies, strict=True):
             if isinstance(copy, Prepacked) and isinstance(later, Prepacked):
-                copy.copy = later.copy
+                copy.take(later)
 
     def tensors(self) -> list[torch.Tensor]:
         """All that stays at its address, but the parameter."""

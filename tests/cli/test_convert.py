@@ -41,7 +41,8 @@ def test_a_checkpoint_that_loads_sparse(tmp_path, kind):
     out = tmp_path / "new" / "sparse"
     told = ok("convert", source, "--pattern", "8:16", "--output", out)
     assert "sparse: 14 of 15 linear layers" in told
-    assert f"written to {out}: " in told
+    assert f"written to {out}; " in told
+    assert f"vllm.entrypoints.openai.api_server --model {out}\n" in told
     expected = _logits(nm_act.sparsify(dense, nm_act.Recipe("8:16")).model, tokenizer)
     model, words = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert isinstance(model.model.layers[0].mlp.down_proj, nm_act.NMLinear)

@@ -22,7 +22,7 @@ pytestmark = [needs("vllm"), pytest.mark.slow]
 
 PROMPT = [5, 7, 11, 13]
 RECIPE = Recipe("8:16", mitigation=["var"])
-OVERRIDES = {"quantization_config": {"quant_method": "nm_act", "recipe": RECIPE.to_dict()}}
+OVERRIDES = {"quantization_config": {"quant_method": "nm_act", "recipe": RECIPE.to_dict(), "prepack": True}}
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_SERVER_DEV_MODE": "1"}
 
 
@@ -133,7 +133,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(models):
-    """Started like ``vllm serve DENSE --hf-overrides RECIPE``; stopped by SIGTERM, which ends all of its processes."""
+    """vLLM's server of a dense model with ``--hf-overrides RECIPE``; stopped by SIGTERM, which ends all of its processes."""
     folder, _ = models["first"]
     served = Server(
         folder,

@@ -158,6 +158,11 @@ def test_refused_weights():
     for wrong in (weight, prepack.prepack_weight(torch.randn(64, 64))):
         with pytest.raises(ValueError, match="expected prepacked_weight as oneDNN's layout of the weight"):
             torch.ops.nm_act.sparse_linear_prepacked(x, weight, wrong, None, 8, 16)
+    with pytest.raises(ValueError, match="expected prepacked_weight as oneDNN's layout of the weight"):
+        torch.ops.nm_act.sparse_linear_prepacked(x, weight, torch.tensor(0), None, 8, 16)
+    if not hasattr(torch.ops._C, "onednn_mm"):
+        with pytest.raises(ValueError, match="expected vLLM's CPU build along with a handler of its product"):
+            torch.ops.nm_act.sparse_linear_prepacked(x, weight, torch.tensor(1), None, 8, 16)
     assert "oneDNN computes on CPUs" in prepack.why_not_prepacked(torch.empty(1, device="meta"))
     assert "no product in float64" in prepack.why_not_prepacked(torch.empty(1, dtype=torch.float64))
     assert prepack.prepack_weight(torch.empty(2, 2, dtype=torch.float64)) is None

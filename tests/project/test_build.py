@@ -51,6 +51,7 @@ def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
         "import torch, nm_act; torch.manual_seed(0); x = torch.randn(9, 96); w = torch.randn(64, 96).t().contiguous().t();"
         "out = [nm_act.prune(x.to(d), '8:16', token_shift='mean') for d in (torch.float32, torch.bfloat16, torch.float16)];"
         "out += [nm_act.sparse_linear(torch.randn(2, 64), torch.randn(64, 24).t(), pattern='3:8')];"
+        "out += [nm_act.prune(x.bfloat16(), f'{m // 2}:{m}') for m in (2, 4, 8, 16, 32)];"
         f"torch.save((nm_act.build_info()['cpu_isa'], out), r'{tmp_path / 'out.pt'}')"
     )
     result = with_isa(isa, script)
@@ -66,6 +67,8 @@ def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
         assert torch.equal(output, nm_act.prune(x.to(dtype), "8:16", token_shift="mean"))
     y, weight = torch.randn(2, 64), torch.randn(64, 24).t()
     torch.testing.assert_close(outputs[3], nm_act.sparse_linear(y, weight, pattern="3:8"), rtol=1e-5, atol=1e-5)
+    for m, output in zip((2, 4, 8, 16, 32), outputs[4:], strict=True):
+        assert torch.equal(output, nm_act.prune(x.bfloat16(), f"{m // 2}:{m}"))
 
 
 def test_unknown_instruction_set_is_one_sentence():

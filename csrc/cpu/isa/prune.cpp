@@ -3,7 +3,9 @@
 //   Z = round(X - eta),  key = |Z| * channel_scale,  P = the N of every M of Z with the largest keys
 //   nu = sqrt(Var(Z) / Var(P)), sums in float64
 //
-// A row is converted to float32 once; without a shift the bits of the output are those of the input.
+// A row is converted to float32 once; without a shift the bits of the output are those of the input. A 16-bit operand
+// that nothing but magnitudes decides about is pruned as one long row: its rows are short in small models, and padding
+// each to whole vectors would cost up to half of the time.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -163,13 +165,49 @@ void prune_rows(const PruneParams& p, int64_t token_begin, int64_t token_end) {
   for (int64_t token = token_begin; token < token_end; ++token) prune_row<T>(p, token, scratch);
 }
 
+// 16-bit elements whose magnitudes decide, M of 2 to 16; `count` is a multiple of M.
+template <int M, class T>
+void prune_magnitudes(const T* x, T* out, int64_t count, int keep) {
+  constexpr int64_t kBlock = int64_t(Groups<int16_t>::kCount) * M;
+  constexpr int16_t kInfinity = std::is_same_v<T, BFloat16> ? 0x7f80 : 0x7c00;
+  uint32_t mask[(kBlock + 31) / 32];
+  alignas(64) int16_t bits[kBlock];
+  int64_t k = 0;
+  for (; k + kBlock <= count; k += kBlock) {
+    std::memcpy(bits, x + k, sizeof(bits));
+    select_magnitudes<M>(bits, kInfinity, keep, mask);
+    emit_dense(x + k, mask, kBlock, out + k);
+  }
+  if (k == count) return;
+  std::memset(bits, 0, sizeof(bits));
+  std::memcpy(bits, x + k, (count - k) * sizeof(T));
+  select_magnitudes<M>(bits, kInfinity, keep, mask);
+  emit_dense(x + k, mask, count - k, out + k);
+}
+
+template <class T>
+void prune_16_bits(const PruneParams& p, int64_t token_begin, int64_t token_end) {
+  const bool magnitudes = p.channel_scale == nullptr && p.shift == nullptr && p.token_shift == TokenShift::kNone &&
+                          p.nu == nullptr && p.values == nullptr && p.pattern.extra.count == 0;
+  const T* const x = static_cast<const T*>(p.x) + token_begin * p.in_features;
+  T* const out = static_cast<T*>(p.out) + token_begin * p.in_features;
+  const int64_t count = (token_end - token_begin) * p.in_features;
+  switch (magnitudes ? p.pattern.group : 0) {
+    case 2: return prune_magnitudes<2>(x, out, count, p.pattern.keep);
+    case 4: return prune_magnitudes<4>(x, out, count, p.pattern.keep);
+    case 8: return prune_magnitudes<8>(x, out, count, p.pattern.keep);
+    case 16: return prune_magnitudes<16>(x, out, count, p.pattern.keep);
+    default: return prune_rows<T>(p, token_begin, token_end);
+  }
+}
+
 }  // namespace
 
 void prune(const PruneParams& p, int64_t token_begin, int64_t token_end) {
   switch (p.dtype) {
     case ElementType::kFloat32: return prune_rows<float>(p, token_begin, token_end);
-    case ElementType::kBFloat16: return prune_rows<BFloat16>(p, token_begin, token_end);
-    default: return prune_rows<Float16>(p, token_begin, token_end);
+    case ElementType::kBFloat16: return prune_16_bits<BFloat16>(p, token_begin, token_end);
+    default: return prune_16_bits<Float16>(p, token_begin, token_end);
   }
 }
 

@@ -1,8 +1,8 @@
 // Top-N-of-M selection: keys, the Nth largest of a group and the survivors' bit mask.
 //
-// kGroupLanes groups are selected together, one per lane: after a transpose, key[i] holds element i of all these groups.
-// A sorting network finds the Nth largest key. What is larger survives, and of those equal to it the ones of lowest
-// index, until there are N.
+// As many groups as a vector has keys are selected together, one per lane: after a transpose, key[i] holds element i of
+// all these groups. A sorting network finds the Nth largest key. What is larger survives, and of those equal to it the
+// ones of lowest index, until there are N.
 #pragma once
 
 #include <algorithm>
@@ -13,10 +13,18 @@
 
 namespace nm_act::cpu::NM_ACT_ISA {
 
+constexpr int kVectorBytes = kLanes * 4;
 constexpr int kGroupLanes = kLanes;
 // A number of groups that fills whole words of the mask, for every M, and whole vectors.
 constexpr int kBlockGroups = 16;
-typedef int32_t GroupVec __attribute__((vector_size(kGroupLanes * 4)));
+
+// A vector of keys, one for each of kCount groups. Keys of 16 bits take half the instructions of 32.
+template <class Key>
+struct Groups {
+  typedef Key Vec __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kCount = kVectorBytes / sizeof(Key);
+};
+typedef Groups<int32_t>::Vec GroupVec;
 
 constexpr int32_t kInfKey = 0x7f800000;
 constexpr int32_t kNanKey = 0x7fffffff;
@@ -48,17 +56,18 @@ inline void rank_keys(const GroupVec (&key)[M], GroupVec (&rank)[M]) {
 inline GroupVec choose(GroupVec condition, GroupVec a, GroupVec b) { return (a & condition) | (b & ~condition); }
 
 // key[i][lane] = keys[lane * M + i]: elements of even and odd index are parted log2(M) times.
-template <int M>
-[[gnu::always_inline]] inline void load_groups(const int32_t* keys, GroupVec (&key)[M]) {
+template <int M, class Key, class Vec>
+[[gnu::always_inline]] inline void load_groups(const Key* keys, Vec (&key)[M]) {
+  constexpr int kCount = Groups<Key>::kCount;
 #if defined(__clang__)
   for (int i = 0; i < M; ++i)
-    for (int lane = 0; lane < kGroupLanes; ++lane) key[i][lane] = keys[lane * M + i];
+    for (int lane = 0; lane < kCount; ++lane) key[i][lane] = keys[lane * M + i];
 #else
-  GroupVec even;
-  for (int lane = 0; lane < kGroupLanes; ++lane) even[lane] = 2 * lane;
+  Vec even;
+  for (int lane = 0; lane < kCount; ++lane) even[lane] = Key(2 * lane);
   std::memcpy(key, keys, sizeof(key));
   for (int step = 1; step < M; step *= 2) {
-    GroupVec parted[M];
+    Vec parted[M];
 #pragma GCC unroll 16
     for (int i = 0; i < M / 2; ++i) {
       parted[i] = __builtin_shuffle(key[2 * i], key[2 * i + 1], even);
@@ -70,15 +79,16 @@ template <int M>
 #endif
 }
 
-inline void order_keys(GroupVec& larger, GroupVec& smaller) {
-  const GroupVec a = larger, b = smaller;
+template <class Vec>
+[[gnu::always_inline]] inline void order_keys(Vec& larger, Vec& smaller) {
+  const Vec a = larger, b = smaller;
   larger = a > b ? a : b;
   smaller = a > b ? b : a;
 }
 
 // Sorts key[First], key[First + Step], ... (Count of them), largest first: Batcher's odd-even merge sort.
-template <int First, int Step, int Count, int M>
-[[gnu::always_inline]] inline void merge_halves(GroupVec (&key)[M]) {
+template <int First, int Step, int Count, class Vec, int M>
+[[gnu::always_inline]] inline void merge_halves(Vec (&key)[M]) {
   if constexpr (Count == 2) {
     order_keys(key[First], key[First + Step]);
   } else {
@@ -89,8 +99,8 @@ template <int First, int Step, int Count, int M>
   }
 }
 
-template <int First, int Count, int M>
-[[gnu::always_inline]] inline void sort_keys(GroupVec (&key)[M]) {
+template <int First, int Count, class Vec, int M>
+[[gnu::always_inline]] inline void sort_keys(Vec (&key)[M]) {
   if constexpr (Count > 1) {
     sort_keys<First, Count / 2>(key);
     sort_keys<First + Count / 2, Count / 2>(key);
@@ -98,33 +108,75 @@ template <int First, int Count, int M>
   }
 }
 
-template <int M>
-inline void select_block(const int32_t* keys, int keep, uint32_t* bits) {
-  GroupVec key[M], sorted[M];
-  load_groups<M>(keys, key);
+// The survivors of Groups<Key>::kCount groups, one bit an element; M is at most the bits of a key.
+template <class Key, class Vec, int M>
+[[gnu::always_inline]] inline Vec survivors(const Vec (&key)[M], int keep) {
+  Vec sorted[M];
 #pragma GCC unroll 32
   for (int i = 0; i < M; ++i) sorted[i] = key[i];
   sort_keys<0, M>(sorted);
-  const GroupVec least = sorted[keep - 1], next = sorted[keep];
-  GroupVec mask{};
+  const Vec least = sorted[keep - 1], next = sorted[keep];
+  Vec mask{};
 #pragma GCC unroll 32
-  for (int i = 0; i < M; ++i) mask |= (key[i] >= least) & int32_t(1u << i);
-  const GroupVec tied = least == next;
-  int64_t any[kGroupLanes / 2], some = 0;
+  for (int i = 0; i < M; ++i) mask |= (key[i] >= least) & Key(1u << i);
+  const Vec tied = least == next;
+  int64_t any[kVectorBytes / 8], some = 0;
   std::memcpy(any, &tied, sizeof(tied));
-  for (const int64_t pair : any) some |= pair;
+  for (const int64_t part : any) some |= part;
   if (some != 0) {  // more than N are as large as the Nth
-    GroupVec room = GroupVec{} + keep;
+    Vec room = Vec{} + Key(keep);
 #pragma GCC unroll 32
     for (int i = 0; i < M; ++i) room += key[i] > least;  // -1 where true
 #pragma GCC unroll 32
     for (int i = 0; i < M; ++i) {
-      const GroupVec equal = key[i] == least;
-      mask &= ~((equal & (room <= 0)) & int32_t(1u << i));
+      const Vec equal = key[i] == least;
+      mask &= ~((equal & (room <= 0)) & Key(1u << i));
       room += equal;
     }
   }
+  return mask;
+}
+
+template <int M>
+inline void select_block(const int32_t* keys, int keep, uint32_t* bits) {
+  GroupVec key[M];
+  load_groups<M>(keys, key);
+  const GroupVec mask = survivors<int32_t>(key, keep);
   std::memcpy(bits, &mask, sizeof(mask));
+}
+
+// The words of a mask, bit k % 32 of words[k / 32] for element k, from `groups` masks of M bits.
+template <int M, class Bits>
+[[gnu::always_inline]] inline void join_bits(const Bits* bits, int groups, uint32_t* words) {
+  constexpr int kPerWord = 32 / M;
+  for (int g = 0; g < groups; g += kPerWord) {
+    uint32_t word = 0;
+    for (int i = 0; i < std::min(kPerWord, groups - g); ++i) word |= uint32_t(bits[g + i]) << (i * M);
+    words[g / kPerWord] = word;
+  }
+}
+
+// The same for M of 2 to 16 and 16 bits an element, without a scale: magnitudes order as integers, of NaN all alike.
+template <int M>
+inline void select_magnitudes(const int16_t* x, int16_t infinity, int keep, uint32_t* words) {
+  using Vec = Groups<int16_t>::Vec;
+  constexpr int kCount = Groups<int16_t>::kCount;
+  Vec key[M];
+  load_groups<M>(x, key);
+  const Vec nan = Vec{} + int16_t(infinity + 1);
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    const Vec bits = key[i] & int16_t(0x7fff);
+    key[i] = bits < nan ? bits : nan;
+  }
+  const Vec mask = survivors<int16_t>(key, keep);
+  if constexpr (M == 16) {
+    std::memcpy(words, &mask, sizeof(mask));
+  } else {
+    uint16_t bits[kCount];
+    std::memcpy(bits, &mask, sizeof(mask));
+    join_bits<M>(bits, kCount, words);
+  }
 }
 
 // 2:4+1 (kernels/prune/window_select.h has the rule): the two quads that gain most from the slot of column e get it.
@@ -178,13 +230,7 @@ void select_blocks(const int32_t* keys, int64_t in_features, uint32_t* mask, con
   for (int64_t g = 0; g < groups; g += kBlockGroups) {
     uint32_t bits[kBlockGroups];
     for (int b = 0; b < kBlockGroups; b += kGroupLanes) select(keys + (g + b) * M, bits + b);
-    constexpr int kPerWord = 32 / M;
-    uint32_t* words = mask + g / kPerWord;
-    for (int w = 0; w < kBlockGroups / kPerWord; ++w) {
-      uint32_t word = 0;
-      for (int i = 0; i < kPerWord; ++i) word |= bits[w * kPerWord + i] << (i * M);
-      words[w] = word;
-    }
+    join_bits<M>(bits, kBlockGroups, mask + g * M / 32);
   }
 }
 

@@ -3,7 +3,7 @@
 // An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens with a weight stored [in, out] run
 // on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product: our
 // own where it is faster (dense.cpp), else torch's, or if more than a bias follows, one that keeps float32 until the end.
-// With a prepacked weight it is oneDNN's, which is faster, so that fewer tokens skip rows.
+// With a prepacked weight it is oneDNN's, called through torch or vLLM, which is faster: fewer tokens skip rows.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -146,9 +146,9 @@ at::Tensor pruned_product(const char* op, const at::Tensor& prepacked, const at:
   if (pays && choose_on_cpu(facts).path == LinearPath::kGather) {
     launch_gather(operand, weight, epilogue, selection.type, y);
   } else if (prepacked.defined() && scales) {
-    apply_epilogue(prepacked_product(operand, prepacked, {}).to(at::kFloat), epilogue, type, 0, y);
+    apply_epilogue(prepacked_product(operand, prepacked, {}, y).to(at::kFloat), epilogue, type, 0, y);
   } else if (prepacked.defined()) {
-    y = prepacked_product(operand, prepacked, bias);
+    y = prepacked_product(operand, prepacked, bias, y);
   } else if (tokens <= cpu::most_gathered_tokens(type == ElementType::kFloat32) && weight.stride(1) == 1) {
     dense_rows(operand, weight, epilogue, selection.type, y);
   } else if (stored_in_out(weight) && columns_pay(type, tokens) && !(scales && type == ElementType::kBFloat16)) {
@@ -181,7 +181,8 @@ at::Tensor sparse_linear_prepacked(const at::Tensor& x, const at::Tensor& weight
                                    at::IntArrayRef extra_columns) {
   constexpr const char* kOp = "sparse_linear_prepacked";
   TORCH_CHECK_VALUE(
-      prepacked.is_mkldnn() && prepacked.scalar_type() == weight.scalar_type() && prepacked.sizes() == weight.sizes(),
+      prepacked.is_mkldnn() ? prepacked.scalar_type() == weight.scalar_type() && prepacked.sizes() == weight.sizes()
+                            : is_vllm_handler(prepacked),
       "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ", weight.scalar_type(), " ",
       weight.sizes(), ", got ", prepacked.layout(), " ", prepacked.scalar_type(), " ", prepacked.sizes(),
       "; make it with torch.ops.mkldnn._reorder_linear_weight");
