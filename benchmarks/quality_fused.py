@@ -1,8 +1,8 @@
 """Steps of quality_gpu.py on the stack of quality_stack.py: recipes that `optimize` merges, searched, trained, refined.
 
-A job is NAME=SECONDS or NAME=SECONDS=RATE, such as "decode 1.45=300" or "2:4=80=0.001". A searched recipe is
-searched on C4 with selection by magnitude in the folded model, trained a quarter of the time, searched again around the trained
-model, and trained for the rest; a pattern goes into every layer.
+A job is NAME=SECONDS or NAME=SECONDS=RATE, such as "decode 1.45=300" or "2:4=80=0.001". A searched recipe is searched
+on C4 with selection by magnitude in the folded model, trained a quarter of the time, searched again around the
+trained model, and trained for the rest; a pattern goes into every layer.
 """
 
 import dataclasses
