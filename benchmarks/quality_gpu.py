@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from quality_correlated import correlated
 from quality_fused import KEEPS, fused, plain
 from quality_session import C4, OutOfTimeError, Session, calibrated, everywhere, tf32, with_mitigation
 from quality_training import train_graphed
@@ -305,7 +306,9 @@ def tasks(session: Session) -> None:
                 session.measure(variant, texts=["wikitext2"], tasks=wanted, dtype="bfloat16")
 
 
-STEPS = {each.__name__: each for each in (fused, plain, rows, rules, curve, search, train, tasks, refits, study)}
+STEPS = {
+    each.__name__: each for each in (fused, plain, correlated, rows, rules, curve, search, train, tasks, refits, study)
+}
 
 
 def main() -> None:
