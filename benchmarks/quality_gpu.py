@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from quality_correlated import correlated
+from quality_fused import KEEPS, fused, plain
 from quality_session import C4, OutOfTimeError, Session, calibrated, everywhere, tf32, with_mitigation
 from quality_training import train_graphed
 
@@ -142,7 +144,7 @@ def trained_recipes(session: Session) -> Iterator[tuple[str, Recipe, str]]:
     jobs += [("2:4", "data", ["rsparse-8-fit"]), ("8:16", "data", ["rsparse-16-fit"])]
     jobs += [(name, "weights", []) for name in ("decode (recommended)", "prefill (recommended)", "search decode 1.80x")]
     for name, what, mitigation in jobs:
-        if name in found:
+        if name in found and session.options.only in " ".join((name, what, *mitigation)):
             yield name, with_mitigation(found[name], mitigation), what
 
 
@@ -304,7 +306,9 @@ def tasks(session: Session) -> None:
                 session.measure(variant, texts=["wikitext2"], tasks=wanted, dtype="bfloat16")
 
 
-STEPS = {each.__name__: each for each in (rows, rules, curve, search, train, tasks, refits, study)}
+STEPS = {
+    each.__name__: each for each in (fused, plain, correlated, rows, rules, curve, search, train, tasks, refits, study)
+}
 
 
 def main() -> None:
@@ -320,6 +324,14 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=384)
     parser.add_argument("--batch", type=int, default=12, help="windows in a step of training")
     parser.add_argument("--tasks-of-trained", action="store_true")
+    parser.add_argument("--all-tasks", action="store_true", help="HellaSwag too")
+    parser.add_argument("--only", default="", help="of the step train, those whose name, kind or mitigation has this")
+    parser.add_argument("--jobs", default="decode 1.45=300", help="of the step fused (quality_fused.py)")
+    parser.add_argument(
+        "--cache", default="/tmp/m", help="where trained weights and the text that the model wrote stay"
+    )
+    parser.add_argument("--fused-batch", type=int, default=16, help="windows in a step of its training")
+    parser.add_argument("--written-seconds", type=float, default=45.0, help="for text that the dense model writes")
     options = parser.parse_args()
     sizes = {
         "tokens": 20480,
@@ -329,9 +341,11 @@ def main() -> None:
         "keeps": (5, 6, 7, 8, 9, 10, 12, 14),
     }
     sizes |= {"together": 1, "refit_windows": 200, "learned_windows": 256}
+    sizes |= {"written": 16384, "written_at_once": 2048, "sensitivity_windows": 16, "fused_keeps": KEEPS}
     if options.tiny:
         sizes = {"tokens": 128, "window": 64, "limit": 2, "calibration": 120, "keeps": (4, 8), "together": 15}
         sizes |= {"refit_windows": 60, "learned_windows": 2}
+        sizes |= {"written": 8, "written_at_once": 4, "sensitivity_windows": 2, "fused_keeps": (10, 16, 20, 24)}
     vars(options).update(sizes)
     options.commit = options.commit or nm_act.version.commit()
     session = Session(options)

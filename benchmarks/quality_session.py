@@ -37,7 +37,7 @@ class Session:
     def __init__(self, options: argparse.Namespace):
         self.start, self.options, self.step_end = time.perf_counter(), options, math.inf
         self.device = torch.device(options.device)
-        self.cpu, self.tokenizer = load_model(options.model, dtype="float32")
+        self.cpu, self.tokenizer = self._loaded()
         self.cpu.requires_grad_(False)
         self.dense = copy.deepcopy(self.cpu).to(self.device)
         with safe_open(options.data, framework="pt") as file:
@@ -54,6 +54,20 @@ class Session:
                 self._identity = line["identity"]
             else:
                 self.done.add((self._identity["dtype"], line["variant"]["name"], line["task"]))
+
+    def _loaded(self) -> tuple:
+        """The model and its tokenizer; a copy in the cache spares the next call the GGUF file's dequantisation."""
+        file = Path(self.options.cache) / f"{Path(self.options.model).name}.pt"
+        if file.is_file():
+            return torch.load(file, weights_only=False)  # written by this script
+        found = load_model(self.options.model, dtype="float32")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save(found, file)
+        except Exception as error:  # whatever it is, the next call only loads again
+            file.unlink(missing_ok=True)
+            print(f"the loaded model is not kept ({error})", flush=True)
+        return found
 
     def _lines(self, name: str) -> list[dict]:
         path = self.output / name
@@ -78,6 +92,15 @@ class Session:
         self.facts[name] = {"name": name, **values}
         self._append("facts.jsonl", self.facts[name] | {"commit": self.options.commit})
         self.say(name, json.dumps(values)[:300])
+
+    def value(self, variant: str, task: str = "wikitext2", dtype: str = "float32") -> float:
+        """What was measured; NaN if nothing was."""
+        identity, found = {}, math.nan
+        for line in self._lines("rows.jsonl"):
+            identity = line.get("identity", identity)
+            if (line.get("task"), identity.get("dtype")) == (task, dtype) and line["variant"]["name"] == variant:
+                found = line["value"]
+        return found
 
     def say(self, *parts: object) -> None:
         print(f"{time.perf_counter() - self.start:6.1f}", *parts, flush=True)

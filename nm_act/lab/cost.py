@@ -73,7 +73,9 @@ class Rates:
             return self.table["2:4"][0] / factor, f"cost model: the 2:4 row / {factor:g}"
         return 1.0, "dense product"
 
-    def time(self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
+    def time(
+        self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False, merged: bool = True
+    ) -> float:
         """Multiply-accumulates of a layer at the dense speed that take as long."""
         return place.macs / self.speedup(DENSE if spec is None else str(spec.pattern))[0]
 
@@ -123,8 +125,14 @@ class Cost(Protocol):
     def phases(self) -> tuple[str, ...]:
         """Those whose times are known."""
 
-    def time(self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
-        """Of one layer; `spec` None is dense, `fused` says that all layers that share its input have this spec."""
+    def time(
+        self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False, merged: bool = True
+    ) -> float:
+        """Of one layer; `spec` None is dense.
+
+        `merged` says that it is one product with the layers that share its input, `fused` that the operand of that
+        product comes packed.
+        """
 
     def rest(self, phase: str, layers: int) -> float:
         """Of all else in that many decoder layers."""
@@ -167,12 +175,29 @@ def is_packed(spec: LinearSpec | None) -> bool:
     return spec is not None and not data_of(spec) and not spec.scoring.by_sequence
 
 
+def merges(spec: LinearSpec | None) -> bool:
+    """Whether `optimize` merges layers with this spec that share their input: no scores or data of each layer's own."""
+    return spec is None or (spec.scoring.formula is None and not data_of(spec))
+
+
 def layer_time(
-    cost: Cost, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False, rank_factor: float = 1.0
+    cost: Cost,
+    phase: str,
+    place: Place,
+    spec: LinearSpec | None,
+    *,
+    alike: bool = False,
+    packed: bool = True,
+    rank_factor: float = 1.0,
 ) -> float:
-    """Time of a layer with what its mitigations add, whose GEMMs run at the dense speed; ranks times `rank_factor`."""
+    """Time of a layer with what its mitigations add, whose GEMMs run at the dense speed; ranks times `rank_factor`.
+
+    `alike` says that all layers that share its input have this spec, `packed` whether the recipe lets operands come
+    packed.
+    """
     spec = pruned(spec, phase)
-    time = cost.time(phase, place, spec, fused=fused)
+    merged = merged_with(place.projection) == (place.projection,) or (alike and merges(spec))
+    time = cost.time(phase, place, spec, fused=packed and alike and merged and is_packed(spec), merged=merged)
     added = 0.0 if spec is None else float(added_macs(spec, place.in_features, place.out_features))
     added *= rank_factor if spec is not None and rank_of(spec.mitigation) else 1.0
     return time + (cost.time(phase, place, None) * added / place.macs if added else 0.0)
@@ -204,10 +229,10 @@ def predictions(
             specs = {p.projection: None if recipe is None else recipe.resolve(layer, p.projection) for p in block}
             for place in block:
                 spec, alone = specs[place.projection], cost.time(phase, place, None)
-                together = {specs[name] for name in merged_with(place.projection) if name in specs}
+                alike = len({specs[name] for name in merged_with(place.projection) if name in specs}) == 1
+                packed = not (recipe and recipe.dense_first_tokens)
                 dense += alone
-                packed = len(together) == 1 and is_packed(spec) and not (recipe and recipe.dense_first_tokens)
-                sparse += layer_time(cost, phase, place, spec, fused=packed, rank_factor=rank_factor)
+                sparse += layer_time(cost, phase, place, spec, alike=alike, packed=packed, rank_factor=rank_factor)
                 if recipe is not None and phase == "prefill" and pruned(spec, phase) is not None:
                     sparse += alone * min(recipe.dense_first_tokens / PREFILL_TOKENS, 1)
         speedups[phase] = dense / sparse

@@ -1,8 +1,9 @@
 """Times of a decoder's products on a measured device, by the shapes of a model.
 
 A layer that shares its input with others (q/k/v, gate/up) costs its share of the merged product that
-:func:`nm_act.optimize` makes. Where the merged layers have one spec, their 2:4 operand comes packed from the norm or
-the activation in front, so the time is that of the sparse GEMM; otherwise, and for ``o_proj``, that of the operator.
+:func:`nm_act.optimize` makes, where they have one spec without scores or data of each layer's own; otherwise that of a
+product of its own. The 2:4 operand of a merged or single product comes packed from the norm or the activation in front,
+so the time is that of the sparse GEMM; otherwise, and for ``o_proj``, that of the operator.
 """
 
 import math
@@ -113,10 +114,13 @@ class Measured:
     def __post_init__(self) -> None:
         self.tables: Tables = load_tables(self.device)
 
-    def time(self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False) -> float:
+    def time(
+        self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False, merged: bool = True
+    ) -> float:
         """Microseconds of a projection's share of its product, by the name of its `place`; None is dense.
 
-        `fused` says that all layers of the product have this spec.
+        `merged` says that the sparse layer is one product with those that share its input, not a product of its own,
+        and `fused` that the operand of that product comes packed.
         """
         projection = place.projection
         names = (projection,) if projection in self.shapes else ROLES.get(projection, (projection,))
@@ -125,14 +129,15 @@ class Measured:
             raise ValueError(
                 f"expected projections among {', '.join(self.shapes)}, got {missing!r}; search with --rates FILE"
             )
-        return sum(self._time(phase, name, spec, fused) for name in names)
+        return sum(self._time(phase, name, spec, fused, merged or len(names) > 1) for name in names)
 
-    def _time(self, phase: str, name: str, spec: LinearSpec | None, fused: bool) -> float:
+    def _time(self, phase: str, name: str, spec: LinearSpec | None, fused: bool, merged: bool = True) -> float:
         together = [other for other in merged_with(name) if other in self.shapes]
         in_features, out_features = self.shapes[name]
-        merged = sum(self.shapes[other][1] for other in together)
+        together = together if merged or spec is None else [name]
+        width = sum(self.shapes[other][1] for other in together)
         tokens = self.tokens if phase == "prefill" else 1
-        sizes = merged, in_features, tokens
+        sizes = width, in_features, tokens
         found = dense = self.tables.dense(phase, sizes)
         time = dense.us
         if spec is not None:
@@ -143,7 +148,7 @@ class Measured:
             time += self._in_model if phase == "decode" else 0.0
         if found.note:
             self.notes[found.note] = None
-        return time * out_features / merged
+        return time * out_features / width
 
     @cached_property
     def _in_model(self) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..patterns import NMPattern, as_pattern
+from ..patterns import NMPattern, TopKPattern, as_pattern
 
 __all__ = ["DEFAULT_DEVICE", "Product", "Tables", "devices", "load_tables", "table_file"]
 
@@ -106,8 +106,8 @@ class Tables:
         phase : {"prefill", "decode"}
         pattern : str
             As in a recipe. In decode the time of a share of kept features that was not measured is interpolated, or
-            beyond the measured shares proportional. In prefill every pattern but 2:4 and 2:4+1 is a pruned operand in
-            the dense product.
+            beyond the measured shares proportional; between patterns of the same M, where some were measured. In
+            prefill every pattern but 2:4 and 2:4+1 is a pruned operand in the dense product.
         sizes : (int, int, int)
             out_features, in_features and tokens. Those that were not measured take the nearest row's time per
             multiply-accumulate.
@@ -117,7 +117,7 @@ class Tables:
         """
         chosen = as_pattern(pattern)
         if phase == "decode":
-            return self._decode(chosen.kept_fraction, sizes, dtype)
+            return self._decode(chosen, sizes, dtype)
         windows, name = 0, str(chosen)
         if isinstance(chosen, NMPattern) and chosen.extra_columns:
             windows = len(chosen.extra_columns)
@@ -136,11 +136,17 @@ class Tables:
         found = self._nearest((f"{phase} op", "bf16", "2:4"), sizes)
         return Product(found.dense_us, found.dense_us, found.note)
 
-    def _decode(self, kept: float, sizes: tuple[int, int, int], dtype: str) -> Product:
+    def _decode(self, chosen: NMPattern | TopKPattern, sizes: tuple[int, int, int], dtype: str) -> Product:
+        kept, group = chosen.kept_fraction, getattr(chosen, "group", None)
+        measured = [
+            (as_pattern(pattern), pattern)
+            for stage, own, pattern in self._products
+            if (stage, own) == ("decode op", dtype)
+        ]
+        alike = [each for each in measured if getattr(each[0], "group", None) == group]
         shares: dict[float, str] = {}
-        for stage, own, pattern in self._products:
-            if (stage, own) == ("decode op", dtype):
-                shares.setdefault(as_pattern(pattern).kept_fraction, pattern)
+        for pattern, name in alike or measured:
+            shares.setdefault(pattern.kept_fraction, name)
         below = max((share for share in shares if share <= kept), default=min(shares))
         above = min((share for share in shares if share >= kept), default=max(shares))
         low, high = (self._nearest(("decode op", dtype, shares[share]), sizes) for share in (below, above))

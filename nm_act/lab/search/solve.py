@@ -14,7 +14,7 @@ import numpy as np
 
 from ...recipe import DENSE, LinearSpec, Recipe, Rule
 from ...supported import require
-from ..cost import Cost, is_packed, layer_time
+from ..cost import Cost, layer_time
 from ..measured import Place
 from .sensitivity import Group
 
@@ -55,8 +55,8 @@ class Problem:
 
         def phase_saved(phase: str) -> list[list[float]]:
             def time(group: Group, spec: LinearSpec | None) -> float:
-                fused = group.is_whole_product and is_packed(spec)
-                return math.fsum(layer_time(self.cost, phase, place, spec, fused=fused) for place in group.places)
+                alike = group.is_whole_product
+                return math.fsum(layer_time(self.cost, phase, place, spec, alike=alike) for place in group.places)
 
             dense = [time(group, None) for group in self.groups]
             total = math.fsum(dense) + self.cost.rest(phase, layers)
