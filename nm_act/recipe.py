@@ -229,7 +229,7 @@ class Recipe:
     def from_json(cls, path: str | os.PathLike[str]) -> "Recipe":
         """Read a JSON file; ValueError if it is not valid JSON or not a recipe."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(_text_of(path))
         except ValueError as error:
             raise ValueError(f"expected a recipe in JSON, got invalid text in {path}: {_one_line(error)}") from error
         return cls.from_dict(data)
@@ -244,7 +244,7 @@ class Recipe:
         from .yaml_text import YAMLError, load_yaml  # needs PyYAML, which recipes made in Python do not
 
         try:
-            data = load_yaml(Path(path).read_text(encoding="utf-8"))
+            data = load_yaml(_text_of(path))
         except (YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"expected a recipe in YAML, got invalid text in {path}: {_one_line(error)}") from error
         return cls.from_dict(data)
@@ -283,6 +283,15 @@ class Recipe:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe; the suffix (.yaml, .yml or .json) decides the format."""
         self.to_json(path) if _suffix(path) == ".json" else self.to_yaml(path)
+
+
+def _text_of(path: str | os.PathLike[str]) -> str:
+    if not Path(path).is_file():
+        found = "a folder" if Path(path).is_dir() else "no file there"
+        raise FileNotFoundError(
+            f"expected a recipe file, got {str(path)!r} ({found}); give its path, or one of {', '.join(NAMED)}"
+        )
+    return Path(path).read_text(encoding="utf-8")
 
 
 def _of_roles(*roles: str) -> tuple[str, ...]:

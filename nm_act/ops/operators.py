@@ -181,7 +181,9 @@ def sparse_linear(
         :func:`nm_act.explain` reports.
     activation_dtype : torch.dtype, optional
         torch.float8_e4m3fn casts the survivors to e4m3 with one dynamic scale per token, for the fp8 tensor cores; it
-        needs 2:4, CUDA (sm_90), x in 16 bits and a contiguous float8_e4m3fn weight. Default: the dtype of x.
+        needs CUDA (sm_90), x in 16 bits (bfloat16 for other patterns than 2:4, which run on the dense fp8 tensor
+        cores, without channel scale, shift, VAR or column scale) and a contiguous float8_e4m3fn weight. Default: the
+        dtype of x.
 
     Returns
     -------

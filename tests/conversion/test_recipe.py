@@ -233,8 +233,14 @@ def test_bad_suffix(tmp_path, action):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        Recipe.load(tmp_path / "none.yaml")
+    for name in ("none.yaml", "none.json"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"expected a recipe file, got '.*{name}' .no file there.; give its path"
+        ):
+            Recipe.load(tmp_path / name)
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"folder\.yaml' \(a folder\); give its path, or one of prefill"):
+        Recipe.load(tmp_path / "folder.yaml")
 
 
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
