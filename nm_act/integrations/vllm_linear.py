@@ -106,6 +106,10 @@ class NMActVLLMConfig(QuantizationConfig):
             storage.check_device(current_platform.device_type, current_platform.get_device_capability())
         return cls(Recipe.from_dict(fields.get("recipe", fields)), storage)
 
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Raise a ValueError for a checkpoint that is quantised already, which an override hides from vLLM."""
+        plan.check_dense(model_name, revision)
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         """The sparse method for a linear layer in the recipe, vLLM's dense one for any other; None elsewhere."""
         if not isinstance(layer, LinearBase):

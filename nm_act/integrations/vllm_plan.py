@@ -64,6 +64,25 @@ def check_servable(recipe: Recipe) -> None:
         )
 
 
+def check_dense(model: str, revision: str | None = None) -> None:
+    """Raise a ValueError if a folder's or hub name's own config.json has another quantisation."""
+    from transformers import PretrainedConfig
+
+    try:
+        stored, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+    except OSError:  # vLLM found its configuration elsewhere
+        return
+    parts = [part for part in (stored, stored.get("text_config")) if isinstance(part, dict)]
+    entries = [part.get(key) for part in parts for key in ("quantization_config", "compression_config")]
+    methods = [entry.get("quant_method") for entry in entries if isinstance(entry, dict)]
+    other = next((method for method in methods if method != "nm_act"), None)
+    if other is not None:
+        raise ValueError(
+            f"expected a dense checkpoint for the quantization nm_act, got one that is quantised as {other!r}; serve "
+            "the model that it was made from"
+        )
+
+
 def place(prefix: str) -> tuple[int, str] | None:
     """Decoder layer and projection of a vLLM layer's name; None outside the text decoder.
 

@@ -1,6 +1,7 @@
 """The plug-in's layers over a stand-in for vLLM: e4m3 weights, what is refused, reload; and the stand-in itself."""
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -115,6 +116,23 @@ def test_what_cannot_be_e4m3_stays_in_16_bits_and_is_said(plugin):
 def test_what_is_refused(plugin, fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         plugin.NMActVLLMConfig.from_config({"recipe": Recipe("8:16").to_dict(), **fields})
+
+
+@pytest.mark.parametrize("place", [["quantization_config"], ["text_config", "quantization_config"]], ids="/".join)
+def test_a_second_quantisation_is_refused(plugin, tmp_path, place):
+    def write(method):
+        entry = {"quant_method": method}
+        for key in reversed(place):
+            entry = {key: entry}
+        (tmp_path / "config.json").write_text(json.dumps(entry))
+
+    config = plugin.NMActVLLMConfig(Recipe("8:16"))
+    write("nm_act")
+    config.maybe_update_config(str(tmp_path))
+    config.maybe_update_config(str(tmp_path / "nowhere"))
+    write("fp8")
+    with pytest.raises(ValueError, match=r"expected a dense checkpoint for the quantization nm_act, got .* as 'fp8'"):
+        config.maybe_update_config(str(tmp_path), hf_config=None, revision=None)
 
 
 def test_cards():
