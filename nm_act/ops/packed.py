@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..patterns import NMPattern
-from . import operators
+from . import library, operators
 from .legacy import takes_activation_dtype, takes_pattern
 from .lifting import is_lifted, lifted_features
 
@@ -116,7 +116,7 @@ def compress_packed(
         If ``x`` is not on CUDA, or a row is too long for its statistics.
     """
     pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
-    tensors = operators.call(
+    tensors = library.call(
         "compress_packed",
         x,
         pattern.keep,
@@ -144,7 +144,7 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
         As in :func:`compress_packed`, but the pattern: it is 2:4. ``unit_offset`` and ``x_weight`` as in
         :func:`nm_act.ops.fused.rms_norm_prune`.
     """
-    *tensors, hidden = operators.call("rms_norm_compress", x, weight, eps, residual, **options)
+    *tensors, hidden = library.call("rms_norm_compress", x, weight, eps, residual, **options)
     return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
 
 
@@ -160,7 +160,7 @@ def silu_mul_compress(gate: Tensor, up: Tensor, **options: Any) -> Packed:
         As in :func:`compress_packed`, but the pattern: it is 2:4. ``activation`` is "silu" or "gelu_tanh" (GELU with
         the tanh approximation).
     """
-    return _packed(operators.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
+    return _packed(library.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
 
 
 def sparse_gemm(
@@ -211,7 +211,7 @@ def sparse_gemm(
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected weight as a torch.Tensor, got {type(weight).__name__}; pass the layer's own")
     _check_operand(operand, weight)
-    y: Tensor = operators.call(
+    y: Tensor = library.call(
         "sparse_gemm",
         operand.values,
         operand.metadata,
@@ -260,7 +260,7 @@ def sparse_gemm_silu_mul(operand: Packed, weight: Tensor, *, activation: str = "
             "silu_mul_compress"
         )
     _check_operand(operand, weight)
-    values, metadata = operators.call(
+    values, metadata = library.call(
         *("sparse_gemm_silu_mul", operand.values, operand.metadata, operand.layout, weight), activation=activation
     )
     outputs, eta = weight.shape[0] // 2, operand.eta
@@ -374,7 +374,7 @@ def _(
     out_dtype: torch.dtype | None = None,
     **_vectors: Tensor | None,
 ) -> Tensor:
-    operators.check_devices("sparse_gemm", values, metadata=metadata, weight=weight, bias=bias)
+    library.check_devices("sparse_gemm", values, metadata=metadata, weight=weight, bias=bias)
     dtype = out_dtype or (torch.bfloat16 if values.dtype == torch.float8_e4m3fn else values.dtype)
     return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
 
@@ -389,6 +389,4 @@ def _(
     return packed, packed_metadata
 
 
-operators.only_on_cuda(
-    "compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm", "sparse_gemm_silu_mul"
-)
+library.only_on_cuda("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm", "sparse_gemm_silu_mul")

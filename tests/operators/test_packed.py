@@ -89,7 +89,7 @@ def test_fp8_of_old_calls_names_the_new_way(monkeypatch, name):
     def call(op, *arguments, **options):
         raise Called(options["activation_dtype"])
 
-    monkeypatch.setattr(packed_module.operators, "call", call)
+    monkeypatch.setattr(packed_module.library, "call", call)
     arguments = {"rms_norm_compress": (NORM, 1e-6), "silu_mul_compress": (X,)}.get(name, ())
     for fp8, dtype in ((True, E4M3), (False, None)):
         with (
