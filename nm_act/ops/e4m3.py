@@ -27,10 +27,15 @@ def check_layout(layout: object) -> None:
         raise ValueError(f"expected fp8 among {', '.join(FP8_LAYOUTS)}, got {layout!r}; choose one of those")
 
 
-def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values ``[rows, columns]``, rounded to nearest, and their float32 scales ``[rows]``, ``max|row| / 448``."""
-    scale = (values.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
-    return (values.float() / scale[:, None]).clamp(-448, 448).to(E4M3), scale
+def quantise_rows(values: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
+    """8-bit values ``[rows, columns]``, rounded to nearest, and their float32 scales ``[rows]``.
+
+    A scale is ``max|row| / 448`` for float8_e4m3fn, ``max|row| / 127`` for int8.
+    """
+    largest = 127 if dtype == torch.int8 else 448
+    scale = (values.float().abs().amax(dim=1) / largest).clamp(min=1e-12)
+    scaled = (values.float() / scale[:, None]).clamp(-largest, largest)
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,4 +134,4 @@ def _(
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 
-refuse_gradient("e4m3_linear", "nm_act.sparse_linear")
+refuse_gradient("e4m3_linear", "a weight in the dtype of x (nm_act.deoptimize gives such layers)")

@@ -1,17 +1,15 @@
 """e4m3 weights: one byte per weight and one scale per output channel."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ops
 from ..layers.linear import NMLinear
-from ..layers.work import is_decode
+from ..layers.work import LinearWork, work_of
 from ..methods import mitigations
-from ..ops.e4m3 import E4M3, E4M3Weight, check_layout, reads_rows
+from ..ops.e4m3 import E4M3, E4M3Weight, check_layout
 from . import readonly
 from .eligible import not_fp8
 
@@ -47,6 +45,8 @@ class FP8Linear(readonly.DequantisedWeight):
     ``state_dict`` contains the dequantised weight under the stock name, so a checkpoint is a stock one but includes the
     rounding to e4m3; ``load_state_dict`` quantises.
     """
+
+    float32 = ("weight_scale", "channel_scale", "shift_out", "scaled_shift_out")
 
     codes: Tensor | None
     rows: Tensor | None
@@ -118,19 +118,20 @@ class FP8Linear(readonly.DequantisedWeight):
         """``x [..., in] -> [..., out]``."""
         if self._is_dense_phase(x):
             return F.linear(x, self.dequantised(x.dtype), self.bias)
-        options: dict[str, Any] = {
-            "channel_scale": self.channel_scale,
-            "token_shift": self.spec.token_shift,
-            "shift_out": self.shift_out,
-            "variance_correction": self.spec.variance_correction,
-            "weight_scale": self.weight_scale,
-        }
-        weight: Any = self.e4m3_rows
-        if not reads_rows(x.shape[:-1].numel(), self.codes, self.rows):
-            weight, options["activation_dtype"] = self.e4m3, E4M3
-        pattern: Any = self.spec.pattern_in(is_decode(x))  # no top-k: see not_fp8
-        return ops.sparse_linear(x, weight, self.bias, pattern, **options)
+        return self.work()(x, self.like, self.bias, None)  # the weight is its operator's
 
+    def work(self) -> LinearWork:
+        """What a sparse call computes: as stored, or made anew where a buffer was replaced since."""
+        work, before = self._work or (None, ())
+        buffers = tuple(self._buffers[name] for name in _READ)
+        if work is None or any(value is not was for value, was in zip(buffers, before, strict=True)):
+            derived = {"channel_scale": self.channel_scale, "shift_out": self.shift_out}
+            work = work_of(self.spec, {}, self._stored.linear, derived)
+            if not torch.compiler.is_compiling():  # a graph keeps no Python objects
+                self._work = work, buffers
+        return work
+
+    _work: tuple[LinearWork, tuple[Tensor | None, ...]] | None = None
     bypass = differentiable = False  # calibration never sees this layer
     _is_dense_phase: Any = NMLinear._is_dense_phase
 
@@ -148,15 +149,8 @@ class FP8Linear(readonly.DequantisedWeight):
         """Sizes, spec and storage, for printing."""
         return f"{self.in_features}, {self.out_features}, {self.spec}, e4m3 for {self.layout}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "FP8Linear":
-        scale, vectors = self.weight_scale, (self.shift_out, self.scaled_shift_out, self.channel_scale)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self.e4m3.device
-        self.weight_scale = scale.to(device)  # stays float32 in a bfloat16 model
-        self.shift_out, self.scaled_shift_out, self.channel_scale = (
-            value if value is None else value.to(device) for value in vectors
-        )
-        return self
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_work": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -165,21 +159,9 @@ class FP8Linear(readonly.DequantisedWeight):
             self.register_buffer("rows", kept if self.layout == "decode" else None, persistent=False)
             self._buffers["codes"] = None if self.layout == "decode" else kept
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        self._load_weight(state_dict, prefix, missing, errors, self.weight_scale.device)
-        bias = state_dict.get(f"{prefix}bias")
-        if self.bias is not None and bias is not None:
-            with torch.no_grad():
-                self.bias.copy_(bias)
+
+_READ = ("codes", "rows", "weight_scale", "channel_scale", "shift_out")
+"""Buffers that a sparse call reads."""
 
 
 def _dequantised_state(layer: FP8Linear, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

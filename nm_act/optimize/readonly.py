@@ -102,6 +102,9 @@ class DequantisedWeight(nn.Module):
     Subclasses have :meth:`store`, :meth:`dequantised`, and ``like``, an empty tensor of the model's dtype and device.
     """
 
+    float32: tuple[str, ...] = ("weight_scale",)
+    """Buffers that stay float32 in a bfloat16 model."""
+
     in_features: int
     out_features: int
     like: Tensor
@@ -125,13 +128,34 @@ class DequantisedWeight(nn.Module):
             refuse_set(name)
         super().__setattr__(name, value)
 
-    def _load_weight(
-        self, state_dict: Mapping[str, Any], prefix: str, missing: list[str], errors: list[str], device: torch.device
+    def _apply(self, fn: Any, recurse: bool = True) -> "DequantisedWeight":
+        before = {name: self._buffers[name] for name in self.float32}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in before.items():
+            setattr(self, name, None if value is None else value.to(self.like.device))
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
-        weight, shape = state_dict.get(f"{prefix}weight"), [self.out_features, self.in_features]
-        if weight is None:
-            missing.append(f"{prefix}weight")
-        elif list(weight.shape) != shape:
-            errors.append(f"expected {prefix}weight of shape {shape}, got {list(weight.shape)}")
-        else:
-            self.store(weight.to(device, self.like.dtype))
+        shapes = {"weight": [self.out_features, self.in_features]}
+        if self.bias is not None:
+            shapes["bias"] = [self.out_features]
+        for name, shape in shapes.items():
+            value = state_dict.get(f"{prefix}{name}")
+            if value is None:
+                missing.append(f"{prefix}{name}")
+            elif list(value.shape) != shape:
+                errors.append(f"expected {prefix}{name} of shape {shape}, got {list(value.shape)}")
+            elif name == "weight":
+                self.store(value.to(self.like.device, self.like.dtype))
+            else:
+                with torch.no_grad():
+                    self.bias.copy_(value)

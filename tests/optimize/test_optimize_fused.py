@@ -115,8 +115,10 @@ def calls(monkeypatch):
         monkeypatch.setattr(operands, replaced.__name__, replaced)
     monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
     monkeypatch.setattr(operands, "way_of", on_a_cpu)
-    linear = nm_act.ops.sparse_linear  # dequantises the weight where the activations are not e4m3 too
-    monkeypatch.setattr(nm_act.ops, "sparse_linear", lambda *a, activation_dtype=None, **options: linear(*a, **options))
+    linear = torch.ops.nm_act.sparse_linear  # dequantises the weight where the activations are not e4m3 too
+    monkeypatch.setattr(
+        torch.ops.nm_act, "sparse_linear", lambda *a, activation_dtype=None, **options: linear(*a, **options)
+    )
     return made
 
 
