@@ -28,7 +28,7 @@ FOLLOW_WEIGHT = ("low_rank_in", "low_rank_out", "rotation")
 class Deriving(nn.Linear):
     """A linear layer with calibrated data, and with what its operator reads in place of the weight.
 
-    :class:`nm_act.NMLinear` is the layer; this is its part that knows nothing of how it computes.
+    The base class of :class:`nm_act.NMLinear`, which adds the forward pass.
 
     Parameters
     ----------
@@ -68,8 +68,8 @@ class Deriving(nn.Linear):
         self._stored: tuple[LinearWork, list[tuple[str, torch.Tensor | None]]] | None = None
         self.differentiable = False
         self.shard: parallel.Shard | None = None
-        self._underived = False  # the weight was not there yet: its first forward computes what derives from it
-        self._visited = False  # the weight is there during a call only: tensors of its size are not kept either
+        self._underived = False  # the weight was not loaded yet: the first forward computes what derives from it
+        self._visited = False  # the weight is loaded for each call: then no tensors of its size are kept either
         self._incomplete = ""  # calibrated data that is still missing
         self._handed_out = False  # a parameter was read from outside since the last check, and may have been written to
         self._unchecked = False  # train() or eval() was called since

@@ -1,4 +1,4 @@
-"""What surrounds sparse layers in a decoder block, fused with their selection or their product (CUDA, 16 bits).
+"""The operators next to a sparse layer in a decoder block, fused with its selection or its product (CUDA, 16 bits).
 
 The producers of the packed 2:4 operand are in :mod:`nm_act.ops.packed`; these serve every N:M.
 """
@@ -168,7 +168,7 @@ def decode_linear(
     activation: str = "silu",
     unit_offset: bool = False,
 ) -> Tensor:
-    """A sparse linear layer of one to four tokens, in one kernel with what stands before and after it.
+    """A sparse linear layer of one to four tokens, in one kernel with the operators before and after it.
 
     ``round(P(x') @ W^T + bias) + residual`` with ``x' = RMSNorm(x) * norm_weight``, ``activation(x) * up`` or ``x``.
 

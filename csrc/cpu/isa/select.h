@@ -1,8 +1,8 @@
 // Top-N-of-M selection: keys, the Nth largest of a group and the survivors' bit mask.
 //
-// kGroupLanes groups are selected together, one per lane: after a transpose, key[i] holds element i of all these groups.
-// A sorting network finds the Nth largest key. What is larger survives, and of those equal to it the ones of lowest
-// index, until there are N.
+// kGroupLanes groups are selected together, one per lane: after a transpose, key[i] holds element i of all these
+// groups. A sorting network finds the Nth largest key. What is larger survives, and of those equal to it the ones of
+// lowest index, until there are N.
 #pragma once
 
 #include <algorithm>
