@@ -7,7 +7,7 @@ back where these refuse.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,15 +47,15 @@ class Packed:
         Of :func:`rms_norm_compress`: ``x + residual`` (``x`` itself without one), the next residual.
     """
 
-    values: Tensor
-    metadata: Tensor
-    row_scale: Tensor
-    eta: Tensor
+    values: Tensor = field(repr=False)
+    metadata: Tensor = field(repr=False)
+    row_scale: Tensor = field(repr=False)
+    eta: Tensor = field(repr=False)
     pattern: NMPattern
     in_features: int
     layout: str
     tokens: int
-    hidden: Tensor | None = None
+    hidden: Tensor | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[Tensor]:
         tensors = (self.values, self.metadata, self.row_scale, self.eta)

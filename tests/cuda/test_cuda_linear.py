@@ -225,6 +225,16 @@ def test_sparse_gemm_epilogue(dtype, layout, tokens, out_features, in_features):
             assert relative_error(y, exact) <= 2 * torchs, (names, given_bias is None)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 33, 1000])
+def test_a_product_with_the_identity_is_the_pruned_activation(dtype, layout, tokens):
+    """What the tensor cores read of the packed layout, place by place: sums of one value and zeros are exact."""
+    x = torch.randn(tokens, 512, device="cuda").to(dtype)
+    identity = stored(torch.eye(512, device="cuda", dtype=dtype), layout)
+    assert torch.equal(nm_act.sparse_gemm(nm_act.compress_packed(x), identity), reference.prune(x, "2:4"))
+
+
 def epilogue(pruned, weight, bias, dtype, row_scale=None, eta=None, shift_out=None, column_scale=None):
     y = pruned.to(dtype) @ weight.to(dtype).t()
     if row_scale is not None:

@@ -33,6 +33,11 @@ def test_iterating_gives_the_tensors():
         made.tokens = 3
 
 
+def test_printing_names_what_it_holds_without_its_numbers():
+    pattern = NMPattern("2:4")
+    assert repr(operand()) == f"Packed(pattern={pattern!r}, in_features=64, layout='sm90_16bit_t64', tokens=6)"
+
+
 WEIGHT = torch.zeros(8, 64).bfloat16()
 WHOLE = "expected an operand with contiguous values [6, 32] for 6 tokens of 64 features in 2:4, got "
 OLD = "expected sparse_gemm(operand, weight, bias) with an nm_act.Packed as operand, got "
