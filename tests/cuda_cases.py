@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cases import relative_error
+from linear_cases import relative_error, stored
 
 import nm_act
 from nm_act import reference
@@ -118,3 +118,15 @@ def sparse_linear_fp8_oracle(
     if column_scale is not None:
         y = y * column_scale.double()
     return y if bias is None else y + bias.double()
+
+
+def sparse_linear_fp8(x, weight, scale, bias=None, **options):
+    """sparse_linear with e4m3 on both sides."""
+    return nm_act.sparse_linear(x, weight, bias, weight_scale=scale, activation_dtype=E4M3, **options)
+
+
+def problem(tokens, out_features, in_features, dtype=torch.bfloat16, layout="out_in"):
+    """An activation, a weight and a bias on CUDA."""
+    x = (torch.randn(tokens, in_features, device="cuda") + 0.2).to(dtype)
+    weight = (torch.randn(out_features, in_features, device="cuda") / in_features**0.5).to(dtype)
+    return x, stored(weight, layout), torch.randn(out_features, device="cuda").to(dtype)
