@@ -19,11 +19,12 @@ from timer import Rows, percentiles, relative_error
 
 import nm_act
 from nm_act import NMPattern, reference
+from nm_act.ops.e4m3 import quantise_rows
 
 SHAPES = (*LLAMA_3_8B.values(), *LLAMA_3_70B.values())
 TOKENS = (1, 2, 4)
 PATTERNS = ("2:4", "4:8", "8:16", "16:32")
-KINDS = ("bf16", "e4m3", "int8")
+KINDS = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 HEADLINE = "8:16"
 COLD_BYTES = 200e6  # bytes read between two uses of the same operands; the L2 holds 60 MB
 MAX_COPIES = 64
@@ -31,14 +32,6 @@ LIMIT = 5e-3
 BARS = {"bf16": 1.7, "e4m3": 3.0}
 LARGE_BAR, LARGE_BYTES = 1.85, 400e6
 SMALL_BAR, SMALL_SHAPE = 1.45, (4096, 4096)
-
-
-def quantise(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and scale of every output channel."""
-    largest = 127 if kind == "int8" else 448
-    scale = (weight.float().abs().amax(dim=1) / largest).clamp(min=1e-12)
-    values = weight.float() / scale[:, None]
-    return (values.round().to(torch.int8) if kind == "int8" else values.to(torch.float8_e4m3fn)), scale
 
 
 def in_out(weight: torch.Tensor) -> torch.Tensor:
@@ -58,7 +51,7 @@ class Weights:
             weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16) / in_features**0.5
             self.stock.append(weight)
             for kind in kinds:
-                values, scale = (weight, None) if kind == "bf16" else quantise(weight, kind)
+                values, scale = (weight, None) if kind == "bf16" else quantise_rows(weight, KINDS[kind])
                 self.by_kind[kind].append((in_out(values), scale))
 
 

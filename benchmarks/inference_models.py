@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import nm_act
+from nm_act.ops.e4m3 import quantise_rows
 from nm_act.optimize import fused
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
@@ -35,8 +36,6 @@ CONFIGS = {
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
 }
 """Shapes of published models, and one for tests."""
-
-E4M3 = torch.float8_e4m3fn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +105,7 @@ class DenseFP8(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        rows = [_quantised(part) for part in linear.weight.split(4096)]
+        rows = [quantise_rows(part) for part in linear.weight.split(4096)]
         self.register_buffer("weight", torch.cat([codes for codes, _ in rows]))
         self.register_buffer("weight_scale", torch.cat([scale for _, scale in rows]))
         self.bias = linear.bias
@@ -116,11 +115,6 @@ class DenseFP8(nn.Module):
 
         y = product(*quantise(x.reshape(-1, self.in_features)), self.weight, self.weight_scale, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
-
-
-def _quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = (weight.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
-    return (weight.float() / scale[:, None]).clamp(-448, 448).to(E4M3), scale
 
 
 def _to_dense_fp8(model: nn.Module) -> None:

@@ -19,12 +19,13 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from bench_decode import in_out, quantise
+from bench_decode import KINDS, in_out
 from gpu_timer import geometric_mean, require_kernels
 from shapes import DECODE_SHAPES
 from timer import percentiles, relative_error
 
 import nm_act
+from nm_act.ops.e4m3 import quantise_rows
 from nm_act.version import commit
 
 COLUMNS = (
@@ -32,7 +33,6 @@ COLUMNS = (
     *("threads", "ahead", "us_min", "us_p50", "chosen", "note", "torch", "cuda", "commit"),
 )
 KEEP, GROUP = 8, 16
-KINDS = ("bf16", "e4m3", "int8")
 SEVERAL_TOKENS = ((4096, 4096), (28672, 4096), (4096, 14336), (5120, 5120))
 COLD_BYTES = 150e6  # read between two uses of the same weight; the L2 holds 50 to 60 MB
 MAX_COPIES = 64
@@ -55,7 +55,7 @@ class Operands:
     def __init__(self, job: Job):
         out_features, in_features = job.shape
         weight = torch.randn(job.shape, device="cuda", dtype=torch.bfloat16) / in_features**0.5
-        values, self.scale = (weight, None) if job.kind == "bf16" else quantise(weight, job.kind)
+        values, self.scale = (weight, None) if job.kind == "bf16" else quantise_rows(weight, KINDS[job.kind])
         del weight
         first = in_out(values)
         read = out_features * in_features * first.element_size() * (1 - (1 - KEEP / GROUP) ** job.tokens)
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--csv", required=True, help="write the rows to this file")
     parser.add_argument("--commit", default=commit(), help="what the column commit says, where there is no git")
     parser.add_argument("--seconds", type=float, default=230, help="time for everything, started processes left out")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="dtype of the weight")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], help="dtype of the weight")
     parser.add_argument("--shapes", nargs="+", metavar="OUTxIN", help="instead of the 24, such as 4096x14336")
     arguments = parser.parse_args()
     device = require_kernels(nm_act.build_info())

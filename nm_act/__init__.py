@@ -68,8 +68,8 @@ _MODULES = {
     "recipe": ("Recipe", "Rule"),
     "spec": ("LinearSpec",),
 }
-"""Module -> its public names. They are loaded when they are asked for: torch takes seconds, which ``nm-act --help`` and
-whoever interrupts it should not wait for, and Transformers as long again."""
+"""Module -> its public names, imported at first use: torch and Transformers take seconds to import, for which
+``nm-act --help`` and Ctrl-C should not have to wait."""
 
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

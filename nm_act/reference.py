@@ -79,12 +79,13 @@ def _greedy_mask(units: torch.Tensor, extra_columns: tuple[int, ...]) -> torch.T
 def _fits_windows(mask: torch.Tensor, extra_columns: tuple[int, ...]) -> torch.Tensor:
     """Whether quads and extra windows, two places each, can hold the features in ``mask [..., 16]``."""
     quads = mask.unflatten(-1, (4, 4))
-    excess = (quads.sum(dim=-1) - 2).clamp(min=0)  # what a quad has to hand on
-    takes = quads[..., list(extra_columns)].int()  # [..., 4, extra windows]: what they could take of it
+    excess = (quads.sum(dim=-1) - 2).clamp(min=0)  # features that a quad has no room for
+    # [..., quad, extra window]: whether the feature of the quad that the window covers is kept.
+    takes = quads[..., list(extra_columns)].int()
     fits: torch.Tensor = (excess <= takes.sum(dim=-1)).all(dim=-1) & (excess.sum(dim=-1) <= 2 * len(extra_columns))
     for window in range(len(extra_columns)):
         others = takes.sum(dim=-1) - takes[..., window]
-        fits &= (excess - others).clamp(min=0).sum(dim=-1) <= 2  # what none but this window can take
+        fits &= (excess - others).clamp(min=0).sum(dim=-1) <= 2  # must go into this window
     return fits
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cases import relative_error
+from linear_cases import relative_error, stored
 
 import nm_act
 from nm_act import reference
+from nm_act.ops.e4m3 import quantise_rows as quantise_weight  # noqa: F401  (per output channel, as a checkpoint has it)
 
 E4M3 = torch.float8_e4m3fn
 HALVES = (torch.bfloat16, torch.float16)
@@ -102,28 +103,26 @@ def quantise_rows(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (values.float() * (1 / scale)[:, None]).clamp(-448, 448).to(E4M3), scale
 
 
-def quantise_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per output channel, as a checkpoint would hold it."""
-    scale = (weight.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
-    return (weight.float() / scale[:, None]).clamp(-448, 448).to(E4M3), scale
-
-
-def sparse_linear_fp8_oracle(
-    x, weight, weight_scale, bias=None, *, shift_out=None, variance_correction=False, column_scale=None, **selection
-):
+def sparse_linear_fp8_oracle(x, weight, weight_scale, bias=None, *, variance_correction=False, **options):
     """Float64 ``(nu * Q(P(X - eta)) @ W^T + E) * column_scale + bias``, W and Q(P) as the quantised values say."""
-    shift, token_shift = selection.get("shift"), selection.get("token_shift", "none")
-    pruned = reference.prune(x, "2:4", **selection)
+    shift, token_shift = options.get("shift"), options.get("token_shift", "none")
+    pruned = reference.prune(
+        x, "2:4", channel_scale=options.pop("channel_scale", None), shift=shift, token_shift=token_shift
+    )
     quantised, scale = quantise_rows(pruned)
-    w = weight.double() * weight_scale.double()[:, None]
-    y = (quantised.double() * scale.double()[:, None]) @ w.t()
+    operand = quantised.double() * scale.double()[:, None]
     if variance_correction:
-        y = y * reference.variance_ratio(reference.shifted(x, shift, token_shift), pruned)
-    if token_shift != "none":
-        row_sums = w.sum(dim=1) if shift_out is None else shift_out.double()
-        y = y + reference.token_shift_values(x, token_shift).double() * row_sums
-    elif shift is not None:
-        y = y + (w @ shift.double() if shift_out is None else shift_out.double())
-    if column_scale is not None:
-        y = y * column_scale.double()
-    return y if bias is None else y + bias.double()
+        operand *= reference.variance_ratio(reference.shifted(x, shift, token_shift), pruned)
+    return reference.linear_of_pruned(x, operand, weight, bias, weight_scale=weight_scale, **options)
+
+
+def sparse_linear_fp8(x, weight, scale, bias=None, **options):
+    """sparse_linear with e4m3 on both sides."""
+    return nm_act.sparse_linear(x, weight, bias, weight_scale=scale, activation_dtype=E4M3, **options)
+
+
+def problem(tokens, out_features, in_features, dtype=torch.bfloat16, layout="out_in"):
+    """An activation, a weight and a bias on CUDA."""
+    x = (torch.randn(tokens, in_features, device="cuda") + 0.2).to(dtype)
+    weight = (torch.randn(out_features, in_features, device="cuda") / in_features**0.5).to(dtype)
+    return x, stored(weight, layout), torch.randn(out_features, device="cuda").to(dtype)

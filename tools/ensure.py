@@ -12,18 +12,22 @@ def main(arguments: list[str]) -> int:
     optional = arguments[:1] == ["--optional"]
     split = arguments.index("--")
     modules, requirements = arguments[optional:split], arguments[split + 1 :]
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    missing = [module for module in modules if not _is_there(module)]
     if not missing:
         return 0
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     code = subprocess.run([*pip, *requirements]).returncode
     if code and optional:
-        print(
-            f"{', '.join(missing)} could not be installed: the tests that need it will be skipped",
-            file=sys.stderr,
-        )
+        print(f"{', '.join(missing)} could not be installed: the tests that need it will be skipped", file=sys.stderr)
         return 0
     return code
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a module in a package that is missing itself
+        return False
 
 
 if __name__ == "__main__":

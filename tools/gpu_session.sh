@@ -47,8 +47,8 @@ fi
 if wanted test; then
   # shellcheck disable=SC2086
   step test "${TEST_LIMIT:-300}" "$python" -m pytest -m gpu -q --timeout 120 tests/cuda/test_cuda.py \
-    tests/cuda/test_cuda_decode.py tests/cuda/test_cuda_linear.py tests/cuda/test_cuda_optimize.py tests/cuda/test_cuda_windows.py \
-    ${TEST_ARGS:-}
+    tests/cuda/test_cuda_calls.py tests/cuda/test_cuda_decode.py tests/cuda/test_cuda_linear.py tests/cuda/test_cuda_optimize.py \
+    tests/cuda/test_cuda_windows.py ${TEST_ARGS:-}
 fi
 
 if wanted sanitize; then

@@ -77,8 +77,8 @@ cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
 
 // compress for 2:4+1 (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted weight. out.values
 // and out.metadata are those of lifted_features(in_features) features.
-// x in kBFloat16 or kFloat16, its rows, channel_scale and shift are 16-byte aligned; in_features is a multiple of 64, of
-// 128 for kE4M3 values and on sm80.
+// x in kBFloat16 or kFloat16, its rows, channel_scale and shift are 16-byte aligned; in_features is a multiple of 64,
+// of 128 for kE4M3 values and on sm80.
 cudaError_t launch_compress_windows(const CompressParams& params, const Pattern& pattern, cudaStream_t stream);
 
 // prune: P(x - eta) for any N:M, as a dense tensor of x's type.
@@ -113,8 +113,8 @@ cudaError_t launch_token_shift(const TokenStatisticsParams& params, TokenShift k
 cudaError_t launch_variance_ratio(const TokenStatisticsParams& params, const void* pruned, const float* shift,
                                   const float* eta, float* nu, cudaStream_t stream);
 
-// What produces the operand of a fused selection, token by token. Rows are 16-byte aligned; in_features is a multiple of
-// 8, at most kMaxRowFeatures; x_type is kBFloat16 or kFloat16.
+// What produces the operand of a fused selection, token by token. Rows are 16-byte aligned; in_features is a multiple
+// of 8, at most kMaxRowFeatures; x_type is kBFloat16 or kFloat16.
 
 // norm(x, weight) = round(round(x * rsqrt(mean(x^2) + epsilon)) * weight), or with unit_offset, as Gemma has it,
 // round(x * rsqrt(mean(x^2) + epsilon) * (1 + weight)).
@@ -204,10 +204,10 @@ struct SparseGemmParams {
   ElementType y_type;  // value_type; kBFloat16 or kFloat16 for kE4M3
   bool weight_in_out;
 };
-// gated_gemm: the packed 2:4 operand of z = activation(gate) * up with [gate, up] = product, over a merged weight stored
-// [in, out] whose first out_features / 2 outputs are the gate's; the bits of silu_mul_compress. 16-bit values, compute
-// capability 9.0, out_features a multiple of 32; without scales, terms or residual. product.y is the operand's values
-// [tokens, out_features / 4].
+// gated_gemm: the packed 2:4 operand of z = activation(gate) * up with [gate, up] = product, over a merged weight
+// stored [in, out] whose first out_features / 2 outputs are the gate's; the bits of silu_mul_compress. 16-bit values,
+// compute capability 9.0, out_features a multiple of 32; without scales, terms or residual. product.y is the operand's
+// values [tokens, out_features / 4].
 struct GatedGemmParams {
   SparseGemmParams product;
   uint8_t* metadata;  // [metadata_bytes(kSm90Bits16T64, tokens, out_features / 2)]

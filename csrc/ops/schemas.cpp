@@ -64,8 +64,8 @@ TORCH_LIBRARY(nm_act, m) {
       "bool variance_correction=False, Tensor? column_scale=None, int[] extra_columns=[]) -> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
-  // gather kernel of sparse_linear without the selection. At most 8 tokens. With a weight_scale, four at a time on CUDA; on a
-  // CPU and where no kernel fits, the weight is dequantised at every call.
+  // gather kernel of sparse_linear without the selection. At most 8 tokens. With a weight_scale, four at a time on
+  // CUDA; on a CPU and where no kernel fits, the weight is dequantised at every call.
   m.def("gather_linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? weight_scale=None) -> Tensor");
 
   // CPU only. Y = X @ W^T + bias for a weight stored [out, in], faster than torch's product for up to 8 tokens.
@@ -74,22 +74,23 @@ TORCH_LIBRARY(nm_act, m) {
   // CUDA only. compress_packed and the producers write the layout that this device's sparse GEMM reads: values
   // [tokens, in_features / 2] in the dtype of x, or with activation_dtype float8_e4m3fn scaled per token by its largest
   // |Z| / 448, metadata uint8 [bytes], row_scale [tokens] (nu times the e4m3 scale) and eta [tokens], float32, empty if
-  // not requested. The producers support 2:4; compress_packed also 2:4+1, whose operand has the in_features of the lifted
-  // weight (csrc/kernels/format/windows.h).
+  // not requested. The producers support 2:4; compress_packed also 2:4+1, whose operand has the in_features of the
+  // lifted weight (csrc/kernels/format/windows.h).
   m.def(
       "compress_packed(Tensor x, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? shift=None, str "
       "token_shift=\"none\", "
       "bool variance_correction=False, ScalarType? activation_dtype=None, int[] extra_columns=[]) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
-  // x' = norm(hidden, weight), then compress_packed. hidden = x + residual, or norm(x, x_weight) + residual with x_weight;
-  // a result only with a residual, else empty, and then it is x. norm(x, weight) = RMSNorm(x) * weight, rounded before the
-  // product too; with unit_offset RMSNorm(x) * (1 + weight), rounded once, as Gemma's module rounds.
+  // x' = norm(hidden, weight), then compress_packed. hidden = x + residual, or norm(x, x_weight) + residual with
+  // x_weight; a result only with a residual, else empty, and then it is x. norm(x, weight) = RMSNorm(x) * weight,
+  // rounded before the product too; with unit_offset RMSNorm(x) * (1 + weight), rounded once, as Gemma's module rounds.
   m.def(
       "rms_norm_compress(Tensor x, Tensor weight, float eps, Tensor? residual=None, *, Tensor? channel_scale=None, "
       "Tensor? shift=None, str token_shift=\"none\", bool variance_correction=False, ScalarType? "
       "activation_dtype=None, bool unit_offset=False, Tensor? x_weight=None) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta, Tensor hidden)");
-  // x' = activation(gate) * up, rounded before the product too, then compress_packed. activation is "silu" or "gelu_tanh".
+  // x' = activation(gate) * up, rounded before the product too, then compress_packed. activation is "silu" or
+  // "gelu_tanh".
   m.def(
       "silu_mul_compress(Tensor gate, Tensor up, *, Tensor? channel_scale=None, Tensor? shift=None, "
       "str token_shift=\"none\", bool variance_correction=False, ScalarType? activation_dtype=None, "
@@ -106,9 +107,10 @@ TORCH_LIBRARY(nm_act, m) {
       "str activation=\"silu\") -> (Tensor values, Tensor row_scale)");
   // norm(x, weight) + residual, for layers with a norm after their parts.
   m.def("rms_norm_add(Tensor x, Tensor weight, float eps, Tensor residual, *, bool unit_offset=False) -> Tensor");
-  // sparse_linear for one to four tokens over a weight stored [in, out], in one launch with what stands around the
-  // layer: X becomes norm(X, norm_weight) or activation(X) * up; the residual [..., out_features] is added to the rounded Y.
-  // eps and unit_offset belong to norm_weight, activation to up: one without the other is an error.
+  // sparse_linear for one to four tokens over a weight stored [in, out], in one launch with the operators before and
+  // after it: its input is norm(x, norm_weight), activation(x) * up, or x; the residual [..., out_features] is added to
+  // the rounded Y. eps and unit_offset belong to
+  // norm_weight, activation to up: one without the other is an error.
   m.def(
       "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? up=None, "
       "Tensor? norm_weight=None, float? eps=None, Tensor? residual=None, Tensor? channel_scale=None, "
@@ -125,16 +127,16 @@ TORCH_LIBRARY(nm_act, m) {
       "rotary_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor lengths, *, Tensor? q_norm=None, Tensor? k_norm=None, float? eps=None, bool unit_offset=False) -> "
       "Tensor");
-  // Attention of one new token per sequence over a static cache, with rotary_cache in the same launch: softmax(scaling *
-  // q K^T) V over the last `window` tokens, the new one included, or all of them with window 0.
+  // Attention of one new token per sequence over a static cache, with rotary_cache in the same launch:
+  // softmax(scaling * q K^T) V over the last `window` tokens, the new one included, or all of them with window 0.
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor lengths, float scaling, int window=0, *, Tensor? q_norm=None, Tensor? k_norm=None, float? eps=None, "
       "bool unit_offset=False) -> Tensor");
 
   // Y = (row_scale * P @ W^T + eta (x) shift_out) * column_scale + bias from a packed P; accumulated in float32. layout
-  // names the metadata's layout, which must be the one that the device's GEMM reads. The residual [tokens, out_features]
-  // is added to the rounded Y.
+  // names the metadata's layout, which must be the one that the device's GEMM reads. The residual
+  // [tokens, out_features] is added to the rounded Y.
   m.def(
       "sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, Tensor? bias=None, *, "
       "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, ScalarType? "

@@ -21,8 +21,8 @@ from .macs import computes_itself, macs_of
 from .undo import unchanged_on_error
 
 RECORDERS: list[Callable[[nn.Module, Recipe], str]] = []
-"""What writes the recipe into a model's own config, for saving, and returns a note where it cannot; integrations add
-theirs."""
+"""Functions that write the recipe into a model's own config, for saving, and return a note if they cannot; integrations
+append theirs."""
 
 Candidates = list[tuple[str, Any]]
 """Name and module of what a recipe may name: linear layers, and others that a report mentions."""

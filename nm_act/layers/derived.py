@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +9,12 @@ from torch import nn
 
 from .. import parallel
 from ..methods import mitigations
-from ..ops import autograd, composed
 from ..ops.lifting import is_lifted, lift_weight
 from ..ops.prepack import prepack_weight
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
 from . import stale
-from .work import LinearWork, compiled_operator, dense_operator, work_of
+from .work import LinearWork
 
 DERIVED = ("channel_scale", "shift_out", "operand_weight", "operand_bias")
 """Buffers that refresh() computes."""
@@ -28,15 +26,13 @@ FOLLOW_WEIGHT = ("low_rank_in", "low_rank_out", "rotation")
 class Deriving(nn.Linear):
     """A linear layer with calibrated data, and with what its operator reads in place of the weight.
 
-    :class:`nm_act.NMLinear` is the layer; this is its part that knows nothing of how it computes.
+    The base class of :class:`nm_act.NMLinear`, which adds the forward pass and its work.
 
     Parameters
     ----------
     in_features, out_features, bias, device, dtype
         As in ``torch.nn.Linear``.
-    spec : LinearSpec
-    weight_layout : str
-    lift : bool or str
+    spec, weight_layout, lift
         As in :class:`nm_act.NMLinear`.
     """
 
@@ -68,8 +64,8 @@ class Deriving(nn.Linear):
         self._stored: tuple[LinearWork, list[tuple[str, torch.Tensor | None]]] | None = None
         self.differentiable = False
         self.shard: parallel.Shard | None = None
-        self._underived = False  # the weight was not there yet: its first forward computes what derives from it
-        self._visited = False  # the weight is there during a call only: tensors of its size are not kept either
+        self._underived = False  # the weight was not loaded yet: the first forward computes what derives from it
+        self._visited = False  # the weight is loaded for each call: then no tensors of its size are kept either
         self._incomplete = ""  # calibrated data that is still missing
         self._handed_out = False  # a parameter was read from outside since the last check, and may have been written to
         self._unchecked = False  # train() or eval() was called since
@@ -298,84 +294,9 @@ class Deriving(nn.Linear):
             setattr(self, name, value.to(getattr(self, name).device, torch.float32).contiguous())
         self.refresh()
 
-    def work(self, weight: torch.Tensor) -> LinearWork:
-        """What this call computes: as stored, or made anew for parameters that it was lent or that it trains.
-
-        Raises
-        ------
-        RuntimeError
-            If calibrated data is missing.
-        """
-        if self._underived or self._incomplete:
-            self._check_ready()
-        trained = autograd.needs_derivative(weight)
-        if trained and self._reads_weight and self.shard is not None:
-            return self._make_work(self._refusing_to_train(weight))
-        if self.differentiable or (trained and self._reads_weight):
-            with without_autocast(weight):
-                return self._make_work(self._derive(), **self._copies(trained))
-        # In training the copies are left aside: then only an added bias can have changed.
-        mine = self.derived_for_call() if self._adds_bias or not trained else None
-        bias_trained = self._adds_bias and autograd.needs_derivative(self._own("bias"))
-        replaced = self._visited and mitigations.replaces_weight(self.spec)
-        if mine is None and not (trained or bias_trained or replaced):
-            return self._stored_work()
-        derived = {name: self._buffers[name] for name in DERIVED} if mine is None else dict(mine)
-        if bias_trained:
-            derived["operand_bias"] = self._operand_bias(self._local_data())
-        if replaced and derived["operand_weight"] is None:
-            with without_autocast(weight):
-                derived["operand_weight"] = mitigations.operand_weight(self.spec, weight.detach(), self.data())
-        return self._make_work(derived, **self._copies(trained))
-
-    def _stored_work(self) -> LinearWork:
-        stored = self._stored  # read once: another thread may refresh the layer
-        if stored is None:
-            return self._store_work()
-        work, buffers = stored
-        for name, value in buffers:  # accelerate moves buffers one by one
-            if self._buffers[name] is not value:
-                return self._store_work()
-        return work
-
     def _store_work(self) -> LinearWork:
-        buffers = [(name, self._buffers[name]) for name in (*DERIVED, *self._data_names)]
-        work = self._make_work({name: value for name, value in buffers if name in DERIVED}, **self._copies())
-        self._stored = work, buffers
-        return work
-
-    def _copies(self, trained: bool = False) -> dict[str, torch.Tensor | None]:
-        if trained:  # an optimizer does not change them
-            return {}
-        return {"lifted_weight": self.lifted_weight, "prepacked_weight": self.prepacked_weight}
-
-    def _make_work(self, derived: dict[str, torch.Tensor | None], **copies: torch.Tensor | None) -> LinearWork:
-        spec, data = self.spec, self._local_data()
-        operator: Callable[..., torch.Tensor]
-        if spec.scoring.prunes_weight:
-            operator, copies = dense_operator, {}
-        elif self.differentiable or not isinstance(spec.pattern, NMPattern):
-            operator, copies = composed.sparse_linear, {}
-        else:
-            # Ranks that see a slice of the features exchange what is a statistic of the whole token.
-            if self.shard is not None and self.shard.kind == "row":
-                operator = partial(parallel.row_sparse_linear, self.shard)
-            else:
-                operator = compiled_operator
-            if derived["operand_weight"] is not None:
-                copies["lifted_weight"] = None
-        return work_of(spec, data, operator, derived, **copies)
-
-    def _refusing_to_train(self, weight: torch.Tensor) -> dict[str, torch.Tensor | None]:
-        sentence = (
-            f"expected a frozen weight in a layer that is split over ranks with {self.spec}, got one that requires a "
-            "gradient; train the unsplit model"
-        )
-        refuse = partial(autograd.refuse_backward, sentence=sentence, inputs=(weight,))
-        stored = {name: self._buffers[name] for name in DERIVED}
-        return {
-            name: value if value is None else refuse(partial(value.view_as, value)) for name, value in stored.items()
-        }
+        """Make and keep the work of ordinary calls, of what was derived."""
+        raise NotImplementedError
 
     def _derive(self) -> dict[str, torch.Tensor | None]:
         """What the operator reads, by the names in DERIVED; differentiable in the calibrated data."""

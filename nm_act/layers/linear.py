@@ -1,5 +1,7 @@
 """NMLinear: a linear layer whose input activations are pruned N:M on the fly."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,12 +9,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import parallel
+from ..methods import mitigations
+from ..ops import autograd, composed
 from ..ops.lifting import is_lifted
 from ..patterns import NMPattern, TopKPattern
 from ..recipe import LinearSpec
-from .derived import FOLLOW_WEIGHT, Deriving
+from .derived import DERIVED, FOLLOW_WEIGHT, Deriving, without_autocast
 from .tokens import TokenContext
-from .work import is_decode
+from .work import LinearWork, compiled_operator, dense_operator, is_decode, work_of
 
 __all__ = ["FOLLOW_WEIGHT", "WEIGHT_LAYOUTS", "NMLinear"]
 
@@ -192,6 +196,85 @@ class NMLinear(Deriving):
         context = self.token_context
         y = self.work(weight)(x, weight, bias, context)
         return y if context is None else context.overwrite_dense(y, x, lambda rows: F.linear(rows, weight, bias))
+
+    def work(self, weight: torch.Tensor) -> LinearWork:
+        """What this call computes: as stored, or made anew for parameters that it was lent or that it trains.
+
+        Raises
+        ------
+        RuntimeError
+            If calibrated data is missing.
+        """
+        if self._underived or self._incomplete:
+            self._check_ready()
+        trained = autograd.needs_derivative(weight)
+        if trained and self._reads_weight and self.shard is not None:
+            return self._make_work(self._refusing_to_train(weight))
+        if self.differentiable or (trained and self._reads_weight):
+            with without_autocast(weight):
+                return self._make_work(self._derive(), **self._copies(trained))
+        # In training the copies are left aside: then only an added bias can have changed.
+        mine = self.derived_for_call() if self._adds_bias or not trained else None
+        bias_trained = self._adds_bias and autograd.needs_derivative(self._own("bias"))
+        replaced = self._visited and mitigations.replaces_weight(self.spec)
+        if mine is None and not (trained or bias_trained or replaced):
+            return self._stored_work()
+        derived = {name: self._buffers[name] for name in DERIVED} if mine is None else dict(mine)
+        if bias_trained:
+            derived["operand_bias"] = self._operand_bias(self._local_data())
+        if replaced and derived["operand_weight"] is None:
+            with without_autocast(weight):
+                derived["operand_weight"] = mitigations.operand_weight(self.spec, weight.detach(), self.data())
+        return self._make_work(derived, **self._copies(trained))
+
+    def _stored_work(self) -> LinearWork:
+        stored = self._stored  # read once: another thread may refresh the layer
+        if stored is None:
+            return self._store_work()
+        work, buffers = stored
+        for name, value in buffers:  # accelerate moves buffers one by one
+            if self._buffers[name] is not value:
+                return self._store_work()
+        return work
+
+    def _store_work(self) -> LinearWork:
+        buffers = [(name, self._buffers[name]) for name in (*DERIVED, *self._data_names)]
+        work = self._make_work({name: value for name, value in buffers if name in DERIVED}, **self._copies())
+        self._stored = work, buffers
+        return work
+
+    def _copies(self, trained: bool = False) -> dict[str, torch.Tensor | None]:
+        if trained:  # an optimizer does not change them
+            return {}
+        return {"lifted_weight": self.lifted_weight, "prepacked_weight": self.prepacked_weight}
+
+    def _make_work(self, derived: dict[str, torch.Tensor | None], **copies: torch.Tensor | None) -> LinearWork:
+        spec, data = self.spec, self._local_data()
+        operator: Callable[..., torch.Tensor]
+        if spec.scoring.prunes_weight:
+            operator, copies = dense_operator, {}
+        elif self.differentiable or not isinstance(spec.pattern, NMPattern):
+            operator, copies = composed.sparse_linear, {}
+        else:
+            # Ranks that see a slice of the features exchange what is a statistic of the whole token.
+            if self.shard is not None and self.shard.kind == "row":
+                operator = partial(parallel.row_sparse_linear, self.shard)
+            else:
+                operator = compiled_operator
+            if derived["operand_weight"] is not None:
+                copies["lifted_weight"] = None
+        return work_of(spec, data, operator, derived, **copies)
+
+    def _refusing_to_train(self, weight: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        sentence = (
+            f"expected a frozen weight in a layer that is split over ranks with {self.spec}, got one that requires a "
+            "gradient; train the unsplit model"
+        )
+        refuse = partial(autograd.refuse_backward, sentence=sentence, inputs=(weight,))
+        stored = {name: self._buffers[name] for name in DERIVED}
+        return {
+            name: value if value is None else refuse(partial(value.view_as, value)) for name, value in stored.items()
+        }
 
     def _is_dense_phase(self, x: torch.Tensor) -> bool:
         if self.bypass:

@@ -39,7 +39,7 @@ class Source:
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
-    """A module's parameter, read without setting the flag of :class:`NMLinear` for a reader that may write to it."""
+    """A module's parameter, read without telling :class:`NMLinear` that somebody may write to it."""
     # parametrize and torch's prune compute it: then it is no parameter but an attribute, another tensor in each call.
     return module._parameters[name] if name in module._parameters else getattr(module, name)
 

@@ -174,7 +174,7 @@ def call_scale(x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tens
     -------
     Tensor [in] float32
     """
-    # In float64, rounded once: the order of the sum is not seen then, and ranks with slices agree with one process.
+    # In float64, rounded once, so that the result does not depend on the order of the sum, nor on a split over ranks.
     square = x.double().square()
     if valid is not None:
         # Selected, not multiplied: 0 * inf is NaN, and padding may hold anything.

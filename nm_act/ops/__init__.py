@@ -1,16 +1,15 @@
 """The compiled operators; importing this package registers ``torch.ops.nm_act.*`` with their fakes and gradients."""
 
 from . import autograd, packed  # noqa: F401  (they register)
+from .library import build_info, support_table
 from .operators import (
     METADATA_LAYOUTS,
-    build_info,
     compress,
     decompress,
     gather_linear,
     pack_metadata,
     prune,
     sparse_linear,
-    support_table,
     unpack_metadata,
 )
 

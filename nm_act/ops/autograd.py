@@ -300,7 +300,7 @@ class _FewLinear(torch.autograd.Function):
 
 def _refuse(what: str, instead: str, compute: Callable[[], Any], *inputs: Any) -> Any:
     sentence = (
-        f"expected no gradient through nm_act::{what}, got a derivative of it asked for; use {instead}, or detach its "
+        f"expected no gradient through nm_act::{what}, got an input that requires one; use {instead}, or detach its "
         "inputs"
     )
     return refuse_backward(compute, sentence, [each for each in inputs if isinstance(each, Tensor)])

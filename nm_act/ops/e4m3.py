@@ -14,7 +14,7 @@ from .. import _C
 from ..patterns import NMPattern
 from .autograd import refuse_gradient, unrecorded
 from .explain import gathers
-from .operators import check_devices
+from .library import check_devices
 
 E4M3 = torch.float8_e4m3fn
 FP8_LAYOUTS = ("prefill", "decode", "both")
@@ -30,10 +30,15 @@ def check_layout(layout: object) -> None:
         raise ValueError(f"expected fp8 among {', '.join(FP8_LAYOUTS)}, got {layout!r}; choose one of those")
 
 
-def quantise_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values ``[rows, columns]``, rounded to nearest, and their float32 scales ``[rows]``, ``max|row| / 448``."""
-    scale = (values.float().abs().amax(dim=1) / 448).clamp(min=1e-12)
-    return (values.float() / scale[:, None]).clamp(-448, 448).to(E4M3), scale
+def quantise_rows(values: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Tensor]:
+    """8-bit values ``[rows, columns]``, rounded to nearest, and their float32 scales ``[rows]``.
+
+    A scale is ``max|row| / 448`` for float8_e4m3fn, ``max|row| / 127`` for int8.
+    """
+    largest = 127 if dtype == torch.int8 else 448
+    scale = (values.float().abs().amax(dim=1) / largest).clamp(min=1e-12)
+    scaled = (values.float() / scale[:, None]).clamp(-largest, largest)
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,4 +238,4 @@ def _check_vector(op: str, name: str, vector: Tensor | None, size: int, dtypes: 
         raise ValueError(f"{op} expected {name} of shape [{size}], got {list(vector.shape)}; give one value a channel")
 
 
-refuse_gradient("e4m3_linear", "nm_act.sparse_linear")
+refuse_gradient("e4m3_linear", "a weight in the dtype of x (nm_act.deoptimize gives such layers)")

@@ -1,4 +1,4 @@
-"""What surrounds sparse layers in a decoder block, fused with their selection or their product (CUDA, 16 bits).
+"""The operators next to a sparse layer in a decoder block, fused with its selection or its product (CUDA, 16 bits).
 
 The producers of the packed 2:4 operand are in :mod:`nm_act.ops.packed`; these serve every N:M.
 """
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import _C
 from ..patterns import NMPattern
-from . import operators
+from . import library
 
 E4M3 = torch.float8_e4m3fn
 
@@ -71,7 +71,7 @@ def rms_norm_prune(
         If the row is too long, or ``x`` is not on CUDA.
     """
     n, m = _keep_and_group(pattern)
-    values, row_scale, hidden = operators.call(
+    values, row_scale, hidden = library.call(
         *("rms_norm_prune", x, weight, eps, residual, n, m),
         activation_dtype=activation_dtype,
         unit_offset=unit_offset,
@@ -101,7 +101,7 @@ def silu_mul_prune(
     """
     n, m = _keep_and_group(pattern)
     options = {"activation_dtype": activation_dtype, "activation": activation}
-    return Pruned(*operators.call("silu_mul_prune", gate, up, n, m, **options))
+    return Pruned(*library.call("silu_mul_prune", gate, up, n, m, **options))
 
 
 def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, unit_offset: bool = False) -> Tensor:
@@ -125,7 +125,7 @@ def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, uni
     TypeError, ValueError
         If a dtype or shape does not fit.
     """
-    y: Tensor = operators.call("rms_norm_add", x, weight, eps, residual, unit_offset=unit_offset)
+    y: Tensor = library.call("rms_norm_add", x, weight, eps, residual, unit_offset=unit_offset)
     return y
 
 
@@ -168,7 +168,7 @@ def decode_linear(
     activation: str | None = None,
     unit_offset: bool = False,
 ) -> Tensor:
-    """A sparse linear layer of one to four tokens, in one kernel with what stands before and after it.
+    """A sparse linear layer of one to four tokens, in one kernel with the operators before and after it.
 
     ``round(P(x') @ W^T + bias) + residual`` with ``x' = RMSNorm(x) * norm_weight``, ``activation(x) * up`` or ``x``.
 
@@ -207,7 +207,7 @@ def decode_linear(
     options: dict[str, Any] = {"up": up, "norm_weight": norm_weight, "eps": eps, "residual": residual}
     options |= {"channel_scale": channel_scale, "weight_scale": weight_scale}
     options |= {"activation": activation, "unit_offset": unit_offset}
-    y: Tensor = operators.call("decode_linear", x, weight, bias, n, m, **options)
+    y: Tensor = library.call("decode_linear", x, weight, bias, n, m, **options)
     return y
 
 
@@ -228,7 +228,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **norms: Any) -> tupl
     -------
     q, k : Tensor, contiguous, of the shapes given; rounded where Transformers' own embedding rounds
     """
-    rotated: tuple[Tensor, Tensor] = operators.call("rotary", q, k, cos, sin, **norms)
+    rotated: tuple[Tensor, Tensor] = library.call("rotary", q, k, cos, sin, **norms)
     return rotated
 
 
@@ -256,7 +256,7 @@ def rotary_cache(
     **norms
         As in :func:`rotary`.
     """
-    y: Tensor = operators.call("rotary_cache", q, k, v, cos, sin, keys, values, lengths, **norms)
+    y: Tensor = library.call("rotary_cache", q, k, v, cos, sin, keys, values, lengths, **norms)
     return y
 
 
@@ -301,7 +301,7 @@ def decode_attention(
         If the device is not of compute capability 9.0, or the heads are not supported.
     """
     options = {"scaling": scaling, "window": window, **norms}
-    y: Tensor = operators.call("decode_attention", q, k, v, cos, sin, keys, values, lengths, **options)
+    y: Tensor = library.call("decode_attention", q, k, v, cos, sin, keys, values, lengths, **options)
     return y
 
 
@@ -407,5 +407,5 @@ def _check_norm_options(op: str, weights: str, normed: bool, eps: float | None, 
         )
 
 
-operators.only_on_cuda("rms_norm_prune", "silu_mul_prune", "rms_norm_add", "decode_linear")
-operators.only_on_cuda("rotary", "rotary_cache", "decode_attention")
+library.only_on_cuda("rms_norm_prune", "silu_mul_prune", "rms_norm_add", "decode_linear")
+library.only_on_cuda("rotary", "rotary_cache", "decode_attention")

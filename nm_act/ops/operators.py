@@ -1,25 +1,18 @@
-"""The compiled operators: loads ``nm_act._C``, which registers ``torch.ops.nm_act.*``, adds fakes and documentation.
+"""The compiled operators with their documentation, and their fakes.
 
 The selection contract, identical on every device, is written in ``csrc/ops/schemas.cpp`` and ``nm_act/reference.py``.
 """
 
-import re
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _C
 from ..patterns import NMPattern
-from ..version import __version__
 from . import formulas
 from .legacy import takes_pattern
-
-try:
-    from .. import _C
-except ImportError as error:
-    raise ImportError(
-        f"expected the compiled part of nm_act for this Python and torch, got: {error}; build it with: pip install -e ."
-    ) from error
+from .library import build_info, call, check_devices, refuse
 
 METADATA_LAYOUTS = ("neutral", "sm80_16bit", "sm90_16bit_t64", "sm90_8bit")
 """Names of the 2:4 metadata layouts; the sm80 and sm90 ones are what the tensor cores read."""
@@ -299,55 +292,6 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.contiguous().numpy().tobytes()
 
 
-def build_info() -> dict[str, object]:
-    """What was compiled, for which torch, and which instruction set is in use."""
-    info: dict[str, Any] = {"version": __version__, **_C.build_info()}
-    info["torch_cuda"] = info["torch_cuda"] or None
-    info["cpu_isas"] = info["cpu_isas"].split(",")
-    info["cuda_archs"] = [arch for arch in info["cuda_archs"].split(",") if arch]
-    info["why_no_cuda"] = info["why_no_cuda"] or None
-    info["cutlass"] = info["cutlass"] or None
-    return info
-
-
-def support_table() -> list[dict[str, str]]:
-    """Which operator runs where, with which dtypes and patterns, and how: one dict a row."""
-    return _C.support_table()
-
-
-def call(op: str, *arguments: Any, **options: Any) -> Any:
-    """Call an operator; a TypeError of one sentence replaces torch's message about the schema for a wrong argument."""
-    function = getattr(torch.ops.nm_act, op)
-    if torch.compiler.is_compiling():
-        return function(*arguments, **options)
-    try:
-        return function(*arguments, **options)
-    except RuntimeError as error:
-        refused = _OTHER_KIND.search(str(error))
-        if refused is None:
-            raise
-        wanted, name, found = refused.groups()
-        wanted = "torch.Tensor" if "Tensor" in wanted else "torch.dtype" if name.endswith("dtype") else wanted
-        raise TypeError(f"nm_act::{op} expected {name} of type {wanted}, got {found}; convert it first") from None
-
-
-_OTHER_KIND = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)' but instead found type '(.+?)'")
-
-
-def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """Raise a ValueError for tensors on different devices, which torch may dispatch to no kernel that checks."""
-    for name, other in others.items():
-        if other is not None and other.device != x.device:
-            raise ValueError(
-                f"nm_act::{op} expected {name} on the device of x, {x.device}, got {other.device}; move it there"
-            )
-
-
-def _linear_devices(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> None:
-    tensors = {name: value for name, value in options.items() if isinstance(value, Tensor)}
-    check_devices(op, x, weight=weight, bias=bias, **tensors)
-
-
 @torch.library.register_fake("nm_act::prune")
 def _(x: Tensor, n: int, m: int, *, channel_scale: Any = None, shift: Any = None, **options: Any) -> Tensor:
     check_devices("prune", x, channel_scale=channel_scale, shift=shift)
@@ -367,64 +311,24 @@ def _(values: Tensor, metadata: Tensor) -> Tensor:
     return values.new_empty((*values.shape[:-1], values.shape[-1] * 2))
 
 
-@torch.library.register_fake("nm_act::sparse_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, n: int = 2, m: int = 4, **options: Any) -> Tensor:
-    _linear_devices("sparse_linear", x, weight, bias, options)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _fake_linear(op: str, *names: str) -> None:
+    """Register the fake of a linear operator, whose positional arguments after the weight start with ``names``."""
+
+    def fake(x: Tensor, weight: Tensor, *others: Any, **options: Any) -> Tensor:
+        given = dict(zip(names, others, strict=False)) | options
+        tensors = {name: each for name, each in given.items() if isinstance(each, Tensor)}
+        check_devices(op, x, weight=weight, **tensors)
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    torch.library.register_fake(f"nm_act::{op}")(fake)
 
 
-@torch.library.register_fake("nm_act::sparse_linear_prepacked")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    prepacked_weight: Tensor,
-    bias: Tensor | None = None,
-    n: int = 2,
-    m: int = 4,
-    **options: Any,
-) -> Tensor:
-    _linear_devices("sparse_linear_prepacked", x, weight, bias, options)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.register_fake("nm_act::gather_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None) -> Tensor:
-    check_devices("gather_linear", x, weight=weight, bias=bias, weight_scale=weight_scale)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@torch.library.register_fake("nm_act::dense_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_devices("dense_linear", x, weight=weight, bias=bias)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def refuse(op: str, device: str) -> None:
-    """Register one sentence for an operator that has no kernel for the CPU or, in this build, for CUDA."""
-    wanted = "CUDA" if device == "CPU" else "CPU"
-
-    def refused(*_arguments: Any, **_options: Any) -> NoReturn:
-        reason = build_info()["why_no_cuda"]
-        built = f" (this build has no CUDA kernels: {reason})" if reason else ""
-        raise NotImplementedError(
-            f"nm_act::{op} expected {wanted} tensors, got {device} tensors{built}; nm-act info lists what runs where"
-        )
-
-    torch.library.impl(f"nm_act::{op}", device)(refused)
-
+for _op in ("sparse_linear", "gather_linear", "dense_linear"):
+    _fake_linear(_op, "bias")
+_fake_linear("sparse_linear_prepacked", "prepacked_weight", "bias")
 
 refuse("dense_linear", "CUDA")
-
-
-def only_on_cuda(*ops: str) -> None:
-    """Register the sentence for operators without a kernel for the CPU, and for CUDA in a build without it."""
-    for op in ops:
-        refuse(op, "CPU")
-        if not _C.build_info()["cuda"]:
-            refuse(op, "CUDA")
-
-
-if _C.build_info()["cuda"]:
+if build_info()["cuda"]:
     torch.library.impl("nm_act::decompress", "CUDA")(formulas.decompress)
 else:
     for _op in ("prune", "compress", "decompress", "sparse_linear", "gather_linear"):

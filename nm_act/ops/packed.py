@@ -7,14 +7,14 @@ back where these refuse.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..patterns import NMPattern
-from . import operators
+from . import library, operators
 from .legacy import takes_activation_dtype, takes_pattern
 from .lifting import is_lifted, lifted_features
 
@@ -47,15 +47,15 @@ class Packed:
         Of :func:`rms_norm_compress`: ``x + residual`` (``x`` itself without one), the next residual.
     """
 
-    values: Tensor
-    metadata: Tensor
-    row_scale: Tensor
-    eta: Tensor
+    values: Tensor = field(repr=False)
+    metadata: Tensor = field(repr=False)
+    row_scale: Tensor = field(repr=False)
+    eta: Tensor = field(repr=False)
     pattern: NMPattern
     in_features: int
     layout: str
     tokens: int
-    hidden: Tensor | None = None
+    hidden: Tensor | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[Tensor]:
         tensors = (self.values, self.metadata, self.row_scale, self.eta)
@@ -116,7 +116,7 @@ def compress_packed(
         If ``x`` is not on CUDA, or a row is too long for its statistics.
     """
     pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
-    tensors = operators.call(
+    tensors = library.call(
         "compress_packed",
         x,
         pattern.keep,
@@ -144,7 +144,7 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
         As in :func:`compress_packed`, but the pattern: it is 2:4. ``unit_offset`` and ``x_weight`` as in
         :func:`nm_act.ops.fused.rms_norm_prune`.
     """
-    *tensors, hidden = operators.call("rms_norm_compress", x, weight, eps, residual, **options)
+    *tensors, hidden = library.call("rms_norm_compress", x, weight, eps, residual, **options)
     return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
 
 
@@ -160,7 +160,7 @@ def silu_mul_compress(gate: Tensor, up: Tensor, **options: Any) -> Packed:
         As in :func:`compress_packed`, but the pattern: it is 2:4. ``activation`` is "silu" or "gelu_tanh" (GELU with
         the tanh approximation).
     """
-    return _packed(operators.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
+    return _packed(library.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
 
 
 def sparse_gemm(
@@ -216,7 +216,7 @@ def sparse_gemm(
         raise ValueError(
             "expected shift_out for an operand with a per-token shift, got none; give the row sums of the weight"
         )
-    y: Tensor = operators.call(
+    y: Tensor = library.call(
         "sparse_gemm",
         operand.values,
         operand.metadata,
@@ -265,7 +265,7 @@ def sparse_gemm_silu_mul(operand: Packed, weight: Tensor, *, activation: str = "
             "silu_mul_compress"
         )
     _check_operand(operand, weight)
-    values, metadata = operators.call(
+    values, metadata = library.call(
         *("sparse_gemm_silu_mul", operand.values, operand.metadata, operand.layout, weight), activation=activation
     )
     outputs, eta = weight.shape[0] // 2, operand.eta
@@ -379,7 +379,7 @@ def _(
     out_dtype: torch.dtype | None = None,
     **_vectors: Tensor | None,
 ) -> Tensor:
-    operators.check_devices("sparse_gemm", values, metadata=metadata, weight=weight, bias=bias)
+    library.check_devices("sparse_gemm", values, metadata=metadata, weight=weight, bias=bias)
     dtype = out_dtype or (torch.bfloat16 if values.dtype == torch.float8_e4m3fn else values.dtype)
     return values.new_empty((values.shape[0], weight.shape[0]), dtype=dtype)
 
@@ -394,6 +394,4 @@ def _(
     return packed, packed_metadata
 
 
-operators.only_on_cuda(
-    "compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm", "sparse_gemm_silu_mul"
-)
+library.only_on_cuda("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm", "sparse_gemm_silu_mul")

@@ -2,7 +2,8 @@
 
 from .fp8 import FP8Linear
 from .merged import MergedLinear
-from .model import OptimizeReport, deoptimize, optimize
+from .model import deoptimize, optimize
+from .report import OptimizeReport
 from .static import StaticDecoder
 
 __all__ = ["FP8Linear", "MergedLinear", "OptimizeReport", "StaticDecoder", "deoptimize", "optimize"]

@@ -68,7 +68,10 @@ def calibrated(layer: Sparse) -> set[str]:
 
 
 def beyond(layer: Sparse) -> str:
-    """What a layer needs beyond N:M with a static score, VAR and D-PTS, which is all that these paths compute."""
+    """Why the fused and e4m3 paths cannot compute a layer; empty if they can.
+
+    They know an N:M selection with a static channel scale, VAR and D-PTS, and nothing else.
+    """
     spec = layer.spec
     plain = LinearSpec(
         spec.pattern,

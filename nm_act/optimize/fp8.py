@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers.linear import NMLinear
-from ..layers.work import is_decode
+from ..layers.work import LinearWork, work_of
 from ..methods import mitigations
 from ..ops.e4m3 import E4M3, E4M3Weight, check_layout
 from . import readonly
@@ -45,6 +45,8 @@ class FP8Linear(readonly.DequantisedWeight):
     ``state_dict`` contains the dequantised weight under the stock name, so a checkpoint is a stock one but includes the
     rounding to e4m3; ``load_state_dict`` quantises.
     """
+
+    float32 = ("weight_scale", "channel_scale", "shift_out", "scaled_shift_out")
 
     codes: Tensor | None
     rows: Tensor | None
@@ -116,18 +118,20 @@ class FP8Linear(readonly.DequantisedWeight):
         """``x [..., in] -> [..., out]``."""
         if self._is_dense_phase(x):
             return F.linear(x, self.dequantised(x.dtype), self.bias)
-        pattern: Any = self.spec.pattern_in(is_decode(x))  # no top-k: see not_fp8
-        return self._stored.linear(
-            x,
-            None,
-            self.bias,
-            pattern,
-            channel_scale=self.channel_scale,
-            token_shift=self.spec.token_shift,
-            shift_out=self.shift_out,
-            variance_correction=self.spec.variance_correction,
-        )
+        return self.work()(x, self.like, self.bias, None)  # the weight is its operator's
 
+    def work(self) -> LinearWork:
+        """What a sparse call computes: as stored, or made anew where a buffer was replaced since."""
+        work, before = self._work or (None, ())
+        buffers = tuple(self._buffers[name] for name in _READ)
+        if work is None or any(value is not was for value, was in zip(buffers, before, strict=True)):
+            derived = {"channel_scale": self.channel_scale, "shift_out": self.shift_out}
+            work = work_of(self.spec, {}, self._stored.linear, derived)
+            if not torch.compiler.is_compiling():  # a graph keeps no Python objects
+                self._work = work, buffers
+        return work
+
+    _work: tuple[LinearWork, tuple[Tensor | None, ...]] | None = None
     bypass = differentiable = False  # calibration never sees this layer
     _is_dense_phase: Any = NMLinear._is_dense_phase
 
@@ -145,15 +149,8 @@ class FP8Linear(readonly.DequantisedWeight):
         """Sizes, spec and storage, for printing."""
         return f"{self.in_features}, {self.out_features}, {self.spec}, e4m3 for {self.layout}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "FP8Linear":
-        scale, vectors = self.weight_scale, (self.shift_out, self.scaled_shift_out, self.channel_scale)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self.e4m3.device
-        self.weight_scale = scale.to(device)  # stays float32 in a bfloat16 model
-        self.shift_out, self.scaled_shift_out, self.channel_scale = (
-            value if value is None else value.to(device) for value in vectors
-        )
-        return self
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_work": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -161,6 +158,10 @@ class FP8Linear(readonly.DequantisedWeight):
             kept = self._buffers["codes"]
             self.register_buffer("rows", kept if self.layout == "decode" else None, persistent=False)
             self._buffers["codes"] = None if self.layout == "decode" else kept
+
+
+_READ = ("codes", "rows", "weight_scale", "channel_scale", "shift_out")
+"""Buffers that a sparse call reads."""
 
 
 def _dequantised_state(layer: FP8Linear, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -71,7 +71,7 @@ class QuantisedHead(readonly.DequantisedWeight):
         self.rows = torch.empty(self.in_features, self.out_features, dtype=torch.uint8, device=weight.device)
         scales = []
         for part, target in zip(weight.split(ROWS_AT_ONCE), self.rows.split(ROWS_AT_ONCE, dim=1), strict=True):
-            codes, scale = quantise_rows(part) if self.kind == "e4m3" else _to_int8(part)
+            codes, scale = quantise_rows(part, HEAD_DTYPES[self.kind])
             target.copy_(codes.view(torch.uint8).t())
             scales.append(scale)
         self.weight_scale = torch.cat(scales)
@@ -123,12 +123,6 @@ class QuantisedHead(readonly.DequantisedWeight):
         beside = "" if self.tied is None else ", beside the embedding"
         return f"{self.in_features}, {self.out_features}, {self.kind}{beside}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantisedHead":
-        scale = self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.weight_scale = scale.to(self.rows.device)  # stays float32 in a bfloat16 model
-        return self
-
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *others)
         if f"{prefix}weight" not in state_dict and self.tied is not None:  # the embedding was loaded before
@@ -172,11 +166,6 @@ def why_not_8_bits(head: nn.Module) -> str:
     if not head.weight.is_floating_point() or head.weight.dtype == torch.float64:
         return f"its weight is {head.weight.dtype}"
     return "" if head.out_features % 16 == 0 else f"its {head.out_features} outputs are not divisible by 16"
-
-
-def _to_int8(values: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (values.float().abs().amax(dim=1) / 127).clamp(min=1e-12)
-    return (values.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def _stock_state(head: QuantisedHead, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -1,8 +1,6 @@
 """Optimizes a model for inference, and undoes it."""
 
 import sys
-from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from .eligible import not_fp8, why_absent
 from .fp8 import FP8Linear
 from .head import ROWS_AT_ONCE, QuantisedHead, check_kind, head_of, store_head, why_not_8_bits
 from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, unmerge
+from .report import OptimizeReport
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 """Folders under transformers.models whose attention and MLP call each projection once, on the same input."""
@@ -39,69 +38,6 @@ PREFILL_DEVICES = ("cuda",)
 """Devices that have the fp8 tensor-core product."""
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-@dataclass
-class OptimizeReport:
-    """What :func:`optimize` did.
-
-    Attributes
-    ----------
-    model : nn.Module
-        The given model, optimized.
-    merged : list of (str, tuple of str)
-        The parent of every merged layer, and the layers that were merged.
-    fused : list of str
-        Norms and MLPs that are computed with the product after them, or with the residual, on CUDA.
-    fp8 : list of str
-        Layers whose weight is in e4m3 now.
-    head : str
-        The output head, if its weight is in 8 bits now.
-    head_bytes, head_saved : int
-        Memory that it takes now, and that it takes less than before: negative where a tied embedding keeps the weight.
-    dense : list of str
-        Dense layers on a CPU, whose decode steps run on ``torch.ops.nm_act.dense_linear``.
-    prepacked : list of str
-        Layers that keep a second copy of their weight, in oneDNN's layout.
-    prepacked_bytes : int
-        Memory that these copies take.
-    kept : list of (str, str)
-        What was left unchanged, and why.
-    """
-
-    model: nn.Module
-    merged: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
-    fused: list[str] = field(default_factory=list)
-    fp8: list[str] = field(default_factory=list)
-    head: str = ""
-    head_bytes: int = 0
-    head_saved: int = 0
-    dense: list[str] = field(default_factory=list)
-    prepacked: list[str] = field(default_factory=list)
-    prepacked_bytes: int = 0
-    kept: list[tuple[str, str]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"merged: {len(self.merged)} groups"]
-        lines += [f"  {' + '.join(names)}  x {count}" for names, count in Counter(n for _, n in self.merged).items()]
-        lines.append(f"computed with the product after them, or with the residual, on CUDA: {len(self.fused)}")
-        lines += [f"  {name}  x {count}" for name, count in Counter(map(_last, self.fused)).items()]
-        if self.fp8:
-            lines.append(f"e4m3 weights: {len(self.fp8)}")
-        if self.head:
-            less = self.head_saved / 2**20
-            change = f"{less:.0f} MiB less than before" if less > 0 else "beside the weight of the tied embedding"
-            lines.append(f"output head in 8 bits: {self.head}, {self.head_bytes / 2**20:.0f} MiB, {change}")
-        if self.dense:
-            lines.append(f"dense layers, faster for a few tokens on a CPU: {len(self.dense)}")
-        if self.prepacked:
-            mib = self.prepacked_bytes / 2**20
-            lines.append(f"prepacked for oneDNN: {len(self.prepacked)}, a second copy of {mib:.0f} MiB")
-        if self.kept:
-            lines.append("as they were:")
-            kept = Counter((_last(name), why) for name, why in self.kept)
-            lines += [f"  {name}: {why}  x {count}" for (name, why), count in kept.items()]
-        return "\n".join(lines)
 
 
 def optimize(
@@ -410,7 +346,3 @@ def _fuse_layer(report: OptimizeReport, name: str, layer: nn.Module) -> None:
     if children != {"self_attn", "mlp", *LAYER_NORMS.get(_family(layer), ())}:
         return
     report.fused += [f"{name}.{norm}" for norm in fused.fuse_layer(layer)]
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]

@@ -102,6 +102,9 @@ class DequantisedWeight(nn.Module):
     Subclasses have :meth:`store`, :meth:`dequantised`, and ``like``, an empty tensor of the model's dtype and device.
     """
 
+    float32: tuple[str, ...] = ("weight_scale",)
+    """Buffers that stay float32 in a bfloat16 model."""
+
     in_features: int
     out_features: int
     like: Tensor
@@ -124,6 +127,13 @@ class DequantisedWeight(nn.Module):
         if name == "weight":
             refuse_set(name)
         super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "DequantisedWeight":
+        before = {name: self._buffers[name] for name in self.float32}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in before.items():
+            setattr(self, name, None if value is None else value.to(self.like.device))
+        return self
 
     def _load_from_state_dict(
         self,

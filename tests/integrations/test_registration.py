@@ -1,4 +1,5 @@
-"""Transformers knows nm_act's checkpoints once nm_act is imported, in every order; no other program is touched."""
+"""Transformers knows nm_act's checkpoints and torch its operators once nm_act is imported, in every order; no other
+program is touched."""
 
 import os
 import subprocess
@@ -24,6 +25,8 @@ def test_torch_loads_nothing_of_ours():
 
 
 ORDERS = {
+    "nm_act, then torch": "import nm_act, torch",
+    "torch, then nm_act": "import torch, nm_act",
     "nm_act, then transformers": "import nm_act, transformers",
     "quantizers first of all": "import transformers.quantizers.auto, nm_act",
     "looked up in between": "import nm_act, importlib.util; importlib.util.find_spec('transformers.quantizers.auto')",
@@ -42,21 +45,54 @@ except ImportError:
 }
 
 
+CHECKS = """
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING
+assert 'nm_act' in AUTO_QUANTIZER_MAPPING and 'nm_act' in AUTO_QUANTIZATION_CONFIG_MAPPING
+import sys, torch
+assert torch.ops.nm_act.sparse_linear(torch.ones(1, 4), torch.ones(2, 4)).tolist() == [[2.0, 2.0]]
+assert not [each for each in sys.meta_path if type(each).__module__.startswith('nm_act')]
+"""
+
+
+def _run(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    environment = _environment(tmp_path)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_order_of_imports(order, tmp_path):
-    code = ORDERS[order] + (
-        "\nfrom transformers import AutoModelForCausalLM, LlamaForCausalLM\n"
-        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AUTO_QUANTIZATION_CONFIG_MAPPING\n"
-        "assert 'nm_act' in AUTO_QUANTIZER_MAPPING and 'nm_act' in AUTO_QUANTIZATION_CONFIG_MAPPING\n"
-        "import sys; assert not [f for f in sys.meta_path if type(f).__name__ == '_AfterImport']"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code],
-        env=_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-    )
+    done = _run(ORDERS[order] + CHECKS, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "will load dense" not in done.stderr
+
+
+STALE = {  # how an extension that was compiled before an operator was written looks from Python
+    "no operator at all": """
+import sys
+from importlib import machinery, util
+sys.modules["nm_act._C"] = util.module_from_spec(machinery.ModuleSpec("nm_act._C", None))
+""",
+    "an operator less": """
+import torch._ops
+found = torch._ops._OpNamespace.__getattr__
+def without(namespace, name):
+    if (namespace.name, name) == ("nm_act", "sparse_gemm"):
+        raise AttributeError(f"'_OpNamespace' 'nm_act' object has no attribute {name!r}")
+    return found(namespace, name)
+torch._ops._OpNamespace.__getattr__ = without
+""",
+}
+
+
+@pytest.mark.parametrize("case", STALE)
+def test_an_extension_of_an_earlier_version_is_named(case, tmp_path):
+    """``import nm_act, torch`` works; whatever needs an operator says in one sentence what to build."""
+    done = _run(STALE[case] + "\nimport torch, nm_act\nnm_act.prune", tmp_path)
+    assert done.returncode == 1
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith(
+        "ImportError: expected the compiled part of this version of nm_act, got an older one without "
+    )
+    assert last.endswith("; build it again with: pip install --no-build-isolation -e .")

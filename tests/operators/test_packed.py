@@ -33,6 +33,11 @@ def test_iterating_gives_the_tensors():
         made.tokens = 3
 
 
+def test_printing_names_what_it_holds_without_its_numbers():
+    pattern = NMPattern("2:4")
+    assert repr(operand()) == f"Packed(pattern={pattern!r}, in_features=64, layout='sm90_16bit_t64', tokens=6)"
+
+
 WEIGHT = torch.zeros(8, 64).bfloat16()
 WHOLE = "expected an operand with contiguous values [6, 32] for 6 tokens of 64 features in 2:4, got "
 OLD = "expected sparse_gemm(operand, weight, bias) with an nm_act.Packed as operand, got "
@@ -89,7 +94,7 @@ def test_fp8_of_old_calls_names_the_new_way(monkeypatch, name):
     def call(op, *arguments, **options):
         raise Called(options["activation_dtype"])
 
-    monkeypatch.setattr(packed_module.operators, "call", call)
+    monkeypatch.setattr(packed_module.library, "call", call)
     arguments = {"rms_norm_compress": (NORM, 1e-6), "silu_mul_compress": (X,)}.get(name, ())
     for fp8, dtype in ((True, E4M3), (False, None)):
         with (

@@ -13,7 +13,6 @@ import nm_act
 from nm_act import reference
 from nm_act.layers.work import is_decode
 from nm_act.ops import autograd
-from nm_act.ops.e4m3 import E4M3Weight
 from nm_act.ops.fused import Pruned
 from nm_act.optimize import attention, fused, operands
 from nm_act.optimize import model as model_module
@@ -126,11 +125,10 @@ def calls(monkeypatch):
         monkeypatch.setattr(operands, replaced.__name__, replaced)
     monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
     monkeypatch.setattr(operands, "way_of", on_a_cpu)
-
-    def linear(stored, x, _weight, bias, pattern, **options):  # dequantises the weight: a CPU has no e4m3 product
-        return nm_act.sparse_linear(x, stored.values, bias, pattern, weight_scale=stored.scale, **options)
-
-    monkeypatch.setattr(E4M3Weight, "linear", linear)
+    linear = torch.ops.nm_act.sparse_linear  # dequantises the weight where the activations are not e4m3 too
+    monkeypatch.setattr(
+        torch.ops.nm_act, "sparse_linear", lambda *a, activation_dtype=None, **options: linear(*a, **options)
+    )
     return made
 
 

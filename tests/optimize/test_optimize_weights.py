@@ -205,6 +205,20 @@ class TestFP8:
         expected = nm_act.prune(x, patterns[1] or patterns[0]) @ fp8.weight.t() + other.bias
         assert_close(fp8(x), expected, atol=1e-4)
 
+    @torch.no_grad()
+    def test_compiles_into_one_graph_and_follows_replaced_buffers(self):
+        fp8 = nm_act.FP8Linear(layer_of("8:16", "wina", ("var", "dpts-mean")), "decode").bfloat16()
+        compiled = torch.compile(fp8, fullgraph=True, dynamic=True, backend="eager")
+        for tokens in (1, 3, 40):  # never called eagerly before
+            x = torch.randn(tokens, 64, dtype=torch.bfloat16)
+            y = compiled(x)
+            assert torch.equal(y, fp8(x))
+        fp8.weight_scale = 2 * fp8.weight_scale  # as accelerate moves buffers
+        fp8.shift_out = 2 * fp8.shift_out
+        fp8.bias = torch.nn.Parameter(2 * fp8.bias)
+        assert torch.equal(fp8(x), 2 * y)
+        assert fp8.work() is fp8.work()
+
     def test_pickles_of_0_2_load(self):
         fp8 = nm_act.FP8Linear(layer_of("8:16"), "decode")
         expected = fp8(torch.ones(1, 64))

@@ -118,3 +118,13 @@ def test_an_editable_install_is_found_from_the_folder_that_holds_the_clone():
     """With a package-dir setuptools writes the clone's path, else a hook that comes after the working directory."""
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert setuptools["package-dir"] == {"": "."}
+
+
+@pytest.mark.parametrize(
+    ("modules", "installs"), [(["json", "email.mime"], False), (["json", "absent_package.part"], True)]
+)
+def test_ensure_installs_what_is_missing_and_nothing_else(tmp_path, modules, installs):
+    command = [sys.executable, ROOT / "tools/ensure.py", *modules, "--", "--no-index", tmp_path / "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode != 0) is installs, done.stderr
+    assert ("nothing" in done.stderr) is installs  # pip's own words: there is nothing to install

@@ -61,3 +61,12 @@ def test_no_module_imports_in_a_circle():
 
 def test_the_oracle_is_for_tests_and_readers():
     assert [module for module in MODULES if "reference" in imported(module)] == []
+
+
+def test_the_drawing_names_every_room():
+    root = PACKAGE.parent
+    text = (root / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    folders = {path.name for path in (root / "csrc").glob("**/") if path.parent != root}
+    names = (rooms - {"__init__.py", "__main__.py"}) | folders | {"benchmarks", "examples", "tests", "tools"}
+    assert [name for name in sorted(names) if name not in text] == []

@@ -1,10 +1,10 @@
 // Gemm: y = X W^T for many tokens and a weight stored [in, out], which is read as it lies.
 //
-// A tile of up to kTileTokens tokens by kTileVectors vectors of columns is summed in registers. The tiles of kBlockTokens
-// tokens and a panel of columns come one after another: the first reads the panel's rows from memory and leaves them in
-// float32 in a buffer that fits L2, where the others read them (rows that are 4 KiB apart would share a few sets of a
-// cache). Rows beyond kRows are added in another pass, to sums in scratch memory. The order of a sum depends neither on
-// the tiles nor on how the columns are divided among threads.
+// A tile of up to kTileTokens tokens by kTileVectors vectors of columns is summed in registers. The tiles of
+// kBlockTokens tokens and a panel of columns come one after another: the first reads the panel's rows from memory and
+// leaves them in float32 in a buffer that fits L2, where the others read them (rows that are 4 KiB apart would share a
+// few sets of a cache). Rows beyond kRows are added in another pass, to sums in scratch memory. The order of a sum
+// depends neither on the tiles nor on how the columns are divided among threads.
 //
 // Processors that multiply pairs of bfloat16 do so with the rows of a weight two by two: the buffer then holds, side by
 // side, what a column has in each of them.

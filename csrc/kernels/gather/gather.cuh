@@ -1,6 +1,6 @@
 // gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens. Of W [in, out],
-// only the rows that some token needs are read. One launch selects, gathers and reduces; RMSNorm or SiLU * up before the
-// selection, and a residual after the product, are part of it if given: every block computes what it needs of them.
+// only the rows that some token needs are read. One launch selects, gathers and reduces; RMSNorm or SiLU * up before
+// the selection, and a residual after the product, are part of it if given: every block computes what it needs of them.
 //
 // Block (tile, slice) selects the survivors of its slice of the inputs (survivors.cuh; x is small and in L2), then
 // reads their weight rows, threads / lanes rows at a time: `lanes` threads lie along a row, 16 bytes each. A thread

@@ -19,8 +19,8 @@ __device__ __forceinline__ float x_over_one_plus_exp2(float x, float exponent) {
 }
 
 // SiLU, x / (1 + exp(-x)), or GELU with the tanh approximation, x / 2 * (1 + tanh(u)) with u = sqrt(2 / pi) * (x +
-// 0.044715 x^3), as x / (1 + exp(-2 u)): without the sum's cancellation where x is far below zero. One choice per feature
-// instead of a branch around eight makes the library smaller.
+// 0.044715 x^3), as x / (1 + exp(-2 u)): without the sum's cancellation where x is far below zero. One choice per
+// feature instead of a branch around eight makes the library smaller.
 __device__ __forceinline__ float activate(float x, Activation activation) {
   constexpr float kExponent = -1.4426950408889634f, kGelu = 2.0f * 0.79788456080286536f * kExponent;
   return x_over_one_plus_exp2(
@@ -59,8 +59,8 @@ __device__ __forceinline__ float inverse_rms(float squares, int in_features, flo
   return 1.0f / sqrtf(squares / static_cast<float>(in_features) + epsilon);
 }
 
-// h = round(round(h * inverse) * weight), or with unit_offset round(h * inverse * (1 + weight)), as Gemma's module rounds;
-// `weight` holds eight values of the element type.
+// h = round(round(h * inverse) * weight), or with unit_offset round(h * inverse * (1 + weight)), as Gemma's module
+// rounds; `weight` holds eight values of the element type.
 template <class E>
 __device__ __forceinline__ void normalise(Chunk<E>& h, float inverse, uint4 weight, bool unit_offset) {
   const uint32_t word[4] = {weight.x, weight.y, weight.z, weight.w};

@@ -1,5 +1,6 @@
 // prune for 2:4+1 and 2:4+2, as a dense tensor with zeros. A thread takes a unit of sixteen features (windows.cuh);
-// unscaled 16-bit features of 2:4+1 are compared as 16-bit keys, all others as 32-bit keys. Limit: in_features % 16 == 0.
+// unscaled 16-bit features of 2:4+1 are compared as 16-bit keys, all others as 32-bit keys.
+// Limit: in_features % 16 == 0.
 #include "../launch.cuh"
 #include "windows.cuh"
 

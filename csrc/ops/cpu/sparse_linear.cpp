@@ -2,8 +2,8 @@
 //
 // An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens with a weight stored [in, out] run
 // on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product: our
-// own where it is faster (dense.cpp), else torch's, or if more than a bias follows, one that keeps float32 until the end.
-// With a prepacked weight it is oneDNN's, called through torch or vLLM, which is faster: fewer tokens skip rows.
+// own where it is faster (dense.cpp), else torch's, or if more than a bias follows, one that keeps float32 until the
+// end. With a prepacked weight it is oneDNN's, called through torch or vLLM, which is faster: fewer tokens skip rows.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>

@@ -68,8 +68,8 @@ inline void check_norm_weight(const at::Tensor& x, const at::Tensor& weight, int
                    ", got ", weight.scalar_type(), "; convert it");
 }
 
-// Rows that can be read in whole vectors: those of x, or of a copy if necessary. Two of one shape share a stride, as the
-// halves of a merged projection do, which are read in place.
+// Rows that can be read in whole vectors: those of x, or of a copy if necessary. Two of one shape share a stride, as
+// the halves of a merged projection do, which are read in place.
 Rows aligned_rows(const at::Tensor& x);
 std::pair<Rows, Rows> aligned_rows(const at::Tensor& x, const at::Tensor& other);
 
@@ -122,7 +122,8 @@ struct DenseOperand {
 };
 DenseOperand prune_dense(const at::Tensor& x, const Selection& selection, bool variance_correction, const char* op);
 
-// Pruned rows in e4m3 [tokens, in_features], and their scales [tokens]: of x in bfloat16, by a selection without vectors.
+// Pruned rows in e4m3 [tokens, in_features], and their scales [tokens]: of x in bfloat16, by a selection without
+// vectors.
 std::pair<at::Tensor, at::Tensor> prune_e4m3(const at::Tensor& x, const Selection& selection, const char* op);
 
 }  // namespace nm_act::cuda_ops

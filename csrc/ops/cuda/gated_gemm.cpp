@@ -1,5 +1,5 @@
-// nm_act::sparse_gemm_silu_mul: the product of a packed operand and a merged gate and up weight, activation(gate) * up and its
-// 2:4 packing in one kernel.
+// nm_act::sparse_gemm_silu_mul: the product of a packed operand and a merged gate and up weight, activation(gate) * up
+// and its 2:4 packing in one kernel.
 #include <torch/library.h>
 
 #include "kernels/matmul/gated_gemm.h"

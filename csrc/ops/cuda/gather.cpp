@@ -98,7 +98,7 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   return y;
 }
 
-// The gather kernel with what stands around the layer: RMSNorm or activation * up before, a residual after.
+// The gather kernel fused with the operators next to the layer: RMSNorm or activation * up before, a residual after.
 at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& up, const OptionalTensor& norm_weight,
                          std::optional<double> eps, const OptionalTensor& residual, const OptionalTensor& channel_scale,

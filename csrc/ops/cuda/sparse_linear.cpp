@@ -3,8 +3,8 @@
 // ops/choice.h chooses: a few tokens over a weight stored [in, out] go to the gather kernel; with enough tokens, 2:4 in
 // 16 bits goes to the sparse tensor cores, and so does 2:4+1 that brings its lifted weight, where that
 // pays; everything else prunes and runs cuBLAS. An 8-bit weight that the gather kernel does not take is first
-// multiplied by its scale, in the dtype of x; with e4m3 activations it goes to the fp8 tensor cores as it is: the sparse
-// ones for 2:4, the dense ones over the pruned activation for any other N:M.
+// multiplied by its scale, in the dtype of x; with e4m3 activations it goes to the fp8 tensor cores as it is: the
+// sparse ones for 2:4, the dense ones over the pruned activation for any other N:M.
 #include <ATen/ops/_scaled_mm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>

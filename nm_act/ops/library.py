@@ -1,0 +1,97 @@
+"""Loads ``nm_act._C``, which registers ``torch.ops.nm_act.*``; what the wrappers of its operators share."""
+
+import re
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..version import __version__
+
+try:
+    from .. import _C
+except ImportError as error:
+    raise ImportError(
+        f"expected the compiled part of nm_act for this Python and torch, got: {error}; build it with: pip install -e ."
+    ) from error
+
+OPERATORS = (
+    *("prune", "compress", "decompress", "sparse_linear", "sparse_linear_prepacked", "gather_linear", "dense_linear"),
+    *("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm", "sparse_gemm_silu_mul"),
+    *("rms_norm_prune", "silu_mul_prune", "rms_norm_add", "decode_linear"),
+    *("rotary", "rotary_cache", "decode_attention", "_tune_gather", "_tune_sparse_gemm"),
+)
+"""What ``csrc/ops/schemas.cpp`` declares."""
+
+_missing = [name for name in OPERATORS if not hasattr(torch.ops.nm_act, name)]
+if _missing:  # before anything is registered, so that each later import says the same
+    raise ImportError(
+        f"expected the compiled part of this version of nm_act, got an older one without {', '.join(_missing)}; build "
+        "it again with: pip install --no-build-isolation -e ."
+    )
+
+
+def build_info() -> dict[str, object]:
+    """What was compiled, for which torch, and which instruction set is in use."""
+    info: dict[str, Any] = {"version": __version__, **_C.build_info()}
+    info["torch_cuda"] = info["torch_cuda"] or None
+    info["cpu_isas"] = info["cpu_isas"].split(",")
+    info["cuda_archs"] = [arch for arch in info["cuda_archs"].split(",") if arch]
+    info["why_no_cuda"] = info["why_no_cuda"] or None
+    info["cutlass"] = info["cutlass"] or None
+    return info
+
+
+def support_table() -> list[dict[str, str]]:
+    """Which operator runs where, with which dtypes and patterns, and how: one dict a row."""
+    return _C.support_table()
+
+
+def call(op: str, *arguments: Any, **options: Any) -> Any:
+    """Call an operator; a TypeError of one sentence replaces torch's message about the schema for a wrong argument."""
+    function = getattr(torch.ops.nm_act, op)
+    if torch.compiler.is_compiling():
+        return function(*arguments, **options)
+    try:
+        return function(*arguments, **options)
+    except RuntimeError as error:
+        refused = _OTHER_KIND.search(str(error))
+        if refused is None:
+            raise
+        wanted, name, found = refused.groups()
+        wanted = "torch.Tensor" if "Tensor" in wanted else "torch.dtype" if name.endswith("dtype") else wanted
+        raise TypeError(f"nm_act::{op} expected {name} of type {wanted}, got {found}; convert it first") from None
+
+
+_OTHER_KIND = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)' but instead found type '(.+?)'")
+
+
+def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raise a ValueError for tensors on different devices, which torch may dispatch to no kernel that checks."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"nm_act::{op} expected {name} on the device of x, {x.device}, got {other.device}; move it there"
+            )
+
+
+def refuse(op: str, device: str) -> None:
+    """Register one sentence for an operator that has no kernel for the CPU or, in this build, for CUDA."""
+    wanted = "CUDA" if device == "CPU" else "CPU"
+
+    def refused(*_arguments: Any, **_options: Any) -> NoReturn:
+        reason = build_info()["why_no_cuda"]
+        built = f" (this build has no CUDA kernels: {reason})" if reason else ""
+        raise NotImplementedError(
+            f"nm_act::{op} expected {wanted} tensors, got {device} tensors{built}; nm-act info lists what runs where"
+        )
+
+    torch.library.impl(f"nm_act::{op}", device)(refused)
+
+
+def only_on_cuda(*ops: str) -> None:
+    """Register the sentence for operators without a kernel for the CPU, and for CUDA in a build without it."""
+    for op in ops:
+        refuse(op, "CPU")
+        if not _C.build_info()["cuda"]:
+            refuse(op, "CUDA")

@@ -1,0 +1,117 @@
+"""Tables of perplexities, for tools/readme.py."""
+
+from result_files import EVALUATION, perplexities, times, with_error
+
+from nm_act.lab.evaluate.results import markdown_table as table
+
+
+def perplexity_table(rows: list[dict[str, str]]) -> str:
+    lines = [
+        [
+            row["name"] + (" *" if row["calibrated_on"] else ""),
+            row["pattern"],
+            row["layers"],
+            f"{float(row['predicted_speedup']):.2f}x",
+            f"{float(row['predicted_decode']):.2f}x",
+            with_error(row),
+        ]
+        for row in sorted(rows, key=lambda row: float(row["value"]))
+    ]
+    first = rows[0]
+    header = ["recipe", "pattern", "layers", "prefill, predicted", "decode, predicted", "perplexity"]
+    star = " An asterisk marks what was calibrated or trained." if any(row["calibrated_on"] for row in rows) else ""
+    origin = f"{first['model']}, {first['task']}, {first['samples']} tokens; `{EVALUATION}`.{star}"
+    return f"{table(header, lines, right=3)}\n\n{origin}"
+
+
+def quality() -> str:
+    """Plain ACT, and the rows that no other row beats in perplexity and both speeds.
+
+    Where held-out C4 was measured, it decides which rows these are; the table shows the test's perplexity.
+    """
+    losses = held_out()
+    points = [(row, (*speeds(row), -losses.get(row["name"], float(row["value"])))) for row in perplexities()]
+    if losses:  # rows that were not measured on it cannot be compared
+        points = [(row, point) for row, point in points if row["name"] in losses]
+    return perplexity_table(
+        [
+            row
+            for row, point in points
+            if (row["method"], row["layers"]) == ("act", "all") or not any(beats(other, point) for _, other in points)
+        ]
+    )
+
+
+def best() -> str:
+    """The best rows that are faster than dense, for the front page, beside 2:4 everywhere."""
+    rows = {row["name"]: row for row in perplexities()}
+    shown = [rows["dense"], rows["act 2:4"], rows["act 8:16"]]
+    losses = held_out() or {name: float(row["value"]) for name, row in rows.items()}
+    for phase, targets in ((0, (1.1, 1.2, 1.3)), (1, (1.3, 1.45))):
+        for target in targets:
+            fast = [row for name, row in rows.items() if name in losses and speeds(row)[phase] >= target]
+            shown += sorted(fast, key=lambda row: losses[row["name"]])[:1]
+    return perplexity_table(list({row["name"]: row for row in shown}.values()))
+
+
+def rules() -> str:
+    """Rules by projection on held-out C4, among which the recommended recipes were chosen."""
+    found = [row for row in perplexities("c4") if row["layers"] == "rule" and "trained" not in row["method"]]
+    alike = ("dense", "wina+var 10:16", "wina+var 9:16", "wina+var 8:16", "wina+var 2:4")
+    found += [row for row in perplexities("c4") if row["name"] in alike]
+    found.sort(key=lambda row: float(row["value"]))
+    lines = [
+        [row["name"].removeprefix("rule "), *(times(speed) for speed in speeds(row)), with_error(row)] for row in found
+    ]
+    header = ["sparse projections", "prefill, predicted", "decode, predicted", "perplexity"]
+    origin = (
+        f"SmolLM2-135M, the first {found[0]['samples']} tokens of C4's documents from 1701 on, float32, "
+        f"criterion wina, mitigation var; `{EVALUATION}`. A decode recipe is measured as if all tokens were decoded."
+    )
+    return f"{table(header, lines)}\n\n{origin}"
+
+
+def held_out() -> dict[str, float]:
+    """Name of a row -> perplexity on C4 that no calibration saw."""
+    return {row["name"]: float(row["value"]) for row in perplexities("c4")}
+
+
+TEXTS = ("wikitext2", "c4", "code", "french")
+
+
+def texts() -> str:
+    """Perplexities over the dense model's on every text, the best on WikiText-2 first."""
+    found = {name: {row["name"]: row for row in perplexities(name)} for name in TEXTS}
+    rows = [row for name, row in found["wikitext2"].items() if all(name in found[text] for text in TEXTS[1:])]
+    rows.sort(key=lambda row: float(row["value"]))
+    ratios = [
+        [float(found[text][row["name"]]["value"]) / float(found[text]["dense"]["value"]) for text in TEXTS]
+        for row in rows
+    ]
+    lines = []
+    for index, (row, own) in enumerate(zip(rows, ratios, strict=True)):
+        best = [min(column) for column in zip(*ratios[index:], strict=True)]
+        cells = [f"{ratio:.2f}" + (" !" if ratio > least else "") for ratio, least in zip(own, best, strict=True)]
+        name = row["name"] + (" *" if row["calibrated_on"] else "")
+        lines.append([name, *(times(speed) for speed in speeds(row)), *cells])
+    header = ["recipe", "prefill, predicted", "decode, predicted", *TEXTS]
+    note = (
+        "Perplexity over the dense model's, the first 20 480 tokens of each text. `!`: a row below, which is worse on "
+        f"WikiText-2, is better here. An asterisk marks what was calibrated or trained; `{EVALUATION}`."
+    )
+    return f"{table(header, lines)}\n\n{note}"
+
+
+def speeds(row: dict[str, str]) -> tuple[float, float]:
+    """Predicted speed-ups of a row in prefill and decode."""
+    return float(row["predicted_speedup"]), float(row["predicted_decode"])
+
+
+def searched() -> str:
+    """Searched recipes beside the fixed rules."""
+    return perplexity_table([row for row in perplexities() if row["layers"] != "all" or row["method"] == "dense"])
+
+
+def beats(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether a point is at least another in every coordinate, and not equal to it."""
+    return one != other and all(a >= b for a, b in zip(one, other, strict=True))

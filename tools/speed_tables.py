@@ -1,0 +1,323 @@
+"""Tables of measured and predicted speeds, for tools/readme.py."""
+
+import json
+
+import pattern_frontier
+from result_files import EVALUATION, ROOT, geometric_mean, measured_rows, read_rows, times
+
+import nm_act
+from nm_act.lab.cost import places_of, predictions
+from nm_act.lab.evaluate.results import markdown_table as table
+from nm_act.lab.measured import Measured, shapes_of
+
+GENERATE = "benchmarks/results/cpu/generate.csv"
+SERVED = "benchmarks/results/cpu/vllm.csv"
+
+
+def predicted() -> str:
+    """Predicted and measured speed-ups of whole models."""
+    lines = []
+    for mode, pattern, dtype in (
+        ("nm-2:4", "2:4", "bf16"),
+        ("nm-8:16", "8:16", "bf16"),
+        ("nm-2:4-fp8", "2:4", "e4m3"),
+        ("nm-8:16-fp8", "8:16", "e4m3"),
+    ):
+        for phase in ("prefill", "decode"):
+            if dtype == "e4m3" and phase != {"2:4": "prefill", "8:16": "decode"}[pattern]:
+                continue  # the weights are stored for the other phase
+            for prompt in (512, 4096, 16384):
+                cost = Measured("h100", shapes_of("llama-3-8b"), "llama-3-8b", dtype, (phase,), prompt, prompt)
+                whole = [cost.tables.whole("llama-3-8b", each, phase, prompt) for each in ("dense_bf16", mode)]
+                if None in whole:
+                    continue
+                measured = whole[0] / whole[1]
+                found = predictions(cost, places_of("llama-3-8b", 32), nm_act.Recipe(pattern))[phase]
+                numbers = f"{found:.3f}x", f"{measured:.3f}x", f"{100 * (found / measured - 1):+.1f} %"
+                lines.append([mode, phase, str(prompt), *numbers])
+    return table(["mode", "phase", "prompt", "predicted", "measured", "difference"], lines, right=3)
+
+
+def support() -> str:
+    header = ["op", "when", "device", "dtypes", "patterns", "how"]
+    return table(header, [[row[name] for name in header] for row in nm_act.support_table()], right=len(header))
+
+
+def demo() -> str:
+    result = json.loads((ROOT / "docs/demo/demo.json").read_text())
+    rows = []
+    for row in result["rows"]:
+        speed, ratio = row["decode_tokens_per_second"], row["decode_speedup"]
+        rows.append(
+            [
+                row["name"],
+                f"{row['perplexity']:.2f}",
+                "–" if row["name"] == "dense" else f"{row['change_percent']:+.0f} %",
+                f"{speed['median']:.1f}",
+                "–" if row["name"] == "dense" else f"{ratio['median']:.2f}x",
+            ]
+        )
+    machine = result["environment"]
+    caption = (
+        f"{result['model']}, {result['dtype']}, {result['rows'][0]['tokens']} tokens of {result['text']['source']}; "
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {result['date'][:10]}."
+    )
+    header = ["pattern", "perplexity", "change", "decode tokens/s", "speed-up"]
+    return f"{table(header, rows)}\n\n{caption}\n\n![perplexity and decode speed by pattern](demo/demo.png)"
+
+
+GPU_PAIRS = (
+    ("bf16", "sparse_linear_out_in", "cublas_bf16", "bf16 over cuBLAS bf16"),
+    ("e4m3", "sparse_linear_fp8", "scaled_mm_fp8", "e4m3 over dense e4m3"),
+    ("e4m3", "sparse_linear_fp8", "cublas_bf16", "e4m3 over cuBLAS bf16"),
+)
+
+
+def gpu_speed() -> str:
+    rows = [row for row in read_rows("benchmarks/results/h100/sparse_linear.csv") if row["stage"] == "op"]
+    speedup = {
+        (row["tokens"], row["out_features"], row["in_features"], row["dtype"], row["variant"], row["baseline"]): float(
+            row["speedup"]
+        )
+        for row in rows
+    }
+    lines = []
+    for tokens in sorted({row["tokens"] for row in rows}, key=int):
+        shapes = dict.fromkeys((row["out_features"], row["in_features"]) for row in rows if row["tokens"] == tokens)
+        columns = [[speedup.get((tokens, *shape, *pair[:3])) for shape in shapes] for pair in GPU_PAIRS]
+        means = [geometric_mean([value for value in column if value]) for column in columns]
+        worst = [min((value for value in column if value), default=None) for column in columns]
+        lines.append(
+            [
+                tokens,
+                str(len(shapes)),
+                *(f"{times(mean)} ({times(low)})" for mean, low in zip(means, worst, strict=True)),
+            ]
+        )
+    header = ["tokens", "shapes", *(pair[3] for pair in GPU_PAIRS)]
+    first = rows[0]
+    origin = (
+        f"{first['device']}, torch {first['torch']}, CUDA {first['cuda']}, {first['date']}: geometric means over the "
+        "shapes, the worst shape in brackets; `benchmarks/results/h100/sparse_linear.csv`."
+    )
+    return f"{table(header, lines, right=0)}\n\n{origin}"
+
+
+DECODE, PREPACKED = "benchmarks/results/cpu/decode.csv", "benchmarks/results/cpu/prepacked.csv"
+
+
+def decode_rows() -> list[dict[str, str]]:
+    return [row for row in read_rows(DECODE) if row["baseline"] != "prepacked"]
+
+
+def caption(rows: list[dict[str, str]], source: str = DECODE) -> str:
+    first = rows[0]
+    return f"{first['device']}, torch {first['torch']}, {first['date']}, medians; `{source}`."
+
+
+def cpu_prepacked() -> str:
+    """The sparse layer without and with a prepacked copy, over a prepacked dense one: 20th percentiles, in rows of one
+    run, because whatever else runs on the machine only ever adds time."""
+    if not (ROOT / PREPACKED).exists():
+        return f"All shapes on an idle machine: not measured yet (`benchmarks/bench_cpu_decode.py --csv {PREPACKED}`)."
+    rows = [row for row in read_rows(PREPACKED) if row["baseline"] == "prepacked"]
+    cells: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault(key(row), {})[row["variant"]] = float(row["us_p20"])
+    lines = []
+    for (dtype, tokens, outputs, inputs), found in cells.items():
+        times = [found[variant] for variant in ("prepacked", "sparse", "sparse_prepacked")]
+        ratios = [f"{times[0] / time:.2f}x" for time in times[1:]]
+        shown = [milliseconds(str(time)) for time in times]
+        lines.append([f"{outputs} × {inputs}", dtype, tokens, *shown, *ratios])
+    header = [
+        "out × in",
+        "dtype",
+        "tokens",
+        "prepacked dense ms",
+        "sparse ms",
+        "with a copy ms",
+        "sparse",
+        "with a copy",
+    ]
+    note = caption(rows, PREPACKED).replace("medians", "20th percentiles")
+    return f"{table(header, lines, right=2)}\n\n{note}"
+
+
+def cpu_decode() -> str:
+    rows = [row for row in decode_rows() if row["tokens"] == "1"]
+    every_row = {key(row): row for row in rows if row["variant"] == "every_row"}
+    read = {key(row): float(row["gbps"]) for row in rows if row["variant"] == "read"}
+    lines = []
+    for row in rows:
+        if row["variant"] != "sparse":
+            continue
+        whole = every_row[key(row)]
+        lines.append(
+            [
+                f"{row['out_features']} × {row['in_features']}",
+                row["dtype"],
+                row["pattern"],
+                milliseconds(row["baseline_us_p50"]),
+                milliseconds(whole["us_p50"]),
+                milliseconds(row["us_p50"]),
+                f"{float(row['speedup']):.2f}x",
+                f"{float(whole['us_p50']) / float(row['us_p50']):.2f}x",
+                row["gbps"],
+                f"{float(row['gbps']) / read[key(row)]:.0%}",
+            ]
+        )
+    header = [
+        "out × in",
+        "dtype",
+        "pattern",
+        "F.linear ms",
+        "every row ms",
+        "sparse ms",
+        "speed-up",
+        "from skipping rows",
+        "GB/s",
+        "share of a plain read",
+    ]
+    return f"{table(header, lines, right=3)}\n\n{caption(rows)}"
+
+
+def cpu_tokens() -> str:
+    rows = decode_rows()
+    lines = [
+        [
+            f"{row['out_features']} × {row['in_features']}",
+            row["dtype"],
+            row["tokens"],
+            row["variant"],
+            row["baseline"],
+            milliseconds(row["baseline_us_p50"]),
+            milliseconds(row["us_p50"]),
+            f"{float(row['speedup']):.2f}x",
+        ]
+        for row in rows
+        if row["variant"] != "read"
+    ]
+    header = ["out × in", "dtype", "tokens", "variant", "baseline", "baseline ms", "ms", "baseline / ours"]
+    return f"{table(header, lines, right=5)}\n\n{caption(rows)}"
+
+
+def key(row: dict[str, str]) -> tuple[str, ...]:
+    return row["dtype"], row["tokens"], row["out_features"], row["in_features"]
+
+
+def milliseconds(microseconds: str) -> str:
+    return f"{float(microseconds) / 1e3:.2f}"
+
+
+INFERENCE_METRICS = {"ttft_ms": "time to first token, ms", "decode_tok_s": "decode tokens/s", "peak_gib": "peak GiB"}
+
+
+def inference() -> str:
+    """One row per mode, batch and prompt; each metric with its ratio to the dense baselines of the run."""
+    source = "benchmarks/results/h100/inference.csv"
+    measured = measured_rows(source)
+    if not measured:
+        return "Whole models on a GPU: not measured yet (`benchmarks/bench_inference.py`)."
+    cells: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
+    for row in measured:
+        where = (row["model"], row["mode"], row["batch"], row["prompt"])
+        cells.setdefault(where, {}).setdefault(row["metric"], []).append(row)
+    lines = []
+    for where, metrics in cells.items():
+        line = list(where)
+        for metric in INFERENCE_METRICS:
+            rows = metrics.get(metric, [])
+            ratios = [f"{row['speedup']}x of {row['baseline']}" for row in rows if row["baseline"] != row["mode"]]
+            value = f"{float(rows[0]['p50']):.1f}" if rows else "–"
+            line.append(f"{value} ({', '.join(ratios)})" if ratios else value)
+        lines.append(line)
+    first = measured[0]
+    caption = (
+        f"{first['device']}, torch {first['torch']}, CUDA {first['cuda']}, {first['date']}, medians; "
+        "ratios above 1 are better"
+    )
+    header = ["model", "mode", "batch", "prompt", *INFERENCE_METRICS.values()]
+    return f"{table(header, lines, right=2)}\n\n{caption}; `{source}`."
+
+
+def results() -> str:
+    """One row per mode: gains over dense, memory, and the perplexity of its pattern."""
+    source, dense = "benchmarks/results/h100/inference.csv", "dense_bf16"
+    measured = measured_rows(source)
+    quality = pattern_frontier.perplexity_by_pattern()
+    first = next(row for row in measured if (row["batch"], row["prompt"]) == ("1", "4096"))
+    cells: dict[str, dict[str, dict[str, str]]] = {}
+    for row in measured:
+        if (row["baseline"], row["batch"], row["prompt"]) == (dense, first["batch"], first["prompt"]):
+            cells.setdefault(row["mode"], {})[row["metric"]] = row
+    lines = []
+    for mode, metrics in cells.items():
+        pattern = "dense" if mode.startswith("dense") else mode.split("-")[1]
+        gains = [f"{float(metrics[name]['speedup']):.2f}x" for name in ("ttft_ms", "decode_tok_s")]
+        perplexity = f"{float(quality[pattern]['value']):.1f}" if pattern in quality else "–"
+        lines.append([first["model"], mode, *gains, f"{float(metrics['peak_gib']['p50']):.1f} GiB", perplexity])
+    cpu = [row for row in read_rows(GENERATE) if row["dtype"] == "float32"]
+    longest = max((row for row in cpu if row["metric"] == "prefill_ms"), key=lambda row: int(row["prompt"]))["prompt"]
+    for mode in dict.fromkeys(row["mode"] for row in cpu):
+        pattern = mode.split()[0].removeprefix("nm-")
+        perplexity = f"{float(quality[pattern]['value']):.1f}"
+        mine = {(row["metric"], row["prompt"]): f"{float(row['speedup']):.2f}x" for row in cpu if row["mode"] == mode}
+        decode = next(value for (metric, _), value in mine.items() if metric == "generate_tok_s")
+        lines.append(["SmolLM2-135M, CPU", mode, mine["prefill_ms", longest], decode, "–", perplexity])
+    header = ["model", "mode", "prefill", "decode", "memory", "perplexity of the pattern"]
+    origin = (
+        f"{first['device']}, {first['prompt']} tokens of prompt, batch {first['batch']}, over dense bf16 with the same "
+        f"CUDA graphs (`{source}`); {cpu[0]['device']}, float32, {longest} tokens of prompt (`{GENERATE}`). "
+        "Perplexity: "
+        f"SmolLM2-135M, WikiText-2, float32, the pattern in every linear layer, no mitigation (`{EVALUATION}`)."
+    )
+    return f"{table(header, lines, right=2)}\n\n{origin}"
+
+
+def generate() -> str:
+    rows, units = read_rows(GENERATE), {"generate_tok_s": "tokens/s", "prefill_ms": "ms of prefill"}
+    lines = [
+        [
+            *(row["dtype"], row["prompt"], row["mode"], f"{row['p50']} {units[row['metric']]}"),
+            *(f"{row['p20']} to {row['p80']}", f"{float(row['speedup']):.2f}x"),
+        ]
+        for row in rows
+    ]
+    first = rows[0]
+    origin = (
+        f"{first['model']}, {first['tokens']} generated tokens or a prefill alone, medians of {first['rounds']} "
+        f"rounds, the speed-up that of the rounds' ratios; {first['device']}, torch {first['torch']}, {first['date']}"
+    )
+    header = ["dtype", "prompt", "mode", "median", "20th to 80th percentile", "speed-up"]
+    return f"{table(header, lines, right=3)}\n\n{origin}; `{GENERATE}`."
+
+
+def served() -> str:
+    """vLLM's engines by the number of requests at once."""
+    rows = read_rows(SERVED)
+    names = list(dict.fromkeys(row["engine"] for row in rows))
+    titles = {"sparse": rows[0]["pattern"], "prepack": f'{rows[0]["pattern"]}, `"prepack": true`'}
+    lines = []
+    for requests, metric in dict.fromkeys((row["requests"], row["metric"]) for row in rows):
+        found = {row["engine"]: row for row in rows if (row["requests"], row["metric"]) == (requests, metric)}
+        prefill = metric.startswith("prefill")
+        line = [f"a prompt of {found['dense']['prompt']}" if prefill else requests]
+        for name in names:
+            line.append(
+                f"{float(found[name]['p50']):.0f} ({float(found[name]['p20']):.0f}–{float(found[name]['p80']):.0f})"
+            )
+            if name != "dense":
+                line.append(f"{float(found[name]['speedup']):.2f}x")
+        lines.append(line)
+    header = ["requests"]
+    for name in names:
+        header += [f"{titles.get(name, name)}, tokens/s", *([] if name == "dense" else ["over dense"])]
+    first = rows[0]
+    loads = [float(row["load"]) for row in rows]
+    origin = (
+        f"{first['model']}, {first['dtype']}, {first['prompt']} tokens in and {first['generated']} out a request; "
+        f"medians (20th to 80th percentile) of {first['rounds']} rounds, the engines in turn; {first['device']}, "
+        f"vLLM {first['vllm']}, torch {first['torch']}, {first['date']}, load {min(loads)} to {max(loads)}; `{SERVED}`."
+    )
+    return f"{table(header, lines, right=1)}\n\n{origin}"
