@@ -211,9 +211,12 @@ class Gated:
 
 
 def adds_residual(linear: nn.Module, x: Tensor) -> bool:
-    """Whether :func:`plus_residual` is one kernel, for a layer whose :func:`why_unfused` is empty and x of its input's sizes."""
+    """Whether :func:`plus_residual` is one kernel, for a layer of which :func:`why_unfused` is empty.
+
+    Of ``x``, only tokens, dtype and device matter.
+    """
     way = way_of(linear, x)
-    return way == "decode" or (way == "packed" and torch.cuda.get_device_capability(x.device)[0] == 9)
+    return way == "decode" or (way == "packed" and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9)
 
 
 def plus_residual(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def operand_and_weight(tokens, out_features, in_features, dtype=torch.bfloat16):
 def takes_wide_tile(dtype, *shape):
     """Whether the product of this shape runs on the tile whose epilogue adds the residual."""
     kind, multiprocessors = str(dtype).removeprefix("torch."), torch.cuda.get_device_properties(0).multi_processor_count
-    index = _C.select_gemm_config(kind, *shape, multiprocessors)[0]
+    index = _C.select_gemm_config(kind, *shape, multiprocessors, residual=True)[0]
     return next(tile["name"] for tile in _C.gemm_tiles(kind) if tile["tile"] == index) == WIDE[dtype]
 
 
@@ -99,7 +99,7 @@ def test_small_epilogues():
 
 @pytest.mark.parametrize(
     ("tokens", "out_features", "wide"),
-    [(1, 64, False), (385, 1024, False), (700, 2304, False), (2000, 2048, True), (1000, 4096, True)],
+    [(1, 64, False), (385, 1024, False), (700, 2304, True), (2000, 2048, True), (1000, 4096, True)],
 )
 @pytest.mark.parametrize("dtype", [*HALVES, E4M3])
 def test_residuals(dtype, tokens, out_features, wide):

@@ -256,6 +256,24 @@ def test_residuals_go_into_the_product_of_the_down_layer(name, calls, monkeypatc
     assert given == [False, False, name == "llama"] * 2
 
 
+def test_the_output_projection_adds_its_residual(calls, monkeypatch):
+    """So that the norm before the MLP reads one tensor and writes none."""
+    given, product = [], operands.sparse_gemm
+
+    def sparse_gemm(*arguments, residual=None, **options):
+        given.append(residual is not None)
+        return product(*arguments, residual=residual, **options)
+
+    monkeypatch.setattr(operands, "sparse_gemm", sparse_gemm)
+    monkeypatch.setattr(operands, "adds_residual", lambda *_: True)
+    monkeypatch.setattr(operands, "compress_packed", lambda x, **options: compressed(x, calls, "output", **options))
+    monkeypatch.setattr(attention, "rotary", rotated)
+    monkeypatch.setattr(attention, "fuses", lambda *_: True)
+    optimize_checked(sparse("llama"))
+    assert given == [False, True, False, True] * 2
+    assert not any("residual" in call for call in calls)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_residuals_go_into_the_products_of_a_decode_step(name, calls, monkeypatch):
     """In place of the kernel, its formula; an addition after it would be one too many, or none at all."""
