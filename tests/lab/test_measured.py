@@ -77,10 +77,10 @@ def test_what_mitigations_and_first_tokens_add():
 
 def test_kept_shares_in_decode():
     tables = load_tables("h100")
-    times = [tables.product("decode", pattern, (6144, 4096, 1)) for pattern in ("4:16", "8:16", "12:16", "14:16")]
+    times = [tables.product("decode", pattern, (6144, 4096, 1)) for pattern in ("4:16", "8:16", "11:16", "14:16")]
     assert [each.us for each in times] == sorted(each.us for each in times)
     assert not times[1].note
-    assert "75.0% kept in decode was not measured" in times[2].note
+    assert "68.8% kept in decode was not measured" in times[2].note
 
 
 def test_the_nearest_shape_is_taken_and_said():
@@ -135,7 +135,8 @@ def test_decode_is_predicted_between_patterns_of_one_m():
     small, large = (tables.product("decode", pattern, sizes) for pattern in ("2:4", "16:32"))
     assert small.us < large.us  # the rows differ, though the kept share does not
     assert tables.product("decode", "20:32", sizes).us > tables.product("decode", "16:32", sizes).us
-    assert tables.product("decode", "4:32", sizes).us == pytest.approx(large.us / 4)
+    least = tables.product("decode", "8:32", sizes)
+    assert tables.product("decode", "4:32", sizes).us == pytest.approx(least.us / 2)
 
 
 def test_layers_that_do_not_merge_cost_a_product_of_their_own():

@@ -250,4 +250,30 @@ inline GatherConfig choose_gather_config(ElementType weight_type, Pattern patter
                                weight_type, pattern, device});
 }
 
+// Decode steps in which another configuration than the one that is fastest alone was measured to be faster: there a
+// kernel's blocks start while those of the kernel before end, and clusters wait for room beside them
+// (docs/kernels/gather.md). One token, 50 % patterns, 16-bit weights, 132 multiprocessors.
+struct LayerGather {
+  int out_features, in_features;
+  GatherConfig config;
+};
+inline constexpr LayerGather kLayerGathers[] = {
+    {4096, 4096, {64, 8, 512, false}},
+    {4096, 14336, {32, 8, 512, true}},
+    {2048, 8192, {16, 8, 512, true}},
+};
+
+// `alone`, a choice of choose_gather_config, or what is faster than it within a layer's decode step.
+inline GatherConfig gather_config_in_layer(const GatherProblem& problem, const GatherConfig& alone) {
+  const bool measured = problem.tokens == 1 && weight_bytes(problem.weight_type) == 2 && problem.pattern.keep > 0 &&
+                        2 * problem.pattern.keep == problem.pattern.group && problem.device.multiprocessors == 132;
+  if (alone.splits == 0 || !measured) return alone;
+  for (const LayerGather& layer : kLayerGathers) {
+    if (layer.out_features == problem.out_features && layer.in_features == problem.in_features) {
+      return is_valid(problem, layer.config) ? layer.config : alone;
+    }
+  }
+  return alone;
+}
+
 }  // namespace nm_act
