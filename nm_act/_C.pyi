@@ -36,6 +36,7 @@ def gather_configs(
     group: int,
     compute_capability_major: int,
     multiprocessors: int,
+    in_layer: bool = False,
 ) -> list[tuple[int, int, int, int]]: ...
 def gemm_tiles(dtype: str) -> list[dict[str, int | str | bool]]: ...
 def select_gemm_config(

@@ -135,7 +135,7 @@ py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t o
 // (lanes, splits, threads, ahead) of every configuration that the gather kernel can run this problem with; the one it
 // would choose comes first.
 py::list gather_configs(int tokens, int out_features, int in_features, bool bits8, int keep, int group,
-                        int compute_capability_major, int multiprocessors) {
+                        int compute_capability_major, int multiprocessors, bool in_layer) {
   const nm_act::GatherProblem problem{tokens,
                                       out_features,
                                       in_features,
@@ -145,7 +145,8 @@ py::list gather_configs(int tokens, int out_features, int in_features, bool bits
   const auto tuple = [](const nm_act::GatherConfig& c) {
     return py::make_tuple(c.lanes, c.splits, c.threads, c.ahead);
   };
-  const py::tuple chosen = tuple(nm_act::select_gather_config(problem));
+  const nm_act::GatherConfig alone = nm_act::select_gather_config(problem);
+  const py::tuple chosen = tuple(in_layer ? nm_act::gather_config_in_layer(problem, alone) : alone);
   py::list result;
   result.append(chosen);
   nm_act::for_each_gather_config(problem, [&](const nm_act::GatherConfig& config) {
@@ -199,7 +200,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("head_dim"));
   m.def("gather_configs", gather_configs, py::arg("tokens"), py::arg("out_features"), py::arg("in_features"),
         py::arg("bits8"), py::arg("keep"), py::arg("group"), py::arg("compute_capability_major"),
-        py::arg("multiprocessors"));
+        py::arg("multiprocessors"),
+        py::arg("in_layer") = false);
   m.def("pack_metadata", pack_metadata, py::arg("neutral"), py::arg("tokens"), py::arg("in_features"),
         py::arg("layout"));
   m.def("unpack_metadata", unpack_metadata, py::arg("physical"), py::arg("tokens"), py::arg("in_features"),

@@ -58,3 +58,20 @@ def test_bf16_loses_little_to_dense():
         config = choice(job)
         us = measured.get(config) or measured[*config[:3], 0]
         assert us <= 1.05 * measured["cublas_bf16"] + 5, job
+
+
+def test_choice_within_a_layer_is_near_the_fastest():
+    """decode_linear's choice, by the time of a whole layer's decode step in three models."""
+    steps = defaultdict(dict)
+    with (TABLE.parent / "decode_layers.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            sizes = (int(row["out_features"]), int(row["in_features"]))
+            config = tuple(int(row[name]) for name in ("lanes", "splits", "threads", "ahead"))
+            steps[row["model"], *sizes][config] = float(row["us_layer"])
+    assert len(steps) == 12
+    for (model, *sizes), measured in steps.items():
+        chosen = nm_act._C.gather_configs(1, *sizes, False, 8, 16, 9, MULTIPROCESSORS, in_layer=True)[0]
+        assert measured[tuple(map(int, chosen))] <= 1.012 * min(measured.values()), (model, sizes)
+    alone = [nm_act._C.gather_configs(1, 4096, 4096, *kind, 9, count)[0] for kind, count in (((True, 8, 16), 132), ((False, 4, 16), 132), ((False, 8, 16), 114))]
+    layer = [nm_act._C.gather_configs(1, 4096, 4096, *kind, 9, count, in_layer=True)[0] for kind, count in (((True, 8, 16), 132), ((False, 4, 16), 132), ((False, 8, 16), 114))]
+    assert alone == layer  # what was not measured
