@@ -127,8 +127,7 @@ py::list gemm_tiles(const std::string& dtype) {
 py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t out_features, int64_t in_features,
                              int multiprocessors, bool residual) {
   const nm_act::GemmProblem problem{tokens, out_features, in_features, element_type_named(dtype), multiprocessors};
-  const nm_act::GemmConfig config =
-      residual ? nm_act::select_residual_config(problem) : nm_act::select_config(problem);
+  const nm_act::GemmConfig config = residual ? nm_act::select_residual_config(problem) : nm_act::select_config(problem);
   return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.splits, config.overlapped);
 }
 
@@ -200,8 +199,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("head_dim"));
   m.def("gather_configs", gather_configs, py::arg("tokens"), py::arg("out_features"), py::arg("in_features"),
         py::arg("bits8"), py::arg("keep"), py::arg("group"), py::arg("compute_capability_major"),
-        py::arg("multiprocessors"),
-        py::arg("in_layer") = false);
+        py::arg("multiprocessors"), py::arg("in_layer") = false);
   m.def("pack_metadata", pack_metadata, py::arg("neutral"), py::arg("tokens"), py::arg("in_features"),
         py::arg("layout"));
   m.def("unpack_metadata", unpack_metadata, py::arg("physical"), py::arg("tokens"), py::arg("in_features"),

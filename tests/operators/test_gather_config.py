@@ -72,6 +72,10 @@ def test_choice_within_a_layer_is_near_the_fastest():
     for (model, *sizes), measured in steps.items():
         chosen = nm_act._C.gather_configs(1, *sizes, False, 8, 16, 9, MULTIPROCESSORS, in_layer=True)[0]
         assert measured[tuple(map(int, chosen))] <= 1.012 * min(measured.values()), (model, sizes)
-    alone = [nm_act._C.gather_configs(1, 4096, 4096, *kind, 9, count)[0] for kind, count in (((True, 8, 16), 132), ((False, 4, 16), 132), ((False, 8, 16), 114))]
-    layer = [nm_act._C.gather_configs(1, 4096, 4096, *kind, 9, count, in_layer=True)[0] for kind, count in (((True, 8, 16), 132), ((False, 4, 16), 132), ((False, 8, 16), 114))]
-    assert alone == layer  # what was not measured
+    others = (((True, 8, 16), 132), ((False, 4, 16), 132), ((False, 8, 16), 114))  # 8 bits, a share, a device
+    for kind, multiprocessors in others:  # that were not measured
+        alone, layer = (
+            nm_act._C.gather_configs(1, 4096, 4096, *kind, 9, multiprocessors, in_layer=each)[0]
+            for each in (False, True)
+        )
+        assert alone == layer
