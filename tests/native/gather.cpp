@@ -216,9 +216,9 @@ void run_long_slices() {
   }
 }
 
-// With RMSNorm or a gated activation before the selection and a residual after the product: the same bits as without, from
-// what the functions of activations.cuh make of the inputs (tests/native/producers.cpp has their formulas), rounded once
-// more with the residual. Sums of squares are exact, so their order does not matter.
+// With RMSNorm or a gated activation before the selection and a residual after the product: the same bits as without,
+// from what the functions of activations.cuh make of the inputs (tests/native/producers.cpp has their formulas),
+// rounded once more with the residual. Sums of squares are exact, so their order does not matter.
 enum class Before { kNorm, kOffsetNorm, kSilu, kGelu };
 
 template <class E>

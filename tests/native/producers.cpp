@@ -1,7 +1,7 @@
 // launch_rmsnorm_compress, launch_silu_mul_compress, their pruning twins and launch_rmsnorm_add with their kernels' own
-// source, run on the host (emulate_cuda.h), against float64 formulas and the plain contract, bit for bit: the features are such that an error
-// of 2^-20 before a rounding, which a device's approximations stay below, does not change it. Prints "N checks, 0
-// failed"; exits 1 on a mismatch.
+// source, run on the host (emulate_cuda.h), against float64 formulas and the plain contract, bit for bit: the features
+// are such that an error of 2^-20 before a rounding, which a device's approximations stay below, does not change it.
+// Prints "N checks, 0 failed"; exits 1 on a mismatch.
 #include "emulate_cuda.h"
 // After it: the kernels.
 #include "compressed.h"

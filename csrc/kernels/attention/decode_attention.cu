@@ -5,20 +5,22 @@
 //
 // with RMSNorm of each head of q and k before the embedding, if their weights are given.
 //
-// A cluster has one key head of one sequence with its query heads; its blocks divide the tokens, and the warps of a block
-// take 16 of them at a time. Both products run on tensor cores, mma.m16n8k16, with fragments that are loaded from the cache
-// as they lie, since the order of features within a product is free:
+// A cluster has one key head of one sequence with its query heads; its blocks divide the tokens, and the warps of a
+// block take 16 of them at a time. Both products run on tensor cores, mma.m16n8k16, with fragments that are loaded from
+// the cache as they lie, since the order of features within a product is free:
 //
 //   scores[head, token] = Q K^T: a lane's 16 bytes of a key are the words of two k-steps of operand B;
-//   y^T[feature, head] += V^T P: a lane has the same eight features of four tokens, whose words are interleaved to operand A,
-//                                and its scores are already operand B.
+//   y^T[feature, head] += V^T P: a lane has the same eight features of four tokens, whose words are interleaved to
+//                                operand A, and its scores are already operand B.
 //
-// Each warp keeps its own running maximum, sum and output (float32). The results are combined in a fixed order: through shared
-// memory over the warps, through distributed shared memory over the blocks. No partial result reaches global memory. Rounding
-// is that of flash attention: rotated values and probabilities to the element type, scores, softmax and sums in float32.
+// Each warp keeps its own running maximum, sum and output (float32). The results are combined in a fixed order: through
+// shared memory over the warps, through distributed shared memory over the blocks. No partial result reaches global
+// memory. Rounding is that of flash attention: rotated values and probabilities to the element type, scores, softmax
+// and sums in float32.
 //
 // Tried and dropped: docs/kernels/decode_attention.md.
 #include <cfloat>
+#include <type_traits>
 
 #include "../gather/block.cuh"
 #include "../launch.cuh"
@@ -33,7 +35,7 @@ constexpr int kHeads = 8;                // query heads of a key head, the colum
 constexpr int kStep = kWarps * kTokens;  // tokens of a block in one step
 
 // A block's shared memory: first what all warps read, then the results.
-template <class E, int kDim>
+template <int kDim>
 struct Layout {
   static constexpr int kQuery = 0;                                     // E [8, dim]: rotated
   static constexpr int kKey = kQuery + 2 * kHeads * kDim;              // E [dim]: the new key
@@ -74,8 +76,8 @@ struct Keys {
   Chunk<E> of[2][kDim / 32];
 };
 
-// Values of 16 tokens: lane 4 * i + j has tokens 2 * j, 2 * j + 1, 2 * j + 8 and 2 * j + 9, of each 64 features the eight
-// from 8 * i.
+// Values of 16 tokens: lane 4 * i + j has tokens 2 * j, 2 * j + 1, 2 * j + 8 and 2 * j + 9, of each 64 features the
+// eight from 8 * i.
 template <class E, int kDim>
 struct Values {
   Chunk<E> of[4][kDim / 64];
@@ -184,7 +186,7 @@ struct Warp {
 template <class E, int kDim>
 __global__ void __launch_bounds__(kThreads)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams params, const int splits) {
-  using L = Layout<E, kDim>;
+  using L = Layout<kDim>;
   if (splits > 1) arrive_at_cluster();
   unsigned char* const shared = dynamic_shared();
   auto* const queries = reinterpret_cast<uint16_t*>(shared + L::kQuery);
@@ -314,7 +316,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   // A peer's shared memory may be written only after that block has started.
   if (splits > 1) wait_for_cluster();
-  const int all = heads * kDim, outputs = all / splits;  // outputs of a block; splits is a power of two of at most 16
+  const int all = heads * kDim, outputs = all / splits;  // outputs of a block; splits is a power of two of at most 8
   for (int i = thread; i < all; i += kThreads) {
     const int g = i / kDim, feature = i % kDim;
     float top = -FLT_MAX, total = 0.0f, output = 0.0f;
@@ -365,7 +367,7 @@ int divide(const DecodeAttentionParams& params, int multiprocessors) {
 template <class E, int kDim>
 cudaError_t launch_shape(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
   const LaunchShape shape{static_cast<unsigned>(params.batch * params.k_heads * splits), kThreads,
-                          static_cast<unsigned>(splits), Layout<E, kDim>::bytes(splits)};
+                          static_cast<unsigned>(splits), Layout<kDim>::bytes(splits)};
   return launch_kernel(decode_attention_kernel<E, kDim>, shape, stream, params, splits);
 }
 

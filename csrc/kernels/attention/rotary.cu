@@ -4,8 +4,8 @@
 //
 // with x = norm(head, weight) where there is a norm of the heads.
 //
-// A thread has one piece (rotate.cuh) of kHeads heads: it loads the piece's cosines and sines once and issues all heads'
-// loads before it uses the first. Limit: rows of whole aligned pieces, dim % 16 == 0.
+// A thread has one piece (rotate.cuh) of kHeads heads: it loads the piece's cosines and sines once and issues all
+// heads' loads before it uses the first. Limit: rows of whole aligned pieces, dim % 16 == 0.
 #include "../launch.cuh"
 #include "rotate.cuh"
 

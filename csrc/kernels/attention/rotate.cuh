@@ -1,5 +1,5 @@
-// A head's RMSNorm and the rotary embedding of a piece: eight features of the first half of a head and their partners in the
-// second. They round where Transformers' own modules do.
+// A head's RMSNorm and the rotary embedding of a piece: eight features of the first half of a head and their partners
+// in the second. They round where Transformers' own modules do.
 #pragma once
 
 #include "../prune/activations.cuh"
@@ -30,8 +30,8 @@ __device__ __forceinline__ void store_piece(void* base, int64_t at, int half, co
   store_chunk<E, true>(target + half, piece.second, kChunk);
 }
 
-// norm(head, weight) of the head whose `pieces` pieces are in consecutive lanes, a power of two that divides a warp's 32;
-// all lanes of the head call it.
+// norm(head, weight) of the head whose `pieces` pieces are in consecutive lanes, a power of two that divides a warp's
+// 32; all lanes of the head call it.
 template <class E>
 __device__ __forceinline__ void normalise_head(Piece<E>& piece, const void* weight, int feature, int pieces,
                                                const HeadNorms& norms) {

@@ -202,8 +202,8 @@ inline GemmConfig select_config(const GemmProblem& problem) {
   return configure(problem, *best, best_splits);
 }
 
-// The configuration of a product with a residual: the widest tile, whose epilogue adds it, unless another tile and one more
-// pass over both are estimated to be faster.
+// The configuration of a product with a residual: the widest tile, whose epilogue adds it, unless another tile and one
+// more pass over both are estimated to be faster.
 inline constexpr double kAddUsPerMb = 0.36, kAddUs = 2.0;
 inline GemmConfig select_residual_config(const GemmProblem& problem) {
   const GemmConfig best = select_config(problem);

@@ -1,10 +1,10 @@
-// The epilogue of a product with a merged gate and up weight: z = activation(gate) * up, stored as the packed 2:4 operand of
-// the next product. Neither gate and up nor z reach memory.
+// The epilogue of a product with a merged gate and up weight: z = activation(gate) * up, stored as the packed 2:4
+// operand of the next product. Neither gate and up nor z reach memory.
 //
 // The accumulators of a warp group's 64 x 2H tile (gated_mainloop.cuh) give each thread, for two tokens 8 apart, two
 // adjacent outputs of every 8: first of gate, then of up. Four lanes exchange their words so that each holds 8 adjacent
-// outputs of z, the chunk that the compression kernels work on. The values are rounded where the separate kernels round,
-// and the selection is theirs, so the results are the same bits.
+// outputs of z, the chunk that the compression kernels work on. The values are rounded where the separate kernels
+// round, and the selection is theirs, so the results are the same bits.
 #pragma once
 
 #include <cutlass/cutlass.h>

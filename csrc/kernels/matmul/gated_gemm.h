@@ -1,5 +1,5 @@
-// The interface between dispatch and the instances of the gated GEMM (gated_sm90.cuh). CMakeLists.txt generates a source
-// for each.
+// The interface between dispatch and the instances of the gated GEMM (gated_sm90.cuh). CMakeLists.txt generates a
+// source for each.
 #pragma once
 
 #include "sparse_gemm.h"

@@ -7,8 +7,8 @@
 namespace nm_act {
 
 // The vectors that the epilogue reads. kPlain is what ordinary inference needs: the bias for 16-bit values; row scale,
-// column scale and bias for e4m3. kFull is the whole formula of SparseGemmParams but the residual, which kResidual adds to
-// kPlain.
+// column scale and bias for e4m3. kFull is the whole formula of SparseGemmParams but the residual, which kResidual adds
+// to kPlain.
 enum class GemmEpilogue : int { kPlain = 0, kFull = 1, kResidual = 2 };
 
 struct GemmLaunch {

@@ -92,9 +92,9 @@ void dense_rows(const at::Tensor& operand, const at::Tensor& weight, const cpu::
 }
 
 // One thread of an AMD EPYC (Zen 5), torch 2.13, 9 to 256 tokens over 576 x 576 to 4096 x 4096 weights stored
-// [in, out]: in float32 1.5x to 2.2x faster than torch, whose library runs its AVX2 kernels there; in bfloat16, where torch
-// first reorders the weight, 1.0x to 1.8x faster with products of pairs, without them 1.1x to 1.4x up to 16 tokens and
-// slower from there on. torch's float16 product took 19 s for 512 x 2048 x 2048.
+// [in, out]: in float32 1.5x to 2.2x faster than torch, whose library runs its AVX2 kernels there; in bfloat16, where
+// torch first reorders the weight, 1.0x to 1.8x faster with products of pairs, without them 1.1x to 1.4x up to 16
+// tokens and slower from there on. torch's float16 product took 19 s for 512 x 2048 x 2048.
 bool columns_pay(ElementType dtype, int64_t tokens) {
   if (dtype == ElementType::kFloat16) return true;
   const cpu::CpuKernels& kernels = cpu::cpu_kernels();

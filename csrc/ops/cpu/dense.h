@@ -31,8 +31,8 @@ void apply_epilogue(const at::Tensor& product, const cpu::Epilogue& epilogue, El
 // points to cannot be checked.
 bool is_vllm_handler(const at::Tensor& prepacked);
 
-// operand [tokens, in] @ weight [out, in]^T + bias by oneDNN: torch's call for a weight in oneDNN's layout, vLLM's for a
-// handler. The product is returned; y [tokens, out] may have been written to.
+// operand [tokens, in] @ weight [out, in]^T + bias by oneDNN: torch's call for a weight in oneDNN's layout, vLLM's for
+// a handler. The product is returned; y [tokens, out] may have been written to.
 at::Tensor prepacked_product(const at::Tensor& operand, const at::Tensor& prepacked, const OptionalTensor& bias,
                              const at::Tensor& y);
 
