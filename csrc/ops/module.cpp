@@ -144,8 +144,8 @@ py::list gather_configs(int tokens, int out_features, int in_features, bool bits
   const auto tuple = [](const nm_act::GatherConfig& c) {
     return py::make_tuple(c.lanes, c.splits, c.threads, c.ahead);
   };
-  const nm_act::GatherConfig alone = nm_act::select_gather_config(problem);
-  const py::tuple chosen = tuple(in_layer ? nm_act::gather_config_in_layer(problem, alone) : alone);
+  const py::tuple chosen =
+      tuple(in_layer ? nm_act::select_gather_config_in_layer(problem) : nm_act::select_gather_config(problem));
   py::list result;
   result.append(chosen);
   nm_act::for_each_gather_config(problem, [&](const nm_act::GatherConfig& config) {

@@ -109,8 +109,7 @@ TORCH_LIBRARY(nm_act, m) {
   m.def("rms_norm_add(Tensor x, Tensor weight, float eps, Tensor residual, *, bool unit_offset=False) -> Tensor");
   // sparse_linear for one to four tokens over a weight stored [in, out], in one launch with the operators before and
   // after it: its input is norm(x, norm_weight), activation(x) * up, or x; the residual [..., out_features] is added to
-  // the rounded Y. eps and unit_offset belong to
-  // norm_weight, activation to up: one without the other is an error.
+  // the rounded Y. eps and unit_offset belong to norm_weight, activation to up: one without the other is an error.
   m.def(
       "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? up=None, "
       "Tensor? norm_weight=None, float? eps=None, Tensor? residual=None, Tensor? channel_scale=None, "
@@ -120,9 +119,8 @@ TORCH_LIBRARY(nm_act, m) {
   // [batch, heads, max_tokens, head_dim], at the last places before lengths [batch], int32, which count the new tokens.
   // With q_norm and k_norm [head_dim], each head is norm(head, q_norm or k_norm) first; eps and unit_offset are theirs.
   m.def(
-      "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, *, Tensor? q_norm=None, Tensor? k_norm=None, float? "
-      "eps=None, "
-      "bool unit_offset=False) -> (Tensor, Tensor)");
+      "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, *, Tensor? q_norm=None, Tensor? k_norm=None, "
+      "float? eps=None, bool unit_offset=False) -> (Tensor, Tensor)");
   m.def(
       "rotary_cache(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor lengths, *, Tensor? q_norm=None, Tensor? k_norm=None, float? eps=None, bool unit_offset=False) -> "

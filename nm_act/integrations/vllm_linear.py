@@ -47,7 +47,7 @@ from .. import parallel
 from ..layers.linear import FOLLOW_WEIGHT
 from ..methods import mitigations
 from ..ops.e4m3 import E4M3Weight
-from ..ops.prepack import why_not_prepacked
+from ..ops.prepack import prepack_weight, why_not_prepacked
 from ..recipe import LinearSpec, Recipe
 from . import vllm_plan as plan
 from .vllm_operands import Operands, Prepacked, Storage, prepacked_size
@@ -436,10 +436,9 @@ class NMActLinearMethod(LinearMethodBase):
 
 def _prepacked(weight: torch.Tensor) -> Prepacked | None:
     """A second copy of ``weight [out, in]``, for the product of vLLM's dense layers where this build has it."""
-    if why_not_prepacked(weight):
-        return None
-    if not hasattr(torch.ops._C, "create_onednn_mm_handler"):
-        return Prepacked(torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
+    if why_not_prepacked(weight) or not hasattr(torch.ops._C, "create_onednn_mm_handler"):
+        copy = prepack_weight(weight)
+        return None if copy is None else Prepacked(copy)
     from vllm import _custom_ops as ops
 
     handler = ops.create_onednn_mm(weight.t(), 32)  # so many numbers of tokens are compiled at once, as vLLM does

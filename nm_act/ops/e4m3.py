@@ -149,16 +149,9 @@ def _(
 
 @torch.library.register_fake("nm_act::e4m3_linear")
 def _(
-    x: Tensor,
-    codes: Tensor | None,
-    rows: Tensor | None,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    n: int,
-    m: int,
-    **options: Any,
+    x: Tensor, codes: Tensor | None, rows: Tensor | None, weight_scale: Tensor, *others: Any, **options: Any
 ) -> Tensor:
-    _check(x, codes, rows, weight_scale, bias, n, m, **options)
+    _check(x, codes, rows, weight_scale, *others, **options)
     return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
 
 

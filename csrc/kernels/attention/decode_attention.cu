@@ -204,21 +204,15 @@ __global__ void __launch_bounds__(kThreads)
   auto* const keys = static_cast<uint16_t*>(params.keys) + cached;
   auto* const values = static_cast<uint16_t*>(params.values) + cached;
 
-  struct Range {
-    int begin, end, last;
-  };
-  const auto range = [&] {
-    const int length = max(0, min(params.lengths[sequence], params.max_tokens));
-    const int start = params.window > 0 ? max(0, length - params.window) : 0;
-    const int share = (length - start + splits - 1) / splits;
-    const int begin = min(start + rank * share, length);
-    return Range{begin, min(begin + share, length), length - 1};
-  };
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  const auto [begin, end, last] = range();
-  const bool owns_new = last >= begin && last < end;  // the new token's place
+  const int length = max(0, min(params.lengths[sequence], params.max_tokens));
+  const int start = params.window > 0 ? max(0, length - params.window) : 0;
+  const int share = (length - start + splits - 1) / splits;
+  const int begin = min(start + rank * share, length), end = min(begin + share, length);
+  const int last = length - 1;  // the new token's place
+  const bool owns_new = last >= begin && last < end;
 
   // The rotated queries, and the new key and value: a thread takes a piece of one head.
   constexpr int kPieces = kDim / 2 / kChunk;

@@ -234,22 +234,6 @@ inline GatherConfig select_gather_config(const GatherProblem& problem) {
   return best;
 }
 
-// The configuration for these sizes, with rows weight_stride elements apart; splits is 0 if the kernel does not support
-// them. The caller checks pointers.
-inline GatherConfig choose_gather_config(ElementType weight_type, Pattern pattern, int64_t tokens, int64_t out_features,
-                                         int64_t in_features, int64_t weight_stride, GemmDevice device) {
-  const int bytes = weight_bytes(weight_type);
-  const bool few = pattern.keep > 0 || bytes == 1;
-  const int64_t row_bytes = weight_stride * bytes;
-  if (tokens < 1 || tokens > (few ? kFewTokens : kMaxGatherTokens) || in_features <= 0 || out_features <= 0 ||
-      in_features > INT32_MAX || out_features > INT32_MAX || row_bytes > INT32_MAX ||
-      out_features % outputs_per_lane(weight_type) != 0 || row_bytes % kGatherVector != 0) {
-    return {};
-  }
-  return select_gather_config({static_cast<int>(tokens), static_cast<int>(out_features), static_cast<int>(in_features),
-                               weight_type, pattern, device});
-}
-
 // Decode steps in which another configuration than the one that is fastest alone was measured to be faster: there a
 // kernel's blocks start while those of the kernel before end, and clusters wait for room beside them
 // (docs/kernels/gather.md). One token, 50 % patterns, 16-bit weights, 132 multiprocessors.
@@ -263,17 +247,39 @@ inline constexpr LayerGather kLayerGathers[] = {
     {2048, 8192, {16, 8, 512, true}},
 };
 
-// `alone`, a choice of choose_gather_config, or what is faster than it within a layer's decode step.
-inline GatherConfig gather_config_in_layer(const GatherProblem& problem, const GatherConfig& alone) {
+// The configuration for a product within a layer's decode step: a measured one, else the one that is fastest alone.
+inline GatherConfig select_gather_config_in_layer(const GatherProblem& problem) {
   const bool measured = problem.tokens == 1 && weight_bytes(problem.weight_type) == 2 && problem.pattern.keep > 0 &&
                         2 * problem.pattern.keep == problem.pattern.group && problem.device.multiprocessors == 132;
-  if (alone.splits == 0 || !measured) return alone;
   for (const LayerGather& layer : kLayerGathers) {
-    if (layer.out_features == problem.out_features && layer.in_features == problem.in_features) {
-      return is_valid(problem, layer.config) ? layer.config : alone;
+    if (measured && layer.out_features == problem.out_features && layer.in_features == problem.in_features &&
+        is_valid(problem, layer.config)) {
+      return layer.config;
     }
   }
-  return alone;
+  return select_gather_config(problem);
+}
+
+// The configuration for these sizes, with rows weight_stride elements apart; splits is 0 if the kernel does not support
+// them. The caller checks pointers.
+inline GatherConfig choose_gather_config(ElementType weight_type, Pattern pattern, int64_t tokens, int64_t out_features,
+                                         int64_t in_features, int64_t weight_stride, GemmDevice device,
+                                         bool in_layer = false) {
+  const int bytes = weight_bytes(weight_type);
+  const bool few = pattern.keep > 0 || bytes == 1;
+  const int64_t row_bytes = weight_stride * bytes;
+  if (tokens < 1 || tokens > (few ? kFewTokens : kMaxGatherTokens) || in_features <= 0 || out_features <= 0 ||
+      in_features > INT32_MAX || out_features > INT32_MAX || row_bytes > INT32_MAX ||
+      out_features % outputs_per_lane(weight_type) != 0 || row_bytes % kGatherVector != 0) {
+    return {};
+  }
+  const GatherProblem problem{static_cast<int>(tokens),
+                              static_cast<int>(out_features),
+                              static_cast<int>(in_features),
+                              weight_type,
+                              pattern,
+                              device};
+  return in_layer ? select_gather_config_in_layer(problem) : select_gather_config(problem);
 }
 
 }  // namespace nm_act

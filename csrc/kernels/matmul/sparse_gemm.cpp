@@ -113,9 +113,9 @@ size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch) 
   return launch_sparse_gemm(params, launch) == cudaSuccess ? bytes : 0;
 }
 
-bool sparse_gemm_adds(const SparseGemmParams& params, GemmDevice device, const GemmConfig& config) {
+bool sparse_gemm_adds(const SparseGemmParams& params, GemmDevice device, GemmTile tile) {
   if (device.compute_capability_major != 9 || epilogue_for(params) != GemmEpilogue::kPlain) return false;
-  const Sm90Instance* instance = find_sm90(params, config.tile);
+  const Sm90Instance* instance = find_sm90(params, tile);
   return instance != nullptr && instance->run[static_cast<int>(GemmEpilogue::kResidual)] != nullptr;
 }
 
@@ -123,7 +123,7 @@ cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch&
   if (!sparse_gemm_supports(params, launch.device)) return cudaErrorInvalidValue;
   if (params.tokens == 0 || params.out_features == 0) return cudaSuccess;
   const bool adds = params.residual != nullptr;
-  if (adds && !sparse_gemm_adds(params, launch.device, launch.config)) return cudaErrorInvalidValue;
+  if (adds && !sparse_gemm_adds(params, launch.device, launch.config.tile)) return cudaErrorInvalidValue;
   if (launch.device.compute_capability_major != 9) return find_sm80(params)->run(params, launch.stream);
   const Sm90Instance* instance = find_sm90(params, launch.config.tile);
   if (instance == nullptr) return cudaErrorInvalidValue;

@@ -29,8 +29,8 @@ cudaError_t run_sparse_gemm_sm80(const SparseGemmParams& params, cudaStream_t st
 // Number of bytes of launch.workspace, which is not read here.
 size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch);
 
-// Whether this configuration's kernel adds the residual; if not, launch_sparse_gemm refuses one.
-bool sparse_gemm_adds(const SparseGemmParams& params, GemmDevice device, const GemmConfig& config);
+// Whether the kernel of this tile adds the residual; if not, launch_sparse_gemm refuses one.
+bool sparse_gemm_adds(const SparseGemmParams& params, GemmDevice device, GemmTile tile);
 
 cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch& launch);
 

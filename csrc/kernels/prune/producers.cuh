@@ -38,11 +38,11 @@ struct RmsNorm {
     const bool adds = kResidual && residual != nullptr;
     if (adds) load_row<E, kKind>(addend, residual + token * in_features, in_features);
     const int64_t first = token * in_features + row_chunk<kChunks>(0) * kChunk;
-    const uint4* const scale = reinterpret_cast<const uint4*>(weight) + row_chunk<kChunks>(0);
     // Loaded before the reduction, whose result they would wait for otherwise.
     constexpr bool kEarly = kKind == RowKind::kPlain && kChunks <= 4 && !kResidual;  // else registers cost more
     uint4 scales[kEarly ? kChunks : 1];
     if constexpr (kEarly) {
+      const uint4* const scale = reinterpret_cast<const uint4*>(weight) + row_chunk<kChunks>(0);
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) scales[i] = __ldg(scale + i * 32);
     }
@@ -66,7 +66,7 @@ struct RmsNorm {
       for (int i = 0; i < kChunks; ++i) {
         const int chunk = row_chunk<kChunks>(i);
         if (row_chunk_count<kKind>(in_features, chunk) == 0) continue;
-        if (kEarly && last) {
+        if constexpr (kEarly) {
           normalise(h[i], inverse, scales[i], unit_offset);
         } else {
           normalise(h[i], inverse, __ldg(reinterpret_cast<const uint4*>(by) + chunk), unit_offset);

@@ -130,15 +130,11 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   const WeightFacts facts = facts_of(weight);
   const bool fits = selection.type != ElementType::kFloat32 && facts.stored_in_out() && facts.aligned &&
                     selection.tokens >= 1 && selection.tokens <= kFewTokens && selection.in_features % 8 == 0;
-  const ElementType weight_type = element_type(weight.scalar_type());
-  const GatherConfig alone =
-      fits ? choose_gather_config(weight_type, selection.pattern, selection.tokens, facts.out_features,
-                                  facts.in_features, facts.row_stride(), device)
-           : GatherConfig{};
   const GatherConfig config =
-      gather_config_in_layer({static_cast<int>(selection.tokens), static_cast<int>(facts.out_features),
-                              static_cast<int>(facts.in_features), weight_type, selection.pattern, device},
-                             alone);
+      fits ? choose_gather_config(element_type(weight.scalar_type()), selection.pattern, selection.tokens,
+                                  facts.out_features, facts.in_features, facts.row_stride(), device,
+                                  /*in_layer=*/true)
+           : GatherConfig{};
   TORCH_CHECK_NOT_IMPLEMENTED(config.splits > 0, "nm_act::", kOp, " expected 1 to ", kFewTokens,
                               " tokens in 16 bits and a weight stored [in, out] that the gather kernel takes, got ",
                               selection.tokens, " tokens in ", x.scalar_type(), ", weight ", weight.sizes(),

@@ -140,14 +140,14 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
   const GemmProblem problem{tokens, out_features, weight.size(1), params.value_type, device.multiprocessors};
-  const GemmConfig wanted =
+  // The kernel adds the residual where it is compiled to; else it costs one more pass.
+  const bool can_add = adds && sparse_gemm_adds(params, device, wide_tile(params.value_type));
+  const GemmConfig chosen =
       config.has_value() ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
                                       static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
-      : adds             ? select_residual_config(problem)
+      : can_add          ? select_residual_config(problem)
                          : select_config(problem);
-  // The kernel adds it where it is compiled to; else it costs one more pass.
-  const bool fused = adds && sparse_gemm_adds(params, device, wanted);
-  const GemmConfig chosen = adds && !fused && !config.has_value() ? select_config(problem) : wanted;
+  const bool fused = can_add && chosen.tile == wide_tile(params.value_type);
   const at::Tensor addend = fused ? aligned(*residual) : at::Tensor();
   if (fused) params.residual = addend.const_data_ptr();
   run_sparse_gemm(params, device, chosen, y, kOp);
