@@ -291,7 +291,8 @@ struct RotaryParams {
 cudaError_t launch_rotary(const RotaryParams& params, cudaStream_t stream);
 
 // decode_attention: attention of one new token per sequence over a static cache, with the rotary embedding of q and k
-// and the write of k and v into the cache, at lengths - 1. Compute capability 9.0.
+// and the write of k and v into the cache, at lengths - 1. A sequence whose length is not in 1 to max_tokens writes
+// nothing and its y is NaN. Compute capability 9.0.
 struct DecodeAttentionParams {
   const void* q;                         // [batch, q_heads, dim], sequences q_stride elements apart; so are k and v
   const void* k;                         // [batch, k_heads, dim]
@@ -302,7 +303,7 @@ struct DecodeAttentionParams {
   int cos_batch;                         // 1 or batch
   void* keys;                            // [batch, k_heads, max_tokens, dim], contiguous
   void* values;                          // like keys
-  const int32_t* lengths;                // [batch]: tokens, the new one included; 1 to max_tokens
+  const int32_t* lengths;                // [batch]: tokens, the new one included
   void* y;                               // [batch, q_heads, dim], contiguous
   float scaling;
   int window;  // tokens to attend to, the new one included; 0: all

@@ -126,7 +126,8 @@ TORCH_LIBRARY(nm_act, m) {
       "Tensor lengths, *, Tensor? q_norm=None, Tensor? k_norm=None, float? eps=None, bool unit_offset=False) -> "
       "Tensor");
   // Attention of one new token per sequence over a static cache, with rotary_cache in the same launch:
-  // softmax(scaling * q K^T) V over the last `window` tokens, the new one included, or all of them with window 0.
+  // softmax(scaling * q K^T) V over the last `window` tokens, the new one included, or all of them with window 0. A
+  // sequence whose length is not in 1 to max_tokens writes nothing and its result is NaN.
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor lengths, float scaling, int window=0, *, Tensor? q_norm=None, Tensor? k_norm=None, float? eps=None, "

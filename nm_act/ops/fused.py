@@ -280,8 +280,11 @@ def decode_attention(
     ----------
     q, k, v : Tensor [batch, 1, heads, head_dim], bfloat16 or float16
         At most eight query heads per key head; head_dim 64, 128 or 256.
-    cos, sin, keys, values, lengths
+    cos, sin, keys, values
         As in :func:`rotary_cache`.
+    lengths : Tensor [batch], int32
+        As in :func:`rotary_cache`. A sequence whose length is not in 1 to max_tokens writes nothing, and its outputs
+        are NaN; others are not affected.
     scaling : float
         Factor of the scores.
     window : int

@@ -286,14 +286,62 @@ def test_norms_of_heads_before_the_embedding(dtype, unit_offset, q_heads, k_head
         assert relative_error(y, fused.decode_attention(*apart, scaling=dim**-0.5)) < 1e-2
 
 
-def test_nothing_is_written_beyond_the_cache():
-    q = k = v = drawn(1, 1, 2, 64)
+OUT_OF_RANGE = [0, 9, 1000, -1, 2**31 - 1, -(2**31)]  # of a cache of 8 tokens
+
+
+@pytest.mark.parametrize(("q_heads", "k_heads", "dim"), [(32, 8, 128), (3, 1, 64), (8, 4, 256)])
+@pytest.mark.parametrize("repeats", [1, 7])  # clusters of eight blocks, and smaller ones
+def test_lengths_out_of_range_write_nothing_and_leave_the_others_alone(q_heads, k_heads, dim, repeats):
+    given = [8, *OUT_OF_RANGE, 1, 5] * repeats
+    lengths = torch.tensor(given, dtype=torch.int32, device="cuda")
+    valid = (lengths >= 1) & (lengths <= 8)
+    q, k, v = (drawn(len(given), 1, heads, dim, seed=seed) for seed, heads in enumerate((q_heads, k_heads, k_heads)))
+    angles = drawn(1, 1, dim, dtype=torch.float32, seed=3)
+    step = (q, k, v, angles.cos().bfloat16(), angles.sin().bfloat16())
+    # Caches in the middle of larger memory, where a write outside would show.
+    whole = drawn(2, len(given) + 2, k_heads, 8, dim, seed=4)
+    expected, all_valid = whole.clone(), whole.clone()
+    exact = reference.decode_attention(*step, *expected[:, 1:-1], lengths, scaling=dim**-0.5)
+    written = whole.clone()
+    fused.rotary_cache(*step, *written[:, 1:-1], lengths)
+    assert torch.equal(written, expected)
+    if torch.cuda.get_device_capability()[0] != 9:
+        return
+    poison()
+    y = fused.decode_attention(*step, *whole[:, 1:-1], lengths, scaling=dim**-0.5)
+    assert torch.equal(whole, expected)
+    assert y[~valid].isnan().all()
+    assert relative_error(y[valid], exact[valid]) < 3e-3
+    same = lengths.where(valid, 4)
+    others = fused.decode_attention(*step, *all_valid[:, 1:-1], same, scaling=dim**-0.5)
+    assert torch.equal(y[valid], others[valid])
+
+
+def test_lengths_out_of_range_in_a_prompt():
+    """Tokens of a prompt are written where their place is in the cache, each for itself."""
+    q, k, v = (drawn(3, 5, 2, 64, seed=seed) for seed in range(3))
+    angles = drawn(1, 5, 64, dtype=torch.float32, seed=3)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    caches = torch.full((2, 3, 2, 8, 64), 7.0, device="cuda", dtype=torch.bfloat16)
+    fused.rotary_cache(q, k, v, cos, sin, *caches, torch.tensor([3, 10, -(2**31)], dtype=torch.int32, device="cuda"))
+    for cache, new in zip(caches, (rotated(k, cos, sin), v), strict=True):
+        new = new.transpose(1, 2)
+        assert torch.equal(cache[0, :, :3], new[0, :, 2:])
+        assert torch.equal(cache[1, :, 5:], new[1, :, :3])
+        assert (cache[0, :, 3:] == 7).all()
+        assert (cache[1, :, :5] == 7).all()
+        assert (cache[2] == 7).all()
+
+
+def test_no_heads_and_no_sequences():
     cos = sin = drawn(1, 1, 64)
-    keys, values = (torch.zeros(1, 2, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for length in (0, 9, 1000):
-        fused.rotary_cache(q, k, v, cos, sin, keys, values, torch.tensor([length], dtype=torch.int32, device="cuda"))
-    assert not keys.any()
-    assert not values.any()
+    nothing = drawn(1, 1, 0, 64)
+    assert [x.shape for x in fused.rotary(nothing, nothing, cos, sin)] == [(1, 1, 0, 64)] * 2
+    none = drawn(0, 1, 2, 64)
+    cached = (drawn(0, 2, 8, 64), drawn(0, 2, 8, 64), torch.zeros(0, dtype=torch.int32, device="cuda"))
+    assert fused.rotary_cache(none, none, none, cos, sin, *cached).shape == none.shape
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert fused.decode_attention(none, none, none, cos, sin, *cached, scaling=1.0).shape == none.shape
 
 
 @pytest.mark.parametrize("dtype", HALVES)
