@@ -171,7 +171,8 @@ def decode_attention(
     # What is not seen may be NaN. A softmax over nothing is NaN.
     read, weighed = (cache.double().masked_fill(~seen[:, None, :, None], 0) for cache in (keys, values))
     scores = (scaling * grouped @ read.mT).masked_fill(~seen[:, None, None], -torch.inf)
-    return (scores.softmax(-1) @ weighed).flatten(1, 2)[:, None]
+    y: torch.Tensor = scores.softmax(-1) @ weighed
+    return y.flatten(1, 2)[:, None]
 
 
 def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

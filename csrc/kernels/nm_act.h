@@ -30,6 +30,9 @@ void unpack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features,
 
 inline constexpr int kMaxRowFeatures = 32768;   // limit of the kernels that hold a whole row on chip
 inline constexpr int kMaxNormFeatures = 16384;  // and of RMSNorm fused with pruning
+// Limits of all kernels, which count in 32 bits.
+inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
+inline constexpr int64_t kMaxFeatures = int64_t{1} << 30;
 
 // Facts about the device, passed in by the caller: querying the driver at every call costs more than the launch.
 struct GemmDevice {
@@ -72,7 +75,6 @@ struct CompressParams {
   ElementType x_type;
   CompressOutput out;
 };
-inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
 cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
 
 // compress for 2:4+1 (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted weight. out.values

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import DTYPES, PATTERNS, assert_same_bits, hard_activations
 from cuda_cases import (
+    DECODE_WEIGHTS as WEIGHTS,
+)
+from cuda_cases import (
     E4M3,
     GPU_MARKS,
     HALVES,
@@ -18,6 +21,12 @@ from cuda_cases import (
     quantise_weight,
     strided,
 )
+from cuda_cases import (
+    decode_calls as calls_on,
+)
+from cuda_cases import (
+    decode_problem as problem,
+)
 from linear_cases import linear_options, relative_error, stored
 
 import nm_act
@@ -25,19 +34,7 @@ from nm_act import reference
 
 pytestmark = GPU_MARKS
 TOKENS = (1, 2, 3, 4)
-WEIGHTS = ("same", "e4m3", "int8")
 OPS = torch.ops.nm_act
-
-
-def problem(tokens, out_features, in_features, dtype=torch.bfloat16, kind="same", layout="in_out"):
-    """x, weight, bias and the options that make the weight what ``kind`` says."""
-    x = (torch.randn(tokens, in_features, device="cuda") + 0.2).to(dtype)
-    weight = torch.randn(out_features, in_features, device="cuda") / in_features**0.5
-    bias = torch.randn(out_features, device="cuda").to(dtype)
-    if kind == "same":
-        return x, stored(weight.to(dtype), layout), bias, {}
-    weight, scale = quantise_weight(weight, E4M3 if kind == "e4m3" else torch.int8)
-    return x, stored(weight, layout), bias, {"weight_scale": scale}
 
 
 # ---- selection, bit for bit ------------------------------------------------------------------------------------------
@@ -201,15 +198,6 @@ def test_every_configuration(kind, tokens):
         OPS._tune_gather(x, weight, scale, 8, 16, [24, 1, 512, 0])
 
 
-def calls_on(x, weight, bias, options):
-    return {
-        "plain": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", **options),
-        "mean": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", token_shift="mean", **options),
-        "variance": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", variance_correction=True, **options),
-        **({} if options else {"gather_linear": lambda: nm_act.gather_linear(x, weight, bias)}),
-    }
-
-
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_ten_runs_give_the_same_bits(kind, tokens):
@@ -269,24 +257,6 @@ def test_threads_whose_launches_differ_in_shared_memory():
     torch.cuda.synchronize()
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(24)))
-
-
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_graph_replay_with_changed_inputs(kind, tokens):
-    x, weight, bias, options = problem(tokens, 4096, 1024, kind=kind)
-    inputs = [x.clone(), x * 0.5 + 1, torch.zeros_like(x)]
-    for name, call in calls_on(x, weight, bias, options).items():
-        call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = call()
-        for new in inputs:
-            x.copy_(new)
-            graph.replay()
-            replayed = result.clone()
-            assert torch.equal(replayed, call()), name
 
 
 def test_no_synchronisation_and_one_graph_for_any_batch(graphs):

@@ -208,6 +208,8 @@ def test_decode_in_one_kernel(tokens, pattern, kind):
             )
             < CLOSE
         )
+        misaligned = torch.cat((residual.flatten()[:1], residual.flatten()))[1:].view_as(residual)
+        assert torch.equal(run(gate, residual=misaligned), run(gate, residual=residual))
         normed = rms_norm(gate, norm, 1e-5)
         assert relative_error(run(gate, norm_weight=norm, eps=1e-5), separate(normed)) < CLOSE
         assert torch.equal(run(gate, norm_weight=norm, eps=1e-5), run(gate, norm_weight=norm, eps=1e-5))

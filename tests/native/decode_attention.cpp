@@ -121,8 +121,7 @@ double error_of(const Case& c, const Operands& o, int sequence, int head) {
   for (int token = first; token < length; ++token) {
     double dot = 0;
     for (int i = 0; i < c.dim; ++i) {
-      const uint32_t query =
-          rotated(o.q, sequence, head * c.dim, i, c.dim, o.cos, o.sin, c.one_angle ? 0 : sequence);
+      const uint32_t query = rotated(o.q, sequence, head * c.dim, i, c.dim, o.cos, o.sin, c.one_angle ? 0 : sequence);
       dot += double{decode(query, c.type)} * value_of(o.keys, begin + token, i);
     }
     score.push_back(dot / std::sqrt(double(c.dim)));
@@ -165,8 +164,8 @@ void run_case(const Case& c, unsigned splits) {
     for (int head = 0; head < c.q_heads; ++head) {
       if (is_valid(c, sequence)) {
         const double error = error_of(c, o, sequence, head);
-        check(error <= 1.0, "off by " + std::to_string(error) + " of what is allowed, sequence " +
-                                std::to_string(sequence));
+        check(error <= 1.0,
+              "off by " + std::to_string(error) + " of what is allowed, sequence " + std::to_string(sequence));
         continue;
       }
       bool all = true;

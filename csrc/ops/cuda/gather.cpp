@@ -144,7 +144,7 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   const at::Tensor y = at::empty(sizes, x.options()),
                    bias_vector = contiguous_or_undefined(bias.value_or(at::Tensor()));
   const at::Tensor norm = normed ? aligned(*norm_weight) : at::Tensor();
-  const at::Tensor added = contiguous_or_undefined(residual.value_or(at::Tensor()));
+  const at::Tensor added = aligned(residual.value_or(at::Tensor()));
   const auto data_of = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
   GatherParams params = operand_params(rows, weight, selection.pattern, selection.tokens);
   set_epilogue(params, {scale, {}, {}, {}}, bias_vector);
