@@ -1,11 +1,13 @@
 """End-to-end inference of whole models: time to first token, decode tokens/s, peak memory, energy.
 
 Every mode runs the same way: projections merged, elementwise parts compiled, a static cache, prefills of up to 8192
-tokens and all decode steps under CUDA graphs. The baselines of the same run are dense_bf16 and, for fp8 modes,
-dense_fp8 too (per-token quantisation in one kernel, not fused with the norm before it as in the sparse modes; row-wise
-scaled product; its output head stays in bf16, as in the sparse modes). A named model has random weights of the
-published shapes, built on the device: speed does not depend on them, quality is not measured. Rows are written after
-every measurement, so that an interrupted run keeps them; what fails is named, left out, and told by the exit status.
+tokens and all decode steps under CUDA graphs. The baselines of the same run are dense_bf16 and, for fp8 modes, two in
+e4m3: dense_fp8 (per-token quantisation in one kernel, not fused with the norm before it as in the sparse modes; torch's
+row-wise scaled product; its output head stays in bf16, as in the sparse modes) and dense_fp8_gather (the same, but up
+to four tokens run in the gather kernel without a selection, over a second copy stored [in, out]). The stronger one of a
+metric is what counts; both have rows. A named model has random weights of the published shapes, built on the device:
+speed does not depend on them, quality is not measured. Rows are written after every measurement, so that an interrupted
+run keeps them; what fails is named, left out, and told by the exit status.
 
     python benchmarks/bench_inference.py --model llama-3-8b --prompt 512 4096 16384 --decode 128 --batch 1 8 \
         --mode dense nm-2:4 nm-2:4-fp8 nm-8:16 --csv benchmarks/results/h100/inference.csv
@@ -23,7 +25,7 @@ from contextlib import contextmanager
 
 import torch
 from energy import EnergyCounter, steady, why_impossible
-from inference_models import CONFIGS, Mode, build, compile_parts, parse_modes
+from inference_models import BASELINES, CONFIGS, Mode, build, compile_parts, parse_modes
 from inference_profile import COLUMNS as STEP_COLUMNS
 from timer import Rows, percentiles
 
@@ -111,17 +113,17 @@ class Report:
         low, median, high = percentiles(list(samples))
         where = (batch, prompt, metric)
         self.medians[mode.name, *where] = median
-        for baseline in ("dense_bf16", "dense_fp8"):
-            dense = self.medians.get((baseline, *where))
-            if dense is None or (baseline == "dense_fp8" and not mode.fp8):
+        for baseline in BASELINES.values():
+            dense = self.medians.get((baseline.name, *where))
+            if dense is None or (baseline.fp8 and not mode.fp8):
                 continue
             speedup = median / dense if metric in HIGHER_IS_BETTER else dense / median
-            row = {"mode": mode.name, "batch": batch, "prompt": prompt, "metric": metric, "baseline": baseline}
+            row = {"mode": mode.name, "batch": batch, "prompt": prompt, "metric": metric, "baseline": baseline.name}
             row |= {"p20": f"{low:.4g}", "p50": f"{median:.4g}", "p80": f"{high:.4g}"}
             self.rows.append(**row, baseline_p50=f"{dense:.4g}", speedup=f"{speedup:.3f}")
             print(
                 f"{mode.name:>16} {batch:3} x {prompt:<6} {metric:<12} {median:9.2f} ({low:.2f} - {high:.2f})  "
-                f"{speedup:.2f}x {baseline}",
+                f"{speedup:.2f}x {baseline.name}",
                 flush=True,
             )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_model
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_cpu_generate
@@ -94,12 +95,24 @@ def test_modes():
     assert [(mode.name, mode.fp8) for mode in modes] == [
         ("dense_bf16", None),
         ("dense_fp8", "prefill"),
+        ("dense_fp8_gather", "both"),
         ("nm-2:4-fp8-prefill", "prefill"),
         ("nm-2:4/8:16-fp8", "both"),
         ("nm-8:16-fp8-decode", "decode"),
         ("nm-8:16", None),
     ]
-    assert (modes[3].recipe.pattern, modes[3].recipe.decode_pattern) == ("2:4", "8:16")
+    assert (modes[4].recipe.pattern, modes[4].recipe.decode_pattern) == ("2:4", "8:16")
+
+
+def test_a_second_copy_serves_few_tokens_of_the_dense_e4m3_baseline():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
+    layer = inference_models.DenseFP8(linear, "both")
+    x = torch.randn(2, 1, 64, dtype=torch.bfloat16)
+    expected = linear(x)
+    assert (layer(x) - expected).norm() / expected.norm() < 0.05
+    assert (layer.rows.t() == layer.codes).all()
+    assert inference_models.DenseFP8(linear, "prefill").rows is None
 
 
 @pytest.mark.parametrize(
