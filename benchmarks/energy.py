@@ -54,9 +54,7 @@ def steady(
         last = value
 
 
-def _first_change(
-    run: Callable[[], object], joules: Callable[[], float], clock: Callable[[], float]
-) -> float | None:
+def _first_change(run: Callable[[], object], joules: Callable[[], float], clock: Callable[[], float]) -> float | None:
     """The counter where it has changed after a run; None if it does not."""
     begin, before, runs = clock(), joules(), 0
     while runs < 2 or clock() - begin < STUCK_SECONDS:
