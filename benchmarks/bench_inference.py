@@ -2,8 +2,8 @@
 
 Every mode runs the same way: projections merged, elementwise parts compiled, a static cache, prefills of up to 8192
 tokens and all decode steps under CUDA graphs. The baselines of the same run are dense_bf16 and, for fp8 modes, two in
-e4m3: dense_fp8 (per-token quantisation in one kernel, not fused with the norm before it as in the sparse modes; torch's
-row-wise scaled product; its output head stays in bf16, as in the sparse modes) and dense_fp8_gather (the same, but up
+e4m3: dense_fp8 (per-token quantisation in one kernel, not fused with the norm before it as in the sparse modes; the
+dense e4m3 product of the sparse modes; its output head stays in bf16, as there) and dense_fp8_gather (the same, but up
 to four tokens run in the gather kernel without a selection, over a second copy stored [in, out]). The stronger one of a
 metric is what counts; both have rows. A named model has random weights of the published shapes, built on the device:
 speed does not depend on them, quality is not measured. Rows are written after every measurement, so that an interrupted

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import nm_act
 from nm_act.ops.e4m3 import E4M3, FEW_TOKENS, E4M3Weight
+from nm_act.ops.fused import Pruned, pruned_product
 from nm_act.optimize import fused
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
@@ -109,7 +110,7 @@ def build(name: str, mode: Mode, device: str, dtype: torch.dtype, max_tokens: in
 
 
 class DenseFP8(nn.Module):
-    """A dense e4m3 layer: fused per-token quantisation, then torch's row-wise scaled product.
+    """A dense e4m3 layer: fused per-token quantisation, then the product of this package's own dense e4m3 path.
 
     For ``layout`` "both", few tokens stay in 16 bits and read a copy stored [in, out] in the gather kernel, every row.
     """
@@ -126,9 +127,10 @@ class DenseFP8(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.rows is not None and x.shape[:-1].numel() <= FEW_TOKENS:
             return nm_act.gather_linear(x, self.rows.view(E4M3).t(), self.bias, weight_scale=self.weight_scale)
-        from dense_fp8 import product, quantise
+        from dense_fp8 import quantise
 
-        y = product(*quantise(x.reshape(-1, self.in_features)), self.codes.view(E4M3), self.weight_scale, self.bias)
+        values, scales = quantise(x.reshape(-1, self.in_features))
+        y = pruned_product(Pruned(values, scales[:, 0]), self.codes.view(E4M3), self.bias, self.weight_scale)
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -105,6 +105,11 @@ TORCH_LIBRARY(nm_act, m) {
   m.def(
       "silu_mul_prune(Tensor gate, Tensor up, int n=2, int m=4, *, ScalarType? activation_dtype=None, "
       "str activation=\"silu\") -> (Tensor values, Tensor row_scale)");
+  // values @ weight^T, both float8_e4m3fn, [tokens, in_features] and [out_features, in_features], times row_scale and
+  // weight_scale, plus bias, in bfloat16. A few tokens are multiplied by cuBLAS with one scale, and scaled by a kernel
+  // of their own; more by torch's row-wise scaled product.
+  m.def(
+      "e4m3_product(Tensor values, Tensor row_scale, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor");
   // norm(x, weight) + residual, for layers with a norm after their parts.
   m.def("rms_norm_add(Tensor x, Tensor weight, float eps, Tensor residual, *, bool unit_offset=False) -> Tensor");
   // sparse_linear for one to four tokens over a weight stored [in, out], in one launch with the operators before and

@@ -149,7 +149,8 @@ at::Tensor fused_gather(const at::Tensor& x, const at::Tensor& weight, const Opt
   TORCH_CHECK_NOT_IMPLEMENTED(config.splits > 0, "nm_act::", op, " expected 1 to ", kFewTokens,
                               " tokens in 16 bits and a weight stored [in, out] that the gather kernel takes, got ",
                               selection.tokens, " tokens in ", x.scalar_type(), ", weight ", weight.sizes(),
-                              " with strides ", weight.strides(), "; use the separate operators");
+                              " with strides ", weight.strides(), facts.aligned ? "" : " not aligned to 16 bytes",
+                              "; use the separate operators");
   selection.channel_scale = aligned(selection.channel_scale);
   const auto [rows, factor] = gated ? aligned_rows(x, *up) : std::pair(aligned_rows(x), Rows{});
   const at::Tensor y = at::empty(sizes, x.options()),
