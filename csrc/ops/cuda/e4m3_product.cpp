@@ -20,11 +20,10 @@ at::Tensor e4m3_product(const at::Tensor& values, const at::Tensor& row_scale, c
   const at::Tensor one = at::from_blob(const_cast<float*>(address), at::IntArrayRef{}, weight_scale.options());
   const at::Tensor y = at::_scaled_mm(values, weight.t(), one, one, std::nullopt, std::nullopt, at::kBFloat16, true);
   const at::Tensor bias_vector = bias.defined() ? aligned(bias) : bias;
-  check_status(launch_scale_product({y.mutable_data_ptr(), row_scale.const_data_ptr<float>(),
-                                     weight_scale.const_data_ptr<float>(),
-                                     bias.defined() ? bias_vector.const_data_ptr() : nullptr, tokens,
-                                     int(out_features)},
-                                    current_stream(y)),
+  check_status(launch_scale_product(
+                   {y.mutable_data_ptr(), row_scale.const_data_ptr<float>(), weight_scale.const_data_ptr<float>(),
+                    bias.defined() ? bias_vector.const_data_ptr() : nullptr, tokens, int(out_features)},
+                   current_stream(y)),
                op);
   return y;
 }
@@ -44,6 +43,9 @@ at::Tensor checked_product(const at::Tensor& values, const at::Tensor& row_scale
                     values.scalar_type(), " and ", weight.sizes(), " in ", weight.scalar_type(),
                     "; quantise them, or use sparse_linear");
   check_same_device(values, weight, "weight", kOp);
+  TORCH_CHECK_TYPE(row_scale.scalar_type() == at::kFloat && weight_scale.scalar_type() == at::kFloat, "nm_act::", kOp,
+                   " expected row_scale and weight_scale in float32, got ", row_scale.scalar_type(), " and ",
+                   weight_scale.scalar_type(), "; convert them");
   const at::Tensor rows = check_vector(row_scale, row_scale, values.size(0), "row_scale", kOp),
                    columns = check_vector(weight_scale, weight_scale, weight.size(0), "weight_scale", kOp),
                    added = bias.value_or(at::Tensor());

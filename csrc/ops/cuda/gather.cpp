@@ -101,8 +101,8 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
 // The configuration that was given to _tune_gather.
 GatherConfig given_config(at::IntArrayRef given, const GatherProblem& problem) {
   const bool four = given.size() == 4;
-  const GatherConfig config = four ? GatherConfig{int(given[0]), int(given[1]), int(given[2]), given[3] != 0}
-                                   : GatherConfig{};
+  const GatherConfig config =
+      four ? GatherConfig{int(given[0]), int(given[1]), int(given[2]), given[3] != 0} : GatherConfig{};
   TORCH_CHECK_VALUE(four && is_valid(problem, config),
                     "nm_act::_tune_gather expected a configuration (lanes, splits, threads, ahead) that the gather ",
                     "kernel has for ", problem.tokens, " tokens, ", problem.out_features, " outputs and ",
@@ -169,8 +169,8 @@ at::Tensor fused_gather(const at::Tensor& x, const at::Tensor& weight, const Opt
   params.unit_offset = unit_offset;
   params.residual = data_of(added);
   if (given.has_value()) {
-    config = given_config(*given, {params.tokens, params.out_features, params.in_features, params.weight_type,
-                                   params.pattern, device});
+    config = given_config(
+        *given, {params.tokens, params.out_features, params.in_features, params.weight_type, params.pattern, device});
   }
   check_status(launch_gather(params, device, config, current_stream(x)), op);
   return y;
