@@ -1,10 +1,10 @@
 """e4m3 products of a few tokens on a GPU: where row skipping pays, and how the dense product is computed best.
 
-For each shape of a layer and number of tokens, over the same weights: ``gather`` (8:16 selected in the kernel, [in, out]
-copy), ``gather dense`` (every row), ``one scale`` and ``row-wise`` (the two dense products of e4m3_product, its operand
-given), and ``sparse`` (the 2:4 tensor-core product, its operand given). CUDA graphs over rotated weights, the functions
-taking turns. Sums over the shapes follow; csrc/kernels/matmul/config.h (kOneScaleTokens) and nm_act/ops/e4m3.py
-(MOST_ROWS) are chosen from them.
+For each shape of a layer and number of tokens, over the same weights: ``gather`` (8:16 selected in the kernel, over an
+[in, out] copy), ``gather dense`` (every row), ``one scale`` and ``row-wise`` (torch's dense products, their operand
+given), ``e4m3_product`` (ours, which is one of them), and ``sparse`` (the 2:4 tensor-core product, its operand given).
+CUDA graphs over rotated weights, the functions taking turns. Sums over the shapes follow; kOneScaleTokens
+(csrc/kernels/matmul/config.h) and MOST_ROWS (nm_act/ops/e4m3.py) are chosen from them.
 
     python benchmarks/bench_few_tokens.py --csv benchmarks/results/h100/few_tokens.csv
 """

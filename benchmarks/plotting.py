@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def plot_command(draw: Callable[[list[dict[str, str]], Path], None], description: str, benchmark: str) -> None:
-    """Draw the rows of the CSVs (all arguments but the last) as the image (the last); `benchmark` names their script."""
+    """Draw rows of CSVs (all arguments but the last) as an image (the last); `benchmark` names their script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path, nargs="+")
     parser.add_argument("png", type=Path)

@@ -202,7 +202,7 @@ def test_every_configuration(kind, tokens):
     fused = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, configs[0])], **around)
     assert relative_error(fused, OPS.decode_linear(x, weight, None, 8, 16, **around)) < 1e-2
     for wrong in ([24, 1, 512, 0], [16, 1, 512]):
-        with pytest.raises(ValueError, match="expected a configuration .* that the gather kernel has"):
+        with pytest.raises(ValueError, match=r"expected a configuration .* that the gather kernel has"):
             OPS._tune_gather(x, weight, None, 8, 16, wrong, weight_scale=scale)
 
 
