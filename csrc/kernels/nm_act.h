@@ -184,6 +184,21 @@ cudaError_t launch_rmsnorm_prune(const RmsNormInput& input, const PruneOutput& o
 cudaError_t launch_silu_mul_prune(const SiluMulInput& input, const PruneOutput& out, cudaStream_t stream);
 cudaError_t launch_prune_e4m3(const RowsInput& input, const PruneOutput& out, cudaStream_t stream);  // kE4M3 only
 
+// y = round(y * row_scale * column_scale + bias): the epilogue of a dense e4m3 product that was computed with the scale
+// to which device_one points. bfloat16; out_features is a multiple of 8.
+struct ScaleProductParams {
+  void* y;                    // [tokens, out_features], contiguous, 16-byte aligned
+  const float* row_scale;     // [tokens]
+  const float* column_scale;  // [out_features]
+  const void* bias;           // [out_features] of y's type, 16-byte aligned, or null
+  int64_t tokens;
+  int out_features;
+};
+cudaError_t launch_scale_product(const ScaleProductParams& params, cudaStream_t stream);
+
+// 1.0f in the memory of the current device.
+cudaError_t device_one(const float** one);
+
 // sparse_gemm: y = (row_scale * acc + eta (x) shift_out) * column_scale + bias, where acc = decompress(values,
 // metadata) @ weight^T in float32. A null vector omits its factor or term; without eta, shift_out itself is added.
 struct SparseGemmParams {

@@ -105,6 +105,11 @@ TORCH_LIBRARY(nm_act, m) {
   m.def(
       "silu_mul_prune(Tensor gate, Tensor up, int n=2, int m=4, *, ScalarType? activation_dtype=None, "
       "str activation=\"silu\") -> (Tensor values, Tensor row_scale)");
+  // values @ weight^T, both float8_e4m3fn, [tokens, in_features] and [out_features, in_features], times row_scale and
+  // weight_scale, plus bias, in bfloat16. A few tokens are multiplied by cuBLAS with one scale, and scaled by a kernel
+  // of their own; more by torch's row-wise scaled product.
+  m.def(
+      "e4m3_product(Tensor values, Tensor row_scale, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor");
   // norm(x, weight) + residual, for layers with a norm after their parts.
   m.def("rms_norm_add(Tensor x, Tensor weight, float eps, Tensor residual, *, bool unit_offset=False) -> Tensor");
   // sparse_linear for one to four tokens over a weight stored [in, out], in one launch with the operators before and
@@ -147,10 +152,13 @@ TORCH_LIBRARY(nm_act, m) {
       "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight, *, str activation=\"silu\") "
       "-> (Tensor values, Tensor metadata)");
 
-  // Private, for benchmarks/tune_decode.py and tune.py: the kernels with the caller's configuration. For the
-  // gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for the GEMM on sm_90: tile,
-  // raster, swizzle, splits, overlapped (csrc/kernels/matmul/config.h).
-  m.def("_tune_gather(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int[] config) -> Tensor");
+  // Private, for benchmarks/tune_decode.py, tune_decode_layers.py and tune.py: decode_linear and sparse_gemm with the
+  // caller's configuration. For the gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for
+  // the GEMM on sm_90: tile, raster, swizzle, splits, overlapped (csrc/kernels/matmul/config.h).
+  m.def(
+      "_tune_gather(Tensor x, Tensor weight, Tensor? bias, int n, int m, int[] config, *, Tensor? up=None, "
+      "Tensor? norm_weight=None, float? eps=None, Tensor? residual=None, Tensor? channel_scale=None, "
+      "Tensor? weight_scale=None, str? activation=None, bool unit_offset=False) -> Tensor");
   m.def(
       "_tune_sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, int[] config, *, "
       "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, "

@@ -39,6 +39,7 @@ WITHOUT_GRADIENT = {
     "silu_mul_compress": "nm_act.prune of the product",
     "rms_norm_prune": "nm_act.prune of the norm",
     "silu_mul_prune": "nm_act.prune of the product",
+    "e4m3_product": "nm_act.sparse_linear",
     "rms_norm_add": "the norm of the model",
     "sparse_gemm": "nm_act.sparse_linear",
     "sparse_gemm_silu_mul": "nm_act.sparse_linear",

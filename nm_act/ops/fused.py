@@ -137,20 +137,13 @@ def pruned_product(
     Parameters
     ----------
     weight : Tensor [out_features, in_features], dtype of the operand's values
-        In e4m3 contiguous, with ``weight_scale`` [out_features], float32; the result is bfloat16 then.
+        In e4m3 contiguous, with ``weight_scale`` [out_features], float32, and features divisible by 16; the result is
+        bfloat16 then. Of up to 16 tokens the product is rounded to bfloat16 before it is scaled, too.
     """
     if weight_scale is None:
         return F.linear(operand.values, weight, bias)
-    # The only row-wise scaled product of torch 2.11 to 2.13; the public scaled_mm calls it.
-    return torch._scaled_mm(
-        operand.values,
-        weight.t(),
-        scale_a=operand.row_scale[:, None],
-        scale_b=weight_scale[None],
-        bias=bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
+    y: Tensor = library.call("e4m3_product", operand.values, operand.row_scale, weight, weight_scale, bias)
+    return y
 
 
 def decode_linear(
@@ -344,6 +337,11 @@ def _(gate: Tensor, up: Tensor, *_pattern: int, **options: Any) -> tuple[Tensor,
     return _fake_pruned(gate, options.get("activation_dtype"))
 
 
+@torch.library.register_fake("nm_act::e4m3_product")
+def _(values: Tensor, _row_scale: Tensor, weight: Tensor, *_others: Any) -> Tensor:
+    return values.new_empty((values.shape[0], weight.shape[0]), dtype=torch.bfloat16)
+
+
 @torch.library.register_fake("nm_act::rms_norm_add")
 def _(x: Tensor, *_others: Any, **_options: Any) -> Tensor:
     return x.new_empty(x.shape)
@@ -410,5 +408,5 @@ def _check_norm_options(op: str, weights: str, normed: bool, eps: float | None, 
         )
 
 
-library.only_on_cuda("rms_norm_prune", "silu_mul_prune", "rms_norm_add", "decode_linear")
+library.only_on_cuda("rms_norm_prune", "silu_mul_prune", "e4m3_product", "rms_norm_add", "decode_linear")
 library.only_on_cuda("rotary", "rotary_cache", "decode_attention")

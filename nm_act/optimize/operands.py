@@ -2,7 +2,8 @@
 
 Each call of a layer takes one of these ways:
 
-``decode``  one to four tokens: one kernel from the norm (or gate and up) to the output, residual included
+``decode``  one to four tokens (with both e4m3 copies as many as leave a tenth of the rows unread): one kernel from the
+            norm (or gate and up) to the output, residual included
 ``packed``  2:4 on the sparse tensor cores: the producer writes the packed operand
 ``pruned``  any other N:M, or too few tokens: the producer writes the pruned activation for a dense product
 ``""``      none: the producer, the selection and the product run one after another
@@ -16,7 +17,7 @@ from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
 from ..layers.work import is_decode
 from ..ops import autograd
-from ..ops.e4m3 import E4M3, FEW_TOKENS
+from ..ops.e4m3 import E4M3, FEW_TOKENS, skipping_tokens
 from ..ops.explain import gathers
 from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_add, rms_norm_prune, silu_mul_prune
 from ..ops.packed import (
@@ -246,6 +247,8 @@ def _gathers(linear: nn.Module, tokens: int, pattern: NMPattern, dtype: torch.dt
     fp8 = isinstance(linear, FP8Linear)
     weight = linear.e4m3_rows if fp8 else parameter_of(linear, "weight")
     if weight is None or pattern.extra_columns:
+        return False
+    if fp8 and linear.codes is not None and tokens > skipping_tokens(pattern):
         return False
     return gathers(tokens, pattern, dtype, device, weight)
 

@@ -190,12 +190,17 @@ def test_every_configuration(kind, tokens):
     configs = nm_act._C.gather_configs(tokens, 4112, 2080, kind != "same", 8, 16, major, multiprocessors)
     assert len(configs) > 4
     for config in configs:
-        y = OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, config)])
+        y = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, config)], weight_scale=scale)
         assert_within_twice_torch(y, x, weight, None, "8:16", options, config)
-    first = OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, configs[0])])
+    first = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, configs[0])], weight_scale=scale)
     assert torch.equal(first, nm_act.sparse_linear(x, weight, None, "8:16", **options))
-    with pytest.raises(ValueError, match="expected a product and a configuration of the gather kernel"):
-        OPS._tune_gather(x, weight, scale, 8, 16, [24, 1, 512, 0])
+    drawn = [torch.randn(size, device="cuda").to(x.dtype) for size in ((2080,), (tokens, 4112))]
+    around = {"norm_weight": drawn[0], "eps": 1e-5, "residual": drawn[1], "weight_scale": scale}
+    fused = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, configs[0])], **around)
+    assert relative_error(fused, OPS.decode_linear(x, weight, None, 8, 16, **around)) < 1e-2
+    for wrong in ([24, 1, 512, 0], [16, 1, 512]):
+        with pytest.raises(ValueError, match=r"expected a configuration .* that the gather kernel has"):
+            OPS._tune_gather(x, weight, None, 8, 16, wrong, weight_scale=scale)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

@@ -162,7 +162,7 @@ def test_pruned_in_e4m3(pattern):
 
 
 @pytest.mark.parametrize("pattern", ["5:8", "8:16", "16:32", "1:4"])
-@pytest.mark.parametrize("tokens", [1, 17, 600])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 600])
 def test_dense_e4m3_product(pattern, tokens):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("e4m3 needs compute capability 9")
@@ -176,6 +176,47 @@ def test_dense_e4m3_product(pattern, tokens):
     options = {"weight_scale": scale, "activation_dtype": E4M3, "variance_correction": True}
     with pytest.raises(NotImplementedError, match="without a channel scale"):
         nm_act.sparse_linear(x, codes, bias, pattern, **options)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 17])
+@pytest.mark.parametrize("biased", [False, True])
+def test_e4m3_product_of_a_few_tokens(tokens, biased):
+    """With one scale or row-wise ones: against float64, with scales of any size and a token of zeros."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("e4m3 needs compute capability 9")
+    values, codes = drawn(tokens, 1040).to(E4M3), drawn(2064, 1040, seed=1).to(E4M3)
+    values[0] = 0
+    rows = torch.logspace(-6, 3, tokens, device="cuda")
+    rows[0] = 2.0**-126  # what the producers give a token of zeros
+    columns = torch.logspace(-8, 2, 2064, device="cuda")
+    bias = drawn(2064, seed=2) if biased else None
+    poison()
+    y = torch.ops.nm_act.e4m3_product(values, rows, codes, columns, bias)
+    exact = (values.double() @ codes.double().t()) * rows.double()[:, None] * columns.double()
+    exact = exact if bias is None else exact + bias.double()
+    assert y.dtype == torch.bfloat16
+    assert ((y.double() - exact).abs() <= 2.0**-7 * exact.abs() + 2e-3 * rows.double()[:, None] * columns + 1e-30).all()
+    assert torch.equal(torch.ops.nm_act.e4m3_product(values, rows, codes, columns, bias), y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = torch.ops.nm_act.e4m3_product(values, rows, codes, columns, bias)
+    graph.replay()
+    assert torch.equal(again, y)
+
+
+def test_e4m3_product_checks_its_arguments():
+    values, codes, rows, columns = drawn(2, 64).to(E4M3), drawn(32, 64).to(E4M3), drawn(2).float(), drawn(32).float()
+    product = torch.ops.nm_act.e4m3_product
+    assert product(values[:0], rows[:0], codes, columns).shape == (0, 32)
+    for wrong, sentence in (
+        ((values.bfloat16(), rows, codes, columns), "expected contiguous values .* in float8_e4m3fn"),
+        ((values, rows, codes[:, :48], columns), "expected contiguous values"),
+        ((values, rows[:1], codes, columns), "expected row_scale of shape"),
+        ((values, rows, codes, columns[:8]), "expected weight_scale of shape"),
+        ((values, rows, codes, columns, drawn(8)), "expected bias of shape .* in bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            product(*wrong)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
