@@ -259,6 +259,11 @@ struct GatherParams {
   const void* up;           // [tokens, in_features], rows x_stride apart, or null: x becomes activation(x) * up
   const void* norm_weight;  // [in_features] of x_type, or null: x becomes RMSNorm(x) * norm_weight
   float epsilon;
+  // Of a layer with norms on both sides, with norm_weight: x becomes RMSNorm(x) * x_weight + x_residual before, and that
+  // sum is written to `hidden`.
+  const void* x_weight;     // like norm_weight, or null
+  const void* x_residual;   // [tokens, in_features] of x_type, contiguous, 16-byte aligned, with x_weight
+  void* hidden;             // like x_residual
   const void* residual;     // [tokens, out_features] of x_type, contiguous, or null: added to the rounded y
   int tokens;               // at most kMaxGatherTokens; kFewTokens with a pattern or 8-bit weights
   int in_features;          // a multiple of pattern.group
@@ -267,7 +272,7 @@ struct GatherParams {
   ElementType x_type;       // kBFloat16 or kFloat16
   ElementType weight_type;  // x_type, kE4M3 or kInt8
   Activation activation;    // with up
-  bool unit_offset;         // with norm_weight: 1 is added to it
+  bool unit_offset;         // with norm_weight: 1 is added to it, and to x_weight
 };
 // config: one of for_each_gather_config, such as choose_gather_config's.
 struct GatherConfig;  // gather/config.h

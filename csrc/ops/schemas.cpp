@@ -119,6 +119,12 @@ TORCH_LIBRARY(nm_act, m) {
       "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? up=None, "
       "Tensor? norm_weight=None, float? eps=None, Tensor? residual=None, Tensor? channel_scale=None, "
       "Tensor? weight_scale=None, str? activation=None, bool unit_offset=False) -> Tensor");
+  // decode_linear of norm(hidden, norm_weight) with hidden = norm(x, x_weight) + residual, for layers with norms on both
+  // sides of their parts.
+  m.def(
+      "sandwich_linear(Tensor x, Tensor x_weight, Tensor residual, Tensor norm_weight, float eps, Tensor weight, "
+      "Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? weight_scale=None, "
+      "bool unit_offset=False) -> (Tensor y, Tensor hidden)");
   // Rotary position embedding, round(round(x * cos) + round(rotate_half(x) * sin)), of q and k [batch, tokens, heads,
   // head_dim] with cos and sin [1 or batch, tokens, head_dim]. rotary_cache writes the keys and v into a static cache
   // [batch, heads, max_tokens, head_dim], at the last places before lengths [batch], int32, which count the new tokens.

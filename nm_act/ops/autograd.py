@@ -44,6 +44,7 @@ WITHOUT_GRADIENT = {
     "sparse_gemm": "nm_act.sparse_linear",
     "sparse_gemm_silu_mul": "nm_act.sparse_linear",
     "decode_linear": "nm_act.sparse_linear",
+    "sandwich_linear": "nm_act.sparse_linear",
     "rotary": "the embedding of the model",
     "rotary_cache": "the embedding of the model",
     "decode_attention": "the attention of the model",

@@ -204,6 +204,54 @@ def decode_linear(
     return y
 
 
+def sandwich_linear(
+    x: Tensor,
+    x_weight: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pattern: NMPattern | str = "2:4",
+    *,
+    channel_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`decode_linear` of ``RMSNorm(hidden) * norm_weight`` with ``hidden = RMSNorm(x) * x_weight + residual``.
+
+    For layers with norms on both sides of their parts; every block of the kernel computes both norms.
+
+    Parameters
+    ----------
+    x, residual : Tensor [..., in_features], bfloat16 or float16, on CUDA
+        At most four tokens; in_features divisible by 8.
+    x_weight, norm_weight : Tensor [in_features], dtype of x
+    eps : float
+        Of both norms.
+    weight, bias, pattern, channel_scale, weight_scale
+        As in :func:`decode_linear`.
+    unit_offset : bool
+        Adds 1 to both norms' weights; rounded as in :func:`rms_norm_prune`.
+
+    Returns
+    -------
+    y : Tensor [..., out_features], dtype of x
+    hidden : Tensor like x
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As :func:`decode_linear`.
+    """
+    n, m = _keep_and_group(pattern)
+    options = {"channel_scale": channel_scale, "weight_scale": weight_scale, "unit_offset": unit_offset}
+    both: tuple[Tensor, Tensor] = library.call(
+        "sandwich_linear", x, x_weight, residual, norm_weight, eps, weight, bias, n, m, **options
+    )
+    return both
+
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **norms: Any) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of queries and keys in one kernel: ``x * cos + rotate_half(x) * sin``.
 
@@ -368,6 +416,13 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("nm_act::sandwich_linear")
+def _(
+    x: Tensor, _x_weight: Tensor, _residual: Tensor, _norm_weight: Tensor, _eps: float, weight: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(x.shape)
+
+
 @torch.library.register_fake("nm_act::rotary")
 def _(q: Tensor, k: Tensor, *_others: Tensor, **norms: Any) -> tuple[Tensor, Tensor]:
     _check_head_norms("rotary", **norms)
@@ -408,5 +463,6 @@ def _check_norm_options(op: str, weights: str, normed: bool, eps: float | None, 
         )
 
 
-library.only_on_cuda("rms_norm_prune", "silu_mul_prune", "e4m3_product", "rms_norm_add", "decode_linear")
+library.only_on_cuda("rms_norm_prune", "silu_mul_prune", "e4m3_product", "rms_norm_add")
+library.only_on_cuda("decode_linear", "sandwich_linear")
 library.only_on_cuda("rotary", "rotary_cache", "decode_attention")

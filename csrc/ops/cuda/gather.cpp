@@ -110,32 +110,45 @@ GatherConfig given_config(at::IntArrayRef given, const GatherProblem& problem) {
   return config;
 }
 
-// The gather kernel fused with the operators next to the layer: RMSNorm or activation * up before, a residual after.
-at::Tensor fused_gather(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n, int64_t m,
-                        const OptionalTensor& up, const OptionalTensor& norm_weight, std::optional<double> eps,
-                        const OptionalTensor& residual, const OptionalTensor& channel_scale,
-                        const OptionalTensor& weight_scale, std::optional<c10::string_view> activation,
-                        bool unit_offset, at::OptionalIntArrayRef given, const char* op) {
+bool is_given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// What stands around a layer: RMSNorm or activation * up before, a residual after. With x_weight, the input is
+// hidden = norm(x, x_weight) + x_residual.
+struct Around {
+  OptionalTensor up, norm_weight, residual, x_weight, x_residual;
+  std::optional<double> eps;
+  std::optional<c10::string_view> activation;
+  bool unit_offset;
+};
+
+// y, and hidden with x_weight.
+std::pair<at::Tensor, at::Tensor> gather_around(const at::Tensor& x, const at::Tensor& weight,
+                                                const OptionalTensor& bias, int64_t n, int64_t m, const Around& around,
+                                                const OptionalTensor& channel_scale, const OptionalTensor& weight_scale,
+                                                at::OptionalIntArrayRef given, const char* op) {
   Selection selection = check_selection(x, n, m, channel_scale, {}, "none", op);
   const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, bias, op);
-  const bool gated = up.has_value() && up->defined(), normed = norm_weight.has_value() && norm_weight->defined();
+  const bool gated = is_given(around.up), normed = is_given(around.norm_weight), sandwich = is_given(around.x_weight);
   TORCH_CHECK_VALUE(!(gated && normed), "nm_act::", op,
                     " expected either up or norm_weight, got both; apply one of them before");
-  const float epsilon = check_norm_options(normed, eps, unit_offset, "norm_weight", op);
-  TORCH_CHECK_VALUE(gated == activation.has_value(), "nm_act::", op, " expected up and activation together, got ",
-                    gated ? "up" : "activation", " alone; give both or neither");
-  const Activation function = gated ? activation_of(*activation, op) : Activation::kSilu;
+  const float epsilon = check_norm_options(normed, around.eps, around.unit_offset, "norm_weight", op);
+  TORCH_CHECK_VALUE(gated == around.activation.has_value(), "nm_act::", op,
+                    " expected up and activation together, got ", gated ? "up" : "activation",
+                    " alone; give both or neither");
+  const Activation function = gated ? activation_of(*around.activation, op) : Activation::kSilu;
   const std::vector<int64_t> sizes = with_last(x.sizes(), weight.size(0));
   const auto check_like = [&](const OptionalTensor& other, const char* name, at::IntArrayRef expected) {
-    if (!other.has_value() || !other->defined()) return;
+    if (!is_given(other)) return;
     check_same_device(x, *other, name, op);
     TORCH_CHECK_VALUE(other->scalar_type() == x.scalar_type() && other->sizes() == expected, "nm_act::", op,
                       " expected ", name, " of shape ", expected, " in ", x.scalar_type(), ", got ", other->sizes(),
                       " in ", other->scalar_type(), "; reshape or convert it");
   };
-  check_like(up, "up", x.sizes());
-  check_like(norm_weight, "norm_weight", {selection.in_features});
-  check_like(residual, "residual", sizes);
+  check_like(around.up, "up", x.sizes());
+  check_like(around.norm_weight, "norm_weight", {selection.in_features});
+  check_like(around.x_weight, "x_weight", {selection.in_features});
+  check_like(around.x_residual, "residual", x.sizes());
+  check_like(around.residual, "residual", sizes);
   const c10::cuda::CUDAGuard guard(x.device());
   const GemmDevice device = gemm_device(x, op);
   const WeightFacts facts = facts_of(weight);
@@ -152,11 +165,15 @@ at::Tensor fused_gather(const at::Tensor& x, const at::Tensor& weight, const Opt
                               " with strides ", weight.strides(), facts.aligned ? "" : " not aligned to 16 bytes",
                               "; use the separate operators");
   selection.channel_scale = aligned(selection.channel_scale);
-  const auto [rows, factor] = gated ? aligned_rows(x, *up) : std::pair(aligned_rows(x), Rows{});
-  const at::Tensor y = at::empty(sizes, x.options()),
+  const auto [rows, factor] = gated ? aligned_rows(x, *around.up) : std::pair(aligned_rows(x), Rows{});
+  const at::Tensor y = at::empty(sizes, x.options()), hidden = sandwich ? at::empty(x.sizes(), x.options()) : y,
                    bias_vector = contiguous_or_undefined(bias.value_or(at::Tensor()));
-  const at::Tensor norm = normed ? aligned(*norm_weight) : at::Tensor();
-  const at::Tensor added = aligned(residual.value_or(at::Tensor()));
+  const auto aligned_or_undefined = [](const OptionalTensor& tensor) {
+    return is_given(tensor) ? aligned(tensor->contiguous()) : at::Tensor();
+  };
+  const at::Tensor norm = aligned_or_undefined(around.norm_weight), x_norm = aligned_or_undefined(around.x_weight),
+                   x_added = aligned_or_undefined(around.x_residual);
+  const at::Tensor added = aligned_or_undefined(around.residual);
   const auto data_of = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
   GatherParams params = operand_params(rows, weight, selection.pattern, selection.tokens);
   set_epilogue(params, {scale, {}, {}, {}}, bias_vector);
@@ -165,15 +182,18 @@ at::Tensor fused_gather(const at::Tensor& x, const at::Tensor& weight, const Opt
   params.up = data_of(factor.tensor);
   params.norm_weight = data_of(norm);
   params.epsilon = epsilon;
+  params.x_weight = data_of(x_norm);
+  params.x_residual = data_of(x_added);
+  params.hidden = sandwich ? hidden.mutable_data_ptr() : nullptr;
   params.activation = function;
-  params.unit_offset = unit_offset;
+  params.unit_offset = around.unit_offset;
   params.residual = data_of(added);
   if (given.has_value()) {
     config = given_config(
         *given, {params.tokens, params.out_features, params.in_features, params.weight_type, params.pattern, device});
   }
   check_status(launch_gather(params, device, config, current_stream(x)), op);
-  return y;
+  return {y, hidden};
 }
 
 at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
@@ -181,8 +201,18 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
                          std::optional<double> eps, const OptionalTensor& residual, const OptionalTensor& channel_scale,
                          const OptionalTensor& weight_scale, std::optional<c10::string_view> activation,
                          bool unit_offset) {
-  return fused_gather(x, weight, bias, n, m, up, norm_weight, eps, residual, channel_scale, weight_scale, activation,
-                      unit_offset, std::nullopt, "decode_linear");
+  const Around around{up, norm_weight, residual, {}, {}, eps, activation, unit_offset};
+  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, std::nullopt, "decode_linear")
+      .first;
+}
+
+std::tuple<at::Tensor, at::Tensor> sandwich_linear(const at::Tensor& x, const at::Tensor& x_weight,
+                                                   const at::Tensor& residual, const at::Tensor& norm_weight,
+                                                   double eps, const at::Tensor& weight, const OptionalTensor& bias,
+                                                   int64_t n, int64_t m, const OptionalTensor& channel_scale,
+                                                   const OptionalTensor& weight_scale, bool unit_offset) {
+  const Around around{{}, norm_weight, {}, x_weight, residual, eps, {}, unit_offset};
+  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, std::nullopt, "sandwich_linear");
 }
 
 at::Tensor tune_gather(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n, int64_t m,
@@ -190,14 +220,15 @@ at::Tensor tune_gather(const at::Tensor& x, const at::Tensor& weight, const Opti
                        std::optional<double> eps, const OptionalTensor& residual, const OptionalTensor& channel_scale,
                        const OptionalTensor& weight_scale, std::optional<c10::string_view> activation,
                        bool unit_offset) {
-  return fused_gather(x, weight, bias, n, m, up, norm_weight, eps, residual, channel_scale, weight_scale, activation,
-                      unit_offset, config, "_tune_gather");
+  const Around around{up, norm_weight, residual, {}, {}, eps, activation, unit_offset};
+  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, config, "_tune_gather").first;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
   m.impl("decode_linear", decode_linear);
+  m.impl("sandwich_linear", sandwich_linear);
   m.impl("gather_linear", gather_linear);
   m.impl("_tune_gather", tune_gather);
 }
