@@ -10,7 +10,7 @@ from torch.profiler import profile as torch_profile
 KINDS = (
     ("compress", r"compress|prune|select|quantise|rms_norm_compress|silu_mul_compress"),
     ("attention", r"flash|fmha|attention|softmax"),
-    ("linear", r"gemm|gemv|cutlass|cublas|splitk|nvjet|sparse_linear|gather|addmm|::mm|::bmm|::linear"),
+    ("linear", r"gemm|gemv|cutlass|cublas|splitk|nvjet|sparse_linear|gather|addmm|::mm|::bmm|::linear|scale_product"),
     ("norm", r"norm|rsqrt|_mean"),
 )
 """Kind and what its kernels' names contain, the first match wins; the rest is "other"."""
