@@ -210,7 +210,8 @@ def milliseconds(microseconds: str) -> str:
     return f"{float(microseconds) / 1e3:.2f}"
 
 
-INFERENCE_METRICS = {"ttft_ms": "time to first token, ms", "decode_tok_s": "decode tokens/s", "peak_gib": "peak GiB"}
+INFERENCE_METRICS = {"ttft_ms": "time to first token, ms", "ttft_busy_ms": "the same, back to back"}
+INFERENCE_METRICS |= {"decode_tok_s": "decode tokens/s", "peak_gib": "peak GiB"}
 ENERGIES = {"ttft_j": "J a prefill", "decode_j_tok": "J a decoded token"}
 
 MOST_WATTS = dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), 1.03 * 700)
@@ -224,7 +225,8 @@ def watts(rows: list[dict[str, str]], metric: str) -> list[float]:
     for row in rows:
         cells.setdefault(tuple(row[name] for name in where), {})[row["metric"]] = float(row["p50"])
     if metric == "ttft_j":
-        return [cell[metric] / cell["ttft_ms"] * 1e3 for cell in cells.values() if metric in cell]
+        prefills = [cell for cell in cells.values() if metric in cell]
+        return [cell[metric] / cell.get("ttft_busy_ms", cell["ttft_ms"]) * 1e3 for cell in prefills]
     return [cell[metric] * cell["decode_tok_s"] for cell in cells.values() if metric in cell]
 
 
