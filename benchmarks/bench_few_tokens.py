@@ -33,7 +33,7 @@ def calls(tokens: int, out_features: int, in_features: int) -> dict[str, list]:
     codes, scale = quantise_rows(torch.randn(out_features, in_features, device="cuda"))
     weights = [codes.clone() for _ in range(copies_for(codes.numel()))]
     rows = [weight.t().contiguous().t() for weight in weights]
-    one = torch.ones((), device="cuda")
+    one = torch.ones(1, device="cuda")
     options = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
 
     def one_scale(weight):

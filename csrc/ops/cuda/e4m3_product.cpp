@@ -17,7 +17,7 @@ at::Tensor e4m3_product(const at::Tensor& values, const at::Tensor& row_scale, c
   }
   const float* address = nullptr;
   check_status(device_one(&address), op);
-  const at::Tensor one = at::from_blob(const_cast<float*>(address), at::IntArrayRef{}, weight_scale.options());
+  const at::Tensor one = at::from_blob(const_cast<float*>(address), {1}, weight_scale.options());
   const at::Tensor y = at::_scaled_mm(values, weight.t(), one, one, std::nullopt, std::nullopt, at::kBFloat16, true);
   const at::Tensor bias_vector = bias.defined() ? aligned(bias) : bias;
   check_status(launch_scale_product(
