@@ -33,7 +33,7 @@ from nm_act.lab.calibrate.training import BETAS, LARGEST_GRADIENT
 from nm_act.lab.cost import Measured, places_of, predictions, shapes_of
 from nm_act.lab.evaluate.perplexity import mean_and_stderr
 from nm_act.lab.evaluate.study import DENSE_VARIANT, from_recipe
-from nm_act.lab.evaluate.variants import resolved
+from nm_act.lab.evaluate.variants import Variant, resolved
 from nm_act.lab.measured import MERGED
 from nm_act.lab.overlap import check_apart, fingerprints
 from nm_act.lab.search.options import option_name, parse_option
@@ -252,10 +252,7 @@ class Fused:
 
     def measure(self, name: str, recipe: Recipe, tensors: list[Tensor], layers: str, on: str = "") -> None:
         """Rows of a recipe with these tensors: every text in float32, the short tasks in bfloat16."""
-        session = self.session
-        method = "act trained weights" if on else "act folded"
-        fields = {"calibrated": bool(on), "calibrated_on": on, "layers": layers}
-        variant = dataclasses.replace(from_recipe(recipe, name, **fields), method=method)
+        session, variant = self.session, _variant(name, recipe, layers, on)
         model = sparse_model(session.dense, everywhere(recipe), tensors)
         session.measure(variant, model)
         if on and session.options.tasks_of_trained:
@@ -293,6 +290,12 @@ class Fused:
         (tokens, stderr), (share, other) = mean_and_stderr(agreed), mean_and_stderr(equal)
         facts = {"tokens": tokens, "stderr": stderr, "of": new, "prompts": len(agreed)}
         session.fact(f"greedy {name}", **facts, share=share, share_stderr=other)
+
+
+def _variant(name: str, recipe: Recipe, layers: str, on: str = "") -> Variant:
+    method = "act trained weights" if on else "act folded"
+    variant = from_recipe(recipe, name, calibrated=bool(on), calibrated_on=on, layers=layers)
+    return dataclasses.replace(variant, method=method)
 
 
 def fused(session: Session) -> None:
@@ -351,4 +354,5 @@ def plain(session: Session) -> None:
         rules = tuple(r if r.criterion is None else dataclasses.replace(r, criterion="act") for r in recipe.rules)
         rules = tuple(dataclasses.replace(r, mitigation=()) for r in rules)
         recipe = dataclasses.replace(recipe, criterion="act", mitigation=(), rules=rules)
-        shared.measure(f"{name} (recommended) act folded", recipe, shared.folded, "rule")
+        variant = _variant(f"{name} (recommended) act folded", recipe, "rule")
+        session.measure(variant, sparse_model(session.dense, everywhere(recipe), shared.folded))
