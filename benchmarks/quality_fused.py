@@ -1,8 +1,8 @@
-"""Steps of quality_gpu.py on the stack of quality_stack.py: recipes that `optimize` merges, searched, trained, refined.
+"""Steps of quality_gpu.py on the stack of quality_stack.py: recipes that `optimize` merges, searched and trained.
 
-A job is NAME=SECONDS or NAME=SECONDS=RATE, such as "decode 1.45=300" or "2:4=80=0.001". A searched recipe is searched
-on C4 with selection by magnitude in the folded model, trained a quarter of the time, searched again around the
-trained model, and trained for the rest; a pattern goes into every layer.
+A job is NAME=SECONDS or NAME=SECONDS=RATE, such as "prefill 1.20=120" or "2:4=80=0.001". A speed-up is searched on
+C4 with selection by magnitude in the folded model, `MARGIN` above the one of its name; a pattern goes into every layer.
+Then norms and weights are trained.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from nm_act.lab.calibrate.training import BETAS, LARGEST_GRADIENT
 from nm_act.lab.cost import Measured, places_of, predictions, shapes_of
 from nm_act.lab.evaluate.perplexity import mean_and_stderr
 from nm_act.lab.evaluate.study import DENSE_VARIANT, from_recipe
-from nm_act.lab.evaluate.variants import resolved
+from nm_act.lab.evaluate.variants import Variant, resolved
 from nm_act.lab.measured import MERGED
 from nm_act.lab.overlap import check_apart, fingerprints
 from nm_act.lab.search.options import option_name, parse_option
@@ -48,14 +48,11 @@ WARM_UP = 64
 TIMED = 24
 """The first steps, which tell how many there will be."""
 CHECKS = 6
+DENSE = (None,) * len(MERGED)
 RATES = {"2:4": 8e-4}
 RATE = 5e-4
-IMPOSSIBLE = 1e3
-"""Sensitivity of an option that was not tried: nats per token."""
-ENOUGH = 24.0
-"""Perplexity from which a job NAME+, which trains the result of NAME on, has nothing to do."""
-NEAR = 0.14
-"""Options whose kept share differs by less from that of the base are tried around it."""
+MARGIN = 1.0125
+"""A recipe is searched for a prediction so much above its name, to hold it when tables are measured anew."""
 
 
 class Fused:
@@ -120,8 +117,8 @@ class Fused:
         session.fact("written", windows=len(found), seconds=time.perf_counter() - start, begins=said)
         return found
 
-    def search(self, name: str, phase: str, target: float, tensors: list[Tensor], base: Recipe | None) -> Recipe:
-        """The recipe with the least sum of sensitivities at a predicted speed-up, around a base (None: dense)."""
+    def search(self, name: str, phase: str, target: float) -> Recipe:
+        """The recipe with the least sum of sensitivities in the folded model at a predicted speed-up."""
         session = self.session
         fact = f"search {name}"
         if fact in session.facts:
@@ -130,63 +127,51 @@ class Fused:
         specs = {option_name(spec): spec for spec in (parse_option(f"{text} act") for text in texts)}
         groups = groups_of(session.dense, DEFAULT_PROJECTIONS, 1, merged=True)
         cost = Measured("h100", shapes_of(SHAPES), SHAPES, phases=(phase,))
-        about = name if base is not None else phase  # sensitivities of the dense model serve every target
-        costs = self.sensitivities(about, tensors, groups, specs, base)
-        problem = Problem(groups, costs, specs, cost)
-        choice = problem.solve(target)
+        problem = Problem(groups, self.sensitivities(phase, groups, specs), specs, cost)
+        choice = problem.solve(MARGIN * target)
         recipe = dataclasses.replace(problem.recipe(choice), phase="decode" if phase == "decode" else "both")
         found = predictions(cost, places_of(SHAPES, session.dense.config.num_hidden_layers), recipe)[phase]
         session.fact(fact, recipe=recipe.to_dict(), predicted=found, sensitivity=choice.sensitivity)
         return recipe
 
     @torch.no_grad()
-    def sensitivities(self, about: str, tensors, groups, specs, base: Recipe | None) -> dict[str, dict[str, float]]:
-        """KL above that of a dense product by group and option; around a base recipe the neighbouring options alone."""
+    def sensitivities(self, phase: str, groups, specs) -> dict[str, dict[str, float]]:
+        """KL by group and option; those of the options of a phase serve every target."""
         session = self.session
-        stack = Stack(session.dense, self.length, self.dtype, tensors)
-        patterns: Patterns = (
-            patterns_of(everywhere(base), stack.layers) if base else [[None] * 4 for _ in range(stack.layers)]
-        )
+        stack = Stack(session.dense, self.length, self.dtype, self.folded)
         windows = self.c4[: session.options.sensitivity_windows]
         wanted = self.teacher.hidden(windows).flatten(0, 1)
         inputs = [torch.nn.functional.embedding(windows, stack.embedding)]
         for index in range(stack.layers):
-            inputs.append(stack.layer(index, inputs[-1], patterns[index]))
+            inputs.append(stack.layer(index, inputs[-1], DENSE))
 
         def kl(layer: int, place: int, pattern) -> float:
-            x, own = inputs[layer], [*patterns[layer]]
-            own[place] = pattern
-            x = stack.layer(layer, x, own)
+            own = [pattern if index == place else None for index in range(len(MERGED))]
+            x = stack.layer(layer, inputs[layer], own)
             for index in range(layer + 1, stack.layers):
-                x = stack.layer(index, x, patterns[index])
+                x = stack.layer(index, x, DENSE)
             return token_divergences(stack.normed(x).flatten(0, 1), wanted, stack.head).mean().item()
 
         found: dict[str, dict[str, float]] = {}
         for group in groups:
             layer = group.layers[0]
             place = next(index for index, names in enumerate(MERGED) if group.projections[0] in names)
-            current, costs, least = patterns[layer][place], {}, IMPOSSIBLE
-            for name, spec in (*sorted(specs.items(), key=lambda item: item[1].pattern.kept_fraction), ("dense", None)):
-                key = about, group.key, name
-                kept = 1.0 if spec is None else spec.pattern.kept_fraction
-                if key not in self.known and (current is None or abs(kept - current.kept_fraction) < NEAR):
+            for name, spec in specs.items():
+                key = phase, group.key, name
+                if key not in self.known:
                     session.need(5)
-                    self.known[key] = kl(layer, place, None if spec is None else spec.pattern)
+                    self.known[key] = kl(layer, place, spec.pattern)
                     with self.store.open("a") as file:
                         file.write(json.dumps({"key": key, "kl": self.known[key]}) + "\n")
-                least = costs[name] = min(least, self.known.get(key, IMPOSSIBLE))  # more kept is not worse once trained
-            dense = costs.pop("dense")
-            found[group.key] = {name: value - dense for name, value in costs.items()}
+                found.setdefault(group.key, {})[name] = self.known[key]
         return found
 
-    def train(
-        self, name: str, tensors: list[Tensor], recipe: Recipe, seconds: float, rate: float
-    ) -> tuple[list[Tensor], dict]:
+    def train(self, name: str, recipe: Recipe, seconds: float, rate: float) -> tuple[list[Tensor], dict]:
         """The tensors with the least held-out loss of a training that takes so long, and what happened."""
         session, device, batch = self.session, self.session.device, self.session.options.fused_batch
         patterns = patterns_of(everywhere(recipe), self.teacher.layers)
-        student = Stack(session.dense, self.length, self.dtype, tensors)
-        masters = [each.clone() for each in tensors]
+        student = Stack(session.dense, self.length, self.dtype, self.folded)
+        masters = [each.clone() for each in self.folded]
         leaves = [each.requires_grad_() for each in student.tensors]
         for master in masters:
             master.grad = torch.zeros_like(master)
@@ -254,23 +239,20 @@ class Fused:
             found += token_divergences(hidden, wanted, stack.head).view(len(ids), -1).mean(dim=1).tolist()
         return found
 
-    def trained(self, name: str, recipe: Recipe, tensors: list[Tensor], seconds: float, rate: float) -> list[Tensor]:
+    def trained(self, name: str, recipe: Recipe, seconds: float, rate: float) -> list[Tensor]:
         """`train`, unless its result lies in the cache."""
         file, fact = self.cache / f"{name.replace(' ', '-').replace(':', 'x')}.pt", f"train {name}"
         if fact in self.session.facts and file.is_file():
             return torch.load(file, map_location=self.session.device)
         with tf32(self.session.device):
-            tensors, facts = self.train(name, tensors, recipe, seconds, rate)
+            tensors, facts = self.train(name, recipe, seconds, rate)
         self.session.fact(fact, **facts)
         torch.save(tensors, file)
         return tensors
 
     def measure(self, name: str, recipe: Recipe, tensors: list[Tensor], layers: str, on: str = "") -> None:
         """Rows of a recipe with these tensors: every text in float32, the short tasks in bfloat16."""
-        session = self.session
-        method = "act trained weights" if on else "act folded"
-        fields = {"calibrated": bool(on), "calibrated_on": on, "layers": layers}
-        variant = dataclasses.replace(from_recipe(recipe, name, **fields), method=method)
+        session, variant = self.session, _variant(name, recipe, layers, on)
         model = sparse_model(session.dense, everywhere(recipe), tensors)
         session.measure(variant, model)
         if on and session.options.tasks_of_trained:
@@ -310,6 +292,12 @@ class Fused:
         session.fact(f"greedy {name}", **facts, share=share, share_stderr=other)
 
 
+def _variant(name: str, recipe: Recipe, layers: str, on: str = "") -> Variant:
+    method = "act trained weights" if on else "act folded"
+    variant = from_recipe(recipe, name, calibrated=bool(on), calibrated_on=on, layers=layers)
+    return dataclasses.replace(variant, method=method)
+
+
 def fused(session: Session) -> None:
     """The jobs of --jobs, in their order."""
     shared = Fused(session)
@@ -325,38 +313,22 @@ def fused(session: Session) -> None:
 
 
 def _job(shared: Fused, name: str, seconds: float, rate: float) -> None:
-    session, tensors = shared.session, shared.folded
-    phase, _, target = name.removesuffix("+").partition(" ")
-    title, layers = f"{name}{'x' if target else ''} act trained weights", "search" if target else "all"
-    if name.endswith("+"):
-        before = f"{name[:-1]}x act trained weights"
-        if session.value(before) <= ENOUGH:
-            return
-        recipe = Recipe.from_dict(session.facts[f"search {name[:-1]}x act refined"]["recipe"])
-        tensors = shared.trained(before, recipe, tensors, 0, rate)
-    elif target:
-        recipe = shared.search(f"{name}x act", phase, float(target), tensors, None)
-        shared.measure(f"{name}x act folded", recipe, tensors, layers)
-        first = 0.25 * seconds
-        session.need(first)
-        tensors = shared.trained(f"{name}x act first", recipe, tensors, first, rate)
-        seconds -= first
-        recipe = shared.search(f"{name}x act refined", phase, float(target), tensors, recipe)
+    session = shared.session
+    phase, _, target = name.partition(" ")
+    if target:
+        title, folded_title, layers = f"{name}x act trained weights", f"{name}x act folded", "search"
+        recipe = shared.search(f"{name}x act", phase, float(target))
     else:
+        title, folded_title, layers = f"{name} act trained weights", f"act folded {name}", "all"
         recipe = Recipe(name, phase="both" if name == "2:4" else "decode")
-        shared.measure(f"act folded {name}", recipe, tensors, layers)
+    shared.measure(folded_title, recipe, shared.folded, layers)
     session.need(min(seconds, 20))
-    seconds = min(seconds, session.left - 12)
-    tensors = shared.trained(title, recipe, tensors, seconds, rate)
+    tensors = shared.trained(title, recipe, min(seconds, session.left - 12), rate)
     facts = session.facts[f"train {title}"]
     written = len(shared.pool) - len(shared.c4)
-    on = f"{C4}, {len(shared.c4)} windows of {shared.length}, and {written} that the dense model "
-    on += (
-        f"wrote, begun with theirs; norms and weights end to end, {facts['steps']} steps of {facts['batch']} windows, "
-    )
-    on += f"rate {rate:g}" + (
-        ", after the first quarter of the time on the recipe before it was refined" if target else ""
-    )
+    on = f"{C4}, {len(shared.c4)} windows of {shared.length}"
+    on += f", and {written} that the dense model wrote, begun with theirs" if written else ""
+    on += f"; norms and weights end to end, {facts['steps']} steps of {facts['batch']} windows, rate {rate:g}"
     shared.measure(title, recipe, tensors, layers, on)
 
 
@@ -382,4 +354,5 @@ def plain(session: Session) -> None:
         rules = tuple(r if r.criterion is None else dataclasses.replace(r, criterion="act") for r in recipe.rules)
         rules = tuple(dataclasses.replace(r, mitigation=()) for r in rules)
         recipe = dataclasses.replace(recipe, criterion="act", mitigation=(), rules=rules)
-        shared.measure(f"{name} (recommended) act folded", recipe, shared.folded, "rule")
+        variant = _variant(f"{name} (recommended) act folded", recipe, "rule")
+        session.measure(variant, sparse_model(session.dense, everywhere(recipe), shared.folded))

@@ -41,6 +41,8 @@ EVALUATION = Path(__file__).resolve().parents[1] / "docs" / "evaluation"
 SHAPES = "llama-3-8b"
 RATES = (2e-4, 5e-4, 1e-3)
 """Learning rates of weights that are tried in a short training."""
+DATA_RATE = 3e-3
+"""Learning rate of what a recipe learns."""
 
 
 def rows(session: Session) -> None:
@@ -163,7 +165,6 @@ def untrained(session: Session, recipe: Recipe):
 def train(session: Session) -> None:
     """End-to-end training on the dense model's output distribution, straight through the selection."""
     windows, held_out = split_windows(session.windows)
-    rate_of = {"weights": learning_rate(session, windows, held_out), "data": 3e-3}
     spent: dict[str, float] = {}
     for short, recipe, what in trained_recipes(session):
         steps = session.options.train_steps
@@ -173,10 +174,11 @@ def train(session: Session) -> None:
         if all(("float32", name, text) in session.done for text in session.texts):
             continue
         session.need(spent.get(what, 60.0) + 8)
+        rate = DATA_RATE if what == "data" else learning_rate(session, windows, held_out)
         start = time.perf_counter()
         model = untrained(session, recipe)
         try:
-            done = trained(session, model, windows, held_out, steps, batch, what, rate_of[what])
+            done = trained(session, model, windows, held_out, steps, batch, what, rate)
         except (ValueError, RuntimeError) as error:
             session.say("failed", name, error)
             continue
@@ -184,7 +186,7 @@ def train(session: Session) -> None:
         on = (
             f"{C4}, {len(windows)} windows of {windows.shape[1]}; {what} end to end, {steps} steps of {batch} windows, "
         )
-        on += f"rate {rate_of[what]:g}" + ("" if done.kept else "; not better on held-out text, kept out")
+        on += f"rate {rate:g}" + ("" if done.kept else "; not better on held-out text, kept out")
         variant = from_recipe(recipe, name, calibrated=True, calibrated_on=on)
         layers = variant.layers if variant.layers == "all" else "rule" if "recommended" in name else "search"
         if short in ("2:4", "8:16"):
@@ -290,14 +292,15 @@ def tasks(session: Session) -> None:
     chosen += [("wanda", "2:4", []), ("weight-magnitude", "2:4", []), ("act", "8:16", ["var"]), ("act", "2:4", ["var"])]
     chosen += [("wina", "12:16", ["var"]), ("act", "8:16", ["dpts-median"]), ("act", "2:4", ["dpts-median"])]
     chosen += [("wina", "8:16", []), ("amber", "8:16", [])]
-    recipes = [Recipe(pattern, criterion=criterion, mitigation=m) for criterion, pattern, m in chosen]
-    variants = [DENSE_VARIANT, *map(from_recipe, recipes)]
+    variants = [DENSE_VARIANT]
+    for name in ("prefill", "decode"):
+        variants.append(dataclasses.replace(from_recipe(Recipe.named(name), f"{name} (recommended)"), layers="rule"))
+    variants += [from_recipe(Recipe(pattern, criterion=criterion, mitigation=m)) for criterion, pattern, m in chosen]
     for layers in ("amber", "alanova"):
         variants += [row_variant({"pattern": p, "layers": layers}) for p in ("2:4", "8:16")]
-    for name in ("decode", "prefill"):
-        variants.append(dataclasses.replace(from_recipe(Recipe.named(name), f"{name} (recommended)"), layers="rule"))
-    for names in (session.tasks[:5], session.tasks[5:]):
-        for variant in variants:
+    short, long = session.tasks[:5], session.tasks[5:]
+    for some, names in ((variants[:3], short), (variants[:8], long), (variants, short), (variants, long)):
+        for variant in some:
             wanted = [name for name in names if ("bfloat16", variant.name, name) not in session.done]
             if wanted:
                 session.need(15)

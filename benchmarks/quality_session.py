@@ -93,15 +93,6 @@ class Session:
         self._append("facts.jsonl", self.facts[name] | {"commit": self.options.commit})
         self.say(name, json.dumps(values)[:300])
 
-    def value(self, variant: str, task: str = "wikitext2", dtype: str = "float32") -> float:
-        """What was measured; NaN if nothing was."""
-        identity, found = {}, math.nan
-        for line in self._lines("rows.jsonl"):
-            identity = line.get("identity", identity)
-            if (line.get("task"), identity.get("dtype")) == (task, dtype) and line["variant"]["name"] == variant:
-                found = line["value"]
-        return found
-
     def say(self, *parts: object) -> None:
         print(f"{time.perf_counter() - self.start:6.1f}", *parts, flush=True)
 
