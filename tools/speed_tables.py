@@ -344,6 +344,7 @@ def served() -> str:
     rows = read_rows(SERVED)
     names = list(dict.fromkeys(row["engine"] for row in rows))
     titles = {"sparse": rows[0]["pattern"], "prepack": f'{rows[0]["pattern"]}, `"prepack": true`'}
+    titles["balanced"] = '`balanced`, `"prepack": true`'
     lines = []
     for requests, metric in dict.fromkeys((row["requests"], row["metric"]) for row in rows):
         found = {row["engine"]: row for row in rows if (row["requests"], row["metric"]) == (requests, metric)}
@@ -364,6 +365,7 @@ def served() -> str:
     origin = (
         f"{first['model']}, {first['dtype']}, {first['prompt']} tokens in and {first['generated']} out a request; "
         f"medians (20th to 80th percentile) of {first['rounds']} rounds, the engines in turn; {first['device']}, "
-        f"vLLM {first['vllm']}, torch {first['torch']}, {first['date']}, load {min(loads)} to {max(loads)}; `{SERVED}`."
+        f"vLLM {first['vllm']}, torch {first['torch']}, {first['date']}, load {min(loads)} to {max(loads)}, commit "
+        f"{', '.join(dict.fromkeys(row['commit'] for row in rows))}; `{SERVED}`."
     )
     return f"{table(header, lines, right=1)}\n\n{origin}"
