@@ -192,10 +192,14 @@ def test_e4m3_product_of_a_few_tokens(tokens, biased):
     bias = drawn(2064, seed=2) if biased else None
     poison()
     y = torch.ops.nm_act.e4m3_product(values, rows, codes, columns, bias)
-    exact = (values.double() @ codes.double().t()) * rows.double()[:, None] * columns.double()
-    exact = exact if bias is None else exact + bias.double()
+    product, scales = values.double() @ codes.double().t(), rows.double()[:, None] * columns.double()
+    exact = scales * product if bias is None else scales * product + bias.double()
     assert y.dtype == torch.bfloat16
-    assert ((y.double() - exact).abs() <= 2.0**-7 * exact.abs() + 2e-3 * rows.double()[:, None] * columns + 1e-30).all()
+    assert torch.equal(y[0], torch.zeros_like(y[0]) if bias is None else bias)
+    for token in range(1, tokens):
+        assert relative_error(y[token], exact[token]) < CLOSE
+    if bias is None and tokens > 1:  # each output as well as the largest; fast accumulation errs by the size of a sum
+        assert relative_error((y.double() / scales)[1:], product[1:]) < CLOSE
     assert torch.equal(torch.ops.nm_act.e4m3_product(values, rows, codes, columns, bias), y)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -242,9 +242,10 @@ struct LayerGather {
   GatherConfig config;
 };
 inline constexpr LayerGather kLayerGathers[] = {
-    {4096, 4096, {64, 8, 512, false}},
     {4096, 14336, {32, 8, 512, true}},
-    {2048, 8192, {16, 8, 512, true}},
+    {3584, 18944, {16, 8, 512, true}},
+    {2048, 2048, {16, 8, 512, false}},
+    {2048, 8192, {32, 8, 512, false}},
 };
 
 // The configuration for a product within a layer's decode step: a measured one, else the one that is fastest alone.
