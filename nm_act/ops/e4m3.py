@@ -24,11 +24,11 @@ FEW_TOKENS = _C.FEW_TOKENS
 """Most tokens whose weight rows are worth skipping in e4m3."""
 
 
-MOST_ROWS = 0.8
+MOST_ROWS = 0.87
 """Largest expected share of a weight's rows that the tokens of a call need between them, for which skipping the others
-pays over a dense e4m3 product of the other copy: two tokens of a 50 % pattern. On an H100, the four products of a
-Llama-3-8B layer (8:16) took 53 us for one token, 80 for two and 109 for three, and dense e4m3 ones 95, 96 and 97
-(benchmarks/results/h100/few_tokens.csv)."""
+pays over a dense e4m3 product of the other copy: two tokens of a 50 % pattern, not three. On an H100, the four products
+of a Llama-3-8B layer (8:16) took 53 us for one token, 80 for two (every row: 96) and 109 for three, and dense e4m3 ones
+95, 96 and 97 (benchmarks/results/h100/few_tokens.csv)."""
 
 
 def check_layout(layout: object) -> None:

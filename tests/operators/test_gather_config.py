@@ -79,7 +79,7 @@ def test_choice_within_a_layer_is_near_the_fastest():
         chosen = nm_act._C.gather_configs(1, *sizes, *kind, in_layer=True)[0]
         chosen = tuple(map(int, chosen))
         if case[1:3] == ("bf16", "8:16") or chosen in measured:  # elsewhere only the choices of then were timed
-            assert measured[chosen] <= 1.013 * min(measured.values()), case
+            assert measured[chosen] <= 1.014 * min(measured.values()), case
     others = (((True, 8, 16), 132), ((False, 4, 16), 132), ((False, 8, 16), 114))  # 8 bits, a share, a device
     for kind, multiprocessors in others:  # that were not measured
         alone, layer = (

@@ -483,8 +483,8 @@ def test_lent_weights_are_packed_with_what_derives_from_them(calls):
 @pytest.mark.parametrize(
     ("pattern", "decode_pattern", "layout", "ways"),
     [
-        ("2:4", "8:16", "both", {1: "decode", 3: "decode", 4: "pruned", 8: "pruned", 16: "pruned"}),
-        ("2:4", None, "both", {1: "decode", 3: "decode", 4: "packed", 8: "packed"}),
+        ("2:4", "8:16", "both", {1: "decode", 2: "decode", 3: "pruned", 8: "pruned", 16: "pruned"}),
+        ("2:4", None, "both", {1: "decode", 2: "decode", 3: "packed", 8: "packed"}),
         ("8:16", None, "prefill", {1: "pruned", 8: "pruned"}),
         ("8:16", None, "decode", {1: "decode", 4: "decode", 8: ""}),
         ("2:4", "8:16", None, {1: "decode", 4: "decode", 5: "pruned", 8: "pruned"}),

