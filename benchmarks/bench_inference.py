@@ -1,11 +1,17 @@
 """End-to-end inference of whole models: time to first token, decode tokens/s, peak memory, energy.
 
 Every mode runs the same way: projections merged, elementwise parts compiled, a static cache, prefills of up to 8192
-tokens and all decode steps under CUDA graphs. The baselines of the same run are dense_bf16 and, for fp8 modes,
-dense_fp8 too (per-token quantisation in one kernel, not fused with the norm before it as in the sparse modes; row-wise
-scaled product; its output head stays in bf16, as in the sparse modes). A named model has random weights of the
-published shapes, built on the device: speed does not depend on them, quality is not measured. Rows are written after
-every measurement, so that an interrupted run keeps them; what fails is named, left out, and told by the exit status.
+tokens and all decode steps under CUDA graphs. The baselines of the same run are dense_bf16 and, for fp8 modes, two in
+e4m3: dense_fp8 (per-token quantisation in one kernel, not fused with the norm before it as in the sparse modes; the
+dense e4m3 product of the sparse modes; its output head stays in bf16, as there) and dense_fp8_gather (the same, but up
+to four tokens run in the gather kernel without a selection, over a second copy stored [in, out]). The stronger one of a
+metric is what counts; both have rows. A named model has random weights of the published shapes, built on the device:
+speed does not depend on them, quality is not measured. Rows are written after every measurement, so that an interrupted
+run keeps them; what fails is named, left out, and told by the exit status.
+
+Products at full rate reach a card's power limit within tens of milliseconds, and its clock falls by a quarter. So
+ttft_ms is of prompts after an idle time each, and ttft_busy_ms of prompts back to back after a second of them: a state
+in between, such as right after a hotter mode, would compare clocks.
 
     python benchmarks/bench_inference.py --model llama-3-8b --prompt 512 4096 16384 --decode 128 --batch 1 8 \
         --mode dense nm-2:4 nm-2:4-fp8 nm-8:16 --csv benchmarks/results/h100/inference.csv
@@ -14,6 +20,7 @@ speedup is above 1 where a mode is better than the baseline, for every metric (p
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import time
@@ -22,7 +29,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from inference_models import CONFIGS, Mode, build, compile_parts, parse_modes
+from energy import EnergyCounter, steady, why_impossible
+from inference_models import BASELINES, CONFIGS, Mode, build, compile_parts, parse_modes
 from inference_profile import COLUMNS as STEP_COLUMNS
 from timer import Rows, percentiles
 
@@ -39,6 +47,8 @@ GRAPH_TOKENS = 8192
 
 WARM_TOKENS = 16
 
+IDLE_SECONDS, IDLE_RUNS = 0.4, 5
+
 BLOCK = 8
 """Decode steps in one sample."""
 
@@ -50,7 +60,6 @@ class Device:
         self.torch = torch.device(name)
         self.cuda = self.torch.type == "cuda"
         self.name = torch.cuda.get_device_name(self.torch) if self.cuda else "cpu"
-        self._nvml = self._open_nvml() if self.cuda else None
 
     def synchronize(self) -> None:
         if self.cuda:
@@ -72,21 +81,12 @@ class Device:
     def peak_gib(self) -> float | None:
         return torch.cuda.max_memory_allocated(self.torch) / 2**30 if self.cuda else None
 
-    def joules(self) -> float | None:
-        """Energy that the device has used since its driver was loaded."""
-        if self._nvml is None:
+    def energy_counter(self) -> EnergyCounter | None:
+        """None, with a line that says why, where the device does not tell its energy."""
+        if not self.cuda:
             return None
-        library, handle = self._nvml
-        return library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-
-    def _open_nvml(self):
         try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(self.torch).uuid}")
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-            return pynvml, handle
+            return EnergyCounter(torch.cuda.get_device_properties(self.torch).uuid)
         except Exception as error:  # no package, no library, or a device that does not tell
             print(f"no energy: {type(error).__name__}: {error}")
             return None
@@ -112,6 +112,7 @@ class Report:
             model=label,
             commit=arguments.commit,
         )
+        self.energy = device.energy_counter() if arguments.energy else None
         self.medians: dict[tuple, float] = {}
         self.failed: list[str] = []
 
@@ -119,19 +120,30 @@ class Report:
         low, median, high = percentiles(list(samples))
         where = (batch, prompt, metric)
         self.medians[mode.name, *where] = median
-        for baseline in ("dense_bf16", "dense_fp8"):
-            dense = self.medians.get((baseline, *where))
-            if dense is None or (baseline == "dense_fp8" and not mode.fp8):
+        for baseline in BASELINES.values():
+            dense = self.medians.get((baseline.name, *where))
+            if dense is None or (baseline.fp8 and not mode.fp8):
                 continue
             speedup = median / dense if metric in HIGHER_IS_BETTER else dense / median
-            row = {"mode": mode.name, "batch": batch, "prompt": prompt, "metric": metric, "baseline": baseline}
+            row = {"mode": mode.name, "batch": batch, "prompt": prompt, "metric": metric, "baseline": baseline.name}
             row |= {"p20": f"{low:.4g}", "p50": f"{median:.4g}", "p80": f"{high:.4g}"}
             self.rows.append(**row, baseline_p50=f"{dense:.4g}", speedup=f"{speedup:.3f}")
             print(
                 f"{mode.name:>16} {batch:3} x {prompt:<6} {metric:<12} {median:9.2f} ({low:.2f} - {high:.2f})  "
-                f"{speedup:.2f}x {baseline}",
+                f"{speedup:.2f}x {baseline.name}",
                 flush=True,
             )
+
+    def joules(self, run: Callable[[], object], seconds: float, units: int = 1) -> float | None:
+        """Joules of one of the units that a run makes; None, with a line that says why, if that is no measurement."""
+        assert self.energy is not None
+        interval = steady(run, self.energy.joules, seconds)
+        why = why_impossible(interval, self.energy.limit_watts)
+        if why or interval is None:
+            print(f"{'':>16} no energy: {why}", flush=True)
+            return None
+        print(f"{'':>16} {interval.watts:.0f} W over {interval.seconds:.1f} s, {interval.runs} runs", flush=True)
+        return interval.joules / interval.runs / units
 
 
 def measure(report: Report, mode: Mode, model, device: Device, batch: int, prompt: int, arguments) -> None:
@@ -144,20 +156,20 @@ def measure(report: Report, mode: Mode, model, device: Device, batch: int, promp
     if device.cuda and batch * prompt <= GRAPH_TOKENS:
         decoder.capture_prefill(prompt)
     decoder.prefill(ids)  # the first of a shape compiles and plans
-    energy = device.joules()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < arguments.seconds and len(times) < 20):
-        times.append(device.seconds(lambda: decoder.prefill(ids)))
-    energies = {"ttft_j": _spent(device, energy, len(times))}
-    report.add(mode, batch, prompt, "ttft_ms", [1e3 * seconds for seconds in times])
+    prefill = functools.partial(device.seconds, lambda: decoder.prefill(ids))
+    alone = after_idling(prefill, IDLE_SECONDS if device.cuda else 0.0)
+    for metric, times in {"ttft_ms": alone, "ttft_busy_ms": busy(prefill, arguments.seconds)}.items():
+        report.add(mode, batch, prompt, metric, [1e3 * seconds for seconds in times])
     decoder.step()  # captures it, and uploads the graph
-    energy, speeds = device.joules(), []
-    for _ in range(max(1, arguments.decode // BLOCK)):
-        steps = min(BLOCK, arguments.decode)
-        speeds.append(steps * batch / device.seconds(lambda n=steps: [decoder.step() for _ in range(n)]))
-    energies["decode_j_tok"] = _spent(device, energy, len(speeds) * steps * batch)
+    steps = min(BLOCK, arguments.decode)
+    block = _decoding(decoder, prompt, steps)
+    speeds = [steps * batch / device.seconds(block) for _ in range(max(1, arguments.decode // BLOCK))]
     report.add(mode, batch, prompt, "decode_tok_s", speeds)
-    for metric, value in {"peak_gib": device.peak_gib(), **energies}.items():
+    metrics = {"peak_gib": device.peak_gib()}
+    if report.energy is not None:
+        metrics["ttft_j"] = report.joules(prefill, arguments.energy)
+        metrics["decode_j_tok"] = report.joules(lambda: device.seconds(block), arguments.energy, steps * batch)
+    for metric, value in metrics.items():
         if value:
             report.add(mode, batch, prompt, metric, [value])
     if arguments.profile is not None:
@@ -167,8 +179,38 @@ def measure(report: Report, mode: Mode, model, device: Device, batch: int, promp
             report.steps.append(mode=mode.name, batch=batch, prompt=prompt, source="bench_inference.py", **row)
 
 
-def _spent(device: Device, before: float | None, times: int) -> float | None:
-    return None if before is None else (device.joules() - before) / times
+def after_idling(seconds_of: Callable[[], float], idle: float) -> list[float]:
+    """Seconds of single runs, each after `idle` seconds without work: a request to a server that waits for one."""
+    times: list[float] = []
+    while len(times) < (IDLE_RUNS if sum(times) < 1 else 2):
+        time.sleep(idle)
+        times.append(seconds_of())
+    return times
+
+
+def busy(seconds_of: Callable[[], float], seconds: float) -> list[float]:
+    """Seconds of runs back to back, once `seconds` of them are over: of a server at its power limit."""
+    settling = 0.0
+    while settling < seconds:
+        settling += seconds_of()
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < seconds:
+        times.append(seconds_of())
+    return times
+
+
+def _decoding(decoder: nm_act.StaticDecoder, prompt: int, steps: int) -> Callable[[], None]:
+    """A function that decodes so many tokens a sequence, from behind the prompt again where the cache is full."""
+
+    @torch.inference_mode()
+    def block() -> None:
+        if decoder.length + steps > decoder.max_tokens:
+            decoder._rewind(prompt)
+            decoder.length = prompt
+        for _ in range(steps):
+            decoder.step()
+
+    return block
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -180,7 +222,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", default=["dense", "nm-2:4", "nm-2:4-fp8", "nm-8:16"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of one prefill, at least 3 runs")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of prefills back to back, before they are measured and while")
+    parser.add_argument(
+        "--energy",
+        type=float,
+        default=3.0,
+        metavar="SECONDS",
+        help="of steady work for each energy (two for each mode, batch and prompt); 0: none",
+    )
     parser.add_argument("--csv", help="write the rows to this file")
     parser.add_argument("--plot", help="draw the speed-ups into this .png")
     parser.add_argument("--commit", default=commit(), help="what the column commit says, where there is no git")

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import nm_act
-from nm_act.ops.e4m3 import quantise_rows
+from nm_act.ops.e4m3 import E4M3, FEW_TOKENS, E4M3Weight
+from nm_act.ops.fused import Pruned, pruned_product
 from nm_act.optimize import fused
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
@@ -40,9 +41,9 @@ CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """How a model runs: ``dense_bf16`` and ``dense_fp8`` are the baselines, everything else is sparse.
+    """How a model runs: those of ``BASELINES`` are dense, everything else is sparse.
 
-    ``fp8`` is None, or the phases that the e4m3 weights are stored for; of dense weights it is "prefill".
+    ``fp8`` is None, or the phases that the e4m3 weights are stored for.
     ``head`` is what the output head is stored as, or None.
     """
 
@@ -52,18 +53,27 @@ class Mode:
     head: str | None = None
 
 
+BASELINES = {
+    "dense": Mode("dense_bf16", None),
+    "dense-fp8": Mode("dense_fp8", None, "prefill"),
+    "dense-fp8-gather": Mode("dense_fp8_gather", None, "both"),
+}
+"""Dense modes by name. dense-fp8-gather decodes with this package's own kernel over a second copy of the e4m3 weights,
+stored [in, out], without a selection: what a sparse decode step gains beyond that, it gains by skipping rows."""
+
+
 def parse_modes(names: list[str]) -> list[Mode]:
-    """Modes by name, baselines first, each once; dense_fp8 is added where an fp8 mode needs it to be compared with."""
+    """Modes by name, baselines first, each once; those in fp8 are added where an fp8 mode is compared with them."""
     modes = [_parse(name) for name in names]
     modes = list({mode.name: mode for mode in modes}.values())
     fp8 = any(mode.fp8 for mode in modes)
-    baselines = [Mode("dense_bf16", None), *([Mode("dense_fp8", None, "prefill")] if fp8 else [])]
+    baselines = [mode for mode in BASELINES.values() if fp8 or not mode.fp8]
     return baselines + [mode for mode in modes if mode.recipe is not None]
 
 
 def _parse(name: str) -> Mode:
-    if name in ("dense", "dense-fp8"):
-        return Mode("dense_fp8", None, "prefill") if name == "dense-fp8" else Mode("dense_bf16", None)
+    if name in BASELINES:
+        return BASELINES[name]
     found = re.fullmatch(r"nm-([^/-]+)(?:/([^/-]+))?(?:-fp8(?:-(prefill|decode))?)?(?:-head-(e4m3|int8))?", name)
     if found:
         fp8 = (found[3] or "both") if "-fp8" in name else None
@@ -95,34 +105,41 @@ def build(name: str, mode: Mode, device: str, dtype: torch.dtype, max_tokens: in
         return model
     nm_act.optimize(model)
     if mode.fp8:
-        _to_dense_fp8(model)
+        _to_dense_fp8(model, mode.fp8)
     return model
 
 
 class DenseFP8(nn.Module):
-    """The strongest dense fp8 layer: fused per-token quantisation, then torch's row-wise scaled product."""
+    """A dense e4m3 layer: fused per-token quantisation, then the product of this package's own dense e4m3 path.
 
-    def __init__(self, linear: nn.Linear):
+    For ``layout`` "both", few tokens stay in 16 bits and read a copy stored [in, out] in the gather kernel, every row.
+    """
+
+    def __init__(self, linear: nn.Linear, layout: str):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        rows = [quantise_rows(part) for part in linear.weight.split(4096)]
-        self.register_buffer("weight", torch.cat([codes for codes, _ in rows]))
-        self.register_buffer("weight_scale", torch.cat([scale for _, scale in rows]))
+        stored = E4M3Weight.quantised(linear.weight, layout)
+        self.register_buffer("codes", stored.codes)
+        self.register_buffer("rows", stored.rows)
+        self.register_buffer("weight_scale", stored.scale)
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        from dense_fp8 import product, quantise
+        if self.rows is not None and x.shape[:-1].numel() <= FEW_TOKENS:
+            return nm_act.gather_linear(x, self.rows.view(E4M3).t(), self.bias, weight_scale=self.weight_scale)
+        from dense_fp8 import quantise
 
-        y = product(*quantise(x.reshape(-1, self.in_features)), self.weight, self.weight_scale, self.bias)
+        values, scales = quantise(x.reshape(-1, self.in_features))
+        y = pruned_product(Pruned(values, scales[:, 0]), self.codes.view(E4M3), self.bias, self.weight_scale)
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def _to_dense_fp8(model: nn.Module) -> None:
+def _to_dense_fp8(model: nn.Module, layout: str) -> None:
     for layer in model.get_decoder().layers:
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear:
-                    setattr(parent, name, DenseFP8(child))
+                    setattr(parent, name, DenseFP8(child, layout))
 
 
 def compile_parts(model: nn.Module) -> Callable[[], None]:

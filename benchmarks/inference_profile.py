@@ -10,7 +10,7 @@ from torch.profiler import profile as torch_profile
 KINDS = (
     ("compress", r"compress|prune|select|quantise|rms_norm_compress|silu_mul_compress"),
     ("attention", r"flash|fmha|attention|softmax"),
-    ("linear", r"gemm|gemv|cutlass|cublas|splitk|nvjet|sparse_linear|gather|addmm|::mm|::bmm|::linear"),
+    ("linear", r"gemm|gemv|cutlass|cublas|splitk|nvjet|sparse_linear|gather|addmm|::mm|::bmm|::linear|scale_product"),
     ("norm", r"norm|rsqrt|_mean"),
 )
 """Kind and what its kernels' names contain, the first match wins; the rest is "other"."""
@@ -47,15 +47,22 @@ def layer_of(kernels: list[tuple[str, float]], layers: int) -> list[tuple[str, f
 
 
 def in_order(trace) -> list[tuple[str, float]]:
-    """Kernels in the order of their ends, with the time since the one before ended: launches overlap, these do not."""
+    """`alone` of the kernels of a trace."""
     events = [event for event in trace.events() if event.device_type == DeviceType.CUDA]
-    events.sort(key=lambda event: event.time_range.end)
-    before = events[0].time_range.start if events else 0.0
-    kernels = []
-    for event in events:
-        kernels.append((event.name, event.time_range.end - before))
-        before = event.time_range.end
-    return kernels
+    return alone([(event.name, event.time_range.start, event.time_range.end) for event in events])
+
+
+def alone(kernels: list[tuple[str, float, float]]) -> list[tuple[str, float]]:
+    """Kernels (name, start, end) in the order of their ends, with the time for which none before them ran.
+
+    Launches overlap (programmatic dependent launch), so that the times of all kernels add up to more than a step takes;
+    these do not.
+    """
+    times, before = [], 0.0
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[2]):
+        times.append((name, end - max(start, before)))
+        before = end
+    return times
 
 
 def step_layer(kernels: list[tuple[str, float]], layers: int) -> list[tuple[str, float]]:
@@ -108,9 +115,9 @@ def profile(title: str, decoder, ids, device) -> tuple[dict[str, dict[str, float
             function()
             device.synchronize()
         spent: Counter = Counter()
-        for event in trace.key_averages():
-            micros = event.self_device_time_total if device.cuda else event.self_cpu_time_total
-            spent[kind_of(event.key)] += micros / 1e3 / times
+        on_cpu = [] if device.cuda else [(event.key, event.self_cpu_time_total) for event in trace.key_averages()]
+        for kernel, micros in in_order(trace) or on_cpu:
+            spent[kind_of(kernel)] += micros / 1e3 / times
         result[name] = {"wall": wall, **spent, "gaps": max(0.0, wall - spent.total())}
         parts = ", ".join(f"{kind} {value:.3f}" for kind, value in result[name].items())
         print(f"profile of {title}, {name}, ms: {parts}", flush=True)

@@ -1,8 +1,9 @@
 """Draws the way of a token: a layer's kernels in order, and what a whole decode step consists of.
 
-python benchmarks/plot_steps.py benchmarks/results/h100/inference_steps.csv docs/images/inference_steps.png
+python benchmarks/plot_steps.py benchmarks/results/h100/inference_steps*.csv docs/images/inference_steps.png
 
-The rows are those of ``bench_inference.py --profile FILE``; of several runs of a mode, each is a bar of its own.
+The rows are those of ``bench_inference.py --profile FILE``, in inference_steps_before.csv those of the first fused
+version; of several runs of a mode, each is a bar of its own.
 """
 
 from pathlib import Path

@@ -7,13 +7,16 @@ from pathlib import Path
 
 
 def plot_command(draw: Callable[[list[dict[str, str]], Path], None], description: str, benchmark: str) -> None:
-    """Draw the rows of the CSV (first argument) as the image (second one); `benchmark` names the CSV's script."""
+    """Draw rows of CSVs (all arguments but the last) as an image (the last); `benchmark` names their script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path)
+    parser.add_argument("csv", type=Path, nargs="+")
     parser.add_argument("png", type=Path)
     arguments = parser.parse_args()
-    with arguments.csv.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise SystemExit(f"expected rows in {arguments.csv}, found none; run {benchmark} first")
+    rows = []
+    for path in arguments.csv:
+        with path.open(newline="") as file:
+            found = list(csv.DictReader(file))
+        if not found:
+            raise SystemExit(f"expected rows in {path}, found none; run {benchmark} first")
+        rows += found
     draw(rows, arguments.png)

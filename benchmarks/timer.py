@@ -5,6 +5,7 @@ import datetime
 import io
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -48,8 +49,11 @@ def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
 class Rows:
     """Benchmark rows; the CSV is rewritten after each, so an interrupted run keeps what it measured."""
 
-    def __init__(self, path: str | None, columns: tuple[str, ...] = COLUMNS, **common: object):
+    def __init__(self, path: str | None, columns: tuple[str, ...] = COLUMNS, append: bool = False, **common: object):
         self.path, self.columns, self.rows = path, columns, []
+        if append and path and Path(path).exists():
+            with open(path, newline="") as file:
+                self.rows.extend(csv.DictReader(file))
         self.common = {
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "",

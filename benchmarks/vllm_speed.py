@@ -2,10 +2,11 @@
 
     python benchmarks/vllm_speed.py MODEL --csv benchmarks/results/cpu/vllm.csv [--pattern 8:16] [--dtype bfloat16]
 
-The dense checkpoint is served three times: as it is, with the pattern as --hf-overrides, and with "prepack" besides
-(CPUs; `--engines` chooses others, such as 'fp8-both' on a GPU). Generation: 32 tokens in, 64 out for each request.
-Prefill: one request of 512 tokens, one out. Each row has the percentiles over the rounds. The first lines and the last
-say how busy the machine is: with other work on it, only ratios of the same round mean something.
+The dense checkpoint is served four times: as it is, with the pattern as --hf-overrides, with "prepack" besides, and
+with the recipe 'balanced' and "prepack" (CPUs; `--engines` chooses others, such as 'fp8-both' on a GPU). Generation: 32 tokens in, 48 out for each request. Prefill: one request of 512 tokens, one out; `--prefill 0`
+leaves it out. Each row has the percentiles over the rounds, and the commit; `--append` keeps the rows of earlier runs.
+The first lines and the last say how busy the machine is: with other work on it, only ratios of the same round mean
+something.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from timer import Rows, percentiles
 
 from nm_act import Recipe, build_info
 
-PREFILL = 512
 COLUMNS = (
     *("bench", "device", "vllm", "model", "engine", "pattern", "dtype", "eager", "requests", "prompt", "generated"),
     *("metric", "p20", "p50", "p80", "baseline_p50", "speedup", "rounds", "load", "torch", "cuda", "commit", "date"),
@@ -42,11 +42,12 @@ def seconds(llm, requests: int, prompt: int, generated: int, seed: int) -> float
 
 
 def overrides_of(engine: str, pattern: str) -> dict:
-    """``--hf-overrides`` of an engine: dense, sparse, prepack, fp8-prefill, fp8-decode or fp8-both."""
+    """``--hf-overrides`` of an engine: dense, sparse, prepack, balanced, fp8-prefill, fp8-decode or fp8-both."""
     if engine == "dense":
         return {}
-    storage = {"sparse": {}, "prepack": {"prepack": True}}.get(engine, {"fp8": engine.removeprefix("fp8-")})
-    recipe = Recipe(pattern).to_dict()
+    packed = {"prepack": True}
+    storage = {"sparse": {}, "prepack": packed, "balanced": packed}.get(engine, {"fp8": engine.removeprefix("fp8-")})
+    recipe = (Recipe.named(engine) if engine == "balanced" else Recipe(pattern)).to_dict()
     return {"quantization_config": {"quant_method": "nm_act", "recipe": recipe, **storage}}
 
 
@@ -54,12 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--csv", help="write the rows to this file")
+    parser.add_argument("--append", action="store_true", help="after the rows that it has")
     parser.add_argument("--pattern", default="8:16")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--engines", nargs="+", default=["sparse", "prepack"], help="besides dense")
+    parser.add_argument("--engines", nargs="+", default=["sparse", "prepack", "balanced"], help="besides dense")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--requests", type=int, nargs="*", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--generated", type=int, default=64)
+    parser.add_argument("--generated", type=int, default=48)
+    parser.add_argument("--prefill", type=int, default=512, help="tokens of the prompt; 0 for none")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -71,11 +74,11 @@ def main() -> None:
     rows = Rows(
         arguments.csv,
         COLUMNS,
+        append=arguments.append,
         bench="vllm_speed",
         device=device,
         vllm=__version__,
         model=os.path.basename(os.path.normpath(arguments.model)),
-        pattern=arguments.pattern,
         dtype=arguments.dtype,
         eager=arguments.eager,
         rounds=arguments.rounds,
@@ -87,7 +90,7 @@ def main() -> None:
         name: LLM(arguments.model, hf_overrides=overrides_of(name, arguments.pattern), **options) for name in names
     }
     cases = [(n, 32, arguments.generated, "generate_tok_s", n * arguments.generated) for n in arguments.requests]
-    cases.append((1, PREFILL, 1, "prefill_tok_s", PREFILL))
+    cases += [(1, arguments.prefill, 1, "prefill_tok_s", arguments.prefill)] if arguments.prefill else []
     print(f"{device}, vLLM {__version__}, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
     header = "".join(f" {name}, tokens/s | ratio |" for name in names[1:])
     print(f"| requests | tokens in, out | dense, tokens/s |{header}\n|{'---|' * (3 + 2 * len(names[1:]))}", flush=True)
@@ -105,6 +108,7 @@ def main() -> None:
             speedup = f"{p50 / base:.3f}"
             rows.append(
                 engine=name,
+                pattern=name if name == "balanced" else arguments.pattern,
                 requests=requests,
                 prompt=prompt,
                 generated=generated,

@@ -33,6 +33,7 @@ from .patterns import NMPattern, TopKPattern
 
 __all__ = [
     "compress",
+    "decode_attention",
     "decompress",
     "linear_of_pruned",
     "prune",
@@ -139,3 +140,42 @@ def sparse_linear(
     """Oracle of :func:`nm_act.sparse_linear`; ``epilogue`` is that of :func:`linear_of_pruned`, float64 by default."""
     pruned = prune(x, pattern, channel_scale=channel_scale, shift=shift, token_shift=token_shift)
     return linear_of_pruned(x, pruned, weight, bias, shift=shift, token_shift=token_shift, **epilogue)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scaling: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """Oracle of :func:`nm_act.ops.fused.decode_attention` without norms of the heads, in float64.
+
+    A sequence whose length is not in 1 to max_tokens leaves its cache as it is and has NaN outputs.
+    """
+    most = keys.shape[2]
+    valid = (lengths >= 1) & (lengths <= most)
+    last = lengths[valid].long() - 1
+    q, k = (_rotated(x, cos, sin) for x in (q, k))
+    for cache, new in ((keys, k), (values, v)):
+        cache[valid.nonzero()[:, 0], :, last] = new[valid, 0]
+    place, length = torch.arange(most, device=keys.device), lengths[:, None]
+    seen = valid[:, None] & (place < length) & (place >= (length - window if window else 0))
+    grouped = q[:, 0].unflatten(1, (keys.shape[1], -1)).double()  # [batch, key heads, query heads of each, head_dim]
+    # What is not seen may be NaN. A softmax over nothing is NaN.
+    read, weighed = (cache.double().masked_fill(~seen[:, None, :, None], 0) for cache in (keys, values))
+    scores = (scaling * grouped @ read.mT).masked_fill(~seen[:, None, None], -torch.inf)
+    y: torch.Tensor = scores.softmax(-1) @ weighed
+    return y.flatten(1, 2)[:, None]
+
+
+def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotary embedding of ``[batch, tokens, heads, head_dim]``, each operation rounded to the dtype."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]

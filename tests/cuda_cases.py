@@ -7,10 +7,11 @@ from linear_cases import relative_error, stored
 
 import nm_act
 from nm_act import reference
-from nm_act.ops.e4m3 import quantise_rows as quantise_weight  # noqa: F401  (per output channel, as a checkpoint has it)
+from nm_act.ops.e4m3 import quantise_rows as quantise_weight
 
 E4M3 = torch.float8_e4m3fn
 HALVES = (torch.bfloat16, torch.float16)
+DECODE_WEIGHTS = ("same", "e4m3", "int8")
 KERNELS = torch.cuda.is_available() and bool(nm_act.build_info().get("cuda"))
 WHY_NOT = "needs a CUDA device and compiled CUDA kernels"
 GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not KERNELS, reason=WHY_NOT)]
@@ -126,3 +127,24 @@ def problem(tokens, out_features, in_features, dtype=torch.bfloat16, layout="out
     x = (torch.randn(tokens, in_features, device="cuda") + 0.2).to(dtype)
     weight = (torch.randn(out_features, in_features, device="cuda") / in_features**0.5).to(dtype)
     return x, stored(weight, layout), torch.randn(out_features, device="cuda").to(dtype)
+
+
+def decode_problem(tokens, out_features, in_features, dtype=torch.bfloat16, kind="same", layout="in_out"):
+    """x, weight, bias and the options that make the weight what ``kind`` says."""
+    x = (torch.randn(tokens, in_features, device="cuda") + 0.2).to(dtype)
+    weight = torch.randn(out_features, in_features, device="cuda") / in_features**0.5
+    bias = torch.randn(out_features, device="cuda").to(dtype)
+    if kind == "same":
+        return x, stored(weight.to(dtype), layout), bias, {}
+    weight, scale = quantise_weight(weight, E4M3 if kind == "e4m3" else torch.int8)
+    return x, stored(weight, layout), bias, {"weight_scale": scale}
+
+
+def decode_calls(x, weight, bias, options):
+    """The operators of a decode step over one x, by name."""
+    return {
+        "plain": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", **options),
+        "mean": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", token_shift="mean", **options),
+        "variance": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", variance_correction=True, **options),
+        **({} if options else {"gather_linear": lambda: nm_act.gather_linear(x, weight, bias)}),
+    }

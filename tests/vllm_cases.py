@@ -15,6 +15,7 @@ from conftest import assert_same_bits
 
 from nm_act import NMLinear
 from nm_act.methods.criteria import WEIGHT_PRUNING
+from nm_act.ops.prepack import why_not_prepacked
 from nm_act.optimize import FP8Linear
 
 MERGED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -47,19 +48,25 @@ def reloads(pairs) -> None:
 
 @torch.no_grad()
 def prepacked(folder, other, recipe) -> None:
-    """A copy of every weight in oneDNN's layout: the same outputs, after a reload too, and one line says its bytes."""
-    records = []
+    """A copy of every weight for vLLM's own product: the same outputs, after a reload too, at the same addresses."""
+    has_product = hasattr(torch.ops._C, "create_onednn_mm_handler")
     override = {"quantization_config": {"quant_method": "nm_act", "recipe": recipe, "prepack": True}}
-    with mock.patch.object(logging.getLogger("vllm.nm_act"), "handle", records.append):
-        model = _vllm_model(folder, torch.float32, hf_overrides=override)
-    assert "prepack keeps a second copy of their weights" in records[0].getMessage()
-    for _name, layer, parts, inputs in _layers_before_and_after_a_reload(model, folder, other):
-        assert all(each is not None for each in layer.nm_act_operands.copies)
-        for tokens in (1, 18):
-            x = inputs.flatten(0, -2)[:tokens]
-            expected = torch.cat([part(x) for part in parts], dim=-1)
-            tolerance = TOLERANCES[x.dtype] * expected.abs().max().item()
-            torch.testing.assert_close(layer(x)[0], expected, rtol=0, atol=tolerance)
+    for dtype in (dtype for dtype in TOLERANCES if not why_not_prepacked(torch.empty(1, dtype=dtype))):
+        records = []
+        with mock.patch.object(logging.getLogger("vllm.nm_act"), "handle", records.append):
+            model = _vllm_model(folder, dtype, hf_overrides=override)
+        assert "; the second copies of prepack take " in records[0].getMessage()
+        addresses = _addresses(model)
+        for name, layer, parts, inputs in _layers_before_and_after_a_reload(model, folder, other, dtype):
+            assert all((each.handler is not None) == has_product for each in layer.nm_act_operands.copies)
+            for tokens in (1, 18):
+                x = inputs.flatten(0, -2)[:tokens]
+                expected = torch.cat([part(x) for part in parts], dim=-1)
+                tolerance = TOLERANCES[dtype] * expected.abs().max().item()
+                torch.testing.assert_close(
+                    layer(x)[0], expected, rtol=0, atol=tolerance, msg=f"{name} {dtype} {tokens}"
+                )
+        assert _addresses(model) == addresses
 
 
 @torch.no_grad()
@@ -78,12 +85,12 @@ def e4m3(folder, other, recipe, expected) -> None:
     assert _addresses(model) == addresses
 
 
-def _layers_before_and_after_a_reload(model, folder, other):
+def _layers_before_and_after_a_reload(model, folder, other, dtype=torch.float32):
     """Each of the plug-in's layers with its name, Transformers' layers that it merges, and their input."""
     for new in (folder, other):
         if new is other:
             _reload(model, new)
-        whole = tp_cases.load(new, dtype=torch.float32)
+        whole = tp_cases.load(new, dtype=dtype)
         inputs = tp_cases.inputs(whole)
         for name, layer in model.named_modules():
             if getattr(layer, "nm_act_operands", None) is None:
@@ -165,11 +172,13 @@ def _weights(folder):
 
 def _addresses(model) -> dict[str, list[int]]:
     """Where each sparse layer's tensors are."""
-    return {
-        name: [tensor.data_ptr() for tensor in (layer.weight, *layer.nm_act_operands.tensors())]
-        for name, layer in model.named_modules()
-        if getattr(layer, "nm_act_operands", None) is not None
-    }
+    found = {}
+    for name, layer in model.named_modules():
+        operands = getattr(layer, "nm_act_operands", None)
+        if operands is not None:
+            handlers = [each.copy for each in operands.copies if getattr(each, "handler", None) is not None]
+            found[name] = [tensor.data_ptr() for tensor in (layer.weight, *operands.tensors(), *handlers)]
+    return found
 
 
 def _compare_all(folder, model, whole, inputs) -> None:

@@ -15,7 +15,13 @@ from torch import nn
 
 from nm_act import integrations
 
-PLUGIN = "nm_act.integrations.vllm_linear"
+PLUGIN, RELOAD = "nm_act.integrations.vllm_linear", "nm_act.integrations.vllm_reload"
+LAYERWISE = SimpleNamespace(
+    LAYERWISE_INFO={},
+    LOADING_LAYERS=set(),
+    _place_kernel_tensors=None,
+    LayerReloadingInfo=SimpleNamespace(can_load=None, reset=None),
+)
 PLATFORM = SimpleNamespace(device_type="cpu", get_device_capability=lambda: None)
 
 
@@ -144,7 +150,7 @@ class RowParallelLinear(LinearBase):
 
 
 _MODULES = {
-    "vllm": {"__version__": "stand-in"},
+    "vllm": {"__version__": "stand-in", "_custom_ops": SimpleNamespace()},
     "vllm.distributed": {
         "get_tensor_model_parallel_rank": lambda: 0,
         "get_tensor_model_parallel_world_size": lambda: 1,
@@ -162,6 +168,8 @@ _MODULES = {
     },
     "vllm.model_executor.layers.quantization": {"register_quantization_config": lambda name: lambda cls: cls},
     "vllm.model_executor.layers.quantization.base_config": {"QuantizationConfig": QuantizationConfig},
+    "vllm.model_executor.model_loader": {},
+    "vllm.model_executor.model_loader.reload": {"layerwise": LAYERWISE},
     "vllm.model_executor.parameter": {
         "BasevLLMParameter": Parameter,
         "ChannelQuantScaleParameter": Parameter,
@@ -177,14 +185,15 @@ _MODULES = {
 @contextlib.contextmanager
 def plugin():
     """The plug-in's module, imported over the stand-in."""
-    kept = {name: sys.modules.pop(name, None) for name in (*_MODULES, PLUGIN)}
+    kept = {name: sys.modules.pop(name, None) for name in (*_MODULES, PLUGIN, RELOAD)}
     for name, contents in _MODULES.items():
         sys.modules[name] = ModuleType(name)
         vars(sys.modules[name]).update(contents)
     try:
         yield importlib.import_module(PLUGIN)
     finally:
-        vars(integrations).pop(PLUGIN.rpartition(".")[2], None)
+        for name in (PLUGIN, RELOAD):
+            vars(integrations).pop(name.rpartition(".")[2], None)
         for name, module in kept.items():
             sys.modules.pop(name, None)
             if module is not None:

@@ -210,11 +210,51 @@ def milliseconds(microseconds: str) -> str:
     return f"{float(microseconds) / 1e3:.2f}"
 
 
-INFERENCE_METRICS = {"ttft_ms": "time to first token, ms", "decode_tok_s": "decode tokens/s", "peak_gib": "peak GiB"}
+INFERENCE_METRICS = {"ttft_ms": "time to first token, ms", "ttft_busy_ms": "the same, back to back"}
+INFERENCE_METRICS |= {"decode_tok_s": "decode tokens/s", "peak_gib": "peak GiB"}
+ENERGIES = {"ttft_j": "J a prefill", "decode_j_tok": "J a decoded token"}
+
+MOST_WATTS = dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), 1.03 * 700)
+"""Mean power that a card can draw: its limit, and as much above it as benchmarks/energy.py lets pass."""
+
+
+def watts(rows: list[dict[str, str]], metric: str) -> list[float]:
+    """Mean power that each energy of a whole-model run implies with the time measured beside it."""
+    where = "model", "mode", "batch", "prompt"
+    cells: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[name] for name in where), {})[row["metric"]] = float(row["p50"])
+    if metric == "ttft_j":
+        prefills = [cell for cell in cells.values() if metric in cell]
+        return [cell[metric] / cell.get("ttft_busy_ms", cell["ttft_ms"]) * 1e3 for cell in prefills]
+    return [cell[metric] * cell["decode_tok_s"] for cell in cells.values() if metric in cell]
+
+
+def possible_energies(rows: list[dict[str, str]]) -> dict[str, str]:
+    """ENERGIES of a run, if the card can draw the power of each; one that it cannot draw discredits the method."""
+    most = min(MOST_WATTS.get(row["device"], 0.0) for row in rows)
+    found = {metric: watts(rows, metric) for metric in ENERGIES}
+    if max((power for powers in found.values() for power in powers), default=0.0) > most:
+        return {}
+    return {metric: ENERGIES[metric] for metric, powers in found.items() if powers}
+
+
+def against(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of one measurement, by baseline: the one over dense bf16, and the one over the stronger dense e4m3."""
+    rows = [row for row in rows if row["baseline"] != row["mode"]]
+    e4m3 = [row for row in rows if row["baseline"].startswith("dense_fp8") and not row["mode"].startswith("dense")]
+    stronger = min(e4m3, key=lambda row: float(row["speedup"]), default=None)
+    return [row for row in rows if row["baseline"] == "dense_bf16" or row is stronger]
+
+
+def dense_e4m3(rows: list[dict[str, str]]) -> str:
+    """The dense e4m3 baselines of a run, in words."""
+    names = sorted({row["baseline"] for row in rows if row["baseline"].startswith("dense_fp8")})
+    return names[0] if len(names) == 1 else f"the faster of {' and '.join(names)}"
 
 
 def inference() -> str:
-    """One row per mode, batch and prompt; each metric with its ratio to the dense baselines of the run."""
+    """One row per mode, batch and prompt; each metric with its ratio to dense bf16 and to the stronger dense e4m3."""
     source = "benchmarks/results/h100/inference.csv"
     measured = measured_rows(source)
     if not measured:
@@ -223,13 +263,13 @@ def inference() -> str:
     for row in measured:
         where = (row["model"], row["mode"], row["batch"], row["prompt"])
         cells.setdefault(where, {}).setdefault(row["metric"], []).append(row)
-    lines = []
+    lines, titles = [], INFERENCE_METRICS | possible_energies(measured)
     for where, metrics in cells.items():
         line = list(where)
-        for metric in INFERENCE_METRICS:
+        for metric in titles:
             rows = metrics.get(metric, [])
-            ratios = [f"{row['speedup']}x of {row['baseline']}" for row in rows if row["baseline"] != row["mode"]]
-            value = f"{float(rows[0]['p50']):.1f}" if rows else "–"
+            ratios = [f"{row['speedup']}x of {row['baseline']}" for row in against(rows)]
+            value = f"{float(rows[0]['p50']):.{2 if metric in ENERGIES else 1}f}" if rows else "–"
             line.append(f"{value} ({', '.join(ratios)})" if ratios else value)
         lines.append(line)
     first = measured[0]
@@ -237,26 +277,26 @@ def inference() -> str:
         f"{first['device']}, torch {first['torch']}, CUDA {first['cuda']}, {first['date']}, medians; "
         "ratios above 1 are better"
     )
-    header = ["model", "mode", "batch", "prompt", *INFERENCE_METRICS.values()]
+    header = ["model", "mode", "batch", "prompt", *titles.values()]
     return f"{table(header, lines, right=2)}\n\n{caption}; `{source}`."
 
 
 def results() -> str:
     """One row per mode: gains over dense, memory, and the perplexity of its pattern."""
-    source, dense = "benchmarks/results/h100/inference.csv", "dense_bf16"
+    source = "benchmarks/results/h100/inference.csv"
     measured = measured_rows(source)
     quality = pattern_frontier.perplexity_by_pattern()
     first = next(row for row in measured if (row["batch"], row["prompt"]) == ("1", "4096"))
-    cells: dict[str, dict[str, dict[str, str]]] = {}
+    cells: dict[str, dict[str, list[dict[str, str]]]] = {}
     for row in measured:
-        if (row["baseline"], row["batch"], row["prompt"]) == (dense, first["batch"], first["prompt"]):
-            cells.setdefault(row["mode"], {})[row["metric"]] = row
+        if (row["batch"], row["prompt"]) == (first["batch"], first["prompt"]):
+            cells.setdefault(row["mode"], {}).setdefault(row["metric"], []).append(row)
     lines = []
     for mode, metrics in cells.items():
         pattern = "dense" if mode.startswith("dense") else mode.split("-")[1]
-        gains = [f"{float(metrics[name]['speedup']):.2f}x" for name in ("ttft_ms", "decode_tok_s")]
+        gains = [gain(metrics[name]) for name in ("ttft_ms", "decode_tok_s")]
         perplexity = f"{float(quality[pattern]['value']):.1f}" if pattern in quality else "–"
-        lines.append([first["model"], mode, *gains, f"{float(metrics['peak_gib']['p50']):.1f} GiB", perplexity])
+        lines.append([first["model"], mode, *gains, f"{float(metrics['peak_gib'][0]['p50']):.1f} GiB", perplexity])
     cpu = [row for row in read_rows(GENERATE) if row["dtype"] == "float32"]
     longest = max((row for row in cpu if row["metric"] == "prefill_ms"), key=lambda row: int(row["prompt"]))["prompt"]
     for mode in dict.fromkeys(row["mode"] for row in cpu):
@@ -267,12 +307,18 @@ def results() -> str:
         lines.append(["SmolLM2-135M, CPU", mode, mine["prefill_ms", longest], decode, "–", perplexity])
     header = ["model", "mode", "prefill", "decode", "memory", "perplexity of the pattern"]
     origin = (
-        f"{first['device']}, {first['prompt']} tokens of prompt, batch {first['batch']}, over dense bf16 with the same "
-        f"CUDA graphs (`{source}`); {cpu[0]['device']}, float32, {longest} tokens of prompt (`{GENERATE}`). "
-        "Perplexity: "
+        f"{first['device']}, {first['prompt']} tokens of prompt, batch {first['batch']}, over dense bf16 (in brackets "
+        f"over {dense_e4m3(measured)}) with the same CUDA graphs (`{source}`); {cpu[0]['device']}, float32, {longest} "
+        f"tokens of prompt (`{GENERATE}`). Perplexity: "
         f"SmolLM2-135M, WikiText-2, float32, the pattern in every linear layer, no mitigation (`{EVALUATION}`)."
     )
     return f"{table(header, lines, right=2)}\n\n{origin}"
+
+
+def gain(rows: list[dict[str, str]]) -> str:
+    """Over dense bf16 and, in brackets, over the stronger dense e4m3."""
+    over_bf16, *over_e4m3 = (f"{float(row['speedup']):.2f}x" for row in against(rows) or rows)
+    return f"{over_bf16} ({over_e4m3[0]})" if over_e4m3 else over_bf16
 
 
 def generate() -> str:
@@ -298,6 +344,7 @@ def served() -> str:
     rows = read_rows(SERVED)
     names = list(dict.fromkeys(row["engine"] for row in rows))
     titles = {"sparse": rows[0]["pattern"], "prepack": f'{rows[0]["pattern"]}, `"prepack": true`'}
+    titles["balanced"] = '`balanced`, `"prepack": true`'
     lines = []
     for requests, metric in dict.fromkeys((row["requests"], row["metric"]) for row in rows):
         found = {row["engine"]: row for row in rows if (row["requests"], row["metric"]) == (requests, metric)}
@@ -318,6 +365,7 @@ def served() -> str:
     origin = (
         f"{first['model']}, {first['dtype']}, {first['prompt']} tokens in and {first['generated']} out a request; "
         f"medians (20th to 80th percentile) of {first['rounds']} rounds, the engines in turn; {first['device']}, "
-        f"vLLM {first['vllm']}, torch {first['torch']}, {first['date']}, load {min(loads)} to {max(loads)}; `{SERVED}`."
+        f"vLLM {first['vllm']}, torch {first['torch']}, {first['date']}, load {min(loads)} to {max(loads)}, commit "
+        f"{', '.join(dict.fromkeys(row['commit'] for row in rows))}; `{SERVED}`."
     )
     return f"{table(header, lines, right=1)}\n\n{origin}"

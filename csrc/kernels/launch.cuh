@@ -36,61 +36,92 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
-// An attribute of the current device, queried once per device; 0 if the query fails.
-template <cudaDeviceAttr kAttribute>
-int device_attribute() {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0: not queried yet
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
-  int value = known[device].load(std::memory_order_relaxed);
-  if (value == 0 && cudaDeviceGetAttribute(&value, kAttribute, device) == cudaSuccess) {
-    known[device].store(value, std::memory_order_relaxed);
-  }
-  return value;
-}
-
-// Whether the current device overlaps launches. Only compute capability 9 does: later devices run the compute_80 PTX,
-// which has no griddepcontrol.
-inline bool launches_overlap() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
-
 // Clears the runtime's last error when its status is returned, or the next kernel's check would report it again.
 inline cudaError_t forget(cudaError_t status) {
   if (status != cudaSuccess) cudaGetLastError();
   return status;
 }
 
-template <class... Parameters, class... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
-                          Arguments&&... arguments) {
-  constexpr int kSharedWithoutAsking = 48 * 1024;
-  if (shape.shared_bytes > kSharedWithoutAsking) {
-    // The most that a block may have, not what this launch needs: the attribute belongs to the kernel, and a thread
-    // that lowered it would make another thread's launch fail. These kernels have no static shared memory, which would
-    // count towards the limit.
-    const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    most > shape.shared_bytes ? most : shape.shared_bytes);
-    if (status != cudaSuccess) return forget(status);
+// What `query` says of the current device, asked once per device and type of query; 0 if it fails.
+template <class Query>
+int once_per_device(const Query& query) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 0: not queried yet
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  int value = known[device].load(std::memory_order_relaxed);
+  if (value == 0 && forget(query(device, value)) == cudaSuccess) {
+    known[device].store(value, std::memory_order_relaxed);
   }
-  cudaLaunchAttribute attributes[2]{};
+  return value;
+}
+
+// An attribute of the current device.
+template <cudaDeviceAttr kAttribute>
+int device_attribute() {
+  return once_per_device([](int device, int& value) { return cudaDeviceGetAttribute(&value, kAttribute, device); });
+}
+
+// Whether the current device overlaps launches. Only compute capability 9 does: later devices run the compute_80 PTX,
+// which has no griddepcontrol.
+inline bool launches_overlap() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
+
+// Lets a kernel have more dynamic shared memory than it gets without asking.
+template <class... Parameters>
+cudaError_t allow_shared_memory(void (*kernel)(Parameters...), const LaunchShape& shape) {
+  constexpr int kSharedWithoutAsking = 48 * 1024;
+  if (shape.shared_bytes <= kSharedWithoutAsking) return cudaSuccess;
+  // The most that a block may have, not what this launch needs: the attribute belongs to the kernel, and a thread that
+  // lowered it would make another thread's launch fail. These kernels have no static shared memory, which would count
+  // towards the limit.
+  const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
+  return forget(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     most > shape.shared_bytes ? most : shape.shared_bytes));
+}
+
+// The shape as the runtime takes it; its cluster is the first of `attributes`.
+inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(shape.blocks);
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
-  config.stream = stream;
   config.attrs = attributes;
+  if (shape.cluster > 1) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = shape.cluster;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    config.numAttrs = 1;
+  }
+  return config;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
+                          Arguments&&... arguments) {
+  const cudaError_t status = allow_shared_memory(kernel, shape);
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config = launch_config(shape, attributes);
+  config.stream = stream;
   if (shape.overlaps && launches_overlap()) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
-  if (shape.cluster > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs].val.clusterDim.x = shape.cluster;
-    attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
-    ++config.numAttrs;
-  }
   return forget(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
+
+// How many clusters of this shape the current device runs at once; 0 if it does not say. Asked once per device, kernel
+// and size of a cluster: the kernel's other launches must have the same threads and shared memory. Nothing is enqueued,
+// so a stream may be capturing.
+template <auto kKernel, int kCluster>
+int resident_clusters(const LaunchShape& shape) {
+  return once_per_device([&](int, int& clusters) {
+    const cudaError_t status = allow_shared_memory(kKernel, shape);
+    if (status != cudaSuccess) return status;
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = launch_config(shape, &attribute);
+    return cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config);
+  });
 }
 
 #else
@@ -98,6 +129,9 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
                           Arguments&&... arguments);
+
+template <auto kKernel, int kCluster>
+int resident_clusters(const LaunchShape& shape);
 
 #endif
 

@@ -30,6 +30,9 @@ void unpack_metadata(MetadataLayout layout, int64_t tokens, int64_t in_features,
 
 inline constexpr int kMaxRowFeatures = 32768;   // limit of the kernels that hold a whole row on chip
 inline constexpr int kMaxNormFeatures = 16384;  // and of RMSNorm fused with pruning
+// Limits of all kernels, which count in 32 bits.
+inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
+inline constexpr int64_t kMaxFeatures = int64_t{1} << 30;
 
 // Facts about the device, passed in by the caller: querying the driver at every call costs more than the launch.
 struct GemmDevice {
@@ -72,7 +75,6 @@ struct CompressParams {
   ElementType x_type;
   CompressOutput out;
 };
-inline constexpr int64_t kMaxTokens = int64_t{1} << 30;
 cudaError_t launch_compress(const CompressParams& params, cudaStream_t stream);
 
 // compress for 2:4+1 (format/windows.h): the lifted 2:4 operand, to be multiplied with the lifted weight. out.values
@@ -182,6 +184,21 @@ cudaError_t launch_rmsnorm_prune(const RmsNormInput& input, const PruneOutput& o
 cudaError_t launch_silu_mul_prune(const SiluMulInput& input, const PruneOutput& out, cudaStream_t stream);
 cudaError_t launch_prune_e4m3(const RowsInput& input, const PruneOutput& out, cudaStream_t stream);  // kE4M3 only
 
+// y = round(y * row_scale * column_scale + bias): the epilogue of a dense e4m3 product that was computed with the scale
+// to which device_one points. bfloat16; out_features is a multiple of 8.
+struct ScaleProductParams {
+  void* y;                    // [tokens, out_features], contiguous, 16-byte aligned
+  const float* row_scale;     // [tokens]
+  const float* column_scale;  // [out_features]
+  const void* bias;           // [out_features] of y's type, 16-byte aligned, or null
+  int64_t tokens;
+  int out_features;
+};
+cudaError_t launch_scale_product(const ScaleProductParams& params, cudaStream_t stream);
+
+// 1.0f in the memory of the current device.
+cudaError_t device_one(const float** one);
+
 // sparse_gemm: y = (row_scale * acc + eta (x) shift_out) * column_scale + bias, where acc = decompress(values,
 // metadata) @ weight^T in float32. A null vector omits its factor or term; without eta, shift_out itself is added.
 struct SparseGemmParams {
@@ -242,6 +259,11 @@ struct GatherParams {
   const void* up;           // [tokens, in_features], rows x_stride apart, or null: x becomes activation(x) * up
   const void* norm_weight;  // [in_features] of x_type, or null: x becomes RMSNorm(x) * norm_weight
   float epsilon;
+  // Of a layer with norms on both sides, with norm_weight: x becomes RMSNorm(x) * x_weight + x_residual before, and that
+  // sum is written to `hidden`.
+  const void* x_weight;     // like norm_weight, or null
+  const void* x_residual;   // [tokens, in_features] of x_type, contiguous, 16-byte aligned, with x_weight
+  void* hidden;             // like x_residual
   const void* residual;     // [tokens, out_features] of x_type, contiguous, or null: added to the rounded y
   int tokens;               // at most kMaxGatherTokens; kFewTokens with a pattern or 8-bit weights
   int in_features;          // a multiple of pattern.group
@@ -250,7 +272,7 @@ struct GatherParams {
   ElementType x_type;       // kBFloat16 or kFloat16
   ElementType weight_type;  // x_type, kE4M3 or kInt8
   Activation activation;    // with up
-  bool unit_offset;         // with norm_weight: 1 is added to it
+  bool unit_offset;         // with norm_weight: 1 is added to it, and to x_weight
 };
 // config: one of for_each_gather_config, such as choose_gather_config's.
 struct GatherConfig;  // gather/config.h
@@ -291,7 +313,8 @@ struct RotaryParams {
 cudaError_t launch_rotary(const RotaryParams& params, cudaStream_t stream);
 
 // decode_attention: attention of one new token per sequence over a static cache, with the rotary embedding of q and k
-// and the write of k and v into the cache, at lengths - 1. Compute capability 9.0.
+// and the write of k and v into the cache, at lengths - 1. A sequence whose length is not in 1 to max_tokens writes
+// nothing and its y is NaN. Compute capability 9.0.
 struct DecodeAttentionParams {
   const void* q;                         // [batch, q_heads, dim], sequences q_stride elements apart; so are k and v
   const void* k;                         // [batch, k_heads, dim]
@@ -302,7 +325,7 @@ struct DecodeAttentionParams {
   int cos_batch;                         // 1 or batch
   void* keys;                            // [batch, k_heads, max_tokens, dim], contiguous
   void* values;                          // like keys
-  const int32_t* lengths;                // [batch]: tokens, the new one included; 1 to max_tokens
+  const int32_t* lengths;                // [batch]: tokens, the new one included
   void* y;                               // [batch, q_heads, dim], contiguous
   float scaling;
   int window;  // tokens to attend to, the new one included; 0: all

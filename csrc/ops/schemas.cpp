@@ -55,13 +55,14 @@ TORCH_LIBRARY(nm_act, m) {
       "ScalarType? activation_dtype=None) -> Tensor");
 
   // CPU only, without a gradient. prepacked_weight is `weight` in the layout that oneDNN's product reads, as made by
-  // mkldnn::_reorder_linear_weight, or the handler of vLLM's product of it (int64, what vllm._custom_ops keeps), and is
-  // used where skipping rows does not pay.
-  m.def(
-      "sparse_linear_prepacked(Tensor x, Tensor weight, Tensor prepacked_weight, Tensor? bias=None, int n=2, int m=4, "
-      "*, "
-      "Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, "
-      "bool variance_correction=False, Tensor? column_scale=None, int[] extra_columns=[]) -> Tensor");
+  // mkldnn::_reorder_linear_weight, and is used where skipping rows does not pay. For the vLLM plug-in alone:
+  // _sparse_linear_vllm, given the handler of vLLM's product of it, an address that nothing can check.
+  const std::string rest =
+      "Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? shift=None, "
+      "str token_shift=\"none\", Tensor? shift_out=None, bool variance_correction=False, Tensor? column_scale=None, "
+      "int[] extra_columns=[]) -> Tensor";
+  m.def(("sparse_linear_prepacked(Tensor x, Tensor weight, Tensor prepacked_weight, " + rest).c_str());
+  m.def(("_sparse_linear_vllm(Tensor x, Tensor weight, Tensor handler, " + rest).c_str());
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
   // gather kernel of sparse_linear without the selection. At most 8 tokens. With a weight_scale, four at a time on
@@ -105,6 +106,11 @@ TORCH_LIBRARY(nm_act, m) {
   m.def(
       "silu_mul_prune(Tensor gate, Tensor up, int n=2, int m=4, *, ScalarType? activation_dtype=None, "
       "str activation=\"silu\") -> (Tensor values, Tensor row_scale)");
+  // values @ weight^T, both float8_e4m3fn, [tokens, in_features] and [out_features, in_features], times row_scale and
+  // weight_scale, plus bias, in bfloat16. A few tokens are multiplied by cuBLAS with one scale, and scaled by a kernel
+  // of their own; more by torch's row-wise scaled product.
+  m.def(
+      "e4m3_product(Tensor values, Tensor row_scale, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor");
   // norm(x, weight) + residual, for layers with a norm after their parts.
   m.def("rms_norm_add(Tensor x, Tensor weight, float eps, Tensor residual, *, bool unit_offset=False) -> Tensor");
   // sparse_linear for one to four tokens over a weight stored [in, out], in one launch with the operators before and
@@ -114,6 +120,12 @@ TORCH_LIBRARY(nm_act, m) {
       "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? up=None, "
       "Tensor? norm_weight=None, float? eps=None, Tensor? residual=None, Tensor? channel_scale=None, "
       "Tensor? weight_scale=None, str? activation=None, bool unit_offset=False) -> Tensor");
+  // decode_linear of norm(hidden, norm_weight) with hidden = norm(x, x_weight) + residual, for layers with norms on both
+  // sides of their parts.
+  m.def(
+      "sandwich_linear(Tensor x, Tensor x_weight, Tensor residual, Tensor norm_weight, float eps, Tensor weight, "
+      "Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? weight_scale=None, "
+      "bool unit_offset=False) -> (Tensor y, Tensor hidden)");
   // Rotary position embedding, round(round(x * cos) + round(rotate_half(x) * sin)), of q and k [batch, tokens, heads,
   // head_dim] with cos and sin [1 or batch, tokens, head_dim]. rotary_cache writes the keys and v into a static cache
   // [batch, heads, max_tokens, head_dim], at the last places before lengths [batch], int32, which count the new tokens.
@@ -126,7 +138,8 @@ TORCH_LIBRARY(nm_act, m) {
       "Tensor lengths, *, Tensor? q_norm=None, Tensor? k_norm=None, float? eps=None, bool unit_offset=False) -> "
       "Tensor");
   // Attention of one new token per sequence over a static cache, with rotary_cache in the same launch:
-  // softmax(scaling * q K^T) V over the last `window` tokens, the new one included, or all of them with window 0.
+  // softmax(scaling * q K^T) V over the last `window` tokens, the new one included, or all of them with window 0. A
+  // sequence whose length is not in 1 to max_tokens writes nothing and its result is NaN.
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor lengths, float scaling, int window=0, *, Tensor? q_norm=None, Tensor? k_norm=None, float? eps=None, "
@@ -146,10 +159,13 @@ TORCH_LIBRARY(nm_act, m) {
       "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight, *, str activation=\"silu\") "
       "-> (Tensor values, Tensor metadata)");
 
-  // Private, for benchmarks/tune_decode.py and tune.py: the kernels with the caller's configuration. For the
-  // gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for the GEMM on sm_90: tile,
-  // raster, swizzle, splits, overlapped (csrc/kernels/matmul/config.h).
-  m.def("_tune_gather(Tensor x, Tensor weight, Tensor? weight_scale, int n, int m, int[] config) -> Tensor");
+  // Private, for benchmarks/tune_decode.py, tune_decode_layers.py and tune.py: decode_linear and sparse_gemm with the
+  // caller's configuration. For the gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for
+  // the GEMM on sm_90: tile, raster, swizzle, splits, overlapped (csrc/kernels/matmul/config.h).
+  m.def(
+      "_tune_gather(Tensor x, Tensor weight, Tensor? bias, int n, int m, int[] config, *, Tensor? up=None, "
+      "Tensor? norm_weight=None, float? eps=None, Tensor? residual=None, Tensor? channel_scale=None, "
+      "Tensor? weight_scale=None, str? activation=None, bool unit_offset=False) -> Tensor");
   m.def(
       "_tune_sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, int[] config, *, "
       "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, "

@@ -1,6 +1,8 @@
 // Checks of a selection's arguments and of the vectors that belong to it.
 #include "ops/selection.h"
 
+#include "kernels/nm_act.h"
+
 namespace nm_act {
 
 Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const OptionalTensor& channel_scale,
@@ -15,6 +17,9 @@ Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const Optio
   s.channel_scale = check_vector(channel_scale, x, s.in_features, "channel_scale", op);
   s.shift = check_vector(shift, x, s.in_features, "shift", op);
   s.tokens = x.numel() / s.in_features;
+  TORCH_CHECK_VALUE(!x.is_cuda() || (s.tokens <= kMaxTokens && s.in_features <= kMaxFeatures), "nm_act::", op,
+                    " expected at most ", kMaxTokens, " tokens of ", kMaxFeatures, " features on CUDA, got ", s.tokens,
+                    " of ", s.in_features, "; split x");
   s.pattern = {int(n), int(m), check_extra_columns(extra_columns, n, m, s.in_features, op)};
   return s;
 }

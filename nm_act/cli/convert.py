@@ -1,5 +1,6 @@
 """``nm-act convert``: a sparse checkpoint from a dense model, for Transformers, vLLM and lm-eval."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ def convert(
 
     check_new_folder(output)
     variant = _variant(pattern, recipe, criterion, mitigation, calibration)
-    _note_unservable(variant.recipe)
+    servable = _is_servable(variant.recipe)
     _check_dense(model)
     network, tokenizer = common.load(model, dtype)
     folder = variant.folder
@@ -56,8 +57,9 @@ def convert(
         return
     print(report)
     print(f"written to {output}; use it with one of")
-    print(f"  nm-act generate {output} PROMPT")
-    print(f"  python -m vllm.entrypoints.openai.api_server --model {output}")
+    print(f"  nm-act generate {shlex.quote(str(output))} PROMPT")
+    if servable:
+        print(f"  python -m vllm.entrypoints.openai.api_server --model {shlex.quote(str(output))}")
     print("  nm-act run PROGRAM ...")
 
 
@@ -87,13 +89,16 @@ def _variant(pattern: Any, recipe: Any, criterion: Any, mitigation: Any, calibra
     return variant
 
 
-def _note_unservable(recipe: Any) -> None:
+def _is_servable(recipe: Any) -> bool:
+    """Whether vLLM serves a recipe; a note says why not."""
     from ..integrations.vllm_plan import check_servable
 
     try:
         check_servable(recipe)
     except ValueError as error:
         common.note(f"vLLM will not serve this checkpoint: {error}")
+        return False
+    return True
 
 
 def _check_dense(model: str) -> None:

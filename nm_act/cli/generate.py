@@ -26,6 +26,14 @@ def generate(
     optimize: Annotated[
         bool, typer.Option("--optimize", help="Merge projections and fuse norms; the text stays the same.")
     ] = False,
+    fp8: Annotated[
+        str | None,
+        typer.Option("--fp8", metavar="PHASES", help="With --optimize: e4m3 weights for prefill, decode or both."),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option("--head", metavar="KIND", help="With --optimize: the output head in int8 or e4m3."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to add at most.")] = 128,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "cpu",
@@ -39,6 +47,8 @@ def generate(
         raise ValueError("expected a prompt with at least one character, got an empty one")
     if (criterion is not None or mitigation) and pattern is None and recipe is None:
         raise ValueError("expected --pattern or --recipe with --criterion and --mitigation, got neither; add one")
+    if not optimize and (fp8 is not None or head is not None):
+        raise ValueError("expected --optimize with --fp8 and --head, got none; add it")
     recipes = build_recipes(recipe, None if pattern is None else [pattern], criterion, mitigation)
     variants = [from_recipe(made, name) for name, made in recipes.items()]
     check_uncalibrated(variants, "name the model that it writes, without --recipe")
@@ -53,8 +63,10 @@ def generate(
     if optimize:
         from ..optimize import optimize as merge_and_fuse
 
-        merge_and_fuse(network)
+        merge_and_fuse(network, fp8=fp8, head=head)
         name += ", optimized"
+        name += f", weights in e4m3 for {fp8}" if fp8 else ""
+        name += f", head in {head}" if head else ""
     start = time.perf_counter()
     text, count = continue_text(network, tokenizer, prompt, max_new_tokens, stream=not as_json)
     seconds = time.perf_counter() - start

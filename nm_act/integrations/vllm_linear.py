@@ -24,6 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("expected vLLM, got none; install it with: pip install 'nm_act[vllm]'") from error
 
+from vllm import _custom_ops
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -47,11 +48,11 @@ from .. import parallel
 from ..layers.linear import FOLLOW_WEIGHT
 from ..methods import mitigations
 from ..ops.e4m3 import E4M3Weight
-from ..ops.prepack import prepack_weight, why_not_prepacked
+from ..ops.prepack import prepack_weight
 from ..recipe import LinearSpec, Recipe
 from . import vllm_plan as plan
-from .vllm_operands import Operands, Prepacked, Storage, prepacked_size
-from .vllm_reload import guard_reloads
+from .vllm_operands import Operands, Prepacked, Storage
+from .vllm_reload import check_interface, guard_reloads
 
 _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
 
@@ -222,15 +223,14 @@ class NMActLinearMethod(LinearMethodBase):
             output_dim=0,
             weight_loader=types.MethodType(self._load_weight, layer),
         )
-        if self._storage.prepack and size == 1:
-            self._storage.prepacked_bytes += prepacked_size(weight)
         layer.register_parameter("weight", weight)
         set_weight_attrs(weight, extra_weight_attrs)
         layer.nm_act_sizes = list(output_partition_sizes) if len(self.specs) > 1 else [sum(output_partition_sizes)]
         layer.nm_act_loading = _Loading(layer, len(self.specs))
         layer.nm_act_operands = None
-        takes_e4m3 = self._storage.takes_e4m3(layer.prefix, self.specs, layer.nm_act_sizes, weight, size > 1)
-        layer.nm_act_fp8 = self._storage.fp8 if takes_e4m3 else None
+        facts = (layer.prefix, self.specs, layer.nm_act_sizes, weight, size > 1)
+        layer.nm_act_fp8 = self._storage.fp8 if self._storage.takes_e4m3(*facts) else None
+        layer.nm_act_prepack = _prepacked if self._storage.takes_copies(*facts) else None
         whole = _whole_sizes(layer) if len(self.specs) > 1 else [output_size]
         for name in self._data_names:
             shapes = [
@@ -398,8 +398,7 @@ class NMActLinearMethod(LinearMethodBase):
         segments = plan.segments(
             self.specs, layer.nm_act_sizes, scales, self._local_data(layer, loading, shard), before
         )
-        prepack = _prepacked if self._storage.prepack else None
-        return Operands.of(layer.weight, segments, shard, fp8=layer.nm_act_fp8, prepack=prepack)
+        return Operands.of(layer.weight, segments, shard, fp8=layer.nm_act_fp8, prepack=layer.nm_act_prepack)
 
     @staticmethod
     def _local_data(layer, loading: _Loading, shard: parallel.Shard | None) -> list[dict[str, torch.Tensor]]:
@@ -434,14 +433,12 @@ class NMActLinearMethod(LinearMethodBase):
         return layer.nm_act_operands.run(x, layer.weight, bias)
 
 
-def _prepacked(weight: torch.Tensor) -> Prepacked | None:
-    """A second copy of ``weight [out, in]``, for the product of vLLM's dense layers where this build has it."""
-    if why_not_prepacked(weight) or not hasattr(torch.ops._C, "create_onednn_mm_handler"):
-        copy = prepack_weight(weight)
-        return None if copy is None else Prepacked(copy)
-    from vllm import _custom_ops as ops
-
-    handler = ops.create_onednn_mm(weight.t(), 32)  # so many numbers of tokens are compiled at once, as vLLM does
+def _prepacked(weight: torch.Tensor) -> Prepacked:
+    """A copy of ``weight [out, in]``, for the product of vLLM's dense layers, or torch's where vLLM has none."""
+    try:
+        handler = _custom_ops.create_onednn_mm(weight.t(), 32)  # numbers of tokens that stay compiled, as in vLLM
+    except (AttributeError, RuntimeError):  # a build without that product, or a weight that its oneDNN does not take
+        return Prepacked(prepack_weight(weight))
     return Prepacked(handler.handler_tensor, handler)
 
 
@@ -465,7 +462,7 @@ def _gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_interface() -> None:
-    """Raise a TypeError if vLLM's interface has something that the classes above do not provide."""
+    """Raise an error if the classes above do not provide all of vLLM's interface, or it lacks what they use."""
     wanted = list(inspect.signature(LinearMethodBase.create_weights).parameters)
     known = list(inspect.signature(NMActLinearMethod.create_weights).parameters)
     if wanted != known:
@@ -473,6 +470,7 @@ def _check_interface() -> None:
     missing = NMActVLLMConfig.__abstractmethods__ | NMActLinearMethod.__abstractmethods__
     if missing:
         raise TypeError(f"new abstract methods {', '.join(sorted(missing))}")
+    check_interface()
 
 
 _check_interface()

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .. import parallel
 from ..layers.linear import NMLinear
-from ..layers.work import LinearWork, compiled_operator, work_of
+from ..layers.work import compiled_operator, work_of
 from ..methods import mitigations
 from ..ops.e4m3 import E4M3Weight, check_layout
 from ..ops.prepack import why_not_prepacked
@@ -31,17 +31,18 @@ class Storage:
     fp8 : {"prefill", "decode", "both"}, optional
         Keep the weights in e4m3, as :func:`nm_act.optimize` names the copies.
     prepacked_bytes : int
+        Of the second copies on this rank.
     e4m3 : int
         Layers with e4m3 weights.
-    in_16_bits : list of (str, str)
-        Sparse layers that stay in 16 bits despite ``fp8``, and why.
+    kept : list of (str, str)
+        Sparse layers that are stored as if ``prepack`` or ``fp8`` had not been given, and why.
     """
 
     prepack: bool = False
     fp8: str | None = None
     prepacked_bytes: int = 0
     e4m3: int = 0
-    in_16_bits: list[tuple[str, str]] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Storage":
@@ -98,15 +99,32 @@ class Storage:
         )
         why = next(filter(None, whys), "")
         if why:
-            self.in_16_bits.append((name, why))
+            self.kept.append((name, why))
         else:
             self.e4m3 += 1
         return not why
 
+    def takes_copies(
+        self, name: str, specs: Sequence[LinearSpec | None], sizes: Sequence[int], weight: torch.Tensor, split: bool
+    ) -> bool:
+        """Whether a layer's weights are kept in oneDNN's layout, with the parameters of :meth:`takes_e4m3`; counts it.
+
+        Those of projections whose inputs are pruned are second copies; others are stored in that layout alone.
+        """
+        if not self.prepack:
+            return False
+        why = "its inputs are split over ranks" if split else why_not_prepacked(weight)
+        if why:
+            self.kept.append((name, why))
+        else:
+            rows = sum(size for spec, size in zip(specs, sizes, strict=True) if _prunes_inputs(spec))
+            self.prepacked_bytes += rows * weight.shape[1] * weight.itemsize
+        return not why
+
     def check_some_e4m3(self) -> None:
         """Raise a ValueError if ``fp8`` was asked for and no layer can have it."""
-        if self.fp8 is not None and not self.e4m3 and self.in_16_bits:
-            name, why = self.in_16_bits[0]
+        if self.fp8 is not None and not self.e4m3 and self.kept:
+            name, why = self.kept[0]
             raise ValueError(
                 f'expected layers whose weights can be e4m3 for fp8="{self.fp8}", got none ({name}: {why}); leave fp8 '
                 "out or choose another recipe"
@@ -114,15 +132,20 @@ class Storage:
 
     def sentence(self) -> str:
         """What the message after loading adds."""
-        text = ""
-        if self.prepacked_bytes:
-            text = f"; prepack keeps a second copy of their weights, {self.prepacked_bytes / 2**20:.0f} MiB a rank"
+        text, kept = "", "have none"
+        if self.prepack:
+            text = f"; the second copies of prepack take {self.prepacked_bytes / 2**20:.1f} MiB a rank"
         if self.e4m3:
-            text = f'; {self.e4m3} of them have e4m3 weights (fp8="{self.fp8}")'
-            if self.in_16_bits:
-                name, why = self.in_16_bits[0]
-                text += f", {len(self.in_16_bits)} stay in 16 bits ({name}: {why})"
+            text, kept = f'; {self.e4m3} of them have e4m3 weights (fp8="{self.fp8}")', "stay in 16 bits"
+        if text and self.kept:
+            name, why = self.kept[0]
+            text += f", {len(self.kept)} {kept} ({name}: {why})"
         return text
+
+
+def _prunes_inputs(spec: LinearSpec | None) -> bool:
+    """Whether a projection's product is sparse: it is dense without a spec and where the weight is pruned."""
+    return spec is not None and not spec.scoring.prunes_weight
 
 
 def _not_e4m3(spec: LinearSpec, size: int, weight: torch.Tensor, layout: str, split: bool) -> str:
@@ -138,14 +161,14 @@ def _not_e4m3(spec: LinearSpec, size: int, weight: torch.Tensor, layout: str, sp
 
 @dataclass(eq=False)
 class Prepacked:
-    """A second copy of a weight, in oneDNN's layout.
+    """A weight in oneDNN's layout.
 
     Attributes
     ----------
     copy : Tensor
-        Of ``prepack_weight``, or the handler tensor of vLLM's product, which takes less time to call.
+        Of ``prepack_weight``, or the handler tensor of vLLM's product, which vLLM's dense layers call.
     handler : object, optional
-        What frees the copy that a handler tensor names.
+        vLLM's; it frees the copy that a handler tensor names.
     """
 
     copy: torch.Tensor
@@ -157,15 +180,24 @@ class Prepacked:
         """With the signature of :func:`nm_act.sparse_linear`."""
         if pattern.extra_columns:
             options["extra_columns"] = pattern.extra_columns
-        product = torch.ops.nm_act.sparse_linear_prepacked
+        operators = torch.ops.nm_act
+        product = operators.sparse_linear_prepacked if self.handler is None else operators._sparse_linear_vllm
         y: torch.Tensor = product(x, weight, self.copy, bias, pattern.keep, pattern.group, **options)
+        return y
+
+    def dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """With the signature of ``F.linear``, in place of whose `weight` the copy is read."""
+        if self.handler is None:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.copy, bias, "none", [], "")
+            return y
+        y = x.new_empty((*x.shape[:-1], self.handler.n))
+        torch.ops._C.onednn_mm(y, x.reshape(-1, x.shape[-1]), bias, self.copy)
         return y
 
     def take(self, other: "Prepacked") -> None:
         """Multiply by another copy from now on; the other one gets this one's, and may be dropped."""
-        if self.handler is None or other.handler is None:
+        if self.handler is None:
             self.copy, other.copy = other.copy, self.copy  # opaque: it cannot be written to
-            self.handler, other.handler = other.handler, self.handler
             return
         mine = self.copy.clone()
         self.copy.copy_(other.copy)
@@ -178,8 +210,8 @@ class Product:
 
     Attributes
     ----------
-    work : LinearWork or None
-        None is a dense product.
+    work : callable
+        ``(x, weight, bias) -> y``.
     weight : Tensor, optional
         In place of the layer's.
     added_bias : Tensor, optional
@@ -187,7 +219,7 @@ class Product:
         The output features.
     """
 
-    work: LinearWork | None
+    work: Callable[..., torch.Tensor]
     weight: torch.Tensor | None
     added_bias: torch.Tensor | None
     start: int
@@ -199,7 +231,7 @@ class Product:
         if self.added_bias is not None:
             added = self.added_bias.to(x.dtype)
             bias = added if bias is None else bias + added
-        return functional.linear(x, weight, bias) if self.work is None else self.work(x, weight, bias, None)
+        return self.work(x, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -212,7 +244,7 @@ class Operands:
         The layer's weight, to tell it from that of a reload.
     segments : list of Segment
     weights : list of Tensor or None
-        Of each segment, stored [in, out]; None is the parameter, or nothing where there are e4m3 copies.
+        Of each segment, stored [in, out]; None is the parameter, or nothing where a copy is in its place.
     shift_outs : list of Tensor or None
         Images of the shifts.
     copies : list of Prepacked or E4M3Weight or None
@@ -225,7 +257,7 @@ class Operands:
     segments: list[Segment]
     weights: list[torch.Tensor | None]
     shift_outs: list[torch.Tensor | None]
-    copies: list[Prepacked | E4M3Weight | None]
+    copies: list[Any]
     products: list[Product]
 
     @classmethod
@@ -236,32 +268,32 @@ class Operands:
         shard: parallel.Shard | None,
         *,
         fp8: str | None = None,
-        prepack: Callable[[torch.Tensor], Prepacked | None] | None = None,
+        prepack: Callable[[torch.Tensor], Prepacked] | None = None,
     ) -> "Operands":
-        """Of a layer whose ``parameter [out, in]`` is loaded; `prepack` makes second copies, on CPUs."""
+        """Of a layer whose ``parameter [out, in]`` is loaded; `prepack` copies it, which a shard must not have."""
         operator: Callable[..., torch.Tensor] = compiled_operator
         if shard is not None:
-            operator, prepack = functools.partial(parallel.row_sparse_linear, shard), None
+            operator = functools.partial(parallel.row_sparse_linear, shard)
         held = cls(parameter, segments, [], [], [], [])
         for each in segments:
             part = parameter.data[each.start : each.stop]
             spec, read = each.spec, part
-            copy: Prepacked | E4M3Weight | None = None
+            copy: Prepacked | E4M3Weight | None = prepack(part) if prepack else None
+            weight = None
             if fp8 and spec is not None:
                 copy = e4m3 = E4M3Weight.quantised(part, fp8)
-                weight = None
                 if mitigations.has_shift(spec):
                     read = e4m3.dequantised(torch.float32)
-            else:
+            elif copy is None or _prunes_inputs(spec):
                 weight = read = parallel.stored_in_out(part)
-                copy = prepack(weight) if prepack and spec and not spec.scoring.prunes_weight else None
             shift_out = None if spec is None else mitigations.shift_image(spec, read, each.data)
             held.weights.append(weight)
             held.shift_outs.append(shift_out)
             held.copies.append(copy)
             # One segment's weight becomes the parameter.
             own = weight if len(segments) > 1 else None
-            held.products.append(_product(each, own, shift_out, operator if copy is None else copy.linear))
+            work = _work(each, shift_out, operator, copy)
+            held.products.append(Product(work, own, each.data.get("added_bias"), each.start, each.stop))
         if len(segments) == 1 and held.weights[0] is not None:
             parameter.data, held.weights[0] = held.weights[0], None  # which vLLM copies in a reload
         else:
@@ -280,7 +312,7 @@ class Operands:
         for mine, new in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(new)
         for copy, later in zip(self.copies, other.copies, strict=True):
-            if isinstance(copy, Prepacked) and isinstance(later, Prepacked):
+            if isinstance(copy, Prepacked):
                 copy.take(later)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -292,19 +324,14 @@ class Operands:
         return [tensor for tensor in (*held, *self.weights, *self.shift_outs, *stored) if tensor is not None]
 
 
-def _product(
+def _work(
     segment: Segment,
-    weight: torch.Tensor | None,
     shift_out: torch.Tensor | None,
     operator: Callable[..., torch.Tensor],
-) -> Product:
-    spec, work = segment.spec, None
-    if spec is not None and not spec.scoring.prunes_weight:
-        derived = {"channel_scale": segment.channel_scale, "shift_out": shift_out}
-        work = work_of(spec, segment.data, operator, derived)
-    return Product(work, weight, segment.data.get("added_bias"), segment.start, segment.stop)
-
-
-def prepacked_size(weight: torch.Tensor) -> int:
-    """Bytes of a second copy in oneDNN's layout; 0 where there is none."""
-    return 0 if why_not_prepacked(weight) else weight.nbytes
+    copy: Prepacked | E4M3Weight | None,
+) -> Callable[..., torch.Tensor]:
+    """The product of a segment, given the layer's weight and bias or others in their place."""
+    if segment.spec is None or not _prunes_inputs(segment.spec):
+        return copy.dense if isinstance(copy, Prepacked) else functional.linear
+    derived = {"channel_scale": segment.channel_scale, "shift_out": shift_out}
+    return work_of(segment.spec, segment.data, operator if copy is None else copy.linear, derived)

@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,16 +66,21 @@ def check_servable(recipe: Recipe) -> None:
 
 
 def check_dense(model: str, revision: str | None = None) -> None:
-    """Raise a ValueError if a folder's or hub name's own config.json has another quantisation."""
+    """Raise a ValueError if the files of a folder or hub name say that its weights are quantised."""
     from transformers import PretrainedConfig
 
-    try:
-        stored, _ = PretrainedConfig.get_config_dict(model, revision=revision)
-    except OSError:  # vLLM found its configuration elsewhere
-        return
-    parts = [part for part in (stored, stored.get("text_config")) if isinstance(part, dict)]
+    def stored(name: str) -> dict[str, Any]:
+        try:
+            return PretrainedConfig.get_config_dict(model, revision=revision, _configuration_file=name)[0]
+        except OSError:  # there is none, or vLLM found its configuration elsewhere
+            return {}
+
+    config = stored("config.json")
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     entries = [part.get(key) for part in parts for key in ("quantization_config", "compression_config")]
-    methods = [entry.get("quant_method") for entry in entries if isinstance(entry, dict)]
+    entries.append(stored("hf_quant_config.json"))  # of ModelOpt
+    found = [entry for entry in entries if isinstance(entry, dict) and entry]
+    methods = [each.get("quant_method") or each.get("quant_algo") or "an unnamed method" for each in found]
     other = next((method for method in methods if method != "nm_act"), None)
     if other is not None:
         raise ValueError(

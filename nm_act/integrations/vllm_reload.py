@@ -1,8 +1,22 @@
 """A reload that fails leaves an engine that answers."""
 
 import functools
+import operator
 import sys
 from typing import Any
+
+from vllm.model_executor.model_loader.reload import layerwise
+
+_USED = (
+    *("LAYERWISE_INFO", "LOADING_LAYERS", "_place_kernel_tensors"),
+    *("LayerReloadingInfo.can_load", "LayerReloadingInfo.reset"),
+)
+"""What this module needs of vLLM's private code."""
+
+
+def check_interface() -> None:
+    """Raise an AttributeError if vLLM's private code has changed."""
+    operator.attrgetter(*_USED)(layerwise)
 
 
 def guard_reloads() -> None:
@@ -12,9 +26,10 @@ def guard_reloads() -> None:
     keep their new weights.
     """
     module = sys.modules.get("vllm.v1.worker.gpu_worker")  # of the process that has a worker
-    if module is None or hasattr(module.Worker.reload_weights, "nm_act"):
+    worker = getattr(module, "Worker", None)
+    reload = getattr(worker, "reload_weights", None)
+    if worker is None or reload is None or hasattr(reload, "nm_act"):
         return
-    reload = module.Worker.reload_weights
 
     @functools.wraps(reload)
     def reload_weights(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -34,13 +49,11 @@ def guard_reloads() -> None:
             ) from error
 
     reload_weights.nm_act = True  # type: ignore[attr-defined]
-    module.Worker.reload_weights = reload_weights
+    worker.reload_weights = reload_weights
 
 
 def undo_reload() -> int | None:
     """Give the layers of an unfinished reload their tensors back; how many were finished, None if it had not begun."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
     layers = list(layerwise.LAYERWISE_INFO.items())
     unfinished = [(layer, info) for layer, info in layers if info.can_load()]
     for layer, info in unfinished:

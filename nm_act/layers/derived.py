@@ -10,7 +10,7 @@ from torch import nn
 from .. import parallel
 from ..methods import mitigations
 from ..ops.lifting import is_lifted, lift_weight
-from ..ops.prepack import prepack_weight
+from ..ops.prepack import prepack_weight, why_not_prepacked
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
 from . import stale
@@ -188,8 +188,9 @@ class Deriving(nn.Linear):
                 setattr(self, name, getattr(self, name).to(self._own_weight.dtype))
         self._incomplete = next((name for name, value in self.data().items() if value.isnan().any()), "")
         self._keep(self._derive())
-        packed = prepack_weight(self._operand()) if self.prepack and self.shard is None else None
-        self._prepacked = None if packed is None else (self._operand(), packed)
+        operand = self._operand()
+        packs = self.prepack and self.shard is None and not why_not_prepacked(operand)
+        self._prepacked = (operand, prepack_weight(operand)) if packs else None
         self._underived = self._handed_out = self._unchecked = False
         self._set_sources()
         if self.differentiable:  # calls build their own, of other operators; the first after that stores one

@@ -49,7 +49,7 @@ class LinearWork:
     low_rank: tuple[Tensor, Tensor] | None = None
     by_sequence: bool = False
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: TokenContext | None) -> Tensor:
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: TokenContext | None = None) -> Tensor:
         """``x [..., in] -> [..., out]``, given the layer's own parameters and its token context (or None)."""
         weight = weight if self.weight is None else self.weight
         bias = bias if self.bias is None else self.bias

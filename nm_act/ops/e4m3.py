@@ -24,6 +24,13 @@ FEW_TOKENS = _C.FEW_TOKENS
 """Most tokens whose weight rows are worth skipping in e4m3."""
 
 
+MOST_ROWS = 0.8
+"""Largest expected share of a weight's rows that the tokens of a call need between them, for which skipping the others
+pays over a dense e4m3 product of the other copy: two tokens of a 50 % pattern. On an H100, the four products of a
+Llama-3-8B layer (8:16) took 53 us for one token, 80 for two and 109 for three, and dense e4m3 ones 95, 96 and 97
+(benchmarks/results/h100/few_tokens.csv)."""
+
+
 def check_layout(layout: object) -> None:
     """Raise a ValueError for an unknown layout of e4m3 weights."""
     if layout not in FP8_LAYOUTS:
@@ -109,7 +116,8 @@ def reads_rows(
 ) -> bool:
     """Whether a call of so many tokens reads the copy for row skipping, and keeps its activation in 16 bits.
 
-    With both copies, where the gather kernel takes the call; any other product over ``rows`` would dequantise them.
+    With both copies, where the gather kernel takes the call and pays; any other product over ``rows`` would dequantise
+    them.
     """
     if codes is None or rows is None:
         return codes is None
@@ -117,7 +125,13 @@ def reads_rows(
         return False
     if device.type != "cuda" or dtype == torch.float32:  # neither kernel
         return True
-    return gathers(tokens, pattern, dtype, device, rows.view(E4M3).t())
+    return tokens <= skipping_tokens(pattern) and gathers(tokens, pattern, dtype, device, rows.view(E4M3).t())
+
+
+def skipping_tokens(pattern: NMPattern) -> int:
+    """Most tokens of a pattern for which row skipping pays where the [out, in] copy is there too (`MOST_ROWS`)."""
+    dropped = 1 - pattern.kept_fraction
+    return len([tokens for tokens in range(1, FEW_TOKENS + 1) if 1 - dropped**tokens <= MOST_ROWS])
 
 
 torch.library.define(

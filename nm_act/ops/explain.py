@@ -141,7 +141,9 @@ def explain(
 def gathers(tokens: int, pattern: NMPattern, dtype: torch.dtype, device: torch.device, weight: Tensor) -> bool:
     """Whether :func:`nm_act.sparse_linear` skips rows of ``weight [out, in]`` for so many tokens on a CUDA device.
 
-    A compiled call cannot ask the dispatch, and gets False for facts that no call asked for before.
+    A compiled call cannot ask the dispatch, and gets False for facts that no call asked for before. Nor can it see
+    where a weight's storage begins: for a weight that is not aligned to 16 bytes it gets what holds for an aligned one.
+    ``decode_linear`` then refuses in a sentence; ``sparse_linear`` dispatches anew, and prunes for a dense product.
     """
     if not torch.compiler.is_compiling() and weight.storage_offset() * weight.element_size() % 16:
         return False  # allocations are aligned further; a compiler cannot ask

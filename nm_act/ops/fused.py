@@ -137,20 +137,13 @@ def pruned_product(
     Parameters
     ----------
     weight : Tensor [out_features, in_features], dtype of the operand's values
-        In e4m3 contiguous, with ``weight_scale`` [out_features], float32; the result is bfloat16 then.
+        In e4m3 contiguous, with ``weight_scale`` [out_features], float32, and features divisible by 16; the result is
+        bfloat16 then. Of up to 16 tokens the product is rounded to bfloat16 before it is scaled, too.
     """
     if weight_scale is None:
         return F.linear(operand.values, weight, bias)
-    # The only row-wise scaled product of torch 2.11 to 2.13; the public scaled_mm calls it.
-    return torch._scaled_mm(
-        operand.values,
-        weight.t(),
-        scale_a=operand.row_scale[:, None],
-        scale_b=weight_scale[None],
-        bias=bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
+    y: Tensor = library.call("e4m3_product", operand.values, operand.row_scale, weight, weight_scale, bias)
+    return y
 
 
 def decode_linear(
@@ -209,6 +202,54 @@ def decode_linear(
     options |= {"activation": activation, "unit_offset": unit_offset}
     y: Tensor = library.call("decode_linear", x, weight, bias, n, m, **options)
     return y
+
+
+def sandwich_linear(
+    x: Tensor,
+    x_weight: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pattern: NMPattern | str = "2:4",
+    *,
+    channel_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    unit_offset: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`decode_linear` of ``RMSNorm(hidden) * norm_weight`` with ``hidden = RMSNorm(x) * x_weight + residual``.
+
+    For layers with norms on both sides of their parts; every block of the kernel computes both norms.
+
+    Parameters
+    ----------
+    x, residual : Tensor [..., in_features], bfloat16 or float16, on CUDA
+        At most four tokens; in_features divisible by 8.
+    x_weight, norm_weight : Tensor [in_features], dtype of x
+    eps : float
+        Of both norms.
+    weight, bias, pattern, channel_scale, weight_scale
+        As in :func:`decode_linear`.
+    unit_offset : bool
+        Adds 1 to both norms' weights; rounded as in :func:`rms_norm_prune`.
+
+    Returns
+    -------
+    y : Tensor [..., out_features], dtype of x
+    hidden : Tensor like x
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As :func:`decode_linear`.
+    """
+    n, m = _keep_and_group(pattern)
+    options = {"channel_scale": channel_scale, "weight_scale": weight_scale, "unit_offset": unit_offset}
+    both: tuple[Tensor, Tensor] = library.call(
+        "sandwich_linear", x, x_weight, residual, norm_weight, eps, weight, bias, n, m, **options
+    )
+    return both
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **norms: Any) -> tuple[Tensor, Tensor]:
@@ -280,8 +321,11 @@ def decode_attention(
     ----------
     q, k, v : Tensor [batch, 1, heads, head_dim], bfloat16 or float16
         At most eight query heads per key head; head_dim 64, 128 or 256.
-    cos, sin, keys, values, lengths
+    cos, sin, keys, values
         As in :func:`rotary_cache`.
+    lengths : Tensor [batch], int32
+        As in :func:`rotary_cache`. A sequence whose length is not in 1 to max_tokens writes nothing, and its outputs
+        are NaN; others are not affected.
     scaling : float
         Factor of the scores.
     window : int
@@ -341,6 +385,11 @@ def _(gate: Tensor, up: Tensor, *_pattern: int, **options: Any) -> tuple[Tensor,
     return _fake_pruned(gate, options.get("activation_dtype"))
 
 
+@torch.library.register_fake("nm_act::e4m3_product")
+def _(values: Tensor, _row_scale: Tensor, weight: Tensor, *_others: Any) -> Tensor:
+    return values.new_empty((values.shape[0], weight.shape[0]), dtype=torch.bfloat16)
+
+
 @torch.library.register_fake("nm_act::rms_norm_add")
 def _(x: Tensor, *_others: Any, **_options: Any) -> Tensor:
     return x.new_empty(x.shape)
@@ -365,6 +414,13 @@ def _(
             f"nm_act::decode_linear expected up and activation together, got {alone} alone; give both or neither"
         )
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("nm_act::sandwich_linear")
+def _(
+    x: Tensor, _x_weight: Tensor, _residual: Tensor, _norm_weight: Tensor, _eps: float, weight: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("nm_act::rotary")
@@ -407,5 +463,6 @@ def _check_norm_options(op: str, weights: str, normed: bool, eps: float | None, 
         )
 
 
-library.only_on_cuda("rms_norm_prune", "silu_mul_prune", "rms_norm_add", "decode_linear")
+library.only_on_cuda("rms_norm_prune", "silu_mul_prune", "e4m3_product", "rms_norm_add")
+library.only_on_cuda("decode_linear", "sandwich_linear")
 library.only_on_cuda("rotary", "rotary_cache", "decode_attention")

@@ -326,6 +326,7 @@ def _fake_linear(op: str, *names: str) -> None:
 for _op in ("sparse_linear", "gather_linear", "dense_linear"):
     _fake_linear(_op, "bias")
 _fake_linear("sparse_linear_prepacked", "prepacked_weight", "bias")
+_fake_linear("_sparse_linear_vllm", "handler", "bias")
 
 refuse("dense_linear", "CUDA")
 if build_info()["cuda"]:

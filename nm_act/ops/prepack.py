@@ -22,10 +22,11 @@ def why_not_prepacked(weight: Tensor) -> str:
     return ""
 
 
-def prepack_weight(weight: Tensor) -> Tensor | None:
-    """A copy of ``weight [out, in]``, either stride order, in oneDNN's layout; None where oneDNN has no product for it.
+def prepack_weight(weight: Tensor) -> Tensor:
+    """A copy of ``weight [out, in]``, either stride order, in oneDNN's layout; not for one of `why_not_prepacked`.
 
     The copy is opaque: it can be passed to ``torch.ops.nm_act.sparse_linear_prepacked``, and neither be read nor saved.
     It takes about as many bytes as the weight.
     """
-    return None if why_not_prepacked(weight) else torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+    return copy

@@ -118,7 +118,7 @@ class FP8Linear(readonly.DequantisedWeight):
         """``x [..., in] -> [..., out]``."""
         if self._is_dense_phase(x):
             return F.linear(x, self.dequantised(x.dtype), self.bias)
-        return self.work()(x, self.like, self.bias, None)  # the weight is its operator's
+        return self.work()(x, self.like, self.bias)  # the weight is its operator's
 
     def work(self) -> LinearWork:
         """What a sparse call computes: as stored, or made anew where a buffer was replaced since."""

@@ -2,7 +2,8 @@
 
 Each call of a layer takes one of these ways:
 
-``decode``  one to four tokens: one kernel from the norm (or gate and up) to the output, residual included
+``decode``  one to four tokens (with both e4m3 copies as many as leave a tenth of the rows unread): one kernel from the
+            norm (or gate and up) to the output, residual included
 ``packed``  2:4 on the sparse tensor cores: the producer writes the packed operand
 ``pruned``  any other N:M, or too few tokens: the producer writes the pruned activation for a dense product
 ``""``      none: the producer, the selection and the product run one after another
@@ -16,9 +17,17 @@ from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
 from ..layers.work import is_decode
 from ..ops import autograd
-from ..ops.e4m3 import E4M3, FEW_TOKENS
+from ..ops.e4m3 import E4M3, FEW_TOKENS, skipping_tokens
 from ..ops.explain import gathers
-from ..ops.fused import Pruned, decode_linear, pruned_product, rms_norm_add, rms_norm_prune, silu_mul_prune
+from ..ops.fused import (
+    Pruned,
+    decode_linear,
+    pruned_product,
+    rms_norm_add,
+    rms_norm_prune,
+    sandwich_linear,
+    silu_mul_prune,
+)
 from ..ops.packed import (
     Packed,
     compress_packed,
@@ -91,7 +100,10 @@ def norm_product(
     """
     weight, (eps, unit_offset) = norm.weight, norm_facts(norm)
     if way == "decode":
-        hidden = x if residual is None else x + residual if after is None else norm_plus(after, x, residual)
+        if after is not None:
+            given, options = _decode_options(linear, x)
+            return sandwich_linear(x, after.weight, residual, weight, eps, *given, unit_offset=unit_offset, **options)
+        hidden = x if residual is None else x + residual
         return _decode(linear, hidden, norm_weight=weight, eps=eps, unit_offset=unit_offset), hidden
     options = {"unit_offset": unit_offset, "x_weight": None if after is None else after.weight}
     if way == "packed":
@@ -233,12 +245,17 @@ def plus_residual(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
 
 
 def _decode(linear: nn.Module, x: Tensor, **around) -> Tensor:
-    bias, pattern = parameter_of(linear, "bias"), linear.spec.pattern_in(is_decode(x))
-    channel_scale = _derived(linear)["channel_scale"]
+    given, options = _decode_options(linear, x)
+    return decode_linear(x, *given, **options, **around)
+
+
+def _decode_options(linear: nn.Module, x: Tensor) -> tuple[tuple, dict[str, Tensor | None]]:
+    """The weight, bias and pattern of a layer's decode step, and its vectors by name."""
+    options = {"channel_scale": _derived(linear)["channel_scale"]}
+    weight = parameter_of(linear, "weight") if not isinstance(linear, FP8Linear) else linear.e4m3_rows
     if isinstance(linear, FP8Linear):
-        around["weight_scale"] = linear.weight_scale
-        return decode_linear(x, linear.e4m3_rows, bias, pattern, channel_scale=channel_scale, **around)
-    return decode_linear(x, parameter_of(linear, "weight"), bias, pattern, channel_scale=channel_scale, **around)
+        options["weight_scale"] = linear.weight_scale
+    return (weight, parameter_of(linear, "bias"), linear.spec.pattern_in(is_decode(x))), options
 
 
 def _gathers(linear: nn.Module, tokens: int, pattern: NMPattern, dtype: torch.dtype, device: torch.device) -> bool:
@@ -246,6 +263,8 @@ def _gathers(linear: nn.Module, tokens: int, pattern: NMPattern, dtype: torch.dt
     fp8 = isinstance(linear, FP8Linear)
     weight = linear.e4m3_rows if fp8 else parameter_of(linear, "weight")
     if weight is None or pattern.extra_columns:
+        return False
+    if fp8 and linear.codes is not None and tokens > skipping_tokens(pattern):
         return False
     return gathers(tokens, pattern, dtype, device, weight)
 

@@ -211,6 +211,15 @@ def test_generate_optimized_gives_the_same_text(folder):
     assert optimized["text"] == plain["text"]
 
 
+def test_generate_in_8_bits(folder):
+    options = ["generate", folder, "The quick", "--pattern", "8:16", "--max-new-tokens", 4, "--json"]
+    eight = ["--fp8", "decode", "--head", "int8"]
+    result = json.loads(ok(*options, "--optimize", *eight))
+    assert result["variant"] == "8:16, optimized, weights in e4m3 for decode, head in int8"
+    assert "expected --optimize with --fp8 and --head" in refused(*options, *eight)
+    assert "expected fp8 among prefill, decode, both" in refused(*options, "--optimize", "--fp8", "never")
+
+
 def test_generate_dense_is_what_transformers_gives(folder):
     network, tokenizer = tiny_model.build()
     inputs = tokenizer("The quick", return_tensors="pt")

@@ -38,11 +38,12 @@ def test_a_checkpoint_that_loads_sparse(tmp_path, kind):
         pytest.importorskip("gguf")
         source = tiny_model.save_gguf(tmp_path / "tiny.gguf")
         dense, tokenizer = checkpoints.load_model(source)
-    out = tmp_path / "new" / "sparse"
+    out = tmp_path / "new" / "a sparse one"
     told = ok("convert", source, "--pattern", "8:16", "--output", out)
     assert "sparse: 14 of 15 linear layers" in told
     assert f"written to {out}; " in told
-    assert f"vllm.entrypoints.openai.api_server --model {out}\n" in told
+    assert f"vllm.entrypoints.openai.api_server --model '{out}'\n" in told
+    assert f"nm-act generate '{out}' PROMPT\n" in told
     expected = _logits(nm_act.sparsify(dense, nm_act.Recipe("8:16")).model, tokenizer)
     model, words = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert isinstance(model.model.layers[0].mlp.down_proj, nm_act.NMLinear)
@@ -105,6 +106,8 @@ def test_a_recipe_that_vllm_refuses_is_noted(folder, tmp_path):
     result = run("convert", folder, "--recipe", tmp_path / "decode.yaml", "--output", tmp_path / "out")
     assert result.exit_code == 0
     assert "vLLM will not serve this checkpoint: expected a recipe with phase both" in result.stderr
+    assert "nm-act generate" in result.stdout
+    assert "vllm" not in result.stdout
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -1,16 +1,20 @@
 """CUDA operators however they are called: streams, graphs, devices, threads, compile; opcheck and errors."""
 
 import dataclasses
+import itertools
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from cuda_cases import (
+    DECODE_WEIGHTS,
     E4M3,
     GPU_MARKS,
     HALVES,
     assert_same_bytes,
+    decode_calls,
+    decode_problem,
     poison,
     problem,
     quantise_weight,
@@ -71,16 +75,27 @@ def test_work_runs_on_the_current_stream(tokens):
         assert_same_bytes(result, expected[name], name)
 
 
-@pytest.mark.parametrize("tokens", [1, 33, 1030])
-def test_graph_replay_with_changed_inputs(tokens):
-    x, weight, bias = problem(tokens, 272, 512)
-    inputs = [x.clone(), (x * 0.5 + 1), torch.zeros_like(x)]
-    for name, call in calls_on(x, weight, bias).items():
+def replayed_calls(kind, tokens):
+    """x and the operators over it: those above, or of a decode step over a weight of this kind, stored [in, out]."""
+    if kind == "out_in":
+        x, *rest = problem(tokens, 272, 512)
+        return x, calls_on(x, *rest)
+    x, *rest = decode_problem(tokens, 4096, 1024, kind=kind)
+    return x, {name: lambda call=call: (call(),) for name, call in decode_calls(x, *rest).items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("out_in", 1), ("out_in", 33), ("out_in", 1030), *itertools.product(DECODE_WEIGHTS, (1, 4))]
+)
+def test_graph_replay_with_changed_inputs(kind, tokens):
+    x, calls = replayed_calls(kind, tokens)
+    inputs = [x.clone(), x * 0.5 + 1, torch.zeros_like(x)]
+    for name, call in calls.items():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = call()
@@ -89,6 +104,15 @@ def test_graph_replay_with_changed_inputs(tokens):
             graph.replay()
             replayed = snapshot(result)
             assert_same_bytes(replayed, call(), name)
+
+
+@pytest.mark.parametrize("shape", [(2**30 + 4, 4), (1, 2**30 + 64)])
+def test_more_than_the_kernels_count(shape):
+    """Of an expanded tensor, so that no memory is needed; nothing may be launched with a size that wrapped around."""
+    x = torch.zeros(1, 1, device="cuda", dtype=torch.bfloat16).expand(shape)
+    for call in (lambda: nm_act.prune(x, "2:4"), lambda: nm_act.compress(x), lambda: nm_act.silu_mul_compress(x, x)):
+        with pytest.raises(ValueError, match=re.escape(f"expected at most {2**30} tokens of {2**30} features on CUDA")):
+            call()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import DTYPES, PATTERNS, assert_same_bits, hard_activations
 from cuda_cases import (
+    DECODE_WEIGHTS as WEIGHTS,
+)
+from cuda_cases import (
     E4M3,
     GPU_MARKS,
     HALVES,
@@ -18,6 +21,12 @@ from cuda_cases import (
     quantise_weight,
     strided,
 )
+from cuda_cases import (
+    decode_calls as calls_on,
+)
+from cuda_cases import (
+    decode_problem as problem,
+)
 from linear_cases import linear_options, relative_error, stored
 
 import nm_act
@@ -25,19 +34,7 @@ from nm_act import reference
 
 pytestmark = GPU_MARKS
 TOKENS = (1, 2, 3, 4)
-WEIGHTS = ("same", "e4m3", "int8")
 OPS = torch.ops.nm_act
-
-
-def problem(tokens, out_features, in_features, dtype=torch.bfloat16, kind="same", layout="in_out"):
-    """x, weight, bias and the options that make the weight what ``kind`` says."""
-    x = (torch.randn(tokens, in_features, device="cuda") + 0.2).to(dtype)
-    weight = torch.randn(out_features, in_features, device="cuda") / in_features**0.5
-    bias = torch.randn(out_features, device="cuda").to(dtype)
-    if kind == "same":
-        return x, stored(weight.to(dtype), layout), bias, {}
-    weight, scale = quantise_weight(weight, E4M3 if kind == "e4m3" else torch.int8)
-    return x, stored(weight, layout), bias, {"weight_scale": scale}
 
 
 # ---- selection, bit for bit ------------------------------------------------------------------------------------------
@@ -193,21 +190,17 @@ def test_every_configuration(kind, tokens):
     configs = nm_act._C.gather_configs(tokens, 4112, 2080, kind != "same", 8, 16, major, multiprocessors)
     assert len(configs) > 4
     for config in configs:
-        y = OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, config)])
+        y = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, config)], weight_scale=scale)
         assert_within_twice_torch(y, x, weight, None, "8:16", options, config)
-    first = OPS._tune_gather(x, weight, scale, 8, 16, [*map(int, configs[0])])
+    first = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, configs[0])], weight_scale=scale)
     assert torch.equal(first, nm_act.sparse_linear(x, weight, None, "8:16", **options))
-    with pytest.raises(ValueError, match="expected a product and a configuration of the gather kernel"):
-        OPS._tune_gather(x, weight, scale, 8, 16, [24, 1, 512, 0])
-
-
-def calls_on(x, weight, bias, options):
-    return {
-        "plain": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", **options),
-        "mean": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", token_shift="mean", **options),
-        "variance": lambda: nm_act.sparse_linear(x, weight, bias, "8:16", variance_correction=True, **options),
-        **({} if options else {"gather_linear": lambda: nm_act.gather_linear(x, weight, bias)}),
-    }
+    drawn = [torch.randn(size, device="cuda").to(x.dtype) for size in ((2080,), (tokens, 4112))]
+    around = {"norm_weight": drawn[0], "eps": 1e-5, "residual": drawn[1], "weight_scale": scale}
+    fused = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, configs[0])], **around)
+    assert relative_error(fused, OPS.decode_linear(x, weight, None, 8, 16, **around)) < 1e-2
+    for wrong in ([24, 1, 512, 0], [16, 1, 512]):
+        with pytest.raises(ValueError, match=r"expected a configuration .* that the gather kernel has"):
+            OPS._tune_gather(x, weight, None, 8, 16, wrong, weight_scale=scale)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
@@ -269,24 +262,6 @@ def test_threads_whose_launches_differ_in_shared_memory():
     torch.cuda.synchronize()
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(24)))
-
-
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_graph_replay_with_changed_inputs(kind, tokens):
-    x, weight, bias, options = problem(tokens, 4096, 1024, kind=kind)
-    inputs = [x.clone(), x * 0.5 + 1, torch.zeros_like(x)]
-    for name, call in calls_on(x, weight, bias, options).items():
-        call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = call()
-        for new in inputs:
-            x.copy_(new)
-            graph.replay()
-            replayed = result.clone()
-            assert torch.equal(replayed, call()), name
 
 
 def test_no_synchronisation_and_one_graph_for_any_batch(graphs):

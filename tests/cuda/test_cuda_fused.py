@@ -162,7 +162,7 @@ def test_pruned_in_e4m3(pattern):
 
 
 @pytest.mark.parametrize("pattern", ["5:8", "8:16", "16:32", "1:4"])
-@pytest.mark.parametrize("tokens", [1, 17, 600])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 600])
 def test_dense_e4m3_product(pattern, tokens):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("e4m3 needs compute capability 9")
@@ -176,6 +176,51 @@ def test_dense_e4m3_product(pattern, tokens):
     options = {"weight_scale": scale, "activation_dtype": E4M3, "variance_correction": True}
     with pytest.raises(NotImplementedError, match="without a channel scale"):
         nm_act.sparse_linear(x, codes, bias, pattern, **options)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 17])
+@pytest.mark.parametrize("biased", [False, True])
+def test_e4m3_product_of_a_few_tokens(tokens, biased):
+    """With one scale or row-wise ones: against float64, with scales of any size and a token of zeros."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("e4m3 needs compute capability 9")
+    values, codes = drawn(tokens, 1040).to(E4M3), drawn(2064, 1040, seed=1).to(E4M3)
+    values[0] = 0
+    rows = torch.logspace(-6, 3, tokens, device="cuda")
+    rows[0] = 2.0**-126  # what the producers give a token of zeros
+    columns = torch.logspace(-8, 2, 2064, device="cuda")
+    bias = drawn(2064, seed=2) if biased else None
+    poison()
+    y = torch.ops.nm_act.e4m3_product(values, rows, codes, columns, bias)
+    product, scales = values.double() @ codes.double().t(), rows.double()[:, None] * columns.double()
+    exact = scales * product if bias is None else scales * product + bias.double()
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y[0], torch.zeros_like(y[0]) if bias is None else bias)
+    for token in range(1, tokens):
+        assert relative_error(y[token], exact[token]) < CLOSE
+    if bias is None and tokens > 1:  # each output as well as the largest; fast accumulation errs by the size of a sum
+        assert relative_error((y.double() / scales)[1:], product[1:]) < CLOSE
+    assert torch.equal(torch.ops.nm_act.e4m3_product(values, rows, codes, columns, bias), y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = torch.ops.nm_act.e4m3_product(values, rows, codes, columns, bias)
+    graph.replay()
+    assert torch.equal(again, y)
+
+
+def test_e4m3_product_checks_its_arguments():
+    values, codes, rows, columns = drawn(2, 64).to(E4M3), drawn(32, 64).to(E4M3), drawn(2).float(), drawn(32).float()
+    product = torch.ops.nm_act.e4m3_product
+    assert product(values[:0], rows[:0], codes, columns).shape == (0, 32)
+    for wrong, sentence in (
+        ((values.bfloat16(), rows, codes, columns), "expected contiguous values .* in float8_e4m3fn"),
+        ((values, rows, codes[:, :48], columns), "expected contiguous values"),
+        ((values, rows[:1], codes, columns), "expected row_scale of shape"),
+        ((values, rows, codes, columns[:8]), "expected weight_scale of shape"),
+        ((values, rows, codes, columns, drawn(8)), "expected bias of shape .* in bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            product(*wrong)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
@@ -208,6 +253,8 @@ def test_decode_in_one_kernel(tokens, pattern, kind):
             )
             < CLOSE
         )
+        misaligned = torch.cat((residual.flatten()[:1], residual.flatten()))[1:].view_as(residual)
+        assert torch.equal(run(gate, residual=misaligned), run(gate, residual=residual))
         normed = rms_norm(gate, norm, 1e-5)
         assert relative_error(run(gate, norm_weight=norm, eps=1e-5), separate(normed)) < CLOSE
         assert torch.equal(run(gate, norm_weight=norm, eps=1e-5), run(gate, norm_weight=norm, eps=1e-5))
@@ -216,6 +263,19 @@ def test_decode_in_one_kernel(tokens, pattern, kind):
         assert relative_error(run(gate, **around), separate(activated(gate, "gelu_tanh") * up)) < CLOSE
         around = {"norm_weight": norm, "eps": 1e-5, "unit_offset": True}
         assert relative_error(run(gate, **around), separate(rms_norm(gate, norm, 1e-5, True))) < CLOSE
+        if pattern != "2:4":
+            continue
+        x_norm, before = drawn(in_features, dtype=dtype, seed=6), drawn(tokens, in_features, dtype=dtype, seed=7)
+        for unit_offset in (False, True):
+            options = {"weight_scale": scale, "unit_offset": unit_offset}
+            y, hidden = fused.sandwich_linear(
+                gate, x_norm, before, norm, 1e-5, weight, bias, pattern, **options
+            )
+            expected = fused.rms_norm_add(gate, x_norm, 1e-5, before, unit_offset=unit_offset)
+            # Sums of squares have another order here: an inverse may differ in its last place.
+            assert relative_error(hidden, expected) < CLOSE
+            normed = rms_norm(hidden, norm, 1e-5, unit_offset)
+            assert relative_error(y, separate(normed)) < CLOSE
 
 
 def rotated(x, cos, sin):
@@ -286,14 +346,62 @@ def test_norms_of_heads_before_the_embedding(dtype, unit_offset, q_heads, k_head
         assert relative_error(y, fused.decode_attention(*apart, scaling=dim**-0.5)) < 1e-2
 
 
-def test_nothing_is_written_beyond_the_cache():
-    q = k = v = drawn(1, 1, 2, 64)
+OUT_OF_RANGE = [0, 9, 1000, -1, 2**31 - 1, -(2**31)]  # of a cache of 8 tokens
+
+
+@pytest.mark.parametrize(("q_heads", "k_heads", "dim"), [(32, 8, 128), (3, 1, 64), (8, 4, 256)])
+@pytest.mark.parametrize("repeats", [1, 7])  # clusters of eight blocks, and smaller ones
+def test_lengths_out_of_range_write_nothing_and_leave_the_others_alone(q_heads, k_heads, dim, repeats):
+    given = [8, *OUT_OF_RANGE, 1, 5] * repeats
+    lengths = torch.tensor(given, dtype=torch.int32, device="cuda")
+    valid = (lengths >= 1) & (lengths <= 8)
+    q, k, v = (drawn(len(given), 1, heads, dim, seed=seed) for seed, heads in enumerate((q_heads, k_heads, k_heads)))
+    angles = drawn(1, 1, dim, dtype=torch.float32, seed=3)
+    step = (q, k, v, angles.cos().bfloat16(), angles.sin().bfloat16())
+    # Caches in the middle of larger memory, where a write outside would show.
+    whole = drawn(2, len(given) + 2, k_heads, 8, dim, seed=4)
+    expected, all_valid = whole.clone(), whole.clone()
+    exact = reference.decode_attention(*step, *expected[:, 1:-1], lengths, scaling=dim**-0.5)
+    written = whole.clone()
+    fused.rotary_cache(*step, *written[:, 1:-1], lengths)
+    assert torch.equal(written, expected)
+    if torch.cuda.get_device_capability()[0] != 9:
+        return
+    poison()
+    y = fused.decode_attention(*step, *whole[:, 1:-1], lengths, scaling=dim**-0.5)
+    assert torch.equal(whole, expected)
+    assert y[~valid].isnan().all()
+    assert relative_error(y[valid], exact[valid]) < 3e-3
+    same = lengths.where(valid, 4)
+    others = fused.decode_attention(*step, *all_valid[:, 1:-1], same, scaling=dim**-0.5)
+    assert torch.equal(y[valid], others[valid])
+
+
+def test_lengths_out_of_range_in_a_prompt():
+    """Tokens of a prompt are written where their place is in the cache, each for itself."""
+    q, k, v = (drawn(3, 5, 2, 64, seed=seed) for seed in range(3))
+    angles = drawn(1, 5, 64, dtype=torch.float32, seed=3)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    caches = torch.full((2, 3, 2, 8, 64), 7.0, device="cuda", dtype=torch.bfloat16)
+    fused.rotary_cache(q, k, v, cos, sin, *caches, torch.tensor([3, 10, -(2**31)], dtype=torch.int32, device="cuda"))
+    for cache, new in zip(caches, (rotated(k, cos, sin), v), strict=True):
+        new = new.transpose(1, 2)
+        assert torch.equal(cache[0, :, :3], new[0, :, 2:])
+        assert torch.equal(cache[1, :, 5:], new[1, :, :3])
+        assert (cache[0, :, 3:] == 7).all()
+        assert (cache[1, :, :5] == 7).all()
+        assert (cache[2] == 7).all()
+
+
+def test_no_heads_and_no_sequences():
     cos = sin = drawn(1, 1, 64)
-    keys, values = (torch.zeros(1, 2, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for length in (0, 9, 1000):
-        fused.rotary_cache(q, k, v, cos, sin, keys, values, torch.tensor([length], dtype=torch.int32, device="cuda"))
-    assert not keys.any()
-    assert not values.any()
+    nothing = drawn(1, 1, 0, 64)
+    assert [x.shape for x in fused.rotary(nothing, nothing, cos, sin)] == [(1, 1, 0, 64)] * 2
+    none = drawn(0, 1, 2, 64)
+    cached = (drawn(0, 2, 8, 64), drawn(0, 2, 8, 64), torch.zeros(0, dtype=torch.int32, device="cuda"))
+    assert fused.rotary_cache(none, none, none, cos, sin, *cached).shape == none.shape
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert fused.decode_attention(none, none, none, cos, sin, *cached, scaling=1.0).shape == none.shape
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -85,7 +85,7 @@ def test_fused_kernels_run(monkeypatch, pattern, name):
     nm_act.optimize(model)
     calls = []
     names = ("rms_norm_compress", "silu_mul_compress", "rms_norm_prune", "silu_mul_prune", "rms_norm_add")
-    for each in (*names, "decode_linear", "sparse_gemm_silu_mul"):
+    for each in (*names, "decode_linear", "sandwich_linear", "sparse_gemm_silu_mul"):
         kernel = getattr(operands, each)
         monkeypatch.setattr(operands, each, lambda *a, n=each, k=kernel, **o: calls.append(n) or k(*a, **o))
 
@@ -95,10 +95,10 @@ def test_fused_kernels_run(monkeypatch, pattern, name):
         return list(calls)
 
     layers, sandwich = 2, name == "gemma3"
-    after = ["rms_norm_add"] if sandwich else []  # of the MLP; that of attention too in decode
+    after = ["rms_norm_add"] if sandwich else []  # of the MLP
     linear = ["decode_linear"]
     # The output projection is called for itself where its output is normed.
-    step = linear + after + 2 * linear + after if sandwich else 4 * linear
+    step = [*linear, "sandwich_linear", *linear, *after] if sandwich else 4 * linear
     assert called(1) == step * layers
     assert called(40) == ["rms_norm_prune", "rms_norm_prune", "silu_mul_prune", *after] * layers
     packs = HAS_PACKED and pattern == "2:4"

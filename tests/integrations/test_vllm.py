@@ -16,7 +16,7 @@ import tp_cases
 from conftest import needs
 from ranks import run_ranks
 
-from nm_act import LinearSpec, Recipe, Rule, optimize
+from nm_act import LinearSpec, NMPattern, Recipe, Rule, optimize, sparse_linear
 from nm_act.integrations import vllm as plugin
 from nm_act.integrations import vllm_plan as plan
 from nm_act.supported import supported
@@ -163,6 +163,10 @@ RECIPES = {
     ),
 }
 
+PREPACKED = {name: RECIPES[name] for name in ("act", "mixed", "low-rank-pcs-lpts")} | {
+    "dense projections": Recipe("8:16", rules=[Rule(projections=["k_proj", "v_proj", "up_proj"], pattern="dense")]),
+    "weight-magnitude": Recipe("8:16", criterion="weight-magnitude"),
+}
 
 ENGINE = ("act", "amber-median", "low-rank-pcs-lpts")
 """Those that the whole engine runs."""
@@ -195,12 +199,13 @@ def test_reload(folders, tmp_path, size):
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["act", "low-rank-pcs-lpts"])
-def test_prepacked_layers_equal_the_transformers_model(folders, tmp_path, name):
+@pytest.mark.parametrize("name", PREPACKED)
+def test_prepacked_layers_equal_the_transformers_model(tmp_path, name):
     import vllm_cases
 
-    other = tp_cases.save(tmp_path / name, RECIPES[name], seed=1)
-    run_ranks(vllm_cases.prepacked, folders[name], other, RECIPES[name].to_dict(), size=1, timeout=400)
+    recipe = PREPACKED[name]
+    folder, other = (tp_cases.save(tmp_path / str(seed), recipe, seed=seed) for seed in (0, 1))
+    run_ranks(vllm_cases.prepacked, folder, other, recipe.to_dict(), size=1, timeout=400)
 
 
 @needs_vllm
@@ -295,22 +300,26 @@ def test_config_of_a_newer_version():
 
 @needs_vllm
 @pytest.mark.parametrize(
-    ("recipe", "arguments", "sentence"),
+    ("stored", "recipe", "arguments", "sentence"),
     [
-        (None, {"quantization": "nm_act"}, "expected a recipe for the quantization nm_act, got a checkpoint without one; serve it without .* --hf-overrides"),
-        ({"version": 1, "pattern": "8:16", "phase": "prefill"}, {}, "expected a recipe with phase both for vLLM, .* got phase prefill; save"),
-        ({"version": 2}, {}, "expected recipe version 1, got 2; upgrade nm_act"),
-        ({"version": 1, "pattern": "9:16", "criterion": "best"}, {}, "expected a criterion among .*, got 'best'"),
-        ({"version": 1, "pattern": "8:16"}, {"quantization": "fp8"}, r"nm_act\) does not match the quantization method specified .* \(fp8\)"),
+        ({}, None, {"quantization": "nm_act"}, "expected a recipe for the quantization nm_act, got a checkpoint without one; serve it without .* --hf-overrides"),
+        ({}, {"version": 1, "pattern": "8:16", "phase": "prefill"}, {}, "expected a recipe with phase both for vLLM, .* got phase prefill; save"),
+        ({}, {"version": 2}, {}, "expected recipe version 1, got 2; upgrade nm_act"),
+        ({}, {"version": 1, "pattern": "9:16", "criterion": "best"}, {}, "expected a criterion among .*, got 'best'"),
+        ({}, {"version": 1, "pattern": "8:16"}, {"quantization": "fp8"}, r"nm_act\) does not match the quantization method specified .* \(fp8\)"),
+        ({"quant_method": "fp8"}, {"version": 1, "pattern": "8:16"}, {}, "expected a dense checkpoint for .* nm_act, got one that is quantised as 'fp8'"),
+        ({"producer": {"name": "modelopt"}}, {"version": 1, "pattern": "8:16"}, {}, "expected a dense checkpoint for .* quantised as 'an unnamed method'"),
     ],
-    ids=["none", "not servable", "newer", "unknown criterion", "second quantisation"],
+    ids=["none", "not servable", "newer", "unknown criterion", "second quantisation", "quantised", "quantised, unnamed"],
 )  # fmt: skip
-def test_what_an_engine_does_not_start_with(tmp_path, monkeypatch, recipe, arguments, sentence):
+def test_what_an_engine_does_not_start_with(tmp_path, monkeypatch, stored, recipe, arguments, sentence):
     """A dense checkpoint and --hf-overrides; vLLM wraps what is raised in an error of its own, with the sentence."""
     from vllm.engine.arg_utils import EngineArgs
 
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     tp_cases.build().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | ({"quantization_config": stored} if stored else {})))
     overrides = {} if recipe is None else {"quantization_config": {"quant_method": "nm_act", "recipe": recipe}}
     engine = EngineArgs(str(tmp_path), hf_overrides=overrides, skip_tokenizer_init=True, max_model_len=32, **arguments)
     with pytest.raises(ValueError, match=sentence):
@@ -328,6 +337,24 @@ def test_an_interface_that_differs_is_noticed(monkeypatch):
     monkeypatch.setattr(vllm_linear.NMActVLLMConfig, "__abstractmethods__", frozenset({"new_one", "another"}))
     with pytest.raises(TypeError, match=r"^new abstract methods another, new_one$"):
         vllm_linear._check_interface()
+
+
+@needs_vllm
+@torch.no_grad()
+def test_a_strided_bias_of_vllms_product():
+    """vLLM's kernel reads a bias as if it were contiguous; and only its own plug-in may pass an address."""
+    from nm_act.integrations.vllm_linear import _prepacked
+
+    if not hasattr(torch.ops._C, "create_onednn_mm_handler"):
+        pytest.skip("this vLLM was built without oneDNN")
+    weight, bias = torch.randn(48, 64).t().contiguous().t(), torch.randn(96)[::2]
+    copy = _prepacked(weight)
+    for tokens in (1, 3, 9, 33):
+        x = torch.randn(tokens, 64)
+        expected = sparse_linear(x, weight, bias, "8:16")
+        torch.testing.assert_close(copy.linear(x, weight, bias, NMPattern("8:16")), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="expected prepacked_weight as oneDNN's layout of the weight"):
+        torch.ops.nm_act.sparse_linear_prepacked(x, weight, copy.copy, bias, 8, 16)
 
 
 def _method(spec, *names):

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -11,9 +13,15 @@ from conftest import needs
 import nm_act
 from nm_act import LinearSpec, Recipe
 from nm_act.integrations.vllm_operands import Storage
+from nm_act.ops import prepack
 from nm_act.optimize import FP8Linear
 
 FEATURES = 64
+needs_onednn = pytest.mark.skipif(
+    bool(prepack.why_not_prepacked(torch.empty(1))), reason="this torch was built without oneDNN"
+)
+
+UP_IS_DENSE = nm_act.Rule(projections=["up_proj"], pattern="dense")
 
 
 @pytest.fixture
@@ -78,14 +86,98 @@ def test_e4m3_weights_take_half_of_the_bytes(plugin):
 
 @torch.no_grad()
 def test_dense_projections_of_a_merged_layer_stay_in_16_bits(plugin):
-    rules = [nm_act.Rule(projections=["up_proj"], pattern="dense")]
-    config, layers = served(plugin, Recipe("8:16", rules=rules), fp8="decode")
+    config, layers = served(plugin, Recipe("8:16", rules=[UP_IS_DENSE]), fp8="decode")
     layer, x = layers["gate_up_proj"], torch.randn(5, FEATURES)
     layer.load(vllm_standin.weights(layer, 0))
     gate, up = vllm_standin.weights(layer, 0)
     assert torch.equal(layer(x)[:, FEATURES:], x @ up.t())
     assert not torch.equal(layer(x)[:, :FEATURES], nm_act.sparse_linear(x, gate, None, "8:16"))
     assert config.storage.sentence() == '; 3 of them have e4m3 weights (fp8="decode")'
+
+
+def _prepacked_copies(layer):
+    """The copies in oneDNN's layout, and the bytes of those beside a weight [in, out]."""
+    operands = layer.nm_act_operands
+    kept = [weight if weight is not None else layer.weight for weight in operands.weights]
+    sizes = [each.nbytes for each, copy in zip(kept, operands.copies, strict=True) if copy is not None]
+    return [copy for copy in operands.copies if copy is not None], sum(sizes)
+
+
+@torch.no_grad()
+@needs_onednn
+@pytest.mark.parametrize(
+    ("recipe", "copies"),
+    [
+        (Recipe("8:16"), [1, 1, 1]),
+        (Recipe("8:16", rules=[nm_act.Rule(projections=["k_proj", "v_proj", "up_proj"], pattern="dense")]), [2, 2, 1]),
+        (Recipe("2:4", criterion="weight-magnitude"), [1, 1, 1]),
+    ],
+    ids=["sparse", "dense projections", "the weight is pruned"],
+)
+def test_prepack_counts_what_it_holds_and_multiplies_dense_projections_too(plugin, recipe, copies):
+    """A dense projection has the copy alone, as vLLM's own dense layers; no [in, out] copy, none that counts."""
+    config, layers = served(plugin, recipe, prepack=True)
+    _, plain = served(plugin, recipe)
+    held = 0
+    for seed in (0, 1):
+        held = 0
+        for (name, layer), expected, count in zip(layers.items(), plain.values(), copies, strict=True):
+            layer.load(vllm_standin.weights(layer, seed))
+            expected.load(vllm_standin.weights(expected, seed))
+            found, size = _prepacked_copies(layer)
+            assert len(found) == count
+            held += size
+            for tokens in (1, 9):
+                x = torch.randn(tokens, FEATURES)
+                torch.testing.assert_close(layer(x), expected(x), msg=name)
+    assert config.storage.prepacked_bytes == held
+    assert config.storage.sentence() == f"; the second copies of prepack take {held / 2**20:.1f} MiB a rank"
+
+
+def test_prepack_that_cannot_work_is_said(plugin, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    config, layers = served(plugin, Recipe("8:16"), torch.float16, prepack=True)
+    for layer in layers.values():
+        layer.load(vllm_standin.weights(layer, 0))
+        assert layer.nm_act_operands.copies == [None]
+    assert config.storage.sentence() == (
+        "; the second copies of prepack take 0.0 MiB a rank, 3 have none (model.layers.0.self_attn.qkv_proj: oneDNN "
+        "has no product in float16 on this processor)"
+    )
+
+
+@torch.no_grad()
+@needs_onednn
+def test_a_weight_that_vllms_product_does_not_take(plugin, monkeypatch):
+    """vLLM's own dense layers call torch's product then."""
+
+    def fail(weight, size):
+        raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
+
+    monkeypatch.setattr(plugin._custom_ops, "create_onednn_mm", fail, raising=False)
+    _, layers = served(plugin, Recipe("8:16"), prepack=True)
+    layer, x = layers["down_proj"], torch.randn(9, FEATURES)
+    layer.load(vllm_standin.weights(layer, 0))
+    (copy,) = layer.nm_act_operands.copies
+    assert copy.handler is None
+    torch.testing.assert_close(layer(x), own(layer, LinearSpec("8:16"), None, 0, merged=True)(x))
+
+
+@pytest.mark.parametrize("name", ["_place_kernel_tensors", "LayerReloadingInfo.reset"])
+def test_private_code_of_vllm_that_changed_is_noticed(plugin, monkeypatch, name):
+    plugin._check_interface()
+    monkeypatch.delattr(f"{vllm_standin.__name__}.LAYERWISE.{name}")
+    with pytest.raises(AttributeError, match=name.rpartition(".")[2]):
+        plugin._check_interface()
+
+
+def test_a_worker_without_reloads_is_left_as_it_is(plugin, monkeypatch):
+    from nm_act.integrations import vllm_reload
+
+    worker = types.SimpleNamespace(Worker=type("Worker", (), {}))
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", worker)
+    vllm_reload.guard_reloads()
+    assert not hasattr(worker.Worker, "reload_weights")
 
 
 def test_what_cannot_be_e4m3_stays_in_16_bits_and_is_said(plugin):
@@ -120,19 +212,30 @@ def test_what_is_refused(plugin, fields, sentence):
 
 @pytest.mark.parametrize("place", [["quantization_config"], ["text_config", "quantization_config"]], ids="/".join)
 def test_a_second_quantisation_is_refused(plugin, tmp_path, place):
-    def write(method):
-        entry = {"quant_method": method}
+    def write(entry, **beside):
         for key in reversed(place):
             entry = {key: entry}
-        (tmp_path / "config.json").write_text(json.dumps(entry))
+        (tmp_path / "config.json").write_text(json.dumps(entry | beside))
 
     config = plugin.NMActVLLMConfig(Recipe("8:16"))
-    write("nm_act")
+    write({"quant_method": "nm_act"})
     config.maybe_update_config(str(tmp_path))
     config.maybe_update_config(str(tmp_path / "nowhere"))
-    write("fp8")
-    with pytest.raises(ValueError, match=r"expected a dense checkpoint for the quantization nm_act, got .* as 'fp8'"):
-        config.maybe_update_config(str(tmp_path), hf_config=None, revision=None)
+    other = {"quant_method": "compressed-tensors"}
+    for entry, beside, method in (
+        ({"quant_method": "fp8"}, {}, "fp8"),
+        ({"quant_algo": "FP8"}, {"compression_config": other}, "FP8"),
+        ({"producer": {"name": "modelopt"}}, {}, "an unnamed method"),
+        ({}, {"compression_config": other}, "compressed-tensors"),
+    ):
+        write(entry, **beside)
+        with pytest.raises(ValueError, match=f"a dense checkpoint for the quantization nm_act, got .* as '{method}'"):
+            config.maybe_update_config(str(tmp_path), hf_config=None, revision=None)
+    write({})
+    config.maybe_update_config(str(tmp_path))
+    (tmp_path / "hf_quant_config.json").write_text('{"producer": {"name": "modelopt"}, "quantization": {}}')
+    with pytest.raises(ValueError, match="got one that is quantised as 'an unnamed method'; serve the model"):
+        config.maybe_update_config(str(tmp_path))
 
 
 def test_cards():
@@ -163,14 +266,16 @@ def test_which_layers_have_e4m3_weights_on_tensor_cores(spec, dtype, split, why)
     assert storage.takes_e4m3("a", [spec, None], [16, 16], weight, split) == (not why)
     assert storage.e4m3 == (not why)
     if why:
-        assert why.replace("\\", "") in storage.in_16_bits[0][1]
+        assert why.replace("\\", "") in storage.kept[0][1]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("storage", [{}, {"prepack": True}, {"fp8": "decode"}], ids=str)
-@pytest.mark.parametrize("criterion", ["act", "wina"])
-def test_one_graph_for_any_number_of_tokens_and_after_a_reload(plugin, criterion, storage):
-    _, layers = served(plugin, Recipe("8:16", criterion=criterion), **storage)
+@pytest.mark.parametrize(
+    "fields", [{}, {"criterion": "wina"}, {"rules": [UP_IS_DENSE]}], ids=["act", "wina", "up dense"]
+)
+def test_one_graph_for_any_number_of_tokens_and_after_a_reload(plugin, fields, storage):
+    _, layers = served(plugin, Recipe("8:16", **fields), **storage)
     layer, graphs = layers["gate_up_proj"], []
     layer.load(vllm_standin.weights(layer, 0))
     torch._dynamo.reset()

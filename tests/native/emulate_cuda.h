@@ -76,6 +76,10 @@ inline ucontext_t scheduler_context;
 inline long launches = 0;
 inline std::set<const void*> kernels;
 inline int most_threads = 0;
+inline unsigned last_cluster = 0;  // blocks of a cluster of the last one
+
+// Blocks that run at once, for launchers that ask.
+inline unsigned resident_blocks = 132;
 
 // Hides global memory from a kernel that may still overlap the one before, if a test sets it.
 inline void (*set_memory_visible)(bool) = nullptr;
@@ -221,6 +225,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
   ++emulation::launches;
   emulation::kernels.insert(reinterpret_cast<const void*>(kernel));
   emulation::most_threads = std::max(emulation::most_threads, shape.threads);
+  emulation::last_cluster = shape.cluster;
   static std::mt19937 random(11);
   const std::tuple<Parameters...> parameters(arguments...);
   std::vector<unsigned> first_block(shape.blocks / shape.cluster);
@@ -236,6 +241,11 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
     set_visible(true);
   }
   return cudaSuccess;
+}
+
+template <auto kKernel, int kCluster>
+int resident_clusters(const LaunchShape&) {
+  return static_cast<int>(emulation::resident_blocks / kCluster);
 }
 
 }  // namespace nm_act
@@ -310,6 +320,8 @@ T __shfl_xor_sync(uint32_t, T value, int bits) {
   return exchange_in_warp(value, [=](const auto& read) { return read(source); });
 }
 
+inline bool __any_sync(uint32_t lanes, bool predicate) { return __ballot_sync(lanes, predicate) != 0; }
+
 inline uint32_t __reduce_add_sync(uint32_t, uint32_t value) {
   return exchange_in_warp(value, [](const auto& read) {
     uint32_t sum = 0;
@@ -335,6 +347,14 @@ inline uint32_t atomicAdd(uint32_t* sum, uint32_t value) {
   const uint32_t before = *sum;
   *sum += value;
   return before;
+}
+
+// Four of the eight bytes of two words, by the selector's nibbles.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= (bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return result;
 }
 
 inline int __popc(uint32_t word) { return __builtin_popcount(word); }
@@ -399,5 +419,31 @@ inline void write_peer(float* local, int rank, float value) {
 inline void prefetch_line(const void*) {}
 
 inline uint4 load_weight(const void* source) { return *static_cast<const uint4*>(source); }
+
+// What the lanes of a warp show, two words each.
+inline std::vector<uint64_t> words_of_warp(uint32_t first, uint32_t second) {
+  return exchange_in_warp(uint64_t{second} << 32 | first, [](const auto& read) {
+    std::vector<uint64_t> words(32);
+    for (int lane = 0; lane < 32; ++lane) words[lane] = read(lane);
+    return words;
+  });
+}
+
+// Tensor cores. Lane 4 * i + j has rows i and 8 + i of a and column i of b, of the 16 products those of 2 * j and 8 + 2
+// * j and the next of each, and of c columns 2 * j and 2 * j + 1 of its two rows.
+template <class E>
+void multiply_tile(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  const std::vector<uint64_t> a[2] = {words_of_warp(a0, a2), words_of_warp(a1, a3)}, b = words_of_warp(b0, b1);
+  const int row = lane_in_warp() / 4, column = lane_in_warp() % 4 * 2;
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      const uint64_t left = a[i / 2][4 * row + j], right = b[4 * (column + i % 2) + j];
+      for (int half = 0; half < 64; half += 32) {
+        const uint32_t x = static_cast<uint32_t>(left >> half), y = static_cast<uint32_t>(right >> half);
+        c[i] += E::low(x) * E::low(y) + E::high(x) * E::high(y);
+      }
+    }
+  }
+}
 
 }  // namespace nm_act

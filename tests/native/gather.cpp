@@ -218,32 +218,61 @@ void run_long_slices() {
 
 // With RMSNorm or a gated activation before the selection and a residual after the product: the same bits as without,
 // from what the functions of activations.cuh make of the inputs (tests/native/producers.cpp has their formulas),
-// rounded once more with the residual. Sums of squares are exact, so their order does not matter.
-enum class Before { kNorm, kOffsetNorm, kSilu, kGelu };
+// rounded once more with the residual. Sums of squares are exact, or of rounded sums of few values, so their order does
+// not matter. kSandwich: a norm, a residual and a norm.
+enum class Before { kNorm, kOffsetNorm, kSilu, kGelu, kSandwich, kOffsetSandwich };
+
+bool is_gated(Before before) { return before == Before::kSilu || before == Before::kGelu; }
+bool is_sandwich(Before before) { return before == Before::kSandwich || before == Before::kOffsetSandwich; }
+bool has_offset(Before before) { return before == Before::kOffsetNorm || before == Before::kOffsetSandwich; }
 
 template <class E>
-void produce(Before before, const Rows& x, const Rows& up, const Rows& weight, Rows& produced, int tokens,
-             int features) {
+nm_act::Chunk<E> chunk_of(const Rows& rows, int row, int at) {
+  return nm_act::load_chunk<E, true>(reinterpret_cast<const uint16_t*>(rows.memory.data()) + row * rows.stride + at,
+                                     kChunk);
+}
+
+template <class E>
+void set_chunk(Rows& rows, int row, int at, const nm_act::Chunk<E>& z) {
+  for (int i = 0; i < kChunk; ++i) rows.set(row, at + i, z.word[i / 2] >> 16 * (i % 2) & 0xFFFFu);
+}
+
+// y = norm(x, weight), and with `residual` plus its rows; x and y may be the same.
+template <class E>
+void norm_rows(const Rows& x, const Rows& weight, const Rows* residual, bool offset, Rows& y, int tokens,
+               int features) {
   for (int t = 0; t < tokens; ++t) {
     float squares = 0;
     for (int k = 0; k < features; ++k) squares += std::pow(E::low(x.bits(t, k)), 2.0f);
     const float inverse = nm_act::inverse_rms(squares, features, 1e-5f);
     for (int k = 0; k < features; k += kChunk) {
-      const auto chunk_of = [&](const Rows& rows, int row) {
-        return nm_act::load_chunk<E, true>(
-            reinterpret_cast<const uint16_t*>(rows.memory.data()) + row * rows.stride + k, kChunk);
-      };
-      nm_act::Chunk<E> z = chunk_of(x, t);
-      if (before == Before::kSilu || before == Before::kGelu) {
-        nm_act::multiply_by_activated(z, chunk_of(up, t),
-                                      before == Before::kSilu ? Activation::kSilu : Activation::kGeluTanh);
-      } else {
-        const nm_act::Chunk<E> by = chunk_of(weight, 0);
-        nm_act::normalise(z, inverse, make_uint4(by.word[0], by.word[1], by.word[2], by.word[3]),
-                          before == Before::kOffsetNorm);
-      }
-      for (int i = 0; i < kChunk; ++i) produced.set(t, k + i, z.word[i / 2] >> 16 * (i % 2) & 0xFFFFu);
+      nm_act::Chunk<E> z = chunk_of<E>(x, t, k);
+      const nm_act::Chunk<E> by = chunk_of<E>(weight, 0, k);
+      nm_act::normalise(z, inverse, make_uint4(by.word[0], by.word[1], by.word[2], by.word[3]), offset);
+      if (residual != nullptr) nm_act::add(z, chunk_of<E>(*residual, t, k));
+      set_chunk(y, t, k, z);
     }
+  }
+}
+
+// `hidden` is written by sandwiches alone.
+template <class E>
+void produce(Before before, const Rows& x, const Rows& up, const Rows& weight, const Rows& x_weight, Rows& hidden,
+             Rows& produced, int tokens, int features) {
+  if (is_gated(before)) {
+    for (int t = 0; t < tokens; ++t) {
+      for (int k = 0; k < features; k += kChunk) {
+        nm_act::Chunk<E> z = chunk_of<E>(x, t, k);
+        nm_act::multiply_by_activated(z, chunk_of<E>(up, t, k),
+                                      before == Before::kSilu ? Activation::kSilu : Activation::kGeluTanh);
+        set_chunk(produced, t, k, z);
+      }
+    }
+  } else if (is_sandwich(before)) {
+    norm_rows<E>(x, x_weight, &up, has_offset(before), hidden, tokens, features);
+    norm_rows<E>(hidden, weight, nullptr, has_offset(before), produced, tokens, features);
+  } else {
+    norm_rows<E>(x, weight, nullptr, has_offset(before), produced, tokens, features);
   }
 }
 
@@ -251,13 +280,18 @@ void run_around(Before before, ElementType type, ElementType weight_type, int to
                 const GatherConfig& config, const Pattern& pattern) {
   const Case c{tokens, in_features, 48, type, weight_type, pattern, config, {}};
   current = describe(c) + ", before it " + std::to_string(int(before));
-  Rows x(tokens, in_features, type, 8, 0), up(tokens, in_features, type, 8, 0), weight(1, in_features, type, 0, 0),
+  // `up` has the residual of a sandwich, which is contiguous.
+  const int padding = is_sandwich(before) ? 0 : 8;
+  Rows x(tokens, in_features, type, 8, 0), up(tokens, in_features, type, padding, 0),
+      weight(1, in_features, type, 0, 0), x_weight(1, in_features, type, 0, 0),
+      expected_hidden(tokens, in_features, type, 0, 0), hidden(tokens, in_features, type, 0, 0),
       produced(tokens, in_features, type, 8, 0), matrix(in_features, c.out_features, weight_type, 16, 0),
       residual(tokens, c.out_features, type, 0, 0), alone(1, tokens * c.out_features, type, 0, 0),
       whole(1, tokens * c.out_features, type, 0, 0);
   Channels scale(true, c.out_features, false, 0);
   for (int k = 0; k < in_features; ++k) {
     weight.set(0, k, encode(uniform(), type));
+    x_weight.set(0, k, encode(uniform(), type));
     for (int t = 0; t < tokens; ++t) {
       x.set(t, k, encode(std::round(8 * uniform()) / 4, type));
       up.set(t, k, encode(uniform(), type));
@@ -271,9 +305,9 @@ void run_around(Before before, ElementType type, ElementType weight_type, int to
     for (int o = 0; o < c.out_features; ++o) residual.set(t, o, encode(uniform(), type));
   }
   if (type == kBf16) {
-    produce<nm_act::BFloat16>(before, x, up, weight, produced, tokens, in_features);
+    produce<nm_act::BFloat16>(before, x, up, weight, x_weight, expected_hidden, produced, tokens, in_features);
   } else {
-    produce<nm_act::Float16>(before, x, up, weight, produced, tokens, in_features);
+    produce<nm_act::Float16>(before, x, up, weight, x_weight, expected_hidden, produced, tokens, in_features);
   }
   GatherParams params{};
   params.x = produced.memory.data();
@@ -291,11 +325,13 @@ void run_around(Before before, ElementType type, ElementType weight_type, int to
   check(launch_gather(params, kHopper, config, nullptr) == cudaSuccess, "launch of the product alone");
   params.x = x.memory.data();
   params.y = whole.memory.data();
-  const bool gated = before == Before::kSilu || before == Before::kGelu;
-  params.up = gated ? up.memory.data() : nullptr;
+  params.up = is_gated(before) ? up.memory.data() : nullptr;
   params.activation = before == Before::kGelu ? Activation::kGeluTanh : Activation::kSilu;
-  params.norm_weight = gated ? nullptr : weight.memory.data();
-  params.unit_offset = before == Before::kOffsetNorm;
+  params.norm_weight = is_gated(before) ? nullptr : weight.memory.data();
+  params.unit_offset = has_offset(before);
+  params.x_weight = is_sandwich(before) ? x_weight.memory.data() : nullptr;
+  params.x_residual = is_sandwich(before) ? up.memory.data() : nullptr;
+  params.hidden = is_sandwich(before) ? hidden.memory.data() : nullptr;
   params.epsilon = 1e-5f;
   params.residual = residual.memory.data();
   check(launch_gather(params, kHopper, config, nullptr) == cudaSuccess, "launch");
@@ -305,6 +341,11 @@ void run_around(Before before, ElementType type, ElementType weight_type, int to
     wrong += whole.bits(0, i) != encode(decode(alone.bits(0, i), type) + added, type);
   }
   check(wrong == 0, std::to_string(wrong) + " outputs");
+  wrong = 0;
+  for (int i = 0; is_sandwich(before) && i < tokens * in_features; ++i) {
+    wrong += hidden.bits(i / in_features, i % in_features) != expected_hidden.bits(i / in_features, i % in_features);
+  }
+  check(wrong == 0 && hidden.memory.guards_are_intact(), std::to_string(wrong) + " of the sums before the layer");
 }
 
 void run_what_stands_around() {
@@ -312,7 +353,8 @@ void run_what_stands_around() {
   const GatherConfig configs[] = {{16, 1, 256, false}, {32, 3, 256, true}, {16, 8, 512, true}};
   int step = 0;
   for (const auto& [type, weight_type] : types) {
-    for (Before before : {Before::kNorm, Before::kOffsetNorm, Before::kSilu, Before::kGelu}) {
+    for (Before before : {Before::kNorm, Before::kOffsetNorm, Before::kSilu, Before::kGelu, Before::kSandwich,
+                          Before::kOffsetSandwich}) {
       for (int tokens : {1, 2, 4}) {
         const Pattern pattern = step % 2 == 0 ? Pattern{8, 16, {}} : Pattern{2, 4, {}};
         run_around(before, type, weight_type, tokens, 16 * (5 + 13 * (step % 4)), configs[step % 3], pattern);

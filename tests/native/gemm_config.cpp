@@ -78,6 +78,12 @@ int main() {
   check_choice(16, 4096, 4096, e4m3, GemmTile::k64x64x256E4M3);
   const GemmProblem wide{16384, 28672, 4096, bf16, 132};
   check(select_config(wide).swizzle == 8, "swizzle of a large grid", wide);
+  constexpr int64_t kWraps = (int64_t{1} << 32) + 64;  // 64 in 32 bits
+  for (ElementType type : {bf16, e4m3}) {
+    check(gemm_shape_fits(type, 64, 64, 64, 9), "a shape that fits", {1, 64, 64, type, 132});
+    check(!gemm_shape_fits(type, kWraps, 64, 64, 9), "more outputs than are counted", {1, kWraps, 64, type, 132});
+    check(!gemm_shape_fits(type, 64, kWraps, kWraps, 9), "more inputs than are counted", {1, 64, kWraps, type, 132});
+  }
   std::printf("%ld checks, %ld failed\n", checks, failures);
   return failures == 0 ? 0 : 1;
 }

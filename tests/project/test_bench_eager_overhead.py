@@ -1,5 +1,6 @@
 """The benchmark of a layer's host time: a row per pattern, and its refusal without CUDA."""
 
+import csv
 import sys
 from pathlib import Path
 
@@ -10,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_eager_overhead
 
 
-def test_one_row_per_pattern(capsys):
-    threads = torch.get_num_threads()
+def test_one_row_per_pattern(capsys, tmp_path):
+    threads, out = torch.get_num_threads(), tmp_path / "overhead.csv"
     try:
-        bench_eager_overhead.main(["--device", "cpu", "--pattern", "2:4", "8:16", "--blocks", "2"])
+        bench_eager_overhead.main(["--device", "cpu", "--pattern", "2:4", "8:16", "--blocks", "2", "--csv", str(out)])
     finally:
         torch.set_num_threads(threads)
     header, *rows = [line.split(",") for line in capsys.readouterr().out.splitlines()]
@@ -22,6 +23,9 @@ def test_one_row_per_pattern(capsys):
         values = dict(zip(header, row, strict=True))
         assert float(values["linear_us"]) > 0
         assert float(values["nm_linear_us"]) > 0
+    with out.open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [[row[name] for name in header] for row in written] == rows
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal without CUDA")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_model
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_cpu_generate
@@ -13,7 +14,7 @@ import bench_inference
 import inference_models
 import plot_steps
 from inference_profile import COLUMNS as STEP_COLUMNS
-from inference_profile import kind_of, layer_of, short, step_layer
+from inference_profile import alone, kind_of, layer_of, short, step_layer
 
 TINY = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--decode", "4", "--seconds", "0"]
 
@@ -35,8 +36,8 @@ def test_rows_and_baselines(tmp_path):
     bench_inference.main([*TINY, *arguments, "--csv", str(out), "--plot", str(plot)])
     rows = rows_of(out)
     assert tuple(rows[0]) == bench_inference.COLUMNS
-    assert [row["mode"] for row in rows[::8]] == ["dense_bf16", "nm-2:4", "mixed"]
-    assert {row["metric"] for row in rows} == {"ttft_ms", "decode_tok_s"}
+    assert [row["mode"] for row in rows[::12]] == ["dense_bf16", "nm-2:4", "mixed"]
+    assert {row["metric"] for row in rows} == {"ttft_ms", "ttft_busy_ms", "decode_tok_s"}
     assert {row["model"] for row in rows} == {"tiny (random weights)"}
     for row in rows:
         [dense] = [r for r in rows if r["mode"] == "dense_bf16" and case_of(r) == case_of(row)]
@@ -94,12 +95,24 @@ def test_modes():
     assert [(mode.name, mode.fp8) for mode in modes] == [
         ("dense_bf16", None),
         ("dense_fp8", "prefill"),
+        ("dense_fp8_gather", "both"),
         ("nm-2:4-fp8-prefill", "prefill"),
         ("nm-2:4/8:16-fp8", "both"),
         ("nm-8:16-fp8-decode", "decode"),
         ("nm-8:16", None),
     ]
-    assert (modes[3].recipe.pattern, modes[3].recipe.decode_pattern) == ("2:4", "8:16")
+    assert (modes[4].recipe.pattern, modes[4].recipe.decode_pattern) == ("2:4", "8:16")
+
+
+def test_a_second_copy_serves_few_tokens_of_the_dense_e4m3_baseline():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
+    layer = inference_models.DenseFP8(linear, "both")
+    x = torch.randn(2, 1, 64, dtype=torch.bfloat16)
+    expected = linear(x)
+    assert (layer(x) - expected).norm() / expected.norm() < 0.05
+    assert (layer.rows.t() == layer.codes).all()
+    assert inference_models.DenseFP8(linear, "prefill").rows is None
 
 
 @pytest.mark.parametrize(
@@ -164,6 +177,11 @@ def test_a_layer_is_found_in_the_kernels_of_a_step():
     assert short("void nm_act::gather_kernel<nm_act::BFloat16, 1>(nm_act::GatherParams)") == "decode_linear"
 
 
+def test_overlapping_kernels_are_counted_once():
+    kernels = [("first", 0.0, 10.0), ("overlapping", 6.0, 15.0), ("within", 12.0, 14.0), ("later", 20.0, 21.0)]
+    assert alone(kernels) == [("first", 10.0), ("within", 2.0), ("overlapping", 1.0), ("later", 1.0)]
+
+
 def test_profiles_are_written_and_drawn(tmp_path):
     steps, plot = tmp_path / "steps.csv", tmp_path / "steps.png"
     bench_inference.main([*TINY, "--prompt", "5", "--batch", "1", "--mode", "nm-2:4", "--profile", str(steps)])
@@ -179,10 +197,11 @@ def test_profiles_are_written_and_drawn(tmp_path):
 
 
 def test_the_committed_steps_add_up():
-    rows = rows_of(Path(__file__).parents[2] / "benchmarks/results/h100/inference_steps.csv")
-    bars = plot_steps.stacks(rows)
-    assert len(bars) == 4
-    by_mode = {name.partition("\n")[0]: sum(us for _, us in parts) for name, parts in bars.items()}
-    assert by_mode["dense_bf16"] > by_mode["nm-8:16"] > by_mode["nm-8:16-fp8"]
-    layer = plot_steps.groups(rows, "decode layer")["nm-8:16", "2f80001"]
-    assert plot_steps.named([part for part, _ in layer])[1] == "rope, cache, attention"
+    results = Path(__file__).parents[2] / "benchmarks/results/h100"
+    before, rows = (rows_of(results / f"{name}.csv") for name in ("inference_steps_before", "inference_steps"))
+    bars = {name.partition("\n")[0]: sum(us for _, us in parts) for name, parts in plot_steps.stacks(rows).items()}
+    assert bars["dense_bf16"] > bars["nm-8:16"] > bars["nm-8:16-fp8"]
+    [first] = plot_steps.stacks(before).values()
+    assert sum(us for _, us in first) > bars["nm-8:16"]
+    layers = {mode: parts for (mode, _), parts in plot_steps.groups(rows, "decode layer").items()}
+    assert plot_steps.named([part for part, _ in layers["nm-8:16"]])[1] == "rope, cache, attention"

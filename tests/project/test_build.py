@@ -111,6 +111,7 @@ NATIVE = {
     "producers": 35_000,
     "prune": 13_000,
     "compress_windows": 13_000,
+    "decode_attention": 4_000,
     "windows": 2_200_000,
     "gemm_config": 2_000,
 }

@@ -20,11 +20,11 @@
 //
 // Tried and dropped: docs/kernels/decode_attention.md.
 #include <cfloat>
-#include <type_traits>
 
 #include "../gather/block.cuh"
 #include "../launch.cuh"
 #include "rotate.cuh"
+#include "tile.cuh"
 
 namespace nm_act {
 namespace {
@@ -51,23 +51,6 @@ template <class E>
 __device__ __forceinline__ Chunk<E> load_shared(const uint16_t* source) {
   const uint4 vector = *reinterpret_cast<const uint4*>(source);
   return {{vector.x, vector.y, vector.z, vector.w}};
-}
-
-// c += a * b over 16 rows, 8 columns and 16 products each.
-template <class E>
-__device__ __forceinline__ void multiply_tile(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                              uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<E, BFloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
-        "%2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-        "%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
 }
 
 // Keys of 16 tokens: lane 4 * i + j has tokens i and 8 + i, of each 32 features the eight from 8 * j.
@@ -207,7 +190,8 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_previous_kernel();
   allow_next_kernel();
 
-  const int length = max(0, min(params.lengths[sequence], params.max_tokens));
+  // A length out of range is that of no tokens: nothing is written, and 0 / 0 is NaN.
+  const int given = params.lengths[sequence], length = given < 0 || given > params.max_tokens ? 0 : given;
   const int start = params.window > 0 ? max(0, length - params.window) : 0;
   const int share = (length - start + splits - 1) / splits;
   const int begin = min(start + rank * share, length), end = min(begin + share, length);
@@ -350,27 +334,25 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Blocks of a cluster. Few heads are divided over up to half of the multiprocessors, many fill the device.
-int divide(const DecodeAttentionParams& params, int multiprocessors) {
+// Launches with the most blocks a cluster, of kSplits and its halves, with which all clusters run at once: one that had
+// to wait would read its cache alone.
+template <class E, int kDim, int kSplits = 8>  // 8: the largest portable cluster
+cudaError_t launch_shape(const DecodeAttentionParams& params, cudaStream_t stream) {
+  constexpr auto kKernel = decode_attention_kernel<E, kDim>;
   const int heads = params.batch * params.k_heads;
-  int splits = 8;  // the largest portable cluster
-  while (splits > 1 && heads * splits > multiprocessors) splits /= 2;
-  return splits;
-}
-
-template <class E, int kDim>
-cudaError_t launch_shape(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
-  const LaunchShape shape{static_cast<unsigned>(params.batch * params.k_heads * splits), kThreads,
-                          static_cast<unsigned>(splits), Layout<kDim>::bytes(splits)};
-  return launch_kernel(decode_attention_kernel<E, kDim>, shape, stream, params, splits);
+  const LaunchShape shape{static_cast<unsigned>(heads) * kSplits, kThreads, kSplits, Layout<kDim>::bytes(kSplits)};
+  if constexpr (kSplits > 1) {
+    if (heads > resident_clusters<kKernel, kSplits>(shape)) return launch_shape<E, kDim, kSplits / 2>(params, stream);
+  }
+  return launch_kernel(kKernel, shape, stream, params, kSplits);
 }
 
 template <class E>
-cudaError_t launch_typed(const DecodeAttentionParams& params, int splits, cudaStream_t stream) {
+cudaError_t launch_typed(const DecodeAttentionParams& params, cudaStream_t stream) {
   switch (params.dim) {
-    case 64: return launch_shape<E, 64>(params, splits, stream);
-    case 128: return launch_shape<E, 128>(params, splits, stream);
-    default: return launch_shape<E, 256>(params, splits, stream);
+    case 64: return launch_shape<E, 64>(params, stream);
+    case 128: return launch_shape<E, 128>(params, stream);
+    default: return launch_shape<E, 256>(params, stream);
   }
 }
 
@@ -386,10 +368,9 @@ bool fits(const DecodeAttentionParams& p) {
 cudaError_t launch_decode_attention(const DecodeAttentionParams& params, GemmDevice device, cudaStream_t stream) {
   if (!fits(params) || device.compute_capability_major != 9) return cudaErrorInvalidValue;
   if (params.batch == 0) return cudaSuccess;
-  const int splits = divide(params, device.multiprocessors);
   switch (params.type) {
-    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, splits, stream);
-    case ElementType::kFloat16: return launch_typed<Float16>(params, splits, stream);
+    case ElementType::kBFloat16: return launch_typed<BFloat16>(params, stream);
+    case ElementType::kFloat16: return launch_typed<Float16>(params, stream);
     default: return cudaErrorInvalidValue;
   }
 }

@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant_
 
   const int64_t angle = (params.cos_batch > 1 ? int64_t{row} : token) * params.dim + feature;
   const Piece<E> cosine = load_piece<E>(params.cos, angle, half), sine = load_piece<E>(params.sin, angle, half);
-  const int position = params.lengths == nullptr ? token : params.lengths[sequence] - params.tokens + token;
+  const int64_t position =
+      params.lengths == nullptr ? token : int64_t{params.lengths[sequence]} - params.tokens + token;
 
   // Of a head: its tensor, and its place there. Queries come first, then keys, then values.
   const auto part_of = [&](int head, int& place) -> const RotaryPart& {
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant_
     if (first_head + i >= all_heads) break;
     int place;
     const RotaryPart& part = part_of(first_head + i, place);
-    const int at_token = &part == &params.q ? token : position;
+    const int64_t at_token = &part == &params.q ? token : position;
     if (at_token < 0 || at_token >= part.out_tokens) continue;
     const void* norm = &part == &params.q ? params.norms.q : &part == &params.k ? params.norms.k : nullptr;
     if (norm != nullptr) normalise_head(piece[i], norm, feature, pieces, params.norms);
@@ -84,10 +85,10 @@ cudaError_t launch_rotary(const RotaryParams& params, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   const int64_t rows = int64_t{params.batch} * params.tokens;
-  if (rows == 0) return cudaSuccess;
   const int heads = params.q.heads + params.k.heads * (values ? 2 : 1);
   const int64_t threads = rows * ((heads + kHeads - 1) / kHeads) * (params.dim / (2 * kChunk));
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  if (threads == 0) return cudaSuccess;
   if (threads > INT32_MAX) return cudaErrorInvalidValue;
   switch (params.type) {
     case ElementType::kBFloat16:

@@ -68,7 +68,7 @@ struct GatherShared {
   int keys;          // uint32 [tokens, slice]
   int z;             // uint16 [tokens, slice]: the shifted inputs
   int masks;         // uint32 [tokens, slice / 32]: each token's survivors, as bits
-  int squares;       // float [tokens, kGatherMaxWarps]: each warp's sum of squares, for RMSNorm
+  int squares;       // float [2, tokens, kGatherMaxWarps]: each warp's sum of squares, for two norms
   int own;           // float4 [sums per thread / 4, threads]: the threads' sums
   int bytes;         // in all; at offset 0 lie the sums received from the tile's slices, float [splits, share]
 };
@@ -94,7 +94,7 @@ NM_ACT_HOST_DEVICE constexpr GatherShared gather_shared(int tokens, int slice, c
   at.z = after_keys > at.own ? after_keys : at.own;
   at.masks = at.z + 2 * tokens * slice;
   at.squares = at.masks + 4 * tokens * (slice / 32);
-  const int selection = at.squares + 4 * tokens * kGatherMaxWarps;
+  const int selection = at.squares + 2 * 4 * tokens * kGatherMaxWarps;
   const int gathered = at.own + config.threads * outputs_per_thread / 4 * kGatherVector;
   at.bytes = selection > gathered ? selection : gathered;
   return at;
@@ -242,9 +242,10 @@ struct LayerGather {
   GatherConfig config;
 };
 inline constexpr LayerGather kLayerGathers[] = {
-    {4096, 4096, {64, 8, 512, false}},
     {4096, 14336, {32, 8, 512, true}},
-    {2048, 8192, {16, 8, 512, true}},
+    {3584, 18944, {16, 8, 512, true}},
+    {2048, 2048, {16, 8, 512, false}},
+    {2048, 8192, {32, 8, 512, false}},
 };
 
 // The configuration for a product within a layer's decode step: a measured one, else the one that is fastest alone.

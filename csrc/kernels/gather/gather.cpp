@@ -13,6 +13,9 @@ bool types_fit(const GatherParams& params) {
 
 // RMSNorm and SiLU * up read whole chunks.
 bool producer_fits(const GatherParams& params) {
+  const bool whole = is_aligned(params.x_weight, 16) && is_aligned(params.x_residual, 16) &&
+                     is_aligned(params.hidden, 16) && params.x_residual != nullptr && params.hidden != nullptr;
+  if (params.x_weight != nullptr && (params.norm_weight == nullptr || !whole)) return false;
   if (params.up == nullptr && params.norm_weight == nullptr) return true;
   return (params.up == nullptr || params.norm_weight == nullptr) && params.in_features % 8 == 0 &&
          params.x_stride % 8 == 0 && is_aligned(params.x, 16) && is_aligned(params.up, 16) &&

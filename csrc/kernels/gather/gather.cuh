@@ -1,6 +1,7 @@
 // gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens. Of W [in, out],
-// only the rows that some token needs are read. One launch selects, gathers and reduces; RMSNorm or SiLU * up before
-// the selection, and a residual after the product, are part of it if given: every block computes what it needs of them.
+// only the rows that some token needs are read. One launch selects, gathers and reduces; RMSNorm (or a norm, a residual
+// and RMSNorm) or SiLU * up before the selection, and a residual after the product, are part of it if given: every
+// block computes what it needs of them.
 //
 // Block (tile, slice) selects the survivors of its slice of the inputs (survivors.cuh; x is small and in L2), then
 // reads their weight rows, threads / lanes rows at a time: `lanes` threads lie along a row, 16 bytes each. A thread
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kGatherMaxThreads, GatherTuning<kTokens, 4 * W
   const int group = static_cast<int>(threadIdx.x) / config.lanes, groups = config.threads / config.lanes;
   unsigned char* const shared = dynamic_shared();
   const GatherShared at = gather_shared(kTokens, size, config, kOutputs);
-  const GatherSlice slice(shared, at, rank * size, size, params.in_features);
+  const GatherSlice slice(shared, at, rank * size, size, params.in_features, first == 0);
   const GatherTile outputs{reinterpret_cast<float*>(shared),          first, 31 - __clz(tile),
                            share_bits(kTokens * tile, config.splits), rank,  config.splits};
   const int64_t row_bytes = params.weight_stride * kBytes;

@@ -39,6 +39,7 @@ __device__ __forceinline__ void fetch_vectors(const GatherParams& params, const 
     if (params.shift != nullptr) prefetch_line(params.shift + at);
     if (feature % (kLine / 2) != 0) continue;
     if (params.norm_weight != nullptr) prefetch_line(static_cast<const uint16_t*>(params.norm_weight) + at);
+    if (params.x_weight != nullptr) prefetch_line(static_cast<const uint16_t*>(params.x_weight) + at);
     for (int token = 0; token < params.tokens; ++token) {
       prefetch_line(static_cast<const uint16_t*>(params.x) + token * params.x_stride + at);
     }

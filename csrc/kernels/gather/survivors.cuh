@@ -50,9 +50,10 @@ struct GatherSlice {
   uint32_t* masks;
   float* squares;
   int* offsets;
+  bool first_tile;  // one of the blocks that write `hidden`
 
   __device__ __forceinline__ GatherSlice(unsigned char* shared, const GatherShared& at, int begin, int size,
-                                         int in_features)
+                                         int in_features, bool first_tile)
       : begin(begin),
         count(max(0, min(size, in_features - begin))),
         size(size),
@@ -62,43 +63,78 @@ struct GatherSlice {
         coefficients(reinterpret_cast<uint16_t*>(shared + at.coefficients)),
         masks(reinterpret_cast<uint32_t*>(shared + at.masks)),
         squares(reinterpret_cast<float*>(shared + at.squares)),
-        offsets(reinterpret_cast<int*>(shared + at.offsets)) {}
+        offsets(reinterpret_cast<int*>(shared + at.offsets)),
+        first_tile(first_tile) {}
 };
 
-// 1 / sqrt(mean(x^2) + epsilon) of every token, over the whole row. Each block computes it, in the same order.
-template <class E, int kTokens>
-__device__ __forceinline__ void inverse_norms(const GatherParams& params, const GatherSlice& slice,
+// Factors of a token's norms: of x, if there is an x_weight, and of what is selected.
+template <int kTokens>
+struct RowNorms {
+  float before[kTokens] = {}, inverse[kTokens] = {};
+};
+
+// x, or RMSNorm(x) * x_weight + x_residual: eight features, which exist, of a row that may be read in whole vectors.
+template <class E>
+__device__ __forceinline__ Chunk<E> load_hidden(const GatherParams& params, int token, int at, float before) {
+  Chunk<E> z = load_chunk<E, true>(static_cast<const uint16_t*>(params.x) + token * params.x_stride + at, kChunk);
+  if (params.x_weight != nullptr) {
+    normalise(z, before, __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(params.x_weight) + at)),
+              params.unit_offset);
+    const int64_t row = int64_t{token} * params.in_features;
+    add(z, load_chunk<E, true>(static_cast<const uint16_t*>(params.x_residual) + row + at, kChunk));
+  }
+  return z;
+}
+
+// 1 / sqrt(mean(h^2) + epsilon) of every token, over the whole row h(token, feature). Each block computes it, in the
+// same order. `slots`: kGatherMaxWarps of each token.
+template <int kTokens, class Row>
+__device__ __forceinline__ void inverse_norms(const GatherParams& params, float* slots, const Row& h,
                                               float (&inverse)[kTokens]) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warps = static_cast<int>(blockDim.x) / 32;
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
     float squares = 0.0f;
     if (token < params.tokens) {
-      const auto* row = static_cast<const uint16_t*>(params.x) + token * params.x_stride;
 #pragma unroll 2
       for (int at = thread * kChunk; at < params.in_features; at += static_cast<int>(blockDim.x) * kChunk) {
-        squares = add_squares(load_chunk<E, true>(row + at, kChunk), squares);
+        squares = add_squares(h(token, at), squares);
       }
     }
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
-    if (lane == 0) slice.squares[token * kGatherMaxWarps + thread / 32] = squares;
+    if (lane == 0) slots[token * kGatherMaxWarps + thread / 32] = squares;
   }
   __syncthreads();
 #pragma unroll
   for (int token = 0; token < kTokens; ++token) {
-    float squares = lane < warps ? slice.squares[token * kGatherMaxWarps + lane] : 0.0f;
+    float squares = lane < warps ? slots[token * kGatherMaxWarps + lane] : 0.0f;
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(kAllLanes, squares, offset);
     inverse[token] = inverse_rms(squares, params.in_features, params.epsilon);
   }
 }
 
+template <class E, int kTokens>
+__device__ __forceinline__ RowNorms<kTokens> row_norms(const GatherParams& params, const GatherSlice& slice) {
+  RowNorms<kTokens> norms;
+  if (params.norm_weight == nullptr) return norms;
+  if (params.x_weight != nullptr) {
+    const auto x = [&](int token, int at) {
+      return load_chunk<E, true>(static_cast<const uint16_t*>(params.x) + token * params.x_stride + at, kChunk);
+    };
+    inverse_norms<kTokens>(params, slice.squares + kTokens * kGatherMaxWarps, x, norms.before);
+  }
+  const auto hidden = [&](int token, int at) { return load_hidden<E>(params, token, at, norms.before[token]); };
+  inverse_norms<kTokens>(params, slice.squares, hidden, norms.inverse);
+  return norms;
+}
+
 // Loads kChunk features of a token and stores z = x - shift and their keys; zeros beyond the slice and the tokens.
-// `vector`: x, channel_scale and shift can be read 16 bytes at a time. `inverse`: of the token's RMSNorm.
+// `vector`: x, channel_scale and shift can be read 16 bytes at a time. `before` and `inverse`: of the token's norms.
 template <class E>
 __device__ __forceinline__ void load_inputs(const GatherParams& params, const GatherSlice& slice, int token,
-                                            int feature, bool vector, float inverse) {
+                                            int feature, bool vector, float before, float inverse) {
   const bool selects = params.pattern.keep > 0;
   const int at = slice.begin + feature;
   const int count = token < params.tokens ? max(0, min(kChunk, slice.count - feature)) : 0;
@@ -112,6 +148,13 @@ __device__ __forceinline__ void load_inputs(const GatherParams& params, const Ga
       multiply_by_activated(z, load_chunk<E, true>(up, kChunk), params.activation);
     }
     if (params.norm_weight != nullptr) {
+      if (params.x_weight != nullptr) {
+        z = load_hidden<E>(params, token, at, before);
+        if (slice.first_tile) {
+          const int64_t row = int64_t{token} * params.in_features;
+          store_chunk<E, true>(static_cast<uint16_t*>(params.hidden) + row + at, z, kChunk);
+        }
+      }
       normalise(z, inverse,
                 __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(params.norm_weight) + at)),
                 params.unit_offset);
@@ -156,14 +199,14 @@ __device__ __forceinline__ bool survives(const GatherParams& params, const Gathe
 // block barrier.
 template <class E>
 __device__ __forceinline__ void select_share(const GatherParams& params, const GatherSlice& slice, bool vector,
-                                             float inverse) {
+                                             float before, float inverse) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
   const int blocks = slice.size / 32, share = ceil_div(blocks, warps);
   const int begin = min(static_cast<int>(threadIdx.x) / 32 * share, blocks), end = min(begin + share, blocks);
   const int per_block = 32 / params.pattern.group * params.pattern.keep;
 #pragma unroll 1
   for (int feature = 32 * begin + kChunk * lane; feature < 32 * end; feature += 32 * kChunk) {
-    load_inputs<E>(params, slice, 0, feature, vector, inverse);
+    load_inputs<E>(params, slice, 0, feature, vector, before, inverse);
   }
   __syncwarp();
 #pragma unroll 1
@@ -251,10 +294,9 @@ __device__ __forceinline__ void list_survivors(const GatherSlice& slice) {
 // Fills the list and returns its length; ends with a barrier.
 template <class E, int kTokens>
 __device__ __forceinline__ int select_survivors(const GatherParams& params, const GatherSlice& slice, bool vector) {
-  float inverse[kTokens] = {};
-  if (params.norm_weight != nullptr) inverse_norms<E>(params, slice, inverse);
+  const RowNorms<kTokens> norms = row_norms<E, kTokens>(params, slice);
   if (kTokens == 1 && params.pattern.keep > 0) {
-    select_share<E>(params, slice, vector, inverse[0]);
+    select_share<E>(params, slice, vector, norms.before[0], norms.inverse[0]);
     __syncthreads();
     return slice.count / params.pattern.group * params.pattern.keep;
   }
@@ -262,10 +304,13 @@ __device__ __forceinline__ int select_survivors(const GatherParams& params, cons
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kTokens * chunks; i += static_cast<int>(blockDim.x)) {
     const int token = i / chunks;
-    float own = inverse[0];
+    float before = norms.before[0], inverse = norms.inverse[0];
 #pragma unroll
-    for (int other = 1; other < kTokens; ++other) own = token == other ? inverse[other] : own;
-    load_inputs<E>(params, slice, token, i % chunks * kChunk, vector, own);
+    for (int other = 1; other < kTokens; ++other) {
+      before = token == other ? norms.before[other] : before;
+      inverse = token == other ? norms.inverse[other] : inverse;
+    }
+    load_inputs<E>(params, slice, token, i % chunks * kChunk, vector, before, inverse);
   }
   __syncthreads();
   mark_survivors<kTokens>(params, slice);

@@ -203,8 +203,10 @@ inline GemmConfig select_config(const GemmProblem& problem) {
 }
 
 // The configuration of a product with a residual: the widest tile, whose epilogue adds it, unless another tile and one
-// more pass over both are estimated to be faster.
-inline constexpr double kAddUsPerMb = 0.36, kAddUs = 2.0;
+// more pass over both are estimated to be faster. The pass moves six bytes an output, as fast as the copies of
+// benchmarks/results/h100/compress.csv (2.98 TB/s from 1024 tokens on); its launch is taken to cost what that file's
+// shortest compression took (64 x 4096 in 16 bits, 2.0 us).
+inline constexpr double kAddUsPerMb = 1 / 2.98, kAddUs = 2.0;
 inline GemmConfig select_residual_config(const GemmProblem& problem) {
   const GemmConfig best = select_config(problem);
   const TileFacts& wide = facts_of(wide_tile(problem.value_type));
@@ -225,6 +227,13 @@ inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
          (weight_in_out && problem.tokens >= kSparseGemmTokensInOut && problem.out_features >= kSparseGemmOutputsInOut);
 }
 
+// Most tokens of a dense e4m3 product that is computed with one scale and scaled by a kernel of its own. Three products
+// of a Llama-3-8B layer (28672 x 4096, 4096 x 14336, 4096 x 4096) took 101 us with row-wise scales for 64 tokens
+// (sparse_linear.csv), and 76 us with one scale for one, two and four (decode_tuning.csv; both in
+// benchmarks/results/h100). Above four tokens it is an extrapolation: the weight is read once either way.
+// benchmarks/bench_few_tokens.py measures both.
+inline constexpr int64_t kOneScaleTokens = 16;
+
 // Whether 2:4+1 over a lifted weight, a quarter more columns, beats pruning and the dense product. By estimate from the
 // GEMM's speed over cuBLAS (1.3x to 1.6x in bf16), not measured.
 inline constexpr int64_t kLiftedTokens = 1024;
@@ -234,6 +243,7 @@ inline bool lifted_path_pays(const GemmProblem& problem) { return problem.tokens
 inline bool gemm_shape_fits(ElementType value_type, int64_t out_features, int64_t in_features, int64_t weight_stride,
                             int compute_capability_major) {
   const int bytes = value_type == ElementType::kE4M3 ? 1 : 2;
+  if (out_features > kMaxFeatures || in_features > kMaxFeatures) return false;
   if (weight_stride * bytes % 16 != 0 || out_features % (16 / bytes) != 0) return false;
   if (compute_capability_major == 9) return in_features % (32 / bytes) == 0;
   return compute_capability_major >= 8 && value_type != ElementType::kE4M3 && in_features % 32 == 0;

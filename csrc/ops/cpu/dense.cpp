@@ -26,31 +26,18 @@ void apply_epilogue(const at::Tensor& product, const cpu::Epilogue& epilogue, El
                    [&](int64_t begin, int64_t end) { cpu::cpu_kernels().epilogue(p, begin, end); });
 }
 
-bool is_vllm_handler(const at::Tensor& prepacked) {
-  return prepacked.is_cpu() && prepacked.scalar_type() == at::kLong && prepacked.numel() == 1 &&
-         *prepacked.const_data_ptr<int64_t>() != 0;
-}
-
-// vLLM's call takes 6 us beside the product, torch's 13 (one thread of an AMD EPYC, torch 2.13, a weight of 16 x 32).
-at::Tensor prepacked_product(const at::Tensor& operand, const at::Tensor& prepacked, const OptionalTensor& bias,
-                             const at::Tensor& y) {
-  if (!prepacked.is_mkldnn()) {
-    using Product = void(at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&);
-    static const auto product = [] {
-      const auto found = c10::Dispatcher::singleton().findSchema({"_C::onednn_mm", ""});
-      TORCH_CHECK_VALUE(found.has_value(), "nm_act::sparse_linear_prepacked expected vLLM's CPU build along with a ",
-                        "handler of its product as prepacked_weight, got a process without it; import vllm._C");
-      return found->typed<Product>();
-    }();
-    at::Tensor out = y;
-    product.call(out, operand, bias, prepacked);
-    return y;
-  }
+at::Tensor prepacked_product(const at::Tensor& operand, const at::Tensor& prepacked, const OptionalTensor& bias) {
   using Linear = at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, c10::string_view,
                             c10::List<std::optional<at::Scalar>>, std::optional<c10::string_view>);
   static const auto linear =
       c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Linear>();
   return linear.call(operand, prepacked, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+void vllm_product(const at::Tensor& operand, const at::Tensor& handler, const OptionalTensor& bias, at::Tensor y) {
+  using Product = void(at::Tensor&, const at::Tensor&, const OptionalTensor&, const at::Tensor&);
+  static const auto product = c10::Dispatcher::singleton().findSchemaOrThrow("_C::onednn_mm", "").typed<Product>();
+  product.call(y, operand, bias, handler);
 }
 
 void dense_product(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue,

@@ -27,13 +27,11 @@ void dense_rows(const at::Tensor& operand, const at::Tensor& weight, const cpu::
 void apply_epilogue(const at::Tensor& product, const cpu::Epilogue& epilogue, ElementType dtype, int64_t column,
                     const at::Tensor& y);
 
-// Whether a prepacked weight is the handler of vLLM's product: its address as an int64 scalar, which vLLM made. What it
-// points to cannot be checked.
-bool is_vllm_handler(const at::Tensor& prepacked);
+// operand [tokens, in] @ weight [out, in]^T + bias by oneDNN, given the weight in its layout.
+at::Tensor prepacked_product(const at::Tensor& operand, const at::Tensor& prepacked, const OptionalTensor& bias);
 
-// operand [tokens, in] @ weight [out, in]^T + bias by oneDNN: torch's call for a weight in oneDNN's layout, vLLM's for
-// a handler. The product is returned; y [tokens, out] may have been written to.
-at::Tensor prepacked_product(const at::Tensor& operand, const at::Tensor& prepacked, const OptionalTensor& bias,
-                             const at::Tensor& y);
+// The same into y [tokens, out] by vLLM's call, given its handler of the weight: an address, which it dereferences. It
+// reads the bias as if it were contiguous.
+void vllm_product(const at::Tensor& operand, const at::Tensor& handler, const OptionalTensor& bias, at::Tensor y);
 
 }  // namespace nm_act::cpu_ops

@@ -99,7 +99,7 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
   return at::sum(weight, {1}, false, at::kFloat);
 }
 
-// Both operators; without a prepacked weight it is undefined.
+// Of all operators; `prepacked` is undefined, in oneDNN's layout, or vLLM's handler.
 at::Tensor pruned_product(const char* op, const at::Tensor& prepacked, const at::Tensor& x,
                           const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n, int64_t m,
                           const OptionalTensor& channel_scale, const OptionalTensor& shift,
@@ -145,10 +145,13 @@ at::Tensor pruned_product(const char* op, const at::Tensor& prepacked, const at:
   const bool pays = !prepacked.defined() || gather_pays_over_prepacked(type, selection.pattern, tokens);
   if (pays && choose_on_cpu(facts).path == LinearPath::kGather) {
     launch_gather(operand, weight, epilogue, selection.type, y);
-  } else if (prepacked.defined() && scales) {
-    apply_epilogue(prepacked_product(operand, prepacked, {}, y).to(at::kFloat), epilogue, type, 0, y);
   } else if (prepacked.defined()) {
-    y = prepacked_product(operand, prepacked, bias, y);
+    const OptionalTensor added = scales || !bias_vector.defined() ? OptionalTensor() : bias_vector;
+    if (prepacked.is_mkldnn())
+      y = prepacked_product(operand, prepacked, added);
+    else
+      vllm_product(operand, prepacked, added, y);
+    if (scales) apply_epilogue(y.to(at::kFloat), epilogue, type, 0, y);
   } else if (tokens <= cpu::most_gathered_tokens(type == ElementType::kFloat32) && weight.stride(1) == 1) {
     dense_rows(operand, weight, epilogue, selection.type, y);
   } else if (stored_in_out(weight) && columns_pay(type, tokens) && !(scales && type == ElementType::kBFloat16)) {
@@ -173,19 +176,20 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const Op
                         activation_dtype);
 }
 
+template <bool vllm>
 at::Tensor sparse_linear_prepacked(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& prepacked,
                                    const OptionalTensor& bias, int64_t n, int64_t m,
                                    const OptionalTensor& channel_scale, const OptionalTensor& shift,
                                    c10::string_view token_shift, const OptionalTensor& shift_out,
                                    bool variance_correction, const OptionalTensor& column_scale,
                                    at::IntArrayRef extra_columns) {
-  constexpr const char* kOp = "sparse_linear_prepacked";
-  TORCH_CHECK_VALUE(
-      prepacked.is_mkldnn() ? prepacked.scalar_type() == weight.scalar_type() && prepacked.sizes() == weight.sizes()
-                            : is_vllm_handler(prepacked),
-      "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ", weight.scalar_type(), " ",
-      weight.sizes(), ", got ", prepacked.layout(), " ", prepacked.scalar_type(), " ", prepacked.sizes(),
-      "; make it with torch.ops.mkldnn._reorder_linear_weight");
+  constexpr const char* kOp = vllm ? "_sparse_linear_vllm" : "sparse_linear_prepacked";
+  TORCH_CHECK_VALUE(vllm || (prepacked.is_mkldnn() && prepacked.scalar_type() == weight.scalar_type() &&
+                             prepacked.sizes() == weight.sizes()),
+                    "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ",
+                    weight.scalar_type(), " ", weight.sizes(), ", got ", prepacked.layout(), " ",
+                    prepacked.scalar_type(), " ", prepacked.sizes(),
+                    "; make it with torch.ops.mkldnn._reorder_linear_weight");
   return pruned_product(kOp, prepacked, x, weight, bias, n, m, channel_scale, shift, token_shift, shift_out,
                         variance_correction, column_scale, {}, extra_columns, {}, {});
 }
@@ -222,12 +226,13 @@ at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
 
 TORCH_LIBRARY_IMPL(nm_act, CPU, m) {
   m.impl("sparse_linear", sparse_linear);
-  m.impl("sparse_linear_prepacked", sparse_linear_prepacked);
+  m.impl("sparse_linear_prepacked", sparse_linear_prepacked<false>);
+  m.impl("_sparse_linear_vllm", sparse_linear_prepacked<true>);
   m.impl("gather_linear", gather_linear);
   m.impl("dense_linear", dense_linear);
 }
 
 // The key of a tensor in oneDNN's layout, which the operator is dispatched by.
-TORCH_LIBRARY_IMPL(nm_act, MkldnnCPU, m) { m.impl("sparse_linear_prepacked", sparse_linear_prepacked); }
+TORCH_LIBRARY_IMPL(nm_act, MkldnnCPU, m) { m.impl("sparse_linear_prepacked", sparse_linear_prepacked<false>); }
 
 }  // namespace nm_act::cpu_ops

@@ -126,4 +126,9 @@ DenseOperand prune_dense(const at::Tensor& x, const Selection& selection, bool v
 // vectors.
 std::pair<at::Tensor, at::Tensor> prune_e4m3(const at::Tensor& x, const Selection& selection, const char* op);
 
+// values [tokens, in] times weight [out, in], both e4m3 and contiguous, with their scales, plus bias: [tokens, out] in
+// bfloat16. Sizes of at least 1, features divisible by 16.
+at::Tensor e4m3_product(const at::Tensor& values, const at::Tensor& row_scale, const at::Tensor& weight,
+                        const at::Tensor& weight_scale, const at::Tensor& bias, const char* op);
+
 }  // namespace nm_act::cuda_ops

@@ -98,53 +98,82 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   return y;
 }
 
-// The gather kernel fused with the operators next to the layer: RMSNorm or activation * up before, a residual after.
-at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
-                         int64_t m, const OptionalTensor& up, const OptionalTensor& norm_weight,
-                         std::optional<double> eps, const OptionalTensor& residual, const OptionalTensor& channel_scale,
-                         const OptionalTensor& weight_scale, std::optional<c10::string_view> activation,
-                         bool unit_offset) {
-  constexpr const char* kOp = "decode_linear";
-  Selection selection = check_selection(x, n, m, channel_scale, {}, "none", kOp);
-  const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, bias, kOp);
-  const bool gated = up.has_value() && up->defined(), normed = norm_weight.has_value() && norm_weight->defined();
-  TORCH_CHECK_VALUE(!(gated && normed), "nm_act::", kOp,
+// The configuration that was given to _tune_gather.
+GatherConfig given_config(at::IntArrayRef given, const GatherProblem& problem) {
+  const bool four = given.size() == 4;
+  const GatherConfig config =
+      four ? GatherConfig{int(given[0]), int(given[1]), int(given[2]), given[3] != 0} : GatherConfig{};
+  TORCH_CHECK_VALUE(four && is_valid(problem, config),
+                    "nm_act::_tune_gather expected a configuration (lanes, splits, threads, ahead) that the gather ",
+                    "kernel has for ", problem.tokens, " tokens, ", problem.out_features, " outputs and ",
+                    problem.in_features, " inputs, got ", given, "; see csrc/kernels/gather/config.h");
+  return config;
+}
+
+bool is_given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// What stands around a layer: RMSNorm or activation * up before, a residual after. With x_weight, the input is
+// hidden = norm(x, x_weight) + x_residual.
+struct Around {
+  OptionalTensor up, norm_weight, residual, x_weight, x_residual;
+  std::optional<double> eps;
+  std::optional<c10::string_view> activation;
+  bool unit_offset;
+};
+
+// y, and hidden with x_weight.
+std::pair<at::Tensor, at::Tensor> gather_around(const at::Tensor& x, const at::Tensor& weight,
+                                                const OptionalTensor& bias, int64_t n, int64_t m, const Around& around,
+                                                const OptionalTensor& channel_scale, const OptionalTensor& weight_scale,
+                                                at::OptionalIntArrayRef given, const char* op) {
+  Selection selection = check_selection(x, n, m, channel_scale, {}, "none", op);
+  const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, bias, op);
+  const bool gated = is_given(around.up), normed = is_given(around.norm_weight), sandwich = is_given(around.x_weight);
+  TORCH_CHECK_VALUE(!(gated && normed), "nm_act::", op,
                     " expected either up or norm_weight, got both; apply one of them before");
-  const float epsilon = check_norm_options(normed, eps, unit_offset, "norm_weight", kOp);
-  TORCH_CHECK_VALUE(gated == activation.has_value(), "nm_act::", kOp, " expected up and activation together, got ",
-                    gated ? "up" : "activation", " alone; give both or neither");
-  const Activation function = gated ? activation_of(*activation, kOp) : Activation::kSilu;
+  const float epsilon = check_norm_options(normed, around.eps, around.unit_offset, "norm_weight", op);
+  TORCH_CHECK_VALUE(gated == around.activation.has_value(), "nm_act::", op,
+                    " expected up and activation together, got ", gated ? "up" : "activation",
+                    " alone; give both or neither");
+  const Activation function = gated ? activation_of(*around.activation, op) : Activation::kSilu;
   const std::vector<int64_t> sizes = with_last(x.sizes(), weight.size(0));
   const auto check_like = [&](const OptionalTensor& other, const char* name, at::IntArrayRef expected) {
-    if (!other.has_value() || !other->defined()) return;
-    check_same_device(x, *other, name, kOp);
-    TORCH_CHECK_VALUE(other->scalar_type() == x.scalar_type() && other->sizes() == expected, "nm_act::", kOp,
+    if (!is_given(other)) return;
+    check_same_device(x, *other, name, op);
+    TORCH_CHECK_VALUE(other->scalar_type() == x.scalar_type() && other->sizes() == expected, "nm_act::", op,
                       " expected ", name, " of shape ", expected, " in ", x.scalar_type(), ", got ", other->sizes(),
                       " in ", other->scalar_type(), "; reshape or convert it");
   };
-  check_like(up, "up", x.sizes());
-  check_like(norm_weight, "norm_weight", {selection.in_features});
-  check_like(residual, "residual", sizes);
+  check_like(around.up, "up", x.sizes());
+  check_like(around.norm_weight, "norm_weight", {selection.in_features});
+  check_like(around.x_weight, "x_weight", {selection.in_features});
+  check_like(around.x_residual, "residual", x.sizes());
+  check_like(around.residual, "residual", sizes);
   const c10::cuda::CUDAGuard guard(x.device());
-  const GemmDevice device = gemm_device(x, kOp);
+  const GemmDevice device = gemm_device(x, op);
   const WeightFacts facts = facts_of(weight);
   const bool fits = selection.type != ElementType::kFloat32 && facts.stored_in_out() && facts.aligned &&
                     selection.tokens >= 1 && selection.tokens <= kFewTokens && selection.in_features % 8 == 0;
-  const GatherConfig config =
+  GatherConfig config =
       fits ? choose_gather_config(element_type(weight.scalar_type()), selection.pattern, selection.tokens,
                                   facts.out_features, facts.in_features, facts.row_stride(), device,
                                   /*in_layer=*/true)
            : GatherConfig{};
-  TORCH_CHECK_NOT_IMPLEMENTED(config.splits > 0, "nm_act::", kOp, " expected 1 to ", kFewTokens,
+  TORCH_CHECK_NOT_IMPLEMENTED(config.splits > 0, "nm_act::", op, " expected 1 to ", kFewTokens,
                               " tokens in 16 bits and a weight stored [in, out] that the gather kernel takes, got ",
                               selection.tokens, " tokens in ", x.scalar_type(), ", weight ", weight.sizes(),
-                              " with strides ", weight.strides(), "; use the separate operators");
+                              " with strides ", weight.strides(), facts.aligned ? "" : " not aligned to 16 bytes",
+                              "; use the separate operators");
   selection.channel_scale = aligned(selection.channel_scale);
-  const auto [rows, factor] = gated ? aligned_rows(x, *up) : std::pair(aligned_rows(x), Rows{});
-  const at::Tensor y = at::empty(sizes, x.options()),
+  const auto [rows, factor] = gated ? aligned_rows(x, *around.up) : std::pair(aligned_rows(x), Rows{});
+  const at::Tensor y = at::empty(sizes, x.options()), hidden = sandwich ? at::empty(x.sizes(), x.options()) : y,
                    bias_vector = contiguous_or_undefined(bias.value_or(at::Tensor()));
-  const at::Tensor norm = normed ? aligned(*norm_weight) : at::Tensor();
-  const at::Tensor added = contiguous_or_undefined(residual.value_or(at::Tensor()));
+  const auto aligned_or_undefined = [](const OptionalTensor& tensor) {
+    return is_given(tensor) ? aligned(tensor->contiguous()) : at::Tensor();
+  };
+  const at::Tensor norm = aligned_or_undefined(around.norm_weight), x_norm = aligned_or_undefined(around.x_weight),
+                   x_added = aligned_or_undefined(around.x_residual);
+  const at::Tensor added = aligned_or_undefined(around.residual);
   const auto data_of = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; };
   GatherParams params = operand_params(rows, weight, selection.pattern, selection.tokens);
   set_epilogue(params, {scale, {}, {}, {}}, bias_vector);
@@ -153,42 +182,53 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   params.up = data_of(factor.tensor);
   params.norm_weight = data_of(norm);
   params.epsilon = epsilon;
+  params.x_weight = data_of(x_norm);
+  params.x_residual = data_of(x_added);
+  params.hidden = sandwich ? hidden.mutable_data_ptr() : nullptr;
   params.activation = function;
-  params.unit_offset = unit_offset;
+  params.unit_offset = around.unit_offset;
   params.residual = data_of(added);
-  check_status(launch_gather(params, device, config, current_stream(x)), kOp);
-  return y;
+  if (given.has_value()) {
+    config = given_config(
+        *given, {params.tokens, params.out_features, params.in_features, params.weight_type, params.pattern, device});
+  }
+  check_status(launch_gather(params, device, config, current_stream(x)), op);
+  return {y, hidden};
 }
 
-at::Tensor tune_gather(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& weight_scale, int64_t n,
-                       int64_t m, at::IntArrayRef given) {
-  constexpr const char* kOp = "_tune_gather";
-  const Selection selection = check_selection(x, n, m, {}, {}, "none", kOp);
-  const at::Tensor scale = check_scaled_weight(x, weight, weight_scale, {}, kOp);
-  const c10::cuda::CUDAGuard guard(x.device());
-  const GemmDevice device = gemm_device(x, kOp);
-  TORCH_CHECK_VALUE(given.size() == 4, "nm_act::_tune_gather expected config as (lanes, splits, threads, ahead), got ",
-                    given, "; see csrc/kernels/gather/config.h");
-  const GatherConfig config{int(given[0]), int(given[1]), int(given[2]), given[3] != 0};
-  const Rows rows = rows_of(x);
-  const at::Tensor y = at::empty(with_last(x.sizes(), weight.size(0)), x.options());
-  GatherParams params = operand_params(rows, weight, selection.pattern, selection.tokens);
-  params.weight_scale = data_or_null(scale);
-  params.y = y.mutable_data_ptr();
-  const GatherProblem problem{params.tokens,      params.out_features, params.in_features,
-                              params.weight_type, params.pattern,      device};
-  TORCH_CHECK_VALUE(stored_in_out(weight) && gather_supports(params, device) && is_valid(problem, config),
-                    "nm_act::_tune_gather expected a product and a configuration of the gather kernel, got ",
-                    selection.tokens, " tokens, weight ", weight.sizes(), " with strides ", weight.strides(),
-                    ", config ", given, "; see csrc/kernels/gather/config.h");
-  check_status(launch_gather(params, device, config, current_stream(x)), kOp);
-  return y;
+at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
+                         int64_t m, const OptionalTensor& up, const OptionalTensor& norm_weight,
+                         std::optional<double> eps, const OptionalTensor& residual, const OptionalTensor& channel_scale,
+                         const OptionalTensor& weight_scale, std::optional<c10::string_view> activation,
+                         bool unit_offset) {
+  const Around around{up, norm_weight, residual, {}, {}, eps, activation, unit_offset};
+  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, std::nullopt, "decode_linear")
+      .first;
+}
+
+std::tuple<at::Tensor, at::Tensor> sandwich_linear(const at::Tensor& x, const at::Tensor& x_weight,
+                                                   const at::Tensor& residual, const at::Tensor& norm_weight,
+                                                   double eps, const at::Tensor& weight, const OptionalTensor& bias,
+                                                   int64_t n, int64_t m, const OptionalTensor& channel_scale,
+                                                   const OptionalTensor& weight_scale, bool unit_offset) {
+  const Around around{{}, norm_weight, {}, x_weight, residual, eps, {}, unit_offset};
+  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, std::nullopt, "sandwich_linear");
+}
+
+at::Tensor tune_gather(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n, int64_t m,
+                       at::IntArrayRef config, const OptionalTensor& up, const OptionalTensor& norm_weight,
+                       std::optional<double> eps, const OptionalTensor& residual, const OptionalTensor& channel_scale,
+                       const OptionalTensor& weight_scale, std::optional<c10::string_view> activation,
+                       bool unit_offset) {
+  const Around around{up, norm_weight, residual, {}, {}, eps, activation, unit_offset};
+  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, config, "_tune_gather").first;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nm_act, CUDA, m) {
   m.impl("decode_linear", decode_linear);
+  m.impl("sandwich_linear", sandwich_linear);
   m.impl("gather_linear", gather_linear);
   m.impl("_tune_gather", tune_gather);
 }

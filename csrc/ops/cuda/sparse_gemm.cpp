@@ -30,7 +30,10 @@ SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& wei
 
 bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::ScalarType y_type, GemmDevice device) {
   const WeightFacts facts = facts_of(weight);
-  if (!facts.rows_contiguous()) return false;
+  if (!facts.rows_contiguous() || !gemm_shape_fits(element_type(value_type), facts.out_features, facts.in_features,
+                                                   facts.row_stride(), device.compute_capability_major)) {
+    return false;
+  }
   SparseGemmParams params{};  // null pointers count as aligned, as the later allocations will be
   params.weight = weight.const_data_ptr();
   params.weight_in_out = facts.in_stride != 1;
@@ -65,6 +68,8 @@ GemmDevice check_product(const at::Tensor& values, const at::Tensor& metadata, c
   TORCH_CHECK_TYPE(weight.scalar_type() == values.scalar_type(), "nm_act::", op, " expected weight in the dtype of ",
                    "values, ", values.scalar_type(), ", got ", weight.scalar_type(), "; convert one of them");
   const int64_t tokens = values.size(0);
+  TORCH_CHECK_VALUE(tokens <= kMaxTokens, "nm_act::", op, " expected at most ", kMaxTokens, " tokens, got ", tokens,
+                    "; split them before they are compressed");
   const GemmDevice device = gemm_device(values, op);
   const MetadataLayout layout = gemm_metadata_layout(element_type(values.scalar_type()), device);
   TORCH_CHECK_VALUE(layout_name == layout_text(layout), "nm_act::", op, " expected an operand in the layout ",

@@ -5,7 +5,6 @@
 // pays; everything else prunes and runs cuBLAS. An 8-bit weight that the gather kernel does not take is first
 // multiplied by its scale, in the dtype of x; with e4m3 activations it goes to the fp8 tensor cores as it is: the
 // sparse ones for 2:4, the dense ones over the pruned activation for any other N:M.
-#include <ATen/ops/_scaled_mm.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
@@ -46,14 +45,6 @@ at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const at
   if (column_scale.defined()) y.mul_(column_scale);
   if (bias.defined()) y.add_(bias);
   return y.to(x.scalar_type());
-}
-
-// Prune and convert to e4m3, then torch's product with a scale a token and one an output.
-at::Tensor dense_e4m3_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
-                              const Selection& selection, const at::Tensor& weight_scale, const char* op) {
-  const auto [values, row_scale] = prune_e4m3(x, selection, op);
-  return at::_scaled_mm(values, weight.t(), row_scale.unsqueeze(1), weight_scale.unsqueeze(0),
-                        bias.defined() ? OptionalTensor(bias) : std::nullopt, std::nullopt, x.scalar_type(), true);
 }
 
 // The choice was the sparse tensor cores: compress, multiply.
@@ -105,7 +96,8 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
     const bool plain = !selection.has_shift() && !selection.channel_scale.defined() && !variance_correction &&
                        !column_vector.defined();
     if (choice.why == Why::kE4M3Dense && plain) {
-      return dense_e4m3_product(x, stored_weight, bias, selection, scale, kOp).view(sizes);
+      const auto [values, row_scale] = prune_e4m3(x, selection, kOp);
+      return e4m3_product(values, row_scale, stored_weight, scale, bias, kOp).view(sizes);
     }
     TORCH_CHECK_NOT_IMPLEMENTED(choice.path == LinearPath::kSparse,
                                 "nm_act::sparse_linear expected a compiled combination along with activation_dtype ",
