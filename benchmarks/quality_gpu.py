@@ -353,7 +353,7 @@ def main() -> None:
     options.commit = options.commit or nm_act.version.commit()
     session = Session(options)
     if options.tiny:
-        session.windows = session.windows[:, :32]
+        session.windows = session.windows[:, :48]
     session.say("loaded", torch.__version__, options.commit)
     for name in options.steps.split(","):
         name, _, seconds = name.partition(":")

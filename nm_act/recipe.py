@@ -353,7 +353,7 @@ def _is_count(value: Any) -> bool:
 
 def _check_version(version: Any) -> None:
     if version != 1:
-        raise ValueError(f"expected recipe version 1, got {version!r}; upgrade nm_act or set version to 1")
+        raise ValueError(f"expected recipe version 1, got {version!r}; upgrade nm_act")
 
 
 def _checked_keys(cls: type[Any], data: Any, what: str) -> dict[str, Any]:

@@ -49,14 +49,13 @@ def reloads(pairs) -> None:
 @torch.no_grad()
 def prepacked(folder, other, recipe) -> None:
     """A copy of every weight for vLLM's own product: the same outputs, after a reload too, at the same addresses."""
-    has_product = hasattr(torch.ops._C, "create_onednn_mm_handler")
     override = {"quantization_config": {"quant_method": "nm_act", "recipe": recipe, "prepack": True}}
     for dtype in (dtype for dtype in TOLERANCES if not why_not_prepacked(torch.empty(1, dtype=dtype))):
         records = []
         with mock.patch.object(logging.getLogger("vllm.nm_act"), "handle", records.append):
             model = _vllm_model(folder, dtype, hf_overrides=override)
         assert "; the second copies of prepack take " in records[0].getMessage()
-        addresses = _addresses(model)
+        addresses, has_product = _addresses(model), hasattr(torch.ops._C, "create_onednn_mm_handler")
         for name, layer, parts, inputs in _layers_before_and_after_a_reload(model, folder, other, dtype):
             assert all((each.handler is not None) == has_product for each in layer.nm_act_operands.copies)
             for tokens in (1, 18):

@@ -175,14 +175,20 @@ class Tables:
         return Product(*best.scaled(sizes), note)
 
     def whole(self, model: str, mode: str, phase: str, prompt: int) -> float | None:
-        """Measured microseconds of a whole model at batch 1: time to first token, or a decode step; None without it."""
-        metric = {"prefill": "ttft_ms", "decode": "decode_tok_s"}[phase]
-        wanted = {"mode": mode, "metric": metric, "batch": "1", "prompt": str(prompt), "baseline": "dense_bf16"}
-        for row in self._read("inference.csv"):
-            if row["model"].split(" (")[0] == model and wanted.items() <= row.items():
-                value = float(row["p50"])
-                return 1e3 * value if phase == "prefill" else 1e6 / value
-        return None
+        """Measured microseconds of a whole model at batch 1: time to first token, or a decode step; None without it.
+
+        Of prompts back to back where they were measured, as the products were.
+        """
+        wanted = {"mode": mode, "batch": "1", "prompt": str(prompt), "baseline": "dense_bf16"}
+        found = {
+            row["metric"]: float(row["p50"])
+            for row in self._read("inference.csv")
+            if row["model"].split(" (")[0] == model and wanted.items() <= row.items()
+        }
+        if phase == "decode":
+            return 1e6 / found["decode_tok_s"] if "decode_tok_s" in found else None
+        time = found.get("ttft_busy_ms", found.get("ttft_ms"))
+        return None if time is None else 1e3 * time
 
 
 def _sizes(row: _Row) -> tuple[int, int, int]:

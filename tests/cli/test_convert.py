@@ -107,7 +107,7 @@ def test_a_recipe_that_vllm_refuses_is_noted(folder, tmp_path):
     assert result.exit_code == 0
     assert "vLLM will not serve this checkpoint: expected a recipe with phase both" in result.stderr
     assert "nm-act generate" in result.stdout
-    assert "vllm" not in result.stdout
+    assert "api_server" not in result.stdout
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])

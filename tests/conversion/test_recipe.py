@@ -183,7 +183,7 @@ BAD_FIELDS = [
     ({"projection": []}, r"'projection'; did you mean 'projections'\?"),
     ({"zzz": 1}, "expected the keys of a recipe among pattern, projections, .*'zzz'; remove it"),
     ({7: 1}, "expected the keys of a recipe .*, got 7; remove it"),
-    ({"version": 2}, "expected recipe version 1, got 2; upgrade nm_act"),
+    ({"version": 2}, "expected recipe version 1, got 2; upgrade nm_act$"),
     ({"projections": "q_proj"}, "expected projections as a list, got 'q_proj'"),
     ({"projections": [1]}, r"expected projections as a list of names .*got \[1\]"),
     ({"criterion": "best"}, "expected a criterion among act, .*, wanda, got 'best'"),

@@ -213,9 +213,10 @@ def test_what_is_refused(plugin, fields, sentence):
 @pytest.mark.parametrize("place", [["quantization_config"], ["text_config", "quantization_config"]], ids="/".join)
 def test_a_second_quantisation_is_refused(plugin, tmp_path, place):
     def write(entry, **beside):
-        for key in reversed(place):
+        entry = {place[-1]: entry} | beside
+        for key in place[:-1]:
             entry = {key: entry}
-        (tmp_path / "config.json").write_text(json.dumps(entry | beside))
+        (tmp_path / "config.json").write_text(json.dumps(entry))
 
     config = plugin.NMActVLLMConfig(Recipe("8:16"))
     write({"quant_method": "nm_act"})

@@ -1,5 +1,6 @@
-"""The benchmarks' timer, its device replaced: which functions get a time."""
+"""The benchmarks' timer, its device replaced: which functions get a time; the rows of a second run."""
 
+import csv
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_timer
+import timer
 
 
 class Event:
@@ -56,3 +58,10 @@ def test_what_the_host_cannot_keep_up_with_is_left_out(capsys):
     assert list(times) == ["ours", "quick", "copy"]
     assert times["quick"] == pytest.approx([10.0] * len(times["quick"]))
     assert capsys.readouterr().out == "slow: no row, a call takes the host 9.5 us, as long as the device\n"
+
+
+def test_rows_of_a_second_run(tmp_path):
+    path = tmp_path / "rows.csv"
+    for append, kept in ((False, ["1"]), (True, ["1", "2"]), (False, ["3"])):
+        timer.Rows(str(path), append=append).append(variant=kept[-1])
+        assert [row["variant"] for row in csv.DictReader(path.read_text().splitlines())] == kept
