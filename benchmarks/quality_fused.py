@@ -345,7 +345,6 @@ def plain(session: Session) -> None:
         Recipe("10:16", mitigation=["var"], rules=[Rule(**down, pattern="7:16")], phase="decode"),
         Recipe("20:32", rules=[Rule(**down, pattern="14:32")], phase="decode"),
         Recipe("2:4", projections=("q_proj", "gate_proj", "down_proj"), mitigation=["var"]),
-        Recipe("2:4", projections=("gate_proj", "up_proj", "down_proj"), mitigation=["var"]),
     ):
         name = "+".join(dict.fromkeys(map(str, resolved(recipe))))
         session.measure(from_recipe(recipe, f"rule {name}", layers="rule"), texts=["wikitext2", "c4", "french"])

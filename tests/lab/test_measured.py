@@ -14,19 +14,15 @@ BOTH = ("prefill", "decode")
 
 
 @pytest.mark.parametrize(
-    ("pattern", "phase", "prompt", "percent"),
-    [
-        *(("2:4", "prefill", prompt, 5) for prompt in (512, 4096, 16384)),
-        *((pattern, "decode", 512, 5) for pattern in ("2:4", "8:16")),
-        *(("8:16", "prefill", prompt, limit) for prompt, limit in ((512, 5), (4096, 6), (16384, 5))),
-    ],
+    ("pattern", "phase", "prompt"),
+    [(pattern, phase, prompt) for pattern in ("2:4", "8:16") for phase in BOTH for prompt in (512, 4096, 16384)],
 )
-def test_whole_models_are_predicted(pattern, phase, prompt, percent):
+def test_whole_models_are_predicted(pattern, phase, prompt):
     """Speed-ups of the models in inference.csv, which the products' tables do not contain."""
-    cost = Measured("h100", LLAMA, "llama-3-8b", phases=(phase,), tokens=prompt)
+    cost = Measured("h100", LLAMA, "llama-3-8b", phases=(phase,), tokens=prompt, decode_prompt=prompt)
     found = predictions(cost, places_of("llama-3-8b", 32), Recipe(pattern))[phase]
     times = [cost.tables.whole("llama-3-8b", mode, phase, prompt) for mode in ("dense_bf16", f"nm-{pattern}")]
-    assert found == pytest.approx(times[0] / times[1], rel=percent / 100)
+    assert found == pytest.approx(times[0] / times[1], rel=0.03)
     assert not cost.notes
 
 
