@@ -11,7 +11,8 @@ run keeps them; what fails is named, left out, and told by the exit status.
 
 Products at full rate reach a card's power limit within tens of milliseconds, and its clock falls by a quarter. So
 ttft_ms is of prompts after an idle time each, and ttft_busy_ms of prompts back to back after a second of them: a state
-in between, such as right after a hotter mode, would compare clocks.
+in between, such as right after a hotter mode, would compare clocks. Before the first mode the card is heated, since a
+cold one clocks higher at the same power.
 
     python benchmarks/bench_inference.py --model llama-3-8b --prompt 512 4096 16384 --decode 128 --batch 1 8 \
         --mode dense nm-2:4 nm-2:4-fp8 nm-8:16 --csv benchmarks/results/h100/inference.csv
@@ -222,13 +223,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", default=["dense", "nm-2:4", "nm-2:4-fp8", "nm-8:16"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--seconds", type=float, default=1.0, help="of prefills back to back, before they are measured and while")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="of prefills back to back, before they are measured and while"
+    )
     parser.add_argument(
         "--energy",
         type=float,
         default=3.0,
         metavar="SECONDS",
         help="of steady work for each energy (two for each mode, batch and prompt); 0: none",
+    )
+    parser.add_argument(
+        "--heat", type=float, default=30.0, metavar="SECONDS", help="of work before the first mode, on CUDA"
     )
     parser.add_argument("--csv", help="write the rows to this file")
     parser.add_argument("--plot", help="draw the speed-ups into this .png")
@@ -265,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report(arguments, device)
     longest = max(arguments.prompt) + arguments.decode + 1
     cells = list(itertools.product(arguments.batch, sorted(arguments.prompt)))
+    if device.cuda:
+        heat(device, arguments.heat)
     try:
         for mode in arguments.modes:
             _run_mode(report, mode, device, cells, longest, arguments)
@@ -276,6 +284,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(report.rows.rows, arguments.plot)
     if report.failed:
         raise SystemExit(f"{len(report.failed)} measurements failed, see above; {len(report.rows.rows)} rows are kept")
+
+
+def heat(device: Device, seconds: float) -> None:
+    """Multiply at full rate, so that the first mode finds the card as warm as the last one."""
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device.torch)
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        device.seconds(lambda: [a @ a for _ in range(32)])
 
 
 def _run_mode(report, mode, device, cells, longest, arguments) -> None:

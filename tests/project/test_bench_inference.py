@@ -61,7 +61,7 @@ def test_an_interruption_keeps_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_inference, "build", interrupted)
     with pytest.raises(SystemExit, match="interrupted; 3 rows are kept"):
         bench_inference.main([*TINY, "--prompt", "5", "--batch", "1", "--mode", "nm-2:4", "--csv", str(out)])
-    assert len(rows_of(out)) == 2
+    assert len(rows_of(out)) == 3
 
 
 def test_a_failure_costs_its_own_cell(tmp_path, monkeypatch, capsys):
@@ -83,7 +83,7 @@ def test_a_failure_costs_its_own_cell(tmp_path, monkeypatch, capsys):
     modes = ["--prompt", "5", "8", "--batch", "1", "--mode", "nm-4:8", "nm-2:4", "nm-8:16"]
     with pytest.raises(SystemExit, match="2 measurements failed, see above; 15 rows are kept"):
         bench_inference.main([*TINY, *modes, "--csv", str(out)])
-    assert len(rows_of(out)) == 10  # dense and 8:16 of both prompts, 2:4 of one
+    assert len(rows_of(out)) == 15  # dense and 8:16 of both prompts, 2:4 of one
     printed = capsys.readouterr().out
     assert "nm-4:8: not built (NotImplementedError: no such weights)" in printed
     assert "nm-2:4 1 x 5: left out (RuntimeError: No valid execution plans built.)" in printed
