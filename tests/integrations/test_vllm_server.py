@@ -155,7 +155,7 @@ def server(models):
 
 
 def test_a_dense_checkpoint_is_served_sparse(server, models):
-    assert "nm_act: 8 linear layers are sparse, 0 are dense" in server.log.read_text()
+    assert "nm_act: 14 projections are sparse, 0 are dense, in 8 linear layers" in server.log.read_text()
     assert server.tokens(PROMPT) == models["first"][1]
 
 
