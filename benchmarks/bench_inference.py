@@ -222,7 +222,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", default=["dense", "nm-2:4", "nm-2:4-fp8", "nm-8:16"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--seconds", type=float, default=1.0, help="of prefills back to back, before they are measured and while")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="of prefills back to back, before they are measured and while"
+    )
     parser.add_argument(
         "--energy",
         type=float,

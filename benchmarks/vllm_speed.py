@@ -3,10 +3,10 @@
     python benchmarks/vllm_speed.py MODEL --csv benchmarks/results/cpu/vllm.csv [--pattern 8:16] [--dtype bfloat16]
 
 The dense checkpoint is served four times: as it is, with the pattern as --hf-overrides, with "prepack" besides, and
-with the recipe 'balanced' and "prepack" (CPUs; `--engines` chooses others, such as 'fp8-both' on a GPU). Generation: 32 tokens in, 48 out for each request. Prefill: one request of 512 tokens, one out; `--prefill 0`
-leaves it out. Each row has the percentiles over the rounds, and the commit; `--append` keeps the rows of earlier runs.
-The first lines and the last say how busy the machine is: with other work on it, only ratios of the same round mean
-something.
+with the recipe 'balanced' and "prepack" (CPUs; `--engines` chooses others, such as 'fp8-both' on a GPU). Generation: 32
+tokens in, 48 out for each request. Prefill: one request of 512 tokens, one out; `--prefill 0` leaves it out. Each row
+has the percentiles over the rounds, and the commit; `--append` keeps the rows of earlier runs. The first lines and the
+last say how busy the machine is: with other work on it, only ratios of the same round mean something.
 """
 
 import argparse

@@ -418,7 +418,14 @@ def _(
 
 @torch.library.register_fake("nm_act::sandwich_linear")
 def _(
-    x: Tensor, _x_weight: Tensor, _residual: Tensor, _norm_weight: Tensor, _eps: float, weight: Tensor, *_: Any, **__: Any
+    x: Tensor,
+    _x_weight: Tensor,
+    _residual: Tensor,
+    _norm_weight: Tensor,
+    _eps: float,
+    weight: Tensor,
+    *_: Any,
+    **__: Any,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(x.shape)
 

@@ -268,9 +268,7 @@ def test_decode_in_one_kernel(tokens, pattern, kind):
         x_norm, before = drawn(in_features, dtype=dtype, seed=6), drawn(tokens, in_features, dtype=dtype, seed=7)
         for unit_offset in (False, True):
             options = {"weight_scale": scale, "unit_offset": unit_offset}
-            y, hidden = fused.sandwich_linear(
-                gate, x_norm, before, norm, 1e-5, weight, bias, pattern, **options
-            )
+            y, hidden = fused.sandwich_linear(gate, x_norm, before, norm, 1e-5, weight, bias, pattern, **options)
             expected = fused.rms_norm_add(gate, x_norm, 1e-5, before, unit_offset=unit_offset)
             # Sums of squares have another order here: an inverse may differ in its last place.
             assert relative_error(hidden, expected) < CLOSE

@@ -202,8 +202,7 @@ at::Tensor decode_linear(const at::Tensor& x, const at::Tensor& weight, const Op
                          const OptionalTensor& weight_scale, std::optional<c10::string_view> activation,
                          bool unit_offset) {
   const Around around{up, norm_weight, residual, {}, {}, eps, activation, unit_offset};
-  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, std::nullopt, "decode_linear")
-      .first;
+  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, std::nullopt, "decode_linear").first;
 }
 
 std::tuple<at::Tensor, at::Tensor> sandwich_linear(const at::Tensor& x, const at::Tensor& x_weight,
