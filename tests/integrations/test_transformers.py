@@ -301,7 +301,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["recipe"] |= {"version": 2, "new": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="expected recipe version 1, got 2; upgrade nm_act$"):
+    with pytest.raises(ValueError, match=r"expected recipe version 1, got 2; upgrade nm_act$"):
         load(tmp_path)
 
 

@@ -181,6 +181,39 @@ def test_a_worker_without_reloads_is_left_as_it_is(plugin, monkeypatch):
     assert not hasattr(worker.Worker, "reload_weights")
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), "of other sizes"),
+        (
+            ValueError("There is no module or parameter named 'layers.2'\nin LlamaModel. The available parameters are: {'a'}"),
+            "There is no module or parameter named 'layers.2' in LlamaModel",
+        ),
+        (RuntimeError("expected calibrated data for q_proj in model.layers.0, got no shift; load a"), "expected calibrated data for q_proj in model.layers.0, got no shift; load a"),
+        (KeyError(), "KeyError"),
+    ],
+    ids=["sizes", "names", "ours", "empty"],
+)  # fmt: skip
+def test_a_reload_that_fails_is_one_short_sentence(plugin, monkeypatch, error, reason):
+    from nm_act.integrations import vllm_reload
+
+    def fail(self):
+        raise error
+
+    worker = type("Worker", (), {"reload_weights": fail})
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", types.SimpleNamespace(Worker=worker))
+    monkeypatch.setattr(vllm_reload, "undo_reload", lambda: 3)
+    vllm_reload.guard_reloads()
+    served = worker()
+    served.vllm_config = types.SimpleNamespace(model_config=types.SimpleNamespace(model="a", revision=None))
+    with pytest.raises(RuntimeError) as caught:
+        served.reload_weights()
+    assert str(caught.value) == (
+        f"expected the weights of the model that is served, got others ({reason}); 3 layers have new weights and all "
+        "others their old ones, so reload a whole checkpoint of this model"
+    )
+
+
 def test_what_cannot_be_e4m3_stays_in_16_bits_and_is_said(plugin):
     rules = [nm_act.Rule(projections=["down_proj"], mitigation=["spts"])]
     config, _ = served(plugin, Recipe("8:16", rules=rules), fp8="decode")
