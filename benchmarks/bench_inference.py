@@ -289,9 +289,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def heat(device: Device, seconds: float) -> None:
     """Multiply at full rate, so that the first mode finds the card as warm as the last one."""
     a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device.torch)
+    b = torch.empty_like(a)
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds:
-        device.seconds(lambda: [a @ a for _ in range(32)])
+        device.seconds(lambda: [torch.mm(a, a, out=b) for _ in range(32)])
 
 
 def _run_mode(report, mode, device, cells, longest, arguments) -> None:

@@ -32,8 +32,8 @@ def refused(*arguments) -> str:
     return complaint
 
 
-def interrupted(arguments, wait):
-    """Exit code, stdout and stderr of a process that gets Ctrl-C after `wait(process)`."""
+def interrupted(arguments, wait, number=signal.SIGINT):
+    """Exit code, stdout and stderr of a process that gets Ctrl-C, or another signal, after `wait(process)`."""
     process = subprocess.Popen(
         [sys.executable, "-m", "nm_act", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -44,7 +44,7 @@ def interrupted(arguments, wait):
     )
     try:
         wait(process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()

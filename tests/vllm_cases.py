@@ -76,7 +76,7 @@ def e4m3(folder, other, recipe, expected) -> None:
     with mock.patch.object(logging.getLogger("vllm.nm_act"), "handle", records.append):
         model = _vllm_model(folder, torch.float32, hf_overrides=override)
     if dist.get_rank() == 0:
-        assert f"; {expected} of them have e4m3 weights" in records[0].getMessage()
+        assert f"; {expected} of the layers have e4m3 weights" in records[0].getMessage()
     addresses = _addresses(model)
     for name, layer, parts, inputs in _layers_before_and_after_a_reload(model, folder, other):
         for tokens in (1, 18):
@@ -193,7 +193,7 @@ def _compare_all(folder, model, whole, inputs) -> None:
 def loading_says(sparse, dense, uncalibrated) -> None:
     """One line about what is sparse; one sentence for a checkpoint whose mitigations were never calibrated."""
     expected = {
-        sparse: (logging.INFO, "nm_act: 4 linear layers are sparse, 4 are dense"),
+        sparse: (logging.INFO, "nm_act: 7 projections are sparse, 7 are dense, in 8 linear layers"),
         dense: (
             logging.WARNING,
             "got 8 others (such as model.layers.0.self_attn.qkv_proj), so the model is served dense",

@@ -152,6 +152,7 @@ class RowParallelLinear(LinearBase):
 _MODULES = {
     "vllm": {"__version__": "stand-in", "_custom_ops": SimpleNamespace()},
     "vllm.distributed": {
+        "get_pp_group": lambda: SimpleNamespace(world_size=1),
         "get_tensor_model_parallel_rank": lambda: 0,
         "get_tensor_model_parallel_world_size": lambda: 1,
         "tensor_model_parallel_all_gather": lambda tensor, dim=-1: tensor,

@@ -1,9 +1,12 @@
 """Install packages only if one of the named modules is missing: ensure.py [--optional] MODULE... -- PIP_ARGUMENT...
 
+The environment variable ENSURE_HINT is what to do if pip fails: a sentence, printed after pip's own words.
+
 Nothing is fetched when all modules are there, so that the make targets run offline in a complete environment.
 """
 
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -20,6 +23,8 @@ def main(arguments: list[str]) -> int:
     if code and optional:
         print(f"{', '.join(missing)} could not be installed: the tests that need it will be skipped", file=sys.stderr)
         return 0
+    if code and os.environ.get("ENSURE_HINT"):
+        print(f"{', '.join(missing)} could not be installed: {os.environ['ENSURE_HINT']}", file=sys.stderr)
     return code
 
 

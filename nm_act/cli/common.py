@@ -27,16 +27,23 @@ _interrupts: list[int] = []
 
 
 def remember_interrupts() -> None:
-    """Record every Ctrl-C for `note` and `reports_errors`.
+    """Record every Ctrl-C, and take SIGTERM for one, for `note` and `reports_errors`.
 
     During an import a library may take a KeyboardInterrupt for a missing requirement, and in clean-up callbacks Python
     itself drops it with a traceback.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    process = os.getpid()
 
-        def interrupt(number: int, frame: Any) -> None:
-            _interrupts.append(number)
-            raise KeyboardInterrupt
+    def interrupt(number: int, frame: Any) -> None:
+        if number == signal.SIGTERM and os.getpid() != process:  # the end of a worker that was forked, by its pool
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        _interrupts.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
 
         def unraisable(dropped: Any) -> None:
             if not issubclass(dropped.exc_type, KeyboardInterrupt):

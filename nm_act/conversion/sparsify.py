@@ -223,7 +223,7 @@ def _checked(model: nn.Module, recipe: Recipe) -> tuple[Candidates, dict[str, "_
         raise ValueError(f"expected a dense model, got one where {sparse} is sparse already; reload the dense model")
     parallel.refuse_sharded((name, module.weight) for name, module in candidates if isinstance(module, nn.Linear))
     places = {name: _place(name, prefix) for name, _ in candidates}
-    _check_names(recipe, [place for place in places.values() if place is not None])
+    check_names(recipe, {(place.layer, place.projection) for place in places.values() if place is not None})
     decided = {name: _decide(model, name, module, places[name], recipe) for name, module in candidates}
     _check_effect(recipe, places, decided)
     for name, module in candidates:
@@ -324,9 +324,9 @@ def _check_effect(
         )
 
 
-def _check_names(recipe: Recipe, places: list[_Place]) -> None:
-    layers = {place.layer for place in places}
-    projections = {place.projection for place in places}
+def check_names(recipe: Recipe, places: set[tuple[int, str]]) -> None:
+    """Raise a ValueError if a recipe names a layer or projection that is not among a model's (layer, projection)."""
+    layers, projections = {layer for layer, _ in places}, {projection for _, projection in places}
     named_layers = [*recipe.skip_layers, *(layer for rule in recipe.rules for layer in rule.layers or ())]
     unknown_layers = [layer for layer in named_layers if layer not in layers]
     if unknown_layers:

@@ -26,6 +26,7 @@ except ImportError as error:
 
 from vllm import _custom_ops
 from vllm.distributed import (
+    get_pp_group,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
@@ -73,8 +74,7 @@ class NMActVLLMConfig(QuantizationConfig):
         plan.check_servable(recipe)
         self.recipe = recipe
         self.storage = Storage() if storage is None else storage
-        self._sparse: list[str] = []
-        self._dense: list[str] = []
+        self._census = plan.Census()
         self._logged = False
 
     def __repr__(self) -> str:
@@ -114,9 +114,10 @@ class NMActVLLMConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         """The sparse method for a linear layer in the recipe, vLLM's dense one for any other; None elsewhere."""
         if not isinstance(layer, LinearBase):
+            self._census.add_other(prefix)
             return None
         specs = plan.specs_of(self.recipe, prefix, self.packed_modules_mapping, layer.input_size)
-        (self._sparse if specs else self._dense).append(prefix)
+        self._census.add(prefix, self.packed_modules_mapping, specs)
         if specs:
             return NMActLinearMethod(specs, self._log, self.storage)
         method = UnquantizedLinearMethod()
@@ -131,9 +132,19 @@ class NMActVLLMConfig(QuantizationConfig):
         return method
 
     def _log(self) -> None:
-        """Log once what is sparse, when the first layer has its weights and so all layers exist."""
-        if not self._logged and get_tensor_model_parallel_rank() == 0:
-            level, text = plan.loaded_sentence(len(self._sparse), len(self._dense), (self._dense or [""])[0])
+        """Log once what is sparse, when the first layer has its weights and so all layers exist.
+
+        Raises
+        ------
+        ValueError
+            If the recipe names a layer or projection that the model does not have.
+        """
+        if self._logged:
+            return
+        if get_pp_group().world_size == 1:  # else this process has a part of the layers
+            self._census.check(self.recipe)
+        if get_tensor_model_parallel_rank() == 0:
+            level, text = self._census.sentence()
             logging.getLogger("vllm.nm_act").log(level, text + self.storage.sentence())
         self._logged = True
 

@@ -136,7 +136,7 @@ class Storage:
         if self.prepack:
             text = f"; the second copies of prepack take {self.prepacked_bytes / 2**20:.1f} MiB a rank"
         if self.e4m3:
-            text, kept = f'; {self.e4m3} of them have e4m3 weights (fp8="{self.fp8}")', "stay in 16 bits"
+            text, kept = f'; {self.e4m3} of the layers have e4m3 weights (fp8="{self.fp8}")', "stay in 16 bits"
         if text and self.kept:
             name, why = self.kept[0]
             text += f", {len(self.kept)} {kept} ({name}: {why})"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..conversion.sparsify import check_names
 from ..methods import mitigations
 from ..methods.criteria import CRITERIA
 from ..recipe import DEFAULT_PROJECTIONS, LinearSpec, Recipe, Rule, in_state_space
@@ -25,6 +26,9 @@ _TEXT_STACKS = (
 """Words that lead to a text decoder's layers in vLLM's names; others may lead to a tower, projector or draft head."""
 
 _DECODER = re.compile(rf"(?:(?:{'|'.join(_TEXT_STACKS)})\.)+(\d+)\.(?:[a-zA-Z_]\w*\.)*([a-zA-Z_]\w*)")
+
+_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+"""Projections that a checkpoint's experts may have; vLLM fuses them, and they stay dense."""
 
 STORAGE_KEYS = ("prepack", "fp8")
 """What ``quantization_config`` may say to vLLM beside the recipe; Transformers does without."""
@@ -77,7 +81,7 @@ def check_dense(model: str, revision: str | None = None) -> None:
 
     config = stored("config.json")
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    entries = [part.get(key) for part in parts for key in ("quantization_config", "compression_config")]
+    entries = [part.get(key) for key in ("quantization_config", "compression_config") for part in parts]
     entries.append(stored("hf_quant_config.json"))  # of ModelOpt
     found = [entry for entry in entries if isinstance(entry, dict) and entry]
     methods = [each.get("quant_method") or each.get("quant_algo") or "an unnamed method" for each in found]
@@ -125,22 +129,62 @@ def specs_of(
     return specs if any(spec for _, spec in specs) else []
 
 
-def loaded_sentence(sparse: int, dense: int, example: str) -> tuple[int, str]:
-    """Level and text of the message after loading: how many linear layers are sparse.
+@dataclass
+class Census:
+    """The layers of a model, as vLLM creates them.
 
-    Parameters
+    Attributes
     ----------
+    layers : int
+        Linear layers, merged ones counted once.
     sparse, dense : int
-        Linear layers of each kind, merged ones counted once.
+        Their projections of each kind.
     example : str
         Name of a dense layer.
+    places : set of (int, str)
+        Decoder layer and name of every projection, those in fused experts included.
     """
-    if sparse:
-        return logging.INFO, f"nm_act: {sparse} linear layers are sparse, {dense} are dense"
-    return logging.WARNING, (
-        f"nm_act expected linear layers that the checkpoint's recipe names, got {dense} others (such as {example}), so "
-        "the model is served dense; serve it with Transformers, or report its architecture"
-    )
+
+    layers: int = 0
+    sparse: int = 0
+    dense: int = 0
+    example: str = ""
+    places: set[tuple[int, str]] = field(default_factory=set)
+
+    def add(self, prefix: str, packed: dict[str, list[str]], specs: Sequence[tuple[str, LinearSpec | None]]) -> None:
+        """Count a linear layer, with what :func:`specs_of` says of it."""
+        last = prefix.rpartition(".")[2]
+        parts = packed.get(last, [last])
+        sparse = sum(spec is not None for _, spec in specs)
+        self.layers += 1
+        self.sparse += sparse
+        self.dense += len(parts) - sparse
+        self.example = self.example or ("" if specs else prefix)
+        where = place(prefix)
+        if where is not None:
+            self.places.update((where[0], part) for part in parts)
+
+    def add_other(self, prefix: str) -> None:
+        """Take the names in a layer of another class, of which a mixture's experts have some."""
+        where = place(prefix)
+        if where is not None and where[1] == "experts":
+            self.places.update((where[0], name) for name in ("experts", *_EXPERTS))
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise the ValueError of :func:`nm_act.sparsify` if a recipe names what the model does not have."""
+        if self.places:
+            check_names(recipe, self.places)
+
+    def sentence(self) -> tuple[int, str]:
+        """Level and text of the message after loading."""
+        if self.sparse:
+            return logging.INFO, (
+                f"nm_act: {self.sparse} projections are sparse, {self.dense} are dense, in {self.layers} linear layers"
+            )
+        return logging.WARNING, (
+            f"nm_act expected linear layers that the checkpoint's recipe names, got {self.layers} others (such as "
+            f"{self.example}), so the model is served dense; serve it with Transformers, or report its architecture"
+        )
 
 
 @dataclass(frozen=True)

@@ -42,14 +42,19 @@ def guard_reloads() -> None:
             new = undo_reload()
             if new is None:
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise RuntimeError(
-                f"expected the weights of the model that is served, got others ({reason}); {new} layers have new "
-                "weights and all others their old ones, so reload a whole checkpoint of this model"
+                f"expected the weights of the model that is served, got others ({_reason(error)}); {new} layers have "
+                "new weights and all others their old ones, so reload a whole checkpoint of this model"
             ) from error
 
     reload_weights.nm_act = True  # type: ignore[attr-defined]
     worker.reload_weights = reload_weights
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error; vLLM's next ones may list all of a model's parameters."""
+    text = " ".join(str(error).split()).partition(". ")[0]
+    return text or ("of other sizes" if isinstance(error, AssertionError) else type(error).__name__)
 
 
 def undo_reload() -> int | None:

@@ -24,11 +24,12 @@ FEW_TOKENS = _C.FEW_TOKENS
 """Most tokens whose weight rows are worth skipping in e4m3."""
 
 
-MOST_ROWS = 0.87
-"""Largest expected share of a weight's rows that the tokens of a call need between them, for which skipping the others
-pays over a dense e4m3 product of the other copy: two tokens of a 50 % pattern, not three. On an H100, the four products
-of a Llama-3-8B layer (8:16) took 53 us for one token, 80 for two (every row: 96) and 109 for three, and dense e4m3 ones
-95, 96 and 97 (benchmarks/results/h100/few_tokens.csv)."""
+SKIPPING_TOKENS, MOST_ROWS = 2, 0.55
+"""Where the gather kernel beats a dense e4m3 product of the other copy: for so many tokens with any pattern, and for
+more whose tokens are expected to need so small a share of the rows between them. On an H100, the four products of a
+Llama-3-8B layer with 8:16 took 53, 80, 109 and 118 us for one to four tokens, with every row 91, 96, 114 and 115, and
+dense e4m3 ones, whose operand is pruned before, 95 to 97 (benchmarks/results/h100/few_tokens.csv); the share is
+interpolated for three tokens."""
 
 
 def check_layout(layout: object) -> None:
@@ -129,9 +130,10 @@ def reads_rows(
 
 
 def skipping_tokens(pattern: NMPattern) -> int:
-    """Most tokens of a pattern for which row skipping pays where the [out, in] copy is there too (`MOST_ROWS`)."""
+    """Most tokens of a pattern for which row skipping pays where the [out, in] copy is there too."""
     dropped = 1 - pattern.kept_fraction
-    return len([tokens for tokens in range(1, FEW_TOKENS + 1) if 1 - dropped**tokens <= MOST_ROWS])
+    few = [tokens for tokens in range(1, FEW_TOKENS + 1) if 1 - dropped**tokens <= MOST_ROWS]
+    return max(SKIPPING_TOKENS, len(few))
 
 
 torch.library.define(

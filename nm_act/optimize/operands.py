@@ -2,8 +2,8 @@
 
 Each call of a layer takes one of these ways:
 
-``decode``  one to four tokens (with both e4m3 copies as many as leave a tenth of the rows unread): one kernel from the
-            norm (or gate and up) to the output, residual included
+``decode``  one to four tokens (with both e4m3 copies as many as row skipping pays for): one kernel from the norm (or
+            gate and up) to the output, residual included
 ``packed``  2:4 on the sparse tensor cores: the producer writes the packed operand
 ``pruned``  any other N:M, or too few tokens: the producer writes the pruned activation for a dense product
 ``""``      none: the producer, the selection and the product run one after another

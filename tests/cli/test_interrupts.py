@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,8 +14,9 @@ from nm_act.cli import common
 from nm_act.lab import output
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_interrupted_ppl_writes_nothing(folder, tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_ppl_writes_nothing(folder, tmp_path, number):
     long, out = tmp_path / "long.txt", tmp_path / "out"
     long.write_text(tiny_model.TEXT * 100)
     out.mkdir()
@@ -22,7 +25,7 @@ def test_interrupted_ppl_writes_nothing(folder, tmp_path):
         assert [process.stderr.readline(), process.stderr.readline()][1] == "perplexity, dense\n"
 
     arguments = ["ppl", folder, "--text", long, "--window", "4", "--out", out / "r.json"]
-    assert interrupted(arguments, measured) == (130, "", "interrupted; no result was written\n")
+    assert interrupted(arguments, measured, number) == (130, "", "interrupted; no result was written\n")
     assert list(out.iterdir()) == []
 
 
@@ -45,6 +48,23 @@ def test_interrupted_during_imports(folder, text, seconds):
     assert code in (130, -signal.SIGINT)  # a shell shows both as 130
     assert stdout == ""
     assert stderr.endswith("interrupted; no result was written\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_sigterm_ends_forked_workers_quietly(tmp_path):
+    """A pool stops its workers by SIGTERM, which a program of `nm-act run` has as by itself."""
+    program = tmp_path / "program.py"
+    program.write_text("import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)")
+    forks = (
+        "import multiprocessing, time; from nm_act.cli.common import remember_interrupts; remember_interrupts()\n"
+        "receive, send = multiprocessing.Pipe()\n"
+        "work = lambda: (send.send(1), time.sleep(60))\n"
+        "worker = multiprocessing.get_context('fork').Process(target=work)\n"
+        "worker.start(); receive.recv(); worker.terminate(); worker.join(); print(worker.exitcode)\n"
+    )
+    for arguments, told in ((["-m", "nm_act", "run", program], "True\n"), (["-c", forks], "-15\n")):
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+        assert (done.stdout, done.stderr) == (told, "")
 
 
 @pytest.mark.parametrize(

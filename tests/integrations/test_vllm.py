@@ -92,12 +92,57 @@ def test_segments_with_data():
     assert _spans([spec, spec], [8, 8], data=[data[0], data[1] | {"shift": two}]) == [(0, 8, spec), (8, 16, spec)]
 
 
+def _census(recipe, *prefixes):
+    found = plan.Census()
+    for prefix in prefixes:
+        found.add(prefix, LLAMA, plan.specs_of(recipe, prefix, LLAMA, 64))
+    return found
+
+
+BLOCK = [f"model.layers.0.{name}" for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj")]
+
+
 def test_what_is_said_after_loading():
-    level, text = plan.loaded_sentence(8, 2, "visual.proj")
-    assert (level, text) == (logging.INFO, "nm_act: 8 linear layers are sparse, 2 are dense")
-    level, text = plan.loaded_sentence(0, 2, "visual.proj")
+    """Of a merged layer each projection counts."""
+    recipe = Recipe("8:16", rules=[Rule(projections=["up_proj"], pattern="dense")])
+    assert _census(recipe, *BLOCK, "visual.proj").sentence() == (
+        logging.INFO,
+        "nm_act: 5 projections are sparse, 2 are dense, in 4 linear layers",
+    )
+    level, text = _census(recipe, "visual.proj", "visual.out").sentence()
     assert level == logging.WARNING
     assert "got 2 others (such as visual.proj), so the model is served dense" in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"projections": ["gate_proj", "up_porj"]},
+            r"projections that the model has \(gate_proj, .*, v_proj\), got 'up_porj'",
+        ),
+        ({"projections": ["q_proj", "gate_up_proj"]}, r"projections .* got 'gate_up_proj'; correct the recipe"),
+        ({"skip_layers": [99]}, r"layers that the model has \(layers 0 to 0\), got 99; correct the recipe"),
+        ({"rules": [Rule(layers=[1], pattern="dense")]}, "layers that the model has .* got 1; correct the recipe"),
+    ],
+    ids=["typo", "merged", "skipped layer", "layer of a rule"],
+)
+def test_names_that_the_model_does_not_have(fields, sentence):
+    recipe = Recipe("8:16", **fields)
+    with pytest.raises(ValueError, match="expected " + sentence):
+        _census(recipe, *BLOCK).check(recipe)
+
+
+def test_names_that_are_not_known():
+    """Those in a mixture's experts, and all names of a model whose layers are not found."""
+    recipe = Recipe("8:16", projections=["q_proj", "w1"])
+    found = _census(recipe, *BLOCK)
+    found.add_other("model.layers.0.self_attn.attn")
+    with pytest.raises(ValueError, match="got 'w1'"):
+        found.check(recipe)
+    found.add_other("model.layers.0.mlp.experts")
+    found.check(recipe)
+    _census(recipe, "visual.proj").check(recipe)
 
 
 def test_what_a_server_cannot_follow():

@@ -155,7 +155,7 @@ def server(models):
 
 
 def test_a_dense_checkpoint_is_served_sparse(server, models):
-    assert "nm_act: 8 linear layers are sparse, 0 are dense" in server.log.read_text()
+    assert "nm_act: 14 projections are sparse, 0 are dense, in 8 linear layers" in server.log.read_text()
     assert server.tokens(PROMPT) == models["first"][1]
 
 
@@ -184,23 +184,30 @@ def test_eight_requests_at_once(server):
 
 
 def test_reload(server, models):
-    """New weights of the same architecture, as training with vLLM in the loop does it; then the old ones."""
+    """New weights of the same architecture, as training with vLLM in the loop does it; then the old ones.
+
+    A reload without a path reads the last one again.
+    """
     for name in ("second", "first"):
         folder, tokens = models[name]
-        server.post("collective_rpc", method="reload_weights", kwargs={"weights_path": str(folder)})
-        server.post("reset_prefix_cache")
-        assert server.tokens(PROMPT) == tokens
+        for arguments in ({"weights_path": str(folder)}, {}):
+            server.post("collective_rpc", method="reload_weights", kwargs=arguments)
+            server.post("reset_prefix_cache")
+            assert server.tokens(PROMPT) == tokens
 
 
 def test_what_is_refused_leaves_a_server_that_answers(server, models, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    folder, tokens = models["second"]
+    server.post("collective_rpc", method="reload_weights", kwargs={"weights_path": str(folder)})
+    server.post("reset_prefix_cache")
     LlamaForCausalLM(LlamaConfig(**tp_cases.SIZES | {"hidden_size": 64})).save_pretrained(other := tmp_path / "other")
     told = server.refusal("collective_rpc", method="reload_weights", kwargs={"weights_path": str(other)})
-    assert "expected the weights of the model that is served, got others (" in told
+    assert "expected the weights of the model that is served, got others (of other sizes)" in told
     assert "0 layers have new weights and all others their old ones" in told
-    assert server.tokens(PROMPT) == models["first"][1]
+    assert server.tokens(PROMPT) == tokens
     server.refusal("v1/completions", model="tiny", prompt=[1] * 100, max_tokens=8)
-    assert server.tokens(PROMPT) == models["first"][1]
-    server.post("collective_rpc", method="reload_weights")  # of the model that it was started with
-    assert server.tokens(PROMPT) == models["first"][1]
+    assert server.tokens(PROMPT) == tokens
+    server.post("collective_rpc", method="reload_weights")  # the last path that was not refused
+    assert server.tokens(PROMPT) == tokens

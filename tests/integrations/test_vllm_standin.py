@@ -1,5 +1,6 @@
 """The plug-in's layers over a stand-in for vLLM: e4m3 weights, what is refused, reload; and the stand-in itself."""
 
+import contextlib
 import inspect
 import json
 import sys
@@ -92,7 +93,7 @@ def test_dense_projections_of_a_merged_layer_stay_in_16_bits(plugin):
     gate, up = vllm_standin.weights(layer, 0)
     assert torch.equal(layer(x)[:, FEATURES:], x @ up.t())
     assert not torch.equal(layer(x)[:, :FEATURES], nm_act.sparse_linear(x, gate, None, "8:16"))
-    assert config.storage.sentence() == '; 3 of them have e4m3 weights (fp8="decode")'
+    assert config.storage.sentence() == '; 3 of the layers have e4m3 weights (fp8="decode")'
 
 
 def _prepacked_copies(layer):
@@ -180,11 +181,44 @@ def test_a_worker_without_reloads_is_left_as_it_is(plugin, monkeypatch):
     assert not hasattr(worker.Worker, "reload_weights")
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError(), "of other sizes"),
+        (
+            ValueError("There is no module or parameter named 'layers.2'\nin LlamaModel. The available parameters are: {'a'}"),
+            "There is no module or parameter named 'layers.2' in LlamaModel",
+        ),
+        (RuntimeError("expected calibrated data for q_proj in model.layers.0, got no shift; load a"), "expected calibrated data for q_proj in model.layers.0, got no shift; load a"),
+        (KeyError(), "KeyError"),
+    ],
+    ids=["sizes", "names", "ours", "empty"],
+)  # fmt: skip
+def test_a_reload_that_fails_is_one_short_sentence(plugin, monkeypatch, error, reason):
+    from nm_act.integrations import vllm_reload
+
+    def fail(self):
+        raise error
+
+    worker = type("Worker", (), {"reload_weights": fail})
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", types.SimpleNamespace(Worker=worker))
+    monkeypatch.setattr(vllm_reload, "undo_reload", lambda: 3)
+    vllm_reload.guard_reloads()
+    served = worker()
+    served.vllm_config = types.SimpleNamespace(model_config=types.SimpleNamespace(model="a", revision=None))
+    with pytest.raises(RuntimeError) as caught:
+        served.reload_weights()
+    assert str(caught.value) == (
+        f"expected the weights of the model that is served, got others ({reason}); 3 layers have new weights and all "
+        "others their old ones, so reload a whole checkpoint of this model"
+    )
+
+
 def test_what_cannot_be_e4m3_stays_in_16_bits_and_is_said(plugin):
     rules = [nm_act.Rule(projections=["down_proj"], mitigation=["spts"])]
     config, _ = served(plugin, Recipe("8:16", rules=rules), fp8="decode")
     assert config.storage.sentence() == (
-        '; 2 of them have e4m3 weights (fp8="decode"), 1 stay in 16 bits (model.layers.0.mlp.down_proj: '
+        '; 2 of the layers have e4m3 weights (fp8="decode"), 1 stay in 16 bits (model.layers.0.mlp.down_proj: '
         f"{LinearSpec('8:16', mitigation=['spts'])})"
     )
     config, layers = served(plugin, Recipe("8:16", mitigation=["spts"]), fp8="decode")
@@ -208,6 +242,17 @@ def test_what_cannot_be_e4m3_stays_in_16_bits_and_is_said(plugin):
 def test_what_is_refused(plugin, fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         plugin.NMActVLLMConfig.from_config({"recipe": Recipe("8:16").to_dict(), **fields})
+
+
+@pytest.mark.parametrize(("ranks", "refused"), [(1, True), (2, False)], ids=["whole model", "pipeline parallel"])
+def test_a_recipe_that_names_what_the_model_does_not_have(plugin, monkeypatch, ranks, refused):
+    """Known once the model is built; a rank of a pipeline has some of the layers only."""
+    monkeypatch.setattr(plugin, "get_pp_group", lambda: types.SimpleNamespace(world_size=ranks))
+    _, layers = served(plugin, Recipe("8:16", skip_layers=[99]))
+    layer = layers["down_proj"]
+    refusal = pytest.raises(ValueError, match=r"expected layers that the model has \(layers 0 to 0\), got 99; correct")
+    with refusal if refused else contextlib.nullcontext():
+        layer.load(vllm_standin.weights(layer, 0))
 
 
 @pytest.mark.parametrize("place", [["quantization_config"], ["text_config", "quantization_config"]], ids="/".join)

