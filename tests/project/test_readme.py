@@ -67,7 +67,7 @@ MODULES = [
     module.name
     for module in pkgutil.walk_packages(nm_act.__path__, "nm_act.")
     if not module.name.endswith(("._C", ".__main__", ".libnm_act_kernels"))
-    and (importlib.util.find_spec("vllm") or module.name != "nm_act.integrations.vllm_linear")  # imports vLLM
+    and (importlib.util.find_spec("vllm") or not module.name.endswith((".vllm_linear", ".vllm_reload")))  # import vLLM
 ]
 
 
