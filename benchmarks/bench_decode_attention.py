@@ -21,19 +21,8 @@ from nm_act.ops import fused
 
 COLUMNS = (
     *("bench", "device", "variant", "dtype", "model", "q_heads", "k_heads", "head_dim", "sequences", "tokens"),
-    *(
-        "us_p20",
-        "us_p50",
-        "us_p80",
-        "baseline",
-        "baseline_us_p50",
-        "speedup",
-        "gbps",
-        "torch",
-        "cuda",
-        "commit",
-        "date",
-    ),
+    *("us_p20", "us_p50", "us_p80", "baseline", "baseline_us_p50", "speedup", "gbps"),
+    *("torch", "cuda", "commit", "date"),
 )
 LAYOUTS = {"llama-3-8b": (32, 8, 128), "qwen2.5-7b": (28, 4, 128), "gemma-3-4b": (8, 4, 256)}
 """Query heads, key heads and their features, by model."""

@@ -15,14 +15,12 @@ from collections.abc import Sequence
 
 import torch
 from gpu_timer import copies_for, interleaved, require_kernels
+from shapes import LLAMA_3_8B
 from timer import COLUMNS, Rows, percentiles
 
 import nm_act
 from nm_act.ops.e4m3 import E4M3, FEW_TOKENS, quantise_rows
 from nm_act.ops.packed import compress_packed, sparse_gemm
-
-SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-"""The products of a Llama-3-8B layer."""
 
 
 def calls(tokens: int, out_features: int, in_features: int) -> dict[str, list]:
@@ -65,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = Rows(arguments.csv, COLUMNS, bench="few_tokens", device=device, dtype="e4m3")
     sums: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for tokens in arguments.tokens:
-        for out_features, in_features in SHAPES:
+        for out_features, in_features in LLAMA_3_8B.values():
             times = interleaved(calls(tokens, out_features, in_features), arguments.seconds)
             for name, each in times.items():
                 pattern = {"gather dense": "", "sparse": "2:4"}.get(name, "8:16")

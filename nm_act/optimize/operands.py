@@ -252,19 +252,22 @@ def _decode(linear: nn.Module, x: Tensor, **around) -> Tensor:
 def _decode_options(linear: nn.Module, x: Tensor) -> tuple[tuple, dict[str, Tensor | None]]:
     """The weight, bias and pattern of a layer's decode step, and its vectors by name."""
     options = {"channel_scale": _derived(linear)["channel_scale"]}
-    weight = parameter_of(linear, "weight") if not isinstance(linear, FP8Linear) else linear.e4m3_rows
     if isinstance(linear, FP8Linear):
         options["weight_scale"] = linear.weight_scale
-    return (weight, parameter_of(linear, "bias"), linear.spec.pattern_in(is_decode(x))), options
+    return (_rows(linear), parameter_of(linear, "bias"), linear.spec.pattern_in(is_decode(x))), options
+
+
+def _rows(linear: nn.Module) -> Tensor | None:
+    """The weight that the gather kernel reads, stored [in, out]; None for e4m3 weights without that copy."""
+    return linear.e4m3_rows if isinstance(linear, FP8Linear) else parameter_of(linear, "weight")
 
 
 def _gathers(linear: nn.Module, tokens: int, pattern: NMPattern, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the gather kernel serves these tokens, as the operator itself would choose."""
-    fp8 = isinstance(linear, FP8Linear)
-    weight = linear.e4m3_rows if fp8 else parameter_of(linear, "weight")
+    weight = _rows(linear)
     if weight is None or pattern.extra_columns:
         return False
-    if fp8 and linear.codes is not None and tokens > skipping_tokens(pattern):
+    if isinstance(linear, FP8Linear) and linear.codes is not None and tokens > skipping_tokens(pattern):
         return False
     return gathers(tokens, pattern, dtype, device, weight)
 

@@ -278,12 +278,6 @@ def test_decode_in_one_kernel(tokens, pattern, kind):
             assert relative_error(y, separate(normed)) < CLOSE
 
 
-def rotated(x, cos, sin):
-    """Transformers' embedding of heads [batch, tokens, heads, dim]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, :, None] + torch.cat((-second, first), dim=-1) * sin[:, :, None]
-
-
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("q_heads", "k_heads", "dim"), [(32, 8, 128), (3, 1, 64), (7, 2, 80), (8, 4, 256)])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (2, 37), (1, 600)])
@@ -296,8 +290,8 @@ def test_rotary(dtype, q_heads, k_heads, dim, batch, tokens):
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         poison()
         q_out, k_out = fused.rotary(q, k, cos, sin)
-        assert torch.equal(q_out, rotated(q, cos, sin))
-        assert torch.equal(k_out, rotated(k, cos, sin))
+        assert torch.equal(q_out, reference._rotated(q, cos, sin))
+        assert torch.equal(k_out, reference._rotated(k, cos, sin))
         before = 5
         keys, values = (
             torch.full((batch, k_heads, tokens + 9, dim), 7.0, device="cuda", dtype=dtype) for _ in range(2)
@@ -331,7 +325,7 @@ def test_norms_of_heads_before_the_embedding(dtype, unit_offset, q_heads, k_head
     for one, other in zip(actual, expected, strict=True):
         assert relative_error(one, other) < 2e-3
     only = fused.rotary(q, k, cos, sin, k_norm=weights[1], eps=1e-6, unit_offset=unit_offset)
-    assert torch.equal(only[0], rotated(q, cos, sin))
+    assert torch.equal(only[0], reference._rotated(q, cos, sin))
     assert torch.equal(only[1], actual[1])
     keys, values = (torch.zeros(batch, k_heads, tokens + 3, dim, device="cuda", dtype=dtype) for _ in range(2))
     lengths = torch.full((batch,), tokens + 1, dtype=torch.int32, device="cuda")
@@ -384,7 +378,7 @@ def test_lengths_out_of_range_in_a_prompt():
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
     caches = torch.full((2, 3, 2, 8, 64), 7.0, device="cuda", dtype=torch.bfloat16)
     fused.rotary_cache(q, k, v, cos, sin, *caches, torch.tensor([3, 10, -(2**31)], dtype=torch.int32, device="cuda"))
-    for cache, new in zip(caches, (rotated(k, cos, sin), v), strict=True):
+    for cache, new in zip(caches, (reference._rotated(k, cos, sin), v), strict=True):
         new = new.transpose(1, 2)
         assert torch.equal(cache[0, :, :3], new[0, :, 2:])
         assert torch.equal(cache[1, :, 5:], new[1, :, :3])
