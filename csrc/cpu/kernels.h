@@ -78,7 +78,7 @@ struct GemmParams {
 
 // A range of columns of a finished product. All pointers except the epilogue's point to the first of these columns.
 struct EpilogueParams {
-  const float* product;  // [tokens, columns], rows product_stride apart
+  const float* product;  // [tokens, columns], rows product_stride apart; null: y is the product
   void* y;               // [tokens, columns], dtype, rows y_stride apart
   int64_t product_stride;
   int64_t y_stride;

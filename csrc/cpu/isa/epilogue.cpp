@@ -9,8 +9,13 @@ namespace {
 template <class T>
 void apply(const EpilogueParams& p, int64_t token_begin, int64_t token_end) {
   for (int64_t token = token_begin; token < token_end; ++token) {
-    const float* product = p.product + token * p.product_stride;
     T* row = static_cast<T*>(p.y) + token * p.y_stride;
+    if (p.product == nullptr) {
+      for (int64_t column = 0; column < p.columns; ++column)
+        row[column] = finish<T>(to_float(row[column]), p.epilogue, token, p.column_begin + column);
+      continue;
+    }
+    const float* product = p.product + token * p.product_stride;
     for (int64_t column = 0; column < p.columns; ++column)
       row[column] = finish<T>(product[column], p.epilogue, token, p.column_begin + column);
   }

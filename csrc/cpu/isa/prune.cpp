@@ -60,17 +60,24 @@ float variance_ratio(const float* z, const uint32_t* mask, int64_t n) {
   const Doubles origin = Doubles{} + double(z[0]);
   const Masks lane_bit = {1, 2, 4, 8, 16, 32, 64, 128};
   Doubles all{}, all2{}, kept{}, kept2{};
-  for (int64_t k = 0; k < n; k += kSums) {
-    const int64_t count = std::min<int64_t>(kSums, n - k);
-    Floats features = Floats{} + z[0];
-    std::memcpy(&features, z + k, count * sizeof(float));
-    const int64_t bits = mask[k / 32] >> (k % 32) & ((1 << count) - 1);
+  const auto add = [&](const Floats& features, int64_t bits) {
     const Doubles value = __builtin_convertvector(features, Doubles), difference = value - origin;
     const Doubles p = (Doubles)((Masks)value & ((lane_bit & bits) != 0));
     all += difference;
     all2 += difference * difference;
     kept += p;
     kept2 += p * p;
+  };
+  int64_t k = 0;
+  for (; k + kSums <= n; k += kSums) {
+    Floats features;
+    std::memcpy(&features, z + k, sizeof(features));  // of a constant size: no call
+    add(features, mask[k / 32] >> (k % 32));
+  }
+  if (k < n) {  // missing features are as the origin, and did not survive
+    Floats features = Floats{} + z[0];
+    std::memcpy(&features, z + k, (n - k) * sizeof(float));
+    add(features, mask[k / 32] >> (k % 32) & ((1 << (n - k)) - 1));
   }
   const auto total = [](const Doubles& sums) {
     double result = 0;

@@ -16,14 +16,25 @@
 
 namespace nm_act::cpu_ops {
 
+namespace {
+
+void run(const cpu::EpilogueParams& p, int64_t tokens) {
+  at::parallel_for(0, tokens, 1 + 16384 / p.columns,
+                   [&](int64_t begin, int64_t end) { cpu::cpu_kernels().epilogue(p, begin, end); });
+}
+
+// Writes the columns of y from `column` on.
 void apply_epilogue(const at::Tensor& product, const cpu::Epilogue& epilogue, ElementType dtype, int64_t column,
                     const at::Tensor& y) {
   const int64_t columns = product.size(1);
   void* const out = static_cast<char*>(y.mutable_data_ptr()) + column * y.element_size();
-  const cpu::EpilogueParams p{
-      product.const_data_ptr<float>(), out, columns, y.stride(0), column, columns, dtype, epilogue};
-  at::parallel_for(0, y.size(0), 1 + 16384 / columns,
-                   [&](int64_t begin, int64_t end) { cpu::cpu_kernels().epilogue(p, begin, end); });
+  run({product.const_data_ptr<float>(), out, columns, y.stride(0), column, columns, dtype, epilogue}, y.size(0));
+}
+
+}  // namespace
+
+void apply_epilogue(const cpu::Epilogue& epilogue, ElementType dtype, const at::Tensor& y) {
+  run({nullptr, y.mutable_data_ptr(), 0, y.stride(0), 0, y.size(1), dtype, epilogue}, y.size(0));
 }
 
 at::Tensor prepacked_product(const at::Tensor& operand, const at::Tensor& prepacked, const OptionalTensor& bias) {

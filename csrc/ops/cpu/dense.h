@@ -23,9 +23,9 @@ void dense_columns(const at::Tensor& operand, const at::Tensor& weight, const cp
 // The same for a few tokens and a weight stored [out, in], in float32 throughout and rounded once.
 void dense_rows(const at::Tensor& operand, const at::Tensor& weight, const cpu::Epilogue& epilogue, ElementType dtype,
                 const at::Tensor& y);
-// y [tokens, out], columns from `column` on = epilogue(product), a contiguous float32 [tokens, columns].
-void apply_epilogue(const at::Tensor& product, const cpu::Epilogue& epilogue, ElementType dtype, int64_t column,
-                    const at::Tensor& y);
+
+// y [tokens, out] = epilogue(y), rounded again to `dtype`.
+void apply_epilogue(const cpu::Epilogue& epilogue, ElementType dtype, const at::Tensor& y);
 
 // operand [tokens, in] @ weight [out, in]^T + bias by oneDNN, given the weight in its layout.
 at::Tensor prepacked_product(const at::Tensor& operand, const at::Tensor& prepacked, const OptionalTensor& bias);

@@ -151,7 +151,7 @@ at::Tensor pruned_product(const char* op, const at::Tensor& prepacked, const at:
       y = prepacked_product(operand, prepacked, added);
     else
       vllm_product(operand, prepacked, added, y);
-    if (scales) apply_epilogue(y.to(at::kFloat), epilogue, type, 0, y);
+    if (scales) apply_epilogue(epilogue, type, y);
   } else if (tokens <= cpu::most_gathered_tokens(type == ElementType::kFloat32) && weight.stride(1) == 1) {
     dense_rows(operand, weight, epilogue, selection.type, y);
   } else if (stored_in_out(weight) && columns_pay(type, tokens) && !(scales && type == ElementType::kBFloat16)) {
