@@ -58,6 +58,15 @@ const CpuKernels& cpu_kernels() {
   return kernels;
 }
 
+bool has_amx() {
+#ifdef NM_ACT_X86
+  static const bool found = (__builtin_cpu_init(), __builtin_cpu_supports("amx-bf16") != 0);
+  return found;
+#else
+  return false;
+#endif
+}
+
 const char* compiled_isas() {
 #ifdef NM_ACT_X86
   return "avx512_bf16,avx512,avx2,generic";

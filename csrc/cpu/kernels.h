@@ -110,6 +110,9 @@ struct CpuKernels {
 // NM_ACT_CPU_ISA names. Throws std::invalid_argument if that name is not compiled or not supported by this processor.
 const CpuKernels& cpu_kernels();
 
+// Whether this processor multiplies bfloat16 in tiles (AMX), which oneDNN uses and these kernels do not.
+bool has_amx();
+
 // Names of the compiled instruction sets, widest first, separated by commas.
 const char* compiled_isas();
 
