@@ -151,9 +151,7 @@ def measure(report: Report, mode: Mode, model, device: Device, batch: int, promp
     """All metrics of one model, batch and prompt length."""
     device.forget_peak()
     decoder = nm_act.StaticDecoder(model, batch=batch, max_tokens=prompt + arguments.decode + 1)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, prompt), generator=generator)
-    ids = ids.to(device.torch)
+    ids = random_ids(model, batch, prompt, device.torch)
     if device.cuda and batch * prompt <= GRAPH_TOKENS:
         decoder.capture_prefill(prompt)
     decoder.prefill(ids)  # the first of a shape compiles and plans
@@ -163,7 +161,7 @@ def measure(report: Report, mode: Mode, model, device: Device, batch: int, promp
         report.add(mode, batch, prompt, metric, [1e3 * seconds for seconds in times])
     decoder.step()  # captures it, and uploads the graph
     steps = min(BLOCK, arguments.decode)
-    block = _decoding(decoder, prompt, steps)
+    block = decoding(decoder, prompt, steps)
     speeds = [steps * batch / device.seconds(block) for _ in range(max(1, arguments.decode // BLOCK))]
     report.add(mode, batch, prompt, "decode_tok_s", speeds)
     metrics = {"peak_gib": device.peak_gib()}
@@ -178,6 +176,13 @@ def measure(report: Report, mode: Mode, model, device: Device, batch: int, promp
 
         for row in rows_of(*profile(f"{mode.name}, {batch} x {prompt}", decoder, ids, device)):
             report.steps.append(mode=mode.name, batch=batch, prompt=prompt, source="bench_inference.py", **row)
+
+
+def random_ids(model, batch: int, prompt: int, device: torch.device) -> torch.Tensor:
+    """The same prompts for every mode: `[batch, prompt]`, int64."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, (batch, prompt), generator=generator).to(device)
 
 
 def after_idling(seconds_of: Callable[[], float], idle: float) -> list[float]:
@@ -200,7 +205,7 @@ def busy(seconds_of: Callable[[], float], seconds: float) -> list[float]:
     return times
 
 
-def _decoding(decoder: nm_act.StaticDecoder, prompt: int, steps: int) -> Callable[[], None]:
+def decoding(decoder: nm_act.StaticDecoder, prompt: int, steps: int) -> Callable[[], None]:
     """A function that decodes so many tokens a sequence, from behind the prompt again where the cache is full."""
 
     @torch.inference_mode()
@@ -306,7 +311,7 @@ def _run_mode(report, mode, device, cells, longest, arguments) -> None:
     try:
         # Before the first peak: kernels are compiled and tuned in buffers that are no part of a model's memory.
         with _confined(f"{mode.name}: no warm-up", report):
-            _warm_up(model, device)
+            warm_up(model, device)
         for batch, prompt in cells:
             with _confined(f"{mode.name} {batch} x {prompt}: left out", report):
                 measure(report, mode, model, device, batch, prompt, arguments)
@@ -314,7 +319,7 @@ def _run_mode(report, mode, device, cells, longest, arguments) -> None:
         undo()
 
 
-def _warm_up(model, device: Device) -> None:
+def warm_up(model, device: Device) -> None:
     decoder = nm_act.StaticDecoder(model, max_tokens=WARM_TOKENS + 2)
     decoder.prefill(torch.zeros(1, WARM_TOKENS, dtype=torch.long, device=device.torch))
     decoder.step()

@@ -62,10 +62,12 @@ BASELINES = {
 stored [in, out], without a selection: what a sparse decode step gains beyond that, it gains by skipping rows."""
 
 
-def parse_modes(names: list[str]) -> list[Mode]:
-    """Modes by name, baselines first, each once; those in fp8 are added where an fp8 mode is compared with them."""
+def parse_modes(names: list[str], add_baselines: bool = True) -> list[Mode]:
+    """Modes by name, each once; first the baselines, and where an fp8 mode is compared with them those in fp8."""
     modes = [_parse(name) for name in names]
     modes = list({mode.name: mode for mode in modes}.values())
+    if not add_baselines:
+        return modes
     fp8 = any(mode.fp8 for mode in modes)
     baselines = [mode for mode in BASELINES.values() if fp8 or not mode.fp8]
     return baselines + [mode for mode in modes if mode.recipe is not None]
