@@ -91,7 +91,7 @@ def test_dense_projections_of_a_merged_layer_stay_in_16_bits(plugin):
     layer, x = layers["gate_up_proj"], torch.randn(5, FEATURES)
     layer.load(vllm_standin.weights(layer, 0))
     gate, up = vllm_standin.weights(layer, 0)
-    assert torch.equal(layer(x)[:, FEATURES:], x @ up.t())
+    torch.testing.assert_close(layer(x)[:, FEATURES:], x @ up.t())  # e4m3 would be off by percents
     assert not torch.equal(layer(x)[:, :FEATURES], nm_act.sparse_linear(x, gate, None, "8:16"))
     assert config.storage.sentence() == '; 3 of the layers have e4m3 weights (fp8="decode")'
 
