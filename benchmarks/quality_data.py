@@ -1,9 +1,10 @@
 """Tokens of everything that quality_gpu.py measures on and calibrates on, in one compact file.
 
-    python benchmarks/quality_data.py MODEL --data DATA --text french=FILE --text code=FILE --output tokens.safetensors
+    python benchmarks/quality_data.py MODEL --data DATA --text code=FILE --text french=FILE --output tokens.safetensors
 
 DATA is a data folder of nm-act eval. The documents of its C4 before --calibration-documents are cut into windows to
-calibrate on, those behind them are the held-out text "c4". Tokens are kept as 16 bits.
+calibrate on, those behind them are the held-out text "c4". quality_texts.py makes the files of code and French. Tokens
+are kept as 16 bits.
 """
 
 import argparse

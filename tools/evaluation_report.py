@@ -198,7 +198,10 @@ def other_texts(run: list[results.Row]) -> str:
         for name, found in sorted(values.items(), key=lambda item: item[1].get(PERPLEXITY, math.inf))
         if len(found) > 1
     ]
-    return results.markdown_table(["over dense", *texts], lines) if len(texts) > 1 else ""
+    if len(texts) < 2:
+        return ""
+    table = results.markdown_table(["over dense", *texts], lines)
+    return f"{table}\n\nWhat the texts are, and how to make them: [evaluate.md](evaluate.md#texts-of-another-kind)."
 
 
 def seed_labels(rows: list[results.Row]) -> list[str]:
