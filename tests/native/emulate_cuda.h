@@ -418,7 +418,9 @@ inline void write_peer(float* local, int rank, float value) {
 
 inline void prefetch_line(const void*) {}
 
-inline uint4 load_weight(const void* source) { return *static_cast<const uint4*>(source); }
+inline void prefetch_kept_line(const void*) {}
+inline uint64_t read_once_policy() { return 0; }
+inline uint4 load_weight(const void* source, uint64_t) { return *static_cast<const uint4*>(source); }
 
 // What the lanes of a warp show, two words each.
 inline std::vector<uint64_t> words_of_warp(uint32_t first, uint32_t second) {
