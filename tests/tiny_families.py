@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import nm_act
-from nm_act.optimize.model import FAMILIES
+from nm_act.optimize.families import FAMILIES, PRE_NORM
 
 SIZES = {
     "vocab_size": 96,
@@ -18,7 +18,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-KNOWN = FAMILIES
+KNOWN = list(FAMILIES)
+PLAIN = [name for name, known in FAMILIES.items() if known.norms == PRE_NORM]
 IDS = torch.arange(3, 27).view(2, 12)
 
 
@@ -26,11 +27,20 @@ def family(name: str = "llama", *, std: float | None = None, **changes):
     """A model in evaluation mode, float32, the same at every call; matrices of this std show every method in the logits."""
     transformers = pytest.importorskip("transformers")
 
-    prefix = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3", "phi3": "Phi3"}[name]
+    prefix = {
+        "llama": "Llama",
+        "mistral": "Mistral",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "gemma3": "Gemma3",
+        "phi3": "Phi3",
+    }[name]
     sizes = dict(SIZES)
     if name == "gemma3":
         sizes |= {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
         sizes |= {"layer_types": ["sliding_attention", "full_attention"]}
+    if name == "mistral":
+        sizes["sliding_window"] = 8
     if name == "qwen3":
         sizes["head_dim"] = 32
     sizes |= changes

@@ -6,14 +6,12 @@ import torch
 from torch import nn
 
 from nm_act import NMLinear
+from nm_act.methods.criteria import CRITERIA
 from nm_act.recipe import LinearSpec
 
 SPECS = {
     "act": LinearSpec("2:4"),
-    "wina": LinearSpec("8:16", "wina"),
-    "variance": LinearSpec("8:16", "variance"),
-    "amber": LinearSpec("8:16", "amber"),
-    "amber-channel": LinearSpec("8:16", "amber-channel"),
+    **{name: LinearSpec("8:16", name) for name, each in CRITERIA.items() if each.formula is not None},
     "rsparse-4": LinearSpec("2:4", "wina", ("rsparse-4",)),
     "weight-magnitude": LinearSpec("2:4", "weight-magnitude"),
     "wanda": LinearSpec("2:4", "wanda"),

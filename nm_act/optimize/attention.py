@@ -12,6 +12,7 @@ from ..ops import autograd
 from ..ops.fused import attends, decode_attention, norms_heads, rotary, rotary_cache
 from . import operands
 from .eligible import has_hooks, why_stays
+from .families import Family
 from .merged import MergedLinear, Product, SharesProducts
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -92,8 +93,8 @@ def _normed(attention: Any, name: str, heads: Tensor) -> Tensor:
     return heads if norm is None else norm(heads)
 
 
-def mark_head_norms(attention: Any) -> bool:
-    """Note on a FusedAttention whether its kernels can normalise the heads of q and k themselves; returns that."""
+def mark_attention(attention: Any, family: Family) -> None:
+    """Note on a FusedAttention where its window is, and whether its kernels can normalise the heads of q and k."""
     norms: list[Any] = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     facts = None
     if None not in norms and norms_heads(attention.head_dim) and not any(why_stays(norm) for norm in norms):
@@ -101,7 +102,13 @@ def mark_head_norms(attention: Any) -> bool:
         shapes = {tuple(norm.weight.shape) for norm in norms}
         facts = known.pop() if len(known) == 1 and shapes == {(attention.head_dim,)} else None
     attention.nm_act_head_norms = facts
-    return facts is not None
+    attention.nm_act_window_in_config = family.window_in_config
+
+
+def _window(attention: Any) -> dict[str, Any]:
+    """The layer's window, as its own forward passes it on; empty if that passes none."""
+    holder = attention.config if attention.nm_act_window_in_config else attention
+    return {"sliding_window": holder.sliding_window} if hasattr(holder, "sliding_window") else {}
 
 
 def _head_norms(attention: Any, q: Tensor) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def _attention(
         layer = cache.layers[attention.layer_idx]
         if not layer.is_initialized:
             layer.lazy_initialization(k.transpose(1, 2), v.transpose(1, 2))
-        window = getattr(attention, "sliding_window", None) or 0
+        window = _window(attention).get("sliding_window") or 0
         if q.shape[1] == 1 and attends(q.shape[2], k.shape[2], attention.head_dim, q.device):
             cached = (layer.keys, layer.values, lengths)
             options = {"scaling": attention.scaling, "window": window, **norms}
@@ -147,8 +154,6 @@ def _attention(
         value = v.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value, attention.layer_idx)
-    if hasattr(attention, "sliding_window"):
-        options = {**options, "sliding_window": attention.sliding_window}
-    options = {"dropout": 0.0, "scaling": attention.scaling, **options}
+    options = {"dropout": 0.0, "scaling": attention.scaling, **options, **_window(attention)}
     result: tuple[Tensor, Any] = _interface(attention)(attention, query, key, value, mask, **options)
     return result

@@ -15,7 +15,14 @@ from .changed import Changed, change, restore
 from .eligible import has_hooks, why_stays
 from .merged import Product, SharesProducts
 
-_MARKS = ("nm_act_gate_up", "nm_act_gates", "nm_act_norms", "nm_act_adds", "nm_act_head_norms")
+_MARKS = (
+    "nm_act_gate_up",
+    "nm_act_gates",
+    "nm_act_norms",
+    "nm_act_adds",
+    "nm_act_head_norms",
+    "nm_act_window_in_config",
+)
 """Attributes that fusing adds to Transformers' modules. Those are Any here: their classes have no annotations."""
 
 

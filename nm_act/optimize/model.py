@@ -12,27 +12,14 @@ from ..layers.stale import parameter_of
 from ..ops.e4m3 import check_layout
 from ..ops.prepack import why_not_prepacked
 from . import dense, fused, operands, static_attention
-from .attention import FusedAttention, mark_head_norms, merged_qkv
+from .attention import FusedAttention, mark_attention, merged_qkv
 from .changed import Changed, change
 from .eligible import not_fp8, why_absent
+from .families import FAMILIES, Family, folder_of
 from .fp8 import FP8Linear
 from .head import ROWS_AT_ONCE, QuantisedHead, check_kind, head_of, store_head, why_not_8_bits
 from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, unmerge
 from .report import OptimizeReport
-
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
-"""Folders under transformers.models whose attention and MLP call each projection once, on the same input."""
-
-LAYER_NORMS = {
-    "llama": ("input_layernorm", "post_attention_layernorm"),
-    "qwen2": ("input_layernorm", "post_attention_layernorm"),
-    "qwen3": ("input_layernorm", "post_attention_layernorm"),
-    "gemma3": (
-        *("input_layernorm", "post_attention_layernorm"),
-        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    ),
-}
-"""The norms of each family's layers, of the forms that FusedLayer and FusedSandwichLayer know."""
 
 PREFILL_DEVICES = ("cuda",)
 """Devices that have the fp8 tensor-core product."""
@@ -50,8 +37,9 @@ def optimize(
     cache's update are one kernel (with the norms of heads in Qwen3 and Gemma 3), and RMSNorm (with the residual) and
     the gated activation (SiLU, GELU with the tanh approximation) are computed with the sparse product after them: they
     write its packed or pruned operand, or, for one to four tokens, are part of its kernel. Norms between a part of a
-    layer and its residual (Gemma 3) are one kernel with the addition. Llama, Qwen2, Qwen3 and Gemma 3 of Transformers
-    are supported; the layers of other models stay as they are. Checkpoints keep the stock names and layout.
+    layer and its residual (Gemma 3) are one kernel with the addition. Llama, Mistral, Qwen2, Qwen3 and Gemma 3 of
+    Transformers are supported; the layers of other models stay as they are. Checkpoints keep the stock names and
+    layout.
 
     Parameters
     ----------
@@ -271,17 +259,11 @@ def _check_memory(layers: list[NMLinear], fp8: str, head: nn.Module | None) -> N
 
 def _unknown(module: nn.Module, kind: str) -> str:
     """Why a module is not known to be safe to change; empty if it is."""
-    family = _family(module)
-    if family not in FAMILIES or not type(module).__name__.endswith(kind):
+    if folder_of(module) not in FAMILIES or not type(module).__name__.endswith(kind):
         return f"{type(module).__name__} is not of a known family ({', '.join(FAMILIES)})"
     if "forward" in vars(module):
         return "its forward is replaced already"
     return ""
-
-
-def _family(module: nn.Module) -> str:
-    parts = type(module).__module__.split(".")
-    return parts[2] if parts[:2] == ["transformers", "models"] and len(parts) > 3 else ""
 
 
 def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:
@@ -298,7 +280,7 @@ def _merge_group(report: OptimizeReport, name: str, parent: nn.Module, group: tu
             report.merged.append((name, tuple(children)))
     if merged_qkv(parent) is not None:
         change(parent, FusedAttention)
-        mark_head_norms(parent)
+        mark_attention(parent, FAMILIES[folder_of(parent)])
     elif any(isinstance(child, MergedLinear) for child in parent.children()):
         change(parent, SharesProducts)
 
@@ -342,7 +324,8 @@ def _fuse_mlp(report: OptimizeReport, name: str, parent: nn.Module, group: tuple
 def _fuse_layer(report: OptimizeReport, name: str, layer: nn.Module) -> None:
     if "forward" in vars(layer):
         return
+    family = FAMILIES.get(folder_of(layer), Family())
     children = {child for child, _ in layer.named_children()}
-    if children != {"self_attn", "mlp", *LAYER_NORMS.get(_family(layer), ())}:
+    if not family.norms or children != {"self_attn", "mlp", *family.norms}:
         return
     report.fused += [f"{name}.{norm}" for norm in fused.fuse_layer(layer)]

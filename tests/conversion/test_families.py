@@ -28,6 +28,7 @@ DENSE = {
     "mpt": ("Mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 96}, "Wqkv out_proj up_proj down_proj"),
     "gemma": ("Gemma", {**SIZES, **FFN, **GROUPED, "head_dim": 16}, LLAMA),
     "qwen2": ("Qwen2", {**SIZES, **FFN, **GROUPED}, LLAMA),
+    "mistral": ("Mistral", {**SIZES, **FFN, **GROUPED}, LLAMA),
     "olmo": ("Olmo", {**SIZES, **FFN}, LLAMA),
     "cohere": ("Cohere", {**SIZES, **FFN, **GROUPED}, LLAMA),
     "granite": ("Granite", {**SIZES, **FFN, **GROUPED}, LLAMA),

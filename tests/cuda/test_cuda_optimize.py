@@ -4,7 +4,7 @@ import pytest
 import torch
 from cuda_cases import GPU_MARKS, poison
 from linear_cases import relative_error
-from tiny_families import decide, family
+from tiny_families import KNOWN, decide, family
 
 import nm_act
 from nm_act.optimize import attention, operands
@@ -41,7 +41,7 @@ def logits(model, ids):
     return model(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("mitigation", MITIGATIONS, ids=["plain", "var dpts-mean"])
 @pytest.mark.parametrize("pattern", ["2:4", "8:16", "1:4", "5:8", "24:32"])
 def test_fused_equals_unfused(name, mitigation, pattern):
@@ -208,7 +208,7 @@ def test_output_head_of_8_bits(monkeypatch, kind, tied, dtype):
     assert relative_error(decoder.logits[:, -1], exact) < CLOSE
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_graphs_decode_what_transformers_decodes(name, batch):
     model = on_gpu(name, nm_act.Recipe("8:16"), torch.float32)
@@ -224,9 +224,9 @@ def test_graphs_decode_what_transformers_decodes(name, batch):
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("llama", {}),
-        ("gemma3", {}),
-        ("qwen3", {"head_dim": 128}),  # of these the last two have the one kernel for a step's attention
+        *((name, {}) for name in KNOWN),
+        ("mistral", {"head_dim": 128}),  # these three have the one kernel for a step's attention
+        ("qwen3", {"head_dim": 128}),
         ("gemma3", {"head_dim": 256}),
     ],
 )
@@ -273,7 +273,7 @@ def test_capturing_after_a_prefill_keeps_its_cache():
     assert [first.step().item() for _ in range(6)] == [second.step().item() for _ in range(6)]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", KNOWN)
 def test_one_graph_for_all_prompt_lengths(name):
     model = on_gpu(name, nm_act.Recipe("2:4"))
     nm_act.optimize(model)

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from criterion_formulas import FORMULAS
 
 import nm_act
 from nm_act import LinearSpec, NMLinear
@@ -14,7 +15,7 @@ from nm_act.methods import criteria
 from nm_act.ops import composed, formulas
 
 IN, OUT, TOKENS = 64, 24, 40
-CRITERIA = ("act", "clact", "wina", "variance", "amber", "amber-channel")
+CRITERIA = [name for name, each in criteria.CRITERIA.items() if not each.prunes_weight]
 MITIGATIONS = (
     (),
     ("var",),
@@ -35,14 +36,10 @@ PATTERNS = ("2:4", "4:8", "8:16", "16:32", "50%")
 def transcribed(x, weight, bias, pattern, criterion, mitigation, data):
     """Outputs [tokens, out] and masks [tokens, in] by the papers' formulas, in float64 and one token after another."""
     x, weight = x.double(), weight.double()
-    channel = {
-        "act": torch.ones(IN),
-        "clact": x.square().sum(dim=0).sqrt(),
-        "wina": weight.square().sum(dim=0).sqrt(),
-        "variance": weight.var(dim=0, unbiased=False),
-    }.get(criterion)
-    if criterion.startswith("amber"):
-        channel = amber(weight, by_channel=criterion == "amber-channel")
+    if criterion in FORMULAS:
+        channel = torch.from_numpy(FORMULAS[criterion](weight.detach().numpy()))
+    else:
+        channel = {"act": torch.ones(IN), "clact": x.square().sum(dim=0).sqrt()}[criterion]
     rows, masks = [], []
     for token in x:
         eta = torch.zeros(IN, dtype=torch.float64)
@@ -67,18 +64,6 @@ def transcribed(x, weight, bias, pattern, criterion, mitigation, data):
         rows.append(y + bias.double())
         masks.append(mask)
     return torch.stack(rows), torch.stack(masks)
-
-
-def amber(weight, *, by_channel):
-    """Norms of the columns of the weight without its outer quantiles, standardised, as a whole or row by row."""
-    total = torch.zeros(IN, dtype=torch.float64)
-    for part in weight if by_channel else [weight]:
-        low, high = (torch.quantile(part.flatten(), level) for level in (0.005, 0.995))
-        inside = (part >= low) & (part <= high)
-        mean = part[inside].mean()
-        spread = (part[inside] - mean).square().mean().sqrt()
-        total += torch.where(inside, (part - mean) / spread, 0.0).square().reshape(-1, IN).sum(dim=0)
-    return total.sqrt()
 
 
 CASES = [

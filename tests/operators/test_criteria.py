@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from criterion_formulas import FORMULAS
 
 from nm_act.methods import criteria
 from nm_act.patterns import NMPattern
@@ -13,28 +14,8 @@ def _weight(seed=0, out=48, features=32):
     return torch.randn(out, features, generator=generator) * torch.rand(features, generator=generator)
 
 
-def _amber_channel(weight: np.ndarray) -> np.ndarray:
-    rows = []
-    for row in weight:
-        low, high = np.quantile(row, [0.005, 0.995])
-        inside = (row >= low) & (row <= high)
-        rows.append(np.where(inside, (row - row[inside].mean()) / row[inside].std(), 0.0))
-    return np.sqrt((np.array(rows) ** 2).sum(axis=0))
-
-
-def _amber(weight: np.ndarray) -> np.ndarray:
-    low, high = np.quantile(weight, [0.005, 0.995])
-    inside = (weight >= low) & (weight <= high)
-    standard = (weight - weight[inside].mean()) / weight[inside].std()
-    return np.sqrt((np.where(inside, standard, 0.0) ** 2).sum(axis=0))
-
-
-FORMULAS = {
-    "wina": lambda w: np.sqrt((w**2).sum(axis=0)),
-    "variance": lambda w: w.var(axis=0),
-    "amber": _amber,
-    "amber-channel": _amber_channel,
-}
+def test_every_formula_is_written_anew():
+    assert list(FORMULAS) == [name for name, each in criteria.CRITERIA.items() if each.formula is not None]
 
 
 @pytest.mark.parametrize("name", FORMULAS)

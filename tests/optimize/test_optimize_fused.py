@@ -5,9 +5,10 @@ import dataclasses
 import weakref
 from types import SimpleNamespace
 
+import fused_formulas
 import pytest
 import torch
-from tiny_families import IDS, assert_close, logits, optimize_checked, sparse, sparse_layers
+from tiny_families import IDS, KNOWN, PLAIN, assert_close, logits, optimize_checked, sparse, sparse_layers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -41,16 +42,6 @@ def compressed(
 
 def pruned(x, pattern, hidden=None):
     return Pruned(reference.prune(x.reshape(-1, x.shape[-1]), pattern), x.new_empty(0), hidden)
-
-
-def rotated(q, k, cos, sin, **norms):
-    """The rotary embedding, after the norms of the heads."""
-    if norms:
-        weights = [norms[name] + norms["unit_offset"] for name in ("q_norm", "k_norm")]
-        q, k = (F.rms_norm(x, (x.shape[-1],), w, norms["eps"]) for x, w in zip((q, k), weights, strict=True))
-    halves = [x.chunk(2, dim=-1) for x in (q, k)]
-    turned = [torch.cat((-second, first), dim=-1) for first, second in halves]
-    return tuple(x * cos[:, :, None] + y * sin[:, :, None] for x, y in zip((q, k), turned, strict=True))
 
 
 def on_a_cpu(linear, x, *others):
@@ -159,7 +150,7 @@ def model_of(name="llama", **patterns):
     return sparse(name, mitigation=MITIGATION, rules=rules)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_norms_and_activations_feed_their_products(name, calls):
     assert len(optimize_checked(model_of(name)).fused) == 6
     assert calls == WHOLE * 2
@@ -223,28 +214,6 @@ def test_hooks_between_norms_see_what_the_stock_layer_gives(hooked, expected_cal
     assert_later_hooks_see_the_same(model_of("gemma3"), hooked, expected_calls, calls, lambda args, y: (*args, y))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
-def test_norms_of_heads_go_to_the_embedding(name, monkeypatch):
-    taken = []
-
-    def rotary(*arguments, **norms):
-        taken.append(sorted(norms))
-        return rotated(*arguments, **norms)
-
-    monkeypatch.setattr(attention, "rotary", rotary)
-    monkeypatch.setattr(attention, "fuses", lambda *_: True)
-    model = sparse(name)
-    expected = logits(model)
-    nm_act.optimize(model)
-    assert_close(logits(model), expected)
-    assert taken == [[] if name == "llama" else ["eps", "k_norm", "q_norm", "unit_offset"]] * 2
-    if name != "llama":
-        seen = []
-        model.model.layers[1].self_attn.q_norm.register_forward_hook(lambda *_: seen.append(1))
-        assert_close(logits(model), expected)
-        assert (taken[3], seen) == ([], [1])
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_residuals_go_into_the_product_of_the_down_layer(name, calls, monkeypatch):
     given, product = [], operands.sparse_gemm
@@ -270,14 +239,14 @@ def test_the_output_projection_adds_its_residual(calls, monkeypatch):
     monkeypatch.setattr(operands, "sparse_gemm", sparse_gemm)
     monkeypatch.setattr(operands, "adds_residual", lambda *_: True)
     monkeypatch.setattr(operands, "compress_packed", lambda x, **options: compressed(x, calls, "output", **options))
-    monkeypatch.setattr(attention, "rotary", rotated)
+    monkeypatch.setattr(attention, "rotary", fused_formulas.rotary)
     monkeypatch.setattr(attention, "fuses", lambda *_: True)
     optimize_checked(sparse("llama"))
     assert given == [False, True, False, True] * 2
     assert not any("residual" in call for call in calls)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", KNOWN)
 def test_residuals_go_into_the_products_of_a_decode_step(name, calls, monkeypatch):
     """In place of the kernel, its formula; an addition after it would be one too many, or none at all."""
     products = []
@@ -300,7 +269,7 @@ def test_residuals_go_into_the_products_of_a_decode_step(name, calls, monkeypatc
     monkeypatch.setattr(operands, "decode_linear", decode_linear)
     monkeypatch.setattr(operands, "sandwich_linear", sandwich_linear)
     monkeypatch.setattr(operands, "way_of", lambda *_: "decode")
-    monkeypatch.setattr(attention, "rotary", rotated)
+    monkeypatch.setattr(attention, "rotary", fused_formulas.rotary)
     monkeypatch.setattr(attention, "fuses", lambda *_: True)
     optimize_checked(sparse(name))
     norm = ["norm_weight", "eps", "unit_offset"]

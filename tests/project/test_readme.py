@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 import nm_act
+from nm_act.methods import criteria
+from nm_act.methods.criteria import CRITERIA
+from nm_act.optimize.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+FOLDERS = ("nm_act", "csrc", "tests", "benchmarks", "tools", "docs")
 
 
 def run(*command: object) -> subprocess.CompletedProcess:
@@ -47,6 +51,38 @@ def test_every_command_named_exists():
 @pytest.mark.parametrize("target", re.findall(r"^make (\w+)", README, re.MULTILINE))
 def test_make_targets_exist(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_contributing_names_what_exists():
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
+    known = {
+        word
+        for path in [*files, ROOT / "Makefile", ROOT / "CMakeLists.txt"]
+        for word in re.findall(r"\w+", path.read_text())
+    }
+    spans = re.findall(r"`([^`]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    parts = {part for span in spans for part in span.split()}
+    assert {span for span in spans if span.isidentifier()} <= known
+    paths = {part for part in parts if part.partition("/")[0] in FOLDERS and not set(part) & set("<*")}
+    assert len(paths) > 50
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_lists_written_by_hand_are_complete():
+    recipes = (ROOT / "docs/recipes.md").read_text()
+    row = re.search(r"^\| `criterion` \|(.*?)\|", recipes, re.MULTILINE)[1]
+    assert set(re.findall("`(.*?)`", row)) == set(CRITERIA)
+    for name in CRITERIA:
+        assert re.search(rf"^{name} ", criteria.__doc__, re.MULTILINE), name
+    lists = {
+        "README.md": r"nm_act\.optimize\(model\)\)  # (.*?);",
+        "docs/inference.md": r"q/k/v and gate/up of (.*?) are merged",
+        "nm_act/optimize/model.py": r"with the addition\. (.*?) of\s+Transformers",
+    }
+    for document, place in lists.items():
+        listed = re.search(place, (ROOT / document).read_text(), re.DOTALL)[1]
+        names = [name.replace(" ", "").lower() for name in re.split(r",\s+|\s+and\s+", listed)]
+        assert names == list(FAMILIES), document
 
 
 @pytest.mark.parametrize(
