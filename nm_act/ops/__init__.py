@@ -1,6 +1,6 @@
 """The compiled operators; importing this package registers ``torch.ops.nm_act.*`` with their fakes and gradients."""
 
-from . import autograd, packed  # noqa: F401  (they register)
+from . import autograd, e4m3, fused, packed  # noqa: F401  (they register)
 from .library import build_info, support_table
 from .operators import (
     METADATA_LAYOUTS,

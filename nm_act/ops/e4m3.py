@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
 from ..patterns import NMPattern
 from .autograd import refuse_gradient, unrecorded
 from .explain import gathers
-from .library import check_devices
+from .library import _C, check_devices
 
 E4M3 = torch.float8_e4m3fn
 FP8_LAYOUTS = ("prefill", "decode", "both")

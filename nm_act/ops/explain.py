@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
 from ..patterns import NMPattern
 from .legacy import takes_pattern
+from .library import _C
 from .lifting import is_lifted, lifted_features
 
 PATHS = {

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _C
 from ..patterns import NMPattern
 from . import library
+from .library import _C
 
 E4M3 = torch.float8_e4m3fn
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..version import __version__
 
 try:
-    from .. import _C
+    from .. import _C as _C  # every other module takes it from here, so that all of them raise this sentence
 except ImportError as error:
     raise ImportError(
         f"expected the compiled part of nm_act for this Python and torch, got: {error}; build it with: pip install -e ."

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
 from ..patterns import NMPattern
 from . import formulas
 from .legacy import takes_pattern
-from .library import build_info, call, check_devices, refuse
+from .library import _C, build_info, call, check_devices, refuse
 
 METADATA_LAYOUTS = ("neutral", "sm80_16bit", "sm90_16bit_t64", "sm90_8bit")
 """Names of the 2:4 metadata layouts; the sm80 and sm90 ones are what the tensor cores read."""
@@ -328,7 +327,8 @@ for _op in ("sparse_linear", "gather_linear", "dense_linear"):
 _fake_linear("sparse_linear_prepacked", "prepacked_weight", "bias")
 _fake_linear("_sparse_linear_vllm", "handler", "bias")
 
-refuse("dense_linear", "CUDA")
+for _op in ("dense_linear", "sparse_linear_prepacked", "_sparse_linear_vllm"):
+    refuse(_op, "CUDA")
 if build_info()["cuda"]:
     torch.library.impl("nm_act::decompress", "CUDA")(formulas.decompress)
 else:

@@ -6,9 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import _C, parallel
+from .. import parallel
 from ..layers.linear import NMLinear
 from ..methods.mitigations import data_of
+from ..ops.library import _C
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
 

@@ -12,7 +12,6 @@ Each call of a layer takes one of these ways:
 import torch
 from torch import Tensor, nn
 
-from .. import _C
 from ..layers.linear import NMLinear
 from ..layers.stale import parameter_of
 from ..layers.work import is_decode
@@ -28,6 +27,7 @@ from ..ops.fused import (
     sandwich_linear,
     silu_mul_prune,
 )
+from ..ops.library import _C
 from ..ops.packed import (
     Packed,
     compress_packed,

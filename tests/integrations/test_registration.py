@@ -86,6 +86,26 @@ torch._ops._OpNamespace.__getattr__ = without
 }
 
 
+def test_what_was_not_built_is_named_by_every_name(tmp_path):
+    program = """
+import sys
+sys.modules["nm_act._C"] = None
+import nm_act
+for name in nm_act.__all__:
+    try:
+        getattr(nm_act, name)
+    except ImportError as error:
+        print(name, error)
+"""
+    done = _run(program, tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert {"prune", "sparsify", "optimize", "NMLinear", "explain"} <= told.keys()
+    for name, sentence in told.items():
+        assert sentence.startswith("expected the compiled part of nm_act for this Python and torch, got: "), name
+        assert sentence.endswith("; build it with: pip install -e ."), name
+
+
 @pytest.mark.parametrize("case", STALE)
 def test_an_extension_of_an_earlier_version_is_named(case, tmp_path):
     """``import nm_act, torch`` works; whatever needs an operator says in one sentence what to build."""

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import compilers
+import instruction_sets
 import pybind11
 import pytest
 import torch
@@ -40,39 +41,29 @@ def test_build_info_names_the_running_torch():
     assert info["cuda"] or info["why_no_cuda"]
 
 
-def with_isa(isa: str, script: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "NM_ACT_CPU_ISA": isa}
-    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+def with_isa(isa: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, "NM_ACT_CPU_ISA": isa}, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("isa", nm_act.build_info()["cpu_isas"])
-def test_every_instruction_set_gives_the_same_bits(isa, tmp_path):
-    script = (
-        "import torch, nm_act; torch.manual_seed(0); x = torch.randn(9, 96); w = torch.randn(64, 96).t().contiguous().t();"
-        "out = [nm_act.prune(x.to(d), '8:16', token_shift='mean') for d in (torch.float32, torch.bfloat16, torch.float16)];"
-        "out += [nm_act.sparse_linear(torch.randn(2, 64), torch.randn(64, 24).t(), pattern='3:8')];"
-        "out += [nm_act.prune(x.bfloat16(), f'{m // 2}:{m}') for m in (2, 4, 8, 16, 32)];"
-        f"torch.save((nm_act.build_info()['cpu_isa'], out), r'{tmp_path / 'out.pt'}')"
-    )
-    result = with_isa(isa, script)
-    if "supports" in result.stderr:
+def test_every_instruction_set_gives_the_same(isa, tmp_path):
+    done = with_isa(isa, instruction_sets.__file__, tmp_path / "out.pt")
+    if "supports" in done.stderr:
         pytest.skip(f"this processor does not run {isa}")
-    assert result.returncode == 0, result.stderr
-    used, outputs = torch.load(tmp_path / "out.pt")
+    assert done.returncode == 0, done.stderr
+    used, *outputs = torch.load(tmp_path / "out.pt")
     assert used == isa
-    torch.manual_seed(0)
-    x = torch.randn(9, 96)
-    torch.randn(64, 96)
-    for dtype, output in zip((torch.float32, torch.bfloat16, torch.float16), outputs, strict=False):
-        assert torch.equal(output, nm_act.prune(x.to(dtype), "8:16", token_shift="mean"))
-    y, weight = torch.randn(2, 64), torch.randn(64, 24).t()
-    torch.testing.assert_close(outputs[3], nm_act.sparse_linear(y, weight, pattern="3:8"), rtol=1e-5, atol=1e-5)
-    for m, output in zip((2, 4, 8, 16, 32), outputs[4:], strict=True):
-        assert torch.equal(output, nm_act.prune(x.bfloat16(), f"{m // 2}:{m}"))
+    for actual, expected, rounding in zip(outputs, instruction_sets.results(), instruction_sets.ROUNDING, strict=True):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                actual[name], value, rtol=rounding, atol=rounding, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_unknown_instruction_set_is_one_sentence():
-    result = with_isa("sse9", "import nm_act; nm_act.build_info()")
+    result = with_isa("sse9", "-c", "import nm_act; nm_act.build_info()")
     assert "expected NM_ACT_CPU_ISA to name one of" in result.stderr
     assert "got 'sse9'; unset it" in result.stderr
 

@@ -125,3 +125,9 @@ def test_the_api_page_has_every_public_name():
     for page in pages:
         module, _, name = page.rpartition(".")
         assert getattr(importlib.import_module(module), name) is getattr(nm_act, name)
+
+
+def test_the_site_has_every_page():
+    listed = re.findall(r"^ +- .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(pages), "expected nav of mkdocs.yml to list the files of docs/"
