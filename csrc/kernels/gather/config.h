@@ -243,7 +243,7 @@ struct LayerGather {
   GatherConfig config;
 };
 inline constexpr LayerGather kLayerGathers[] = {
-    {4096, 14336, {32, 8, 512, true}},
+    {28672, 4096, {128, 4, 512, true}},
     {3584, 18944, {16, 8, 512, true}},
     {2048, 2048, {16, 8, 512, false}},
     {2048, 8192, {32, 8, 512, false}},

@@ -1,5 +1,4 @@
 // Dispatch of gather: what is supported, and the launch.
-#include <cstdlib>
 #include "instances.h"
 
 namespace nm_act {
@@ -53,8 +52,7 @@ cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const G
   launch.shape = {static_cast<unsigned>(tiles * config.splits), config.threads, static_cast<unsigned>(config.splits),
                   shared_bytes(problem, config)};
   // Where every block can have a multiprocessor, two of them on one would share its bandwidth while another is idle.
-  launch.shape.one_block =
-      tiles * config.splits <= resident_blocks(device, config.splits, 1) && std::getenv("NM_ACT_TWO") == nullptr;
+  launch.shape.one_block = tiles * config.splits <= resident_blocks(device, config.splits, 1);
   launch.vector = is_aligned(params.x, 16) && params.x_stride % 8 == 0 && is_aligned(params.channel_scale, 16) &&
                   is_aligned(params.shift, 16);
   launch.stream = stream;
