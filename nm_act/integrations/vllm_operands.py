@@ -1,8 +1,8 @@
 """What the forward of a vLLM layer reads, and how its weight is stored; nothing here needs vLLM."""
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from .. import parallel
 from ..layers.linear import NMLinear
-from ..layers.work import compiled_operator, work_of
+from ..layers.work import LinearWork, compiled_operator, work_of
 from ..methods import mitigations
 from ..ops.e4m3 import E4M3Weight, check_layout
 from ..ops.prepack import why_not_prepacked
@@ -174,26 +174,6 @@ class Prepacked:
     copy: torch.Tensor
     handler: Any = None
 
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pattern: NMPattern, **options: Any
-    ) -> torch.Tensor:
-        """With the signature of :func:`nm_act.sparse_linear`."""
-        if pattern.extra_columns:
-            options["extra_columns"] = pattern.extra_columns
-        operators = torch.ops.nm_act
-        product = operators.sparse_linear_prepacked if self.handler is None else operators._sparse_linear_vllm
-        y: torch.Tensor = product(x, weight, self.copy, bias, pattern.keep, pattern.group, **options)
-        return y
-
-    def dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """With the signature of ``F.linear``, in place of whose `weight` the copy is read."""
-        if self.handler is None:
-            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.copy, bias, "none", [], "")
-            return y
-        y = x.new_empty((*x.shape[:-1], self.handler.n))
-        torch.ops._C.onednn_mm(y, x.reshape(-1, x.shape[-1]), bias, self.copy)
-        return y
-
     def take(self, other: "Prepacked") -> None:
         """Multiply by another copy from now on; the other one gets this one's, and may be dropped."""
         if self.handler is None:
@@ -202,6 +182,67 @@ class Prepacked:
         mine = self.copy.clone()
         self.copy.copy_(other.copy)
         other.copy.copy_(mine)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPart:
+    """One segment for :class:`PackedCall`: sparse where it has a weight.
+
+    Attributes
+    ----------
+    copy : Prepacked
+    out_features : int
+    weight : Tensor [out, in], optional
+        Stored [in, out].
+    bias : Tensor [out], optional
+        Beside the layer's.
+    pattern : NMPattern, optional
+    options : mapping
+        Of :func:`nm_act.sparse_linear`.
+    """
+
+    copy: Prepacked
+    out_features: int
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    pattern: NMPattern | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PackedCall:
+    """The products of segments over one input, by one call of an operator that is given an address.
+
+    A compiled graph pays for every call, argument and input, and passes neither weights nor options so.
+    """
+
+    def __init__(self, parts: Sequence[PackedPart]):
+        self._held = torch.classes.nm_act.PackedLayer()
+        self.parts = parts
+        self._outputs = sum(part.out_features for part in parts)
+        for part in parts:
+            keep, group = (part.pattern.keep, part.pattern.group) if part.pattern is not None else (0, 0)
+            vectors = [part.options.get(name) for name in ("channel_scale", "shift", "shift_out", "column_scale")]
+            shift, variance = part.options.get("token_shift", "none"), part.options.get("variance_correction", False)
+            extra = [] if part.pattern is None else list(part.pattern.extra_columns)
+            weights = (part.copy.copy, part.out_features, part.weight, part.bias)
+            self._held.add(*weights, keep, group, *vectors, shift, variance, extra)
+        self._address = torch.tensor([self._held.address()])
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [tokens, in] -> [tokens, out]``; the weight is not read."""
+        y: torch.Tensor = torch.ops.nm_act._packed_layer(x, self._address, self._outputs, bias)
+        return y
+
+    def operator(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pattern: NMPattern, **options: Any
+    ) -> torch.Tensor:
+        """In place of the operator whose pattern and options the part has."""
+        return self(x, weight, bias)
+
+    def renew(self) -> None:
+        """Read the copies of the parts anew, after :meth:`Prepacked.take`."""
+        for index, part in enumerate(self.parts):
+            self._held.set_copy(index, part.copy.copy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,6 +292,8 @@ class Operands:
         Of each segment's weight: beside it, or in its place.
     products : list of Product
         Of the above.
+    calls : list of PackedCall
+        Those that the products make: one of all segments where their work allows it.
     """
 
     parameter: torch.nn.Parameter
@@ -259,6 +302,7 @@ class Operands:
     shift_outs: list[torch.Tensor | None]
     copies: list[Any]
     products: list[Product]
+    calls: list[PackedCall]
 
     @classmethod
     def of(
@@ -274,7 +318,7 @@ class Operands:
         operator: Callable[..., torch.Tensor] = compiled_operator
         if shard is not None:
             operator = functools.partial(parallel.row_sparse_linear, shard)
-        held = cls(parameter, segments, [], [], [], [])
+        held = cls(parameter, segments, [], [], [], [], [])
         for each in segments:
             part = parameter.data[each.start : each.stop]
             spec, read = each.spec, part
@@ -292,13 +336,29 @@ class Operands:
             held.copies.append(copy)
             # One segment's weight becomes the parameter.
             own = weight if len(segments) > 1 else None
-            work = _work(each, shift_out, operator, copy)
+            if isinstance(copy, Prepacked):
+                work, call = _packed_work(each, shift_out, copy, weight)
+                held.calls.append(call)
+            else:
+                work = _work(each, shift_out, operator if copy is None else copy.linear)
             held.products.append(Product(work, own, each.data.get("added_bias"), each.start, each.stop))
+        if held.products and all(isinstance(each.work, PackedCall) for each in held.products):
+            held._join()
         if len(segments) == 1 and held.weights[0] is not None:
             parameter.data, held.weights[0] = held.weights[0], None  # which vLLM copies in a reload
         else:
             parameter.data = parameter.new_empty(0)
         return held
+
+    def _join(self) -> None:
+        """One call for all segments, instead of one for each."""
+        parts = [
+            replace(part, bias=product.added_bias)
+            for call, product in zip(self.calls, self.products, strict=True)
+            for part in call.parts
+        ]
+        self.calls[:] = [PackedCall(parts)]
+        self.products[:] = [Product(self.calls[0], None, None, 0, self.products[-1].stop)]
 
     def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x [tokens, in] -> [tokens, out]``, given the layer's own parameters."""
@@ -314,6 +374,8 @@ class Operands:
         for copy, later in zip(self.copies, other.copies, strict=True):
             if isinstance(copy, Prepacked):
                 copy.take(later)
+        for call in self.calls:
+            call.renew()
 
     def tensors(self) -> list[torch.Tensor]:
         """All that stays at its address, but the parameter."""
@@ -325,13 +387,27 @@ class Operands:
 
 
 def _work(
-    segment: Segment,
-    shift_out: torch.Tensor | None,
-    operator: Callable[..., torch.Tensor],
-    copy: Prepacked | E4M3Weight | None,
+    segment: Segment, shift_out: torch.Tensor | None, operator: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
     """The product of a segment, given the layer's weight and bias or others in their place."""
-    if segment.spec is None or not _prunes_inputs(segment.spec):
-        return copy.dense if isinstance(copy, Prepacked) else functional.linear
+    if not _prunes_inputs(segment.spec):
+        return functional.linear
+    assert segment.spec is not None
     derived = {"channel_scale": segment.channel_scale, "shift_out": shift_out}
-    return work_of(segment.spec, segment.data, operator if copy is None else copy.linear, derived)
+    return work_of(segment.spec, segment.data, operator, derived)
+
+
+def _packed_work(
+    segment: Segment, shift_out: torch.Tensor | None, copy: Prepacked, weight: torch.Tensor | None
+) -> tuple[Callable[..., torch.Tensor], PackedCall]:
+    """The same over a copy, and the call that it makes: itself, unless the input or the output needs more."""
+    outputs = segment.stop - segment.start
+    if weight is None:
+        call = PackedCall([PackedPart(copy, outputs)])
+        return call, call
+    work = _work(segment, shift_out, compiled_operator)
+    assert isinstance(work, LinearWork) and isinstance(work.pattern, NMPattern)
+    call = PackedCall([PackedPart(copy, outputs, weight, None, work.pattern, work.options)])
+    if work.rotation is None and work.low_rank is None:
+        return call, call
+    return replace(work, operator=call.operator), call
