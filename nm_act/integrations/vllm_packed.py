@@ -1,4 +1,4 @@
-"""Products over prepacked weights of a served layer, by an operator that is given an address; nothing here needs vLLM."""
+"""Products over prepacked weights of a served layer, by an operator given an address; nothing here needs vLLM."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
