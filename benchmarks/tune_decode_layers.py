@@ -3,8 +3,8 @@
 Eight layers of a model are optimized and decode one token in a CUDA graph, as users run them; one product of the layers
 at a time is given another configuration. The graphs of a product's configurations take turns. The configuration that is
 fastest alone is captured twice ("alone" and "again"): what the two differ by is noise, and so is a gain that is no
-larger. In bf16 (and e4m3) with 8:16 all configurations of 512 threads and at least four slices are tried, elsewhere only the
-present choices.
+larger. In bf16 (and e4m3) with 8:16 all configurations of 512 threads and at least four slices are tried, elsewhere
+only the present choices.
 
     python benchmarks/tune_decode_layers.py --csv benchmarks/results/h100/decode_layers.csv
 """

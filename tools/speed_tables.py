@@ -322,8 +322,8 @@ def results() -> str:
     header = ["model", "mode", "prefill", "decode", "memory", "perplexity of the pattern"]
     origin = (
         f"{first['device']}, {first['prompt']} tokens of prompt, batch {first['batch']}, over dense bf16 (in brackets "
-        f"over {dense_e4m3(measured)}) with the same CUDA graphs, in turns (`{TURNS}`); {cpu[0]['device']}, float32, {longest} "
-        f"tokens of prompt (`{GENERATE}`). Perplexity: "
+        f"over {dense_e4m3(measured)}) with the same CUDA graphs, in turns (`{TURNS}`); {cpu[0]['device']}, float32, "
+        f"{longest} tokens of prompt (`{GENERATE}`). Perplexity: "
         f"SmolLM2-135M, WikiText-2, float32, the pattern in every linear layer, no mitigation (`{EVALUATION}`)."
     )
     return f"{table(header, lines, right=2)}\n\n{origin}"
