@@ -15,6 +15,11 @@ def needs(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
+)
+
+
 def _compiles(item) -> bool:
     return hasattr(getattr(item, "module", None), "start_compilers") and item.get_closest_marker("slow") is not None
 

@@ -23,6 +23,7 @@ BLOCKS = {
     "cpu-prepacked": speed_tables.cpu_prepacked,
     "gpu-speed": speed_tables.gpu_speed,
     "inference": speed_tables.inference,
+    "turns": speed_tables.turns,
     "quality": quality_tables.quality,
     "best": quality_tables.best,
     "rules": quality_tables.rules,

@@ -10,6 +10,7 @@ from nm_act.lab.cost import places_of, predictions
 from nm_act.lab.evaluate.results import markdown_table as table
 from nm_act.lab.measured import Measured, shapes_of
 
+INFERENCE, TURNS = "benchmarks/results/h100/inference.csv", "benchmarks/results/h100/inference_turns.csv"
 GENERATE = "benchmarks/results/cpu/generate.csv"
 SERVED = "benchmarks/results/cpu/vllm.csv"
 
@@ -253,9 +254,8 @@ def dense_e4m3(rows: list[dict[str, str]]) -> str:
     return names[0] if len(names) == 1 else f"the faster of {' and '.join(names)}"
 
 
-def inference() -> str:
+def whole_models(source: str) -> str:
     """One row per mode, batch and prompt; each metric with its ratio to dense bf16 and to the stronger dense e4m3."""
-    source = "benchmarks/results/h100/inference.csv"
     measured = measured_rows(source)
     if not measured:
         return "Whole models on a GPU: not measured yet (`benchmarks/bench_inference.py`)."
@@ -263,7 +263,9 @@ def inference() -> str:
     for row in measured:
         where = (row["model"], row["mode"], row["batch"], row["prompt"])
         cells.setdefault(where, {}).setdefault(row["metric"], []).append(row)
-    lines, titles = [], INFERENCE_METRICS | possible_energies(measured)
+    found = {row["metric"] for row in measured}
+    titles = {metric: title for metric, title in INFERENCE_METRICS.items() if metric in found}
+    lines, titles = [], titles | possible_energies(measured)
     for where, metrics in cells.items():
         line = list(where)
         for metric in titles:
@@ -281,16 +283,28 @@ def inference() -> str:
     return f"{table(header, lines, right=2)}\n\n{caption}; `{source}`."
 
 
+def inference() -> str:
+    """Modes one after another."""
+    return whole_models(INFERENCE)
+
+
+def turns() -> str:
+    """Modes that take turns."""
+    return whole_models(TURNS)
+
+
 def results() -> str:
-    """One row per mode: gains over dense, memory, and the perplexity of its pattern."""
-    source = "benchmarks/results/h100/inference.csv"
-    measured = measured_rows(source)
+    """One row per mode: gains over dense of modes that took turns, memory, and the perplexity of its pattern."""
     quality = pattern_frontier.perplexity_by_pattern()
-    first = next(row for row in measured if (row["batch"], row["prompt"]) == ("1", "4096"))
+    first, *_ = measured = measured_rows(TURNS)
+    where = [(name, first[name]) for name in ("model", "batch", "prompt")]
+    measured = [row for row in measured if all(row[name] == value for name, value in where)]
+    peaks = [row for row in measured_rows(INFERENCE) if row["metric"] == "peak_gib"]
+    peaks = [row for row in peaks if all(row[name] == value for name, value in where)]
     cells: dict[str, dict[str, list[dict[str, str]]]] = {}
-    for row in measured:
-        if (row["batch"], row["prompt"]) == (first["batch"], first["prompt"]):
-            cells.setdefault(row["mode"], {}).setdefault(row["metric"], []).append(row)
+    for row in measured + peaks:
+        cells.setdefault(row["mode"], {}).setdefault(row["metric"], []).append(row)
+    cells = {mode: metrics for mode, metrics in cells.items() if "ttft_ms" in metrics}
     lines = []
     for mode, metrics in cells.items():
         pattern = "dense" if mode.startswith("dense") else mode.split("-")[1]
@@ -308,8 +322,8 @@ def results() -> str:
     header = ["model", "mode", "prefill", "decode", "memory", "perplexity of the pattern"]
     origin = (
         f"{first['device']}, {first['prompt']} tokens of prompt, batch {first['batch']}, over dense bf16 (in brackets "
-        f"over {dense_e4m3(measured)}) with the same CUDA graphs (`{source}`); {cpu[0]['device']}, float32, {longest} "
-        f"tokens of prompt (`{GENERATE}`). Perplexity: "
+        f"over {dense_e4m3(measured)}) with the same CUDA graphs, in turns (`{TURNS}`); {cpu[0]['device']}, float32, "
+        f"{longest} tokens of prompt (`{GENERATE}`). Perplexity: "
         f"SmolLM2-135M, WikiText-2, float32, the pattern in every linear layer, no mitigation (`{EVALUATION}`)."
     )
     return f"{table(header, lines, right=2)}\n\n{origin}"

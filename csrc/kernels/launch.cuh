@@ -14,12 +14,15 @@ namespace nm_act {
 
 // Shape of a launch. `cluster` consecutive blocks form a thread-block cluster (1: no clusters); `shared_bytes` is
 // dynamic shared memory. `overlaps` must be false for a kernel that does not call wait_for_previous_kernel().
+// `one_block`: a multiprocessor is set up with the least shared memory that a block needs, the rest being L1, so that as
+// a rule a second one does not fit.
 struct LaunchShape {
   unsigned blocks;
   int threads;
   unsigned cluster = 1;
   int shared_bytes = 0;
   bool overlaps = true;
+  bool one_block = false;
 };
 
 #if defined(__CUDACC__)
@@ -100,12 +103,16 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
                           Arguments&&... arguments) {
   const cudaError_t status = allow_shared_memory(kernel, shape);
   if (status != cudaSuccess) return status;
-  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchAttribute attributes[3]{};
   cudaLaunchConfig_t config = launch_config(shape, attributes);
   config.stream = stream;
   if (shape.overlaps && launches_overlap()) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.one_block) {
+    attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[config.numAttrs++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxL1;
   }
   return forget(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }

@@ -55,14 +55,14 @@ TORCH_LIBRARY(nm_act, m) {
       "ScalarType? activation_dtype=None) -> Tensor");
 
   // CPU only, without a gradient. prepacked_weight is `weight` in the layout that oneDNN's product reads, as made by
-  // mkldnn::_reorder_linear_weight, and is used where skipping rows does not pay. For the vLLM plug-in alone:
-  // _sparse_linear_vllm, given the handler of vLLM's product of it, an address that nothing can check.
-  const std::string rest =
-      "Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? shift=None, "
-      "str token_shift=\"none\", Tensor? shift_out=None, bool variance_correction=False, Tensor? column_scale=None, "
-      "int[] extra_columns=[]) -> Tensor";
-  m.def(("sparse_linear_prepacked(Tensor x, Tensor weight, Tensor prepacked_weight, " + rest).c_str());
-  m.def(("_sparse_linear_vllm(Tensor x, Tensor weight, Tensor handler, " + rest).c_str());
+  // mkldnn::_reorder_linear_weight, and is used where skipping rows does not pay.
+  m.def(
+      "sparse_linear_prepacked(Tensor x, Tensor weight, Tensor prepacked_weight, Tensor? bias=None, int n=2, int m=4, "
+      "*, Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, "
+      "bool variance_correction=False, Tensor? column_scale=None, int[] extra_columns=[]) -> Tensor");
+  // For the vLLM plug-in alone: layer is the address, int64, of a torch.classes.nm_act.PackedLayer, which nothing can
+  // check.
+  m.def("_packed_layer(Tensor x, Tensor layer, int out_features, Tensor? bias=None) -> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
   // gather kernel of sparse_linear without the selection. At most 8 tokens. With a weight_scale, four at a time on

@@ -52,7 +52,8 @@ from ..ops.e4m3 import E4M3Weight
 from ..ops.prepack import prepack_weight
 from ..recipe import LinearSpec, Recipe
 from . import vllm_plan as plan
-from .vllm_operands import Operands, Prepacked, Storage
+from .vllm_operands import Operands, Storage
+from .vllm_packed import Prepacked
 from .vllm_reload import check_interface, guard_reloads
 
 _SHARD_IDS = {"q": 0, "k": 1, "v": 2}

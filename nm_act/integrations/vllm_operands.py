@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,13 +10,14 @@ from torch.nn import functional
 
 from .. import parallel
 from ..layers.linear import NMLinear
-from ..layers.work import compiled_operator, work_of
+from ..layers.work import LinearWork, compiled_operator, work_of
 from ..methods import mitigations
 from ..ops.e4m3 import E4M3Weight, check_layout
 from ..ops.prepack import why_not_prepacked
 from ..optimize.eligible import unfit_for_fp8
 from ..patterns import NMPattern
 from ..recipe import LinearSpec
+from .vllm_packed import PackedCall, PackedPart, Prepacked
 from .vllm_plan import STORAGE_KEYS, Segment
 
 
@@ -159,51 +160,6 @@ def _not_e4m3(spec: LinearSpec, size: int, weight: torch.Tensor, layout: str, sp
     return unfit_for_fp8(meta, layout)
 
 
-@dataclass(eq=False)
-class Prepacked:
-    """A weight in oneDNN's layout.
-
-    Attributes
-    ----------
-    copy : Tensor
-        Of ``prepack_weight``, or the handler tensor of vLLM's product, which vLLM's dense layers call.
-    handler : object, optional
-        vLLM's; it frees the copy that a handler tensor names.
-    """
-
-    copy: torch.Tensor
-    handler: Any = None
-
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pattern: NMPattern, **options: Any
-    ) -> torch.Tensor:
-        """With the signature of :func:`nm_act.sparse_linear`."""
-        if pattern.extra_columns:
-            options["extra_columns"] = pattern.extra_columns
-        operators = torch.ops.nm_act
-        product = operators.sparse_linear_prepacked if self.handler is None else operators._sparse_linear_vllm
-        y: torch.Tensor = product(x, weight, self.copy, bias, pattern.keep, pattern.group, **options)
-        return y
-
-    def dense(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """With the signature of ``F.linear``, in place of whose `weight` the copy is read."""
-        if self.handler is None:
-            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.copy, bias, "none", [], "")
-            return y
-        y = x.new_empty((*x.shape[:-1], self.handler.n))
-        torch.ops._C.onednn_mm(y, x.reshape(-1, x.shape[-1]), bias, self.copy)
-        return y
-
-    def take(self, other: "Prepacked") -> None:
-        """Multiply by another copy from now on; the other one gets this one's, and may be dropped."""
-        if self.handler is None:
-            self.copy, other.copy = other.copy, self.copy  # opaque: it cannot be written to
-            return
-        mine = self.copy.clone()
-        self.copy.copy_(other.copy)
-        other.copy.copy_(mine)
-
-
 @dataclass(frozen=True, eq=False)
 class Product:
     """One segment's product, with all that does not depend on its input: an eager call should not work it out anew.
@@ -251,6 +207,8 @@ class Operands:
         Of each segment's weight: beside it, or in its place.
     products : list of Product
         Of the above.
+    calls : list of PackedCall
+        Those that the products make: one of all segments where their work allows it.
     """
 
     parameter: torch.nn.Parameter
@@ -259,6 +217,7 @@ class Operands:
     shift_outs: list[torch.Tensor | None]
     copies: list[Any]
     products: list[Product]
+    calls: list[PackedCall]
 
     @classmethod
     def of(
@@ -274,7 +233,7 @@ class Operands:
         operator: Callable[..., torch.Tensor] = compiled_operator
         if shard is not None:
             operator = functools.partial(parallel.row_sparse_linear, shard)
-        held = cls(parameter, segments, [], [], [], [])
+        held = cls(parameter, segments, [], [], [], [], [])
         for each in segments:
             part = parameter.data[each.start : each.stop]
             spec, read = each.spec, part
@@ -292,13 +251,29 @@ class Operands:
             held.copies.append(copy)
             # One segment's weight becomes the parameter.
             own = weight if len(segments) > 1 else None
-            work = _work(each, shift_out, operator, copy)
+            if isinstance(copy, Prepacked):
+                work, call = _packed_work(each, shift_out, copy, weight)
+                held.calls.append(call)
+            else:
+                work = _work(each, shift_out, operator if copy is None else copy.linear)
             held.products.append(Product(work, own, each.data.get("added_bias"), each.start, each.stop))
+        if held.products and all(isinstance(each.work, PackedCall) for each in held.products):
+            held._join()
         if len(segments) == 1 and held.weights[0] is not None:
             parameter.data, held.weights[0] = held.weights[0], None  # which vLLM copies in a reload
         else:
             parameter.data = parameter.new_empty(0)
         return held
+
+    def _join(self) -> None:
+        """One call for all segments, instead of one for each."""
+        parts = [
+            replace(part, bias=product.added_bias)
+            for call, product in zip(self.calls, self.products, strict=True)
+            for part in call.parts
+        ]
+        self.calls[:] = [PackedCall(parts)]
+        self.products[:] = [Product(self.calls[0], None, None, 0, self.products[-1].stop)]
 
     def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x [tokens, in] -> [tokens, out]``, given the layer's own parameters."""
@@ -314,6 +289,8 @@ class Operands:
         for copy, later in zip(self.copies, other.copies, strict=True):
             if isinstance(copy, Prepacked):
                 copy.take(later)
+        for call in self.calls:
+            call.renew()
 
     def tensors(self) -> list[torch.Tensor]:
         """All that stays at its address, but the parameter."""
@@ -325,13 +302,28 @@ class Operands:
 
 
 def _work(
-    segment: Segment,
-    shift_out: torch.Tensor | None,
-    operator: Callable[..., torch.Tensor],
-    copy: Prepacked | E4M3Weight | None,
+    segment: Segment, shift_out: torch.Tensor | None, operator: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
     """The product of a segment, given the layer's weight and bias or others in their place."""
-    if segment.spec is None or not _prunes_inputs(segment.spec):
-        return copy.dense if isinstance(copy, Prepacked) else functional.linear
+    if not _prunes_inputs(segment.spec):
+        return functional.linear
+    assert segment.spec is not None
     derived = {"channel_scale": segment.channel_scale, "shift_out": shift_out}
-    return work_of(segment.spec, segment.data, operator if copy is None else copy.linear, derived)
+    return work_of(segment.spec, segment.data, operator, derived)
+
+
+def _packed_work(
+    segment: Segment, shift_out: torch.Tensor | None, copy: Prepacked, weight: torch.Tensor | None
+) -> tuple[Callable[..., torch.Tensor], PackedCall]:
+    """The same over a copy, and the call that it makes: itself, unless the input or the output needs more."""
+    outputs = segment.stop - segment.start
+    if weight is None:
+        call = PackedCall([PackedPart(copy, outputs)])
+        return call, call
+    work = _work(segment, shift_out, compiled_operator)
+    assert isinstance(work, LinearWork)
+    assert isinstance(work.pattern, NMPattern)
+    call = PackedCall([PackedPart(copy, outputs, weight, None, work.pattern, work.options)])
+    if work.rotation is None and work.low_rank is None:
+        return call, call
+    return replace(work, operator=call.operator), call

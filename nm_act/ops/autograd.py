@@ -49,7 +49,7 @@ WITHOUT_GRADIENT = {
     "rotary_cache": "the embedding of the model",
     "decode_attention": "the attention of the model",
     "sparse_linear_prepacked": "nm_act.sparse_linear",
-    "_sparse_linear_vllm": "nm_act.sparse_linear",
+    "_packed_layer": "nm_act.sparse_linear",
     "_tune_gather": "nm_act.sparse_linear",
     "_tune_sparse_gemm": "nm_act.sparse_linear",
 }

@@ -19,7 +19,7 @@ OPERATORS = (
     *("prune", "compress", "decompress", "sparse_linear", "sparse_linear_prepacked", "gather_linear", "dense_linear"),
     *("compress_packed", "rms_norm_compress", "silu_mul_compress", "sparse_gemm", "sparse_gemm_silu_mul"),
     *("rms_norm_prune", "silu_mul_prune", "e4m3_product", "rms_norm_add", "decode_linear", "sandwich_linear"),
-    *("rotary", "rotary_cache", "decode_attention", "_tune_gather", "_tune_sparse_gemm", "_sparse_linear_vllm"),
+    *("rotary", "rotary_cache", "decode_attention", "_tune_gather", "_tune_sparse_gemm", "_packed_layer"),
 )
 """What ``csrc/ops/schemas.cpp`` declares."""
 

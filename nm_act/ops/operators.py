@@ -342,9 +342,14 @@ def _fake_linear(op: str, *names: str) -> None:
 for _op in ("sparse_linear", "gather_linear", "dense_linear"):
     _fake_linear(_op, "bias")
 _fake_linear("sparse_linear_prepacked", "prepacked_weight", "bias")
-_fake_linear("_sparse_linear_vllm", "handler", "bias")
 
-for _op in ("dense_linear", "sparse_linear_prepacked", "_sparse_linear_vllm"):
+
+@torch.library.register_fake("nm_act::_packed_layer")
+def _(x: Tensor, layer: Tensor, out_features: int, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+for _op in ("dense_linear", "sparse_linear_prepacked", "_packed_layer"):
     refuse(_op, "CUDA")
 if build_info()["cuda"]:
     torch.library.impl("nm_act::decompress", "CUDA")(formulas.decompress)

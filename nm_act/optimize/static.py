@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -208,7 +209,7 @@ class StaticDecoder:
             nm_act_lengths=self._lengths,  # for an attention that updates the cache itself
         )
         self.logits = output.logits
-        self.token.copy_(output.logits[:, -1:].argmax(dim=-1))
+        self.token.copy_(_most_likely(output.logits[:, -1:]))
 
     def _captured(self, function: Callable[[], None], before: Callable[[], None]) -> Callable[[], None]:
         """One graph launch for what ``function`` enqueues."""
@@ -329,3 +330,17 @@ def _full_cache(config: Any, max_tokens: int) -> Any:
     from transformers.cache_utils import Cache, StaticLayer
 
     return Cache(layers=[StaticLayer(max_cache_len=max_tokens) for _ in range(config.num_hidden_layers)])
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    """``logits.argmax(-1)``, the first of equal ones.
+
+    torch reduces a row in one block: 41 us for 128 256 words on an H100. So the words are divided into rows first.
+    """
+    words = logits.shape[-1]
+    rows = next((n for n in range(math.isqrt(words), 15, -1) if words % n == 0), 1)
+    if not logits.is_cuda or rows == 1:
+        return logits.argmax(dim=-1)
+    best = logits.unflatten(-1, (rows, -1)).max(dim=-1)
+    row = best.values.argmax(dim=-1, keepdim=True)
+    return torch.add(best.indices.gather(-1, row), row, alpha=words // rows).squeeze(-1)

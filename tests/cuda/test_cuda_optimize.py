@@ -8,6 +8,7 @@ from tiny_families import KNOWN, decide, family
 
 import nm_act
 from nm_act.optimize import attention, operands
+from nm_act.optimize.static import _most_likely
 from nm_act.optimize.static_attention import ATTENTION
 
 pytestmark = GPU_MARKS
@@ -260,6 +261,15 @@ def test_generate_replays_graphs(attn, dtype):
     if dtype == torch.float32:
         model.set_attn_implementation("sdpa")
         assert torch.equal(tokens, model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("words", [96, 49152, 128256, 262208, 50257])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_likeliest_word_is_the_first_of_equal_ones(words, dtype):
+    """bfloat16 logits tie often; a NaN is the likeliest, as for torch."""
+    logits = torch.randn(3, 1, words, device="cuda").clamp(max=3).to(dtype)
+    logits[2, 0, words // 3] = float("nan")
+    assert torch.equal(_most_likely(logits), logits.argmax(dim=-1))
 
 
 def test_capturing_after_a_prefill_keeps_its_cache():

@@ -77,6 +77,7 @@ inline long launches = 0;
 inline std::set<const void*> kernels;
 inline int most_threads = 0;
 inline unsigned last_cluster = 0;  // blocks of a cluster of the last one
+inline bool last_one_block = false;
 
 // Blocks that run at once, for launchers that ask.
 inline unsigned resident_blocks = 132;
@@ -226,6 +227,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
   emulation::kernels.insert(reinterpret_cast<const void*>(kernel));
   emulation::most_threads = std::max(emulation::most_threads, shape.threads);
   emulation::last_cluster = shape.cluster;
+  emulation::last_one_block = shape.one_block;
   static std::mt19937 random(11);
   const std::tuple<Parameters...> parameters(arguments...);
   std::vector<unsigned> first_block(shape.blocks / shape.cluster);
@@ -418,7 +420,9 @@ inline void write_peer(float* local, int rank, float value) {
 
 inline void prefetch_line(const void*) {}
 
-inline uint4 load_weight(const void* source) { return *static_cast<const uint4*>(source); }
+inline void prefetch_kept_line(const void*) {}
+inline uint64_t read_once_policy() { return 0; }
+inline uint4 load_weight(const void* source, uint64_t) { return *static_cast<const uint4*>(source); }
 
 // What the lanes of a warp show, two words each.
 inline std::vector<uint64_t> words_of_warp(uint32_t first, uint32_t second) {

@@ -145,6 +145,8 @@ void run_case(const Case& c, bool aligned) {
   params.x_type = c.type;
   params.weight_type = c.weight_type;
   check(launch_gather(params, kHopper, c.config, nullptr) == cudaSuccess, "launch");
+  const GatherProblem problem{c.tokens, c.out_features, c.in_features, c.weight_type, c.pattern, kHopper};
+  check(emulation::last_one_block == blocks_fit_apart(problem, c.config), "one block a multiprocessor where all fit");
 
   double worst = 0;
   for (int t = 0; t < c.tokens; ++t) {
@@ -393,6 +395,13 @@ void check_configs() {
       }
     }
   }
+  const auto apart = [](int out, int in, const GatherConfig& config) {
+    return blocks_fit_apart({1, out, in, kBf16, {8, 16, {}}, {9, 132}}, config);
+  };
+  check(apart(28672, 4096, {128, 4, 512, true}), "28 clusters of four on 30 places");
+  check(!apart(28672, 4096, {128, 8, 512, true}), "224 blocks on 132 multiprocessors");
+  check(apart(4096, 14336, {32, 6, 512, true}), "16 clusters of six on 16 places");
+  check(!apart(4096, 14336, {32, 8, 512, true}), "16 clusters of eight on 14 places");
   check(gather_pays(kBf16, {8, 16, {}}, 4), "four tokens at half");
   check(!gather_pays(kBf16, {12, 16, {}}, 4), "four tokens at three quarters");
   check(gather_pays(kInt8, {12, 16, {}}, 4), "8-bit weights always");

@@ -1,6 +1,7 @@
 """The gather kernel's choice of a configuration, against the times of benchmarks/tune_decode.py on a device."""
 
 import csv
+import itertools
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_choice_within_a_layer_is_near_the_fastest():
             sizes = (int(row["out_features"]), int(row["in_features"]))
             config = tuple(int(row[name]) for name in ("lanes", "splits", "threads", "ahead"))
             steps[row["model"], row["dtype"], row["pattern"], *sizes][config] = float(row["us_p50"])
-    assert len([case for case in steps if case[1:3] == ("bf16", "8:16")]) == 12
+    assert len([case for case in steps if case[1:3] == ("bf16", "8:16")]) == 11
     for case, measured in steps.items():
         _, dtype, pattern, *sizes = case
         kind = (dtype == "e4m3", *map(int, pattern.split(":")), 9, MULTIPROCESSORS)
@@ -90,14 +91,14 @@ def test_choice_within_a_layer_is_near_the_fastest():
 
 
 def test_what_is_timed_within_a_layer():
-    """The fastest alone twice, the choice where it is another, and in the first case all with the most slices."""
+    """The fastest alone twice, the choice where it is another, and in the first case all others of at least four slices."""
     shapes = tune_decode_layers.products("llama-3-8b")
     assert shapes == [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
-    configs = tune_decode_layers.candidates((4096, 14336), "bf16", "8:16", (9, MULTIPROCESSORS))
-    assert configs["alone"] == configs["again"] != configs["chosen"] == (32, 8, 512, 1)
-    tried = set(configs.values()) - {configs["alone"]}
-    assert tried == {(lanes, 8, 512, ahead) for lanes in (16, 32, 64, 128) for ahead in (0, 1)} - {configs["alone"]}
-    confirmed = tune_decode_layers.candidates((4096, 14336), "fp16", "8:16", (9, MULTIPROCESSORS))
+    configs = tune_decode_layers.candidates((28672, 4096), "bf16", "8:16", (9, MULTIPROCESSORS))
+    assert configs["alone"] == configs["again"] != configs["chosen"] == (128, 4, 512, 1)
+    all_of_512 = set(itertools.product((16, 32, 64, 128), range(4, 9), (512,), (0, 1)))
+    assert set(configs.values()) == all_of_512 | {configs["alone"]}
+    confirmed = tune_decode_layers.candidates((28672, 4096), "fp16", "8:16", (9, MULTIPROCESSORS))
     assert list(confirmed) == ["alone", "again", "chosen"]
     assert list(tune_decode_layers.candidates((6144, 4096), "bf16", "2:4", (9, MULTIPROCESSORS))) == ["alone", "again"]
 

@@ -166,6 +166,22 @@ struct Warp {
   }
 };
 
+// Prefetches to L2, while the previous kernel ends, the small vectors that its stream of weights may have displaced.
+template <int kDim>
+__device__ __forceinline__ void fetch_vectors(const DecodeAttentionParams& params, int sequence) {
+  constexpr int kLine = 64, kLines = kDim / kLine;  // in elements
+  const int vector = static_cast<int>(threadIdx.x) / kLines, at = static_cast<int>(threadIdx.x) % kLines * kLine;
+  const int64_t angle = (params.cos_batch > 1 ? int64_t{sequence} : 0) * kDim;
+  const auto fetch = [at](const void* base, int64_t from) {
+    if (base != nullptr) prefetch_line(static_cast<const uint16_t*>(base) + from + at);
+  };
+  if (vector == 0) fetch(params.cos, angle);
+  if (vector == 1) fetch(params.sin, angle);
+  if (vector == 2) fetch(params.norms.q, 0);
+  if (vector == 3) fetch(params.norms.k, 0);
+  if (vector == 4 && at == 0) prefetch_line(params.lengths + sequence);
+}
+
 template <class E, int kDim>
 __global__ void __launch_bounds__(kThreads)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams params, const int splits) {
@@ -187,9 +203,26 @@ __global__ void __launch_bounds__(kThreads)
   auto* const keys = static_cast<uint16_t*>(params.keys) + cached;
   auto* const values = static_cast<uint16_t*>(params.values) + cached;
 
+  fetch_vectors<kDim>(params, sequence);
   wait_for_previous_kernel();
   allow_next_kernel();
 
+  // The rotated queries, and the new key and value: a thread has a piece of one head. Loaded before the length, which
+  // would delay them.
+  constexpr int kPieces = kDim / 2 / kChunk;
+  static_assert((kHeads + 2) * kPieces <= kThreads);
+  const int row = thread / kPieces, feature = thread % kPieces * kChunk;
+  const bool is_query = row < kHeads, is_key = row == kHeads, has_piece = row < kHeads + 2;
+  Piece<E> piece{zero_chunk<E>(), zero_chunk<E>()}, cosine = piece, sine = piece;
+  if (has_piece && (!is_query || row < heads)) {
+    const void* source = is_query ? params.q : is_key ? params.k : params.v;
+    const int64_t stride = is_query ? params.q_stride : is_key ? params.k_stride : params.v_stride;
+    const int at_head = is_query ? key_head * heads + row : key_head;
+    const int64_t angle = (params.cos_batch > 1 ? int64_t{sequence} : 0) * kDim;
+    piece = load_piece<E>(source, sequence * stride + int64_t{at_head} * kDim + feature, kDim / 2);
+    cosine = load_piece<E>(params.cos, angle + feature, kDim / 2);
+    sine = load_piece<E>(params.sin, angle + feature, kDim / 2);
+  }
   // A length out of range is that of no tokens: nothing is written, and 0 / 0 is NaN.
   const int given = params.lengths[sequence], length = given < 0 || given > params.max_tokens ? 0 : given;
   const int start = params.window > 0 ? max(0, length - params.window) : 0;
@@ -197,22 +230,9 @@ __global__ void __launch_bounds__(kThreads)
   const int begin = min(start + rank * share, length), end = min(begin + share, length);
   const int last = length - 1;  // the new token's place
   const bool owns_new = last >= begin && last < end;
-
-  // The rotated queries, and the new key and value: a thread takes a piece of one head.
-  constexpr int kPieces = kDim / 2 / kChunk;
-  const int64_t angle = (params.cos_batch > 1 ? int64_t{sequence} : 0) * kDim;
-  for (int i = thread; i < (kHeads + 2) * kPieces; i += kThreads) {
-    const int row = i / kPieces, feature = i % kPieces * kChunk;
-    Piece<E> piece{zero_chunk<E>(), zero_chunk<E>()};
-    const Piece<E> cosine = load_piece<E>(params.cos, angle + feature, kDim / 2);
-    const Piece<E> sine = load_piece<E>(params.sin, angle + feature, kDim / 2);
-    const bool is_query = row < kHeads, is_key = row == kHeads;
+  if (has_piece) {
     if (!is_query || row < heads) {
-      const void* source = is_query ? params.q : is_key ? params.k : params.v;
       const void* norm = is_query ? params.norms.q : is_key ? params.norms.k : nullptr;
-      const int64_t stride = is_query ? params.q_stride : is_key ? params.k_stride : params.v_stride;
-      const int at_head = is_query ? key_head * heads + row : key_head;
-      piece = load_piece<E>(source, sequence * stride + int64_t{at_head} * kDim + feature, kDim / 2);
       if (norm != nullptr) normalise_head(piece, norm, feature, kPieces, params.norms);
       if (is_query || is_key) piece = rotate<E>(piece, cosine, sine);
       if (!is_query && owns_new) {

@@ -43,12 +43,26 @@ __device__ __forceinline__ void prefetch_line(const void* source) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
 }
 
+// The same, for what is read at the end of a kernel that streams more than L2 holds.
+__device__ __forceinline__ void prefetch_kept_line(const void* source) {
+  asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(source));
+}
+
+// The L2 policy of weights: each byte is read once a step, so it makes room before the vectors that every layer reads.
+__device__ __forceinline__ uint64_t read_once_policy() {
+  uint64_t policy = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
 // Loads 16 bytes of a weight without allocating in L1: each byte is read once.
-__device__ __forceinline__ uint4 load_weight(const void* source) {
+__device__ __forceinline__ uint4 load_weight(const void* source, uint64_t policy) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(source));
+               : "l"(source), "l"(policy));
   return v;
 }
 

@@ -160,6 +160,13 @@ inline int resident_blocks(const GatherProblem& problem, const GatherConfig& con
   return resident_blocks(problem.device, config.splits, blocks_per_multiprocessor(problem, config));
 }
 
+// Whether every block of a launch can have a multiprocessor of its own. Two blocks on one would share its bandwidth while
+// another is idle, which cost 2 % of a decode step (docs/kernels/gather.md).
+inline bool blocks_fit_apart(const GatherProblem& problem, const GatherConfig& config) {
+  const int tiles = ceil_div(problem.out_features, config.lanes * outputs_per_lane(problem.weight_type));
+  return tiles * config.splits <= resident_blocks(problem.device, config.splits, 1);
+}
+
 // Fraction of a block's weights that is prefetched before the selection. With half of the rows surviving, it pays up to
 // about 0.3.
 inline double ahead_share(const GatherProblem& problem, const GatherConfig& config) {
@@ -237,16 +244,14 @@ inline GatherConfig select_gather_config(const GatherProblem& problem) {
 // Decode steps in which another configuration than the one that is fastest alone was measured to be faster: there a
 // kernel's blocks start while those of the kernel before end, and clusters wait for room beside them
 // (docs/kernels/gather.md). One token, 16-bit weights, 132 multiprocessors; all were measured with 8:16 in bf16, the first
-// with 2:4 and in float16 too, and are taken for 50 % patterns.
+// with 2:4 too, and are taken for 50 % patterns.
 struct LayerGather {
   int out_features, in_features;
   GatherConfig config;
 };
 inline constexpr LayerGather kLayerGathers[] = {
-    {4096, 14336, {32, 8, 512, true}},
-    {3584, 18944, {16, 8, 512, true}},
-    {2048, 2048, {16, 8, 512, false}},
-    {2048, 8192, {32, 8, 512, false}},
+    {28672, 4096, {128, 4, 512, true}}, {3584, 3584, {16, 8, 512, true}},  {37888, 3584, {128, 5, 512, true}},
+    {2048, 2048, {32, 8, 512, true}},   {2048, 8192, {32, 8, 512, false}},
 };
 
 // The configuration for a product within a layer's decode step: a measured one, else the one that is fastest alone.

@@ -95,13 +95,14 @@ __device__ __forceinline__ void add_row(uint4 row, const GatherSlice& slice, int
 // slots that exist.
 template <class E, class W, int kTokens, int kUnroll, bool kFull, int kOutputs>
 __device__ __forceinline__ void gather_batch(const unsigned char* weight, uint32_t row_bytes, const GatherSlice& slice,
-                                             int survivors, int first, int step, float (&sum)[kTokens][kOutputs]) {
+                                             int survivors, int first, int step, uint64_t policy,
+                                             float (&sum)[kTokens][kOutputs]) {
   uint4 loaded[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
     const int slot = first + u * step;
     if (kFull || slot < survivors)
-      loaded[u] = load_weight(weight + static_cast<uint64_t>(slice.rows[slot]) * row_bytes);
+      loaded[u] = load_weight(weight + static_cast<uint64_t>(slice.rows[slot]) * row_bytes, policy);
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -116,12 +117,13 @@ __device__ __forceinline__ void gather_batch(const unsigned char* weight, uint32
 template <class E, class W, int kTokens, int kUnroll, int kOutputs>
 __device__ __forceinline__ void gather_rows(const unsigned char* weight, uint32_t row_bytes, const GatherSlice& slice,
                                             int survivors, int group, int groups, float (&sum)[kTokens][kOutputs]) {
+  const uint64_t policy = read_once_policy();
   int first = group;
   for (; first + (kUnroll - 1) * groups < survivors; first += kUnroll * groups) {
-    gather_batch<E, W, kTokens, kUnroll, true>(weight, row_bytes, slice, survivors, first, groups, sum);
+    gather_batch<E, W, kTokens, kUnroll, true>(weight, row_bytes, slice, survivors, first, groups, policy, sum);
   }
   for (; first < survivors; first += kUnroll / 2 * groups) {
-    gather_batch<E, W, kTokens, kUnroll / 2, false>(weight, row_bytes, slice, survivors, first, groups, sum);
+    gather_batch<E, W, kTokens, kUnroll / 2, false>(weight, row_bytes, slice, survivors, first, groups, policy, sum);
   }
 }
 

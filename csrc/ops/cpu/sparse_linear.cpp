@@ -4,6 +4,8 @@
 // on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product: our
 // own where it is faster (dense.cpp), else torch's, or if more than a bias follows, one that keeps float32 until the
 // end. With a prepacked weight it is oneDNN's, called through torch or vLLM, which is faster: fewer tokens skip rows.
+#include "ops/cpu/sparse_linear.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -99,7 +101,8 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection) {
   return at::sum(weight, {1}, false, at::kFloat);
 }
 
-// Of all operators; `prepacked` is undefined, in oneDNN's layout, or vLLM's handler.
+}  // namespace
+
 at::Tensor pruned_product(const char* op, const at::Tensor& prepacked, const at::Tensor& x,
                           const at::Tensor& stored_weight, const OptionalTensor& bias, int64_t n, int64_t m,
                           const OptionalTensor& channel_scale, const OptionalTensor& shift,
@@ -165,6 +168,8 @@ at::Tensor pruned_product(const char* op, const at::Tensor& prepacked, const at:
   return y.view(with_last(x.sizes(), out_features));
 }
 
+namespace {
+
 at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n,
                          int64_t m, const OptionalTensor& channel_scale, const OptionalTensor& shift,
                          c10::string_view token_shift, const OptionalTensor& shift_out, bool variance_correction,
@@ -176,20 +181,18 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& weight, const Op
                         activation_dtype);
 }
 
-template <bool vllm>
 at::Tensor sparse_linear_prepacked(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& prepacked,
                                    const OptionalTensor& bias, int64_t n, int64_t m,
                                    const OptionalTensor& channel_scale, const OptionalTensor& shift,
                                    c10::string_view token_shift, const OptionalTensor& shift_out,
                                    bool variance_correction, const OptionalTensor& column_scale,
                                    at::IntArrayRef extra_columns) {
-  constexpr const char* kOp = vllm ? "_sparse_linear_vllm" : "sparse_linear_prepacked";
-  TORCH_CHECK_VALUE(vllm || (prepacked.is_mkldnn() && prepacked.scalar_type() == weight.scalar_type() &&
-                             prepacked.sizes() == weight.sizes()),
-                    "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ",
-                    weight.scalar_type(), " ", weight.sizes(), ", got ", prepacked.layout(), " ",
-                    prepacked.scalar_type(), " ", prepacked.sizes(),
-                    "; make it with torch.ops.mkldnn._reorder_linear_weight");
+  constexpr const char* kOp = "sparse_linear_prepacked";
+  TORCH_CHECK_VALUE(
+      prepacked.is_mkldnn() && prepacked.scalar_type() == weight.scalar_type() && prepacked.sizes() == weight.sizes(),
+      "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ", weight.scalar_type(), " ",
+      weight.sizes(), ", got ", prepacked.layout(), " ", prepacked.scalar_type(), " ", prepacked.sizes(),
+      "; make it with torch.ops.mkldnn._reorder_linear_weight");
   return pruned_product(kOp, prepacked, x, weight, bias, n, m, channel_scale, shift, token_shift, shift_out,
                         variance_correction, column_scale, {}, extra_columns, {}, {});
 }
@@ -226,13 +229,12 @@ at::Tensor dense_linear(const at::Tensor& x, const at::Tensor& weight, const Opt
 
 TORCH_LIBRARY_IMPL(nm_act, CPU, m) {
   m.impl("sparse_linear", sparse_linear);
-  m.impl("sparse_linear_prepacked", sparse_linear_prepacked<false>);
-  m.impl("_sparse_linear_vllm", sparse_linear_prepacked<true>);
+  m.impl("sparse_linear_prepacked", sparse_linear_prepacked);
   m.impl("gather_linear", gather_linear);
   m.impl("dense_linear", dense_linear);
 }
 
 // The key of a tensor in oneDNN's layout, which the operator is dispatched by.
-TORCH_LIBRARY_IMPL(nm_act, MkldnnCPU, m) { m.impl("sparse_linear_prepacked", sparse_linear_prepacked<false>); }
+TORCH_LIBRARY_IMPL(nm_act, MkldnnCPU, m) { m.impl("sparse_linear_prepacked", sparse_linear_prepacked); }
 
 }  // namespace nm_act::cpu_ops

@@ -1,0 +1,95 @@
+"""Products over prepacked weights of a served layer, by an operator given an address; nothing here needs vLLM."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..patterns import NMPattern
+
+
+@dataclass(eq=False)
+class Prepacked:
+    """A weight in oneDNN's layout.
+
+    Attributes
+    ----------
+    copy : Tensor
+        Of ``prepack_weight``, or the handler tensor of vLLM's product, which vLLM's dense layers call.
+    handler : object, optional
+        vLLM's; it frees the copy that a handler tensor names.
+    """
+
+    copy: torch.Tensor
+    handler: Any = None
+
+    def take(self, other: "Prepacked") -> None:
+        """Multiply by another copy from now on; the other one gets this one's, and may be dropped."""
+        if self.handler is None:
+            self.copy, other.copy = other.copy, self.copy  # opaque: it cannot be written to
+            return
+        mine = self.copy.clone()
+        self.copy.copy_(other.copy)
+        other.copy.copy_(mine)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedPart:
+    """One segment for :class:`PackedCall`: sparse where it has a weight.
+
+    Attributes
+    ----------
+    copy : Prepacked
+    out_features : int
+    weight : Tensor [out, in], optional
+        Stored [in, out].
+    bias : Tensor [out], optional
+        Beside the layer's.
+    pattern : NMPattern, optional
+    options : mapping
+        Of :func:`nm_act.sparse_linear`.
+    """
+
+    copy: Prepacked
+    out_features: int
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    pattern: NMPattern | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PackedCall:
+    """The products of segments over one input, by one call of an operator that is given an address.
+
+    A compiled graph pays for every call, argument and input, and passes neither weights nor options so.
+    """
+
+    def __init__(self, parts: Sequence[PackedPart]):
+        self._held = torch.classes.nm_act.PackedLayer()
+        self.parts = parts
+        self._outputs = sum(part.out_features for part in parts)
+        for part in parts:
+            keep, group = (part.pattern.keep, part.pattern.group) if part.pattern is not None else (0, 0)
+            vectors = [part.options.get(name) for name in ("channel_scale", "shift", "shift_out", "column_scale")]
+            shift, variance = part.options.get("token_shift", "none"), part.options.get("variance_correction", False)
+            extra = [] if part.pattern is None else list(part.pattern.extra_columns)
+            weights = (part.copy.copy, part.out_features, part.weight, part.bias)
+            self._held.add(*weights, keep, group, *vectors, shift, variance, extra)
+        self._address = torch.tensor([self._held.address()])
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [tokens, in] -> [tokens, out]``; the weight is not read."""
+        y: torch.Tensor = torch.ops.nm_act._packed_layer(x, self._address, self._outputs, bias)
+        return y
+
+    def operator(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pattern: NMPattern, **options: Any
+    ) -> torch.Tensor:
+        """In place of the operator whose pattern and options the part has."""
+        return self(x, weight, bias)
+
+    def renew(self) -> None:
+        """Read the copies of the parts anew, after :meth:`Prepacked.take`."""
+        for index, part in enumerate(self.parts):
+            self._held.set_copy(index, part.copy.copy)
