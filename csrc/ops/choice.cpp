@@ -1,4 +1,4 @@
-// The sentences in which nm_act.explain reports a choice.
+// The sentences and words in which nm_act.explain reports a choice.
 #include "ops/choice.h"
 
 namespace nm_act {
@@ -53,6 +53,20 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
       return "the sizes, strides or alignment of the weight fit no sparse GEMM; (lifted) in_features divisible by 32 "
              "and out_features by 8 do, in rows aligned to 16 bytes";
   }
+}
+
+std::string kernel_text(const LinearChoice& choice) {
+  if (choice.path == LinearPath::kGather && choice.gather.splits > 0) {
+    const GatherConfig& config = choice.gather;
+    return std::to_string(config.lanes) + " lanes, " + std::to_string(config.splits) + " splits, " +
+           std::to_string(config.threads) + " threads" + (config.ahead ? ", ahead" : "");
+  }
+  if (choice.path != LinearPath::kSparse && choice.path != LinearPath::kLifted) return "";
+  const GemmConfig& config = choice.gemm;
+  return std::string(facts_of(config.tile).name) + ", swizzle " + std::to_string(config.swizzle) +
+         (config.raster == GemmRaster::kAlongTokens ? " along tokens" : " along outputs") +
+         (config.splits > 1 ? ", " + std::to_string(config.splits) + " splits" : "") +
+         (config.overlapped ? ", overlapped" : "");
 }
 
 }  // namespace nm_act

@@ -157,4 +157,7 @@ inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) 
 // The sentence of nm_act.explain.
 std::string text_of(const LinearChoice& choice, const LinearFacts& facts);
 
+// The configuration of the path's CUDA kernel, in the words of GatherConfig and GemmConfig; empty for any other path.
+std::string kernel_text(const LinearChoice& choice);
+
 }  // namespace nm_act

@@ -6,7 +6,6 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "build_facts.h"
@@ -163,12 +162,11 @@ nm_act::Pattern pattern_of(int n, int m, const std::vector<int>& extra_columns) 
 // Sizes and strides of a weight, and whether its storage is aligned to 16 bytes.
 using Facts = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
-// The path of sparse_linear and the sentence that explains it, from facts alone.
-std::pair<std::string, std::string> choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, int n, int m,
-                                                const std::vector<int>& extra_columns, const Facts& weight,
-                                                const std::optional<Facts>& lifted, int compute_capability_major,
-                                                int multiprocessors, const std::string& weight_dtype,
-                                                const std::string& activation_dtype) {
+// The path of sparse_linear, the sentence that explains it, and its kernel's configuration, from facts alone.
+py::tuple choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, int n, int m,
+                      const std::vector<int>& extra_columns, const Facts& weight, const std::optional<Facts>& lifted,
+                      int compute_capability_major, int multiprocessors, const std::string& weight_dtype,
+                      const std::string& activation_dtype) {
   nm_act::LinearFacts facts{tokens,
                             element_type_named(dtype),
                             element_type_named(weight_dtype),
@@ -182,7 +180,8 @@ std::pair<std::string, std::string> choose_path(bool on_cuda, int64_t tokens, co
                                           ? nm_act::choose_on_cuda(facts, {compute_capability_major, multiprocessors})
                                           : nm_act::choose_on_cpu(facts);
   static constexpr const char* kNames[] = {"gather", "sparse", "lifted", "dense"};
-  return {kNames[static_cast<int>(choice.path)], nm_act::text_of(choice, facts)};
+  return py::make_tuple(kNames[static_cast<int>(choice.path)], nm_act::text_of(choice, facts),
+                        nm_act::kernel_text(choice));
 }
 
 }  // namespace

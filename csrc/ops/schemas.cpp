@@ -1,5 +1,5 @@
-// The one place where the operators of nm_act are declared. Fakes (shape functions) are in nm_act/ops/operators.py and
-// packed.py.
+// The one place where the operators of nm_act are declared. Fakes (shape functions) are in nm_act/ops, beside the
+// functions that call them.
 //
 // Shapes: x [..., in_features], weight [out_features, in_features] with either stride order, y [..., out_features];
 // "tokens" is the product of the leading dimensions and may be 0. x, weight and bias share one dtype of float32,

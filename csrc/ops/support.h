@@ -58,7 +58,7 @@ inline constexpr SupportRow kSupport[] = {
      "gather kernel: reads only the weight rows of survivors; slices in clusters on sm_90"},
     {"sparse_linear", "2:4, 385 tokens and more; weight stored [in, out] of 6144 outputs and more, 129", "cuda sm_90",
      kBits16, "2:4", "compress_packed and sparse_gemm"},
-    {"sparse_linear", "lifted_weight given, 1024 tokens and more", "cuda sm_80+", kBits16, "2:4+1",
+    {"sparse_linear", "lifted_weight given, 1024 tokens and more", "cuda sm_90", kBits16, "2:4+1",
      "compress_packed and sparse_gemm over the lifted weight"},
     {"sparse_linear", "otherwise", "cuda sm_80+", kAllDtypes, kAllPatterns, "selection kernel, then cuBLAS"},
     {"sparse_linear", "activation_dtype float8_e4m3fn", "cuda sm_90", "bfloat16, float16 x; e4m3 weight", "2:4",

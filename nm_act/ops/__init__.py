@@ -10,6 +10,7 @@ from .operators import (
     pack_metadata,
     prune,
     sparse_linear,
+    sparse_linear_fp8,
     unpack_metadata,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "pack_metadata",
     "prune",
     "sparse_linear",
+    "sparse_linear_fp8",
     "support_table",
     "unpack_metadata",
 ]

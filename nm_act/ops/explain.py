@@ -32,14 +32,20 @@ class Explanation:
         The reason, with what would change it.
     device : str
         "cpu" or "cuda".
+    kernel : str
+        How the path's CUDA kernel is configured; empty for "dense" and on a CPU. Of "gather" lanes, splits, threads and
+        prefetching (``csrc/kernels/gather/config.h``), of "sparse" and "lifted" the tile, the order of the tiles and
+        splits (``csrc/kernels/matmul/config.h``).
     """
 
     path: str
     why: str
     device: str
+    kernel: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path} on {self.device} ({PATHS[self.path]}): {self.why}"
+        kernel = f" [{self.kernel}]" if self.kernel else ""
+        return f"{self.path} on {self.device} ({PATHS[self.path]}): {self.why}{kernel}"
 
 
 @takes_pattern
@@ -121,7 +127,7 @@ def explain(
         facts = torch.cuda.get_device_properties(x.device)
         compute_capability = compute_capability or facts.major
         multiprocessors = multiprocessors or facts.multi_processor_count
-    path, why = _C.choose_path(
+    path, why, kernel = _C.choose_path(
         device == "cuda",
         x.numel() // x.shape[-1],
         str(x.dtype).removeprefix("torch."),
@@ -135,7 +141,7 @@ def explain(
         str(weight.dtype).removeprefix("torch."),
         str(activation_dtype or x.dtype).removeprefix("torch."),
     )
-    return Explanation(path, why, device)
+    return Explanation(path, why, device, kernel)
 
 
 def gathers(tokens: int, pattern: NMPattern, dtype: torch.dtype, device: torch.device, weight: Tensor) -> bool:

@@ -12,7 +12,11 @@ from torch.nn import functional as F
 
 from ..patterns import NMPattern
 from . import library
-from .library import _C
+from .attention import attends as attends
+from .attention import decode_attention as decode_attention
+from .attention import norms_heads as norms_heads
+from .attention import rotary as rotary
+from .attention import rotary_cache as rotary_cache
 
 E4M3 = torch.float8_e4m3fn
 
@@ -136,9 +140,13 @@ def pruned_product(
 
     Parameters
     ----------
+    operand : Pruned
     weight : Tensor [out_features, in_features], dtype of the operand's values
-        In e4m3 contiguous, with ``weight_scale`` [out_features], float32, and features divisible by 16; the result is
-        bfloat16 then. Of up to 16 tokens the product is rounded to bfloat16 before it is scaled, too.
+        In e4m3 contiguous, with features divisible by 16; the result is bfloat16 then. Of up to 16 tokens the product
+        is rounded to bfloat16 before it is scaled, too.
+    bias : Tensor [out_features], dtype of the result, optional
+    weight_scale : Tensor [out_features], float32, optional
+        Of a weight in e4m3, which needs it.
     """
     if weight_scale is None:
         return F.linear(operand.values, weight, bias)
@@ -170,17 +178,21 @@ def decode_linear(
     x : Tensor [..., in_features], bfloat16 or float16, on CUDA
         At most four tokens; in_features divisible by 8.
     weight : Tensor [out_features, in_features], stored [in, out]
-        Dtype of x, or float8_e4m3fn or int8 with ``weight_scale`` [out_features], float32.
+        Dtype of x, or float8_e4m3fn or int8.
     bias : Tensor [out_features], dtype of x, optional
     pattern : NMPattern or str
         N:M without extra windows.
     up : Tensor like x, optional
         With ``activation``, and not without.
     norm_weight : Tensor [in_features], dtype of x, optional
-        With ``eps``, and not without; not with ``up``.
+        Not with ``up``.
+    eps : float, optional
+        With ``norm_weight``, and not without.
     residual : Tensor [..., out_features], dtype of x, optional
     channel_scale : Tensor [in_features], float32 or the dtype of x, optional
         As in :func:`nm_act.prune`.
+    weight_scale : Tensor [out_features], float32, optional
+        Of an 8-bit weight, which needs it.
     activation : {"silu", "gelu_tanh"}, optional
     unit_offset : bool
         Adds 1 to ``norm_weight``, which it needs; rounded as in :func:`rms_norm_prune`.
@@ -252,114 +264,6 @@ def sandwich_linear(
     return both
 
 
-def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **norms: Any) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding of queries and keys in one kernel: ``x * cos + rotate_half(x) * sin``.
-
-    Parameters
-    ----------
-    q, k : Tensor [batch, tokens, heads, head_dim], bfloat16 or float16, on CUDA
-        head_dim divisible by 16; parts of a merged projection are read in place.
-    cos, sin : Tensor [1 or batch, tokens, head_dim], dtype of q
-    **norms
-        ``q_norm`` and ``k_norm`` [head_dim], dtype of q, weights of an RMSNorm of each head before the embedding;
-        with one of them ``eps``, and ``unit_offset`` as in :func:`rms_norm_prune`. For head_dim 16, 32, 64, 128, 256
-        and 512.
-
-    Returns
-    -------
-    q, k : Tensor, contiguous, of the shapes given; rounded where Transformers' own embedding rounds
-    """
-    rotated: tuple[Tensor, Tensor] = library.call("rotary", q, k, cos, sin, **norms)
-    return rotated
-
-
-def rotary_cache(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    **norms: Any,
-) -> Tensor:
-    """:func:`rotary`, which also writes keys and values into a static cache; returns the queries.
-
-    Parameters
-    ----------
-    q, k, v : Tensor [batch, tokens, heads, head_dim]
-    cos, sin : Tensor [1 or batch, tokens, head_dim]
-    keys, values : Tensor [batch, heads, max_tokens, head_dim], contiguous
-        Written at the last ``tokens`` places before ``lengths``; none beyond the cache.
-    lengths : Tensor [batch], int32
-        Tokens of each sequence, the new ones included.
-    **norms
-        As in :func:`rotary`.
-    """
-    y: Tensor = library.call("rotary_cache", q, k, v, cos, sin, keys, values, lengths, **norms)
-    return y
-
-
-def decode_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    lengths: Tensor,
-    *,
-    scaling: float,
-    window: int = 0,
-    **norms: Any,
-) -> Tensor:
-    """Attention of one new token per sequence over a static cache, with :func:`rotary_cache` in the same kernel.
-
-    Parameters
-    ----------
-    q, k, v : Tensor [batch, 1, heads, head_dim], bfloat16 or float16
-        At most eight query heads per key head; head_dim 64, 128 or 256.
-    cos, sin, keys, values
-        As in :func:`rotary_cache`.
-    lengths : Tensor [batch], int32
-        As in :func:`rotary_cache`. A sequence whose length is not in 1 to max_tokens writes nothing, and its outputs
-        are NaN; others are not affected.
-    scaling : float
-        Factor of the scores.
-    window : int
-        Tokens to attend to, the new one included; 0: all.
-    **norms
-        As in :func:`rotary`.
-
-    Returns
-    -------
-    Tensor [batch, 1, q_heads, head_dim]
-
-    Raises
-    ------
-    TypeError, ValueError
-        If a dtype, shape or option does not fit.
-    NotImplementedError
-        If the device is not of compute capability 9.0, or the heads are not supported.
-    """
-    options = {"scaling": scaling, "window": window, **norms}
-    y: Tensor = library.call("decode_attention", q, k, v, cos, sin, keys, values, lengths, **options)
-    return y
-
-
-def attends(q_heads: int, k_heads: int, head_dim: int, device: torch.device) -> bool:
-    """Whether :func:`decode_attention` supports these heads on this device."""
-    supported = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return supported and _C.decode_attention_supports(q_heads, k_heads, head_dim)
-
-
-def norms_heads(head_dim: int) -> bool:
-    """Whether :func:`rotary` and the operators that contain it can normalise heads of this size."""
-    return _C.head_norms_support(head_dim)
-
-
 def _keep_and_group(pattern: NMPattern | str) -> tuple[int, int]:
     pattern = pattern if isinstance(pattern, NMPattern) else NMPattern(pattern)
     if pattern.extra_columns:
@@ -407,7 +311,7 @@ def _(
     unit_offset: bool = False,
     **_options: Any,
 ) -> Tensor:
-    _check_norm_options("decode_linear", "norm_weight", norm_weight is not None, eps, unit_offset)
+    library.check_norm_options("decode_linear", "norm_weight", norm_weight is not None, eps, unit_offset)
     if (up is None) != (activation is None):
         alone = "activation" if up is None else "up"
         raise ValueError(
@@ -430,46 +334,5 @@ def _(
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty(x.shape)
 
 
-@torch.library.register_fake("nm_act::rotary")
-def _(q: Tensor, k: Tensor, *_others: Tensor, **norms: Any) -> tuple[Tensor, Tensor]:
-    _check_head_norms("rotary", **norms)
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def _fake_queries(op: str) -> None:
-    @torch.library.register_fake(f"nm_act::{op}")
-    def _(q: Tensor, *_others: Any, **norms: Any) -> Tensor:
-        _check_head_norms(op, **norms)
-        return q.new_empty(q.shape)
-
-
-_fake_queries("rotary_cache")
-_fake_queries("decode_attention")
-
-
-def _check_head_norms(
-    op: str,
-    *,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float | None = None,
-    unit_offset: bool = False,
-) -> None:
-    normed = q_norm is not None or k_norm is not None
-    _check_norm_options(op, "q_norm or k_norm", normed, eps, unit_offset)
-
-
-def _check_norm_options(op: str, weights: str, normed: bool, eps: float | None, unit_offset: bool) -> None:
-    """As check_norm_options of csrc/ops/cuda/common.h, for calls that are compiled."""
-    if normed and eps is None:
-        raise ValueError(f"nm_act::{op} expected eps along with {weights}, got none; give the epsilon of the norm")
-    if not normed and (eps is not None or unit_offset):
-        option = "unit_offset" if eps is None else "eps"
-        raise ValueError(
-            f"nm_act::{op} expected {weights} along with {option}, got none; leave the option out or give the weight"
-        )
-
-
 library.only_on_cuda("rms_norm_prune", "silu_mul_prune", "e4m3_product", "rms_norm_add")
 library.only_on_cuda("decode_linear", "sandwich_linear")
-library.only_on_cuda("rotary", "rotary_cache", "decode_attention")

@@ -42,6 +42,11 @@ def build_info() -> dict[str, object]:
     return info
 
 
+def is_sm90(device: torch.device) -> bool:
+    """Whether a device has compute capability 9, which some kernels are compiled for alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def support_table() -> list[dict[str, str]]:
     """Which operator runs where, with which dtypes and patterns, and how: one dict a row."""
     return _C.support_table()
@@ -73,6 +78,17 @@ def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
             raise ValueError(
                 f"nm_act::{op} expected {name} on the device of x, {x.device}, got {other.device}; move it there"
             )
+
+
+def check_norm_options(op: str, weights: str, normed: bool, eps: float | None, unit_offset: bool) -> None:
+    """Raise a ValueError as check_norm_options of csrc/ops/cuda/common.h does, for calls that are compiled."""
+    if normed and eps is None:
+        raise ValueError(f"nm_act::{op} expected eps along with {weights}, got none; give the epsilon of the norm")
+    if not normed and (eps is not None or unit_offset):
+        option = "unit_offset" if eps is None else "eps"
+        raise ValueError(
+            f"nm_act::{op} expected {weights} along with {option}, got none; leave the option out or give the weight"
+        )
 
 
 def refuse(op: str, device: str) -> None:

@@ -104,6 +104,10 @@ def unlift(operand: Tensor, pattern: NMPattern | str, in_features: int) -> Tenso
     ----------
     operand : Tensor [tokens, lifted in_features]
         Decompressed, any floating dtype: each survivor is in one of its columns, the others hold +0.0.
+    pattern : NMPattern or str
+        "2:4+1", with the column of the operand.
+    in_features : int
+        Of the activation.
     """
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[operand.element_size()]
     columns = lifted_columns(pattern, in_features).to(operand.device)

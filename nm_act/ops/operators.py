@@ -3,6 +3,7 @@
 The selection contract, identical on every device, is written in ``csrc/ops/schemas.cpp`` and ``nm_act/reference.py``.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -227,6 +228,19 @@ def sparse_linear(
     return y
 
 
+def sparse_linear_fp8(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Deprecated: :func:`nm_act.sparse_linear` with ``weight_scale`` and ``activation_dtype=torch.float8_e4m3fn``."""
+    warnings.warn(
+        "nm_act.sparse_linear_fp8 is deprecated; use nm_act.sparse_linear(x, weight, bias, weight_scale=weight_scale, "
+        "activation_dtype=torch.float8_e4m3fn)",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return sparse_linear(x, weight, bias, weight_scale=weight_scale, activation_dtype=torch.float8_e4m3fn, **options)
+
+
 def gather_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, weight_scale: Tensor | None = None
 ) -> Tensor:
@@ -271,15 +285,13 @@ def pack_metadata(metadata: Tensor, in_features: int, layout: str) -> Tensor:
     Tensor [bytes], uint8
     """
     rows = metadata.shape[:-1].numel()
-    packed = _C.pack_metadata(_bytes_of(metadata), rows, in_features, layout)
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8) if packed else torch.empty(0, dtype=torch.uint8)
+    return _tensor_of(_C.pack_metadata(_bytes_of(metadata), rows, in_features, layout))
 
 
 def unpack_metadata(physical: Tensor, tokens: int, in_features: int, layout: str) -> Tensor:
     """Inverse of :func:`pack_metadata`: neutral metadata ``[tokens, ceil(in_features / 8)]``, uint8."""
     neutral = _C.unpack_metadata(_bytes_of(physical), tokens, in_features, layout)
-    flat = torch.frombuffer(bytearray(neutral), dtype=torch.uint8) if neutral else torch.empty(0, dtype=torch.uint8)
-    return flat.view(tokens, -(-in_features // 8))
+    return _tensor_of(neutral).view(tokens, -(-in_features // 8))
 
 
 def _bytes_of(tensor: Tensor) -> bytes:
@@ -289,6 +301,11 @@ def _bytes_of(tensor: Tensor) -> bytes:
             f"{tensor.device}; convert it first"
         )
     return tensor.contiguous().numpy().tobytes()
+
+
+def _tensor_of(data: bytes) -> Tensor:
+    # Of a copy that can be written; frombuffer takes no empty one.
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 @torch.library.register_fake("nm_act::prune")

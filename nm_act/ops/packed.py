@@ -5,7 +5,6 @@ consumers of an activation; ``sparse_gemm`` multiplies. :func:`nm_act.sparse_lin
 back where these refuse.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..patterns import NMPattern
-from . import library, operators
+from . import formulas, library, operators
 from .legacy import takes_activation_dtype, takes_pattern
-from .lifting import is_lifted, lifted_features
+from .lifting import is_lifted, lifted_features, unlift
 
 _PLAIN = NMPattern(2, 4)
 _TILES = {"sm80_16bit": (32, 32), "sm90_16bit_t64": (64, 64), "sm90_8bit": (64, 128)}
@@ -57,6 +56,18 @@ class Packed:
     tokens: int
     hidden: Tensor | None = field(default=None, repr=False)
 
+    def to_dense(self) -> Tensor:
+        """The values where the selection left them, ``[tokens, in_features]`` with zeros between: to look at, or test.
+
+        Without ``row_scale`` and ``eta``, which the product applies. The metadata is read on the host.
+        """
+        features = lifted_features(self.pattern, self.in_features)
+        metadata = operators.unpack_metadata(self.metadata.cpu(), self.tokens, features, self.layout)
+        # Of e4m3 the bytes are moved, which torch's scatter does not take as e4m3.
+        bits = self.values.view(torch.uint8) if self.values.element_size() == 1 else self.values
+        dense = formulas.decompress(bits, metadata.to(bits.device)).view(self.values.dtype)
+        return unlift(dense, self.pattern, self.in_features) if is_lifted(self.pattern) else dense
+
     def __iter__(self) -> Iterator[Tensor]:
         tensors = (self.values, self.metadata, self.row_scale, self.eta)
         return iter(tensors if self.hidden is None else (*tensors, self.hidden))
@@ -73,7 +84,7 @@ def _layout(dtype: torch.dtype, device: torch.device) -> str:
     """The metadata layout that the device's sparse GEMM reads for values of this dtype."""
     if dtype == torch.float8_e4m3fn:
         return "sm90_8bit"
-    return "sm90_16bit_t64" if torch.cuda.get_device_capability(device)[0] == 9 else "sm80_16bit"
+    return "sm90_16bit_t64" if library.is_sm90(device) else "sm80_16bit"
 
 
 @takes_activation_dtype
@@ -132,7 +143,20 @@ def compress_packed(
 
 
 @takes_activation_dtype
-def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options: Any) -> Packed:
+def rms_norm_compress(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    channel_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    token_shift: str = "none",
+    variance_correction: bool = False,
+    activation_dtype: torch.dtype | None = None,
+    unit_offset: bool = False,
+    x_weight: Tensor | None = None,
+) -> Packed:
     """``compress_packed(RMSNorm(x + residual) * weight)`` in one kernel, with ``hidden``, the next residual.
 
     Parameters
@@ -140,39 +164,68 @@ def rms_norm_compress(x: Tensor, weight: Tensor, eps: float, residual: Tensor | 
     x, residual : Tensor [..., in_features], bfloat16 or float16
     weight : Tensor [in_features], dtype of x
     eps : float
-    **options
-        As in :func:`compress_packed`, but the pattern: it is 2:4. ``unit_offset`` and ``x_weight`` as in
-        :func:`nm_act.ops.fused.rms_norm_prune`.
+    channel_scale, shift, token_shift, variance_correction, activation_dtype
+        As in :func:`compress_packed`; the pattern is 2:4.
+    unit_offset, x_weight
+        As in :func:`nm_act.ops.fused.rms_norm_prune`.
     """
-    *tensors, hidden = library.call("rms_norm_compress", x, weight, eps, residual, **options)
+    *tensors, hidden = library.call(
+        *("rms_norm_compress", x, weight, eps, residual),
+        channel_scale=channel_scale,
+        shift=shift,
+        token_shift=token_shift,
+        variance_correction=variance_correction,
+        activation_dtype=activation_dtype,
+        unit_offset=unit_offset,
+        x_weight=x_weight,
+    )
     return _packed(tensors, x, _PLAIN, x if residual is None else hidden)
 
 
 @takes_activation_dtype
-def silu_mul_compress(gate: Tensor, up: Tensor, **options: Any) -> Packed:
+def silu_mul_compress(
+    gate: Tensor,
+    up: Tensor,
+    *,
+    channel_scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    token_shift: str = "none",
+    variance_correction: bool = False,
+    activation_dtype: torch.dtype | None = None,
+    activation: str = "silu",
+) -> Packed:
     """``compress_packed(activation(gate) * up)`` in one kernel.
 
     Parameters
     ----------
     gate, up : Tensor [..., in_features], bfloat16 or float16
         The halves of a merged projection are read in place.
-    **options
-        As in :func:`compress_packed`, but the pattern: it is 2:4. ``activation`` is "silu" or "gelu_tanh" (GELU with
-        the tanh approximation).
+    channel_scale, shift, token_shift, variance_correction, activation_dtype
+        As in :func:`compress_packed`; the pattern is 2:4.
+    activation : {"silu", "gelu_tanh"}
+        "gelu_tanh" is GELU with the tanh approximation.
     """
-    return _packed(library.call("silu_mul_compress", gate, up, **options), gate, _PLAIN)
+    tensors = library.call(
+        *("silu_mul_compress", gate, up),
+        channel_scale=channel_scale,
+        shift=shift,
+        token_shift=token_shift,
+        variance_correction=variance_correction,
+        activation_dtype=activation_dtype,
+        activation=activation,
+    )
+    return _packed(tensors, gate, _PLAIN)
 
 
 def sparse_gemm(
-    operand: Packed | None = None,
-    weight: Tensor | None = None,
+    operand: Packed,
+    weight: Tensor,
     bias: Tensor | None = None,
-    *separate: Any,
+    *,
     shift_out: Tensor | None = None,
     column_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     residual: Tensor | None = None,
-    **separately: Any,
 ) -> Tensor:
     """``(row_scale * P @ weight.t() + eta (x) shift_out) * column_scale + bias`` on sparse tensor cores.
 
@@ -203,14 +256,6 @@ def sparse_gemm(
     NotImplementedError
         If no compiled kernel takes the combination; the sentence lists what is compiled.
     """
-    if not isinstance(operand, Packed) or separate or separately:
-        raise TypeError(
-            f"expected sparse_gemm(operand, weight, bias) with an nm_act.Packed as operand, got "
-            f"{type(operand).__name__} and {len(separate) + len(separately)} arguments more; pass what compress_packed "
-            "returned as a whole, row_scale and eta are in it"
-        )
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"expected weight as a torch.Tensor, got {type(weight).__name__}; pass the layer's own")
     _check_operand(operand, weight)
     if operand.eta.numel() and shift_out is None:
         raise ValueError(
@@ -253,18 +298,13 @@ def sparse_gemm_silu_mul(operand: Packed, weight: Tensor, *, activation: str = "
     NotImplementedError
         If the device is not of compute capability 9.0, or the weight is stored otherwise.
     """
-    if not isinstance(operand, Packed) or not isinstance(weight, Tensor):
-        raise TypeError(
-            f"expected an nm_act.Packed and a torch.Tensor, got {type(operand).__name__} and {type(weight).__name__}; "
-            "pass what compress_packed returned, and the weights of gate and up"
-        )
+    _check_operand(operand, weight)
     if operand.eta.numel() or (operand.row_scale.numel() and operand.values.dtype != torch.float8_e4m3fn):
         raise ValueError(
             "expected an operand without a per-token shift or factor, got "
             f"{operand.eta.numel()} shifts and {operand.row_scale.numel()} factors; use sparse_gemm and "
             "silu_mul_compress"
         )
-    _check_operand(operand, weight)
     values, metadata = library.call(
         *("sparse_gemm_silu_mul", operand.values, operand.metadata, operand.layout, weight), activation=activation
     )
@@ -273,7 +313,14 @@ def sparse_gemm_silu_mul(operand: Packed, weight: Tensor, *, activation: str = "
 
 
 def _check_operand(operand: Packed, weight: Tensor) -> None:
-    """Raise a ValueError in one sentence unless the operand is whole and the weight fits it."""
+    """Raise a TypeError or ValueError in one sentence unless the operand is whole and the weight fits it."""
+    if not isinstance(operand, Packed):
+        raise TypeError(
+            f"expected operand as an nm_act.Packed, got {type(operand).__name__}; pass all that compress_packed "
+            "returned as one, row_scale and eta are in it"
+        )
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected weight as a torch.Tensor, got {type(weight).__name__}; pass the layer's own")
     features = lifted_features(operand.pattern, operand.in_features)
     if operand.values.shape != (operand.tokens, features // 2) or not operand.values.is_contiguous():
         raise ValueError(
@@ -289,29 +336,18 @@ def _check_operand(operand: Packed, weight: Tensor) -> None:
         )
 
 
-def sparse_linear_fp8(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, **options: Any
-) -> Tensor:
-    """Deprecated: :func:`nm_act.sparse_linear` with ``weight_scale`` and ``activation_dtype=torch.float8_e4m3fn``."""
-    warnings.warn(
-        "nm_act.sparse_linear_fp8 is deprecated; use nm_act.sparse_linear(x, weight, bias, weight_scale=weight_scale, "
-        "activation_dtype=torch.float8_e4m3fn)",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return operators.sparse_linear(
-        x, weight, bias, weight_scale=weight_scale, activation_dtype=torch.float8_e4m3fn, **options
-    )
-
-
+@torch.library.register_fake("nm_act::compress_packed")
+@torch.library.register_fake("nm_act::silu_mul_compress")
 def _fake_packed(
     x: Tensor,
-    variance_correction: bool,
-    activation_dtype: torch.dtype | None,
-    token_shift: str,
-    pattern: NMPattern = _PLAIN,
+    *_others: Any,
+    token_shift: str = "none",
+    variance_correction: bool = False,
+    activation_dtype: torch.dtype | None = None,
+    extra_columns: Sequence[int] = (),
+    **_options: Any,
 ) -> tuple[Tensor, ...]:
-    tokens, in_features = x.numel() // x.shape[-1], lifted_features(pattern, x.shape[-1])
+    tokens, in_features = x.numel() // x.shape[-1], lifted_features(NMPattern(2, 4, extra_columns), x.shape[-1])
     dtype = activation_dtype or x.dtype
     tile_tokens, tile_features = _TILES[_layout(dtype, x.device)]
     rounded = (tokens + tile_tokens - 1) // tile_tokens * tile_tokens
@@ -324,48 +360,9 @@ def _fake_packed(
     )
 
 
-@torch.library.register_fake("nm_act::compress_packed")
-def _(
-    x: Tensor,
-    n: int = 2,
-    m: int = 4,
-    *,
-    token_shift: str = "none",
-    variance_correction: bool = False,
-    activation_dtype: torch.dtype | None = None,
-    extra_columns: Sequence[int] = (),
-    **_vectors: Tensor | None,
-) -> tuple[Tensor, ...]:
-    return _fake_packed(x, variance_correction, activation_dtype, token_shift, NMPattern(n, m, extra_columns))
-
-
 @torch.library.register_fake("nm_act::rms_norm_compress")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    residual: Tensor | None = None,
-    *,
-    token_shift: str = "none",
-    variance_correction: bool = False,
-    activation_dtype: torch.dtype | None = None,
-    **_options: Any,
-) -> tuple[Tensor, ...]:
-    hidden = x.new_empty((0,) if residual is None else x.shape)
-    return *_fake_packed(x, variance_correction, activation_dtype, token_shift), hidden
-
-
-@torch.library.register_fake("nm_act::silu_mul_compress")
-def _(
-    gate: Tensor,
-    up: Tensor,
-    *,
-    token_shift: str = "none",
-    variance_correction: bool = False,
-    activation_dtype: torch.dtype | None = None,
-    **_options: Any,
-) -> tuple[Tensor, ...]:
-    return _fake_packed(gate, variance_correction, activation_dtype, token_shift)
+def _(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, **options: Any) -> tuple[Tensor, ...]:
+    return *_fake_packed(x, **options), x.new_empty((0,) if residual is None else x.shape)
 
 
 @torch.library.register_fake("nm_act::sparse_gemm")
@@ -388,9 +385,7 @@ def _(
 def _(
     values: Tensor, metadata: Tensor, layout: str, weight: Tensor, *, activation: str = "silu"
 ) -> tuple[Tensor, Tensor]:
-    packed, packed_metadata, *_ = _fake_packed(
-        values.new_empty((values.shape[0], weight.shape[0] // 2)), False, None, "none"
-    )
+    packed, packed_metadata, *_ = _fake_packed(values.new_empty((values.shape[0], weight.shape[0] // 2)))
     return packed, packed_metadata
 
 

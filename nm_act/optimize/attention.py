@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import autograd
-from ..ops.fused import attends, decode_attention, norms_heads, rotary, rotary_cache
+from ..ops.attention import attends, decode_attention, norms_heads, rotary, rotary_cache
 from . import operands
 from .eligible import has_hooks, why_stays
 from .families import Family

@@ -27,7 +27,7 @@ from ..ops.fused import (
     sandwich_linear,
     silu_mul_prune,
 )
-from ..ops.library import _C
+from ..ops.library import _C, is_sm90
 from ..ops.packed import (
     Packed,
     compress_packed,
@@ -149,7 +149,7 @@ def norm_plus(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
 
 def gates_in_product(way: str, gate_up: nn.Module, down: nn.Module, x: Tensor) -> bool:
     """Whether one kernel can compute gate, up and the packed ``SiLU(gate) * up`` of this call, in 16 bits."""
-    if way != "packed" or not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] != 9:
+    if way != "packed" or not is_sm90(x.device):
         return False
     if any(isinstance(linear, FP8Linear) or not _selects_plainly(linear) for linear in (gate_up, down)):
         return False
@@ -228,7 +228,7 @@ def adds_residual(linear: nn.Module, x: Tensor) -> bool:
     Of ``x``, only tokens, dtype and device matter.
     """
     way = way_of(linear, x)
-    return way == "decode" or (way == "packed" and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9)
+    return way == "decode" or (way == "packed" and is_sm90(x.device))
 
 
 def plus_residual(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from cuda_cases import (
     assert_legal,
     assert_same_bytes,
     on_gpu,
-    packed_layout,
     quantise_rows,
     strided,
 )
@@ -25,16 +24,10 @@ LIFTED = ("2:4+1", "2:4+1@1", "2:4+1@2", "2:4+1@3")
 EXTRAS = ((0,), (1,), (2,), (3,), (0, 1), (1, 3), (0, 3))
 
 
-def unpacked(packed: nm_act.Packed, pattern: NMPattern, in_features: int) -> torch.Tensor:
+def unpacked(packed: nm_act.Packed) -> torch.Tensor:
     """The pruned activation that a lifted operand holds; its metadata must be legal, padding included."""
     assert_legal(packed.metadata)
-    values, features = packed.values.cpu(), lifted_features(pattern, in_features)
-    metadata = nm_act.unpack_metadata(packed.metadata.cpu(), values.shape[0], features, packed_layout(values.dtype))
-    if values.dtype == E4M3:  # decompress takes no bytes: two zero bytes below each
-        wide = values.view(torch.uint8).to(torch.int16) << 8
-        dense = nm_act.decompress(wide.view(torch.float16), metadata).view(torch.int16) >> 8
-        return nm_act.unlift(dense.to(torch.uint8).view(E4M3), pattern, in_features)
-    return nm_act.unlift(nm_act.decompress(values, metadata), pattern, in_features)
+    return packed.to_dense().cpu()
 
 
 # ---- prune -----------------------------------------------------------------------------------------------------------
@@ -71,7 +64,7 @@ def test_lifted_operand_holds_the_pruned_activation(dtype, text, tokens, in_feat
     for options in selections(in_features).values():
         packed = nm_act.compress_packed(x.cuda(), pattern, **on_gpu(options))
         expected = reference.prune(x, pattern, **options)
-        assert_same_bits(unpacked(packed, pattern, in_features), expected, any_nan=True)
+        assert_same_bits(unpacked(packed), expected, any_nan=True)
 
 
 @pytest.mark.parametrize("text", LIFTED)
@@ -97,7 +90,7 @@ def test_fp8_selects_before_it_quantises(dtype, text, tokens, in_features):
         packed = nm_act.compress_packed(x.cuda(), pattern, activation_dtype=E4M3, **on_gpu(options))
         values, scale = quantise_rows(reference.prune(x, pattern, **options))
         torch.testing.assert_close(packed.row_scale.cpu(), scale, rtol=2e-7, atol=0)
-        actual = unpacked(packed, pattern, in_features).view(torch.uint8)
+        actual = unpacked(packed).view(torch.uint8)
         # A pruned value is +0; a survivor that rounds to zero keeps its sign.
         assert torch.equal(actual, values.view(torch.uint8))
 
@@ -112,7 +105,7 @@ def test_variance_factor(text, activation_dtype):
     if activation_dtype:
         expected = expected * quantise_rows(pruned)[1].double()
     else:
-        assert_same_bits(unpacked(packed, pattern, 1024), pruned)
+        assert_same_bits(unpacked(packed), pruned)
     torch.testing.assert_close(packed.row_scale.cpu().double(), expected, rtol=1e-4, atol=0)
 
 

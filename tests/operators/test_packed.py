@@ -40,15 +40,16 @@ def test_printing_names_what_it_holds_without_its_numbers():
 
 WEIGHT = torch.zeros(8, 64).bfloat16()
 WHOLE = "expected an operand with contiguous values [6, 32] for 6 tokens of 64 features in 2:4, got "
-OLD = "expected sparse_gemm(operand, weight, bias) with an nm_act.Packed as operand, got "
+NO_OPERAND = "expected operand as an nm_act.Packed, got Tensor; pass all that compress_packed returned as one"
 
 
 @pytest.mark.parametrize(
     ("error", "sentence", "call"),
     [
-        (TypeError, OLD + "Tensor and 0 arguments more", lambda made: nm_act.sparse_gemm(made.values, made.metadata, WEIGHT)),
-        (TypeError, OLD + "Tensor and 1 arguments more", lambda made: nm_act.sparse_gemm(made.values, made.metadata, WEIGHT, None)),
-        (TypeError, OLD + "Packed and 1 arguments more", lambda made: nm_act.sparse_gemm(made, WEIGHT, row_scale=made.eta)),
+        (TypeError, NO_OPERAND, lambda made: nm_act.sparse_gemm(made.values, made.metadata, WEIGHT)),
+        (TypeError, NO_OPERAND, lambda made: nm_act.sparse_gemm_silu_mul(made.values, WEIGHT)),
+        (TypeError, "unexpected keyword argument 'row_scale'", lambda made: nm_act.sparse_gemm(made, WEIGHT, row_scale=made.eta)),
+        (TypeError, "expected weight as a torch.Tensor, got NoneType; pass the layer's own", lambda made: nm_act.sparse_gemm(made, None)),
         (ValueError, WHOLE + "[4, 32]", lambda made: nm_act.sparse_gemm(dataclasses.replace(made, values=made.values[1:5]), WEIGHT)),
         (ValueError, WHOLE + "[6, 32] with strides (1, 6)", lambda made: nm_act.sparse_gemm(dataclasses.replace(made, values=made.values.t().contiguous().t()), WEIGHT)),
         (ValueError, "expected weight of shape [out_features, 64] for an operand of 64 features in 2:4, got [8, 128]", lambda made: nm_act.sparse_gemm(made, torch.zeros(8, 128))),
@@ -60,6 +61,28 @@ OLD = "expected sparse_gemm(operand, weight, bias) with an nm_act.Packed as oper
 def test_every_consumer_checks_the_operand(error, sentence, call):
     with pytest.raises(error, match=re.escape(sentence)):
         call(operand())
+
+
+@pytest.mark.parametrize("layout", ["sm80_16bit", "sm90_16bit_t64", "sm90_8bit"])
+@pytest.mark.parametrize("pattern", ["2:4", "2:4+1@2"])
+@pytest.mark.parametrize("tokens", [0, 3, 70])
+def test_to_dense_is_the_selection(layout, pattern, tokens):
+    pattern, x = NMPattern(pattern), torch.randn(tokens, 128).bfloat16()
+    if layout == "sm90_8bit":
+        x = x.to(E4M3).bfloat16()  # as much as e4m3 can hold
+    pruned = nm_act.prune(x, pattern)
+    lifted = pruned
+    if pattern.extra_columns:  # where three of a quad survive, its column e lies in the extra window
+        quads, column = pruned.unflatten(-1, (-1, 4)).clone(), pattern.extra_columns[0]
+        extra = torch.where((quads != 0).sum(-1) > 2, quads[..., column], 0)
+        quads[..., column] -= extra
+        lifted = torch.cat([quads.flatten(-2), extra], dim=1)
+    values, metadata = nm_act.compress(lifted)
+    values = values.to(E4M3) if layout == "sm90_8bit" else values
+    metadata = nm_act.pack_metadata(metadata, lifted.shape[1], layout)
+    made = nm_act.Packed(values, metadata, X[:0], X[:0], pattern, 128, layout, tokens)
+    assert made.to_dense().dtype == values.dtype
+    assert torch.equal(made.to_dense().float(), pruned.float())
 
 
 def test_compressing_and_multiplying_is_one_graph(monkeypatch):

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import nm_act
 from nm_act.methods import criteria
 from nm_act.methods.criteria import CRITERIA
+from nm_act.ops import fused
 from nm_act.optimize.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,12 +121,40 @@ def test_public_functions_have_docstrings():
         assert not callable(value) or value.__doc__, name
 
 
+PUBLIC = {
+    f"{place.__name__}.{name}": value
+    for place, names in ((nm_act, {*nm_act.__all__} - {"sparse_linear_fp8"}), (fused, [*vars(fused)]))  # deprecated
+    for name in sorted(names)
+    if inspect.isfunction(value := getattr(place, name)) and value.__module__.startswith("nm_act") and name[0] != "_"
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_parameter_is_named_and_documented(name):
+    parameters = inspect.signature(PUBLIC[name]).parameters
+    assert inspect.Parameter.VAR_KEYWORD not in {each.kind for each in parameters.values()}
+    section = re.search(r"Parameters\n    -+\n(.*?)(?:\n\n    \w|\Z)", PUBLIC[name].__doc__, re.DOTALL)
+    if section:
+        listed = re.findall(r"^    (\w[\w, ]*?)(?: :|$)", section[1], re.MULTILINE)
+        assert {name for line in listed for name in line.split(", ")} == {*parameters}
+
+
 def test_the_api_page_has_every_public_name():
     pages = re.findall(r"^::: (\S+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     assert sorted(page.rpartition(".")[2] for page in pages) == sorted({*nm_act.__all__} - {"__version__", "reference"})
     for page in pages:
         module, _, name = page.rpartition(".")
         assert getattr(importlib.import_module(module), name) is getattr(nm_act, name)
+
+
+def test_the_api_page_has_every_environment_variable():
+    files = [*ROOT.glob("nm_act/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("cmake/*.cmake")]
+    texts = [path.read_text() for path in [*files, ROOT / "setup.py", ROOT / "CMakeLists.txt"]]
+    read = {
+        name for text in texts for name in re.findall(r'(?:environ(?:\.get)?[\[(]|getenv\(|ENV\{)"?([A-Z_]+)', text)
+    }
+    listed = re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(read - {"PATH", "VIRTUAL_ENV"})
 
 
 def test_the_site_has_every_page():

@@ -1,0 +1,92 @@
+"""explain's configuration of a kernel; explain_calls: every operator once, with its shapes, sparse_linear with its path."""
+
+import pytest
+import torch
+
+import nm_act
+from nm_act import LinearSpec, NMLinear
+
+
+def test_the_configuration_is_that_of_the_kernel():
+    _C = nm_act._C
+    x = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    for weight in (x, x.t()):
+        found = nm_act.explain(x, weight, device="cuda", multiprocessors=132)
+        tile, raster, swizzle, *_ = _C.select_gemm_config("bf16", 4096, 4096, 4096, 132)
+        name = next(each["name"] for each in _C.gemm_tiles("bf16") if each["tile"] == tile)
+        along = "tokens" if raster == 1 else "outputs"
+        assert (found.path, found.kernel) == ("sparse", f"{name}, swizzle {swizzle} along {along}, overlapped")
+    found = nm_act.explain(x[:1], x.t(), "8:16", device="cuda", multiprocessors=132)
+    lanes, splits, threads, ahead = _C.gather_configs(1, 4096, 4096, False, 8, 16, 9, 132)[0]
+    assert found.kernel == f"{lanes} lanes, {splits} splits, {threads} threads" + ", ahead" * ahead
+    assert str(found).endswith(f"only the rows of surviving inputs are read [{found.kernel}]")
+    for device, tokens in (("cpu", 1), ("cpu", 9), ("cuda", 9)):
+        assert nm_act.explain(x[:tokens], x.t(), "8:16", device=device).kernel == ""
+
+
+def layer_of(pattern="8:16", **options):
+    return NMLinear(64, 32, spec=LinearSpec(pattern, **options))
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_layers_calls_are_counted_by_shape_and_path(grad):
+    layer = layer_of()
+    with grad(), nm_act.explain_calls() as calls:
+        for x in (torch.randn(1, 64), torch.randn(1, 64), torch.randn(9, 64)):
+            layer(x)
+    layer(torch.randn(1, 64))  # no more
+    found = {(call.op, call.explanation.path): count for call, count in calls.items()}
+    assert found == {("sparse_linear", "gather"): 2, ("sparse_linear", "dense"): 1}
+    decode, prefill = calls
+    assert decode.arguments == "x [1, 64] float32, weight [32, 64], bias [32], 8:16"
+    assert prefill.explanation == nm_act.explain(torch.zeros(9, 64), layer.weight, "8:16")
+    assert str(calls) == f"2 x sparse_linear({decode.arguments}): {decode.explanation}\n1 x {prefill}"
+
+
+def test_results_and_gradients_are_the_same():
+    layer, x = layer_of(mitigation=["var"]), torch.randn(3, 64, requires_grad=True)
+    layer(x).sum().backward()
+    expected, x.grad = x.grad, None
+    with nm_act.explain_calls() as calls:
+        layer(x).sum().backward()
+    assert torch.equal(x.grad, expected)
+    assert [call.op for call in calls].count("sparse_linear") == 1
+
+
+def test_every_operator_is_named_and_only_ours():
+    x = torch.randn(3, 64)
+    with nm_act.explain_calls() as calls:
+        nm_act.decompress(*nm_act.compress(x))
+        torch.nn.functional.linear(x, torch.randn(8, 64))
+        nm_act.sparse_linear(x, torch.randn(8, 64), activation_dtype=torch.float32)
+        nm_act.prune(x, "2:4+1")
+    assert [(call.op, call.arguments) for call in calls] == [
+        ("compress", "x [3, 64] float32"),
+        ("decompress", "values [3, 32] float32, metadata [3, 8]"),
+        ("sparse_linear", "x [3, 64] float32, weight [8, 64], 2:4"),
+        ("prune", "x [3, 64] float32, 2:4+1"),
+    ]
+    assert [call.explanation is None for call in calls] == [True, True, False, True]
+
+
+def test_a_refused_call_is_not_counted():
+    x, refused = torch.randn(3, 64), []
+    with nm_act.explain_calls() as calls:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="nm_act::sparse_linear expected") as error:
+                nm_act.sparse_linear(x, torch.randn(8, 32))
+            refused.append(str(error.value))
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        nm_act.sparse_linear(x, torch.randn(8, 32))
+    assert refused == [str(error.value)] * 2
+    assert not calls
+
+
+def test_compiled_code_runs_and_is_not_counted_twice():
+    layer, x = layer_of(), torch.randn(9, 64)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager")
+    expected = compiled(x)
+    with nm_act.explain_calls() as calls:
+        assert torch.equal(compiled(x), expected)
+    assert sum(calls.values()) <= 1
