@@ -343,7 +343,6 @@ def plain(session: Session) -> None:
     for recipe in (
         Recipe("20:32", mitigation=["var"], rules=[Rule(**down, pattern="14:32")], phase="decode"),
         Recipe("10:16", mitigation=["var"], rules=[Rule(**down, pattern="7:16")], phase="decode"),
-        Recipe("20:32", rules=[Rule(**down, pattern="14:32")], phase="decode"),
         Recipe("2:4", projections=("q_proj", "gate_proj", "down_proj"), mitigation=["var"]),
     ):
         name = "+".join(dict.fromkeys(map(str, resolved(recipe))))

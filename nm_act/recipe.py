@@ -267,7 +267,7 @@ class Recipe:
         Examples
         --------
         >>> str(Recipe.named("decode").resolve(0, "q_proj"))
-        '10:16 wina var (decode only)'
+        '20:32 act (decode only)'
         """
         if name not in NAMED:
             raise ValueError(f"expected a name among {', '.join(NAMED)}, got {name!r}; or load a recipe file")
@@ -387,13 +387,13 @@ def _one_line(error: Exception) -> str:
 _SPARED = Rule(projections=_of_roles("k_proj", "v_proj", "o_proj", "up_proj"), pattern=DENSE)
 # Some families call two layers c_proj, which then has the pattern of o_proj.
 _LESS_KEPT = (
-    Rule(projections=_of_roles("down_proj"), pattern="7:16"),
-    Rule(projections=_of_roles("o_proj"), pattern="10:16"),
+    Rule(projections=_of_roles("down_proj"), pattern="14:32"),
+    Rule(projections=_of_roles("o_proj"), pattern="20:32"),
 )
 
 NAMED: dict[str, Recipe] = {
     "prefill": Recipe("2:4", criterion="wina", mitigation=("var",), phase="prefill", rules=(_SPARED,)),
-    "decode": Recipe("10:16", criterion="wina", mitigation=("var",), phase="decode", rules=_LESS_KEPT),
+    "decode": Recipe("20:32", phase="decode", rules=_LESS_KEPT),
     "balanced": Recipe("2:4", criterion="wina", mitigation=("var",), rules=(_SPARED,)),
 }
 """Name -> recommended recipe: rules by projection for any model, chosen on SmolLM2 and C4 (docs/recipes.md)."""
