@@ -1,6 +1,6 @@
 """Whole models that take turns: time to first token and decode speed of modes that are all in memory at once.
 
-bench_inference.py measures one mode after another, minutes apart, on a card whose temperature and clock move meanwhile.
+bench_inference.py measures one mode after another, on a card whose clock depends on what it did in the seconds before.
 Here every round runs each mode once, in rotated order, and a speed-up is the median of the rounds' ratios: what changes
 slowly changes both sides of a ratio. ttft_ms is of single prompts after an idle time each. For ttft_busy_ms a mode runs
 back to back for --seconds before it is timed for as long, so that the clock is the one that its own power leaves.
