@@ -261,13 +261,13 @@ def whole_models(source: str) -> str:
         return "Whole models on a GPU: not measured yet (`benchmarks/bench_inference.py`)."
     cells: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
     for row in measured:
-        where = (row["model"], row["mode"], row["batch"], row["prompt"])
+        where = (row["model"], row["mode"], row["batch"], row["prompt"], row["commit"])
         cells.setdefault(where, {}).setdefault(row["metric"], []).append(row)
     found = {row["metric"] for row in measured}
     titles = {metric: title for metric, title in INFERENCE_METRICS.items() if metric in found}
     lines, titles = [], titles | possible_energies(measured)
     for where, metrics in cells.items():
-        line = list(where)
+        line = list(where[:-1])
         for metric in titles:
             rows = metrics.get(metric, [])
             ratios = [f"{row['speedup']}x of {row['baseline']}" for row in against(rows)]
@@ -331,7 +331,9 @@ def results() -> str:
 
 def gain(rows: list[dict[str, str]]) -> str:
     """Over dense bf16 and, in brackets, over the stronger dense e4m3."""
-    over_bf16, *over_e4m3 = (f"{float(row['speedup']):.2f}x" for row in against(rows) or rows)
+    if not against(rows):  # dense bf16 itself
+        return "1.00x"
+    over_bf16, *over_e4m3 = (f"{float(row['speedup']):.2f}x" for row in against(rows))
     return f"{over_bf16} ({over_e4m3[0]})" if over_e4m3 else over_bf16
 
 

@@ -1,8 +1,9 @@
 // Launches that may overlap the end of the previous kernel on the stream (programmatic dependent launch on compute
-// capability 9; ordinary launches elsewhere). Such a kernel calls wait_for_previous_kernel() before it touches global
-// memory, and allow_next_kernel() as soon as it may share the device: once every block has called it, blocks of the
-// next kernel occupy multiprocessors as they become free. This hides 1 to 2 us of launch and ramp-up; a 4096 x 4096
-// compression takes 12 us. In host builds tests/native/emulate_cuda.h defines these functions.
+// capability 9; ordinary launches elsewhere). Such a kernel calls wait_for_previous_kernel() before it reads or writes
+// global memory (prefetches to L2, which is coherent, may come earlier), and allow_next_kernel() as soon as it may share
+// the device: once every block has called it, blocks of the next kernel occupy multiprocessors as they become free. This
+// hides 1 to 2 us of launch and ramp-up; a 4096 x 4096 compression takes 12 us. In host builds
+// tests/native/emulate_cuda.h defines these functions.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -110,10 +111,12 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
+#if CUDART_VERSION >= 13000  // the oldest that this was built with
   if (shape.one_block) {
     attributes[config.numAttrs].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
     attributes[config.numAttrs++].val.sharedMemCarveout = cudaSharedmemCarveoutMaxL1;
   }
+#endif
   return forget(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 

@@ -166,7 +166,7 @@ using Facts = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 py::tuple choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, int n, int m,
                       const std::vector<int>& extra_columns, const Facts& weight, const std::optional<Facts>& lifted,
                       int compute_capability_major, int multiprocessors, const std::string& weight_dtype,
-                      const std::string& activation_dtype) {
+                      const std::string& activation_dtype, bool variance_correction) {
   nm_act::LinearFacts facts{tokens,
                             element_type_named(dtype),
                             element_type_named(weight_dtype),
@@ -174,7 +174,7 @@ py::tuple choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, in
                             pattern_of(n, m, extra_columns),
                             std::make_from_tuple<nm_act::WeightFacts>(weight),
                             {},
-                            false};
+                            variance_correction};
   if (lifted) facts.lifted = std::make_from_tuple<nm_act::WeightFacts>(*lifted);
   const nm_act::LinearChoice choice = on_cuda
                                           ? nm_act::choose_on_cuda(facts, {compute_capability_major, multiprocessors})
@@ -208,5 +208,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("in_features"), py::arg("multiprocessors"), py::arg("residual") = false);
   m.def("choose_path", choose_path, py::arg("on_cuda"), py::arg("tokens"), py::arg("dtype"), py::arg("n"), py::arg("m"),
         py::arg("extra_columns"), py::arg("weight"), py::arg("lifted"), py::arg("compute_capability_major"),
-        py::arg("multiprocessors"), py::arg("weight_dtype"), py::arg("activation_dtype"));
+        py::arg("multiprocessors"), py::arg("weight_dtype"), py::arg("activation_dtype"),
+        py::arg("variance_correction"));
 }

@@ -252,7 +252,7 @@ class Operands:
             # One segment's weight becomes the parameter.
             own = weight if len(segments) > 1 else None
             if isinstance(copy, Prepacked):
-                work, call = _packed_work(each, shift_out, copy, weight)
+                work, call = _packed_work(each, shift_out, copy, weight, part.new_empty((0, part.shape[1])))
                 held.calls.append(call)
             else:
                 work = _work(each, shift_out, operator if copy is None else copy.linear)
@@ -267,12 +267,8 @@ class Operands:
 
     def _join(self) -> None:
         """One call for all segments, instead of one for each."""
-        parts = [
-            replace(part, bias=product.added_bias)
-            for call, product in zip(self.calls, self.products, strict=True)
-            for part in call.parts
-        ]
-        self.calls[:] = [PackedCall(parts)]
+        biases = [product.added_bias for product in self.products]
+        self.calls[:] = [self.calls[0].joined(self.calls[1:], biases)]
         self.products[:] = [Product(self.calls[0], None, None, 0, self.products[-1].stop)]
 
     def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -313,17 +309,17 @@ def _work(
 
 
 def _packed_work(
-    segment: Segment, shift_out: torch.Tensor | None, copy: Prepacked, weight: torch.Tensor | None
+    segment: Segment, shift_out: torch.Tensor | None, copy: Prepacked, weight: torch.Tensor | None, like: torch.Tensor
 ) -> tuple[Callable[..., torch.Tensor], PackedCall]:
     """The same over a copy, and the call that it makes: itself, unless the input or the output needs more."""
     outputs = segment.stop - segment.start
     if weight is None:
-        call = PackedCall([PackedPart(copy, outputs)])
+        call = PackedCall([PackedPart(copy, outputs)], like)
         return call, call
     work = _work(segment, shift_out, compiled_operator)
     assert isinstance(work, LinearWork)
     assert isinstance(work.pattern, NMPattern)
-    call = PackedCall([PackedPart(copy, outputs, weight, None, work.pattern, work.options)])
+    call = PackedCall([PackedPart(copy, outputs, weight, None, work.pattern, work.options)], like)
     if work.rotation is None and work.low_rank is None:
         return call, call
     return replace(work, operator=call.operator), call

@@ -1,7 +1,7 @@
 """Products over prepacked weights of a served layer, by an operator given an address; nothing here needs vLLM."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class PackedPart:
     copy : Prepacked
     out_features : int
     weight : Tensor [out, in], optional
-        Stored [in, out].
+        Stored [in, out]. The call reads this storage: new values belong there, as a reload writes them.
     bias : Tensor [out], optional
         Beside the layer's.
     pattern : NMPattern, optional
@@ -65,8 +65,9 @@ class PackedCall:
     A compiled graph pays for every call, argument and input, and passes neither weights nor options so.
     """
 
-    def __init__(self, parts: Sequence[PackedPart]):
-        self._held = torch.classes.nm_act.PackedLayer()
+    def __init__(self, parts: Sequence[PackedPart], like: torch.Tensor):
+        """``like [0, in]`` has the dtype of the inputs."""
+        self._held = torch.classes.nm_act.PackedLayer(like)
         self.parts = parts
         self._outputs = sum(part.out_features for part in parts)
         for part in parts:
@@ -76,7 +77,8 @@ class PackedCall:
             extra = [] if part.pattern is None else list(part.pattern.extra_columns)
             weights = (part.copy.copy, part.out_features, part.weight, part.bias)
             self._held.add(*weights, keep, group, *vectors, shift, variance, extra)
-        self._address = torch.tensor([self._held.address()])
+        self._like = like
+        self._address = torch.tensor([self._held.address()], device="cpu")
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor:
         """``x [tokens, in] -> [tokens, out]``; the weight is not read."""
@@ -88,6 +90,11 @@ class PackedCall:
     ) -> torch.Tensor:
         """In place of the operator whose pattern and options the part has."""
         return self(x, weight, bias)
+
+    def joined(self, others: Sequence["PackedCall"], biases: Sequence[torch.Tensor | None]) -> "PackedCall":
+        """One call for the single part of this call and those of others, with a bias for each."""
+        parts = [part for call in (self, *others) for part in call.parts]
+        return PackedCall([replace(part, bias=bias) for part, bias in zip(parts, biases, strict=True)], self._like)
 
     def renew(self) -> None:
         """Read the copies of the parts anew, after :meth:`Prepacked.take`."""

@@ -40,7 +40,8 @@ class Calls(Counter[Call]):
     """Call -> how often it was made, in the order of the first ones; printed one a line."""
 
     def __str__(self) -> str:
-        return "\n".join(f"{count} x {call}" for call, count in self.items())
+        lines = [f"{count} x {call}" for call, count in self.items()]
+        return "\n".join(lines) or "no calls seen: those of compiled code and of CUDA graphs are not counted"
 
 
 @contextmanager
@@ -89,6 +90,6 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         pattern = NMPattern(given["n"], given["m"], given.get("extra_columns", ()))
         texts.append(str(pattern))
         if op == "sparse_linear":
-            options = {name: given[name] for name in ("lifted_weight", "activation_dtype")}
+            options = {name: given[name] for name in ("lifted_weight", "activation_dtype", "variance_correction")}
             explanation = explain(given["x"], given["weight"], pattern, **options)
     return Call(op, ", ".join(texts), explanation)

@@ -56,6 +56,7 @@ def explain(
     *,
     lifted_weight: Tensor | None = None,
     activation_dtype: torch.dtype | None = None,
+    variance_correction: bool = False,
     device: str | None = None,
     compute_capability: int | None = None,
     multiprocessors: int | None = None,
@@ -69,7 +70,7 @@ def explain(
     ----------
     x : Tensor [..., in_features]
     weight : Tensor [out_features, in_features]
-    pattern, lifted_weight, activation_dtype
+    pattern, lifted_weight, activation_dtype, variance_correction
         As in :func:`nm_act.sparse_linear`.
     device : {"cpu", "cuda"}, optional
         Where the operator would run; the device of ``x`` if absent.
@@ -140,6 +141,7 @@ def explain(
         multiprocessors or 132,
         str(weight.dtype).removeprefix("torch."),
         str(activation_dtype or x.dtype).removeprefix("torch."),
+        variance_correction,
     )
     return Explanation(path, why, device, kernel)
 

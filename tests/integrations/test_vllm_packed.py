@@ -80,9 +80,30 @@ def test_no_tokens_and_a_compiled_call():
     def run(x):
         return call(x, None, None) + 1
 
-    for tokens in (2, 5):
-        x = torch.randn(tokens, FEATURES)
-        assert torch.equal(run(x), call(x, None, None) + 1)
+    for seed in (0, 1):  # after a reload the graph reads the new weights
+        if seed:
+            served.copy_(operands("var", seed, prepack=True))
+        expected = operands("var", seed, prepack=False)
+        for tokens in (2, 5):
+            x = torch.randn(tokens, FEATURES)
+            torch.testing.assert_close(run(x), expected.run(x, expected.parameter, None) + 1, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+@needs_onednn
+def test_refusals():
+    (call,) = operands("var", 0, prepack=True).calls
+    x = torch.randn(2, FEATURES)
+    for wrong in (torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.zeros(1)):
+        with pytest.raises(ValueError, match=r"expected (a layer as one int64|the address of a PackedLayer)"):
+            torch.ops.nm_act._packed_layer(x, wrong, sum(SIZES))
+    for wrong in (x[:, 1:], x.double()):
+        with pytest.raises(ValueError, match=f"expected x of {FEATURES} features in Float"):
+            call(wrong, None, None)
+    with pytest.raises(ValueError, match="expected a bias of shape"):
+        call(x, None, torch.zeros(sum(SIZES) + 1))
+    half = torch.randn(sum(SIZES)).bfloat16()
+    assert torch.equal(call(x, None, half), call(x, None, half.float()))
 
 
 @needs_onednn

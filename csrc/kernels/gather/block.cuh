@@ -50,10 +50,8 @@ __device__ __forceinline__ void prefetch_kept_line(const void* source) {
 
 // The L2 policy of weights: each byte is read once a step, so it makes room before the vectors that every layer reads.
 __device__ __forceinline__ uint64_t read_once_policy() {
-  uint64_t policy = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-#endif
   return policy;
 }
 

@@ -32,8 +32,9 @@ __device__ __forceinline__ void fetch_vectors(const GatherParams& params, const 
     if (params.shift_out != nullptr) prefetch_line(params.shift_out + output);
     if (params.column_scale != nullptr) prefetch_line(params.column_scale + output);
     if (params.bias != nullptr) prefetch_line(static_cast<const uint16_t*>(params.bias) + output);
-    if (params.residual != nullptr && own % (kLine / 2) == 0) {
-      const int64_t row = int64_t{number >> tile.bits} * params.out_features;
+    const int token = number >> tile.bits;
+    if (params.residual != nullptr && own % (kLine / 2) == 0 && token < params.tokens) {
+      const int64_t row = int64_t{token} * params.out_features;
       prefetch_kept_line(static_cast<const uint16_t*>(params.residual) + row + output);
     }
   }

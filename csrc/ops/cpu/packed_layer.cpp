@@ -5,13 +5,16 @@
 // arguments, and again for each tensor that it takes as an input: at 8 requests 7 % of a step of SmolLM2-135M in vLLM
 // (one thread of an AMD EPYC). So a layer's tensors and options are in an object, and the graph passes its address, as
 // vLLM does with the handlers of its own products.
+#include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <cstring>
+#include <mutex>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -36,9 +39,43 @@ struct Part {
   std::vector<int64_t> extra_columns;
 };
 
+class PackedLayer;
+
+// The layers that exist: an operator must not follow any other address.
+struct Existing {
+  std::mutex mutex;
+  std::unordered_set<const PackedLayer*> layers;
+};
+
+Existing& existing() {
+  static Existing* const e = new Existing;  // never destroyed, as Python may free layers after that
+  return *e;
+}
+
 // Held by Python, which keeps it alive for as long as a graph may pass its address.
 class PackedLayer : public torch::CustomClassHolder {
  public:
+  // `like` [0, in_features], in the dtype of the inputs.
+  explicit PackedLayer(at::Tensor like) : in_features(like.size(1)), dtype(like.scalar_type()) {
+    const std::lock_guard<std::mutex> lock(existing().mutex);
+    existing().layers.insert(this);
+  }
+  ~PackedLayer() override {
+    const std::lock_guard<std::mutex> lock(existing().mutex);
+    existing().layers.erase(this);
+  }
+
+  static const PackedLayer& at(const at::Tensor& address) {
+    TORCH_CHECK_VALUE(address.scalar_type() == at::kLong && address.numel() == 1 && address.is_cpu(), "nm_act::", kOp,
+                      " expected a layer as one int64 on the CPU, got ", address.sizes(), " ", address.scalar_type(),
+                      "; pass the address of a PackedLayer");
+    const auto* layer = reinterpret_cast<const PackedLayer*>(*address.const_data_ptr<int64_t>());
+    const std::lock_guard<std::mutex> lock(existing().mutex);
+    TORCH_CHECK_VALUE(existing().layers.count(layer) == 1, "nm_act::", kOp,
+                      " expected the address of a PackedLayer, got another number; keep the layer that it is of");
+    return *layer;
+  }
+
   void add(at::Tensor copy, int64_t out_features, OptionalTensor weight, OptionalTensor bias, int64_t n, int64_t m,
            OptionalTensor channel_scale, OptionalTensor shift, OptionalTensor shift_out, OptionalTensor column_scale,
            std::string token_shift, bool variance_correction, std::vector<int64_t> extra_columns) {
@@ -50,6 +87,8 @@ class PackedLayer : public torch::CustomClassHolder {
   void set_copy(int64_t part, at::Tensor copy) { parts.at(static_cast<size_t>(part)).copy = std::move(copy); }
   int64_t address() const { return reinterpret_cast<int64_t>(this); }
 
+  const int64_t in_features;
+  const at::ScalarType dtype;
   std::vector<Part> parts;
 };
 
@@ -67,7 +106,8 @@ at::Tensor product_of(const Part& part, const at::Tensor& x, const OptionalTenso
 
 // The layer's bias from `begin` on and the part's own; undefined if there is neither.
 at::Tensor bias_of(const Part& part, const at::Tensor& x, const OptionalTensor& bias, int64_t begin) {
-  at::Tensor sum = bias.has_value() ? bias->narrow(0, begin, part.out_features).contiguous() : at::Tensor();
+  at::Tensor sum =
+      bias.has_value() ? bias->narrow(0, begin, part.out_features).to(x.scalar_type()).contiguous() : at::Tensor();
   if (!part.bias.has_value()) return sum;
   const at::Tensor own = part.bias->to(x.scalar_type());
   return sum.defined() ? at::add(sum, own) : own.contiguous();
@@ -76,7 +116,13 @@ at::Tensor bias_of(const Part& part, const at::Tensor& x, const OptionalTensor& 
 at::Tensor packed_layer(const at::Tensor& x, const at::Tensor& layer, int64_t out_features,
                         const OptionalTensor& bias) {
   check_features(x, kOp);
-  const auto& held = *reinterpret_cast<const PackedLayer*>(*layer.const_data_ptr<int64_t>());
+  const PackedLayer& held = PackedLayer::at(layer);
+  TORCH_CHECK_VALUE(x.size(-1) == held.in_features && x.scalar_type() == held.dtype, "nm_act::", kOp, " expected x of ",
+                    held.in_features, " features in ", held.dtype, ", got ", x.sizes(), " in ", x.scalar_type(),
+                    "; check the layer's input");
+  TORCH_CHECK_VALUE(!bias.has_value() || bias->sizes() == at::IntArrayRef{out_features}, "nm_act::", kOp,
+                    " expected a bias of shape [", out_features, "], got ",
+                    bias.has_value() ? bias->sizes() : at::IntArrayRef{}, "; pass the layer's own");
   const int64_t tokens = x.numel() / x.size(-1);
   const std::vector<int64_t> sizes = with_last(x.sizes(), out_features);
   if (tokens == 0) return at::empty(sizes, x.options());
@@ -94,9 +140,11 @@ at::Tensor packed_layer(const at::Tensor& x, const at::Tensor& layer, int64_t ou
     const size_t bytes = static_cast<size_t>(part.out_features * y.element_size());
     auto* target = static_cast<char*>(y.mutable_data_ptr()) + begin * y.element_size();
     const auto* source = static_cast<const char*>(own.const_data_ptr());
-    for (int64_t token = 0; token < tokens; ++token) {
-      std::memcpy(target + token * row_bytes, source + token * bytes, bytes);
-    }
+    at::parallel_for(0, tokens, 1 + 262144 / static_cast<int64_t>(bytes), [&](int64_t first, int64_t last) {
+      for (int64_t token = first; token < last; ++token) {
+        std::memcpy(target + token * row_bytes, source + token * bytes, bytes);
+      }
+    });
     begin += part.out_features;
   }
   return y;
@@ -106,7 +154,7 @@ at::Tensor packed_layer(const at::Tensor& x, const at::Tensor& layer, int64_t ou
 
 TORCH_LIBRARY_FRAGMENT(nm_act, m) {
   m.class_<PackedLayer>("PackedLayer")
-      .def(torch::init<>())
+      .def(torch::init<at::Tensor>())
       .def("add", &PackedLayer::add)
       .def("set_copy", &PackedLayer::set_copy)
       .def("address", &PackedLayer::address);
