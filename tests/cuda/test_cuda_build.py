@@ -158,7 +158,8 @@ def test_gather(compiled, name):
     report, ptx = compiled
     # sm_80 has no instruction that converts e4m3: with several tokens that spills a little.
     assert_no_spills(report, "ELi1EEE" if name == "e4m3-80" else "")
-    assert "ld.global.nc.L1::no_allocate.v4" in ptx
+    assert "createpolicy.fractional.L2::evict_first" in ptx
+    assert "ld.global.nc.L1::no_allocate.L2::cache_hint.v4" in ptx
     assert ("mapa.shared::cluster" in ptx) == name.endswith("-90")
     if name.startswith("bits16"):  # two blocks of one token share a multiprocessor
         assert re.search(r"Used (6[0-4]|[1-5]\d) registers", report)
