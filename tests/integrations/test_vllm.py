@@ -389,15 +389,22 @@ def test_an_interface_that_differs_is_noticed(monkeypatch):
 def test_a_strided_bias_of_vllms_product():
     """vLLM's kernel reads a bias as if it were contiguous; and only its own plug-in may pass an address."""
     from nm_act.integrations.vllm_linear import _prepacked
+    from nm_act.integrations.vllm_packed import PackedCall, PackedPart
 
     if not hasattr(torch.ops._C, "create_onednn_mm_handler"):
         pytest.skip("this vLLM was built without oneDNN")
     weight, bias = torch.randn(48, 64).t().contiguous().t(), torch.randn(96)[::2]
     copy = _prepacked(weight)
-    for tokens in (1, 3, 9, 33):
-        x = torch.randn(tokens, 64)
-        expected = sparse_linear(x, weight, bias, "8:16")
-        torch.testing.assert_close(copy.linear(x, weight, bias, NMPattern("8:16")), expected, rtol=1e-5, atol=1e-5)
+    call = PackedCall([PackedPart(copy, 48, weight, pattern=NMPattern("8:16"))], weight.new_empty((0, 64)))
+    for reloaded in (False, True):
+        if reloaded:
+            weight.mul_(-3)
+            copy.take(_prepacked(weight))
+            call.renew()
+        for tokens in (1, 3, 9, 33):
+            x = torch.randn(tokens, 64)
+            expected = sparse_linear(x, weight, bias, "8:16")
+            torch.testing.assert_close(call(x, None, bias), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="expected prepacked_weight as oneDNN's layout of the weight"):
         torch.ops.nm_act.sparse_linear_prepacked(x, weight, copy.copy, bias, 8, 16)
 
