@@ -93,11 +93,16 @@ class Device:
             return None
 
 
+def label_of(model: str) -> str:
+    """What the column model says."""
+    return f"{model} (random weights)" if model in CONFIGS else model
+
+
 class Report:
     """Rows with their baselines, written as they come."""
 
     def __init__(self, arguments: argparse.Namespace, device: Device):
-        label = f"{arguments.model} (random weights)" if arguments.model in CONFIGS else arguments.model
+        label = label_of(arguments.model)
         self.rows = Rows(
             arguments.csv,
             COLUMNS,

@@ -21,7 +21,18 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from bench_inference import COLUMNS, GRAPH_TOKENS, HIGHER_IS_BETTER, Device, decoding, heat, random_ids, warm_up
+from bench_inference import (
+    COLUMNS,
+    GRAPH_TOKENS,
+    HIGHER_IS_BETTER,
+    Device,
+    busy,
+    decoding,
+    heat,
+    label_of,
+    random_ids,
+    warm_up,
+)
 from inference_models import BASELINES, CONFIGS, Mode, build, compile_parts, parse_modes
 from timer import Rows, percentiles
 
@@ -56,13 +67,7 @@ def after_idle(seconds_of: Callable[[], float], idle: float) -> float:
 
 def back_to_back(seconds_of: Callable[[], float], seconds: float) -> float:
     """Median milliseconds of a run, over `seconds` of runs that follow as many seconds of them."""
-    settling = 0.0
-    while settling < seconds:
-        settling += seconds_of()
-    times: list[float] = []
-    while not times or sum(times) < seconds:
-        times.append(seconds_of())
-    return 1e3 * statistics.median(times)
+    return 1e3 * statistics.median(busy(seconds_of, seconds))
 
 
 class Runner:
@@ -143,11 +148,8 @@ def build_all(arguments: argparse.Namespace, device: Device) -> dict[Mode, torch
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     device = Device(arguments.device)
-    label = f"{arguments.model} (random weights)" if arguments.model in CONFIGS else arguments.model
-    table = Rows(
-        arguments.csv, COLUMNS, append=True, bench="inference_turns", device=device.name, model=label,
-        commit=arguments.commit,
-    )  # fmt: skip
+    common = {"device": device.name, "model": label_of(arguments.model), "commit": arguments.commit}
+    table = Rows(arguments.csv, COLUMNS, append=True, bench="inference_turns", **common)
     models = build_all(arguments, device)
     undo = compile_parts(next(iter(models.values()))) if device.cuda else lambda: None
     try:

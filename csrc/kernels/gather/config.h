@@ -100,6 +100,10 @@ NM_ACT_HOST_DEVICE constexpr GatherShared gather_shared(int tokens, int slice, c
   return at;
 }
 
+inline int block_count(const GatherProblem& problem, const GatherConfig& config) {
+  return ceil_div(problem.out_features, config.lanes * outputs_per_lane(problem.weight_type)) * config.splits;
+}
+
 inline int shared_bytes(const GatherProblem& problem, const GatherConfig& config) {
   return gather_shared(compiled_tokens(problem.tokens), slice_features(problem.in_features, config.splits), config,
                        outputs_per_lane(problem.weight_type))
@@ -163,8 +167,7 @@ inline int resident_blocks(const GatherProblem& problem, const GatherConfig& con
 // Whether every block of a launch can have a multiprocessor of its own. Two blocks on one would share its bandwidth while
 // another is idle, which cost 2 % of a decode step (docs/kernels/gather.md).
 inline bool blocks_fit_apart(const GatherProblem& problem, const GatherConfig& config) {
-  const int tiles = ceil_div(problem.out_features, config.lanes * outputs_per_lane(problem.weight_type));
-  return tiles * config.splits <= resident_blocks(problem.device, config.splits, 1);
+  return block_count(problem, config) <= resident_blocks(problem.device, config.splits, 1);
 }
 
 // Fraction of a block's weights that is prefetched before the selection. With half of the rows surviving, it pays up to
@@ -189,8 +192,7 @@ inline double gather_cost(const GatherProblem& problem, const GatherConfig& conf
   constexpr double kMemory = 3.156e6, kMultiprocessor = 4.928e4;  // bytes a microsecond
   constexpr double kLatency = 0.744, kWave = 3.256, kAhead = 1.0;
   constexpr double kSelect = 0.2107;  // per feature and token, for one thread
-  const int tile = config.lanes * outputs_per_lane(problem.weight_type);
-  const int blocks = ceil_div(problem.out_features, tile) * config.splits;
+  const int blocks = block_count(problem, config);
   const int most = blocks_per_multiprocessor(problem, config);
   const int resident = resident_blocks(problem.device, config.splits, most);
   int each = 1;

@@ -46,11 +46,10 @@ cudaError_t launch_gather(const GatherParams& params, GemmDevice device, const G
       !is_valid(problem, config)) {
     return cudaErrorInvalidValue;
   }
-  const int tiles = ceil_div(params.out_features, config.lanes * outputs_per_lane(params.weight_type));
   GatherLaunch launch{};
   launch.config = config;
-  launch.shape = {static_cast<unsigned>(tiles * config.splits), config.threads, static_cast<unsigned>(config.splits),
-                  shared_bytes(problem, config)};
+  launch.shape = {static_cast<unsigned>(block_count(problem, config)), config.threads,
+                  static_cast<unsigned>(config.splits), shared_bytes(problem, config)};
   launch.shape.one_block = blocks_fit_apart(problem, config);
   launch.vector = is_aligned(params.x, 16) && params.x_stride % 8 == 0 && is_aligned(params.channel_scale, 16) &&
                   is_aligned(params.shift, 16);
