@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 
 import torch
+from quality_choices import CHOICES, tokenized
 from safetensors.torch import save_file
 
 from nm_act.integrations.checkpoints import load_model
 from nm_act.lab.calibrate.data import windows_of
-from nm_act.lab.evaluate.choices import CHOICES, tokenized
 from nm_act.lab.overlap import check_apart, fingerprints
 from nm_act.lab.texts import find_file, load_text, read_rows, read_text, tokenize
 

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from quality_correlated import correlated
 from quality_fused import KEEPS, fused, plain
+from quality_noise import noise_floor
+from quality_refit import RefitSettings, refit
 from quality_session import C4, OutOfTimeError, Session, calibrated, everywhere, tf32, with_mitigation
 from quality_training import train_graphed
 
 import nm_act
 from nm_act import Recipe
 from nm_act.lab.calibrate.data import split_windows
-from nm_act.lab.calibrate.refit import RefitSettings, refit
 from nm_act.lab.cost import Measured, places_of, predictions, shapes_of
-from nm_act.lab.evaluate.noise import noise_floor
 from nm_act.lab.evaluate.study import DENSE_VARIANT, from_recipe, load_study, row_variant
 from nm_act.lab.evaluate.variants import resolved, sparse_copy
 from nm_act.lab.search.options import option_name, parse_option

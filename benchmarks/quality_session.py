@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from quality_choices import score
 from quality_data import unpacked
 from safetensors import safe_open
 
 from nm_act import Recipe
 from nm_act.integrations.checkpoints import load_model
 from nm_act.lab.calibrate import CalibrationSettings, calibrate
-from nm_act.lab.evaluate.choices import score
 from nm_act.lab.evaluate.perplexity import mean_and_stderr
 from nm_act.lab.evaluate.run import model_facts, perplexity_result
 from nm_act.lab.evaluate.variants import Variant, resolved, sparse_copy

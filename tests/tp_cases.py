@@ -15,7 +15,6 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (once, for all ra
 from conftest import assert_same_bits
 
 from nm_act import NMLinear, NMPattern, Recipe, ops, optimize, parallel, sparsify
-from nm_act.methods.criteria import WEIGHT_PRUNING
 from nm_act.ops import composed
 
 SIZES = {
@@ -119,7 +118,7 @@ def _compare(name, split, whole, x, tolerance, *, cut=True) -> None:
     assert split.weight.to_local().t().is_contiguous() == (split.weight_layout == "in_out")
     expected, selected = _record(whole, x)
     got, part = _record(split, shard.part(x, ("batch", "tokens", "in")) if cut else x)
-    assert bool(part) == (split.spec.criterion not in WEIGHT_PRUNING), f"{name}: something selects, unless it is dense"
+    assert bool(part) == (not split.spec.scoring.prunes_weight), f"{name}: something selects, unless it is dense"
     for mine, all_of_it in zip(part, selected, strict=True):
         assert_same_bits(mine, shard.part(all_of_it, ("tokens", "in")), what=name)
     if whole.operand_weight is not None:

@@ -14,7 +14,6 @@ import tp_cases
 from conftest import assert_same_bits
 
 from nm_act import NMLinear
-from nm_act.methods.criteria import WEIGHT_PRUNING
 from nm_act.ops.prepack import why_not_prepacked
 from nm_act.optimize import FP8Linear
 
@@ -218,7 +217,7 @@ def _compare(what, name, layer, whole, inputs, tokens) -> None:
     got, selected = _selections(layer, layer, x.chunk(size, dim=-1)[rank].contiguous() if by_row else x)
     expected, wanted = zip(*(_selections(layer, part, x) for part in parts), strict=True)
     wanted = [pruned for each in wanted for pruned in each]
-    assert len(wanted) == sum(part.spec.criterion not in WEIGHT_PRUNING for part in parts)
+    assert len(wanted) == sum(not part.spec.scoring.prunes_weight for part in parts)
     if by_row:
         expected, wanted = expected[0], [pruned.chunk(size, dim=-1)[rank] for pruned in wanted]
     else:

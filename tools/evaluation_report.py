@@ -12,13 +12,15 @@ import math
 import sys
 from pathlib import Path
 
-from nm_act.files import write_atomic
+from nm_act.files import read_json_lines, write_atomic, write_json_lines
 from nm_act.lab.cost import Rates
 from nm_act.lab.evaluate import results
-from nm_act.lab.evaluate.folder import PERPLEXITY, RunFolder, read_rows_file, write_rows_file
-from nm_act.lab.evaluate.noise import paired_difference
+from nm_act.lab.evaluate.folder import PERPLEXITY, RunFolder
+from nm_act.lab.evaluate.perplexity import paired_difference
 from nm_act.lab.tables import DEFAULT_DEVICE
-from nm_act.methods.criteria import WEIGHT_PRUNING
+from nm_act.methods.criteria import CRITERIA
+
+WEIGHT_PRUNING = {name for name, criterion in CRITERIA.items() if criterion.prunes_weight}
 
 NOISE = "noise.csv"
 """Standard deviations of the loss under rounding, by variant, in the folder of the rows."""
@@ -55,6 +57,32 @@ def main(arguments: list[str]) -> int:
 def read_run(path: Path) -> list[tuple[dict, list[dict]]]:
     """Identities and results in a file of rows, or in a folder of nm-act eval."""
     return read_rows_file(path) if path.is_file() else [RunFolder.read(path)]
+
+
+def read_rows_file(path: Path) -> list[tuple[dict, list[dict]]]:
+    """Identities and results of the runs in a file of `write_rows_file`; none if there is no such file."""
+    runs: list[tuple[dict, list[dict]]] = []
+    for line in read_json_lines(path, ()):
+        if "identity" in line:
+            runs.append((line["identity"], []))
+        elif not runs:
+            raise ValueError(f"expected the identity of a run in the first line of {str(path)!r}, got something else")
+        else:
+            scores = line["scores"]
+            runs[-1][1].append({**line, "scores": [*map(float, scores)] if isinstance(scores, str) else scores})
+    return runs
+
+
+def write_rows_file(path: Path, runs: list[tuple[dict, list[dict]]]) -> None:
+    """Write runs as JSON lines: an identity, then its results; right and wrong answers are the digits 1 and 0."""
+    lines: list[dict] = []
+    for identity, rows in runs:
+        lines.append({"identity": identity})
+        for result in rows:
+            scores = result["scores"]
+            digits = "".join("01"[int(score)] for score in scores) if set(scores) <= {0.0, 1.0} else scores
+            lines.append({**result, "scores": digits})
+    write_json_lines(path, lines)
 
 
 def merged(runs: list[tuple[dict, list[dict]]], more: list[tuple[dict, list[dict]]]) -> list[tuple[dict, list[dict]]]:

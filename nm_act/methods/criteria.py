@@ -217,6 +217,3 @@ CRITERIA = {
     "wanda": Criterion(prunes_weight=True, data=("input_norm",)),
 }
 """Criterion name -> what it is."""
-
-WEIGHT_PRUNING = tuple(name for name, criterion in CRITERIA.items() if criterion.prunes_weight)
-"""Criteria of the baselines that prune the weights and leave the activations dense."""

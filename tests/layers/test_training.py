@@ -65,7 +65,7 @@ def formula(x, linear, layer, first_tokens):
     spec, data = layer.spec, {name: value.to(x.dtype) for name, value in layer.data().items()}
     weight, low, bias = linear.weight, 0.0, 0.0 if linear.bias is None else linear.bias
     dense = x @ weight.t() + bias
-    if spec.criterion in criteria.WEIGHT_PRUNING:
+    if spec.scoring.prunes_weight:
         return x @ (weight * reference.selection_mask(weight.detach(), spec.pattern)).t() + bias
     if "low_rank_in" in data:
         weight = weight - data["low_rank_out"] @ data["low_rank_in"]

@@ -174,7 +174,7 @@ def test_rows_are_kept_and_replaced(tool, tmp_path, capsys):
     assert (tmp_path / "evaluation.md").read_text() == first
     _write(folder, study.from_recipe(Recipe("2:4")), 31.0, {"2:4": 4})
     assert tool.main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
-    [(_, found)] = run_folder.read_rows_file(rows)
+    [(_, found)] = tool.read_rows_file(rows)
     assert sorted(each["value"] for each in found) == [0.5, 20.0, 31.0]
     rows.write_text('{"variant": 1}\n')
     assert tool.main(["--out", str(tmp_path)]) == 2
@@ -188,7 +188,7 @@ def test_a_file_of_rows_is_a_run_too(tool, tmp_path):
     identity, rows = run_folder.RunFolder.read(tmp_path / "run")
     # As benchmarks/quality_gpu.py writes: a run's rows in several parts, another device's in between.
     other = {**identity, "device": "another"}
-    run_folder.write_rows_file(tmp_path / "rows.jsonl", [(identity, rows[:1]), (other, rows), (identity, rows[1:])])
+    tool.write_rows_file(tmp_path / "rows.jsonl", [(identity, rows[:1]), (other, rows), (identity, rows[1:])])
     assert tool.main([str(tmp_path / "rows.jsonl"), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "evaluation.md").read_text()
     assert text.count("## tiny") == 2

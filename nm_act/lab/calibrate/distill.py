@@ -16,7 +16,7 @@ from torch import nn
 
 from ...layers.linear import NMLinear
 from ...methods import mitigations
-from ..evaluate.perplexity import mean_and_stderr
+from ..evaluate.perplexity import paired_difference
 from .blocks import switched
 from .training import BETAS, LARGEST_GRADIENT, linear_schedule, master
 
@@ -169,7 +169,7 @@ def distill(
         for parameter in trained:
             parameter.requires_grad_(False)
             parameter.grad = None
-    difference, stderr = mean_and_stderr([after - first for after, first in zip(best[2], before, strict=True)])
+    difference, stderr = paired_difference(best[2], before)
     kept = difference < -2 * stderr
     _restore(layers, best[1] if kept else start)
     count = len(before)

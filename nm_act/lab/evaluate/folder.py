@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import read_json_lines, write_atomic, write_json_lines
+from ...files import write_atomic
 from ...version import commit
 from ..output import RUN_FILE, check_output, make_folder, read_object, write_json
 from .variants import Variant
@@ -80,32 +80,6 @@ class RunFolder:
             )
         identity = _read_identity(path / RUN_FILE)
         return identity, [_read_result(file) for file in sorted((path / "rows").glob("*.json"))]
-
-
-def read_rows_file(path: Path) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Identities and results of the runs in a file of `write_rows_file`; none if there is no such file."""
-    runs: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
-    for line in read_json_lines(path, ()) if path.is_file() else ():
-        if "identity" in line:
-            runs.append((line["identity"], []))
-        elif not runs:
-            raise ValueError(f"expected the identity of a run in the first line of {str(path)!r}, got something else")
-        else:
-            scores = line["scores"]
-            runs[-1][1].append({**line, "scores": [*map(float, scores)] if isinstance(scores, str) else scores})
-    return runs
-
-
-def write_rows_file(path: Path, runs: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> None:
-    """Write runs as JSON lines: an identity, then its results; right and wrong answers are the digits 1 and 0."""
-    lines: list[dict[str, Any]] = []
-    for identity, results in runs:
-        lines.append({"identity": identity})
-        for result in results:
-            scores = result["scores"]
-            digits = "".join("01"[int(score)] for score in scores) if set(scores) <= {0.0, 1.0} else scores
-            lines.append({**result, "scores": digits})
-    write_json_lines(path, lines)
 
 
 _RESULT = ("variant", "task", "metric", "value", "stderr", "samples", "scores", "macs", "extra_macs", "commit", "date")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["DEFAULT_WINDOW", "Perplexity", "perplexity"]
+__all__ = ["DEFAULT_WINDOW", "Perplexity", "paired_difference", "perplexity"]
 
 DEFAULT_WINDOW = 2048
 """Tokens per window where the model's context allows it; the value that published WikiText-2 figures use."""
@@ -44,6 +44,18 @@ def mean_and_stderr(values: Sequence[float]) -> tuple[float, float]:
     array = np.asarray(values, dtype=np.float64)
     error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
     return float(array.mean()), float(error)
+
+
+def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """Mean difference of the losses of the same windows, in nats per token, and its standard error.
+
+    Examples
+    --------
+    >>> mean, stderr = paired_difference([3.0, 4.0, 5.0], [2.9, 3.8, 4.9])
+    >>> round(mean, 3), round(stderr, 3)
+    (0.133, 0.033)
+    """
+    return mean_and_stderr([one - other for one, other in zip(ours, theirs, strict=True)])
 
 
 @torch.inference_mode()

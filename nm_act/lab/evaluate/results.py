@@ -13,7 +13,7 @@ from ..measured import Measured, shapes_of
 from ..output import is_undefined, markdown_table
 from ..tables import DEFAULT_DEVICE
 from .folder import PERPLEXITY, RunFolder
-from .perplexity import mean_and_stderr
+from .perplexity import paired_difference
 from .variants import DENSE_VARIANT
 
 __all__ = ["COLUMNS", "Row", "average_drops", "collect", "draw", "markdown_table", "to_csv"]
@@ -143,8 +143,7 @@ def _row(result: dict[str, Any], dense: dict[str, Any], identity: dict[str, Any]
 def _drop(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
     if not (result["scores"] and dense["scores"]):  # of a run that is not kept: without pairs
         return _unpaired_drop(result, dense)
-    pairs = zip(result["scores"], dense["scores"], strict=True)
-    mean, stderr = mean_and_stderr([ours - theirs for ours, theirs in pairs])
+    mean, stderr = paired_difference(result["scores"], dense["scores"])
     if result["metric"] == "ppl":  # scores are losses: the ratio of perplexities is the exponential of their difference
         ratio = math.exp(mean) if mean < 700 else math.inf
         return 100 * (ratio - 1), 100 * ratio * stderr

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["CHOICES", "Question", "score", "tokenized"]
-
 
 @dataclass(frozen=True)
 class Question:

@@ -1,4 +1,4 @@
-"""How small a difference means something: paired errors over windows, and the noise of rounding.
+"""The noise of rounding, within which a difference of perplexities means nothing.
 
 Rounding of 1e-6 flips near ties of a selection, and later layers amplify that. Two implementations of one formula
 therefore differ in perplexity, and differences within that noise are no ranking.
@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .perplexity import mean_and_stderr, perplexity
-
-__all__ = ["noise_floor", "paired_difference", "perturbed"]
+from nm_act.lab.evaluate.perplexity import perplexity
 
 PERTURBATION = 1e-6
 """Relative size of the perturbation of the embeddings: the rounding of float32, amplified by one product."""
@@ -63,15 +61,3 @@ def noise_floor(model: nn.Module, tokens: torch.Tensor, window: int, seeds: int 
 def _mean_loss(model: nn.Module, tokens: torch.Tensor, window: int) -> float:
     found = perplexity(model, tokens, window=window)
     return found.nll / found.tokens
-
-
-def paired_difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
-    """Mean difference of the losses of the same windows, in nats per token, and its standard error.
-
-    Examples
-    --------
-    >>> mean, stderr = paired_difference([3.0, 4.0, 5.0], [2.9, 3.8, 4.9])
-    >>> round(mean, 3), round(stderr, 3)
-    (0.133, 0.033)
-    """
-    return mean_and_stderr([one - other for one, other in zip(ours, theirs, strict=True)])

@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...layers.linear import NMLinear
-from ...ops import composed, formulas
-from ..evaluate.perplexity import mean_and_stderr
-from ..measured import MERGED
-from .blocks import BlockRunner, at_once, switched
-
-__all__ = ["RefitSettings", "refit", "ridge"]
+from nm_act import NMLinear
+from nm_act.lab.calibrate.blocks import BlockRunner, at_once, switched
+from nm_act.lab.evaluate.perplexity import paired_difference
+from nm_act.lab.measured import MERGED
+from nm_act.ops import composed, formulas
 
 TARGETS = ("own", "dense")
 
@@ -225,7 +223,7 @@ def _refit_layers(
     for name, fit in fits.items():
         found = ridge(fit.weight, fit.gram, fit.cross, settings.strength)
         before, after = fit.errors(fit.weight), fit.errors(found)
-        mean, stderr = mean_and_stderr([new - old for new, old in zip(after, before, strict=True)])
+        mean, stderr = paired_difference(after, before)
         kept = mean < -2 * stderr
         if kept:
             chosen[name].weight.copy_(found)
