@@ -46,12 +46,11 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from .. import parallel
-from ..layers.linear import FOLLOW_WEIGHT
 from ..methods import mitigations
-from ..ops.e4m3 import E4M3Weight
 from ..ops.prepack import prepack_weight
 from ..recipe import LinearSpec, Recipe
 from . import vllm_plan as plan
+from .vllm_loading import Loading
 from .vllm_operands import Operands, Storage
 from .vllm_packed import Prepacked
 from .vllm_reload import check_interface, guard_reloads
@@ -150,33 +149,6 @@ class NMActVLLMConfig(QuantizationConfig):
         self._logged = True
 
 
-class _Loading:
-    """What a layer keeps while its weights are read.
-
-    Attributes
-    ----------
-    scales : list of Tensor or None
-        Each projection's channel scale over its whole input.
-    data : list of dict
-        Each projection's whole calibrated data.
-    waiting : list of tuple
-        Weights that came before their data.
-    arrived : set of int
-        Projections whose weight came.
-    rows : ChannelQuantScaleParameter
-        The output features of each projection that this rank has: an index vector that vLLM's loader slices like the
-        weight. It is not a parameter of the layer, because no checkpoint contains it.
-    """
-
-    def __init__(self, layer: torch.nn.Module, projections: int):
-        self.scales: list[torch.Tensor | None] = [None] * projections
-        self.data: list[dict[str, torch.Tensor]] = [{} for _ in range(projections)]
-        self.waiting: list[tuple] = []
-        self.arrived: set[int] = set()
-        rows = torch.empty(sum(layer.nm_act_sizes), dtype=torch.int64)
-        self.rows = ChannelQuantScaleParameter(data=rows, output_dim=0, weight_loader=layer.nm_act_load)
-
-
 class NMActLinearMethod(LinearMethodBase):
     """Runs one vLLM linear layer (replicated, column, row, merged, QKV) through :func:`nm_act.sparse_linear`.
 
@@ -191,10 +163,7 @@ class NMActLinearMethod(LinearMethodBase):
     """
 
     def __init__(
-        self,
-        specs: list[tuple[str, LinearSpec | None]],
-        loaded: Callable[[], None],
-        storage: Storage | None = None,
+        self, specs: list[tuple[str, LinearSpec | None]], loaded: Callable[[], None], storage: Storage | None = None
     ):
         self._loaded = loaded
         self._storage = Storage() if storage is None else storage
@@ -238,11 +207,11 @@ class NMActLinearMethod(LinearMethodBase):
         layer.register_parameter("weight", weight)
         set_weight_attrs(weight, extra_weight_attrs)
         layer.nm_act_sizes = list(output_partition_sizes) if len(self.specs) > 1 else [sum(output_partition_sizes)]
-        layer.nm_act_loading = _Loading(layer, len(self.specs))
         layer.nm_act_operands = None
         facts = (layer.prefix, self.specs, layer.nm_act_sizes, weight, size > 1)
         layer.nm_act_fp8 = self._storage.fp8 if self._storage.takes_e4m3(*facts) else None
         layer.nm_act_prepack = _prepacked if self._storage.takes_copies(*facts) else None
+        layer.nm_act_loading = self._new_loading(layer)
         whole = _whole_sizes(layer) if len(self.specs) > 1 else [output_size]
         for name in self._data_names:
             shapes = [
@@ -269,10 +238,9 @@ class NMActLinearMethod(LinearMethodBase):
             if layer.weight.is_meta:
                 torch.empty_like(loaded_weight, device="meta").copy_(loaded_weight)  # this is what vLLM counts
                 return
-            loading = self._loading(layer)
             index = 0 if len(self.specs) == 1 else _SHARD_IDS.get(loaded_shard_id, loaded_shard_id)
-            dtype = layer.weight.dtype if name in FOLLOW_WEIGHT else torch.float32
-            loading.data[index][name] = loaded_weight.to(layer.weight.device, dtype, copy=True)
+            loading = self._loading(layer)
+            loading.set_data(index, name, loaded_weight, layer.weight)
             loading.waiting = [item for item in loading.waiting if not self._finish(layer, *item)]
 
         return load_data
@@ -290,7 +258,12 @@ class NMActLinearMethod(LinearMethodBase):
 
         return load_weight
 
-    def _loading(self, layer) -> _Loading:
+    def _new_loading(self, layer) -> Loading:
+        rows = torch.empty(sum(layer.nm_act_sizes), dtype=torch.int64)
+        sliced = ChannelQuantScaleParameter(data=rows, output_dim=0, weight_loader=layer.nm_act_load)
+        return Loading(layer.prefix, self.names, self.specs, sliced, layer.nm_act_fp8)
+
+    def _loading(self, layer) -> Loading:
         """What the layer keeps while its weights are read; a reload starts it anew.
 
         Raises
@@ -304,7 +277,7 @@ class NMActLinearMethod(LinearMethodBase):
                     f"expected new weights of {layer.prefix} through vLLM's reload_weights or a weight update, got a "
                     "call of its loader; reload with collective_rpc('reload_weights')"
                 )
-            layer.nm_act_loading = _Loading(layer, len(self.specs))
+            layer.nm_act_loading = self._new_loading(layer)
         return layer.nm_act_loading
 
     def _finish(self, layer, param, loaded_weight: torch.Tensor, shard_id) -> bool:
@@ -312,44 +285,14 @@ class NMActLinearMethod(LinearMethodBase):
         loading = self._loading(layer)
         parts = list(self._projections(layer, loaded_weight, shard_id))
         loading.arrived.update(index for index, _ in parts)
-        if any(self._missing(loading, index) for index, _ in parts):
+        if any(loading.missing(index) for index, _ in parts):
             return False
-        operands = [self._derive(layer, index, part, param) for index, part in parts]
+        operands = [loading.derive(index, part, param) for index, part in parts]
         if any(operand is not part for operand, (_, part) in zip(operands, parts, strict=True)):
             loaded_weight = torch.cat([operand.to(param.device, param.dtype) for operand in operands])
         layer.nm_act_load(param, loaded_weight, *_given(shard_id))
         layer.nm_act_load(loading.rows, torch.cat([torch.arange(len(part)) for _, part in parts]), *_given(shard_id))
         return True
-
-    def _missing(self, loading: _Loading, index: int) -> str:
-        """Name of a piece of calibrated data that a projection still lacks."""
-        spec, data = self.specs[index], loading.data[index]
-        return "" if spec is None else next((name for name in mitigations.data_of(spec) if name not in data), "")
-
-    def _derive(self, layer, index: int, part: torch.Tensor, param) -> torch.Tensor:
-        """Set a projection's channel scale; return its operand weight (``part`` itself if no method replaces it)."""
-        spec, data, scales = self.specs[index], layer.nm_act_loading.data[index], layer.nm_act_loading.scales
-        if spec is None:
-            return part
-        for name, value in data.items():
-            shape = mitigations.shape_of(name, part.shape[1], part.shape[0], mitigations.rank_of(spec.mitigation))
-            if value.shape != shape or value.isnan().any():
-                got = "no values" if value.shape == shape else list(value.shape)
-                raise ValueError(
-                    f"expected calibrated data for {self.names[index]} in {layer.prefix}, {name} {list(shape)}, got "
-                    f"{got}; calibrate with nm-act calibrate and save the model again"
-                )
-        if not mitigations.reads_weight(spec):
-            scales[index] = mitigations.selection_scale(spec, part, part, data)
-            return part
-        whole = part.to(param.device, param.dtype)
-        if layer.nm_act_fp8 is not None:  # the scale is that of the weight as stored, which no method replaces here
-            stored = E4M3Weight.quantised(whole, layer.nm_act_fp8).dequantised(torch.float32)
-            scales[index] = mitigations.selection_scale(spec, stored, stored, data)
-            return part
-        operand = mitigations.operand_weight(spec, whole, data)
-        scales[index] = mitigations.selection_scale(spec, whole, operand, data)
-        return part if operand is whole else operand
 
     def _projections(self, layer, whole: torch.Tensor, shard_id):
         """(index, weight [out, in]) of each projection in a checkpoint's tensor."""
@@ -374,24 +317,7 @@ class NMActLinearMethod(LinearMethodBase):
         """
         self._storage.check_some_e4m3()
         loading = self._loading(layer)
-        absent = [name for index, name in enumerate(self.names) if index not in loading.arrived]
-        if absent and loading.arrived:
-            raise RuntimeError(
-                f"expected the weights of {', '.join(self.names)} in {layer.prefix}, got none of {', '.join(absent)}; "
-                "load them together"
-            )
-        for index, (name, spec, scale) in enumerate(zip(self.names, self.specs, loading.scales, strict=True)):
-            missing = self._missing(loading, index)
-            if missing:
-                raise RuntimeError(
-                    f"expected calibrated data for {name} in {layer.prefix}, got no {missing}; load a checkpoint that "
-                    "nm-act calibrate wrote"
-                )
-            if spec is not None and scale is None and spec.scoring.formula is not None:
-                raise RuntimeError(
-                    f"expected the weight of {name} in {layer.prefix} from a checkpoint, from which the criterion "
-                    f"{spec.criterion!r} computes its channel scale, got none; load the checkpoint itself"
-                )
+        loading.check()
         new, old = self._operands(layer, loading), layer.nm_act_operands
         for name in self._data_names:
             delattr(layer, name)
@@ -402,31 +328,13 @@ class NMActLinearMethod(LinearMethodBase):
         layer.nm_act_loading = None
         self._loaded()
 
-    def _operands(self, layer, loading: _Loading) -> Operands:
+    def _operands(self, layer, loading: Loading) -> Operands:
         """What the forward reads, computed from what was loaded."""
         shard = self._shard(layer)
-        scales = [scale if shard is None or scale is None else shard.part(scale, ("in",)) for scale in loading.scales]
+        scales, data = loading.scales(shard), loading.data(layer.nm_act_sizes, shard)
         before = layer.nm_act_operands and [each.stop for each in layer.nm_act_operands.segments]
-        segments = plan.segments(
-            self.specs, layer.nm_act_sizes, scales, self._local_data(layer, loading, shard), before
-        )
+        segments = plan.segments(self.specs, layer.nm_act_sizes, scales, data, before)
         return Operands.of(layer.weight, segments, shard, fp8=layer.nm_act_fp8, prepack=layer.nm_act_prepack)
-
-    @staticmethod
-    def _local_data(layer, loading: _Loading, shard: parallel.Shard | None) -> list[dict[str, torch.Tensor]]:
-        """The part of each projection's calibrated data that the forward on this rank reads."""
-        local, rows = [], loading.rows.data.split(layer.nm_act_sizes)
-        for data, mine in zip(loading.data, rows, strict=True):
-            part = {}
-            for name, value in data.items():
-                if mitigations.DATA[name][0] == "out":
-                    part[name] = value[mine.to(value.device)]
-                elif name not in ("smoothing", "input_norm", "input_order"):  # these were applied while loading
-                    part[name] = value if shard is None else shard.part(value, mitigations.DATA[name])
-            if shard is not None and shard.rank > 0:
-                part.pop("added_bias", None)  # the outputs of the ranks are summed
-            local.append(part)
-        return local
 
     @staticmethod
     def _shard(layer) -> parallel.Shard | None:
