@@ -7,47 +7,7 @@ from typing import Any
 
 from .integrations import register
 from .moved import MOVED, register_old_names
-from .version import __version__
-
-__all__ = [
-    "Explanation",
-    "FP8Linear",
-    "LinearSpec",
-    "NMActConfig",
-    "NMLinear",
-    "NMPattern",
-    "OptimizeReport",
-    "Packed",
-    "Recipe",
-    "Rule",
-    "SparsifyReport",
-    "StaticDecoder",
-    "__version__",
-    "build_info",
-    "compress",
-    "compress_packed",
-    "decompress",
-    "deoptimize",
-    "explain",
-    "explain_calls",
-    "gather_linear",
-    "lift_weight",
-    "load_calibration",
-    "optimize",
-    "pack_metadata",
-    "prune",
-    "reference",
-    "rms_norm_compress",
-    "silu_mul_compress",
-    "sparse_gemm",
-    "sparse_gemm_silu_mul",
-    "sparse_linear",
-    "sparse_linear_fp8",
-    "sparsify",
-    "support_table",
-    "unlift",
-    "unpack_metadata",
-]
+from .version import __version__ as __version__
 
 _MODULES = {
     "conversion.calibration": ("load_calibration",),
@@ -74,6 +34,8 @@ _MODULES = {
 ``nm-act --help`` and Ctrl-C should not have to wait."""
 
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted([*_HOME, "__version__", "reference"])
 
 
 class _Package(types.ModuleType):

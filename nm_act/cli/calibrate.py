@@ -170,9 +170,9 @@ def _check_output(output: Path, model: str) -> None:
 
 def _note_orders(model: Any) -> None:
     from ..conversion.calibration import is_reordered
-    from ..layers.linear import NMLinear
+    from ..layers.linear import sparse_layers
 
-    layers = [each for each in model.modules() if isinstance(each, NMLinear) and "input_order" in each.data()]
+    layers = [each for each in sparse_layers(model).values() if "input_order" in each.data()]
     if layers and not any(map(is_reordered, layers)):
         common.note(
             "permute reorders nothing here: only down_proj and o_proj have layers in front to fold an order into"

@@ -213,12 +213,12 @@ def _quiet() -> None:
 def load_dense(source: str, dtype: str = "auto", device: str = "cpu", window: int | None = None) -> tuple[Any, Any]:
     """`load`, of a dense model whose context holds the window, which its configuration tells before it is loaded."""
     from ..lab.evaluate.perplexity import check_window
-    from ..layers.linear import NMLinear
+    from ..layers.linear import sparse_layers
 
     if window is not None:
         check_window(load_config(source), window)
     model, tokenizer = load(source, dtype, device)
-    if any(isinstance(module, NMLinear) for module in model.modules()):
+    if sparse_layers(model):
         raise ValueError(
             f"expected a dense model to compare with, but {source!r} is a sparse checkpoint; "
             "name the checkpoint it was made from"

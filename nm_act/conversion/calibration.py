@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..files import write_atomic
-from ..layers.linear import NMLinear
+from ..layers.linear import NMLinear, sparse_layers
 from ..methods import mitigations
 from ..optimize.model import refuse_optimized
 from ..recipe import LinearSpec, Recipe
@@ -49,7 +49,7 @@ def save_calibration(model: nn.Module, folder: str | os.PathLike[str], **facts: 
     if recipe is None:
         raise ValueError("expected a sparse model, got one without a recipe; calibrate it first")
     tensors = {}
-    for name, layer in _sparse_layers(model).items():
+    for name, layer in sparse_layers(model).items():
         for key, value in layer.data().items():
             if value.isnan().any():
                 raise ValueError(f"expected calibrated layers, got no {key} in {name}; calibrate the model first")
@@ -85,7 +85,7 @@ def load_calibration(model: nn.Module, folder: str | os.PathLike[str]) -> Sparsi
     recipe, tensors = check_calibration(model, folder)
     original = dense_weights(model) if any(name.endswith(".input_order") for name in tensors) else {}
     report = sparsify(model, recipe)
-    set_layers(report.model, _sparse_layers(report.model), tensors)
+    set_layers(report.model, sparse_layers(report.model), tensors)
     report.model.nm_act_dense_weights = original  # type: ignore[assignment]  # for save_calibration, where orders have changed the weights
     return report
 
@@ -96,7 +96,7 @@ def dense_weights(model: nn.Module) -> dict[str, str]:
 
 
 def _weights_header(model: nn.Module) -> dict[str, str]:
-    if not any(is_reordered(layer) for layer in _sparse_layers(model).values()):
+    if not any(is_reordered(layer) for layer in sparse_layers(model).values()):
         return dense_weights(model)  # which the sparse layers share
     return getattr(model, "nm_act_dense_weights", {}) | {"folded": weights_fingerprint(model)}
 
@@ -163,20 +163,23 @@ def _check_tensors(
     for name, value in tensors.items():
         layer, _, key = name.rpartition(".")
         if key == "input_order":
-            parent, _, child = layer.rpartition(".")
-            block, _, inner = parent.rpartition(".")
-            check_order(model.get_submodule(block), f"{inner}.{child}", value)
+            check_order(*_in_block(model, layer), value)
         elif not value.isfinite().all():
             raise ValueError(f"expected finite numbers in {str(folder)!r}, got others in {name}; calibrate again")
+
+
+def _in_block(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """A layer's decoder block, and its name in there: "mlp.down_proj"."""
+    parent, _, child = name.rpartition(".")
+    block, _, inner = parent.rpartition(".")
+    return model.get_submodule(block), f"{inner}.{child}"
 
 
 def set_layers(model: nn.Module, layers: dict[str, NMLinear], tensors: dict[str, torch.Tensor]) -> None:
     """Set the calibrated data of sparse layers, after folding the orders of input channels into the weights."""
     for name in layers:
         if f"{name}.input_order" in tensors:
-            parent, _, child = name.rpartition(".")
-            block, _, inner = parent.rpartition(".")
-            fold_order(model.get_submodule(block), f"{inner}.{child}", tensors[f"{name}.input_order"])
+            fold_order(*_in_block(model, name), tensors[f"{name}.input_order"])
     for name, layer in layers.items():
         layer.set_data(**{key: tensors[f"{name}.{key}"] for key in layer.data()})
 
@@ -212,7 +215,3 @@ def architecture(model: nn.Module) -> str:
 def describe(model: nn.Module) -> str:
     """The model in a few words, for error messages."""
     return f"{type(model).__name__} with {sum(value.numel() for value in model.parameters()):,} parameters"
-
-
-def _sparse_layers(model: nn.Module) -> dict[str, NMLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, NMLinear)}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..layers.linear import NMLinear
+from ..layers.linear import sparse_layers
 from ..parallel import Part, check_size, check_split, part_of
 
 _KINDS = {"rowwise": "row", "colwise": "column"}
@@ -52,9 +52,7 @@ def _refuse_fsdp(distributed: Any) -> None:
 
 def _parts(model: Any, plan: dict[str, str]) -> Iterator[Part]:
     config = model.config.get_text_config()
-    for name, module in model.named_modules():
-        if not isinstance(module, NMLinear):
-            continue
+    for name, module in sparse_layers(model).items():
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), plan.get(name, ""))
         kind = next((kind for word, kind in _KINDS.items() if word in style), None)
         if kind is None:

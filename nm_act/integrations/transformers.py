@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..conversion.sparsify import RECORDERS, replace_linears
-from ..layers.linear import FOLLOW_WEIGHT, NMLinear
+from ..layers.linear import FOLLOW_WEIGHT, sparse_layers
 from ..recipe import Recipe
 from ..supported import require, warn_if_untested
 from .tensor_parallel import check_plan
@@ -50,10 +50,7 @@ class NMActConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, recipe: Recipe | dict[str, Any] | str | None = None, **fields: Any):
-        for name in (
-            "quant_method",
-            *STORAGE_KEYS,
-        ):  # a saved config contains the first, and may say the others to vLLM
+        for name in ("quant_method", *STORAGE_KEYS):  # a saved config has the first, and may say the others to vLLM
             fields.pop(name, None)
         if isinstance(recipe, dict):  # first, because the version says whether a newer nm_act wrote it
             recipe = Recipe.from_dict(recipe)
@@ -95,13 +92,12 @@ class NMActQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _check_weights(model)
-        for module in model.modules():
-            if isinstance(module, NMLinear):
-                # Transformers allocates what the checkpoint lacks but does not initialise it.
-                for value in module.data().values():
-                    if not getattr(value, "_is_hf_initialized", False):
-                        value.fill_(torch.nan)
-                module.refresh()
+        for layer in sparse_layers(model).values():
+            # Transformers allocates what the checkpoint lacks but does not initialise it.
+            for value in layer.data().values():
+                if not getattr(value, "_is_hf_initialized", False):
+                    value.fill_(torch.nan)
+            layer.refresh()
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -126,8 +122,8 @@ class NMActQuantizer(HfQuantizer):
 
 def _check_weights(model: nn.Module) -> None:
     """Refuse a sparse layer whose weight the checkpoint lacks: Transformers would leave a random one."""
-    for name, module in model.named_modules():
-        own = module.named_parameters(recurse=False) if isinstance(module, NMLinear) else ()
+    for name, layer in sparse_layers(model).items():
+        own = layer.named_parameters(recurse=False)
         # Transformers marks what it has read or tied; what it leaves on disk (on the meta device) cannot be checked.
         # Calibrated data are buffers, which the layer itself checks.
         lacking = next(

@@ -18,7 +18,7 @@ from .derived import DERIVED, FOLLOW_WEIGHT, Deriving, without_autocast
 from .tokens import TokenContext
 from .work import LinearWork, compiled_operator, dense_operator, is_decode, work_of
 
-__all__ = ["FOLLOW_WEIGHT", "WEIGHT_LAYOUTS", "NMLinear"]
+__all__ = ["FOLLOW_WEIGHT", "WEIGHT_LAYOUTS", "NMLinear", "sparse_layers"]
 
 WEIGHT_LAYOUTS = ("in_out", "out_in")
 """How the weight [out, in] lies in memory: "in_out" stores one input channel's weights together."""
@@ -108,14 +108,8 @@ class NMLinear(Deriving):
                 "choose one of those"
             )
         _check_lift(lift, spec.pattern)
-        options: dict[str, Any] = {
-            "spec": spec,
-            "weight_layout": weight_layout,
-            "lift": lift,
-            "device": device,
-            "dtype": dtype,
-        }
-        super().__init__(in_features, out_features, bias, **options)
+        layout: dict[str, Any] = {"weight_layout": weight_layout, "lift": lift}
+        super().__init__(in_features, out_features, bias, spec=spec, device=device, dtype=dtype, **layout)
         self.token_context: TokenContext | None = None
         self.bypass = False  # dense in every phase, while calibration takes the dense output
         self.refresh()
@@ -136,16 +130,8 @@ class NMLinear(Deriving):
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"expected a torch.nn.Linear, got {type(linear).__name__}; pass the dense layer")
-        has_bias = linear.bias is not None
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            has_bias,
-            spec=spec,
-            weight_layout=weight_layout,
-            lift=lift,
-            device="meta",
-        )
+        options: dict[str, Any] = {"spec": spec, "weight_layout": weight_layout, "lift": lift, "device": "meta"}
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **options)
         layer.weight, layer.bias = linear.weight, linear.bias
         hook, device = getattr(linear, "_hf_hook", None), linear.weight.device
         aligning = [each for each in getattr(hook, "hooks", [hook]) if hasattr(each, "execution_device")]
@@ -290,6 +276,11 @@ class NMLinear(Deriving):
         """Sizes and spec, for printing."""
         bias = self._own("bias") is not None  # nn.Linear's own would count as a reader of it
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.spec}"
+
+
+def sparse_layers(model: nn.Module) -> dict[str, NMLinear]:
+    """Name -> module of every sparse layer of a model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NMLinear)}
 
 
 def _check_lift(lift: bool | str, pattern: NMPattern | TopKPattern) -> None:

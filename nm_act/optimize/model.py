@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..layers.hooks import take_over_hooks
-from ..layers.linear import NMLinear
+from ..layers.linear import NMLinear, sparse_layers
 from ..layers.stale import parameter_of
 from ..ops.e4m3 import check_layout
 from ..ops.prepack import why_not_prepacked
@@ -194,7 +194,7 @@ def _check(model: nn.Module, fp8: str | None, head: str | None, prepack: bool) -
     refuse_optimized(model)
     if fp8 is not None:
         check_layout(fp8)
-    layers = [module for module in model.modules() if isinstance(module, NMLinear)]
+    layers = [*sparse_layers(model).values()]
     if not layers and (fp8 is not None or prepack):
         option = "fp8" if fp8 is not None else "prepack"
         raise ValueError(f"expected a sparse model for {option}, got a dense one; call sparsify(model, recipe) first")
@@ -300,17 +300,16 @@ def _quantise(report: OptimizeReport, layout: str) -> None:
 
 
 def _prepack(report: OptimizeReport) -> None:
-    for name, layer in report.model.named_modules():
-        if isinstance(layer, NMLinear):
-            weight: torch.Tensor = layer.weight
-            why = why_absent(layer) or why_not_prepacked(weight)
-            if why:
-                report.kept.append((name, f"not prepacked: {why}"))
-                continue
-            layer.prepack = True
-            layer.refresh()
-            report.prepacked.append(name)
-            report.prepacked_bytes += weight.nbytes
+    for name, layer in sparse_layers(report.model).items():
+        weight: torch.Tensor = layer.weight
+        why = why_absent(layer) or why_not_prepacked(weight)
+        if why:
+            report.kept.append((name, f"not prepacked: {why}"))
+            continue
+        layer.prepack = True
+        layer.refresh()
+        report.prepacked.append(name)
+        report.prepacked_bytes += weight.nbytes
 
 
 def _fuse_mlp(report: OptimizeReport, name: str, parent: nn.Module, group: tuple[str, ...]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.kv_cache import cache_argument
-from ..layers.linear import NMLinear
+from ..layers.linear import sparse_layers
 from . import static_attention
 
 WARMUP = 3
@@ -293,7 +293,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _refuse_first_tokens(model: nn.Module) -> None:
-    contexts = (module.token_context for module in model.modules() if isinstance(module, NMLinear))
+    contexts = (layer.token_context for layer in sparse_layers(model).values())
     first = next((context.first_tokens for context in contexts if context is not None and context.first_tokens), 0)
     if first:
         raise ValueError(

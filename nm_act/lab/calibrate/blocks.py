@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from ...layers.linear import NMLinear
+from ...layers.linear import NMLinear, sparse_layers
 
 
 def at_once(device: torch.device) -> int:
@@ -68,7 +68,7 @@ class BlockRunner:
     def layers(self, index: int) -> dict[str, NMLinear]:
         """Sparse layers of a block by their full names."""
         prefix = self.names[index]
-        return {f"{prefix}.{n}": m for n, m in self.block(index).named_modules() if isinstance(m, NMLinear)}
+        return {f"{prefix}.{name}": layer for name, layer in sparse_layers(self.block(index)).items()}
 
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Output of a block for the ``hidden [windows, length, hidden]`` of some windows."""
@@ -108,7 +108,7 @@ def switched(layers: Iterable[NMLinear], name: str) -> Iterator[None]:
 
 def block_names(model: nn.Module) -> list[str]:
     """Names of all blocks in the list that holds the sparse layers."""
-    sparse = [name for name, module in model.named_modules() if isinstance(module, NMLinear)]
+    sparse = sparse_layers(model)
     if not sparse:
         raise ValueError("expected a model with sparse layers to calibrate, got none; sparsify it first")
     stacks = {match[1] for name in sparse if (match := re.match(r"(.*?)\.?\d+\.", name))}

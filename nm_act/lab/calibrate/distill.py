@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...layers.linear import NMLinear
+from ...layers.linear import NMLinear, sparse_layers
 from ...methods import mitigations
 from ..evaluate.perplexity import paired_difference
 from .blocks import switched
@@ -119,7 +119,7 @@ def distill(
         loss is not finite.
     """
     settings = settings or DistillSettings()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, NMLinear)}
+    layers = sparse_layers(model)
     _check_windows(windows, held_out)
     data, weights = _trained(layers, settings.train)
     if not data and not weights:

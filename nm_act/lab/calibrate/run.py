@@ -15,7 +15,7 @@ from torch import nn
 from ...conversion.calibration import dense_weights, set_layers
 from ...conversion.permutation import fold_order
 from ...conversion.sparsify import SparsifyReport, resolved_specs, sparsify
-from ...layers.linear import NMLinear
+from ...layers.linear import sparse_layers
 from ...methods import mitigations
 from ...recipe import LinearSpec, Recipe
 from ...version import __version__
@@ -126,7 +126,7 @@ def calibrate(
     report = sparsify(model.eval(), recipe)
     sparse: Any = report.model
     sparse.nm_act_dense_weights = original
-    with switched((each for each in model.modules() if isinstance(each, NMLinear)), "bypass"):
+    with switched(sparse_layers(model).values(), "bypass"):
         runner = BlockRunner(model, windows[0])
         hidden = runner.first_inputs(windows)
     history = []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...conversion.sparsify import resolved_specs
-from ...layers.linear import NMLinear
+from ...layers.linear import sparse_layers
 from ...version import commit
 from ..cost import extra_macs, macs_by_pattern, places_of
 from .folder import PERPLEXITY, RunFolder
@@ -82,7 +82,7 @@ class Study:
 
 
 def _reads_sequences(model: nn.Module) -> bool:
-    return any(isinstance(module, NMLinear) and module.spec.scoring.by_sequence for module in model.modules())
+    return any(layer.spec.scoring.by_sequence for layer in sparse_layers(model).values())
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...conversion.calibration import check_calibration, set_layers
-from ...layers.linear import NMLinear
+from ...layers.linear import sparse_layers
 from ...methods.criteria import CRITERIA
 from ...methods.mitigations import data_of
 from ...patterns import as_pattern
@@ -102,7 +102,7 @@ def option_variant(model: nn.Module, recipe: Recipe, calibrated: dict[str, Calib
     `calibrated` has the data of every option in the recipe that needs some.
     """
     variant = sparse_copy(model, recipe).model
-    for name, layer in variant.named_modules():
-        if isinstance(layer, NMLinear) and layer.data():
+    for name, layer in sparse_layers(variant).items():
+        if layer.data():
             set_layers(variant, {name: layer}, calibrated[option_name(layer.spec)].tensors)
     return variant
