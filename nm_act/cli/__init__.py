@@ -8,27 +8,21 @@ def main() -> None:
     import sys
 
     try:
-        _run()
+        from ..supported import require
+
+        try:
+            require("typer", "cli")
+            require("rich", "cli")
+        except ModuleNotFoundError as error:
+            sys.exit(f"nm-act: {error}")
+        from .application import app
+        from .common import remember_interrupts
+
+        remember_interrupts()
+        app()
     except KeyboardInterrupt:  # while the command line was still being read
         print("interrupted; no result was written", file=sys.stderr)
         sys.exit(130)
-
-
-def _run() -> None:
-    import sys
-
-    from ..supported import require
-
-    try:
-        require("typer", "cli")
-        require("rich", "cli")
-    except ModuleNotFoundError as error:
-        sys.exit(f"nm-act: {error}")
-    from .application import app
-    from .common import remember_interrupts
-
-    remember_interrupts()
-    app()
 
 
 def __getattr__(name: str) -> object:

@@ -27,6 +27,9 @@ append theirs."""
 Candidates = list[tuple[str, Any]]
 """Name and module of what a recipe may name: linear layers, and others that a report mentions."""
 
+Decisions = dict[str, tuple[LinearSpec | None, str]]
+"""Name of a candidate -> its spec, or None and why it stays dense."""
+
 
 @dataclass
 class SparsifyReport:
@@ -140,7 +143,7 @@ def replace_linears(model: nn.Module, recipe: Recipe) -> SparsifyReport:
 
 
 def _replace_linears(
-    model: nn.Module, recipe: Recipe, candidates: Candidates, places: dict[str, "_Place | None"]
+    model: nn.Module, recipe: Recipe, candidates: Candidates, places: dict[str, "_Place | None"], decided: Decisions
 ) -> SparsifyReport:
     report = SparsifyReport(model, recipe)
     macs = {name: macs_of(model, name) for name, _ in candidates if places[name] is not None}
@@ -155,7 +158,7 @@ def _replace_linears(
     while candidates:  # consumed, so that a replaced layer's weight is freed before the next one is copied
         name, module = candidates.pop()
         place = places[name]
-        spec, reason = _decide(model, name, module, place, recipe)
+        spec, reason = decided[name]
         if spec is None or place is None:
             uncounted = "; its multiply-accumulates are not counted" if name in report.uncounted else ""
             report.kept.append((name, reason + uncounted))
@@ -171,7 +174,7 @@ def _replace_linears(
             take_over_hooks(sparse, module)
         if id(module) in shared:  # under several names
             sparse_layers[module, spec] = sparse
-        _replace(model, name, sparse)
+        model.set_submodule(name, sparse)
     total = sum(count or 0 for count in macs.values())
     report.mac_fraction = sum(macs[name] or 0 for name, _ in report.replaced) / total if total else 0.0
     if recipe.needs_token_context:
@@ -187,9 +190,8 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
 
 def resolved_specs(model: nn.Module, recipe: Recipe) -> dict[str, LinearSpec]:
     """Name -> spec of every layer that :func:`sparsify` would make sparse; checks all, changes nothing."""
-    candidates, places = _checked(model, recipe)
-    decided = {name: _decide(model, name, module, places[name], recipe)[0] for name, module in candidates}
-    return {name: spec for name, spec in decided.items() if spec is not None}
+    _, _, decided = _checked(model, recipe)
+    return {name: spec for name, (spec, _) in decided.items() if spec is not None}
 
 
 def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
@@ -207,8 +209,8 @@ def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
     return {name: (p.layer, p.projection, linears[name]) for name, p in places.items() if p is not None}
 
 
-def _checked(model: nn.Module, recipe: Recipe) -> tuple[Candidates, dict[str, "_Place | None"]]:
-    """The candidates for replacement and their places in the model, after all checks."""
+def _checked(model: nn.Module, recipe: Recipe) -> tuple[Candidates, dict[str, "_Place | None"], Decisions]:
+    """The candidates for replacement, their places in the model, and what becomes of them, after all checks."""
     if not isinstance(recipe, Recipe):
         raise TypeError(f"expected a Recipe, got {type(recipe).__name__}; use Recipe(...) or Recipe.load(path)")
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -228,10 +230,10 @@ def _checked(model: nn.Module, recipe: Recipe) -> tuple[Candidates, dict[str, "_
     _check_effect(recipe, places, decided)
     for name, module in candidates:
         spec, _ = decided[name]
-        _check_rank(name, module, spec)
         if spec is not None:
+            _check_rank(name, module, spec)
             refuse_uncarried(name, module)
-    return candidates, places
+    return candidates, places, decided
 
 
 OUTSIDE, DENSE_BY_RECIPE = "outside the decoder layers", "dense by the recipe"
@@ -250,13 +252,9 @@ def _candidates(model: nn.Module, recipe: Recipe, prefix: str) -> Candidates:
 
     def wanted(name: str, module: nn.Module) -> bool:
         named = recipe.covers(projection_name(name)) and not list(module.children())
-        return isinstance(module, nn.Linear) or named or (_in_layer(name, prefix) and computes_itself(module))
+        return isinstance(module, nn.Linear) or named or (_place(name, prefix) is not None and computes_itself(module))
 
     return [(name, module) for name, module in model.named_modules(remove_duplicate=False) if wanted(name, module)]
-
-
-def _in_layer(name: str, prefix: str) -> bool:
-    return _place(name, prefix) is not None
 
 
 def _decoder_prefix(model: nn.Module) -> str:
@@ -310,9 +308,7 @@ def _other_kind(module: nn.Module) -> str:
     return ""
 
 
-def _check_effect(
-    recipe: Recipe, places: dict[str, "_Place | None"], decided: dict[str, tuple[LinearSpec | None, str]]
-) -> None:
+def _check_effect(recipe: Recipe, places: dict[str, "_Place | None"], decided: Decisions) -> None:
     """Refuse a recipe that names layers of which none can be sparse."""
     inside = [(name, place) for name, place in places.items() if place is not None]
     wanted = [name for name, place in inside if recipe.resolve(place.layer, place.projection) is not None]
@@ -350,18 +346,12 @@ def check_names(recipe: Recipe, places: set[tuple[int, str]]) -> None:
         )
 
 
-def _check_rank(name: str, module: Any, spec: LinearSpec | None) -> None:
-    rank = 0 if spec is None else mitigations.rank_of(spec.mitigation)
-    if rank and rank > min(module.in_features, module.out_features):
+def _check_rank(name: str, module: Any, spec: LinearSpec) -> None:
+    rank, most = mitigations.rank_of(spec.mitigation), min(module.in_features, module.out_features)
+    if rank > most:
         raise ValueError(
-            f"expected a low-rank pair of at most rank {min(module.in_features, module.out_features)} for {name}, got "
-            f"rank {rank}; use a smaller one"
+            f"expected a low-rank pair of at most rank {most} for {name}, got rank {rank}; use a smaller one"
         )
-
-
-def _replace(model: nn.Module, name: str, layer: NMLinear) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
 
 
 def _attach_context(model: nn.Module, stacks: list[str], report: SparsifyReport, context: TokenContext) -> None:

@@ -201,9 +201,7 @@ def prune_weight(
     -----
     Source: arXiv 2306.11695 (Wanda).
     """
-    scale = input_norm if CRITERIA[name].data else None
-    mask = composed.survivors(weight, pattern, scale)
-    return torch.where(mask, weight, weight.new_zeros(()))
+    return composed.select(weight, pattern, input_norm if CRITERIA[name].data else None)
 
 
 CRITERIA = {

@@ -68,9 +68,7 @@ def trains(module: torch.nn.Module) -> bool:
 
 def needs_derivative(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these tensors, or one has a tangent (forward mode)."""
-    if forward_ad._current_level < 0:  # the usual case, in every call of a layer
-        return needs_gradient(*tensors)
-    return needs_gradient(*tensors) or _has_tangent([tensor for tensor in tensors if tensor is not None])
+    return needs_gradient(*tensors) or (forward_ad._current_level >= 0 and _has_tangent(*tensors))
 
 
 def refuse_backward(compute: Callable[[], Any], sentence: str, inputs: Iterable[Tensor | None]) -> Any:
@@ -138,17 +136,16 @@ def _recorded(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
 
 
-def _has_tangent(tensors: list[Tensor]) -> bool:
-    if forward_ad._current_level < 0:
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    if forward_ad._current_level < 0:  # the usual case, in every call of a layer
         return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors if tensor.is_floating_point())
+    floating = (tensor for tensor in tensors if tensor is not None and tensor.is_floating_point())
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in floating)
 
 
 def _is_transformed(*tensors: Tensor | None) -> bool:
     """Whether torch.func or forward mode asks for the derivative, which the Functions here do not support."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return _has_tangent([tensor for tensor in tensors if tensor is not None])
+    return torch._C._are_functorch_transforms_active() or _has_tangent(*tensors)
 
 
 # ---- prune -----------------------------------------------------------------------------------------------------------

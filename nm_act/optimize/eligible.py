@@ -74,16 +74,9 @@ def beyond(layer: Sparse) -> str:
     They know an N:M selection with a static channel scale, VAR and D-PTS, and nothing else.
     """
     spec = layer.spec
-    plain = LinearSpec(
-        spec.pattern,
-        criterion=spec.criterion,
-        mitigation=spec.mitigation,
-        phase=spec.phase,
-        decode_pattern=spec.decode_pattern,
-    )
     known = not data_of(spec) and not spec.scoring.by_sequence and not spec.scoring.prunes_weight
-    known = known and isinstance(spec.pattern, NMPattern) and spec == plain
-    return "" if known and not calibrated(layer) else f"unfused method {spec}"
+    known = known and isinstance(spec.pattern, NMPattern) and not calibrated(layer)
+    return "" if known else f"unfused method {spec}"
 
 
 def not_sparse_gemm(layer: Sparse, pattern: NMPattern, step: int) -> str:

@@ -151,8 +151,7 @@ def store_head(model: Any, kind: str) -> tuple[str, QuantisedHead | None, str]:
         return name, None, why
     embedding = model.get_input_embeddings()
     stored = QuantisedHead(head, kind, embedding if getattr(embedding, "weight", None) is head.weight else None)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, stored)
+    model.set_submodule(name, stored)
     return name, stored, ""
 
 

@@ -136,14 +136,7 @@ def merge(parent: nn.Module, names: list[str]) -> MergedLinear:
     layers = [getattr(parent, name) for name in names]
     sizes = [layer.out_features for layer in layers]
     first = layers[0]
-    options: dict[str, Any] = {"bias": first.bias is not None, "device": "meta", "dtype": first.weight.dtype}
-    if isinstance(first, NMLinear):
-        options |= {"weight_layout": first.weight_layout, "lift": first.lift}
-        sparse = NMLinear(first.in_features, sum(sizes), spec=first.spec, **options)
-        sparse.token_context = first.token_context
-        linear: nn.Linear = sparse
-    else:
-        linear = nn.Linear(first.in_features, sum(sizes), **options)
+    linear = _layer_like(first, sum(sizes))
     grad = first.weight.requires_grad
     with torch.no_grad():
         if isinstance(first, NMLinear) and first.weight_layout == "in_out":
@@ -171,15 +164,9 @@ def unmerge(parent: nn.Module, child: str) -> None:
     if linear.bias is not None:
         biases = linear.bias.split(merged.sizes)
     for name, size, weight, bias in zip(merged.names, merged.sizes, weights, biases, strict=True):
-        options: dict[str, Any] = {"bias": bias is not None, "device": "meta"}
-        if isinstance(linear, NMLinear):
-            options |= {"weight_layout": linear.weight_layout, "lift": linear.lift}
-            sparse = NMLinear(linear.in_features, size, spec=linear.spec, **options)
-            sparse.token_context = linear.token_context
-            layer: nn.Linear = sparse
-            own = weight.detach().t().clone().t() if linear.weight_layout == "in_out" else weight.detach().clone()
-        else:
-            layer, own = nn.Linear(linear.in_features, size, **options), weight.detach().clone()
+        layer, own = _layer_like(linear, size), weight.detach().clone()
+        if isinstance(linear, NMLinear) and linear.weight_layout == "in_out":
+            own = weight.detach().t().clone().t()
         layer.weight = nn.Parameter(own, linear.weight.requires_grad)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), linear.bias.requires_grad)
@@ -187,6 +174,18 @@ def unmerge(parent: nn.Module, child: str) -> None:
             layer.refresh()
         take_over_hooks(layer, getattr(parent, name))
         setattr(parent, name, layer.train(linear.training))
+
+
+def _layer_like(layer: nn.Linear, out_features: int) -> nn.Linear:
+    """A layer on the meta device that differs from another, dense or sparse, in its number of outputs alone."""
+    sizes: tuple[Any, ...] = (layer.in_features, out_features, layer.bias is not None)
+    options: dict[str, Any] = {"device": "meta", "dtype": layer.weight.dtype}
+    if not isinstance(layer, NMLinear):
+        return nn.Linear(*sizes, **options)
+    options |= {"spec": layer.spec, "weight_layout": layer.weight_layout, "lift": layer.lift}
+    sparse = NMLinear(*sizes, **options)
+    sparse.token_context = layer.token_context
+    return sparse
 
 
 def merge_key(layer: nn.Module) -> tuple[Any, ...] | str:

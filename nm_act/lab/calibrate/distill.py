@@ -18,7 +18,7 @@ from ...layers.linear import NMLinear, sparse_layers
 from ...methods import mitigations
 from ..evaluate.perplexity import paired_difference
 from .blocks import switched
-from .training import BETAS, LARGEST_GRADIENT, linear_schedule, master
+from .training import BETAS, LARGEST_GRADIENT, linear_schedule, master, passes
 
 TRAINED = ("data", "weights", "both")
 """What can be trained: the learned data of mitigations, the sparse layers' weights, or both."""
@@ -144,7 +144,7 @@ def distill(
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: linear_schedule(step, settings.steps))
     history: list[dict[str, Any]] = []
-    order = _batches(len(windows), settings)
+    order = passes(len(windows), settings.steps * settings.batch, settings.seed).view(settings.steps, settings.batch)
     every = max(1, settings.steps // settings.checks)
     try:
         for step in range(1, settings.steps + 1):
@@ -208,13 +208,6 @@ def _trained(layers: dict[str, NMLinear], what: str) -> tuple[list[tuple[str, st
     learned = [(name, key) for name, layer in layers.items() for key in mitigations.learned_data_of(layer.spec)]
     weights = [name for name, layer in layers.items() if not layer.spec.scoring.prunes_weight]
     return learned if what != "weights" else [], weights if what != "data" else []
-
-
-def _batches(count: int, settings: DistillSettings) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(settings.seed)
-    needed = settings.steps * settings.batch
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(math.ceil(needed / count))])[:needed]
-    return list(order.view(settings.steps, settings.batch))
 
 
 def _refresh(layers: dict[str, NMLinear]) -> None:

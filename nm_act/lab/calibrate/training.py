@@ -45,7 +45,7 @@ def train_block(
     losses = []
     try:
         with switched(layers.values(), "differentiable"):
-            for step, window in enumerate(_order(len(inputs), steps, settings.seed + index), 1):
+            for step, window in enumerate(passes(len(inputs), steps, settings.seed + index).tolist(), 1):
                 output = runner.run(index, inputs[window : window + 1].to(device))
                 loss = block_loss(output, targets[window : window + 1].to(device), settings.loss)
                 losses.append(loss.item())
@@ -93,7 +93,7 @@ def linear_schedule(step: int, steps: int) -> float:
     return min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up + 1)))
 
 
-def _order(windows: int, steps: int, seed: int) -> list[int]:
+def passes(windows: int, count: int, seed: int) -> torch.Tensor:
+    """Indices ``[count]`` of windows, all of them in a new order before one comes again."""
     generator = torch.Generator().manual_seed(seed)
-    epochs = [torch.randperm(windows, generator=generator) for _ in range(math.ceil(steps / windows))]
-    return torch.cat(epochs)[:steps].tolist()
+    return torch.cat([torch.randperm(windows, generator=generator) for _ in range(math.ceil(count / windows))])[:count]

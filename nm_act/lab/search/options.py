@@ -83,17 +83,13 @@ def find_calibrations(specs: dict[str, LinearSpec], calibrated: Path | None) -> 
     return found
 
 
-def _folder_of(calibration: Variant) -> Path:
-    assert calibration.folder is not None  # else it were no calibration
-    return calibration.folder
-
-
 def read_data(model: nn.Module, specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, CalibratedData]:
     """Option -> data of its calibration (`find_calibrations`); ValueError if it was made for another model."""
-    return {
-        name: CalibratedData(check_calibration(model, _folder_of(found))[1], found.calibration, found.seed)
-        for name, found in find_calibrations(specs, calibrated).items()
-    }
+    data = {}
+    for name, found in find_calibrations(specs, calibrated).items():
+        assert found.folder is not None  # else it were no calibration
+        data[name] = CalibratedData(check_calibration(model, found.folder)[1], found.calibration, found.seed)
+    return data
 
 
 def option_variant(model: nn.Module, recipe: Recipe, calibrated: dict[str, CalibratedData]) -> nn.Module:
