@@ -15,13 +15,7 @@ __all__ = ["check_new_folder", "check_writable", "new_folder", "read_json_lines"
 
 
 def read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file that all have `keys`; none where there is no file.
-
-    Raises
-    ------
-    ValueError
-        If a line is no such object; the sentence says to remove the file.
-    """
+    """Objects of a JSON-lines file that all have `keys`, else ValueError; none where there is no file."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, 1):
@@ -46,21 +40,10 @@ def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Make sure that a file can be written at `path`, without touching what is there.
 
-    Meant for the start of a long job, so that minutes of work are not lost at its end. The check really
-    creates (and removes) a temporary file next to `path`: permission bits alone say nothing about a full or
-    read-only disk, or about a process that runs as root.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        The file that is to be written later. Its folder must exist; the file itself may or may not.
-
-    Raises
-    ------
-    ValueError
-        If `path` is a folder, a device or anything else that is not a plain file.
-    OSError
-        If its folder does not exist or does not accept new files. The message is one sentence.
+    Meant for the start of a long job, so that minutes of work are not lost at its end. The check really creates (and
+    removes) a temporary file next to `path`, whose folder must exist: permission bits alone say nothing about a full or
+    read-only disk, or about a process that runs as root. Raises ValueError if `path` is a folder, a device or anything
+    else that is not a plain file, OSError if its folder does not exist or does not accept new files.
     """
     target = _resolve(path)
     try:
@@ -74,25 +57,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write `data` to `path` in one step: readers see the old content or all of the new, never a part.
 
-    The data goes to a temporary file in the same folder (so that the final rename stays within one file
-    system), reaches the disk, and then takes the place of `path`. A symbolic link is followed, so it stays a
-    link. When anything goes wrong, Ctrl-C included, the temporary file is removed and `path` is as it was.
-
-    Parameters
-    ----------
-    path : str or os.PathLike
-        The file to write or to replace.
-    data : bytes or str
-        The whole content; text is written as UTF-8 with its line ends unchanged.
-
-    Raises
-    ------
-    TypeError
-        If `data` is neither bytes nor str.
-    ValueError
-        If `path` is a folder, a device or anything else that is not a plain file.
-    OSError
-        If the folder does not exist or the file cannot be written. The message is one sentence.
+    The data goes to a temporary file in the same folder (so that the final rename stays within one file system),
+    reaches the disk, and then takes the place of `path`. Text is written as UTF-8 with its line ends unchanged. A
+    symbolic link is followed, so it stays a link. When anything goes wrong, Ctrl-C included, the temporary file is
+    removed and `path` is as it was. Raises TypeError if `data` is neither bytes nor str, ValueError if `path` is not a
+    plain file, OSError if its folder does not exist or it cannot be written. Every message is one sentence.
     """
     if not isinstance(data, (bytes, str)):
         raise TypeError(f"expected bytes or str to write to {str(path)!r}, got {type(data).__name__}; encode it first")
@@ -118,12 +87,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
 def check_new_folder(path: str | os.PathLike[str]) -> None:
     """Make sure that `new_folder` can make `path`, without touching what is there.
 
-    Raises
-    ------
-    ValueError
-        If there is a file, or a folder that is not empty.
-    OSError
-        If the nearest folder above that exists does not accept new ones. The message is one sentence.
+    Raises ValueError if there is a file, or a folder that is not empty, OSError if the nearest folder above that exists
+    does not accept new ones. The message is one sentence.
     """
     target = _resolve_folder(path)
     nearest = next(parent for parent in target.parents if parent.exists())
@@ -140,14 +105,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Fill a folder in one step: the block writes into a temporary one, which takes the place of `path` at its end.
 
     Until then `path` does not exist, or is the empty folder that it was. When anything goes wrong, Ctrl-C included, the
-    temporary folder (beside `path`) is removed. Folders above are made.
-
-    Raises
-    ------
-    ValueError
-        If there is a file, or a folder that is not empty.
-    OSError
-        If the folder or a file in it cannot be written. The message is one sentence.
+    temporary folder (beside `path`) is removed. Folders above are made. Raises ValueError if there is a file, or a
+    folder that is not empty, OSError if the folder or a file in it cannot be written. The message is one sentence.
     """
     target = _resolve_folder(path)
     temporary = None

@@ -11,20 +11,11 @@ from types import ModuleType
 
 @dataclass(frozen=True)
 class Supported:
-    """A package, its tested range, and what is installed.
-
-    Attributes
-    ----------
-    package : str
-    versions : str
-        Tested range, as in requirements: ">=5.17,<5.25".
-    installed : str or None
-        None where the package is not installed.
-    """
+    """A package, its tested range, and what is installed."""
 
     package: str
-    versions: str
-    installed: str | None
+    versions: str  # tested range, as in requirements: ">=5.17,<5.25"
+    installed: str | None  # None where the package is not installed
 
     @property
     def tested(self) -> bool:

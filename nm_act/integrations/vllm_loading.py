@@ -15,17 +15,9 @@ from ..recipe import LinearSpec
 class Loading:
     """The projections of one layer while they arrive, in any order and each with its calibrated data.
 
-    Parameters
-    ----------
-    prefix : str
-        The layer's name.
-    names, specs : list
-        Of its projections; a spec of None is dense.
-    rows : Parameter [out], int64
-        The output features of each projection that this rank has: an index vector that vLLM's loader slices like the
-        weight. It is not a parameter of the layer, because no checkpoint contains it.
-    fp8 : str, optional
-        The layout of e4m3 weights.
+    ``names`` and ``specs`` are those of the projections; a spec of None is dense. ``rows [out]``, int64, has the output
+    features of each projection that this rank has: an index vector that vLLM's loader slices like the weight, and no
+    parameter of the layer, because no checkpoint contains it. ``fp8`` is the layout of e4m3 weights.
     """
 
     def __init__(

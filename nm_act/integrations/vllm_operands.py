@@ -23,26 +23,13 @@ from .vllm_plan import STORAGE_KEYS, Segment
 
 @dataclass
 class Storage:
-    """The storage that ``quantization_config`` asks for, and what came of it.
+    """The storage that ``quantization_config`` asks for, and what came of it."""
 
-    Attributes
-    ----------
-    prepack : bool
-        Keep a second copy of the weights in oneDNN's layout, on CPUs.
-    fp8 : {"prefill", "decode", "both"}, optional
-        Keep the weights in e4m3, as :func:`nm_act.optimize` names the copies.
-    prepacked_bytes : int
-        Of the second copies on this rank.
-    e4m3 : int
-        Layers with e4m3 weights.
-    kept : list of (str, str)
-        Sparse layers that are stored as if ``prepack`` or ``fp8`` had not been given, and why.
-    """
-
-    prepack: bool = False
-    fp8: str | None = None
-    prepacked_bytes: int = 0
-    e4m3: int = 0
+    prepack: bool = False  # keep a second copy of the weights in oneDNN's layout, on CPUs
+    fp8: str | None = None  # keep the weights in e4m3, in the layout that :func:`nm_act.optimize` names so
+    prepacked_bytes: int = 0  # of the second copies on this rank
+    e4m3: int = 0  # layers with e4m3 weights
+    # Sparse layers that are stored as if ``prepack`` or ``fp8`` had not been given, and why.
     kept: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
@@ -80,16 +67,8 @@ class Storage:
     ) -> bool:
         """Whether a layer's sparse projections get e4m3 weights; counts it.
 
-        Parameters
-        ----------
-        name : str
-        specs : sequence of LinearSpec or None
-        sizes : sequence of int
-            Output features of each projection on this rank.
-        weight : Tensor [out, in]
-            Of this rank.
-        split : bool
-            Whether the inputs are split over ranks.
+        ``sizes`` are the output features of each projection on this rank, ``weight [out, in]`` is this rank's part, and
+        ``split`` says whether the inputs are split over ranks.
         """
         if self.fp8 is None:
             return False
@@ -162,23 +141,12 @@ def _not_e4m3(spec: LinearSpec, size: int, weight: torch.Tensor, layout: str, sp
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """One segment's product, with all that does not depend on its input: an eager call should not work it out anew.
+    """One segment's product, with all that does not depend on its input: an eager call should not work it out anew."""
 
-    Attributes
-    ----------
-    work : callable
-        ``(x, weight, bias) -> y``.
-    weight : Tensor, optional
-        In place of the layer's.
-    added_bias : Tensor, optional
-    start, stop : int
-        The output features.
-    """
-
-    work: Callable[..., torch.Tensor]
-    weight: torch.Tensor | None
+    work: Callable[..., torch.Tensor]  # ``(x, weight, bias) -> y``
+    weight: torch.Tensor | None  # in place of the layer's
     added_bias: torch.Tensor | None
-    start: int
+    start: int  # of the output features
     stop: int
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -192,32 +160,15 @@ class Product:
 
 @dataclass(frozen=True)
 class Operands:
-    """What the forward of a layer reads; a reload fills the same tensors.
+    """What the forward of a layer reads; a reload fills the same tensors."""
 
-    Attributes
-    ----------
-    parameter : Parameter
-        The layer's weight, to tell it from that of a reload.
-    segments : list of Segment
-    weights : list of Tensor or None
-        Of each segment, stored [in, out]; None is the parameter, or nothing where a copy is in its place.
-    shift_outs : list of Tensor or None
-        Images of the shifts.
-    copies : list of Prepacked or E4M3Weight or None
-        Of each segment's weight: beside it, or in its place.
-    products : list of Product
-        Of the above.
-    calls : list of PackedCall
-        Those that the products make: one of all segments where their work allows it.
-    """
-
-    parameter: torch.nn.Parameter
+    parameter: torch.nn.Parameter  # the layer's weight, to tell it from that of a reload
     segments: list[Segment]
-    weights: list[torch.Tensor | None]
-    shift_outs: list[torch.Tensor | None]
-    copies: list[Any]
-    products: list[Product]
-    calls: list[PackedCall]
+    weights: list[torch.Tensor | None]  # of each segment, [in, out]; None: the parameter, or a copy is in its place
+    shift_outs: list[torch.Tensor | None]  # images of the shifts
+    copies: list[Any]  # Prepacked, E4M3Weight or None: of each segment's weight, beside it or in its place
+    products: list[Product]  # of the above
+    calls: list[PackedCall]  # those that the products make: one of all segments where their work allows it
 
     @classmethod
     def of(

@@ -11,18 +11,10 @@ from ..patterns import NMPattern
 
 @dataclass(eq=False)
 class Prepacked:
-    """A weight in oneDNN's layout.
+    """A weight in oneDNN's layout."""
 
-    Attributes
-    ----------
-    copy : Tensor
-        Of ``prepack_weight``, or the handler tensor of vLLM's product, which vLLM's dense layers call.
-    handler : object, optional
-        vLLM's; it frees the copy that a handler tensor names.
-    """
-
-    copy: torch.Tensor
-    handler: Any = None
+    copy: torch.Tensor  # of `prepack_weight`, or the handler tensor of the product of vLLM's dense layers
+    handler: Any = None  # vLLM's; it frees the copy that a handler tensor names
 
     def take(self, other: "Prepacked") -> None:
         """Multiply by another copy from now on; the other one gets this one's, and may be dropped."""
@@ -36,27 +28,15 @@ class Prepacked:
 
 @dataclass(frozen=True, eq=False)
 class PackedPart:
-    """One segment for :class:`PackedCall`: sparse where it has a weight.
-
-    Attributes
-    ----------
-    copy : Prepacked
-    out_features : int
-    weight : Tensor [out, in], optional
-        Stored [in, out]. The call reads this storage: new values belong there, as a reload writes them.
-    bias : Tensor [out], optional
-        Beside the layer's.
-    pattern : NMPattern, optional
-    options : mapping
-        Of :func:`nm_act.sparse_linear`.
-    """
+    """One segment for :class:`PackedCall`: sparse where it has a weight."""
 
     copy: Prepacked
     out_features: int
+    # [out, in], stored [in, out]. The call reads this storage: new values belong there, as a reload writes them.
     weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
+    bias: torch.Tensor | None = None  # [out], beside the layer's
     pattern: NMPattern | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # of :func:`nm_act.sparse_linear`
 
 
 class PackedCall:

@@ -110,15 +110,8 @@ def specs_of(
 ) -> list[tuple[str, LinearSpec | None]]:
     """Names and specs of the projections in one vLLM layer, in its order; [] if none is sparse.
 
-    Parameters
-    ----------
-    recipe : Recipe
-    prefix : str
-        The layer's name in vLLM.
-    packed : dict
-        vLLM's mapping of merged layers to the projections of the checkpoint.
-    in_features : int
-        Of the whole layer. As in :func:`nm_act.sparsify`, one that the group does not divide stays dense.
+    ``packed`` is vLLM's mapping of merged layers to the projections of the checkpoint, ``in_features`` that of the
+    whole layer: as in :func:`nm_act.sparsify`, one that the group does not divide stays dense.
     """
     where = place(prefix)
     if where is None or (recipe.projections == DEFAULT_PROJECTIONS and in_state_space(prefix)):
@@ -131,24 +124,13 @@ def specs_of(
 
 @dataclass
 class Census:
-    """The layers of a model, as vLLM creates them.
+    """The layers of a model, as vLLM creates them."""
 
-    Attributes
-    ----------
-    layers : int
-        Linear layers, merged ones counted once.
-    sparse, dense : int
-        Their projections of each kind.
-    example : str
-        Name of a dense layer.
-    places : set of (int, str)
-        Decoder layer and name of every projection, those in fused experts included.
-    """
-
-    layers: int = 0
-    sparse: int = 0
+    layers: int = 0  # linear ones, merged ones counted once
+    sparse: int = 0  # their projections of each kind
     dense: int = 0
-    example: str = ""
+    example: str = ""  # name of a dense layer
+    # Decoder layer and name of every projection, those in fused experts included.
     places: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, prefix: str, packed: dict[str, list[str]], specs: Sequence[tuple[str, LinearSpec | None]]) -> None:
@@ -229,23 +211,9 @@ def segments(
 ) -> list[Segment]:
     """Join neighbours of a merged layer that have the same selection.
 
-    Parameters
-    ----------
-    specs : sequence of LinearSpec or None
-        One for each projection; None is dense.
-    sizes : sequence of int
-        Output features of each on this rank.
-    scales : sequence of Tensor [in] or None
-        Channel scales.
-    data : sequence of dict
-        Calibrated data on this rank.
-    before : sequence of int, optional
-        Where the segments ended before a reload: they stay as they are, because compiled code knows them.
-
-    Raises
-    ------
-    ValueError
-        If projections in one of those segments no longer select alike.
+    ``specs``, ``sizes`` (output features on this rank), ``scales [in]`` and calibrated ``data`` are those of each
+    projection. ``before`` is where the segments ended before a reload: they stay as they are, because compiled code
+    knows them. Raises ValueError if projections in one of those no longer select alike.
     """
     joined: list[Segment] = []
     start = 0

@@ -42,14 +42,9 @@ class Rates:
         """Rates of the H100's whole operator; those of `path`, where it has some, take their place.
 
         `path` is a CSV with the columns ``pattern,speedup,source``, or one that ``benchmarks/bench_sparse_linear.py``
-        wrote, of which the whole-operator rows in bfloat16 with 4096 tokens, in and out features are read.
-
-        Raises
-        ------
-        OSError
-            If there is no such file.
-        ValueError
-            If it has other columns, no row that counts, or a speed-up that is not a positive number.
+        wrote, of which the whole-operator rows in bfloat16 with 4096 tokens, in and out features are read. Raises
+        OSError if there is no such file, ValueError if it has other columns, no row that counts, or a speed-up that is
+        not a positive number.
         """
         table = _read(table_file(DEFAULT_DEVICE, "sparse_linear.csv"))
         return cls(table if path is None else table | _read(Path(path)))
@@ -60,16 +55,12 @@ class Rates:
         The row of "2:4+r" stands for every "2:4+r@columns". Without one, the product costs ``1 + r/4`` times that of
         2:4, because its inner dimension is longer by that factor. Other patterns without a row run the dense product.
         """
-        chosen = None if pattern == DENSE else as_pattern(pattern)
-        windows, rows = 0, [pattern]
-        if isinstance(chosen, NMPattern) and chosen.extra_columns:
-            windows = len(chosen.extra_columns)
-            rows.append(f"{chosen.keep}:{chosen.group}+{windows}")
-        for row in rows:
+        for row in (pattern, pattern.partition("@")[0]):
             if row in self.table:
                 return self.table[row]
-        if windows and "2:4" in self.table:
-            factor = 1 + windows / 4
+        chosen = None if pattern == DENSE else as_pattern(pattern)
+        if chosen is not None and chosen.extra_columns and "2:4" in self.table:
+            factor = 1 + len(chosen.extra_columns) / 4
             return self.table["2:4"][0] / factor, f"cost model: the 2:4 row / {factor:g}"
         return 1.0, "dense product"
 

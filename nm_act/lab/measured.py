@@ -76,40 +76,17 @@ class Place:
 
 @dataclass
 class Measured:
-    """Times on one device in microseconds, for the shapes of one model.
+    """Times on one device in microseconds, for the shapes of one model; ValueError if the device was not measured."""
 
-    Parameters
-    ----------
-    device : str
-        A folder of the measured tables, e.g. "h100".
-    shapes : dict of str to (int, int)
-        Projection -> (in_features, out_features): `shapes_of` a named model, or those of the searched one.
-    model : str
-        Name of the shapes, for what a whole model spends outside its products.
-    dtype : {"bf16", "e4m3"}
-        Of the sparse layers; dense ones are in bfloat16.
-    phases : tuple of {"prefill", "decode"}
-    tokens : int
-        Of the prompt whose prefill is predicted.
-    decode_prompt : int
-        Prompt of the whole model whose decode step is predicted; the default is the shortest measured, in which
-        attention takes the least.
-
-    Raises
-    ------
-    ValueError
-        If the device was not measured.
-    """
-
-    device: str
-    shapes: dict[str, tuple[int, int]]
-    model: str = ""
-    dtype: str = "bf16"
-    phases: tuple[str, ...] = ("prefill",)
-    tokens: int = 4096
+    device: str  # a folder of the measured tables, e.g. "h100"
+    shapes: dict[str, tuple[int, int]]  # projection -> in_features, out_features
+    model: str = ""  # name of the shapes, for what a whole model spends outside its products
+    dtype: str = "bf16"  # or "e4m3": of the sparse layers; dense ones are in bfloat16
+    phases: tuple[str, ...] = ("prefill",)  # or "decode"
+    tokens: int = 4096  # of the prompt whose prefill is predicted
+    # Of the whole model whose decode step is predicted: the shortest measured, in which attention takes the least.
     decode_prompt: int = REFERENCE_PROMPT
-    notes: dict[str, None] = field(default_factory=dict)
-    """Sentences on what was not measured as asked, each once."""
+    notes: dict[str, None] = field(default_factory=dict)  # sentences on what was not measured as asked, each once
 
     def __post_init__(self) -> None:
         self.tables: Tables = load_tables(self.device)

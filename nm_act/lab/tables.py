@@ -101,27 +101,16 @@ class Tables:
     ) -> Product:
         """A product ``[tokens, in] x [out, in]`` with a pruned operand.
 
-        Parameters
-        ----------
-        phase : {"prefill", "decode"}
-        pattern : str
-            As in a recipe. In decode the time of a share of kept features that was not measured is interpolated, or
-            beyond the measured shares proportional; between patterns of the same M, where some were measured. In
-            prefill every pattern but 2:4 and 2:4+1 is a pruned operand in the dense product.
-        sizes : (int, int, int)
-            out_features, in_features and tokens. Those that were not measured take the nearest row's time per
-            multiply-accumulate.
-        dtype : {"bf16", "e4m3"}
-        fused : bool
-            Whether the operand comes packed from the producer in front, where that is possible (2:4 in prefill).
+        ``sizes`` are out_features, in_features and tokens. Those that were not measured take the nearest row's time per
+        multiply-accumulate. In decode the time of a share of kept features that was not measured is interpolated, or
+        beyond the measured shares proportional; between patterns of the same M, where some were measured. In prefill
+        every pattern but 2:4 and 2:4+1 is a pruned operand in the dense product. ``fused`` says that the operand comes
+        packed from the producer in front, where that is possible (2:4 in prefill).
         """
         chosen = as_pattern(pattern)
         if phase == "decode":
             return self._decode(chosen, sizes, dtype)
-        windows, name = 0, str(chosen)
-        if isinstance(chosen, NMPattern) and chosen.extra_columns:
-            windows = len(chosen.extra_columns)
-            name = f"{chosen.keep}:{chosen.group}+{windows}"
+        name = str(chosen).partition("@")[0]  # whatever columns the extra windows have
         stage = "prefill gemm" if fused and (name == "2:4") else "prefill op"
         if (stage, dtype, name) in self._products:
             return self._nearest((stage, dtype, name), sizes)

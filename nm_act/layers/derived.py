@@ -83,13 +83,7 @@ class Deriving(nn.Linear):
 
     @property
     def spec(self) -> LinearSpec:
-        """How the layer is sparse. Another one may be set that needs the same calibrated data.
-
-        Raises
-        ------
-        ValueError
-            If it needs other data, or its pattern does not divide ``in_features``.
-        """
+        """How the layer is sparse; another one that is set must need the same data and divide ``in_features``."""
         return self._spec
 
     @spec.setter
@@ -275,13 +269,7 @@ class Deriving(nn.Linear):
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_data(self, **data: torch.Tensor) -> None:
-        """Set calibrated data and recompute what derives from it.
-
-        Raises
-        ------
-        ValueError
-            If this layer needs no data of that name, or its shape does not fit.
-        """
+        """Set calibrated data and recompute what derives from it; ValueError for a name or shape that does not fit."""
         for name, value in data.items():
             known = self.data().get(name)
             if known is None or known.shape != value.shape:

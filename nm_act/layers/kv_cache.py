@@ -7,13 +7,7 @@ from torch import nn
 
 
 def cache_argument(model: nn.Module) -> str:
-    """Name of the KV cache argument of ``model.forward``.
-
-    Raises
-    ------
-    TypeError
-        If the model has no such argument.
-    """
+    """Name of the KV cache argument of ``model.forward``; TypeError if the model has no such argument."""
     parameters = inspect.signature(model.forward).parameters
     name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
     if name is None:

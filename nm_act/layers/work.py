@@ -17,37 +17,18 @@ from .tokens import TokenContext
 
 @dataclass(frozen=True, eq=False)
 class LinearWork:
-    """What a layer multiplies, how its input is selected, and what is added.
+    """What a layer multiplies, how its input is selected, and what is added."""
 
-    Attributes
-    ----------
-    operator : callable
-        ``(x, weight, bias, pattern, **options) -> y``: one of those below.
-    pattern : NMPattern or TopKPattern
-    decode_pattern : NMPattern, optional
-        In place of ``pattern`` for one token per sequence.
-    options : mapping
-        Of the operator: channel scale, shifts and their image, variance correction, column scale, lifted or prepacked
-        weight.
-    weight, bias : Tensor, optional
-        In place of the layer's own.
-    rotation : Tensor [in, in], optional
-        Basis of the selection, in the dtype of the weight.
-    low_rank : (Tensor [rank, in], Tensor [out, rank]), optional
-        Added for the dense input.
-    by_sequence : bool
-        Every sequence has a channel scale of its own, from this call's tokens (CLACT).
-    """
-
-    operator: Callable[..., Tensor]
+    operator: Callable[..., Tensor]  # ``(x, weight, bias, pattern, **options) -> y``: one of those below
     pattern: NMPattern | TopKPattern
+    # Of the operator: channel scale, shifts and their image, variance correction, column scale, copies of the weight.
     options: Mapping[str, Any]
-    decode_pattern: NMPattern | None = None
-    weight: Tensor | None = None
+    decode_pattern: NMPattern | None = None  # in place of ``pattern`` for one token per sequence
+    weight: Tensor | None = None  # in place of the layer's own
     bias: Tensor | None = None
-    rotation: Tensor | None = None
-    low_rank: tuple[Tensor, Tensor] | None = None
-    by_sequence: bool = False
+    rotation: Tensor | None = None  # [in, in], basis of the selection, in the dtype of the weight
+    low_rank: tuple[Tensor, Tensor] | None = None  # [rank, in] and [out, rank], added for the dense input
+    by_sequence: bool = False  # every sequence has a channel scale of its own, from this call's tokens (CLACT)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: TokenContext | None = None) -> Tensor:
         """``x [..., in] -> [..., out]``, given the layer's own parameters and its token context (or None)."""

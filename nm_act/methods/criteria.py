@@ -43,24 +43,13 @@ AMBER_QUANTILES = (0.005, 0.995)
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a criterion is made of; one in ``CRITERIA`` is all that a new one needs.
+    """What a criterion is made of; one in ``CRITERIA`` is all that a new one needs."""
 
-    Attributes
-    ----------
-    formula : callable, optional
-        ``weight [out, in], float32 -> c [in]``; None where no channel scale derives from the weight.
-    by_sequence : bool
-        Whether the channel scale comes from the running call's tokens, those of each sequence (:func:`call_scale`).
-    prunes_weight : bool
-        Whether it prunes the weight and leaves the activation dense (:func:`prune_weight`).
-    data : tuple of str
-        Names of the calibrated tensors (``mitigations.DATA``) that it needs.
-    """
-
+    # ``weight [out, in], float32 -> c [in]``; None where no channel scale derives from the weight.
     formula: Callable[[torch.Tensor], torch.Tensor] | None = None
-    by_sequence: bool = False
-    prunes_weight: bool = False
-    data: tuple[str, ...] = ()
+    by_sequence: bool = False  # whether the scale comes from the tokens of each sequence in a call (`call_scale`)
+    prunes_weight: bool = False  # whether it prunes the weight and leaves the activation dense (`prune_weight`)
+    data: tuple[str, ...] = ()  # names of the calibrated tensors (``mitigations.DATA``) that it needs
 
 
 def check_criterion(name: str) -> str:
@@ -71,30 +60,12 @@ def check_criterion(name: str) -> str:
 
 
 def channel_scale(name: str, weight: torch.Tensor) -> torch.Tensor | None:
-    """Channel scale ``c`` of a criterion for one weight.
+    """Channel scale ``c [in]``, float32, of a criterion for one weight ``[out, in]`` as the layer stores it.
 
-    Parameters
-    ----------
-    name : str
-        Any of ``CRITERIA``.
-    weight : Tensor [out, in]
-        The weight as the layer stores it (after any quantisation), any floating dtype.
-
-    Returns
-    -------
-    Tensor [in] float32, or None where no scale derives from the weight: "act" (1), "clact" and the
-    weight-pruning baselines.
-
-    Raises
-    ------
-    ValueError
-        If the criterion is unknown, or ``weight`` is not a matrix.
-
-    Notes
-    -----
-    Sources: arXiv 2509.22166 and its relatives Amber-Pruner and WINA. Amber-Pruner's
-    quantiles are exact here, over all entries, interpolated linearly between neighbours; a random sample of
-    them would make the choice differ from run to run.
+    None where no scale derives from the weight: "act" (1), "clact" and the weight-pruning baselines. Raises ValueError
+    if the criterion is unknown, or ``weight`` is not a matrix. Amber-Pruner's quantiles are exact here, over all
+    entries, interpolated linearly between neighbours; a random sample of them would make the choice differ from run to
+    run. Sources: arXiv 2509.22166 and its relatives Amber-Pruner and WINA.
 
     Examples
     --------
@@ -162,17 +133,9 @@ def _quantiles(weight: torch.Tensor, levels: tuple[float, ...]) -> list[torch.Te
 
 @torch.no_grad()
 def call_scale(x: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """CLACT's channel scale of one sequence: ``||X_:j||_2`` over its tokens.
+    """CLACT's channel scale of one sequence ``x [tokens, in]``: ``||X_:j||_2`` over its tokens, float32 ``[in]``.
 
-    Parameters
-    ----------
-    x : Tensor [tokens, in]
-    valid : Tensor [tokens], bool, optional
-        False for padding, which does not count.
-
-    Returns
-    -------
-    Tensor [in] float32
+    ``valid [tokens]`` is False for padding, which does not count.
     """
     # In float64, rounded once, so that the result does not depend on the order of the sum, nor on a split over ranks.
     square = x.double().square()
@@ -187,21 +150,11 @@ def prune_weight(
 ) -> torch.Tensor:
     """The weight with all but its best entries of every group of inputs set to zero (a weight-pruning baseline).
 
-    Parameters
-    ----------
-    name : str
-        "weight-magnitude" or "wanda".
-    weight : Tensor [out, in]
-    pattern : NMPattern or TopKPattern
-        Of each output channel's inputs.
-    input_norm : Tensor [in], optional
-        ``||X_:j||_2`` over calibration text, for "wanda".
-
-    Notes
-    -----
-    Source: arXiv 2306.11695 (Wanda).
+    ``weight [out, in]`` is pruned along its inputs; ``input_norm [in]`` is ``||X_:j||_2`` over calibration text, for
+    "wanda" (arXiv 2306.11695).
     """
-    return composed.select(weight, pattern, input_norm if CRITERIA[name].data else None)
+    mask = composed.survivors(weight, pattern, input_norm if CRITERIA[name].data else None)
+    return torch.where(mask, weight, weight.new_zeros(()))
 
 
 CRITERIA = {

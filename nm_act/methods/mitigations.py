@@ -48,30 +48,15 @@ from . import criteria
 
 @dataclass(frozen=True)
 class Observed:
-    """What calibration knows of one layer when its data are made.
+    """What calibration knows of one layer when its data are made."""
 
-    Attributes
-    ----------
-    weight : Tensor [out, in]
-    mean : Tensor [in]
-        Of the operand's channels, float32, in the basis of the selection.
-    largest : Tensor [in]
-        ``max|X_j|``.
-    covariance, lost : Tensor [in, in]
-        Of the inputs, and ``R`` of :func:`fitted_low_rank_of`; only there for a mitigation that names them.
-    input_order : Tensor [in]
-        Order that is folded into the weights.
-    rank : int
-        Of the low-rank pair; 0 is none.
-    """
-
-    weight: torch.Tensor
-    mean: torch.Tensor
-    largest: torch.Tensor
-    covariance: torch.Tensor
-    lost: torch.Tensor
-    input_order: torch.Tensor
-    rank: int
+    weight: torch.Tensor  # [out, in]
+    mean: torch.Tensor  # [in], of the operand's channels, float32, in the basis of the selection
+    largest: torch.Tensor  # [in], ``max|X_j|``
+    covariance: torch.Tensor  # [in, in], of the inputs; this and the next only for a mitigation that names them
+    lost: torch.Tensor  # [in, in], ``R`` of `fitted_low_rank_of`
+    input_order: torch.Tensor  # [in], order that is folded into the weights
+    rank: int  # of the low-rank pair; 0 is none
 
 
 def _nothing(seen: Observed) -> tuple[torch.Tensor, ...]:
@@ -80,39 +65,18 @@ def _nothing(seen: Observed) -> tuple[torch.Tensor, ...]:
 
 @dataclass(frozen=True)
 class Mitigation:
-    """What a mitigation is made of.
+    """What a mitigation is made of."""
 
-    Attributes
-    ----------
-    text : str
-        What it does, in a few words.
-    data : tuple of str
-        Names of the tensors in ``DATA`` that it needs from calibration.
-    start : callable
-        ``Observed -> tensors``, those data in closed form, or where training starts from.
-    matrices : tuple of str
-        Those of "covariance" and "lost" that ``start`` reads.
-    learned : bool
-        Whether they are trained.
-    slot : str
-        Two mitigations of one slot exclude each other; "" excludes none.
-    token_shift : str
-        Per-token shift of the operator: "none", "mean" or "median".
-    variance_correction : bool
-        Whether the operator rescales its output per token.
-    rank : int
-        Of a low-rank pair; 0 is none.
-    """
-
-    text: str
-    data: tuple[str, ...] = ()
+    text: str  # what it does, in a few words
+    data: tuple[str, ...] = ()  # names of the tensors in ``DATA`` that it needs from calibration
+    # Those data in closed form, or where training starts from.
     start: Callable[[Observed], tuple[torch.Tensor, ...]] = _nothing
-    matrices: tuple[str, ...] = ()
-    learned: bool = False
-    slot: str = ""
-    token_shift: str = "none"
-    variance_correction: bool = False
-    rank: int = 0
+    matrices: tuple[str, ...] = ()  # those of "covariance" and "lost" that ``start`` reads
+    learned: bool = False  # whether the data are trained
+    slot: str = ""  # two mitigations of one slot exclude each other; "" excludes none
+    token_shift: str = "none"  # per-token shift of the operator: "none", "mean" or "median"
+    variance_correction: bool = False  # whether the operator rescales its output per token
+    rank: int = 0  # of a low-rank pair; 0 is none
 
 
 class Spec(Protocol):
@@ -343,17 +307,8 @@ def fitted_low_rank_of(weight: torch.Tensor, lost: torch.Tensor, rank: int) -> t
     ``AB = U U^T W`` with ``U [out, rank]`` the leading eigenvectors of ``W R W^T``: among all pairs of that rank it
     minimises ``E ||(X - P(X)) (W - AB)^T||^2`` (Eckart and Young, applied to the errors instead of the weight).
 
-    Parameters
-    ----------
-    weight : Tensor [out, in]
-    lost : Tensor [in, in]
-        ``R = E (X - P(X))^T (X - P(X))``, up to a factor.
-    rank : int
-
-    Returns
-    -------
-    low_rank_in : Tensor [rank, in], float32
-    low_rank_out : Tensor [out, rank], float32
+    ``lost [in, in]`` is ``R = E (X - P(X))^T (X - P(X))``, up to a factor. Returns ``low_rank_in [rank, in]`` and
+    ``low_rank_out [out, rank]``, float32.
     """
     w, r = weight.double(), lost.double()
     if w.shape[0] <= w.shape[1]:

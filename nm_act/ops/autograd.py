@@ -74,10 +74,7 @@ def needs_derivative(*tensors: Tensor | None) -> bool:
 def refuse_backward(compute: Callable[[], Any], sentence: str, inputs: Iterable[Tensor | None]) -> Any:
     """``compute()``, recorded as a function of ``inputs`` whose backward pass raises a RuntimeError of one sentence.
 
-    Raises
-    ------
-    RuntimeError
-        The same at once under torch.func and in forward mode.
+    Under torch.func and in forward mode it is raised at once.
     """
     if not needs_derivative(*inputs):
         return compute()

@@ -50,20 +50,11 @@ def quantise_rows(values: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Te
 
 @dataclass(frozen=True, eq=False)
 class E4M3Weight:
-    """A weight in e4m3 for a layout of ``FP8_LAYOUTS``; bytes, because .to(dtype) would convert e4m3 tensors.
+    """A weight in e4m3 for a layout of ``FP8_LAYOUTS``; bytes, because .to(dtype) would convert e4m3 tensors."""
 
-    Attributes
-    ----------
-    codes : Tensor [out, in], uint8, optional
-        What fp8 tensor cores read; None for "decode".
-    rows : Tensor [in, out], uint8, optional
-        What few tokens read the rows of their survivors from; None for "prefill".
-    scale : Tensor [out], float32
-    """
-
-    codes: Tensor | None
-    rows: Tensor | None
-    scale: Tensor
+    codes: Tensor | None  # [out, in], uint8: what fp8 tensor cores read; None for "decode"
+    rows: Tensor | None  # [in, out], uint8: what few tokens read their survivors' rows from; None for "prefill"
+    scale: Tensor  # [out], float32
 
     @classmethod
     @torch.no_grad()

@@ -15,18 +15,11 @@ SANDWICH = (*PRE_NORM, "pre_feedforward_layernorm", "post_feedforward_layernorm"
 class Family:
     """A family whose attention and MLP call each projection once, on the same input, without changing the outputs of
     q, k and v but by ``q_norm`` and ``k_norm`` of each head, the rotary embedding in halves, and the cache.
-
-    Attributes
-    ----------
-    norms : tuple of str
-        ``PRE_NORM`` or ``SANDWICH`` if its layers are of that form, without factors between; else none, and norms stay
-        as they are.
-    window_in_config : bool
-        Whether attention reads ``config.sliding_window``; in other families it has an attribute ``sliding_window``, or
-        no window.
     """
 
+    # ``PRE_NORM`` or ``SANDWICH`` if its layers are of that form, without factors between; else none, and norms stay.
     norms: tuple[str, ...] = ()
+    # Whether attention reads ``config.sliding_window``; in others it has an attribute ``sliding_window``, or no window.
     window_in_config: bool = False
 
 

@@ -164,9 +164,9 @@ def unmerge(parent: nn.Module, child: str) -> None:
     if linear.bias is not None:
         biases = linear.bias.split(merged.sizes)
     for name, size, weight, bias in zip(merged.names, merged.sizes, weights, biases, strict=True):
-        layer, own = _layer_like(linear, size), weight.detach().clone()
-        if isinstance(linear, NMLinear) and linear.weight_layout == "in_out":
-            own = weight.detach().t().clone().t()
+        layer, weight = _layer_like(linear, size), weight.detach()
+        is_in_out = isinstance(linear, NMLinear) and linear.weight_layout == "in_out"
+        own = weight.t().clone().t() if is_in_out else weight.clone()
         layer.weight = nn.Parameter(own, linear.weight.requires_grad)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), linear.bias.requires_grad)

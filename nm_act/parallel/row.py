@@ -42,32 +42,11 @@ def row_sparse_linear(
 ) -> Tensor:
     """This rank's term of :func:`nm_act.sparse_linear`: the sum over the ranks is the layer's output.
 
-    Parameters
-    ----------
-    shard : Shard
-        Of kind "row".
-    x : Tensor [..., in_features / size]
-        This rank's slice of the features.
-    weight : Tensor [out_features, in_features / size]
-    bias : Tensor [out_features], optional
-        Given on one rank only, because the terms are added.
-    pattern : NMPattern
-        Its span divides ``in_features / size``.
-    channel_scale, shift : Tensor [in_features / size], optional
-        This rank's slices.
-    shift_out : Tensor [out_features], optional
-        Image of the shift under this rank's weight (``weight @ 1`` or ``weight @ shift``), computed if absent.
-    token_shift, variance_correction, column_scale, **options
-        As in :func:`nm_act.sparse_linear`.
-
-    Returns
-    -------
-    Tensor [..., out_features], dtype of x
-
-    Notes
-    -----
-    The gradient is that of this rank's term. Where ranks exchange statistics, a backward pass that needs the gradient
-    of ``x`` raises a RuntimeError.
+    ``x``, ``weight``, ``channel_scale`` and ``shift`` are this rank's slices along ``in_features``, which the pattern's
+    span divides. ``shift_out [out_features]`` is the image of the shift under this rank's weight (``weight @ 1`` or
+    ``weight @ shift``), computed if absent. A bias is given on one rank only, because the terms are added. The gradient
+    is that of this rank's term; where ranks exchange statistics, a backward pass that needs the gradient of ``x``
+    raises a RuntimeError.
     """
     if options.get("weight_scale") is not None:
         raise ValueError(

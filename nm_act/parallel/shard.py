@@ -22,21 +22,12 @@ if is_available():
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of a layer this rank holds.
+    """Which part of a layer this rank holds."""
 
-    Parameters
-    ----------
-    kind : str
-        "column" (a slice of the output features) or "row" (a slice of the inputs).
-    rank, size : int
-        Rank in the group, and size of the group.
-    gather : callable
-        ``[...] -> [size, ...]``: the tensors of all ranks, in rank order. Only row-parallel layers call it.
-    """
-
-    kind: str
-    rank: int
-    size: int
+    kind: str  # "column" (a slice of the output features) or "row" (a slice of the inputs)
+    rank: int  # in the group
+    size: int  # of the group
+    # ``[...] -> [size, ...]``: the tensors of all ranks, in rank order. Only row-parallel layers call it.
     gather: Callable[[Tensor], Tensor] = field(repr=False)
 
     def part(self, tensor: Tensor, axes: Sequence[str]) -> Tensor:
@@ -50,13 +41,7 @@ class Shard:
 
 
 def shard_of(weight: Tensor) -> Shard | None:
-    """How a DTensor weight ``[out, in]`` is split; None for a plain tensor.
-
-    Raises
-    ------
-    ValueError
-        If the weight is split in two ways at once (tensor parallelism over FSDP, say).
-    """
+    """How a DTensor weight ``[out, in]`` is split; None for a plain tensor, ValueError if in two ways at once."""
     if not _is_sharded(weight):
         return None
     split = [(dim, place) for dim, place in enumerate(weight.placements) if not place.is_replicate()]

@@ -9,24 +9,12 @@ from ..patterns import NMPattern
 
 @dataclass(frozen=True)
 class Part:
-    """Something that is split into equal parts, each of whole units.
+    """Something that is split into equal parts, each of whole units."""
 
-    Parameters
-    ----------
-    name : str
-        What it is, for the error: a layer's name, "attention heads".
-    what : str
-        What is counted: "in_features", "out_features", "heads".
-    extent : int
-        How many there are.
-    unit : int
-        How many must stay together: the pattern's group for the inputs of a row-parallel layer, else 1.
-    """
-
-    name: str
-    what: str
-    extent: int
-    unit: int = 1
+    name: str  # what it is, for the error: a layer's name, "attention heads"
+    what: str  # what is counted: "in_features", "out_features", "heads"
+    extent: int  # how many there are
+    unit: int = 1  # how many must stay together: the pattern's group for the inputs of a row-parallel layer
 
     def fits(self, size: int) -> bool:
         """Whether no unit is cut by ``size`` equal parts."""

@@ -28,36 +28,15 @@ _AT_ONCE = 4  # held-out windows in one call: bounds the float32 copies of their
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """Settings of `distill`.
+    """Settings of `distill`; ValueError if a number is not positive and finite, or it is unknown what to train."""
 
-    Parameters
-    ----------
-    steps : int
-        Steps of AdamW, with a linear schedule after 3 % of warm-up.
-    batch : int
-        Windows in one step.
-    train : str
-        One of `TRAINED`.
-    learning_rate, weight_rate : float
-        Of learned data and of weights.
-    checks : int
-        How often the held-out loss is measured on the way.
-    seed : int
-        Of the order of the windows.
-
-    Raises
-    ------
-    ValueError
-        If a number is not positive and finite, or it is unknown what to train.
-    """
-
-    steps: int = 256
-    batch: int = 4
-    train: str = "data"
-    learning_rate: float = 1e-3
+    steps: int = 256  # of AdamW, with a linear schedule after 3 % of warm-up
+    batch: int = 4  # windows in one step
+    train: str = "data"  # one of `TRAINED`
+    learning_rate: float = 1e-3  # of learned data
     weight_rate: float = 1e-4
-    checks: int = 8
-    seed: int = 0
+    checks: int = 8  # how often the held-out loss is measured on the way
+    seed: int = 0  # of the order of the windows
 
     def __post_init__(self) -> None:
         numbers = self.steps, self.batch, self.learning_rate, self.weight_rate, self.checks
@@ -96,27 +75,12 @@ def distill(
     The best values at any check are taken, and only if the held-out loss falls by more than twice its standard error
     over windows; otherwise the model is as it was.
 
-    Parameters
-    ----------
-    model : nn.Module
-        A sparse Transformers model, calibrated if its recipe needs data; its sparse layers' weights must be its own.
-    dense : nn.Module
-        The dense model, on the same device.
-    windows, held_out : Tensor [windows, length], int64
-        Training text, and text that is not in it.
-    settings : DistillSettings, optional
-    progress : callable, optional
-        Called with step, steps and loss.
+    ``model`` is a sparse Transformers model, calibrated if its recipe needs data, whose sparse layers' weights are its
+    own; ``dense`` is the dense model on the same device. ``windows`` and ``held_out`` are int64 ``[windows, length]``:
+    training text, and text that is not in it. ``progress`` is called with step, steps and loss.
 
-    Returns
-    -------
-    Distilled
-
-    Raises
-    ------
-    ValueError
-        If there is nothing to train, fewer than two held-out windows, a held-out window that is also trained on, or a
-        loss is not finite.
+    Raises ValueError if there is nothing to train, fewer than two held-out windows, a held-out window that is also
+    trained on, or a loss is not finite.
     """
     settings = settings or DistillSettings()
     layers = sparse_layers(model)

@@ -29,29 +29,12 @@ from .training import LOSSES, train_block
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Settings of the training of learned data.
+    """Settings of the training of learned data; ValueError if one is not positive and finite, or unknown."""
 
-    Parameters
-    ----------
-    learning_rate : float
-        Of AdamW, after warm-up.
-    epochs : float
-        Passes over the windows in each block.
-    loss : str
-        "relative" (every token has the same weight) or "mse" (the paper's).
-    seed : int
-        Of the order of the windows; from 0, below 2**63.
-
-    Raises
-    ------
-    ValueError
-        If a number is not positive and finite, or the loss is unknown.
-    """
-
-    learning_rate: float = 1e-4
-    epochs: float = 1.0
-    loss: str = "mse"
-    seed: int = 0
+    learning_rate: float = 1e-4  # of AdamW, after warm-up
+    epochs: float = 1.0  # passes over the windows in each block
+    loss: str = "mse"  # the paper's, or "relative": every token has the same weight
+    seed: int = 0  # of the order of the windows; from 0, below 2**63
 
     def __post_init__(self) -> None:
         if not all(value > 0 and math.isfinite(value) for value in (self.learning_rate, self.epochs)):

@@ -91,34 +91,17 @@ def search(
 ) -> tuple[Point, list[Point], list[str]]:
     """Find a recipe for a goal, and write it with its frontier; finished measurements in `output` are not repeated.
 
-    Parameters
-    ----------
-    dense : nn.Module
-    windows : Tensor [windows, tokens], int64
-        Calibration text.
-    specs : dict of str to LinearSpec
-        The options of a layer.
-    cost : Rates or Measured
-        What the options gain, in one phase or several: the goal then holds in each. In decode alone, the recipe's
-        layers are sparse in decode only.
-    goal : Goal
-    output : Path
-        A new folder or that of an earlier run.
-    identity : dict
-        Facts about model and text for the folder, beside those that follow from the other arguments.
-    layers_together : int
-        Number of consecutive layers that get one choice.
-    merged : bool
-        Whether projections that share their input (q/k/v, gate/up) get one choice, so that `optimize` merges them.
-    calibrated : Path, optional
-        Folder of the calibrations that options need.
-    note, bar : callable
-        Called with a line before a measurement, and with a label for a context that yields ``update(done, total)``.
+    ``windows [windows, tokens]``, int64, is calibration text, ``specs`` are the options of a layer, and ``cost`` says
+    what they gain in one phase or several: the goal then holds in each. In decode alone, the recipe's layers are sparse
+    in decode only. ``output`` is a new folder or that of an earlier run, and ``identity`` has facts about model and
+    text for it, beside those that follow from the other arguments.
 
-    Returns
-    -------
-    (Point, list of Point, list of str)
-        The best point, all that were measured (the dense model's first), and the files' names, the recipe's first.
+    ``layers_together`` consecutive layers get one choice, with ``merged`` also the projections that share their input
+    (q/k/v, gate/up), so that `optimize` merges them. ``calibrated`` is the folder of the calibrations that options
+    need. ``note`` is called with a line before a measurement, ``bar`` with a label for a context that yields
+    ``update(done, total)``.
+
+    Returns the best point, all that were measured (the dense model's first), and the files' names, the recipe's first.
     """
     groups = groups_of(dense, DEFAULT_PROJECTIONS, layers_together, merged=merged)
     if not groups:

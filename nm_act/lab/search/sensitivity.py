@@ -93,20 +93,10 @@ def sensitivities(
 
     Decoder layers in front of a group are not run again: their dense output is kept, one window at a time.
 
-    Parameters
-    ----------
-    model : nn.Module
-        Dense Transformers model with its decoder layers in ``get_decoder().layers``, else ValueError; unchanged
-        afterwards.
-    windows : Tensor [windows, tokens], int64
-    groups, specs
-        Each group is tried with every spec.
-    store : Path
-        JSON-lines file with one line per window, group and spec; its measurements are not repeated.
-    progress : callable, optional
-        Called with the number of finished measurements and their total.
-    calibrated : dict of str to CalibratedData, optional
-        Spec name -> data of the specs that need some.
+    ``model`` is a dense Transformers model with its decoder layers in ``get_decoder().layers``, else ValueError;
+    unchanged afterwards. ``windows`` is int64 ``[windows, tokens]``. Each group is tried with every spec. ``store`` is
+    a JSON-lines file with one line per window, group and spec, whose measurements are not repeated; ``progress`` is
+    called with the number of finished ones and their total. ``calibrated`` has the data of the specs that need some.
     """
     layers = _decoder_layers(model)
     known = ResultLines(store, ("window", "group", "spec", "calibration"), ("kl",))
