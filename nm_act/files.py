@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_new_folder", "check_writable", "new_folder", "read_json_lines", "write_atomic", "write_json_lines"]
-
 
 def read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file that all have `keys`, else ValueError; none where there is no file."""

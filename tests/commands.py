@@ -6,7 +6,7 @@ import sys
 
 from typer.testing import CliRunner
 
-from nm_act.cli import app
+from nm_act.cli.application import app
 
 
 def run(*arguments):

@@ -125,7 +125,7 @@ def report(rows: list[results.Row], rates: Rates | None, plots: list[str], folde
         "[evaluation/results.csv](evaluation/results.csv). How they are measured: [evaluate.md](evaluate.md).",
     ]
     for index, run in enumerate(runs_of(rows), 1):
-        parts += [f"## {run[0].fields['model']}", f"{run[0].protocol}; {dates(run)}."]
+        parts += [f"## {run[0].fields['model']}", f"{protocol(run[0].identity)}; {dates(run)}."]
         parts += sections(run, noise_of(folder / NOISE))
         parts += [f"![{name}](evaluation/{name})" for name in plots if name.startswith(f"run{index}-")]
     parts += ["## Predicted speed-up", speedup_note(rates)]
@@ -246,7 +246,7 @@ def seed_labels(rows: list[results.Row]) -> list[str]:
 
 def calibrations(rows: list[results.Row]) -> str:
     """A line per calibrated variant: calibrated on what, and with which seed."""
-    found = {row.name: [row.name, row.calibrated_on, str(row.fields["seed"])] for row in rows if row.calibrated_on}
+    found = {row.name: [row.name, on, str(row.fields["seed"])] for row in rows if (on := row.fields["calibrated_on"])}
     return results.markdown_table(["", "calibrated on", "seed"], list(found.values()), right=3) if found else ""
 
 
@@ -280,6 +280,12 @@ def listing(dense: list[results.Row], rows: list[results.Row]) -> str:
         lines.append([name, fields["layers"], fields["method"], fields["pattern"], speedup, summary(found, averages)])
     header = ["", "layers", "method", "pattern", "predicted speed-up", "perplexity (average drop)"]
     return results.markdown_table(header, lines, right=4) + f"\n\n{caption([*dense, *rows])}"
+
+
+def protocol(identity: dict) -> str:
+    """Settings of a run, as text."""
+    settings = ("device", "dtype", "limit", "tokens", "window")
+    return ", ".join(f"{key} {value}" for key, value in identity.items() if key in settings)
 
 
 def dates(run: list[results.Row]) -> str:

@@ -1,7 +1,5 @@
 """The command ``nm-act``. `main` imports the rest, so that Ctrl-C is handled during imports, too."""
 
-__all__ = ["app", "main"]
-
 
 def main() -> None:
     """Entry point of ``nm-act``: run the command line and exit with its code."""
@@ -23,11 +21,3 @@ def main() -> None:
     except KeyboardInterrupt:  # while the command line was still being read
         print("interrupted; no result was written", file=sys.stderr)
         sys.exit(130)
-
-
-def __getattr__(name: str) -> object:
-    if name == "app":
-        from .application import app
-
-        return app
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -197,10 +197,7 @@ def resolved_specs(model: nn.Module, recipe: Recipe) -> dict[str, LinearSpec]:
 def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
     """Name -> (layer, projection, module) of every linear layer inside the numbered decoder layers.
 
-    Raises
-    ------
-    ValueError
-        If the model is optimized, because merged and e4m3 layers are not its linear layers.
+    Raises ValueError if the model is optimized, because merged and e4m3 layers are not its linear layers.
     """
     refuse_optimized(model)
     prefix = _decoder_prefix(model)
@@ -234,10 +231,6 @@ def _checked(model: nn.Module, recipe: Recipe) -> tuple[Candidates, dict[str, "_
             _check_rank(name, module, spec)
             refuse_uncarried(name, module)
     return candidates, places, decided
-
-
-OUTSIDE, DENSE_BY_RECIPE = "outside the decoder layers", "dense by the recipe"
-"""Reasons that a report gives for a layer that stays dense."""
 
 
 @dataclass(frozen=True)
@@ -278,14 +271,14 @@ def _decide(
     model: nn.Module, name: str, module: Any, place: _Place | None, recipe: Recipe
 ) -> tuple[LinearSpec | None, str]:
     if place is None:
-        return None, OUTSIDE
+        return None, "outside the decoder layers"
     if not recipe.covers(place.projection):
         if isinstance(module, nn.Linear):
             return None, why_wrapped_stays(model, name) or "not among the recipe's projections"
         return None, f"{type(module).__name__} is not torch.nn.Linear"
     spec = recipe.resolve(place.layer, place.projection)
     if spec is None:
-        return None, DENSE_BY_RECIPE
+        return None, "dense by the recipe"
     reason = _other_kind(module) or why_wrapped_stays(model, name)
     if recipe.projections == DEFAULT_PROJECTIONS and in_state_space(name.removesuffix(f".{BASE}")):
         reason = reason or "output of a state-space layer; list out_proj to have it"

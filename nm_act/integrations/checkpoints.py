@@ -8,8 +8,6 @@ from typing import Any
 
 from ..files import new_folder
 
-__all__ = ["DTYPES", "check_device", "demo_model_path", "load_config", "load_model", "save_model"]
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Names accepted by ``dtype`` of `load_model`."""
 

@@ -14,8 +14,6 @@ from ..patterns import NMPattern
 from ..recipe import DEFAULT_PROJECTIONS, ROLES, LinearSpec
 from .tables import Tables, load_tables
 
-__all__ = ["MERGED", "SHAPES", "Measured", "Place", "merged_with", "shapes_of"]
-
 MERGED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections of one product of an optimized decoder block."""
 

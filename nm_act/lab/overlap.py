@@ -12,8 +12,6 @@ import torch
 
 from .output import read_object
 
-__all__ = ["KEY", "check_apart", "fingerprints", "known_fingerprints"]
-
 WINDOW = 16
 SAMPLED = 32
 LARGEST_SHARE = 0.01

@@ -10,8 +10,6 @@ from typing import Any
 
 from ..patterns import NMPattern, TopKPattern, as_pattern
 
-__all__ = ["DEFAULT_DEVICE", "Product", "Tables", "devices", "load_tables", "table_file"]
-
 DEFAULT_DEVICE = "h100"
 """The device of a prediction unless another is named."""
 
@@ -37,13 +35,16 @@ class _Row:
     dense_us: float
     table: int = 0  # of two equal sizes the first table's counts
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.out_features, self.in_features, self.tokens
+
     def distance(self, sizes: tuple[int, int, int]) -> float:
-        mine = self.out_features, self.in_features, self.tokens
-        return sum(abs(math.log(a / b)) for a, b in zip(mine, sizes, strict=True))
+        return sum(abs(math.log(a / b)) for a, b in zip(self.sizes, sizes, strict=True))
 
     def scaled(self, sizes: tuple[int, int, int]) -> tuple[float, float]:
         """Times at other sizes: as many multiply-accumulates in the same time."""
-        factor = math.prod(sizes) / (self.out_features * self.in_features * self.tokens)
+        factor = math.prod(sizes) / math.prod(self.sizes)
         return self.us * factor, self.dense_us * factor
 
 
@@ -140,12 +141,8 @@ class Tables:
         above = min((share for share in shares if share >= kept), default=max(shares))
         low, high = (self._nearest(("decode op", dtype, shares[share]), sizes) for share in (below, above))
         if below == above:
-            note = (
-                ""
-                if kept == below
-                else f"{kept:.1%} kept in decode was not measured: time in proportion to {below:.0%}"
-            )
-            return Product(low.us * kept / below, low.dense_us, note or low.note)
+            scaled = f"{kept:.1%} kept in decode was not measured: time in proportion to {below:.0%}"
+            return Product(low.us * kept / below, low.dense_us, low.note if kept == below else scaled)
         weight = (kept - below) / (above - below)
         note = f"{kept:.1%} kept in decode was not measured: between {below:.1%} and {above:.1%}"
         return Product(low.us * (1 - weight) + high.us * weight, low.dense_us, note)
@@ -159,7 +156,7 @@ class Tables:
         best = min(self._products[kind], key=lambda row: (row.distance(sizes), row.table, row.us))
         note = ""
         if best.distance(sizes):
-            wanted, got = (" x ".join(map(str, (each[2], *each[:2]))) for each in (sizes, _sizes(best)))
+            wanted, got = (" x ".join(map(str, (each[2], *each[:2]))) for each in (sizes, best.sizes))
             note = f"{wanted} (tokens, out, in) was not measured in {kind[0].split()[0]}: the nearest is {got}"
         return Product(*best.scaled(sizes), note)
 
@@ -178,10 +175,6 @@ class Tables:
             return 1e6 / found["decode_tok_s"] if "decode_tok_s" in found else None
         time = found.get("ttft_busy_ms", found.get("ttft_ms"))
         return None if time is None else 1e3 * time
-
-
-def _sizes(row: _Row) -> tuple[int, int, int]:
-    return row.out_features, row.in_features, row.tokens
 
 
 @functools.cache

@@ -10,11 +10,6 @@ import torch
 
 from ..supported import require
 
-__all__ = [
-    *("HUB_TEXTS", "find_file", "find_splits", "first_windows", "load_text", "read_rows", "read_text", "tokenize"),
-    "whole_windows",
-]
-
 DATA_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 """File formats that are read: JSON lines, a JSON list, plain text, Parquet."""
 

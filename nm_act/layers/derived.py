@@ -26,14 +26,7 @@ FOLLOW_WEIGHT = ("low_rank_in", "low_rank_out", "rotation")
 class Deriving(nn.Linear):
     """A linear layer with calibrated data, and with what its operator reads in place of the weight.
 
-    The base class of :class:`nm_act.NMLinear`, which adds the forward pass and its work.
-
-    Parameters
-    ----------
-    in_features, out_features, bias, device, dtype
-        As in ``torch.nn.Linear``.
-    spec, weight_layout, lift
-        As in :class:`nm_act.NMLinear`.
+    The base class of :class:`nm_act.NMLinear`, which adds the forward pass and its work, and documents the parameters.
     """
 
     prepack = False

@@ -112,12 +112,8 @@ class TokenContext:
     def sequences(self, x: torch.Tensor, default: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``x [..., in]`` as sequences [batch, tokens, in], and a mask that is False for padding (None: no padding).
 
-        ``default`` is returned for a layer that sees other tokens than the running call's.
-
-        Raises
-        ------
-        ValueError
-            If a row of the running call holds tokens of several sequences.
+        ``default`` is returned for a layer that sees other tokens than the running call's. Raises ValueError if a row
+        of the running call holds tokens of several sequences.
         """
         call = self._call_of(x)
         if call is None:

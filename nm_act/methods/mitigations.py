@@ -59,10 +59,6 @@ class Observed:
     rank: int  # of the low-rank pair; 0 is none
 
 
-def _nothing(seen: Observed) -> tuple[torch.Tensor, ...]:
-    return ()
-
-
 @dataclass(frozen=True)
 class Mitigation:
     """What a mitigation is made of."""
@@ -70,7 +66,7 @@ class Mitigation:
     text: str  # what it does, in a few words
     data: tuple[str, ...] = ()  # names of the tensors in ``DATA`` that it needs from calibration
     # Those data in closed form, or where training starts from.
-    start: Callable[[Observed], tuple[torch.Tensor, ...]] = _nothing
+    start: Callable[[Observed], tuple[torch.Tensor, ...]] = lambda seen: ()
     matrices: tuple[str, ...] = ()  # those of "covariance" and "lost" that ``start`` reads
     learned: bool = False  # whether the data are trained
     slot: str = ""  # two mitigations of one slot exclude each other; "" excludes none

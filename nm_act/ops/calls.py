@@ -15,21 +15,11 @@ from .explain import Explanation, explain
 
 @dataclass(frozen=True)
 class Call:
-    """An operator over tensors of some shapes.
+    """An operator over tensors of some shapes."""
 
-    Attributes
-    ----------
-    op : str
-        Its name in ``torch.ops.nm_act``.
-    arguments : str
-        The shapes of its tensors by name, with the dtype of the first, and the pattern.
-    explanation : Explanation, optional
-        What :func:`nm_act.explain` says of a ``sparse_linear``; None for other operators.
-    """
-
-    op: str
-    arguments: str
-    explanation: Explanation | None = None
+    op: str  # its name in ``torch.ops.nm_act``
+    arguments: str  # the shapes of its tensors by name, with the dtype of the first, and the pattern
+    explanation: Explanation | None = None  # what :func:`nm_act.explain` says of a ``sparse_linear``
 
     def __str__(self) -> str:
         text = f"{self.op}({self.arguments})"

@@ -9,19 +9,6 @@ from torch import Tensor
 from ..patterns import WINDOW_SPAN, NMPattern
 
 
-def windows(pattern: NMPattern | str) -> list[list[int]]:
-    """The features, of every sixteen, that each window of 2:4+r covers; empty for any other pattern.
-
-    Examples
-    --------
-    >>> windows("2:4+1")
-    [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [0, 4, 8, 12]]
-    """
-    columns = NMPattern(pattern).extra_columns
-    quads = [[*range(first, first + 4)] for first in range(0, WINDOW_SPAN, 4)]
-    return [*quads, *([*range(column, WINDOW_SPAN, 4)] for column in columns)] if columns else []
-
-
 def is_lifted(pattern: NMPattern | str) -> bool:
     """Whether the sparse tensor cores run the pattern over a lifted weight: 2:4+1 alone."""
     return len(NMPattern(pattern).extra_columns) == 1
@@ -36,12 +23,7 @@ def lifted_columns(pattern: NMPattern | str, in_features: int) -> Tensor:
     """Index ``[lifted in_features]`` of the weight's column that each column of the lifted weight repeats.
 
     The first ``in_features`` columns are those of the weight; those of the extra windows follow, four for every sixteen
-    features.
-
-    Raises
-    ------
-    ValueError
-        If the pattern is not 2:4+1, or 16 does not divide in_features.
+    features. Raises ValueError if the pattern is not 2:4+1, or 16 does not divide in_features.
     """
     if not is_lifted(pattern):
         raise ValueError(f"expected 2:4+1, got {pattern}; pass the weight as it is with any other pattern")

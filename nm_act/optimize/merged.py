@@ -16,22 +16,12 @@ from .eligible import calibrated, why_stays
 
 
 class MergedLinear(nn.Module):
-    """Several linear layers over one input as one layer with concatenated outputs.
+    """Several linear layers over one input as one layer, ``linear``, with concatenated outputs.
 
-    Parameters
-    ----------
-    linear : nn.Linear or NMLinear or FP8Linear
-        The layer with all outputs.
-    names : sequence of str
-        The stock names of the merged layers in their parent, in the order of the outputs.
-    sizes : sequence of int
-        Their numbers of output features.
-
-    Notes
-    -----
-    The parent keeps a :class:`LinearPart` under each stock name. In the parent's forward (:class:`SharesProducts`) the
-    first part that is called computes all outputs, and every part returns its own. ``state_dict`` has the stock names
-    and layout, each weight as a contiguous copy; ``load_state_dict`` accepts them.
+    ``names`` are the stock names of the merged layers in their parent and ``sizes`` their numbers of output features,
+    in the order of the outputs. The parent keeps a :class:`LinearPart` under each stock name. In the parent's forward
+    (:class:`SharesProducts`) the first part that is called computes all outputs, and every part returns its own.
+    ``state_dict`` has the stock names and layout, each weight as a contiguous copy; ``load_state_dict`` accepts them.
     """
 
     linear: Any  # an nn.Linear, NMLinear or FP8Linear
@@ -59,11 +49,7 @@ class MergedLinear(nn.Module):
 class Product:
     """The outputs of a merged layer for one input, within one call of its parent; each part takes its own.
 
-    Parameters
-    ----------
-    merged : MergedLinear
-    placeholder, y : Tensor, optional
-        ``y [..., sum(sizes)]`` comes from a packed operand; the parts return it when called with ``placeholder``.
+    ``y [..., sum(sizes)]`` comes from a packed operand; the parts return it when called with ``placeholder``.
     """
 
     def __init__(self, merged: MergedLinear, placeholder: Tensor | None = None, y: Tensor | None = None):

@@ -21,9 +21,6 @@ from .head import ROWS_AT_ONCE, QuantisedHead, check_kind, head_of, store_head, 
 from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, unmerge
 from .report import OptimizeReport
 
-PREFILL_DEVICES = ("cuda",)
-"""Devices that have the fp8 tensor-core product."""
-
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -217,12 +214,12 @@ def _check(model: nn.Module, fp8: str | None, head: str | None, prepack: bool) -
 
 
 def _check_prefill_device(device: torch.device, fp8: str) -> None:
-    if device.type not in PREFILL_DEVICES:
+    if device.type != "cuda":
         raise ValueError(
             f'expected a model on CUDA for fp8="{fp8}", got one on {device.type}; move it there first, or choose '
             'fp8="decode"'
         )
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         raise ValueError(
             f'expected compute capability 9.0 for fp8="{fp8}", whose products run on its fp8 tensor cores, got '

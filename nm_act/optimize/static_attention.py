@@ -35,10 +35,7 @@ _fits: dict[tuple[Any, ...], bool] = {}
 def register() -> None:
     """Make :func:`static_attention` and its masks known to Transformers under the name :data:`ATTENTION`.
 
-    Raises
-    ------
-    ImportError
-        If Transformers has no attention or no mask interface.
+    Raises ImportError if Transformers has no attention or no mask interface.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface

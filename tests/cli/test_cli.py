@@ -20,7 +20,7 @@ from nm_act.recipe import Recipe, Rule
 
 def test_help_is_quick_to_import():
     heavy = ("torch", "transformers", "matplotlib", "gguf")
-    code = f"import sys, nm_act.cli; nm_act.cli.app; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, nm_act.cli.application; print([name for name in {heavy} if name in sys.modules])"
     assert python(code) == ["[]"]
 
 

@@ -14,7 +14,7 @@ from linear_cases import selections, stored
 
 import nm_act
 from nm_act import NMPattern, reference
-from nm_act.ops.lifting import lifted_columns, lifted_features, windows
+from nm_act.ops.lifting import lifted_columns, lifted_features
 
 EXTRAS = [(e,) for e in range(4)] + list(itertools.combinations(range(4), 2))
 LIFTED = ("2:4+1", "2:4+1@1", "2:4+1@2", "2:4+1@3")
@@ -43,6 +43,13 @@ def test_names(text, canonical, columns, kept):
 def test_plain_patterns_are_what_they_were():
     assert NMPattern("8:16").extra_columns == ()
     assert (NMPattern("8:16").span, NMPattern("2:4").span) == (16, 4)
+
+
+def windows(pattern: NMPattern | str) -> list[list[int]]:
+    """The features, of every sixteen, that each window of 2:4+r covers; empty for any other pattern."""
+    columns = NMPattern(pattern).extra_columns
+    quads = [[*range(first, first + 4)] for first in range(0, 16, 4)]
+    return [*quads, *([*range(column, 16, 4)] for column in columns)] if columns else []
 
 
 # ---- the oracle --------------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ class TestFP8:
         assert len(report.fp8) == 7
 
     def test_prefill_storage_takes_what_fp8_tensor_cores_multiply(self, monkeypatch):
-        monkeypatch.setattr(model_module, "PREFILL_DEVICES", ("cpu",))
+        monkeypatch.setattr(model_module, "_check_prefill_device", lambda device, fp8: None)
         rules = [nm_act.Rule(projections=["down_proj"], pattern="8:16")]
         rules += [nm_act.Rule(projections=["o_proj"], pattern="2:4+1")]
         model = sparse(rules=rules)

@@ -9,8 +9,6 @@ from ...conversion.calibration import DATA_FILE, FACTS_FILE, read_calibration
 from ..output import read_object
 from .variants import Variant, from_recipe
 
-__all__ = ["calibrated_row", "of_calibration"]
-
 _TRAINING = ("data", "windows", "length", "learning_rate", "epochs", "loss")
 
 

@@ -10,8 +10,6 @@ import torch
 from ...conversion.sparsify import SparsifyReport
 from .perplexity import check_finite, perplexity
 
-__all__ = ["compare"]
-
 
 def compare(
     reports: Iterable[tuple[str, SparsifyReport]],

@@ -10,8 +10,6 @@ from torch import nn
 
 from ...layers.kv_cache import cache_argument, cache_of
 
-__all__ = ["DecodeSpeed", "decode_speed"]
-
 
 @dataclass(frozen=True)
 class DecodeSpeed:

@@ -12,8 +12,6 @@ from ...version import commit
 from ..output import RUN_FILE, check_output, make_folder, read_object, write_json
 from .variants import Variant
 
-__all__ = ["PERPLEXITY", "RunFolder"]
-
 PERPLEXITY = "wikitext2"
 """The task that is a perplexity; all others are the harness's."""
 

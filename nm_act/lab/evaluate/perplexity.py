@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["DEFAULT_WINDOW", "Perplexity", "paired_difference", "perplexity"]
-
 DEFAULT_WINDOW = 2048
 """Tokens per window where the model's context allows it; the value that published WikiText-2 figures use."""
 

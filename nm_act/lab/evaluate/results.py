@@ -43,19 +43,12 @@ class Row:
     drop: float  # relative drop in %, 100 (dense - value) / dense, for a perplexity its rise; NaN for the dense row
     drop_stderr: float  # standard error of the paired differences, document by document
     identity: dict[str, Any] = field(default_factory=dict, repr=False)  # of the run
-    calibrated_on: str = ""  # text and training of the row's calibration
     scores: tuple[float, ...] = field(default=(), repr=False)  # by window or document
 
     @property
     def run(self) -> str:
         """Model, weights, settings and data, which comparable rows have in common."""
         return comparable(self.identity)
-
-    @property
-    def protocol(self) -> str:
-        """Settings of the run, as text."""
-        settings = ("device", "dtype", "limit", "tokens", "window")
-        return ", ".join(f"{key} {value}" for key, value in self.identity.items() if key in settings)
 
     @property
     def is_dense(self) -> bool:
@@ -122,22 +115,14 @@ def predicted(result: dict[str, Any], rates: Rates | None) -> dict[str, float]:
 
 def _row(result: dict[str, Any], dense: dict[str, Any], identity: dict[str, Any], rates: Rates | None) -> Row:
     variant = result["variant"]
-    fields = {
-        "calibrated_on": "",
-        "dtype": "",
-        "device": "",
-        **identity,
-        **result,
-        **variant,
-        "dense_value": dense["value"],
-    }
+    empty = dict.fromkeys(("calibrated_on", "dtype", "device"), "")
+    fields = {**empty, **identity, **result, **variant, "dense_value": dense["value"]}
     speedups = predicted(result, rates)
     fields["predicted_speedup"] = round(speedups["prefill"], 4)
     fields["predicted_decode"] = round(speedups["decode"], 4) if "decode" in speedups else math.nan
     drop, stderr = (math.nan, math.nan) if result is dense else _drop(result, dense)
     fields = {name: fields[name] for name in COLUMNS}
-    on = variant.get("calibrated_on", "")
-    return Row(fields, variant["name"], drop, stderr, identity, on, tuple(result["scores"]))
+    return Row(fields, variant["name"], drop, stderr, identity, tuple(result["scores"]))
 
 
 def _drop(result: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:

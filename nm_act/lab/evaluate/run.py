@@ -17,8 +17,6 @@ from .perplexity import check_finite, check_window, context_length, perplexity
 from .tasks import GENERATION, harness_model, run_task
 from .variants import Variant
 
-__all__ = ["Study", "check_context", "check_scored", "model_facts", "perplexity_result"]
-
 
 @dataclass(frozen=True)
 class Study:

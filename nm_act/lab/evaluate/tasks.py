@@ -21,8 +21,6 @@ from typing import Any
 from ..texts import find_splits, read_rows
 from .perplexity import mean_and_stderr
 
-__all__ = ["TASKS", "TaskResult", "build_task", "run_task"]
-
 _FOLDERS = ("arc", "super_glue/boolq", "piqa", "winogrande", "hellaswag", "ifeval")
 """Where the harness (0.4.13) keeps these tasks."""
 

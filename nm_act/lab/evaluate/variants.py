@@ -13,8 +13,6 @@ from ...conversion.sparsify import SparsifyReport, check_recipe, sparsify
 from ...recipe import LinearSpec, Recipe
 from ..policies import policy_of
 
-__all__ = ["DENSE_VARIANT", "Variant", "calibrated_copy", "from_recipe", "resolved", "sparse_copy"]
-
 
 @dataclass(frozen=True)
 class Variant:

@@ -17,9 +17,6 @@ from ...recipe import LinearSpec, Recipe
 from ..evaluate.calibrated import calibrated_row
 from ..evaluate.variants import Variant, from_recipe, sparse_copy
 
-__all__ = ["CalibratedData", "find_calibrations", "option_name", "option_recipe", "option_variant"]
-__all__ += ["parse_option", "read_data"]
-
 
 @dataclass(frozen=True)
 class CalibratedData:

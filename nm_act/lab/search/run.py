@@ -30,8 +30,6 @@ from .sensitivity import Group, groups_of, sensitivities
 from .solve import Problem
 from .store import ResultLines
 
-__all__ = ["Goal", "Point", "search"]
-
 SEARCH_FILE = "search.json"
 """The result, and the hashes of the text that it was found on."""
 

@@ -23,8 +23,6 @@ from ..measured import Place, merged_with
 from .options import CalibratedData
 from .store import ResultLines
 
-__all__ = ["Group", "groups_of", "sensitivities"]
-
 
 @dataclass(frozen=True)
 class Group:

@@ -18,8 +18,6 @@ from ..cost import Cost, layer_time
 from ..measured import Place
 from .sensitivity import Group
 
-__all__ = ["Choice", "Problem"]
-
 _SECONDS = 60.0
 """After this time the best choice so far is taken; its `Choice.bound` limits how far the optimum may be below it."""
 
