@@ -306,8 +306,9 @@ def speedup_note(rates: Rates | None) -> str:
     lines = [[pattern, f"{speedup:.3f}x", source] for pattern, (speedup, source) in rates.table.items()]
     table = results.markdown_table(["pattern", "speed-up", "source"], lines, right=3)
     what = (
-        "Of the linear layers in prefill, weighted by multiply-accumulates; the matrix products that a mitigation adds "
-        "run at the dense speed. 2:4+r without a row is the 2:4 row / (1 + r/4); other patterns without one count as 1."
+        f"Of the linear layers of {results.PREDICTED_MODEL} in prefill, weighted by multiply-accumulates; the matrix "
+        "products that a mitigation adds run at the dense speed. 2:4+r without a row is the 2:4 row / (1 + r/4); other "
+        "patterns without one count as 1."
     )
     return f"{what}\n\n{table}"
 

@@ -2,7 +2,6 @@
 
 import csv
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +10,14 @@ from typing import Protocol
 from torch import nn
 
 from ..conversion.sparsify import decoder_linears
-from ..layers.linear import FOLLOW_WEIGHT, NMLinear
+from ..layers.linear import FOLLOW_WEIGHT
 from ..methods.mitigations import data_of, rank_of, shape_of
 from ..patterns import NMPattern, as_pattern
 from ..recipe import DENSE, LinearSpec, Recipe
 from .measured import Measured, Place, merged_with, shapes_of
 from .tables import DEFAULT_DEVICE, table_file
 
-__all__ = [
-    *("Cost", "Measured", "Place", "Rates", "added_macs", "cost_of", "extra_macs", "macs_by_pattern", "places_of"),
-    *("predicted_speedup", "predictions", "shapes_of"),
-]
+__all__ = ["Cost", "Measured", "Place", "Rates", "added_macs", "cost_of", "places_of", "predictions", "shapes_of"]
 
 PREFILL_TOKENS = 4096
 """Tokens of the sequence whose prefill is predicted."""
@@ -230,58 +226,7 @@ def predictions(
     return speedups
 
 
-def layer_macs(linear: nn.Linear) -> int:
-    """Multiply-accumulates of a layer for one token."""
-    return linear.in_features * linear.out_features
-
-
-def pattern_of(spec: LinearSpec) -> str:
-    """Pattern of a spec's product in prefill; "dense" if activations are not pruned there."""
-    return DENSE if spec.phase == "decode" or spec.scoring.prunes_weight else str(spec.pattern)
-
-
-def macs_by_pattern(model: nn.Module) -> dict[str, int]:
-    """Multiply-accumulates per token of the decoder's linear layers, by the pattern of their product in prefill."""
-    macs: Counter[str] = Counter()
-    for _, _, linear in decoder_linears(model).values():
-        macs[pattern_of(linear.spec) if isinstance(linear, NMLinear) else DENSE] += layer_macs(linear)
-    return dict(macs)
-
-
-def extra_macs(model: nn.Module) -> float:
-    """Multiply-accumulates per token that sparse layers add to their own in prefill, at the dense speed.
-
-    These are the GEMMs of low-rank pairs, R (in + out), and rotations, in * in, and the first tokens of a sequence of
-    `PREFILL_TOKENS` that are computed dense as well. Scores, shifts and scales, which have no GEMM, are not counted.
-    """
-    return sum(_extra(linear) for _, _, linear in decoder_linears(model).values() if isinstance(linear, NMLinear))
-
-
-def _extra(linear: NMLinear) -> float:
-    if linear.spec.phase == "decode":
-        return 0.0
-    first = 0 if linear.token_context is None else min(linear.token_context.first_tokens, PREFILL_TOKENS)
-    added = added_macs(linear.spec, linear.in_features, linear.out_features)
-    return added + layer_macs(linear) * first / PREFILL_TOKENS
-
-
 def added_macs(spec: LinearSpec, in_features: int, out_features: int) -> int:
     """Multiply-accumulates per token of the GEMMs that a spec's mitigations add to a layer's own."""
     sizes = in_features, out_features, rank_of(spec.mitigation)
     return sum(math.prod(shape_of(name, *sizes)) for name in data_of(spec) if name in FOLLOW_WEIGHT)
-
-
-def predicted_speedup(macs: dict[str, int], rates: Rates, extra: float = 0.0) -> float:
-    """Predicted prefill speed-up of the linear layers, ``sum(m) / (sum(m / rate) + extra)``.
-
-    `macs` has the multiply-accumulates m by pattern (`macs_by_pattern`), `extra` those at the dense speed that
-    mitigations add (`extra_macs`).
-
-    Examples
-    --------
-    >>> predicted_speedup({"dense": 1, "2:4": 3}, Rates({"2:4": (1.5, "")}))
-    1.3333333333333333
-    >>> predicted_speedup({"dense": 1, "2:4": 3}, Rates({"2:4": (1.5, "")}), extra=1)
-    1.0
-    """
-    return sum(macs.values()) / (sum(count / rates.speedup(pattern)[0] for pattern, count in macs.items()) + extra)

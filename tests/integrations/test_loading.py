@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_families import sparse_layers
 from typer.testing import CliRunner
 
-from nm_act.cli import app
+from nm_act.cli.application import app
 from nm_act.integrations.checkpoints import check_device, load_config, load_model
 
 UP = "model.layers.1.mlp.up_proj.weight"

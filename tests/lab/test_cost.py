@@ -4,27 +4,25 @@ import pytest
 import tiny_model
 
 import nm_act
-from nm_act.lab.cost import Rates, extra_macs, macs_by_pattern, predicted_speedup
-from nm_act.lab.evaluate.variants import sparse_copy
+from nm_act.lab.cost import Rates, places_of, predictions
 from nm_act.lab.search.sensitivity import groups_of
 from nm_act.recipe import Recipe
 
 RATES = Rates({"2:4": (1.4, "test"), "4:8": (1.15, "test")})
 
 
+def predicted(recipe):
+    return predictions(RATES, places_of(tiny_model.build()[0]), recipe)["prefill"]
+
+
 def test_predicted_speedup_weighs_by_macs():
-    model, _ = tiny_model.build()
     recipe = Recipe("2:4", projections=["gate_proj", "up_proj", "down_proj"])
-    macs = macs_by_pattern(sparse_copy(model, recipe).model)
     mlp, attention = 2 * 3 * 64 * 96, 2 * (64 * 64 * 2 + 64 * 32 * 2)
-    assert macs == {"2:4": mlp, "dense": attention}
-    expected = (mlp + attention) / (mlp / 1.4 + attention)
-    assert predicted_speedup(macs, RATES) == pytest.approx(expected)
+    assert predicted(recipe) == pytest.approx((mlp + attention) / (mlp / 1.4 + attention))
 
 
 def test_decode_only_layers_are_dense_in_prefill():
-    model, _ = tiny_model.build()
-    assert set(macs_by_pattern(sparse_copy(model, Recipe("2:4", phase="decode")).model)) == {"dense"}
+    assert predicted(Recipe("2:4", phase="decode")) == predicted(None) == 1
 
 
 @pytest.mark.parametrize("fp8", [None, "decode"])
@@ -33,7 +31,7 @@ def test_optimized_models_are_refused(fp8):
     model, _ = tiny_model.build()
     nm_act.sparsify(model, Recipe("2:4"))
     nm_act.optimize(model, fp8=fp8)
-    for call in (macs_by_pattern, lambda each: groups_of(each, ("down_proj",))):
+    for call in (places_of, lambda each: groups_of(each, ("down_proj",))):
         with pytest.raises(ValueError, match=r"model that is not optimized, got one that is; call nm_act\.deoptimize"):
             call(model)
 
@@ -49,23 +47,20 @@ def test_patterns_without_a_row():
 
 
 def test_what_mitigations_add():
-    model, _ = tiny_model.build()
     attention, mlp = (64 * 64 * 2 + 64 * 32 * 2), 3 * 64 * 96
 
     def found(**fields):
-        sparse = sparse_copy(model, Recipe("2:4", projections=["gate_proj", "up_proj", "down_proj"], **fields)).model
-        return extra_macs(sparse), predicted_speedup(macs_by_pattern(sparse), RATES, extra_macs(sparse))
+        return predicted(Recipe("2:4", projections=["gate_proj", "up_proj", "down_proj"], **fields))
 
     def speedup(extra):  # of one of the two equal layers
         return pytest.approx((attention + mlp) / (attention + mlp / 1.4 + extra))
 
-    assert found(mitigation=["var", "pcs", "lpts"]) == (0, speedup(0))
-    assert found(mitigation=["rsparse-4"]) == (2 * 3 * 4 * (64 + 96), speedup(3 * 4 * (64 + 96)))
-    assert found(mitigation=["larosa"]) == (2 * (64 * 64 * 2 + 96 * 96), speedup(64 * 64 * 2 + 96 * 96))
-    assert found(mitigation=["rsparse-4"], phase="decode")[0] == 0
-    assert found(dense_first_tokens=64) == (2 * mlp / 64, speedup(mlp / 64))
-    sparse = sparse_copy(model, Recipe("8:16", mitigation=["rsparse-4"])).model
-    assert predicted_speedup(macs_by_pattern(sparse), RATES, extra_macs(sparse)) < 1
+    assert found(mitigation=["var", "pcs", "lpts"]) == speedup(0)
+    assert found(mitigation=["rsparse-4"]) == speedup(3 * 4 * (64 + 96))
+    assert found(mitigation=["larosa"]) == speedup(64 * 64 * 2 + 96 * 96)
+    assert found(mitigation=["rsparse-4"], phase="decode") == 1
+    assert found(dense_first_tokens=64) == speedup(mlp / 64)
+    assert predicted(Recipe("8:16", mitigation=["rsparse-4"])) < 1
 
 
 def test_rates_from_files(tmp_path):

@@ -16,7 +16,7 @@ PERPLEXITY = "wikitext2"
 """The task that is a perplexity; all others are the harness's."""
 
 _FORMAT = 2
-"""Format of a run's files: 2 adds extra_macs to the results, and the tokens and window in use to the identity."""
+"""Format of a run's files: 2 adds the tokens and window in use to the identity."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RunFolder:
         return identity, [_read_result(file) for file in sorted((path / "rows").glob("*.json"))]
 
 
-_RESULT = ("variant", "task", "metric", "value", "stderr", "samples", "scores", "macs", "extra_macs", "commit", "date")
+_RESULT = ("variant", "task", "metric", "value", "stderr", "samples", "scores", "layers", "width", "commit", "date")
 
 
 def _read_result(path: Path) -> dict[str, Any]:

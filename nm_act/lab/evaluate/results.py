@@ -8,7 +8,7 @@ from typing import Any
 
 from ...recipe import Recipe
 from .. import output
-from ..cost import Rates, places_of, predicted_speedup, predictions
+from ..cost import Cost, Rates, places_of, predictions
 from ..measured import Measured, shapes_of
 from ..output import is_undefined, markdown_table
 from ..tables import DEFAULT_DEVICE
@@ -64,7 +64,7 @@ def comparable(identity: dict[str, Any]) -> str:
 def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
     """Rows of run folders, dense first, then in the order of names; dense rows of the same `Row.run` are taken once.
 
-    With `rates` prefill is predicted from them, by the multiply-accumulates of the evaluated model.
+    With `rates` prefill is predicted from them.
 
     Raises ValueError if a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the
     same run (for dense rows: with another value).
@@ -100,14 +100,9 @@ def _run_rows(folder: str, identity: dict[str, Any], results: list[dict[str, Any
 
 
 def predicted(result: dict[str, Any], rates: Rates | None) -> dict[str, float]:
-    """Speed-up by phase of a result's recipe in the shapes of `PREDICTED_MODEL`; prefill from `rates` if there are any.
-
-    A result of an older run does not say how many layers its model has, and is predicted by multiply-accumulates too.
-    """
-    if rates is not None or "layers" not in result:
-        return {"prefill": predicted_speedup(result["macs"], rates or Rates.load(), result["extra_macs"])}
-    recipe = result["variant"]["recipe"]
-    cost = Measured(DEFAULT_DEVICE, shapes_of(PREDICTED_MODEL), PREDICTED_MODEL, phases=("prefill", "decode"))
+    """Speed-up by phase of a result's recipe in the shapes of `PREDICTED_MODEL`; of prefill, from `rates` if given."""
+    recipe, shapes = result["variant"]["recipe"], shapes_of(PREDICTED_MODEL)
+    cost: Cost = rates or Measured(DEFAULT_DEVICE, shapes, PREDICTED_MODEL, phases=("prefill", "decode"))
     places = places_of(PREDICTED_MODEL, result["layers"])
     factor = places[0].in_features / result["width"]
     return predictions(cost, places, None if recipe is None else Recipe.from_dict(recipe), rank_factor=factor)

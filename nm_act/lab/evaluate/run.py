@@ -11,7 +11,7 @@ from torch import nn
 from ...conversion.sparsify import resolved_specs
 from ...layers.linear import sparse_layers
 from ...version import commit
-from ..cost import extra_macs, macs_by_pattern, places_of
+from ..cost import places_of
 from .folder import PERPLEXITY, RunFolder
 from .perplexity import check_finite, check_window, context_length, perplexity
 from .tasks import GENERATION, harness_model, run_task
@@ -86,12 +86,7 @@ def _reads_sequences(model: nn.Module) -> bool:
 def model_facts(model: nn.Module) -> dict[str, Any]:
     """What predictions of a result's speed need beside its recipe."""
     places = places_of(model)
-    return {
-        "macs": macs_by_pattern(model),
-        "extra_macs": extra_macs(model),
-        "layers": len({place.layer for place in places}),
-        "width": places[0].in_features,
-    }
+    return {"layers": len({place.layer for place in places}), "width": places[0].in_features}
 
 
 def perplexity_result(model: nn.Module, tokens: torch.Tensor, window: int | None) -> dict[str, Any]:
