@@ -238,6 +238,8 @@ class Fused:
                 now = self.losses(student, patterns)
                 history.append({"step": step, "loss": loss.item(), "held_out": math.fsum(now) / len(now)})
                 session.say(f"  step {step}/{total}, held out {history[-1]['held_out']:.4f}")
+                if session.left < 5:
+                    total = step
                 if math.fsum(now) < math.fsum(best):
                     best, kept = now, [each.detach().clone() for each in masters]
         difference, stderr = mean_and_stderr([new - old for new, old in zip(best, before, strict=True)])
