@@ -9,7 +9,7 @@ import math
 
 import torch
 from quality_session import Session
-from quality_stack import PRODUCTS, TENSORS, Stack, tensors_of
+from quality_stack import Stack, tensors_of
 from torch import Tensor
 
 import nm_act
@@ -28,21 +28,16 @@ class Correlated(Stack):
         self.errors: list[Tensor] = []
         return self
 
-    def layer(self, index: int, x: Tensor, patterns) -> Tensor:
-        """One decoder layer; `patterns` is not read."""
-        return super().layer(index, x, [(index, place) for place in PRODUCTS])
-
-    def _pruned(self, x: Tensor, pattern) -> Tensor:
-        index, place = pattern
-        weight = self.tensors[TENSORS * index + place].float()
-        x = x.float()
+    def product(self, index: int, place: int, x: Tensor, pattern) -> Tensor:
+        """One product; the stack's own pattern counts."""
+        weight, x = self.weight(index, place).float(), x.float()
         if self.part == "identity":
             kept = nm_act.prune(x, self.pattern) != 0
         else:
             kept = selected(x, weight.T @ weight, self.pattern, SWEEPS if self.part == "whole" else 0)
         lost = torch.where(kept, 0.0, x) @ weight.T
         self.errors.append(lost.square().sum() / (x @ weight.T).square().sum())
-        return torch.where(kept, x, 0.0).to(self.head.dtype)
+        return torch.where(kept, x, 0.0).to(self.head.dtype) @ self.weight(index, place).T
 
 
 def selected(x: Tensor, gram: Tensor, pattern: NMPattern, sweeps: int) -> Tensor:

@@ -87,6 +87,10 @@ class Fused:
                 torch.cuda.empty_cache()
         return self._pool
 
+    def train_on_c4(self) -> None:
+        """Leave out what the dense model writes."""
+        self._pool = self.c4
+
     def written(self) -> Tensor:
         """Text by the dense model, at temperature 1, begun with 1 to 128 tokens of C4's windows to train on."""
         session, options = self.session, self.session.options
@@ -166,12 +170,26 @@ class Fused:
                 found.setdefault(group.key, {})[name] = self.known[key]
         return found
 
-    def train(self, name: str, recipe: Recipe, seconds: float, rate: float) -> tuple[list[Tensor], dict]:
-        """The tensors with the least held-out loss of a training that takes so long, and what happened."""
+    def train(
+        self,
+        name: str,
+        recipe: Recipe,
+        seconds: float,
+        rate: float,
+        *,
+        kind: type[Stack] = Stack,
+        tensors: list[Tensor] | None = None,
+        steps: int | None = None,
+    ) -> tuple[list[Tensor], dict]:
+        """The tensors with the least held-out loss of a training that takes so long, and what happened.
+
+        By default of the folded model; `steps` counts instead of the time, and `pool` is what is trained on.
+        """
         session, device, batch = self.session, self.session.device, self.session.options.fused_batch
         patterns = patterns_of(everywhere(recipe), self.teacher.layers)
-        student = Stack(session.dense, self.length, self.dtype, self.folded)
-        masters = [each.clone() for each in self.folded]
+        tensors = self.folded if tensors is None else tensors
+        student = kind(session.dense, self.length, self.dtype, tensors)
+        masters = [each.clone() for each in tensors]
         leaves = [each.requires_grad_() for each in student.tensors]
         for master in masters:
             master.grad = torch.zeros_like(master)
@@ -186,7 +204,8 @@ class Fused:
         start = time.perf_counter()
         forward_backward = _step(loss_of, leaves, device)
         before = best = self.losses(student, patterns)
-        kept, history, total, generator = [each.clone() for each in masters], [], None, torch.Generator().manual_seed(0)
+        kept, history, total = [each.clone() for each in masters], [], steps
+        generator = torch.Generator().manual_seed(0)
         order, step, timed = iter(()), 0, time.perf_counter()
         while total is None or step < total:
             chosen = list(itertools.islice(order, batch))
@@ -210,7 +229,7 @@ class Fused:
                     raise ValueError(f"expected a finite loss of {name}, got {value}; lower its rate")
                 if total is not None and session.left < 5:
                     total = step
-            if step == TIMED:
+            if step == TIMED and steps is None:
                 now = time.perf_counter()
                 each = (now - timed) / step
                 total = step + max(TIMED, int((seconds - (now - start)) / (each * 1.02)))
@@ -219,6 +238,8 @@ class Fused:
                 now = self.losses(student, patterns)
                 history.append({"step": step, "loss": loss.item(), "held_out": math.fsum(now) / len(now)})
                 session.say(f"  step {step}/{total}, held out {history[-1]['held_out']:.4f}")
+                if session.left < 5:
+                    total = step
                 if math.fsum(now) < math.fsum(best):
                     best, kept = now, [each.detach().clone() for each in masters]
         difference, stderr = mean_and_stderr([new - old for new, old in zip(best, before, strict=True)])

@@ -17,11 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from quality_blocks import is_learned, measure_trained
 from quality_correlated import correlated
-from quality_fused import KEEPS, fused, plain
+from quality_fused import KEEPS, Fused, fused, plain
 from quality_noise import noise_floor
 from quality_refit import RefitSettings, refit
 from quality_session import C4, OutOfTimeError, Session, calibrated, everywhere, tf32, with_mitigation
+from quality_side import channels, side
+from quality_stack import sparse_model
 from quality_training import train_graphed
 
 import nm_act
@@ -33,7 +36,7 @@ from nm_act.lab.evaluate.variants import resolved, sparse_copy
 from nm_act.lab.search.options import option_name, parse_option
 from nm_act.lab.search.sensitivity import groups_of, sensitivities
 from nm_act.lab.search.solve import Problem
-from nm_act.methods.mitigations import data_of, learned_data_of
+from nm_act.methods.mitigations import data_of, rank_of
 from nm_act.recipe import DEFAULT_PROJECTIONS
 
 WINDOW = 2048
@@ -231,21 +234,78 @@ def stopper(session: Session):
     return progress
 
 
+def gaps(session: Session) -> None:
+    """Texts that rows of --known lack whose model needs no calibration, and how far `decode` agrees in generation."""
+    shared = Fused(session)
+    recipe = Recipe.named("decode")
+    shared.greedy("decode (recommended)", shared.teacher_tensors, recipe)
+    session.measure(dataclasses.replace(from_recipe(recipe, "decode (recommended)"), layers="rule"))
+    names = [name for name in session.known if name != "decode (recommended)"]
+    for name in names:
+        variant = session.known[name]
+        if variant.recipe is None or variant.calibrated or any(map(data_of, resolved(variant.recipe))):
+            continue
+        if all(("float32", name, text) in session.done for text in session.texts):
+            continue
+        model = None
+        if variant.method == "act folded":
+            model = sparse_model(session.dense, everywhere(variant.recipe), shared.folded)
+        elif "trained" in variant.method or "refit" in variant.method:
+            continue
+        try:
+            session.measure(variant, model)
+        except (ValueError, RuntimeError) as error:
+            session.say("failed", name, error)
+
+
+def study_variants() -> Iterator:
+    """Variants of the committed studies: what needs nothing first, low-rank pairs, which take long, last."""
+    rows = [row for name in ("study.yaml", "calibrated.yaml") for row in load_study(EVALUATION / name)]
+    variants = [row_variant(row) for row in rows]
+    yield from (each for each in variants if not each.calibrated)
+    yield from (each for each in variants if each.calibrated and not _has_pair(each))
+    yield from (each for each in variants if each.calibrated and _has_pair(each))
+
+
+def _has_pair(variant) -> bool:
+    return any(rank_of(spec.mitigation) for spec in resolved(variant.recipe))
+
+
 def study(session: Session) -> None:
-    """Every row of the committed studies, on the test's text and on held-out C4."""
-    for name in ("study.yaml", "calibrated.yaml"):
-        for row in load_study(EVALUATION / name):
-            variant = row_variant(row)
-            if ("float32", variant.name, "wikitext2") in session.done:
-                continue
-            learned = any(learned_data_of(spec) for spec in resolved(variant.recipe))
-            windows = session.options.learned_windows if learned else 8
-            session.need((110 if learned else 12) if variant.calibrated else 3)
-            try:
-                variant = calibrated(variant, windows) if variant.calibrated else variant
-                session.measure(variant, session.model(variant.recipe, windows), ["wikitext2", "c4"])
-            except (ValueError, RuntimeError) as error:
-                session.say("failed", variant.name, error)
+    """Rows of the committed studies without training, on the test's text and on held-out C4."""
+    spent = {False: 12.0, True: 40.0}
+    for variant in study_variants():
+        texts = [text for text in ("wikitext2", "c4") if ("float32", variant.name, text) not in session.done]
+        if is_learned(variant) or not texts:
+            continue
+        pair = variant.calibrated and _has_pair(variant)
+        if session.left < (spent[pair] if variant.calibrated else 3):
+            session.say("no time for", variant.name)
+            continue
+        start = time.perf_counter()
+        try:
+            variant = calibrated(variant) if variant.calibrated else variant
+            session.measure(variant, session.model(variant.recipe), texts)
+        except (ValueError, RuntimeError) as error:
+            session.say("failed", variant.name, error)
+        if variant.calibrated:
+            spent[pair] = time.perf_counter() - start + 2
+
+
+def blocks(session: Session) -> None:
+    """Rows of the committed studies that learn something, trained block by block as the paper does; then tasks."""
+    wanted = [each for each in study_variants() if is_learned(each)]
+    order = ["act+lpts+var 2:4", "act+ls+lpts 8:16 alanova", "act+ls+lpts+var 8:16", "act+ls+lpts+var 2:4"]
+    wanted.sort(key=lambda each: order.index(each.name) if each.name in order else len(order))
+    for variant in wanted:
+        if ("float32", variant.name, "wikitext2") in session.done:
+            continue
+        try:
+            measure_trained(session, variant, session.options.learned_windows, session.options.tasks_of_trained)
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, OutOfTimeError):
+                raise
+            session.say("failed", variant.name, error)
 
 
 def refits(session: Session) -> None:
@@ -261,7 +321,7 @@ def refits(session: Session) -> None:
         )
         recipe = Recipe(pattern, criterion="wina", mitigation=[])
         name = f"wina {pattern} refit {about}"
-        if f"refit {name}" in session.facts:
+        if f"refit {name}" in session.facts or ("float32", name, "wikitext2") in session.done:
             continue
         session.need(40)
         model, other = session.model(recipe), session.model(recipe)
@@ -310,7 +370,11 @@ def tasks(session: Session) -> None:
 
 
 STEPS = {
-    each.__name__: each for each in (fused, plain, correlated, rows, rules, curve, search, train, tasks, refits, study)
+    each.__name__: each
+    for each in (
+        *(fused, plain, correlated, rows, rules, curve, search, train, tasks, refits, study),
+        *(gaps, blocks, channels, side),
+    )
 }
 
 
@@ -323,6 +387,7 @@ def main() -> None:
     parser.add_argument("--limit-seconds", type=float, default=480.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--commit", default=None)
+    parser.add_argument("--known", help="a file of rows that need not be measured again, such as the committed one")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: two short windows of everything")
     parser.add_argument("--train-steps", type=int, default=384)
     parser.add_argument("--batch", type=int, default=12, help="windows in a step of training")
@@ -343,11 +408,11 @@ def main() -> None:
         "calibration": 1 << 30,
         "keeps": (5, 6, 7, 8, 9, 10, 12, 14),
     }
-    sizes |= {"together": 1, "refit_windows": 200, "learned_windows": 256}
+    sizes |= {"side_steps": 300, "together": 1, "refit_windows": 200, "learned_windows": 256}
     sizes |= {"written": 16384, "written_at_once": 2048, "sensitivity_windows": 16, "fused_keeps": KEEPS}
     if options.tiny:
         sizes = {"tokens": 128, "window": 64, "limit": 2, "calibration": 120, "keeps": (4, 8), "together": 15}
-        sizes |= {"refit_windows": 60, "learned_windows": 2}
+        sizes |= {"side_steps": 6, "refit_windows": 60, "learned_windows": 2}
         sizes |= {"written": 8, "written_at_once": 4, "sensitivity_windows": 2, "fused_keeps": (10, 16, 20, 24)}
     vars(options).update(sizes)
     options.commit = options.commit or nm_act.version.commit()

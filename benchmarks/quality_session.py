@@ -54,6 +54,21 @@ class Session:
                 self._identity = line["identity"]
             else:
                 self.done.add((self._identity["dtype"], line["variant"]["name"], line["task"]))
+        self.known: dict[str, Variant] = {}
+        if options.known:
+            self._know(Path(options.known))
+
+    def _know(self, path: Path) -> None:
+        """Take the rows of a file that were measured as here for done, and keep their variants."""
+        identity: dict = {}
+        for line in map(json.loads, path.read_text().splitlines()):
+            if "identity" in line:
+                identity = line["identity"]
+            elif identity == self._identity_of(identity["dtype"]):
+                variant = line["variant"]
+                recipe = None if variant["recipe"] is None else Recipe.from_dict(variant["recipe"])
+                self.known[variant["name"]] = Variant(**{**variant, "recipe": recipe})
+                self.done.add((identity["dtype"], variant["name"], line["task"]))
 
     def _loaded(self) -> tuple:
         """The model and its tokenizer; a copy in the cache spares the next call the GGUF file's dequantisation."""
@@ -98,9 +113,7 @@ class Session:
 
     def write(self, dtype: str, variant: Variant, task: str, result: dict) -> None:
         """Append a row, with the identity of its run in front where that is another one."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-        identity = {"model": Path(self.options.model).name, "dtype": dtype, "device": name, "limit": self.options.limit}
-        identity |= {"tokens": self.options.tokens, "window": self.options.window}
+        identity = self._identity_of(dtype)
         if identity != self._identity:
             self._append("rows.jsonl", {"identity": identity})
             self._identity = identity
@@ -108,6 +121,11 @@ class Session:
         self._append("rows.jsonl", record | {"date": datetime.datetime.now(datetime.UTC).date().isoformat()})
         self.done.add((dtype, variant.name, task))
         self.say(f"{variant.name:40} {task:14} {dtype:9} {result['value']:.4f} ± {result['stderr']:.4f}")
+
+    def _identity_of(self, dtype: str) -> dict:
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        identity = {"model": Path(self.options.model).name, "dtype": dtype, "device": name, "limit": self.options.limit}
+        return identity | {"tokens": self.options.tokens, "window": self.options.window}
 
     def measure(self, variant: Variant, model=None, texts=None, tasks=(), dtype: str = "float32") -> None:
         """The rows of a variant that are missing; without a model, that of its recipe."""

@@ -143,12 +143,21 @@ class Stack:
 
     def layer(self, index: int, x: Tensor, patterns) -> Tensor:
         """One decoder layer."""
-        first, qkv, o, second, gate_up, down = self.tensors[TENSORS * index : TENSORS * (index + 1)]
-        h = self._pruned(F.rms_norm(x, first.shape, first, self.eps), patterns[0])
-        x = x + F.linear(self._pruned(self._attended(F.linear(h, qkv)), patterns[1]), o)
-        h = self._pruned(F.rms_norm(x, second.shape, second, self.eps), patterns[2])
-        gate, up = F.linear(h, gate_up).chunk(2, dim=-1)
-        return x + F.linear(self._pruned(F.silu(gate) * up, patterns[3]), down)
+        first, second = (self.tensors[TENSORS * index + place] for place in (0, 3))
+        h = F.rms_norm(x, first.shape, first, self.eps)
+        h = self._attended(self.product(index, 1, h, patterns[0]))
+        x = x + self.product(index, 2, h, patterns[1])
+        h = F.rms_norm(x, second.shape, second, self.eps)
+        gate, up = self.product(index, 4, h, patterns[2]).chunk(2, dim=-1)
+        return x + self.product(index, 5, F.silu(gate) * up, patterns[3])
+
+    def product(self, index: int, place: int, x: Tensor, pattern: NMPattern | None) -> Tensor:
+        """One of the `PRODUCTS` of a layer."""
+        return F.linear(self._pruned(x, pattern), self.weight(index, place))
+
+    def weight(self, index: int, place: int) -> Tensor:
+        """The weight of a product."""
+        return self.tensors[TENSORS * index + place]
 
     def split(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, of ``[windows, length, heads, size]``."""

@@ -100,12 +100,17 @@ class Llama:
     def logits(self, ids: Tensor) -> Tensor:
         """``[windows, length, vocabulary]``."""
         x = F.embedding(ids, self.embedding)
-        for index, (before, behind) in enumerate(self.norms):
-            x = x + self._attention(index, self._norm(x, before))
-            h = self._norm(x, behind)
-            h = F.silu(self.linears[f"{index}.gate_proj"](h)) * self.linears[f"{index}.up_proj"](h)
-            x = x + self.linears[f"{index}.down_proj"](h)
+        for index in range(len(self.norms)):
+            x = self.block(index, x)
         return F.linear(self._norm(x, self.last), self.head)
+
+    def block(self, index: int, x: Tensor) -> Tensor:
+        """One decoder block, ``[windows, length, hidden]``."""
+        before, behind = self.norms[index]
+        x = x + self._attention(index, self._norm(x, before))
+        h = self._norm(x, behind)
+        h = F.silu(self.linears[f"{index}.gate_proj"](h)) * self.linears[f"{index}.up_proj"](h)
+        return x + self.linears[f"{index}.down_proj"](h)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, self.eps)
@@ -142,18 +147,7 @@ def train_graphed(
     """`distill` of a sparse Llama; ``what`` is "weights" or "data"."""
     device = next(model.parameters()).device
     windows, held_out = windows.to(device), held_out.to(device)
-    layers = {_short(name): module for name, module in model.named_modules() if isinstance(module, NMLinear)}
-    unknown = next((layer.spec for layer in layers.values() if layer.spec.criterion not in ("act", "wina")), None)
-    if unknown is not None:
-        raise ValueError(f"expected the criterion act or wina, got {unknown}; train it with nm-act calibrate --distill")
-    linears = {
-        name: Linear(
-            layer,
-            layer.weight.detach().float().contiguous().clone(),
-            {key: value.detach().clone() for key, value in layer.data().items() if key in LEARNED},
-        )
-        for name, layer in layers.items()
-    }
+    layers, linears = linears_of(model)
     teacher = Llama(dense, windows.shape[1], dtype, {})
     student = Llama(dense, windows.shape[1], dtype, dict(linears))
     if what == "weights":
@@ -198,6 +192,23 @@ def train_graphed(
                 layer.set_data(**{key: value.detach() for key, value in linears[name].data.items()})
     total = len(before)
     return Distilled(kept, math.fsum(before) / total, best[0] / total, difference, stderr, history)
+
+
+def linears_of(model: nn.Module) -> tuple[dict[str, NMLinear], dict[str, Linear]]:
+    """The sparse layers of a model and copies of what they compute with, by block and projection."""
+    layers = {_short(name): module for name, module in model.named_modules() if isinstance(module, NMLinear)}
+    unknown = next((layer.spec for layer in layers.values() if layer.spec.criterion not in ("act", "wina")), None)
+    if unknown is not None:
+        raise ValueError(f"expected the criterion act or wina, got {unknown}; train it with nm-act calibrate")
+    linears = {
+        name: Linear(
+            layer,
+            layer.weight.detach().float().contiguous().clone(),
+            {key: value.detach().clone() for key, value in layer.data().items() if key in LEARNED},
+        )
+        for name, layer in layers.items()
+    }
+    return layers, linears
 
 
 def _short(name: str) -> str:

@@ -241,6 +241,12 @@ def test_a_rank_above_the_weight_s_is_one_sentence():
     check_recipe(model, Recipe("2:4", mitigation=["rsparse-32"]))
 
 
+def test_too_little_text_for_a_rank_is_one_sentence(windows):
+    with pytest.raises(ValueError, match=r"expected at least 30 tokens .* of rank 30 in .*q_proj, got 8; give more"):
+        calibrate(tiny_model.build()[0], Recipe("2:4", mitigation=["rsparse-30-fit"]), windows[:1, :8])
+    calibrate(tiny_model.build()[0], Recipe("2:4", mitigation=["rsparse-30"]), windows[:1, :8])  # needs no text
+
+
 def _stopped_after_block_0(monkeypatch, text, tmp_path, folder):
     """Arguments of a command that was interrupted in block 1, and its result."""
     arguments = [folder, *_options(tmp_path, text, tmp_path / "out", mitigation=["lpts"])]
@@ -334,6 +340,15 @@ def test_permute_where_nothing_folds_is_noted(folder, text, tmp_path, projection
             torch.inf,
             {"mitigation": ["spts"], "skip_layers": [1]},
             "finite hidden states, .* NaN after block 1;",
+        ),
+        *(
+            (
+                "gate_proj",
+                torch.nan,
+                {"mitigation": [name]},
+                "a finite weight and finite inputs of .*gate_proj, got inf",
+            )
+            for name in ("rsparse-4", "rsparse-4-fit", "larosa")
         ),
     ],
 )

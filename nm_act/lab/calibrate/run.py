@@ -23,7 +23,7 @@ from .blocks import BlockRunner, switched
 from .data import check_seed
 from .order import find_order
 from .state import RunState
-from .static import collect, initial_data
+from .static import check_statistics, collect, initial_data
 from .training import LOSSES, train_block
 
 
@@ -180,6 +180,8 @@ def _calibrate_block(
     with switched(layers.values(), "bypass"), collect(layers, device) as statistics:
         targets = runner.run_all(index, hidden, device)
     for name, layer in layers.items():
+        if any(method.rank or method.matrices for method in layer.spec.methods):  # a NaN in them stops torch.linalg
+            check_statistics(name, layer, statistics[name])
         layer.set_data(**initial_data(layer, statistics[name]))
 
     def trained(step: int, steps: int, loss: float) -> None:

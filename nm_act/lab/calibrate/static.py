@@ -104,6 +104,22 @@ def collect(
         yield statistics
 
 
+def check_statistics(name: str, layer: NMLinear, statistics: InputStatistics) -> None:
+    """Raise a ValueError if a layer's data in closed form cannot follow from its weight and these statistics."""
+    matrices = layer.weight, statistics.covariance, statistics.lost
+    if not all(matrix is None or matrix.isfinite().all() for matrix in matrices):
+        raise ValueError(
+            f"expected a finite weight and finite inputs of {name}, got infinities or NaN; check the checkpoint, or "
+            "use float32"
+        )
+    rank = mitigations.rank_of(layer.spec.mitigation)
+    if statistics.lost is not None and statistics.tokens < rank:
+        raise ValueError(
+            f"expected at least {rank} tokens of calibration text to fit a pair of rank {rank} in {name}, got "
+            f"{statistics.tokens}; give more --windows or a smaller rank"
+        )
+
+
 def initial_data(layer: NMLinear, statistics: InputStatistics) -> dict[str, torch.Tensor]:
     """All calibrated data of a layer before training: static ones in closed form, learned ones at their start."""
     spec, mean = layer.spec, statistics.mean
