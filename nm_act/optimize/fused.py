@@ -6,7 +6,6 @@ Before attention runs, the product of its merged q/k/v layer is computed from th
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..ops import autograd
@@ -21,8 +20,6 @@ _MARKS = (
     "nm_act_gates",
     "nm_act_norms",
     "nm_act_adds",
-    "nm_act_place",
-    "nm_act_given",
     "nm_act_head_norms",
     "nm_act_window_in_config",
 )
@@ -158,9 +155,7 @@ class FusedLayer(Changed):
             return stock
         entered = hidden_states
         if way:
-            y = self._given(way, hidden_states)
-            if y is None:
-                y, _ = operands.norm_product(way, self.input_layernorm, qkv.linear, hidden_states)
+            y, _ = operands.norm_product(way, self.input_layernorm, qkv.linear, hidden_states)
             # Attention reads only the shape of this input: called with it, q, k and v are parts of y.
             kwargs["nm_act_product"] = Product(qkv, hidden_states, y)
             del y
@@ -191,15 +186,7 @@ class FusedLayer(Changed):
         hidden = products.pop()
         if not self.after_parts:
             return _mlp_tail(self.mlp, products, hidden)
-        return self._leave(_mlp_tail(self.mlp, products), hidden)
-
-    def _given(self, way: str, x: Tensor) -> Tensor | None:
-        """The product of q, k and v with this input if the layer before has computed it."""
-        return None
-
-    def _leave(self, y: Tensor, residual: Tensor) -> Tensor:
-        """The hidden states of the next layer from the output of the MLP and its residual."""
-        return self._plus(1, y, residual)
+        return self._plus(1, _mlp_tail(self.mlp, products), hidden)
 
     def _adds(self, mlp_way: str, x: Tensor) -> bool:
         """Whether the output projection adds the residual, so that the norm before the MLP need not."""
@@ -229,55 +216,6 @@ class FusedSandwichLayer(FusedLayer):
 
     before_mlp = "pre_feedforward_layernorm"
     after_parts = ("post_attention_layernorm", "post_feedforward_layernorm")
-    nm_act_place: tuple[list["FusedSandwichLayer"], int]
-    """Layers of this kind that follow each other, in one list that they share, and the place of this one."""
-    nm_act_given: tuple[Tensor, Tensor] | None
-    """Hidden states and their product with q, k and v, from the layer before in this step."""
-
-    def _given(self, way: str, x: Tensor) -> Tensor | None:
-        given, self.nm_act_given = self.nm_act_given, None
-        # The states may have been replaced on their way here.
-        return given[1] if given is not None and given[0] is x and way == "decode" else None
-
-    def _leave(self, y: Tensor, residual: Tensor) -> Tensor:
-        """One kernel computes the hidden states together with the next layer's q, k and v in a decode step."""
-        norm, following = self._after(1, y), self._following()
-        if norm is None or following is None or not following._takes(y, norm):
-            return self._plus(1, y, residual)
-        qkv: Any = merged_qkv(following.self_attn)
-        hidden: Tensor
-        product, hidden = operands.norm_product("decode", following.input_layernorm, qkv.linear, y, residual, norm)
-        following.nm_act_given = hidden, product
-        return hidden
-
-    def _following(self) -> "FusedSandwichLayer | None":
-        """The next layer, if nothing comes between the two."""
-        # What a compiler has traced is not to depend on what a step left behind.
-        if has_hooks(self) or torch.compiler.is_compiling():
-            return None
-        layers, place = self.nm_act_place
-        return layers[place + 1] if place + 1 < len(layers) else None
-
-    def _takes(self, y: Tensor, after: nn.Module) -> bool:
-        """Whether the kernel of the product of q, k and v can compute ``after(y)``, the residual and the norm too."""
-        if "input_layernorm" not in self.nm_act_norms or has_hooks(self) or has_hooks(self.self_attn):
-            return False
-        qkv: Any = merged_qkv(self.self_attn)
-        if _parts_have_hooks(self.self_attn, qkv) or self.input_layernorm.weight.device != y.device:
-            return False
-        alike = operands.norm_facts(self.input_layernorm) == operands.norm_facts(after)
-        return alike and _way_of(self.input_layernorm, qkv.linear, y) == "decode"
-
-
-def link_layers(layers: list[Any]) -> None:
-    """Let each of a model's fused layers with norms on both sides compute what the next one begins with."""
-    run: list[Any] = []
-    for layer in layers:
-        if not isinstance(layer, FusedSandwichLayer):
-            run = []
-            continue
-        layer.nm_act_place, layer.nm_act_given = (run, len(run)), None
-        run.append(layer)
 
 
 def _way_of(norm: Any, linear: nn.Module, x: Tensor) -> str:

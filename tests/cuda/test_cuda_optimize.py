@@ -98,11 +98,9 @@ def test_fused_kernels_run(monkeypatch, pattern, name):
     layers, sandwich = 2, name == "gemma3"
     after = ["rms_norm_add"] if sandwich else []  # of the MLP
     linear = ["decode_linear"]
-    # The output projection is called for itself where its output is normed, and the norm after the MLP is part of the
-    # next layer's q/k/v product.
-    both = ["sandwich_linear"]
-    steps = [*linear, *both, *linear, *both, *both, *linear, *after] if sandwich else 4 * linear * layers
-    assert called(1) == steps
+    # The output projection is called for itself where its output is normed.
+    step = [*linear, "sandwich_linear", *linear, *after] if sandwich else 4 * linear
+    assert called(1) == step * layers
     assert called(40) == ["rms_norm_prune", "rms_norm_prune", "silu_mul_prune", *after] * layers
     packs = HAS_PACKED and pattern == "2:4"
     # The activation is part of the product of gate and up.
