@@ -74,7 +74,7 @@ class Operands:
     def gather(self, config: Config) -> list[Callable]:
         op, numbers = torch.ops.nm_act._tune_gather, [*map(int, config)]
         return [
-            lambda x=x, w=w: op(x, w, None, KEEP, GROUP, numbers, weight_scale=self.scale)
+            lambda x=x, w=w: op(x, w, None, KEEP, GROUP, numbers, weight_scale=self.scale)[0]
             for x, w in zip(self.xs, self.weights, strict=True)
         ]
 

@@ -55,16 +55,30 @@ def candidates(shape: tuple[int, int], dtype: str, pattern: str, device: tuple[i
 
 
 class Override:
-    """In place of decode_linear: products of one shape take a configuration of the caller."""
+    """In place of decode_linear and sandwich_linear: products of one shape take a configuration of the caller."""
 
     def __init__(self):
-        self.stock, self.shape, self.config = operands.decode_linear, None, None
+        self.stock = operands.decode_linear, operands.sandwich_linear
+        self.shape: tuple[int, int] | None = None
+        self.config: Config | None = None
+        operands.decode_linear, operands.sandwich_linear = self.decode_linear, self.sandwich_linear
 
-    def __call__(self, x, weight, bias, pattern, **around):
+    def undo(self) -> None:
+        operands.decode_linear, operands.sandwich_linear = self.stock
+
+    def decode_linear(self, x, weight, bias, pattern, **around):
         if tuple(weight.shape) != self.shape:
-            return self.stock(x, weight, bias, pattern, **around)
-        numbers = (pattern.keep, pattern.group, self.config)
-        return torch.ops.nm_act._tune_gather(x, weight, bias, *numbers, **around)
+            return self.stock[0](x, weight, bias, pattern, **around)
+        return self.tuned(x, weight, bias, pattern, **around)[0]
+
+    def sandwich_linear(self, x, x_weight, residual, norm_weight, eps, weight, bias, pattern, **around):
+        if tuple(weight.shape) != self.shape:
+            return self.stock[1](x, x_weight, residual, norm_weight, eps, weight, bias, pattern, **around)
+        around |= {"x_weight": x_weight, "x_residual": residual, "norm_weight": norm_weight, "eps": eps}
+        return self.tuned(x, weight, bias, pattern, **around)
+
+    def tuned(self, x, weight, bias, pattern, **around):
+        return torch.ops.nm_act._tune_gather(x, weight, bias, pattern.keep, pattern.group, self.config, **around)
 
 
 def microseconds(decoder: nm_act.StaticDecoder, graphs: dict[str, object], repeats: int) -> dict[str, list[float]]:
@@ -92,7 +106,7 @@ def run(name: str, dtype: str, pattern: str, repeats: int, rows: Rows) -> None:
     most = CACHED + STEPS + 1
     decoder = nm_act.StaticDecoder(build("cut", mode, "cuda", DTYPES[dtype], most), max_tokens=most)
     decoder.prefill(torch.zeros(1, CACHED, dtype=torch.long, device="cuda"))
-    override = operands.decode_linear = Override()
+    override = Override()
     facts = torch.cuda.get_device_properties(0)
     try:
         for shape in products(name):
@@ -111,7 +125,7 @@ def run(name: str, dtype: str, pattern: str, repeats: int, rows: Rows) -> None:
                 rows.append(**row, repeats=repeats)
             print(summary(name, dtype, pattern, shape, configs, times), flush=True)
     finally:
-        operands.decode_linear = override.stock
+        override.undo()
 
 
 def summary(name, dtype, pattern, shape, configs, times) -> str:
@@ -128,7 +142,7 @@ def summary(name, dtype, pattern, shape, configs, times) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["llama-3-8b", "qwen2.5-7b", "llama-3.2-1b"])
+    parser.add_argument("--model", nargs="+", default=["llama-3-8b", "qwen2.5-7b", "llama-3.2-1b", "gemma-3-4b"])
     parser.add_argument("--case", nargs="+", default=[f"{dtype}/{pattern}" for dtype, pattern in CASES])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--csv", help="write the rows to this file")

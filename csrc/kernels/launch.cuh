@@ -83,6 +83,21 @@ cudaError_t allow_shared_memory(void (*kernel)(Parameters...), const LaunchShape
                                      most > shape.shared_bytes ? most : shape.shared_bytes));
 }
 
+// Lets a kernel have clusters of more blocks than all devices with clusters support.
+template <class... Parameters>
+cudaError_t allow_cluster(void (*kernel)(Parameters...), const LaunchShape& shape) {
+  constexpr unsigned kPortable = 8;
+  if (shape.cluster <= kPortable) return cudaSuccess;
+  return forget(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+}
+
+// What a kernel must be told before a launch of this shape.
+template <class... Parameters>
+cudaError_t allow_shape(void (*kernel)(Parameters...), const LaunchShape& shape) {
+  const cudaError_t status = allow_cluster(kernel, shape);
+  return status != cudaSuccess ? status : allow_shared_memory(kernel, shape);
+}
+
 // The shape as the runtime takes it; its cluster is the first of `attributes`.
 inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t config{};
@@ -102,7 +117,7 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaLaunchAttr
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cudaStream_t stream,
                           Arguments&&... arguments) {
-  const cudaError_t status = allow_shared_memory(kernel, shape);
+  const cudaError_t status = allow_shape(kernel, shape);
   if (status != cudaSuccess) return status;
   cudaLaunchAttribute attributes[3]{};
   cudaLaunchConfig_t config = launch_config(shape, attributes);
@@ -126,7 +141,7 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), LaunchShape shape, cuda
 template <auto kKernel, int kCluster>
 int resident_clusters(const LaunchShape& shape) {
   return once_per_device([&](int, int& clusters) {
-    const cudaError_t status = allow_shared_memory(kKernel, shape);
+    const cudaError_t status = allow_shape(kKernel, shape);
     if (status != cudaSuccess) return status;
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = launch_config(shape, &attribute);

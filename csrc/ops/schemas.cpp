@@ -159,13 +159,14 @@ TORCH_LIBRARY(nm_act, m) {
       "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight, *, str activation=\"silu\") "
       "-> (Tensor values, Tensor metadata)");
 
-  // Private, for benchmarks/tune_decode.py, tune_decode_layers.py and tune.py: decode_linear and sparse_gemm with the
-  // caller's configuration. For the gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for
+  // Private, for benchmarks/tune_decode.py, tune_decode_layers.py and tune.py: decode_linear, sandwich_linear (with
+  // x_weight; x_residual is its residual) and sparse_gemm with the caller's configuration. For the gather kernel: lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for
   // the GEMM on sm_90: tile, raster, swizzle, splits, overlapped (csrc/kernels/matmul/config.h).
   m.def(
       "_tune_gather(Tensor x, Tensor weight, Tensor? bias, int n, int m, int[] config, *, Tensor? up=None, "
       "Tensor? norm_weight=None, float? eps=None, Tensor? residual=None, Tensor? channel_scale=None, "
-      "Tensor? weight_scale=None, str? activation=None, bool unit_offset=False) -> Tensor");
+      "Tensor? weight_scale=None, str? activation=None, bool unit_offset=False, Tensor? x_weight=None, "
+      "Tensor? x_residual=None) -> (Tensor y, Tensor hidden)");
   m.def(
       "_tune_sparse_gemm(Tensor values, Tensor metadata, str layout, Tensor weight, int[] config, *, "
       "Tensor? row_scale=None, Tensor? eta=None, Tensor? shift_out=None, Tensor? column_scale=None, "

@@ -190,14 +190,19 @@ def test_every_configuration(kind, tokens):
     configs = nm_act._C.gather_configs(tokens, 4112, 2080, kind != "same", 8, 16, major, multiprocessors)
     assert len(configs) > 4
     for config in configs:
-        y = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, config)], weight_scale=scale)
+        y, _ = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, config)], weight_scale=scale)
         assert_within_twice_torch(y, x, weight, None, "8:16", options, config)
-    first = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, configs[0])], weight_scale=scale)
+    first, _ = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, configs[0])], weight_scale=scale)
     assert torch.equal(first, nm_act.sparse_linear(x, weight, None, "8:16", **options))
     drawn = [torch.randn(size, device="cuda").to(x.dtype) for size in ((2080,), (tokens, 4112))]
     around = {"norm_weight": drawn[0], "eps": 1e-5, "residual": drawn[1], "weight_scale": scale}
-    fused = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, configs[0])], **around)
+    fused, _ = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, configs[0])], **around)
     assert relative_error(fused, OPS.decode_linear(x, weight, None, 8, 16, **around)) < 1e-2
+    del around["residual"]
+    sandwich = {"x_weight": torch.randn_like(drawn[0]), "x_residual": torch.randn_like(x)}
+    pair = OPS._tune_gather(x, weight, None, 8, 16, [*map(int, configs[0])], **around, **sandwich)
+    stock = OPS.sandwich_linear(x, *sandwich.values(), drawn[0], 1e-5, weight, None, 8, 16, weight_scale=scale)
+    assert max(map(relative_error, pair, stock)) < 1e-2
     for wrong in ([24, 1, 512, 0], [16, 1, 512]):
         with pytest.raises(ValueError, match=r"expected a configuration .* that the gather kernel has"):
             OPS._tune_gather(x, weight, None, 8, 16, wrong, weight_scale=scale)

@@ -179,14 +179,14 @@ void run_case(const Case& c, unsigned splits) {
 }
 
 void run_all() {
-  const int heads[][2] = {{8, 1}, {3, 1}, {4, 2}, {2, 2}};
+  const int heads[][2] = {{8, 1}, {3, 1}, {4, 2}, {2, 2}, {7, 1}};
   for (ElementType type : {kBf16, kFp16}) {
     for (int dim : {64, 128, 256}) {
       int step = 0;
       for (const auto& [q_heads, k_heads] : heads) {
         const bool one_angle = step % 2 == 0;
-        // As many blocks at once as clusters of 8, of 4, of 2 and of 1 need.
-        const unsigned splits = 8u >> step++ % 4;
+        // As many blocks at once as clusters of 16, of 8, of 4, of 2 and of 1 need.
+        const unsigned splits = 16u >> step++ % 5;
         const std::vector<std::vector<int>> batches = {{1}, {17}, {300, 1}, {299, 33, 128}};
         for (const auto& lengths : batches) {
           const unsigned resident = unsigned(lengths.size() * k_heads) * splits;
@@ -201,7 +201,7 @@ void run_all() {
     }
   }
   // Clusters run at once, or there are fewer blocks a cluster; many heads take whole blocks, in turn.
-  run_case({kBf16, 2, 2, 64, 40, 0, true, {40, 7, 3, 9, 1, 2, 40, 8}, 127}, 4);  // 16 heads, 15 clusters of 8
+  run_case({kBf16, 2, 2, 64, 40, 0, true, {40, 7, 3, 9, 1, 2, 40, 8}, 127}, 4);  // 16 heads, 15 clusters of 8, 7 of 16
   run_case({kBf16, 2, 2, 64, 40, 0, true, {40, 7, 3, 9, 1, 2, 40, 8}, 128}, 8);
   run_case({kBf16, 2, 2, 64, 40, 0, true, {40, 7, 3, 9, 1, 2, 40, 8}, 3}, 1);
   check_every_kernel_ran(6);

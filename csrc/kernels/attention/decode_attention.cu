@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kThreads)
     team.score(key, 1, probability);
     team.add(value, probability);
   }
-  // Where registers suffice, the next tile is loaded while this one is multiplied.
+  // Where registers suffice, the next tile is loaded while this one is multiplied; else keys and values together.
   constexpr bool kAhead = kDim <= 128;
   int first = begin + warp * kTokens;
   Keys<E, kDim> key;
@@ -280,19 +280,16 @@ __global__ void __launch_bounds__(kThreads)
   const auto load_values = [&](int at) {
     if (at < old_end) team.load(value, values, at, old_end, begin);
   };
-  if constexpr (kAhead) {
-    load_keys(first);
-    load_values(first);
-  }
+  const auto load_both = [&](int at) {
+    load_keys(at);
+    load_values(at);
+  };
+  if constexpr (kAhead) load_both(first);
 #pragma unroll 1
   for (; first < old_end; first += kStep) {
-    if constexpr (!kAhead) load_keys(first);
+    if constexpr (!kAhead) load_both(first);
     team.score(key, old_end - first, probability);
-    if constexpr (kAhead) {
-      load_keys(first + kStep);
-    } else {
-      load_values(first);
-    }
+    if constexpr (kAhead) load_keys(first + kStep);
     team.add(value, probability);
     if constexpr (kAhead) load_values(first + kStep);
   }
@@ -356,7 +353,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Launches with the most blocks a cluster, of kSplits and its halves, with which all clusters run at once: one that had
 // to wait would read its cache alone.
-template <class E, int kDim, int kSplits = 8>  // 8: the largest portable cluster
+template <class E, int kDim, int kSplits = 16>
 cudaError_t launch_shape(const DecodeAttentionParams& params, cudaStream_t stream) {
   constexpr auto kKernel = decode_attention_kernel<E, kDim>;
   const int heads = params.batch * params.k_heads;

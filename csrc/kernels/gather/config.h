@@ -252,8 +252,8 @@ struct LayerGather {
   GatherConfig config;
 };
 inline constexpr LayerGather kLayerGathers[] = {
-    {28672, 4096, {128, 4, 512, true}}, {3584, 3584, {16, 8, 512, true}},  {37888, 3584, {128, 5, 512, true}},
-    {2048, 2048, {32, 8, 512, true}},   {2048, 8192, {32, 8, 512, false}},
+    {28672, 4096, {128, 4, 512, true}}, {3584, 3584, {16, 8, 512, true}},    {37888, 3584, {128, 5, 512, true}},
+    {2048, 2048, {32, 8, 512, true}},   {16384, 2048, {128, 6, 512, false}},
 };
 
 // The configuration for a product within a layer's decode step: a measured one, else the one that is fastest alone.

@@ -214,13 +214,15 @@ std::tuple<at::Tensor, at::Tensor> sandwich_linear(const at::Tensor& x, const at
   return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, std::nullopt, "sandwich_linear");
 }
 
-at::Tensor tune_gather(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, int64_t n, int64_t m,
-                       at::IntArrayRef config, const OptionalTensor& up, const OptionalTensor& norm_weight,
-                       std::optional<double> eps, const OptionalTensor& residual, const OptionalTensor& channel_scale,
-                       const OptionalTensor& weight_scale, std::optional<c10::string_view> activation,
-                       bool unit_offset) {
-  const Around around{up, norm_weight, residual, {}, {}, eps, activation, unit_offset};
-  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, config, "_tune_gather").first;
+std::tuple<at::Tensor, at::Tensor> tune_gather(const at::Tensor& x, const at::Tensor& weight,
+                                               const OptionalTensor& bias, int64_t n, int64_t m, at::IntArrayRef config,
+                                               const OptionalTensor& up, const OptionalTensor& norm_weight,
+                                               std::optional<double> eps, const OptionalTensor& residual,
+                                               const OptionalTensor& channel_scale, const OptionalTensor& weight_scale,
+                                               std::optional<c10::string_view> activation, bool unit_offset,
+                                               const OptionalTensor& x_weight, const OptionalTensor& x_residual) {
+  const Around around{up, norm_weight, residual, x_weight, x_residual, eps, activation, unit_offset};
+  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, config, "_tune_gather");
 }
 
 }  // namespace
