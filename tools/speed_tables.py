@@ -8,35 +8,33 @@ from result_files import EVALUATION, ROOT, geometric_mean, measured_rows, read_r
 import nm_act
 from nm_act.lab.cost import places_of, predictions
 from nm_act.lab.evaluate.results import markdown_table as table
-from nm_act.lab.measured import Measured, shapes_of
+from nm_act.lab.measured import SHAPES, Measured, shapes_of
 
 INFERENCE, TURNS = "benchmarks/results/h100/inference.csv", "benchmarks/results/h100/inference_turns.csv"
 GENERATE = "benchmarks/results/cpu/generate.csv"
 SERVED = "benchmarks/results/cpu/vllm.csv"
+METRICS = {"prefill": "ttft_busy_ms", "decode": "decode_tok_s"}
+"""What measures a phase of a whole model."""
 
 
 def predicted() -> str:
-    """Predicted and measured speed-ups of whole models."""
+    """Predicted and measured speed-ups of whole models, one sequence."""
+    phases = {metric: phase for phase, metric in METRICS.items()}
     lines = []
-    for mode, pattern, dtype in (
-        ("nm-2:4", "2:4", "bf16"),
-        ("nm-8:16", "8:16", "bf16"),
-        ("nm-2:4-fp8", "2:4", "e4m3"),
-        ("nm-8:16-fp8", "8:16", "e4m3"),
-    ):
-        for phase in ("prefill", "decode"):
-            if dtype == "e4m3" and phase != {"2:4": "prefill", "8:16": "decode"}[pattern]:
-                continue  # the weights are stored for the other phase
-            for prompt in (512, 4096, 16384):
-                cost = Measured("h100", shapes_of("llama-3-8b"), "llama-3-8b", dtype, (phase,), prompt, prompt)
-                whole = [cost.tables.whole("llama-3-8b", each, phase, prompt) for each in ("dense_bf16", mode)]
-                if None in whole:
-                    continue
-                measured = whole[0] / whole[1]
-                found = predictions(cost, places_of("llama-3-8b", 32), nm_act.Recipe(pattern))[phase]
-                numbers = f"{found:.3f}x", f"{measured:.3f}x", f"{100 * (found / measured - 1):+.1f} %"
-                lines.append([mode, phase, str(prompt), *numbers])
-    return table(["mode", "phase", "prompt", "predicted", "measured", "difference"], lines, right=3)
+    for row in read_rows(TURNS):
+        name, mode, phase = row["model"].split(" (")[0], row["mode"], phases.get(row["metric"])
+        if phase is None or (row["baseline"], row["batch"]) != ("dense_bf16", "1") or not mode.startswith("nm-"):
+            continue
+        pattern, _, decode = mode.removeprefix("nm-").removesuffix("-fp8").partition("/")
+        recipe, dtype = nm_act.Recipe(decode if decode and phase == "decode" else pattern), "bf16"
+        if mode.endswith("-fp8"):
+            dtype = "e4m3"
+        prompt, measured = int(row["prompt"]), float(row["speedup"])
+        cost = Measured("h100", shapes_of(name), name, dtype, (phase,), prompt, prompt)
+        found = predictions(cost, places_of(name, SHAPES[name][0]), recipe)[phase]
+        numbers = f"{found:.2f}x", f"{measured:.2f}x", f"{100 * (found / measured - 1):+.1f} %"
+        lines.append([name, mode, phase, str(prompt), *numbers])
+    return table(["model", "mode", "phase", "prompt", "predicted", "measured", "difference"], lines, right=3)
 
 
 def support() -> str:

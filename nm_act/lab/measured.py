@@ -28,8 +28,9 @@ SHAPES = {
 """Model -> decoder layers, hidden size, inner size of the MLP, features of all query and of all key heads."""
 
 _REFERENCE = "llama-3-8b"
-"""The model whose 8:16 step, at this prompt, says how much longer a product takes inside a decode step than alone."""
 REFERENCE_PROMPT = 512
+_REFERENCES = {"prefill": ("2:4", 4096), "decode": ("8:16", REFERENCE_PROMPT)}
+"""Pattern and prompt whose whole model says how long products take inside a phase, compared with alone."""
 
 
 def shapes_of(name: str) -> dict[str, tuple[int, int]]:
@@ -118,28 +119,32 @@ class Measured:
         time = dense.us
         if spec is not None:
             dtype = self.dtype if phase == "decode" or str(spec.pattern) == "2:4" else "bf16"
-            fused = fused and name != "o_proj"
+            plain = not spec.variance_correction and spec.token_shift == "none"
+            fused = fused and name != "o_proj" and (plain or str(spec.pattern) == "2:4")
             found = self.tables.product(phase, str(spec.pattern), sizes, dtype, fused=fused)
             time *= found.us / found.dense_us  # tables were measured at different clocks
-            time += self._in_model if phase == "decode" else 0.0
+            if phase == "decode" or str(spec.pattern).startswith("2:4"):  # any other pattern is a dense product
+                time *= self._in_model[phase]
         if found.note:
             self.notes[found.note] = None
         return time * out_features / width
 
     @cached_property
-    def _in_model(self) -> float:
-        """Microseconds by which a product of few tokens takes longer inside a model's step than alone.
+    def _in_model(self) -> dict[str, float]:
+        """Time of a sparse product inside a whole model over its time alone, by phase.
 
-        The step of the reference model at 8:16 less its prediction from the products alone, by product.
+        Of the reference model: its time less what the dense one spends outside its products, over the products alone.
+        Alone, sparse and dense products take turns at one clock. Prefills back to back run at the clock that their own
+        power leaves, and a decode step launches its products so that they overlap.
         """
-        step = self.tables.whole(_REFERENCE, "nm-8:16", "decode", REFERENCE_PROMPT)
-        if step is None:
-            return 0.0
-        alone = Measured(self.device, shapes_of(_REFERENCE), _REFERENCE, phases=("decode",))
-        alone._in_model = 0.0
-        layers = SHAPES[_REFERENCE][0]
-        products = layers * alone.block("decode", LinearSpec(NMPattern("8:16")))
-        return max(0.0, step - products - alone.rest("decode", layers)) / (layers * len(MERGED))
+        factors = {}
+        for phase, (pattern, prompt) in _REFERENCES.items():
+            alone = Measured(self.device, shapes_of(_REFERENCE), _REFERENCE, phases=(phase,), tokens=prompt)
+            alone._in_model = dict.fromkeys(_REFERENCES, 1.0)
+            layers, whole = SHAPES[_REFERENCE][0], self.tables.whole(_REFERENCE, f"nm-{pattern}", phase, prompt)
+            products = layers * alone.block(phase, LinearSpec(NMPattern(pattern)))
+            factors[phase] = 1.0 if whole is None else (whole - alone.rest(phase, layers)) / products
+        return factors
 
     def block(self, phase: str, spec: LinearSpec | None) -> float:
         """Microseconds of all products of one decoder block with one spec."""

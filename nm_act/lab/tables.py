@@ -106,7 +106,7 @@ class Tables:
         multiply-accumulate. In decode the time of a share of kept features that was not measured is interpolated, or
         beyond the measured shares proportional; between patterns of the same M, where some were measured. In prefill
         every pattern but 2:4 and 2:4+1 is a pruned operand in the dense product. ``fused`` says that the operand comes
-        packed from the producer in front, where that is possible (2:4 in prefill).
+        from the producer in front (in prefill): packed for 2:4, else pruned in place of the dense one, which costs nothing.
         """
         chosen = as_pattern(pattern)
         if phase == "decode":
@@ -115,7 +115,9 @@ class Tables:
         stage = "prefill gemm" if fused and (name == "2:4") else "prefill op"
         if (stage, dtype, name) in self._products:
             return self._nearest((stage, dtype, name), sizes)
-        dense = self._nearest(("prefill op", "bf16", "2:4"), sizes)
+        dense = self.dense(phase, sizes)
+        if fused and "+" not in name:
+            return dense
         pruned = name if ("prefill prune", "bf16", name) in self._products else "8:16"
         prune = self._nearest(("prefill prune", "bf16", pruned), (1, *sizes[1:]))
         note = "" if pruned == name else f"{name} in prefill was not measured: 8:16 stands for it"
@@ -163,18 +165,15 @@ class Tables:
     def whole(self, model: str, mode: str, phase: str, prompt: int) -> float | None:
         """Measured microseconds of a whole model at batch 1: time to first token, or a decode step; None without it.
 
-        Of prompts back to back where they were measured, as the products were.
+        Of modes that took turns, and of prompts back to back, as the products were measured.
         """
-        wanted = {"mode": mode, "batch": "1", "prompt": str(prompt), "baseline": "dense_bf16"}
-        found = {
-            row["metric"]: float(row["p50"])
-            for row in self._read("inference.csv")
-            if row["model"].split(" (")[0] == model and wanted.items() <= row.items()
-        }
-        if phase == "decode":
-            return 1e6 / found["decode_tok_s"] if "decode_tok_s" in found else None
-        time = found.get("ttft_busy_ms", found.get("ttft_ms"))
-        return None if time is None else 1e3 * time
+        metric = "decode_tok_s" if phase == "decode" else "ttft_busy_ms"
+        wanted = {"mode": mode, "batch": "1", "prompt": str(prompt), "metric": metric, "baseline": "dense_bf16"}
+        for row in self._read("inference_turns.csv"):
+            if row["model"].split(" (")[0] == model and wanted.items() <= row.items():
+                value = float(row["p50"])
+                return 1e6 / value if phase == "decode" else 1e3 * value
+        return None
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import pytest
 import tiny_model
 
 from nm_act.lab.cost import Place, Rates, cost_of, places_of, predictions, shapes_of
-from nm_act.lab.measured import Measured
+from nm_act.lab.measured import SHAPES, Measured
 from nm_act.lab.search.sensitivity import groups_of
 from nm_act.lab.tables import devices, load_tables
 from nm_act.recipe import LinearSpec, Recipe, Rule
@@ -13,17 +13,19 @@ LLAMA = shapes_of("llama-3-8b")
 BOTH = ("prefill", "decode")
 
 
-@pytest.mark.parametrize(
-    ("pattern", "phase", "prompt"),
-    [(pattern, phase, prompt) for pattern in ("2:4", "8:16") for phase in BOTH for prompt in (512, 4096, 16384)],
-)
-def test_whole_models_are_predicted(pattern, phase, prompt):
-    """Speed-ups of the models in inference.csv, which the products' tables do not contain."""
-    cost = Measured("h100", LLAMA, "llama-3-8b", phases=(phase,), tokens=prompt, decode_prompt=prompt)
-    found = predictions(cost, places_of("llama-3-8b", 32), Recipe(pattern))[phase]
-    times = [cost.tables.whole("llama-3-8b", mode, phase, prompt) for mode in ("dense_bf16", f"nm-{pattern}")]
-    assert found == pytest.approx(times[0] / times[1], rel=0.03)
-    assert not cost.notes
+MEASURED = [("llama-3-8b", pattern, prompt) for pattern in ("2:4", "8:16") for prompt in (512, 4096, 16384)]
+MEASURED += [("qwen2.5-7b", "2:4", 4096), ("gemma-3-4b", "2:4", 4096), ("gemma-3-4b", "8:16", 4096)]
+
+
+@pytest.mark.parametrize(("model", "pattern", "prompt"), MEASURED)
+@pytest.mark.parametrize("phase", BOTH)
+def test_whole_models_are_predicted(model, pattern, phase, prompt):
+    """Within 5 %; of all these models two rows of llama-3-8b alone are known to the prediction."""
+    cost = Measured("h100", shapes_of(model), model, phases=(phase,), tokens=prompt, decode_prompt=prompt)
+    found = predictions(cost, places_of(model, SHAPES[model][0]), Recipe(pattern))[phase]
+    times = [cost.tables.whole(model, mode, phase, prompt) for mode in ("dense_bf16", f"nm-{pattern}")]
+    assert found == pytest.approx(times[0] / times[1], rel=0.05)
+    assert not cost.notes or model != "llama-3-8b"
 
 
 def test_a_product_is_merged_and_fused_only_where_its_layers_have_one_spec():
