@@ -2,16 +2,13 @@
 
 import csv
 import itertools
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import tune_decode_layers
 
 import nm_act
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import tune_decode_layers
 
 TABLE = Path(__file__).parents[2] / "benchmarks/results/h100/decode_tuning.csv"
 MULTIPROCESSORS = 132  # of the device that the table is from

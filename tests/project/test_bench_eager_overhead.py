@@ -1,14 +1,10 @@
 """The benchmark of a layer's host time: a row per pattern, and its refusal without CUDA."""
 
 import csv
-import sys
-from pathlib import Path
 
+import bench_eager_overhead
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import bench_eager_overhead
 
 
 def test_one_row_per_pattern(capsys, tmp_path):

@@ -1,18 +1,15 @@
 """The end-to-end benchmark on a tiny model and a CPU: its rows, its baselines, and that an interruption keeps them."""
 
 import csv
-import sys
 from pathlib import Path
 
-import pytest
-import tiny_model
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_cpu_generate
 import bench_inference
 import inference_models
 import plot_steps
+import pytest
+import tiny_model
+import torch
 from inference_profile import COLUMNS as STEP_COLUMNS
 from inference_profile import alone, kind_of, layer_of, short, step_layer
 

@@ -1,14 +1,10 @@
 """The benchmark of modes that take turns, on a tiny model and a CPU."""
 
 import csv
-import sys
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_inference
 import bench_turns
+import pytest
 
 TINY = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--rounds", "3", "--idle", "0", "--seconds", "0"]
 

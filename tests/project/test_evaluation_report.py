@@ -1,9 +1,9 @@
 """The report is made from result files alone, and names what is wrong with them."""
 
 import csv
-import importlib.util
 from pathlib import Path
 
+import evaluation_report as tool
 import pytest
 
 from nm_act.lab.evaluate import folder as run_folder
@@ -13,20 +13,12 @@ from nm_act.recipe import Recipe
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("evaluation_report", ROOT / "tools" / "evaluation_report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _write(folder, variant, value, macs):
     result = {"metric": "ppl", "value": value, "stderr": 0.5, "samples": 20, "scores": [1.0, 2.0]}
     folder.write(variant, "wikitext2", {**result, "macs": macs, "extra_macs": 0})
 
 
-def test_report(tool, tmp_path):
+def test_report(tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     variants = [Recipe("2:4"), Recipe("8:16", criterion="wina"), Recipe("2:4", mitigation=["var"])]
     variants += [Recipe("2:4", projections=["k_proj", "v_proj", "gate_proj", "down_proj"])]
@@ -50,7 +42,7 @@ def test_report(tool, tmp_path):
     assert (tmp_path / "evaluation" / "run1-perplexity.png").is_file()
 
 
-def test_calibrated_rows_say_on_what_and_with_which_seed(tool, tmp_path):
+def test_calibrated_rows_say_on_what_and_with_which_seed(tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
     for seed in (0, 1):
@@ -65,7 +57,7 @@ def test_calibrated_rows_say_on_what_and_with_which_seed(tool, tmp_path):
         assert f"| seed-{seed} | c4.jsonl, 8 windows of 512 tokens | {seed} |" in text
 
 
-def test_only_one_run_is_compared(tool, tmp_path, capsys):
+def test_only_one_run_is_compared(tmp_path, capsys):
     identity = {"model": "tiny", "weights": "a", "dtype": "float32", "window": 64}
     others = [{"weights": "b"}, {"data": {"wikitext2": "c"}}, {"window": 32}]
     for index, change in enumerate([{}, *others]):
@@ -97,7 +89,7 @@ def test_error_bars(monkeypatch, tmp_path):
     assert drawn == [[0.5]]
 
 
-def test_no_run(tool, tmp_path, capsys):
+def test_no_run(tmp_path, capsys):
     assert tool.main([str(tmp_path)]) == 2
     assert "expected the folder of an evaluation" in capsys.readouterr().err
 
@@ -109,7 +101,7 @@ def test_committed_studies_multiply_out():
     assert len(set(names)) == len(names) > 50
 
 
-def test_speed_is_predicted_from_measured_products_and_by_phase(tool, tmp_path):
+def test_speed_is_predicted_from_measured_products_and_by_phase(tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     measured = {"metric": "ppl", "value": 20.0, "stderr": 0.5, "samples": 20, "scores": [1.0, 2.0]}
     measured |= {"macs": {"dense": 4}, "extra_macs": 0, "layers": 30, "width": 576}
@@ -131,7 +123,7 @@ def test_speed_is_predicted_from_measured_products_and_by_phase(tool, tmp_path):
     assert "Of llama-3-8b on the H100" in (tmp_path / "evaluation.md").read_text()
 
 
-def test_no_rank_within_the_error_or_the_noise(tool, tmp_path):
+def test_no_rank_within_the_error_or_the_noise(tmp_path):
     """Windows differ by nats, pairs by hundredths: pairs tell rows apart, unless rounding moves them as much."""
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     windows = [2.0, 3.0, 4.0, 5.0]
@@ -158,7 +150,7 @@ def test_no_rank_within_the_error_or_the_noise(tool, tmp_path):
     assert ranks() == {"dense": "1", "a": "2", "b": "2", "c": "2"}
 
 
-def test_rows_are_kept_and_replaced(tool, tmp_path, capsys):
+def test_rows_are_kept_and_replaced(tmp_path, capsys):
     rows = tmp_path / "evaluation" / "rows.jsonl"
     assert tool.main(["--out", str(tmp_path)]) == 2
     assert "got none; run nm-act eval" in capsys.readouterr().err
@@ -181,7 +173,7 @@ def test_rows_are_kept_and_replaced(tool, tmp_path, capsys):
     assert "expected the identity of a run in the first line" in capsys.readouterr().err
 
 
-def test_a_file_of_rows_is_a_run_too(tool, tmp_path):
+def test_a_file_of_rows_is_a_run_too(tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     _write(folder, study.DENSE_VARIANT, 20.0, {"dense": 4})
     _write(folder, study.from_recipe(Recipe("2:4")), 30.0, {"2:4": 4})

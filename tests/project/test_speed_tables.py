@@ -1,9 +1,5 @@
 """Tables of whole models: energies that no card can draw are left out, e4m3 is compared with its stronger baseline."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import speed_tables
 
 H100 = "NVIDIA H100 80GB HBM3"
