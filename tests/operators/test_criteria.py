@@ -27,10 +27,6 @@ def test_formula(name, dtype):
     np.testing.assert_allclose(scale.numpy(), FORMULAS[name](weight.double().numpy()), rtol=2e-6)
 
 
-def test_act_has_no_scale():
-    assert criteria.channel_scale("act", _weight()) is None
-
-
 @pytest.mark.parametrize("name", FORMULAS)
 def test_scale_is_independent_of_the_memory_layout(name):
     weight = _weight(1, 256, 128)
