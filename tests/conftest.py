@@ -80,6 +80,28 @@ def one_and_two_threads(call):
     return results
 
 
+def failing(error):
+    """A function that raises the error, whatever it is called with."""
+
+    def function(*_arguments, **_options):
+        raise error
+
+    return function
+
+
+def fails_after(monkeypatch, owner, name: str, calls: int, error=RuntimeError) -> None:
+    """Let a function raise after a number of calls, and before it does anything."""
+    original, left = getattr(owner, name), [calls]
+
+    def function(*arguments, **options):
+        if not left[0]:
+            raise error("no more")
+        left[0] -= 1
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, function)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny checkpoint, saved."""

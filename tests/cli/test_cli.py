@@ -12,6 +12,7 @@ import pytest
 import tiny_model
 import torch
 from commands import ok, python, refused, run
+from conftest import failing
 
 from nm_act.recipe import Recipe, Rule
 
@@ -48,10 +49,7 @@ def test_traceback_on_request(monkeypatch, text):
 def test_closed_pipe_is_quiet(monkeypatch):
     from nm_act.cli import common
 
-    def closed(data):
-        raise BrokenPipeError(32, "Broken pipe")
-
-    monkeypatch.setattr(common, "print_json", closed)
+    monkeypatch.setattr(common, "print_json", failing(BrokenPipeError(32, "Broken pipe")))
     result = run("info", "--json")
     assert result.exit_code != common.EXIT_BAD_INPUT
     assert "nm-act:" not in result.stderr
@@ -176,10 +174,7 @@ def test_only_one_sparse_copy_lives_at_a_time(monkeypatch):
 def test_ppl_wants_a_dense_model(text, tmp_path):
     from nm_act.conversion.sparsify import sparsify
 
-    network, tokenizer = tiny_model.build()
-    sparsify(network, Recipe(pattern="2:4"))
-    network.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tiny_model.save(tmp_path, lambda model: sparsify(model, Recipe(pattern="2:4")))
     assert "is a sparse checkpoint" in refused("ppl", tmp_path, "--text", text)
     assert ok("generate", tmp_path, "The quick", "--max-new-tokens", 2).startswith("The quick")
 
@@ -275,11 +270,7 @@ def test_a_pattern_given_twice_is_one_row_with_a_note(folder, text):
 
 
 def test_ppl_refuses_a_dense_model_that_gives_nan(text, tmp_path):
-    model, tokenizer = tiny_model.build()
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = torch.nan
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tiny_model.save(tmp_path, lambda model: model.lm_head.weight.data[0, 0].fill_(torch.nan))
     result = run("ppl", tmp_path, "--text", text, "--pattern", "2:4", "--max-tokens", 64)
     assert result.exit_code == 2
     assert "expected a finite perplexity of the dense model, got nan" in result.stderr

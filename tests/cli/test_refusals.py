@@ -3,6 +3,7 @@
 import pytest
 import tiny_model
 from commands import refused, run
+from conftest import failing
 
 from nm_act.integrations import checkpoints
 
@@ -147,10 +148,7 @@ def _refused(arguments, folder, files) -> str:
     ],
 )
 def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments, message):
-    def load_model(*arguments, **options):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(checkpoints, "load_model", load_model)
+    monkeypatch.setattr(checkpoints, "load_model", failing(AssertionError("a model was loaded")))
     assert message in _refused(arguments, folder, files)
     result = run(*(argument.format(model=folder, **files) for argument in arguments))
     assert len(result.stderr.splitlines()) == 1 + ("data: " in result.stderr)  # the sentence: nothing is "loading"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -246,7 +247,7 @@ def test_missing_file(tmp_path):
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "recipe.json"
     FULL.save(path)
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", failing(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         Recipe("2:4").save(path)
     monkeypatch.undo()

@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny_model
 import torch
+from conftest import failing
 
+from nm_act import NMLinear, Recipe, sparsify
 from nm_act.integrations import checkpoints
 from nm_act.integrations.checkpoints import demo_model_path, load_model
 
@@ -53,8 +56,7 @@ def test_gguf_is_the_same_model_and_can_be_saved(gguf_file, tmp_path):
     assert model.dtype == torch.float32
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
     torch.testing.assert_close(_logits(model, tokenizer), _logits(original, tokenizer), rtol=1e-4, atol=1e-5)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    checkpoints.save_model(model, tokenizer, tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again, _ = load_model(tmp_path)
     assert torch.equal(_logits(again, tokenizer), _logits(model, tokenizer))
@@ -62,8 +64,6 @@ def test_gguf_is_the_same_model_and_can_be_saved(gguf_file, tmp_path):
 
 def test_gguf_loaded_by_transformers_can_be_saved_sparse(gguf_file, tmp_path):
     from transformers import AutoModelForCausalLM
-
-    from nm_act import NMLinear, Recipe, sparsify
 
     model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     _, tokenizer = tiny_model.build()
@@ -75,10 +75,6 @@ def test_gguf_loaded_by_transformers_can_be_saved_sparse(gguf_file, tmp_path):
 
 
 def test_gguf_whose_weights_stay_packed_keeps_its_quantizer(gguf_file):
-    from types import SimpleNamespace
-
-    from nm_act import Recipe, sparsify
-
     model, _ = load_model(gguf_file)
     model.config.quantization_config = {"quant_method": "gguf"}
     model.hf_quantizer = packed = SimpleNamespace(packed_modules={"a.weight": None})
@@ -101,14 +97,9 @@ def test_gguf_dtype_and_relative_path(gguf_file, monkeypatch):
 
 
 def test_sparse_checkpoint_comes_back_sparse(folder, tmp_path):
-    from nm_act.conversion.sparsify import sparsify
-    from nm_act.layers.linear import NMLinear
-    from nm_act.recipe import Recipe
-
     model, tokenizer = load_model(folder)
     sparsify(model, Recipe(pattern="2:4"))
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    checkpoints.save_model(model, tokenizer, tmp_path)
     again, _ = load_model(tmp_path)
     assert isinstance(again.model.layers[0].mlp.down_proj, NMLinear)
     assert torch.equal(_logits(again, tokenizer), _logits(model, tokenizer))
@@ -195,10 +186,7 @@ def test_gguf_without_its_packages(gguf_file, monkeypatch, package):
 def test_hub_without_network(monkeypatch):
     import huggingface_hub
 
-    def refuse(self, name, **kwargs):
-        raise OSError("Name or service not known\nand a second line")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", failing(OSError("Name or service not known\nand more")))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
     with pytest.raises(OSError, match="the hub gives no such model \\(Name or service not known\\)") as error:
         load_model("someone/some-model")

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 import vllm_standin
-from conftest import needs, needs_onednn
+from conftest import failing, needs, needs_onednn
 
 import nm_act
 from nm_act import LinearSpec, Recipe
@@ -147,10 +147,7 @@ def test_prepack_that_cannot_work_is_said(plugin, monkeypatch):
 @needs_onednn
 def test_a_weight_that_vllms_product_does_not_take(plugin, monkeypatch):
     """vLLM's own dense layers call torch's product then."""
-
-    def fail(weight, size):
-        raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
-
+    fail = failing(RuntimeError("could not create a primitive descriptor for the matmul primitive"))
     monkeypatch.setattr(plugin._custom_ops, "create_onednn_mm", fail, raising=False)
     _, layers = served(plugin, Recipe("8:16"), prepack=True)
     layer, x = layers["down_proj"], torch.randn(9, FEATURES)
@@ -193,10 +190,7 @@ def test_a_worker_without_reloads_is_left_as_it_is(plugin, monkeypatch):
 def test_a_reload_that_fails_is_one_short_sentence(plugin, monkeypatch, error, reason):
     from nm_act.integrations import vllm_reload
 
-    def fail(self):
-        raise error
-
-    worker = type("Worker", (), {"reload_weights": fail})
+    worker = type("Worker", (), {"reload_weights": failing(error)})
     monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", types.SimpleNamespace(Worker=worker))
     monkeypatch.setattr(vllm_reload, "undo_reload", lambda: 3)
     vllm_reload.guard_reloads()

@@ -8,6 +8,7 @@ import pytest
 import tiny_model
 import torch
 from commands import ok, run
+from conftest import fails_after
 
 import nm_act
 from nm_act.conversion.calibration import set_layers
@@ -217,13 +218,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(windows, tmp_path, monkeypatch)
     whole, _ = calibrate(tiny_model.build()[0], recipe, windows, settings=FAST, state=tmp_path / "whole")
     finish = run_module._calibrate_block
     done = []
-
-    def killed(runner, index, *rest):
-        if index == 1:
-            raise KeyboardInterrupt
-        return finish(runner, index, *rest)
-
-    monkeypatch.setattr(run_module, "_calibrate_block", killed)
+    fails_after(monkeypatch, run_module, "_calibrate_block", 1, KeyboardInterrupt)
     arguments = {"settings": FAST, "state": tmp_path / "state"}
     with pytest.raises(KeyboardInterrupt):
         calibrate(tiny_model.build()[0], recipe, windows, **arguments)
@@ -331,14 +326,11 @@ def test_command(folder, text, tmp_path):
     assert "expected a folder without a finished calibration" in again.stderr
 
 
-def test_an_infinite_loss_in_the_command_leaves_no_result(folder, text, tmp_path):
-    recipe, output, broken = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "broken"
+def test_an_infinite_loss_in_the_command_leaves_no_result(text, tmp_path):
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
     Recipe("2:4", mitigation=["lpts"]).save(recipe)
-    shutil.copytree(folder, broken)
-    model, _ = load_model(broken)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
-    model.save_pretrained(broken)
+    infinite = lambda model: model.model.layers[1].mlp.up_proj.weight.data[0, 0].fill_(torch.inf)  # noqa: E731
+    broken = tiny_model.save(tmp_path / "broken", infinite)
     result = _command(broken, "--recipe", recipe, "--data", text, "--output", output, "--length", "16")
     assert result.exit_code == 2
     assert "expected a finite loss" in result.stderr

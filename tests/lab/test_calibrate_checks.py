@@ -7,6 +7,7 @@ import pytest
 import tiny_model
 import torch
 from commands import run
+from conftest import failing, fails_after
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -244,15 +245,8 @@ def test_a_rank_above_the_weight_s_is_one_sentence():
 def _stopped_after_block_0(monkeypatch, text, tmp_path, folder):
     """Arguments of a command that was interrupted in block 1, and its result."""
     arguments = [folder, *_options(tmp_path, text, tmp_path / "out", mitigation=["lpts"])]
-    finish = run_module._calibrate_block
-
-    def stop(runner, index, *rest):
-        if index == 1:
-            raise KeyboardInterrupt
-        return finish(runner, index, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_calibrate_block", stop)
+        fails_after(patch, run_module, "_calibrate_block", 1, KeyboardInterrupt)
         return arguments, _command(*arguments)
 
 
@@ -277,14 +271,10 @@ def test_a_truncated_block_is_calibrated_again(monkeypatch, folder, text, tmp_pa
     for part in (whole[:100], b""):
         block.write_bytes(part)
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "_calibrate_block", _interrupt)
+            patch.setattr(run_module, "_calibrate_block", failing(KeyboardInterrupt))
             assert _command(*arguments).exit_code == 130
     result = _command(*arguments)
     assert result.exit_code == 0, result.stderr
-
-
-def _interrupt(*arguments):
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff\xfe"])

@@ -8,6 +8,7 @@ import shutil
 import commands
 import pytest
 import tiny_model
+from conftest import failing
 
 from nm_act.conversion.sparsify import sparsify
 from nm_act.lab.evaluate import results, run, study, tasks
@@ -168,22 +169,13 @@ def test_same_name_with_another_recipe(tmp_path):
         folder.has(study.from_recipe(Recipe("8:16"), "mine"), "arc_easy")
 
 
-def _other_weights(tmp_path):
-    """A model of the same name and sizes, of which one late value of one parameter differs."""
-    network, tokenizer = tiny_model.build()
-    network.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 1
-    folder = tmp_path / "other" / "checkpoint"
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_another_model_of_the_same_name(data, tmp_path):
     first = tmp_path / "checkpoint"
     first.mkdir()
     arguments = ("--pattern", "2:4", "--tasks", "wikitext2", "--data", data, "--output", tmp_path / "out")
     assert _eval(tiny_model.save(first), *arguments).exit_code == 0
-    assert "a run with weights '" in _refused(_other_weights(tmp_path), *arguments)
+    other = tiny_model.save(tmp_path / "other" / "checkpoint", tiny_model.another_value)
+    assert "a run with weights '" in _refused(other, *arguments)
 
 
 def test_eval_perplexity_resumes(folder, data, tmp_path, monkeypatch):
@@ -375,9 +367,6 @@ def test_ifeval_without_its_resource(monkeypatch):
     pytest.importorskip("nltk")
     import nltk
 
-    def missing(name):
-        raise LookupError(name)
-
-    monkeypatch.setattr(nltk.data, "find", missing)
+    monkeypatch.setattr(nltk.data, "find", failing(LookupError))
     with pytest.raises(FileNotFoundError, match="needs nltk's resource punkt_tab, which is not installed; run"):
         tasks._check_punkt()

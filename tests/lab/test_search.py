@@ -10,6 +10,7 @@ import pytest
 import tiny_model
 import torch
 from commands import ok, run
+from conftest import failing
 
 import nm_act
 from nm_act.integrations import checkpoints
@@ -53,12 +54,8 @@ def test_sensitivities_resume(tmp_path):
     windows = torch.arange(32).view(1, 32)
     groups = groups_of(model, ("v_proj",))
     specs = {"a": LinearSpec("2:4")}
-
-    def interrupt(done, total):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        sensitivities(model, windows, groups, specs, tmp_path / "s.jsonl", interrupt)
+        sensitivities(model, windows, groups, specs, tmp_path / "s.jsonl", failing(KeyboardInterrupt))
     seen = []
     found = sensitivities(model, windows, groups, specs, tmp_path / "s.jsonl", lambda *a: seen.append(a))
     assert seen == [(2, 2)]
@@ -329,9 +326,5 @@ def test_results_of_another_text_or_model_are_not_taken_up(folder, tmp_path):
     (tmp_path / "text.txt").write_text("B" + tiny_model.TEXT)
     assert "a run with token_ids '" in _search(folder, *base, "--windows", 1).stderr
     (tmp_path / "text.txt").write_text(tiny_model.TEXT)
-    network, tokenizer = tiny_model.build()
-    network.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 1
-    other = tmp_path / "other" / Path(folder).name
-    network.save_pretrained(other)
-    tokenizer.save_pretrained(other)
+    other = tiny_model.save(tmp_path / "other" / Path(folder).name, tiny_model.another_value)
     assert "a run with weights '" in _search(other, *base, "--windows", 1).stderr
