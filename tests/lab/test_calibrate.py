@@ -9,6 +9,7 @@ import tiny_model
 import torch
 from commands import ok, run
 from conftest import fails_after
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import nm_act
 from nm_act.conversion.calibration import set_layers
@@ -18,6 +19,7 @@ from nm_act.lab.calibrate import run as run_module
 from nm_act.lab.calibrate.blocks import BlockRunner
 from nm_act.lab.calibrate.static import InputStatistics
 from nm_act.lab.calibrate.training import block_loss, linear_schedule
+from nm_act.lab.evaluate import calibrated_copy
 from nm_act.layers.linear import NMLinear
 from nm_act.recipe import LinearSpec, Recipe, Rule
 
@@ -180,8 +182,6 @@ def test_saved_and_loaded_in_every_way(calibrated, windows, folder, tmp_path):
     half = nm_act.load_calibration(load_model(folder, dtype="bfloat16")[0], tmp_path).model
     assert half.model.layers[0].mlp.up_proj.shift.dtype == torch.float32
     calibrated.save_pretrained(tmp_path / "checkpoint")
-    from transformers import AutoModelForCausalLM
-
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert again.nm_act_recipe == EVERYTHING
     torch.testing.assert_close(_logits(again, windows), expected, rtol=1e-5, atol=1e-6)
@@ -193,8 +193,6 @@ def test_saved_and_loaded_in_every_way(calibrated, windows, folder, tmp_path):
 
 
 def test_a_recipe_on_an_uncalibrated_checkpoint_says_so(folder, windows):
-    from transformers import AutoModelForCausalLM
-
     config = nm_act.NMActConfig(Recipe("2:4", mitigation=["lpts"]))
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     with pytest.raises(RuntimeError, match="expected calibrated data for 2:4 act lpts, got no shift; make it with"):
@@ -204,8 +202,6 @@ def test_a_recipe_on_an_uncalibrated_checkpoint_says_so(folder, windows):
 
 
 def test_the_dense_original_of_a_calibrated_copy_is_left_alone(calibrated, windows, tmp_path):
-    from nm_act.lab.evaluate import calibrated_copy
-
     save_calibration(calibrated, tmp_path)
     model = tiny_model.build()[0]
     before = _logits(model, windows)
@@ -278,8 +274,6 @@ def test_bad_settings(options):
 
 
 def test_a_calibration_of_another_model(calibrated, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     save_calibration(calibrated, tmp_path)
     other = LlamaForCausalLM(LlamaConfig(vocab_size=50, **{**tiny_model.SIZES, "hidden_size": 32}))
     with pytest.raises(ValueError, match=r"calibrated for, LlamaForCausalLM with .* parameters, got LlamaForCausalLM"):
