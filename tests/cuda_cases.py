@@ -40,6 +40,18 @@ def adds_after(call) -> bool:
     return bool(names & {"aten::add", "aten::add_"})
 
 
+def drawn(*shape, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+
+def rms_norm(x, weight, eps, unit_offset=False):
+    """As Transformers' modules compute it; with an offset, Gemma's."""
+    h = x.float()
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (h * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * h.to(x.dtype)
+
+
 def on_gpu(options: dict) -> dict:
     return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
 

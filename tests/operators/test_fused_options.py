@@ -1,6 +1,6 @@
 """Options of the fused operators that need a tensor: never ignored without it, and no default stands in for one.
 
-Meta tensors reach the checks of a compiled call; tests/cuda/test_cuda_fused.py has those of the kernels.
+Meta tensors reach the checks of a compiled call; test_cuda_fused.py and test_cuda_attention.py have those of the kernels.
 """
 
 import pytest
