@@ -265,14 +265,11 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         (("2:4", "act", ("dpts-mean", "lpts")), "expected at most one shift"),
         (("2:4", "act", ("pcs", "larosa")), "expected at most one change of the selection's basis"),
         (("2:4", "act", ("rsparse-4", "rsparse-8")), "expected at most one low-rank pair"),
-        (
-            ("2:4", "act", ("rsparse-4-fit", "larosa")),
-            "expected no change of the selection's basis .*rsparse-4 without",
-        ),
+        (("2:4", "act", ("rsparse-4-fit", "larosa")), "expected no change of the selection's basis .*rsparse-4 without"),
         (("2:4", "wanda", ("var",)), "expected no mitigation where the weights are pruned"),
         (("2:4", "act", (), "never"), "expected a phase among"),
     ],
-)
+)  # fmt: skip
 def test_bad_spec(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         LinearSpec(*arguments)

@@ -110,16 +110,13 @@ def test_what_is_said_after_loading():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (
-            {"projections": ["gate_proj", "up_porj"]},
-            r"projections that the model has \(gate_proj, .*, v_proj\), got 'up_porj'",
-        ),
+        ({"projections": ["gate_proj", "up_porj"]}, r"projections that the model has \(gate_proj, .*, v_proj\), got 'up_porj'"),
         ({"projections": ["q_proj", "gate_up_proj"]}, r"projections .* got 'gate_up_proj'; correct the recipe"),
         ({"skip_layers": [99]}, r"layers that the model has \(layers 0 to 0\), got 99; correct the recipe"),
         ({"rules": [Rule(layers=[1], pattern="dense")]}, "layers that the model has .* got 1; correct the recipe"),
     ],
     ids=["typo", "merged", "skipped layer", "layer of a rule"],
-)
+)  # fmt: skip
 def test_names_that_the_model_does_not_have(fields, sentence):
     recipe = Recipe("8:16", **fields)
     with pytest.raises(ValueError, match="expected " + sentence):

@@ -295,9 +295,8 @@ def test_a_run_that_failed_at_once_can_be_changed(windows, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     calibrate(tiny_model.build()[0], recipe, windows, settings=FAST, state=tmp_path)
     other = CalibrationSettings(learning_rate=2e-2, loss="relative")
-    with pytest.raises(
-        ValueError, match=r"got another learning_rate \(0\.01 then, 0\.02 now\); finish that run, remove"
-    ):
+    told = r"got another learning_rate \(0\.01 then, 0\.02 now\); finish that run, remove"
+    with pytest.raises(ValueError, match=told):
         calibrate(tiny_model.build()[0], recipe, windows, settings=other, state=tmp_path)
 
 
@@ -313,20 +312,10 @@ def test_permute_where_nothing_folds_is_noted(folder, text, tmp_path, projection
 @pytest.mark.parametrize(
     ("projection", "value", "recipe", "message"),
     [
-        (
-            "up_proj",
-            torch.nan,
-            {"mitigation": ["lpts"]},
-            "a finite loss, got nan in block 1 at step 1 of 4; lower --lr",
-        ),
-        (
-            "down_proj",
-            torch.inf,
-            {"mitigation": ["spts"], "skip_layers": [1]},
-            "finite hidden states, .* NaN after block 1;",
-        ),
+        ("up_proj", torch.nan, {"mitigation": ["lpts"]}, "a finite loss, got nan in block 1 at step 1 of 4; lower --lr"),
+        ("down_proj", torch.inf, {"mitigation": ["spts"], "skip_layers": [1]}, "finite hidden states, .* NaN after block 1;"),
     ],
-)
+)  # fmt: skip
 def test_a_block_that_is_not_finite_is_one_sentence_and_not_kept(windows, tmp_path, projection, value, recipe, message):
     model = tiny_model.build()[0]
     with torch.no_grad():

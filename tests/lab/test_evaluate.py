@@ -65,14 +65,11 @@ def test_study_multiplies_lists_out(tmp_path):
         ("rows: [{pattern: 2:4, patern: 1}]", "expected the keys of a row among .*, got 'patern'"),
         ("rows: [", "expected a study in YAML"),
         ("rows: [{recipe: r.yaml, criterion: act}]", "beside recipe only layers, calibrated, seed, got 'criterion' in"),
-        (
-            "rows: [{recipe: r.yaml, layers: most}]",
-            "layers of a recipe's row among all, amber, alanova, search, got 'mo",
-        ),
+        ("rows: [{recipe: r.yaml, layers: most}]", "layers of a recipe's row among all, amber, alanova, search, got 'mo"),
         ("rows: [{pattern: 2:4, seed: one}]", "expected an integer seed and calibrated true or false, got seed 'one'"),
         ("rows: [{pattern: 2:4, calibrated: 1}]", "expected an integer seed and calibrated true or false, got calibr"),
     ],
-)
+)  # fmt: skip
 def test_bad_study(tmp_path, text, message):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
