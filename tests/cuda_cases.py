@@ -15,6 +15,8 @@ DECODE_WEIGHTS = ("same", "e4m3", "int8")
 KERNELS = torch.cuda.is_available() and bool(nm_act.build_info().get("cuda"))
 WHY_NOT = "needs a CUDA device and compiled CUDA kernels"
 GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not KERNELS, reason=WHY_NOT)]
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+HOPPER = pytest.mark.skipif(not IS_HOPPER, reason="needs compute capability 9.0")
 
 
 def packed_layout(dtype: torch.dtype) -> str:

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_cases import GPU_MARKS, HALVES, drawn, poison, rms_norm
+from cuda_cases import GPU_MARKS, HALVES, HOPPER, IS_HOPPER, drawn, poison, rms_norm
 from linear_cases import relative_error
 
 from nm_act import reference
@@ -75,7 +75,7 @@ def test_norms_of_heads_before_the_embedding(dtype, unit_offset, q_heads, k_head
     assert torch.equal(fused.rotary_cache(q, k, v, cos, sin, keys, values, lengths, **norms), actual[0])
     assert torch.equal(keys[:, :, 1 : tokens + 1], actual[1].transpose(1, 2))
     assert torch.equal(values[:, :, 1 : tokens + 1], v.transpose(1, 2))
-    if tokens == 1 and dim in (64, 128, 256) and torch.cuda.get_device_capability()[0] == 9:
+    if tokens == 1 and dim in (64, 128, 256) and IS_HOPPER:
         cached = [cache.clone() for cache in (keys, values)]
         y = fused.decode_attention(q, k, v, cos, sin, *cached, lengths, scaling=dim**-0.5, **norms)
         assert torch.equal(cached[0], keys)
@@ -102,7 +102,7 @@ def test_lengths_out_of_range_write_nothing_and_leave_the_others_alone(q_heads, 
     written = whole.clone()
     fused.rotary_cache(*step, *written[:, 1:-1], lengths)
     assert torch.equal(written, expected)
-    if torch.cuda.get_device_capability()[0] != 9:
+    if not IS_HOPPER:
         return
     poison()
     y = fused.decode_attention(*step, *whole[:, 1:-1], lengths, scaling=dim**-0.5)
@@ -137,10 +137,11 @@ def test_no_heads_and_no_sequences():
     none = drawn(0, 1, 2, 64)
     cached = (drawn(0, 2, 8, 64), drawn(0, 2, 8, 64), torch.zeros(0, dtype=torch.int32, device="cuda"))
     assert fused.rotary_cache(none, none, none, cos, sin, *cached).shape == none.shape
-    if torch.cuda.get_device_capability()[0] == 9:
+    if IS_HOPPER:
         assert fused.decode_attention(none, none, none, cos, sin, *cached, scaling=1.0).shape == none.shape
 
 
+@HOPPER
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("q_heads", "k_heads", "dim"),
@@ -148,8 +149,6 @@ def test_no_heads_and_no_sequences():
 )
 @pytest.mark.parametrize("batch", [1, 3, 8, 40])
 def test_attention_of_a_decode_step(dtype, q_heads, k_heads, dim, batch):
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs compute capability 9")
     most = 700
     generator = torch.Generator().manual_seed(batch)
     q, k, v = heads_of(batch, 1, q_heads, k_heads, dim, dtype)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_cases import E4M3, GPU_MARKS, HALVES, adds_after, drawn, poison, rms_norm
+from cuda_cases import E4M3, GPU_MARKS, HALVES, HOPPER, adds_after, drawn, poison, rms_norm
 from fused_formulas import activated
 from linear_cases import relative_error
 
@@ -58,11 +58,10 @@ def test_norms_of_a_sandwich_layer_then_prune(features, pattern, dtype):
     assert_pruned(alone.values, rms_norm(x, weight, 1e-5, True), pattern)
 
 
+@HOPPER
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("features", [256, 2560, 10240])
 def test_producers_of_gemma_are_packed(fp8, features):
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("e4m3 needs compute capability 9")
     x, other, up = (drawn(70, features, seed=seed) for seed in range(3))
     weight, before, wide = drawn(features, seed=3), drawn(features, seed=4), drawn(512, features, seed=5)
     scale = None
@@ -146,11 +145,10 @@ def test_pruned_in_e4m3(pattern):
     assert relative_error(gated.values.float() * gated.row_scale[:, None], exact) < 0.04
 
 
+@HOPPER
 @pytest.mark.parametrize("pattern", ["5:8", "8:16", "16:32", "1:4"])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 600])
 def test_dense_e4m3_product(pattern, tokens):
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("e4m3 needs compute capability 9")
     x, weight, bias = drawn(tokens, 1024), drawn(512, 1024, seed=1), drawn(512, seed=2)
     scale = weight.float().abs().amax(1) / 448
     codes = (weight.float() / scale[:, None]).to(E4M3)
@@ -163,12 +161,11 @@ def test_dense_e4m3_product(pattern, tokens):
         nm_act.sparse_linear(x, codes, bias, pattern, **options)
 
 
+@HOPPER
 @pytest.mark.parametrize("tokens", [1, 8, 16, 17])
 @pytest.mark.parametrize("biased", [False, True])
 def test_e4m3_product_of_a_few_tokens(tokens, biased):
     """With one scale or row-wise ones: against float64, with scales of any size and a token of zeros."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("e4m3 needs compute capability 9")
     values, codes = drawn(tokens, 1040).to(E4M3), drawn(2064, 1040, seed=1).to(E4M3)
     rows = torch.logspace(3, -6, tokens, device="cuda")
     if tokens > 1:

@@ -3,14 +3,13 @@
 import pytest
 import torch
 import vllm_standin
-from cuda_cases import GPU_MARKS, poison
+from cuda_cases import GPU_MARKS, IS_HOPPER, poison
 
 import nm_act
 from nm_act.optimize import FP8Linear
 
 pytestmark = GPU_MARKS
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 FEATURES = 512
 TOKENS = (1, 2, 4, 5, 8, 64, 600)
 CASES = [(pattern, fp8, "act") for pattern in ("2:4", "8:16") for fp8 in (None, "prefill", "decode", "both")]
@@ -21,7 +20,7 @@ CASES += [("8:16", None, "wina"), ("8:16", "decode", "wina"), ("2:4", "both", "w
 def served(request):
     """Layers of a case on the GPU, with the weights of seed 0."""
     pattern, fp8, criterion = request.param
-    if fp8 in ("prefill", "both") and not HOPPER:
+    if fp8 in ("prefill", "both") and not IS_HOPPER:
         pytest.skip("e4m3 needs compute capability 9")
     recipe = nm_act.Recipe(pattern, criterion=criterion).to_dict()
     with vllm_standin.plugin() as module, pytest.MonkeyPatch.context() as patch:
