@@ -159,27 +159,14 @@ def test_any_recipe_round_trips(tmp_path_factory, recipe):
         assert loaded.resolve(1, "q_proj") == recipe.resolve(1, "q_proj")
 
 
-@pytest.mark.parametrize(
-    ("data", "sentence"),
-    [
-        ({}, "expected a recipe with a pattern, got none"),
-        ("8:16", "expected a recipe as a mapping of fields, got str"),
-        ({"pattern": "8-16"}, 'expected a pattern written "N:M" .*8-16'),
-        ({"pattern": "4:4"}, "expected 1 <= N < M, got pattern 4:4"),
-        ({"pattern": 124}, "expected two integers"),
-        ({"pattern": "100%"}, "expected a percentage kept between 0 and 100 .*got 100"),
-    ],
-)
-def test_bad_pattern(data, sentence):
-    _check_bad(data, sentence)
-
-
-def _check_bad(data, sentence):
-    with pytest.raises(ValueError, match=sentence) as caught:
-        Recipe.from_dict(data)
-    assert "\n" not in str(caught.value)
-
-
+BAD_DATA = [
+    ({}, "expected a recipe with a pattern, got none"),
+    ("8:16", "expected a recipe as a mapping of fields, got str"),
+    ({"pattern": "8-16"}, 'expected a pattern written "N:M" .*8-16'),
+    ({"pattern": "4:4"}, "expected 1 <= N < M, got pattern 4:4"),
+    ({"pattern": 124}, "expected two integers"),
+    ({"pattern": "100%"}, "expected a percentage kept between 0 and 100 .*got 100"),
+]
 BAD_FIELDS = [
     ({"projection": []}, r"'projection'; did you mean 'projections'\?"),
     ({"zzz": 1}, "expected the keys of a recipe among pattern, projections, .*'zzz'; remove it"),
@@ -207,9 +194,14 @@ BAD_FIELDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "sentence"), BAD_FIELDS)
-def test_bad_field(fields, sentence):
-    _check_bad({"pattern": "8:16", **fields}, sentence)
+BAD_DATA += [({"pattern": "8:16", **fields}, sentence) for fields, sentence in BAD_FIELDS]
+
+
+@pytest.mark.parametrize(("data", "sentence"), BAD_DATA)
+def test_bad_data(data, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        Recipe.from_dict(data)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])

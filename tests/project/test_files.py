@@ -71,22 +71,19 @@ def test_failure_leaves_everything_as_it_was(tmp_path, monkeypatch, step, error)
 
 @pytest.mark.parametrize("function", [check_writable, lambda path: write_atomic(path, "x")])
 class TestRefusals:
-    def test_folder(self, tmp_path, function):
-        with pytest.raises(ValueError, match="is a folder; name a file inside it"):
-            function(tmp_path)
-
-    def test_empty_name(self, function):
-        with pytest.raises(ValueError, match="got an empty one; name a file"):
-            function("")
-
-    def test_missing_folder(self, tmp_path, function):
-        with pytest.raises(FileNotFoundError, match=r"'.*missing' does not exist; create it or choose another"):
-            function(tmp_path / "missing" / "a")
-
-    def test_file_in_the_way_of_the_folder(self, tmp_path, function):
+    @pytest.mark.parametrize(
+        ("name", "error", "sentence"),
+        [
+            (".", ValueError, "is a folder; name a file inside it"),
+            (None, ValueError, "got an empty one; name a file"),
+            ("missing/a", FileNotFoundError, r"'.*missing' does not exist; create it or choose another"),
+            ("file/a", OSError, "does not exist; create it or choose another path"),
+        ],
+    )
+    def test_paths(self, tmp_path, function, name, error, sentence):
         (tmp_path / "file").write_text("x")
-        with pytest.raises(OSError, match="does not exist; create it or choose another path"):
-            function(tmp_path / "file" / "a")
+        with pytest.raises(error, match=sentence):
+            function("" if name is None else tmp_path / name)
 
     def test_device(self, function):
         with pytest.raises(ValueError, match="is not one; choose another path"):
