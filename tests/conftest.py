@@ -1,5 +1,6 @@
 """Shared by all tests: the dtypes, a bit comparison, and poisoned inputs that exercise the selection contract."""
 
+import csv
 import importlib.util
 
 import compilers
@@ -68,6 +69,12 @@ def hard_activations(tokens: int, in_features: int, dtype: torch.dtype, seed: in
     return x
 
 
+def csv_rows(path) -> list[dict[str, str]]:
+    """The rows of a CSV file, each by its column names."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def one_and_two_threads(call):
     """What a call gives with one thread, and with two."""
     results, before = [], torch.get_num_threads()
@@ -108,6 +115,22 @@ def folder(tmp_path_factory):
     import tiny_model  # imports Transformers, which most tests do without
 
     return tiny_model.save(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A tiny model and its tokenizer, for tests that leave it as it is."""
+    import tiny_model
+
+    return tiny_model.build()
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """A tiny dense model, the teacher of sparse ones."""
+    import tiny_model
+
+    return tiny_model.teacher()
 
 
 @pytest.fixture(scope="module")

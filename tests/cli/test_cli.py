@@ -1,6 +1,5 @@
 """The command line: output, errors as sentences, exit codes, no half-written files."""
 
-import csv
 import gc
 import importlib.util
 import json
@@ -12,7 +11,7 @@ import pytest
 import tiny_model
 import torch
 from commands import ok, python, refused, run
-from conftest import failing
+from conftest import csv_rows, failing
 
 from nm_act.cli import common
 from nm_act.cli.common import print_table
@@ -135,8 +134,7 @@ def test_ppl_out_files(folder, text, tmp_path):
     for name in ("out.json", "out.csv"):
         ok("ppl", folder, "--text", text, "--pattern", "2:4", "--max-tokens", 64, "--out", tmp_path / name)
     data = json.loads((tmp_path / "out.json").read_text())
-    with open(tmp_path / "out.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(tmp_path / "out.csv")
     assert [row["name"] for row in rows] == ["dense", "2:4"]
     assert float(rows[1]["perplexity"]) == pytest.approx(data["rows"][1]["perplexity"])
     assert rows[0]["change_percent"] == ""

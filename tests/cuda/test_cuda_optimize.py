@@ -260,14 +260,10 @@ def test_capturing_after_a_prefill_keeps_its_cache():
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_one_graph_for_all_prompt_lengths(name):
+def test_one_graph_for_all_prompt_lengths(name, graphs):
     model = on_gpu(name, nm_act.Recipe("2:4"))
     nm_act.optimize(model)
-    torch._dynamo.reset()
-    graphs = []
-    compiled = torch.compile(
-        model, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=True
-    )
+    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True, dynamic=True)
     for tokens in (600, 700, 900):
         ids = prompt(tokens)
         with torch.inference_mode():

@@ -16,11 +16,6 @@ module = importlib.import_module("nm_act.lab.evaluate.decode_speed")  # as an at
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return tiny_model.build()
-
-
-@pytest.fixture(scope="module")
 def prompt(tiny):
     return tiny[1](tiny_model.TEXT[:30], return_tensors="pt")["input_ids"]
 

@@ -19,11 +19,6 @@ from nm_act.recipe import Recipe
 module = importlib.import_module("nm_act.lab.evaluate.perplexity")  # as an attribute, the function hides it
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return tiny_model.build()
-
-
 class Fixed(nn.Module):
     """Gives the same logits for every token."""
 

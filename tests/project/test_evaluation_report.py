@@ -1,10 +1,10 @@
 """The report is made from result files alone, and names what is wrong with them."""
 
-import csv
 from pathlib import Path
 
 import evaluation_report as tool
 import pytest
+from conftest import csv_rows
 
 from nm_act.lab.evaluate import folder as run_folder
 from nm_act.lab.evaluate import results, study
@@ -34,7 +34,7 @@ def test_report(tmp_path):
     subsets = text.partition("### Layer subsets")[2].partition("###")[0]
     assert "| dense | all | dense | dense | 1.000x | 20.00 ± 0.50 |" in subsets
     assert "Samples: wikitext2 20." in subsets
-    rows = list(csv.DictReader((tmp_path / "evaluation" / "results.csv").open()))
+    rows = csv_rows(tmp_path / "evaluation" / "results.csv")
     assert len(rows) == 5
     assert {row["layers"] for row in rows} == {"all", "alanova"}
     assert {row["dense_value"] for row in rows} == {"20.0"}

@@ -20,11 +20,6 @@ from nm_act.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
-def dense():
-    return tiny_model.teacher()
-
-
-@pytest.fixture(scope="module")
 def ids():
     return tiny_model.windows(3, 0)
 

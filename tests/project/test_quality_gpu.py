@@ -13,11 +13,6 @@ from nm_act.lab.evaluate.variants import sparse_copy
 from nm_act.recipe import Recipe
 
 
-@pytest.fixture(scope="module")
-def dense():
-    return tiny_model.teacher()
-
-
 def sparse_model(dense, pattern="2:4", mitigation=()):
     """With data that change something."""
     model = sparse_copy(dense, Recipe(pattern, criterion="wina", mitigation=mitigation)).model
