@@ -186,7 +186,7 @@ def test_eval_perplexity_resumes(folder, data, tmp_path, monkeypatch):
     assert "estimated time: " in first.stderr
     assert len(measured) == 2
     assert {p.name for p in out.iterdir()} == {
-        *("run.json", "rows", "results.json", "results.csv", "results.md", "perplexity.png"),
+        *("run.json", "rows", "results.json", "results.csv", "results.md", "perplexity.png")
     }
     before = (out / "results.csv").read_text()
     (out / "rows" / "act-2x4.wikitext2.json").unlink()  # as if the run had been killed before this one

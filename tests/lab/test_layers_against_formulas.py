@@ -66,10 +66,7 @@ def transcribed(x, weight, bias, pattern, criterion, mitigation, data):
     return torch.stack(rows), torch.stack(masks)
 
 
-CASES = [
-    *itertools.product(PATTERNS, CRITERIA, [()]),
-    *itertools.product(PATTERNS, ["act", "clact"], MITIGATIONS[1:]),
-]
+CASES = [*itertools.product(PATTERNS, CRITERIA, [()]), *itertools.product(PATTERNS, ["act", "clact"], MITIGATIONS[1:])]
 
 
 @pytest.mark.parametrize(("pattern", "criterion", "mitigation"), CASES)

@@ -183,8 +183,7 @@ def test_refresh_follows_a_change_in_place():
 @torch.no_grad()
 @pytest.mark.parametrize("phase", ["both", "prefill", "decode"])
 @pytest.mark.parametrize(
-    ("shape", "is_decode"),
-    [((64,), True), ((1, 64), True), ((3, 1, 64), True), ((2, 64), False), ((1, 2, 64), False)],
+    ("shape", "is_decode"), [((64,), True), ((1, 64), True), ((3, 1, 64), True), ((2, 64), False), ((1, 2, 64), False)]
 )
 def test_phase(phase, shape, is_decode):
     dense = _dense()

@@ -7,13 +7,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 def row(metric, p50, *, mode="nm-8:16-fp8", baseline="dense_bf16", speedup=1.0, prompt=512, device=H100):
     common = {"model": "m", "batch": "1", "device": device, "prompt": str(prompt)}
-    return common | {
-        "mode": mode,
-        "baseline": baseline,
-        "metric": metric,
-        "p50": str(p50),
-        "speedup": f"{speedup:.3f}",
-    }
+    return common | {"mode": mode, "baseline": baseline, "metric": metric, "p50": str(p50), "speedup": f"{speedup:.3f}"}
 
 
 def test_energies_are_shown_where_the_card_can_draw_the_power():
