@@ -106,8 +106,8 @@ class Tables:
         multiply-accumulate. In decode the time of a share of kept features that was not measured is interpolated, or
         beyond the measured shares proportional; between patterns of the same M, where some were measured. In prefill
         every pattern but 2:4 and 2:4+1 is a pruned operand in the dense product. ``fused`` says that in
-        prefill the operand comes from the producer in front: packed for 2:4, else pruned in place of the dense one, which
-        costs nothing.
+        prefill the operand comes from the producer in front: packed for 2:4, else pruned in place of a dense one at no
+        cost.
         """
         chosen = as_pattern(pattern)
         if phase == "decode":
