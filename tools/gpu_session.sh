@@ -46,7 +46,7 @@ fi
 
 if wanted test; then
   # shellcheck disable=SC2086
-  step test "${TEST_LIMIT:-300}" "$python" -m pytest -m gpu -q --timeout 120 tests/cuda ${TEST_ARGS:-}
+  step test "${TEST_LIMIT:-400}" "$python" -m pytest -m gpu -q --timeout 120 tests/cuda ${TEST_ARGS:-}
 fi
 
 if wanted sanitize; then

@@ -87,7 +87,7 @@ OUT_OF_RANGE = [0, 9, 1000, -1, 2**31 - 1, -(2**31)]  # of a cache of 8 tokens
 
 
 @pytest.mark.parametrize(("q_heads", "k_heads", "dim"), [(32, 8, 128), (3, 1, 64), (8, 4, 256)])
-@pytest.mark.parametrize("repeats", [1, 7])  # clusters of eight blocks, and smaller ones
+@pytest.mark.parametrize("repeats", [1, 7])  # clusters of several blocks, and of one
 def test_lengths_out_of_range_write_nothing_and_leave_the_others_alone(q_heads, k_heads, dim, repeats):
     given = [8, *OUT_OF_RANGE, 1, 5] * repeats
     lengths = torch.tensor(given, dtype=torch.int32, device="cuda")

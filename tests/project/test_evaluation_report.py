@@ -1,15 +1,15 @@
 """The report is made from result files alone, and names what is wrong with them."""
 
-import re
 from pathlib import Path
 
 import evaluation_report as tool
 import pytest
 from conftest import csv_rows
 
-from nm_act.lab.cost import Rates
+from nm_act.lab.cost import Rates, places_of, predictions
 from nm_act.lab.evaluate import folder as run_folder
 from nm_act.lab.evaluate import results, study
+from nm_act.lab.measured import Measured, shapes_of
 from nm_act.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def _write(folder, variant, value):
     result = {"metric": "ppl", "value": value, "stderr": 0.5, "samples": 20, "scores": [1.0, 2.0]}
     folder.write(variant, "wikitext2", {**result, "layers": 2, "width": 64})
+
+
+def _predicted(recipe):
+    """Of the prefill of two layers with Llama-3-8B's shapes, as every report says it."""
+    cost = Measured("h100", shapes_of("llama-3-8b"), "llama-3-8b")
+    return f"{predictions(cost, places_of('llama-3-8b', 2), recipe)['prefill']:.2f}x"
 
 
 def test_report(tmp_path):
@@ -40,21 +46,21 @@ def test_report(tmp_path):
     assert {row["layers"] for row in rows} == {"all", "alanova"}
     assert {row["dense_value"] for row in rows} == {"20.0"}
     assert float(rows[0]["predicted_speedup"]) == 1
-    [speed] = {float(row["predicted_speedup"]) for row in rows if row["method"] == "act+var"}
-    assert f"| act+var | 32.00 ± 0.50; {speed:.2f}x |" in text
+    assert f"| act+var | 32.00 ± 0.50; {_predicted(variants[2])} |" in text
     assert (tmp_path / "evaluation" / "run1-perplexity.png").is_file()
 
 
 def test_calibrated_rows_say_on_what_and_with_which_seed(tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
+    recipe = Recipe("2:4", mitigation=["ls"])
     _write(folder, study.DENSE_VARIANT, 20.0)
     for seed in (0, 1):
         made = {"calibrated": True, "seed": seed, "calibrated_on": "c4.jsonl, 8 windows of 512 tokens"}
-        _write(folder, study.from_recipe(Recipe("2:4", mitigation=["ls"]), f"seed-{seed}", **made), 30.0 + seed)
+        _write(folder, study.from_recipe(recipe, f"seed-{seed}", **made), 30.0 + seed)
     assert tool.main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "evaluation.md").read_text()
     for seed in (0, 1):
-        assert re.search(rf"\| act\+ls, seed {seed} \| {30 + seed:.2f} ± 0\.50; 1\.\d\dx \|", text)
+        assert f"| act+ls, seed {seed} | {30 + seed:.2f} ± 0.50; {_predicted(recipe)} |" in text
         assert f"| seed-{seed} | c4.jsonl, 8 windows of 512 tokens | {seed} |" in text
 
 
@@ -77,6 +83,18 @@ def test_only_one_run_is_compared(tmp_path, capsys):
     _write(more, study.DENSE_VARIANT, 20.5)
     with pytest.raises(ValueError, match="expected every row once, got 'dense' on wikitext2"):
         results.collect([runs[0], more.path])
+
+
+def test_results_that_do_not_say_how_many_layers_are_read(tmp_path):
+    """As those of 0.2.0: they are predicted for all layers of the predicted model."""
+    folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
+    result = {"metric": "ppl", "value": 20.0, "stderr": 0.5, "samples": 20, "scores": [1.0, 2.0], "macs": {"dense": 4}}
+    recipe = Recipe("2:4")
+    for variant in (study.DENSE_VARIANT, study.from_recipe(recipe)):
+        folder.write(variant, "wikitext2", result)
+    dense, sparse = results.collect([tmp_path / "run"])
+    assert dense.fields["predicted_speedup"] == 1
+    assert f"{sparse.fields['predicted_speedup']:.2f}x" == _predicted(recipe)
 
 
 def test_error_bars(monkeypatch, tmp_path):

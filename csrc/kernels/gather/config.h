@@ -245,8 +245,8 @@ inline GatherConfig select_gather_config(const GatherProblem& problem) {
 
 // Decode steps in which another configuration than the one that is fastest alone was measured to be faster: there a
 // kernel's blocks start while those of the kernel before end, and clusters wait for room beside them
-// (docs/kernels/gather.md). One token, 16-bit weights, 132 multiprocessors; all were measured with 8:16 in bf16, the first
-// with 2:4 too, and are taken for 50 % patterns.
+// (docs/kernels/gather.md). One token, 16-bit weights, 132 multiprocessors; all were measured with 8:16 in bf16 and are taken
+// for 50 % patterns.
 struct LayerGather {
   int out_features, in_features;
   GatherConfig config;

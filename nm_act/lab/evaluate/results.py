@@ -9,7 +9,7 @@ from typing import Any
 from ...recipe import Recipe
 from .. import output
 from ..cost import Cost, Rates, places_of, predictions
-from ..measured import Measured, shapes_of
+from ..measured import SHAPES, Measured, shapes_of
 from ..output import is_undefined, markdown_table
 from ..tables import DEFAULT_DEVICE
 from .folder import PERPLEXITY, RunFolder
@@ -100,11 +100,14 @@ def _run_rows(folder: str, identity: dict[str, Any], results: list[dict[str, Any
 
 
 def predicted(result: dict[str, Any], rates: Rates | None) -> dict[str, float]:
-    """Speed-up by phase of a result's recipe in the shapes of `PREDICTED_MODEL`; of prefill, from `rates` if given."""
+    """Speed-up by phase of a result's recipe in the shapes of `PREDICTED_MODEL`; of prefill, from `rates` if given.
+
+    An older result does not say its model's layers and width: then both are those of `PREDICTED_MODEL`.
+    """
     recipe, shapes = result["variant"]["recipe"], shapes_of(PREDICTED_MODEL)
     cost: Cost = rates or Measured(DEFAULT_DEVICE, shapes, PREDICTED_MODEL, phases=("prefill", "decode"))
-    places = places_of(PREDICTED_MODEL, result["layers"])
-    factor = places[0].in_features / result["width"]
+    places = places_of(PREDICTED_MODEL, result.get("layers", SHAPES[PREDICTED_MODEL][0]))
+    factor = places[0].in_features / result.get("width", places[0].in_features)
     return predictions(cost, places, None if recipe is None else Recipe.from_dict(recipe), rank_factor=factor)
 
 
