@@ -211,12 +211,12 @@ def draw(rows: list[Row]) -> dict[str, bytes]:
     if measured:
         bars = {row.name: (row.fields["value"], row.fields["stderr"]) for row in measured}
         dense = measured[0].fields["dense_value"]
-        plots["perplexity.png"] = _bars(bars, f"{PERPLEXITY} perplexity ± standard error", dense)
+        plots["perplexity.png"] = _bars(bars, f"{PERPLEXITY} perplexity ± error", dense)
     averages = average_drops(rows)
     if averages:
         most = max(count for *_, count in averages.values())
         alike = {name: average for name, average in averages.items() if average[2] == most}
-        plots["drop.png"] = _bars(alike, f"average relative drop over {most} tasks ± standard error, %")
+        plots["drop.png"] = _bars(alike, f"drop ± error, %, mean of {most} tasks")
     return plots
 
 
