@@ -122,7 +122,7 @@ def test_drops_are_paired(tmp_path):
     )
 
 
-def test_averages_are_over_the_papers_tasks(tmp_path):
+def test_averages_are_over_the_papers_tasks(monkeypatch, tmp_path):
     folder = run.RunFolder.open(tmp_path / "r", {"model": "m"})
     sparse = study.from_recipe(Recipe("2:4"))
     for task, correct in (("arc_easy", 1), ("boolq", 0), ("hellaswag", 2), ("arc_challenge", 2)):
@@ -132,6 +132,11 @@ def test_averages_are_over_the_papers_tasks(tmp_path):
     mean, _, count = results.average_drops(rows)["act 2:4"]
     assert (mean, count) == (75, 2)
     assert "%, n = 2 |" in results.to_markdown(rows)
+    _record(folder, study.from_recipe(Recipe("8:16")), "boolq", "acc", 1.0, [1, 1])
+    drawn = []
+    monkeypatch.setattr(results, "_bars", lambda bars, *rest: drawn.append(list(bars)) or b"")
+    results.draw(results.collect([tmp_path / "r"]))
+    assert drawn == [["act 2:4"]]  # an average over one task is no bar beside those over two
 
 
 def test_mean_and_stderr():

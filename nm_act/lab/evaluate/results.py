@@ -205,16 +205,21 @@ def _with_drop(row: Row | None) -> str:
 
 
 def draw(rows: list[Row]) -> dict[str, bytes]:
-    """File name -> PNG: perplexity of every variant, and the average drop, with standard errors."""
+    """File name -> PNG: perplexity of every variant, and the average drop, with standard errors.
+
+    Averages over fewer tasks than others would not compare, and are left out.
+    """
     plots = {}
     measured = [row for row in rows if row.fields["task"] == PERPLEXITY]
     if measured:
         bars = {row.name: (row.fields["value"], row.fields["stderr"]) for row in measured}
         dense = measured[0].fields["dense_value"]
-        plots["perplexity.png"] = _bars(bars, f"{PERPLEXITY} perplexity ± standard error", dense)
+        plots["perplexity.png"] = _bars(bars, f"{PERPLEXITY} perplexity ± error", dense)
     averages = average_drops(rows)
     if averages:
-        plots["drop.png"] = _bars(averages, "average relative drop ± standard error, %")
+        most = max(count for *_, count in averages.values())
+        alike = {name: average for name, average in averages.items() if average[2] == most}
+        plots["drop.png"] = _bars(alike, f"drop ± error, %, mean of {most} tasks")
     return plots
 
 
