@@ -105,9 +105,8 @@ class Tables:
         ``sizes`` are out_features, in_features and tokens. Those that were not measured take the nearest row's time per
         multiply-accumulate. In decode the time of a share of kept features that was not measured is interpolated, or
         beyond the measured shares proportional; between patterns of the same M, where some were measured. In prefill
-        every pattern but 2:4 and 2:4+1 is a pruned operand in the dense product. ``fused`` says that in
-        prefill the operand comes from the producer in front: packed for 2:4, else pruned in place of the dense one, which
-        costs nothing.
+        every pattern except 2:4 and 2:4+1 is a dense product with a pruned operand. ``fused`` says that in prefill the
+        operator in front produces the operand: packed for 2:4, else pruned in place of the dense one, at no cost.
         """
         chosen = as_pattern(pattern)
         if phase == "decode":
