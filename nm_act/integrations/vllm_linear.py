@@ -109,8 +109,7 @@ class NMActVLLMConfig(QuantizationConfig):
         plan.check_dense(model_name, revision)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
-        """The sparse method for a linear layer in the recipe, vLLM's dense one for other linear layers; None for the
-        rest."""
+        """The sparse method for linear layers in the recipe, vLLM's dense one for other linear layers, else None."""
         if not isinstance(layer, LinearBase):
             self._census.add_other(prefix)
             return None

@@ -50,8 +50,7 @@ def quantise_rows(values: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Te
 
 @dataclass(frozen=True, eq=False)
 class E4M3Weight:
-    """A weight in e4m3, stored for a layout of ``FP8_LAYOUTS``; as bytes, because .to(dtype) would convert e4m3
-    tensors."""
+    """A weight in e4m3 for a layout of ``FP8_LAYOUTS``; stored as bytes, because .to(dtype) would convert e4m3."""
 
     codes: Tensor | None  # [out, in], uint8: what fp8 tensor cores read; None for "decode"
     rows: Tensor | None  # [in, out], uint8: what few tokens read their survivors' rows from; None for "prefill"

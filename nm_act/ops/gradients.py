@@ -127,8 +127,7 @@ def _weight_gradient(
     selection: Selection,
     shift_out: Tensor | None,
 ) -> Tensor:
-    """``(nu * G)^T @ P`` in the weight's memory layout, plus the part of the shift's image if the operator computes
-    it."""
+    """``(nu * G)^T @ P`` in the weight's memory layout, plus the shift image's part if the operator computes it."""
     scaled = gradient if variance is None else (gradient.float() * variance.nu).to(gradient.dtype)
     is_in_out = weight.stride(0) == 1 and weight.stride(1) != 1
     product = (pruned.t() @ scaled).t() if is_in_out else scaled.t() @ pruned

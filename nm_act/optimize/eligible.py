@@ -89,8 +89,7 @@ def not_sparse_gemm(layer: Sparse, pattern: NMPattern, step: int) -> str:
 
 
 def not_pruned_alone(layer: Sparse, pattern: NMPattern) -> str:
-    """Why a layer needs more than a pruned activation and a product, or the kernel cannot prune it; empty if
-    neither."""
+    """Why a pruned activation and a product do not suffice for a layer, or the kernel cannot prune it; else empty."""
     why = beyond(layer)
     if why:
         return why

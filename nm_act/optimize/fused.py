@@ -213,8 +213,7 @@ class FusedLayer(Changed):
 
 
 class FusedSandwichLayer(FusedLayer):
-    """A layer with norms before and after, ``h = x + norm(attention(norm(x))); h + norm(mlp(norm(h)))``, as in
-    Gemma."""
+    """A layer with norms on both sides, ``h = x + norm(attention(norm(x))); h + norm(mlp(norm(h)))``, as in Gemma."""
 
     before_mlp = "pre_feedforward_layernorm"
     after_parts = ("post_attention_layernorm", "post_feedforward_layernorm")

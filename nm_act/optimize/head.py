@@ -143,8 +143,7 @@ def check_kind(kind: object) -> None:
 
 
 def store_head(model: Any, kind: str) -> tuple[str, QuantisedHead | None, str]:
-    """Replace the output head of a model by a QuantisedHead; returns its name, and the new head or why there is
-    none."""
+    """Replace a model's output head by a QuantisedHead; returns its name, and the new head or why there is none."""
     head = head_of(model)
     name = next(name for name, module in model.named_modules() if module is head)
     why = why_not_8_bits(head)

@@ -41,8 +41,7 @@ class Shard:
 
 
 def shard_of(weight: Tensor) -> Shard | None:
-    """How a DTensor weight ``[out, in]`` is split; None for a plain tensor, ValueError if it is split in two ways at
-    once."""
+    """How a DTensor weight ``[out, in]`` is split; None for a plain tensor, ValueError for two splits at once."""
     if not _is_sharded(weight):
         return None
     split = [(dim, place) for dim, place in enumerate(weight.placements) if not place.is_replicate()]
