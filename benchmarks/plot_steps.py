@@ -29,10 +29,11 @@ def named(parts: list[str]) -> list[str]:
 
 
 def groups(rows: list[dict], phase: str) -> dict[tuple[str, str], list[tuple[str, float]]]:
-    """(mode, commit) -> its parts with microseconds, in order, of one phase."""
+    """(mode, commit) -> its parts with microseconds, in order, of one phase; a layer's kernels may be of several."""
     found: dict[tuple[str, str], list[tuple[str, float]]] = {}
     for row in sorted((row for row in rows if row["phase"] == phase), key=lambda row: int(row["position"])):
-        found.setdefault((row["mode"], row["commit"]), []).append((row["part"], float(row["us"])))
+        commit = "" if phase == "decode layer" else row["commit"]
+        found.setdefault((row["mode"], commit), []).append((row["part"], float(row["us"])))
     return found
 
 

@@ -14,7 +14,7 @@ from quality_training import Linear, Llama, _step, linears_of
 from torch import Tensor, nn
 
 from nm_act.lab.calibrate.run import CalibrationSettings
-from nm_act.lab.calibrate.training import BETAS, LARGEST_GRADIENT, _order, block_loss, linear_schedule
+from nm_act.lab.calibrate.training import BETAS, LARGEST_GRADIENT, block_loss, linear_schedule, passes
 from nm_act.lab.evaluate.variants import resolved, sparse_copy
 from nm_act.layers.linear import NMLinear
 from nm_act.methods.mitigations import learned_data_of, rank_of
@@ -102,7 +102,7 @@ def _train_block(
     x, target = hidden[:1].clone(), targets[:1].clone()
     forward_backward = _step(lambda: block_loss(student.block(index, x), target, settings.loss), parameters, device)
     losses = []
-    for step, window in enumerate(_order(len(hidden), steps, settings.seed + index)):
+    for step, window in enumerate(passes(len(hidden), steps, settings.seed + index).tolist()):
         x.copy_(hidden[window : window + 1])
         target.copy_(targets[window : window + 1])
         losses.append(forward_backward().clone())

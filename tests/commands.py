@@ -1,12 +1,22 @@
 """The command line as tests run it: in this process, or as a process of its own."""
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from typer.testing import CliRunner
 
 from nm_act.cli.application import app
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Environment of a process in which the package is found, and no model on the hub."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
 
 
 def run(*arguments):

@@ -1,5 +1,6 @@
 """Shared by all tests: the dtypes, a bit comparison, and poisoned inputs that exercise the selection contract."""
 
+import csv
 import importlib.util
 
 import compilers
@@ -68,6 +69,12 @@ def hard_activations(tokens: int, in_features: int, dtype: torch.dtype, seed: in
     return x
 
 
+def csv_rows(path) -> list[dict[str, str]]:
+    """The rows of a CSV file, each by its column names."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def one_and_two_threads(call):
     """What a call gives with one thread, and with two."""
     results, before = [], torch.get_num_threads()
@@ -80,12 +87,50 @@ def one_and_two_threads(call):
     return results
 
 
+def failing(error):
+    """A function that raises the error, whatever it is called with."""
+
+    def function(*_arguments, **_options):
+        raise error
+
+    return function
+
+
+def fails_after(monkeypatch, owner, name: str, calls: int, error=RuntimeError) -> None:
+    """Let a function raise after a number of calls, and before it does anything."""
+    original, left = getattr(owner, name), [calls]
+
+    def function(*arguments, **options):
+        if not left[0]:
+            raise error("no more")
+        left[0] -= 1
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, function)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny checkpoint, saved."""
     import tiny_model  # imports Transformers, which most tests do without
 
     return tiny_model.save(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A tiny model and its tokenizer, for tests that leave it as it is."""
+    import tiny_model
+
+    return tiny_model.build()
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """A tiny dense model, the teacher of sparse ones."""
+    import tiny_model
+
+    return tiny_model.teacher()
 
 
 @pytest.fixture(scope="module")

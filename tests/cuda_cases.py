@@ -15,6 +15,8 @@ DECODE_WEIGHTS = ("same", "e4m3", "int8")
 KERNELS = torch.cuda.is_available() and bool(nm_act.build_info().get("cuda"))
 WHY_NOT = "needs a CUDA device and compiled CUDA kernels"
 GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not KERNELS, reason=WHY_NOT)]
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+HOPPER = pytest.mark.skipif(not IS_HOPPER, reason="needs compute capability 9.0")
 
 
 def packed_layout(dtype: torch.dtype) -> str:
@@ -38,6 +40,18 @@ def adds_after(call) -> bool:
     names = {event.name for event in profile.events()}
     assert any(name.startswith("nm_act::") for name in names), names
     return bool(names & {"aten::add", "aten::add_"})
+
+
+def drawn(*shape, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
+
+
+def rms_norm(x, weight, eps, unit_offset=False):
+    """As Transformers' modules compute it; with an offset, Gemma's."""
+    h = x.float()
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (h * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * h.to(x.dtype)
 
 
 def on_gpu(options: dict) -> dict:

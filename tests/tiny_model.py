@@ -36,6 +36,11 @@ def build():
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
+def another_value(model) -> None:
+    """Change one late value of one late parameter."""
+    model.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 1
+
+
 def teacher():
     """A model whose outputs others are trained on: a random one's predictions are all alike, nothing to learn."""
     model, _ = build()
@@ -48,9 +53,10 @@ def windows(count: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 8, (count, 24), generator=torch.Generator().manual_seed(seed))
 
 
-def save(folder: Path) -> Path:
-    """Write the checkpoint into `folder`."""
+def save(folder: Path, change=lambda model: None) -> Path:
+    """Write the checkpoint into `folder`, after a change of the model."""
     model, tokenizer = build()
+    change(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -13,7 +13,8 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import nn
 
-from nm_act import integrations
+from nm_act import NMLinear, integrations
+from nm_act.optimize import FP8Linear
 
 PLUGIN, RELOAD = "nm_act.integrations.vllm_linear", "nm_act.integrations.vllm_reload"
 LAYERWISE = SimpleNamespace(
@@ -228,6 +229,17 @@ def layers(config, in_features, dtype, device):
                 prefix=f"model.layers.0.{'self_attn' if name == 'qkv_proj' else 'mlp'}.{name}",
             )
     return made
+
+
+def own(layer, spec, fp8, seed, *, merged):
+    """What nm_act's own layers compute from the same weights: merged, or one for each of the layer's projections."""
+    parts, made = weights(layer, seed), []
+    for part in [torch.cat(parts)] if merged else parts:
+        dense = nn.Linear(layer.input_size, part.shape[0], bias=False, device="meta")
+        dense.weight = nn.Parameter(part, requires_grad=False)
+        sparse = NMLinear.from_linear(dense, spec)
+        made.append(FP8Linear(sparse, fp8) if fp8 else sparse)
+    return lambda x: torch.cat([each(x) for each in made], dim=-1)
 
 
 def weights(layer, seed):

@@ -46,9 +46,7 @@ fi
 
 if wanted test; then
   # shellcheck disable=SC2086
-  step test "${TEST_LIMIT:-300}" "$python" -m pytest -m gpu -q --timeout 120 tests/cuda/test_cuda.py \
-    tests/cuda/test_cuda_calls.py tests/cuda/test_cuda_decode.py tests/cuda/test_cuda_linear.py tests/cuda/test_cuda_optimize.py \
-    tests/cuda/test_cuda_windows.py ${TEST_ARGS:-}
+  step test "${TEST_LIMIT:-400}" "$python" -m pytest -m gpu -q --timeout 120 tests/cuda ${TEST_ARGS:-}
 fi
 
 if wanted sanitize; then
@@ -60,8 +58,7 @@ if wanted sanitize; then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck initcheck racecheck; do
       LOG=sanitize step "$tool" "${SANITIZE_LIMIT:-120}" "$sanitizer" --tool "$tool" --error-exitcode 3 --print-limit 20 \
-        "$python" -m pytest -m sanitizer -q -x --timeout 0 -p no:cacheprovider tests/cuda/test_cuda.py \
-        tests/cuda/test_cuda_decode.py tests/cuda/test_cuda_linear.py tests/cuda/test_cuda_optimize.py tests/cuda/test_cuda_windows.py
+        "$python" -m pytest -m sanitizer -q -x --timeout 0 -p no:cacheprovider tests/cuda
     done
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
   fi

@@ -1,7 +1,11 @@
 """Tables of perplexities, for tools/readme.py."""
 
-from result_files import EVALUATION, perplexities, times, with_error
+import math
 
+from evaluation_report import NOISE, noise_of, read_rows_file
+from result_files import EVALUATION, ROOT, perplexities, times, with_error
+
+from nm_act.lab.evaluate.perplexity import paired_difference
 from nm_act.lab.evaluate.results import markdown_table as table
 
 
@@ -25,7 +29,7 @@ def perplexity_table(rows: list[dict[str, str]]) -> str:
 
 
 def quality() -> str:
-    """Plain ACT, and the rows that no other row beats in perplexity and both speeds.
+    """Plain ACT in patterns, and the rows that no other row beats in perplexity and both speeds.
 
     Where held-out C4 was measured, it decides which rows these are; the table shows the test's perplexity.
     """
@@ -37,7 +41,8 @@ def quality() -> str:
         [
             row
             for row, point in points
-            if (row["method"], row["layers"]) == ("act", "all") or not any(beats(other, point) for _, other in points)
+            if ((row["method"], row["layers"]) == ("act", "all") and "%" not in row["pattern"])
+            or not any(beats(other, point) for _, other in points)
         ]
     )
 
@@ -82,24 +87,43 @@ TEXTS = ("wikitext2", "c4", "code", "french")
 def texts() -> str:
     """Perplexities over the dense model's on every text, the best on WikiText-2 first."""
     found = {name: {row["name"]: row for row in perplexities(name)} for name in TEXTS}
-    rows = [row for name, row in found["wikitext2"].items() if all(name in found[text] for text in TEXTS[1:])]
+    rows = [row for row in found["wikitext2"].values() if all(row["name"] in found[text] for text in TEXTS[1:])]
     rows.sort(key=lambda row: float(row["value"]))
-    ratios = [
-        [float(found[text][row["name"]]["value"]) / float(found[text]["dense"]["value"]) for text in TEXTS]
-        for row in rows
-    ]
+    losses, noise = windows_of(rows[0]), noise_of(ROOT / "docs" / "evaluation" / NOISE)
     lines = []
-    for index, (row, own) in enumerate(zip(rows, ratios, strict=True)):
-        best = [min(column) for column in zip(*ratios[index:], strict=True)]
-        cells = [f"{ratio:.2f}" + (" !" if ratio > least else "") for ratio, least in zip(own, best, strict=True)]
+    for index, row in enumerate(rows):
+        cells = []
+        for text in TEXTS:
+            ratio = float(found[text][row["name"]]["value"]) / float(found[text]["dense"]["value"])
+            own, below = losses[row["name"], text], [losses[other["name"], text] for other in rows[index + 1 :]]
+            cells.append(f"{ratio:.2f}" + (" !" if any(apart(own, other, noise) for other in below) else ""))
         name = row["name"] + (" *" if row["calibrated_on"] else "")
         lines.append([name, *(times(speed) for speed in speeds(row)), *cells])
     header = ["recipe", "prefill, predicted", "decode, predicted", *TEXTS]
     note = (
         "Perplexity over the dense model's, the first 20 480 tokens of each text. `!`: a row below, which is worse on "
-        f"WikiText-2, is better here. An asterisk marks what was calibrated or trained; `{EVALUATION}`."
+        "WikiText-2, is better here, by more than twice the paired error and twice the noise of rounding. An asterisk "
+        f"marks what was calibrated or trained; `{EVALUATION}`."
     )
     return f"{table(header, lines)}\n\n{note}"
+
+
+def windows_of(row: dict[str, str]) -> dict[tuple[str, str], list[float]]:
+    """Losses by window of the rows that were measured as this one was, by name and text."""
+    runs = read_rows_file(ROOT / "docs" / "evaluation" / "rows.jsonl")
+    alike = (results for identity, results in runs if (identity["dtype"], identity.get("device", "")) == key_of(row))
+    return {(result["variant"]["name"], result["task"]): result["scores"] for results in alike for result in results}
+
+
+def key_of(row: dict[str, str]) -> tuple[str, str]:
+    """What distinguishes the runs of rows.jsonl."""
+    return row["dtype"], row["device"]
+
+
+def apart(worse: list[float], better: list[float], noise: float) -> bool:
+    """Whether the first losses are above the second by more than chance and rounding."""
+    mean, stderr = paired_difference(worse, better)
+    return mean > 2 * max(stderr, math.sqrt(2) * noise)
 
 
 def speeds(row: dict[str, str]) -> tuple[float, float]:

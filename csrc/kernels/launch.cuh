@@ -50,13 +50,13 @@ inline cudaError_t forget(cudaError_t status) {
 template <class Query>
 int once_per_device(const Query& query) {
   constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0: not queried yet
+  static std::atomic<int> known[kDevices];  // one more than the value; 0: not queried yet
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
-  int value = known[device].load(std::memory_order_relaxed);
-  if (value == 0 && forget(query(device, value)) == cudaSuccess) {
-    known[device].store(value, std::memory_order_relaxed);
-  }
+  if (const int found = known[device].load(std::memory_order_relaxed)) return found - 1;
+  int value = 0;
+  if (forget(query(device, value)) != cudaSuccess) return 0;
+  known[device].store(value + 1, std::memory_order_relaxed);
   return value;
 }
 

@@ -2,8 +2,9 @@
 
 A layer that shares its input with others (q/k/v, gate/up) costs its share of the merged product that
 :func:`nm_act.optimize` makes, if the layers have one spec without scores or data of their own; otherwise it costs a
-product of its own. If the norm or the activation in front writes the packed 2:4 operand of a product, the time is that
-of the sparse GEMM; otherwise, and for ``o_proj``, it is that of the whole operator.
+product of its own. If the norm or the activation in front writes the operand of a product, the time is that of the
+sparse GEMM for a packed 2:4 operand, and that of the dense product for a pruned one. Otherwise, and for ``o_proj``, it
+is that of the whole operator.
 """
 
 import math
@@ -97,7 +98,7 @@ class Measured:
         """Microseconds of a projection's share of its product, by the name of its `place`; a spec of None is dense.
 
         `merged` says that the sparse layer shares one product with the layers that read its input, and `fused` that the
-        operand of that product comes packed.
+        operand of that product comes packed, or pruned without a shift or `var`.
         """
         projection = place.projection
         names = (projection,) if projection in self.shapes else ROLES.get(projection, (projection,))
@@ -123,7 +124,7 @@ class Measured:
             fused = fused and name != "o_proj" and (plain or str(spec.pattern) == "2:4")
             found = self.tables.product(phase, str(spec.pattern), sizes, dtype, fused=fused)
             time *= found.us / found.dense_us  # tables were measured at different clocks
-            if phase == "decode" or str(spec.pattern).startswith("2:4"):  # any other pattern is a dense product
+            if phase == "decode" or self.tables.has_sparse_gemm(str(spec.pattern), dtype):  # else the dense product
                 time *= self._in_model[phase]
         if found.note:
             self.notes[found.note] = None
@@ -141,9 +142,12 @@ class Measured:
         for phase, (pattern, prompt) in _REFERENCES.items():
             alone = Measured(self.device, shapes_of(_REFERENCE), _REFERENCE, phases=(phase,), tokens=prompt)
             alone._in_model = dict.fromkeys(_REFERENCES, 1.0)
-            layers, whole = SHAPES[_REFERENCE][0], self.tables.whole(_REFERENCE, f"nm-{pattern}", phase, prompt)
+            layers, modes = SHAPES[_REFERENCE][0], ("dense_bf16", f"nm-{pattern}")
+            dense, whole = (self.tables.whole(_REFERENCE, mode, phase, prompt) for mode in modes)
             products = layers * alone.block(phase, LinearSpec(NMPattern(pattern)))
-            factors[phase] = 1.0 if whole is None else (whole - alone.rest(phase, layers)) / products
+            factors[phase] = 1.0
+            if dense is not None and whole is not None:
+                factors[phase] = (whole - alone.rest(phase, layers)) / products
         return factors
 
     def block(self, phase: str, spec: LinearSpec | None) -> float:

@@ -14,6 +14,7 @@ DEFAULT_DEVICE = "h100"
 """The device of a prediction unless another is named."""
 
 _FILES = ("sparse_linear.csv", "families.csv", "patterns.csv", "decode.csv")
+_WHOLE_MODELS = "inference_turns.csv"
 """Tables of products; the first column of each is the benchmark's name."""
 
 
@@ -105,15 +106,15 @@ class Tables:
         ``sizes`` are out_features, in_features and tokens. Sizes that were not measured take the nearest row's time per
         multiply-accumulate. In decode, a share of kept features that was not measured is interpolated between measured
         ones, of the same M if there are some, or scaled in proportion outside their range. In prefill every pattern
-        except 2:4 and 2:4+1 is a dense product with a pruned operand. ``fused`` says that in prefill the operator in
-        front produces the operand: packed for 2:4, else pruned in place of the dense one, at no cost.
+        except those with :meth:`has_sparse_gemm` is a dense product with a pruned operand. ``fused`` says that in
+        prefill the operator in front produces the operand: packed for 2:4, else pruned at no cost.
         """
         chosen = as_pattern(pattern)
         if phase == "decode":
             return self._decode(chosen, sizes, dtype)
-        name = str(chosen).partition("@")[0]  # whatever columns the extra windows have
-        stage = "prefill gemm" if fused and (name == "2:4") else "prefill op"
-        if (stage, dtype, name) in self._products:
+        name = _row_name(pattern)
+        if self.has_sparse_gemm(pattern, dtype):
+            stage = "prefill gemm" if fused and name == "2:4" else "prefill op"
             return self._nearest((stage, dtype, name), sizes)
         dense = self.dense(phase, sizes)
         if fused and "+" not in name:
@@ -122,6 +123,10 @@ class Tables:
         prune = self._nearest(("prefill prune", "bf16", pruned), (1, *sizes[1:]))
         note = "" if pruned == name else f"{name} in prefill was not measured: 8:16 stands for it"
         return Product(prune.us + dense.dense_us, dense.dense_us, note or dense.note)
+
+    def has_sparse_gemm(self, pattern: str, dtype: str = "bf16") -> bool:
+        """Whether prefill with this pattern was measured on the sparse tensor cores: 2:4, and 2:4+1 in 16 bits."""
+        return ("prefill op", dtype, _row_name(pattern)) in self._products
 
     def dense(self, phase: str, sizes: tuple[int, int, int]) -> Product:
         """The dense product of these sizes in bfloat16, in `us` and `dense_us` alike."""
@@ -170,11 +175,16 @@ class Tables:
         """
         metric = "decode_tok_s" if phase == "decode" else "ttft_busy_ms"
         wanted = {"mode": mode, "batch": "1", "prompt": str(prompt), "metric": metric, "baseline": "dense_bf16"}
-        for row in self._read("inference_turns.csv"):
+        for row in self._read(_WHOLE_MODELS):
             if row["model"].split(" (")[0] == model and wanted.items() <= row.items():
                 value = float(row["p50"])
                 return 1e6 / value if phase == "decode" else 1e3 * value
         return None
+
+
+def _row_name(pattern: str) -> str:
+    """A pattern's name in the tables, whatever columns its extra windows have."""
+    return str(as_pattern(pattern)).partition("@")[0]
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..patterns import NMPattern
 from . import formulas, library, operators
-from .legacy import takes_activation_dtype, takes_pattern
+from .legacy import takes_activation_dtype, takes_operand, takes_pattern
 from .lifting import is_lifted, lifted_features, unlift
 
 _PLAIN = NMPattern(2, 4)
@@ -217,6 +217,7 @@ def silu_mul_compress(
     return _packed(tensors, gate, _PLAIN)
 
 
+@takes_operand
 def sparse_gemm(
     operand: Packed,
     weight: Tensor,

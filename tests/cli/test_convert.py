@@ -8,6 +8,7 @@ import pytest
 import tiny_model
 import torch
 from commands import ok, refused, run
+from conftest import failing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import nm_act
@@ -112,10 +113,7 @@ def test_a_recipe_that_vllm_refuses_is_noted(folder, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_whole_or_nothing(folder, tmp_path, monkeypatch, error):
-    def fail(*arguments, **options):
-        raise error
-
-    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", failing(error))
     result = run("convert", folder, "--pattern", "2:4", "--output", tmp_path / "out")
     interrupted = isinstance(error, KeyboardInterrupt)
     assert result.exit_code == (130 if interrupted else 2)
@@ -140,8 +138,5 @@ def test_a_disk_that_is_full_at_the_weights(folder, tmp_path):
 
 
 def test_offline(folder, tmp_path, monkeypatch):
-    def connect(*arguments):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket.socket, "connect", failing(AssertionError("the network was asked")))
     ok("convert", folder, "--pattern", "2:4", "--output", tmp_path / "out")

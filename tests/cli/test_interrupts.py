@@ -9,6 +9,7 @@ import time
 import pytest
 import tiny_model
 from commands import interrupted, run
+from conftest import failing
 
 from nm_act.cli import common
 from nm_act.lab import output
@@ -30,10 +31,7 @@ def test_interrupted_ppl_writes_nothing(folder, tmp_path, number):
 
 
 def test_interrupt_between_measuring_and_writing(folder, text, tmp_path, monkeypatch):
-    def interrupt(data):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(output, "to_json", interrupt)
+    monkeypatch.setattr(output, "to_json", failing(KeyboardInterrupt))
     result = run("ppl", folder, "--text", text, "--max-tokens", 64, "--out", tmp_path / "r.json")
     assert result.exit_code == 130
     assert result.stderr.endswith("interrupted; no result was written\n")
@@ -83,11 +81,7 @@ def test_what_wrote_nothing_does_not_promise_to_go_on(folder, tmp_path, monkeypa
     source = (
         ["--text", "wikitext2.txt"] if command == "search" else ["--data", {"eval": "."}.get(command, "wikitext2.txt")]
     )
-
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(common, "load", interrupt)
+    monkeypatch.setattr(common, "load", failing(KeyboardInterrupt))
     for told in (common.INTERRUPTED, common.INTERRUPTED_BUT_KEPT):
         result = run(command, folder, *source, "--output", "out", *options)
         assert result.exit_code == 130

@@ -3,6 +3,7 @@
 import pytest
 import tiny_model
 from commands import refused, run
+from conftest import failing
 
 from nm_act.integrations import checkpoints
 
@@ -91,10 +92,7 @@ def _refused(arguments, folder, files) -> str:
         ([*EVAL], "got nothing; add --pattern, --recipe, --calibration or --study"),
         ([*EVAL, "--pattern", "2:4", "--tasks", "mmlu"], "expected tasks among wikitext2, arc_easy"),
         ([*EVAL, "--pattern", "2:4", "--data", "{other}"], "no data for wikitext2"),
-        (
-            [*EVAL, "--study", "{calibrated}"],
-            "expected a calibration for 'act 2:4' in --calibrated, got none; make it with nm-act",
-        ),
+        ([*EVAL, "--study", "{calibrated}"], "expected a calibration for 'act 2:4' in --calibrated, got none; make it with nm-act"),
         ([*EVAL, "--study", "{study}", "--criterion", "wina"], "--criterion and --mitigation beside --pattern"),
         ([*EVAL, "--study", "{study}", "--calibrated", "{here}"], "--study with calibrated rows beside --calibrated"),
         ([*EVAL, "--pattern", "2:4", "--mitigation", "spts"], f"{NEEDS} in 'act+spts 2:4'; make its data with"),
@@ -116,10 +114,7 @@ def _refused(arguments, folder, files) -> str:
         ([*CONVERT, "--recipe", "{typo}"], "patern"),
         ([*CONVERT, "--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
         ([*CONVERT, "--calibration", "{here}"], "no finished calibration at"),
-        (
-            [*CONVERT, "--calibration", "{here}", "--pattern", "2:4"],
-            "--calibration by itself, because its folder holds",
-        ),
+        ([*CONVERT, "--calibration", "{here}", "--pattern", "2:4"], "--calibration by itself, because its folder holds"),
         ([*CONVERT, "--calibration", "{here}", "--recipe", "{plain}"], "got --recipe too; leave one out"),
         (["convert", "{model}", "--pattern", "2:4"], "missing option '--output'"),
         (["convert", "{model}", "--pattern", "2:4", "--output", "{here}"], "expected a new or empty folder, but"),
@@ -145,12 +140,9 @@ def _refused(arguments, folder, files) -> str:
         ([*CALIBRATE, "--seed", "-1"], "expected a seed from 0 to 2**63 - 1, got -1;"),
         (["demo", "--model", "{model}", "--tokens", "0"], "--tokens"),
     ],
-)
+)  # fmt: skip
 def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments, message):
-    def load_model(*arguments, **options):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(checkpoints, "load_model", load_model)
+    monkeypatch.setattr(checkpoints, "load_model", failing(AssertionError("a model was loaded")))
     assert message in _refused(arguments, folder, files)
     result = run(*(argument.format(model=folder, **files) for argument in arguments))
     assert len(result.stderr.splitlines()) == 1 + ("data: " in result.stderr)  # the sentence: nothing is "loading"
@@ -174,15 +166,9 @@ def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments,
         ([*CONVERT, "--pattern", "2:4", "--dtype", "int8"], "expected a dtype among"),
         ([*SEARCH, "--target-speedup", "9"], "expected a target speed-up of at most 1.108"),
         ([*SEARCH, "--windows", "99"], "expected calibration text of 99 windows of 64 tokens, got"),
-        (
-            [*GOALLESS, "--max-drop", "9", "--option", "8:16"],
-            "expected an option faster than dense, got none among 8:16 act; ",
-        ),
-        (
-            [*GOALLESS, "--max-drop", "9", "--option", "2:4 rsparse-24"],
-            "an option faster than dense, got none among 2:4 act rsp",
-        ),
+        ([*GOALLESS, "--max-drop", "9", "--option", "8:16"], "expected an option faster than dense, got none among 8:16 act; "),
+        ([*GOALLESS, "--max-drop", "9", "--option", "2:4 rsparse-24"], "an option faster than dense, got none among 2:4 act rsp"),
     ],
-)
+)  # fmt: skip
 def test_refused_once_the_model_is_known(folder, files, arguments, message):
     assert message in _refused(arguments, folder, files)

@@ -1,22 +1,18 @@
 """``nm-act run``: scripts, modules and installed commands, with nm_act's checkpoints known to Transformers."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny_model
+from commands import environment
 
 import nm_act
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def start(*arguments, cwd) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=cwd)
+    return subprocess.run(command, env=environment(cwd), capture_output=True, text=True, timeout=300, cwd=cwd)
 
 
 def test_a_saved_model_loads_sparse_in_a_program_that_does_not_import_nm_act(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -158,27 +159,14 @@ def test_any_recipe_round_trips(tmp_path_factory, recipe):
         assert loaded.resolve(1, "q_proj") == recipe.resolve(1, "q_proj")
 
 
-@pytest.mark.parametrize(
-    ("data", "sentence"),
-    [
-        ({}, "expected a recipe with a pattern, got none"),
-        ("8:16", "expected a recipe as a mapping of fields, got str"),
-        ({"pattern": "8-16"}, 'expected a pattern written "N:M" .*8-16'),
-        ({"pattern": "4:4"}, "expected 1 <= N < M, got pattern 4:4"),
-        ({"pattern": 124}, "expected two integers"),
-        ({"pattern": "100%"}, "expected a percentage kept between 0 and 100 .*got 100"),
-    ],
-)
-def test_bad_pattern(data, sentence):
-    _check_bad(data, sentence)
-
-
-def _check_bad(data, sentence):
-    with pytest.raises(ValueError, match=sentence) as caught:
-        Recipe.from_dict(data)
-    assert "\n" not in str(caught.value)
-
-
+BAD_DATA = [
+    ({}, "expected a recipe with a pattern, got none"),
+    ("8:16", "expected a recipe as a mapping of fields, got str"),
+    ({"pattern": "8-16"}, 'expected a pattern written "N:M" .*8-16'),
+    ({"pattern": "4:4"}, "expected 1 <= N < M, got pattern 4:4"),
+    ({"pattern": 124}, "expected two integers"),
+    ({"pattern": "100%"}, "expected a percentage kept between 0 and 100 .*got 100"),
+]
 BAD_FIELDS = [
     ({"projection": []}, r"'projection'; did you mean 'projections'\?"),
     ({"zzz": 1}, "expected the keys of a recipe among pattern, projections, .*'zzz'; remove it"),
@@ -206,9 +194,14 @@ BAD_FIELDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fields", "sentence"), BAD_FIELDS)
-def test_bad_field(fields, sentence):
-    _check_bad({"pattern": "8:16", **fields}, sentence)
+BAD_DATA += [({"pattern": "8:16", **fields}, sentence) for fields, sentence in BAD_FIELDS]
+
+
+@pytest.mark.parametrize(("data", "sentence"), BAD_DATA)
+def test_bad_data(data, sentence):
+    with pytest.raises(ValueError, match=sentence) as caught:
+        Recipe.from_dict(data)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
@@ -246,7 +239,7 @@ def test_missing_file(tmp_path):
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "recipe.json"
     FULL.save(path)
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", failing(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         Recipe("2:4").save(path)
     monkeypatch.undo()
@@ -264,14 +257,11 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         (("2:4", "act", ("dpts-mean", "lpts")), "expected at most one shift"),
         (("2:4", "act", ("pcs", "larosa")), "expected at most one change of the selection's basis"),
         (("2:4", "act", ("rsparse-4", "rsparse-8")), "expected at most one low-rank pair"),
-        (
-            ("2:4", "act", ("rsparse-4-fit", "larosa")),
-            "expected no change of the selection's basis .*rsparse-4 without",
-        ),
+        (("2:4", "act", ("rsparse-4-fit", "larosa")), "expected no change of the selection's basis .*rsparse-4 without"),
         (("2:4", "wanda", ("var",)), "expected no mitigation where the weights are pruned"),
         (("2:4", "act", (), "never"), "expected a phase among"),
     ],
-)
+)  # fmt: skip
 def test_bad_spec(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         LinearSpec(*arguments)

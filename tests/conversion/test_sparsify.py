@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_families import sparse_layers
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from nm_act.conversion.sparsify import sparsify
 from nm_act.layers.linear import NMLinear
@@ -90,8 +91,6 @@ def test_report_as_text():
 
 
 def test_mac_fraction_of_the_shapes_of_smollm2():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
     with torch.device("meta"):
         models = [LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes)) for _ in range(2)]
@@ -247,8 +246,6 @@ def test_a_sparse_model_is_refused():
 
 
 def test_an_encoder_decoder_is_refused():
-    from transformers import T5Config, T5ForConditionalGeneration
-
     sizes = {"d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 1, "num_heads": 2}
     with torch.device("meta"):
         model = T5ForConditionalGeneration(T5Config(vocab_size=32, **sizes))

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import transformers
+from conftest import fails_after
 from tiny_families import family
 from torch import nn
 
@@ -19,19 +20,6 @@ from nm_act.recipe import Recipe
 # As attributes of packages they are the functions.
 conversion, optimizing = map(importlib.import_module, ("nm_act.conversion.sparsify", "nm_act.optimize"))
 RECIPE = Recipe("8:16", dense_first_tokens=2)
-
-
-def _fails_after(monkeypatch, owner, name, calls=0, error=RuntimeError):
-    """Let a function raise after a number of calls, and before it does anything."""
-    original, left = getattr(owner, name), [calls]
-
-    def function(*arguments, **options):
-        if not left[0]:
-            raise error("no more")
-        left[0] -= 1
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, function)
 
 
 def _raises_after(monkeypatch, owner, name):
@@ -51,11 +39,11 @@ def _in_the_record(monkeypatch):
 
 
 FAILURES = {
-    "in from_linear": lambda patch: _fails_after(patch, NMLinear, "from_linear", 9, torch.OutOfMemoryError),
+    "in from_linear": lambda patch: fails_after(patch, NMLinear, "from_linear", 9, torch.OutOfMemoryError),
     "in the context": lambda patch: _raises_after(patch, TokenContext, "attach"),
     "in the record": _in_the_record,
-    "in merging": lambda patch: _fails_after(patch, optimizing.model, "merge", 1),
-    "interrupted": lambda patch: _fails_after(patch, NMLinear, "from_linear", 1, KeyboardInterrupt),
+    "in merging": lambda patch: fails_after(patch, optimizing.model, "merge", 1),
+    "interrupted": lambda patch: fails_after(patch, NMLinear, "from_linear", 1, KeyboardInterrupt),
     "after optimize": lambda patch: _raises_after(patch, conversion, "merge_and_fuse"),
 }
 
@@ -125,7 +113,7 @@ def test_falcon_s_own_linear_layers_come_back(monkeypatch):
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
     model = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes)).eval()
     before = _facts(model)
-    _fails_after(monkeypatch, NMLinear, "from_linear", 5)
+    fails_after(monkeypatch, NMLinear, "from_linear", 5)
     with pytest.raises(RuntimeError, match="no more"):
         sparsify(model, Recipe("8:16"))
     _check_same(before, _facts(model))

@@ -56,11 +56,22 @@ def snapshot(result):
     return [part.clone() for part in result]
 
 
-@pytest.mark.parametrize("tokens", [2, 1030])
-def test_work_runs_on_the_current_stream(tokens):
-    x, weight, bias = problem(tokens, 272, 512)
+def calls_of(kind, tokens, out_features, in_features):
+    """x and the operators over it: those above, or of a decode step over a weight of this kind, stored [in, out]."""
+    if kind == "out_in":
+        x, *rest = problem(tokens, out_features, in_features)
+        return x, calls_on(x, *rest)
+    x, *rest = decode_problem(tokens, out_features, in_features, kind=kind)
+    return x, {name: lambda call=call: (call(),) for name, call in decode_calls(x, *rest).items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "sizes"),
+    [("out_in", 2, (272, 512)), ("out_in", 1030, (272, 512)), ("same", 1, (4096, 4096)), ("same", 3, (4096, 4096))],
+)
+def test_work_runs_on_the_current_stream_after_what_came_before(kind, tokens, sizes):
+    x, calls = calls_of(kind, tokens, *sizes)
     other, stream = x * 0.5 + 1, torch.cuda.Stream()
-    calls = calls_on(x, weight, bias)
     x_before = x.clone()
     x.copy_(other)
     expected = {name: snapshot(call()) for name, call in calls.items()}
@@ -75,20 +86,11 @@ def test_work_runs_on_the_current_stream(tokens):
         assert_same_bytes(result, expected[name], name)
 
 
-def replayed_calls(kind, tokens):
-    """x and the operators over it: those above, or of a decode step over a weight of this kind, stored [in, out]."""
-    if kind == "out_in":
-        x, *rest = problem(tokens, 272, 512)
-        return x, calls_on(x, *rest)
-    x, *rest = decode_problem(tokens, 4096, 1024, kind=kind)
-    return x, {name: lambda call=call: (call(),) for name, call in decode_calls(x, *rest).items()}
-
-
 @pytest.mark.parametrize(
     ("kind", "tokens"), [("out_in", 1), ("out_in", 33), ("out_in", 1030), *itertools.product(DECODE_WEIGHTS, (1, 4))]
 )
 def test_graph_replay_with_changed_inputs(kind, tokens):
-    x, calls = replayed_calls(kind, tokens)
+    x, calls = calls_of(kind, tokens, *((272, 512) if kind == "out_in" else (4096, 1024)))
     inputs = [x.clone(), x * 0.5 + 1, torch.zeros_like(x)]
     for name, call in calls.items():
         stream = torch.cuda.Stream()
@@ -144,9 +146,11 @@ def test_many_threads():
         list(pool.map(work, range(16)))
 
 
-@pytest.mark.parametrize("tokens", [1, 129, 4097])
-def test_ten_runs_give_the_same_bits(tokens):
-    for name, call in calls_on(*problem(tokens, 1040, 2048)).items():
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [*itertools.product(["out_in"], (1, 129, 4097)), *itertools.product(DECODE_WEIGHTS, (1, 4))]
+)
+def test_ten_runs_give_the_same_bits(kind, tokens):
+    for name, call in calls_of(kind, tokens, *((1040, 2048) if kind == "out_in" else (4096, 4096)))[1].items():
         first = snapshot(call())
         for _ in range(9):
             poison()
@@ -225,26 +229,14 @@ def test_opcheck(dtype, tokens):
         (OPS.compress_packed, (x,), {"channel_scale": vector, "variance_correction": True, "token_shift": "mean"}),
         (OPS.compress_packed, (x,), {"activation_dtype": E4M3}),
         (OPS.rms_norm_compress, (x, vector.to(dtype), 1e-6), {}),
-        (
-            OPS.rms_norm_compress,
-            (x, vector.to(dtype), 1e-6, x.clone()),
-            {"activation_dtype": E4M3, "token_shift": "mean"},
-        ),
+        (OPS.rms_norm_compress, (x, vector.to(dtype), 1e-6, x.clone()), {"activation_dtype": E4M3, "token_shift": "mean"}),
         (OPS.silu_mul_compress, (x, x.clone()), {"variance_correction": True}),
-        (
-            OPS.sparse_gemm,
-            (values, metadata, packed.layout, weight, bias),
-            {"row_scale": row_scale, "eta": eta, "shift_out": out},
-        ),
-        (
-            OPS.sparse_gemm,
-            (q_values, q_metadata, "sm90_8bit", w8),
-            {"row_scale": q_scale, "column_scale": scale, "out_dtype": dtype},
-        ),
+        (OPS.sparse_gemm, (values, metadata, packed.layout, weight, bias), {"row_scale": row_scale, "eta": eta, "shift_out": out}),
+        (OPS.sparse_gemm, (q_values, q_metadata, "sm90_8bit", w8), {"row_scale": q_scale, "column_scale": scale, "out_dtype": dtype}),
         (OPS.sparse_linear, (x, weight, bias), {"column_scale": out, "variance_correction": True}),
         (OPS.sparse_linear, (x, weight, bias, 8, 16), {"token_shift": "mean"}),
         (OPS.sparse_linear, (x, w8, bias), {"token_shift": "median", "weight_scale": scale, "activation_dtype": E4M3}),
-    ]
+    ]  # fmt: skip
     if tokens <= 8:
         checks.append((OPS.gather_linear, (x, stored(weight, "in_out")), {}))
     for op, arguments, options in checks:

@@ -1,9 +1,10 @@
-"""The operators that fuse a layer's surroundings, against the separate ones: producers, decode step, rotary embedding."""
+"""The operators that fuse a layer's surroundings, against the separate ones: producers and the products of a decode step."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_cases import E4M3, GPU_MARKS, HALVES, adds_after, poison
+from cuda_cases import E4M3, GPU_MARKS, HALVES, HOPPER, adds_after, drawn, poison, rms_norm
+from fused_formulas import activated
 from linear_cases import relative_error
 
 import nm_act
@@ -14,22 +15,6 @@ pytestmark = GPU_MARKS
 
 PATTERNS = ["1:2", "1:4", "2:4", "3:4", "5:8", "8:16", "3:16", "24:32"]
 CLOSE = 1.5e-2
-
-
-def drawn(*shape, dtype=torch.bfloat16, seed=0):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
-
-
-def rms_norm(x, weight, eps, unit_offset=False):
-    """As Transformers' modules compute it; with an offset, Gemma's."""
-    h = x.float()
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    return (h * (1.0 + weight.float())).to(x.dtype) if unit_offset else weight * h.to(x.dtype)
-
-
-def activated(gate, activation):
-    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 def assert_pruned(values, dense, pattern):
@@ -73,11 +58,10 @@ def test_norms_of_a_sandwich_layer_then_prune(features, pattern, dtype):
     assert_pruned(alone.values, rms_norm(x, weight, 1e-5, True), pattern)
 
 
+@HOPPER
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("features", [256, 2560, 10240])
 def test_producers_of_gemma_are_packed(fp8, features):
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("e4m3 needs compute capability 9")
     x, other, up = (drawn(70, features, seed=seed) for seed in range(3))
     weight, before, wide = drawn(features, seed=3), drawn(features, seed=4), drawn(512, features, seed=5)
     scale = None
@@ -161,11 +145,10 @@ def test_pruned_in_e4m3(pattern):
     assert relative_error(gated.values.float() * gated.row_scale[:, None], exact) < 0.04
 
 
+@HOPPER
 @pytest.mark.parametrize("pattern", ["5:8", "8:16", "16:32", "1:4"])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 600])
 def test_dense_e4m3_product(pattern, tokens):
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("e4m3 needs compute capability 9")
     x, weight, bias = drawn(tokens, 1024), drawn(512, 1024, seed=1), drawn(512, seed=2)
     scale = weight.float().abs().amax(1) / 448
     codes = (weight.float() / scale[:, None]).to(E4M3)
@@ -178,12 +161,11 @@ def test_dense_e4m3_product(pattern, tokens):
         nm_act.sparse_linear(x, codes, bias, pattern, **options)
 
 
+@HOPPER
 @pytest.mark.parametrize("tokens", [1, 8, 16, 17])
 @pytest.mark.parametrize("biased", [False, True])
 def test_e4m3_product_of_a_few_tokens(tokens, biased):
     """With one scale or row-wise ones: against float64, with scales of any size and a token of zeros."""
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("e4m3 needs compute capability 9")
     values, codes = drawn(tokens, 1040).to(E4M3), drawn(2064, 1040, seed=1).to(E4M3)
     rows = torch.logspace(3, -6, tokens, device="cuda")
     if tokens > 1:
@@ -278,165 +260,6 @@ def test_decode_in_one_kernel(tokens, pattern, kind):
             assert relative_error(y, separate(normed)) < CLOSE
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("q_heads", "k_heads", "dim"), [(32, 8, 128), (3, 1, 64), (7, 2, 80), (8, 4, 256)])
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 1), (2, 37), (1, 600)])
-def test_rotary(dtype, q_heads, k_heads, dim, batch, tokens):
-    merged = drawn(batch, tokens, (q_heads + 2 * k_heads) * dim, dtype=dtype)
-    heads = [q_heads, k_heads, k_heads]
-    q, k, v = (part.unflatten(-1, (-1, dim)) for part in merged.split([count * dim for count in heads], dim=-1))
-    for rows in {1, batch}:
-        angles = 3 * drawn(rows, tokens, dim, dtype=torch.float32, seed=1)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        poison()
-        q_out, k_out = fused.rotary(q, k, cos, sin)
-        assert torch.equal(q_out, reference._rotated(q, cos, sin))
-        assert torch.equal(k_out, reference._rotated(k, cos, sin))
-        before = 5
-        keys, values = (
-            torch.full((batch, k_heads, tokens + 9, dim), 7.0, device="cuda", dtype=dtype) for _ in range(2)
-        )
-        lengths = torch.full((batch,), before + tokens, dtype=torch.int32, device="cuda")
-        again = fused.rotary_cache(q, k, v, cos, sin, keys, values, lengths)
-        assert torch.equal(again, q_out)
-        for cache, new in ((keys, k_out), (values, v)):
-            assert torch.equal(cache[:, :, before : before + tokens], new.transpose(1, 2))
-            assert (cache[:, :, :before] == 7).all()
-            assert (cache[:, :, before + tokens :] == 7).all()
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("unit_offset", [False, True])
-@pytest.mark.parametrize(
-    ("q_heads", "k_heads", "dim"), [(32, 8, 128), (3, 1, 64), (8, 4, 256), (5, 5, 16), (2, 1, 512)]
-)
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 37)])
-def test_norms_of_heads_before_the_embedding(dtype, unit_offset, q_heads, k_heads, dim, batch, tokens):
-    merged = drawn(batch, tokens, (q_heads + 2 * k_heads) * dim, dtype=dtype)
-    heads = [q_heads, k_heads, k_heads]
-    q, k, v = (part.unflatten(-1, (-1, dim)) for part in merged.split([count * dim for count in heads], dim=-1))
-    angles = 3 * drawn(1, tokens, dim, dtype=torch.float32, seed=1)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    weights = [drawn(dim, dtype=dtype, seed=seed) for seed in (2, 3)]
-    norms = {"q_norm": weights[0], "k_norm": weights[1], "eps": 1e-6, "unit_offset": unit_offset}
-    normed = [rms_norm(x, weight, 1e-6, unit_offset) for x, weight in zip((q, k), weights, strict=True)]
-    poison()
-    actual, expected = fused.rotary(q, k, cos, sin, **norms), fused.rotary(*normed, cos, sin)
-    for one, other in zip(actual, expected, strict=True):
-        assert relative_error(one, other) < 2e-3
-    only = fused.rotary(q, k, cos, sin, k_norm=weights[1], eps=1e-6, unit_offset=unit_offset)
-    assert torch.equal(only[0], reference._rotated(q, cos, sin))
-    assert torch.equal(only[1], actual[1])
-    keys, values = (torch.zeros(batch, k_heads, tokens + 3, dim, device="cuda", dtype=dtype) for _ in range(2))
-    lengths = torch.full((batch,), tokens + 1, dtype=torch.int32, device="cuda")
-    assert torch.equal(fused.rotary_cache(q, k, v, cos, sin, keys, values, lengths, **norms), actual[0])
-    assert torch.equal(keys[:, :, 1 : tokens + 1], actual[1].transpose(1, 2))
-    assert torch.equal(values[:, :, 1 : tokens + 1], v.transpose(1, 2))
-    if tokens == 1 and dim in (64, 128, 256) and torch.cuda.get_device_capability()[0] == 9:
-        cached = [cache.clone() for cache in (keys, values)]
-        y = fused.decode_attention(q, k, v, cos, sin, *cached, lengths, scaling=dim**-0.5, **norms)
-        assert torch.equal(cached[0], keys)
-        apart = [normed[0], normed[1], v, cos, sin, *(cache.clone() for cache in (keys, values)), lengths]
-        assert relative_error(y, fused.decode_attention(*apart, scaling=dim**-0.5)) < 1e-2
-
-
-OUT_OF_RANGE = [0, 9, 1000, -1, 2**31 - 1, -(2**31)]  # of a cache of 8 tokens
-
-
-@pytest.mark.parametrize(("q_heads", "k_heads", "dim"), [(32, 8, 128), (3, 1, 64), (8, 4, 256)])
-@pytest.mark.parametrize("repeats", [1, 7])  # clusters of eight blocks, and smaller ones
-def test_lengths_out_of_range_write_nothing_and_leave_the_others_alone(q_heads, k_heads, dim, repeats):
-    given = [8, *OUT_OF_RANGE, 1, 5] * repeats
-    lengths = torch.tensor(given, dtype=torch.int32, device="cuda")
-    valid = (lengths >= 1) & (lengths <= 8)
-    q, k, v = (drawn(len(given), 1, heads, dim, seed=seed) for seed, heads in enumerate((q_heads, k_heads, k_heads)))
-    angles = drawn(1, 1, dim, dtype=torch.float32, seed=3)
-    step = (q, k, v, angles.cos().bfloat16(), angles.sin().bfloat16())
-    # Caches in the middle of larger memory, where a write outside would show.
-    whole = drawn(2, len(given) + 2, k_heads, 8, dim, seed=4)
-    expected, all_valid = whole.clone(), whole.clone()
-    exact = reference.decode_attention(*step, *expected[:, 1:-1], lengths, scaling=dim**-0.5)
-    written = whole.clone()
-    fused.rotary_cache(*step, *written[:, 1:-1], lengths)
-    assert torch.equal(written, expected)
-    if torch.cuda.get_device_capability()[0] != 9:
-        return
-    poison()
-    y = fused.decode_attention(*step, *whole[:, 1:-1], lengths, scaling=dim**-0.5)
-    assert torch.equal(whole, expected)
-    assert y[~valid].isnan().all()
-    assert relative_error(y[valid], exact[valid]) < 3e-3
-    same = lengths.where(valid, 4)
-    others = fused.decode_attention(*step, *all_valid[:, 1:-1], same, scaling=dim**-0.5)
-    assert torch.equal(y[valid], others[valid])
-
-
-def test_lengths_out_of_range_in_a_prompt():
-    """Tokens of a prompt are written where their place is in the cache, each for itself."""
-    q, k, v = (drawn(3, 5, 2, 64, seed=seed) for seed in range(3))
-    angles = drawn(1, 5, 64, dtype=torch.float32, seed=3)
-    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
-    caches = torch.full((2, 3, 2, 8, 64), 7.0, device="cuda", dtype=torch.bfloat16)
-    fused.rotary_cache(q, k, v, cos, sin, *caches, torch.tensor([3, 10, -(2**31)], dtype=torch.int32, device="cuda"))
-    for cache, new in zip(caches, (reference._rotated(k, cos, sin), v), strict=True):
-        new = new.transpose(1, 2)
-        assert torch.equal(cache[0, :, :3], new[0, :, 2:])
-        assert torch.equal(cache[1, :, 5:], new[1, :, :3])
-        assert (cache[0, :, 3:] == 7).all()
-        assert (cache[1, :, :5] == 7).all()
-        assert (cache[2] == 7).all()
-
-
-def test_no_heads_and_no_sequences():
-    cos = sin = drawn(1, 1, 64)
-    nothing = drawn(1, 1, 0, 64)
-    assert [x.shape for x in fused.rotary(nothing, nothing, cos, sin)] == [(1, 1, 0, 64)] * 2
-    none = drawn(0, 1, 2, 64)
-    cached = (drawn(0, 2, 8, 64), drawn(0, 2, 8, 64), torch.zeros(0, dtype=torch.int32, device="cuda"))
-    assert fused.rotary_cache(none, none, none, cos, sin, *cached).shape == none.shape
-    if torch.cuda.get_device_capability()[0] == 9:
-        assert fused.decode_attention(none, none, none, cos, sin, *cached, scaling=1.0).shape == none.shape
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(
-    ("q_heads", "k_heads", "dim"),
-    [(32, 8, 128), (28, 4, 128), (3, 1, 64), (9, 3, 64), (8, 4, 256), (8, 8, 128), (8, 1, 256), (40, 8, 128)],
-)
-@pytest.mark.parametrize("batch", [1, 3, 8, 40])
-def test_attention_of_a_decode_step(dtype, q_heads, k_heads, dim, batch):
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs compute capability 9")
-    most = 700
-    generator = torch.Generator().manual_seed(batch)
-    merged = drawn(batch, 1, (q_heads + 2 * k_heads) * dim, dtype=dtype)
-    heads = [q_heads, k_heads, k_heads]
-    q, k, v = (part.unflatten(-1, (-1, dim)) for part in merged.split([count * dim for count in heads], dim=-1))
-    angles = 3 * drawn(batch, 1, dim, dtype=torch.float32, seed=1)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    keys, values = (drawn(batch, k_heads, most, dim, dtype=dtype, seed=seed) for seed in (2, 3))
-    for low, high, window in ((1, 2, 0), (1, most + 1, 0), (most, most + 1, 0), (1, most + 1, 100), (2, 300, 1)):
-        lengths = torch.randint(low, high, (batch,), generator=generator, dtype=torch.int32).cuda()
-        cached = [cache.clone() for cache in (keys, values)]
-        for sequence, length in enumerate(lengths.tolist()):  # nothing beyond may be read
-            for cache in cached:
-                cache[sequence, :, length - 1 :] = torch.nan
-        expected = [cache.clone() for cache in cached]
-        query = fused.rotary_cache(q, k, v, cos, sin, *expected, lengths).transpose(1, 2)
-        poison()
-        y = fused.decode_attention(q, k, v, cos, sin, *cached, lengths, scaling=dim**-0.5, window=window)
-        for actual, wanted in zip(cached, expected, strict=True):
-            assert torch.equal(actual.nan_to_num(99), wanted.nan_to_num(99))
-        place, length = torch.arange(most, device="cuda"), lengths[:, None]
-        seen = (place < length) & (place >= (length - window if window else 0))
-        wide = [cache.nan_to_num(0).float().repeat_interleave(q_heads // k_heads, dim=1) for cache in expected]
-        exact = F.scaled_dot_product_attention(query.float(), *wide, attn_mask=seen[:, None, None])
-        # The kernel rounds probabilities, as flash attention does.
-        near = 3e-3 if dtype == torch.bfloat16 else 1e-3
-        torch.testing.assert_close(y.float(), exact.transpose(1, 2), atol=near, rtol=1e-2)
-        assert relative_error(y, exact.transpose(1, 2)) < near
-
-
 def test_wrong_arguments_are_one_sentence():
     x, weight, norm = drawn(1, 64), drawn(64, 32).t(), drawn(64)
     wrong = [
@@ -453,44 +276,20 @@ def test_wrong_arguments_are_one_sentence():
     for error, message, around in wrong:
         with pytest.raises(error, match=message):
             fused.decode_linear(x, weight, None, "2:4", **around)
-    with pytest.raises(NotImplementedError, match="expected 1 to 4 tokens"):
-        fused.decode_linear(drawn(5, 64), weight, None, "2:4")
-    with pytest.raises(NotImplementedError, match="use the separate operators"):
-        fused.decode_linear(x, weight.contiguous(), None, "2:4")
-    with pytest.raises(NotImplementedError, match="at most 16384 features"):
-        fused.rms_norm_prune(drawn(1, 32768), drawn(32768), 1e-5)
     half = drawn(1, 64, dtype=torch.float16)
-    with pytest.raises(TypeError, match="float8_e4m3fn with x in bfloat16"):
-        fused.silu_mul_prune(half, half, "8:16", activation_dtype=E4M3)
-    with pytest.raises(ValueError, match='expected activation "silu" or "gelu_tanh", got "relu"'):
-        fused.silu_mul_prune(x, x, activation="relu")
-    with pytest.raises(ValueError, match='expected activation "silu" or "gelu_tanh", got "gelu"'):
-        nm_act.silu_mul_compress(x, x, activation="gelu")
-    with pytest.raises(ValueError, match='expected activation "silu" or "gelu_tanh", got ""'):
-        fused.decode_linear(x, weight, None, "2:4", up=x, activation="")
-    with pytest.raises(ValueError, match="expected a residual with x_weight, got none"):
-        fused.rms_norm_prune(x, norm, 1e-5, None, "2:4", x_weight=norm)
-    with pytest.raises(ValueError, match=r"expected x_weight of shape \[64\], got \[32\]"):
-        nm_act.rms_norm_compress(x, norm, 1e-5, x, x_weight=drawn(32))
-    with pytest.raises(TypeError, match="expected weight in BFloat16, got Float"):
-        fused.rms_norm_add(x, norm.float(), 1e-5, x)
-    with pytest.raises(ValueError, match="in_features divisible by 8 and at most 16384, got 12"):
-        fused.rms_norm_add(drawn(1, 12), drawn(12), 1e-5, drawn(1, 12))
-    wide = drawn(1, 1, 2, 80)
-    with pytest.raises(ValueError, match="expected head_dim 16, 32, 64, 128, 256 or 512 with q_norm, got 80"):
-        fused.rotary(wide, wide, wide[:, :, 0], wide[:, :, 0], q_norm=drawn(80), eps=1e-6)
-    heads = (drawn(1, 1, 2, 64), drawn(1, 1, 2, 64), drawn(1, 1, 64), drawn(1, 1, 64))
-    with pytest.raises(ValueError, match=r"expected k_norm of shape \[64\], got \[32\]"):
-        fused.rotary(*heads, k_norm=drawn(32), eps=1e-6)
-    cache = (heads[1], *(torch.zeros(1, 2, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)))
-    cached = (*heads[:2], cache[0], *heads[2:], *cache[1:], torch.ones(1, dtype=torch.int32, device="cuda"))
-    for op, arguments in ((fused.rotary, heads), (fused.rotary_cache, cached), (fused.decode_attention, cached)):
-        more = {"scaling": 1.0} if op is fused.decode_attention else {}
-        with pytest.raises(ValueError, match="expected eps along with q_norm or k_norm, got none"):
-            op(*arguments, k_norm=norm, **more)
-        with pytest.raises(ValueError, match="expected q_norm or k_norm along with eps, got none"):
-            op(*arguments, eps=1e-6, **more)
-        with pytest.raises(ValueError, match="expected q_norm or k_norm along with unit_offset, got none"):
-            op(*arguments, unit_offset=True, **more)
-    with pytest.raises(ValueError, match="head_dim divisible by 16"):
-        fused.rotary(drawn(1, 1, 2, 24), drawn(1, 1, 2, 24), drawn(1, 1, 24), drawn(1, 1, 24))
+    others = [
+        (NotImplementedError, "expected 1 to 4 tokens", lambda: fused.decode_linear(drawn(5, 64), weight, None, "2:4")),
+        (NotImplementedError, "use the separate operators", lambda: fused.decode_linear(x, weight.contiguous(), None, "2:4")),
+        (NotImplementedError, "at most 16384 features", lambda: fused.rms_norm_prune(drawn(1, 32768), drawn(32768), 1e-5)),
+        (TypeError, "float8_e4m3fn with x in bfloat16", lambda: fused.silu_mul_prune(half, half, "8:16", activation_dtype=E4M3)),
+        (ValueError, 'expected activation "silu" or "gelu_tanh", got "relu"', lambda: fused.silu_mul_prune(x, x, activation="relu")),
+        (ValueError, 'expected activation "silu" or "gelu_tanh", got "gelu"', lambda: nm_act.silu_mul_compress(x, x, activation="gelu")),
+        (ValueError, 'expected activation "silu" or "gelu_tanh", got ""', lambda: fused.decode_linear(x, weight, None, "2:4", up=x, activation="")),
+        (ValueError, "expected a residual with x_weight, got none", lambda: fused.rms_norm_prune(x, norm, 1e-5, None, "2:4", x_weight=norm)),
+        (ValueError, r"expected x_weight of shape \[64\], got \[32\]", lambda: nm_act.rms_norm_compress(x, norm, 1e-5, x, x_weight=drawn(32))),
+        (TypeError, "expected weight in BFloat16, got Float", lambda: fused.rms_norm_add(x, norm.float(), 1e-5, x)),
+        (ValueError, "in_features divisible by 8 and at most 16384, got 12", lambda: fused.rms_norm_add(drawn(1, 12), drawn(12), 1e-5, drawn(1, 12))),
+    ]  # fmt: skip
+    for error, message, call in others:
+        with pytest.raises(error, match=message):
+            call()

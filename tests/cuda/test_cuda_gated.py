@@ -5,18 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from cuda_cases import E4M3, GPU_MARKS, HALVES, adds_after, assert_legal, assert_same_bytes, moved, poison
+from cuda_cases import E4M3, GPU_MARKS, HALVES, HOPPER, adds_after, assert_legal, assert_same_bytes, moved, poison
 
 import nm_act
 from nm_act import _C
 from nm_act.ops.e4m3 import quantise_rows
 
-pytestmark = [
-    *GPU_MARKS,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="compute capability 9.0"
-    ),
-]
+pytestmark = [*GPU_MARKS, HOPPER]
 OPS = torch.ops.nm_act
 WIDE = {torch.bfloat16: "k128x256x64", torch.float16: "k128x256x64", E4M3: "k128x256x128E4M3"}
 SIZES = [

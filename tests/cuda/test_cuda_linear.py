@@ -9,7 +9,7 @@ from cuda_cases import (
     E4M3,
     GPU_MARKS,
     HALVES,
-    KERNELS,
+    HOPPER,
     assert_within_twice_torch,
     moved,
     poison,
@@ -129,9 +129,6 @@ def test_non_finite_inputs_reach_the_output(tokens, layout):
     y = nm_act.sparse_linear(x, weight)
     assert torch.equal((~y.isfinite()).any(dim=-1), lost)
     assert y[3].isnan().all()  # the row with a NaN
-
-
-HOPPER = pytest.mark.skipif(KERNELS and torch.cuda.get_device_capability()[0] != 9, reason="sm_90a only")
 
 
 def tuned(packed, weight, config, column_scale=None, **terms):

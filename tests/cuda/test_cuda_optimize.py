@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_cases import GPU_MARKS, poison
+from cuda_cases import GPU_MARKS, IS_HOPPER, poison
 from linear_cases import relative_error
 from tiny_families import KNOWN, decide, family
 
@@ -14,14 +14,9 @@ from nm_act.optimize.static_attention import ATTENTION
 pytestmark = GPU_MARKS
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 2048}
-HOPPER = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
-    reason="e4m3 needs compute capability 9",
-)
 # bf16 against float32 is off by at most 0.01 here (measured on a CPU), sparse against dense by 0.02 and more.
 CLOSE = 1.5e-2
 MITIGATIONS = [(), ("var", "dpts-mean")]
-HAS_PACKED = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def on_gpu(name="llama", recipe=None, dtype=torch.bfloat16, **changes):
@@ -70,7 +65,7 @@ def test_norm_and_product_in_one(residual, dtype, pattern):
         x, other = (torch.randn(2, tokens, 256, device="cuda", dtype=dtype) for _ in range(2))
         with torch.inference_mode():
             way = operands.way_of(merged, x, layer.input_layernorm.weight)
-            packs = HAS_PACKED and pattern == "2:4"
+            packs = IS_HOPPER and pattern == "2:4"
             assert way == ("decode" if tokens < 3 else "packed" if packs else "pruned")
             y, hidden = operands.norm_product(way, layer.input_layernorm, merged, x, other if residual else None)
             total = x + other if residual else x
@@ -102,7 +97,7 @@ def test_fused_kernels_run(monkeypatch, pattern, name):
     step = [*linear, "sandwich_linear", *linear, *after] if sandwich else 4 * linear
     assert called(1) == step * layers
     assert called(40) == ["rms_norm_prune", "rms_norm_prune", "silu_mul_prune", *after] * layers
-    packs = HAS_PACKED and pattern == "2:4"
+    packs = IS_HOPPER and pattern == "2:4"
     # The activation is part of the product of gate and up.
     whole = ["rms_norm_compress", "rms_norm_compress", "sparse_gemm_silu_mul", *after]
     expected = whole * layers if packs else called(40)
@@ -136,45 +131,26 @@ def test_another_pattern_in_decode():
         assert relative_error(logits(model, prompt(tokens)), expected) < CLOSE
 
 
-@HOPPER
-@pytest.mark.parametrize("mitigation", MITIGATIONS, ids=["plain", "var dpts-mean"])
-def test_e4m3_weights_for_prefill(mitigation):
-    model = on_gpu("qwen2", nm_act.Recipe("2:4", mitigation=mitigation))
-    report = nm_act.optimize(model, fp8="prefill")
-    assert len(report.fp8) == 8
-    ids = {tokens: prompt(tokens) for tokens in (1, 40, 600)}
-    fast = {tokens: logits(model, value) for tokens, value in ids.items()}
+PROMPTS = [(1, 1), (40, 1), (600, 1)]  # tokens, sequences
+E4M3 = [("qwen2", nm_act.Recipe("2:4", mitigation=each), "prefill", PROMPTS, 0.06) for each in MITIGATIONS]
+E4M3 += [
+    ("qwen2", recipe, fp8, [*PROMPTS, (1, 2), (1, 3), (1, 8)], 0.06)
+    for recipe in (nm_act.Recipe("8:16"), nm_act.Recipe("2:4", decode_pattern="8:16"), nm_act.Recipe("2:4"))
+    for fp8 in ("prefill", "both")
+]
+E4M3 += [("llama", nm_act.Recipe("8:16"), "decode", [(1, 1), (5, 1), (600, 1)], CLOSE)]
+
+
+@pytest.mark.parametrize(("name", "recipe", "fp8", "prompts", "limit"), E4M3)
+def test_e4m3_weights(name, recipe, fp8, prompts, limit):
+    if fp8 != "decode" and not IS_HOPPER:
+        pytest.skip("products in e4m3 need compute capability 9.0")
+    model = on_gpu(name, recipe)
+    assert len(nm_act.optimize(model, fp8=fp8).fp8) == 8
+    fast = [logits(model, prompt(*each)) for each in prompts]
     nm_act.deoptimize(model)  # 16-bit products with the rounded weights
-    for tokens, value in ids.items():
-        assert relative_error(fast[tokens], logits(model, value)) < 0.06
-
-
-@HOPPER
-@pytest.mark.parametrize("fp8", ["prefill", "both"])
-@pytest.mark.parametrize("patterns", [("8:16", None), ("2:4", "8:16"), ("2:4", None)])
-def test_e4m3_weights_for_both(patterns, fp8):
-    pattern, decode_pattern = patterns
-    model = on_gpu("qwen2", nm_act.Recipe(pattern, decode_pattern=decode_pattern))
-    report = nm_act.optimize(model, fp8=fp8)
-    assert len(report.fp8) == 8
-    ids = {tokens: prompt(tokens) for tokens in (1, 40, 600)}
-    fast = {tokens: logits(model, value) for tokens, value in ids.items()}
-    several = {sequences: logits(model, prompt(1, sequences)) for sequences in (2, 3, 8)}
-    nm_act.deoptimize(model)  # 16-bit products with the rounded weights
-    for tokens, value in ids.items():
-        assert relative_error(fast[tokens], logits(model, value)) < 0.06
-    for sequences, actual in several.items():
-        assert relative_error(actual, logits(model, prompt(1, sequences))) < 0.06
-
-
-def test_e4m3_weights_for_decode():
-    model = on_gpu("llama", nm_act.Recipe("8:16"))
-    nm_act.optimize(model, fp8="decode")
-    ids = {tokens: prompt(tokens) for tokens in (1, 5, 600)}
-    fast = {tokens: logits(model, value) for tokens, value in ids.items()}
-    nm_act.deoptimize(model)
-    for tokens, value in ids.items():
-        assert relative_error(fast[tokens], logits(model, value)) < CLOSE
+    for each, actual in zip(prompts, fast, strict=True):
+        assert relative_error(actual, logits(model, prompt(*each))) < limit, each
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -284,14 +260,10 @@ def test_capturing_after_a_prefill_keeps_its_cache():
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_one_graph_for_all_prompt_lengths(name):
+def test_one_graph_for_all_prompt_lengths(name, graphs):
     model = on_gpu(name, nm_act.Recipe("2:4"))
     nm_act.optimize(model)
-    torch._dynamo.reset()
-    graphs = []
-    compiled = torch.compile(
-        model, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=True
-    )
+    compiled = torch.compile(model, backend=graphs.backend, fullgraph=True, dynamic=True)
     for tokens in (600, 700, 900):
         ids = prompt(tokens)
         with torch.inference_mode():

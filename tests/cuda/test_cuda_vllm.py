@@ -3,14 +3,12 @@
 import pytest
 import torch
 import vllm_standin
-from cuda_cases import GPU_MARKS, poison
+from cuda_cases import GPU_MARKS, IS_HOPPER, poison
 
 import nm_act
-from nm_act.optimize import FP8Linear
 
 pytestmark = GPU_MARKS
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 FEATURES = 512
 TOKENS = (1, 2, 4, 5, 8, 64, 600)
 CASES = [(pattern, fp8, "act") for pattern in ("2:4", "8:16") for fp8 in (None, "prefill", "decode", "both")]
@@ -21,7 +19,7 @@ CASES += [("8:16", None, "wina"), ("8:16", "decode", "wina"), ("2:4", "both", "w
 def served(request):
     """Layers of a case on the GPU, with the weights of seed 0."""
     pattern, fp8, criterion = request.param
-    if fp8 in ("prefill", "both") and not HOPPER:
+    if fp8 in ("prefill", "both") and not IS_HOPPER:
         pytest.skip("e4m3 needs compute capability 9")
     recipe = nm_act.Recipe(pattern, criterion=criterion).to_dict()
     with vllm_standin.plugin() as module, pytest.MonkeyPatch.context() as patch:
@@ -41,13 +39,7 @@ def activation(tokens):
 def expected(config, layer, seed, x):
     """What nm_act's own layers compute from the same weights: one for each of the layer's products."""
     (spec,) = {str(spec): spec for spec in layer.quant_method.specs}.values()
-    parts, outputs = vllm_standin.weights(layer, seed), []
-    for part in [torch.cat(parts)] if spec.criterion == "act" else parts:
-        dense = torch.nn.Linear(FEATURES, part.shape[0], bias=False, device="meta")
-        dense.weight = torch.nn.Parameter(part, requires_grad=False)
-        sparse = nm_act.NMLinear.from_linear(dense, spec)
-        outputs.append((FP8Linear(sparse, config.storage.fp8) if config.storage.fp8 else sparse)(x))
-    return torch.cat(outputs, dim=-1)
+    return vllm_standin.own(layer, spec, config.storage.fp8, seed, merged=spec.criterion == "act")(x)
 
 
 @pytest.mark.parametrize("served", CASES, indirect=True, ids=str)
@@ -99,14 +91,11 @@ def test_captured_layers_follow_their_input_and_a_reload(served):
     "served", [("8:16", "both", "act"), ("2:4", "both", "act"), ("8:16", None, "act")], indirect=True
 )
 @torch.inference_mode()
-def test_one_compiled_graph_for_any_number_of_tokens(served):
+def test_one_compiled_graph_for_any_number_of_tokens(served, graphs):
     """The copy of the weight is chosen as the graph runs: compiled with many tokens, one token still skips rows."""
     _, layers = served
-    layer, graphs = layers["gate_up_proj"], []
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        layer, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=True
-    )
+    layer = layers["gate_up_proj"]
+    compiled = torch.compile(layer, backend=graphs.backend, fullgraph=True, dynamic=True)
     for tokens in (600, 8, 3, 2):
         x = activation(tokens)
         assert torch.equal(compiled(x), layer(x)), tokens

@@ -7,6 +7,8 @@ from cuda_cases import (
     E4M3,
     GPU_MARKS,
     HALVES,
+    HOPPER,
+    IS_HOPPER,
     assert_legal,
     assert_same_bytes,
     on_gpu,
@@ -57,7 +59,7 @@ def test_prune_of_strided_inputs(dtype):
 @pytest.mark.parametrize("tokens", [1, 33, 300])
 @pytest.mark.parametrize("in_features", [64, 640, 832, 4096])
 def test_lifted_operand_holds_the_pruned_activation(dtype, text, tokens, in_features):
-    if torch.cuda.get_device_capability()[0] != 9 and lifted_features(text, in_features) % 32:
+    if not IS_HOPPER and lifted_features(text, in_features) % 32:
         pytest.skip("no GEMM on this device takes such a row")
     pattern = NMPattern(text)
     x = hard_activations(tokens, in_features, dtype, seed=tokens)
@@ -130,10 +132,9 @@ def test_lifted_gemm(dtype, text, layout):
     assert relative_error(y, exact) <= 2 * torch_error
 
 
+@HOPPER
 @pytest.mark.parametrize("text", LIFTED)
 def test_lifted_gemm_in_fp8(text):
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("e4m3 sparse GEMMs need sm_90")
     pattern, x = NMPattern(text), torch.randn(300, 1024, device="cuda").bfloat16()
     weight, scale = quantise_rows(torch.randn(256, 1024, device="cuda"))
     packed = nm_act.compress_packed(x, pattern, activation_dtype=E4M3)
@@ -188,7 +189,7 @@ def test_graph_replay():
 @pytest.mark.parametrize("text", LIFTED)
 @pytest.mark.parametrize("activation_dtype", [None, E4M3])
 def test_small_operands(text, activation_dtype):
-    if activation_dtype and torch.cuda.get_device_capability()[0] != 9:
+    if activation_dtype and not IS_HOPPER:
         pytest.skip("e4m3 sparse GEMMs need sm_90")
     pattern, x = NMPattern(text), torch.randn(33, 384, device="cuda").bfloat16()
     pruned = nm_act.prune(x, pattern)

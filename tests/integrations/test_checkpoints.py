@@ -3,11 +3,14 @@
 import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny_model
 import torch
+from conftest import failing
 
+from nm_act import NMLinear, Recipe, sparsify
 from nm_act.integrations import checkpoints
 from nm_act.integrations.checkpoints import demo_model_path, load_model
 
@@ -26,8 +29,11 @@ def _logits(model, tokenizer):
         return model(ids).logits
 
 
-def _one_sentence(error) -> str:
-    text = str(error.value)
+def _refused(source, error, sentence, **options) -> str:
+    """The one sentence with which a source is refused."""
+    with pytest.raises(error, match=sentence) as caught:
+        load_model(source, **options)
+    text = str(caught.value)
     assert "\n" not in text
     assert len(text) < 500
     return text
@@ -53,8 +59,7 @@ def test_gguf_is_the_same_model_and_can_be_saved(gguf_file, tmp_path):
     assert model.dtype == torch.float32
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
     torch.testing.assert_close(_logits(model, tokenizer), _logits(original, tokenizer), rtol=1e-4, atol=1e-5)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    checkpoints.save_model(model, tokenizer, tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     again, _ = load_model(tmp_path)
     assert torch.equal(_logits(again, tokenizer), _logits(model, tokenizer))
@@ -62,8 +67,6 @@ def test_gguf_is_the_same_model_and_can_be_saved(gguf_file, tmp_path):
 
 def test_gguf_loaded_by_transformers_can_be_saved_sparse(gguf_file, tmp_path):
     from transformers import AutoModelForCausalLM
-
-    from nm_act import NMLinear, Recipe, sparsify
 
     model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
     _, tokenizer = tiny_model.build()
@@ -75,10 +78,6 @@ def test_gguf_loaded_by_transformers_can_be_saved_sparse(gguf_file, tmp_path):
 
 
 def test_gguf_whose_weights_stay_packed_keeps_its_quantizer(gguf_file):
-    from types import SimpleNamespace
-
-    from nm_act import Recipe, sparsify
-
     model, _ = load_model(gguf_file)
     model.config.quantization_config = {"quant_method": "gguf"}
     model.hf_quantizer = packed = SimpleNamespace(packed_modules={"a.weight": None})
@@ -101,46 +100,36 @@ def test_gguf_dtype_and_relative_path(gguf_file, monkeypatch):
 
 
 def test_sparse_checkpoint_comes_back_sparse(folder, tmp_path):
-    from nm_act.conversion.sparsify import sparsify
-    from nm_act.layers.linear import NMLinear
-    from nm_act.recipe import Recipe
-
     model, tokenizer = load_model(folder)
     sparsify(model, Recipe(pattern="2:4"))
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    checkpoints.save_model(model, tokenizer, tmp_path)
     again, _ = load_model(tmp_path)
     assert isinstance(again.model.layers[0].mlp.down_proj, NMLinear)
     assert torch.equal(_logits(again, tokenizer), _logits(model, tokenizer))
 
 
 def test_unknown_dtype(folder):
-    with pytest.raises(ValueError, match=r"expected a dtype among auto, float32, .*, got 'int8'"):
-        load_model(folder, dtype="int8")
+    _refused(folder, ValueError, r"expected a dtype among auto, float32, .*, got 'int8'", dtype="int8")
 
 
 @pytest.mark.parametrize("source", ["./missing", "/missing/model", "a/b/c", "missing.gguf", "~/missing-model"])
 def test_missing_path(source):
-    with pytest.raises(FileNotFoundError, match="there is no such file or folder; check the path"):
-        load_model(source)
+    _refused(source, FileNotFoundError, "there is no such file or folder; check the path")
 
 
 def test_empty_name():
-    with pytest.raises(ValueError, match="got an empty name"):
-        load_model("")
+    _refused("", ValueError, "got an empty name")
 
 
 def test_folder_without_model(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no config\.json; name the folder of a model or a \.gguf file"):
-        load_model(tmp_path)
+    _refused(tmp_path, ValueError, r"holds no config\.json; name the folder of a model or a \.gguf file")
 
 
 def test_folder_without_tokenizer(tmp_path):
     model, _ = tiny_model.build()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no usable tokenizer") as error:
-        load_model(tmp_path)
-    assert _one_sentence(error).endswith("save one beside it with tokenizer.save_pretrained(folder)")
+    told = _refused(tmp_path, ValueError, "has no usable tokenizer")
+    assert told.endswith("save one beside it with tokenizer.save_pretrained(folder)")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -148,26 +137,20 @@ def test_damaged_folder(tmp_path, name):
     tiny_model.save(tmp_path)
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="in '") as error:
-        load_model(tmp_path)
-    _one_sentence(error)
+    _refused(tmp_path, ValueError, "in '")
 
 
 def test_file_of_another_format(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK\x03\x04 an archive")
-    with pytest.raises(ValueError, match=r"expected a GGUF file, but .* starts with b'PK\\x03\\x04'") as error:
-        load_model(path)
-    _one_sentence(error)
+    _refused(path, ValueError, r"expected a GGUF file, but .* starts with b'PK\\x03\\x04'")
 
 
 @pytest.mark.parametrize("length", [4, 20, 500, 20_000, -1])
 def test_truncated_gguf(gguf_file, tmp_path, length):
     path = tmp_path / "short.gguf"
     path.write_bytes(gguf_file.read_bytes()[:length])
-    with pytest.raises(ValueError, match="is truncated or damaged") as error:
-        load_model(path)
-    assert _one_sentence(error).endswith("download or copy it again")
+    assert _refused(path, ValueError, "is truncated or damaged").endswith("download or copy it again")
 
 
 def test_gguf_of_an_unknown_architecture(tmp_path):
@@ -179,30 +162,22 @@ def test_gguf_of_an_unknown_architecture(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="transformers cannot load the GGUF file") as error:
-        load_model(path)
-    _one_sentence(error)
+    _refused(path, ValueError, "transformers cannot load the GGUF file")
 
 
 @pytest.mark.parametrize("package", ["gguf", "accelerate"])
 def test_gguf_without_its_packages(gguf_file, monkeypatch, package):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else real(name))
-    with pytest.raises(ImportError, match=f"needs the package {package}; run `pip install {package}`"):
-        load_model(gguf_file)
+    _refused(gguf_file, ImportError, f"needs the package {package}; run `pip install {package}`")
 
 
 def test_hub_without_network(monkeypatch):
     import huggingface_hub
 
-    def refuse(self, name, **kwargs):
-        raise OSError("Name or service not known\nand a second line")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refuse)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", failing(OSError("Name or service not known\nand more")))
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
-    with pytest.raises(OSError, match="the hub gives no such model \\(Name or service not known\\)") as error:
-        load_model("someone/some-model")
-    _one_sentence(error)
+    _refused("someone/some-model", OSError, r"the hub gives no such model \(Name or service not known\)")
 
 
 def test_hub_model_in_the_cache_needs_no_network(folder, monkeypatch):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_families import sparse_layers
 from typer.testing import CliRunner
 
+from nm_act import NMActConfig, NMLinear, Recipe, sparsify
 from nm_act.cli.application import app
 from nm_act.integrations.checkpoints import check_device, load_config, load_model
 
@@ -69,17 +70,11 @@ def test_a_tied_head_is_no_missing_weight(tmp_path):
 
 
 def test_calibrated_data_are_no_unexpected_weights_and_missing_ones_are_named(folder, tmp_path):
-    from nm_act.conversion.sparsify import sparsify
-    from nm_act.layers.linear import NMLinear
-    from nm_act.recipe import Recipe
+    def with_data(model):
+        for layer in sparse_layers(sparsify(model, Recipe(pattern="2:4", mitigation=["lpts"])).model):
+            layer.set_data(**{name: torch.full_like(value, 0.5) for name, value in layer.data().items()})
 
-    model, tokenizer = tiny_model.build()
-    sparsify(model, Recipe(pattern="2:4", mitigation=["lpts"]))
-    for layer in sparse_layers(model):
-        layer.set_data(**{name: torch.full_like(value, 0.5) for name, value in layer.data().items()})
-    model.save_pretrained(tmp_path / "whole")
-    tokenizer.save_pretrained(tmp_path / "whole")
-    loaded, _ = load_model(tmp_path / "whole")
+    loaded, _ = load_model(tiny_model.save(tmp_path / "whole", with_data))
     layers = {name: module for name, module in loaded.named_modules() if isinstance(module, NMLinear)}
     name, data = next((f"{name}.{key}", data) for name, layer in layers.items() for key, data in layer.data().items())
     assert torch.equal(data, torch.full_like(data, 0.5))
@@ -91,8 +86,6 @@ def test_calibrated_data_are_no_unexpected_weights_and_missing_ones_are_named(fo
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}])
 def test_from_pretrained_with_a_recipe_refuses_a_missing_weight(folder, tmp_path, options):
     from transformers import AutoModelForCausalLM
-
-    from nm_act import NMActConfig
 
     config = NMActConfig(pattern="2:4")
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, **options)

@@ -1,21 +1,13 @@
 """Transformers knows nm_act's checkpoints and torch its operators once nm_act is imported, in every order; no other
 program is touched."""
 
-import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _environment(tmp_path: Path) -> dict:
-    """Environment in which the package is found, and no model on the hub."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+from commands import ROOT, environment
 
 
 def test_torch_loads_nothing_of_ours():
@@ -57,8 +49,7 @@ assert not [each for each in sys.meta_path if type(each).__module__.startswith('
 
 def _run(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
-    environment = _environment(tmp_path)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    return subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=300, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -83,8 +83,17 @@ def test_saving_and_loading(name, folders, tmp_path):
     assert texts[0] == texts[1]
 
 
-def test_with_gradients_enabled(folders):
-    run_ranks(tp_cases.gradients_enabled, folders["variance-median"])
+@pytest.mark.parametrize(
+    ("check", "name"),
+    [
+        (tp_cases.gradients_enabled, "variance-median"),
+        (tp_cases.optimize_changes_nothing, "act"),
+        (tp_cases.under_autocast, "spts-ls-var"),
+        (tp_cases.pipeline, "low-rank-pcs-lpts"),
+    ],
+)
+def test_a_checkpoint_over_ranks(check, name, folders):
+    run_ranks(check, folders[name])
 
 
 def test_sizes_that_cut_a_group_or_a_head(folders, tmp_path):
@@ -168,31 +177,16 @@ def test_a_split_model_cannot_be_converted(tmp_path):
     run_ranks(tp_cases.refuses_a_split_model, tmp_path)
 
 
-def test_optimize_leaves_split_layers_alone(folders):
-    run_ranks(tp_cases.optimize_changes_nothing, folders["act"])
-
-
-# ---- other ways to split, and autocast ----
-
-
-def test_autocast(folders):
-    run_ranks(tp_cases.under_autocast, folders["spts-ls-var"])
-
-
-def test_pipeline(folders):
-    run_ranks(tp_cases.pipeline, folders["low-rank-pcs-lpts"])
-
-
-def test_fsdp2():
-    run_ranks(tp_cases.fully_sharded, Recipe("8:16", criterion="wina", mitigation=["var", "dpts-mean"]))
-
-
-def test_torch_parallel_styles():
-    run_ranks(tp_cases.torch_styles, Recipe("8:16", criterion="wina"))
-
-
-def test_two_mesh_dimensions():
-    run_ranks(tp_cases.split_twice)
+@pytest.mark.parametrize(
+    ("check", "arguments"),
+    [
+        (tp_cases.fully_sharded, [Recipe("8:16", criterion="wina", mitigation=["var", "dpts-mean"])]),
+        (tp_cases.torch_styles, [Recipe("8:16", criterion="wina")]),
+        (tp_cases.split_twice, []),
+    ],
+)
+def test_other_ways_to_split(check, arguments):
+    run_ranks(check, *arguments)
 
 
 # ---- the arithmetic of a row-parallel layer, without processes ----

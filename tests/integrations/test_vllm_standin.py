@@ -10,12 +10,11 @@ import types
 import pytest
 import torch
 import vllm_standin
-from conftest import needs, needs_onednn
+from conftest import failing, needs, needs_onednn
 
 import nm_act
 from nm_act import LinearSpec, Recipe
 from nm_act.integrations.vllm_operands import Storage
-from nm_act.optimize import FP8Linear
 
 FEATURES = 64
 UP_IS_DENSE = nm_act.Rule(projections=["up_proj"], pattern="dense")
@@ -30,17 +29,6 @@ def plugin():
 def served(plugin, recipe, dtype=torch.float32, **fields):
     config = plugin.NMActVLLMConfig.from_config({"recipe": recipe.to_dict(), **fields})
     return config, vllm_standin.layers(config, FEATURES, dtype, "cpu")
-
-
-def own(layer, spec, fp8, seed, *, merged):
-    """nm_act's own layers with the same weights."""
-    parts, made = vllm_standin.weights(layer, seed), []
-    for part in [torch.cat(parts)] if merged else parts:
-        dense = torch.nn.Linear(FEATURES, part.shape[0], bias=False, device="meta")
-        dense.weight = torch.nn.Parameter(part, requires_grad=False)
-        sparse = nm_act.NMLinear.from_linear(dense, spec)
-        made.append(sparse if fp8 is None else FP8Linear(sparse, fp8))
-    return lambda x: torch.cat([each(x) for each in made], dim=-1)
 
 
 @torch.no_grad()
@@ -65,7 +53,9 @@ def test_layers_equal_our_own_after_a_reload_too(plugin, fp8, spec, merged):
             layer.load(vllm_standin.weights(layer, seed))
             for tokens in (1, 4, 9):
                 x = torch.randn(tokens, FEATURES)
-                torch.testing.assert_close(layer(x), own(layer, spec, fp8, seed, merged=merged)(x), msg=name)
+                torch.testing.assert_close(
+                    layer(x), vllm_standin.own(layer, spec, fp8, seed, merged=merged)(x), msg=name
+                )
         now = [
             each.data_ptr() for layer in layers.values() for each in (layer.weight, *layer.nm_act_operands.tensors())
         ]
@@ -147,17 +137,14 @@ def test_prepack_that_cannot_work_is_said(plugin, monkeypatch):
 @needs_onednn
 def test_a_weight_that_vllms_product_does_not_take(plugin, monkeypatch):
     """vLLM's own dense layers call torch's product then."""
-
-    def fail(weight, size):
-        raise RuntimeError("could not create a primitive descriptor for the matmul primitive")
-
+    fail = failing(RuntimeError("could not create a primitive descriptor for the matmul primitive"))
     monkeypatch.setattr(plugin._custom_ops, "create_onednn_mm", fail, raising=False)
     _, layers = served(plugin, Recipe("8:16"), prepack=True)
     layer, x = layers["down_proj"], torch.randn(9, FEATURES)
     layer.load(vllm_standin.weights(layer, 0))
     (copy,) = layer.nm_act_operands.copies
     assert copy.handler is None
-    torch.testing.assert_close(layer(x), own(layer, LinearSpec("8:16"), None, 0, merged=True)(x))
+    torch.testing.assert_close(layer(x), vllm_standin.own(layer, LinearSpec("8:16"), None, 0, merged=True)(x))
 
 
 @pytest.mark.parametrize("name", ["_place_kernel_tensors", "LayerReloadingInfo.reset"])
@@ -193,10 +180,7 @@ def test_a_worker_without_reloads_is_left_as_it_is(plugin, monkeypatch):
 def test_a_reload_that_fails_is_one_short_sentence(plugin, monkeypatch, error, reason):
     from nm_act.integrations import vllm_reload
 
-    def fail(self):
-        raise error
-
-    worker = type("Worker", (), {"reload_weights": fail})
+    worker = type("Worker", (), {"reload_weights": failing(error)})
     monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", types.SimpleNamespace(Worker=worker))
     monkeypatch.setattr(vllm_reload, "undo_reload", lambda: 3)
     vllm_reload.guard_reloads()
@@ -316,14 +300,11 @@ def test_which_layers_have_e4m3_weights_on_tensor_cores(spec, dtype, split, why)
 @pytest.mark.parametrize(
     "fields", [{}, {"criterion": "wina"}, {"rules": [UP_IS_DENSE]}], ids=["act", "wina", "up dense"]
 )
-def test_one_graph_for_any_number_of_tokens_and_after_a_reload(plugin, fields, storage):
+def test_one_graph_for_any_number_of_tokens_and_after_a_reload(plugin, fields, storage, graphs):
     _, layers = served(plugin, Recipe("8:16", **fields), **storage)
-    layer, graphs = layers["gate_up_proj"], []
+    layer = layers["gate_up_proj"]
     layer.load(vllm_standin.weights(layer, 0))
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        layer, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=True
-    )
+    compiled = torch.compile(layer, backend=graphs.backend, fullgraph=True, dynamic=True)
     for seed in (0, 1):
         if seed:
             layer.load(vllm_standin.weights(layer, seed))

@@ -7,7 +7,9 @@ import shutil
 import pytest
 import tiny_model
 import torch
-from commands import ok, run
+from commands import ok, refused
+from conftest import fails_after
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import nm_act
 from nm_act.conversion.calibration import set_layers
@@ -17,6 +19,7 @@ from nm_act.lab.calibrate import run as run_module
 from nm_act.lab.calibrate.blocks import BlockRunner
 from nm_act.lab.calibrate.static import InputStatistics
 from nm_act.lab.calibrate.training import block_loss, linear_schedule
+from nm_act.lab.evaluate import calibrated_copy
 from nm_act.layers.linear import NMLinear
 from nm_act.recipe import LinearSpec, Recipe, Rule
 
@@ -179,8 +182,6 @@ def test_saved_and_loaded_in_every_way(calibrated, windows, folder, tmp_path):
     half = nm_act.load_calibration(load_model(folder, dtype="bfloat16")[0], tmp_path).model
     assert half.model.layers[0].mlp.up_proj.shift.dtype == torch.float32
     calibrated.save_pretrained(tmp_path / "checkpoint")
-    from transformers import AutoModelForCausalLM
-
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
     assert again.nm_act_recipe == EVERYTHING
     torch.testing.assert_close(_logits(again, windows), expected, rtol=1e-5, atol=1e-6)
@@ -192,8 +193,6 @@ def test_saved_and_loaded_in_every_way(calibrated, windows, folder, tmp_path):
 
 
 def test_a_recipe_on_an_uncalibrated_checkpoint_says_so(folder, windows):
-    from transformers import AutoModelForCausalLM
-
     config = nm_act.NMActConfig(Recipe("2:4", mitigation=["lpts"]))
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     with pytest.raises(RuntimeError, match="expected calibrated data for 2:4 act lpts, got no shift; make it with"):
@@ -203,8 +202,6 @@ def test_a_recipe_on_an_uncalibrated_checkpoint_says_so(folder, windows):
 
 
 def test_the_dense_original_of_a_calibrated_copy_is_left_alone(calibrated, windows, tmp_path):
-    from nm_act.lab.evaluate import calibrated_copy
-
     save_calibration(calibrated, tmp_path)
     model = tiny_model.build()[0]
     before = _logits(model, windows)
@@ -217,13 +214,7 @@ def test_a_killed_run_goes_on_and_gives_the_same(windows, tmp_path, monkeypatch)
     whole, _ = calibrate(tiny_model.build()[0], recipe, windows, settings=FAST, state=tmp_path / "whole")
     finish = run_module._calibrate_block
     done = []
-
-    def killed(runner, index, *rest):
-        if index == 1:
-            raise KeyboardInterrupt
-        return finish(runner, index, *rest)
-
-    monkeypatch.setattr(run_module, "_calibrate_block", killed)
+    fails_after(monkeypatch, run_module, "_calibrate_block", 1, KeyboardInterrupt)
     arguments = {"settings": FAST, "state": tmp_path / "state"}
     with pytest.raises(KeyboardInterrupt):
         calibrate(tiny_model.build()[0], recipe, windows, **arguments)
@@ -283,8 +274,6 @@ def test_bad_settings(options):
 
 
 def test_a_calibration_of_another_model(calibrated, tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     save_calibration(calibrated, tmp_path)
     other = LlamaForCausalLM(LlamaConfig(vocab_size=50, **{**tiny_model.SIZES, "hidden_size": 32}))
     with pytest.raises(ValueError, match=r"calibrated for, LlamaForCausalLM with .* parameters, got LlamaForCausalLM"):
@@ -309,16 +298,11 @@ def test_data_of_a_layer_is_missing(calibrated):
         set_layers(calibrated, {"model.layers.0.mlp.up_proj": calibrated.model.layers[0].mlp.up_proj}, {})
 
 
-def _command(*arguments):
-    return run("calibrate", *arguments)
-
-
 def test_command(folder, text, tmp_path):
     recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
     Recipe("2:4", mitigation=["lpts", "var"]).save(recipe)
     arguments = [folder, "--recipe", recipe, "--data", text, "--output", output, "--windows", "4", "--length", "16"]
-    result = _command(*arguments)
-    assert result.exit_code == 0, result.stderr
+    ok("calibrate", *arguments)
     assert not (output / "state").exists()
     assert json.loads((output / "calibration.json").read_text())["windows"] == 4
     model, _ = load_model(output)
@@ -326,20 +310,14 @@ def test_command(folder, text, tmp_path):
     twin = shutil.copytree(output, tmp_path / "twin" / "out")
     ppl = ok("ppl", folder, "--text", text, "--calibration", output, "--calibration", twin, "--window", 32, "--json")
     assert [row["name"] for row in json.loads(ppl)["rows"]] == ["dense", "out", str(twin)]
-    again = _command(*arguments)
-    assert again.exit_code == 2
-    assert "expected a folder without a finished calibration" in again.stderr
+    assert "expected a folder without a finished calibration" in refused("calibrate", *arguments)
 
 
-def test_an_infinite_loss_in_the_command_leaves_no_result(folder, text, tmp_path):
-    recipe, output, broken = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "broken"
+def test_an_infinite_loss_in_the_command_leaves_no_result(text, tmp_path):
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "out"
     Recipe("2:4", mitigation=["lpts"]).save(recipe)
-    shutil.copytree(folder, broken)
-    model, _ = load_model(broken)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
-    model.save_pretrained(broken)
-    result = _command(broken, "--recipe", recipe, "--data", text, "--output", output, "--length", "16")
-    assert result.exit_code == 2
-    assert "expected a finite loss" in result.stderr
+    infinite = lambda model: model.model.layers[1].mlp.up_proj.weight.data[0, 0].fill_(torch.inf)  # noqa: E731
+    broken = tiny_model.save(tmp_path / "broken", infinite)
+    options = ("--recipe", recipe, "--data", text, "--output", output, "--length", "16")
+    assert "expected a finite loss" in refused("calibrate", broken, *options)
     assert [path.name for path in output.iterdir()] == ["state"]

@@ -6,7 +6,8 @@ import json
 import pytest
 import tiny_model
 import torch
-from commands import run
+from commands import ok, refused, run
+from conftest import failing, fails_after
 from safetensors import safe_open
 from safetensors.torch import save
 
@@ -118,9 +119,7 @@ def test_an_output_that_holds_files_is_refused(text, tmp_path, kind):
         sentence = "is a file"
     (tmp_path / "x").mkdir()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    result = _command(model, *_options(tmp_path, text, output))
-    assert result.exit_code == 2
-    assert sentence in result.stderr
+    assert sentence in refused("calibrate", model, *_options(tmp_path, text, output))
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -135,7 +134,7 @@ def test_an_unfinished_output_is_taken_up(folder, text, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(command.__globals__, "_save_checkpoint", killed)
         assert _command(*arguments).exit_code == 130
-    assert _command(*arguments).exit_code == 0
+    ok("calibrate", *arguments)
     facts = json.loads((output / "calibration.json").read_text())
     with safe_open(output / "calibration.safetensors", framework="pt") as file:
         assert file.metadata()["weights"] == facts["weights"]
@@ -250,15 +249,8 @@ def test_too_little_text_for_a_rank_is_one_sentence(windows):
 def _stopped_after_block_0(monkeypatch, text, tmp_path, folder):
     """Arguments of a command that was interrupted in block 1, and its result."""
     arguments = [folder, *_options(tmp_path, text, tmp_path / "out", mitigation=["lpts"])]
-    finish = run_module._calibrate_block
-
-    def stop(runner, index, *rest):
-        if index == 1:
-            raise KeyboardInterrupt
-        return finish(runner, index, *rest)
-
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_calibrate_block", stop)
+        fails_after(patch, run_module, "_calibrate_block", 1, KeyboardInterrupt)
         return arguments, _command(*arguments)
 
 
@@ -268,8 +260,7 @@ def test_after_a_stop_the_record_is_whole(monkeypatch, folder, text, tmp_path):
     assert stopped.stderr.endswith("interrupted; run the same command to go on\n")
     with safe_open(tmp_path / "out" / "state" / "block-0000.safetensors", framework="pt") as file:
         first = json.loads(file.metadata()["facts"])
-    done = _command(*arguments)
-    assert done.exit_code == 0, done.stderr
+    ok("calibrate", *arguments)
     facts = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert facts["blocks"][0] == {"block": 0, **first}
     assert all({"block", "first", "last", "seconds"} == set(block) for block in facts["blocks"])
@@ -283,14 +274,9 @@ def test_a_truncated_block_is_calibrated_again(monkeypatch, folder, text, tmp_pa
     for part in (whole[:100], b""):
         block.write_bytes(part)
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "_calibrate_block", _interrupt)
+            patch.setattr(run_module, "_calibrate_block", failing(KeyboardInterrupt))
             assert _command(*arguments).exit_code == 130
-    result = _command(*arguments)
-    assert result.exit_code == 0, result.stderr
-
-
-def _interrupt(*arguments):
-    raise KeyboardInterrupt
+    ok("calibrate", *arguments)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b"\xff\xfe"])
@@ -311,9 +297,8 @@ def test_a_run_that_failed_at_once_can_be_changed(windows, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     calibrate(tiny_model.build()[0], recipe, windows, settings=FAST, state=tmp_path)
     other = CalibrationSettings(learning_rate=2e-2, loss="relative")
-    with pytest.raises(
-        ValueError, match=r"got another learning_rate \(0\.01 then, 0\.02 now\); finish that run, remove"
-    ):
+    told = r"got another learning_rate \(0\.01 then, 0\.02 now\); finish that run, remove"
+    with pytest.raises(ValueError, match=told):
         calibrate(tiny_model.build()[0], recipe, windows, settings=other, state=tmp_path)
 
 
@@ -329,29 +314,12 @@ def test_permute_where_nothing_folds_is_noted(folder, text, tmp_path, projection
 @pytest.mark.parametrize(
     ("projection", "value", "recipe", "message"),
     [
-        (
-            "up_proj",
-            torch.nan,
-            {"mitigation": ["lpts"]},
-            "a finite loss, got nan in block 1 at step 1 of 4; lower --lr",
-        ),
-        (
-            "down_proj",
-            torch.inf,
-            {"mitigation": ["spts"], "skip_layers": [1]},
-            "finite hidden states, .* NaN after block 1;",
-        ),
-        *(
-            (
-                "gate_proj",
-                torch.nan,
-                {"mitigation": [name]},
-                "a finite weight and finite inputs of .*gate_proj, got inf",
-            )
-            for name in ("rsparse-4", "rsparse-4-fit", "larosa")
-        ),
+        ("up_proj", torch.nan, {"mitigation": ["lpts"]}, "a finite loss, got nan in block 1 at step 1 of 4; lower --lr"),
+        ("down_proj", torch.inf, {"mitigation": ["spts"], "skip_layers": [1]}, "finite hidden states, .* NaN after block 1;"),
+        *(("gate_proj", torch.nan, {"mitigation": [name]}, "a finite weight and finite inputs of .*gate_proj, got inf")
+          for name in ("rsparse-4", "rsparse-4-fit", "larosa")),
     ],
-)
+)  # fmt: skip
 def test_a_block_that_is_not_finite_is_one_sentence_and_not_kept(windows, tmp_path, projection, value, recipe, message):
     model = tiny_model.build()[0]
     with torch.no_grad():

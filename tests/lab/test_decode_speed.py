@@ -16,11 +16,6 @@ module = importlib.import_module("nm_act.lab.evaluate.decode_speed")  # as an at
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    return tiny_model.build()
-
-
-@pytest.fixture(scope="module")
 def prompt(tiny):
     return tiny[1](tiny_model.TEXT[:30], return_tensors="pt")["input_ids"]
 
@@ -67,12 +62,7 @@ def test_models_take_turns_at_equal_cache_length(tiny, prompt, monkeypatch):
     monkeypatch.setattr(module, "_Decoder", Recorded)
     seen = []
     result = decode_speed(
-        {"a": "a", "b": "b", "c": "c"},
-        prompt,
-        rounds=3,
-        steps=4,
-        warmup=1,
-        progress=lambda *args: seen.append(args),
+        {"a": "a", "b": "b", "c": "c"}, prompt, rounds=3, steps=4, warmup=1, progress=lambda *args: seen.append(args)
     )
     assert "".join(name for name, _ in order) == "abc" + "bca" + "cab" + "abc"
     assert {steps for _, steps in order} == {4}

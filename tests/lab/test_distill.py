@@ -14,11 +14,6 @@ from nm_act.lab.evaluate.variants import sparse_copy
 from nm_act.recipe import Recipe
 
 
-@pytest.fixture(scope="module")
-def dense():
-    return tiny_model.teacher()
-
-
 def sparse_model(dense, **fields):
     model = sparse_copy(dense, Recipe("2:4", **fields)).model
     for layer in model.modules():

@@ -8,6 +8,7 @@ import shutil
 import commands
 import pytest
 import tiny_model
+from conftest import failing
 
 from nm_act.conversion.sparsify import sparsify
 from nm_act.lab.evaluate import results, run, study, tasks
@@ -64,14 +65,11 @@ def test_study_multiplies_lists_out(tmp_path):
         ("rows: [{pattern: 2:4, patern: 1}]", "expected the keys of a row among .*, got 'patern'"),
         ("rows: [", "expected a study in YAML"),
         ("rows: [{recipe: r.yaml, criterion: act}]", "beside recipe only layers, calibrated, seed, got 'criterion' in"),
-        (
-            "rows: [{recipe: r.yaml, layers: most}]",
-            "layers of a recipe's row among all, amber, alanova, search, got 'mo",
-        ),
+        ("rows: [{recipe: r.yaml, layers: most}]", "layers of a recipe's row among all, amber, alanova, search, got 'mo"),
         ("rows: [{pattern: 2:4, seed: one}]", "expected an integer seed and calibrated true or false, got seed 'one'"),
         ("rows: [{pattern: 2:4, calibrated: 1}]", "expected an integer seed and calibrated true or false, got calibr"),
     ],
-)
+)  # fmt: skip
 def test_bad_study(tmp_path, text, message):
     (tmp_path / "s.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -124,7 +122,7 @@ def test_drops_are_paired(tmp_path):
     )
 
 
-def test_averages_are_over_the_papers_tasks(tmp_path):
+def test_averages_are_over_the_papers_tasks(monkeypatch, tmp_path):
     folder = run.RunFolder.open(tmp_path / "r", {"model": "m"})
     sparse = study.from_recipe(Recipe("2:4"))
     for task, correct in (("arc_easy", 1), ("boolq", 0), ("hellaswag", 2), ("arc_challenge", 2)):
@@ -134,6 +132,11 @@ def test_averages_are_over_the_papers_tasks(tmp_path):
     mean, _, count = results.average_drops(rows)["act 2:4"]
     assert (mean, count) == (75, 2)
     assert "%, n = 2 |" in results.to_markdown(rows)
+    _record(folder, study.from_recipe(Recipe("8:16")), "boolq", "acc", 1.0, [1, 1])
+    drawn = []
+    monkeypatch.setattr(results, "_bars", lambda bars, *rest: drawn.append(list(bars)) or b"")
+    results.draw(results.collect([tmp_path / "r"]))
+    assert drawn == [["act 2:4"]]  # an average over one task is no bar beside those over two
 
 
 def test_mean_and_stderr():
@@ -168,22 +171,13 @@ def test_same_name_with_another_recipe(tmp_path):
         folder.has(study.from_recipe(Recipe("8:16"), "mine"), "arc_easy")
 
 
-def _other_weights(tmp_path):
-    """A model of the same name and sizes, of which one late value of one parameter differs."""
-    network, tokenizer = tiny_model.build()
-    network.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 1
-    folder = tmp_path / "other" / "checkpoint"
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_another_model_of_the_same_name(data, tmp_path):
     first = tmp_path / "checkpoint"
     first.mkdir()
     arguments = ("--pattern", "2:4", "--tasks", "wikitext2", "--data", data, "--output", tmp_path / "out")
-    assert _eval(tiny_model.save(first), *arguments).exit_code == 0
-    assert "a run with weights '" in _refused(_other_weights(tmp_path), *arguments)
+    commands.ok("eval", tiny_model.save(first), *arguments)
+    other = tiny_model.save(tmp_path / "other" / "checkpoint", tiny_model.another_value)
+    assert "a run with weights '" in _refused(other, *arguments)
 
 
 def test_eval_perplexity_resumes(folder, data, tmp_path, monkeypatch):
@@ -197,12 +191,11 @@ def test_eval_perplexity_resumes(folder, data, tmp_path, monkeypatch):
     assert "estimated time: " in first.stderr
     assert len(measured) == 2
     assert {p.name for p in out.iterdir()} == {
-        *("run.json", "rows", "results.json", "results.csv", "results.md", "perplexity.png"),
+        *("run.json", "rows", "results.json", "results.csv", "results.md", "perplexity.png")
     }
     before = (out / "results.csv").read_text()
     (out / "rows" / "act-2x4.wikitext2.json").unlink()  # as if the run had been killed before this one
-    again = _eval(*arguments)
-    assert again.exit_code == 0, again.stderr
+    commands.ok("eval", *arguments)
     assert len(measured) == 3
     assert (out / "results.csv").read_text() == before
     more = _eval(*arguments, "--pattern", "8:16", "--json")
@@ -213,7 +206,7 @@ def test_eval_perplexity_resumes(folder, data, tmp_path, monkeypatch):
     assert identity["window"] == 128
     assert identity["tokens"] % 128 == 0
     assert "choose another --output or the same settings" in _refused(*arguments, "--window", 64)
-    assert _eval(*arguments, "--max-tokens", 10**9).exit_code == 0  # all of the text, as before
+    commands.ok("eval", *arguments, "--max-tokens", 10**9)  # all of the text, as before
     assert "a run with tokens 128, got one with" in _refused(*arguments, "--max-tokens", 130)
     assert "at least one window of 128 tokens, got 100; use --window or more --max-tokens" in _refused(
         *arguments, "--max-tokens", 100
@@ -223,15 +216,14 @@ def test_eval_perplexity_resumes(folder, data, tmp_path, monkeypatch):
 def test_a_run_gains_tasks(folder, data, tmp_path):
     pytest.importorskip("lm_eval")
     out, base = tmp_path / "out", (folder, "--pattern", "2:4", "--data", data, "--output", tmp_path / "out")
-    assert _eval(*base, "--tasks", "wikitext2", "--max-tokens", 256).exit_code == 0
-    both = _eval(*base, "--tasks", "arc_easy", "--limit", 4, "--json")
-    assert both.exit_code == 0, both.stderr
-    rows = {(row["name"], row["task"]): row for row in json.loads(both.stdout)["rows"]}
+    commands.ok("eval", *base, "--tasks", "wikitext2", "--max-tokens", 256)
+    both = json.loads(commands.ok("eval", *base, "--tasks", "arc_easy", "--limit", 4, "--json"))
+    rows = {(row["name"], row["task"]): row for row in both["rows"]}
     assert [task for _, task in rows] == ["wikitext2", "arc_easy"] * 2  # the perplexity first
     assert json.loads((out / "run.json").read_text())["identity"]["tokens"] == 256
     assert "with limit 5, got one with 4" in _refused(*base, "--tasks", "arc_easy", "--limit", 5)
     assert "with tokens 128, got one with 256" in _refused(*base, "--tasks", "wikitext2", "--max-tokens", 128)
-    assert _eval(*base, "--tasks", "wikitext2", "--max-tokens", 256).exit_code == 0  # the limit is of no concern
+    commands.ok("eval", *base, "--tasks", "wikitext2", "--max-tokens", 256)  # the limit is of no concern
     (data / "arc" / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, ROWS[::-1])))
     assert "a run with data of arc_easy" in _refused(*base, "--tasks", "arc_easy", "--limit", 4)
 
@@ -242,8 +234,7 @@ def test_sequences_are_not_padded_for_criteria_that_read_them(folder, data, tmp_
     monkeypatch.setattr(run, "harness_model", lambda *a: sizes.append(a[-1]) or real(*a))
     (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4, criterion: [act, clact]}]")
     options = ("--study", tmp_path / "study.yaml", "--tasks", "arc_easy", "--data", data, "--batch-size", 4)
-    result = _eval(folder, *options, "--output", tmp_path / "out")
-    assert result.exit_code == 0, result.stderr
+    commands.ok("eval", folder, *options, "--output", tmp_path / "out")
     assert sizes == [4, 4, 1]  # dense, act, clact
 
 
@@ -271,7 +262,7 @@ def test_results_do_not_go_into_folders_of_something_else(folder, data, tmp_path
 @pytest.mark.parametrize("content", ['{"a": 1}', "[1]", "nonsense"])
 def test_damaged_results(folder, data, tmp_path, content):
     base = (folder, "--pattern", "2:4", "--tasks", "wikitext2", "--data", data, "--output", tmp_path / "out")
-    assert _eval(*base).exit_code == 0
+    commands.ok("eval", *base)
     (tmp_path / "out" / "rows" / "act-2x4.wikitext2.json").write_text(content)
     assert "remove the file" in _refused(*base)
 
@@ -311,14 +302,10 @@ def test_calibrations(folder, data, tmp_path):
         commands.ok(*arguments)
 
     calibrated(3)
-    first = _eval(*base, "--json")
-    assert first.exit_code == 0, first.stderr
+    first = json.loads(commands.ok("eval", *base, "--json"))
     record = json.loads((tmp_path / "out" / "rows" / "act+spts-2x4.wikitext2.json").read_text())
     assert record["variant"]["calibrated_on"].startswith("text.txt, 1 windows of 32 tokens")
-    assert [(row["name"], row["seed"]) for row in json.loads(first.stdout)["rows"]] == [
-        ("dense", 0),
-        ("act+spts 2:4", 3),
-    ]
+    assert [(row["name"], row["seed"]) for row in first["rows"]] == [("dense", 0), ("act+spts 2:4", 3)]
     (tmp_path / "study.yaml").write_text("rows: [{pattern: 2:4, mitigation: [spts], calibrated: true, seed: 4}]")
     assert "a calibration with the seed 4 of 'act+spts 2:4', got 3; calibrate again or name that seed" in _refused(
         *base
@@ -327,9 +314,8 @@ def test_calibrations(folder, data, tmp_path):
     calibrated(4)
     assert "a result of this recipe and calibration, got one of another with the name 'act+spts 2:4'" in _refused(*base)
     other = (folder, "--tasks", "wikitext2", "--data", data, "--output", tmp_path / "new")
-    single = _eval(*other, "--calibration", place, "--json")
-    assert single.exit_code == 0, single.stderr
-    assert [row["name"] for row in json.loads(single.stdout)["rows"]] == ["dense", "act+spts-2x4"]
+    single = json.loads(commands.ok("eval", *other, "--calibration", place, "--json"))
+    assert [row["name"] for row in single["rows"]] == ["dense", "act+spts-2x4"]
 
 
 def test_harness_missing(monkeypatch):
@@ -375,9 +361,6 @@ def test_ifeval_without_its_resource(monkeypatch):
     pytest.importorskip("nltk")
     import nltk
 
-    def missing(name):
-        raise LookupError(name)
-
-    monkeypatch.setattr(nltk.data, "find", missing)
+    monkeypatch.setattr(nltk.data, "find", failing(LookupError))
     with pytest.raises(FileNotFoundError, match="needs nltk's resource punkt_tab, which is not installed; run"):
         tasks._check_punkt()

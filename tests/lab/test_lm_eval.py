@@ -1,23 +1,14 @@
 """A saved sparse model in lm-eval's own command line, started by ``nm-act run``."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tiny_model
+from commands import environment
 
 import nm_act
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def _environment(tmp_path: Path) -> dict:
-    """Environment in which the package is found, and no model on the hub."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
 
 
 def test_lm_eval_command_line(tmp_path):
@@ -43,23 +34,11 @@ def test_lm_eval_command_line(tmp_path):
     )
     command = [
         sys.executable,
-        "-m",
-        "nm_act",
-        "run",
-        "lm_eval",
-        "run",
-        "--model",
-        "hf",
-        "--tasks",
-        "mine",
-        "--device",
-        "cpu",
+        *["-m", "nm_act", "run", "lm_eval", "run", "--model", "hf", "--tasks", "mine", "--device", "cpu"],
     ]
     command += ["--model_args", f"pretrained={tmp_path / 'sparse'}", "--include_path", str(tmp_path / "tasks")]
     command += ["--output_path", str(tmp_path / "out"), "--log_samples", "--batch_size", "2"]
-    done = subprocess.run(
-        command, env=_environment(tmp_path), capture_output=True, text=True, timeout=500, cwd=tmp_path
-    )
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=500, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Unknown quantization type" not in done.stderr
     [samples] = (tmp_path / "out").rglob("samples_mine*.jsonl")

@@ -1,8 +1,12 @@
 """Predictions from the measured tables: against the whole models that were measured, and what was not measured."""
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny_model
 
+from nm_act.lab import tables
 from nm_act.lab.cost import Place, Rates, cost_of, places_of, predictions, shapes_of
 from nm_act.lab.measured import SHAPES, Measured
 from nm_act.lab.search.sensitivity import groups_of
@@ -11,6 +15,7 @@ from nm_act.recipe import LinearSpec, Recipe, Rule
 
 LLAMA = shapes_of("llama-3-8b")
 BOTH = ("prefill", "decode")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 MEASURED = [("llama-3-8b", pattern, prompt) for pattern in ("2:4", "8:16") for prompt in (512, 4096, 16384)]
@@ -20,11 +25,11 @@ MEASURED += [("qwen2.5-7b", "2:4", 4096), ("gemma-3-4b", "2:4", 4096), ("gemma-3
 @pytest.mark.parametrize(("model", "pattern", "prompt"), MEASURED)
 @pytest.mark.parametrize("phase", BOTH)
 def test_whole_models_are_predicted(model, pattern, phase, prompt):
-    """Within 5 %; of all these models two rows of llama-3-8b alone are known to the prediction."""
+    """Of all these models the prediction knows two rows of llama-3-8b."""
     cost = Measured("h100", shapes_of(model), model, phases=(phase,), tokens=prompt, decode_prompt=prompt)
     found = predictions(cost, places_of(model, SHAPES[model][0]), Recipe(pattern))[phase]
     times = [cost.tables.whole(model, mode, phase, prompt) for mode in ("dense_bf16", f"nm-{pattern}")]
-    assert found == pytest.approx(times[0] / times[1], rel=0.05)
+    assert found == pytest.approx(times[0] / times[1], rel=0.035 if model == "llama-3-8b" else 0.05)
     assert not cost.notes or model != "llama-3-8b"
 
 
@@ -71,6 +76,27 @@ def test_what_mitigations_and_first_tokens_add():
     assert wider == pytest.approx(speedup(mitigation=["rsparse-128"]))
     assert predictions(cost, places, Recipe("50%")) == {"prefill": 1}  # no kernel serves it
     assert speedup(mitigation=["lpts"]) < speedup(dense_first_tokens=4) < speedup()
+
+
+def test_only_what_runs_on_sparse_tensor_cores_gains_from_their_lower_power():
+    """2:4+2 is a pruned operand in the dense product, which takes as long in a model as alone."""
+    cost, places = Measured("h100", LLAMA, "llama-3-8b"), places_of("llama-3-8b", 32)
+    before = {pattern: predictions(cost, places, Recipe(pattern))["prefill"] for pattern in ("2:4", "2:4+1", "2:4+2")}
+    assert 0 < cost._in_model["prefill"] < 1
+    cost._in_model = dict.fromkeys(BOTH, 1.0)
+    after = {pattern: predictions(cost, places, Recipe(pattern))["prefill"] for pattern in before}
+    assert [before[pattern] > after[pattern] for pattern in before] == [True, True, False]
+    assert after["2:4+2"] == before["2:4+2"] < 1
+
+
+def test_a_wheel_has_every_table_that_predictions_read():
+    setup = (ROOT / "setup.py").read_text()
+    [listed] = re.findall(r"^MEASURED = \(([^)]*)\)", setup, re.MULTILINE)
+    [shipped] = re.findall(
+        r"^recursive-include benchmarks/results (.*)$", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE
+    )
+    read = {*tables._FILES, tables._WHOLE_MODELS}
+    assert set(re.findall(r'"([^"]+)"', listed)) == set(shipped.split()) == read
 
 
 def test_kept_shares_in_decode():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_model
 import torch
+from conftest import failing
 from torch import nn
 
 from nm_act.lab.evaluate.perplexity import perplexity
@@ -16,11 +17,6 @@ from nm_act.layers.linear import NMLinear
 from nm_act.recipe import Recipe
 
 module = importlib.import_module("nm_act.lab.evaluate.perplexity")  # as an attribute, the function hides it
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return tiny_model.build()
 
 
 class Fixed(nn.Module):
@@ -113,12 +109,9 @@ def test_progress_and_training_mode():
 
 
 def test_interrupt_passes_through_and_restores_the_model():
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
     model = Fixed(torch.zeros(8)).train()
     with pytest.raises(KeyboardInterrupt):
-        perplexity(model, torch.zeros(30, dtype=torch.int64), window=10, progress=interrupt)
+        perplexity(model, torch.zeros(30, dtype=torch.int64), window=10, progress=failing(KeyboardInterrupt))
     assert model.training
     assert len(model.lengths) == 1
 

@@ -10,6 +10,7 @@ import pytest
 import tiny_model
 import torch
 from commands import ok, run
+from conftest import failing
 
 import nm_act
 from nm_act.integrations import checkpoints
@@ -53,12 +54,8 @@ def test_sensitivities_resume(tmp_path):
     windows = torch.arange(32).view(1, 32)
     groups = groups_of(model, ("v_proj",))
     specs = {"a": LinearSpec("2:4")}
-
-    def interrupt(done, total):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        sensitivities(model, windows, groups, specs, tmp_path / "s.jsonl", interrupt)
+        sensitivities(model, windows, groups, specs, tmp_path / "s.jsonl", failing(KeyboardInterrupt))
     seen = []
     found = sensitivities(model, windows, groups, specs, tmp_path / "s.jsonl", lambda *a: seen.append(a))
     assert seen == [(2, 2)]
@@ -218,9 +215,7 @@ def test_command(folder, text, tmp_path):
     }
     assert Recipe.load(tmp_path / "s" / "recipe.yaml").to_dict() == found["recipe"]
     assert (tmp_path / "s" / "frontier.png").stat().st_size > 1000
-    again = _search(*base, "--output", tmp_path / "s", "--max-drop", "100000", "--json")
-    assert again.exit_code == 0, again.stderr
-    found = json.loads(again.stdout)
+    found = json.loads(ok("search", *base, "--output", tmp_path / "s", "--max-drop", "100000", "--json"))
     assert round(found["predicted_speedup"], 4) == max(point["predicted_speedup"] for point in found["points"])
     model = tiny_model.build()[0]
     assert found["predicted_speedup"] == predictions(cost_of(model, "h100"), places_of(model), Recipe("2:4"))["prefill"]
@@ -249,8 +244,7 @@ def test_calibrated_options(folder, text, tmp_path):
     refused = _search(*base, *options, "--target-speedup", 1.08)
     assert "expected a calibration for 'act+rsparse-4-fit 2:4' in --calibrated, got none" in refused.stderr
     base += ("--calibrated", tmp_path / "calibrated")
-    result = _search(*base, *options, "--target-speedup", 1.08)
-    assert result.exit_code == 0, result.stderr
+    result = json.loads(ok("search", *base, *options, "--target-speedup", 1.08))
     # The folder is the found recipe's calibration; each layer has the data of its own option.
     found = nm_act.load_calibration(checkpoints.load_model(folder)[0], tmp_path / "s").model
     whole = {n: nm_act.load_calibration(checkpoints.load_model(folder)[0], f).model for n, f in folders.items()}
@@ -261,20 +255,21 @@ def test_calibrated_options(folder, text, tmp_path):
         assert all(torch.equal(value, theirs[key]) for key, value in layer.data().items())
     assert json.loads((tmp_path / "s" / "calibration.json").read_text())["seed"] == 3
     # Predicted by the solver as by the model that is made of it.
-    speedup = json.loads(result.stdout)["predicted_speedup"]
     recipe = Recipe.load(tmp_path / "s" / "recipe.yaml")
     rates = Rates.load(tmp_path / "rates.csv")
-    assert speedup == pytest.approx(predictions(rates, places_of(tiny_model.build()[0]), recipe)["prefill"])
+    assert result["predicted_speedup"] == pytest.approx(
+        predictions(rates, places_of(tiny_model.build()[0]), recipe)["prefill"]
+    )
     # Another option alone is measured; the next goal's recipe without data leaves no calibration behind.
     lines = (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()
-    assert _search(*base, "--option", "2:4 var", "--target-speedup", 1.05).exit_code == 0
+    ok("search", *base, "--option", "2:4 var", "--target-speedup", 1.05)
     assert (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()[: len(lines)] == lines
     assert not {"calibration.safetensors", "calibration.json"} & {path.name for path in (tmp_path / "s").iterdir()}
     # A calibration that was made again is measured again.
     shutil.rmtree(folders["pcs"])
     _calibrate(folder, text, tmp_path, "2:4+1", "pcs", seed=4)
     assert "expected calibrations with one seed, got [3, 4]" in _search(*base, *options, "--max-drop", 900).stderr
-    assert _search(*base, "--option", "2:4+1 pcs", "--max-drop", 900).exit_code == 0
+    ok("search", *base, "--option", "2:4+1 pcs", "--max-drop", 900)
     rows = [json.loads(line) for line in (tmp_path / "s" / "sensitivities.jsonl").read_text().splitlines()]
     assert len({row["calibration"] for row in rows if row["spec"] == "2:4+1 act pcs"}) == 2
 
@@ -324,14 +319,10 @@ def test_results_of_another_text_or_model_are_not_taken_up(folder, tmp_path):
     (tmp_path / "text.txt").write_text(tiny_model.TEXT)
     base = ("--text", tmp_path / "text.txt", "--window", 32, "--option", "2:4", "--target-speedup", "1.1")
     base += ("--output", tmp_path / "s")
-    assert _search(folder, *base, "--windows", 1).exit_code == 0
+    ok("search", folder, *base, "--windows", 1)
     assert "a run with windows 2, got one with 1" in _search(folder, *base, "--windows", 2).stderr
     (tmp_path / "text.txt").write_text("B" + tiny_model.TEXT)
     assert "a run with token_ids '" in _search(folder, *base, "--windows", 1).stderr
     (tmp_path / "text.txt").write_text(tiny_model.TEXT)
-    network, tokenizer = tiny_model.build()
-    network.model.layers[1].mlp.up_proj.weight.data[-1, -1] += 1
-    other = tmp_path / "other" / Path(folder).name
-    network.save_pretrained(other)
-    tokenizer.save_pretrained(other)
+    other = tiny_model.save(tmp_path / "other" / Path(folder).name, tiny_model.another_value)
     assert "a run with weights '" in _search(other, *base, "--windows", 1).stderr

@@ -11,11 +11,6 @@ from nm_act.lab.texts import read_text, tokenize
 from nm_act.supported import require
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return tiny_model.build()
-
-
 def test_files_are_found_by_name_folder_and_split(tmp_path):
     (tmp_path / "boolq").mkdir()
     (tmp_path / "boolq" / "train.jsonl").write_text("{}")

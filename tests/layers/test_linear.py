@@ -183,8 +183,7 @@ def test_refresh_follows_a_change_in_place():
 @torch.no_grad()
 @pytest.mark.parametrize("phase", ["both", "prefill", "decode"])
 @pytest.mark.parametrize(
-    ("shape", "is_decode"),
-    [((64,), True), ((1, 64), True), ((3, 1, 64), True), ((2, 64), False), ((1, 2, 64), False)],
+    ("shape", "is_decode"), [((64,), True), ((1, 64), True), ((3, 1, 64), True), ((2, 64), False), ((1, 2, 64), False)]
 )
 def test_phase(phase, shape, is_decode):
     dense = _dense()
@@ -202,21 +201,24 @@ def test_repr_shows_the_spec():
     )
 
 
-def test_group_has_to_divide_in_features():
-    with pytest.raises(ValueError, match="expected in_features to be a multiple of the group 16, got 24; choose"):
-        NMLinear(24, 8, spec=LinearSpec("8:16"))
-    with pytest.raises(ValueError, match="multiple of the group 32, got 48"):
-        NMLinear.from_linear(nn.Linear(48, 8), LinearSpec("16:32"))
-
-
-def test_unknown_layout():
-    with pytest.raises(ValueError, match="expected a weight layout among in_out, out_in, got 'blocked'"):
-        NMLinear(64, 8, spec=FULL, weight_layout="blocked")
-
-
-def test_only_plain_linear_layers_are_taken_over():
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Linear, got NMLinear; pass the dense layer"):
-        NMLinear.from_linear(NMLinear(64, 8, spec=FULL), FULL)
+@pytest.mark.parametrize(
+    ("error", "sentence", "call"),
+    [
+        (ValueError, "expected in_features to be a multiple of the group 16, got 24; choose", lambda: NMLinear(24, 8, spec=LinearSpec("8:16"))),
+        (ValueError, "multiple of the group 32, got 48", lambda: NMLinear.from_linear(nn.Linear(48, 8), LinearSpec("16:32"))),
+        (ValueError, "expected in_features to be a multiple of the group 16, got 24", lambda: NMLinear(24, 8, spec=LinearSpec("2:4+1"))),
+        (ValueError, "expected a weight layout among in_out, out_in, got 'blocked'", lambda: NMLinear(64, 8, spec=FULL, weight_layout="blocked")),
+        (TypeError, "expected a torch.nn.Linear, got NMLinear; pass the dense layer", lambda: NMLinear.from_linear(NMLinear(64, 8, spec=FULL), FULL)),
+        (ValueError, 'expected lift to be True, False or "auto", got 1.5', lambda: NMLinear(64, 8, spec=LinearSpec("2:4+1"), lift=1.5)),
+        *[
+            (ValueError, f"expected 2:4+1 to lift the weight for, got {pattern}", lambda pattern=pattern: NMLinear(64, 8, spec=LinearSpec(pattern), lift=True))
+            for pattern in ("8:16", "2:4", "2:4+2", "50%")
+        ],
+    ],
+)  # fmt: skip
+def test_what_no_layer_is_made_of(error, sentence, call):
+    with pytest.raises(error, match=re.escape(sentence)):
+        call()
 
 
 def test_a_weight_that_comes_after_the_layer_gives_the_same_output():
@@ -319,16 +321,6 @@ def test_a_lifted_layer_compiles_to_one_graph():
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     x = torch.randn(5, 64)
     torch.testing.assert_close(compiled(x), layer(x))
-
-
-def test_what_cannot_be_lifted():
-    with pytest.raises(ValueError, match=r'expected lift to be True, False or "auto", got 1\.5'):
-        NMLinear(64, 8, spec=LinearSpec("2:4+1"), lift=1.5)
-    for pattern in ("8:16", "2:4", "2:4+2", "50%"):
-        with pytest.raises(ValueError, match=rf"expected 2:4\+1 to lift the weight for, got {re.escape(pattern)}"):
-            NMLinear(64, 8, spec=LinearSpec(pattern), lift=True)
-    with pytest.raises(ValueError, match="expected in_features to be a multiple of the group 16, got 24"):
-        NMLinear(24, 8, spec=LinearSpec("2:4+1"))
 
 
 @pytest.mark.parametrize("phase", ["both", "prefill"])

@@ -11,6 +11,7 @@ from threading import Barrier
 
 import pytest
 import torch
+from conftest import failing
 from tiny_families import assert_close, family, logits, sparse_layers
 from tiny_families import sparse as _sparse
 from torch import nn
@@ -118,11 +119,7 @@ def test_nothing_of_a_call_stays():
 def test_an_interrupted_call_is_forgotten_by_the_next():
     model = sparse("first tokens")
     context = model.model.layers[0].mlp.down_proj.token_context
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    handle = model.model.layers[1].register_forward_pre_hook(failing(KeyboardInterrupt))
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             logits(model, **PROMPT)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny_families import assert_close, logits, sparse
 from torch import nn
 
@@ -37,8 +38,6 @@ class TestCache:
         + [("StaticCache", "whole cache")],
     )
     def test_steps_equal_the_whole_sequence(self, cuts, kind, mask):
-        import transformers
-
         model = sparse(**FIRST)
         options = {"max_cache_len": 16} if kind == "StaticCache" else {}
         make = lambda: getattr(transformers, kind)(config=model.config, **options)  # noqa: E731
@@ -49,8 +48,6 @@ class TestCache:
         assert_close(actual, expected, atol=1e-4, rtol=1e-3)
 
     def test_a_mask_that_leaves_the_cache_out_is_refused(self):
-        import transformers
-
         model = sparse(**FIRST)
         make = lambda: transformers.DynamicCache(config=model.config)  # noqa: E731
         sentence = "expected an attention_mask over 3 cached and 9 new tokens, got 9 columns"
@@ -219,8 +216,6 @@ class TestClact:
     @pytest.mark.parametrize("recipe", [CLACT, FIRST], ids=["clact", "first tokens"])
     def test_generate_batch(self, recipe):
         """First tokens are told by the positions of each request; clact is refused, in each request's error."""
-        import transformers
-
         model = sparse(**recipe)
         prompts = [[3, 4, 5, 6, 7], [9, 10, 11]]
         config = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)

@@ -51,8 +51,7 @@ def sparse_llama(recipe):
             data["column_scale"] += 1
         if "rotation" in data:
             data["rotation"] = torch.linalg.qr(data["rotation"]).Q
-        if data:
-            layer.set_data(**data)
+        layer.set_data(**data)
     return model
 
 
@@ -102,6 +101,10 @@ def loss_of(model, ids=IDS):
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
+def gradients(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
 def assert_same_gradients(model, exact):
     expected = dict(exact.named_parameters())
     for name, parameter in model.named_parameters():
@@ -142,11 +145,10 @@ def test_dense_first_tokens_have_a_gradient_for_any_number_of_tokens(count, toke
 
 def test_dense_first_tokens_with_padding_have_a_gradient():
     recipe = Recipe("8:16", dense_first_tokens=2)
-    model = sparse_llama(recipe)
+    model, alone = sparse_llama(recipe), sparse_llama(recipe)
     mask = torch.ones_like(IDS)
     mask[0, :3] = 0
     model(input_ids=IDS, attention_mask=mask).logits[0, 3:].square().sum().backward()
-    alone = sparse_llama(recipe)
     alone(input_ids=IDS[:1, 3:]).logits.square().sum().backward()
     for (name, actual), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
         scale = expected.grad.abs().max()
@@ -162,8 +164,7 @@ def test_gradient_checkpointing_changes_nothing(name, reentrant):
         model.enable_input_require_grads()
     loss_of(model).backward()
     loss_of(expected).backward()
-    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(parameter.grad, other.grad)
+    assert_close(gradients(model), gradients(expected), rtol=0, atol=0)
 
 
 def test_checkpointing_of_two_calls_in_one_backward_pass_keeps_their_first_tokens_apart():
@@ -178,14 +179,12 @@ def test_checkpointing_of_two_calls_in_one_backward_pass_keeps_their_first_token
         other = each(input_ids=IDS[:, :7], attention_mask=mask, use_cache=False).logits[mask.bool()]
         (hidden.square().mean() + other.square().mean() + loss_of(each, IDS[:1, :9])).backward()
         assert each.model.layers[0].mlp.up_proj.token_context._running() is None
-    for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=1e-6)
+    assert_close(gradients(model), gradients(expected), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_trains_as_its_forward_computes(dtype):
     spec = LinearSpec("2:4", mitigation=("var", "dpts-mean"))
-    torch.manual_seed(0)
     dense, x = nn.Linear(64, 24), torch.randn(2, 10, 64, requires_grad=True)
     layer = NMLinear.from_linear(copy.deepcopy(dense), spec)
     with torch.autocast("cpu", dtype):
@@ -209,8 +208,7 @@ def test_lora_adapters_get_the_gradient_of_the_hooked_model():
     peft = pytest.importorskip("peft")
     recipe = Recipe("2:4", mitigation=["var"])
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_alpha=8, lora_dropout=0.0)
-    pair = []
-    sparse = sparse_llama(recipe)
+    pair, sparse = [], sparse_llama(recipe)
     for model in (sparse, hooked(sparse, recipe)):
         adapted = peft.get_peft_model(model, config)
         generator = torch.Generator().manual_seed(2)
@@ -226,12 +224,14 @@ def test_lora_adapters_get_the_gradient_of_the_hooked_model():
         assert (gradient.double() - expected).abs().max() < 1e-5 * expected.abs().max(), name
 
 
-class _Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return {"input_ids": IDS[index], "labels": IDS[index]}
+def trained(model, folder, **options):
+    """Transformers' Trainer, after its steps."""
+    common = {"output_dir": str(folder), "learning_rate": 0.05, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(**common, **options)
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS]
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    return trainer
 
 
 @pytest.mark.parametrize("name", ["act", "dpts-mean", "first 4"])
@@ -240,22 +240,8 @@ def test_trainer_takes_the_steps_of_the_hooked_model(name, tmp_path):
     recipe = RECIPES[name]
     model = sparse_llama(recipe)
     exact = hooked(model, recipe).train()
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=2,
-        max_steps=2,
-        learning_rate=0.05,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=_Rows())
-    trainer.train()
+    options = {"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1, "disable_tqdm": True}
+    trainer = trained(model, tmp_path, **options, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0)
     optimizer, losses = torch.optim.SGD(exact.parameters(), lr=0.05), []
     for _ in range(2):
         loss = loss_of(exact)
@@ -266,8 +252,7 @@ def test_trainer_takes_the_steps_of_the_hooked_model(name, tmp_path):
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(losses, rel=1e-3)
     assert losses[1] < losses[0]
-    for (name, parameter), other in zip(model.named_parameters(), exact.parameters(), strict=True):
-        torch.testing.assert_close(parameter.double(), other, rtol=1e-4, atol=1e-5, msg=name)
+    assert_close(dict(model.double().named_parameters()), dict(exact.named_parameters()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -278,9 +263,7 @@ def test_trainer_takes_a_saved_sparse_checkpoint(adapter, tmp_path):
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj", "q_proj"], r=2))
     before = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-    options = {"output_dir": str(tmp_path), "max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
-    arguments = transformers.TrainingArguments(**options, learning_rate=0.05)
-    transformers.Trainer(model=model, args=arguments, train_dataset=_Rows()).train()
+    trained(model, tmp_path, max_steps=1)
     moved = [name for name, value in before.items() if not torch.equal(value, model.get_parameter(name))]
     for projection in ("up_proj", "q_proj"):
         assert any(projection in name for name in moved)
@@ -289,16 +272,14 @@ def test_trainer_takes_a_saved_sparse_checkpoint(adapter, tmp_path):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_layer_trains_whole_under_compile(compiled):
     spec = LinearSpec("8:16", "wina", ("var", "dpts-mean"))
-    torch.manual_seed(0)
     layer, x = NMLinear(64, 24, spec=spec), torch.randn(2, 5, 64)
     layer(x).square().sum().backward()
-    expected = [parameter.grad.clone() for parameter in layer.parameters()]
+    expected = gradients(layer)
     layer.zero_grad()
     torch._dynamo.reset()
     run = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager") if compiled else layer
     run(x).square().sum().backward()
-    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert_close(gradients(layer), expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- parts of the parameters, split layers, optimized models ------------------------------------------------------------
@@ -330,8 +311,7 @@ def test_torch_func_over_the_parameters_of_a_layer_agrees_with_backward(name):
     expected = dict(zip(parameters, expected, strict=True))
     values = {key: value.detach() for key, value in parameters.items()}
     found = torch.func.grad(loss)(values)
-    for key, gradient in expected.items():
-        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-4)
+    assert_close(found, expected, rtol=1e-4, atol=1e-4)
     tangents = {key: torch.randn(value.shape) for key, value in values.items()}
     along = sum((expected[key] * tangents[key]).sum() for key in values)
     for guard in (torch.enable_grad(), torch.no_grad()):
@@ -345,9 +325,7 @@ def test_an_output_can_be_changed_in_place(layout):
     for tokens in (1, 3, 20):
         layer = NMLinear(64, 24, spec=LinearSpec("2:4"), weight_layout=layout)
         x = torch.randn(tokens, 64)
-        (layer(x) + 1.0).square().sum().backward()
-        expected = layer.weight.grad.clone()
-        layer.weight.grad = None
+        (expected,) = torch.autograd.grad((layer(x) + 1.0).square().sum(), layer.weight)
         y = layer(x)
         y += 1.0
         y.square().sum().backward()
@@ -372,10 +350,9 @@ def test_a_layer_split_by_rows_refuses_only_what_needs_the_other_ranks(options):
         y.sum().backward()
         torch.testing.assert_close(weight.grad, expected)
         return
-    with pytest.raises(RuntimeError, match="expected no gradient for the input of a layer split by rows"):
-        y.sum().backward()
-    with pytest.raises(RuntimeError, match="expected no gradient for the input of a layer split by rows"):
-        torch.func.jvp(function, (x.detach(),), (x.detach(),))
+    for differentiate in (y.sum().backward, lambda: torch.func.jvp(function, (x.detach(),), (x.detach(),))):
+        with pytest.raises(RuntimeError, match="expected no gradient for the input of a layer split by rows"):
+            differentiate()
 
 
 def test_a_split_layer_refuses_to_train_what_derives_from_the_whole_weight():

@@ -1,7 +1,7 @@
 // launch_gather with its kernels' own source, run on the host (emulate_cuda.h), against a plain selection and float64
 // products: all types, token counts, patterns and options, over configurations and sizes that do not fit them. Weight
-// rows that no token needs, everything around the operands and unused shared memory are NaN. Then the choice of a
-// configuration. Prints "N checks, 0 failed"; exits 1 on a mismatch.
+// rows that no token needs, everything around the operands and unused shared memory are NaN. Prints "N checks, 0
+// failed"; exits 1 on a mismatch.
 #include "emulate_cuda.h"
 // After it: the kernels; gather.cpp, which launches them, is a source of its own.
 #include "kernels/gather/gather_bits16.cu"
@@ -117,6 +117,22 @@ double relative_error(const Case& c, const Inputs& inputs, const Rows& weight, i
   return std::fabs(actual - sum) / (std::fabs(sum) * (c.type == kBf16 ? 0x1p-8 : 0x1p-11) + size * 1e-5 + 1e-6);
 }
 
+GatherParams params_of(const Case& c, const Rows& x, const Rows& weight, const Rows& y) {
+  GatherParams params{};
+  params.x = x.memory.data();
+  params.x_stride = x.stride;
+  params.weight = weight.memory.data();
+  params.weight_stride = weight.stride;
+  params.y = y.memory.data();
+  params.tokens = c.tokens;
+  params.in_features = c.in_features;
+  params.out_features = c.out_features;
+  params.pattern = c.pattern;
+  params.x_type = c.type;
+  params.weight_type = c.weight_type;
+  return params;
+}
+
 void run_case(const Case& c, bool aligned) {
   current = describe(c);
   const Inputs inputs(c, aligned);
@@ -124,12 +140,7 @@ void run_case(const Case& c, bool aligned) {
   Rows weight(c.in_features, c.out_features, c.weight_type, vector, 0);
   fill_weight(weight, c, inputs);
   const Rows y(1, c.tokens * c.out_features, c.type, 0, 0);
-  GatherParams params{};
-  params.x = inputs.x.memory.data();
-  params.x_stride = inputs.x.stride;
-  params.weight = weight.memory.data();
-  params.weight_stride = weight.stride;
-  params.y = y.memory.data();
+  GatherParams params = params_of(c, inputs.x, weight, y);
   params.channel_scale = inputs.scale.pointer();
   params.shift = inputs.shift.pointer();
   params.eta = inputs.eta.pointer();
@@ -138,12 +149,6 @@ void run_case(const Case& c, bool aligned) {
   params.shift_out = inputs.shift_out.pointer();
   params.column_scale = inputs.column_scale.pointer();
   params.bias = c.options.full_epilogue ? inputs.bias.memory.data() : nullptr;
-  params.tokens = c.tokens;
-  params.in_features = c.in_features;
-  params.out_features = c.out_features;
-  params.pattern = c.pattern;
-  params.x_type = c.type;
-  params.weight_type = c.weight_type;
   check(launch_gather(params, kHopper, c.config, nullptr) == cudaSuccess, "launch");
   const GatherProblem problem{c.tokens, c.out_features, c.in_features, c.weight_type, c.pattern, kHopper};
   check(emulation::last_one_block == blocks_fit_apart(problem, c.config), "one block a multiprocessor where all fit");
@@ -311,19 +316,8 @@ void run_around(Before before, ElementType type, ElementType weight_type, int to
   } else {
     produce<nm_act::Float16>(before, x, up, weight, x_weight, expected_hidden, produced, tokens, in_features);
   }
-  GatherParams params{};
-  params.x = produced.memory.data();
-  params.x_stride = produced.stride;
-  params.weight = matrix.memory.data();
-  params.weight_stride = matrix.stride;
-  params.y = alone.memory.data();
+  GatherParams params = params_of(c, produced, matrix, alone);
   params.weight_scale = weight_bytes(weight_type) == 1 ? scale.pointer() : nullptr;
-  params.tokens = tokens;
-  params.in_features = in_features;
-  params.out_features = c.out_features;
-  params.pattern = pattern;
-  params.x_type = type;
-  params.weight_type = weight_type;
   check(launch_gather(params, kHopper, config, nullptr) == cudaSuccess, "launch of the product alone");
   params.x = x.memory.data();
   params.y = whole.memory.data();
@@ -366,47 +360,6 @@ void run_what_stands_around() {
   }
 }
 
-void check_configs() {
-  current = "configurations";
-  const int shapes[][2] = {{6144, 4096},  {4096, 4096},   {28672, 4096}, {4096, 14336}, {10240, 8192},
-                           {8192, 8192},  {57344, 8192},  {8192, 28672}, {16, 32},      {48, 4},
-                           {1024, 32768}, {128256, 4096}, {576, 1536}};
-  for (const auto& [out, in] : shapes) {
-    for (int tokens : {1, 2, 3, 4}) {
-      for (ElementType type : {ElementType::kBFloat16, ElementType::kE4M3}) {
-        for (const GemmDevice device : {GemmDevice{9, 132}, GemmDevice{8, 108}, GemmDevice{12, 170}}) {
-          const GatherProblem problem{tokens, out, in, type, {8, 16, {}}, device};
-          const GatherConfig config = select_gather_config(problem);
-          const std::string what = std::to_string(tokens) + " x " + std::to_string(out) + " x " + std::to_string(in);
-          // Without clusters a block selects from all inputs, which must fit its shared memory.
-          if (device.compute_capability_major != 9 && compiled_tokens(tokens) * in > 12000) {
-            check(config.splits == 0 || is_valid(problem, config), "a configuration or none for " + what);
-            continue;
-          }
-          check(config.splits > 0 && is_valid(problem, config), "a configuration for " + what);
-          if (config.splits == 0) continue;
-          check(device.compute_capability_major == 9 || config.splits == 1, "clusters only on 9.0, " + what);
-          check((config.splits - 1) * slice_features(in, config.splits) < in, "no empty slice, " + what);
-          const int tiles = ceil_div(out, config.lanes * outputs_per_lane(type)), blocks = tiles * config.splits;
-          const bool large = double(out) * in >= 4096 * 4096 && device.compute_capability_major == 9;
-          if (tokens == 1 && large) check(blocks <= resident_blocks(problem, config), "one wave, " + what);
-          if (large && out >= 4096) check(blocks >= 0.7 * device.multiprocessors, "enough blocks, " + what);
-        }
-      }
-    }
-  }
-  const auto apart = [](int out, int in, const GatherConfig& config) {
-    return blocks_fit_apart({1, out, in, kBf16, {8, 16, {}}, {9, 132}}, config);
-  };
-  check(apart(28672, 4096, {128, 4, 512, true}), "28 clusters of four on 30 places");
-  check(!apart(28672, 4096, {128, 8, 512, true}), "224 blocks on 132 multiprocessors");
-  check(apart(4096, 14336, {32, 6, 512, true}), "16 clusters of six on 16 places");
-  check(!apart(4096, 14336, {32, 8, 512, true}), "16 clusters of eight on 14 places");
-  check(gather_pays(kBf16, {8, 16, {}}, 4), "four tokens at half");
-  check(!gather_pays(kBf16, {12, 16, {}}, 4), "four tokens at three quarters");
-  check(gather_pays(kInt8, {12, 16, {}}, 4), "8-bit weights always");
-}
-
 }  // namespace
 
 int main() {
@@ -414,7 +367,6 @@ int main() {
     run_cases();
     run_long_slices();
     run_what_stands_around();
-    check_configs();
     // Two types of inputs by one, two or four tokens and three types of weights, and eight tokens with 16-bit weights.
     check_every_kernel_ran(2 * (3 * 3 + 1));
   });

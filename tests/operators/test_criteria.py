@@ -6,7 +6,6 @@ import torch
 from criterion_formulas import FORMULAS
 
 from nm_act.methods import criteria
-from nm_act.patterns import NMPattern
 
 
 def _weight(seed=0, out=48, features=32):
@@ -25,10 +24,6 @@ def test_formula(name, dtype):
     scale = criteria.channel_scale(name, weight)
     assert scale.dtype == torch.float32
     np.testing.assert_allclose(scale.numpy(), FORMULAS[name](weight.double().numpy()), rtol=2e-6)
-
-
-def test_act_has_no_scale():
-    assert criteria.channel_scale("act", _weight()) is None
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -54,16 +49,6 @@ def test_amber_of_a_constant_weight_ranks_all_channels_alike():
 @pytest.mark.parametrize("name", ["act", "clact", "weight-magnitude", "wanda"])
 def test_no_scale_derives_from_the_weight(name):
     assert criteria.channel_scale(name, _weight()) is None
-
-
-def test_pruned_weights():
-    weight, norm = _weight(3), torch.rand(32)
-    for name, scale in (("weight-magnitude", 1.0), ("wanda", norm)):
-        pruned = criteria.prune_weight(name, weight, NMPattern("2:4"), norm)
-        order = (weight.double().abs() * scale).numpy().reshape(48, 8, 4).argsort(axis=-1)
-        expected = weight.numpy().reshape(48, 8, 4).copy()
-        np.put_along_axis(expected, order[..., :2], 0.0, axis=-1)
-        np.testing.assert_array_equal(pruned.numpy(), expected.reshape(48, 32))
 
 
 @pytest.mark.parametrize("order", ["descending", "organ pipe"])

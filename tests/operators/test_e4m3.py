@@ -100,18 +100,10 @@ ARGUMENTS = {
 }
 WRONG = [
     (ValueError, "expected codes [out, in], rows [in, out] or both, got neither", {"rows": None}),
-    (
-        TypeError,
-        "expected rows as the bytes of e4m3 values, uint8, got torch.int8",
-        {"rows": BOTH.rows.view(torch.int8)},
-    ),
+    (TypeError, "expected rows as the bytes of e4m3 values, uint8, got torch.int8", {"rows": BOTH.rows.view(torch.int8)}),
     (TypeError, "expected codes as the bytes of e4m3 values, uint8, got torch.float8_e4m3fn", {"codes": BOTH.values}),
     (ValueError, "expected rows of shape [in, out], got [3072]; reshape it", {"rows": BOTH.rows.flatten()}),
-    (
-        ValueError,
-        "expected rows of shape [64, 48] beside codes [48, 64], got [48, 64]",
-        {"codes": BOTH.codes, "rows": BOTH.codes},
-    ),
+    (ValueError, "expected rows of shape [64, 48] beside codes [48, 64], got [48, 64]", {"codes": BOTH.codes, "rows": BOTH.codes}),
     (TypeError, "expected x in float32, bfloat16 or float16, got torch.float64", {"x": torch.randn(3, 64).double()}),
     (ValueError, "expected x of shape [..., 64] for a weight of 64 inputs, got [3, 48]", {"x": torch.randn(3, 48)}),
     (ValueError, "expected x of shape [..., 64] for a weight of 64 inputs, got []", {"x": torch.tensor(1.0)}),
@@ -121,18 +113,14 @@ WRONG = [
     (TypeError, "expected bias in float32, got torch.float16", {"bias": torch.ones(48).half()}),
     (ValueError, "expected bias of shape [48], got [1]", {"bias": torch.ones(1)}),
     (ValueError, "expected channel_scale of shape [64], got [48]", {"channel_scale": torch.ones(48)}),
-    (
-        TypeError,
-        "expected channel_scale in float32, got torch.int64",
-        {"channel_scale": torch.ones(64, dtype=torch.long)},
-    ),
+    (TypeError, "expected channel_scale in float32, got torch.int64", {"channel_scale": torch.ones(64, dtype=torch.long)}),
     (ValueError, "expected shift_out of shape [48], got [64]", {"shift_out": torch.ones(64), "token_shift": "mean"}),
     (ValueError, "expected token_shift along with shift_out, got shift_out alone", {"shift_out": torch.ones(48)}),
     (ValueError, 'expected token_shift "none", "mean" or "median", got \'max\'', {"token_shift": "max"}),
     (ValueError, "expected 1 <= N < M, got pattern 16:16", {"n": 16}),
     (ValueError, "expected a group size M in {2, 4, 8, 16, 32}, got pattern 8:64", {"m": 64}),
     (ValueError, "expected extra windows with 2:4 only, got 8:16+1", {"extra_columns": [0]}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "sentence", "changed"), WRONG)

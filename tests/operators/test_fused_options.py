@@ -1,6 +1,6 @@
 """Options of the fused operators that need a tensor: never ignored without it, and no default stands in for one.
 
-Meta tensors reach the checks of a compiled call; tests/cuda/test_cuda_fused.py has those of the kernels.
+Meta tensors reach the checks of a compiled call; test_cuda_fused.py and test_cuda_attention.py have those of the kernels.
 """
 
 import pytest
@@ -32,13 +32,10 @@ WITH_HEADS = {
         ({"eps": 1e-5}, "expected norm_weight along with eps, got none; leave the option out or give the weight"),
         ({"unit_offset": True}, "expected norm_weight along with unit_offset, got none"),
         ({"up": X, "activation": "silu", "unit_offset": True}, "expected norm_weight along with unit_offset, got none"),
-        (
-            {"activation": "gelu_tanh"},
-            "expected up and activation together, got activation alone; give both or neither",
-        ),
+        ({"activation": "gelu_tanh"}, "expected up and activation together, got activation alone; give both or neither"),
         ({"up": X}, "expected up and activation together, got up alone; give both or neither"),
     ],
-)
+)  # fmt: skip
 def test_decode_linear_ignores_no_option(around, sentence):
     with pytest.raises(ValueError, match=f"nm_act::decode_linear {sentence}"):
         fused.decode_linear(X, WEIGHT, None, "2:4", **around)

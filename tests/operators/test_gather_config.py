@@ -1,17 +1,14 @@
 """The gather kernel's choice of a configuration, against the times of benchmarks/tune_decode.py on a device."""
 
-import csv
 import itertools
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import tune_decode_layers
+from conftest import csv_rows
 
 import nm_act
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import tune_decode_layers
 
 TABLE = Path(__file__).parents[2] / "benchmarks/results/h100/decode_tuning.csv"
 MULTIPROCESSORS = 132  # of the device that the table is from
@@ -21,12 +18,11 @@ DENSE = ("cublas_bf16", "dense_e4m3")
 def times() -> dict[tuple, dict]:
     """Microseconds by (dtype, tokens, out_features, in_features), then by configuration or baseline."""
     table = defaultdict(dict)
-    with TABLE.open(newline="") as file:
-        for row in csv.DictReader(file):
-            job = (row["dtype"], *(int(row[name]) for name in ("tokens", "out_features", "in_features")))
-            names = ("lanes", "splits", "threads", "ahead")
-            key = row["variant"] if row["variant"] in DENSE else tuple(int(row[name]) for name in names)
-            table[job][key] = float(row["us_p50"])
+    for row in csv_rows(TABLE):
+        job = (row["dtype"], *(int(row[name]) for name in ("tokens", "out_features", "in_features")))
+        names = ("lanes", "splits", "threads", "ahead")
+        key = row["variant"] if row["variant"] in DENSE else tuple(int(row[name]) for name in names)
+        table[job][key] = float(row["us_p50"])
     return table
 
 
@@ -68,11 +64,10 @@ def test_bf16_loses_little_to_dense():
 def test_choice_within_a_layer_is_near_the_fastest():
     """decode_linear's choice, by the time of a whole layer's decode step in four models."""
     steps = defaultdict(dict)
-    with (TABLE.parent / "decode_layers.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            sizes = (int(row["out_features"]), int(row["in_features"]))
-            config = tuple(int(row[name]) for name in ("lanes", "splits", "threads", "ahead"))
-            steps[row["model"], row["dtype"], row["pattern"], *sizes][config] = float(row["us_p50"])
+    for row in csv_rows(TABLE.parent / "decode_layers.csv"):
+        sizes = (int(row["out_features"]), int(row["in_features"]))
+        config = tuple(int(row[name]) for name in ("lanes", "splits", "threads", "ahead"))
+        steps[row["model"], row["dtype"], row["pattern"], *sizes][config] = float(row["us_p50"])
     assert len([case for case in steps if case[1:3] == ("bf16", "8:16")]) == 16
     for case, measured in steps.items():
         _, dtype, pattern, *sizes = case

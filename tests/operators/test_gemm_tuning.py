@@ -1,11 +1,11 @@
 """The choice of a GEMM tile, held to the committed tuning table: no device, no fit, only measured times."""
 
-import csv
 import math
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from conftest import csv_rows
 
 from nm_act import _C
 
@@ -20,16 +20,12 @@ FEWEST = {"bf16": 323, "e4m3": 1}
 def scanned():
     """(dtype, storage, tokens, out_features, in_features) -> {(tile, raster, swizzle, splits): microseconds} of every tile."""
     times = defaultdict(dict)
-    with TABLE.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["stage"] == "scan":
-                problem = (
-                    row["dtype"],
-                    row["storage"],
-                    *(int(row[c]) for c in ("tokens", "out_features", "in_features")),
-                )
-                config = row["what"], int(row["raster"]), int(row["swizzle"]), int(row.get("splits") or 1)
-                times[problem][config] = float(row["us_p50"])
+    for row in csv_rows(TABLE):
+        if row["stage"] == "scan":
+            sizes = (int(row[name]) for name in ("tokens", "out_features", "in_features"))
+            problem = (row["dtype"], row["storage"], *sizes)
+            config = row["what"], int(row["raster"]), int(row["swizzle"]), int(row.get("splits") or 1)
+            times[problem][config] = float(row["us_p50"])
     return times
 
 

@@ -9,11 +9,7 @@ import nm_act
 from nm_act.ops import METADATA_LAYOUTS
 
 PHYSICAL = METADATA_LAYOUTS[1:]
-TILES = {
-    "sm80_16bit": (32, 32),
-    "sm90_16bit_t64": (64, 64),
-    "sm90_8bit": (64, 128),
-}
+TILES = {"sm80_16bit": (32, 32), "sm90_16bit_t64": (64, 64), "sm90_8bit": (64, 128)}
 
 
 def random_metadata(tokens: int, in_features: int) -> torch.Tensor:

@@ -47,6 +47,7 @@ NO_OPERAND = "expected operand as an nm_act.Packed, got Tensor; pass all that co
     ("error", "sentence", "call"),
     [
         (TypeError, NO_OPERAND, lambda made: nm_act.sparse_gemm(made.values, made.metadata, WEIGHT)),
+        (TypeError, NO_OPERAND, lambda made: nm_act.sparse_gemm(made.values, made.metadata, WEIGHT, None, row_scale=made.eta)),
         (TypeError, NO_OPERAND, lambda made: nm_act.sparse_gemm_silu_mul(made.values, WEIGHT)),
         (TypeError, "unexpected keyword argument 'row_scale'", lambda made: nm_act.sparse_gemm(made, WEIGHT, row_scale=made.eta)),
         (TypeError, "expected weight as a torch.Tensor, got NoneType; pass the layer's own", lambda made: nm_act.sparse_gemm(made, None)),

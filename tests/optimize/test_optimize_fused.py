@@ -1,147 +1,44 @@
 """The packed path of optimize(), its CUDA operators replaced by plain torch: which tensors go where, and the residuals."""
 
 import copy
-import dataclasses
 import weakref
 from types import SimpleNamespace
 
 import fused_formulas
 import pytest
 import torch
+from fused_formulas import activated, compressed, packed_on_a_cpu
 from tiny_families import IDS, KNOWN, PLAIN, assert_close, logits, optimize_checked, sparse, sparse_layers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import nm_act
 from nm_act import reference
-from nm_act.layers.work import is_decode
-from nm_act.ops import autograd, explain
-from nm_act.ops.fused import Pruned
+from nm_act.ops import explain
 from nm_act.optimize import attention, fused, operands
-from nm_act.optimize import model as model_module
-from nm_act.optimize.eligible import has_hooks
 from nm_act.optimize.fp8 import FP8Linear
 
 MITIGATION = ["var", "dpts-mean"]
 WHOLE = ["norm", "norm + residual", "silu"]  # the packed operands of a layer
 
 
-def compressed(
-    x, calls, name, *, token_shift="none", variance_correction=False, channel_scale=None, activation_dtype=None
-):
-    """A "packed" operand whose values are the pruned activation itself."""
-    calls.append(name)
-    flat = x.reshape(-1, x.shape[-1])
-    pruned = reference.prune(flat, "2:4", channel_scale=channel_scale, token_shift=token_shift)
-    empty = flat.new_empty(0)
-    shifted = reference.shifted(flat, None, token_shift)
-    nu = reference.variance_ratio(shifted, pruned).flatten().float() if variance_correction else empty
-    eta = reference.token_shift_values(flat, token_shift).flatten() if token_shift != "none" else empty
-    return nm_act.Packed(pruned, empty, nu, eta, nm_act.NMPattern("2:4"), x.shape[-1], "neutral", flat.shape[0])
-
-
-def pruned(x, pattern, hidden=None):
-    return Pruned(reference.prune(x.reshape(-1, x.shape[-1]), pattern), x.new_empty(0), hidden)
-
-
-def on_a_cpu(linear, x, *others):
-    """The way of a layer with a pattern of its own, as on CUDA with many tokens."""
-    if linear._is_dense_phase(x) or has_hooks(linear):
-        return ""
-    if autograd.needs_gradient(x, *others, *linear.parameters()):
-        return ""
-    pattern = linear.spec.pattern_in(is_decode(x))
-    return "pruned" if operands._not_packed(linear, pattern) else "packed"
+@pytest.fixture
+def calls(monkeypatch):
+    """What was packed, pruned or added, in words and in order."""
+    return packed_on_a_cpu(monkeypatch)
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    made = []
+def residuals(calls, monkeypatch):
+    """Whether each product was given a residual."""
+    given, product = [], operands.sparse_gemm
 
-    def norm(x, weight, eps, unit_offset):
-        return F.rms_norm(x, (x.shape[-1],), weight + 1 if unit_offset else weight, eps)
+    def sparse_gemm(*arguments, residual=None, **options):
+        given.append(residual is not None)
+        return product(*arguments, residual=residual, **options)
 
-    def hidden_of(x, eps, residual, unit_offset, x_weight):
-        """And what was added, in words."""
-        if residual is None:
-            return x, ""
-        if x_weight is None:
-            return x + residual, " + residual"
-        return norm(x, x_weight, eps, unit_offset) + residual, " + normed residual"
-
-    def rms_norm_compress(x, weight, eps, residual=None, *, unit_offset, x_weight, **options):
-        hidden, added = hidden_of(x, eps, residual, unit_offset, x_weight)
-        packed = compressed(norm(hidden, weight, eps, unit_offset), made, f"norm{added}", **options)
-        return dataclasses.replace(packed, hidden=hidden)
-
-    def activated(gate, activation):
-        return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-
-    def silu_mul_compress(gate, up, *, activation, **options):
-        name = "silu" if activation == "silu" else "gelu"
-        return compressed(activated(gate, activation) * up, made, name, **options)
-
-    def rms_norm_prune(x, weight, eps, residual=None, pattern="2:4", *, unit_offset, x_weight, activation_dtype=None):
-        hidden, added = hidden_of(x, eps, residual, unit_offset, x_weight)
-        made.append(f"pruned norm{added}")
-        return pruned(norm(hidden, weight, eps, unit_offset), pattern, hidden)
-
-    def silu_mul_prune(gate, up, pattern="2:4", *, activation, activation_dtype=None):
-        made.append("pruned silu" if activation == "silu" else "pruned gelu")
-        return pruned(activated(gate, activation) * up, pattern)
-
-    def rms_norm_add(x, weight, eps, residual, *, unit_offset):
-        made.append("added norm")
-        return norm(x, weight, eps, unit_offset) + residual
-
-    def adds_norm(norm, x):
-        return not has_hooks(norm) and not autograd.needs_gradient(x, norm.weight)
-
-    def sparse_gemm(operand, weight, bias, *, shift_out, column_scale, out_dtype, residual=None):
-        assert out_dtype == torch.float32
-        row_scale, eta = operand.row_scale, operand.eta
-        y = operand.values @ weight.float().t()
-        y = y * row_scale[:, None] if row_scale.numel() else y
-        y = y + eta[:, None] * shift_out if eta.numel() else y
-        y = y if column_scale is None else y * column_scale
-        y = y if bias is None else y + bias
-        return y if residual is None else residual + y
-
-    for replaced in (
-        rms_norm_compress,
-        silu_mul_compress,
-        rms_norm_prune,
-        silu_mul_prune,
-        rms_norm_add,
-        adds_norm,
-        sparse_gemm,
-    ):
-        monkeypatch.setattr(operands, replaced.__name__, replaced)
-    monkeypatch.setattr(model_module, "_check_prefill_device", lambda device, fp8: None)
-    monkeypatch.setattr(operands, "way_of", on_a_cpu)
-    linear = torch.ops.nm_act.sparse_linear  # dequantises the weight where the activations are not e4m3 too
-    monkeypatch.setattr(
-        torch.ops.nm_act, "sparse_linear", lambda *a, activation_dtype=None, **options: linear(*a, **options)
-    )
-    return made
-
-
-def assert_later_hooks_see_the_same(model, hooked, expected_calls, calls, sees):
-    """Hooks that are registered after optimize() see what those of the stock model see: ``sees(args, y)``."""
-    reference_model, seen = copy.deepcopy(model), []
-    nm_act.optimize(model)
-    outputs = []
-    for each in (model, reference_model):
-        for layer in each.model.layers:
-            layer.get_submodule(hooked).register_forward_hook(
-                lambda _module, args, _kwargs, y: seen.append(sees(args, y)), with_kwargs=True
-            )
-        outputs.append(logits(each))
-        if each is model:
-            assert calls == expected_calls * 2
-    assert_close(*outputs)
-    assert len(seen) == 4
-    assert_close(seen[:2], seen[2:])
+    monkeypatch.setattr(operands, "sparse_gemm", sparse_gemm)
+    return given
 
 
 def model_of(name="llama", **patterns):
@@ -189,8 +86,7 @@ def test_norms_on_both_sides_and_gelu(pattern, calls):
 def test_the_activation_is_part_of_the_product_of_gate_and_up(name, after, calls, monkeypatch):
     def sparse_gemm_silu_mul(operand, weight, *, activation):
         gate, up = (operand.values @ weight.t()).chunk(2, dim=-1)
-        y = F.silu(gate) * up if activation == "silu" else F.gelu(gate, approximate="tanh") * up
-        return compressed(y, calls, f"product with {activation}")
+        return compressed(activated(gate, activation) * up, calls, f"product with {activation}")
 
     monkeypatch.setattr(operands, "sparse_gemm_silu_mul", sparse_gemm_silu_mul)
     monkeypatch.setattr(operands, "gates_in_product", lambda way, *_: way == "packed")
@@ -200,49 +96,21 @@ def test_the_activation_is_part_of_the_product_of_gate_and_up(name, after, calls
     assert calls == ["norm", before, f"product with {gated}", *after] * 2
 
 
-@pytest.mark.parametrize(
-    ("hooked", "expected_calls"),
-    [
-        ("input_layernorm", SANDWICH[1:]),
-        ("post_attention_layernorm", ["norm", "norm + residual", *SANDWICH[2:]]),
-        ("pre_feedforward_layernorm", ["norm", "added norm", *SANDWICH[2:]]),
-        ("post_feedforward_layernorm", SANDWICH[:3]),
-        ("mlp", ["norm", "added norm", *SANDWICH[2:]]),
-    ],
-)
-def test_hooks_between_norms_see_what_the_stock_layer_gives(hooked, expected_calls, calls):
-    assert_later_hooks_see_the_same(model_of("gemma3"), hooked, expected_calls, calls, lambda args, y: (*args, y))
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_residuals_go_into_the_product_of_the_down_layer(name, calls, monkeypatch):
-    given, product = [], operands.sparse_gemm
-
-    def sparse_gemm(*arguments, residual=None, **options):
-        given.append(residual is not None)
-        return product(*arguments, residual=residual, **options)
-
-    monkeypatch.setattr(operands, "sparse_gemm", sparse_gemm)
+def test_residuals_go_into_the_product_of_the_down_layer(name, residuals):
     optimize_checked(sparse(name))
     # Of q/k/v, gate/up and down; a norm stands between Gemma's down layer and its residual.
-    assert given == [False, False, name == "llama"] * 2
+    assert residuals == [False, False, name == "llama"] * 2
 
 
-def test_the_output_projection_adds_its_residual(calls, monkeypatch):
+def test_the_output_projection_adds_its_residual(calls, residuals, monkeypatch):
     """So that the norm before the MLP reads one tensor and writes none."""
-    given, product = [], operands.sparse_gemm
-
-    def sparse_gemm(*arguments, residual=None, **options):
-        given.append(residual is not None)
-        return product(*arguments, residual=residual, **options)
-
-    monkeypatch.setattr(operands, "sparse_gemm", sparse_gemm)
     monkeypatch.setattr(operands, "adds_residual", lambda *_: True)
     monkeypatch.setattr(operands, "compress_packed", lambda x, **options: compressed(x, calls, "output", **options))
     monkeypatch.setattr(attention, "rotary", fused_formulas.rotary)
     monkeypatch.setattr(attention, "fuses", lambda *_: True)
     optimize_checked(sparse("llama"))
-    assert given == [False, True, False, True] * 2
+    assert residuals == [False, True, False, True] * 2
     assert not any("residual" in call for call in calls)
 
 
@@ -254,15 +122,14 @@ def test_residuals_go_into_the_products_of_a_decode_step(name, calls, monkeypatc
     def decode_linear(x, weight, bias, pattern, *, channel_scale, up=None, residual=None, activation=None, **norm):
         products.append([key for key, value in {"up": up, "residual": residual, **norm}.items() if value is not None])
         if norm:
-            scale = norm["norm_weight"] + norm["unit_offset"]
-            x = F.rms_norm(x, (x.shape[-1],), scale, norm["eps"])
+            x = fused_formulas.norm(x, norm["norm_weight"], norm["eps"], norm["unit_offset"])
         if up is not None:
-            x = up * (F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh"))
+            x = up * activated(x, activation)
         y = F.linear(reference.prune(x, pattern, channel_scale=channel_scale), weight, bias)
         return y if residual is None else y + residual
 
     def sandwich_linear(x, x_weight, residual, norm_weight, eps, *layer, unit_offset, **options):
-        hidden = F.rms_norm(x, (x.shape[-1],), x_weight + unit_offset, eps) + residual
+        hidden = fused_formulas.norm(x, x_weight, eps, unit_offset) + residual
         norm = {"norm_weight": norm_weight, "eps": eps, "unit_offset": unit_offset}
         return decode_linear(hidden, *layer, **norm, **options), hidden
 
@@ -331,18 +198,33 @@ def test_what_has_hooks_is_called(hooked, expected_calls, calls):
 
 
 @pytest.mark.parametrize(
-    ("hooked", "expected_calls"),
+    ("name", "hooked", "expected_calls"),
     [
-        ("input_layernorm", ["norm + residual", "silu"]),
-        ("self_attn", ["norm + residual", "silu"]),
-        ("self_attn.v_proj", ["norm + residual", "silu"]),
-        ("post_attention_layernorm", ["norm", "silu"]),
-        ("mlp", ["norm", "silu"]),
-        ("mlp.up_proj", ["norm"]),
+        ("llama", "input_layernorm", ["norm + residual", "silu"]),
+        ("llama", "self_attn", ["norm + residual", "silu"]),
+        ("llama", "self_attn.v_proj", ["norm + residual", "silu"]),
+        ("llama", "post_attention_layernorm", ["norm", "silu"]),
+        ("llama", "mlp", ["norm", "silu"]),
+        ("llama", "mlp.up_proj", ["norm"]),
+        ("gemma3", "input_layernorm", SANDWICH[1:]),
+        ("gemma3", "post_attention_layernorm", ["norm", "norm + residual", *SANDWICH[2:]]),
+        ("gemma3", "pre_feedforward_layernorm", ["norm", "added norm", *SANDWICH[2:]]),
+        ("gemma3", "post_feedforward_layernorm", SANDWICH[:3]),
+        ("gemma3", "mlp", ["norm", "added norm", *SANDWICH[2:]]),
     ],
 )
-def test_hooks_that_come_later_see_what_the_stock_layer_gives(hooked, expected_calls, calls):
-    assert_later_hooks_see_the_same(model_of(), hooked, expected_calls, calls, lambda _args, y: y)
+def test_hooks_that_come_later_see_what_the_stock_layer_gets_and_gives(name, hooked, expected_calls, calls):
+    model = model_of(name)
+    stock, seen, outputs = copy.deepcopy(model), [], []
+    nm_act.optimize(model)
+    for each in (model, stock):
+        for layer in each.model.layers:
+            layer.get_submodule(hooked).register_forward_hook(lambda _module, args, y: seen.append((*args, y)))
+        outputs.append(logits(each))
+    assert calls == expected_calls * 2  # the stock model calls none of them
+    assert_close(*outputs)
+    assert len(seen) == 4
+    assert_close(seen[:2], seen[2:])
 
 
 def test_hidden_states_are_those_of_the_unfused_model(calls):

@@ -1,5 +1,6 @@
 """StaticDecoder: the tokens that generate() gives, from a cache that is allocated once."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -42,16 +43,15 @@ def test_steps_go_on_from_any_state():
 def test_wrong_uses_are_one_sentence():
     model = family("llama")
     decoder = nm_act.StaticDecoder(model, max_tokens=14)
-    with pytest.raises(ValueError, match=r"expected 1 to 13 tokens in the cache of 14, got 0; call prefill"):
-        decoder.step()
-    with pytest.raises(ValueError, match=r"expected a prompt of shape \[1, tokens\], got \[2, 12\]"):
-        decoder.prefill(IDS)
-    with pytest.raises(ValueError, match=r"within the cache of 14, got 12 \+ 4; make a decoder"):
-        decoder.generate(IDS[:1], 4)
-    with pytest.raises(ValueError, match="expected at least one new token, got 0"):
-        decoder.generate(IDS[:1], 0)
-    with pytest.raises(ValueError, match="expected batch >= 1"):
-        nm_act.StaticDecoder(model, batch=0, max_tokens=14)
+    for sentence, call in (
+        ("expected 1 to 13 tokens in the cache of 14, got 0; call prefill", decoder.step),
+        ("expected a prompt of shape [1, tokens], got [2, 12]", lambda: decoder.prefill(IDS)),
+        ("within the cache of 14, got 12 + 4; make a decoder", lambda: decoder.generate(IDS[:1], 4)),
+        ("expected at least one new token, got 0", lambda: decoder.generate(IDS[:1], 0)),
+        ("expected batch >= 1", lambda: nm_act.StaticDecoder(model, batch=0, max_tokens=14)),
+    ):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            call()
     model.lm_head.to("meta")
     with pytest.raises(ValueError, match="expected a model on one device, got cpu, meta"):
         nm_act.StaticDecoder(model, max_tokens=14)

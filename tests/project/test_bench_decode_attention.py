@@ -1,13 +1,10 @@
 """The benchmark of decode attention: what its check before the timing accepts, and its refusal without CUDA."""
 
 import sys
-from pathlib import Path
 
+import bench_decode_attention as bench
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import bench_decode_attention as bench
 
 from nm_act import reference
 

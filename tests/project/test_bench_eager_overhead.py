@@ -1,14 +1,9 @@
 """The benchmark of a layer's host time: a row per pattern, and its refusal without CUDA."""
 
-import csv
-import sys
-from pathlib import Path
-
+import bench_eager_overhead
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import bench_eager_overhead
+from conftest import csv_rows
 
 
 def test_one_row_per_pattern(capsys, tmp_path):
@@ -23,9 +18,7 @@ def test_one_row_per_pattern(capsys, tmp_path):
         values = dict(zip(header, row, strict=True))
         assert float(values["linear_us"]) > 0
         assert float(values["nm_linear_us"]) > 0
-    with out.open(newline="") as file:
-        written = list(csv.DictReader(file))
-    assert [[row[name] for name in header] for row in written] == rows
+    assert [[row[name] for name in header] for row in csv_rows(out)] == rows
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal without CUDA")

@@ -1,27 +1,19 @@
 """The end-to-end benchmark on a tiny model and a CPU: its rows, its baselines, and that an interruption keeps them."""
 
-import csv
-import sys
 from pathlib import Path
 
-import pytest
-import tiny_model
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_cpu_generate
 import bench_inference
 import inference_models
 import plot_steps
+import pytest
+import tiny_model
+import torch
+from conftest import csv_rows
 from inference_profile import COLUMNS as STEP_COLUMNS
 from inference_profile import alone, kind_of, layer_of, short, step_layer
 
 TINY = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--decode", "4", "--seconds", "0"]
-
-
-def rows_of(path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def case_of(row: dict) -> list[str]:
@@ -34,7 +26,7 @@ def test_rows_and_baselines(tmp_path):
     out, plot = tmp_path / "inference.csv", tmp_path / "inference.png"
     arguments = ["--prompt", "5", "8", "--batch", "1", "2", "--mode", "nm-2:4", str(recipe)]
     bench_inference.main([*TINY, *arguments, "--csv", str(out), "--plot", str(plot)])
-    rows = rows_of(out)
+    rows = csv_rows(out)
     assert tuple(rows[0]) == bench_inference.COLUMNS
     assert [row["mode"] for row in rows[::12]] == ["dense_bf16", "nm-2:4", "mixed"]
     assert {row["metric"] for row in rows} == {"ttft_ms", "ttft_busy_ms", "decode_tok_s"}
@@ -61,7 +53,7 @@ def test_an_interruption_keeps_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_inference, "build", interrupted)
     with pytest.raises(SystemExit, match="interrupted; 3 rows are kept"):
         bench_inference.main([*TINY, "--prompt", "5", "--batch", "1", "--mode", "nm-2:4", "--csv", str(out)])
-    assert len(rows_of(out)) == 3
+    assert len(csv_rows(out)) == 3
 
 
 def test_a_failure_costs_its_own_cell(tmp_path, monkeypatch, capsys):
@@ -83,7 +75,7 @@ def test_a_failure_costs_its_own_cell(tmp_path, monkeypatch, capsys):
     modes = ["--prompt", "5", "8", "--batch", "1", "--mode", "nm-4:8", "nm-2:4", "nm-8:16"]
     with pytest.raises(SystemExit, match="2 measurements failed, see above; 15 rows are kept"):
         bench_inference.main([*TINY, *modes, "--csv", str(out)])
-    assert len(rows_of(out)) == 15  # dense and 8:16 of both prompts, 2:4 of one
+    assert len(csv_rows(out)) == 15  # dense and 8:16 of both prompts, 2:4 of one
     printed = capsys.readouterr().out
     assert "nm-4:8: not built (NotImplementedError: no such weights)" in printed
     assert "nm-2:4 1 x 5: left out (RuntimeError: No valid execution plans built.)" in printed
@@ -105,7 +97,6 @@ def test_modes():
 
 
 def test_a_second_copy_serves_few_tokens_of_the_dense_e4m3_baseline():
-    torch.manual_seed(0)
     linear = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
     layer = inference_models.DenseFP8(linear, "both")
     x = torch.randn(2, 1, 64, dtype=torch.bfloat16)
@@ -153,7 +144,7 @@ def test_generate_on_a_cpu(tmp_path):
     model, out = tiny_model.save(tmp_path / "tiny"), tmp_path / "generate.csv"
     options = ["--tokens", "3", "--rounds", "1", "--prefill", "9", "--dtype", "float32", "bfloat16"]
     bench_cpu_generate.main([str(model), *options, "--csv", str(out)])
-    rows = rows_of(out)
+    rows = csv_rows(out)
     assert [row["mode"] for row in rows] == ["dense", "nm-8:16", "nm-8:16 optimized", "dense optimized"] * 4
     assert [row["metric"] for row in rows[::4]] == ["generate_tok_s", "prefill_ms"] * 2
     assert {row["model"] for row in rows} == {"tiny"}
@@ -185,7 +176,7 @@ def test_overlapping_kernels_are_counted_once():
 def test_profiles_are_written_and_drawn(tmp_path):
     steps, plot = tmp_path / "steps.csv", tmp_path / "steps.png"
     bench_inference.main([*TINY, "--prompt", "5", "--batch", "1", "--mode", "nm-2:4", "--profile", str(steps)])
-    rows = rows_of(steps)
+    rows = csv_rows(steps)
     assert tuple(rows[0]) == STEP_COLUMNS
     assert {row["mode"] for row in rows} == {"dense_bf16", "nm-2:4"}
     for mode in ("dense_bf16", "nm-2:4"):
@@ -198,7 +189,7 @@ def test_profiles_are_written_and_drawn(tmp_path):
 
 def test_the_committed_steps_add_up():
     results = Path(__file__).parents[2] / "benchmarks/results/h100"
-    before, rows = (rows_of(results / f"{name}.csv") for name in ("inference_steps_before", "inference_steps"))
+    before, rows = (csv_rows(results / f"{name}.csv") for name in ("inference_steps_before", "inference_steps"))
     bars = {name.partition("\n")[0]: sum(us for _, us in parts) for name, parts in plot_steps.stacks(rows).items()}
     assert bars["dense_bf16"] > bars["nm-8:16"] > bars["nm-8:16-fp8"]
     [first] = plot_steps.stacks(before).values()

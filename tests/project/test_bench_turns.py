@@ -1,14 +1,9 @@
 """The benchmark of modes that take turns, on a tiny model and a CPU."""
 
-import csv
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_inference
 import bench_turns
+import pytest
+from conftest import csv_rows
 
 TINY = ["--model", "tiny", "--device", "cpu", "--dtype", "float32", "--rounds", "3", "--idle", "0", "--seconds", "0"]
 
@@ -33,8 +28,7 @@ def test_rows_are_appended(tmp_path):
     out = tmp_path / "turns.csv"
     for prompt in ("5", "8"):
         bench_turns.main([*TINY, "--prompt", prompt, "--mode", "dense", "nm-2:4", "--csv", str(out)])
-    with open(out, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = csv_rows(out)
     assert tuple(rows[0]) == bench_inference.COLUMNS
     metrics = ("ttft_ms", "ttft_busy_ms", "decode_tok_s")
     expected = [(p, m, mode) for p in ("5", "8") for m in metrics for mode in ("dense_bf16", "nm-2:4")]

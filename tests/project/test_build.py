@@ -98,6 +98,7 @@ NATIVE = {
     "metadata_layout": 9_000_000,
     "select": 25_000_000,
     "gather": 2_000,
+    "gather_config": 500,
     "compress": 25_000,
     "producers": 35_000,
     "prune": 13_000,

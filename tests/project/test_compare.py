@@ -1,13 +1,11 @@
 """tools/compare.py: which rows are matched, what counts as slower, exit codes."""
 
-import sys
 from pathlib import Path
 
+import compare
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import compare  # noqa: E402
 
 HEADER = "bench,variant,tokens,us_p50,speedup,commit"
 

@@ -1,12 +1,7 @@
 """Energy of steady work: intervals between changes of a counter, on a simulated card."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import energy
+import pytest
 
 
 class Card:

@@ -1,26 +1,18 @@
 """The report is made from result files alone, and names what is wrong with them."""
 
-import csv
-import importlib.util
-import re
 from pathlib import Path
 
+import evaluation_report as tool
 import pytest
+from conftest import csv_rows
 
-from nm_act.lab.cost import Rates
+from nm_act.lab.cost import Rates, places_of, predictions
 from nm_act.lab.evaluate import folder as run_folder
 from nm_act.lab.evaluate import results, study
+from nm_act.lab.measured import Measured, shapes_of
 from nm_act.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("evaluation_report", ROOT / "tools" / "evaluation_report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _write(folder, variant, value):
@@ -28,7 +20,13 @@ def _write(folder, variant, value):
     folder.write(variant, "wikitext2", {**result, "layers": 2, "width": 64})
 
 
-def test_report(tool, tmp_path):
+def _predicted(recipe):
+    """Of the prefill of two layers with Llama-3-8B's shapes, as every report says it."""
+    cost = Measured("h100", shapes_of("llama-3-8b"), "llama-3-8b")
+    return f"{predictions(cost, places_of('llama-3-8b', 2), recipe)['prefill']:.2f}x"
+
+
+def test_report(tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     variants = [Recipe("2:4"), Recipe("8:16", criterion="wina"), Recipe("2:4", mitigation=["var"])]
     variants += [Recipe("2:4", projections=["k_proj", "v_proj", "gate_proj", "down_proj"])]
@@ -43,30 +41,30 @@ def test_report(tool, tmp_path):
     subsets = text.partition("### Layer subsets")[2].partition("###")[0]
     assert "| dense | all | dense | dense | 1.000x | 20.00 ± 0.50 |" in subsets
     assert "Samples: wikitext2 20." in subsets
-    rows = list(csv.DictReader((tmp_path / "evaluation" / "results.csv").open()))
+    rows = csv_rows(tmp_path / "evaluation" / "results.csv")
     assert len(rows) == 5
     assert {row["layers"] for row in rows} == {"all", "alanova"}
     assert {row["dense_value"] for row in rows} == {"20.0"}
     assert float(rows[0]["predicted_speedup"]) == 1
-    [speed] = {float(row["predicted_speedup"]) for row in rows if row["method"] == "act+var"}
-    assert f"| act+var | 32.00 ± 0.50; {speed:.2f}x |" in text
+    assert f"| act+var | 32.00 ± 0.50; {_predicted(variants[2])} |" in text
     assert (tmp_path / "evaluation" / "run1-perplexity.png").is_file()
 
 
-def test_calibrated_rows_say_on_what_and_with_which_seed(tool, tmp_path):
+def test_calibrated_rows_say_on_what_and_with_which_seed(tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
+    recipe = Recipe("2:4", mitigation=["ls"])
     _write(folder, study.DENSE_VARIANT, 20.0)
     for seed in (0, 1):
         made = {"calibrated": True, "seed": seed, "calibrated_on": "c4.jsonl, 8 windows of 512 tokens"}
-        _write(folder, study.from_recipe(Recipe("2:4", mitigation=["ls"]), f"seed-{seed}", **made), 30.0 + seed)
+        _write(folder, study.from_recipe(recipe, f"seed-{seed}", **made), 30.0 + seed)
     assert tool.main([str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "evaluation.md").read_text()
     for seed in (0, 1):
-        assert re.search(rf"\| act\+ls, seed {seed} \| {30 + seed:.2f} ± 0\.50; 1\.\d\dx \|", text)
+        assert f"| act+ls, seed {seed} | {30 + seed:.2f} ± 0.50; {_predicted(recipe)} |" in text
         assert f"| seed-{seed} | c4.jsonl, 8 windows of 512 tokens | {seed} |" in text
 
 
-def test_only_one_run_is_compared(tool, tmp_path, capsys):
+def test_only_one_run_is_compared(tmp_path, capsys):
     identity = {"model": "tiny", "weights": "a", "dtype": "float32", "window": 64}
     others = [{"weights": "b"}, {"data": {"wikitext2": "c"}}, {"window": 32}]
     for index, change in enumerate([{}, *others]):
@@ -87,6 +85,18 @@ def test_only_one_run_is_compared(tool, tmp_path, capsys):
         results.collect([runs[0], more.path])
 
 
+def test_results_that_do_not_say_how_many_layers_are_read(tmp_path):
+    """As those of 0.2.0: they are predicted for all layers of the predicted model."""
+    folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
+    result = {"metric": "ppl", "value": 20.0, "stderr": 0.5, "samples": 20, "scores": [1.0, 2.0], "macs": {"dense": 4}}
+    recipe = Recipe("2:4")
+    for variant in (study.DENSE_VARIANT, study.from_recipe(recipe)):
+        folder.write(variant, "wikitext2", result)
+    dense, sparse = results.collect([tmp_path / "run"])
+    assert dense.fields["predicted_speedup"] == 1
+    assert f"{sparse.fields['predicted_speedup']:.2f}x" == _predicted(recipe)
+
+
 def test_error_bars(monkeypatch, tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny"})
     _write(folder, study.DENSE_VARIANT, 20.0)
@@ -98,7 +108,7 @@ def test_error_bars(monkeypatch, tmp_path):
     assert drawn == [[0.5]]
 
 
-def test_no_run(tool, tmp_path, capsys):
+def test_no_run(tmp_path, capsys):
     assert tool.main([str(tmp_path)]) == 2
     assert "expected the folder of an evaluation" in capsys.readouterr().err
 
@@ -110,7 +120,7 @@ def test_committed_studies_multiply_out():
     assert len(set(names)) == len(names) > 50
 
 
-def test_speed_is_predicted_from_measured_products_and_by_phase(tool, tmp_path):
+def test_speed_is_predicted_from_measured_products_and_by_phase(tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     measured = {"metric": "ppl", "value": 20.0, "stderr": 0.5, "samples": 20, "scores": [1.0, 2.0]}
     measured |= {"layers": 30, "width": 576}
@@ -134,7 +144,7 @@ def test_speed_is_predicted_from_measured_products_and_by_phase(tool, tmp_path):
     assert "Of llama-3-8b on the H100" in (tmp_path / "evaluation.md").read_text()
 
 
-def test_no_rank_within_the_error_or_the_noise(tool, tmp_path):
+def test_no_rank_within_the_error_or_the_noise(tmp_path):
     """Windows differ by nats, pairs by hundredths: pairs tell rows apart, unless rounding moves them as much."""
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     windows = [2.0, 3.0, 4.0, 5.0]
@@ -161,7 +171,7 @@ def test_no_rank_within_the_error_or_the_noise(tool, tmp_path):
     assert ranks() == {"dense": "1", "a": "2", "b": "2", "c": "2"}
 
 
-def test_rows_are_kept_and_replaced(tool, tmp_path, capsys):
+def test_rows_are_kept_and_replaced(tmp_path, capsys):
     rows = tmp_path / "evaluation" / "rows.jsonl"
     assert tool.main(["--out", str(tmp_path)]) == 2
     assert "got none; run nm-act eval" in capsys.readouterr().err
@@ -184,7 +194,7 @@ def test_rows_are_kept_and_replaced(tool, tmp_path, capsys):
     assert "expected the identity of a run in the first line" in capsys.readouterr().err
 
 
-def test_a_file_of_rows_is_a_run_too(tool, tmp_path):
+def test_a_file_of_rows_is_a_run_too(tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     _write(folder, study.DENSE_VARIANT, 20.0)
     _write(folder, study.from_recipe(Recipe("2:4")), 30.0)

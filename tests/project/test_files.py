@@ -5,6 +5,7 @@ import stat
 import tempfile
 
 import pytest
+from conftest import failing
 
 from nm_act.files import check_new_folder, check_writable, new_folder, write_atomic
 
@@ -58,39 +59,31 @@ def test_failure_leaves_everything_as_it_was(tmp_path, monkeypatch, step, error)
     path = tmp_path / "a"
     path.write_text("old")
 
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(os, step, fail)
+    monkeypatch.setattr(os, step, failing(error))
     with pytest.raises(type(error)) as caught:
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert _names(tmp_path) == ["a"]
     if isinstance(error, OSError):
-        assert (
-            str(caught.value)
-            == f"cannot write {str(path)!r}: no space left on device; choose a path that can be written"
-        )
+        told = f"cannot write {str(path)!r}: no space left on device; choose a path that can be written"
+        assert str(caught.value) == told
 
 
 @pytest.mark.parametrize("function", [check_writable, lambda path: write_atomic(path, "x")])
 class TestRefusals:
-    def test_folder(self, tmp_path, function):
-        with pytest.raises(ValueError, match="is a folder; name a file inside it"):
-            function(tmp_path)
-
-    def test_empty_name(self, function):
-        with pytest.raises(ValueError, match="got an empty one; name a file"):
-            function("")
-
-    def test_missing_folder(self, tmp_path, function):
-        with pytest.raises(FileNotFoundError, match=r"'.*missing' does not exist; create it or choose another"):
-            function(tmp_path / "missing" / "a")
-
-    def test_file_in_the_way_of_the_folder(self, tmp_path, function):
+    @pytest.mark.parametrize(
+        ("name", "error", "sentence"),
+        [
+            (".", ValueError, "is a folder; name a file inside it"),
+            (None, ValueError, "got an empty one; name a file"),
+            ("missing/a", FileNotFoundError, r"'.*missing' does not exist; create it or choose another"),
+            ("file/a", OSError, "does not exist; create it or choose another path"),
+        ],
+    )
+    def test_paths(self, tmp_path, function, name, error, sentence):
         (tmp_path / "file").write_text("x")
-        with pytest.raises(OSError, match="does not exist; create it or choose another path"):
-            function(tmp_path / "file" / "a")
+        with pytest.raises(error, match=sentence):
+            function("" if name is None else tmp_path / name)
 
     def test_device(self, function):
         with pytest.raises(ValueError, match="is not one; choose another path"):
@@ -98,10 +91,8 @@ class TestRefusals:
         assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
 
     def test_no_permission(self, tmp_path, function, monkeypatch):
-        def refuse(*args, **kwargs):
-            raise PermissionError(13, "Permission denied")
-
-        monkeypatch.setattr(tempfile, "mkstemp", refuse)  # a real one does not stop root, who may run the tests
+        denied = failing(PermissionError(13, "Permission denied"))  # a real one does not stop root
+        monkeypatch.setattr(tempfile, "mkstemp", denied)
         with pytest.raises(PermissionError, match="permission denied; choose a path that can be written"):
             function(tmp_path / "a")
 
@@ -185,10 +176,7 @@ def test_a_folder_filled_meanwhile_is_kept(tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_refused_early(tmp_path, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    monkeypatch.setattr(tempfile, "mkdtemp", failing(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match=r"cannot make the folder .*: no space left on device; choose another path"):
         check_new_folder(tmp_path / "a" / "b")
     assert _names(tmp_path) == []

@@ -1,15 +1,11 @@
 """The benchmarks' timer, its device replaced: which functions get a time; the rows of a second run."""
 
 import csv
-import sys
-from pathlib import Path
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_timer
+import pytest
 import timer
+import torch
 
 
 class Event:

@@ -1,15 +1,12 @@
 """tools/pattern_frontier.py: speed-ups by pattern from benchmark rows, and what windows cost in memory."""
 
-import sys
 from pathlib import Path
 
+import pattern_frontier
 import pytest
 import torch
 
 import nm_act
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-import pattern_frontier
 
 HEADER = "variant,dtype,pattern,stage,tokens,baseline,speedup\n"
 

@@ -1,12 +1,13 @@
 """Block-wise training, low-rank pairs and dense channels of benchmarks/quality_*.py compute what they say."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import quality_side
 import tiny_model
 import torch
+from quality_blocks import leading_pair, starting, train_blocks
+from quality_stack import TENSORS, Stack, folded, patterns_of, tensors_of
 from torch.nn import functional as F
 
 from nm_act.lab.calibrate import CalibrationSettings, calibrate
@@ -14,11 +15,6 @@ from nm_act.lab.cost import Measured, places_of, predictions, shapes_of
 from nm_act.layers.linear import NMLinear
 from nm_act.methods.mitigations import low_rank_of
 from nm_act.recipe import Recipe
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import quality_side
-from quality_blocks import leading_pair, starting, train_blocks
-from quality_stack import TENSORS, Stack, folded, patterns_of, tensors_of
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,12 @@
 """Multiple-choice scores without the harness are the harness's, document by document."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+import quality_choices as choices
 import tiny_model
 
 from nm_act.lab.evaluate.tasks import build_task, harness_model, run_task
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import quality_choices as choices
 
 ROWS = {
     "arc_easy": {"query": "Question: Which one is {}?", "choices": ["the sun ", "a cat", "blue water"], "gold": 1},

@@ -1,17 +1,8 @@
 """The stack of benchmarks/quality_stack.py computes what the model does, folded, sparse, trained or token by token."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import tiny_model
 import torch
-from torch.nn import functional as F
-
-from nm_act.lab.evaluate.variants import sparse_copy
-from nm_act.recipe import Recipe
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from quality_stack import (
     Divergence,
     Stack,
@@ -22,11 +13,10 @@ from quality_stack import (
     token_divergences,
     write_text,
 )
+from torch.nn import functional as F
 
-
-@pytest.fixture(scope="module")
-def dense():
-    return tiny_model.teacher()
+from nm_act.lab.evaluate.variants import sparse_copy
+from nm_act.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,16 @@
 """The training of benchmarks/quality_training.py computes what the model does, and its data survives packing."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import quality_data
+import quality_training
 import tiny_model
 import torch
+from quality_training import Linear, Llama, train_graphed
 
 import nm_act
 from nm_act.lab.calibrate.distill import held_out_losses
 from nm_act.lab.evaluate.variants import sparse_copy
 from nm_act.recipe import Recipe
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import quality_data
-import quality_training
-from quality_training import Linear, Llama, train_graphed
-
-
-@pytest.fixture(scope="module")
-def dense():
-    return tiny_model.teacher()
 
 
 def sparse_model(dense, pattern="2:4", mitigation=()):

@@ -1,19 +1,15 @@
 """What a difference of perplexities means: paired errors, and the noise of rounding."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import tiny_model
 import torch
+from quality_noise import noise_floor, perturbed
 
 from nm_act.lab.evaluate.perplexity import paired_difference
 from nm_act.lab.evaluate.variants import sparse_copy
 from nm_act.recipe import Recipe
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from quality_noise import noise_floor, perturbed
 
 TOKENS = torch.arange(256) % 300
 

@@ -1,18 +1,13 @@
 """Weights refitted to pruned inputs: the solution, what is kept, and what is refused."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import tiny_model
 import torch
+from quality_refit import RefitSettings, refit, ridge
 
 import nm_act
 from nm_act.lab.evaluate.variants import sparse_copy
 from nm_act.recipe import Recipe
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from quality_refit import RefitSettings, refit, ridge
 
 WINDOWS = torch.randint(0, 300, (14, 32), generator=torch.Generator().manual_seed(0))
 

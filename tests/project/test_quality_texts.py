@@ -1,12 +1,9 @@
 """benchmarks/quality_texts.py writes the texts that were measured, and no others."""
 
 import hashlib
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import quality_texts
 
 ROOT = Path(__file__).parents[2]

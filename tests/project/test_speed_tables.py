@@ -1,9 +1,5 @@
 """Tables of whole models: energies that no card can draw are left out, e4m3 is compared with its stronger baseline."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import speed_tables
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -11,13 +7,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 def row(metric, p50, *, mode="nm-8:16-fp8", baseline="dense_bf16", speedup=1.0, prompt=512, device=H100):
     common = {"model": "m", "batch": "1", "device": device, "prompt": str(prompt)}
-    return common | {
-        "mode": mode,
-        "baseline": baseline,
-        "metric": metric,
-        "p50": str(p50),
-        "speedup": f"{speedup:.3f}",
-    }
+    return common | {"mode": mode, "baseline": baseline, "metric": metric, "p50": str(p50), "speedup": f"{speedup:.3f}"}
 
 
 def test_energies_are_shown_where_the_card_can_draw_the_power():

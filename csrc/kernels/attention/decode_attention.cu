@@ -311,7 +311,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   // A peer's shared memory may be written only after that block has started.
   if (splits > 1) wait_for_cluster();
-  const int all = heads * kDim, outputs = all / splits;  // outputs of a block; splits is a power of two of at most 8
+  const int all = heads * kDim, outputs = all / splits;  // outputs of a block; splits is a power of two of at most 16
   for (int i = thread; i < all; i += kThreads) {
     const int g = i / kDim, feature = i % kDim;
     float top = -FLT_MAX, total = 0.0f, output = 0.0f;

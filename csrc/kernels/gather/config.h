@@ -246,7 +246,7 @@ inline GatherConfig select_gather_config(const GatherProblem& problem) {
 // Products for which, within a decode step, another configuration was measured to be faster than the one that is
 // fastest alone: in a step, a kernel's blocks start while those of the previous kernel end, and clusters wait for room
 // beside them (docs/kernels/gather.md). For one token, 16-bit weights and 132 multiprocessors. All were measured with
-// 8:16 in bf16, the first also with 2:4, and are used for 50 % patterns.
+// 8:16 in bf16 and are used for 50 % patterns.
 struct LayerGather {
   int out_features, in_features;
   GatherConfig config;

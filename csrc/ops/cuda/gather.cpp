@@ -121,7 +121,7 @@ struct Around {
   bool unit_offset;
 };
 
-// y, and hidden with x_weight.
+// y, and with x_weight hidden, otherwise undefined.
 std::pair<at::Tensor, at::Tensor> gather_around(const at::Tensor& x, const at::Tensor& weight,
                                                 const OptionalTensor& bias, int64_t n, int64_t m, const Around& around,
                                                 const OptionalTensor& channel_scale, const OptionalTensor& weight_scale,
@@ -166,7 +166,8 @@ std::pair<at::Tensor, at::Tensor> gather_around(const at::Tensor& x, const at::T
                               "; use the separate operators");
   selection.channel_scale = aligned(selection.channel_scale);
   const auto [rows, factor] = gated ? aligned_rows(x, *around.up) : std::pair(aligned_rows(x), Rows{});
-  const at::Tensor y = at::empty(sizes, x.options()), hidden = sandwich ? at::empty(x.sizes(), x.options()) : y,
+  const at::Tensor y = at::empty(sizes, x.options()),
+                   hidden = sandwich ? at::empty(x.sizes(), x.options()) : at::Tensor(),
                    bias_vector = contiguous_or_undefined(bias.value_or(at::Tensor()));
   const auto aligned_or_undefined = [](const OptionalTensor& tensor) {
     return is_given(tensor) ? aligned(tensor->contiguous()) : at::Tensor();
@@ -222,7 +223,9 @@ std::tuple<at::Tensor, at::Tensor> tune_gather(const at::Tensor& x, const at::Te
                                                std::optional<c10::string_view> activation, bool unit_offset,
                                                const OptionalTensor& x_weight, const OptionalTensor& x_residual) {
   const Around around{up, norm_weight, residual, x_weight, x_residual, eps, activation, unit_offset};
-  return gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, config, "_tune_gather");
+  const auto [y, hidden] =
+      gather_around(x, weight, bias, n, m, around, channel_scale, weight_scale, config, "_tune_gather");
+  return {y, hidden.defined() ? hidden : at::empty({0}, x.options())};
 }
 
 }  // namespace

@@ -80,7 +80,7 @@ class RunFolder:
         return identity, [_read_result(file) for file in sorted((path / "rows").glob("*.json"))]
 
 
-_RESULT = ("variant", "task", "metric", "value", "stderr", "samples", "scores", "layers", "width", "commit", "date")
+_RESULT = ("variant", "task", "metric", "value", "stderr", "samples", "scores", "commit", "date")
 
 
 def _read_result(path: Path) -> dict[str, Any]:

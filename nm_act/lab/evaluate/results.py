@@ -9,7 +9,7 @@ from typing import Any
 from ...recipe import Recipe
 from .. import output
 from ..cost import Cost, Rates, places_of, predictions
-from ..measured import Measured, shapes_of
+from ..measured import SHAPES, Measured, shapes_of
 from ..output import is_undefined, markdown_table
 from ..tables import DEFAULT_DEVICE
 from .folder import PERPLEXITY, RunFolder
@@ -100,11 +100,14 @@ def _run_rows(folder: str, identity: dict[str, Any], results: list[dict[str, Any
 
 
 def predicted(result: dict[str, Any], rates: Rates | None) -> dict[str, float]:
-    """Speed-up by phase of a result's recipe with the shapes of `PREDICTED_MODEL`; prefill's from `rates` if given."""
+    """Speed-up by phase of a result's recipe with the shapes of `PREDICTED_MODEL`; prefill's from `rates` if given.
+
+    An older result does not state the layers and width of its model; both are then those of `PREDICTED_MODEL`.
+    """
     recipe, shapes = result["variant"]["recipe"], shapes_of(PREDICTED_MODEL)
     cost: Cost = rates or Measured(DEFAULT_DEVICE, shapes, PREDICTED_MODEL, phases=("prefill", "decode"))
-    places = places_of(PREDICTED_MODEL, result["layers"])
-    factor = places[0].in_features / result["width"]
+    places = places_of(PREDICTED_MODEL, result.get("layers", SHAPES[PREDICTED_MODEL][0]))
+    factor = places[0].in_features / result.get("width", places[0].in_features)
     return predictions(cost, places, None if recipe is None else Recipe.from_dict(recipe), rank_factor=factor)
 
 
@@ -202,16 +205,21 @@ def _with_drop(row: Row | None) -> str:
 
 
 def draw(rows: list[Row]) -> dict[str, bytes]:
-    """File name -> PNG: perplexity of every variant, and the average drop, with standard errors."""
+    """File name -> PNG: perplexity of every variant, and the average drop, with standard errors.
+
+    Averages over fewer tasks than others would not compare, and are left out.
+    """
     plots = {}
     measured = [row for row in rows if row.fields["task"] == PERPLEXITY]
     if measured:
         bars = {row.name: (row.fields["value"], row.fields["stderr"]) for row in measured}
         dense = measured[0].fields["dense_value"]
-        plots["perplexity.png"] = _bars(bars, f"{PERPLEXITY} perplexity ± standard error", dense)
+        plots["perplexity.png"] = _bars(bars, f"{PERPLEXITY} perplexity ± error", dense)
     averages = average_drops(rows)
     if averages:
-        plots["drop.png"] = _bars(averages, "average relative drop ± standard error, %")
+        most = max(count for *_, count in averages.values())
+        alike = {name: average for name, average in averages.items() if average[2] == most}
+        plots["drop.png"] = _bars(alike, f"drop ± error, %, mean of {most} tasks")
     return plots
 
 
