@@ -118,7 +118,7 @@ def draw(target: Path) -> None:
     for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatted("{x:g}")
     axes.set(xlabel="speed-up over dense, selection included", ylabel="perplexity, plain ACT in every layer")
-    axes.legend()
+    axes.legend(loc="center left")
     image = io.BytesIO()
     figure.savefig(image, dpi=150)
     write_atomic(target, image.getvalue())

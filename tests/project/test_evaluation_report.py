@@ -120,6 +120,19 @@ def test_committed_studies_multiply_out():
     assert len(set(names)) == len(names) > 50
 
 
+def test_committed_tables_are_those_of_the_committed_rows_and_of_todays_predictions():
+    """`python tools/evaluation_report.py` writes them; otherwise the README's speed-ups are those of older tables."""
+    folder = ROOT / "docs" / "evaluation"
+    runs = [(str(folder), *run) for run in tool.read_rows_file(folder / "rows.jsonl")]
+    columns = "name", "task", "dtype", "value", "predicted_speedup", "predicted_decode"
+
+    def facts(row):
+        return tuple(str(row[column]) for column in columns)
+
+    found = sorted(facts({**row.fields, "name": row.name}) for row in results.collect_runs(runs))
+    assert found == sorted(map(facts, csv_rows(folder / "results.csv")))
+
+
 def test_speed_is_predicted_from_measured_products_and_by_phase(tmp_path):
     folder = run_folder.RunFolder.open(tmp_path / "run", {"model": "tiny", "dtype": "float32"})
     measured = {"metric": "ppl", "value": 20.0, "stderr": 0.5, "samples": 20, "scores": [1.0, 2.0]}
