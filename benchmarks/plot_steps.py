@@ -1,4 +1,4 @@
-"""Draws the way of a token: a layer's kernels in order, and what a whole decode step consists of.
+"""Draws the path of a token: a layer's kernels in order, and what a whole decode step consists of.
 
 python benchmarks/plot_steps.py benchmarks/results/h100/inference_steps*.csv docs/images/inference_steps.png
 

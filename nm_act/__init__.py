@@ -30,8 +30,8 @@ _MODULES = {
     "recipe": ("Recipe", "Rule"),
     "spec": ("LinearSpec",),
 }
-"""Module -> its public names, imported at first use: torch and Transformers take seconds to import, for which
-``nm-act --help`` and Ctrl-C should not have to wait."""
+"""Module -> its public names, imported at first use: torch and Transformers take seconds to import, and
+``nm-act --help`` and Ctrl-C should not wait for that."""
 
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -39,7 +39,7 @@ __all__ = sorted([*_HOME, "__version__", "reference"])
 
 
 class _Package(types.ModuleType):
-    """This package: loads a public name at first use, and lets a function hide the submodule of its name."""
+    """This package: loads a public name at first use, and lets a function hide the submodule of the same name."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _HOME:

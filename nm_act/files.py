@@ -1,5 +1,4 @@
-"""Writing files and folders so that a reader never sees half of one, finding out early that one cannot be written, JSON
-lines."""
+"""Writes files and folders atomically, checks early whether they can be written, and handles JSON lines."""
 
 import json
 import os
@@ -13,7 +12,7 @@ from typing import Any
 
 
 def read_json_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file that all have `keys`, else ValueError; none where there is no file."""
+    """Objects of a JSON-lines file; ValueError unless all have `keys`; none if there is no file."""
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, 1):
@@ -36,7 +35,7 @@ def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Make sure that a file can be written at `path`, without touching what is there.
+    """Make sure that a file can be written at `path`, without touching an existing one.
 
     Meant for the start of a long job, so that minutes of work are not lost at its end. The check really creates (and
     removes) a temporary file next to `path`, whose folder must exist: permission bits alone say nothing about a full or
@@ -58,7 +57,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     The data goes to a temporary file in the same folder (so that the final rename stays within one file system),
     reaches the disk, and then takes the place of `path`. Text is written as UTF-8 with its line ends unchanged. A
     symbolic link is followed, so it stays a link. When anything goes wrong, Ctrl-C included, the temporary file is
-    removed and `path` is as it was. Raises TypeError if `data` is neither bytes nor str, ValueError if `path` is not a
+    removed and `path` is unchanged. Raises TypeError if `data` is neither bytes nor str, ValueError if `path` is not a
     plain file, OSError if its folder does not exist or it cannot be written. Every message is one sentence.
     """
     if not isinstance(data, (bytes, str)):
@@ -83,10 +82,10 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> None:
-    """Make sure that `new_folder` can make `path`, without touching what is there.
+    """Make sure that `new_folder` can create `path`, without touching an existing folder.
 
-    Raises ValueError if there is a file, or a folder that is not empty, OSError if the nearest folder above that exists
-    does not accept new ones. The message is one sentence.
+    Raises ValueError if `path` is a file, or a folder that is not empty, and OSError if the nearest existing parent
+    folder does not accept new ones. The message is one sentence.
     """
     target = _resolve_folder(path)
     nearest = next(parent for parent in target.parents if parent.exists())
@@ -100,11 +99,12 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Fill a folder in one step: the block writes into a temporary one, which takes the place of `path` at its end.
+    """Create a folder in one step: the block writes into a temporary folder, which takes the place of `path` at the
+    end.
 
     Until then `path` does not exist, or is the empty folder that it was. When anything goes wrong, Ctrl-C included, the
-    temporary folder (beside `path`) is removed. Folders above are made. Raises ValueError if there is a file, or a
-    folder that is not empty, OSError if the folder or a file in it cannot be written. The message is one sentence.
+    temporary folder (beside `path`) is removed. Parent folders are created. Raises ValueError if `path` is a file, or a
+    folder that is not empty, and OSError if the folder or a file in it cannot be written. The message is one sentence.
     """
     target = _resolve_folder(path)
     temporary = None
@@ -137,7 +137,7 @@ def _resolve_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def _resolve(path: str | os.PathLike[str]) -> Path:
-    """Follow links, and refuse what a rename would destroy: renamed onto, a device node is replaced."""
+    """Follow links, and refuse targets that a rename would destroy, such as device nodes."""
     if not str(path):
         raise ValueError("expected the path of a file to write, got an empty one; name a file")
     target = Path(os.path.realpath(path))
@@ -149,7 +149,7 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def _mode_for(target: Path) -> int:
-    """The permission bits the file had, or those that plain `open` would give (mkstemp's are private)."""
+    """The permission bits of the existing file, or those that plain `open` would give (mkstemp's are private)."""
     if target.exists():
         return stat.S_IMODE(target.stat().st_mode)
     return 0o666 & ~_umask()

@@ -1,4 +1,4 @@
-"""Modules under the names that they had before 0.2: what is read from one comes from its new place, with a warning."""
+"""Modules under their names before 0.2; reading from one warns and returns what the new module has."""
 
 import importlib
 import sys
@@ -30,7 +30,7 @@ MOVED = {
 
 
 class _Moved(types.ModuleType):
-    """Stands in ``sys.modules`` under an old name, so that no file and no finder has to."""
+    """Takes the place of a module in ``sys.modules`` under its old name, so that no file or finder is needed."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # tools that scan sys.modules look these up

@@ -1,4 +1,4 @@
-"""Sparsity patterns: N:M, which share of a group of activations is kept, and per-token top-k as the baseline."""
+"""Sparsity patterns: N:M, which keeps N of every M activations, and per-token top-k as the baseline."""
 
 import re
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ _TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:\+\s*(\d+)\s*(?:@\s*(\d+(?:\s*,\s
 class NMPattern:
     """An N:M pattern: of every ``group`` consecutive features of a token, ``keep`` survive.
 
-    2:4+1 and 2:4+2 keep ten and twelve of sixteen: two of each quad, and two more for each extra window, which holds
-    column e of the four quads. They run on 2:4 tensor cores over a weight with duplicated columns.
+    2:4+1 and 2:4+2 keep ten and twelve of sixteen features: two of each quad, and two more for each extra window, which
+    holds column e of the four quads. They can run on 2:4 tensor cores over a weight with duplicated columns.
 
     Parameters
     ----------
     keep : int or str
         N, the survivors per group, ``1 <= keep < group``; or the whole pattern as text, ``"2:4"``, ``"2:4+1"``,
-        ``"2:4+2@0,3"`` (the extra windows' columns after the @; 0, or 0 and 1, if left out).
+        ``"2:4+2@0,3"`` (after the @, the columns of the extra windows; by default 0, or 0 and 1).
     group : int, optional
         M, one of 2, 4, 8, 16, 32.
     extra_columns : sequence of int
@@ -73,7 +73,7 @@ class NMPattern:
 
     @property
     def kept_fraction(self) -> float:
-        """Share of the features that survive: ``keep / group``, of 2:4+r ``(8 + 2 r) / 16``."""
+        """Share of the features that survive: ``keep / group``, or ``(8 + 2 r) / 16`` for 2:4+r."""
         return self.keep / self.group + 2 * len(self.extra_columns) / WINDOW_SPAN
 
     @property
@@ -114,14 +114,14 @@ def _columns(extra_columns: Sequence[int], keep: int, group: int) -> tuple[int, 
 
 @dataclass(frozen=True, order=True)
 class TopKPattern:
-    """Unstructured per-token top-k, the baseline of every N:M pattern: that share of each token's features is kept.
+    """Unstructured per-token top-k, which keeps a share of each token's features: the baseline for N:M patterns.
 
-    No kernel serves it: it shows what the structure of N:M costs in quality.
+    It has no kernel; it shows what the structure of N:M costs in quality.
 
     Parameters
     ----------
     percent : float
-        Features kept, ``0 < percent < 100``, rounded to a whole number of features, at least one.
+        Percentage of features kept, ``0 < percent < 100``, rounded to a whole number of features, at least one.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Recipes: which layer gets which pattern, criterion and mitigation, as data (YAML, JSON)."""
+"""Recipes: data (YAML, JSON) that say which layer gets which pattern, criterion and mitigation."""
 
 import dataclasses
 import difflib
@@ -17,7 +17,7 @@ from .spec import LinearSpec, check_list, check_phase, read_mitigation
 __all__ = ["DEFAULT_PROJECTIONS", "DENSE", "NAMED", "ROLES", "LinearSpec", "Recipe", "Rule", "in_state_space"]
 
 DEFAULT_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Linear layers of a Llama-like decoder block; as a recipe's projections they stand for any family's whole block."""
+"""Linear layers of a Llama-like decoder block; in a recipe they stand for the whole block of any family."""
 
 ROLES = {
     **{name: (name,) for name in DEFAULT_PROJECTIONS},
@@ -48,7 +48,7 @@ ROLES = {
     "w2": ("down_proj",),
     "w3": ("up_proj",),
 }
-"""Projection of a model family -> what it is in a Llama-like block."""
+"""Projection of a model family -> its roles in a Llama-like block."""
 
 DENSE = "dense"
 """Written in place of a pattern where nothing is pruned."""
@@ -56,15 +56,15 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Rule:
-    """A refinement of a recipe for some layers and projections; fields left None keep what came before.
+    """A refinement of a recipe for some layers and projections; a field left None keeps the earlier value.
 
     Parameters
     ----------
     layers : sequence of int, optional
         Decoder layers it applies to; all of them if None.
     projections : sequence of str, optional
-        Projections it applies to; all of the recipe's if None. With the recipe's default projections, names of several
-        families may stand together: a model has to have one of them.
+        Projections it applies to; all of the recipe's if None. With the recipe's default projections, it may name those
+        of several families: a model has to have one of them.
     pattern : str or NMPattern, optional
         "N:M", "2:4+1" or "2:4+2", a percentage such as "50%", or "dense".
     criterion, mitigation, phase, decode_pattern : optional
@@ -119,23 +119,23 @@ class Recipe:
         rules prune.
     projections : sequence of str
         Last name components of the layers in scope, e.g. "down_proj"; everything else stays dense. The default, the
-        seven of a Llama-like block, stands for the block as a whole: every projection that :data:`ROLES` knows,
-        whatever the family calls it. Any other list is read name by name.
+        seven projections of a Llama-like block, stands for the whole block of any family: every projection in
+        :data:`ROLES`. Any other list is matched name by name.
     criterion, mitigation, phase, decode_pattern
         Defaults of every layer in scope, as in :class:`LinearSpec`.
     dense_first_tokens : int
-        That many first tokens of every sequence (attention sinks) are computed dense.
+        Number of first tokens of every sequence (attention sinks) that are computed dense.
     skip_layers : sequence of int
         Decoder layers that stay dense, whatever the rules say.
     rules : sequence of Rule
-        Refinements in order: for each field the last rule that matches and sets it wins.
+        Refinements in order: for each field, the last rule that matches and sets it wins.
     version : int
         Format version, 1.
 
     Raises
     ------
     ValueError
-        For an unknown key, name, pattern or version; the sentence names what is allowed.
+        For an unknown key, name, pattern or version; the message names what is allowed.
 
     Examples
     --------
@@ -159,7 +159,7 @@ class Recipe:
         _check_version(self.version)
         fields = (field.name for field in dataclasses.fields(self) if field.default is not None)
         empty = next((name for name in fields if getattr(self, name) is None), None)
-        if empty is not None:  # a rule's field may be None, and then keeps what came before
+        if empty is not None:  # only a rule's field may be None: it keeps the earlier value
             raise ValueError(f"expected a value for {empty} of a recipe, got none (null); write one or leave it out")
         _normalise(
             self,
@@ -262,7 +262,7 @@ class Recipe:
         Parameters
         ----------
         name : {"prefill", "decode", "balanced"}
-            What is to be faster: reading prompts, writing answers with few sequences at once, or both.
+            What to make faster: reading prompts, writing answers for few sequences at once, or both.
 
         Examples
         --------
@@ -275,7 +275,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Recipe":
-        """Read a recipe; the suffix (.yaml, .yml or .json) decides the format. A name of :meth:`named` is one too."""
+        """Read a recipe file (.yaml, .yml or .json; the suffix decides the format), or take a name of :meth:`named`."""
         if str(path) in NAMED:
             return cls.named(str(path))
         return cls.from_json(path) if _suffix(path) == ".json" else cls.from_yaml(path)

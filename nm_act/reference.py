@@ -1,4 +1,4 @@
-"""The oracle: every operator in plain torch, written for clarity, one formula a function.
+"""The oracle: every operator in plain torch, written for clarity, with one formula per function.
 
 Selection contract (the compiled kernels are tested bit for bit against it)
 ---------------------------------------------------------------------------
@@ -15,12 +15,13 @@ each: the four quads, and for each extra column e the window ``{e, 4 + e, 8 + e,
 descending key, the lowest index first, and kept if all kept ones still fit; ten or twelve of sixteen survive.
 
 -0.0 equals 0.0 as a key and keeps its sign as a value. So exactly ``n`` of ``m`` survive; one NaN in a token makes its
-whole output NaN, as dense arithmetic would, and an infinity is never lost to a finite value: with at most ``n``
-non-finite values a group, the output has the infinities and NaNs of dense arithmetic, with more it is still non-finite.
+whole output NaN, as in dense arithmetic, and no infinity is pruned in favour of a finite value. With at most ``n``
+non-finite values per group, the output has the infinities and NaNs of dense arithmetic; with more, it is still
+non-finite.
 
-Per-token shifts are float32: the mean is summed in float64 and rounded once (the order of the sum is not part of the
-contract: it can change the mean of about one token in 10^9), the median is the lower of the two middle values (as
-``torch.median``) with -0.0 read as 0.0. Both are NaN if the token holds a NaN.
+Per-token shifts are float32. The mean is summed in float64 and rounded once (the order of the sum is not part of the
+contract: it can change the mean of about one token in 10^9). The median is the lower of the two middle values (as in
+``torch.median``), with -0.0 read as 0.0. Both are NaN if the token holds a NaN.
 """
 
 from typing import Any
@@ -69,7 +70,7 @@ def selection_mask(
 
 
 def _greedy_mask(units: torch.Tensor, extra_columns: tuple[int, ...]) -> torch.Tensor:
-    """What the windows can hold of ``units [..., 16]`` of keys, taken from the highest key down."""
+    """The features of ``units [..., 16]`` of keys that the windows can hold, taken from the highest key down."""
     mask = torch.zeros_like(units, dtype=torch.bool)
     for index in units.argsort(dim=-1, descending=True, stable=True).split(1, dim=-1):
         grown = mask.scatter(-1, index, True)
@@ -157,7 +158,7 @@ def decode_attention(
 ) -> torch.Tensor:
     """Oracle of :func:`nm_act.ops.fused.decode_attention` without norms of the heads, in float64.
 
-    A sequence whose length is not in 1 to max_tokens leaves its cache as it is and has NaN outputs.
+    A sequence whose length is outside 1 to max_tokens leaves its cache unchanged and has NaN outputs.
     """
     most = keys.shape[2]
     valid = (lengths >= 1) & (lengths <= most)
@@ -168,7 +169,7 @@ def decode_attention(
     place, length = torch.arange(most, device=keys.device), lengths[:, None]
     seen = valid[:, None] & (place < length) & (place >= (length - window if window else 0))
     grouped = q[:, 0].unflatten(1, (keys.shape[1], -1)).double()  # [batch, key heads, query heads of each, head_dim]
-    # What is not seen may be NaN. A softmax over nothing is NaN.
+    # Values outside the length may be NaN. A softmax over nothing is NaN.
     read, weighed = (cache.double().masked_fill(~seen[:, None, :, None], 0) for cache in (keys, values))
     scores = (scaling * grouped @ read.mT).masked_fill(~seen[:, None, None], -torch.inf)
     y: torch.Tensor = scores.softmax(-1) @ weighed

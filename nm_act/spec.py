@@ -25,16 +25,16 @@ class LinearSpec:
     criterion : str
         How survivors are chosen, or which baseline prunes the weights instead; see :mod:`nm_act.methods.criteria`.
     mitigation : sequence of str
-        What is done about the error; see :mod:`nm_act.methods.mitigations`. Some exclude each other.
+        How the error is reduced; see :mod:`nm_act.methods.mitigations`. Some exclude each other.
     phase : str
         "both", "prefill" or "decode".
     decode_pattern : NMPattern or str, optional
-        N:M pattern of decode steps, where it is another one: ``pattern`` is that of prefill then.
+        N:M pattern of decode steps, if it differs; ``pattern`` is then that of prefill.
 
     Raises
     ------
     ValueError
-        If any of them is unknown, or they do not go together.
+        If any of them is unknown, or they cannot be combined.
     """
 
     pattern: NMPattern | TopKPattern
@@ -56,7 +56,7 @@ class LinearSpec:
             )
 
     def _own_decode_pattern(self) -> NMPattern | None:
-        """``decode_pattern`` as an object; None if it is the pattern itself."""
+        """``decode_pattern`` as an object; None if it equals ``pattern``."""
         pattern = None if self.decode_pattern is None else as_pattern(self.decode_pattern)
         if pattern is None or pattern == self.pattern:
             return None
@@ -81,17 +81,17 @@ class LinearSpec:
 
     @property
     def span(self) -> int:
-        """in_features is a multiple of it: whole groups of either pattern."""
+        """in_features must be a multiple of this: whole groups of both patterns."""
         return self.pattern.span if self.decode_pattern is None else lcm(self.pattern.span, self.decode_pattern.span)
 
     @property
     def scoring(self) -> Criterion:
-        """What the criterion is made of."""
+        """The criterion as data."""
         return CRITERIA[self.criterion]
 
     @property
     def methods(self) -> tuple[Mitigation, ...]:
-        """What the mitigations are made of."""
+        """The mitigations as data."""
         return tuple(mitigation(name) for name in self.mitigation)
 
     @property
@@ -117,12 +117,12 @@ def check_phase(phase: str) -> None:
 
 
 def read_mitigation(value: Any) -> tuple[str, ...]:
-    """Mitigations as a tuple; ValueError if one is unknown, or it is no list."""
+    """Mitigations as a tuple; ValueError if one is unknown, or ``value`` is not a list."""
     return check_mitigations(check_list(value, "mitigation"))
 
 
 def check_list(value: Any, what: str) -> Sequence[Any]:
-    """The value itself; ValueError if it is no list."""
+    """The value itself; ValueError if it is not a list."""
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"expected {what} as a list, got {value!r}; put it in brackets")
     return value

@@ -1,4 +1,4 @@
-"""Which versions of other packages the tests ran with: the ranges in this package's own requirements, nowhere else."""
+"""The tested version ranges of other packages, which stand only in this package's own requirements."""
 
 import importlib
 import tomllib
@@ -19,18 +19,18 @@ class Supported:
 
     @property
     def tested(self) -> bool:
-        """Whether the installed version is inside the range, a local build ("2.13.0+cpu") counting as its release."""
+        """Whether the installed version is inside the range; a local build ("2.13.0+cpu") counts as its release."""
         specifiers = require("packaging.specifiers", "transformers").SpecifierSet(self.versions)
         return self.installed is not None and specifiers.contains(self.installed, prereleases=True)
 
 
 def require(module: str, extra: str, purpose: str = "") -> ModuleType:
-    """Import a module that an extra installs; an ImportError names the extra, and what for, where it is missing."""
+    """Import a module that an extra installs; if it is missing, the ImportError names the extra and its purpose."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
-        if (error.name or "").partition(".")[0] != package:  # it is there, and lacks something itself
+        if (error.name or "").partition(".")[0] != package:  # the module exists, but lacks a dependency
             raise
         raise ModuleNotFoundError(
             f"expected the package {package + (purpose and f' for {purpose}')}, found none; install it with: "
@@ -40,7 +40,7 @@ def require(module: str, extra: str, purpose: str = "") -> ModuleType:
 
 
 def supported(package: str | None = None) -> list[Supported]:
-    """Every package with a tested range, in the order of the requirements; with ``package`` that one only."""
+    """Every package with a tested range, in the order of the requirements; with ``package``, only that one."""
     found = {}
     requirements = require("packaging.requirements", "transformers")
     for text in _requirements():
@@ -63,7 +63,7 @@ def warn_if_untested(package: str) -> None:
 
 
 def _requirements() -> list[str]:
-    """This package's requirements: of its sources where it runs from them, else of what is installed."""
+    """This package's requirements: from its sources if it runs from them, else from the installed metadata."""
     project = Path(__file__).resolve().parents[1] / "pyproject.toml"
     if project.is_file():  # an editable install's metadata is as old as its last `pip install`
         tables = tomllib.loads(project.read_text()).get("project", {})

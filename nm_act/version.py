@@ -7,7 +7,7 @@ __version__ = "0.2.0"
 
 @functools.cache
 def commit() -> str:
-    """Commit of the checkout that the package runs from, "-dirty" after changes; the version where there is none."""
+    """Commit of the checkout that the package runs from, with "-dirty" after changes; else the version."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():  # an environment inside somebody's own repository
         return __version__

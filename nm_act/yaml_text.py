@@ -1,4 +1,4 @@
-"""YAML as recipes and studies use it: patterns need no quotes, no key occurs twice."""
+"""YAML as recipes and studies use it: patterns need no quotes, and no key may occur twice."""
 
 import re
 from collections.abc import Hashable
@@ -18,12 +18,12 @@ def load_yaml(text: str) -> Any:
 
 
 def dump_yaml(data: Any) -> str:
-    """YAML text of plain data, keys in their order."""
+    """YAML text of plain data, with keys in their given order."""
     return yaml.safe_dump(data, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader without YAML 1.1's base-60 numbers, which read the pattern 2:4 as 124, that takes no key twice."""
+    """Safe loader that refuses duplicate keys, without YAML 1.1's base-60 numbers (2:4 would be read as 124)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Mapping of a node; PyYAML itself would keep the last of several equal keys silently."""

@@ -1,6 +1,6 @@
 // The torch-free CPU kernels: the complete interface between csrc/ops (tensors, threads) and csrc/cpu/isa (loops).
 //
-// A kernel processes a half-open range of its work, so the caller decides about threads; the result is bitwise the same
+// A kernel processes a half-open range of its work, so the caller decides on threads; the result is bitwise the same
 // however the work is divided. Sources under isa/ are compiled once per instruction set, into a namespace of that name;
 // cpu_kernels() returns the widest that this processor supports.
 #pragma once

@@ -1,8 +1,8 @@
 // Launches that may overlap the end of the previous kernel on the stream (programmatic dependent launch on compute
 // capability 9; ordinary launches elsewhere). Such a kernel calls wait_for_previous_kernel() before it reads or writes
 // global memory (prefetches to L2, which is coherent, may come earlier), and allow_next_kernel() as soon as it may share
-// the device: once every block has called it, blocks of the next kernel occupy multiprocessors as they become free. This
-// hides 1 to 2 us of launch and ramp-up; a 4096 x 4096 compression takes 12 us. In host builds
+// the device. Once every block has called the latter, blocks of the next kernel occupy multiprocessors as they become
+// free. This hides 1 to 2 us of launch and ramp-up; a 4096 x 4096 compression takes 12 us. In host builds
 // tests/native/emulate_cuda.h defines these functions.
 #pragma once
 
@@ -15,8 +15,8 @@ namespace nm_act {
 
 // Shape of a launch. `cluster` consecutive blocks form a thread-block cluster (1: no clusters); `shared_bytes` is
 // dynamic shared memory. `overlaps` must be false for a kernel that does not call wait_for_previous_kernel().
-// `one_block`: a multiprocessor is set up with the least shared memory that a block needs, the rest being L1, so that as
-// a rule a second one does not fit.
+// `one_block`: multiprocessors are configured with the least shared memory that a block needs, and the rest as L1, so
+// that usually no second block fits.
 struct LaunchShape {
   unsigned blocks;
   int threads;
@@ -40,13 +40,13 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
-// Clears the runtime's last error when its status is returned, or the next kernel's check would report it again.
+// Clears the runtime's last error when a status is returned; otherwise the next kernel's check would report it again.
 inline cudaError_t forget(cudaError_t status) {
   if (status != cudaSuccess) cudaGetLastError();
   return status;
 }
 
-// What `query` says of the current device, asked once per device and type of query; 0 if it fails.
+// The result of `query` for the current device, queried once per device and type of query; 0 if it fails.
 template <class Query>
 int once_per_device(const Query& query) {
   constexpr int kDevices = 64;
@@ -70,20 +70,20 @@ int device_attribute() {
 // which has no griddepcontrol.
 inline bool launches_overlap() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() == 9; }
 
-// Lets a kernel have more dynamic shared memory than it gets without asking.
+// Allows a kernel more dynamic shared memory than the default limit.
 template <class... Parameters>
 cudaError_t allow_shared_memory(void (*kernel)(Parameters...), const LaunchShape& shape) {
   constexpr int kSharedWithoutAsking = 48 * 1024;
   if (shape.shared_bytes <= kSharedWithoutAsking) return cudaSuccess;
-  // The most that a block may have, not what this launch needs: the attribute belongs to the kernel, and a thread that
-  // lowered it would make another thread's launch fail. These kernels have no static shared memory, which would count
-  // towards the limit.
+  // Sets the most that a block may have, not what this launch needs: the attribute belongs to the kernel, and a host
+  // thread that lowered it would make another thread's launch fail. These kernels have no static shared memory, which
+  // would count towards the limit.
   const int most = device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>();
   return forget(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                      most > shape.shared_bytes ? most : shape.shared_bytes));
 }
 
-// Lets a kernel have clusters of more blocks than all devices with clusters support.
+// Allows a kernel clusters of more blocks than the portable limit.
 template <class... Parameters>
 cudaError_t allow_cluster(void (*kernel)(Parameters...), const LaunchShape& shape) {
   constexpr unsigned kPortable = 8;
@@ -91,7 +91,7 @@ cudaError_t allow_cluster(void (*kernel)(Parameters...), const LaunchShape& shap
   return forget(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
 }
 
-// What a kernel must be told before a launch of this shape.
+// Sets the attributes that a kernel needs before a launch of this shape.
 template <class... Parameters>
 cudaError_t allow_shape(void (*kernel)(Parameters...), const LaunchShape& shape) {
   const cudaError_t status = allow_cluster(kernel, shape);

@@ -39,7 +39,8 @@ struct GemmDevice {
   int compute_capability_major;  // 9 runs the sm_90a kernels; 8 and anything after 9 run the sm_80 ones
   int multiprocessors;
 };
-// Most tokens of a gather: with a selection or 8-bit weights (kFewTokens), and with neither (kMaxGatherTokens).
+// Largest number of tokens of a gather: with a selection or 8-bit weights (kFewTokens), or with neither
+// (kMaxGatherTokens).
 inline constexpr int kFewTokens = 4;
 inline constexpr int kMaxGatherTokens = 8;
 // Heads that launch_decode_attention supports.
@@ -115,11 +116,11 @@ cudaError_t launch_token_shift(const TokenStatisticsParams& params, TokenShift k
 cudaError_t launch_variance_ratio(const TokenStatisticsParams& params, const void* pruned, const float* shift,
                                   const float* eta, float* nu, cudaStream_t stream);
 
-// What produces the operand of a fused selection, token by token. Rows are 16-byte aligned; in_features is a multiple
-// of 8, at most kMaxRowFeatures; x_type is kBFloat16 or kFloat16.
+// The producers of a fused selection's operand, token by token. Rows are 16-byte aligned; in_features is a multiple of
+// 8, at most kMaxRowFeatures; x_type is kBFloat16 or kFloat16.
 
-// norm(x, weight) = round(round(x * rsqrt(mean(x^2) + epsilon)) * weight), or with unit_offset, as Gemma has it,
-// round(x * rsqrt(mean(x^2) + epsilon) * (1 + weight)).
+// norm(x, weight) = round(round(x * rsqrt(mean(x^2) + epsilon)) * weight), or with unit_offset, as in Gemma, round(x *
+// rsqrt(mean(x^2) + epsilon) * (1 + weight)).
 
 // x' = norm(h, weight), with h = round(x + residual), round(norm(x, x_weight) + residual), or x without a residual.
 struct RmsNormInput {
@@ -222,9 +223,9 @@ struct SparseGemmParams {
   bool weight_in_out;
 };
 // gated_gemm: the packed 2:4 operand of z = activation(gate) * up with [gate, up] = product, over a merged weight
-// stored [in, out] whose first out_features / 2 outputs are the gate's; the bits of silu_mul_compress. 16-bit values,
-// compute capability 9.0, out_features a multiple of 32; without scales, terms or residual. product.y is the operand's
-// values [tokens, out_features / 4].
+// stored [in, out] whose first out_features / 2 outputs are the gate's; bit for bit equal to silu_mul_compress. Needs
+// 16-bit values, compute capability 9.0 and out_features a multiple of 32, without scales, terms or residual. product.y
+// receives the operand's values [tokens, out_features / 4].
 struct GatedGemmParams {
   SparseGemmParams product;
   uint8_t* metadata;  // [metadata_bytes(kSm90Bits16T64, tokens, out_features / 2)]
@@ -254,13 +255,13 @@ struct GatherParams {
   const float* shift_out;      // [out_features] or null
   const float* column_scale;   // [out_features] or null
   const void* bias;            // [out_features] of x_type, or null
-  // What stands before the selection and after the product, for a whole block of a model in one launch. At most one of
-  // up and norm_weight is not null, and then x and it are 16-byte aligned and in_features is a multiple of 8.
+  // The operators before the selection and after the product, which are computed in the same launch. At most one of up
+  // and norm_weight is not null; it and x must then be 16-byte aligned, and in_features a multiple of 8.
   const void* up;           // [tokens, in_features], rows x_stride apart, or null: x becomes activation(x) * up
   const void* norm_weight;  // [in_features] of x_type, or null: x becomes RMSNorm(x) * norm_weight
   float epsilon;
-  // Of a layer with norms on both sides, with norm_weight: x becomes RMSNorm(x) * x_weight + x_residual before, and that
-  // sum is written to `hidden`.
+  // For a layer with norms before and after its parts, together with norm_weight: x first becomes RMSNorm(x) * x_weight
+  // + x_residual, and that sum is written to `hidden`.
   const void* x_weight;     // like norm_weight, or null
   const void* x_residual;   // [tokens, in_features] of x_type, contiguous, 16-byte aligned, with x_weight
   void* hidden;             // like x_residual
@@ -303,8 +304,8 @@ struct RotaryParams {
   const void* cos;  // [cos_batch, tokens, dim], contiguous
   const void* sin;  // like cos
   int cos_batch;    // 1 or batch
-  // [batch] or null: tokens in the cache, the new ones included; keys and values of the new tokens go to the last of
-  // them. Null: to the same token.
+  // [batch] or null: tokens in the cache, including the new ones, whose keys and values go to the last places. Null:
+  // they go to the same token.
   const int32_t* lengths;
   int batch, tokens, dim;
   ElementType type;  // of everything; kBFloat16 or kFloat16
@@ -313,8 +314,8 @@ struct RotaryParams {
 cudaError_t launch_rotary(const RotaryParams& params, cudaStream_t stream);
 
 // decode_attention: attention of one new token per sequence over a static cache, with the rotary embedding of q and k
-// and the write of k and v into the cache, at lengths - 1. A sequence whose length is not in 1 to max_tokens writes
-// nothing and its y is NaN. Compute capability 9.0.
+// and the write of k and v into the cache, at lengths - 1. A sequence whose length is outside 1 to max_tokens writes
+// nothing and its y is NaN. Needs compute capability 9.0.
 struct DecodeAttentionParams {
   const void* q;                         // [batch, q_heads, dim], sequences q_stride elements apart; so are k and v
   const void* k;                         // [batch, k_heads, dim]

@@ -1,4 +1,4 @@
-// The sentences and words in which nm_act.explain reports a choice.
+// The texts with which nm_act.explain reports a choice.
 #include "ops/choice.h"
 
 namespace nm_act {

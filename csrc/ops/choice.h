@@ -65,8 +65,8 @@ struct LinearChoice {
   GemmConfig gemm{};
 };
 
-// The pattern by which the gather kernel selects. The variance ratio needs the whole token, and windows need their own
-// kernel: then the selection is a kernel of its own, and the gather kernel skips its zeros.
+// The pattern by which the gather kernel selects. For the variance ratio, which needs the whole token, and for windows,
+// the selection is a separate kernel, and the gather kernel skips the resulting zeros.
 inline Pattern gather_pattern(Pattern pattern, bool variance_correction) {
   return variance_correction || pattern.extra.count > 0 ? Pattern{} : pattern;
 }
@@ -77,8 +77,9 @@ inline WeightFacts dequantised_facts(const WeightFacts& w) {
   return {w.out_features, w.in_features, in_out ? 1 : w.in_features, in_out ? w.out_features : 1, true};
 }
 
-// Whether skipping rows beats pruning followed by oneDNN's product with a prepacked weight: if the tokens leave one row
-// in ten unread, in float32 one in five (three and two tokens of a 50 % pattern; docs/kernels/cpu_decode.md).
+// Whether skipping rows beats pruning followed by oneDNN's product with a prepacked weight: if the tokens leave at
+// least one row in ten unread, in float32 one in five (three and two tokens of a 50 % pattern;
+// docs/kernels/cpu_decode.md).
 inline bool gather_pays_over_prepacked(ElementType type, Pattern pattern, int64_t tokens) {
   const double most = type == ElementType::kFloat32 ? 0.8 : 0.9;
   return tokens <= cpu::kGatherTokens && union_fraction(pattern, static_cast<int>(tokens)) <= most;

@@ -60,8 +60,7 @@ TORCH_LIBRARY(nm_act, m) {
       "sparse_linear_prepacked(Tensor x, Tensor weight, Tensor prepacked_weight, Tensor? bias=None, int n=2, int m=4, "
       "*, Tensor? channel_scale=None, Tensor? shift=None, str token_shift=\"none\", Tensor? shift_out=None, "
       "bool variance_correction=False, Tensor? column_scale=None, int[] extra_columns=[]) -> Tensor");
-  // For the vLLM plug-in alone: layer is the address, int64, of a torch.classes.nm_act.PackedLayer, which nothing can
-  // check.
+  // For the vLLM plug-in only: layer is the address, int64, of a torch.classes.nm_act.PackedLayer.
   m.def("_packed_layer(Tensor x, Tensor layer, int out_features, Tensor? bias=None) -> Tensor");
 
   // Y = X @ W^T + bias for a weight stored [in, out], reading only the rows whose input is not zero in some token: the
@@ -83,8 +82,9 @@ TORCH_LIBRARY(nm_act, m) {
       "bool variance_correction=False, ScalarType? activation_dtype=None, int[] extra_columns=[]) "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // x' = norm(hidden, weight), then compress_packed. hidden = x + residual, or norm(x, x_weight) + residual with
-  // x_weight; a result only with a residual, else empty, and then it is x. norm(x, weight) = RMSNorm(x) * weight,
-  // rounded before the product too; with unit_offset RMSNorm(x) * (1 + weight), rounded once, as Gemma's module rounds.
+  // x_weight; it is returned only with a residual, otherwise an empty tensor, and hidden is x. norm(x, weight) =
+  // RMSNorm(x) * weight, rounded before the product too; with unit_offset RMSNorm(x) * (1 + weight), rounded once, as
+  // Gemma's module rounds.
   m.def(
       "rms_norm_compress(Tensor x, Tensor weight, float eps, Tensor? residual=None, *, Tensor? channel_scale=None, "
       "Tensor? shift=None, str token_shift=\"none\", bool variance_correction=False, ScalarType? "
@@ -98,7 +98,7 @@ TORCH_LIBRARY(nm_act, m) {
       "str activation=\"silu\") "
       "-> (Tensor values, Tensor metadata, Tensor row_scale, Tensor eta)");
   // The same producers for any n:m: values [tokens, in_features], dense with zeros, in the dtype of x, or in
-  // float8_e4m3fn (from bfloat16) with one row_scale a token, max|Z| / 448; row_scale is empty otherwise.
+  // float8_e4m3fn (from bfloat16) with one row_scale per token, max|Z| / 448; row_scale is empty otherwise.
   m.def(
       "rms_norm_prune(Tensor x, Tensor weight, float eps, Tensor? residual=None, int n=2, int m=4, *, "
       "ScalarType? activation_dtype=None, bool unit_offset=False, Tensor? x_weight=None) "
@@ -108,10 +108,10 @@ TORCH_LIBRARY(nm_act, m) {
       "str activation=\"silu\") -> (Tensor values, Tensor row_scale)");
   // values @ weight^T, both float8_e4m3fn, [tokens, in_features] and [out_features, in_features], times row_scale and
   // weight_scale, plus bias, in bfloat16. A few tokens are multiplied by cuBLAS with one scale, and scaled by a kernel
-  // of their own; more by torch's row-wise scaled product.
+  // of their own; more tokens take torch's row-wise scaled product.
   m.def(
       "e4m3_product(Tensor values, Tensor row_scale, Tensor weight, Tensor weight_scale, Tensor? bias=None) -> Tensor");
-  // norm(x, weight) + residual, for layers with a norm after their parts.
+  // norm(x, weight) + residual, for layers with a norm after attention and MLP.
   m.def("rms_norm_add(Tensor x, Tensor weight, float eps, Tensor residual, *, bool unit_offset=False) -> Tensor");
   // sparse_linear for one to four tokens over a weight stored [in, out], in one launch with the operators before and
   // after it: its input is norm(x, norm_weight), activation(x) * up, or x; the residual [..., out_features] is added to
@@ -120,8 +120,8 @@ TORCH_LIBRARY(nm_act, m) {
       "decode_linear(Tensor x, Tensor weight, Tensor? bias=None, int n=2, int m=4, *, Tensor? up=None, "
       "Tensor? norm_weight=None, float? eps=None, Tensor? residual=None, Tensor? channel_scale=None, "
       "Tensor? weight_scale=None, str? activation=None, bool unit_offset=False) -> Tensor");
-  // decode_linear of norm(hidden, norm_weight) with hidden = norm(x, x_weight) + residual, for layers with norms on both
-  // sides of their parts.
+  // decode_linear of norm(hidden, norm_weight) with hidden = norm(x, x_weight) + residual, for layers with norms before
+  // and after their parts.
   m.def(
       "sandwich_linear(Tensor x, Tensor x_weight, Tensor residual, Tensor norm_weight, float eps, Tensor weight, "
       "Tensor? bias=None, int n=2, int m=4, *, Tensor? channel_scale=None, Tensor? weight_scale=None, "
@@ -139,7 +139,7 @@ TORCH_LIBRARY(nm_act, m) {
       "Tensor");
   // Attention of one new token per sequence over a static cache, with rotary_cache in the same launch:
   // softmax(scaling * q K^T) V over the last `window` tokens, the new one included, or all of them with window 0. A
-  // sequence whose length is not in 1 to max_tokens writes nothing and its result is NaN.
+  // sequence whose length is outside 1 to max_tokens writes nothing and its result is NaN.
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor lengths, float scaling, int window=0, *, Tensor? q_norm=None, Tensor? k_norm=None, float? eps=None, "
@@ -154,7 +154,7 @@ TORCH_LIBRARY(nm_act, m) {
       "out_dtype=None, Tensor? residual=None) -> Tensor");
 
   // The packed 2:4 operand of activation(gate) * up with [gate, up] = sparse_gemm over a merged weight [2 * outputs,
-  // in_features] stored [in, out]: 16-bit values, the bits of silu_mul_compress.
+  // in_features] stored [in, out]: 16-bit values, bit for bit equal to silu_mul_compress.
   m.def(
       "sparse_gemm_silu_mul(Tensor values, Tensor metadata, str layout, Tensor weight, *, str activation=\"silu\") "
       "-> (Tensor values, Tensor metadata)");

@@ -31,18 +31,18 @@ Selection check_selection(const at::Tensor& x, int64_t n, int64_t m, const Optio
 at::Tensor check_lifted_weight(const OptionalTensor& lifted_weight, const Selection& selection, const at::Tensor& x,
                                const at::Tensor& weight, const char* op);
 
-// shift_out as a float32 [out_features] vector, or undefined; it is an error to give it without a shift.
+// shift_out as a float32 [out_features] vector, or undefined; giving it without a shift is an error.
 at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& selection, const at::Tensor& x,
                            int64_t out_features, const char* op);
 
 // Whether activation_dtype requests e4m3 activations; the only other one is the dtype of x.
 bool is_e4m3(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x, const char* op);
 
-// The same of sparse_linear, where e4m3 activations need an e4m3 weight.
+// The same for sparse_linear, where e4m3 activations need an e4m3 weight.
 bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x,
                             const at::Tensor& weight, const char* op);
 
-// What the checks of gather_linear give: the number of tokens, and the scale of an 8-bit weight.
+// The results of gather_linear's checks: the number of tokens, and the scale of an 8-bit weight.
 struct GatherArguments {
   int64_t tokens;
   at::Tensor weight_scale;  // float32 [out_features], or undefined
@@ -50,7 +50,7 @@ struct GatherArguments {
 GatherArguments check_gather_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                     const OptionalTensor& weight_scale, const char* op);
 
-// The same of dense_linear.
+// The same for dense_linear.
 int64_t check_dense_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op);
 
 }  // namespace nm_act

@@ -1,4 +1,5 @@
-// What is implemented where, as data: the source of errors, tests, `nm-act info` and the table in docs/operators.md.
+// What is implemented where, as data from which errors, tests, `nm-act info` and the table in docs/operators.md are
+// made.
 #pragma once
 
 #include "kernels/matmul/config.h"

@@ -33,7 +33,7 @@ def _interrupts_told() -> Iterator[None]:
 
 
 class _OneSentence(TyperGroup):
-    """Usage errors are one sentence, as all other errors of the command line."""
+    """Makes usage errors one sentence, like all other errors of the command line."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         with _interrupts_told():
@@ -52,7 +52,7 @@ class _OneSentence(TyperGroup):
         try:
             code = super().main(args, prog_name, standalone_mode=False, **extra)
         except Exception as error:
-            # Typer has its own copy of click, older ones use the package: their usage errors share no public class.
+            # Typer has its own copy of click, older versions use the package: their usage errors share no public class.
             if not hasattr(error, "format_message") or os.environ.get("NM_ACT_TRACEBACK"):
                 raise
             print(f"nm-act: {_usage_sentence(error)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``nm-act calibrate``: the data that a recipe's mitigations need, from a text; the result is a sparse checkpoint."""
+"""``nm-act calibrate``: computes the data of a recipe's mitigations from a text and writes a sparse checkpoint."""
 
 import copy
 import dataclasses
@@ -136,7 +136,7 @@ def calibrate(
 
 
 def _distill_settings(steps: int, train: str, checkpoint: bool, seed: int) -> Any:
-    """Settings of the end-to-end training; None without."""
+    """Settings of the end-to-end training; None if there is none."""
     from ..lab.calibrate.distill import DistillSettings
 
     if not steps:
@@ -152,7 +152,7 @@ def _distill_settings(steps: int, train: str, checkpoint: bool, seed: int) -> An
 
 
 def _check_output(output: Path, model: str) -> None:
-    """Raise a ValueError for a folder in which the result would replace files, those of the model for one."""
+    """Raise a ValueError for a folder in which the result would replace files, such as those of the model."""
     from ..conversion.calibration import DATA_FILE
     from ..lab.output import RUN_FILE, check_output
 
@@ -180,7 +180,7 @@ def _note_orders(model: Any) -> None:
 
 
 def _save_checkpoint(model: Any, tokenizer: Any, output: Path) -> None:
-    """Write into the state's folder, then move, the configuration last: until then the output is no checkpoint."""
+    """Write into the state's folder, then move; the configuration last, so that the output is no checkpoint before."""
     from ..integrations.checkpoints import save_model
 
     folder = output / _STATE / "checkpoint"

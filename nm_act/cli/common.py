@@ -1,4 +1,4 @@
-"""What the commands share: errors as sentences, progress on stderr, loading, and facts about the machine."""
+"""Shared by the commands: errors as sentences, progress on stderr, loading, and facts about the machine."""
 
 import functools
 import os
@@ -18,7 +18,7 @@ from ..lab.output import to_json
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 LINE_SECONDS = 60
-"""Interval of progress lines where there is no terminal for a bar."""
+"""Interval of progress lines if there is no terminal for a bar."""
 INTERRUPTED = "interrupted; no result was written"
 INTERRUPTED_BUT_KEPT = "interrupted; run the same command to go on"
 
@@ -27,15 +27,15 @@ _interrupts: list[int] = []
 
 
 def remember_interrupts() -> None:
-    """Record every Ctrl-C, and take SIGTERM for one, for `note` and `reports_errors`.
+    """Record every Ctrl-C, and treat SIGTERM as one, for `note` and `reports_errors`.
 
-    During an import a library may take a KeyboardInterrupt for a missing requirement, and in clean-up callbacks Python
-    itself drops it with a traceback.
+    During an import, a library may mistake a KeyboardInterrupt for a missing requirement, and in clean-up callbacks
+    Python itself drops it with a traceback.
     """
     process = os.getpid()
 
     def interrupt(number: int, frame: Any) -> None:
-        if number == signal.SIGTERM and os.getpid() != process:  # the end of a worker that was forked, by its pool
+        if number == signal.SIGTERM and os.getpid() != process:  # a forked worker, ended by its pool
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         _interrupts.append(number)
@@ -56,8 +56,8 @@ def remember_interrupts() -> None:
 def reports_errors(command: Callable[..., Any], *, unfinished: str | None = None) -> Callable[..., Any]:
     """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
 
-    `unfinished` is a glob pattern of the finished parts that a stopped run leaves in its ``output``, if the command can
-    continue it. With the environment variable NM_ACT_TRACEBACK=1 exceptions pass through.
+    If the command can continue a stopped run, `unfinished` is a glob pattern of the finished parts that the run leaves
+    in its ``output``. With the environment variable NM_ACT_TRACEBACK=1, exceptions pass through.
     """
 
     @functools.wraps(command)
@@ -85,7 +85,7 @@ def reports_errors(command: Callable[..., Any], *, unfinished: str | None = None
 
 
 def note(text: str) -> None:
-    """Print a line on stderr, apart from ``--json``; raises a KeyboardInterrupt that a library has swallowed."""
+    """Print a line on stderr, separate from ``--json``; raises a KeyboardInterrupt that a library has swallowed."""
     if _interrupts:
         raise KeyboardInterrupt
     print(text, file=sys.stderr, flush=True)
@@ -98,7 +98,7 @@ def print_json(data: dict[str, Any]) -> None:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[..., None]]:
-    """Progress bar on stderr; yields ``update(done, total, detail="")``. Without a terminal, a line now and then."""
+    """Progress bar on stderr (occasional lines without a terminal); yields ``update(done, total, detail="")``."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -129,8 +129,8 @@ def print_table(
 ) -> None:
     """Table on stdout; with `numbers`, all columns but the first are right-aligned. A header of empty cells is dropped.
 
-    Cells wrap at spaces to fit the width. If words alone are too long for that, the cells of the first column, which
-    name the rows, become numbers, explained below the table.
+    Cells wrap at spaces to fit the width. If single words are too long for that, the cells of the first column, which
+    name the rows, are replaced by numbers, which are explained below the table.
     """
     from rich import box
     from rich.console import Console
@@ -166,7 +166,7 @@ def print_table(
 
 
 def _column_widths(columns: list[str], rows: list[list[str]], total: int) -> list[int]:
-    """Widths with a sum of at most `total`, if possible: the widest are narrowed, none below its longest word."""
+    """Widths with a sum of at most `total`, if possible: the widest are narrowed, but none below its longest word."""
     cells = [[column, *(row[index] for row in rows)] for index, column in enumerate(columns)]
     widths = [max(map(len, each), default=0) for each in cells]
     least = [max((len(word) for cell in each for word in cell.split()), default=0) for each in cells]
@@ -185,7 +185,7 @@ def format_quality(row: dict[str, Any]) -> list[str]:
 
 
 def load(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
-    """`nm_act.integrations.checkpoints.load_model` without Transformers' own chatter and progress bars."""
+    """`nm_act.integrations.checkpoints.load_model` without Transformers' own messages and progress bars."""
     from ..integrations.checkpoints import check_device, load_model
 
     check_device(device)
@@ -195,7 +195,7 @@ def load(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, An
 
 
 def load_config(source: str) -> Any:
-    """`nm_act.integrations.checkpoints.load_config` without Transformers' own chatter."""
+    """`nm_act.integrations.checkpoints.load_config` without Transformers' own messages."""
     from ..integrations import checkpoints
 
     _quiet()
@@ -211,7 +211,7 @@ def _quiet() -> None:
 
 
 def load_dense(source: str, dtype: str = "auto", device: str = "cpu", window: int | None = None) -> tuple[Any, Any]:
-    """`load`, of a dense model whose context holds the window, which its configuration tells before it is loaded."""
+    """`load` a dense model, after checking in its configuration that its context holds the window."""
     from ..lab.evaluate.perplexity import check_window
     from ..layers.linear import sparse_layers
 
@@ -227,7 +227,7 @@ def load_dense(source: str, dtype: str = "auto", device: str = "cpu", window: in
 
 
 def set_threads(threads: int | None) -> None:
-    """Set torch's thread count, or leave it."""
+    """Set torch's thread count; None leaves it."""
     if threads is not None:
         import torch
 
@@ -256,7 +256,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's marketing name where the system tells it, else its architecture."""
+    """The processor's marketing name if the system gives it, else its architecture."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

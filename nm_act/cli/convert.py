@@ -64,7 +64,7 @@ def convert(
 
 
 def _variant(pattern: Any, recipe: Any, criterion: Any, mitigation: Any, calibration: Any) -> Any:
-    """What the options describe; a recipe file that nm-act calibrate wrote brings the data beside it."""
+    """The recipe and data that the options describe; nm-act calibrate puts the data beside the recipe file."""
     from ..conversion.calibration import DATA_FILE, RECIPE_FILE
     from ..lab.evaluate.calibrated import of_calibration
     from ..lab.evaluate.variants import from_recipe
@@ -90,7 +90,7 @@ def _variant(pattern: Any, recipe: Any, criterion: Any, mitigation: Any, calibra
 
 
 def _is_servable(recipe: Any) -> bool:
-    """Whether vLLM serves a recipe; a note says why not."""
+    """Whether vLLM serves a recipe; if not, a note says why."""
     from ..integrations.vllm_plan import check_servable
 
     try:

@@ -1,4 +1,4 @@
-"""``nm-act demo``: a real language model with the recommended recipe and with plain patterns, quality and speed."""
+"""``nm-act demo``: quality and speed of a real language model with the recommended recipe and with plain patterns."""
 
 import dataclasses
 import datetime
@@ -16,12 +16,12 @@ from .generate import continue_text
 
 PROMPT = "The most important thing to remember when learning to cook is"
 RECOMMENDED = "decode"
-"""Name of the recommended recipe for what the demo times."""
+"""Name of the recommended recipe for decode, which the demo times."""
 
 SAMPLED = ("dense", RECOMMENDED, "2:4")
 SAMPLE_TOKENS = 40
 DECODE_SECONDS = 60.0
-"""No decode round starts after that: on a busy machine the demo has fewer rounds rather than taking minutes longer."""
+"""Time after which no decode round starts: on a busy machine, the demo runs fewer rounds instead of minutes longer."""
 
 
 def demo(
@@ -81,7 +81,8 @@ def _measure(dense: Any, tokenizer: Any, content: str, max_tokens: int) -> dict[
     from ..recipe import Recipe
 
     # All variants live at once, because their decode speeds are measured in turns.
-    # Perplexity is measured in prefill, where the recipe for decoding prunes nothing: as if all tokens were decoded.
+    # Perplexity is measured in prefill, where the recipe for decode would prune nothing, so it is applied to all
+    # tokens.
     chosen = {RECOMMENDED: dataclasses.replace(Recipe.named(RECOMMENDED), phase="both")}
     chosen |= {pattern: Recipe(pattern) for pattern in opt.DEFAULT_PATTERNS}
     variants = [DENSE_VARIANT, *(from_recipe(recipe, name) for name, recipe in chosen.items())]

@@ -82,7 +82,7 @@ def continue_text(
 ) -> tuple[str, int]:
     """Greedy continuation of `prompt` and its number of tokens; `stream` also writes all text to stdout.
 
-    Of the model's generation_config only the special tokens apply: with beams, penalties and the like the next token
+    Only the special tokens of the model's generation_config apply: with beams, penalties and the like, the next token
     would not be the most probable one.
     """
     import torch
@@ -109,7 +109,7 @@ def continue_text(
 
 @contextmanager
 def _greedy(network: Any) -> Iterator[None]:
-    """The model with the special tokens of its generation_config only: a call takes its other settings from there."""
+    """The model with only the special tokens of its generation_config, whose other settings would affect a call."""
     import transformers
 
     config: Any = transformers.GenerationConfig

@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 MAX_THREADS = 1024
-"""No machine gains from more, and OpenMP ends the process if it cannot start as many as requested."""
+"""Largest number of threads: no machine gains from more, and OpenMP ends the process if it cannot start them."""
 
 DEFAULT_PATTERNS = ("2:4", "4:8", "8:16", "16:32")
 
 
 def existing_recipe(value: Path | list[Path] | None) -> Path | list[Path] | None:
-    """Refuse a file that is not there, and is no name of a recommended recipe either."""
+    """Refuse a value that is neither an existing file nor the name of a recommended recipe."""
     from ..recipe import NAMED
 
     for path in value if isinstance(value, list) else [value]:

@@ -36,7 +36,7 @@ def build_recipes(
 
 
 def once(values: list[Any] | None, option: str) -> list[Any]:
-    """The values of a repeatable option without duplicates, which a note names."""
+    """The values of a repeatable option without duplicates; a note names the duplicates."""
     values = values or []
     found = list(dict.fromkeys(values))
     if len(found) < len(values):

@@ -18,7 +18,7 @@ def run(
     """Start a Python program in which nm_act checkpoints load sparse: nm-act run lm_eval --model hf ..."""
     import nm_act  # noqa: F401 (registers)
 
-    # The program handles Ctrl-C and SIGTERM as if it had been started by itself.
+    # The program handles Ctrl-C and SIGTERM as if it had been started directly.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if callable(signal.getsignal(signal.SIGTERM)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -13,7 +13,7 @@ DEFAULT_OPTIONS = {
     "decode": ("12:16 wina var", "10:16 wina var", "8:16 wina var", "6:16 wina var"),
     "both": ("2:4 wina var",),
 }
-"""Phase -> what a layer may get unless options are named; only 2:4 gains in both."""
+"""Phase -> the default options for a layer; only 2:4 gains in both phases."""
 
 
 def search(

@@ -1,1 +1,1 @@
-"""Converts a dense model to a sparse one: sparsify, calibrated data, and undoing a conversion that fails."""
+"""Converts a dense model to a sparse one: sparsify, calibrated data, and undoing a failed conversion."""

@@ -1,4 +1,4 @@
-"""Linear layers of other libraries: which are plain ones, and what PEFT has wrapped around them."""
+"""Linear layers of other libraries: which of them are plain, and what PEFT has wrapped around them."""
 
 from typing import TypeGuard
 
@@ -9,7 +9,7 @@ BASE = "base_layer"
 
 
 _PLAIN = {("transformers.models.falcon.modeling_falcon", "FalconLinear")}
-"""Subclasses of nn.Linear that compute the same as it."""
+"""Subclasses of nn.Linear that compute the same."""
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -64,7 +64,7 @@ def why_wrapped_stays(model: nn.Module, name: str) -> str:
     wrapper = found[1]
     if is_adapter(model, name):
         return f"adapter of PEFT's {type(wrapper).__name__}"
-    # LoRA adds to the output of the wrapped layer; other methods compute with its weight.
+    # LoRA adds to the output of the wrapped layer; other methods read its weight.
     plain = type(wrapper).__module__.startswith("peft.tuners.lora.") and not getattr(wrapper, "lora_variant", None)
     return "" if plain else f"PEFT's {type(wrapper).__module__.split('.')[-2]} method reads its weight by itself"
 

@@ -25,14 +25,14 @@ FACTS_FILE = "calibration.json"
 
 _FORMAT = "nm_act calibration 1"
 _ROUNDED = {"weights": torch.bfloat16, "weights_float16": torch.float16}
-"""Fingerprints in the header -> what the weights are rounded to: a calibration serves the model in any dtype."""
+"""Fingerprint in the header -> dtype that the weights are rounded to, so that a calibration fits any dtype."""
 
 
 def save_calibration(model: nn.Module, folder: str | os.PathLike[str], **facts: str) -> None:
     """Write the calibrated data and the recipe of a sparse model into a folder, which must exist.
 
-    The data file is written last, so a folder without it is unfinished; its header has ``facts``. Raises ValueError if
-    the model is not sparse, or some layer is not calibrated.
+    The data file, whose header contains ``facts``, is written last, so a folder without it is unfinished. Raises
+    ValueError if the model is not sparse, or some layer is not calibrated.
     """
     recipe = getattr(model, "nm_act_recipe", None)
     if recipe is None:
@@ -57,7 +57,7 @@ def load_calibration(model: nn.Module, folder: str | os.PathLike[str]) -> Sparsi
     model : nn.Module
         The dense model that the calibration was made for, in any dtype; changed in place.
     folder : path
-        As :func:`save_calibration` or ``nm-act calibrate`` wrote it.
+        Written by :func:`save_calibration` or ``nm-act calibrate``.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def load_calibration(model: nn.Module, folder: str | os.PathLike[str]) -> Sparsi
     FileNotFoundError
         If there is no finished calibration in the folder.
     ValueError
-        If it was made for another model or other weights, or its files are damaged. The model is unchanged then.
+        If it was made for another model or other weights, or its files are damaged. The model is then unchanged.
     """
     recipe, tensors = check_calibration(model, folder)
     original = dense_weights(model) if any(name.endswith(".input_order") for name in tensors) else {}
@@ -133,7 +133,7 @@ def check_calibration(model: nn.Module, folder: str | os.PathLike[str]) -> tuple
 def _check_tensors(
     model: nn.Module, specs: dict[str, LinearSpec], tensors: dict[str, torch.Tensor], folder: Path
 ) -> None:
-    """Compare the data's names and shapes with those that the layers need; a shared layer has one of its names."""
+    """Compare the data's names and shapes with those that the layers need; a shared layer counts under one name."""
     modules = {name: module for name, module in model.named_modules() if name in specs}
     needed = {
         f"{name}.{key}": mitigations.shape_of(key, module.in_features, module.out_features, rank)

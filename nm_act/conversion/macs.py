@@ -11,7 +11,7 @@ _TOP_K = (
     *("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts"),
     *("num_selected_experts", "moe_k"),
 )
-"""Names that Transformers' families give to the number of experts per token."""
+"""Names of the number of experts per token in Transformers' model families."""
 
 
 def computes_itself(module: nn.Module) -> bool:

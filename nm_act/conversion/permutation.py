@@ -16,10 +16,10 @@ from ..layers.linear import NMLinear
 
 @torch.no_grad()
 def fold_order(block: nn.Module, name: str, order: torch.Tensor) -> None:
-    """Put a layer's input channels into ``order``, and the outputs of the preceding layers likewise.
+    """Put a layer's input channels into ``order``, and likewise the outputs of the preceding layers.
 
-    Every changed weight is a new parameter, so copies of the model that share the old ones do not change. Raises
-    ValueError if it is not an order, or if it is not the identity and cannot be folded here.
+    Every changed weight becomes a new parameter, so copies of the model that share the old ones do not change. Raises
+    ValueError if ``order`` is not a permutation, or if it is not the identity and cannot be folded into this layer.
     """
     check_order(block, name, order)
     order = order.long()

@@ -21,14 +21,14 @@ from .macs import computes_itself, macs_of
 from .undo import unchanged_on_error
 
 RECORDERS: list[Callable[[nn.Module, Recipe], str]] = []
-"""Functions that write the recipe into a model's own config, for saving, and return a note if they cannot; integrations
+"""Functions that write the recipe into a model's config, for saving, or return a note if they cannot; integrations
 append theirs."""
 
 Candidates = list[tuple[str, Any]]
-"""Name and module of what a recipe may name: linear layers, and others that a report mentions."""
+"""Name and module of a candidate: a linear layer that a recipe may name, or another module that a report mentions."""
 
 Decisions = dict[str, tuple[LinearSpec | None, str]]
-"""Name of a candidate -> its spec, or None and why it stays dense."""
+"""Name of a candidate -> its spec, or None and the reason why it stays dense."""
 
 
 @dataclass
@@ -42,17 +42,17 @@ class SparsifyReport:
     recipe : Recipe
         The recipe that was applied.
     replaced : list of (str, LinearSpec)
-        Name of every layer that is sparse now, and how.
+        Name and spec of every layer that is now sparse.
     kept : list of (str, str)
-        Name of every linear layer that stayed dense, and why; also of other modules inside the decoder layers that
+        Name of every linear layer that stayed dense, and the reason; also other modules inside the decoder layers that
         multiply by weights (fused experts, routers, Conv1D, convolutions, state-space layers).
     mac_fraction : float
-        Fraction of the multiply-accumulates by weights inside decoder layers whose input is sparse now (in at least one
-        phase). Of a mixture's experts, the ``top_k`` that a token goes through count; the output head and what
-        ``uncounted`` names do not.
+        Of all multiply-accumulates by weights inside decoder layers, the fraction whose input is now sparse (in at
+        least one phase). Of a mixture's experts, only the ``top_k`` of a token count; the output head and the modules
+        in ``uncounted`` do not count.
     uncounted : list of str
-        Name of every module in the decoder layers whose products are unknown, because of the form of its weights; they
-        are not part of ``mac_fraction``.
+        Name of every module in the decoder layers whose products cannot be counted, because of the form of its weights;
+        they are not part of ``mac_fraction``.
     note : str
         What the caller should know about saving the model; often empty.
     """
@@ -96,9 +96,8 @@ def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True, optimize
     Returns
     -------
     SparsifyReport
-        With the sparse model as ``.model``, which also carries the recipe as ``nm_act_recipe``. A
-        Transformers model records it in its config, so that ``save_pretrained`` and ``from_pretrained``
-        give the sparse model again.
+        With the sparse model as ``.model``, whose attribute ``nm_act_recipe`` is the recipe. A Transformers model also
+        records it in its config, so that a saved checkpoint loads sparse again.
 
     Raises
     ------
@@ -107,7 +106,7 @@ def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True, optimize
     ValueError
         If the recipe names a layer or projection that the model does not have; if the model is already sparse or
         optimized, or is an encoder-decoder; if none of its projections is a ``torch.nn.Linear``; or if a layer to be
-        replaced has something that a sparse layer cannot take over (hooks of its state, a weight computed by a hook, a
+        replaced has something that a sparse layer cannot take over (hooks on its state, a weight computed by a hook, a
         replaced forward).
 
     Notes
@@ -189,7 +188,7 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
 
 
 def resolved_specs(model: nn.Module, recipe: Recipe) -> dict[str, LinearSpec]:
-    """Name -> spec of every layer that :func:`sparsify` would make sparse; checks all, changes nothing."""
+    """Name -> spec of every layer that :func:`sparsify` would make sparse; checks everything and changes nothing."""
     _, _, decided = _checked(model, recipe)
     return {name: spec for name, (spec, _) in decided.items() if spec is not None}
 
@@ -241,7 +240,7 @@ class _Place:
 
 
 def _candidates(model: nn.Module, recipe: Recipe, prefix: str) -> Candidates:
-    """Linear layers, and all else that has a projection's name or multiplies by weights, under each of its names."""
+    """Linear layers, and other modules that have a projection's name or multiply by weights, under all their names."""
 
     def wanted(name: str, module: nn.Module) -> bool:
         named = recipe.covers(projection_name(name)) and not list(module.children())
@@ -302,7 +301,7 @@ def _other_kind(module: nn.Module) -> str:
 
 
 def _check_effect(recipe: Recipe, places: dict[str, "_Place | None"], decided: Decisions) -> None:
-    """Refuse a recipe that names layers of which none can be sparse."""
+    """Refuse a recipe if none of the layers that it names can be sparse."""
     inside = [(name, place) for name, place in places.items() if place is not None]
     wanted = [name for name, place in inside if recipe.resolve(place.layer, place.projection) is not None]
     if wanted and all(spec is None for spec, _ in decided.values()):
@@ -321,8 +320,8 @@ def check_names(recipe: Recipe, places: set[tuple[int, str]]) -> None:
     if unknown_layers:
         span = f"layers {min(layers)} to {max(layers)}" if layers else "no numbered layers"
         raise ValueError(f"expected layers that the model has ({span}), got {unknown_layers[0]}; correct the recipe")
-    # The default list stands for a whole block, and so a rule for any family may name one that this one lacks; an
-    # explicit list must match name by name.
+    # The default list stands for a whole block, so a rule written for any family may name a projection that this model
+    # lacks; an explicit list must match name by name.
     lists = [rule.projections or () for rule in recipe.rules]
     if recipe.projections == DEFAULT_PROJECTIONS:
         lists = [names for names in lists if projections.isdisjoint(names)]

@@ -1,4 +1,4 @@
-"""Restores a model when changing its layers fails half-way, without keeping a second copy of it."""
+"""Restores a model if changing its layers fails half-way, without keeping a second copy of the model."""
 
 import contextlib
 import weakref
@@ -22,7 +22,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     hooks and bitwise equal values, copied from its replacement; a layer or weight that is referenced elsewhere (a tied
     one) is restored as the same object. If the block succeeds, nothing is copied.
     """
-    # The checkpoint's entry is in the config of the model inside PEFT, which the wrapper exposes as its own.
+    # With PEFT, the entry for checkpoints is in the config of the inner model, which the wrapper exposes as its own.
     config = getattr(model, "config", None)
     fields = dict(vars(config)) if hasattr(config, "__dict__") else None
     layers = _linears(model)
@@ -108,7 +108,7 @@ class _Linear:
             module = self.kind.__new__(self.kind)
             vars(module).update(self.attributes)
             _fill(self.attributes, self.contents)
-        module.__class__ = self.kind  # optimize changes that of dense layers
+        module.__class__ = self.kind  # optimize changes the class of dense layers
         parameters = dict(self.contents["_parameters"])
         if self.weight is not None:
             parameters = {"weight": self.weight.restored(lambda: model.get_submodule(self.names[0]).weight, weights)}

@@ -14,7 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 _GGUF_MAGIC = b"GGUF"
 
 _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""Options of ``from_pretrained`` that report what does not fit; for a wrong shape, its error names no tensor."""
+"""Options of ``from_pretrained`` that report what does not fit; its own error for a wrong shape names no tensor."""
 
 
 def load_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -57,8 +57,8 @@ def load_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: s
 def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     """Write a model, dense or sparse, and its tokenizer as a checkpoint for Transformers and vLLM, whole or not at all.
 
-    The recipe of a sparse model is part of its configuration, the chat template of the tokenizer. Raises ValueError if
-    ``folder`` is a file, or a folder that is not empty, OSError of one sentence if something cannot be written.
+    The recipe of a sparse model is saved in its configuration, the chat template with the tokenizer. Raises ValueError
+    if ``folder`` is a file, or a folder that is not empty, and a one-sentence OSError if something cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -127,7 +127,7 @@ def demo_model_path() -> Path:
 
 
 def _classify(source: str | os.PathLike[str]) -> tuple[str, str]:
-    """Distinguish "gguf", "folder" and "hub", and refuse what can be none of them."""
+    """Tell "gguf", "folder" and "hub" apart, and refuse a source that can be none of them."""
     text = os.path.expanduser(os.fspath(source))
     if not text:
         raise ValueError("expected a model (a folder, a .gguf file or a hub id), got an empty name")
@@ -166,7 +166,7 @@ def _load_gguf(path: str, dtype: str) -> tuple[Any, Any]:
     options: dict[str, Any] = {**_REPORTED, "dtype": dtype}
     if hasattr(transformers, "GgufConfig"):  # else the package `kernels` would keep the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # Transformers takes folder and name separately; an empty folder name would be taken for a hub id.
+    # Transformers takes folder and name separately, and would take an empty folder name for a hub id.
     folder, name = os.path.split(os.path.abspath(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)

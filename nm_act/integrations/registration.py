@@ -1,9 +1,9 @@
-"""What ``import nm_act`` does to torch and Transformers, whichever of them the program imports first.
+"""What ``import nm_act`` registers with torch and Transformers, whichever of them the program imports first.
 
 Importing torch or Transformers' quantizers takes longer than a second, so ``import nm_act`` must not do it. Yet
-``torch.ops.nm_act`` has to be there, and a checkpoint saved sparse must load sparse: a method that Transformers does
-not know is skipped with a warning, and the model would come out dense. So the operators are loaded and the method is
-registered now if torch and the quantizers are imported, otherwise right after their first import.
+``torch.ops.nm_act`` has to exist, and a checkpoint saved sparse must load sparse: Transformers skips a method that it
+does not know with a warning, and the model would be dense. So the operators are loaded and the method is registered now
+if torch and the quantizers are imported, otherwise right after their first import.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ def register() -> None:
 
 
 def _load_operators() -> None:
-    with contextlib.suppress(ImportError):  # not built: whoever uses the operators is told; torch itself has to work
+    with contextlib.suppress(ImportError):  # not built: using an operator raises the error; torch itself has to work
         importlib.import_module("nm_act.ops")
 
 
@@ -43,9 +43,9 @@ def _after_import(name: str, action: Callable[[], None]) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Import finder that leaves finding to the others and adds an action to one module's execution.
+    """Import finder that leaves finding to other finders and runs an action after one module is executed.
 
-    It stays until that module has been executed: to look the module up, or to import it in vain, changes nothing.
+    It stays until that module has been executed; looking the module up, or failing to import it, changes nothing.
     """
 
     def __init__(self, name: str, action: Callable[[], None]):

@@ -12,7 +12,7 @@ from ..parallel import Part, check_size, check_split, part_of
 
 _KINDS = {"rowwise": "row", "colwise": "column"}
 _GATHERED = ("colwise_gather_output", "colwise_rep")
-"""Column styles whose outputs every rank gathers again, so that attention sees whole heads."""
+"""Column styles whose outputs are gathered again on every rank, so that attention sees whole heads."""
 
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads", "v_proj": "num_key_value_heads"}
 

@@ -50,7 +50,7 @@ class NMActConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, recipe: Recipe | dict[str, Any] | str | None = None, **fields: Any):
-        for name in ("quant_method", *STORAGE_KEYS):  # a saved config has the first, and may say the others to vLLM
+        for name in ("quant_method", *STORAGE_KEYS):  # a saved config has the first; the others are for vLLM
             fields.pop(name, None)
         if isinstance(recipe, dict):  # first, because the version says whether a newer nm_act wrote it
             recipe = Recipe.from_dict(recipe)
@@ -111,7 +111,7 @@ class NMActQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Whether it may train the weights themselves, which are the dense ones."""
+        """Whether ``Trainer`` may train the weights themselves, which are the dense ones."""
         return True
 
     @property
@@ -121,10 +121,10 @@ class NMActQuantizer(HfQuantizer):
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Refuse a sparse layer whose weight the checkpoint lacks: Transformers would leave a random one."""
+    """Refuse a sparse layer whose weight the checkpoint lacks: Transformers would leave random values."""
     for name, layer in sparse_layers(model).items():
         own = layer.named_parameters(recurse=False)
-        # Transformers marks what it has read or tied; what it leaves on disk (on the meta device) cannot be checked.
+        # Transformers marks what it has read or tied. What stays on disk (on the meta device) cannot be checked.
         # Calibrated data are buffers, which the layer itself checks.
         lacking = next(
             (key for key, value in own if not (value.is_meta or getattr(value, "_is_hf_initialized", False))), None

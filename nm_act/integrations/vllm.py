@@ -1,4 +1,4 @@
-"""vLLM plug-in: vLLM serves a saved nm_act checkpoint without any code.
+"""vLLM plug-in, with which vLLM serves a saved nm_act checkpoint without any code.
 
 vLLM calls :func:`register` in each of its processes through the entry point group ``vllm.general_plugins``. The classes
 that plug into it are in ``vllm_linear.py``, the decisions that need no vLLM in ``vllm_plan.py``.

@@ -6,9 +6,9 @@ communicate, and all select as a single process does. A weight that is loaded be
 the data arrives. Every collective is vLLM's own, and ``apply`` reads nothing back from the device, so CUDA graphs can
 capture it.
 
-A reload (``reload_weights``, a weight update) goes the same way: vLLM calls each loader with a weight on the meta
+A reload (``reload_weights``, a weight update) takes the same path: vLLM calls each loader with a weight on the meta
 device to count what arrives, then loads the layer into new memory and copies its parameters to their old addresses.
-What this module derives is copied to its old addresses here, because captured graphs and compiled code read those.
+This module likewise copies what it derives to the old addresses, because captured graphs and compiled code read those.
 """
 
 import inspect
@@ -61,7 +61,7 @@ _SHARD_IDS = {"q": 0, "k": 1, "v": 2}
 class NMActVLLMConfig(QuantizationConfig):
     """The ``quantization_config`` of a saved checkpoint, or of ``--hf-overrides`` for a dense one: the recipe.
 
-    A ValueError says that there is none (``--quantization nm_act`` alone), or that a server cannot follow it.
+    Raises ValueError if there is no recipe (``--quantization nm_act`` alone), or if a server cannot follow it.
     """
 
     def __init__(self, recipe: Recipe | None = None, storage: Storage | None = None):
@@ -105,11 +105,11 @@ class NMActVLLMConfig(QuantizationConfig):
         return cls(Recipe.from_dict(fields.get("recipe", fields)), storage)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Raise a ValueError for a checkpoint that is quantised already, which an override hides from vLLM."""
+        """Raise a ValueError for a checkpoint that is already quantised, which an override hides from vLLM."""
         plan.check_dense(model_name, revision)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
-        """The sparse method for a linear layer in the recipe, vLLM's dense one for any other; None elsewhere."""
+        """The sparse method for linear layers in the recipe, vLLM's dense one for other linear layers, else None."""
         if not isinstance(layer, LinearBase):
             self._census.add_other(prefix)
             return None
@@ -129,13 +129,13 @@ class NMActVLLMConfig(QuantizationConfig):
         return method
 
     def _log(self) -> None:
-        """Log once what is sparse, when the first layer has its weights and so all layers exist.
+        """Log once which layers are sparse, when the first layer has its weights and so all layers exist.
 
         Raises ValueError if the recipe names a layer or projection that the model does not have.
         """
         if self._logged:
             return
-        if get_pp_group().world_size == 1:  # else this process has a part of the layers
+        if get_pp_group().world_size == 1:  # else this process has only a part of the layers
             self._census.check(self.recipe)
         if get_tensor_model_parallel_rank() == 0:
             level, text = self._census.sentence()
@@ -203,7 +203,7 @@ class NMActLinearMethod(LinearMethodBase):
                 for spec, out in zip(self.specs, whole, strict=True)
                 if spec is not None and name in mitigations.data_of(spec)
             ]
-            # Without memory: vLLM finds the loader by the parameter, and compares its size with what a reload brings.
+            # Without memory: vLLM finds the loader by the parameter, and compares its size with the reloaded tensor's.
             place = torch.empty(sum(torch.Size(shape).numel() for shape in shapes), device="meta")
             loader = types.MethodType(self._data_loader(name), layer)
             layer.register_parameter(name, BasevLLMParameter(data=place, weight_loader=loader))
@@ -212,8 +212,8 @@ class NMActLinearMethod(LinearMethodBase):
     def _data_names(self) -> list[str]:
         return sorted({name for spec in self.specs if spec is not None for name in mitigations.data_of(spec)})
 
-    # The loaders are functions that a layer binds: vLLM needs their name, and does not keep a layer alive by a method
-    # that is bound to it.
+    # The loaders are functions that a layer binds, because vLLM needs their name; a bound method held by vLLM would
+    # keep the layer alive.
 
     def _data_loader(self, name: str) -> Callable[..., None]:
         """Loader of one projection's whole calibrated data; ``param`` is only the name under which vLLM finds it."""
@@ -248,9 +248,9 @@ class NMActLinearMethod(LinearMethodBase):
         return Loading(layer.prefix, self.names, self.specs, sliced, layer.nm_act_fp8)
 
     def _loading(self, layer) -> Loading:
-        """What the layer keeps while its weights are read; a reload starts it anew.
+        """The layer's state while its weights are read; a reload starts with a new one.
 
-        Raises RuntimeError if a loader is called for a layer that serves, outside of vLLM's reload.
+        Raises RuntimeError if a loader is called for a layer that is already serving, outside of vLLM's reload.
         """
         if layer.nm_act_loading is None:
             if layer.weight is layer.nm_act_operands.parameter:
@@ -288,9 +288,9 @@ class NMActLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Join the projections with the same selection, and store their weights [in, out], as decode reads them.
 
-        Raises RuntimeError if a criterion needs the whole weight and no checkpoint was loaded (dummy weights, say),
-        calibrated data is missing, or a reload brings a part of the layer, ValueError if it brings projections that no
-        longer select alike.
+        Raises RuntimeError if a criterion needs the whole weight and no checkpoint was loaded (dummy weights, say), if
+        calibrated data is missing, or if a reload contains only a part of the layer; ValueError if projections that
+        share a product no longer make the same selection after a reload.
         """
         self._storage.check_some_e4m3()
         loading = self._loading(layer)
@@ -331,7 +331,7 @@ class NMActLinearMethod(LinearMethodBase):
 
 
 def _prepacked(weight: torch.Tensor) -> Prepacked:
-    """A copy of ``weight [out, in]``, for the product of vLLM's dense layers, or torch's where vLLM has none."""
+    """A copy of ``weight [out, in]`` for the product of vLLM's dense layers, or for torch's if vLLM has none."""
     try:
         handler = _custom_ops.create_onednn_mm(weight.t(), 32)  # numbers of tokens that stay compiled, as in vLLM
     except (AttributeError, RuntimeError):  # a build without that product, or a weight that its oneDNN does not take
@@ -359,7 +359,7 @@ def _gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_interface() -> None:
-    """Raise an error if the classes above do not provide all of vLLM's interface, or it lacks what they use."""
+    """Raise an error if the classes above do not implement all of vLLM's interface, or if it lacks what they use."""
     wanted = list(inspect.signature(LinearMethodBase.create_weights).parameters)
     known = list(inspect.signature(NMActLinearMethod.create_weights).parameters)
     if wanted != known:

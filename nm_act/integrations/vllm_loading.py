@@ -1,4 +1,4 @@
-"""What a vLLM layer keeps while its weights are read, and derives from them; nothing here needs vLLM."""
+"""The state of a vLLM layer while its weights are read, and what is derived from them; nothing here needs vLLM."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ class Loading:
     ):
         self.prefix, self.names, self.specs, self.rows, self.fp8 = prefix, names, specs, rows, fp8
         self.arrived: set[int] = set()
-        self.waiting: list[tuple[Any, ...]] = []  # weights that came before their data
+        self.waiting: list[tuple[Any, ...]] = []  # weights that arrived before their data
         self._scales: list[Tensor | None] = [None] * len(specs)  # over the whole inputs
         self._data: list[dict[str, Tensor]] = [{} for _ in specs]  # of the whole projections
 
@@ -35,7 +35,7 @@ class Loading:
         self._data[index][name] = value.to(weight.device, dtype, copy=True)
 
     def missing(self, index: int) -> str:
-        """Name of a piece of calibrated data that a projection still lacks."""
+        """Name of a calibrated tensor that a projection still lacks."""
         spec, data = self.specs[index], self._data[index]
         return "" if spec is None else next((name for name in mitigations.data_of(spec) if name not in data), "")
 
@@ -63,7 +63,7 @@ class Loading:
         return part if operand is read else operand
 
     def check(self) -> None:
-        """Raise a RuntimeError if something lacks of which :meth:`scales` and :meth:`data` are made."""
+        """Raise a RuntimeError if something is missing that :meth:`scales` or :meth:`data` needs."""
         absent = [name for index, name in enumerate(self.names) if index not in self.arrived]
         if absent and self.arrived:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What the forward of a vLLM layer reads, and how its weight is stored; nothing here needs vLLM."""
+"""The tensors that the forward of a vLLM layer reads, and how its weight is stored; nothing here needs vLLM."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -23,18 +23,18 @@ from .vllm_plan import STORAGE_KEYS, Segment
 
 @dataclass
 class Storage:
-    """The storage that ``quantization_config`` asks for, and what came of it."""
+    """The storage that ``quantization_config`` asks for, and what was stored so."""
 
     prepack: bool = False  # keep a second copy of the weights in oneDNN's layout, on CPUs
-    fp8: str | None = None  # keep the weights in e4m3, in the layout that :func:`nm_act.optimize` names so
+    fp8: str | None = None  # keep the weights in e4m3, in a layout of :func:`nm_act.optimize`
     prepacked_bytes: int = 0  # of the second copies on this rank
     e4m3: int = 0  # layers with e4m3 weights
-    # Sparse layers that are stored as if ``prepack`` or ``fp8`` had not been given, and why.
+    # Sparse layers that are stored as if ``prepack`` or ``fp8`` had not been given, with the reason.
     kept: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Storage":
-        """Of an entry in config.json; ValueError if it asks for what there is not."""
+        """From an entry in config.json; ValueError if it asks for an unknown storage."""
         known = ("quant_method", "recipe", *STORAGE_KEYS)
         other = next((key for key in config if key not in known), None)
         if other is not None and "recipe" in config:  # without that key they are the recipe's own
@@ -89,7 +89,7 @@ class Storage:
     ) -> bool:
         """Whether a layer's weights are kept in oneDNN's layout, with the parameters of :meth:`takes_e4m3`; counts it.
 
-        Those of projections whose inputs are pruned are second copies; others are stored in that layout alone.
+        For projections whose inputs are pruned, this is a second copy; others are stored in that layout alone.
         """
         if not self.prepack:
             return False
@@ -111,7 +111,7 @@ class Storage:
             )
 
     def sentence(self) -> str:
-        """What the message after loading adds."""
+        """What the log message after loading says about the storage."""
         text, kept = "", "have none"
         if self.prepack:
             text = f"; the second copies of prepack take {self.prepacked_bytes / 2**20:.1f} MiB a rank"
@@ -124,7 +124,7 @@ class Storage:
 
 
 def _prunes_inputs(spec: LinearSpec | None) -> bool:
-    """Whether a projection's product is sparse: it is dense without a spec and where the weight is pruned."""
+    """Whether a projection's product is sparse; it is dense without a spec, or if the weight is pruned."""
     return spec is not None and not spec.scoring.prunes_weight
 
 
@@ -141,7 +141,7 @@ def _not_e4m3(spec: LinearSpec, size: int, weight: torch.Tensor, layout: str, sp
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """One segment's product, with all that does not depend on its input: an eager call should not work it out anew."""
+    """One segment's product, with everything that does not depend on its input, so that calls need not recompute it."""
 
     work: Callable[..., torch.Tensor]  # ``(x, weight, bias) -> y``
     weight: torch.Tensor | None  # in place of the layer's
@@ -160,7 +160,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Operands:
-    """What the forward of a layer reads; a reload fills the same tensors."""
+    """The tensors that the forward of a layer reads; a reload fills the same ones."""
 
     parameter: torch.nn.Parameter  # the layer's weight, to tell it from that of a reload
     segments: list[Segment]
@@ -180,7 +180,7 @@ class Operands:
         fp8: str | None = None,
         prepack: Callable[[torch.Tensor], Prepacked] | None = None,
     ) -> "Operands":
-        """Of a layer whose ``parameter [out, in]`` is loaded; `prepack` copies it, which a shard must not have."""
+        """From a layer whose ``parameter [out, in]`` is loaded; `prepack` makes a copy, which a shard must not have."""
         operator: Callable[..., torch.Tensor] = compiled_operator
         if shard is not None:
             operator = functools.partial(parallel.row_sparse_linear, shard)
@@ -230,7 +230,7 @@ class Operands:
         return torch.cat([each(x, weight, own) for each, own in zip(self.products, biases, strict=True)], dim=-1)
 
     def copy_(self, other: "Operands") -> None:
-        """Take the values of another layer of the same segments, at the addresses of this one."""
+        """Copy the values of another layer with the same segments to the addresses of this one."""
         for mine, new in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(new)
         for copy, later in zip(self.copies, other.copies, strict=True):
@@ -240,7 +240,7 @@ class Operands:
             call.renew()
 
     def tensors(self) -> list[torch.Tensor]:
-        """All that stays at its address, but the parameter."""
+        """All tensors that stay at their addresses, except the parameter."""
         held = [
             value for each in self.segments for value in (each.channel_scale, *map(each.data.get, sorted(each.data)))
         ]
@@ -251,7 +251,7 @@ class Operands:
 def _work(
     segment: Segment, shift_out: torch.Tensor | None, operator: Callable[..., torch.Tensor]
 ) -> Callable[..., torch.Tensor]:
-    """The product of a segment, given the layer's weight and bias or others in their place."""
+    """The product of a segment, given the layer's weight and bias or replacements for them."""
     if not _prunes_inputs(segment.spec):
         return functional.linear
     assert segment.spec is not None

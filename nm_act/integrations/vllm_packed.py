@@ -1,4 +1,4 @@
-"""Products over prepacked weights of a served layer, by an operator given an address; nothing here needs vLLM."""
+"""Products over the prepacked weights of a served layer, by an operator that gets an address; needs no vLLM."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ class Prepacked:
     handler: Any = None  # vLLM's; it frees the copy that a handler tensor names
 
     def take(self, other: "Prepacked") -> None:
-        """Multiply by another copy from now on; the other one gets this one's, and may be dropped."""
+        """Multiply by the copy of ``other`` from now on; ``other`` gets this one's, and may be dropped."""
         if self.handler is None:
             self.copy, other.copy = other.copy, self.copy  # opaque: it cannot be written to
             return
@@ -68,7 +68,7 @@ class PackedCall:
     def operator(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pattern: NMPattern, **options: Any
     ) -> torch.Tensor:
-        """In place of the operator whose pattern and options the part has."""
+        """Runs in place of the operator whose pattern and options the part has."""
         return self(x, weight, bias)
 
     def joined(self, others: Sequence["PackedCall"], biases: Sequence[torch.Tensor | None]) -> "PackedCall":

@@ -1,8 +1,8 @@
-"""Which layers of a vLLM model become sparse, and how a merged layer is computed; nothing here needs vLLM.
+"""Decides which layers of a vLLM model become sparse, and how a merged layer is computed; nothing here needs vLLM.
 
-vLLM merges linear layers (q, k and v; gate and up). Neighbours in a merged layer with the same selection are one
-product, whose input is selected and compressed once. That holds unless the criterion reads the weight or a projection
-has its own data; then each projection has its own selection, as in Transformers.
+vLLM merges linear layers (q, k and v; gate and up). Neighbours in a merged layer that have the same selection are one
+product, whose input is selected and compressed once. If the criterion reads the weight, or a projection has its own
+data, each projection makes its own selection, as in Transformers.
 """
 
 import logging
@@ -23,15 +23,15 @@ _TEXT_STACKS = (
     *("model", "language_model", "llm", "lm", "language", "text", "text_model", "thinker", "backbone"),
     *("transformer", r"transformer\.encoder", "gpt_neox", "decoder", "layers", "layer", "blocks", "h"),
 )
-"""Words that lead to a text decoder's layers in vLLM's names; others may lead to a tower, projector or draft head."""
+"""Name components before a text decoder's layers in vLLM; others may belong to a tower, projector or draft head."""
 
 _DECODER = re.compile(rf"(?:(?:{'|'.join(_TEXT_STACKS)})\.)+(\d+)\.(?:[a-zA-Z_]\w*\.)*([a-zA-Z_]\w*)")
 
 _EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Projections that a checkpoint's experts may have; vLLM fuses them, and they stay dense."""
+"""Projections that the experts in a checkpoint may have; vLLM fuses them, and they stay dense."""
 
 STORAGE_KEYS = ("prepack", "fp8")
-"""What ``quantization_config`` may say to vLLM beside the recipe; Transformers does without."""
+"""Keys of ``quantization_config`` for vLLM besides the recipe; Transformers ignores them."""
 
 NO_RECIPE = (
     "expected a recipe for the quantization nm_act, got a checkpoint without one; serve it without "
@@ -43,7 +43,7 @@ NO_RECIPE = (
 
 
 def check_servable(recipe: Recipe) -> None:
-    """Raise a ValueError for methods that fail in a server, which mixes the tokens of many sequences in one call."""
+    """Raise a ValueError for methods that fail in a server, where one call mixes the tokens of many sequences."""
     phases = {recipe.phase, *(rule.phase or "both" for rule in recipe.rules)} - {"both"}
     if phases:
         raise ValueError(
@@ -76,7 +76,7 @@ def check_dense(model: str, revision: str | None = None) -> None:
     def stored(name: str) -> dict[str, Any]:
         try:
             return PretrainedConfig.get_config_dict(model, revision=revision, _configuration_file=name)[0]
-        except OSError:  # there is none, or vLLM found its configuration elsewhere
+        except OSError:  # there is no such file, or vLLM found its configuration elsewhere
             return {}
 
     config = stored("config.json")
@@ -110,8 +110,8 @@ def specs_of(
 ) -> list[tuple[str, LinearSpec | None]]:
     """Names and specs of the projections in one vLLM layer, in its order; [] if none is sparse.
 
-    ``packed`` is vLLM's mapping of merged layers to the projections of the checkpoint, ``in_features`` that of the
-    whole layer: as in :func:`nm_act.sparsify`, one that the group does not divide stays dense.
+    ``packed`` is vLLM's mapping of merged layers to the projections of the checkpoint; ``in_features`` is that of the
+    whole layer. As in :func:`nm_act.sparsify`, a layer whose in_features the group does not divide stays dense.
     """
     where = place(prefix)
     if where is None or (recipe.projections == DEFAULT_PROJECTIONS and in_state_space(prefix)):
@@ -134,7 +134,7 @@ class Census:
     places: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, prefix: str, packed: dict[str, list[str]], specs: Sequence[tuple[str, LinearSpec | None]]) -> None:
-        """Count a linear layer, with what :func:`specs_of` says of it."""
+        """Count a linear layer, with its names and specs from :func:`specs_of`."""
         last = prefix.rpartition(".")[2]
         parts = packed.get(last, [last])
         sparse = sum(spec is not None for _, spec in specs)
@@ -147,13 +147,13 @@ class Census:
             self.places.update((where[0], part) for part in parts)
 
     def add_other(self, prefix: str) -> None:
-        """Take the names in a layer of another class, of which a mixture's experts have some."""
+        """Add the names of projections inside a layer of another class, such as a mixture's experts."""
         where = place(prefix)
         if where is not None and where[1] == "experts":
             self.places.update((where[0], name) for name in ("experts", *_EXPERTS))
 
     def check(self, recipe: Recipe) -> None:
-        """Raise the ValueError of :func:`nm_act.sparsify` if a recipe names what the model does not have."""
+        """Raise the ValueError of :func:`nm_act.sparsify` for a projection or layer that the model does not have."""
         if self.places:
             check_names(recipe, self.places)
 
@@ -190,7 +190,7 @@ class Segment:
         return all(_same(self.data[name], other.data[name]) for name in shared)
 
     def joined(self, other: "Segment") -> "Segment":
-        """This segment and its neighbour as one."""
+        """This segment and its neighbour, joined."""
         data = {
             name: torch.cat([value, other.data[name]]) if mitigations.DATA[name][0] == "out" else value
             for name, value in self.data.items()
@@ -212,8 +212,8 @@ def segments(
     """Join neighbours of a merged layer that have the same selection.
 
     ``specs``, ``sizes`` (output features on this rank), ``scales [in]`` and calibrated ``data`` are those of each
-    projection. ``before`` is where the segments ended before a reload: they stay as they are, because compiled code
-    knows them. Raises ValueError if projections in one of those no longer select alike.
+    projection. ``before`` has the ends of the segments before a reload, which do not change, because compiled code
+    relies on them. Raises ValueError if the projections of such a segment no longer make the same selection.
     """
     joined: list[Segment] = []
     start = 0

@@ -1,4 +1,4 @@
-"""A reload that fails leaves an engine that answers."""
+"""Keeps an engine serving after a failed reload."""
 
 import functools
 import operator
@@ -11,7 +11,7 @@ _USED = (
     *("LAYERWISE_INFO", "LOADING_LAYERS", "_place_kernel_tensors"),
     *("LayerReloadingInfo.can_load", "LayerReloadingInfo.reset"),
 )
-"""What this module needs of vLLM's private code."""
+"""The names in vLLM's private code that this module needs."""
 
 
 def check_interface() -> None:
@@ -20,10 +20,10 @@ def check_interface() -> None:
 
 
 def guard_reloads() -> None:
-    """Let an engine answer after a reload that fails.
+    """Keep an engine serving after a failed reload.
 
-    vLLM leaves its layers without memory then. The guard gives each one the tensors it had; layers that were complete
-    keep their new weights.
+    vLLM would leave its layers without memory. This guard gives each layer its old tensors back; layers that were
+    complete keep their new weights.
     """
     module = sys.modules.get("vllm.v1.worker.gpu_worker")  # of the process that has a worker
     worker = getattr(module, "Worker", None)

@@ -1,4 +1,4 @@
-"""What a recipe gains: predicted speed-ups of a model, from measured tables or from one rate for every pattern."""
+"""Predicts the speed-up of a model with a recipe, from measured tables or from one rate for every pattern."""
 
 import csv
 import math
@@ -35,12 +35,12 @@ class Rates:
 
     @classmethod
     def load(cls, path: str | Path | None = None) -> "Rates":
-        """Rates of the H100's whole operator; those of `path`, where it has some, take their place.
+        """Rates of the H100's whole operator, replaced by those of `path` where it has some.
 
         `path` is a CSV with the columns ``pattern,speedup,source``, or one that ``benchmarks/bench_sparse_linear.py``
         wrote, of which the whole-operator rows in bfloat16 with 4096 tokens, in and out features are read. Raises
-        OSError if there is no such file, ValueError if it has other columns, no row that counts, or a speed-up that is
-        not a positive number.
+        OSError if there is no such file, ValueError if it has other columns, no usable row, or a speed-up that is not a
+        positive number.
         """
         table = _read(table_file(DEFAULT_DEVICE, "sparse_linear.csv"))
         return cls(table if path is None else table | _read(Path(path)))
@@ -63,7 +63,7 @@ class Rates:
     def time(
         self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False, merged: bool = True
     ) -> float:
-        """Multiply-accumulates of a layer at the dense speed that take as long."""
+        """Time of a layer, as the number of multiply-accumulates that take as long at the dense speed."""
         return place.macs / self.speedup(DENSE if spec is None else str(spec.pattern))[0]
 
     def rest(self, phase: str, layers: int) -> float:
@@ -110,23 +110,23 @@ class Cost(Protocol):
 
     @property
     def phases(self) -> tuple[str, ...]:
-        """Those whose times are known."""
+        """The phases whose times are known."""
 
     def time(
         self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False, merged: bool = True
     ) -> float:
-        """Of one layer; `spec` None is dense.
+        """Time of one layer; `spec` None is dense.
 
         `merged` says that it is one product with the layers that share its input, `fused` that the operand of that
         product comes packed.
         """
 
     def rest(self, phase: str, layers: int) -> float:
-        """Of all else in that many decoder layers."""
+        """Time of everything else in that many decoder layers."""
 
 
 def places_of(model: nn.Module | str, layers: int | None = None) -> list[Place]:
-    """Linear layers of a model's decoder, or of so many layers with the shapes of a model in `measured.SHAPES`."""
+    """Linear layers of a model's decoder, or as many layers with the shapes of a model in `measured.SHAPES`."""
     if isinstance(model, str):
         return [Place(i, name, *sizes) for i in range(layers or 0) for name, sizes in shapes_of(model).items()]
     return [
@@ -151,19 +151,19 @@ def cost_of(
 
 
 def pruned(spec: LinearSpec | None, phase: str) -> LinearSpec | None:
-    """The spec where it prunes activations in a phase by a pattern that kernels have, else None."""
+    """The spec if it prunes activations in a phase, with a pattern that has kernels; else None."""
     if spec is None or spec.scoring.prunes_weight or not isinstance(spec.pattern, NMPattern):
         return None
     return spec if spec.phase in ("both", phase) else None
 
 
 def is_packed(spec: LinearSpec | None) -> bool:
-    """Whether the producer in front can select for a spec: static scores, VAR and D-PTS, without calibrated data."""
+    """Whether the operator in front can select for a spec: static scores, VAR and D-PTS, without calibrated data."""
     return spec is not None and not data_of(spec) and not spec.scoring.by_sequence
 
 
 def merges(spec: LinearSpec | None) -> bool:
-    """Whether `optimize` merges layers with this spec that share their input: no scores or data of each layer's own."""
+    """Whether `optimize` merges layers with this spec that share an input: no layer has scores or data of its own."""
     return spec is None or (spec.scoring.formula is None and not data_of(spec))
 
 
@@ -177,7 +177,7 @@ def layer_time(
     packed: bool = True,
     rank_factor: float = 1.0,
 ) -> float:
-    """Time of a layer with what its mitigations add, whose GEMMs run at the dense speed; ranks times `rank_factor`.
+    """Time of a layer plus that of its mitigations' GEMMs, at the dense speed and with ranks times `rank_factor`.
 
     `alike` says that all layers that share its input have this spec, `packed` whether the recipe lets operands come
     packed.
@@ -195,8 +195,8 @@ def predictions(
 ) -> dict[str, float]:
     """Predicted speed-up over the dense model by phase, for a recipe in these layers.
 
-    First tokens that stay dense are computed twice in prefill. The GEMMs that mitigations add run at the dense speed;
-    where another model than the evaluated one is predicted, `rank_factor` times wider, low ranks are as much larger.
+    First tokens that stay dense are computed twice in prefill. The GEMMs that mitigations add run at the dense speed.
+    If the prediction is for a model `rank_factor` times wider than the evaluated one, low ranks grow by that factor.
 
     Examples
     --------

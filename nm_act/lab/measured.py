@@ -1,10 +1,10 @@
 """Times of a decoder's products on a measured device, by the shapes of a model.
 
 A layer that shares its input with others (q/k/v, gate/up) costs its share of the merged product that
-:func:`nm_act.optimize` makes, where they have one spec without scores or data of each layer's own; otherwise that of a
-product of its own. The operand of a merged or single product comes from the norm or the activation in front: packed for
-2:4, so that the time is that of the sparse GEMM, else pruned, so that it is that of the dense product. Otherwise, and
-for ``o_proj``, the time is that of the operator.
+:func:`nm_act.optimize` makes, if the layers have one spec without scores or data of their own; otherwise it costs a
+product of its own. If the norm or the activation in front writes the operand of a product, the time is that of the
+sparse GEMM for a packed 2:4 operand, and that of the dense product for a pruned one. Otherwise, and for ``o_proj``, it
+is that of the whole operator.
 """
 
 import math
@@ -31,11 +31,11 @@ SHAPES = {
 _REFERENCE = "llama-3-8b"
 REFERENCE_PROMPT = 512
 _REFERENCES = {"prefill": ("2:4", 4096), "decode": ("8:16", REFERENCE_PROMPT)}
-"""Pattern and prompt whose whole model says how long products take inside a phase, compared with alone."""
+"""Pattern and prompt of the whole model from which the time of products inside a phase is fitted."""
 
 
 def shapes_of(name: str) -> dict[str, tuple[int, int]]:
-    """Projection -> (in_features, out_features) of a model in `SHAPES`; ValueError if it is none of them.
+    """Projection -> (in_features, out_features) of a model in `SHAPES`; ValueError for any other model.
 
     Examples
     --------
@@ -50,7 +50,7 @@ def shapes_of(name: str) -> dict[str, tuple[int, int]]:
 
 
 def merged_with(projection: str) -> tuple[str, ...]:
-    """The projections in the product of a projection, itself included.
+    """The projections that share a product with a projection, including itself.
 
     Examples
     --------
@@ -85,7 +85,7 @@ class Measured:
     dtype: str = "bf16"  # or "e4m3": of the sparse layers; dense ones are in bfloat16
     phases: tuple[str, ...] = ("prefill",)  # or "decode"
     tokens: int = 4096  # of the prompt whose prefill is predicted
-    # Of the whole model whose decode step is predicted: the shortest measured, in which attention takes the least.
+    # Prompt of the whole model whose decode step is predicted: the shortest measured, where attention takes least.
     decode_prompt: int = REFERENCE_PROMPT
     notes: dict[str, None] = field(default_factory=dict)  # sentences on what was not measured as asked, each once
 
@@ -95,10 +95,10 @@ class Measured:
     def time(
         self, phase: str, place: Place, spec: LinearSpec | None, *, fused: bool = False, merged: bool = True
     ) -> float:
-        """Microseconds of a projection's share of its product, by the name of its `place`; None is dense.
+        """Microseconds of a projection's share of its product, by the name of its `place`; a spec of None is dense.
 
-        `merged` says that the sparse layer is one product with those that share its input, not a product of its own,
-        and `fused` that the operand of that product comes packed, or pruned without a shift or `var`.
+        `merged` says that the sparse layer shares one product with the layers that read its input, and `fused` that the
+        operand of that product comes packed, or pruned without a shift or `var`.
         """
         projection = place.projection
         names = (projection,) if projection in self.shapes else ROLES.get(projection, (projection,))
@@ -132,11 +132,11 @@ class Measured:
 
     @cached_property
     def _in_model(self) -> dict[str, float]:
-        """Time of a sparse product inside a whole model over its time alone, by phase.
+        """Time of a sparse product inside a whole model divided by its time alone, by phase.
 
-        Of the reference model: its time less what the dense one spends outside its products, over the products alone.
-        Alone, sparse and dense products take turns at one clock. Prefills back to back run at the clock that their own
-        power leaves, and a decode step launches its products so that they overlap.
+        For the reference model: its time minus what the dense one spends outside its products, over the products alone.
+        Timed alone, sparse and dense products take turns at one clock. Prefills back to back run at the clock that
+        their own power allows, and a decode step overlaps the launches of its products.
         """
         factors = {}
         for phase, (pattern, prompt) in _REFERENCES.items():
@@ -155,7 +155,7 @@ class Measured:
         return math.fsum(self._time(phase, name, spec, True) for name in self.shapes)
 
     def rest(self, phase: str, layers: int) -> float:
-        """Microseconds that a model of so many of these blocks spends outside their products; 0 if not measured."""
+        """Microseconds that a model of so many of these blocks spends outside the products; 0 if not measured."""
         prompt = self.tokens if phase == "prefill" else self.decode_prompt
         whole = self.tables.whole(self.model, "dense_bf16", phase, prompt) if self.model in SHAPES else None
         if whole is None:

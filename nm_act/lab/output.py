@@ -26,7 +26,7 @@ def make_folder(folder: Path, shown: Path, option: str) -> None:
 
 
 def check_output(path: Path, run_file: str = RUN_FILE, part: str = "rows") -> None:
-    """Raise a ValueError if a folder holds files, but not `run_file`; the folder `part` in it may be there, empty."""
+    """Raise a ValueError if a folder holds files, but no `run_file`; an empty folder `part` in it is allowed."""
     if path.is_dir() and not (path / run_file).is_file():
         other = next((each.name for each in sorted(path.iterdir()) if each.name != part), part)
         if other != part or any((path / part).glob("*")):

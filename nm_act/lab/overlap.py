@@ -1,7 +1,7 @@
-"""Whether a model is evaluated on text that it was calibrated on: hashes of short windows of tokens.
+"""Detects that a model is evaluated on text that it was calibrated on, by hashes of short runs of tokens.
 
-Every run of `WINDOW` tokens has a hash; those divisible by `SAMPLED` are a text's fingerprints, wherever its windows
-were cut. A calibration keeps those of its text, and an evaluation looks for them in its own.
+Every run of `WINDOW` tokens has a hash; the hashes divisible by `SAMPLED` are a text's fingerprints, wherever its
+windows were cut. A calibration stores the fingerprints of its text, and an evaluation looks for them in its own text.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from .output import read_object
 WINDOW = 16
 SAMPLED = 32
 LARGEST_SHARE = 0.01
-"""Share of an evaluation's fingerprints that may be in the calibration's: phrases that many texts have."""
+"""Share of an evaluation's fingerprints that may occur in the calibration: phrases that many texts contain."""
 
 KEY = "text_hashes"
 """Field of a calibration's or a search's facts."""
@@ -45,7 +45,7 @@ def fingerprints(tokens: torch.Tensor) -> list[str]:
 
 
 def known_fingerprints(*files: Path) -> list[str]:
-    """The fingerprints in the facts of calibrations and searches; files that do not exist or have none are left out."""
+    """The fingerprints in the facts of calibrations and searches; missing files, and files without any, are skipped."""
     return [each for file in files if file.is_file() for each in read_object(file).get(KEY, ())]
 
 

@@ -9,8 +9,8 @@ POLICIES = {
 }
 """Name -> projections whose inputs are pruned.
 
-"amber" is Amber-Pruner's skip rule (never k, v, o, up) without its list of sensitive layers, which was published for
-Llama-3.1-8B alone; "alanova" is the subset of arXiv 2509.22166.
+"amber" is Amber-Pruner's skip rule (never k, v, o, up) without its list of sensitive layers, which was published only
+for Llama-3.1-8B; "alanova" is the subset of arXiv 2509.22166.
 """
 
 

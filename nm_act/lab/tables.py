@@ -20,7 +20,7 @@ _WHOLE_MODELS = "inference_turns.csv"
 
 @dataclass(frozen=True)
 class Product:
-    """A measured product, or the nearest one scaled to the sizes that were asked for."""
+    """A measured product, or the nearest one scaled to the requested sizes."""
 
     us: float
     dense_us: float  # of the same sizes, cuBLAS in bfloat16
@@ -44,13 +44,13 @@ class _Row:
         return sum(abs(math.log(a / b)) for a, b in zip(self.sizes, sizes, strict=True))
 
     def scaled(self, sizes: tuple[int, int, int]) -> tuple[float, float]:
-        """Times at other sizes: as many multiply-accumulates in the same time."""
+        """The times scaled to other sizes, in proportion to the multiply-accumulates."""
         factor = math.prod(sizes) / math.prod(self.sizes)
         return self.us * factor, self.dense_us * factor
 
 
 def _folder() -> Path:
-    """Of all devices: inside an installed package, else of the checkout."""
+    """Folder with the tables of all devices: inside an installed package, else in the checkout."""
     inside = Path(__file__).with_name("results")
     return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
@@ -103,11 +103,11 @@ class Tables:
     ) -> Product:
         """A product ``[tokens, in] x [out, in]`` with a pruned operand.
 
-        ``sizes`` are out_features, in_features and tokens. Those that were not measured take the nearest row's time per
-        multiply-accumulate. In decode the time of a share of kept features that was not measured is interpolated, or
-        beyond the measured shares proportional; between patterns of the same M, where some were measured. In prefill
-        every pattern but those with :meth:`has_sparse_gemm` is a pruned operand in the dense product. ``fused`` says
-        that in prefill the operand comes from the producer in front: packed for 2:4, else pruned at no cost.
+        ``sizes`` are out_features, in_features and tokens. Sizes that were not measured take the nearest row's time per
+        multiply-accumulate. In decode, a share of kept features that was not measured is interpolated between measured
+        ones, of the same M if there are some, or scaled in proportion outside their range. In prefill every pattern
+        except those with :meth:`has_sparse_gemm` is a dense product with a pruned operand. ``fused`` says that in
+        prefill the operator in front produces the operand: packed for 2:4, else pruned at no cost.
         """
         chosen = as_pattern(pattern)
         if phase == "decode":
@@ -168,9 +168,10 @@ class Tables:
         return Product(*best.scaled(sizes), note)
 
     def whole(self, model: str, mode: str, phase: str, prompt: int) -> float | None:
-        """Measured microseconds of a whole model at batch 1: time to first token, or a decode step; None without it.
+        """Measured microseconds of a whole model at batch 1: time to first token, or a decode step; None if not
+        measured.
 
-        Of modes that took turns, and of prompts back to back, as the products were measured.
+        The modes took turns, with prompts back to back, as the products were measured.
         """
         metric = "decode_tok_s" if phase == "decode" else "ttft_busy_ms"
         wanted = {"mode": mode, "batch": "1", "prompt": str(prompt), "metric": metric, "baseline": "dense_bf16"}

@@ -1,4 +1,4 @@
-"""Texts and data sets from the user's own files; without a folder of them, from the Hugging Face hub."""
+"""Texts and data sets from the user's own files or, without a data folder, from the Hugging Face hub."""
 
 import json
 import os
@@ -14,7 +14,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".txt", ".parquet")
 """File formats that are read: JSON lines, a JSON list, plain text, Parquet."""
 
 SPLITS = ("test", "validation", "val")
-"""Splits in the order of preference; a file is of a split if its name contains it."""
+"""Splits in order of preference; a file belongs to a split if its name contains the split's name."""
 
 HUB_TEXTS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
@@ -26,9 +26,9 @@ HUB_TEXTS = {
 def find_file(folder: str | Path, name: str) -> Path:
     """The file of a data set in a folder: ``NAME.SUFFIX``, ``*/NAME.SUFFIX`` or ``NAME/*.SUFFIX``, in this order.
 
-    Suffixes are .jsonl, .json, .txt and .parquet. Of several splits the test split is taken, else the validation split.
-    Raises FileNotFoundError if the folder does not exist or has no such file, ValueError if several files fit and none
-    of them names its split.
+    Suffixes are .jsonl, .json, .txt and .parquet. Of several splits, the test split is taken, else the validation
+    split. Raises FileNotFoundError if the folder does not exist or has no such file, ValueError if several files fit
+    and none of them names its split.
     """
     return find_splits(folder, name)[0]
 
@@ -71,7 +71,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def load_text(name: str, folder: str | Path | None = None) -> tuple[str, str]:
     """Text and source of "wikitext2" or "c4", from a data folder or the hub; rows are joined by blank lines.
 
-    Raises OSError if there is no such file or the hub cannot be read, ImportError if that needs the package datasets.
+    Raises OSError if there is no such file or the hub cannot be read, ImportError if the package datasets is missing.
     """
     if folder is not None:
         path = find_file(folder, name)
@@ -108,7 +108,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def tokenize(tokenizer: Any, text: str, max_tokens: int | None = None) -> torch.Tensor:
     """Token ids of a text, int64 ``[tokens]``, or only the first `max_tokens`, at least 2 (else ValueError).
 
-    Special tokens are up to the tokenizer: a beginning-of-sequence token stands at the start of the text, not of every
+    Special tokens are up to the tokenizer: a beginning-of-sequence token is at the start of the text, not of every
     window.
     """
     if max_tokens is not None and max_tokens < 2:

@@ -1,4 +1,4 @@
-"""What a sparse layer derives from its weight and its calibrated data, kept up to date with both."""
+"""The tensors that a sparse layer derives from its weight and its calibrated data, kept up to date with both."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,11 +20,11 @@ DERIVED = ("channel_scale", "shift_out", "operand_weight", "operand_bias")
 """Buffers that refresh() computes."""
 
 FOLLOW_WEIGHT = ("low_rank_in", "low_rank_out", "rotation")
-"""Calibrated matrices: GEMM operands, so they have the weight's dtype; the vectors stay float32."""
+"""Calibrated matrices, which are GEMM operands and have the weight's dtype; calibrated vectors stay float32."""
 
 
 class Deriving(nn.Linear):
-    """A linear layer with calibrated data, and with what its operator reads in place of the weight.
+    """A linear layer with calibrated data, and with the tensors that its operator reads in place of the weight.
 
     The base class of :class:`nm_act.NMLinear`, which adds the forward pass and its work, and documents the parameters.
     """
@@ -49,20 +49,20 @@ class Deriving(nn.Linear):
         self._spec = spec
         self.weight_layout = weight_layout
         self.lift = lift
-        # A tuple: as an attribute of its own the weight would be a parameter twice.
+        # A tuple, because as an attribute the weight would be registered as a parameter twice.
         self._lifted: tuple[nn.Parameter, torch.Tensor, NMPattern] | None = None
-        # The weight that the operator multiplies, and a copy of it in oneDNN's layout.
+        # The weight that the operator multiplies, and its copy in oneDNN's layout.
         self._prepacked: tuple[torch.Tensor, torch.Tensor] | None = None
-        # The work of ordinary calls, and the buffers that it was made of.
+        # The work of ordinary calls, and the buffers that it was made from.
         self._stored: tuple[LinearWork, list[tuple[str, torch.Tensor | None]]] | None = None
         self.differentiable = False
         self.shard: parallel.Shard | None = None
-        self._underived = False  # the weight was not loaded yet: the first forward computes what derives from it
-        self._visited = False  # the weight is loaded for each call: then no tensors of its size are kept either
+        self._underived = False  # the weight was not loaded yet: the first forward computes the derived tensors
+        self._visited = False  # the weight is loaded for each call, so no derived tensors of its size are kept
         self._incomplete = ""  # calibrated data that is still missing
         self._handed_out = False  # a parameter was read from outside since the last check, and may have been written to
         self._unchecked = False  # train() or eval() was called since
-        # The parameters that the derived data came from; None for one that is computed, or may have been swapped.
+        # The parameters that the derived tensors came from; None for one that is computed, or may have been swapped.
         self._sources: dict[str, stale.Source | None] = {}
         for name in DERIVED:
             self.register_buffer(name, None)
@@ -76,7 +76,7 @@ class Deriving(nn.Linear):
 
     @property
     def spec(self) -> LinearSpec:
-        """How the layer is sparse; another one that is set must need the same data and divide ``in_features``."""
+        """How the layer is sparse; a new spec must need the same data, and its span must divide ``in_features``."""
         return self._spec
 
     @spec.setter
@@ -114,28 +114,28 @@ class Deriving(nn.Linear):
 
     @property
     def lifted_weight(self) -> torch.Tensor | None:
-        """The lifted weight of which ``weight`` is a view, or None: nothing is lifted, or the weight was set since."""
+        """The lifted weight of which ``weight`` is a view; None if nothing is lifted, or the weight was set since."""
         return self._lifted[1] if self._lifted is not None and self._lifted[0] is self._own_weight else None
 
     @property
     def prepacked_weight(self) -> torch.Tensor | None:
-        """The copy of the operand weight in oneDNN's layout, or None: there is none, or the weight was set since."""
+        """The copy of the operand weight in oneDNN's layout; None if there is none, or the weight was set since."""
         return self._prepacked[1] if self._prepacked is not None and self._prepacked[0] is self._operand() else None
 
     def _operand(self) -> torch.Tensor:
-        """The weight that the operator multiplies, or the one that it is made from."""
+        """The weight that the operator multiplies."""
         return self._own_weight if self.operand_weight is None else self.operand_weight
 
     @torch.inference_mode(False)  # what is kept has to serve training too
     @torch.no_grad()
     def refresh(self) -> None:
-        """Store the weight in its layout and recompute what derives from it; a meta weight stays as it is."""
+        """Store the weight in its layout and recompute what is derived from it; a meta weight stays as it is."""
         self._lifted, self._prepacked, self._visited, self._stored = None, None, False, None
         if self._own_weight.is_meta:
             self._keep(dict.fromkeys(DERIVED))
             self._sources, self._underived = {}, True
             return
-        if self._parameters.get("weight") is not None:  # else it is computed, and its storage not the layer's
+        if self._parameters.get("weight") is not None:  # else it is computed, and its storage is not the layer's
             self._store(self._own_weight)
         self.shard = parallel.shard_of(self._own_weight)
         if self.shard is not None:
@@ -146,7 +146,7 @@ class Deriving(nn.Linear):
         self._set_derived()
 
     def _store(self, weight: nn.Parameter) -> None:
-        """Put a weight of another layout, or one to be lifted, into a parameter of its own: others may share this."""
+        """Put a weight of another layout, or one to be lifted, into a new parameter: others may share the old one."""
         stored = parallel.stored_in_out(weight) if self.weight_layout == "in_out" else weight
         pattern = self._lifted_pattern(weight)
         if pattern is not None:
@@ -161,7 +161,7 @@ class Deriving(nn.Linear):
         pattern = self.spec.pattern
         if not isinstance(pattern, NMPattern) or not is_lifted(pattern):
             return None
-        # Only the weight itself is lifted: not a part of it, and not where another one is multiplied in its place.
+        # Only a whole weight is lifted, and only if no other weight is multiplied in its place.
         if parallel.shard_of(weight) is not None or mitigations.replaces_weight(self.spec):
             return None
         on_gpu_in_half = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
@@ -180,7 +180,7 @@ class Deriving(nn.Linear):
         self._prepacked = (operand, prepack_weight(operand)) if packs else None
         self._underived = self._handed_out = self._unchecked = False
         self._set_sources()
-        if self.differentiable:  # calls build their own, of other operators; the first after that stores one
+        if self.differentiable:  # its calls build their own work; the first ordinary one stores it
             self._stored = None
         else:
             self._store_work()
@@ -188,11 +188,11 @@ class Deriving(nn.Linear):
     def _keep(self, derived: dict[str, torch.Tensor | None]) -> None:
         for name, value in derived.items():
             setattr(self, name, value)
-            # No checkpoint holds them. Those that are None are not listed: accelerate moves whatever is.
+            # Checkpoints do not contain them. Those that are None are not listed: accelerate moves whatever is.
             (self._non_persistent_buffers_set.discard if value is None else self._non_persistent_buffers_set.add)(name)
 
     def _set_sources(self) -> None:
-        """Remember the parameters that something derives from, if nobody else has to take part in deriving it."""
+        """Remember the parameters that tensors are derived from, if no other rank has to take part in deriving them."""
         copied = self._lifted is not None or self._prepacked is not None
         names = ["weight"] if self._reads_weight or copied else []
         names += ["bias"] if self._adds_bias and self._own("bias") is not None else []
@@ -202,14 +202,14 @@ class Deriving(nn.Linear):
         self._sources = {name: p if p is None else stale.Source(p) for name, p in parameters.items()}
 
     def derived_for_call(self) -> dict[str, torch.Tensor | None] | None:
-        """What derives from parameters lent for this call; None where what is stored holds, brought up to date."""
+        """What is derived from parameters substituted for this call; None if the stored tensors, now updated, apply."""
         if not self._sources or self._visited:
             return None
-        if torch.compiler.is_compiling():  # a guard of the graph: nothing is known about the values there
+        if torch.compiler.is_compiling():  # a guard of the graph; the values cannot be inspected here
             computed = any(self._parameters.get(name) is None for name in self._sources)
             return self._derive() if self._handed_out or computed else None
         seen = True
-        for name, source in self._sources.items():  # in every call: spelt out, for its time
+        for name, source in self._sources.items():  # spelt out, because it runs in every call
             seen = seen and source is not None and source.is_seen_in(self._parameters.get(name))
         if seen and not self._handed_out and not self._unchecked:
             return None
@@ -220,7 +220,7 @@ class Deriving(nn.Linear):
         parameters = [(source, self._own(name)) for name, source in self._sources.items()]
         if not all(stale.is_own(parameter) for _, parameter in parameters):
             return self._derive()
-        if torch._guards.detect_fake_mode() is not None:  # as in a compiled graph, and nothing of it may be kept
+        if torch._guards.detect_fake_mode() is not None:  # as in a compiled graph, and nothing may be kept
             return None if seen and not self._handed_out else self._derive()
         if self._own_weight.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -240,14 +240,14 @@ class Deriving(nn.Linear):
         weight, lifted, pattern = self._lifted
         if weight is self._own_weight and weight.data_ptr() == lifted.data_ptr():
             lifted[:, self.in_features :] = lift_weight(weight.detach(), pattern)[:, self.in_features :]
-        else:  # another weight, of which no columns lie behind it
+        else:  # another weight, which has no lifted columns behind it
             self._lifted = None
 
     def _check_ready(self) -> None:
-        if self._underived and not self._own_weight.is_meta:  # the weight is there for the first time
+        if self._underived and not self._own_weight.is_meta:  # the weight is available for the first time
             with without_autocast(self._own_weight):
                 self._set_derived()
-            if hasattr(self, "_hf_hook"):  # and, from accelerate's disk or memory, for this call only
+            if hasattr(self, "_hf_hook"):  # accelerate loaded the weight for this call only
                 self.operand_weight, self._prepacked, self._stored, self._visited = None, None, None, True
         if self._incomplete:
             raise RuntimeError(
@@ -262,7 +262,7 @@ class Deriving(nn.Linear):
     @torch.inference_mode(False)
     @torch.no_grad()
     def set_data(self, **data: torch.Tensor) -> None:
-        """Set calibrated data and recompute what derives from it; ValueError for a name or shape that does not fit."""
+        """Set calibrated data and recompute what is derived; ValueError for a name or shape that does not fit."""
         for name, value in data.items():
             known = self.data().get(name)
             if known is None or known.shape != value.shape:
@@ -277,15 +277,15 @@ class Deriving(nn.Linear):
         self.refresh()
 
     def _store_work(self) -> LinearWork:
-        """Make and keep the work of ordinary calls, of what was derived."""
+        """Make and store the work of ordinary calls from the derived tensors."""
         raise NotImplementedError
 
     def _derive(self) -> dict[str, torch.Tensor | None]:
-        """What the operator reads, by the names in DERIVED; differentiable in the calibrated data."""
+        """The tensors that the operator reads, by the names in DERIVED; differentiable in the calibrated data."""
         if self._incomplete:
             return dict.fromkeys(DERIVED)
         spec, data, mine = self.spec, self.data(), parallel.local_weight(self._own_weight)
-        # A rank that holds a part derives from the whole as a single process does, bit for bit, and takes its part.
+        # A rank that holds a part derives from the whole weight, bit for bit as a single process, and takes its part.
         whole = parallel.whole_weight(self._own_weight) if mitigations.reads_weight(spec) else mine
         v = mitigations.operand_weight(spec, whole, data)
         channel_scale = mitigations.selection_scale(spec, whole.detach(), v.detach(), data)
@@ -296,19 +296,19 @@ class Deriving(nn.Linear):
         local = self._local_data()
         return {
             "channel_scale": None if channel_scale is None else self._part(channel_scale, ("in",)),
-            # Of this rank's part: a row-parallel layer's images add up as its outputs do.
+            # From this rank's part: the images of a row-parallel layer add up as its outputs do.
             "shift_out": mitigations.shift_image(spec, operand, local),
             "operand_weight": None if v is whole else operand,
             "operand_bias": self._operand_bias(local),
         }
 
     def _operand_bias(self, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The bias with what calibration adds to it; None where that is nothing."""
+        """The bias plus the bias that calibration adds; None if it adds none."""
         if not self._adds_bias:
             return None
         added = data["added_bias"].to(self._own_weight.dtype)
         if self.shard is not None and self.shard.kind == "row":
-            # Added once; the layer's own bias is the caller's to add, behind the sum over the ranks.
+            # Added by one rank; the caller adds the layer's own bias after the sum over the ranks.
             return added if self.shard.rank == 0 else None
         return added if self._own("bias") is None else parallel.local_weight(self._own("bias")) + added
 
@@ -316,13 +316,13 @@ class Deriving(nn.Linear):
         return tensor if self.shard is None else self.shard.part(tensor, axes)
 
     def _local_data(self) -> dict[str, torch.Tensor]:
-        """The calibrated data, of a layer that is split over ranks this rank's part of it."""
+        """The calibrated data, or this rank's part of it if the layer is split over ranks."""
         if self.shard is None:
             return self.data()
         return {name: self._part(value, mitigations.DATA[name]) for name, value in self.data().items()}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Deriving":
-        # Not left to fn: the vectors stay float32 in a bfloat16 model and follow the weight as it is stored.
+        # fn alone does not suffice: vectors stay float32 in a bfloat16 model and follow the weight as it is stored.
         before = self.data()
         self._forget_sources()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -339,7 +339,7 @@ class Deriving(nn.Linear):
         self.refresh()
 
     def _forget_sources(self) -> None:
-        # torch.utils.swap_tensors, with which torch may convert and load, refuses what has a weak reference.
+        # torch.utils.swap_tensors, which torch may use to convert and load, refuses tensors with weak references.
         self._sources = dict.fromkeys(self._sources)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -347,7 +347,7 @@ class Deriving(nn.Linear):
         weight = self._parameters.get("weight")
         saved = f"{prefix}weight" in destination
         if saved and weight is not None and not keep_vars and self.shard is None and not weight.is_meta:
-            # In torch's layout, without what a lifted weight has behind it: safetensors refuses any other.
+            # In torch's layout and without the columns of a lifted weight: safetensors refuses anything else.
             own = weight.detach() if self.lifted_weight is None else weight.detach().clone()
             destination[f"{prefix}weight"] = own.contiguous()
 
@@ -369,7 +369,7 @@ class Deriving(nn.Linear):
             del state["spec"]
         state.setdefault("_prepacked", None)  # by nm_act 0.2
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # A copy of a lifted view is a tensor of its own, and what derives from a weight may be older than it.
+        # A copied lifted view is a separate tensor, and derived tensors may be older than the weight.
         if self._lifted is not None or self._handed_out or self.prepack:
             self.refresh()
         elif not self._own_weight.is_meta:
@@ -377,5 +377,5 @@ class Deriving(nn.Linear):
 
 
 def without_autocast(weight: torch.Tensor) -> AbstractContextManager[Any]:
-    """Inside, what derives from a weight is computed as it is while a model loads."""
+    """A context in which tensors are derived from a weight without autocast, as while a model loads."""
     return nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False)

@@ -27,7 +27,7 @@ def take_over_hooks(layer: nn.Module, old: nn.Module) -> None:
 
 
 def refuse_uncarried(name: str, layer: nn.Linear) -> None:
-    """Raise a ValueError for a layer whose replacement would lose hooks of its state or a forward of its own."""
+    """Raise a ValueError for a layer whose replacement would lose hooks on its state or a replaced forward."""
     what = ""
     if any(getattr(layer, hooks) for hooks in _STATE_HOOKS):
         what = "hooks of state_dict or load_state_dict"

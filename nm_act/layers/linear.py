@@ -21,7 +21,7 @@ from .work import LinearWork, compiled_operator, dense_operator, is_decode, work
 __all__ = ["FOLLOW_WEIGHT", "WEIGHT_LAYOUTS", "NMLinear", "sparse_layers"]
 
 WEIGHT_LAYOUTS = ("in_out", "out_in")
-"""How the weight [out, in] lies in memory: "in_out" stores one input channel's weights together."""
+"""Layout of the weight [out, in] in memory: "in_out" stores the weights of one input channel together."""
 
 
 class NMLinear(Deriving):
@@ -37,18 +37,17 @@ class NMLinear(Deriving):
     spec : LinearSpec
         Pattern, criterion, mitigation and phase.
     weight_layout : str
-        "in_out" (default) stores ``weight [out, in]`` with its input channels outermost (``weight.t()`` is
-        contiguous), so that a decode step reads the rows of surviving inputs only; "out_in" keeps torch's
-        own layout.
+        "in_out" (default) stores ``weight [out, in]`` with its input channels outermost (``weight.t()`` is contiguous),
+        so that a decode step reads only the rows of surviving inputs; "out_in" keeps torch's layout.
     lift : bool or str
-        Store the weight of a 2:4+1 layer lifted (:func:`nm_act.lift_weight`), with ``weight`` a view of it; takes a
-        quarter more memory. "auto" (default): where the sparse tensor cores can use it, on CUDA in 16 bits.
+        Store the weight of a 2:4+1 layer lifted (:func:`nm_act.lift_weight`), with ``weight`` as a view of it; this
+        takes a quarter more memory. "auto" (default): where the sparse tensor cores can use it, on CUDA in 16 bits.
 
     Raises
     ------
     ValueError
-        If the pattern's group does not divide ``in_features``, the layout is unknown, or ``lift`` is True for
-        another pattern than 2:4+1.
+        If the pattern's group does not divide ``in_features``, the layout is unknown, or ``lift`` is True for a pattern
+        other than 2:4+1.
 
     Notes
     -----
@@ -56,23 +55,23 @@ class NMLinear(Deriving):
     that the spec leaves out, the layer computes the dense ``F.linear``.
 
     ``weight`` is always the dense weight. The operands derived from it and from the calibrated data are not saved:
-    ``channel_scale``, ``shift_out``, ``operand_bias`` and, where a method changes the weight, ``operand_weight`` (a
-    second copy of the weight in memory; a layer whose weight accelerate loads for each call derives that one in each
-    call). A weight that torch computes (``parametrize``) is derived from in each call.
+    ``channel_scale``, ``shift_out``, ``operand_bias`` and, if a method changes the weight, ``operand_weight``, a second
+    copy of the weight in memory (computed in each call if accelerate loads the weight for each call). If torch computes
+    the weight (``parametrize``), all of them are computed in each call.
 
     Derived operands follow the weight. Every call notices a parameter that was assigned, substituted by
     ``functional_call``, or changed by an operation that increments its version counter. A write through ``.data`` does
-    not: after ``layer.weight`` was read (as LoRA merging does), or ``train()`` or ``eval()`` called, the next call
-    compares a fingerprint of the weight once. After a write to ``.data`` by another way (through ``parameters()``, or a
-    reference kept since an earlier call), call :meth:`refresh` or ``eval()``; with a CUDA graph do so after any write,
-    and capture it again. A compiled layer cannot compare: once its weight was read, each call derives again, until
-    :meth:`refresh` or a call that is not compiled. A weight that is sharded (a DTensor) or loaded for each call is not
-    checked: call :meth:`refresh`, for a sharded one on all ranks together.
+    not increment it. Therefore, if ``layer.weight`` was read (as LoRA merging does), or ``train()`` or ``eval()`` was
+    called, the next call compares a fingerprint of the weight once. After any other write to ``.data`` (through
+    ``parameters()``, or a reference kept since an earlier call), call :meth:`refresh` or ``eval()``; with a CUDA graph,
+    do so after every write, and capture the graph again. A compiled layer cannot compare: once its weight was read,
+    each call derives the operands again, until :meth:`refresh` or a call that is not compiled. A weight that is sharded
+    (a DTensor) or loaded for each call is not checked: call :meth:`refresh`, for a sharded one on all ranks together.
 
-    The layer trains: the gradient is straight through the selection, with the forward's mask as a constant, as in the
-    training recipe of arXiv 2509.22166. The forward computes the same bits with and without a gradient, except that it
-    does not use a lifted weight, which on CUDA may round differently. While the weight requires a gradient, every call
-    that autograd records derives the operands again. Calibration sets ``differentiable``.
+    The layer can be trained: the gradient is straight through the selection, with the forward's mask as a constant, as
+    in the training recipe of arXiv 2509.22166. The forward computes the same bits with and without a gradient, except
+    that with a gradient it does not use a lifted weight, which on CUDA may round differently. While the weight requires
+    a gradient, every call that autograd records derives the operands again. Calibration sets ``differentiable``.
 
     Examples
     --------
@@ -135,9 +134,9 @@ class NMLinear(Deriving):
         layer.weight, layer.bias = linear.weight, linear.bias
         hook, device = getattr(linear, "_hf_hook", None), linear.weight.device
         aligning = [each for each in getattr(hook, "hooks", [hook]) if hasattr(each, "execution_device")]
-        for each in aligning:  # accelerate's, which bring an offloaded weight in for each call
+        for each in aligning:  # accelerate's hooks, which load an offloaded weight for each call
             device = device if each.execution_device is None else each.execution_device
-            each.offload_buffers = False  # what it would bring in are the dense layer's: it has none
+            each.offload_buffers = False  # the hook would load the dense layer's buffers, and there are none
         for name in layer._data_names:
             setattr(layer, name, torch.full_like(getattr(layer, name), torch.nan, device=device))
         layer.train(linear.training)
@@ -184,7 +183,7 @@ class NMLinear(Deriving):
         return y if context is None else context.overwrite_dense(y, x, lambda rows: F.linear(rows, weight, bias))
 
     def work(self, weight: torch.Tensor) -> LinearWork:
-        """What this call computes: as stored, or made anew for parameters that it was lent or that it trains.
+        """The work of this call: the stored one, or a new one if parameters were substituted or are being trained.
 
         Raises
         ------
@@ -199,7 +198,7 @@ class NMLinear(Deriving):
         if self.differentiable or (trained and self._reads_weight):
             with without_autocast(weight):
                 return self._make_work(self._derive(), **self._copies(trained))
-        # In training the copies are left aside: then only an added bias can have changed.
+        # Training does not use the copies, so only an added bias can have changed.
         mine = self.derived_for_call() if self._adds_bias or not trained else None
         bias_trained = self._adds_bias and autograd.needs_derivative(self._own("bias"))
         replaced = self._visited and mitigations.replaces_weight(self.spec)
@@ -242,7 +241,7 @@ class NMLinear(Deriving):
         elif self.differentiable or not isinstance(spec.pattern, NMPattern):
             operator, copies = composed.sparse_linear, {}
         else:
-            # Ranks that see a slice of the features exchange what is a statistic of the whole token.
+            # Ranks that see only a slice of the features exchange the statistics of the whole token.
             if self.shard is not None and self.shard.kind == "row":
                 operator = partial(parallel.row_sparse_linear, self.shard)
             else:
@@ -274,7 +273,7 @@ class NMLinear(Deriving):
 
     def extra_repr(self) -> str:
         """Sizes and spec, for printing."""
-        bias = self._own("bias") is not None  # nn.Linear's own would count as a reader of it
+        bias = self._own("bias") is not None  # nn.Linear's extra_repr would count as a reader of the bias
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.spec}"
 
 

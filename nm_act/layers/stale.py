@@ -1,4 +1,4 @@
-"""Detects that a parameter changed since something was derived from it.
+"""Detects that a parameter has changed since something was derived from it.
 
 An in-place operation increments the tensor's version counter, and assigning a parameter makes it another object; every
 call checks both, cheaply. A write through ``.data`` (as LoRA merging does) does not touch the counter. It shows in a
@@ -39,13 +39,13 @@ class Source:
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor | None:
-    """A module's parameter, read without telling :class:`NMLinear` that somebody may write to it."""
-    # parametrize and torch's prune compute it: then it is no parameter but an attribute, another tensor in each call.
+    """A module's parameter, read without making :class:`NMLinear` expect a write to it."""
+    # If parametrize or torch's prune compute it, it is no parameter but an attribute, and another tensor in each call.
     return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 def is_own(parameter: Tensor) -> bool:
-    """Whether it is a parameter of the module; ``functional_call`` substitutes other tensors during one call."""
+    """Whether it is the module's own parameter; ``functional_call`` substitutes other tensors during one call."""
     return type(parameter) is nn.Parameter
 
 

@@ -1,4 +1,4 @@
-"""Finds the first tokens of each sequence, and padding, in a call; some recipes treat them differently."""
+"""Finds the first tokens of each sequence and the padding in a call; some recipes treat them differently."""
 
 import inspect
 import sys
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """Facts about the tokens of a running call of the decoder stack, for its layers."""
+    """What layers need to know about the tokens of a running call of the decoder stack."""
 
     stack: torch.nn.Module | None
     shape: tuple[int, int]  # (batch, tokens)
@@ -34,10 +34,10 @@ class _Call:
         positions, tokens = self.positions, self.shape[1]
         if positions is None or tokens == 1 or positions.shape[-1] != tokens:
             return ""
-        if positions.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph cannot be asked
+        if positions.is_cuda and torch.cuda.is_current_stream_capturing():  # values cannot be read during a capture
             return ""
         back = positions[:, 1:] < positions[:, :-1]
-        if self.valid is not None:  # padding has any position
+        if self.valid is not None:  # padding may have any position
             valid = self.valid.to(back.device)
             back = back & valid[:, 1:] & valid[:, :-1]
         return "position_ids that start again within a row" if bool(back.any()) else ""
@@ -46,17 +46,18 @@ class _Call:
 class TokenContext:
     """Tells every :class:`~nm_act.NMLinear` of a model what the tokens of the running call are.
 
-    It tells which tokens are computed dense and, for criteria that read a whole sequence (clact), where each sequence
-    is and which of its tokens are padding.
+    It says which tokens are computed dense and, for criteria that read a whole sequence (clact), where each sequence is
+    and which of its tokens are padding.
 
     The first tokens of a sequence act as attention sinks; pruning their activations costs more accuracy than their
     share of the work saves (TEAL and WINA leave them dense). Two hooks on the decoder stack begin and end a call around
-    every forward, and layers read it. Running calls are kept per thread, so that several threads may run one model.
+    every forward, and the layers read that call. Running calls are kept per thread, so that several threads may run one
+    model.
 
     A token's position in its sequence comes from ``position_ids``, else from the 2-D ``attention_mask``, else from the
     length of the KV cache (any argument with a ``get_seq_length``). Padding is never a first token. Without padding the
-    first tokens of a call are a slice; with padding their rows are gathered. In a call with positions or a mask the
-    hook reads one or two flags back from the device. ``torch.compile`` does not trace it: the graph breaks in front of
+    first tokens of a call are a slice; with padding their rows are gathered. In a call with positions or a mask, the
+    hook reads one or two flags back from the device. ``torch.compile`` does not trace the hook: the graph breaks before
     the decoder stack.
 
     Parameters
@@ -74,11 +75,11 @@ class TokenContext:
 
     def __init__(self, first_tokens: int):
         self.first_tokens = first_tokens
-        # Thread-local rather than a context variable: torch.compile traces reads of the one, not of the other.
+        # Thread-local rather than a context variable, because torch.compile traces only reads of the former.
         self._here = threading.local()
 
     def __getstate__(self) -> dict[str, int]:
-        return {"first_tokens": self.first_tokens}  # running calls stay where they run
+        return {"first_tokens": self.first_tokens}  # running calls are not copied
 
     def __setstate__(self, state: dict[str, int]) -> None:
         TokenContext.__init__(self, **state)

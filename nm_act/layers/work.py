@@ -1,4 +1,4 @@
-"""What a sparse call of a layer needs beside its input, worked out when the weight, the data or the spec change."""
+"""What a sparse call of a layer needs besides its input, computed when the weight, the data or the spec change."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,14 +21,15 @@ class LinearWork:
 
     operator: Callable[..., Tensor]  # ``(x, weight, bias, pattern, **options) -> y``: one of those below
     pattern: NMPattern | TopKPattern
-    # Of the operator: channel scale, shifts and their image, variance correction, column scale, copies of the weight.
+    # Options of the operator: channel scale, shifts and their image, variance correction, column scale, copies of the
+    # weight.
     options: Mapping[str, Any]
     decode_pattern: NMPattern | None = None  # in place of ``pattern`` for one token per sequence
     weight: Tensor | None = None  # in place of the layer's own
     bias: Tensor | None = None
     rotation: Tensor | None = None  # [in, in], basis of the selection, in the dtype of the weight
     low_rank: tuple[Tensor, Tensor] | None = None  # [rank, in] and [out, rank], added for the dense input
-    by_sequence: bool = False  # every sequence has a channel scale of its own, from this call's tokens (CLACT)
+    by_sequence: bool = False  # every sequence gets its own channel scale, from this call's tokens (CLACT)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None, context: TokenContext | None = None) -> Tensor:
         """``x [..., in] -> [..., out]``, given the layer's own parameters and its token context (or None)."""
@@ -44,7 +45,7 @@ class LinearWork:
             options = {name: value for name, value in options.items() if name != "prepacked_weight"}
             if "lifted_weight" in options:
                 options["lifted_weight"] = options["lifted_weight"].to(x.dtype)
-        if bias is not None and bias.dtype != x.dtype:  # of a layer that keeps its bias in float32, too
+        if bias is not None and bias.dtype != x.dtype:  # also in a layer that keeps its bias in float32
             bias = bias.to(x.dtype)
         z = x if self.rotation is None else x @ self.rotation.to(x.dtype)
         if self.by_sequence and x.ndim > 1:
@@ -66,7 +67,7 @@ class LinearWork:
         options: Mapping[str, Any],
         context: TokenContext | None,
     ) -> Tensor:
-        # The number of sequences is spelt out: of no tokens at all, none could be inferred.
+        # The number of sequences is spelt out: it could not be inferred from a call without tokens.
         sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
         if context is not None:
             sequences, valid = context.sequences(x, sequences)
@@ -78,7 +79,7 @@ class LinearWork:
             scale = criteria.call_scale(seen, None if valid is None else valid[index])
             scale = scale if static is None else scale * static
             rows.append(self.operator(tokens, weight, bias, pattern, **{**options, "channel_scale": scale}))
-        # Not out_features: of a layer that is split over ranks, the weight here is a part.
+        # Not out_features: in a layer that is split over ranks, this weight is only a part.
         y = torch.stack(rows) if rows else x.new_empty((0, weight.shape[0]))
         return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -95,7 +96,7 @@ def work_of(
     derived: Mapping[str, Tensor | None],
     **copies: Tensor | None,
 ) -> LinearWork:
-    """The work of a :class:`~nm_act.LinearSpec` with its calibrated data and what derives from the weight.
+    """The work of a :class:`~nm_act.LinearSpec`, from its calibrated data and the tensors derived from the weight.
 
     `copies` are the weight in other layouts: ``lifted_weight``, ``prepacked_weight``.
     """
@@ -127,7 +128,7 @@ def work_of(
 def dense_operator(
     x: Tensor, weight: Tensor, bias: Tensor | None, pattern: NMPattern | TopKPattern, **options: Any
 ) -> Tensor:
-    """Of the baselines that prune the weight: their operand weight is sparse, the activation dense."""
+    """The operator of the baselines that prune the weight: the operand weight is sparse, the activation dense."""
     return F.linear(x, weight, bias)
 
 

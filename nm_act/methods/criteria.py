@@ -18,10 +18,10 @@ weight-magnitude    none: prunes the *weights* N:M by ``|W_ij|``, activations st
 wanda               none: prunes the weights by ``|W_ij| * ||X_:j||_2``, calibrated
 ==================  ========================================================================
 
-The two readings of Amber-Pruner: its text (arXiv 2508.02128) trims and standardises "the weight" without saying over
-what. ``amber`` takes the whole matrix; ``amber-channel`` takes each output channel, so that one with large weights does
-not outvote the others. Standardising each *input* channel is no third reading: it makes all their norms equal, which
-is act.
+There are two readings of Amber-Pruner, because its text (arXiv 2508.02128) trims and standardises "the weight" without
+saying over what. ``amber`` takes the whole matrix; ``amber-channel`` takes each output channel, so that one with large
+weights does not outvote the others. Standardising each *input* channel is no third reading: it would make all norms
+equal, which is act.
 
 The last two are the weight-pruning baselines; see :func:`prune_weight`.
 
@@ -43,7 +43,7 @@ AMBER_QUANTILES = (0.005, 0.995)
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a criterion is made of; one in ``CRITERIA`` is all that a new one needs."""
+    """A criterion as data; a new criterion needs only an entry in ``CRITERIA``."""
 
     # ``weight [out, in], float32 -> c [in]``; None where no channel scale derives from the weight.
     formula: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -62,9 +62,9 @@ def check_criterion(name: str) -> str:
 def channel_scale(name: str, weight: torch.Tensor) -> torch.Tensor | None:
     """Channel scale ``c [in]``, float32, of a criterion for one weight ``[out, in]`` as the layer stores it.
 
-    None where no scale derives from the weight: "act" (1), "clact" and the weight-pruning baselines. Raises ValueError
-    if the criterion is unknown, or ``weight`` is not a matrix. Amber-Pruner's quantiles are exact here, over all
-    entries, interpolated linearly between neighbours; a random sample of them would make the choice differ from run to
+    None if no scale is derived from the weight: "act" (1), "clact" and the weight-pruning baselines. Raises ValueError
+    if the criterion is unknown, or ``weight`` is not a matrix. Amber-Pruner's quantiles are computed exactly, over all
+    entries and with linear interpolation between neighbours; with a random sample, the choice would differ from run to
     run. Sources: arXiv 2509.22166 and its relatives Amber-Pruner and WINA.
 
     Examples
@@ -104,7 +104,7 @@ def _amber_channel_norm(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _standardised_norm(weight: torch.Tensor, inside: torch.Tensor, dim: int | None) -> torch.Tensor:
-    """Column norms of the weight, standardised along ``dim`` over the entries inside; the others count as 0."""
+    """Column norms of the weight, standardised along ``dim`` over the entries ``inside``; the others count as 0."""
     count = inside.sum(dim=dim, keepdim=dim is not None)
     mean = torch.where(inside, weight, 0).sum(dim=dim, keepdim=dim is not None, dtype=torch.float64) / count
     centred = torch.where(inside, weight - mean.float(), 0)
@@ -167,4 +167,4 @@ CRITERIA = {
     "weight-magnitude": Criterion(prunes_weight=True),
     "wanda": Criterion(prunes_weight=True, data=("input_norm",)),
 }
-"""Criterion name -> what it is."""
+"""Criterion name -> its data."""

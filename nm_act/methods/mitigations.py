@@ -1,4 +1,4 @@
-"""Error mitigations: what each one needs as data, and what a layer derives from that data.
+"""Error mitigations: the data that each one needs, and what a layer derives from these data.
 
 No mitigation has a forward of its own. Each one supplies an option of :func:`nm_act.sparse_linear` (a channel scale, a
 shift and its image, a column scale, a bias), changes the weight that the operator reads (the *operand weight*), or
@@ -25,12 +25,12 @@ larosa          ``P(XQ)(WQ)^T``, Q = eigenvectors of the inputs' covariance    `
 permute [ours]  an order of the input channels, folded into the neighbours     ``input_order``
 ==============  =============================================================  =====================================
 
-pcs changes nothing but the selection: in ``P(X/s)(W*s)^T`` the scales of a survivor cancel, so the layer keeps X and W
-and selects with ``channel_scale / s`` (in e4m3, real scaling would also change the rounding).
-The low-rank term is computed outside of the operator: it reads the dense input, so a kernel of the sparse operand could
-only run the same two small GEMMs, and ``addmm`` already fuses the sum into the second. ``nu`` and ``column_scale`` do
-not scale it. A criterion that reads the weight reads V, or W with ``-fit``. Shift images and row sums are computed from
-the operand weight as stored.
+pcs changes only the selection: in ``P(X/s)(W*s)^T`` the scales of a survivor cancel, so the layer keeps X and W and
+selects with ``channel_scale / s`` (in e4m3, scaling the values would also change the rounding). The low-rank term is
+computed outside the operator. It reads the dense input, so a kernel for the sparse operand could only run the same two
+small GEMMs, and ``addmm`` already fuses the sum into the second. ``nu`` and ``column_scale`` do not scale it. A
+criterion that reads the weight reads V, or W with ``-fit``. Shift images and row sums are computed from the operand
+weight as stored.
 
 Sources: arXiv 2509.22166 (VAR, shifts, LS), R-Sparse (arXiv 2504.19449), LaRoSA (arXiv 2507.01299).
 """
@@ -48,7 +48,7 @@ from . import criteria
 
 @dataclass(frozen=True)
 class Observed:
-    """What calibration knows of one layer when its data are made."""
+    """What calibration knows about one layer when it computes the layer's data."""
 
     weight: torch.Tensor  # [out, in]
     mean: torch.Tensor  # [in], of the operand's channels, float32, in the basis of the selection
@@ -61,7 +61,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Mitigation:
-    """What a mitigation is made of."""
+    """A mitigation as data."""
 
     text: str  # what it does, in a few words
     data: tuple[str, ...] = ()  # names of the tensors in ``DATA`` that it needs from calibration
@@ -135,7 +135,7 @@ MITIGATIONS = {
     ),
     "permute": Mitigation("static order of the input channels", ("input_order",), lambda seen: (seen.input_order,)),
 }
-"""Mitigation name -> what it is; "rsparse-R", with any rank R, "-fit" and "-trained" come on top."""
+"""Mitigation name -> its data; in addition there is "rsparse-R" with any rank R, and its "-fit" and "-trained"."""
 
 _LOW_RANK = re.compile(r"rsparse-([1-9]\d*)(-fit)?(-trained)?")
 
@@ -163,7 +163,7 @@ def mitigation(name: str) -> Mitigation:
 
 
 def check_mitigations(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names if each is known and they go together, else raise a ValueError of one sentence."""
+    """Return the names if each is known and they can be combined, else raise a ValueError of one sentence."""
     names = tuple(names)
     slots: dict[str, str] = {}
     for name in names:
@@ -194,7 +194,7 @@ def rank_of(names: Iterable[str]) -> int:
 
 
 def is_fitted(names: Iterable[str]) -> bool:
-    """Whether the low-rank pair among the mitigations starts from the selection's error."""
+    """Whether the mitigations contain a low-rank pair that starts from the selection's error."""
     return any("lost" in mitigation(name).matrices for name in names)
 
 
@@ -217,12 +217,12 @@ def shape_of(name: str, in_features: int, out_features: int, rank: int) -> tuple
 
 
 def replaces_weight(spec: Spec) -> bool:
-    """Whether the operator multiplies by another weight than the layer's own (:func:`operand_weight`)."""
+    """Whether the operator multiplies by a weight other than the layer's own (:func:`operand_weight`)."""
     return spec.scoring.prunes_weight or not {"low_rank_in", "rotation"}.isdisjoint(data_of(spec))
 
 
 def reads_weight(spec: Spec) -> bool:
-    """Whether the selection or the operand weight derives from the whole of the layer's weight."""
+    """Whether the selection or the operand weight is derived from the layer's whole weight."""
     return replaces_weight(spec) or spec.scoring.formula is not None
 
 
@@ -268,7 +268,7 @@ def selection_scale(
 
 
 def shift_image(spec: Spec, v: torch.Tensor, data: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """``V @ eta`` of a static shift, the row sums ``V @ 1`` of a per-token one, float32; None without a shift."""
+    """For a static shift ``V @ eta``, for a per-token one the row sums ``V @ 1``, float32; None without a shift."""
     if spec.token_shift != "none":
         return v.sum(dim=1, dtype=torch.float64).float()
     if "shift" in data:
@@ -291,14 +291,14 @@ def rotation_of(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def low_rank_of(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """R-Sparse: ``low_rank_in [rank, in]`` and ``low_rank_out [out, rank]``, whose product is W's best of that rank."""
+    """R-Sparse: ``low_rank_in [rank, in]`` and ``low_rank_out [out, rank]``: W's best approximation of that rank."""
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
     root = s[:rank].sqrt()
     return (root.unsqueeze(1) * v[:rank]).float(), (u[:, :rank] * root).float()
 
 
 def fitted_low_rank_of(weight: torch.Tensor, lost: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The low-rank pair that leaves the least output error of the selection [ours].
+    """The low-rank pair that minimises the output error of the selection [ours].
 
     ``AB = U U^T W`` with ``U [out, rank]`` the leading eigenvectors of ``W R W^T``: among all pairs of that rank it
     minimises ``E ||(X - P(X)) (W - AB)^T||^2`` (Eckart and Young, applied to the errors instead of the weight).

@@ -1,6 +1,6 @@
-"""Rotary embedding, update of a static cache, a decode step's attention, each in one kernel (CUDA, 16 bits).
+"""Rotary embedding, update of a static cache, and attention of a decode step, in one kernel each (CUDA, 16 bits).
 
-:mod:`nm_act.ops.fused` has them too, beside the products of a layer.
+:mod:`nm_act.ops.fused` exports them too, beside the products of a layer.
 """
 
 from typing import Any
@@ -33,13 +33,13 @@ def rotary(
     q_norm, k_norm : Tensor [head_dim], dtype of q, optional
         Weights of an RMSNorm of each head before the embedding; for head_dim 16, 32, 64, 128, 256 and 512.
     eps : float, optional
-        With ``q_norm`` or ``k_norm``, and not without.
+        Required with ``q_norm`` or ``k_norm``, and allowed only then.
     unit_offset : bool
-        Of these norms, as in :func:`nm_act.ops.fused.rms_norm_prune`.
+        For these norms, as in :func:`nm_act.ops.fused.rms_norm_prune`.
 
     Returns
     -------
-    q, k : Tensor, contiguous, of the shapes given; rounded where Transformers' own embedding rounds
+    q, k : Tensor, contiguous, of the given shapes; rounded at the same points as in Transformers' embedding
     """
     norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps, "unit_offset": unit_offset}
     rotated: tuple[Tensor, Tensor] = library.call("rotary", q, k, cos, sin, **norms)
@@ -68,7 +68,7 @@ def rotary_cache(
     q, k, v : Tensor [batch, tokens, heads, head_dim]
     cos, sin : Tensor [1 or batch, tokens, head_dim]
     keys, values : Tensor [batch, heads, max_tokens, head_dim], contiguous
-        Written at the last ``tokens`` places before ``lengths``; none beyond the cache.
+        Written at the last ``tokens`` places before ``lengths``, but never beyond the cache.
     lengths : Tensor [batch], int32
         Tokens of each sequence, the new ones included.
     q_norm, k_norm, eps, unit_offset
@@ -105,12 +105,12 @@ def decode_attention(
     cos, sin, keys, values
         As in :func:`rotary_cache`.
     lengths : Tensor [batch], int32
-        As in :func:`rotary_cache`. A sequence whose length is not in 1 to max_tokens writes nothing, and its outputs
-        are NaN; others are not affected.
+        As in :func:`rotary_cache`. A sequence whose length is outside 1 to max_tokens writes nothing, and its outputs
+        are NaN; other sequences are not affected.
     scaling : float
         Factor of the scores.
     window : int
-        Tokens to attend to, the new one included; 0: all.
+        Number of tokens to attend to, including the new one; 0 for all.
     q_norm, k_norm, eps, unit_offset
         As in :func:`rotary`.
 
@@ -123,7 +123,7 @@ def decode_attention(
     TypeError, ValueError
         If a dtype, shape or option does not fit.
     NotImplementedError
-        If the device is not of compute capability 9.0, or the heads are not supported.
+        If the device does not have compute capability 9.0, or the heads are not supported.
     """
     norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": eps, "unit_offset": unit_offset}
     cached = (keys, values, lengths, scaling, window)

@@ -1,13 +1,12 @@
-"""Gradients of the compiled operators: straight through the selection, with the mask of the forward as a constant.
+"""Gradients of the compiled operators: straight through the selection, with the mask of the forward pass constant.
 
 :mod:`nm_act.ops.gradients` has the formulas.
 
-The backward pass keeps X and the weight, and selects again: the selection is deterministic to the bit. The forward pass
-runs the same kernel with and without a gradient, so its values are the same bits.
+The backward pass keeps X and the weight and selects again, since the selection is deterministic to the bit. The forward
+pass runs the same kernel with and without a gradient, so its values are the same bits.
 
 Under torch.func and for forward-mode derivatives, :mod:`nm_act.ops.composed` replaces the operator; its values may
-differ in rounding. Operators that have no useful gradient (packed operands, 8-bit weights) refuse the backward pass in
-one sentence.
+differ in rounding. Operators without a useful gradient (packed operands, 8-bit weights) refuse the backward pass.
 """
 
 import operator
@@ -84,9 +83,9 @@ def refuse_backward(compute: Callable[[], Any], sentence: str, inputs: Iterable[
 
 
 def unrecorded(operator: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
-    """``operator(*args, **options)``, past its autograd kernel where that has nothing to do.
+    """``operator(*args, **options)``, bypassing its autograd kernel if that has nothing to do.
 
-    The kernel is Python, which takes 4 µs a call, as long as a small layer's product.
+    That kernel is Python and takes 4 µs per call, as long as the product of a small layer.
     """
     skipped = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     if (
@@ -229,7 +228,7 @@ def _sparse_linear(
         )
     if _is_transformed(*tensors):
         return composed.sparse_linear(x, weight, bias, NMPattern(n, m, tuple(extra_columns)), **vectors, **options)
-    # The lifted weight is a copy of the weight, to which the whole gradient goes.
+    # The lifted weight is a copy of the weight; the whole gradient goes to the weight.
     lifted = None if lifted_weight is None else lifted_weight.detach()
     return _recorded(_SparseLinear, forward, pattern | options, lifted, *tensors)
 

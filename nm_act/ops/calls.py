@@ -1,4 +1,4 @@
-"""Which operators a piece of code calls, how often, and which path each ``sparse_linear`` among them takes."""
+"""Counts the operators that a piece of code calls, with the path that each ``sparse_linear`` takes."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class Call:
 
 
 class Calls(Counter[Call]):
-    """Call -> how often it was made, in the order of the first ones; printed one a line."""
+    """Call -> how often it was made, in order of first occurrence; printed one per line."""
 
     def __str__(self) -> str:
         lines = [f"{count} x {call}" for call, count in self.items()]
@@ -38,7 +38,7 @@ class Calls(Counter[Call]):
 def explain_calls() -> Iterator[Calls]:
     """Count the operators that the code within calls, with the path of each :func:`nm_act.sparse_linear` and why.
 
-    For code that is not compiled, in this thread, also of a whole model. What a CUDA graph replays calls nothing.
+    Sees code of any size in this thread, unless it is compiled or replayed by a CUDA graph.
 
     Examples
     --------

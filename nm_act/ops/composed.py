@@ -1,4 +1,4 @@
-"""sparse_linear as torch operations around the selection: for per-token top-k, calibration and torch.func.
+"""sparse_linear as torch operations around the selection, for per-token top-k, calibration and torch.func.
 
 Inference and training run the compiled operator, :func:`nm_act.sparse_linear`. This module adds what that operator
 lacks: forward-mode derivatives, and float64, in which the tests check derivatives.
@@ -35,7 +35,7 @@ def sparse_linear(
     Parameters
     ----------
     x, weight, bias, channel_scale, shift, token_shift, **epilogue
-        As in :func:`nm_act.sparse_linear`; float64 too.
+        As in :func:`nm_act.sparse_linear`; float64 is allowed too.
     pattern : NMPattern or TopKPattern
 
     Returns
@@ -57,7 +57,7 @@ def select(z: Tensor, pattern: NMPattern | TopKPattern, channel_scale: Tensor | 
 
 
 def survivors(z: Tensor, pattern: NMPattern | TopKPattern, channel_scale: Tensor | None) -> Tensor:
-    """Mask of the survivors of ``z [..., in]``, bool, without a gradient; True for a survivor that is 0 too."""
+    """Mask of the survivors of ``z [..., in]``, bool, without a gradient; also True for survivors that are 0."""
     z = z.detach()
     channel_scale = None if channel_scale is None else channel_scale.detach()
     if not isinstance(pattern, NMPattern):

@@ -1,6 +1,6 @@
 """Weights in e4m3, and the linear layer over one or two copies of such a weight.
 
-The choice of the copy by the number of tokens is an operator, because a compiled graph serves any number of them.
+The choice of a copy by the number of tokens is an operator, because one compiled graph serves any number of tokens.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ FP8_LAYOUTS = ("prefill", "decode", "both")
 """The phases that the e4m3 copies of a weight are stored for."""
 
 FEW_TOKENS = _C.FEW_TOKENS
-"""Most tokens whose weight rows are worth skipping in e4m3."""
+"""Largest number of tokens for which skipping weight rows pays in e4m3."""
 
 
 SKIPPING_TOKENS, MOST_ROWS = 2, 0.55
-"""Where the gather kernel beats a dense e4m3 product of the other copy: for so many tokens with any pattern, and for
-more whose tokens are expected to need so small a share of the rows between them. On an H100, the four products of a
-Llama-3-8B layer with 8:16 took 53, 80, 109 and 118 us for one to four tokens, with every row 91, 96, 114 and 115, and
-dense e4m3 ones, whose operand is pruned before, 95 to 97 (benchmarks/results/h100/few_tokens.csv); the share is
+"""The gather kernel beats a dense e4m3 product over the other copy for up to so many tokens with any pattern, and for
+more tokens if they are expected to need at most this share of the rows together. On an H100, the four products of a
+Llama-3-8B layer with 8:16 took 53, 80, 109 and 118 us for one to four tokens; with every row 91, 96, 114 and 115; and
+dense e4m3 products, whose operand is pruned before, 95 to 97 (benchmarks/results/h100/few_tokens.csv). The share is
 interpolated for three tokens."""
 
 
@@ -50,7 +50,7 @@ def quantise_rows(values: Tensor, dtype: torch.dtype = E4M3) -> tuple[Tensor, Te
 
 @dataclass(frozen=True, eq=False)
 class E4M3Weight:
-    """A weight in e4m3 for a layout of ``FP8_LAYOUTS``; bytes, because .to(dtype) would convert e4m3 tensors."""
+    """A weight in e4m3 for a layout of ``FP8_LAYOUTS``; stored as bytes, because .to(dtype) would convert e4m3."""
 
     codes: Tensor | None  # [out, in], uint8: what fp8 tensor cores read; None for "decode"
     rows: Tensor | None  # [in, out], uint8: what few tokens read their survivors' rows from; None for "prefill"
@@ -75,7 +75,7 @@ class E4M3Weight:
 
     @property
     def values(self) -> Tensor:
-        """``[out, in]`` in e4m3; contiguous where it is stored so."""
+        """``[out, in]`` in e4m3; contiguous if there is a copy in that layout."""
         if self.codes is not None:
             return self.codes.view(E4M3)
         assert self.rows is not None  # one of them is there
@@ -86,11 +86,11 @@ class E4M3Weight:
         return self.values.float().mul_(self.scale[:, None]).to(dtype)
 
     def tensors(self) -> list[Tensor]:
-        """All that is stored."""
+        """All stored tensors."""
         return [tensor for tensor in (self.codes, self.rows, self.scale) if tensor is not None]
 
     def linear(self, x: Tensor, _weight: Any, bias: Tensor | None, pattern: NMPattern, **options: Any) -> Tensor:
-        """``x [..., in] -> [..., out]``; with the signature of :func:`nm_act.sparse_linear`, whose weight this is."""
+        """``x [..., in] -> [..., out]`` with this weight; the signature is that of :func:`nm_act.sparse_linear`."""
         if pattern.extra_columns:
             options["extra_columns"] = pattern.extra_columns
         stored = (self.codes, self.rows, self.scale, bias, pattern.keep, pattern.group)
@@ -105,10 +105,10 @@ def reads_rows(
     codes: Tensor | None,
     rows: Tensor | None,
 ) -> bool:
-    """Whether a call of so many tokens reads the copy for row skipping, and keeps its activation in 16 bits.
+    """Whether a call of so many tokens reads the copy for row skipping and keeps its activation in 16 bits.
 
-    With both copies, where the gather kernel takes the call and pays; any other product over ``rows`` would dequantise
-    them.
+    With both copies: if the gather kernel takes the call and pays; any other product over ``rows`` would dequantise the
+    weight.
     """
     if codes is None or rows is None:
         return codes is None
@@ -120,7 +120,7 @@ def reads_rows(
 
 
 def skipping_tokens(pattern: NMPattern) -> int:
-    """Most tokens of a pattern for which row skipping pays where the [out, in] copy is there too."""
+    """Largest number of tokens for which row skipping pays with a pattern if the [out, in] copy exists too."""
     dropped = 1 - pattern.kept_fraction
     few = [tokens for tokens in range(1, FEW_TOKENS + 1) if 1 - dropped**tokens <= MOST_ROWS]
     return max(SKIPPING_TOKENS, len(few))
@@ -178,7 +178,7 @@ def _check(
 ) -> NMPattern:
     """Raise a TypeError or ValueError in one sentence for arguments that do not fit; else the pattern.
 
-    The same before a kernel and in a compiled call, which reaches no kernel.
+    Eager and compiled calls give the same errors, although tracing a compiled call runs no kernel.
     """
     op = "nm_act::e4m3_linear"
     copies = {"codes": codes, "rows": rows}

@@ -1,4 +1,4 @@
-"""Which path ``sparse_linear`` takes for given arguments, and why; the rules are those of the dispatch itself."""
+"""Says which path ``sparse_linear`` takes for given arguments, and why, by the rules of the dispatch itself."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +33,9 @@ class Explanation:
     device : str
         "cpu" or "cuda".
     kernel : str
-        How the path's CUDA kernel is configured; empty for "dense" and on a CPU. Of "gather" lanes, splits, threads and
-        prefetching (``csrc/kernels/gather/config.h``), of "sparse" and "lifted" the tile, the order of the tiles and
-        splits (``csrc/kernels/matmul/config.h``).
+        Configuration of the path's CUDA kernel; empty for "dense" and on a CPU. For "gather": lanes, splits, threads
+        and prefetching (``csrc/kernels/gather/config.h``). For "sparse" and "lifted": the tile, the order of the tiles
+        and splits (``csrc/kernels/matmul/config.h``).
     """
 
     path: str
@@ -73,7 +73,7 @@ def explain(
     pattern, lifted_weight, activation_dtype, variance_correction
         As in :func:`nm_act.sparse_linear`.
     device : {"cpu", "cuda"}, optional
-        Where the operator would run; the device of ``x`` if absent.
+        Where the operator would run; by default the device of ``x``.
     compute_capability, multiprocessors : int, optional
         Major compute capability and number of multiprocessors of the CUDA device; by default those of the device of
         ``x``, or of an H200 if ``x`` is not on CUDA.
@@ -149,9 +149,9 @@ def explain(
 def gathers(tokens: int, pattern: NMPattern, dtype: torch.dtype, device: torch.device, weight: Tensor) -> bool:
     """Whether :func:`nm_act.sparse_linear` skips rows of ``weight [out, in]`` for so many tokens on a CUDA device.
 
-    A compiled call cannot ask the dispatch, and gets False for facts that no call asked for before. Nor can it see
-    where a weight's storage begins: for a weight that is not aligned to 16 bytes it gets what holds for an aligned one.
-    ``decode_linear`` then refuses in a sentence; ``sparse_linear`` dispatches anew, and prunes for a dense product.
+    A compiled call cannot ask the dispatch, and gets False for facts that no eager call asked about before. Nor can it
+    see where a weight's storage begins: it assumes alignment to 16 bytes. For a weight that is not aligned,
+    ``decode_linear`` then raises an error, and ``sparse_linear`` dispatches anew and prunes for a dense product.
     """
     if not torch.compiler.is_compiling() and weight.storage_offset() * weight.element_size() % 16:
         return False  # allocations are aligned further; a compiler cannot ask
@@ -175,6 +175,6 @@ def _chooses_gather(tokens: int, pattern: NMPattern, dtype: torch.dtype, device:
 
 
 def _facts(weight: Tensor) -> tuple[int, int, int, int, bool]:
-    """What the dispatch reads of a weight: sizes, strides, whether the storage is aligned to 16 bytes."""
+    """What the dispatch reads from a weight: sizes, strides, and whether the storage is aligned to 16 bytes."""
     start = weight.storage_offset() * weight.element_size() if weight.is_meta else weight.data_ptr()
     return *weight.shape, *weight.stride(), start % 16 == 0

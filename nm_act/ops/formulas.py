@@ -1,7 +1,7 @@
 """Formulas that the operators, their gradients, the layers and the oracle share, in plain torch.
 
-The selection itself is implemented in the kernels, and in :mod:`nm_act.reference`, the oracle that they are tested
-against, which also states the contract of both.
+The selection itself is implemented in the kernels, and in their oracle :mod:`nm_act.reference`, which also states the
+contract.
 """
 
 import torch
@@ -12,7 +12,7 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 def token_shift_values(x: torch.Tensor, token_shift: str) -> torch.Tensor:
     """Per-token shift eta ``[..., 1]`` of ``x [..., in]`` for ``token_shift`` "mean" or "median" (D-PTS).
 
-    Returned in float32, in float64 if ``x`` is float64.
+    Returned in float32, or in float64 if ``x`` is float64.
     """
     if token_shift == "mean":
         eta = x.double().mean(dim=-1, keepdim=True).to(_wide(x))
@@ -42,7 +42,7 @@ def scores(z: torch.Tensor, channel_scale: torch.Tensor | None) -> torch.Tensor:
     magnitude = z.float().abs()
     score = magnitude if channel_scale is None else (magnitude * channel_scale.float()).abs()
     score = torch.where(score.isnan(), FLOAT32_MAX, score).clamp(max=FLOAT32_MAX).double()
-    # Classes above the finite scores, in float64 so that they stay apart from the largest float32.
+    # Infinities and NaNs rank above the finite scores; float64 keeps them apart from the largest float32.
     score = torch.where(z.isinf(), 2.0 * FLOAT32_MAX, score)
     return torch.where(z.isnan(), 4.0 * FLOAT32_MAX, score)
 

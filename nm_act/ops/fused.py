@@ -1,6 +1,6 @@
 """The operators next to a sparse layer in a decoder block, fused with its selection or its product (CUDA, 16 bits).
 
-The producers of the packed 2:4 operand are in :mod:`nm_act.ops.packed`; these serve every N:M.
+These serve every N:M; the producers of the packed 2:4 operand are in :mod:`nm_act.ops.packed`.
 """
 
 from dataclasses import dataclass
@@ -64,8 +64,8 @@ def rms_norm_prune(
     unit_offset : bool
         Gemma's norm, ``RMSNorm(x) * (1 + weight)``, rounded once as its module does.
     x_weight : Tensor [in_features], dtype of x, optional
-        Of a norm of ``x`` before the residual is added, with the same eps and offset: ``hidden = norm(x) + residual``,
-        as in layers with norms on both sides. Needs a residual.
+        Weight of a norm of ``x`` before the residual is added, with the same eps and offset:
+        ``hidden = norm(x) + residual``, as in layers with norms before and after their parts. Needs a residual.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def silu_mul_prune(
 
 
 def rms_norm_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, unit_offset: bool = False) -> Tensor:
-    """``RMSNorm(x) * weight + residual`` in one kernel, of layers with a norm after their parts.
+    """``RMSNorm(x) * weight + residual`` in one kernel, for layers with a norm after attention and MLP.
 
     Parameters
     ----------
@@ -142,8 +142,8 @@ def pruned_product(
     ----------
     operand : Pruned
     weight : Tensor [out_features, in_features], dtype of the operand's values
-        In e4m3 contiguous, with features divisible by 16; the result is bfloat16 then. Of up to 16 tokens the product
-        is rounded to bfloat16 before it is scaled, too.
+        In e4m3: contiguous, with features divisible by 16; the result is then bfloat16. For up to 16 tokens, the
+        product is also rounded to bfloat16 before it is scaled.
     bias : Tensor [out_features], dtype of the result, optional
     weight_scale : Tensor [out_features], float32, optional
         Of a weight in e4m3, which needs it.
@@ -232,7 +232,7 @@ def sandwich_linear(
 ) -> tuple[Tensor, Tensor]:
     """:func:`decode_linear` of ``RMSNorm(hidden) * norm_weight`` with ``hidden = RMSNorm(x) * x_weight + residual``.
 
-    For layers with norms on both sides of their parts; every block of the kernel computes both norms.
+    For layers with norms before and after their parts; every block of the kernel computes both norms.
 
     Parameters
     ----------

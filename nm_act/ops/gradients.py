@@ -1,9 +1,9 @@
 """Formulas of the gradients in :mod:`nm_act.ops.autograd`.
 
 ``Y = (nu * (P(X - eta) @ W^T) + shift term) * column_scale + bias`` has, with ``G`` the gradient of Y,
-``H = (G * column_scale) @ W`` and M the mask, the gradient ``nu * M * H`` in X - eta: one masked product. Statistics of
-a token (nu, a mean) are functions of X and add their terms; a median passes its gradient to the element that it picked,
-as in ``torch.median``. A channel scale only chooses: its gradient is 0.
+``H = (G * column_scale) @ W`` and M the mask, the gradient ``nu * M * H`` with respect to X - eta: one masked product.
+Statistics of a token (nu, a mean) are functions of X and add their terms; a median passes its gradient to the element
+that it picked, as in ``torch.median``. A channel scale only affects the selection, so its gradient is 0.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class Selection:
         self.token_shift: str = options["token_shift"]
 
     def prune(self) -> Tensor:
-        """``P(Z)`` of the operator itself, the forward's to the bit."""
+        """``P(Z)`` from the operator itself: the same bits as in the forward pass."""
         return operators.prune(
             self.x, self.pattern, channel_scale=self.channel_scale, shift=self.shift, token_shift=self.token_shift
         )
@@ -78,7 +78,7 @@ class Variance:
 def linear_gradients(
     gradient: Tensor, saved: tuple[Any, ...], options: Mapping[str, Any], needs: Mapping[str, bool]
 ) -> dict[str, Tensor]:
-    """Gradients by argument name, of those in ``needs`` alone; no product is computed for the others."""
+    """Gradients by argument name, only of those in ``needs``; no product is computed for the others."""
     x, weight, channel_scale, shift, shift_out, column_scale = saved
     selection = Selection(x, channel_scale, shift, options)
     gradient = gradient.reshape(selection.x.shape[0], weight.shape[0])
@@ -127,7 +127,7 @@ def _weight_gradient(
     selection: Selection,
     shift_out: Tensor | None,
 ) -> Tensor:
-    """``(nu * G)^T @ P``, in the weight's own order of memory, and the image's part where the operator makes it."""
+    """``(nu * G)^T @ P`` in the weight's memory layout, plus the shift image's part if the operator computes it."""
     scaled = gradient if variance is None else (gradient.float() * variance.nu).to(gradient.dtype)
     is_in_out = weight.stride(0) == 1 and weight.stride(1) != 1
     product = (pruned.t() @ scaled).t() if is_in_out else scaled.t() @ pruned

@@ -1,4 +1,4 @@
-"""Calls as they were before 0.2."""
+"""Support for calls in the form of versions before 0.2."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ R = TypeVar("R")
 def takes_pattern(function: Callable[P, R]) -> Callable[P, R]:
     """Let a function that takes a ``pattern`` also be called as before 0.2, with a DeprecationWarning.
 
-    Then it took ``n, m`` (and ``extra_columns``), by position or by name, in place of the pattern.
+    In that form, ``n, m`` (and ``extra_columns``), by position or by name, take the place of the pattern.
     """
     parameters = inspect.signature(function).parameters
     position = list(parameters).index("pattern")

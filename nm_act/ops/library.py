@@ -1,4 +1,4 @@
-"""Loads ``nm_act._C``, which registers ``torch.ops.nm_act.*``; what the wrappers of its operators share."""
+"""Loads ``nm_act._C``, which registers ``torch.ops.nm_act.*``, and holds what the operators' wrappers share."""
 
 import re
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ OPERATORS = (
     *("rms_norm_prune", "silu_mul_prune", "e4m3_product", "rms_norm_add", "decode_linear", "sandwich_linear"),
     *("rotary", "rotary_cache", "decode_attention", "_tune_gather", "_tune_sparse_gemm", "_packed_layer"),
 )
-"""What ``csrc/ops/schemas.cpp`` declares."""
+"""The operators that ``csrc/ops/schemas.cpp`` declares."""
 
 _missing = [name for name in OPERATORS if not hasattr(torch.ops.nm_act, name)]
 if _missing:  # before anything is registered, so that each later import says the same
@@ -43,17 +43,17 @@ def build_info() -> dict[str, object]:
 
 
 def is_sm90(device: torch.device) -> bool:
-    """Whether a device has compute capability 9, which some kernels are compiled for alone."""
+    """Whether a device has compute capability 9; some kernels are compiled for it only."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def support_table() -> list[dict[str, str]]:
-    """Which operator runs where, with which dtypes and patterns, and how: one dict a row."""
+    """Which operator runs where, with which dtypes and patterns, and how; one dict per row."""
     return _C.support_table()
 
 
 def call(op: str, *arguments: Any, **options: Any) -> Any:
-    """Call an operator; a TypeError of one sentence replaces torch's message about the schema for a wrong argument."""
+    """Call an operator; for a wrong argument, a one-sentence TypeError replaces torch's message about the schema."""
     function = getattr(torch.ops.nm_act, op)
     if torch.compiler.is_compiling():
         return function(*arguments, **options)
@@ -72,7 +72,7 @@ _OTHER_KIND = re.compile(r"Expected a value of type '(.+?)' for argument '(.+?)'
 
 
 def check_devices(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """Raise a ValueError for tensors on different devices, which torch may dispatch to no kernel that checks."""
+    """Raise a ValueError for tensors on different devices: torch may dispatch them to a kernel that does not check."""
     for name, other in others.items():
         if other is not None and other.device != x.device:
             raise ValueError(
@@ -92,7 +92,7 @@ def check_norm_options(op: str, weights: str, normed: bool, eps: float | None, u
 
 
 def refuse(op: str, device: str) -> None:
-    """Register one sentence for an operator that has no kernel for the CPU or, in this build, for CUDA."""
+    """Register an error for an operator that has no kernel for the CPU or, in this build, for CUDA."""
     wanted = "CUDA" if device == "CPU" else "CPU"
 
     def refused(*_arguments: Any, **_options: Any) -> NoReturn:
@@ -106,7 +106,7 @@ def refuse(op: str, device: str) -> None:
 
 
 def only_on_cuda(*ops: str) -> None:
-    """Register the sentence for operators without a kernel for the CPU, and for CUDA in a build without it."""
+    """Register the errors for operators that have only a CUDA kernel: on a CPU, and in a build without CUDA."""
     for op in ops:
         refuse(op, "CPU")
         if not _C.build_info()["cuda"]:

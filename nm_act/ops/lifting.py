@@ -10,7 +10,7 @@ from ..patterns import WINDOW_SPAN, NMPattern
 
 
 def is_lifted(pattern: NMPattern | str) -> bool:
-    """Whether the sparse tensor cores run the pattern over a lifted weight: 2:4+1 alone."""
+    """Whether the sparse tensor cores run the pattern over a lifted weight: only 2:4+1."""
     return len(NMPattern(pattern).extra_columns) == 1
 
 
@@ -34,7 +34,7 @@ def lifted_columns(pattern: NMPattern | str, in_features: int) -> Tensor:
 
 
 def lift_weight(weight: Tensor, pattern: NMPattern | str) -> Tensor:
-    """Append the columns that the extra window of 2:4+1 reads a second time; once per weight, for ``sparse_linear``.
+    """Append the columns that the extra window of 2:4+1 reads a second time, once per weight, for ``sparse_linear``.
 
     The first ``in_features`` columns of the result equal ``weight``: use the view ``lifted[:, :in_features]`` as the
     weight, so that memory holds one copy.

@@ -1,4 +1,4 @@
-"""The compiled operators with their documentation, and their fakes.
+"""The documented wrappers of the compiled operators, and their fakes.
 
 The selection contract, identical on every device, is written in ``csrc/ops/schemas.cpp`` and ``nm_act/reference.py``.
 """
@@ -15,7 +15,7 @@ from .legacy import takes_pattern
 from .library import _C, build_info, call, check_devices, refuse
 
 METADATA_LAYOUTS = ("neutral", "sm80_16bit", "sm90_16bit_t64", "sm90_8bit")
-"""Names of the 2:4 metadata layouts; the sm80 and sm90 ones are what the tensor cores read."""
+"""Names of the 2:4 metadata layouts; tensor cores read the sm80 and sm90 ones."""
 
 
 @takes_pattern
@@ -55,8 +55,8 @@ def prune(
 
     Notes
     -----
-    The gradient treats the mask as a constant: a survivor gets that of its output, a pruned entry gets 0. Source:
-    arXiv 2509.22166.
+    The gradient treats the mask as a constant: a survivor gets the gradient of its output, a pruned entry gets 0.
+    Source: arXiv 2509.22166.
 
     Examples
     --------
@@ -92,9 +92,9 @@ def compress(
     Returns
     -------
     values : Tensor [..., in_features / 2], dtype of x
-        Two survivors a group of four, in index order.
+        Two survivors per group of four, in index order.
     metadata : Tensor [..., ceil(in_features / 8)], uint8
-        One nibble a group, ``first_index | second_index << 2``, the lower group in the low nibble.
+        One nibble per group, ``first_index | second_index << 2``, with the lower group in the low nibble.
 
     Notes
     -----
@@ -111,7 +111,7 @@ def compress(
 
 
 def decompress(values: Tensor, metadata: Tensor) -> Tensor:
-    """The dense ``[..., in_features]`` tensor that :func:`compress` packed, to the bit; zeros where it pruned.
+    """The dense ``[..., in_features]`` tensor that :func:`compress` packed, to the bit, with zeros where it pruned.
 
     Examples
     --------
@@ -159,8 +159,8 @@ def sparse_linear(
     channel_scale, shift, token_shift
         The selection, as in :func:`prune`.
     shift_out : Tensor [out_features], float32 or the dtype of x, optional
-        Image of the shift, which compensates for its subtraction: ``W @ shift`` for ``shift`` (added as a bias), the
-        row sums ``W @ 1`` for ``token_shift`` (multiplied by eta: a rank-1 term). If absent, every call computes it
+        Image of the shift, which compensates for its subtraction: for ``shift``, ``W @ shift`` (added as a bias); for
+        ``token_shift``, the row sums ``W @ 1`` (multiplied by eta: a rank-1 term). If absent, every call computes it
         from the weight.
     variance_correction : bool
         VAR: ``nu = sqrt(Var(Z) / Var(P))`` per token, with Z = X - eta; 1 where Var(P) is 0.
@@ -173,10 +173,10 @@ def sparse_linear(
         :func:`nm_act.lift_weight` of ``weight``, for 2:4+1 on the sparse tensor cores; used where it is faster, as
         :func:`nm_act.explain` reports.
     activation_dtype : torch.dtype, optional
-        torch.float8_e4m3fn casts the survivors to e4m3 with one dynamic scale per token, for the fp8 tensor cores; it
-        needs CUDA (sm_90), x in 16 bits (bfloat16 for other patterns than 2:4, which run on the dense fp8 tensor
-        cores, without channel scale, shift, VAR or column scale) and a contiguous float8_e4m3fn weight. Default: the
-        dtype of x.
+        torch.float8_e4m3fn casts the survivors to e4m3 with one dynamic scale per token, for the fp8 tensor cores. It
+        needs CUDA (sm_90), x in 16 bits and a contiguous float8_e4m3fn weight. Patterns other than 2:4 run on the dense
+        fp8 tensor cores; they need x in bfloat16, without channel scale, shift, VAR or column scale. Default: the dtype
+        of x.
 
     Returns
     -------
@@ -194,9 +194,9 @@ def sparse_linear(
     Notes
     -----
     The gradient is straight through the selection, with the forward's mask as a constant; autograd keeps x and the
-    weight. ``channel_scale`` only affects the selection, so its gradient is 0. ``lifted_weight`` gets no gradient:
-    ``weight`` gets all of it. A backward pass with ``weight_scale`` is refused. Under torch.func and forward-mode
-    derivatives, values may differ in rounding. Source: arXiv 2509.22166 (D-PTS, S-PTS, L-PTS, VAR, LS).
+    weight. ``channel_scale`` only affects the selection, so its gradient is 0. The whole gradient of the weight goes to
+    ``weight``, none to ``lifted_weight``. A backward pass with ``weight_scale`` is refused. Under torch.func and for
+    forward-mode derivatives, values may differ in rounding. Source: arXiv 2509.22166 (D-PTS, S-PTS, L-PTS, VAR, LS).
 
     Examples
     --------

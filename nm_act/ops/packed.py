@@ -1,8 +1,8 @@
-"""2:4 operands packed for the sparse tensor cores of the device at hand (CUDA), and their product.
+"""2:4 operands packed for the sparse tensor cores of the current device (CUDA), and their product.
 
 ``compress_packed`` and the fused producers write the layout that this device's sparse GEMM reads, once for all
-consumers of an activation; ``sparse_gemm`` multiplies. :func:`nm_act.sparse_linear` does both in one call and falls
-back where these refuse.
+consumers of an activation; ``sparse_gemm`` multiplies. :func:`nm_act.sparse_linear` does both in one call, and falls
+back to other products where these operators refuse.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,14 +24,14 @@ _TILES = {"sm80_16bit": (32, 32), "sm90_16bit_t64": (64, 64), "sm90_8bit": (64, 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A packed 2:4 operand: its tensors, and what they hold, which every consumer checks.
+    """A packed 2:4 operand: its tensors and a description of them, which every consumer checks.
 
-    Iterating gives the tensors in order, ``values, metadata, row_scale, eta`` and, where there is one, ``hidden``.
+    Iteration gives the tensors in the order ``values, metadata, row_scale, eta`` and, if there is one, ``hidden``.
 
     Attributes
     ----------
     values : Tensor [tokens, in_features / 2], dtype of the input or float8_e4m3fn
-        Of 2:4+1, half of the lifted in_features.
+        For 2:4+1, half of the lifted in_features.
     metadata : Tensor [bytes], uint8, in ``layout`` (:func:`nm_act.unpack_metadata` reads it)
     row_scale : Tensor [tokens] or [0], float32: variance factor times e4m3 scale
     eta : Tensor [tokens] or [0], float32: per-token shift
@@ -57,13 +57,13 @@ class Packed:
     hidden: Tensor | None = field(default=None, repr=False)
 
     def to_dense(self) -> Tensor:
-        """The values where the selection left them, ``[tokens, in_features]`` with zeros between: to look at, or test.
+        """The values at their places in the activation, ``[tokens, in_features]`` with zeros between, for inspection.
 
-        Without ``row_scale`` and ``eta``, which the product applies. The metadata is read on the host.
+        ``row_scale`` and ``eta``, which the product applies, are not applied. The metadata is read on the host.
         """
         features = lifted_features(self.pattern, self.in_features)
         metadata = operators.unpack_metadata(self.metadata.cpu(), self.tokens, features, self.layout)
-        # Of e4m3 the bytes are moved, which torch's scatter does not take as e4m3.
+        # e4m3 values are moved as bytes, because torch's scatter does not take e4m3.
         bits = self.values.view(torch.uint8) if self.values.element_size() == 1 else self.values
         dense = formulas.decompress(bits, metadata.to(bits.device)).view(self.values.dtype)
         return unlift(dense, self.pattern, self.in_features) if is_lifted(self.pattern) else dense
@@ -74,7 +74,7 @@ class Packed:
 
 
 def _packed(tensors: Sequence[Tensor], x: Tensor, pattern: NMPattern, hidden: Tensor | None = None) -> Packed:
-    """What an operator made of ``x``."""
+    """The operand that an operator made from ``x``."""
     values, metadata, row_scale, eta = tensors
     layout, tokens = _layout(values.dtype, values.device), x.numel() // x.shape[-1]
     return Packed(values, metadata, row_scale, eta, pattern, x.shape[-1], layout, tokens, hidden)
@@ -107,7 +107,7 @@ def compress_packed(
     Parameters
     ----------
     x : Tensor [..., in_features], bfloat16 or float16, on CUDA
-        in_features divisible by 16, in e4m3 by 32, for 2:4+1 by four times that; at most 32768 in e4m3 or with a
+        in_features divisible by 16 (in e4m3 by 32), for 2:4+1 by four times that; at most 32768 in e4m3 or with a
         per-token statistic.
     pattern : NMPattern or str
         2:4 or 2:4+1.
@@ -116,7 +116,7 @@ def compress_packed(
     variance_correction : bool
         Put VAR's factor into ``row_scale``.
     activation_dtype : torch.dtype, optional
-        torch.float8_e4m3fn casts the survivors to e4m3 with one dynamic scale per token, max|Z| / 448; otherwise the
+        torch.float8_e4m3fn casts the survivors to e4m3 with one dynamic scale per token, max|Z| / 448. Default: the
         dtype of ``x``.
 
     Raises
@@ -240,9 +240,9 @@ def sparse_gemm(
     shift_out, column_scale : Tensor [out_features], optional
         An operand with a per-token shift needs ``shift_out``, the row sums of the weight.
     out_dtype : torch.dtype, optional
-        Dtype of the result; that of 16-bit values, bfloat16 (or float16) for e4m3.
+        Dtype of the result: that of 16-bit values; bfloat16 (default) or float16 for e4m3.
     residual : Tensor [tokens, out_features], dtype of the result, optional
-        Added to the rounded result, in the same kernel where one tile fills the device.
+        Added to the rounded result, in the same kernel if one tile fills the device.
 
     Returns
     -------
@@ -253,7 +253,7 @@ def sparse_gemm(
     TypeError
         If the operand is no Packed.
     ValueError
-        If the operand is of another device, pattern or size, or its tensors are no longer those that were packed.
+        If the operand is on another device, or of another pattern or size, or its tensors are not the ones packed.
     NotImplementedError
         If no compiled kernel takes the combination; the sentence lists what is compiled.
     """
@@ -282,7 +282,7 @@ def sparse_gemm(
 def sparse_gemm_silu_mul(operand: Packed, weight: Tensor, *, activation: str = "silu") -> Packed:
     """The packed 2:4 operand of ``activation(gate) * up``, in one kernel with ``[gate, up] = operand @ weight.t()``.
 
-    It has the bits of :func:`silu_mul_compress`; neither gate and up nor their product reach memory.
+    The result is bit for bit that of :func:`silu_mul_compress`; gate, up and their product never reach memory.
 
     Parameters
     ----------
@@ -297,7 +297,7 @@ def sparse_gemm_silu_mul(operand: Packed, weight: Tensor, *, activation: str = "
     TypeError, ValueError
         If an argument does not fit.
     NotImplementedError
-        If the device is not of compute capability 9.0, or the weight is stored otherwise.
+        If the device does not have compute capability 9.0, or the weight is stored in another layout.
     """
     _check_operand(operand, weight)
     if operand.eta.numel() or (operand.row_scale.numel() and operand.values.dtype != torch.float8_e4m3fn):

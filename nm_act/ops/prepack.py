@@ -23,10 +23,10 @@ def why_not_prepacked(weight: Tensor) -> str:
 
 
 def prepack_weight(weight: Tensor) -> Tensor:
-    """A copy of ``weight [out, in]``, either stride order, in oneDNN's layout; not for one of `why_not_prepacked`.
+    """A copy of ``weight [out, in]``, of either stride order, in oneDNN's layout, if `why_not_prepacked` allows it.
 
-    The copy is opaque: it can be passed to ``torch.ops.nm_act.sparse_linear_prepacked``, and neither be read nor saved.
-    It takes about as many bytes as the weight.
+    The copy is opaque: it can be passed to ``torch.ops.nm_act.sparse_linear_prepacked``, but neither read nor saved. It
+    takes about as many bytes as the weight.
     """
     copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
     return copy

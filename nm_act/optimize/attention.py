@@ -1,4 +1,4 @@
-"""Attention with one kernel for the rotary embedding and the cache's update (CUDA, 16 bits).
+"""Attention with one kernel for the rotary embedding and the update of the cache (CUDA, 16 bits).
 
 The attention itself remains the implementation that the model's config names.
 """
@@ -19,13 +19,13 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def merged_qkv(attention: nn.Module) -> MergedLinear | None:
-    """The layer that computes q, k and v of an attention, if there is one for all three."""
+    """The merged layer that computes q, k and v of an attention; None if they are not merged."""
     children = (child for child in attention.children() if isinstance(child, MergedLinear))
     return next((child for child in children if child.names == QKV), None)
 
 
 class FusedAttention(SharesProducts):
-    """An attention of merged q, k and v layers whose embedding and cache update are one kernel where that fits."""
+    """An attention with merged q, k and v layers, whose embedding and cache update are one kernel where possible."""
 
     head_dim: int
     o_proj: Any
@@ -42,7 +42,7 @@ class FusedAttention(SharesProducts):
     ) -> tuple[Tensor, Any]:
         """The stock forward's ``(output [batch, tokens, hidden], weights)``; with a residual, their sum.
 
-        ``nm_act_product`` is the product of q, k and v if it is computed already. A residual is given only where
+        ``nm_act_product`` is the product of q, k and v if it is already computed. A residual is given only if
         :func:`~nm_act.optimize.operands.why_unfused` of the output projection is empty.
         """
         if args or position_embeddings is None or not fuses(self, hidden_states, position_embeddings):
@@ -94,7 +94,7 @@ def _normed(attention: Any, name: str, heads: Tensor) -> Tensor:
 
 
 def mark_attention(attention: Any, family: Family) -> None:
-    """Note on a FusedAttention where its window is, and whether its kernels can normalise the heads of q and k."""
+    """Store on a FusedAttention where its window is, and whether its kernels can normalise the heads of q and k."""
     norms: list[Any] = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     facts = None
     if None not in norms and norms_heads(attention.head_dim) and not any(why_stays(norm) for norm in norms):
@@ -106,7 +106,7 @@ def mark_attention(attention: Any, family: Family) -> None:
 
 
 def _window(attention: Any) -> dict[str, Any]:
-    """The layer's window, as its own forward passes it on; empty if that passes none."""
+    """The layer's window, as its own forward passes it on; empty if it passes none."""
     holder = attention.config if attention.nm_act_window_in_config else attention
     return {"sliding_window": holder.sliding_window} if hasattr(holder, "sliding_window") else {}
 
@@ -133,7 +133,7 @@ def _attention(
     norms: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Tensor, Any]:
-    """``[batch, tokens, heads, head_dim]`` for q, k and v of that shape that are not rotated yet; and weights.
+    """``[batch, tokens, heads, head_dim]``, given q, k and v of that shape, not rotated yet; and the attention weights.
 
     ``norms`` of the heads come before the rotation.
     """

@@ -1,11 +1,11 @@
-"""Modules whose forward optimize() replaces, by changing their class, so that they still pickle, copy and replicate."""
+"""Modules whose forward optimize() replaces by changing their class, so that they can be pickled and copied."""
 
 import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-# A mix-in of modules: to the type checker a module, at run time a class that adds nothing to their bases.
+# A mix-in: for the type checker a module, at run time a class that adds no bases.
 if TYPE_CHECKING:
     _Base = nn.Module
 else:

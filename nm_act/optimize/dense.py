@@ -1,4 +1,4 @@
-"""Dense layers whose decode steps on a CPU run on this package's product for a few tokens, such as an output head."""
+"""Dense layers, such as an output head, whose decode steps on a CPU run on this package's product for few tokens."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from .eligible import why_stays
 
 
 class FewTokensLinear(Changed):
-    """A linear layer that reads its weight once, in order, for one token of each of a few sequences on a CPU."""
+    """A linear layer that, on a CPU, reads its weight once and in order for one token each of a few sequences."""
 
     weight: Tensor
     bias: Tensor | None
@@ -27,12 +27,12 @@ class FewTokensLinear(Changed):
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if x.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return False
-    most = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}.get(x.dtype, 0)  # from there on torch's is faster
+    most = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}.get(x.dtype, 0)  # for more, torch's is faster
     return x.shape[:-1].numel() <= most and not autograd.needs_derivative(x, weight, bias)
 
 
 def change_dense(model: nn.Module) -> list[str]:
-    """Change every dense layer on a CPU that can be; returns their names."""
+    """Change every dense layer on a CPU that can be changed; returns their names."""
     changed = []
     for name, layer in model.named_modules():
         fits = type(layer) is nn.Linear and layer.weight.device.type == "cpu" and layer.weight.stride(1) == 1

@@ -1,4 +1,4 @@
-"""What optimize() may change: one answer for merging, e4m3 weights and fused norms."""
+"""Decides what optimize() may change, for merging, e4m3 weights and fused norms alike."""
 
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -20,13 +20,13 @@ MAX_NORM_FEATURES = _C.MAX_NORM_FEATURES
 """Longest row of an RMSNorm that is fused with pruning."""
 
 _DERIVED = {"channel_scale", "shift_out"}
-"""Buffers of an NMLinear that are derived from its weight and spec; any other was calibrated for that layer."""
+"""Buffers of an NMLinear that are derived from its weight and spec; all others were calibrated for that layer."""
 
 _FP8_BUFFERS = {"codes", "rows", "weight_scale", "scaled_shift_out", "like"}
 
 
 class Sparse(Protocol):
-    """What an NMLinear and an FP8Linear have in common here."""
+    """The attributes that an NMLinear and an FP8Linear share here."""
 
     in_features: int
     out_features: int
@@ -54,7 +54,7 @@ def why_absent(module: nn.Module) -> str:
 
 
 def why_stays(module: nn.Module) -> str:
-    """Why a layer or norm must be neither replaced nor computed elsewhere; empty if it may."""
+    """Why a layer or norm must be neither replaced nor computed elsewhere; empty if it may be."""
     why = why_absent(module)
     if why:
         return why
@@ -71,7 +71,7 @@ def calibrated(layer: Sparse) -> set[str]:
 def beyond(layer: Sparse) -> str:
     """Why the fused and e4m3 paths cannot compute a layer; empty if they can.
 
-    They know an N:M selection with a static channel scale, VAR and D-PTS, and nothing else.
+    They support only an N:M selection with a static channel scale, VAR and D-PTS.
     """
     spec = layer.spec
     known = not data_of(spec) and not spec.scoring.by_sequence and not spec.scoring.prunes_weight
@@ -89,7 +89,7 @@ def not_sparse_gemm(layer: Sparse, pattern: NMPattern, step: int) -> str:
 
 
 def not_pruned_alone(layer: Sparse, pattern: NMPattern) -> str:
-    """Why a layer needs more than its pruned activation and a product, or the kernel does not prune it; else empty."""
+    """Why a pruned activation and a product do not suffice for a layer, or the kernel cannot prune it; else empty."""
     why = beyond(layer)
     if why:
         return why
@@ -117,7 +117,7 @@ def not_fp8(layer: NMLinear, layout: str) -> str:
 
 
 def unfit_for_fp8(layer: NMLinear, layout: str) -> str:
-    """As :func:`not_fp8`, by spec and sizes alone: the layer may be on the meta device."""
+    """As :func:`not_fp8`, but by spec and sizes only: the layer may be on the meta device."""
     if layer.token_context is not None:
         return "first tokens are dense"
     if layer.spec.phase == "prefill":

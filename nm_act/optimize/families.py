@@ -1,4 +1,4 @@
-"""The families of Transformers that optimize() knows: what their code computes, and so what may replace it."""
+"""The families of Transformers that optimize() knows: what their code computes, and thus what may replace it."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ FAMILIES = {
     "qwen3": Family(PRE_NORM),
     "gemma3": Family(SANDWICH),
 }
-"""Folder under transformers.models -> what it is."""
+"""Folder under transformers.models -> the family."""
 
 
 def folder_of(module: nn.Module) -> str:

@@ -22,10 +22,10 @@ class FP8Linear(readonly.DequantisedWeight):
     layer : NMLinear
         Its weight is quantised per output channel: ``weight_scale = max|W| / 448``, rounded to nearest.
     layout : {"prefill", "decode", "both"}
-        "prefill" stores [out, in], which fp8 tensor cores need: any number of tokens runs in e4m3 on both sides, 2:4 on
-        the sparse tensor cores, other patterns on the dense ones over the pruned activation. "decode" stores [in, out],
-        of which few tokens read only the rows of survivors; more tokens dequantise the weight to the dtype of x during
-        the call, so they gain no fp8 speed. "both" stores both, together the bytes of the 16-bit weight.
+        "prefill" stores [out, in], which fp8 tensor cores need: calls with any number of tokens have both operands in
+        e4m3, 2:4 on the sparse tensor cores, other patterns on the dense ones over the pruned activation. "decode"
+        stores [in, out]: calls of few tokens read only the rows of survivors; larger calls dequantise the weight to the
+        dtype of x, so they gain no fp8 speed. "both" stores both, which together take the bytes of the 16-bit weight.
 
     Raises
     ------
@@ -33,9 +33,9 @@ class FP8Linear(readonly.DequantisedWeight):
         If ``layer`` is not an NMLinear.
     ValueError
         If the layout is unknown; if these paths cannot compute the layer (top-k, calibrated data, a score that depends
-        on the call, pruned weights, dense first tokens or dense decode steps; for "prefill" and "both", sizes that
-        fp8 tensor cores do not take, and 2:4+r; of other patterns than 2:4 also channel scales, D-PTS and VAR); or if
-        its weight is offloaded or split over ranks, or it has hooks.
+        on the call, pruned weights, dense first tokens or dense decode steps; for "prefill" and "both" also sizes that
+        fp8 tensor cores do not take, 2:4+r, and with patterns other than 2:4 channel scales, D-PTS and VAR); or if its
+        weight is offloaded or split over ranks, or it has hooks.
 
     Notes
     -----
@@ -102,12 +102,12 @@ class FP8Linear(readonly.DequantisedWeight):
 
     @property
     def e4m3(self) -> Tensor:
-        """``[out, in]``; contiguous where it is stored so."""
+        """``[out, in]``; contiguous if there is a copy in that layout."""
         return self._stored.values
 
     @property
     def e4m3_rows(self) -> Tensor | None:
-        """``[out, in]``, stored [in, out] for row skipping; None where only the other copy is there."""
+        """``[out, in]``, stored [in, out] for row skipping; None if there is only the other copy."""
         return None if self.rows is None else self.rows.view(E4M3).t()
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
@@ -121,7 +121,7 @@ class FP8Linear(readonly.DequantisedWeight):
         return self.work()(x, self.like, self.bias)  # the weight is its operator's
 
     def work(self) -> LinearWork:
-        """What a sparse call computes: as stored, or made anew where a buffer was replaced since."""
+        """The work of a sparse call: the stored one, or a new one if a buffer has been replaced since."""
         work, before = self._work or (None, ())
         buffers = tuple(self._buffers[name] for name in _READ)
         if work is None or any(value is not was for value, was in zip(buffers, before, strict=True)):

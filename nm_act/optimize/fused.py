@@ -1,6 +1,7 @@
-"""Decoder layers whose norms and activations are computed with the product after them (CUDA).
+"""Decoder layers whose norms and activations are computed together with the product after them (CUDA).
 
-Before attention runs, the product of its merged q/k/v layer is computed from the norm and handed to it for this call.
+The product of the merged q/k/v layer is computed together with the norm, before attention runs, and passed to
+attention.
 """
 
 import functools
@@ -23,7 +24,7 @@ _MARKS = (
     "nm_act_head_norms",
     "nm_act_window_in_config",
 )
-"""Attributes that fusing adds to Transformers' modules. Those are Any here: their classes have no annotations."""
+"""Attributes that fusing adds to Transformers' modules; typed as Any, because those classes have no annotations."""
 
 
 def fuse_mlp(mlp: Any, gate_up: str) -> bool:
@@ -36,12 +37,12 @@ def fuse_mlp(mlp: Any, gate_up: str) -> bool:
 
 
 def _activation(act_fn: Any) -> str:
-    """The operators' name of an activation; empty for one that they do not know."""
+    """The operators' name for an activation; empty for an activation that they do not know."""
     if isinstance(act_fn, nn.SiLU) or type(act_fn).__name__ == "SiLUActivation":
         return "silu"
     if isinstance(act_fn, nn.GELU):
         return "gelu_tanh" if act_fn.approximate == "tanh" else ""
-    # Transformers' GELUTanh, but for its variant in Python, which rounds at every step.
+    # Transformers' GELUTanh, except its variant in Python, which rounds at every step.
     compiled = type(act_fn).__name__ == "GELUTanh" and isinstance(act_fn.act, functools.partial)
     return "gelu_tanh" if compiled else ""
 
@@ -65,10 +66,10 @@ def _parts_have_hooks(parent: nn.Module, merged: Any) -> bool:
 
 
 def _mlp_tail(mlp: Any, products: list[Tensor], residual: Tensor | None = None) -> Tensor:
-    """The output of the MLP, plus the residual if there is one, from the only element of ``products``.
+    """The output of the MLP, plus the residual if there is one, from the single element of the list ``products``.
 
-    That is the concatenated output of gate and up, the largest tensor of a model: taken out of the list, it is freed
-    before the down layer runs.
+    That element is the concatenated output of gate and up, the largest tensor of a model. Because it is taken out of
+    the list, it is freed before the down layer runs.
     """
     gate, up = products.pop().split(getattr(mlp, mlp.nm_act_gate_up).sizes, dim=-1)
     way = operands.way_of(mlp.down_proj, gate) if mlp.nm_act_gates else ""
@@ -83,13 +84,13 @@ def _mlp_tail(mlp: Any, products: list[Tensor], residual: Tensor | None = None) 
 
 
 def gated(act_fn: Any, gate: Tensor, up: Tensor) -> Tensor:
-    """The activation of an MLP where it is not fused; benchmarks compile it for the dense model too."""
+    """The activation of an MLP that is not fused; benchmarks compile it for the dense model too."""
     y: Tensor = act_fn(gate) * up
     return y
 
 
 def fuse_layer(layer: Any) -> list[str]:
-    """Compute the norms of a decoder layer with the products after them or with the residuals; returns which ones."""
+    """Compute a decoder layer's norms with the products after them or with the residuals; returns the norms' names."""
     how = FusedSandwichLayer if hasattr(layer, "pre_feedforward_layernorm") else FusedLayer
     attention, mlp = layer.self_attn, layer.mlp
     qkv = merged_qkv(attention)
@@ -143,7 +144,7 @@ class FusedLayer(Changed):
         if self.before_mlp in self.nm_act_norms:
             merged = getattr(self.mlp, self.mlp.nm_act_gate_up)
         gate_up: Any = None if merged is None else merged.linear
-        # Hooks that were registered since must get what the stock layer would pass to them.
+        # Hooks that were registered since must receive what the stock layer would pass to them.
         way = mlp_way = ""
         fuses = "input_layernorm" in self.nm_act_norms and not has_hooks(self.self_attn)
         if fuses and not _parts_have_hooks(self.self_attn, qkv):
@@ -167,7 +168,7 @@ class FusedLayer(Changed):
         else:
             residual = entered
             attention, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
-        # Attention alone may be trained.
+        # It may be that only attention is trained.
         if residual is not None and (not mlp_way or autograd.needs_gradient(attention)):
             hidden = self._plus(0, attention, residual)
             return self._plus(1, self.mlp(before_mlp(hidden)), hidden)
@@ -189,7 +190,7 @@ class FusedLayer(Changed):
         return self._plus(1, _mlp_tail(self.mlp, products), hidden)
 
     def _adds(self, mlp_way: str, x: Tensor) -> bool:
-        """Whether the output projection adds the residual, so that the norm before the MLP need not."""
+        """Whether the output projection adds the residual, so that the norm before the MLP need not add it."""
         if mlp_way not in ("decode", "packed") or not self.nm_act_adds or has_hooks(self.self_attn):
             return False
         if autograd.trains(self.self_attn):
@@ -197,14 +198,14 @@ class FusedLayer(Changed):
         return mlp_way == "decode" or operands.adds_residual(self.self_attn.o_proj, x)
 
     def _after(self, part: int, y: Tensor) -> Any:
-        """The norm of a part's output if a kernel computes it in this call."""
+        """The norm of the output of attention or MLP, if a kernel computes it in this call."""
         name = self.after_parts[part] if self.after_parts else ""
         if name not in self.nm_act_norms or not operands.adds_norm(getattr(self, name), y):
             return None
         return getattr(self, name)
 
     def _plus(self, part: int, y: Tensor, residual: Tensor) -> Tensor:
-        """The residual plus a part's output, after its norm if there is one."""
+        """The residual plus the output of attention or MLP, which is normalised first if there is a norm."""
         norm = self._after(part, y)
         if norm is not None:
             return operands.norm_plus(norm, y, residual)
@@ -212,7 +213,7 @@ class FusedLayer(Changed):
 
 
 class FusedSandwichLayer(FusedLayer):
-    """A layer with norms on both sides, ``h = x + norm(attention(norm(x))); h + norm(mlp(norm(h)))``, as Gemma's."""
+    """A layer with norms on both sides, ``h = x + norm(attention(norm(x))); h + norm(mlp(norm(h)))``, as in Gemma."""
 
     before_mlp = "pre_feedforward_layernorm"
     after_parts = ("post_attention_layernorm", "post_feedforward_layernorm")

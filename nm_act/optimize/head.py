@@ -14,13 +14,13 @@ from .changed import Changed
 from .eligible import why_stays
 
 HEAD_DTYPES = {"e4m3": E4M3, "int8": torch.int8}
-"""What the weight of an output head can be stored as, by name."""
+"""Name -> dtype in which the weight of an output head can be stored."""
 
 MOST_TOKENS = 8
 """Most tokens that :func:`nm_act.gather_linear` takes; their activations stay in 16 bits."""
 
 ROWS_AT_ONCE = 8192
-"""Words that are quantised, or dequantised for more tokens, at once: their copies determine the peak of memory."""
+"""Number of words that are quantised or dequantised at once, which determines the peak memory."""
 
 
 class QuantisedHead(readonly.DequantisedWeight):
@@ -32,15 +32,15 @@ class QuantisedHead(readonly.DequantisedWeight):
         Quantised per row, rounded to nearest.
     kind : {"e4m3", "int8"}
         ``weight_scale`` is ``max|W| / 448`` or ``max|W| / 127``. A row's values are close to normally distributed, so
-        int8 rounds them less: half as much of the weight's norm in SmolLM2-135M.
+        int8 rounds them less: by half as much of the weight's norm in SmolLM2-135M.
     tied : nn.Embedding, optional
-        The embedding that shares the head's weight. It keeps its own, which stays in ``state_dict``.
+        The embedding that shares the head's weight. It keeps the weight before rounding, which stays in ``state_dict``.
 
     Notes
     -----
-    Stored [in, out]. On CUDA, up to eight tokens are multiplied by the kernel of :func:`nm_act.gather_linear`; for more
-    tokens, and on a CPU, the weight is dequantised in slices at every call. Without a tied embedding, ``state_dict``
-    contains the dequantised weight under the stock name.
+    The weight is stored [in, out]. On CUDA, the kernel of :func:`nm_act.gather_linear` multiplies up to eight tokens;
+    for more tokens, and on a CPU, the weight is dequantised in slices at every call. Without a tied embedding,
+    ``state_dict`` contains the dequantised weight under the stock name.
     """
 
     rows: Tensor
@@ -88,7 +88,7 @@ class QuantisedHead(readonly.DequantisedWeight):
 
     @property
     def saved(self) -> int:
-        """Bytes that it takes less than the layer it replaced; negative where a tied embedding keeps the weight."""
+        """Bytes saved compared with the replaced layer; negative if a tied embedding keeps the weight."""
         return (0 if self.tied is not None else self.rows.numel() * self.like.element_size()) - self.nbytes
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
@@ -143,7 +143,7 @@ def check_kind(kind: object) -> None:
 
 
 def store_head(model: Any, kind: str) -> tuple[str, QuantisedHead | None, str]:
-    """Replace the output head of a model by a QuantisedHead; its name, and the new head or why there is none."""
+    """Replace a model's output head by a QuantisedHead; returns its name, and the new head or why there is none."""
     head = head_of(model)
     name = next(name for name, module in model.named_modules() if module is head)
     why = why_not_8_bits(head)

@@ -16,7 +16,7 @@ from .eligible import calibrated, why_stays
 
 
 class MergedLinear(nn.Module):
-    """Several linear layers over one input as one layer, ``linear``, with concatenated outputs.
+    """Several linear layers over one input, merged into one layer ``linear`` with concatenated outputs.
 
     ``names`` are the stock names of the merged layers in their parent and ``sizes`` their numbers of output features,
     in the order of the outputs. The parent keeps a :class:`LinearPart` under each stock name. In the parent's forward
@@ -79,7 +79,7 @@ class Product:
 
 
 class LinearPart(nn.Module):
-    """Replaces a merged layer under its stock name: the same call and attributes, but no own parameters."""
+    """Replaces a merged layer under its stock name: the same call and attributes, but no parameters of its own."""
 
     _merged: MergedLinear
 
@@ -118,7 +118,7 @@ class LinearPart(nn.Module):
 
 
 def merge(parent: nn.Module, names: list[str]) -> MergedLinear:
-    """Replace linear layers of ``parent`` with equal :func:`merge_key` by one; the old layers are left empty."""
+    """Replace linear layers of ``parent`` that have equal :func:`merge_key` by one; the old layers are left empty."""
     layers = [getattr(parent, name) for name in names]
     sizes = [layer.out_features for layer in layers]
     first = layers[0]
@@ -163,7 +163,7 @@ def unmerge(parent: nn.Module, child: str) -> None:
 
 
 def _layer_like(layer: nn.Linear, out_features: int) -> nn.Linear:
-    """A layer on the meta device that differs from another, dense or sparse, in its number of outputs alone."""
+    """A copy of a dense or sparse layer on the meta device, with another number of outputs."""
     sizes: tuple[Any, ...] = (layer.in_features, out_features, layer.bias is not None)
     options: dict[str, Any] = {"device": "meta", "dtype": layer.weight.dtype}
     if not isinstance(layer, NMLinear):
@@ -194,10 +194,10 @@ def merge_key(layer: nn.Module) -> tuple[Any, ...] | str:
 
 
 class SharesProducts(Changed):
-    """A parent of merged layers: during its forward each of them computes one product for all its parts."""
+    """A parent of merged layers: during its forward, each merged layer computes one product for all its parts."""
 
     def forward(self, *args: Any, nm_act_product: Product | None = None, **kwargs: Any) -> Any:
-        """The stock forward; a given ``nm_act_product`` is already computed."""
+        """The stock forward; ``nm_act_product``, if given, is the product, already computed."""
         products = {child.names: Product(child) for child in self.children() if isinstance(child, MergedLinear)}
         if nm_act_product is not None:
             products[nm_act_product.merged.names] = nm_act_product
@@ -211,7 +211,7 @@ class SharesProducts(Changed):
 
 
 class _Running:
-    """A module during one call: its parts know the products of the call, everything else is the module's.
+    """A module during one call: its parts know the products of the call; everything else is the module's own.
 
     The products belong to the call: stored on the module, another thread or the next call would find them.
     """
@@ -246,7 +246,7 @@ def _split_state(merged: MergedLinear, state: dict[str, Tensor], prefix: str, _m
 
 
 def _join_state(parent: nn.Module, state: dict[str, Tensor], prefix: str, missing: list[str]) -> None:
-    """Builds the merged tensors from the stock ones; a part that the state lacks is missing, and stays as it is."""
+    """Builds the merged tensors from the stock ones; a part that the state lacks is reported missing and unchanged."""
     for child, merged in parent.named_children():
         if not isinstance(merged, MergedLinear):
             continue

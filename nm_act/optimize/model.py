@@ -33,29 +33,29 @@ def optimize(
     activation is selected and compressed once for all of them. On CUDA in 16 bits, the rotary embedding and a static
     cache's update are one kernel (with the norms of heads in Qwen3 and Gemma 3), and RMSNorm (with the residual) and
     the gated activation (SiLU, GELU with the tanh approximation) are computed with the sparse product after them: they
-    write its packed or pruned operand, or, for one to four tokens, are part of its kernel. Norms between a part of a
-    layer and its residual (Gemma 3) are one kernel with the addition. Llama, Mistral, Qwen2, Qwen3 and Gemma 3 of
+    write its packed or pruned operand, or, for one to four tokens, are part of its kernel. A norm between attention or
+    MLP and the residual (Gemma 3) is one kernel with the addition. Llama, Mistral, Qwen2, Qwen3 and Gemma 3 of
     Transformers are supported; the layers of other models stay as they are. Checkpoints keep the stock names and
     layout.
 
     Parameters
     ----------
     model : nn.Module
-        A Transformers model, dense or from :func:`nm_act.sparsify`; each group's weights on one device.
+        A Transformers model, dense or from :func:`nm_act.sparsify`; the weights of a group must be on one device.
     fp8 : {"prefill", "decode", "both"}, optional
-        Store the weights of sparse layers in float8_e4m3fn: "prefill" as [out, in] for the fp8 tensor cores, sparse
-        ones for 2:4 and dense ones over the pruned activation for other patterns; "decode" as [in, out] for row
-        skipping, where prefill gains nothing; "both" in both copies, together the bytes of the 16-bit weight. The
+        Store the weights of sparse layers in float8_e4m3fn. "prefill" stores [out, in] for the fp8 tensor cores: the
+        sparse ones for 2:4, the dense ones over the pruned activation for other patterns. "decode" stores [in, out] for
+        row skipping; prefill then gains nothing. "both" keeps both copies, together the bytes of the 16-bit weight. The
         model's outputs change by the rounding; dense layers stay in 16 bits.
     head : {"int8", "e4m3"}, optional
-        Store the weight of the output head in 8 bits with one scale per word, of a dense model too. int8 rounds less. A
-        head that is tied to the embedding leaves it as it is, so memory grows by a byte per weight; otherwise it
-        shrinks by one. The report has the bytes. One to eight tokens on CUDA are fast; for more, such as a prompt's
-        logits at every place, and on a CPU, each call dequantises the weight.
+        Store the weight of the output head in 8 bits with one scale per word; works for dense models too. int8 rounds
+        less. An embedding that is tied to the head keeps its weight, so memory grows by a byte per weight; otherwise it
+        shrinks by one. The report states the bytes. One to eight tokens on CUDA are fast; for more, such as the logits
+        of a whole prompt, and on a CPU, each call dequantises the weight.
     prepack : bool
-        On CPUs: also keep the weights of sparse layers in the layout that oneDNN's product reads, a second copy, for
-        calls with too many tokens to skip rows (more than three at 8:16). Without it such calls multiply the [in, out]
-        weight, which is up to four times as slow in bfloat16. The report has the bytes.
+        On CPUs, also keep a second copy of the weights of sparse layers, in the layout that oneDNN's product reads, for
+        calls with too many tokens to skip rows (more than three at 8:16). Without it, such calls multiply the [in, out]
+        weight, which is up to four times as slow in bfloat16. The report states the bytes.
 
     Returns
     -------
@@ -69,8 +69,8 @@ def optimize(
         without sparse layers, "prefill" or "both" is given for a model that is not on CUDA with compute capability 9.0,
         or ``head`` for a model without an output head. The model is then unchanged.
     MemoryError
-        If the device has too little memory left for the e4m3 copies of a layer or of the head beside the 16-bit weight;
-        it is unchanged.
+        If the device has too little memory left for the e4m3 copies of a layer or of the head beside the 16-bit weight.
+        The model is then unchanged.
 
     Notes
     -----
@@ -237,7 +237,7 @@ def _check_memory(layers: list[NMLinear], fp8: str, head: nn.Module | None) -> N
     for layer in layers:
         weight = parameter_of(layer, "weight")
         if weight is not None and weight.is_cuda and not not_fp8(layer, fp8):
-            # Of a group that will be merged, whose 16-bit parts are freed before.
+            # Also for a group that will be merged: its 16-bit parts are freed before.
             need = 3 * weight.numel() * (2 if fp8 == "both" else 1)
             needed[weight.device] = max(needed.get(weight.device, 0), need)
     for device, need in needed.items():

@@ -1,6 +1,6 @@
 """The product of a sparse layer together with the operator before it, where one kernel computes both (CUDA, 16 bits).
 
-Each call of a layer takes one of these ways:
+Each call of a layer takes one of these paths:
 
 ``decode``  one to four tokens (with both e4m3 copies as many as row skipping pays for): one kernel from the norm (or
             gate and up) to the output, residual included
@@ -41,11 +41,11 @@ from .eligible import MAX_NORM_FEATURES, has_hooks, not_pruned_alone, not_sparse
 from .fp8 import FP8Linear
 
 PACKED_TOKENS = _C.SPARSE_GEMM_TOKENS
-"""Fewest tokens for which a packed 16-bit product is worthwhile."""
+"""Smallest number of tokens for which a packed 16-bit product pays."""
 
 
 def why_unfused(linear: nn.Module) -> str:
-    """Why no call of a layer can be computed together with the operator before it; empty if some can."""
+    """Why no call of a layer can be computed together with the operator before it; empty if some calls can."""
     if not isinstance(linear, (NMLinear, FP8Linear)):
         return "not sparse"
     why = why_stays(linear)
@@ -63,7 +63,7 @@ def why_unfused(linear: nn.Module) -> str:
 def way_of(linear: nn.Module, x: Tensor, *others: Tensor) -> str:
     """How this call of a layer, of which :func:`why_unfused` is empty, is computed; ``x [..., in]`` is its input.
 
-    ``others`` are what else the producer reads.
+    ``others`` are the other tensors that the producer reads.
     """
     if not x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type):
         return ""
@@ -72,7 +72,7 @@ def way_of(linear: nn.Module, x: Tensor, *others: Tensor) -> str:
     fp8 = isinstance(linear, FP8Linear)
     if (linear.like if fp8 else parameter_of(linear, "weight")).dtype != x.dtype:
         return ""
-    # None of these ways has a gradient: while gradients are recorded, the layers run one by one.
+    # None of these paths has a gradient: while gradients are recorded, the layers run one by one.
     if autograd.needs_gradient(x, *others) or autograd.trains(linear):
         return ""
     tokens, pattern = x.shape[:-1].numel(), linear.spec.pattern_in(is_decode(x))
@@ -122,7 +122,7 @@ def takes_norm(norm: nn.Module, features: int) -> bool:
 
 
 def norm_facts(norm: nn.Module) -> tuple[float, bool] | None:
-    """A norm's epsilon, and whether 1 is added to its weight (Gemma); None for a norm that is not known."""
+    """A norm's epsilon, and whether 1 is added to its weight (Gemma); None for an unknown norm."""
     eps = getattr(norm, "variance_epsilon", None)
     if eps is not None:
         return eps, False
@@ -161,7 +161,7 @@ def gates_in_product(way: str, gate_up: nn.Module, down: nn.Module, x: Tensor) -
 
 
 def _selects_plainly(linear: nn.Module) -> bool:
-    """Whether a layer's selection needs nothing but the magnitudes of each group."""
+    """Whether a layer's selection needs only the magnitudes within each group."""
     spec = linear.spec
     return _derived(linear)["channel_scale"] is None and spec.token_shift == "none" and not spec.variance_correction
 
@@ -273,7 +273,7 @@ def _gathers(linear: nn.Module, tokens: int, pattern: NMPattern, dtype: torch.dt
 
 
 def remember(linear: nn.Module) -> None:
-    """Find out which decode steps of a layer on CUDA the gather kernel serves, for compiled calls."""
+    """Find out which decode steps of a layer on CUDA the gather kernel takes, for later compiled calls."""
     like = linear.like if isinstance(linear, FP8Linear) else parameter_of(linear, "weight")
     if like.is_cuda and not why_unfused(linear):
         for tokens in range(1, FEW_TOKENS + 1):
@@ -287,7 +287,7 @@ def _not_packed(linear: nn.Module, pattern: NMPattern) -> str:
 
 
 def _derived(linear: nn.Module) -> dict[str, Tensor | None]:
-    """What a layer's selection and epilogue read, of its weight in this call."""
+    """The tensors that a layer's selection and epilogue read, for its weight in this call."""
     mine = None if isinstance(linear, FP8Linear) else linear.derived_for_call()
     if mine is not None:
         return mine

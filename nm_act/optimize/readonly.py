@@ -1,4 +1,4 @@
-"""Weights that are computed or are parts of other weights: writes that would be lost are refused."""
+"""Weights that are computed, or are parts of other weights; they refuse writes that would be lost."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -36,7 +36,7 @@ class Computed(Tensor):
         return wrap(result)
 
     def set_(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Refused, because it replaces the memory; the only write of torch that ``__torch_function__`` does not see."""
+        """Refused, because it replaces the memory; torch's only write that ``__torch_function__`` does not see."""
         self._refuse("set_")
 
     def _refuse(self, name: str) -> NoReturn:
@@ -145,7 +145,7 @@ class DequantisedWeight(nn.Module):
         unexpected: list[str],
         errors: list[str],
     ) -> None:
-        """As torch's: every name that is missing or unexpected is reported."""
+        """As torch's method: reports every missing or unexpected name."""
         stored = {"weight": [self.out_features, self.in_features]}
         if self.bias is not None:
             stored["bias"] = [self.out_features]

@@ -19,11 +19,11 @@ class OptimizeReport:
     fused : list of str
         Norms and MLPs that are computed with the product after them, or with the residual, on CUDA.
     fp8 : list of str
-        Layers whose weight is in e4m3 now.
+        Layers whose weight is now in e4m3.
     head : str
-        The output head, if its weight is in 8 bits now.
+        The output head, if its weight is now in 8 bits.
     head_bytes, head_saved : int
-        Memory that it takes now, and that it takes less than before: negative where a tied embedding keeps the weight.
+        Memory that it now takes, and that it saves; the latter is negative if a tied embedding keeps the weight.
     dense : list of str
         Dense layers on a CPU, whose decode steps run on ``torch.ops.nm_act.dense_linear``.
     prepacked : list of str

@@ -15,7 +15,7 @@ from ..layers.linear import sparse_layers
 from . import static_attention
 
 WARMUP = 3
-"""Steps before a capture, in which libraries load their kernels and choose algorithms."""
+"""Number of steps before a capture, in which libraries load their kernels and choose algorithms."""
 
 
 class StaticDecoder:
@@ -39,15 +39,15 @@ class StaticDecoder:
     ValueError
         If the model is spread over devices, a size is out of range, the forward of a module that reads the model's
         config was replaced (by accelerate's hooks or torch.compile), or the model is on CUDA and its recipe keeps first
-        tokens dense, because their positions are read back from the device in every call, which a graph cannot do.
+        tokens dense: every call then reads positions back from the device, which a graph cannot do.
 
     Notes
     -----
     Prompts attend to the filled part of the cache; so do steps on CUDA in 16 bits, where torch's flash attention reads
     the length on the device. Other steps mask the whole cache; on a GPU, a logged line says why. Only one thread at a
     time may use a decoder; the model itself is not changed, and other threads may run it meanwhile. Padding is not
-    supported; use ``model.generate`` for it. With ``cache_implementation="static"`` that replays graphs too, but spends
-    1.6 ms of the host's time on each step (H100, torch 2.11), a third of a step of Llama-3-8B.
+    supported; use ``model.generate`` for it. With ``cache_implementation="static"``, ``generate`` replays graphs too,
+    but spends 1.6 ms of host time on each step (H100, torch 2.11), a third of a step of Llama-3-8B.
 
     Examples
     --------
@@ -169,7 +169,7 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def capture_prefill(self, tokens: int) -> None:
-        """Capture the prefill of prompts of one length; worthwhile for short ones, which kernel launches dominate.
+        """Capture the prefill of prompts of one length; worthwhile for short prompts, whose time launches dominate.
 
         The running sequence is kept.
 
@@ -333,9 +333,10 @@ def _full_cache(config: Any, max_tokens: int) -> Any:
 
 
 def _most_likely(logits: Tensor) -> Tensor:
-    """``logits.argmax(-1)``, the first of equal ones.
+    """``logits.argmax(-1)``; of equal logits, the first.
 
-    torch reduces a row in one block: 41 us for 128 256 words on an H100. So the words are divided into rows first.
+    torch reduces a row in one block, which takes 41 us for 128 256 words on an H100. So the words are divided into rows
+    first.
     """
     if not logits.is_cuda:
         return logits.argmax(dim=-1)

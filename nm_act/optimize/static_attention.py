@@ -1,7 +1,7 @@
 """Attention over the filled part of a static cache, as one of Transformers' attention implementations.
 
-``model.set_attn_implementation("nm_act_static")`` chooses it for a model; StaticDecoder uses it for its own steps. In
-place of a mask, a decode step then gets the number of filled tokens, which the kernel reads on the device.
+``model.set_attn_implementation("nm_act_static")`` chooses it for a model; StaticDecoder uses it for its own steps. A
+decode step then gets, in place of a mask, the number of filled tokens, which the kernel reads on the device.
 """
 
 import inspect
@@ -29,7 +29,7 @@ ATTENTION = "nm_act_static"
 """Name of :func:`static_attention` among Transformers' attention implementations."""
 
 _fits: dict[tuple[Any, ...], bool] = {}
-"""Whether torch's flash attention works: by heads, key heads, dim, windowed, dtype, kind and index of the device."""
+"""(heads, key heads, dim, windowed, dtype, device type and index) -> whether torch's flash attention works."""
 
 
 def register() -> None:
@@ -118,7 +118,7 @@ def static_mask(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Tensor | None:
-    """What :func:`static_attention` takes as the mask of a call, in the form of Transformers' mask interface.
+    """The mask that :func:`static_attention` takes for a call, in the form of Transformers' mask interface.
 
     None for a prompt at the start of the cache, the number of filled tokens ``[batch, 1, 1, 1]`` for one new token per
     sequence, and Transformers' own mask ``[batch, 1, q_length, kv_length]`` for everything else.
@@ -159,7 +159,7 @@ def static_mask(
 def try_flash(config: Any, dtype: torch.dtype | None, device: torch.device) -> bool:
     """Whether torch's flash attention supports lengths on the device, and windows; tried once on a small cache.
 
-    :func:`static_attention` uses it from then on; a logged line tells where it cannot.
+    If so, :func:`static_attention` uses it from then on; otherwise a logged line says so.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False

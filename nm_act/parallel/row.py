@@ -2,8 +2,8 @@
 
 The selection needs nothing from other ranks, because no group is cut. A per-token shift and the variance ratio are
 statistics of the whole token, so the ranks exchange data: per token one float64 for the mean, four for the variances,
-or the token itself for the median. It is combined in rank order, so every rank computes the same bits, and those of a
-single process (the mean up to the last bit of its float64 sum, as :mod:`nm_act.reference` allows).
+or the token itself for the median. The data is combined in rank order, so every rank computes the same bits as a single
+process (the mean up to the last bit of its float64 sum, as :mod:`nm_act.reference` allows).
 
 Dynamic fp8 is the exception: each rank scales its slice of a token by the slice's own largest value. That scale is at
 least as fine as that of a single process, and needs no exchange.
@@ -91,7 +91,7 @@ def token_shift_over_ranks(shard: Shard, x: Tensor, token_shift: str) -> Tensor:
     if token_shift == "mean":
         sums = shard.gather(x.double().sum(dim=-1, keepdim=True))
         return (sums.sum(dim=0) / (x.shape[-1] * shard.size)).float() + 0.0
-    slices = shard.gather(x)  # a median cannot be computed from those of the parts
+    slices = shard.gather(x)  # a median cannot be computed from the medians of parts
     return formulas.token_shift_values(slices.movedim(0, -2).flatten(-2), token_shift)
 
 
@@ -103,7 +103,7 @@ def variance_ratio_over_ranks(shard: Shard, z: Tensor, pruned: Tensor) -> Tensor
 
 
 def _square_deviations(shard: Shard, values: Tensor) -> Tensor:
-    # Each rank's mean and deviations, combined: one exchange instead of two with the mean over all ranks first.
+    # Combine each rank's mean and deviations: one exchange, instead of two with the mean over all ranks first.
     mean = values.mean(dim=-1, keepdim=True)
     square = (values - mean).square().sum(dim=-1, keepdim=True)
     means, squares = shard.gather(torch.cat([mean, square], dim=-1)).unbind(dim=-1)

@@ -41,7 +41,7 @@ class Shard:
 
 
 def shard_of(weight: Tensor) -> Shard | None:
-    """How a DTensor weight ``[out, in]`` is split; None for a plain tensor, ValueError if in two ways at once."""
+    """How a DTensor weight ``[out, in]`` is split; None for a plain tensor, ValueError for two splits at once."""
     if not _is_sharded(weight):
         return None
     split = [(dim, place) for dim, place in enumerate(weight.placements) if not place.is_replicate()]
@@ -108,7 +108,7 @@ def refuse_sharded(weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def check_plain(x: Tensor) -> None:
-    """Raise a NotImplementedError for an input that torch's parallel styles have made a DTensor."""
+    """Raise a NotImplementedError for an input that torch's parallel styles have turned into a DTensor."""
     if _is_sharded(x):
         raise NotImplementedError(
             "expected a plain tensor as a sparse layer's input, got a DTensor, as torch's parallelize_module gives it; "

@@ -1,14 +1,14 @@
-// Dot: y[t] = W x[t] for a few tokens and a weight stored [out, in], read once, in the order in which it lies.
+// Dot: y[t] = W x[t] for a few tokens and a weight stored [out, in], which is read once and in order.
 //
-// Several rows of the weight are multiplied together, so that their sums are independent chains of additions; the order
-// of a sum depends neither on them nor on how the rows are divided among threads.
+// Several rows of the weight are multiplied together, so that their sums are independent chains of additions. The order
+// of a sum depends neither on the number of these rows nor on how rows are divided among threads.
 #include "cpu/isa/epilogue.h"
 #include "cpu/isa/table.h"
 
 namespace nm_act::cpu::NM_ACT_ISA {
 namespace {
 
-// 2 * kLanes elements of a row, and of a token to go with them.
+// 2 * kLanes elements of a row, and the matching ones of a token.
 struct Pair {
   Vec first, second;
 };
@@ -24,7 +24,7 @@ inline Pair load_token(const float* x) {
 }
 
 #if defined(__AVX512F__)
-// Elements of even and of odd index, which need a shift and a mask only; their order does not matter in a sum.
+// Splits elements into those of even and odd index, which takes only a shift and a mask; a sum may have any order.
 template <>
 inline Pair load_pair<BFloat16>(const BFloat16* p) {
   const __m512i bits = _mm512_loadu_si512(p);

@@ -3,7 +3,7 @@
 // The work is divided by output columns, never by rows, so threads share nothing and every sum has one order. Within a
 // block of columns, kGatherUnroll rows are processed together: their products are summed in registers and added once to
 // the block's float32 accumulators, which keeps the loop at memory speed and shortens the chain of roundings. The rows
-// are far apart and not at a fixed stride, where hardware prefetchers do not help, so the loop prefetches the next rows
+// are far apart and at no fixed stride, so hardware prefetchers do not help, and the loop prefetches the next rows
 // itself. docs/kernels/cpu_decode.md has the floor and the variants that were measured.
 #include <algorithm>
 

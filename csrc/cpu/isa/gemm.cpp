@@ -1,13 +1,13 @@
-// Gemm: y = X W^T for many tokens and a weight stored [in, out], which is read as it lies.
+// Gemm: y = X W^T for many tokens and a weight stored [in, out], which is read in place.
 //
 // A tile of up to kTileTokens tokens by kTileVectors vectors of columns is summed in registers. The tiles of
-// kBlockTokens tokens and a panel of columns come one after another: the first reads the panel's rows from memory and
-// leaves them in float32 in a buffer that fits L2, where the others read them (rows that are 4 KiB apart would share a
-// few sets of a cache). Rows beyond kRows are added in another pass, to sums in scratch memory. The order of a sum
-// depends neither on the tiles nor on how the columns are divided among threads.
+// kBlockTokens tokens and a panel of columns run one after another: the first tile reads the panel's rows from memory
+// and copies them, as float32, to a buffer that fits L2, from which the others read them (in place, rows that are 4 KiB
+// apart would share a few sets of a cache). Rows beyond kRows are added in another pass, to sums in scratch memory. The
+// order of a sum depends neither on the tiles nor on how the columns are divided among threads.
 //
-// Processors that multiply pairs of bfloat16 do so with the rows of a weight two by two: the buffer then holds, side by
-// side, what a column has in each of them.
+// Processors that multiply pairs of bfloat16 take two rows of the weight at a time: the buffer then holds the two
+// elements of a column side by side.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -23,12 +23,13 @@ constexpr int kTileTokens = 8;
 constexpr int64_t kBlockTokens = 256;
 // A panel of so many rows takes 192 KiB.
 constexpr int64_t kRows = 1024;
-// Rows that are summed at once: rounding errors grow with the root of the longest chain of additions.
+// Rows in one chain of additions: rounding errors grow with the root of the longest chain.
 constexpr int64_t kChain = 128;
-// Rows from the one that is multiplied to the one that is prefetched: they are far apart, where hardware does not help.
+// Distance in rows between the row being multiplied and the row being prefetched. Hardware does not prefetch rows,
+// which are far apart.
 constexpr int64_t kAhead = 16;
 
-// Rows of a weight, all columns of which lie side by side.
+// Rows of a weight, whose columns are contiguous.
 template <class T>
 struct Rows {
   const T* first;

@@ -4,8 +4,8 @@
 //   nu = sqrt(Var(Z) / Var(P)), sums in float64
 //
 // A row is converted to float32 once; without a shift the bits of the output are those of the input. A 16-bit operand
-// that nothing but magnitudes decides about is pruned as one long row: its rows are short in small models, and padding
-// each to whole vectors would cost up to half of the time.
+// that is selected by magnitude alone is pruned as one long row: rows are short in small models, and padding each to
+// whole vectors would cost up to half of the time.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -74,7 +74,7 @@ float variance_ratio(const float* z, const uint32_t* mask, int64_t n) {
     std::memcpy(&features, z + k, sizeof(features));  // of a constant size: no call
     add(features, mask[k / 32] >> (k % 32));
   }
-  if (k < n) {  // missing features are as the origin, and did not survive
+  if (k < n) {  // missing features equal the origin, and did not survive
     Floats features = Floats{} + z[0];
     std::memcpy(&features, z + k, (n - k) * sizeof(float));
     add(features, mask[k / 32] >> (k % 32) & ((1 << (n - k)) - 1));
@@ -172,7 +172,7 @@ void prune_rows(const PruneParams& p, int64_t token_begin, int64_t token_end) {
   for (int64_t token = token_begin; token < token_end; ++token) prune_row<T>(p, token, scratch);
 }
 
-// 16-bit elements whose magnitudes decide, M of 2 to 16; `count` is a multiple of M.
+// 16-bit elements selected by magnitude, M of 2 to 16; `count` is a multiple of M.
 template <int M, class T>
 void prune_magnitudes(const T* x, T* out, int64_t count, int keep) {
   constexpr int64_t kBlock = int64_t(Groups<int16_t>::kCount) * M;

@@ -1,8 +1,8 @@
 // Top-N-of-M selection: keys, the Nth largest of a group and the survivors' bit mask.
 //
 // As many groups as a vector has keys are selected together, one per lane: after a transpose, key[i] holds element i of
-// all these groups. A sorting network finds the Nth largest key. What is larger survives, and of those equal to it the
-// ones of lowest index, until there are N.
+// all these groups. A sorting network finds the Nth largest key. Elements with larger keys survive, and of those with
+// equal keys the ones of lowest index, until there are N survivors.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace nm_act::cpu::NM_ACT_ISA {
 
 constexpr int kVectorBytes = kLanes * 4;
 constexpr int kGroupLanes = kLanes;
-// A number of groups that fills whole words of the mask, for every M, and whole vectors.
+// A number of groups that fills whole mask words, for every M, and whole vectors.
 constexpr int kBlockGroups = 16;
 
 // A vector of keys, one for each of kCount groups. Keys of 16 bits take half the instructions of 32.
@@ -156,7 +156,7 @@ template <int M, class Bits>
   }
 }
 
-// The same for M of 2 to 16 and 16 bits an element, without a scale: magnitudes order as integers, of NaN all alike.
+// The same for M of 2 to 16 and 16-bit elements without a scale: magnitudes sort as integers, and all NaNs are equal.
 template <int M>
 inline void select_magnitudes(const int16_t* x, int16_t infinity, int keep, uint32_t* words) {
   using Vec = Groups<int16_t>::Vec;
@@ -179,7 +179,7 @@ inline void select_magnitudes(const int16_t* x, int16_t infinity, int keep, uint
   }
 }
 
-// 2:4+1 (kernels/prune/window_select.h has the rule): the two quads that gain most from the slot of column e get it.
+// 2:4+1 (rule: kernels/prune/window_select.h): the two quads that gain most from a slot of column e get one.
 inline void plus_one_block(const int32_t* keys, int e, uint32_t* bits) {
   GroupVec gain[4], alone[4], served[4];
   for (int quad = 0; quad < 4; ++quad) {

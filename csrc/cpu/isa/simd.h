@@ -1,8 +1,8 @@
 // Element types and the vector operations that the kernels need, for the instruction set being compiled.
 //
 // NM_ACT_ISA is the namespace (avx512, avx2, generic); the compiler's flags select the code. Everything is in that
-// namespace: the linker keeps one copy of a function that several sources define, and this processor might not run that
-// copy.
+// namespace: otherwise the linker would keep one copy of a function that several sources define, possibly one that this
+// processor cannot run.
 #pragma once
 
 #include <cmath>

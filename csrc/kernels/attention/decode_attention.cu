@@ -3,13 +3,13 @@
 //
 //   y = softmax(scaling * q K^T) V over the last `window` of a sequence's tokens, the new one included
 //
-// with RMSNorm of each head of q and k before the embedding, if their weights are given.
+// with an RMSNorm of each head of q and k before the embedding, if the norms' weights are given.
 //
-// A cluster has one key head of one sequence with its query heads; its blocks divide the tokens, and the warps of a
-// block take 16 of them at a time. Both products run on tensor cores, mma.m16n8k16, with fragments that are loaded from
-// the cache as they lie, since the order of features within a product is free:
+// A cluster computes one key head of one sequence with its query heads; its blocks divide the tokens, and the warps of
+// a block take 16 of them at a time. Both products run on tensor cores, mma.m16n8k16. Since the order of features
+// within a product is free, fragments are loaded from the cache without rearranging:
 //
-//   scores[head, token] = Q K^T: a lane's 16 bytes of a key are the words of two k-steps of operand B;
+//   scores[head, token] = Q K^T: a lane's 16 bytes of a key are its words of operand B for two k-steps;
 //   y^T[feature, head] += V^T P: a lane has the same eight features of four tokens, whose words are interleaved to
 //                                operand A, and its scores are already operand B.
 //
@@ -53,21 +53,21 @@ __device__ __forceinline__ Chunk<E> load_shared(const uint16_t* source) {
   return {{vector.x, vector.y, vector.z, vector.w}};
 }
 
-// Keys of 16 tokens: lane 4 * i + j has tokens i and 8 + i, of each 32 features the eight from 8 * j.
+// Keys of 16 tokens: lane 4 * i + j holds tokens i and 8 + i, and of every 32 features the eight from 8 * j on.
 template <class E, int kDim>
 struct Keys {
   Chunk<E> of[2][kDim / 32];
 };
 
-// Values of 16 tokens: lane 4 * i + j has tokens 2 * j, 2 * j + 1, 2 * j + 8 and 2 * j + 9, of each 64 features the
-// eight from 8 * i.
+// Values of 16 tokens: lane 4 * i + j holds tokens 2 * j, 2 * j + 1, 2 * j + 8 and 2 * j + 9, and of every 64 features
+// the eight from 8 * i on.
 template <class E, int kDim>
 struct Values {
   Chunk<E> of[4][kDim / 64];
 };
 
-// Softmax over some tokens. Lane 4 * i + j has the maximum and its own share of the sum of head i, and outputs of heads
-// 2 * j and 2 * j + 1: of each 64 features the pairs from 8 * i.
+// Softmax over some tokens. Lane 4 * i + j holds the maximum and its own share of the sum of head i, and outputs of
+// heads 2 * j and 2 * j + 1: of every 64 features the pairs from 8 * i on.
 template <int kDim>
 struct Partial {
   float top = -FLT_MAX, sum = 0.0f;
@@ -166,7 +166,7 @@ struct Warp {
   }
 };
 
-// Prefetches to L2, while the previous kernel ends, the small vectors that its stream of weights may have displaced.
+// While the previous kernel ends, prefetches to L2 the small vectors that its stream of weights may have displaced.
 template <int kDim>
 __device__ __forceinline__ void fetch_vectors(const DecodeAttentionParams& params, int sequence) {
   constexpr int kLine = 64, kLines = kDim / kLine;  // in elements
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads)
     cosine = load_piece<E>(params.cos, angle + feature, kDim / 2);
     sine = load_piece<E>(params.sin, angle + feature, kDim / 2);
   }
-  // A length out of range is that of no tokens: nothing is written, and 0 / 0 is NaN.
+  // A length out of range counts as no tokens: nothing is written, and 0 / 0 gives NaN.
   const int given = params.lengths[sequence], length = given < 0 || given > params.max_tokens ? 0 : given;
   const int start = params.window > 0 ? max(0, length - params.window) : 0;
   const int share = (length - start + splits - 1) / splits;
@@ -351,8 +351,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Launches with the most blocks a cluster, of kSplits and its halves, with which all clusters run at once: one that had
-// to wait would read its cache alone.
+// Launches with the largest number of blocks per cluster (kSplits, or halved repeatedly) with which all clusters run at
+// once. If a cluster had to wait for the others, it would then read its cache while the rest of the device is idle.
 template <class E, int kDim, int kSplits = 16>
 cudaError_t launch_shape(const DecodeAttentionParams& params, cudaStream_t stream) {
   constexpr auto kKernel = decode_attention_kernel<E, kDim>;

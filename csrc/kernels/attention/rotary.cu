@@ -2,7 +2,7 @@
 //
 //   rotated = round(round(x * cos) + round(rotate_half(x) * sin)),  rotate_half(x) = [-x2, x1] of the halves [x1, x2]
 //
-// with x = norm(head, weight) where there is a norm of the heads.
+// with x = norm(head, weight) if the heads are normalised.
 //
 // A thread has one piece (rotate.cuh) of kHeads heads: it loads the piece's cosines and sines once and issues all
 // heads' loads before it uses the first. Limit: rows of whole aligned pieces, dim % 16 == 0.
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const __grid_constant_
   const int64_t position =
       params.lengths == nullptr ? token : int64_t{params.lengths[sequence]} - params.tokens + token;
 
-  // Of a head: its tensor, and its place there. Queries come first, then keys, then values.
+  // A head's tensor and its place in it. Queries come first, then keys, then values.
   const auto part_of = [&](int head, int& place) -> const RotaryPart& {
     if (head < params.q.heads) return place = head, params.q;
     head -= params.q.heads;

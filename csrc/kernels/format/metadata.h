@@ -1,5 +1,5 @@
-// Where the 2:4 metadata of a group of four features lies, for every layout that a kernel of this library reads or
-// writes.
+// Where the 2:4 metadata of a group of four features is stored, for every layout that this library's kernels read or
+// write.
 //
 // A group's metadata is a nibble, idx0 | idx1 << 2 with idx0 < idx1: the positions of its two survivors.
 // metadata_address() maps (token, group) to the byte that holds the nibble and to the nibble's shift in that byte (0 or

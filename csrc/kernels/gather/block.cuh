@@ -43,12 +43,13 @@ __device__ __forceinline__ void prefetch_line(const void* source) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
 }
 
-// The same, for what is read at the end of a kernel that streams more than L2 holds.
+// The same, for data that is read at the end of a kernel that streams more than L2 holds.
 __device__ __forceinline__ void prefetch_kept_line(const void* source) {
   asm volatile("prefetch.global.L2::evict_last [%0];" ::"l"(source));
 }
 
-// The L2 policy of weights: each byte is read once a step, so it makes room before the vectors that every layer reads.
+// The L2 policy of weights: each byte is read once per step, so it is evicted before the vectors that every layer
+// reads.
 __device__ __forceinline__ uint64_t read_once_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -130,10 +130,10 @@ inline double union_fraction(Pattern pattern, int tokens) {
   return 1.0 - dropped;
 }
 
-// Whether skipping rows beats pruning followed by the dense product. It always does for 8-bit weights, of which the
-// dense product would need a 16-bit copy. For 16-bit weights it does if the union skips at least one row in 20 (every
-// 50 % pattern, up to four tokens). This is an estimate: the rows that are read cost the same on both paths, and gather
-// saves a launch.
+// Whether skipping rows beats pruning followed by the dense product. For 8-bit weights it always does, because the
+// dense product would need a 16-bit copy. For 16-bit weights it does if the union of the tokens' rows leaves out at
+// least one row in 20 (every 50 % pattern, up to four tokens). This is an estimate: the rows that are read cost the
+// same on both paths, and gather saves a launch.
 inline bool gather_pays(ElementType weight_type, Pattern pattern, int tokens) {
   return weight_bytes(weight_type) == 1 || union_fraction(pattern, tokens) <= 0.95;
 }
@@ -152,8 +152,8 @@ inline int blocks_per_multiprocessor(const GatherProblem& problem, const GatherC
 }
 
 // Number of blocks that run at once with `each` blocks per multiprocessor. A cluster must fit into one group of
-// multiprocessors: in the tuning sweep 132 multiprocessors held 14 clusters of eight or seven blocks, 16 of six and 38
-// of three: as many as six groups of 16 and two of 13 would hold.
+// multiprocessors: in the tuning sweep, 132 multiprocessors held 14 clusters of eight or seven blocks, 16 of six and 38
+// of three, which is what six groups of 16 multiprocessors and two of 13 would hold.
 inline int resident_blocks(GemmDevice device, int splits, int each) {
   if (splits == 1) return device.multiprocessors * each;
   const int groups = std::max(3, device.multiprocessors / 16);
@@ -164,8 +164,8 @@ inline int resident_blocks(const GatherProblem& problem, const GatherConfig& con
   return resident_blocks(problem.device, config.splits, blocks_per_multiprocessor(problem, config));
 }
 
-// Whether every block of a launch can have a multiprocessor of its own. Two blocks on one would share its bandwidth while
-// another is idle, which cost 2 % of a decode step (docs/kernels/gather.md).
+// Whether every block of a launch can have a multiprocessor of its own. Otherwise two blocks may share the bandwidth of
+// one multiprocessor while another is idle, which cost 2 % of a decode step (docs/kernels/gather.md).
 inline bool blocks_fit_apart(const GatherProblem& problem, const GatherConfig& config) {
   return block_count(problem, config) <= resident_blocks(problem.device, config.splits, 1);
 }
@@ -185,8 +185,8 @@ inline bool ahead_pays(const GatherProblem& problem, const GatherConfig& config)
          ahead_share(problem, config) < kMaxAheadShare;
 }
 
-// Estimated microseconds of a configuration, up to a constant that all share. Blocks run in waves; in each wave every
-// block selects its slice and then streams its rows, as fast as memory, its multiprocessor and its own loads in flight
+// Estimated microseconds of a configuration, up to a constant that all share. Blocks run in waves; in each wave, every
+// block selects its slice and then streams its rows, as fast as memory, its multiprocessor and its loads in flight
 // allow. The constants are fitted to benchmarks/results/h100/decode_tuning.csv (docs/kernels/gather.md).
 inline double gather_cost(const GatherProblem& problem, const GatherConfig& config) {
   constexpr double kMemory = 3.156e6, kMultiprocessor = 4.928e4;  // bytes a microsecond
@@ -243,10 +243,10 @@ inline GatherConfig select_gather_config(const GatherProblem& problem) {
   return best;
 }
 
-// Decode steps in which another configuration than the one that is fastest alone was measured to be faster: there a
-// kernel's blocks start while those of the kernel before end, and clusters wait for room beside them
-// (docs/kernels/gather.md). One token, 16-bit weights, 132 multiprocessors; all were measured with 8:16 in bf16 and are taken
-// for 50 % patterns.
+// Products for which, within a decode step, another configuration was measured to be faster than the one that is
+// fastest alone: in a step, a kernel's blocks start while those of the previous kernel end, and clusters wait for room
+// beside them (docs/kernels/gather.md). For one token, 16-bit weights and 132 multiprocessors. All were measured with
+// 8:16 in bf16 and are used for 50 % patterns.
 struct LayerGather {
   int out_features, in_features;
   GatherConfig config;

@@ -1,7 +1,7 @@
 // gather: y = (row_scale * weight_scale * (P @ W) + shift term) * column_scale + bias for a few tokens. Of W [in, out],
-// only the rows that some token needs are read. One launch selects, gathers and reduces; RMSNorm (or a norm, a residual
-// and RMSNorm) or SiLU * up before the selection, and a residual after the product, are part of it if given: every
-// block computes what it needs of them.
+// only the rows that some token needs are read. One launch selects, gathers and reduces. If given, it also computes
+// RMSNorm (or a norm, a residual and RMSNorm) or SiLU * up before the selection, and adds a residual after the product;
+// every block computes the part of these that it needs.
 //
 // Block (tile, slice) selects the survivors of its slice of the inputs (survivors.cuh; x is small and in L2), then
 // reads their weight rows, threads / lanes rows at a time: `lanes` threads lie along a row, 16 bytes each. A thread
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kGatherMaxThreads, GatherTuning<kTokens, 4 * W
   const auto fetch_rows = [&] {
     fetch_ahead(weight, static_cast<uint32_t>(row_bytes), min(tile, params.out_features - first) * kBytes, slice.count);
   };
-  // The weight does not depend on the kernel before, so its rows may arrive while that one ends. That pays for 8-bit
-  // weights; with 16 bits the kernel before is slowed by as much and more.
+  // The weight does not depend on the previous kernel, so its rows may arrive while that one ends. That pays for 8-bit
+  // weights; with 16 bits, the previous kernel is slowed down by at least as much.
   if (config.ahead && kBytes == 1) fetch_rows();
   wait_for_previous_kernel();
   allow_next_kernel();

@@ -1,4 +1,4 @@
-// From the threads' sums to y: reduction over the block, then over the slices of the tile, then the epilogue.
+// Computes y from the threads' sums: reduction over the block, then over the slices of the tile, then the epilogue.
 //
 // Every block of the cluster finishes a share of the tile's outputs. A block reduces its own threads' sums and writes
 // each result to the shared memory of the block that finishes it. After one barrier of the cluster no block accesses
@@ -20,7 +20,7 @@ struct GatherTile {
   int splits;
 };
 
-// Prefetches to L2, while the previous kernel ends, what the block reads only once, at its start or its end.
+// While the previous kernel ends, prefetches to L2 what the block reads only once, at its start or its end.
 __device__ __forceinline__ void fetch_vectors(const GatherParams& params, const GatherTile& tile, int begin,
                                               int count) {
   constexpr int kLine = 128;

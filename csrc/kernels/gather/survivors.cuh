@@ -67,13 +67,13 @@ struct GatherSlice {
         first_tile(first_tile) {}
 };
 
-// Factors of a token's norms: of x, if there is an x_weight, and of what is selected.
+// Factors of a token's norms: that of x, if there is an x_weight, and that of the row to be selected.
 template <int kTokens>
 struct RowNorms {
   float before[kTokens] = {}, inverse[kTokens] = {};
 };
 
-// x, or RMSNorm(x) * x_weight + x_residual: eight features, which exist, of a row that may be read in whole vectors.
+// x, or RMSNorm(x) * x_weight + x_residual: eight features within the row, which may be read in whole vectors.
 template <class E>
 __device__ __forceinline__ Chunk<E> load_hidden(const GatherParams& params, int token, int at, float before) {
   Chunk<E> z = load_chunk<E, true>(static_cast<const uint16_t*>(params.x) + token * params.x_stride + at, kChunk);

@@ -157,9 +157,9 @@ inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, i
   return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, splits, clustered || grid.rows == 1};
 }
 
-// Estimated time: the cube root of the sum of the cubes of the waves' time and the time for memory and L2 traffic,
-// which is close to the larger of the two, and above both where they are close. A block has its multiprocessor to
-// itself, so a wave takes the same time however many blocks run in it.
+// Estimated time: the cube root of the sum of the cubes of the waves' time and the time for memory and L2 traffic. It
+// is close to the larger of the two, and above both if they are similar. A block has its multiprocessor to itself, so a
+// wave takes the same time however many blocks run in it.
 inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileCost& cost = kTileCosts[static_cast<int>(tile.tile)];
   const TileGrid grid = grid_of(problem, tile);
@@ -202,10 +202,10 @@ inline GemmConfig select_config(const GemmProblem& problem) {
   return configure(problem, *best, best_splits);
 }
 
-// The configuration of a product with a residual: the widest tile, whose epilogue adds it, unless another tile and one
-// more pass over both are estimated to be faster. The pass moves six bytes an output, as fast as the copies of
-// benchmarks/results/h100/compress.csv (2.98 TB/s from 1024 tokens on); its launch is taken to cost what that file's
-// shortest compression took (64 x 4096 in 16 bits, 2.0 us).
+// The configuration of a product with a residual: the widest tile, whose epilogue adds the residual, unless another
+// tile plus one more pass over result and residual is estimated to be faster. The pass moves six bytes per output, as
+// fast as the copies of benchmarks/results/h100/compress.csv (2.98 TB/s from 1024 tokens on); its launch is assumed to
+// cost what that file's shortest compression took (64 x 4096 in 16 bits, 2.0 us).
 inline constexpr double kAddUsPerMb = 1 / 2.98, kAddUs = 2.0;
 inline GemmConfig select_residual_config(const GemmProblem& problem) {
   const GemmConfig best = select_config(problem);
@@ -216,10 +216,10 @@ inline GemmConfig select_residual_config(const GemmProblem& problem) {
 }
 
 // Whether compression and the sparse GEMM beat pruning and the dense product; from a sweep of 11 token counts over 32
-// layer shapes of seven families in bf16 on an H100. Up to 384 tokens cuBLAS has one row of 128 tokens less than the
-// sparse tiles, whose clusters need an even number, and is faster on most shapes; from 385 on both have four rows. With
-// a weight stored [in, out] cuBLAS is slower: from 6144 outputs on, the sparse product is at least as fast from 129
-// tokens on. docs/kernels/sparse_gemm.md says what a choice by estimates would gain.
+// layer shapes of seven families in bf16 on an H100. Up to 384 tokens, cuBLAS has one row of 128 tokens fewer than the
+// sparse tiles, whose clusters need an even number of rows, and is faster on most shapes; from 385 on, both have four
+// rows. With a weight stored [in, out], cuBLAS is slower: from 6144 outputs on, the sparse product is at least as fast
+// from 129 tokens on. docs/kernels/sparse_gemm.md says what a choice by estimates would gain.
 inline constexpr int64_t kSparseGemmTokens = 385;
 inline constexpr int64_t kSparseGemmTokensInOut = 129, kSparseGemmOutputsInOut = 6144;
 inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
@@ -227,13 +227,13 @@ inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
          (weight_in_out && problem.tokens >= kSparseGemmTokensInOut && problem.out_features >= kSparseGemmOutputsInOut);
 }
 
-// Most tokens of a dense e4m3 product that is computed with one scale and scaled by a kernel of its own. The four
-// products of a Llama-3-8B layer took 95 to 99 us so, for one to 16 tokens, and 114 to 121 us with row-wise scales
-// (benchmarks/results/h100/few_tokens.csv); more than 16 were not timed so.
+// Largest number of tokens for which a dense e4m3 product is computed with one scale and scaled by a separate kernel.
+// For one to 16 tokens, the four products of a Llama-3-8B layer took 95 to 99 us in this way, and 114 to 121 us with
+// row-wise scales (benchmarks/results/h100/few_tokens.csv); more than 16 tokens were not timed in this way.
 inline constexpr int64_t kOneScaleTokens = 16;
 
-// Whether 2:4+1 over a lifted weight, a quarter more columns, beats pruning and the dense product. By estimate from the
-// GEMM's speed over cuBLAS (1.3x to 1.6x in bf16), not measured.
+// Whether 2:4+1 over a lifted weight, which has a quarter more columns, beats pruning and the dense product. Estimated
+// from the GEMM's speed over cuBLAS (1.3x to 1.6x in bf16), not measured.
 inline constexpr int64_t kLiftedTokens = 1024;
 inline bool lifted_path_pays(const GemmProblem& problem) { return problem.tokens >= kLiftedTokens; }
 

@@ -3,8 +3,8 @@
 //
 // The accumulators of a warp group's 64 x 2H tile (gated_mainloop.cuh) give each thread, for two tokens 8 apart, two
 // adjacent outputs of every 8: first of gate, then of up. Four lanes exchange their words so that each holds 8 adjacent
-// outputs of z, the chunk that the compression kernels work on. The values are rounded where the separate kernels
-// round, and the selection is theirs, so the results are the same bits.
+// outputs of z, the chunk that the compression kernels work on. Values are rounded at the same points as in the
+// separate kernels, and the selection is the same, so the results are bit for bit equal.
 #pragma once
 
 #include <cutlass/cutlass.h>
@@ -79,7 +79,7 @@ struct GatedEpilogueOp {
   template <class Problem, class Tile, class Coord, class Accumulators, class Mma, class Residue>
   CUTLASS_DEVICE void operator()(const Problem& problem, Tile, const Coord& coord, const Accumulators& accumulators,
                                  Mma, Residue, int thread, char*) const {
-    // A branch here, not at every output: nothing else of the device is busy meanwhile.
+    // A branch here, not at every output: the rest of the device is idle meanwhile.
     if (params.activation == Activation::kGeluTanh) {
       store_tile<Activation::kGeluTanh>(problem, coord, accumulators, thread);
     } else {

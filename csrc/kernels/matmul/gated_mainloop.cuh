@@ -1,6 +1,6 @@
-// A main loop over both halves of a merged gate and up weight: tile n of the outputs multiplies outputs n * H to
-// (n + 1) * H of the gate, and then those of up, where H is half the width of the tile. One thread so holds the gate
-// and the up value of an output, whatever the width of the projections.
+// A main loop over both halves of a merged gate and up weight: tile n computes outputs n * H to (n + 1) * H of the
+// gate, and then the same outputs of up, where H is half the width of the tile. One thread thus holds the gate and the
+// up value of an output, whatever the width of the projections.
 //
 // CUTLASS loads a tile of the weight in one piece. Here two loads of half a tile fill the same shared memory: the
 // weight is a tensor [outputs, features, 2] whose last stride leads from gate to up.

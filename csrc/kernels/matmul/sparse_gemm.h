@@ -7,8 +7,8 @@
 namespace nm_act {
 
 // The vectors that the epilogue reads. kPlain is what ordinary inference needs: the bias for 16-bit values; row scale,
-// column scale and bias for e4m3. kFull is the whole formula of SparseGemmParams but the residual, which kResidual adds
-// to kPlain.
+// column scale and bias for e4m3. kFull is the whole formula of SparseGemmParams except the residual; kResidual is
+// kPlain plus the residual.
 enum class GemmEpilogue : int { kPlain = 0, kFull = 1, kResidual = 2 };
 
 struct GemmLaunch {
@@ -22,7 +22,7 @@ struct GemmLaunch {
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
 cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch);
 
-// Serves every epilogue, but neither e4m3 values nor outputs of another type than the values.
+// Supports every epilogue, but neither e4m3 values nor outputs of a type other than that of the values.
 template <ElementType kValue, bool kWeightInOut>
 cudaError_t run_sparse_gemm_sm80(const SparseGemmParams& params, cudaStream_t stream);
 

@@ -5,7 +5,7 @@
 //
 // CMakeLists.txt parses these lines and generates one source for each tile, type and storage; config.h, sparse_sm90.cuh
 // and sparse_gemm.cpp expand them into enumerators, facts, CUTLASS shapes and the table of instances. To try a tile,
-// add a line here and any cost in config.h: benchmarks/tune.py times every tile of this list.
+// add a line here and any cost in config.h; benchmarks/tune.py then times every tile in this list.
 #pragma once
 
 // clang-format off

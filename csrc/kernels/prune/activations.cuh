@@ -5,8 +5,8 @@
 
 namespace nm_act {
 
-// x / (1 + exp2(exponent)) in three instructions and two sums: without the care for denormal numbers that __expf and
-// __fdividef take, and that 1 + exp2 does not need.
+// x / (1 + exp2(exponent)) in three instructions and two sums, without the handling of denormal numbers in __expf and
+// __fdividef, which 1 + exp2 does not need.
 __device__ __forceinline__ float x_over_one_plus_exp2(float x, float exponent) {
 #if defined(__CUDA_ARCH__)
   float exponential, reciprocal;
@@ -19,8 +19,8 @@ __device__ __forceinline__ float x_over_one_plus_exp2(float x, float exponent) {
 }
 
 // SiLU, x / (1 + exp(-x)), or GELU with the tanh approximation, x / 2 * (1 + tanh(u)) with u = sqrt(2 / pi) * (x +
-// 0.044715 x^3), as x / (1 + exp(-2 u)): without the sum's cancellation where x is far below zero. One choice per
-// feature instead of a branch around eight makes the library smaller.
+// 0.044715 x^3), computed as x / (1 + exp(-2 u)), where no sum cancels if x is far below zero. One choice per feature
+// instead of a branch around eight makes the library smaller.
 __device__ __forceinline__ float activate(float x, Activation activation) {
   constexpr float kExponent = -1.4426950408889634f, kGelu = 2.0f * 0.79788456080286536f * kExponent;
   return x_over_one_plus_exp2(

@@ -114,7 +114,7 @@ __device__ __forceinline__ void store_values(typename E::Raw* values, const Kept
 }
 
 // A chunk's metadata byte as stored: if a row ends in a single group, its upper nibble is 0. Padding chunks hold zeros,
-// whose survivors are the first two, so their byte is kPaddingByte without special care.
+// whose survivors are the first two, so their byte is kPaddingByte without special treatment.
 template <bool kVector>
 __device__ __forceinline__ uint8_t stored_byte(uint32_t metadata, int count) {
   return static_cast<uint8_t>(!kVector && count == kChunk / 2 ? metadata & 0xFu : metadata);

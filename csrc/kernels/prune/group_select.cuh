@@ -6,8 +6,7 @@
 // The threshold does not depend on the order of the keys, so the two keys of a word stay together. A sorting network
 // over words sorts the low and the high keys of a group as two lists at once; the larger of the i-th key of one list
 // and the i-th last of the other, over all i, make up the upper half of the group. That takes (31 + 5) / 32 two-key
-// operations per feature fewer than a network over all m keys. For the same reason, the exchanges need not keep an
-// order.
+// operations per feature fewer than a network over all m keys. For the same reason, the exchanges may permute the keys.
 #pragma once
 
 #include "compress.cuh"

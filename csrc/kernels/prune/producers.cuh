@@ -1,5 +1,5 @@
-// The operators whose result a sparse linear layer reads, fused with its selection: the dense activation never reaches
-// global memory.
+// The operators whose result a sparse linear layer reads, fused with the layer's selection: the dense activation never
+// reaches global memory.
 //
 //   RMSNorm     h = x or norm(x, x_weight) (+ residual, rounded and written back)
 //               x' = norm(h, weight)
@@ -38,7 +38,7 @@ struct RmsNorm {
     const bool adds = kResidual && residual != nullptr;
     if (adds) load_row<E, kKind>(addend, residual + token * in_features, in_features);
     const int64_t first = token * in_features + row_chunk<kChunks>(0) * kChunk;
-    // Loaded before the reduction, whose result they would wait for otherwise.
+    // Loaded before the reduction; otherwise the loads would wait for its result.
     constexpr bool kEarly = kKind == RowKind::kPlain && kChunks <= 4 && !kResidual;  // else registers cost more
     uint4 scales[kEarly ? kChunks : 1];
     if constexpr (kEarly) {

@@ -1,4 +1,4 @@
-// Pruning fused with what produces a token (producers.cuh) or with its conversion to e4m3: one block per token, whose
+// Pruning fused with a token's producer (producers.cuh) or with its conversion to e4m3: one block per token, whose
 // features stay in registers from the producer to the stores.
 //
 //   P = the n of every m of producer(token) with the largest magnitudes, zeros elsewhere

@@ -1,5 +1,5 @@
-// y = round(norm(x, weight) + residual): the norm after a sandwich layer's part, with the residual (nm_act.h). One
-// block per token, whose features stay in registers; chunks are mapped as in row_stats.cuh.
+// y = round(norm(x, weight) + residual): a norm after attention or MLP, with the residual (nm_act.h). One block per
+// token, whose features stay in registers; chunks are mapped as in row_stats.cuh.
 #include "../launch.cuh"
 #include "activations.cuh"
 #include "row_stats.cuh"

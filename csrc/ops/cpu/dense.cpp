@@ -2,8 +2,8 @@
 //
 // torch's 16-bit product rounds to 16 bits. In float16 that can overflow although the scaled result would not, and most
 // processors have no fast kernel for it, so one block of the weight at a time is converted to float32. In bfloat16,
-// which has the range of float32, torch's product is used: for 512 x 2048 x 2048 it takes 9.7 ms, a float32 product 49
-// ms (one thread of an AMD EPYC with AVX-512, torch 2.13), at an error of 1.4 roundings instead of one.
+// which has the range of float32, torch's product is used, with an error of 1.4 roundings instead of one: for 512 x
+// 2048 x 2048 it takes 9.7 ms, a float32 product 49 ms (one thread of an AMD EPYC with AVX-512, torch 2.13).
 #include "ops/cpu/dense.h"
 
 #include <ATen/Parallel.h>
@@ -89,13 +89,13 @@ void dense_rows(const at::Tensor& operand, const at::Tensor& weight, const cpu::
   }
 }
 
-// One thread of an AMD EPYC (Zen 5), torch 2.13, 9 to 256 tokens over 576 x 576 to 4096 x 4096 weights stored
-// [in, out]: in float32 1.5x to 2.2x faster than torch, whose library runs its AVX2 kernels there; in bfloat16, where
-// torch first reorders the weight, 1.0x to 1.8x faster with products of pairs, without them 1.1x to 1.4x up to 16
-// tokens and slower from there on. torch's float16 product took 19 s for 512 x 2048 x 2048. One thread of an Intel Xeon
-// with AMX, whose torch uses it and AVX-512 for the other dtypes, 5 to 512 tokens over 576 x 576 to 5632 x 2048: 0.1x to
-// 0.5x as fast in bfloat16 from 16 tokens on, in float32 0.4x to 1.0x, in float16 0.9x to 1.4x up to 16 tokens and 0.8x
-// to 1.0x from there on.
+// Speed of this kernel compared with torch's product. One thread of an AMD EPYC (Zen 5), torch 2.13, 9 to 256 tokens
+// over 576 x 576 to 4096 x 4096 weights stored [in, out]: in float32 1.5x to 2.2x, where torch's library runs its AVX2
+// kernels; in bfloat16, where torch first reorders the weight, 1.0x to 1.8x with products of pairs, without them 1.1x
+// to 1.4x up to 16 tokens and slower from there on. torch's float16 product took 19 s for 512 x 2048 x 2048. One thread
+// of an Intel Xeon with AMX, which torch uses for bfloat16 (AVX-512 for the other dtypes), 5 to 512 tokens over 576 x
+// 576 to 5632 x 2048: 0.1x to 0.5x in bfloat16 from 16 tokens on, 0.4x to 1.0x in float32, and in float16 0.9x to 1.4x
+// up to 16 tokens and 0.8x to 1.0x from there on.
 bool columns_pay(ElementType dtype, int64_t tokens) {
   if (cpu::has_amx()) return dtype == ElementType::kFloat16 && tokens <= 16;
   if (dtype == ElementType::kFloat16) return true;

@@ -1,10 +1,10 @@
 // nm_act::_packed_layer: all products of a served layer over one input, in one call.
 //
-// A merged layer has parts (q; k and v) that select differently, or not at all. Each is prune and product over a weight
-// in oneDNN's layout, as sparse_linear_prepacked. A compiled graph pays about 6 us for every call with so many
-// arguments, and again for each tensor that it takes as an input: at 8 requests 7 % of a step of SmolLM2-135M in vLLM
-// (one thread of an AMD EPYC). So a layer's tensors and options are in an object, and the graph passes its address, as
-// vLLM does with the handlers of its own products.
+// A merged layer has parts (q; k and v) that select differently, or not at all. Each part prunes and multiplies by a
+// weight in oneDNN's layout, as sparse_linear_prepacked does. A compiled graph pays about 6 us for every call with so
+// many arguments, and again for each tensor that it takes as an input: at 8 requests, 7 % of a step of SmolLM2-135M in
+// vLLM (one thread of an AMD EPYC). So an object holds a layer's tensors and options, and the graph passes the object's
+// address, as vLLM does with the handlers of its own products.
 #include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
@@ -41,7 +41,7 @@ struct Part {
 
 class PackedLayer;
 
-// The layers that exist: an operator must not follow any other address.
+// The existing layers: an operator must not dereference any other address.
 struct Existing {
   std::mutex mutex;
   std::unordered_set<const PackedLayer*> layers;

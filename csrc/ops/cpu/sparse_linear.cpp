@@ -3,7 +3,8 @@
 // An 8-bit weight is first multiplied by its scale, in the dtype of x. A few tokens with a weight stored [in, out] run
 // on the gather kernel, which reads only the rows of survivors. Everything else prunes and runs a dense product: our
 // own where it is faster (dense.cpp), else torch's, or if more than a bias follows, one that keeps float32 until the
-// end. With a prepacked weight it is oneDNN's, called through torch or vLLM, which is faster: fewer tokens skip rows.
+// end. With a prepacked weight the product is oneDNN's, called through torch or vLLM. It is faster, so rows are skipped
+// for fewer tokens.
 #include "ops/cpu/sparse_linear.h"
 
 #include <ATen/Parallel.h>
@@ -41,7 +42,7 @@ const SurvivingRows& surviving_rows(const at::Tensor& operand) {
   for (int64_t k = 0; k < in_features; ++k) {
     bool needed = false;
     for (int64_t t = 0; t < tokens; ++t) needed |= float(p[t * in_features + k]) != 0.0f;  // true for NaN
-    // No branch, because a branch predictor cannot predict which half survives.
+    // No branch, because which half survives cannot be predicted.
     s.rows[found] = k;
     found += needed;
   }
@@ -158,7 +159,7 @@ at::Tensor pruned_product(const char* op, const at::Tensor& prepacked, const at:
   } else if (tokens <= cpu::most_gathered_tokens(type == ElementType::kFloat32) && weight.stride(1) == 1) {
     dense_rows(operand, weight, epilogue, selection.type, y);
   } else if (stored_in_out(weight) && columns_pay(type, tokens) && !(scales && type == ElementType::kBFloat16)) {
-    // Of bfloat16 that is scaled, both storages round alike: the product, and then the result.
+    // With scaled bfloat16, both storages round alike: the product, and then the result.
     dense_columns(operand, weight, epilogue, selection.type, y);
   } else if (scales) {
     dense_product(operand, weight, epilogue, selection.type, y);
@@ -234,7 +235,7 @@ TORCH_LIBRARY_IMPL(nm_act, CPU, m) {
   m.impl("dense_linear", dense_linear);
 }
 
-// The key of a tensor in oneDNN's layout, which the operator is dispatched by.
+// The dispatch key of a tensor in oneDNN's layout.
 TORCH_LIBRARY_IMPL(nm_act, MkldnnCPU, m) { m.impl("sparse_linear_prepacked", sparse_linear_prepacked); }
 
 }  // namespace nm_act::cpu_ops

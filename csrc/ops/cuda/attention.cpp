@@ -1,4 +1,5 @@
-// What follows the q/k/v product, on CUDA: the rotary embedding, the cache's update, and attention of a decode step.
+// The operators after the q/k/v product on CUDA: the rotary embedding, the cache's update, and attention of a decode
+// step.
 #include <torch/library.h>
 
 #include "ops/cuda/common.h"

@@ -92,7 +92,7 @@ struct PackedOperand {
   at::Tensor eta;        // [tokens] or undefined
 };
 
-// What the operators return of it: values, metadata, row_scale, eta; empty where undefined.
+// The tensors that operators return for it: values, metadata, row_scale, eta; empty where undefined.
 using PackedTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 PackedTensors results(const PackedOperand& operand);
 

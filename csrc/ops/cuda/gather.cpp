@@ -112,8 +112,8 @@ GatherConfig given_config(at::IntArrayRef given, const GatherProblem& problem) {
 
 bool is_given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
-// What stands around a layer: RMSNorm or activation * up before, a residual after. With x_weight, the input is
-// hidden = norm(x, x_weight) + x_residual.
+// The operators around a layer: RMSNorm or activation * up before, a residual after. With x_weight, the input is hidden
+// = norm(x, x_weight) + x_residual.
 struct Around {
   OptionalTensor up, norm_weight, residual, x_weight, x_residual;
   std::optional<double> eps;

@@ -1,10 +1,10 @@
 // nm_act::sparse_linear on CUDA.
 //
 // ops/choice.h chooses: a few tokens over a weight stored [in, out] go to the gather kernel; with enough tokens, 2:4 in
-// 16 bits goes to the sparse tensor cores, and so does 2:4+1 that brings its lifted weight, where that
-// pays; everything else prunes and runs cuBLAS. An 8-bit weight that the gather kernel does not take is first
-// multiplied by its scale, in the dtype of x; with e4m3 activations it goes to the fp8 tensor cores as it is: the
-// sparse ones for 2:4, the dense ones over the pruned activation for any other N:M.
+// 16 bits goes to the sparse tensor cores, and so does 2:4+1 with its lifted weight, if that pays; everything else
+// prunes and runs cuBLAS. An 8-bit weight that the gather kernel does not take is first multiplied by its scale, in the
+// dtype of x. With e4m3 activations, the weight goes to the fp8 tensor cores unconverted: the sparse ones for 2:4, the
+// dense ones over the pruned activation for any other N:M.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
@@ -26,8 +26,8 @@ at::Tensor shift_image(const at::Tensor& weight, const Selection& selection, con
                                                     : at::sum(weight, {1}, false, at::kFloat);
 }
 
-// Prune, then torch's dense product; the rest of the epilogue as torch operations in float32, on a product that is not
-// rounded to 16 bits before (in float16 it may overflow where the scaled one does not).
+// Prune, then torch's dense product; the rest of the epilogue are torch operations in float32, on a product that is not
+// yet rounded to 16 bits (in float16 it may overflow although the scaled one does not).
 at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
                          const Selection& selection, bool variance_correction, const at::Tensor& shift_out,
                          const at::Tensor& column_scale, const char* op) {
@@ -105,7 +105,8 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
                                 ", x ", x.scalar_type(), ", weight ", stored_weight.sizes(), " with strides ",
                                 stored_weight.strides(), " on compute capability ", device.compute_capability_major,
                                 ".x; leave activation_dtype out");
-    // The kernel's column scale, here the weight's too, multiplies the shift term: it is taken out of a given image.
+    // The kernel's column scale, here also the weight's scale, multiplies the shift term, so a given image is divided
+    // by it.
     const GemmEpilogueTensors epilogue{
         {},
         {},

@@ -13,7 +13,7 @@ from ...layers.linear import NMLinear, sparse_layers
 
 
 def at_once(device: torch.device) -> int:
-    """Windows in one call of a block: one keeps a CPU busy, and a GPU needs more."""
+    """Number of windows in one call of a block: one keeps a CPU busy, but a GPU needs more."""
     return 1 if device.type == "cpu" else 8
 
 
@@ -24,9 +24,9 @@ class _ReachedError(Exception):
 class BlockRunner:
     """The decoder blocks of a sparse, decoder-only Transformers model, called with one window at a time.
 
-    The arguments beside the hidden states are recorded with one `window` (``[length]``, int64); all others have its
-    length, and so the same masks and positions. Raises ValueError if the model has no sparse layer, or its blocks are
-    not in one list.
+    The arguments besides the hidden states are recorded with one `window` (``[length]``, int64). All other windows have
+    the same length, and therefore the same masks and positions. Raises ValueError if the model has no sparse layer, or
+    its blocks are not in one list.
     """
 
     def __init__(self, model: nn.Module, window: torch.Tensor):
@@ -73,7 +73,7 @@ class BlockRunner:
     def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Output of a block for the ``hidden [windows, length, hidden]`` of some windows."""
         args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(hidden.device), self._arguments[self.names[index]])
-        # The decoder stack, whose hooks tell the layers where sequences start, is not called: do it here.
+        # The decoder stack, whose hooks tell the layers where sequences start, is not called, so do this here.
         found = {id(layer.token_context): layer.token_context for layer in self.layers(index).values()}
         contexts = [context for context in found.values() if context is not None]
         for context in contexts:

@@ -24,11 +24,11 @@ def calibration_windows(
         A UTF-8 text file, a ``.jsonl`` file with "text" fields, a folder of such files (read in order of name), or a
         data folder of ``nm-act eval``, of which C4 is read.
     windows : int
-        Number of windows; all there are if the text has fewer.
+        Number of windows; all of them if the text has fewer.
     length : int
         Tokens per window.
     seed : int
-        Of the draw.
+        Seed of the draw.
 
     Returns
     -------

@@ -2,8 +2,8 @@
 
 Block-wise training (:mod:`.training`) makes each block's output resemble the dense one's. Here the whole sparse model
 runs, and the loss is ``KL(p || q)`` per token between the dense and the sparse next-token distributions, so errors may
-cancel between layers. What is trained costs nothing at run time: scales, shifts and biases are data of the one
-operator, and changed weights replace the old ones.
+cancel between layers. The trained values cost nothing at run time: scales, shifts and biases are data of the operator,
+and changed weights replace the old ones.
 """
 
 import math
@@ -28,7 +28,7 @@ _AT_ONCE = 4  # held-out windows in one call: bounds the float32 copies of their
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """Settings of `distill`; ValueError if a number is not positive and finite, or it is unknown what to train."""
+    """Settings of `distill`; ValueError if a number is not positive and finite, or ``train`` is unknown."""
 
     steps: int = 256  # of AdamW, with a linear schedule after 3 % of warm-up
     batch: int = 4  # windows in one step
@@ -72,8 +72,8 @@ def distill(
 ) -> Distilled:
     """Train a sparse model in place towards the dense one; kept only if that lowers the held-out loss.
 
-    The best values at any check are taken, and only if the held-out loss falls by more than twice its standard error
-    over windows; otherwise the model is as it was.
+    The best values of all checks are kept, but only if the held-out loss falls by more than twice its standard error
+    over windows; otherwise the model is left unchanged.
 
     ``model`` is a sparse Transformers model, calibrated if its recipe needs data, whose sparse layers' weights are its
     own; ``dense`` is the dense model on the same device. ``windows`` and ``held_out`` are int64 ``[windows, length]``:

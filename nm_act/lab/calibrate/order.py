@@ -1,4 +1,4 @@
-"""Search of a static order of input channels [ours], which deals strong channels out to the groups of a pattern.
+"""Search for a static order of input channels [ours] that distributes strong channels over the groups of a pattern.
 
 N:M keeps N of each M neighbours, so two strong channels in one group compete while another group keeps weak ones. With
 one channel of each strength in every group, the groups are alike.
@@ -13,7 +13,8 @@ from ...conversion.permutation import gate_and_up, value_heads
 
 
 def channel_order(energy: torch.Tensor, group: int) -> torch.Tensor:
-    """Order ``[in]`` (int64) that gives every group of M channels one of each strength, for E[X_j^2] ``[in]``.
+    """Order ``[in]`` (int64) that gives every group of M channels one channel of each strength, given E[X_j^2]
+    ``[in]``.
 
     With G groups, position ``g * M + k`` gets the channel of rank ``k * G + g``; in every other round the groups take
     turns backwards, so that none is always first.

@@ -1,4 +1,4 @@
-"""A calibration run, block by block; finished blocks are on disk, so that a stopped run continues where it was."""
+"""A calibration run, block by block; finished blocks are on disk, so that a stopped run can continue."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ from .training import LOSSES, train_block
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Settings of the training of learned data; ValueError if one is not positive and finite, or unknown."""
+    """Settings for training learned data; ValueError if one is not positive and finite, or unknown."""
 
     learning_rate: float = 1e-4  # of AdamW, after warm-up
     epochs: float = 1.0  # passes over the windows in each block
@@ -74,7 +74,7 @@ def calibrate(
     device : str or torch.device
         Where blocks run.
     state : path, optional
-        Folder for finished blocks; that of an earlier, stopped run is continued. None keeps nothing.
+        Folder for finished blocks; if it is that of a stopped run, the run is continued. None stores nothing.
     progress : callable, optional
         Called with the number of finished blocks, their total, and the current step as text.
 
@@ -169,7 +169,7 @@ def _calibrate_block(
     note("statistics")
     permuted = [name for name, layer in layers.items() if "input_order" in layer.data()]
     if permuted:
-        # A pass of its own: what selections drop, which other data need, depends on the order.
+        # A separate pass: other data need the part that selections drop, which depends on the order.
         with switched(layers.values(), "bypass"), collect(layers, device, matrices=False) as statistics:
             runner.run_all(index, hidden, device)
         for name in permuted:

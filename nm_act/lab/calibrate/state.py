@@ -16,10 +16,10 @@ _FACTS = "facts"
 
 
 class RunState:
-    """Finished blocks of one run on disk, in a folder that is made if need be; None keeps nothing.
+    """Finished blocks of one run on disk, in a folder that is created if necessary; None stores nothing.
 
-    `identity` determines the result, as JSON reads it back; its "settings" are a dict. Raises ValueError if the folder
-    has finished blocks of another run, or its ``run.json`` is damaged.
+    `identity` holds everything that determines the result, in the form that JSON reads back; its "settings" are a dict.
+    Raises ValueError if the folder has finished blocks of another run, or its ``run.json`` is damaged.
     """
 
     def __init__(self, folder: str | Path | None, identity: dict[str, Any]):

@@ -1,4 +1,4 @@
-"""Statistics of the inputs of a block's layers while it runs dense, and the data that follow in closed form."""
+"""Statistics of the inputs of a block's layers while it runs dense, and the data computed from them in closed form."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,7 +41,7 @@ class InputStatistics:
     def add_lost(self, layer: NMLinear, x: torch.Tensor) -> None:
         """Add the part of ``x [..., tokens, in]`` that a layer's selection drops.
 
-        A static shift is not known yet and left out. The channel scale is that of the layer's forward: with clact it
+        A static shift is not known yet and is left out. The channel scale is that of the layer's forward; with clact it
         comes from the tokens of each sequence.
         """
         if self._weight_scale is None:  # the same in every window
@@ -105,7 +105,7 @@ def collect(
 
 
 def check_statistics(name: str, layer: NMLinear, statistics: InputStatistics) -> None:
-    """Raise a ValueError if a layer's data in closed form cannot follow from its weight and these statistics."""
+    """Raise a ValueError if a layer's closed-form data cannot be computed from its weight and these statistics."""
     matrices = layer.weight, statistics.covariance, statistics.lost
     if not all(matrix is None or matrix.isfinite().all() for matrix in matrices):
         raise ValueError(

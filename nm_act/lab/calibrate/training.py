@@ -79,7 +79,7 @@ def master(layer: NMLinear, name: str) -> torch.Tensor:
 def block_loss(output: torch.Tensor, target: torch.Tensor, kind: str) -> torch.Tensor:
     """Squared error of a block's output, float32.
 
-    The paper's is plain ("mse"), and a few tokens of a language model, whose hidden states are a thousand times larger
+    The paper's loss is plain ("mse"). A few tokens of a language model, whose hidden states are a thousand times larger
     than all others, dominate it; "relative" gives every token the same weight.
     """
     error = (output.float() - target.float()).square().mean(dim=-1)
@@ -94,6 +94,6 @@ def linear_schedule(step: int, steps: int) -> float:
 
 
 def passes(windows: int, count: int, seed: int) -> torch.Tensor:
-    """Indices ``[count]`` of windows, all of them in a new order before one comes again."""
+    """Indices ``[count]`` of windows: all windows in a new order before any is repeated."""
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([torch.randperm(windows, generator=generator) for _ in range(math.ceil(count / windows))])[:count]

@@ -1,4 +1,4 @@
-"""Calibrations as rows of a study or options of a search: found by the variant's name, told apart by their digest."""
+"""Calibrations as rows of a study or options of a search: found by the variant's name, identified by their digest."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ def of_calibration(folder: Path) -> Variant:
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    """Facts that nm-act calibrate and search write beside a calibration; none beside one that a program saved."""
+    """Facts that nm-act calibrate and search write beside a calibration; none if a program saved it."""
     if not file.is_file():
         return {}
     facts = read_object(file)
@@ -49,7 +49,7 @@ def _text_and_training(facts: dict[str, Any]) -> str:
 def calibrated_row(variant: Variant, calibrated: Path | None) -> Variant:
     """A calibrated variant with its calibration, from the folder named by its slug in the folder `calibrated`.
 
-    Raises FileNotFoundError if there is none, ValueError if it is one of another recipe or seed.
+    Raises FileNotFoundError if there is none, ValueError if it is of another recipe or seed.
     """
     folder = None if calibrated is None else calibrated / variant.slug
     if folder is None or not (folder / DATA_FILE).is_file():

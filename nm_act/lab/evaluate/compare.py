@@ -21,8 +21,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Perplexity of every model as a row of plain data, with its change against the dense model's in per cent.
 
-    `reports` are names and models, the dense one first; an iterator may make each model when its turn comes, because
-    none is kept. `note` is called with a line before a measurement, `bar` with a label for a context that yields
+    `reports` are names and models, the dense one first; an iterator may create each model on demand, because none is
+    kept. `note` is called with a line before a measurement, `bar` with a label for a context that yields
     ``update(done, total, detail)``. Raises RuntimeError if the dense model's perplexity is not finite.
     """
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Decode speed of several models, measured in turns so that they all see the same machine."""
+"""Decode speed of several models, measured in turns so that all run under the same conditions."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -33,9 +33,9 @@ class DecodeSpeed:
         return float(low), float(high)
 
     def speedup_over(self, other: "DecodeSpeed") -> "DecodeSpeed":
-        """Ratio to `other`, round by round: what slows a round of both models cancels out.
+        """Ratio to `other`, round by round, so that whatever slows a round of both models cancels out.
 
-        Raises ValueError if the two have different numbers of rounds, so were not measured together.
+        Raises ValueError if the two have different numbers of rounds, and so were not measured together.
         """
         if len(self.samples) != len(other.samples):
             raise ValueError(
@@ -100,7 +100,7 @@ def decode_speed(
     warmup : int
         Number of rounds before those.
     max_seconds : float, optional
-        No round starts after that time, once one has counted.
+        After this time no round starts, except that at least one is counted.
     progress : callable, optional
         Called after every round with the number of finished rounds and their total, warm-up included.
 

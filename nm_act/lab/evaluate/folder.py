@@ -50,7 +50,7 @@ class RunFolder:
         return self.path / "rows" / f"{variant.slug}.{task}.json"
 
     def has(self, variant: Variant, task: str) -> bool:
-        """Whether the result is there; ValueError if it is that of another recipe or calibration of the same name."""
+        """Whether the result exists; ValueError if it is that of another recipe or calibration with the same name."""
         path = self.result_path(variant, task)
         if not path.is_file():
             return False

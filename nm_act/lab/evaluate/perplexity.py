@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 DEFAULT_WINDOW = 2048
-"""Tokens per window where the model's context allows it; the value that published WikiText-2 figures use."""
+"""Tokens per window if the model's context allows it; published WikiText-2 figures use this value."""
 
 _SCORED_AT_ONCE = 256  # rows of logits in one softmax: bounds the float32 copy to 256 x vocabulary
 
@@ -68,7 +68,7 @@ def perplexity(
 
     ``exp(-1/T * sum log p(token | earlier tokens of its window))`` over the T tokens that are not the first of their
     window. Log-probabilities are float32 whatever the model's dtype, their sum is float64. A tail shorter than a window
-    is left out, so that every window has the same context; a text shorter than one window is a single, shorter one
+    is left out, so that every window has the same context; a text shorter than one window is a single, shorter window
     (``result.window``).
 
     Parameters

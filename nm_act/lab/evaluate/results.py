@@ -22,10 +22,10 @@ COLUMNS = (
     *("model", "name", "method", "pattern", "layers", "predicted_speedup", "predicted_decode", "task", "metric"),
     *("value", "stderr", "samples", "dense_value", "seed", "calibrated_on", "dtype", "device", "commit", "date"),
 )
-"""predicted_speedup is that of prefill, predicted_decode that of a step (`predicted`)."""
+"""predicted_speedup is that of prefill, predicted_decode that of a decode step (`predicted`)."""
 
 PREDICTED_MODEL = "llama-3-8b"
-"""The shapes that rows are predicted for: those of a model that is deployed on the measured device."""
+"""The shapes that rows are predicted for: those of a model that would be deployed on the measured device."""
 
 
 AVERAGED = ("arc_easy", "boolq", "piqa", "winogrande")
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def run(self) -> str:
-        """Model, weights, settings and data, which comparable rows have in common."""
+        """Model, weights, settings and data, which must be equal in comparable rows."""
         return comparable(self.identity)
 
     @property
@@ -57,14 +57,14 @@ class Row:
 
 
 def comparable(identity: dict[str, Any]) -> str:
-    """What runs have in common whose rows may be compared."""
+    """The fields that runs must share for their rows to be comparable."""
     return json.dumps([identity.get(key) for key in _COMPARABLE], sort_keys=True)
 
 
 def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
     """Rows of run folders, dense first, then in the order of names; dense rows of the same `Row.run` are taken once.
 
-    With `rates` prefill is predicted from them.
+    With `rates`, prefill is predicted from them.
 
     Raises ValueError if a folder is no run, lacks a dense result for a task, or repeats a row of another folder of the
     same run (for dense rows: with another value).
@@ -73,7 +73,7 @@ def collect(folders: list[str | Path], rates: Rates | None = None) -> list[Row]:
 
 
 def collect_runs(runs: list[tuple[str, dict[str, Any], list[dict[str, Any]]]], rates: Rates | None = None) -> list[Row]:
-    """`collect` of runs that were read already: where from, identity, results."""
+    """`collect` for runs that were already read: their source, identity and results."""
     rows: dict[tuple[str, str, str], Row] = {}
     for folder, identity, results in runs:
         for row in _run_rows(folder, identity, results, rates):
@@ -100,9 +100,9 @@ def _run_rows(folder: str, identity: dict[str, Any], results: list[dict[str, Any
 
 
 def predicted(result: dict[str, Any], rates: Rates | None) -> dict[str, float]:
-    """Speed-up by phase of a result's recipe in the shapes of `PREDICTED_MODEL`; of prefill, from `rates` if given.
+    """Speed-up by phase of a result's recipe with the shapes of `PREDICTED_MODEL`; prefill's from `rates` if given.
 
-    An older result does not say its model's layers and width: then both are those of `PREDICTED_MODEL`.
+    An older result does not state the layers and width of its model; both are then those of `PREDICTED_MODEL`.
     """
     recipe, shapes = result["variant"]["recipe"], shapes_of(PREDICTED_MODEL)
     cost: Cost = rates or Measured(DEFAULT_DEVICE, shapes, PREDICTED_MODEL, phases=("prefill", "decode"))

@@ -1,4 +1,4 @@
-"""Runs of a study: every (variant, task) is one result file, so that a stopped run continues where it was."""
+"""Runs of a study: every (variant, task) is one result file, so that a stopped run can continue."""
 
 import time
 from collections.abc import Callable
@@ -49,7 +49,8 @@ class Study:
         return request_tokens(self.tasks[name], self.tokenizer, self.folder.identity["limit"])
 
     def run(self, progress: Callable[[str], None], batch_size: int = 8) -> None:
-        """Measure every variant on every task, except for results that the folder has; `progress` gets a line for each.
+        """Measure every variant on every task, except for results that the folder already has; `progress` gets their
+        lines.
 
         A variant is made only if a result is missing, and released before the next one is made. A criterion that reads
         whole sequences gets a `batch_size` of 1: the harness pads the sequences of a batch to one length without a
@@ -84,7 +85,7 @@ def _reads_sequences(model: nn.Module) -> bool:
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
-    """What predictions of a result's speed need beside its recipe."""
+    """What predicting a result's speed needs besides its recipe."""
     places = places_of(model)
     return {"layers": len({place.layer for place in places}), "width": places[0].in_features}
 
@@ -119,7 +120,7 @@ def estimate(model: nn.Module, tokens: int) -> float:
 
 
 def request_tokens(task: Any, tokenizer: Any, limit: int | None, sample: int = 16) -> int:
-    """About how many tokens a task makes a model read (scored answers) or write at most (generation)."""
+    """Approximate number of tokens that a task makes a model read (scored answers) or at most write (generation)."""
     documents = list(task.eval_docs)
     count = len(documents) if limit is None else min(limit, len(documents))
     if task.OUTPUT_TYPE == "generate_until":
@@ -139,7 +140,7 @@ def check_context(name: str, task: Any, model: nn.Module) -> None:
 
 
 def check_scored(dense: nn.Module, variant: Variant, tasks: list[str]) -> None:
-    """Raise a ValueError if a variant prunes in decode only, and a task scores given answers, which is prefill."""
+    """Raise a ValueError if a variant prunes only in decode and a task scores given answers, which is prefill."""
     scored = next((task for task in tasks if task not in GENERATION), None)
     if scored is None or variant.recipe is None:
         return

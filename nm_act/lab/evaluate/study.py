@@ -18,7 +18,7 @@ _RECIPE_LAYERS = (*POLICIES, "search")
 
 
 def load_study(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a study file, products multiplied out: one value per key, for `row_variant`.
+    """Rows of a study file, with all combinations expanded: one value per key, for `row_variant`.
 
     The file holds ``rows``, a list of mappings with the keys ``pattern``, ``criterion``, ``mitigation``,
     ``dense_first_tokens`` and ``layers`` (each a value or a list of values, of which all combinations are taken; a

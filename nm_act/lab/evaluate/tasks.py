@@ -1,7 +1,8 @@
 """Zero-shot tasks through EleutherAI's lm-evaluation-harness, on the user's own files or on the hub's data.
 
-A task is the harness's own: prompt, metrics, aggregation. A data folder replaces its documents only; for files in the
-layout of common converted sets ({query, choices, gold}, ...) the expressions that map their fields are replaced, too.
+Prompt, metrics and aggregation of a task are the harness's own. A data folder replaces only its documents; for files in
+the layout of common converted sets ({query, choices, gold}, ...), the expressions that map their fields are replaced
+too.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ class Layout:
     fields: tuple[str, ...]  # that every document has
     label: str = ""  # field of the right answer; "" where there is nothing to check
     choices: Callable[[dict[str, Any]], Collection[Any]] = lambda row: (None,)  # document -> labels that it may have
-    # Whether a number may be written as text. The harness takes text for an index only where it renders a template;
+    # Whether a number may be written as text. The harness reads text as an index only where it renders a template;
     # elsewhere it would look up the words.
     text: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)  # of the harness's task configuration, to read this layout
@@ -67,7 +68,7 @@ _PARTIAL = Layout(
     "gold",
     _indices("context_options"),
     text=True,
-    # Not Jinja: the harness takes an index only as an integer here, as its own functions for this task return one.
+    # Not Jinja: the harness needs an integer index here, as its own functions for this task return.
     overrides={
         "doc_to_text": lambda row: int(row["gold"]),
         "doc_to_choice": lambda row: row["context_options"],
@@ -280,7 +281,7 @@ def run_task(task: Any, wrapped: Any, limit: int | None = None) -> TaskResult:
 
 
 def _check_scores(name: str, samples: list[dict[str, Any]]) -> None:
-    """Refuse NaN among the likelihoods of answers: argmax would take it for the model's choice."""
+    """Refuse NaN among the likelihoods of answers, because argmax would choose it."""
     for sample in samples if name not in GENERATION else ():
         if any(math.isnan(likelihood) for likelihood, _ in sample["filtered_resps"]):
             raise RuntimeError(

@@ -40,14 +40,14 @@ class Variant:
         return "".join(c if c.isalnum() or c in "+-." else "-" for c in self.name.replace(":", "x").replace("%", "pct"))
 
     def check(self, dense: nn.Module) -> None:
-        """Raise a ValueError if `make` would, before the work."""
+        """Raise the ValueError that `make` would raise, before any work."""
         if self.recipe is not None:
             check_recipe(dense, self.recipe)
         if self.folder is not None:
             check_calibration(dense, self.folder)
 
     def make(self, dense: nn.Module) -> SparsifyReport:
-        """The variant as ``report.model``; it shares with the dense model what stays dense."""
+        """The variant as ``report.model``; it shares all layers that stay dense with the dense model."""
         if self.recipe is None:
             return SparsifyReport(dense, None)  # type: ignore[arg-type]  # the dense model has no recipe
         return sparse_copy(dense, self.recipe) if self.folder is None else calibrated_copy(dense, self.folder)
@@ -76,7 +76,7 @@ def from_recipe(recipe: Recipe, name: str | None = None, **fields: Any) -> Varia
 
 
 def resolved(recipe: Recipe) -> set[LinearSpec]:
-    """Specs that a recipe gives to any layer of any model."""
+    """All specs that a recipe may give to a layer."""
     named = {*recipe.skip_layers, *(layer for rule in recipe.rules for layer in rule.layers or ())}
     projections = {*recipe.projections, *(name for rule in recipe.rules for name in rule.projections or ())}
     places = itertools.product([*named, max(named, default=-1) + 1], projections)
@@ -89,7 +89,7 @@ def sparse_copy(model: nn.Module, recipe: Recipe) -> SparsifyReport:
 
     The copy shares embeddings, norms and every layer that stays dense with `model`; only the layers that become sparse
     take memory of their own, because they store their weight in another order. Raises ValueError if the recipe names
-    nothing that the model has, or the model is sparse already.
+    nothing that the model has, or the model is already sparse.
     """
     return sparsify(_shared_copy(model), recipe)
 

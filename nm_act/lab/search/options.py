@@ -1,4 +1,4 @@
-"""What a layer may get in a search: specs from the command line, and the calibrated data of those that need some."""
+"""The options of a layer in a search: specs from the command line, and the calibrated data of those that need some."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class CalibratedData:
 def parse_option(text: str) -> LinearSpec:
     """Spec from "PATTERN [CRITERION] [MITIGATION ...]", as specs are printed.
 
-    Raises ValueError if it is no spec, or reorders weights (``permute``): an order is shared by several layers, which
-    may get different options.
+    Raises ValueError if the text is no spec, or if the spec reorders weights (``permute``): several layers share an
+    order, but may get different options.
 
     Examples
     --------
@@ -66,8 +66,9 @@ def option_recipe(spec: LinearSpec, **fields: Any) -> Recipe:
 def find_calibrations(specs: dict[str, LinearSpec], calibrated: Path | None) -> dict[str, Variant]:
     """Option -> its calibration, for the options that need one.
 
-    The folder `calibrated` has one of ``nm-act calibrate``, all layers alike, for each, as for ``nm-act eval --study``.
-    Raises FileNotFoundError if one is missing, ValueError if it is one of another recipe or if the seeds differ.
+    The folder `calibrated` has a folder of ``nm-act calibrate`` for each, with all layers alike, as for
+    ``nm-act eval --study``. Raises FileNotFoundError if one is missing, ValueError if it is of another recipe or if the
+    seeds differ.
     """
     found = {
         name: calibrated_row(from_recipe(option_recipe(spec)), calibrated)

@@ -1,4 +1,4 @@
-"""A search as a whole: options, the frontier with its baselines measured on calibration text, the choice, the files."""
+"""A whole search: options, the frontier and its baselines measured on calibration text, the choice, the files."""
 
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ MEASURED_POINTS = 6
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for: a predicted speed-up of the linear layers, or a largest rise of perplexity in per cent."""
+    """The goal: a predicted speed-up of the linear layers, or the largest allowed rise of perplexity in per cent."""
 
     target_speedup: float | None = None
     max_drop: float | None = None
@@ -90,9 +90,9 @@ def search(
     """Find a recipe for a goal, and write it with its frontier; finished measurements in `output` are not repeated.
 
     ``windows [windows, tokens]``, int64, is calibration text, ``specs`` are the options of a layer, and ``cost`` says
-    what they gain in one phase or several: the goal then holds in each. In decode alone, the recipe's layers are sparse
-    in decode only. ``output`` is a new folder or that of an earlier run, and ``identity`` has facts about model and
-    text for it, beside those that follow from the other arguments.
+    what they gain in one phase or several: the goal then holds in each. If the phase is decode alone, the recipe's
+    layers are sparse only in decode. ``output`` is a new folder or that of an earlier run; ``identity`` has facts about
+    model and text for it, besides those that follow from the other arguments.
 
     ``layers_together`` consecutive layers get one choice, with ``merged`` also the projections that share their input
     (q/k/v, gate/up), so that `optimize` merges them. ``calibrated`` is the folder of the calibrations that options
@@ -168,7 +168,7 @@ def _measure(
     note: Callable[[str], None],
     data: dict[str, CalibratedData],
 ) -> list[Point]:
-    """Perplexity of every recipe on calibration text, with all tokens sparse; none in `folder` is measured again."""
+    """Perplexity of every recipe on calibration text, with all tokens sparse; results in `folder` are not repeated."""
     known = ResultLines(folder / "points.jsonl", ("recipe", "calibration"), ("perplexity",))
     points = []
     for name, recipe in recipes:
@@ -187,7 +187,7 @@ def _measure(
 
 
 def _options_of(recipe: Recipe | None) -> set[str]:
-    """The options that a recipe gives to any layer; none for the dense model."""
+    """All options that a recipe gives to a layer; none for the dense model."""
     return set() if recipe is None else {option_name(spec) for spec in resolved(recipe)}
 
 

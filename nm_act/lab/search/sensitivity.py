@@ -26,7 +26,7 @@ from .store import ResultLines
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that get one choice: one projection, or one merged product, of consecutive decoder layers."""
+    """Linear layers that get the same option: one projection, or one merged product, of consecutive decoder layers."""
 
     layers: tuple[int, ...]  # of each linear layer
     projections: tuple[str, ...]
@@ -47,7 +47,7 @@ class Group:
 
     @property
     def is_whole_product(self) -> bool:
-        """Whether no other layer shares the input, so that an optimized model packs the operand once for all."""
+        """Whether no layer outside the group shares the input, so that an optimized model packs the operand once."""
         return set(merged_with(self.projections[0])) <= set(self.projections)
 
     @property
@@ -89,11 +89,11 @@ def sensitivities(
 ) -> dict[str, dict[str, float]]:
     """KL divergence for every group and spec on calibration text: group key -> spec name -> nats per token.
 
-    Decoder layers in front of a group are not run again: their dense output is kept, one window at a time.
+    Decoder layers before a group are not run again: their dense output is kept, one window at a time.
 
-    ``model`` is a dense Transformers model with its decoder layers in ``get_decoder().layers``, else ValueError;
-    unchanged afterwards. ``windows`` is int64 ``[windows, tokens]``. Each group is tried with every spec. ``store`` is
-    a JSON-lines file with one line per window, group and spec, whose measurements are not repeated; ``progress`` is
+    ``model`` is a dense Transformers model with its decoder layers in ``get_decoder().layers`` (else ValueError), and
+    is unchanged afterwards. ``windows`` is int64 ``[windows, tokens]``. Each group is tried with every spec. ``store``
+    is a JSON-lines file with one line per window, group and spec, whose measurements are not repeated; ``progress`` is
     called with the number of finished ones and their total. ``calibrated`` has the data of the specs that need some.
     """
     layers = _decoder_layers(model)

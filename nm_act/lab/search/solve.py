@@ -1,4 +1,4 @@
-"""The solver: one option for every group, so that the sum of sensitivities is least for a given predicted speed-up."""
+"""The solver: one option for every group, which minimises the sum of sensitivities for a predicted speed-up."""
 
 import ctypes
 import math
@@ -19,7 +19,7 @@ from ..measured import Place
 from .sensitivity import Group
 
 _SECONDS = 60.0
-"""After this time the best choice so far is taken; its `Choice.bound` limits how far the optimum may be below it."""
+"""After this time, the best choice so far is taken; its `Choice.bound` limits how much better the optimum may be."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Choice:
 class Problem:
     """A multiple-choice knapsack: the least total sensitivity for a predicted speed-up in every phase of the cost.
 
-    `costs` has the sensitivities by group key and spec name; `others` are the linear layers in no group, which stay
-    dense.
+    `costs` has the sensitivities by group key and spec name; `others` are the linear layers outside all groups, which
+    stay dense.
     """
 
     groups: list[Group]

@@ -26,7 +26,7 @@ class ResultLines:
         return self._rows[json.dumps(key)]
 
     def add(self, **row: Any) -> None:
-        """Add a row, or replace the one with its key; `write` keeps it."""
+        """Add a row, or replace the one with its key; `write` stores it."""
         row = {name: value for name, value in row.items() if value is not None}
         self._rows[json.dumps([row.get(name) for name in self._key])] = row
 
