@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -375,6 +376,10 @@ def _plain(instance: Any) -> dict[str, Any]:
 
 def _suffix(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix.lower()
+    if re.fullmatch(r"\d+:\d+(\+.*)?", str(path)):
+        raise ValueError(
+            f"expected a recipe file or its name, got the pattern {str(path)!r}; write pattern={str(path)!r}"
+        )
     if suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"expected a recipe file ending in .yaml, .yml or .json, got {str(path)!r}; rename it")
     return suffix

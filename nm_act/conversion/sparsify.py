@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import parallel
@@ -14,6 +15,7 @@ from ..layers.linear import NMLinear
 from ..layers.tokens import TokenContext
 from ..methods import mitigations
 from ..optimize import optimize as merge_and_fuse
+from ..optimize.eligible import check_module
 from ..optimize.model import refuse_optimized
 from ..recipe import DEFAULT_PROJECTIONS, ROLES, LinearSpec, Recipe, in_state_space
 from .adapters import BASE, is_adapter, is_plain_linear, plain_linear, projection_name, why_wrapped_stays
@@ -102,7 +104,7 @@ def sparsify(model: nn.Module, recipe: Recipe, *, inplace: bool = True, optimize
     Raises
     ------
     TypeError
-        If ``recipe`` is not a Recipe.
+        If ``model`` is no module or ``recipe`` no Recipe.
     ValueError
         If the recipe names a layer or projection that the model does not have; if the model is already sparse or
         optimized, or is an encoder-decoder; if none of its projections is a ``torch.nn.Linear``; or if a layer to be
@@ -207,8 +209,11 @@ def decoder_linears(model: nn.Module) -> dict[str, tuple[int, str, nn.Linear]]:
 
 def _checked(model: nn.Module, recipe: Recipe) -> tuple[Candidates, dict[str, "_Place | None"], Decisions]:
     """The candidates for replacement, their places in the model, and what becomes of them, after all checks."""
+    check_module(model)
     if not isinstance(recipe, Recipe):
-        raise TypeError(f"expected a Recipe, got {type(recipe).__name__}; use Recipe(...) or Recipe.load(path)")
+        raise TypeError(
+            f"expected a Recipe, got {type(recipe).__name__}; use Recipe(...), Recipe.named(...) or Recipe.load(path)"
+        )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"expected a decoder-only model, got the encoder-decoder {type(model).__name__}; use a decoder"
@@ -297,6 +302,8 @@ def _other_kind(module: nn.Module) -> str:
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
         return f"its weight is quantised ({str(weight.dtype).removeprefix('torch.')})"
+    if weight.dtype == torch.float64:
+        return "its weight is in float64; the operators take float32, bfloat16 and float16"
     return ""
 
 

@@ -33,8 +33,9 @@ class NMActConfig(QuantizationConfigMixin):
 
     Parameters
     ----------
-    recipe : Recipe, dict or path, optional
-        A recipe, its plain mapping, or the path of a .yaml or .json file.
+    recipe : Recipe, dict, path or str, optional
+        A recipe, its plain mapping, the path of a .yaml or .json file, or the name of a recommended one
+        (``Recipe.named``).
     **fields
         The fields of a :class:`~nm_act.Recipe`, instead of ``recipe``.
 

@@ -12,7 +12,7 @@ from .. import parallel
 from ..methods import mitigations
 from ..ops import autograd, composed
 from ..ops.lifting import is_lifted
-from ..patterns import NMPattern, TopKPattern
+from ..patterns import NMPattern, TopKPattern, as_pattern
 from ..recipe import LinearSpec
 from .derived import DERIVED, FOLLOW_WEIGHT, Deriving, without_autocast
 from .tokens import TokenContext
@@ -34,8 +34,8 @@ class NMLinear(Deriving):
     ----------
     in_features, out_features, bias, device, dtype
         As in ``torch.nn.Linear``.
-    spec : LinearSpec
-        Pattern, criterion, mitigation and phase.
+    spec : LinearSpec, NMPattern or str
+        Pattern, criterion, mitigation and phase; or a pattern alone.
     weight_layout : str
         "in_out" (default) stores ``weight [out, in]`` with its input channels outermost (``weight.t()`` is contiguous),
         so that a decode step reads only the rows of surviving inputs; "out_in" keeps torch's layout.
@@ -90,12 +90,13 @@ class NMLinear(Deriving):
         out_features: int,
         bias: bool = True,
         *,
-        spec: LinearSpec,
+        spec: LinearSpec | NMPattern | str,
         weight_layout: str = "in_out",
         lift: bool | str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        spec = spec if isinstance(spec, LinearSpec) else LinearSpec(as_pattern(spec))
         if in_features % spec.span:
             raise ValueError(
                 f"expected in_features to be a multiple of the group {spec.span}, got "
@@ -115,7 +116,12 @@ class NMLinear(Deriving):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, spec: LinearSpec, *, weight_layout: str = "in_out", lift: bool | str = "auto"
+        cls,
+        linear: nn.Linear,
+        spec: LinearSpec | NMPattern | str,
+        *,
+        weight_layout: str = "in_out",
+        lift: bool | str = "auto",
     ) -> "NMLinear":
         """Sparse layer that takes over the parameters of a dense one, bias included.
 
@@ -125,10 +131,12 @@ class NMLinear(Deriving):
         Raises
         ------
         TypeError
-            If ``linear`` is not exactly ``torch.nn.Linear`` (a quantised subclass, say).
+            If ``linear`` is not exactly ``torch.nn.Linear`` (a quantised subclass, say), or its weight is in float64.
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"expected a torch.nn.Linear, got {type(linear).__name__}; pass the dense layer")
+        if linear.weight.dtype == torch.float64:
+            raise TypeError("expected a weight in float32, bfloat16 or float16, got float64; convert the layer first")
         options: dict[str, Any] = {"spec": spec, "weight_layout": weight_layout, "lift": lift, "device": "meta"}
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, **options)
         layer.weight, layer.bias = linear.weight, linear.bias

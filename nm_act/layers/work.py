@@ -50,6 +50,8 @@ class LinearWork:
         z = x if self.rotation is None else x @ self.rotation.to(x.dtype)
         if self.by_sequence and x.ndim > 1:
             y = self._by_sequence(z, weight, bias, pattern, options, context)
+        elif self.by_sequence:
+            y = self._by_sequence(z.unsqueeze(0), weight, bias, pattern, options, None).squeeze(0)
         else:
             y = self.operator(z, weight, bias, pattern, **options)
         if self.low_rank is None:
@@ -71,7 +73,8 @@ class LinearWork:
         sequences, valid = x.reshape(x.shape[:-2].numel(), *x.shape[-2:]), None
         if context is not None:
             sequences, valid = context.sequences(x, sequences)
-        if sequences.shape[1] == 1:  # one token ranks its channels by themselves alone: act
+        shifted = not options.keys().isdisjoint(("shift", "token_shift"))
+        if sequences.shape[1] == 1 and not shifted:  # |x| |x| ranks like |x|: act
             return self.operator(x, weight, bias, pattern, **options)
         static, rows = options.get("channel_scale"), []
         for index, tokens in enumerate(sequences):

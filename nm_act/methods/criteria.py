@@ -8,7 +8,7 @@ name                ``c_j`` for ``W [out, in]``
 ==================  ========================================================================
 act                 1 (magnitude alone)
 clact               ``||X_:j||_2`` over the tokens of a sequence in the running call, padding
-                    left out; equals act for one token
+                    left out, before any shift; for one token without a shift it ranks like act
 wina                ``||W_:j||_2`` (WINA, R-Sparse, Wanda-like)
 variance            ``Var(W_:j)``, population variance
 amber               ``||V_:j||_2``; V is W standardised without its entries beyond the [0.5 %,

@@ -64,6 +64,10 @@ def call(op: str, *arguments: Any, **options: Any) -> Any:
         if refused is None:
             raise
         wanted, name, found = refused.groups()
+        if (name, found) == ("bias", "str"):
+            raise TypeError(
+                f"nm_act::{op} expected bias as a Tensor or None, got a str; give a pattern as pattern="
+            ) from None
         wanted = "torch.Tensor" if "Tensor" in wanted else "torch.dtype" if name.endswith("dtype") else wanted
         raise TypeError(f"nm_act::{op} expected {name} of type {wanted}, got {found}; convert it first") from None
 

@@ -37,6 +37,15 @@ class Sparse(Protocol):
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
+def check_module(model: Any) -> None:
+    """Raise a TypeError unless the model is one in memory."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"expected a model in memory (a torch.nn.Module), got {type(model).__name__}; load it first, with "
+            "AutoModelForCausalLM.from_pretrained say"
+        )
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks besides its forward."""
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))

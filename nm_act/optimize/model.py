@@ -14,7 +14,7 @@ from ..ops.prepack import why_not_prepacked
 from . import dense, fused, operands, static_attention
 from .attention import FusedAttention, mark_attention, merged_qkv
 from .changed import Changed, change
-from .eligible import not_fp8, why_absent
+from .eligible import check_module, not_fp8, why_absent
 from .families import FAMILIES, Family, folder_of
 from .fp8 import FP8Linear
 from .head import ROWS_AT_ONCE, QuantisedHead, check_kind, head_of, store_head, why_not_8_bits
@@ -188,6 +188,7 @@ def refuse_optimized(model: nn.Module) -> None:
 
 
 def _check(model: nn.Module, fp8: str | None, head: str | None, prepack: bool) -> None:
+    check_module(model)
     refuse_optimized(model)
     if fp8 is not None:
         check_layout(fp8)

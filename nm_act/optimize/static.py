@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..layers.kv_cache import cache_argument
 from ..layers.linear import sparse_layers
 from . import static_attention
+from .eligible import check_module
 
 WARMUP = 3
 """Number of steps before a capture, in which libraries load their kernels and choose algorithms."""
@@ -60,14 +61,23 @@ class StaticDecoder:
     """
 
     def __init__(self, model: nn.Module, *, batch: int = 1, max_tokens: int):
+        check_module(model)
+        if not hasattr(model, "config"):
+            raise TypeError(
+                f"expected a Transformers model, got {type(model).__name__} without a config; pass a whole model"
+            )
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1 or next(iter(devices)).type == "meta":
             raise ValueError(
                 f"expected a model on one device, got {', '.join(sorted(map(str, devices)))}; load it without "
                 "device_map"
             )
-        if batch < 1 or max_tokens <= WARMUP:
-            raise ValueError(f"expected batch >= 1 and max_tokens > {WARMUP}, got {batch} and {max_tokens}")
+        whole = all(isinstance(count, int) for count in (batch, max_tokens))
+        if not whole or batch < 1 or max_tokens <= WARMUP:
+            raise ValueError(
+                f"expected integers batch >= 1 and max_tokens > {WARMUP}, got {batch} and {max_tokens}; give the "
+                "number of sequences, and of tokens of the longest prompt with its continuation"
+            )
         if next(iter(devices)).type == "cuda":
             _refuse_first_tokens(model)
         static_attention.register()
@@ -179,7 +189,7 @@ class StaticDecoder:
             If the model is not on CUDA, or the length does not fit the cache.
         """
         self._check_graphs()
-        self._check_prompt(torch.empty(self.batch, tokens, device="meta"))
+        self._check_prompt(torch.empty(self.batch, tokens, dtype=torch.long, device="meta"))
         ids = torch.zeros(self.batch, tokens, dtype=torch.long, device=self.device)
         with self._kept(tokens):
             self._prefill_graphs[tokens] = (ids, self._captured(lambda: self._prefill(ids), lambda: None))
@@ -271,13 +281,17 @@ class StaticDecoder:
             )
 
     def _check_prompt(self, input_ids: Tensor, new_tokens: int = 1) -> None:
+        if input_ids.is_floating_point() or input_ids.is_complex():
+            raise TypeError(
+                f"expected a prompt of token ids, got {input_ids.dtype}; give integers such as a tokenizer's"
+            )
         if input_ids.ndim != 2 or input_ids.shape[0] != self.batch or input_ids.shape[1] == 0:
             raise ValueError(
                 f"expected a prompt of shape [{self.batch}, tokens], got {list(input_ids.shape)}; make a decoder with "
                 "that batch"
             )
         if new_tokens < 1:
-            raise ValueError(f"expected at least one new token, got {new_tokens}")
+            raise ValueError(f"expected at least one new token, got {new_tokens}; give a larger max_new_tokens")
         # The last token is never appended to the cache.
         if input_ids.shape[1] + new_tokens - 1 > self.max_tokens:
             raise ValueError(

@@ -254,7 +254,9 @@ def test_an_encoder_decoder_is_refused():
 
 
 def test_a_mapping_is_not_a_recipe():
-    with pytest.raises(TypeError, match=r"expected a Recipe, got dict; use Recipe\(\.\.\.\) or Recipe\.load"):
+    with pytest.raises(
+        TypeError, match=r"expected a Recipe, got dict; use Recipe\(\.\.\.\), Recipe\.named\(\.\.\.\) or"
+    ):
         sparsify(Model(), {"pattern": "8:16"})
 
 
@@ -331,3 +333,18 @@ def test_a_copied_model_has_a_context_of_its_own():
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
         assert torch.equal(twin(ids), model(ids))
+
+
+@pytest.mark.parametrize("call", [lambda model: sparsify(model, Recipe("8:16")), optimizing.optimize])
+def test_a_path_is_no_model(call):
+    with pytest.raises(TypeError, match=r"expected a model in memory \(a torch\.nn\.Module\), got str; load it first"):
+        call("some/model")
+
+
+def test_layers_in_float64_stay_dense():
+    """The operators do not take them: the first forward would fail."""
+    layers = nn.ModuleList(nn.ModuleDict({"up_proj": nn.Linear(32, 64)}) for _ in range(2))
+    layers[1].double()
+    report = sparsify(layers, Recipe("8:16", projections=["up_proj"]))
+    assert [name for name, _ in report.replaced] == ["0.up_proj"]
+    assert report.kept == [("1.up_proj", "its weight is in float64; the operators take float32, bfloat16 and float16")]

@@ -13,6 +13,7 @@ import nm_act
 from nm_act import reference
 from nm_act.layers.linear import NMLinear
 from nm_act.methods import criteria
+from nm_act.patterns import NMPattern
 from nm_act.recipe import LinearSpec
 
 FULL = LinearSpec("8:16", "wina", ("var", "dpts-mean"))
@@ -336,3 +337,15 @@ def test_an_input_of_another_kind_or_dtype_is_our_sentence(phase):
         layer(x.numpy())
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_a_pattern_alone_is_a_spec():
+    dense = nn.Linear(32, 8)
+    for layer in (NMLinear.from_linear(dense, "8:16"), NMLinear(32, 8, spec=NMPattern("8:16"))):
+        assert layer.spec == LinearSpec("8:16")
+    with pytest.raises(ValueError, match='expected a pattern written "N:M"'):
+        NMLinear.from_linear(dense, "half")
+    with pytest.raises(
+        TypeError, match="expected a weight in float32, bfloat16 or float16, got float64; convert the layer"
+    ):
+        NMLinear.from_linear(dense.double(), "8:16")

@@ -228,3 +228,16 @@ class TestClact:
             else:
                 alone = model.generate(torch.tensor([prompt]), max_new_tokens=3, do_sample=False, eos_token_id=None)
                 assert output.generated_tokens == alone[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("mitigation", [(), ("dpts-mean",), ("dpts-median",), ("spts",)])
+def test_clact_has_one_formula_for_any_number_of_tokens(mitigation):
+    """A token that stands alone is selected as one of two equal tokens, whose norms rank alike."""
+    torch.manual_seed(2)
+    layer = NMLinear.from_linear(nn.Linear(64, 32), LinearSpec("2:4", mitigation=mitigation, **CLACT))
+    if "spts" in mitigation:
+        layer.set_data(shift=torch.randn(64))
+    x = torch.randn(64) + 0.7
+    expected = layer(x.expand(1, 2, 64))[0, 1]
+    for shape in ((64,), (1, 64), (1, 1, 64)):
+        assert_close(layer(x.view(shape)).flatten(), expected)

@@ -356,3 +356,8 @@ sparse_linear = nm_act.sparse_linear
 def test_error_sentences(error, sentence, call):
     with pytest.raises(error, match=re.escape(sentence)):
         call()
+
+
+def test_a_pattern_in_the_place_of_the_bias_is_one_sentence():
+    with pytest.raises(TypeError, match="expected bias as a Tensor or None, got a str; give a pattern as pattern="):
+        nm_act.sparse_linear(torch.randn(2, 32), torch.randn(8, 32), "2:4")

@@ -48,9 +48,16 @@ def test_wrong_uses_are_one_sentence():
         ("expected a prompt of shape [1, tokens], got [2, 12]", lambda: decoder.prefill(IDS)),
         ("within the cache of 14, got 12 + 4; make a decoder", lambda: decoder.generate(IDS[:1], 4)),
         ("expected at least one new token, got 0", lambda: decoder.generate(IDS[:1], 0)),
-        ("expected batch >= 1", lambda: nm_act.StaticDecoder(model, batch=0, max_tokens=14)),
+        ("expected integers batch >= 1", lambda: nm_act.StaticDecoder(model, batch=0, max_tokens=14)),
+        ("expected integers batch >= 1", lambda: nm_act.StaticDecoder(model, max_tokens=32.5)),
+        ("expected a prompt of token ids, got torch.float32", lambda: decoder.prefill(IDS[:1].float())),
+        (
+            "expected a Transformers model, got Linear without",
+            lambda: nm_act.StaticDecoder(torch.nn.Linear(2, 2), max_tokens=32),
+        ),
+        ("expected a model in memory", lambda: nm_act.StaticDecoder("model", max_tokens=32)),
     ):
-        with pytest.raises(ValueError, match=re.escape(sentence)):
+        with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
             call()
     model.lm_head.to("meta")
     with pytest.raises(ValueError, match="expected a model on one device, got cpu, meta"):

@@ -50,7 +50,8 @@ class InputStatistics:
         assert lost is not None  # else nobody asks
         x = x.detach()
         for tokens in x.reshape(-1, *x.shape[-2:]):
-            scale = criteria.call_scale(tokens) if layer.spec.scoring.by_sequence and len(tokens) > 1 else static
+            ranks_by_call = layer.spec.scoring.by_sequence and (len(tokens) > 1 or layer.spec.token_shift != "none")
+            scale = criteria.call_scale(tokens) if ranks_by_call else static
             z = formulas.shifted(tokens, None, layer.spec.token_shift)
             dropped = (z - composed.select(z, layer.spec.pattern, scale)).float()
             # Otherwise a token with a thousandfold input would dominate the sum.
