@@ -376,12 +376,9 @@ def _plain(instance: Any) -> dict[str, Any]:
 
 def _suffix(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix.lower()
-    if re.fullmatch(r"\d+:\d+(\+.*)?", str(path)):
-        raise ValueError(
-            f"expected a recipe file or its name, got the pattern {str(path)!r}; write pattern={str(path)!r}"
-        )
     if suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"expected a recipe file ending in .yaml, .yml or .json, got {str(path)!r}; rename it")
+        remedy = f"write pattern={str(path)!r}" if re.fullmatch(r"\d+:\d+.*", str(path)) else "rename it"
+        raise ValueError(f"expected a recipe file ending in .yaml, .yml or .json, got {str(path)!r}; {remedy}")
     return suffix
 
 
