@@ -310,5 +310,5 @@ def test_unknown_recommendations_are_refused():
 
 
 def test_a_pattern_in_the_place_of_a_recipe_file_is_one_sentence():
-    with pytest.raises(ValueError, match="expected a recipe file .* got '8:16'; write pattern='8:16'"):
+    with pytest.raises(ValueError, match=r"expected a recipe file .* got '8:16'; write pattern='8:16'"):
         Recipe.load("8:16")
