@@ -76,6 +76,8 @@ class SparsifyReport:
         lines += _table(Counter((projection_name(name), str(spec)) for name, spec in self.replaced))
         if self.kept:
             lines += ["dense:", *_table(Counter((projection_name(name), reason) for name, reason in self.kept))]
+        if any(isinstance(each, NMLinear) and each._incomplete for each in self.model.modules()):
+            lines.append("calibrated data are missing: run nm-act calibrate, and load_calibration in place of sparsify")
         return "\n".join(lines + ([self.note] if self.note else []))
 
 

@@ -348,3 +348,12 @@ def test_layers_in_float64_stay_dense():
     report = sparsify(layers, Recipe("8:16", projections=["up_proj"]))
     assert [name for name, _ in report.replaced] == ["0.up_proj"]
     assert report.kept == [("1.up_proj", "its weight is in float64; the operators take float32, bfloat16 and float16")]
+
+
+def test_a_report_says_that_calibrated_data_are_missing():
+    layers = nn.ModuleList(nn.ModuleDict({"up_proj": nn.Linear(32, 64)}) for _ in range(2))
+    report = sparsify(layers, Recipe("8:16", projections=["up_proj"], mitigation=["spts"]))
+    assert "calibrated data are missing: run nm-act calibrate, and load_calibration" in str(report)
+    for layer in sparse_layers(layers):
+        layer.set_data(shift=torch.zeros(32))
+    assert "missing" not in str(report)
