@@ -16,7 +16,7 @@ from conftest import csv_rows, failing
 from nm_act.cli import common
 from nm_act.cli.common import print_table
 from nm_act.cli.generate import continue_text
-from nm_act.conversion.calibration import DATA_FILE, FACTS_FILE
+from nm_act.conversion.calibration import DATA_FILE, FACTS_FILE, save_calibration
 from nm_act.conversion.sparsify import sparsify
 from nm_act.integrations.checkpoints import demo_model_path
 from nm_act.lab.evaluate import calibrated, perplexity, sparse_copy, tokenize, variants
@@ -128,6 +128,25 @@ def test_ppl_recipe(folder, text, tmp_path):
     assert replaced[1]["recipe"]["pattern"] == "8:16"
     assert replaced[1]["recipe"]["criterion"] == "wina"
     assert replaced[1]["recipe"]["mitigation"] == ["var"]
+
+
+@pytest.mark.parametrize("where", ["recipe", "rule", "calibration"])
+def test_ppl_of_phase_decode_has_every_token_sparse(folder, text, tmp_path, where):
+    """A window is prefill, so that the row would be the dense one."""
+    rules = [Rule(projections=["down_proj"], phase="decode")] if where == "rule" else []
+    recipe = Recipe("2:4", phase="both" if rules else "decode", rules=rules)
+    recipe.save(tmp_path / "mine.yaml")
+    source = ["--recipe", tmp_path / "mine.yaml"]
+    if where == "calibration":
+        (tmp_path / "mine").mkdir()
+        save_calibration(sparse_copy(tiny_model.build()[0], recipe).model, tmp_path / "mine")
+        source = ["--calibration", tmp_path / "mine"]
+    options = ["ppl", folder, "--text", text, "--max-tokens", 64, "--json"]
+    expected = json.loads(ok(*options, "--pattern", "2:4"))["rows"]
+    dense, sparse = json.loads(ok(*options, *source))["rows"]
+    assert sparse["name"] == "mine, every token sparse"
+    assert sparse["perplexity"] == expected[1]["perplexity"] != dense["perplexity"]
+    assert Recipe.from_dict(sparse["recipe"]) == recipe
 
 
 def test_ppl_out_files(folder, text, tmp_path):
