@@ -16,7 +16,6 @@ import typer
 from ..lab.output import to_json
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 LINE_SECONDS = 60
 """Interval of progress lines if there is no terminal for a bar."""
 INTERRUPTED = "interrupted; no result was written"
@@ -53,8 +52,13 @@ def remember_interrupts() -> None:
         sys.unraisablehook = unraisable
 
 
+def exit_interrupted() -> typer.Exit:
+    """The exit of an interrupted command, with the code that shells give: 143 after SIGTERM, 130 after Ctrl-C."""
+    return typer.Exit(128 + (_interrupts[0] if _interrupts else signal.SIGINT))
+
+
 def reports_errors(command: Callable[..., Any], *, unfinished: str | None = None) -> Callable[..., Any]:
-    """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
+    """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into `exit_interrupted`.
 
     If the command can continue a stopped run, `unfinished` is a glob pattern of the finished parts that the run leaves
     in its ``output``. With the environment variable NM_ACT_TRACEBACK=1, exceptions pass through.
@@ -65,7 +69,7 @@ def reports_errors(command: Callable[..., Any], *, unfinished: str | None = None
         def interrupted() -> typer.Exit:
             kept = unfinished is not None and any(kwargs["output"].glob(unfinished))
             print(INTERRUPTED_BUT_KEPT if kept else INTERRUPTED, file=sys.stderr)
-            return typer.Exit(EXIT_INTERRUPTED)
+            return exit_interrupted()
 
         try:
             return command(*args, **kwargs)

@@ -122,6 +122,9 @@ def test_ppl_recipe(folder, text, tmp_path):
     row = json.loads(ok(*options))["rows"][1]
     assert row["name"] == "mine"
     assert 0 < row["mac_fraction"] < 0.5
+    own = Recipe(pattern="2:4", rules=[Rule(projections=["down_proj"], pattern="dense")])
+    own.save(tmp_path / "mine.yaml")
+    row = json.loads(ok(*options))["rows"][1]
     replaced = json.loads(ok(*options, "--pattern", "8:16", "--criterion", "wina", "--mitigation", "var"))["rows"]
     assert [row["name"] for row in replaced] == ["dense", "mine 8:16"]
     assert replaced[1]["recipe"]["rules"] == row["recipe"]["rules"]

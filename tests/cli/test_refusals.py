@@ -13,6 +13,7 @@ WRITTEN = {
     "plain.yaml": "pattern: 2:4\n",
     "decode.yaml": "pattern: 2:4\nphase: decode\n",
     "layer17.yaml": "pattern: 2:4\nskip_layers: [17]\n",
+    "rule.yaml": "pattern: 2:4\nrules: [{pattern: 4:8}, {layers: [0], decode_pattern: 6:8}, {layers: [1], pattern: dense}]",
     "typo.yaml": "patern: '2:4'\n",
     "study.yaml": "rows: [{pattern: 2:4}]",
     "calibrated.yaml": "rows: [{pattern: 2:4, calibrated: true}]",
@@ -53,6 +54,7 @@ CALIBRATE = [
     "16",
 ]
 NEEDS = "expected recipes that need no calibration, got '2:4 act spts'"
+BESIDE = "expected --pattern 8:16 beside a recipe whose rules set no patterns, got 'decode' with 14:32, 20:32 in rules"
 CONTEXT = "within the model's context of 128 tokens"
 
 
@@ -77,6 +79,11 @@ def _refused(arguments, folder, files) -> str:
         ([*PPL, "--recipe", "{null}"], "expected a value for pattern of a recipe, got none (null)"),
         ([*PPL, "--recipe", "{typo}"], "patern"),
         ([*PPL, "--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
+        *(
+            ([*command, "--recipe", "decode", "--pattern", "8:16"], BESIDE)
+            for command in (PPL, EVAL, [*GENERATE, "x"], CONVERT)
+        ),
+        ([*PPL, "--recipe", "{rule}", "--pattern", "8:16"], "got '{rule}' with 4:8, 6:8 in rules; edit the patterns"),
         ([*PPL, "--window", "129"], f"expected a window {CONTEXT}, got 129"),
         ([*PPL, "--window", "4096"], CONTEXT),
         ([*PPL, "--calibration", "{here}"], "no finished calibration at"),
@@ -143,7 +150,7 @@ def _refused(arguments, folder, files) -> str:
 )  # fmt: skip
 def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments, message):
     monkeypatch.setattr(checkpoints, "load_model", failing(AssertionError("a model was loaded")))
-    assert message in _refused(arguments, folder, files)
+    assert message.format(**files) in _refused(arguments, folder, files)
     result = run(*(argument.format(model=folder, **files) for argument in arguments))
     assert len(result.stderr.splitlines()) == 1 + ("data: " in result.stderr)  # the sentence: nothing is "loading"
 
