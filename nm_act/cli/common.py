@@ -190,8 +190,9 @@ def format_quality(row: dict[str, Any]) -> list[str]:
 
 def load(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """`nm_act.integrations.checkpoints.load_model` without Transformers' own messages and progress bars."""
-    from ..integrations.checkpoints import check_device, load_model
+    from ..integrations.checkpoints import check_device, check_dtype, load_model
 
+    check_dtype(dtype)
     check_device(device)
     _quiet()
     note(f"loading {source}")
@@ -217,17 +218,22 @@ def _quiet() -> None:
 def load_dense(source: str, dtype: str = "auto", device: str = "cpu", window: int | None = None) -> tuple[Any, Any]:
     """`load` a dense model, after checking in its configuration that its context holds the window."""
     from ..lab.evaluate.perplexity import check_window
-    from ..layers.linear import sparse_layers
 
-    if window is not None:
-        check_window(load_config(source), window)
-    model, tokenizer = load(source, dtype, device)
-    if sparse_layers(model):
+    config = load_config(source)
+    check_window(config, window)
+    check_not_sparse(config, source, " to compare with")
+    return load(source, dtype, device)
+
+
+def check_not_sparse(config: Any, source: str, purpose: str = "") -> None:
+    """Raise a ValueError, before the weights are loaded, if a model's configuration is that of a sparse checkpoint."""
+    from ..integrations.transformers import QUANT_METHOD, quantisation_of
+
+    if quantisation_of(config) == QUANT_METHOD:
         raise ValueError(
-            f"expected a dense model to compare with, but {source!r} is a sparse checkpoint; "
-            "name the checkpoint it was made from"
+            f"expected a dense model{purpose}, but {source!r} is a sparse checkpoint; name the checkpoint it was made "
+            "from"
         )
-    return model, tokenizer
 
 
 def set_threads(threads: int | None) -> None:

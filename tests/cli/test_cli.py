@@ -230,6 +230,11 @@ def test_generate_in_8_bits(folder):
     assert "expected fp8 among prefill, decode, both" in refused(*options, "--optimize", "--fp8", "never")
 
 
+def test_generate_fills_the_context(folder):
+    result = json.loads(ok("generate", folder, "quick", "--max-new-tokens", 126, "--json"))
+    assert result["new_tokens"] <= 126
+
+
 def test_generate_dense_is_what_transformers_gives(folder):
     network, tokenizer = tiny_model.build()
     inputs = tokenizer("The quick", return_tensors="pt")

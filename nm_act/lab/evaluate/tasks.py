@@ -131,7 +131,9 @@ def check_available(tasks: list[str]) -> None:
     needs += ["langdetect", "immutabledict", "nltk"] if "ifeval" in tasks else []
     missing = next((package for package in needs if importlib.util.find_spec(package) is None), None)
     if missing is not None:
-        raise ImportError(f"the tasks need the package {missing}, which is not installed; install it with: {installing('eval')}")
+        raise ImportError(
+            f"the tasks need the package {missing}, which is not installed; install it with: {installing('eval')}"
+        )
     if "ifeval" in tasks:
         _check_punkt()
 
