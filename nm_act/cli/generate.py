@@ -34,9 +34,7 @@ def generate(
         str | None,
         typer.Option("--head", metavar="KIND", help="With --optimize: the output head in int8 or e4m3."),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Tokens to add at most, within the context.")
-    ] = 128,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to add at most.")] = 128,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "cpu",
     threads: opt.Threads = None,

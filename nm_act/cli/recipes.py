@@ -38,7 +38,7 @@ def build_recipes(
 
 
 def _check_one_pattern(recipe: Any, path: str, pattern: str) -> None:
-    """Raise a ValueError for a pattern that would leave a recipe's rules their own; rules that keep layers dense may."""
+    """Raise a ValueError for a pattern beside a recipe with rules that set others; "dense" is none."""
     from ..recipe import DENSE
 
     own = [each for rule in recipe.rules for each in (rule.pattern, rule.decode_pattern) if each not in (None, DENSE)]
