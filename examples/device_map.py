@@ -29,5 +29,7 @@ if __name__ == "__main__":
     if not os.path.isfile(os.path.join(sys.argv[1], "config.json")):
         raise SystemExit(f"expected the folder of a model, got {sys.argv[1]} without config.json; save a model there")
     if importlib.util.find_spec("accelerate") is None:
-        raise SystemExit("expected accelerate, got none; install it with: pip install 'nm_act[accelerate]'")
+        raise SystemExit(
+            "expected accelerate, got none; install it with: pip install -e '.[accelerate]' in a checkout of nm_act"
+        )
     main(sys.argv[1])

@@ -44,5 +44,7 @@ if __name__ == "__main__":
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise SystemExit("expected at least two processes, got one; start it with torchrun --nproc-per-node 2")
     if importlib.util.find_spec("accelerate") is None:
-        raise SystemExit("expected accelerate, got none; install it with: pip install 'nm_act[accelerate]'")
+        raise SystemExit(
+            "expected accelerate, got none; install it with: pip install -e '.[accelerate]' in a checkout of nm_act"
+        )
     main(*sys.argv[1:])

@@ -18,7 +18,9 @@ if __name__ == "__main__":  # vLLM starts processes that import this file again
     try:
         from vllm import LLM, SamplingParams
     except ImportError as error:
-        raise SystemExit("expected vLLM, got none; install it with: pip install 'nm_act[vllm]'") from error
+        raise SystemExit(
+            "expected vLLM, got none; install it with: pip install -e '.[vllm]' in a checkout of nm_act"
+        ) from error
 
     llm = LLM(model, dtype=dtype, max_model_len=64, max_num_seqs=2, skip_tokenizer_init=True)
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)

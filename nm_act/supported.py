@@ -34,9 +34,20 @@ def require(module: str, extra: str, purpose: str = "") -> ModuleType:
             raise
         raise ModuleNotFoundError(
             f"expected the package {package + (purpose and f' for {purpose}')}, found none; install it with: "
-            f"pip install 'nm_act[{extra}]'",
+            + installing(extra),
             name=error.name,
         ) from error
+
+
+def installing(extra: str) -> str:
+    """The command that installs an extra: nm_act is built from its sources, and on no index.
+
+    Examples
+    --------
+    >>> installing("eval")
+    "pip install -e '.[eval]' in a checkout of nm_act"
+    """
+    return f"pip install -e '.[{extra}]' in a checkout of nm_act"
 
 
 def supported(package: str | None = None) -> list[Supported]:

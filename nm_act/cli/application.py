@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from ..version import __version__
 from .calibrate import calibrate
-from .common import EXIT_BAD_INPUT, EXIT_INTERRUPTED, INTERRUPTED, reports_errors
+from .common import EXIT_BAD_INPUT, INTERRUPTED, exit_interrupted, reports_errors
 from .convert import convert
 from .demo import demo
 from .evaluate import evaluate
@@ -29,7 +29,7 @@ def _interrupts_told() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+        raise exit_interrupted() from None
 
 
 class _OneSentence(TyperGroup):

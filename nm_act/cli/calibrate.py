@@ -73,7 +73,9 @@ def calibrate(
     check_device(device)
     common.set_threads(threads)
     texts = read_texts(data)
-    check_window(common.load_config(model), length, "--length")
+    config = common.load_config(model)
+    check_window(config, length, "--length")
+    common.check_not_sparse(config, model)
     dense, tokenizer = common.load(model, dtype, "cpu")
     ids = windows_of(tokenizer, texts, data, windows=windows, length=length, seed=seed)
     if len(ids) < windows:

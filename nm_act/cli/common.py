@@ -16,7 +16,6 @@ import typer
 from ..lab.output import to_json
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 LINE_SECONDS = 60
 """Interval of progress lines if there is no terminal for a bar."""
 INTERRUPTED = "interrupted; no result was written"
@@ -53,8 +52,13 @@ def remember_interrupts() -> None:
         sys.unraisablehook = unraisable
 
 
+def exit_interrupted() -> typer.Exit:
+    """The exit of an interrupted command, with the code that shells give: 143 after SIGTERM, 130 after Ctrl-C."""
+    return typer.Exit(128 + (_interrupts[0] if _interrupts else signal.SIGINT))
+
+
 def reports_errors(command: Callable[..., Any], *, unfinished: str | None = None) -> Callable[..., Any]:
-    """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into exit code 130.
+    """Turn a command's errors into one sentence on stderr and exit code 2, and Ctrl-C into `exit_interrupted`.
 
     If the command can continue a stopped run, `unfinished` is a glob pattern of the finished parts that the run leaves
     in its ``output``. With the environment variable NM_ACT_TRACEBACK=1, exceptions pass through.
@@ -65,7 +69,7 @@ def reports_errors(command: Callable[..., Any], *, unfinished: str | None = None
         def interrupted() -> typer.Exit:
             kept = unfinished is not None and any(kwargs["output"].glob(unfinished))
             print(INTERRUPTED_BUT_KEPT if kept else INTERRUPTED, file=sys.stderr)
-            return typer.Exit(EXIT_INTERRUPTED)
+            return exit_interrupted()
 
         try:
             return command(*args, **kwargs)
@@ -186,8 +190,9 @@ def format_quality(row: dict[str, Any]) -> list[str]:
 
 def load(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """`nm_act.integrations.checkpoints.load_model` without Transformers' own messages and progress bars."""
-    from ..integrations.checkpoints import check_device, load_model
+    from ..integrations.checkpoints import check_device, check_dtype, load_model
 
+    check_dtype(dtype)
     check_device(device)
     _quiet()
     note(f"loading {source}")
@@ -213,17 +218,22 @@ def _quiet() -> None:
 def load_dense(source: str, dtype: str = "auto", device: str = "cpu", window: int | None = None) -> tuple[Any, Any]:
     """`load` a dense model, after checking in its configuration that its context holds the window."""
     from ..lab.evaluate.perplexity import check_window
-    from ..layers.linear import sparse_layers
 
-    if window is not None:
-        check_window(load_config(source), window)
-    model, tokenizer = load(source, dtype, device)
-    if sparse_layers(model):
+    config = load_config(source)
+    check_window(config, window)
+    check_not_sparse(config, source, " to compare with")
+    return load(source, dtype, device)
+
+
+def check_not_sparse(config: Any, source: str, purpose: str = "") -> None:
+    """Raise a ValueError, before the weights are loaded, if a model's configuration is that of a sparse checkpoint."""
+    from ..integrations.transformers import QUANT_METHOD, quantisation_of
+
+    if quantisation_of(config) == QUANT_METHOD:
         raise ValueError(
-            f"expected a dense model to compare with, but {source!r} is a sparse checkpoint; "
-            "name the checkpoint it was made from"
+            f"expected a dense model{purpose}, but {source!r} is a sparse checkpoint; name the checkpoint it was made "
+            "from"
         )
-    return model, tokenizer
 
 
 def set_threads(threads: int | None) -> None:

@@ -103,13 +103,11 @@ def _is_servable(recipe: Any) -> bool:
 
 def _check_dense(model: str) -> None:
     """Raise a ValueError, before the weights are loaded, for a model that is sparse or quantised already."""
-    from ..integrations.transformers import QUANT_METHOD, quantisation_of
+    from ..integrations.transformers import quantisation_of
 
-    method = quantisation_of(common.load_config(model))
-    if method == QUANT_METHOD:
-        raise ValueError(
-            f"expected a dense model, but {model!r} is a sparse checkpoint; name the checkpoint it was made from"
-        )
+    config = common.load_config(model)
+    common.check_not_sparse(config, model)
+    method = quantisation_of(config)
     if method not in (None, "gguf"):
         raise ValueError(
             f"expected a dense model, but {model!r} is quantised with {method}; name the checkpoint it was made from"

@@ -49,10 +49,15 @@ def generate(
         raise ValueError("expected --pattern or --recipe with --criterion and --mitigation, got neither; add one")
     if not optimize and (fp8 is not None or head is not None):
         raise ValueError("expected --optimize with --fp8 and --head, got none; add it")
+    _check_8_bits(fp8, head)
     recipes = build_recipes(recipe, None if pattern is None else [pattern], criterion, mitigation)
     variants = [from_recipe(made, name) for name, made in recipes.items()]
     check_uncalibrated(variants, "name the model that it writes, without --recipe")
     common.set_threads(threads)
+    config = common.load_config(model)
+    if variants:
+        common.check_not_sparse(config, model)
+    _check_context(config, model, prompt, max_new_tokens)
     network, tokenizer = common.load(model, dtype, device)
     name = "as loaded"
     if variants:
@@ -75,6 +80,38 @@ def generate(
         common.print_json({**result, "new_tokens": count, "seconds": seconds})
     else:
         common.note(f"{count} tokens in {seconds:.1f} s ({name})")
+
+
+def _check_8_bits(fp8: str | None, head: str | None) -> None:
+    """Raise the ValueError of `nm_act.optimize` for an unknown layout or kind."""
+    if fp8 is not None:
+        from ..ops.e4m3 import check_layout
+
+        check_layout(fp8)
+    if head is not None:
+        from ..optimize.head import check_kind
+
+        check_kind(head)
+
+
+_SPECIAL = 16  # tokens that a tokenizer adds to a prompt, at most
+
+
+def _check_context(config: Any, model: str, prompt: str, new: int) -> None:
+    """Raise a ValueError if prompt and new tokens exceed the context; a token of the prompt is a byte at least."""
+    from ..integrations.checkpoints import load_tokenizer
+    from ..lab.evaluate.perplexity import context_length
+
+    context = context_length(config)
+    if context is None or len(prompt.encode()) + _SPECIAL + new <= context:
+        return
+    tokenizer = load_tokenizer(model)
+    length = 0 if tokenizer is None else len(tokenizer(prompt)["input_ids"])
+    if length + new > context:
+        raise ValueError(
+            f"expected prompt and new tokens within the model's context of {context} tokens, got {length} and {new}; "
+            "use --max-new-tokens or shorten the prompt"
+        )
 
 
 def continue_text(

@@ -5,12 +5,15 @@ from typing import Annotated
 
 import typer
 
+from .common import reports_errors
+
 MAX_THREADS = 1024
 """Largest number of threads: no machine gains from more, and OpenMP ends the process if it cannot start them."""
 
 DEFAULT_PATTERNS = ("2:4", "4:8", "8:16", "16:32")
 
 
+@reports_errors  # Typer calls it before the command itself
 def existing_recipe(value: Path | list[Path] | None) -> Path | list[Path] | None:
     """Refuse a value that is neither an existing file nor the name of a recommended recipe."""
     from ..recipe import NAMED
@@ -25,7 +28,8 @@ def existing_recipe(value: Path | list[Path] | None) -> Path | list[Path] | None
 _RECIPE = typer.Option(
     "--recipe",
     callback=existing_recipe,
-    help="Recipe: prefill, decode, balanced or a file (.yaml, .yml, .json); --pattern replaces its pattern.",
+    help="Recipe: prefill, decode, balanced or a file (.yaml, .yml, .json); --pattern replaces its pattern, "
+    "if its rules set none.",
 )
 
 Model = Annotated[

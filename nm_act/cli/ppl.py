@@ -27,10 +27,13 @@ def ppl(
     out: Annotated[Path | None, typer.Option("--out", help="Also write the result to a .json or .csv file.")] = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Measure the perplexity of the dense model and its sparse variants in non-overlapping windows."""
+    """Measure the perplexity of the dense model and its sparse variants in non-overlapping windows.
+
+    Layers whose phase is decode are sparse for every token here, as the name of the row says.
+    """
     from ..lab.evaluate.calibrated import of_calibration
     from ..lab.evaluate.compare import compare
-    from ..lab.evaluate.variants import DENSE_VARIANT, from_recipe
+    from ..lab.evaluate.variants import DENSE_VARIANT, every_token_sparse, from_recipe, prunes_in_decode_only
     from ..lab.texts import read_text, tokenize
 
     _check_out(out)
@@ -41,13 +44,16 @@ def ppl(
         found = of_calibration(folder)
         taken = found.name in (variant.name for variant in variants)
         variants.append(dataclasses.replace(found, name=str(folder)) if taken else found)
+    for index, variant in enumerate(variants):  # a window is prefill, where layers of phase decode would be dense
+        if prunes_in_decode_only(variant.recipe):
+            variants[index] = dataclasses.replace(variant, name=f"{variant.name}, every token sparse")
     content = read_text(text)
     common.set_threads(threads)
     dense, tokenizer = common.load_dense(model, dtype, device, window)
     tokens = tokenize(tokenizer, content, max_tokens)
     for variant in variants:
         variant.check(dense)
-    reports = ((each.name, each.make(dense)) for each in (DENSE_VARIANT, *variants))
+    reports = ((each.name, every_token_sparse(each.make(dense))) for each in (DENSE_VARIANT, *variants))
     rows = compare(reports, tokens, window, note=common.note, bar=common.progress_bar)
     result = {
         "model": common.model_name(model),

@@ -18,7 +18,7 @@ def build_recipes(
     """Name -> Recipe from the options, which replace fields of the file's recipe or the default one.
 
     Every pattern makes one recipe. Without patterns the file's recipe keeps its own, and without a file the patterns
-    are `default_patterns`.
+    are `default_patterns`. Raises ValueError for a pattern beside a file whose rules have other ones.
     """
     from ..patterns import as_pattern
     from ..recipe import DENSE, Recipe
@@ -30,9 +30,23 @@ def build_recipes(
         return {path.stem: dataclasses.replace(base, **changes)}
     spelled = [name if name == DENSE else str(as_pattern(name)) for name in patterns or default_patterns]
     names = once(spelled, "--pattern")
+    if base is not None:
+        _check_one_pattern(base, str(path), names[0])
     if base is None or path is None:
         return {name: Recipe(pattern=name, **changes) for name in names}
     return {f"{path.stem} {name}": dataclasses.replace(base, pattern=name, **changes) for name in names}
+
+
+def _check_one_pattern(recipe: Any, path: str, pattern: str) -> None:
+    """Raise a ValueError for a pattern beside a recipe with rules that set others; "dense" is none."""
+    from ..recipe import DENSE
+
+    own = [each for rule in recipe.rules for each in (rule.pattern, rule.decode_pattern) if each not in (None, DENSE)]
+    if own:
+        raise ValueError(
+            f"expected --pattern {pattern} beside a recipe whose rules set no patterns, got {path!r} with "
+            f"{', '.join(dict.fromkeys(own))} in rules; edit the patterns in a recipe file"
+        )
 
 
 def once(values: list[Any] | None, option: str) -> list[Any]:

@@ -4,6 +4,7 @@ import os
 import runpy
 import signal
 import sys
+import traceback
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +36,12 @@ def _start(program: str, arguments: list[str]) -> None:
             raise typer.BadParameter("expected a module after -m, got none")
         sys.argv = arguments
         sys.path.insert(0, os.getcwd())
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        try:
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        except ImportError as error:
+            if not _is_of_runpy(error):
+                raise
+            sys.exit(f"nm-act: {error}")
         return
     sys.argv = [program, *arguments]
     if Path(program).is_file():
@@ -48,3 +54,10 @@ def _start(program: str, arguments: list[str]) -> None:
             f"expected a Python script, -m MODULE or a command that a Python package installed, got {program!r}"
         )
     sys.exit(found[0].load()())
+
+
+def _is_of_runpy(error: ImportError) -> bool:
+    """Whether runpy found no module to start, as opposed to an error of the program."""
+    trace = error.__traceback__
+    names = [frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(trace)]
+    return set(names) == {__name__, "runpy"}

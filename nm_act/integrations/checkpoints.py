@@ -43,8 +43,7 @@ def load_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: s
         of several, a folder holds no model, there is no tokenizer, or the checkpoint's weights are not the model's:
         one is missing, has another shape, or has no place in the model. Every message is one sentence.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}")
+    check_dtype(dtype)
     check_device(device)
     kind, place = _classify(source)
     if kind == "gguf":
@@ -84,6 +83,26 @@ def load_config(source: str | os.PathLike[str]) -> Any:
         )
     except Exception:  # a damaged file can raise anything
         return None
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """A model's tokenizer, read before its weights are loaded; None if `load_model` will raise the reason."""
+    kind, place = _classify(source)
+    from transformers import AutoTokenizer
+
+    folder, name = os.path.split(os.path.abspath(place))
+    try:
+        if kind == "gguf":
+            return AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        return AutoTokenizer.from_pretrained(place)
+    except Exception:  # a damaged file can raise anything
+        return None
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise a ValueError for a dtype that is not among `DTYPES`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"expected a dtype among {', '.join(DTYPES)}, got {dtype!r}; choose one of those")
 
 
 def check_device(device: str) -> None:

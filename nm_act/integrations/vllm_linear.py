@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 
+from ..supported import installing
+
 try:
     import vllm  # noqa: F401
 except ImportError as error:
-    raise ImportError("expected vLLM, got none; install it with: pip install 'nm_act[vllm]'") from error
+    raise ImportError(f"expected vLLM, got none; install it with: {installing('vllm')}") from error
 
 from vllm import _custom_ops
 from vllm.distributed import (

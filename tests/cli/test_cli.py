@@ -16,7 +16,7 @@ from conftest import csv_rows, failing
 from nm_act.cli import common
 from nm_act.cli.common import print_table
 from nm_act.cli.generate import continue_text
-from nm_act.conversion.calibration import DATA_FILE, FACTS_FILE
+from nm_act.conversion.calibration import DATA_FILE, FACTS_FILE, save_calibration
 from nm_act.conversion.sparsify import sparsify
 from nm_act.integrations.checkpoints import demo_model_path
 from nm_act.lab.evaluate import calibrated, perplexity, sparse_copy, tokenize, variants
@@ -122,12 +122,34 @@ def test_ppl_recipe(folder, text, tmp_path):
     row = json.loads(ok(*options))["rows"][1]
     assert row["name"] == "mine"
     assert 0 < row["mac_fraction"] < 0.5
+    own = Recipe(pattern="2:4", rules=[Rule(projections=["down_proj"], pattern="dense")])
+    own.save(tmp_path / "mine.yaml")
+    row = json.loads(ok(*options))["rows"][1]
     replaced = json.loads(ok(*options, "--pattern", "8:16", "--criterion", "wina", "--mitigation", "var"))["rows"]
     assert [row["name"] for row in replaced] == ["dense", "mine 8:16"]
     assert replaced[1]["recipe"]["rules"] == row["recipe"]["rules"]
     assert replaced[1]["recipe"]["pattern"] == "8:16"
     assert replaced[1]["recipe"]["criterion"] == "wina"
     assert replaced[1]["recipe"]["mitigation"] == ["var"]
+
+
+@pytest.mark.parametrize("where", ["recipe", "rule", "calibration"])
+def test_ppl_of_phase_decode_has_every_token_sparse(folder, text, tmp_path, where):
+    """A window is prefill, so that the row would be the dense one."""
+    rules = [Rule(projections=["down_proj"], phase="decode")] if where == "rule" else []
+    recipe = Recipe("2:4", phase="both" if rules else "decode", rules=rules)
+    recipe.save(tmp_path / "mine.yaml")
+    source = ["--recipe", tmp_path / "mine.yaml"]
+    if where == "calibration":
+        (tmp_path / "mine").mkdir()
+        save_calibration(sparse_copy(tiny_model.build()[0], recipe).model, tmp_path / "mine")
+        source = ["--calibration", tmp_path / "mine"]
+    options = ["ppl", folder, "--text", text, "--max-tokens", 64, "--json"]
+    expected = json.loads(ok(*options, "--pattern", "2:4"))["rows"]
+    dense, sparse = json.loads(ok(*options, *source))["rows"]
+    assert sparse["name"] == "mine, every token sparse"
+    assert sparse["perplexity"] == expected[1]["perplexity"] != dense["perplexity"]
+    assert Recipe.from_dict(sparse["recipe"]) == recipe
 
 
 def test_ppl_out_files(folder, text, tmp_path):
@@ -206,6 +228,11 @@ def test_generate_in_8_bits(folder):
     assert result["variant"] == "8:16, optimized, weights in e4m3 for decode, head in int8"
     assert "expected --optimize with --fp8 and --head" in refused(*options, *eight)
     assert "expected fp8 among prefill, decode, both" in refused(*options, "--optimize", "--fp8", "never")
+
+
+def test_generate_fills_the_context(folder):
+    result = json.loads(ok("generate", folder, "quick", "--max-new-tokens", 126, "--json"))
+    assert result["new_tokens"] <= 126
 
 
 def test_generate_dense_is_what_transformers_gives(folder):

@@ -1,4 +1,4 @@
-"""Ctrl-C: exit code 130, one line, nothing half-written, and work that a command can go on with."""
+"""Ctrl-C and SIGTERM: exit codes 130 and 143, one line, nothing half-written, and work that a command can go on with."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def test_interrupted_ppl_writes_nothing(folder, tmp_path, number):
         assert [process.stderr.readline(), process.stderr.readline()][1] == "perplexity, dense\n"
 
     arguments = ["ppl", folder, "--text", long, "--window", "4", "--out", out / "r.json"]
-    assert interrupted(arguments, measured, number) == (130, "", "interrupted; no result was written\n")
+    assert interrupted(arguments, measured, number) == (128 + number, "", "interrupted; no result was written\n")
     assert list(out.iterdir()) == []
 
 

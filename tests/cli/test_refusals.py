@@ -5,6 +5,7 @@ import tiny_model
 from commands import refused, run
 from conftest import failing
 
+import nm_act
 from nm_act.integrations import checkpoints
 
 WRITTEN = {
@@ -13,6 +14,7 @@ WRITTEN = {
     "plain.yaml": "pattern: 2:4\n",
     "decode.yaml": "pattern: 2:4\nphase: decode\n",
     "layer17.yaml": "pattern: 2:4\nskip_layers: [17]\n",
+    "rule.yaml": "pattern: 2:4\nrules: [{pattern: 4:8}, {layers: [0], decode_pattern: 6:8}, {layers: [1], pattern: dense}]",
     "typo.yaml": "patern: '2:4'\n",
     "study.yaml": "rows: [{pattern: 2:4}]",
     "calibrated.yaml": "rows: [{pattern: 2:4, calibrated: true}]",
@@ -23,15 +25,23 @@ WRITTEN = {
 }
 
 
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """A sparse checkpoint."""
+    place = tmp_path_factory.mktemp("sparse")
+    return tiny_model.save(place, lambda model: nm_act.sparsify(model, nm_act.Recipe("8:16")))
+
+
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, sparse):
     """Files that the refused commands name, by the names that stand in braces in their arguments."""
     for name, content in WRITTEN.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     (tmp_path / "latin.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
     (tmp_path / "bad.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
-    return {path.stem: path for path in tmp_path.iterdir()} | {"here": tmp_path, "out": tmp_path / "out"}
+    named = {path.stem: path for path in tmp_path.iterdir()}
+    return {**named, "sparse": sparse, "here": tmp_path, "out": tmp_path / "out"}
 
 
 EVAL = ["eval", "{model}", "--tasks", "wikitext2", "--data", "{here}", "--output", "{out}"]
@@ -53,6 +63,8 @@ CALIBRATE = [
     "16",
 ]
 NEEDS = "expected recipes that need no calibration, got '2:4 act spts'"
+BESIDE = "expected --pattern 8:16 beside a recipe whose rules set no patterns, got 'decode' with 14:32, 20:32 in rules"
+SPARSE = "but '{sparse}' is a sparse checkpoint; name the checkpoint it was made from"
 CONTEXT = "within the model's context of 128 tokens"
 
 
@@ -77,6 +89,11 @@ def _refused(arguments, folder, files) -> str:
         ([*PPL, "--recipe", "{null}"], "expected a value for pattern of a recipe, got none (null)"),
         ([*PPL, "--recipe", "{typo}"], "patern"),
         ([*PPL, "--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
+        *(
+            ([*command, "--recipe", "decode", "--pattern", "8:16"], BESIDE)
+            for command in (PPL, EVAL, [*GENERATE, "x"], CONVERT)
+        ),
+        ([*PPL, "--recipe", "{rule}", "--pattern", "8:16"], "got '{rule}' with 4:8, 6:8 in rules; edit the patterns"),
         ([*PPL, "--window", "129"], f"expected a window {CONTEXT}, got 129"),
         ([*PPL, "--window", "4096"], CONTEXT),
         ([*PPL, "--calibration", "{here}"], "no finished calibration at"),
@@ -106,6 +123,20 @@ def _refused(arguments, folder, files) -> str:
         ([*GENERATE, "x", "--criterion", "wina"], "expected --pattern or --recipe with --criterion"),
         ([*GENERATE, "x", "--mitigation", "var"], "expected --pattern or --recipe with --criterion and --mitigation"),
         ([*GENERATE, "x", "--pattern", "2:4", "--mitigation", "spts"], NEEDS),
+        *(
+            ([*command, "--dtype", dtype], f"expected a dtype among auto, float32, bfloat16, float16, got '{dtype}'")
+            for dtype in ("bf16", "float64")
+            for command in (PPL, [*EVAL, "--pattern", "2:4"], [*GENERATE, "x", "--max-new-tokens", "4"], SEARCH, CALIBRATE)
+        ),
+        ([*CONVERT, "--pattern", "2:4", "--dtype", "int8"], "expected a dtype among"),
+        ([*GENERATE, "x", "--optimize", "--fp8", "foo"], "expected fp8 among prefill, decode, both, got 'foo'"),
+        ([*GENERATE, "x", "--optimize", "--head", "foo"], "expected head among e4m3, int8, got 'foo'"),
+        ([*GENERATE, "quick", "--max-new-tokens", "127"], f"expected prompt and new tokens {CONTEXT}, got 2 and 127; use"),
+        (["generate", "{sparse}", "x", "--pattern", "2:4"], SPARSE),
+        (["ppl", "{sparse}", "--text", "{wikitext2}", "--pattern", "2:4"], SPARSE),
+        (["ppl", "{sparse}", "--text", "{wikitext2}"], SPARSE),
+        (["calibrate", "{sparse}", *CALIBRATE[2:]], SPARSE),
+        (["convert", "{sparse}", "--pattern", "2:4", "--output", "{out}"], SPARSE),
         (CONVERT, "expected --pattern, --recipe or --calibration, got none; add one, --pattern 8:16 for example"),
         ([*CONVERT, "--criterion", "wina"], "expected --pattern, --recipe or --calibration, got none"),
         ([*CONVERT, "--pattern", "4:2"], "expected 1 <= N < M, got pattern 4:2"),
@@ -143,7 +174,7 @@ def _refused(arguments, folder, files) -> str:
 )  # fmt: skip
 def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments, message):
     monkeypatch.setattr(checkpoints, "load_model", failing(AssertionError("a model was loaded")))
-    assert message in _refused(arguments, folder, files)
+    assert message.format(**files) in _refused(arguments, folder, files)
     result = run(*(argument.format(model=folder, **files) for argument in arguments))
     assert len(result.stderr.splitlines()) == 1 + ("data: " in result.stderr)  # the sentence: nothing is "loading"
 
@@ -151,7 +182,6 @@ def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*PPL, "--dtype", "int4"], "expected a dtype among"),
         ([*PPL, "--recipe", "{layer17}"], "expected layers that the model has (layers 0 to 1), got 17"),
         (["ppl", "{bad}", "--text", "{wikitext2}"], "truncated or damaged"),
         (["ppl", "{here}/missing", "--text", "{wikitext2}"], "there is no such file or folder"),
@@ -163,7 +193,6 @@ def test_refused_before_a_model_is_loaded(folder, files, monkeypatch, arguments,
         (["convert", "{here}", "--pattern", "2:4", "--output", "{out}"], "holds no config.json"),
         (["convert", "{bad}", "--pattern", "2:4", "--output", "{out}"], "truncated or damaged"),
         ([*CONVERT, "--recipe", "{layer17}"], "expected layers that the model has (layers 0 to 1), got 17"),
-        ([*CONVERT, "--pattern", "2:4", "--dtype", "int8"], "expected a dtype among"),
         ([*SEARCH, "--target-speedup", "9"], "expected a target speed-up of at most 1."),
         ([*SEARCH, "--windows", "99"], "expected calibration text of 99 windows of 64 tokens, got"),
         ([*GOALLESS, "--max-drop", "9", "--option", "8:16"], "expected an option faster than dense, got none among 8:16 act; "),

@@ -60,6 +60,25 @@ def test_an_error_of_the_program_is_its_own(tmp_path):
     assert done.stderr.rstrip().endswith("ValueError: its own")
 
 
+@pytest.mark.parametrize("module", ["nosuchmod", "nosuchmod.part", "package"])
+def test_a_module_that_cannot_be_started_is_the_sentence_of_python(tmp_path, module):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/__init__.py").touch()
+    ours = start("-m", "nm_act", "run", "-m", module, cwd=tmp_path)
+    pythons = start("-m", module, cwd=tmp_path)
+    assert (ours.returncode, ours.stdout) == (pythons.returncode, "") == (1, "")
+    assert ours.stderr.removeprefix("nm-act: ") == pythons.stderr.removeprefix(f"{sys.executable}: ")
+    assert len(ours.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("code", ["import nosuchmod", "import runpy; runpy.run_module('nosuchmod')"])
+def test_a_missing_import_of_a_module_is_its_own(tmp_path, code):
+    (tmp_path / "program.py").write_text(code)
+    done = start("-m", "nm_act", "run", "-m", "program", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -168,7 +168,9 @@ def test_another_interface_is_one_warning(monkeypatch, caplog, module, version):
 def test_without_vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.delitem(sys.modules, "nm_act.integrations.vllm_linear", raising=False)
-    with pytest.raises(ImportError, match=r"expected vLLM, got none; install it with: pip install 'nm_act\[vllm\]'"):
+    with pytest.raises(
+        ImportError, match=r"expected vLLM, got none; install it with: pip install -e '\.\[vllm\]' in a checkout"
+    ):
         importlib.import_module("nm_act.integrations.vllm_linear")
 
 

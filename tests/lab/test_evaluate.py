@@ -320,7 +320,9 @@ def test_calibrations(folder, data, tmp_path):
 
 def test_harness_missing(monkeypatch):
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"need the package lm_eval, which is not installed; run `pip install nm_act"):
+    with pytest.raises(
+        ImportError, match=r"need the package lm_eval, which is not installed; install it with: pip install -e"
+    ):
         tasks.check_available(["arc_easy"])
 
 

@@ -113,8 +113,6 @@ def test_splits_in_the_order_of_preference(tmp_path):
 
 @pytest.mark.parametrize("extra", ["eval", "demo"])
 def test_a_missing_package_is_named_with_the_extra_that_installs_it(extra):
-    told = (
-        rf"^expected the package nonsense for the plot, found none; install it with: pip install 'nm_act\[{extra}\]'$"
-    )
+    told = rf"^expected the package nonsense for the plot, found none; install it with: pip install -e '\.\[{extra}\]' in a checkout of nm_act$"
     with pytest.raises(ImportError, match=told):
         require("nonsense.figure", extra, "the plot")

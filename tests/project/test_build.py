@@ -68,6 +68,29 @@ def test_unknown_instruction_set_is_one_sentence():
     assert "got 'sse9'; unset it" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info"],
+        ["ppl", "model", "--text", "text.txt"],
+        ["generate", "model", "x", "--pattern", "2:4"],
+        ["generate", "model", "x"],
+        ["convert", "model", "--pattern", "2:4", "--output", "out"],
+        ["eval", "model", "--pattern", "2:4"],
+        ["search", "model", "--target-speedup", "1.1"],
+        ["calibrate", "model", "--recipe", "r.yaml", "--data", "text.txt", "--output", "out"],
+        ["demo"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_says_so_of_a_wrong_instruction_set_in_one_sentence(arguments):
+    done = with_isa("mmx", "-m", "nm_act", *arguments)
+    assert done.returncode == 2
+    [sentence] = done.stderr.splitlines()
+    assert sentence.startswith("nm-act: expected NM_ACT_CPU_ISA to name one of")
+    assert "got 'mmx'; unset it" in sentence
+
+
 @needs_source
 @pytest.mark.parametrize("path", [path for path in TORCH_FREE if path.is_file()], ids=lambda path: path.name)
 def test_kernels_include_no_torch(path):

@@ -99,7 +99,7 @@ def test_what_is_missing_is_named_with_its_extra(code, package, extra, tmp_path)
     (tmp_path / "recipe.yaml").write_text("pattern: 2:4")
     done = run(f"import pathlib, torch, nm_act; FOLDER = pathlib.Path({str(tmp_path)!r}); {code}", [package])
     assert done.returncode in (1, 2)
-    told = f"expected the package {package}, found none; install it with: pip install 'nm_act[{extra}]'"
+    told = f"expected the package {package}, found none; install it with: pip install -e '.[{extra}]' in a checkout of nm_act"
     assert done.stderr.rstrip().splitlines()[-1].endswith(told), done.stderr
 
 

@@ -91,4 +91,7 @@ def test_examples_name_the_extra_of_accelerate(name, tmp_path):
     hidden += "runpy.run_path(sys.argv[0], run_name='__main__')"
     (tmp_path / "config.json").write_text("{}")
     run = _run("-c", hidden, EXAMPLES / f"{name}.py", tmp_path, WORLD_SIZE="2")
-    assert run.stderr.strip() == "expected accelerate, got none; install it with: pip install 'nm_act[accelerate]'"
+    assert (
+        run.stderr.strip()
+        == "expected accelerate, got none; install it with: pip install -e '.[accelerate]' in a checkout of nm_act"
+    )

@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...supported import installing
 from ..texts import find_splits, read_rows
 from .perplexity import mean_and_stderr
 
 _FOLDERS = ("arc", "super_glue/boolq", "piqa", "winogrande", "hellaswag", "ifeval")
 """Where the harness (0.4.13) keeps these tasks."""
-
-EXTRA = "run `pip install nm_act[eval]`"
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,9 @@ def check_available(tasks: list[str]) -> None:
     needs += ["langdetect", "immutabledict", "nltk"] if "ifeval" in tasks else []
     missing = next((package for package in needs if importlib.util.find_spec(package) is None), None)
     if missing is not None:
-        raise ImportError(f"the tasks need the package {missing}, which is not installed; {EXTRA}")
+        raise ImportError(
+            f"the tasks need the package {missing}, which is not installed; install it with: {installing('eval')}"
+        )
     if "ifeval" in tasks:
         _check_punkt()
 

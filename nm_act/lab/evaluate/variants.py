@@ -1,6 +1,7 @@
 """Variants of one dense model: the dense one, sparse copies by a recipe, and calibrated copies, side by side."""
 
 import copy
+import dataclasses
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 
 from ...conversion.calibration import check_calibration, load_calibration
 from ...conversion.sparsify import SparsifyReport, check_recipe, sparsify
+from ...layers.linear import sparse_layers
 from ...recipe import LinearSpec, Recipe
 from ..policies import policy_of
 
@@ -97,6 +99,25 @@ def sparse_copy(model: nn.Module, recipe: Recipe) -> SparsifyReport:
 def calibrated_copy(model: nn.Module, folder: str | Path) -> SparsifyReport:
     """`sparse_copy` with the recipe and the data of a calibration (:func:`nm_act.load_calibration`)."""
     return load_calibration(_shared_copy(model), folder)
+
+
+def prunes_in_decode_only(recipe: Recipe | None) -> bool:
+    """Whether a recipe may give some layer the phase "decode", so that perplexity, which is prefill, would not see it.
+
+    Examples
+    --------
+    >>> prunes_in_decode_only(Recipe.named("decode")), prunes_in_decode_only(Recipe("2:4"))
+    (True, False)
+    """
+    return recipe is not None and any(spec.phase == "decode" for spec in resolved(recipe))
+
+
+def every_token_sparse(report: SparsifyReport) -> SparsifyReport:
+    """The same report after its layers of phase "decode" were made sparse in prefill too."""
+    for layer in sparse_layers(report.model).values():
+        if layer.spec.phase == "decode":
+            layer.spec = dataclasses.replace(layer.spec, phase="both")
+    return report
 
 
 def _shared_copy(model: nn.Module) -> nn.Module:
