@@ -11,7 +11,7 @@ GROUP_SIZES = (2, 4, 8, 16, 32)
 WINDOW_SPAN = 16
 """Features that the windows of 2:4+1 and 2:4+2 select together."""
 
-_TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:\+\s*(\d+)\s*(?:@\s*(\d+(?:\s*,\s*\d+)*)\s*)?)?")
+_TEXT = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*(?:\+\s*(\d+)\s*(?:@\s*(\d+(?:\s*,\s*\d+)*)\s*)?)?", re.ASCII)
 
 
 @dataclass(frozen=True, init=False, order=True)

@@ -163,6 +163,7 @@ BAD_DATA = [
     ({}, "expected a recipe with a pattern, got none"),
     ("8:16", "expected a recipe as a mapping of fields, got str"),
     ({"pattern": "8-16"}, 'expected a pattern written "N:M" .*8-16'),
+    ({"pattern": "\uff18:16"}, 'expected a pattern written "N:M"'),  # a full-width 8
     ({"pattern": "4:4"}, "expected 1 <= N < M, got pattern 4:4"),
     ({"pattern": 124}, "expected two integers"),
     ({"pattern": "100%"}, "expected a percentage kept between 0 and 100 .*got 100"),

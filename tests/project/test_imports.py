@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "nm_act"
 ROOMS = (
-    ("files", "moved", "patterns", "supported", "version", "yaml_text", "_C"),
+    ("files", "moved", "patterns", "roles", "supported", "version", "yaml_text", "_C"),
     *(("ops",), ("methods",), ("recipe", "spec"), ("parallel",), ("layers",), ("optimize",), ("conversion",)),
     *(("integrations",), ("lab",), ("cli", "__main__")),
 )
