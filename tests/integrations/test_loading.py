@@ -142,7 +142,7 @@ def test_every_command_refuses_it(folder, text, tmp_path, command):
     out = ["--output", tmp_path / "out"]
     arguments = {
         "ppl": [place, "--text", text],
-        "generate": [place, "The quick"],
+        "generate": [place, "The quick", "--max-new-tokens", 8],
         "calibrate": [place, "--recipe", tmp_path / "recipe.yaml", "--data", text, "--length", 32, *out],
         "search": [place, "--text", text, "--window", 32, "--target-speedup", 1.1, *out],
         "eval": [place, "--tasks", "wikitext2", "--data", tmp_path, "--pattern", "2:4", *out],

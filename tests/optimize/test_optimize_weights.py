@@ -255,6 +255,6 @@ def test_prepack_keeps_the_outputs_and_says_its_bytes():
 def test_prepack_refuses_a_dense_model_and_says_what_stays():
     with pytest.raises(ValueError, match="expected a sparse model for prepack, got a dense one"):
         nm_act.optimize(nn.ModuleList([nn.Linear(32, 32)]), prepack=True)
-    layer = nm_act.NMLinear.from_linear(nn.Linear(32, 32).double(), nm_act.LinearSpec("8:16"))
+    layer = nm_act.NMLinear.from_linear(nn.Linear(32, 32), nm_act.LinearSpec("8:16")).double()
     report = nm_act.optimize(nn.ModuleList([layer]), prepack=True)
     assert report.kept[-1] == ("0", "not prepacked: oneDNN has no product in float64 on this processor")
