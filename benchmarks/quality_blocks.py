@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nm_act.lab.calibrate.run import CalibrationSettings
 from nm_act.lab.calibrate.training import BETAS, LARGEST_GRADIENT, block_loss, linear_schedule, passes
 from nm_act.lab.evaluate.variants import resolved, sparse_copy
-from nm_act.layers.linear import NMLinear
+from nm_act.layers.linear import sparse_layers
 from nm_act.methods.mitigations import learned_data_of, rank_of
 from nm_act.recipe import Recipe
 
@@ -27,8 +27,8 @@ AT_ONCE = 16
 def starting(dense: nn.Module, recipe: Recipe) -> nn.Module:
     """The sparse model with learned data where training starts: no shift, a scale of 1, the weight's own pair."""
     model = sparse_copy(dense, recipe).model
-    for layer in model.modules():
-        if isinstance(layer, NMLinear) and layer.data():
+    for layer in sparse_layers(model).values():
+        if layer.data():
             data = {key: torch.full_like(value, float(key == "column_scale")) for key, value in layer.data().items()}
             if "low_rank_in" in data:
                 pair = leading_pair(layer.weight.detach(), rank_of(layer.spec.mitigation))

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import parallel
 from ..layers.hooks import refuse_uncarried, take_over_hooks
-from ..layers.linear import NMLinear
+from ..layers.linear import NMLinear, sparse_layers
 from ..layers.tokens import TokenContext
 from ..methods import mitigations
 from ..optimize import optimize as merge_and_fuse
@@ -76,7 +76,7 @@ class SparsifyReport:
         lines += _table(Counter((projection_name(name), str(spec)) for name, spec in self.replaced))
         if self.kept:
             lines += ["dense:", *_table(Counter((projection_name(name), reason) for name, reason in self.kept))]
-        if any(isinstance(each, NMLinear) and each._incomplete for each in self.model.modules()):
+        if any(layer._incomplete for layer in sparse_layers(self.model).values()):
             lines.append("calibrated data are missing: run nm-act calibrate, and load_calibration in place of sparsify")
         return "\n".join(lines + ([self.note] if self.note else []))
 
@@ -152,7 +152,7 @@ def _replace_linears(
     macs = {name: macs_of(model, name) for name, _ in candidates if places[name] is not None}
     report.uncounted = [name for name, count in macs.items() if count is None]
     stacks = set()
-    sparse_layers: dict[tuple[nn.Module, LinearSpec], NMLinear] = {}
+    made: dict[tuple[nn.Module, LinearSpec], NMLinear] = {}
     shared = {key for key, names in Counter(id(module) for _, module in candidates).items() if names > 1}
     # Modules that own a weight; a wrapper such as PEFT's only exposes the weight of the layer inside it.
     owned = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
@@ -168,7 +168,7 @@ def _replace_linears(
             continue
         report.replaced.append((name, spec))
         stacks.add(place.stack)
-        sparse = sparse_layers.get((module, spec))
+        sparse = made.get((module, spec))
         if sparse is None:
             # A weight that several modules share keeps its layout: a copy would no longer be shared.
             linear = plain_linear(module)
@@ -176,7 +176,7 @@ def _replace_linears(
             sparse = NMLinear.from_linear(linear, spec, **kept)
             take_over_hooks(sparse, module)
         if id(module) in shared:  # under several names
-            sparse_layers[module, spec] = sparse
+            made[module, spec] = sparse
         model.set_submodule(name, sparse)
     total = sum(count or 0 for count in macs.values())
     report.mac_fraction = sum(macs[name] or 0 for name, _ in report.replaced) / total if total else 0.0

@@ -7,6 +7,7 @@ sparse GEMM for a packed 2:4 operand, and that of the dense product for a pruned
 is that of the whole operator.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,23 +133,8 @@ class Measured:
 
     @cached_property
     def _in_model(self) -> dict[str, float]:
-        """Time of a sparse product inside a whole model divided by its time alone, by phase.
-
-        For the reference model: its time minus what the dense one spends outside its products, over the products alone.
-        Timed alone, sparse and dense products take turns at one clock. Prefills back to back run at the clock that
-        their own power allows, and a decode step overlaps the launches of its products.
-        """
-        factors = {}
-        for phase, (pattern, prompt) in _REFERENCES.items():
-            alone = Measured(self.device, shapes_of(_REFERENCE), _REFERENCE, phases=(phase,), tokens=prompt)
-            alone._in_model = dict.fromkeys(_REFERENCES, 1.0)
-            layers, modes = SHAPES[_REFERENCE][0], ("dense_bf16", f"nm-{pattern}")
-            dense, whole = (self.tables.whole(_REFERENCE, mode, phase, prompt) for mode in modes)
-            products = layers * alone.block(phase, LinearSpec(NMPattern(pattern)))
-            factors[phase] = 1.0
-            if dense is not None and whole is not None:
-                factors[phase] = (whole - alone.rest(phase, layers)) / products
-        return factors
+        """Time of a sparse product inside a whole model over its time alone, by phase."""
+        return _factors(self.device)
 
     def block(self, phase: str, spec: LinearSpec | None) -> float:
         """Microseconds of all products of one decoder block with one spec."""
@@ -163,3 +149,24 @@ class Measured:
             return 0.0
         measured = SHAPES[self.model][0]
         return max(0.0, whole - measured * self.block(phase, None)) * layers / measured
+
+
+@functools.cache
+def _factors(device: str) -> dict[str, float]:
+    """`Measured._in_model` of a device, from the reference model.
+
+    That is its time less what the dense one spends outside its products, over the products alone. Alone, sparse and
+    dense products take turns at one clock. Prefills back to back run at the clock that their own power leaves, and a
+    decode step launches its products so that they overlap.
+    """
+    factors = {}
+    for phase, (pattern, prompt) in _REFERENCES.items():
+        alone = Measured(device, shapes_of(_REFERENCE), _REFERENCE, phases=(phase,), tokens=prompt)
+        alone._in_model = dict.fromkeys(_REFERENCES, 1.0)
+        layers, modes = SHAPES[_REFERENCE][0], ("dense_bf16", f"nm-{pattern}")
+        dense, whole = (alone.tables.whole(_REFERENCE, mode, phase, prompt) for mode in modes)
+        products = layers * alone.block(phase, LinearSpec(NMPattern(pattern)))
+        factors[phase] = 1.0
+        if dense is not None and whole is not None:
+            factors[phase] = (whole - alone.rest(phase, layers)) / products
+    return factors

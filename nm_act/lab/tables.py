@@ -77,6 +77,7 @@ class Tables:
         self._device = device
         self._products: dict[tuple[str, str, str], list[_Row]] = {}  # "phase stage", dtype, pattern
         self._found: dict[tuple[Any, ...], Product] = {}
+        self._whole_models = list(self._read(_WHOLE_MODELS))
         for index, name in enumerate(_FILES):
             for row in self._read(name):
                 self._add(index, row)
@@ -175,7 +176,7 @@ class Tables:
         """
         metric = "decode_tok_s" if phase == "decode" else "ttft_busy_ms"
         wanted = {"mode": mode, "batch": "1", "prompt": str(prompt), "metric": metric, "baseline": "dense_bf16"}
-        for row in self._read(_WHOLE_MODELS):
+        for row in self._whole_models:
             if row["model"].split(" (")[0] == model and wanted.items() <= row.items():
                 value = float(row["p50"])
                 return 1e6 / value if phase == "decode" else 1e3 * value

@@ -82,16 +82,21 @@ def takes_activation_dtype(function: Callable[P, R]) -> Callable[P, R]:
     return called
 
 
+def not_packed(found: object) -> TypeError:
+    """The error for anything else in place of a packed operand."""
+    return TypeError(
+        f"expected operand as an nm_act.Packed, got {type(found).__name__}; pass all that compress_packed returned as "
+        "one, row_scale and eta are in it"
+    )
+
+
 def takes_operand(function: Callable[P, R]) -> Callable[P, R]:
     """Refuse a call as before 0.2, with values and metadata apart, in a sentence, however many arguments follow."""
 
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         if args and isinstance(args[0], torch.Tensor):
-            raise TypeError(
-                "expected operand as an nm_act.Packed, got Tensor; pass all that compress_packed returned as one, "
-                "row_scale and eta are in it"
-            )
+            raise not_packed(args[0])
         return function(*args, **kwargs)
 
     return called

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..patterns import NMPattern
 from . import formulas, library, operators
-from .legacy import takes_activation_dtype, takes_operand, takes_pattern
+from .legacy import not_packed, takes_activation_dtype, takes_operand, takes_pattern
 from .lifting import is_lifted, lifted_features, unlift
 
 _PLAIN = NMPattern(2, 4)
@@ -316,10 +316,7 @@ def sparse_gemm_silu_mul(operand: Packed, weight: Tensor, *, activation: str = "
 def _check_operand(operand: Packed, weight: Tensor) -> None:
     """Raise a TypeError or ValueError in one sentence unless the operand is whole and the weight fits it."""
     if not isinstance(operand, Packed):
-        raise TypeError(
-            f"expected operand as an nm_act.Packed, got {type(operand).__name__}; pass all that compress_packed "
-            "returned as one, row_scale and eta are in it"
-        )
+        raise not_packed(operand)
     if not isinstance(weight, Tensor):
         raise TypeError(f"expected weight as a torch.Tensor, got {type(weight).__name__}; pass the layer's own")
     features = lifted_features(operand.pattern, operand.in_features)
