@@ -26,9 +26,8 @@ def predicted() -> str:
         if phase is None or (row["baseline"], row["batch"]) != ("dense_bf16", "1") or not mode.startswith("nm-"):
             continue
         pattern, _, decode = mode.removeprefix("nm-").removesuffix("-fp8").partition("/")
-        recipe, dtype = nm_act.Recipe(decode if decode and phase == "decode" else pattern), "bf16"
-        if mode.endswith("-fp8"):
-            dtype = "e4m3"
+        recipe = nm_act.Recipe(pattern, decode_pattern=decode or None)
+        dtype = "e4m3" if mode.endswith("-fp8") else "bf16"
         prompt, measured = int(row["prompt"]), float(row["speedup"])
         cost = Measured("h100", shapes_of(name), name, dtype, (phase,), prompt, prompt)
         found = predictions(cost, places_of(name, SHAPES[name][0]), recipe)[phase]

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -151,9 +151,11 @@ def cost_of(
 
 
 def pruned(spec: LinearSpec | None, phase: str) -> LinearSpec | None:
-    """The spec if it prunes activations in a phase, with a pattern that has kernels; else None."""
+    """The spec if it prunes activations in a phase, with that phase's pattern if kernels have it; else None."""
     if spec is None or spec.scoring.prunes_weight or not isinstance(spec.pattern, NMPattern):
         return None
+    if spec.decode_pattern is not None:
+        spec = replace(spec, pattern=spec.pattern_in(phase == "decode"), decode_pattern=None)
     return spec if spec.phase in ("both", phase) else None
 
 

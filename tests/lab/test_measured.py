@@ -59,6 +59,15 @@ def test_phases_are_predicted_apart():
     assert predictions(cost, places, Recipe("2:4", criterion="wanda")) == {"prefill": 1, "decode": 1}
 
 
+def test_each_phase_is_predicted_with_its_own_pattern():
+    cost = Measured("h100", LLAMA, "llama-3-8b", phases=BOTH)
+    places = places_of("llama-3-8b", 32)
+    alone = {pattern: predictions(cost, places, Recipe(pattern)) for pattern in ("2:4", "12:16")}
+    mixed = predictions(cost, places, Recipe("2:4", decode_pattern="12:16"))
+    assert mixed == {"prefill": alone["2:4"]["prefill"], "decode": alone["12:16"]["decode"]}
+    assert mixed["decode"] < alone["2:4"]["decode"]
+
+
 def test_what_mitigations_and_first_tokens_add():
     cost, places = Measured("h100", LLAMA, "llama-3-8b"), places_of("llama-3-8b", 32)
 
