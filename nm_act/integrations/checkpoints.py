@@ -71,30 +71,24 @@ def save_model(model: Any, tokenizer: Any, folder: str | os.PathLike[str]) -> No
 
 def load_config(source: str | os.PathLike[str]) -> Any:
     """A model's configuration, read before its weights are loaded; None if `load_model` will raise the reason."""
-    kind, place = _classify(source)
-    if kind == "hub":
-        _check_hub(place)
-    from transformers import AutoConfig
-
-    folder, name = os.path.split(os.path.abspath(place))
-    try:
-        return (
-            AutoConfig.from_pretrained(folder, gguf_file=name) if kind == "gguf" else AutoConfig.from_pretrained(place)
-        )
-    except Exception:  # a damaged file can raise anything
-        return None
+    return _read_early("AutoConfig", source)
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """A model's tokenizer, read before its weights are loaded; None if `load_model` will raise the reason."""
+    return _read_early("AutoTokenizer", source)
+
+
+def _read_early(auto: str, source: str | os.PathLike[str]) -> Any:
     kind, place = _classify(source)
-    from transformers import AutoTokenizer
+    if kind == "hub":
+        _check_hub(place)
+    import transformers
 
     folder, name = os.path.split(os.path.abspath(place))
+    read = getattr(transformers, auto).from_pretrained
     try:
-        if kind == "gguf":
-            return AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        return AutoTokenizer.from_pretrained(place)
+        return read(folder, gguf_file=name) if kind == "gguf" else read(place)
     except Exception:  # a damaged file can raise anything
         return None
 
