@@ -225,8 +225,7 @@ void run_long_slices() {
 
 // With RMSNorm or a gated activation before the selection and a residual after the product: the same bits as without,
 // from what the functions of activations.cuh make of the inputs (tests/native/producers.cpp has their formulas),
-// rounded once more with the residual. Sums of squares are exact, or of rounded sums of few values, so their order does
-// not matter. kSandwich: a norm, a residual and a norm.
+// rounded once more with the residual. kSandwich: a norm, a residual and a norm.
 enum class Before { kNorm, kOffsetNorm, kSilu, kGelu, kSandwich, kOffsetSandwich };
 
 bool is_gated(Before before) { return before == Before::kSilu || before == Before::kGelu; }
@@ -244,14 +243,30 @@ void set_chunk(Rows& rows, int row, int at, const nm_act::Chunk<E>& z) {
   for (int i = 0; i < kChunk; ++i) rows.set(row, at + i, z.word[i / 2] >> 16 * (i % 2) & 0xFFFFu);
 }
 
+// The sum of a row's squares in the order of a block: by thread, by warp, over the warps.
+template <class E>
+float sum_of_squares(const Rows& x, int row, int features, int threads) {
+  std::vector<float> own(threads), warps(32);
+  for (int k = 0; k < features; k += kChunk) {
+    float& sum = own[k / kChunk % threads];
+    sum = nm_act::add_squares(chunk_of<E>(x, row, k), sum);
+  }
+  const auto tree = [](float* lanes) {
+    for (int half = 16; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+  };
+  for (int warp = 0; warp < threads / 32; ++warp) warps[warp] = tree(&own[32 * warp]);
+  return tree(warps.data());
+}
+
 // y = norm(x, weight), and with `residual` plus its rows; x and y may be the same.
 template <class E>
-void norm_rows(const Rows& x, const Rows& weight, const Rows* residual, bool offset, Rows& y, int tokens,
-               int features) {
+void norm_rows(const Rows& x, const Rows& weight, const Rows* residual, bool offset, Rows& y, int tokens, int features,
+               int threads) {
   for (int t = 0; t < tokens; ++t) {
-    float squares = 0;
-    for (int k = 0; k < features; ++k) squares += std::pow(E::low(x.bits(t, k)), 2.0f);
-    const float inverse = nm_act::inverse_rms(squares, features, 1e-5f);
+    const float inverse = nm_act::inverse_rms(sum_of_squares<E>(x, t, features, threads), features, 1e-5f);
     for (int k = 0; k < features; k += kChunk) {
       nm_act::Chunk<E> z = chunk_of<E>(x, t, k);
       const nm_act::Chunk<E> by = chunk_of<E>(weight, 0, k);
@@ -265,7 +280,7 @@ void norm_rows(const Rows& x, const Rows& weight, const Rows* residual, bool off
 // `hidden` is written by sandwiches alone.
 template <class E>
 void produce(Before before, const Rows& x, const Rows& up, const Rows& weight, const Rows& x_weight, Rows& hidden,
-             Rows& produced, int tokens, int features) {
+             Rows& produced, int tokens, int features, int threads) {
   if (is_gated(before)) {
     for (int t = 0; t < tokens; ++t) {
       for (int k = 0; k < features; k += kChunk) {
@@ -276,10 +291,10 @@ void produce(Before before, const Rows& x, const Rows& up, const Rows& weight, c
       }
     }
   } else if (is_sandwich(before)) {
-    norm_rows<E>(x, x_weight, &up, has_offset(before), hidden, tokens, features);
-    norm_rows<E>(hidden, weight, nullptr, has_offset(before), produced, tokens, features);
+    norm_rows<E>(x, x_weight, &up, has_offset(before), hidden, tokens, features, threads);
+    norm_rows<E>(hidden, weight, nullptr, has_offset(before), produced, tokens, features, threads);
   } else {
-    norm_rows<E>(x, weight, nullptr, has_offset(before), produced, tokens, features);
+    norm_rows<E>(x, weight, nullptr, has_offset(before), produced, tokens, features, threads);
   }
 }
 
@@ -312,9 +327,11 @@ void run_around(Before before, ElementType type, ElementType weight_type, int to
     for (int o = 0; o < c.out_features; ++o) residual.set(t, o, encode(uniform(), type));
   }
   if (type == kBf16) {
-    produce<nm_act::BFloat16>(before, x, up, weight, x_weight, expected_hidden, produced, tokens, in_features);
+    produce<nm_act::BFloat16>(before, x, up, weight, x_weight, expected_hidden, produced, tokens, in_features,
+                               config.threads);
   } else {
-    produce<nm_act::Float16>(before, x, up, weight, x_weight, expected_hidden, produced, tokens, in_features);
+    produce<nm_act::Float16>(before, x, up, weight, x_weight, expected_hidden, produced, tokens, in_features,
+                               config.threads);
   }
   GatherParams params = params_of(c, produced, matrix, alone);
   params.weight_scale = weight_bytes(weight_type) == 1 ? scale.pointer() : nullptr;
@@ -356,6 +373,11 @@ void run_what_stands_around() {
         run_around(before, type, weight_type, tokens, 16 * (5 + 13 * (step % 4)), configs[step % 3], pattern);
         ++step;
       }
+    }
+    // More features than 256 threads hold eight of each.
+    for (Before before : {Before::kNorm, Before::kOffsetNorm, Before::kSandwich}) {
+      run_around(before, type, weight_type, 1, 16 * 130, configs[step % 2], Pattern{8, 16, {}});
+      ++step;
     }
   }
 }
