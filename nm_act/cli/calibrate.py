@@ -76,7 +76,7 @@ def calibrate(
     config = common.load_config(model)
     check_window(config, length, "--length")
     common.check_not_sparse(config, model)
-    dense, tokenizer = common.load(model, dtype, "cpu")
+    dense, tokenizer = common.load(model, dtype, "cpu", config=config)
     ids = windows_of(tokenizer, texts, data, windows=windows, length=length, seed=seed)
     if len(ids) < windows:
         common.note(f"the text has {len(ids)} windows of {length} tokens, fewer than {windows}: all are used")
