@@ -15,6 +15,8 @@ WRITTEN = {
     "decode.yaml": "pattern: 2:4\nphase: decode\n",
     "layer17.yaml": "pattern: 2:4\nskip_layers: [17]\n",
     "rule.yaml": "pattern: 2:4\nrules: [{pattern: 4:8}, {layers: [0], decode_pattern: 6:8}, {layers: [1], pattern: dense}]",
+    "methods.yaml": "pattern: 2:4\nrules: [{layers: [0], criterion: wina}, {layers: [1], mitigation: [var]}]",
+    "phases.yaml": "pattern: 2:4\ndecode_pattern: 4:8\n",
     "typo.yaml": "patern: '2:4'\n",
     "study.yaml": "rows: [{pattern: 2:4}]",
     "calibrated.yaml": "rows: [{pattern: 2:4, calibrated: true}]",
@@ -63,7 +65,18 @@ CALIBRATE = [
     "16",
 ]
 NEEDS = "expected recipes that need no calibration, got '2:4 act spts'"
-BESIDE = "expected --pattern 8:16 beside a recipe whose rules set no patterns, got 'decode' with 14:32, 20:32 in rules"
+BESIDE = "beside a recipe with one pattern for all that it makes sparse, got 'decode' with 14:32, 20:32 in rules; write"
+METHODS = [
+    (
+        ["--criterion", "act"],
+        "expected --criterion act beside a recipe with one criterion for all that it makes sparse",
+    ),
+    (["--mitigation", "var", "--mitigation", "ls"], "expected --mitigation var+ls beside a recipe with one mitigation"),
+    (
+        ["--pattern", "8:16", "--criterion", "act"],
+        "got '{methods}' with wina in rules; write a recipe file with the crit",
+    ),
+]
 SPARSE = "but '{sparse}' is a sparse checkpoint; name the checkpoint it was made from"
 CONTEXT = "within the model's context of 128 tokens"
 
@@ -93,7 +106,13 @@ def _refused(arguments, folder, files) -> str:
             ([*command, "--recipe", "decode", "--pattern", "8:16"], BESIDE)
             for command in (PPL, EVAL, [*GENERATE, "x"], CONVERT)
         ),
-        ([*PPL, "--recipe", "{rule}", "--pattern", "8:16"], "got '{rule}' with 4:8, 6:8 in rules; edit the patterns"),
+        ([*PPL, "--recipe", "{rule}", "--pattern", "8:16"], "got '{rule}' with 4:8, 6:8 in rules; write a recipe file"),
+        ([*PPL, "--recipe", "{phases}", "--pattern", "8:16"], "got '{phases}' with 4:8 in decode_pattern; write"),
+        *(
+            ([*command, "--recipe", "{methods}", *option], message)
+            for command in (PPL, EVAL, [*GENERATE, "x"], CONVERT)
+            for option, message in METHODS
+        ),
         ([*PPL, "--window", "129"], f"expected a window {CONTEXT}, got 129"),
         ([*PPL, "--window", "4096"], CONTEXT),
         ([*PPL, "--calibration", "{here}"], "no finished calibration at"),
