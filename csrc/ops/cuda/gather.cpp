@@ -152,13 +152,15 @@ std::pair<at::Tensor, at::Tensor> gather_around(const at::Tensor& x, const at::T
   const c10::cuda::CUDAGuard guard(x.device());
   const GemmDevice device = gemm_device(x, op);
   const WeightFacts facts = facts_of(weight);
-  const bool fits = selection.type != ElementType::kFloat32 && facts.stored_in_out() && facts.aligned &&
-                    selection.tokens >= 1 && selection.tokens <= kFewTokens && selection.in_features % 8 == 0;
-  GatherConfig config =
-      fits ? choose_gather_config(element_type(weight.scalar_type()), selection.pattern, selection.tokens,
-                                  facts.out_features, facts.in_features, facts.row_stride(), device,
-                                  /*in_layer=*/true)
-           : GatherConfig{};
+  const LinearFacts call{selection.tokens,
+                         selection.type,
+                         element_type(weight.scalar_type()),
+                         selection.type,
+                         selection.pattern,
+                         facts,
+                         {},
+                         false};
+  GatherConfig config = choose_in_layer(call, device).gather;
   TORCH_CHECK_NOT_IMPLEMENTED(config.splits > 0, "nm_act::", op, " expected 1 to ", kFewTokens,
                               " tokens in 16 bits and a weight stored [in, out] that the gather kernel takes, got ",
                               selection.tokens, " tokens in ", dtype_text(x), ", weight ", weight.sizes(),
