@@ -45,8 +45,6 @@ def generate(
 
     if not prompt:
         raise ValueError("expected a prompt with at least one character, got an empty one")
-    if (criterion is not None or mitigation) and pattern is None and recipe is None:
-        raise ValueError("expected --pattern or --recipe with --criterion and --mitigation, got neither; add one")
     if not optimize and (fp8 is not None or head is not None):
         raise ValueError("expected --optimize with --fp8 and --head, got none; add it")
     _check_8_bits(fp8, head)

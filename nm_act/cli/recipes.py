@@ -18,13 +18,18 @@ def build_recipes(
     """Name -> Recipe from the options, which replace fields of the file's recipe or the default one.
 
     Every pattern makes one recipe. Without patterns the file's recipe keeps its own, and without a file the patterns
-    are `default_patterns`. Raises ValueError for an option that would replace a part only of what the file says.
+    are `default_patterns`. Raises ValueError for an option that would replace nothing, or a part only of what the file
+    says.
     """
     from ..patterns import as_pattern
     from ..recipe import DENSE, Recipe
 
     changes: dict[str, Any] = {"criterion": criterion} if criterion is not None else {}
     changes |= {"mitigation": mitigation} if mitigation else {}
+    if changes and path is None and not (patterns or default_patterns):
+        raise ValueError(
+            "expected --pattern or --recipe with --criterion and --mitigation, got neither; add --pattern, for example"
+        )
     if path is not None and not patterns:
         return {path.stem: dataclasses.replace(_base(path, changes), **changes)}
     spelled = [name if name == DENSE else str(as_pattern(name)) for name in patterns or default_patterns]
