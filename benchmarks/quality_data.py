@@ -15,7 +15,7 @@ import torch
 from quality_choices import CHOICES, tokenized
 from safetensors.torch import save_file
 
-from nm_act.integrations.checkpoints import load_model
+from nm_act.integrations.checkpoints import load_model, load_tokenizer
 from nm_act.lab.calibrate.data import windows_of
 from nm_act.lab.overlap import check_apart, fingerprints
 from nm_act.lab.texts import find_file, load_text, read_rows, read_text, tokenize
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="of a window to calibrate on")
     parser.add_argument("--calibration-documents", type=int, default=1700)
     options = parser.parse_args()
-    _, tokenizer = load_model(options.model)
+    tokenizer = load_tokenizer(options.model) or load_model(options.model)[1]  # which says why there is none
     documents = [row["text"] for row in read_rows(find_file(options.data, "c4"))]
     seen, unseen = (
         documents[part] for part in (slice(options.calibration_documents), slice(options.calibration_documents, None))

@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ DENSE = "dense"
 @dataclass(frozen=True)
 class Rule:
     """A refinement of a recipe for some layers and projections; a field left None keeps the earlier value.
+
+    A rule that sets none of the fields from `pattern` on has no effect, which causes a warning: an error would refuse
+    saved checkpoints and calibrations, which are read as recipes of users are.
 
     Parameters
     ----------
@@ -60,6 +64,13 @@ class Rule:
             check_criterion(self.criterion)
         if self.phase is not None:
             check_phase(self.phase)
+        if all(getattr(self, name) is None for name in _SPEC_FIELDS):
+            where = ", ".join(f"{name} {value}" for name, value in self.to_dict().items()) or "all layers"
+            warnings.warn(
+                f"expected a rule that sets a pattern, criterion or the like, got one for {where} that sets nothing "
+                f'and has no effect; write pattern: "{DENSE}" to leave these layers dense, or remove it',
+                stacklevel=3,
+            )
 
     def matches(self, layer: int, projection: str) -> bool:
         """Whether the rule applies to a projection of a layer."""

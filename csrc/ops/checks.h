@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
@@ -15,13 +16,21 @@ namespace nm_act {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// A dtype as users of Python know it, torch.float64; printed itself, it is a word of C++, Double.
+inline std::string dtype_text(at::ScalarType type) {
+  std::string text = "torch.";
+  return text += c10::getDtypeNames(type).first;
+}
+
+inline std::string dtype_text(const at::Tensor& tensor) { return dtype_text(tensor.scalar_type()); }
+
 inline ElementType check_dtype(const at::Tensor& x, const char* op) {
   switch (x.scalar_type()) {
     case at::kFloat: return ElementType::kFloat32;
     case at::kBFloat16: return ElementType::kBFloat16;
     case at::kHalf: return ElementType::kFloat16;
     default:
-      TORCH_CHECK_TYPE(false, "nm_act::", op, " expected x in float32, bfloat16 or float16, got ", x.scalar_type(),
+      TORCH_CHECK_TYPE(false, "nm_act::", op, " expected x in float32, bfloat16 or float16, got ", dtype_text(x),
                        "; convert it first");
   }
 }
@@ -75,8 +84,8 @@ inline at::Tensor check_vector(const OptionalTensor& vector, const at::Tensor& x
   if (!vector.has_value() || !vector->defined()) return {};
   check_same_device(x, *vector, name, op);
   TORCH_CHECK_TYPE(vector->scalar_type() == at::kFloat || vector->scalar_type() == x.scalar_type(), "nm_act::", op,
-                   " expected ", name, " in float32 or the dtype of x, ", x.scalar_type(), ", got ",
-                   vector->scalar_type(), "; convert it first");
+                   " expected ", name, " in float32 or the dtype of x, ", dtype_text(x), ", got ", dtype_text(*vector),
+                   "; convert it first");
   TORCH_CHECK_VALUE(vector->dim() == 1 && vector->size(0) == size, "nm_act::", op, " expected ", name, " of shape [",
                     size, "], got ", vector->sizes(), "; give one value a channel");
   return vector->to(at::kFloat).contiguous();
@@ -105,14 +114,14 @@ inline void check_weight_shape(const at::Tensor& x, const at::Tensor& weight, co
   if (!bias.has_value() || !bias->defined()) return;
   check_same_device(x, *bias, "bias", op);
   TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "nm_act::", op, " expected bias in the dtype of x, ",
-                   x.scalar_type(), ", got ", bias->scalar_type(), "; convert it");
+                   dtype_text(x), ", got ", dtype_text(*bias), "; convert it");
   TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), "nm_act::", op, " expected bias of shape [",
                     weight.size(0), "], got ", bias->sizes(), "; give one value an output feature");
 }
 
 inline void check_weight(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const char* op) {
   TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", op, " expected weight in the dtype of x, ",
-                   x.scalar_type(), ", got ", weight.scalar_type(), "; convert one of them");
+                   dtype_text(x), ", got ", dtype_text(weight), "; convert one of them");
   check_weight_shape(x, weight, bias, op);
 }
 
@@ -122,16 +131,16 @@ inline at::Tensor check_scaled_weight(const at::Tensor& x, const at::Tensor& wei
   const bool bits8 = weight.scalar_type() == at::kFloat8_e4m3fn || weight.scalar_type() == at::kChar;
   const bool scaled = weight_scale.has_value() && weight_scale->defined();
   if (!scaled) {
-    TORCH_CHECK_TYPE(!bits8, "nm_act::", op, " expected weight_scale along with a weight in ", weight.scalar_type(),
+    TORCH_CHECK_TYPE(!bits8, "nm_act::", op, " expected weight_scale along with a weight in ", dtype_text(weight),
                      ", got none; give one scale an output channel");
     check_weight(x, weight, bias, op);
     return {};
   }
   TORCH_CHECK_TYPE(bits8, "nm_act::", op, " expected weight in float8_e4m3fn or int8 along with weight_scale, got ",
-                   weight.scalar_type(), "; leave weight_scale out or quantise the weight");
+                   dtype_text(weight), "; leave weight_scale out or quantise the weight");
   check_weight_shape(x, weight, bias, op);
   TORCH_CHECK_TYPE(weight_scale->scalar_type() == at::kFloat, "nm_act::", op, " expected weight_scale in float32, got ",
-                   weight_scale->scalar_type(), "; convert it first");
+                   dtype_text(*weight_scale), "; convert it first");
   return check_vector(weight_scale, x, weight.size(0), "weight_scale", op);
 }
 

@@ -135,6 +135,20 @@ inline LinearChoice choose_few_on_cuda(const LinearFacts& facts, GemmDevice devi
   return config.splits > 0 ? LinearChoice{LinearPath::kGather, Why::kFewTokens, config} : dense(Why::kGatherShape);
 }
 
+// The choice of decode_linear and sandwich_linear, which have the gather kernel alone: they refuse a call for which the
+// path is another one.
+inline LinearChoice choose_in_layer(const LinearFacts& facts, GemmDevice device) {
+  const WeightFacts& weight = facts.weight;
+  const bool fits = facts.type != ElementType::kFloat32 && weight.stored_in_out() && weight.aligned &&
+                    facts.tokens >= 1 && facts.tokens <= kFewTokens && weight.in_features % 8 == 0;
+  const GatherConfig config =
+      fits ? choose_gather_config(facts.weight_type, facts.pattern, static_cast<int>(facts.tokens), weight.out_features,
+                                  weight.in_features, weight.row_stride(), device, /*in_layer=*/true)
+           : GatherConfig{};
+  return config.splits > 0 ? LinearChoice{LinearPath::kGather, Why::kFewTokens, config}
+                           : LinearChoice{LinearPath::kDense, Why::kGatherShape};
+}
+
 inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) {
   if (facts.activation_type == ElementType::kE4M3) return choose_e4m3_on_cuda(facts, device);
   if (facts.tokens <= kFewTokens) return choose_few_on_cuda(facts, device);

@@ -162,11 +162,12 @@ nm_act::Pattern pattern_of(int n, int m, const std::vector<int>& extra_columns) 
 // Sizes and strides of a weight, and whether its storage is aligned to 16 bytes.
 using Facts = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
-// The path of sparse_linear, the sentence that explains it, and its kernel's configuration, from facts alone.
+// The path of sparse_linear, the sentence that explains it, and its kernel's configuration, from facts alone; with
+// in_layer those of decode_linear and sandwich_linear.
 py::tuple choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, int n, int m,
                       const std::vector<int>& extra_columns, const Facts& weight, const std::optional<Facts>& lifted,
                       int compute_capability_major, int multiprocessors, const std::string& weight_dtype,
-                      const std::string& activation_dtype, bool variance_correction) {
+                      const std::string& activation_dtype, bool variance_correction, bool in_layer) {
   nm_act::LinearFacts facts{tokens,
                             element_type_named(dtype),
                             element_type_named(weight_dtype),
@@ -176,9 +177,10 @@ py::tuple choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, in
                             {},
                             variance_correction};
   if (lifted) facts.lifted = std::make_from_tuple<nm_act::WeightFacts>(*lifted);
-  const nm_act::LinearChoice choice = on_cuda
-                                          ? nm_act::choose_on_cuda(facts, {compute_capability_major, multiprocessors})
-                                          : nm_act::choose_on_cpu(facts);
+  const nm_act::GemmDevice device{compute_capability_major, multiprocessors};
+  const nm_act::LinearChoice choice = in_layer  ? nm_act::choose_in_layer(facts, device)
+                                      : on_cuda ? nm_act::choose_on_cuda(facts, device)
+                                                : nm_act::choose_on_cpu(facts);
   static constexpr const char* kNames[] = {"gather", "sparse", "lifted", "dense"};
   return py::make_tuple(kNames[static_cast<int>(choice.path)], nm_act::text_of(choice, facts),
                         nm_act::kernel_text(choice));
@@ -209,5 +211,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_path", choose_path, py::arg("on_cuda"), py::arg("tokens"), py::arg("dtype"), py::arg("n"), py::arg("m"),
         py::arg("extra_columns"), py::arg("weight"), py::arg("lifted"), py::arg("compute_capability_major"),
         py::arg("multiprocessors"), py::arg("weight_dtype"), py::arg("activation_dtype"),
-        py::arg("variance_correction"));
+        py::arg("variance_correction"), py::arg("in_layer") = false);
 }

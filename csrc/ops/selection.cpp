@@ -32,8 +32,8 @@ at::Tensor check_lifted_weight(const OptionalTensor& lifted_weight, const Select
                     pattern_text(pattern), "; leave lifted_weight out");
   check_same_device(x, *lifted_weight, "lifted_weight", op);
   TORCH_CHECK_TYPE(lifted_weight->scalar_type() == x.scalar_type(), "nm_act::", op,
-                   " expected lifted_weight in the dtype of x, ", x.scalar_type(), ", got ",
-                   lifted_weight->scalar_type(), "; lift the weight that is passed along");
+                   " expected lifted_weight in the dtype of x, ", dtype_text(x), ", got ", dtype_text(*lifted_weight),
+                   "; lift the weight that is passed along");
   const int64_t lifted = lifted_features(selection.in_features);
   TORCH_CHECK_VALUE(
       lifted_weight->dim() == 2 && lifted_weight->size(0) == weight.size(0) && lifted_weight->size(1) == lifted,
@@ -54,8 +54,8 @@ at::Tensor check_shift_out(const OptionalTensor& shift_out, const Selection& sel
 bool is_e4m3(std::optional<at::ScalarType> activation_dtype, const at::Tensor& x, const char* op) {
   if (!activation_dtype.has_value() || *activation_dtype == x.scalar_type()) return false;
   TORCH_CHECK_TYPE(*activation_dtype == at::kFloat8_e4m3fn, "nm_act::", op,
-                   " expected activation_dtype float8_e4m3fn or the dtype of x, ", x.scalar_type(), ", got ",
-                   *activation_dtype, "; choose one of those");
+                   " expected activation_dtype float8_e4m3fn or the dtype of x, ", dtype_text(x), ", got ",
+                   dtype_text(*activation_dtype), "; choose one of those");
   return true;
 }
 
@@ -64,7 +64,7 @@ bool check_activation_dtype(std::optional<at::ScalarType> activation_dtype, cons
   if (!is_e4m3(activation_dtype, x, op)) return false;
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat8_e4m3fn, "nm_act::", op,
                    " expected weight in float8_e4m3fn along with activation_dtype float8_e4m3fn, got ",
-                   weight.scalar_type(), "; quantise it per output channel");
+                   dtype_text(weight), "; quantise it per output channel");
   return true;
 }
 

@@ -25,9 +25,15 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", help="Folder for the result; a stopped run continues there.")],
     windows: Annotated[int, typer.Option("--windows", min=1, help="Windows of text.")] = 256,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens per window.")] = 512,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate of what is learned.")] = 1e-4,
-    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the windows in each block.")] = 1.0,
-    loss: Annotated[str, typer.Option("--loss", help="mse, or relative: every token has the same weight.")] = "mse",
+    lr: Annotated[
+        float | None, typer.Option("--lr", help="Learning rate of what is learned block by block; 1e-4 by default.")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="Passes over the windows in each block; 1 by default.")
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="mse, the default, or relative: every token has the same weight.")
+    ] = None,
     distill: Annotated[
         int,
         typer.Option("--distill", min=0, help="Steps of end-to-end training on the dense outputs, e.g. 256."),
@@ -51,8 +57,8 @@ def calibrate(
     from ..conversion.fingerprint import weights_fingerprint
     from ..conversion.sparsify import sparsify
     from ..integrations.checkpoints import check_device
-    from ..lab.calibrate import CalibrationSettings, save_calibration
     from ..lab.calibrate import calibrate as run
+    from ..lab.calibrate import save_calibration
     from ..lab.calibrate.data import read_texts, split_windows, windows_of
     from ..lab.calibrate.distill import distill as train_end_to_end
     from ..lab.calibrate.run import check_needed
@@ -60,12 +66,13 @@ def calibrate(
     from ..lab.evaluate.variants import resolved
     from ..lab.output import write_json
     from ..lab.overlap import KEY, fingerprints
-    from ..methods.mitigations import data_of
+    from ..methods.mitigations import data_of, learned_data_of
     from ..recipe import Recipe
 
     _check_output(output, model)
-    settings = CalibrationSettings(learning_rate=lr, epochs=epochs, loss=loss, seed=seed)
     chosen = Recipe.load(recipe)
+    learning = {"--lr": lr, "--epochs": epochs, "--loss": loss}
+    settings = _block_settings(learning, any(map(learned_data_of, resolved(chosen))), str(recipe), seed)
     end_to_end = _distill_settings(distill, train, checkpoint, seed)
     needed = any(map(data_of, resolved(chosen)))
     if end_to_end is None or end_to_end.train == "data":
@@ -76,7 +83,7 @@ def calibrate(
     config = common.load_config(model)
     check_window(config, length, "--length")
     common.check_not_sparse(config, model)
-    dense, tokenizer = common.load(model, dtype, "cpu")
+    dense, tokenizer = common.load(model, dtype, "cpu", config=config)
     ids = windows_of(tokenizer, texts, data, windows=windows, length=length, seed=seed)
     if len(ids) < windows:
         common.note(f"the text has {len(ids)} windows of {length} tokens, fewer than {windows}: all are used")
@@ -135,6 +142,21 @@ def calibrate(
         print(f"written to {output}: nm-act ppl {model} --calibration {output}")
     else:
         print(f"written to {output}, a checkpoint with its own weights: nm-act generate {output} PROMPT")
+
+
+def _block_settings(options: dict[str, Any], learns: bool, recipe: str, seed: int) -> Any:
+    """Settings of the training block by block; a ValueError for one of its options where nothing is trained so."""
+    from ..lab.calibrate import CalibrationSettings
+
+    given = {name: value for name, value in options.items() if value is not None}
+    fields = {"--lr": "learning_rate", "--epochs": "epochs", "--loss": "loss"}
+    settings = CalibrationSettings(**{fields[name]: value for name, value in given.items()}, seed=seed)
+    if given and not learns:
+        raise ValueError(
+            f"expected {', '.join(given)} with a recipe that learns block by block (lpts, ls, ...), got {recipe!r}, "
+            "which does not; leave it out"
+        )
+    return settings
 
 
 def _distill_settings(steps: int, train: str, checkpoint: bool, seed: int) -> Any:

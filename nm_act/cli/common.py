@@ -188,7 +188,9 @@ def format_quality(row: dict[str, Any]) -> list[str]:
     return [f"{row['perplexity']:.2f}", change]
 
 
-def load(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+def load(
+    source: str, dtype: str = "auto", device: str = "cpu", *, config: Any = None, tokenizer: Any = None
+) -> tuple[Any, Any]:
     """`nm_act.integrations.checkpoints.load_model` without Transformers' own messages and progress bars."""
     from ..integrations.checkpoints import check_device, check_dtype, load_model
 
@@ -196,7 +198,7 @@ def load(source: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, An
     check_device(device)
     _quiet()
     note(f"loading {source}")
-    return load_model(source, dtype=dtype, device=device)
+    return load_model(source, dtype=dtype, device=device, config=config, tokenizer=tokenizer)
 
 
 def load_config(source: str) -> Any:
@@ -222,7 +224,7 @@ def load_dense(source: str, dtype: str = "auto", device: str = "cpu", window: in
     config = load_config(source)
     check_window(config, window)
     check_not_sparse(config, source, " to compare with")
-    return load(source, dtype, device)
+    return load(source, dtype, device, config=config)
 
 
 def check_not_sparse(config: Any, source: str, purpose: str = "") -> None:

@@ -35,8 +35,7 @@ def convert(
     check_new_folder(output)
     variant = _variant(pattern, recipe, criterion, mitigation, calibration)
     servable = _is_servable(variant.recipe)
-    _check_dense(model)
-    network, tokenizer = common.load(model, dtype)
+    network, tokenizer = common.load(model, dtype, config=_dense_config(model))
     folder = variant.folder
     report = sparsify(network, variant.recipe) if folder is None else load_calibration(network, folder)
     common.note(f"writing {output}")
@@ -101,8 +100,8 @@ def _is_servable(recipe: Any) -> bool:
     return True
 
 
-def _check_dense(model: str) -> None:
-    """Raise a ValueError, before the weights are loaded, for a model that is sparse or quantised already."""
+def _dense_config(model: str) -> Any:
+    """A model's configuration; a ValueError, before the weights are loaded, if it is sparse or quantised already."""
     from ..integrations.transformers import quantisation_of
 
     config = common.load_config(model)
@@ -112,3 +111,4 @@ def _check_dense(model: str) -> None:
         raise ValueError(
             f"expected a dense model, but {model!r} is quantised with {method}; name the checkpoint it was made from"
         )
+    return config

@@ -122,17 +122,11 @@ def _recipes(
     options = (patterns, criterion, mitigation)
     if paths:
         return [item for path in once(paths, "--recipe") for item in build_recipes(path, *options).items()]
-    if patterns:
-        return [(None, made) for made in build_recipes(None, *options).values()]
-    if not compared:
+    if not patterns and not compared:
         raise ValueError(
             "expected something to compare with dense, got nothing; add --pattern, --recipe, --calibration or --study"
         )
-    if criterion or mitigation:
-        raise ValueError(
-            "expected --criterion and --mitigation beside --pattern or --recipe, got neither; add --pattern"
-        )
-    return []
+    return [(None, made) for made in build_recipes(None, *options).values()]
 
 
 def _check_names(variants: list[Any]) -> None:

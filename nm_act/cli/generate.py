@@ -45,8 +45,6 @@ def generate(
 
     if not prompt:
         raise ValueError("expected a prompt with at least one character, got an empty one")
-    if (criterion is not None or mitigation) and pattern is None and recipe is None:
-        raise ValueError("expected --pattern or --recipe with --criterion and --mitigation, got neither; add one")
     if not optimize and (fp8 is not None or head is not None):
         raise ValueError("expected --optimize with --fp8 and --head, got none; add it")
     _check_8_bits(fp8, head)
@@ -57,8 +55,8 @@ def generate(
     config = common.load_config(model)
     if variants:
         common.check_not_sparse(config, model)
-    _check_context(config, model, prompt, max_new_tokens)
-    network, tokenizer = common.load(model, dtype, device)
+    tokenizer = _check_context(config, model, prompt, max_new_tokens)
+    network, tokenizer = common.load(model, dtype, device, config=config, tokenizer=tokenizer)
     name = "as loaded"
     if variants:
         from ..conversion.sparsify import sparsify
@@ -97,14 +95,17 @@ def _check_8_bits(fp8: str | None, head: str | None) -> None:
 _SPECIAL = 16  # tokens that a tokenizer adds to a prompt, at most
 
 
-def _check_context(config: Any, model: str, prompt: str, new: int) -> None:
-    """Raise a ValueError if prompt and new tokens exceed the context; a token of the prompt is a byte at least."""
+def _check_context(config: Any, model: str, prompt: str, new: int) -> Any:
+    """Raise a ValueError if prompt and new tokens exceed the context; a token of the prompt is a byte at least.
+
+    Returns the tokenizer if it had to be read.
+    """
     from ..integrations.checkpoints import load_tokenizer
     from ..lab.evaluate.perplexity import context_length
 
     context = context_length(config)
     if context is None or len(prompt.encode()) + _SPECIAL + new <= context:
-        return
+        return None
     tokenizer = load_tokenizer(model)
     length = 0 if tokenizer is None else len(tokenizer(prompt)["input_ids"])
     if length + new > context:
@@ -112,6 +113,7 @@ def _check_context(config: Any, model: str, prompt: str, new: int) -> None:
             f"expected prompt and new tokens within the model's context of {context} tokens, got {length} and {new}; "
             "use --max-new-tokens or shorten the prompt"
         )
+    return tokenizer
 
 
 def continue_text(

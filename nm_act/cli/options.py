@@ -28,8 +28,8 @@ def existing_recipe(value: Path | list[Path] | None) -> Path | list[Path] | None
 _RECIPE = typer.Option(
     "--recipe",
     callback=existing_recipe,
-    help="Recipe: prefill, decode, balanced or a file (.yaml, .yml, .json); --pattern replaces its pattern, "
-    "if its rules set none.",
+    help="Recipe: prefill, decode, balanced or a file (.yaml, .yml, .json); --pattern, --criterion and --mitigation "
+    "replace its own, if its rules set none.",
 )
 
 Model = Annotated[

@@ -18,35 +18,53 @@ def build_recipes(
     """Name -> Recipe from the options, which replace fields of the file's recipe or the default one.
 
     Every pattern makes one recipe. Without patterns the file's recipe keeps its own, and without a file the patterns
-    are `default_patterns`. Raises ValueError for a pattern beside a file whose rules have other ones.
+    are `default_patterns`. Raises ValueError for an option that would replace nothing, or a part only of what the file
+    says.
     """
     from ..patterns import as_pattern
     from ..recipe import DENSE, Recipe
 
     changes: dict[str, Any] = {"criterion": criterion} if criterion is not None else {}
     changes |= {"mitigation": mitigation} if mitigation else {}
-    base = None if path is None else Recipe.load(path)
-    if base is not None and path is not None and not patterns:
-        return {path.stem: dataclasses.replace(base, **changes)}
+    if changes and path is None and not (patterns or default_patterns):
+        raise ValueError(
+            "expected --pattern or --recipe with --criterion and --mitigation, got neither; add --pattern, for example"
+        )
+    if path is not None and not patterns:
+        return {path.stem: dataclasses.replace(_base(path, changes), **changes)}
     spelled = [name if name == DENSE else str(as_pattern(name)) for name in patterns or default_patterns]
     names = once(spelled, "--pattern")
-    if base is not None:
-        _check_one_pattern(base, str(path), names[0])
-    if base is None or path is None:
+    if path is None:
         return {name: Recipe(pattern=name, **changes) for name in names}
+    base = _base(path, {"pattern": names[0], **changes})
     return {f"{path.stem} {name}": dataclasses.replace(base, pattern=name, **changes) for name in names}
 
 
-def _check_one_pattern(recipe: Any, path: str, pattern: str) -> None:
-    """Raise a ValueError for a pattern beside a recipe with rules that set others; "dense" is none."""
-    from ..recipe import DENSE
+def _base(path: Path, changes: dict[str, Any]) -> Any:
+    """A file's recipe; a ValueError if one of the options would replace a part only of what the recipe sets.
 
-    own = [each for rule in recipe.rules for each in (rule.pattern, rule.decode_pattern) if each not in (None, DENSE)]
-    if own:
-        raise ValueError(
-            f"expected --pattern {pattern} beside a recipe whose rules set no patterns, got {path!r} with "
-            f"{', '.join(dict.fromkeys(own))} in rules; edit the patterns in a recipe file"
-        )
+    What stays without is not set: "dense" is no pattern, and an empty list no mitigation.
+    """
+    from ..recipe import DENSE, Recipe
+
+    recipe = Recipe.load(path)
+    for field, value in changes.items():
+        names = ["pattern", "decode_pattern"] if field == "pattern" else [field]
+        places = {"rules": [getattr(rule, name) for rule in recipe.rules for name in names]}
+        if field == "pattern":
+            places["decode_pattern"] = [recipe.decode_pattern]
+        own = {place: [_text(each) for each in found if each and each != DENSE] for place, found in places.items()}
+        parts = [f"{', '.join(dict.fromkeys(texts))} in {place}" for place, texts in own.items() if texts]
+        if parts:
+            raise ValueError(
+                f"expected --{field} {_text(value)} beside a recipe with one {field} for all that it makes sparse, got "
+                f"{str(path)!r} with {' and '.join(parts)}; write a recipe file with the {field} that you want"
+            )
+    return recipe
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "+".join(value)
 
 
 def once(values: list[Any] | None, option: str) -> list[Any]:

@@ -70,8 +70,13 @@ def search(
     phases = _phases(phase)
     specs = {str(spec): spec for spec in map(parse_option, option or DEFAULT_OPTIONS[phase])}
     table = None if rates is None else Rates.load(rates)
-    if table is not None and (phases != table.phases or shapes is not None):
-        raise ValueError("expected --rates without --shapes and with --phase prefill, got others; leave --rates out")
+    if table is not None and (phases != table.phases or shapes is not None or device in devices()):
+        raise ValueError(
+            "expected --rates with --phase prefill, without --shapes and without a --device to predict for, got "
+            "others; leave --rates out"
+        )
+    if text is not None and data is not None:
+        raise ValueError("expected --text or --data, got both; leave out the one that is not to be calibrated on")
     if shapes is not None:
         shapes_of(shapes)
     measured, device = (device, "cpu") if device in devices() else (DEFAULT_DEVICE, device)

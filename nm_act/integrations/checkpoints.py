@@ -17,7 +17,14 @@ _REPORTED = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """Options of ``from_pretrained`` that report what does not fit; its own error for a wrong shape names no tensor."""
 
 
-def load_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    config: Any = None,
+    tokenizer: Any = None,
+) -> tuple[Any, Any]:
     """Load a decoder-only Transformers model for inference, and its tokenizer.
 
     A checkpoint that was saved with N:M sparsity is loaded sparse. A GGUF file is dequantised: its layers are plain
@@ -31,6 +38,9 @@ def load_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: s
         One of `DTYPES`. ``"auto"`` keeps the checkpoint's dtype, and is float32 for a GGUF file.
     device : str
         As `torch.device` accepts it.
+    config, tokenizer : optional
+        What `load_config` and `load_tokenizer` returned for `source`, which are then not read again: Transformers
+        parses the whole header of a GGUF file for each.
 
     Raises
     ------
@@ -47,9 +57,9 @@ def load_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: s
     check_device(device)
     kind, place = _classify(source)
     if kind == "gguf":
-        model, tokenizer = _load_gguf(place, "float32" if dtype == "auto" else dtype)
+        model, tokenizer = _load_gguf(place, "float32" if dtype == "auto" else dtype, config, tokenizer)
     else:
-        model, tokenizer = _load_checkpoint(place, kind, dtype)
+        model, tokenizer = _load_checkpoint(place, kind, dtype, config, tokenizer)
     return model.to(device).eval(), tokenizer
 
 
@@ -167,7 +177,7 @@ def _classify(source: str | os.PathLike[str]) -> tuple[str, str]:
     return "hub", text
 
 
-def _load_gguf(path: str, dtype: str) -> tuple[Any, Any]:
+def _load_gguf(path: str, dtype: str, config: Any, tokenizer: Any) -> tuple[Any, Any]:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"loading {path!r} needs the package {package}; run `pip install {package}`")
@@ -176,13 +186,14 @@ def _load_gguf(path: str, dtype: str) -> tuple[Any, Any]:
 
     from .transformers import forget_gguf
 
-    options: dict[str, Any] = {**_REPORTED, "dtype": dtype}
+    options: dict[str, Any] = {**_REPORTED, "dtype": dtype, "config": config}
     if hasattr(transformers, "GgufConfig"):  # else the package `kernels` would keep the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # Transformers takes folder and name separately, and would take an empty folder name for a hub id.
     folder, name = os.path.split(os.path.abspath(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, **options)
         model, report = loaded
     except Exception as error:  # the GGUF reader can raise anything for a short buffer
@@ -260,14 +271,15 @@ def _natural(name: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _load_checkpoint(place: str, kind: str, dtype: str) -> tuple[Any, Any]:
+def _load_checkpoint(place: str, kind: str, dtype: str, config: Any, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if kind == "hub":
         _check_hub(place)
     # The tokenizer first: it is small, and without one the model is useless here.
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(place)
     except Exception as error:
         if kind == "hub":
             raise _hub_sentence(place, error) from error
@@ -275,7 +287,7 @@ def _load_checkpoint(place: str, kind: str, dtype: str) -> tuple[Any, Any]:
     if not tokenizer.get_vocab():
         raise _no_tokenizer(place, None)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **_REPORTED)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, config=config, **_REPORTED)
         model, report = loaded
     except Exception as error:
         if kind == "hub":

@@ -1,4 +1,4 @@
-"""Counts the operators that a piece of code calls, with the path that each ``sparse_linear`` takes."""
+"""Counts the operators that a piece of code calls, with the path that each sparse product takes."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..patterns import NMPattern
-from .explain import Explanation, explain
+from .explain import Explanation, explain, explain_in_layer
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Call:
 
     op: str  # its name in ``torch.ops.nm_act``
     arguments: str  # the shapes of its tensors by name, with the dtype of the first, and the pattern
-    explanation: Explanation | None = None  # what :func:`nm_act.explain` says of a ``sparse_linear``
+    explanation: Explanation | None = None
+    """Of ``sparse_linear`` what `nm_act.explain` says; of ``decode_linear`` and ``sandwich_linear`` their kernel."""
 
     def __str__(self) -> str:
         text = f"{self.op}({self.arguments})"
@@ -38,6 +39,7 @@ class Calls(Counter[Call]):
 def explain_calls() -> Iterator[Calls]:
     """Count the operators that the code within calls, with the path of each :func:`nm_act.sparse_linear` and why.
 
+    ``decode_linear`` and ``sandwich_linear``, which an optimized model calls, come with their kernel's configuration.
     Sees code of any size in this thread, unless it is compiled or replayed by a CUDA graph.
 
     Examples
@@ -82,4 +84,6 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if op == "sparse_linear":
             options = {name: given[name] for name in ("lifted_weight", "activation_dtype", "variance_correction")}
             explanation = explain(given["x"], given["weight"], pattern, **options)
+        elif op in ("decode_linear", "sandwich_linear"):
+            explanation = explain_in_layer(given["x"], given["weight"], pattern)
     return Call(op, ", ".join(texts), explanation)

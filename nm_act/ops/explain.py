@@ -19,6 +19,8 @@ PATHS = {
 }
 """Path -> what it does."""
 
+_Facts = tuple[int, int, int, int, bool]
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -124,10 +126,30 @@ def explain(
                 "nm_act.lift_weight(weight, pattern)"
             )
         lifted = _facts(lifted_weight)
+    of_device = (device, compute_capability, multiprocessors)
+    return _choose(x, weight, pattern, of_device, lifted, activation_dtype, variance_correction)
+
+
+def explain_in_layer(x: Tensor, weight: Tensor, pattern: NMPattern) -> Explanation:
+    """`explain` for ``decode_linear`` and ``sandwich_linear``, which have the path "gather" on CUDA alone."""
+    return _choose(x, weight, pattern, ("cuda", None, None), in_layer=True)
+
+
+def _choose(
+    x: Tensor,
+    weight: Tensor,
+    pattern: NMPattern,
+    of_device: tuple[str, int | None, int | None],
+    lifted: _Facts | None = None,
+    activation_dtype: torch.dtype | None = None,
+    variance_correction: bool = False,
+    in_layer: bool = False,
+) -> Explanation:
+    device, compute_capability, multiprocessors = of_device
     if x.is_cuda:
-        facts = torch.cuda.get_device_properties(x.device)
-        compute_capability = compute_capability or facts.major
-        multiprocessors = multiprocessors or facts.multi_processor_count
+        properties = torch.cuda.get_device_properties(x.device)
+        compute_capability = compute_capability or properties.major
+        multiprocessors = multiprocessors or properties.multi_processor_count
     path, why, kernel = _C.choose_path(
         device == "cuda",
         x.numel() // x.shape[-1],
@@ -142,6 +164,7 @@ def explain(
         str(weight.dtype).removeprefix("torch."),
         str(activation_dtype or x.dtype).removeprefix("torch."),
         variance_correction,
+        in_layer,
     )
     return Explanation(path, why, device, kernel)
 
@@ -174,7 +197,7 @@ def _chooses_gather(tokens: int, pattern: NMPattern, dtype: torch.dtype, device:
     return explain(x, of_weight, pattern, device="cuda", **options).path == "gather"
 
 
-def _facts(weight: Tensor) -> tuple[int, int, int, int, bool]:
+def _facts(weight: Tensor) -> _Facts:
     """What the dispatch reads from a weight: sizes, strides, and whether the storage is aligned to 16 bytes."""
     start = weight.storage_offset() * weight.element_size() if weight.is_meta else weight.data_ptr()
     return *weight.shape, *weight.stride(), start % 16 == 0

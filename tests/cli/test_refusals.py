@@ -15,6 +15,8 @@ WRITTEN = {
     "decode.yaml": "pattern: 2:4\nphase: decode\n",
     "layer17.yaml": "pattern: 2:4\nskip_layers: [17]\n",
     "rule.yaml": "pattern: 2:4\nrules: [{pattern: 4:8}, {layers: [0], decode_pattern: 6:8}, {layers: [1], pattern: dense}]",
+    "methods.yaml": "pattern: 2:4\nrules: [{layers: [0], criterion: wina}, {layers: [1], mitigation: [var]}]",
+    "phases.yaml": "pattern: 2:4\ndecode_pattern: 4:8\n",
     "typo.yaml": "patern: '2:4'\n",
     "study.yaml": "rows: [{pattern: 2:4}]",
     "calibrated.yaml": "rows: [{pattern: 2:4, calibrated: true}]",
@@ -63,7 +65,19 @@ CALIBRATE = [
     "16",
 ]
 NEEDS = "expected recipes that need no calibration, got '2:4 act spts'"
-BESIDE = "expected --pattern 8:16 beside a recipe whose rules set no patterns, got 'decode' with 14:32, 20:32 in rules"
+METHODLESS = "expected --pattern or --recipe with --criterion and --mitigation, got neither; add --pattern"
+BESIDE = "beside a recipe with one pattern for all that it makes sparse, got 'decode' with 14:32, 20:32 in rules; write"
+METHODS = [
+    (
+        ["--criterion", "act"],
+        "expected --criterion act beside a recipe with one criterion for all that it makes sparse",
+    ),
+    (["--mitigation", "var", "--mitigation", "ls"], "expected --mitigation var+ls beside a recipe with one mitigation"),
+    (
+        ["--pattern", "8:16", "--criterion", "act"],
+        "got '{methods}' with wina in rules; write a recipe file with the crit",
+    ),
+]
 SPARSE = "but '{sparse}' is a sparse checkpoint; name the checkpoint it was made from"
 CONTEXT = "within the model's context of 128 tokens"
 
@@ -86,6 +100,9 @@ def _refused(arguments, folder, files) -> str:
         ([*PPL, "--mitigation", "nonsense"], "nonsense"),
         ([*PPL, "--pattern", "2:4", "--mitigation", "spts"], NEEDS),
         ([*PPL, "--recipe", "{spts}"], NEEDS),
+        ([*PPL, "--calibration", "{here}", "--criterion", "wina"], METHODLESS),
+        ([*PPL, "--calibration", "{here}", "--mitigation", "var"], METHODLESS),
+        ([*EVAL, "--calibration", "{here}", "--mitigation", "var"], METHODLESS),
         ([*PPL, "--recipe", "{null}"], "expected a value for pattern of a recipe, got none (null)"),
         ([*PPL, "--recipe", "{typo}"], "patern"),
         ([*PPL, "--recipe", "missing.yaml"], "'--recipe': file 'missing.yaml' does not exist"),
@@ -93,7 +110,13 @@ def _refused(arguments, folder, files) -> str:
             ([*command, "--recipe", "decode", "--pattern", "8:16"], BESIDE)
             for command in (PPL, EVAL, [*GENERATE, "x"], CONVERT)
         ),
-        ([*PPL, "--recipe", "{rule}", "--pattern", "8:16"], "got '{rule}' with 4:8, 6:8 in rules; edit the patterns"),
+        ([*PPL, "--recipe", "{rule}", "--pattern", "8:16"], "got '{rule}' with 4:8, 6:8 in rules; write a recipe file"),
+        ([*PPL, "--recipe", "{phases}", "--pattern", "8:16"], "got '{phases}' with 4:8 in decode_pattern; write"),
+        *(
+            ([*command, "--recipe", "{methods}", *option], message)
+            for command in (PPL, EVAL, [*GENERATE, "x"], CONVERT)
+            for option, message in METHODS
+        ),
         ([*PPL, "--window", "129"], f"expected a window {CONTEXT}, got 129"),
         ([*PPL, "--window", "4096"], CONTEXT),
         ([*PPL, "--calibration", "{here}"], "no finished calibration at"),
@@ -110,7 +133,7 @@ def _refused(arguments, folder, files) -> str:
         ([*EVAL, "--pattern", "2:4", "--tasks", "mmlu"], "expected tasks among wikitext2, arc_easy"),
         ([*EVAL, "--pattern", "2:4", "--data", "{other}"], "no data for wikitext2"),
         ([*EVAL, "--study", "{calibrated}"], "expected a calibration for 'act 2:4' in --calibrated, got none; make it with nm-act"),
-        ([*EVAL, "--study", "{study}", "--criterion", "wina"], "--criterion and --mitigation beside --pattern"),
+        ([*EVAL, "--study", "{study}", "--criterion", "wina"], METHODLESS),
         ([*EVAL, "--study", "{study}", "--calibrated", "{here}"], "--study with calibrated rows beside --calibrated"),
         ([*EVAL, "--pattern", "2:4", "--mitigation", "spts"], f"{NEEDS} in 'act+spts 2:4'; make its data with"),
         ([*EVAL, "--recipe", "{null}"], "expected a value for pattern"),
@@ -120,8 +143,8 @@ def _refused(arguments, folder, files) -> str:
         ([*GENERATE, "x", "--max-new-tokens", "0"], "--max-new-tokens"),
         ([*GENERATE, "x", "--pattern", "3"], 'expected a pattern written "N:M"'),
         ([*GENERATE, "x", "--pattern", ""], "expected a pattern"),
-        ([*GENERATE, "x", "--criterion", "wina"], "expected --pattern or --recipe with --criterion"),
-        ([*GENERATE, "x", "--mitigation", "var"], "expected --pattern or --recipe with --criterion and --mitigation"),
+        ([*GENERATE, "x", "--criterion", "wina"], METHODLESS),
+        ([*GENERATE, "x", "--mitigation", "var"], METHODLESS),
         ([*GENERATE, "x", "--pattern", "2:4", "--mitigation", "spts"], NEEDS),
         *(
             ([*command, "--dtype", dtype], f"expected a dtype among auto, float32, bfloat16, float16, got '{dtype}'")
@@ -166,6 +189,9 @@ def _refused(arguments, folder, files) -> str:
         ([*CALIBRATE, "--recipe", "{plain}"], "expected a recipe with something to calibrate"),
         ([*CALIBRATE, "--device", "abacus"], "expected a device such as cpu or cuda"),
         ([*CALIBRATE, "--lr", "0"], "expected a positive, finite learning rate"),
+        ([*CALIBRATE, "--lr", "1e-3"], "expected --lr with a recipe that learns block by block (lpts, ls, ...), got '{spts}'"),
+        ([*CALIBRATE, "--loss", "mse", "--epochs", "2"], "expected --epochs, --loss with a recipe that learns"),
+        ([*SEARCH, "--data", "{here}"], "expected --text or --data, got both; leave out the one"),
         ([*CALIBRATE, "--epochs", "inf"], "learning rate and number of epochs, got 0.0001 and inf;"),
         ([*CALIBRATE, "--seed", str(2**70)], f"expected a seed from 0 to 2**63 - 1, got {2**70};"),
         ([*CALIBRATE, "--seed", "-1"], "expected a seed from 0 to 2**63 - 1, got -1;"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,27 @@ def test_rules_apply_in_order_and_per_field():
     assert recipe.resolve(2, "q_proj") is None
     assert recipe.resolve(2, "up_proj") == LinearSpec("4:8", "wina", ("var",), "decode")
     assert recipe.resolve(3, "q_proj") is None, "a skipped layer stays dense whatever the rules say"
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [({}, "all layers"), ({"layers": [0, 2], "projections": ["q_proj"]}, "layers [0, 2], projections")],
+)
+def test_a_rule_that_sets_nothing_is_a_warning(tmp_path, fields, where):
+    (tmp_path / "recipe.json").write_text(json.dumps({"pattern": "2:4", "rules": [fields]}))
+    with pytest.warns(
+        UserWarning, match=rf"got one for {re.escape(where)}.* that sets nothing and has no effect; write"
+    ):
+        rule = Rule(**fields)
+    with pytest.warns(UserWarning, match="sets nothing and has no effect"):
+        assert Recipe.load(tmp_path / "recipe.json").rules == (rule,)  # read all the same: it may be a saved one
+
+
+def test_a_rule_may_set_an_empty_list_or_one_field():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for field in ({"mitigation": []}, {"phase": "both"}, {"decode_pattern": "2:4"}, {"pattern": "dense"}):
+            Rule(layers=[0], **field)
 
 
 def test_dense_by_default_and_sparse_by_rule():
@@ -148,6 +170,7 @@ _recipes = st.builds(
 )
 
 
+@pytest.mark.filterwarnings("ignore:.*sets nothing and has no effect")
 @settings(max_examples=40, deadline=None)
 @given(_recipes)
 def test_any_recipe_round_trips(tmp_path_factory, recipe):
@@ -191,7 +214,7 @@ BAD_FIELDS = [
     ({"rules": [{"layer": [0]}]}, r"keys of a rule among .*'layer'; did you mean 'layers'\?"),
     ({"rules": [{"criterion": "best"}]}, "expected a criterion among"),
     ({"rules": [{"phase": "both!"}]}, "expected a phase among"),
-    ({"projections": ["q_proj"], "rules": [{"projections": ["k_proj"]}]}, r"expected a rule's projections among the recipe's \(q_proj\), got 'k_proj'; add it"),
+    ({"projections": ["q_proj"], "rules": [{"projections": ["k_proj"], "pattern": "2:4"}]}, r"expected a rule's projections among the recipe's \(q_proj\), got 'k_proj'; add it"),
 ]  # fmt: skip
 
 

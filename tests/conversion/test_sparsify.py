@@ -208,7 +208,7 @@ PROJECTIONS, LAYERS = (
         ({"projections": [*MLP, "dwon_proj"]}, "got 'dwon_proj'; correct the recipe"),
         ({"projections": ["lm_head"]}, PROJECTIONS + "'lm_head'"),
         ({"projections": MLP, "skip_layers": [3]}, "expected layers that the model has " + LAYERS + "3"),
-        ({"projections": MLP, "rules": [Rule(layers=[1, 9])]}, LAYERS + "9; correct the recipe"),
+        ({"projections": MLP, "rules": [Rule(layers=[1, 9], pattern="2:4")]}, LAYERS + "9; correct the recipe"),
     ],
 )
 def test_a_recipe_that_names_nothing_is_refused(fields, sentence):

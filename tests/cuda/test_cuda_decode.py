@@ -268,7 +268,7 @@ def test_opcheck(dtype):
 def test_error_sentences():
     x, weight, _, options = problem(2, 64, 128, kind="e4m3")
     cases = [
-        (TypeError, "expected weight_scale along with a weight in Float8_e4m3fn", lambda: nm_act.sparse_linear(x, weight)),
+        (TypeError, "expected weight_scale along with a weight in torch.float8_e4m3fn", lambda: nm_act.sparse_linear(x, weight)),
         (ValueError, "expected weight_scale of shape [64], got [2]", lambda: nm_act.sparse_linear(x, weight, weight_scale=options["weight_scale"][:2])),
         (ValueError, "expected weight_scale on the device of x", lambda: nm_act.sparse_linear(x, weight, weight_scale=options["weight_scale"].cpu())),
         (ValueError, "gather_linear expected at most 8 tokens, got 9", lambda: nm_act.gather_linear(torch.zeros(9, 128, device="cuda"), torch.zeros(128, 64, device="cuda").t())),

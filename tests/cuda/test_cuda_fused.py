@@ -287,7 +287,7 @@ def test_wrong_arguments_are_one_sentence():
         (ValueError, 'expected activation "silu" or "gelu_tanh", got ""', lambda: fused.decode_linear(x, weight, None, "2:4", up=x, activation="")),
         (ValueError, "expected a residual with x_weight, got none", lambda: fused.rms_norm_prune(x, norm, 1e-5, None, "2:4", x_weight=norm)),
         (ValueError, r"expected x_weight of shape \[64\], got \[32\]", lambda: nm_act.rms_norm_compress(x, norm, 1e-5, x, x_weight=drawn(32))),
-        (TypeError, "expected weight in BFloat16, got Float", lambda: fused.rms_norm_add(x, norm.float(), 1e-5, x)),
+        (TypeError, "expected weight in torch.bfloat16, got torch.float32", lambda: fused.rms_norm_add(x, norm.float(), 1e-5, x)),
         (ValueError, "in_features divisible by 8 and at most 16384, got 12", lambda: fused.rms_norm_add(drawn(1, 12), drawn(12), 1e-5, drawn(1, 12))),
     ]  # fmt: skip
     for error, message, call in others:

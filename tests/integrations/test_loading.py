@@ -5,13 +5,16 @@ import os
 import pytest
 import tiny_model
 import torch
+from commands import ok
+from conftest import failing
 from safetensors.torch import load_file, save_file
 from tiny_families import sparse_layers
+from transformers import AutoConfig, AutoTokenizer
 from typer.testing import CliRunner
 
 from nm_act import NMActConfig, NMLinear, Recipe, sparsify
 from nm_act.cli.application import app
-from nm_act.integrations.checkpoints import check_device, load_config, load_model
+from nm_act.integrations.checkpoints import check_device, load_config, load_model, load_tokenizer
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -167,6 +170,43 @@ def test_load_config(folder, tmp_path):
     assert load_config(tmp_path) is None
     pytest.importorskip("gguf")
     assert load_config(tiny_model.save_gguf(tmp_path / "m.gguf")).max_position_embeddings == 128
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("kind", ["folder", "sparse", "gguf"])
+def test_what_was_read_early_makes_the_same_model(folder, tmp_path, monkeypatch, kind, dtype):
+    place = folder
+    if kind == "sparse":
+        place = tiny_model.save(tmp_path, lambda model: sparsify(model, Recipe("8:16")))
+    elif kind == "gguf":
+        pytest.importorskip("gguf")
+        place = tiny_model.save_gguf(tmp_path / "m.gguf")
+    expected, words = load_model(place, dtype=dtype)
+    config, tokenizer = load_config(place), load_tokenizer(place)
+    before = config.to_dict()
+    for auto in (AutoConfig, AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", failing(AssertionError("read again")))
+    model, own = load_model(place, dtype=dtype, config=config, tokenizer=tokenizer)
+    assert (config.to_dict(), own) == (before, tokenizer)
+    assert own.get_vocab() == words.get_vocab()
+    assert (model.dtype, repr(model)) == (expected.dtype, repr(expected))
+    assert model.config.to_dict() == expected.config.to_dict()
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
+
+
+def test_the_command_line_parses_a_gguf_file_once_for_its_configuration(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    place = tiny_model.save_gguf(tmp_path / "m.gguf")
+    convert = ["convert", place, "--pattern", "8:16", "--output", tmp_path / "out"]
+    reads = []
+    read = AutoConfig.from_pretrained
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *a, **k: reads.append(a) or read(*a, **k))
+    for arguments in (["generate", place, "The", "--max-new-tokens", 1], convert):
+        ok(*arguments)
+        assert len(reads) == 1
+        reads.clear()
 
 
 @pytest.mark.parametrize(

@@ -303,8 +303,11 @@ def test_measured_options_are_refused(folder, text, tmp_path):
     assert "expected --phase prefill, decode, both, got 'later'" in _search(*base, "--phase", "later").stderr
     assert "expected shapes among llama-3-8b" in _search(*base, "--shapes", "llama-9").stderr
     (tmp_path / "rates.csv").write_text("pattern,speedup,source\n2:4,1.41,test\n")
-    for more in (("--phase", "decode"), ("--shapes", "llama-3-8b")):
-        assert "expected --rates without --shapes" in _search(*base, "--rates", tmp_path / "rates.csv", *more).stderr
+    for more in (("--phase", "decode"), ("--shapes", "llama-3-8b"), ("--device", "h100")):
+        assert (
+            "expected --rates with --phase prefill, without --shapes"
+            in _search(*base, "--rates", tmp_path / "rates.csv", *more).stderr
+        )
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "calibration.safetensors"])

@@ -52,7 +52,7 @@ V, M = nm_act.compress(torch.randn(2, 32))
         (ValueError, "expected in_features divisible by m, got in_features 6", lambda: nm_act.compress(torch.zeros(1, 6))),
         (TypeError, "compress expected x in float32", lambda: nm_act.compress(torch.zeros(1, 8).long())),
         (ValueError, "in_features divisible by 4, got [2, 15]", lambda: nm_act.decompress(V[:, :15], M)),
-        (TypeError, "expected metadata in uint8, got Int", lambda: nm_act.decompress(V, M.int())),
+        (TypeError, "expected metadata in uint8, got torch.int32", lambda: nm_act.decompress(V, M.int())),
         (ValueError, "expected metadata of shape [2, 4]", lambda: nm_act.decompress(V, M[:, :3])),
         (ValueError, "nibbles name two ascending indices", lambda: nm_act.decompress(V, torch.zeros_like(M))),
     ],

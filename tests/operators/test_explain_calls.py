@@ -1,10 +1,11 @@
-"""explain's configuration of a kernel; explain_calls: every operator once, with its shapes, sparse_linear with its path."""
+"""explain's configuration of a kernel; explain_calls: every operator once, with its shapes, sparse products with their path."""
 
 import pytest
 import torch
 
 import nm_act
 from nm_act import LinearSpec, NMLinear
+from nm_act.ops import fused
 
 
 def test_the_configuration_is_that_of_the_kernel():
@@ -67,6 +68,25 @@ def test_every_operator_is_named_and_only_ours():
         ("prune", "x [3, 64] float32, 2:4+1"),
     ]
     assert [call.explanation is None for call in calls] == [True, True, False, True]
+
+
+def test_fused_products_are_named_with_their_kernel():
+    weight = torch.empty(4096, 28672, dtype=torch.bfloat16, device="meta").t()
+    x, norm = weight.new_empty(1, 4096), weight.new_empty(4096)
+    with nm_act.explain_calls() as calls:
+        fused.decode_linear(x, weight, pattern="8:16", norm_weight=norm, eps=1e-5)
+        fused.sandwich_linear(x, norm, x, norm, 1e-5, weight, pattern="2:4")
+        fused.rms_norm_add(x, norm, 1e-5, x)
+    decode, sandwich, add = calls
+    for call, pattern in ((decode, (8, 16)), (sandwich, (2, 4))):
+        lanes, splits, threads, ahead = nm_act._C.gather_configs(1, 28672, 4096, False, *pattern, 9, 132, True)[0]
+        kernel = f"{lanes} lanes, {splits} splits, {threads} threads" + ", ahead" * ahead
+        assert (call.explanation.path, call.explanation.device, call.explanation.kernel) == ("gather", "cuda", kernel)
+        assert str(call).endswith(f"[{kernel}]")
+    assert (
+        decode.explanation.kernel != nm_act.explain(x, weight, "8:16", device="cuda").kernel
+    )  # that of a lone product
+    assert add.explanation is None
 
 
 def test_a_refused_call_is_not_counted():

@@ -141,10 +141,10 @@ W8 = torch.zeros(16, 64).to(E4M3)
 @pytest.mark.parametrize(
     ("error", "sentence", "call"),
     [
-        (TypeError, "expected activation_dtype float8_e4m3fn or the dtype of x, BFloat16, got Half", lambda: nm_act.sparse_linear(X, WEIGHT, activation_dtype=torch.float16)),
+        (TypeError, "expected activation_dtype float8_e4m3fn or the dtype of x, torch.bfloat16, got torch.float16", lambda: nm_act.sparse_linear(X, WEIGHT, activation_dtype=torch.float16)),
         (TypeError, "expected activation_dtype of type torch.dtype, got str; convert it first", lambda: nm_act.sparse_linear(X, WEIGHT, activation_dtype="e4m3")),
-        (TypeError, "expected weight in float8_e4m3fn along with activation_dtype float8_e4m3fn, got BFloat16", lambda: nm_act.sparse_linear(X, WEIGHT, activation_dtype=E4M3)),
-        (TypeError, "expected weight_scale along with a weight in Float8_e4m3fn", lambda: nm_act.sparse_linear(X, W8, activation_dtype=E4M3)),
+        (TypeError, "expected weight in float8_e4m3fn along with activation_dtype float8_e4m3fn, got torch.bfloat16", lambda: nm_act.sparse_linear(X, WEIGHT, activation_dtype=E4M3)),
+        (TypeError, "expected weight_scale along with a weight in torch.float8_e4m3fn", lambda: nm_act.sparse_linear(X, W8, activation_dtype=E4M3)),
         (NotImplementedError, "expected CUDA tensors along with activation_dtype float8_e4m3fn, got CPU tensors", lambda: nm_act.sparse_linear(X, W8, weight_scale=SCALE, activation_dtype=E4M3)),
     ],
 )  # fmt: skip

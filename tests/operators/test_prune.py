@@ -113,8 +113,8 @@ X = torch.zeros(2, 32)
 @pytest.mark.parametrize(
     ("error", "sentence", "call"),
     [
-        (TypeError, "expected x in float32, bfloat16 or float16, got Double", lambda: nm_act.prune(X.double(), "2:4")),
-        (TypeError, "got Int; convert it first", lambda: nm_act.prune(X.int(), "2:4")),
+        (TypeError, "expected x in float32, bfloat16 or float16, got torch.float64", lambda: nm_act.prune(X.double(), "2:4")),
+        (TypeError, "got torch.int32; convert it first", lambda: nm_act.prune(X.int(), "2:4")),
         (ValueError, "expected x of shape [..., in_features]", lambda: nm_act.prune(torch.tensor(1.0), "2:4")),
         (ValueError, "expected at least one feature, got x of shape [3, 0]", lambda: nm_act.prune(torch.empty(3, 0), "2:4")),
         (ValueError, "expected a group size m in {2, 4, 8, 16, 32}, got 2:5", lambda: torch.ops.nm_act.prune(X, 2, 5)),

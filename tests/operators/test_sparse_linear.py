@@ -249,7 +249,9 @@ def test_gather_linear_of_8_bits(dtype):
         torch.library.opcheck(OPS.gather_linear.default, (x, codes, bias), {"weight_scale": scale})
     with pytest.raises(TypeError, match="gather_linear expected weight_scale along with a weight in"):
         nm_act.gather_linear(x, codes, bias)
-    with pytest.raises(TypeError, match="expected weight in float8_e4m3fn or int8 along with weight_scale, got Float"):
+    with pytest.raises(
+        TypeError, match=r"expected weight in float8_e4m3fn or int8 along with weight_scale, got torch\.float32"
+    ):
         nm_act.gather_linear(x, stored(weight, "in_out"), bias, weight_scale=scale)
     with pytest.raises(RuntimeError, match="no gradient through nm_act::gather_linear with a weight_scale"):
         nm_act.gather_linear(x.requires_grad_(), codes, bias, weight_scale=scale).sum().backward()
@@ -328,9 +330,9 @@ sparse_linear = nm_act.sparse_linear
 @pytest.mark.parametrize(
     ("error", "sentence", "call"),
     [
-        (TypeError, "expected x in float32, bfloat16 or float16, got Double", lambda: sparse_linear(X.double(), W)),
-        (TypeError, "expected weight in the dtype of x, Float, got Half", lambda: sparse_linear(X, W.half())),
-        (TypeError, "expected bias in the dtype of x, Float, got BFloat16", lambda: sparse_linear(X, W, B.bfloat16())),
+        (TypeError, "expected x in float32, bfloat16 or float16, got torch.float64", lambda: sparse_linear(X.double(), W)),
+        (TypeError, "expected weight in the dtype of x, torch.float32, got torch.float16", lambda: sparse_linear(X, W.half())),
+        (TypeError, "expected bias in the dtype of x, torch.float32, got torch.bfloat16", lambda: sparse_linear(X, W, B.bfloat16())),
         (ValueError, "expected weight of shape [out_features, in_features], got [32]", lambda: sparse_linear(X, W[0])),
         (ValueError, "expected weight of shape [out_features, 32] for x of shape [2, 32], got [8, 16]", lambda: sparse_linear(X, W[:, :16])),
         (ValueError, "expected bias of shape [8], got [7]", lambda: sparse_linear(X, W, B[:7])),
@@ -343,9 +345,9 @@ sparse_linear = nm_act.sparse_linear
         (ValueError, "expected shift_out of shape [8], got [32]", lambda: sparse_linear(X, W, shift=X[0], shift_out=X[0])),
         (ValueError, "expected shift or token_shift along with shift_out", lambda: sparse_linear(X, W, shift_out=B)),
         (ValueError, "expected weight on the device of x, cpu, got meta", lambda: sparse_linear(X, W.to("meta"))),
-        (TypeError, "expected weight_scale along with a weight in Char, got none", lambda: sparse_linear(X, W.to(torch.int8))),
-        (TypeError, "expected weight in float8_e4m3fn or int8 along with weight_scale, got Float", lambda: sparse_linear(X, W, weight_scale=B)),
-        (TypeError, "expected weight_scale in float32, got Half", lambda: sparse_linear(X, W.to(torch.int8), weight_scale=B.half())),
+        (TypeError, "expected weight_scale along with a weight in torch.int8, got none", lambda: sparse_linear(X, W.to(torch.int8))),
+        (TypeError, "expected weight in float8_e4m3fn or int8 along with weight_scale, got torch.float32", lambda: sparse_linear(X, W, weight_scale=B)),
+        (TypeError, "expected weight_scale in float32, got torch.float16", lambda: sparse_linear(X, W.to(torch.int8), weight_scale=B.half())),
         (ValueError, "expected weight_scale of shape [8], got [7]", lambda: sparse_linear(X, W.to(torch.int8), weight_scale=B[:7])),
         (ValueError, "gather_linear expected a weight stored [in_features, out_features], got strides [32, 1]", lambda: nm_act.gather_linear(X, W)),
         (ValueError, "gather_linear expected at most 8 tokens, got 9", lambda: nm_act.gather_linear(torch.zeros(9, 32), stored(W, "in_out"))),

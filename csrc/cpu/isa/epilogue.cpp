@@ -10,6 +10,8 @@ template <class T>
 void apply(const EpilogueParams& p, int64_t token_begin, int64_t token_end) {
   for (int64_t token = token_begin; token < token_end; ++token) {
     T* row = static_cast<T*>(p.y) + token * p.y_stride;
+    // Two loops: with the choice inside one, GCC 12 vectorises neither (256 x 2048 in bfloat16, row_scale alone, AVX-512:
+    // 433 us instead of 29).
     if (p.product == nullptr) {
       for (int64_t column = 0; column < p.columns; ++column)
         row[column] = finish<T>(to_float(row[column]), p.epilogue, token, p.column_begin + column);

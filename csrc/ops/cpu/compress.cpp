@@ -47,7 +47,7 @@ at::Tensor decompress(const at::Tensor& values, const at::Tensor& metadata) {
   TORCH_CHECK_VALUE(in_features % 4 == 0, "nm_act::decompress expected values of shape [..., in_features / 2] with ",
                     "in_features divisible by 4, got ", values.sizes(), "; pass the values that compress returned");
   TORCH_CHECK_TYPE(metadata.scalar_type() == at::kByte, "nm_act::decompress expected metadata in uint8, got ",
-                   metadata.scalar_type(), "; pass the metadata that compress returned");
+                   dtype_text(metadata), "; pass the metadata that compress returned");
   const std::vector<int64_t> expected = with_last(values.sizes(), (in_features + 7) / 8);
   TORCH_CHECK_VALUE(metadata.sizes() == expected, "nm_act::decompress expected metadata of shape ",
                     at::IntArrayRef(expected), " for values of shape ", values.sizes(), ", got ", metadata.sizes(),

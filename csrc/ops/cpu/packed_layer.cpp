@@ -67,7 +67,7 @@ class PackedLayer : public torch::CustomClassHolder {
 
   static const PackedLayer& at(const at::Tensor& address) {
     TORCH_CHECK_VALUE(address.scalar_type() == at::kLong && address.numel() == 1 && address.is_cpu(), "nm_act::", kOp,
-                      " expected a layer as one int64 on the CPU, got ", address.sizes(), " ", address.scalar_type(),
+                      " expected a layer as one int64 on the CPU, got ", address.sizes(), " ", dtype_text(address),
                       "; pass the address of a PackedLayer");
     const auto* layer = reinterpret_cast<const PackedLayer*>(*address.const_data_ptr<int64_t>());
     const std::lock_guard<std::mutex> lock(existing().mutex);
@@ -118,8 +118,8 @@ at::Tensor packed_layer(const at::Tensor& x, const at::Tensor& layer, int64_t ou
   check_features(x, kOp);
   const PackedLayer& held = PackedLayer::at(layer);
   TORCH_CHECK_VALUE(x.size(-1) == held.in_features && x.scalar_type() == held.dtype, "nm_act::", kOp, " expected x of ",
-                    held.in_features, " features in ", held.dtype, ", got ", x.sizes(), " in ", x.scalar_type(),
-                    "; check the layer's input");
+                    held.in_features, " features in ", dtype_text(held.dtype), ", got ", x.sizes(), " in ",
+                    dtype_text(x), "; check the layer's input");
   TORCH_CHECK_VALUE(!bias.has_value() || bias->sizes() == at::IntArrayRef{out_features}, "nm_act::", kOp,
                     " expected a bias of shape [", out_features, "], got ",
                     bias.has_value() ? bias->sizes() : at::IntArrayRef{}, "; pass the layer's own");

@@ -191,9 +191,9 @@ at::Tensor sparse_linear_prepacked(const at::Tensor& x, const at::Tensor& weight
   constexpr const char* kOp = "sparse_linear_prepacked";
   TORCH_CHECK_VALUE(
       prepacked.is_mkldnn() && prepacked.scalar_type() == weight.scalar_type() && prepacked.sizes() == weight.sizes(),
-      "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ", weight.scalar_type(), " ",
-      weight.sizes(), ", got ", prepacked.layout(), " ", prepacked.scalar_type(), " ", prepacked.sizes(),
-      "; make it with torch.ops.mkldnn._reorder_linear_weight");
+      "nm_act::", kOp, " expected prepacked_weight as oneDNN's layout of the weight, ", dtype_text(weight), " ",
+      weight.sizes(), prepacked.is_mkldnn() ? ", got " : ", got a plain tensor, ", dtype_text(prepacked), " ",
+      prepacked.sizes(), "; make it with torch.ops.mkldnn._reorder_linear_weight");
   return pruned_product(kOp, prepacked, x, weight, bias, n, m, channel_scale, shift, token_shift, shift_out,
                         variance_correction, column_scale, {}, extra_columns, {}, {});
 }

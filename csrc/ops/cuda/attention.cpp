@@ -15,8 +15,8 @@ at::Tensor heads_of(const at::Tensor& x) {
 
 void check_heads(const at::Tensor& q, const at::Tensor& other, const char* name, const char* op) {
   check_same_device(q, other, name, op);
-  TORCH_CHECK_TYPE(other.scalar_type() == q.scalar_type(), "nm_act::", op, " expected ", name, " in ", q.scalar_type(),
-                   ", got ", other.scalar_type(), "; convert it");
+  TORCH_CHECK_TYPE(other.scalar_type() == q.scalar_type(), "nm_act::", op, " expected ", name, " in ", dtype_text(q),
+                   ", got ", dtype_text(other), "; convert it");
   TORCH_CHECK_VALUE(
       other.dim() == 4 && other.size(0) == q.size(0) && other.size(1) == q.size(1) && other.size(3) == q.size(3),
       "nm_act::", op, " expected ", name, " of shape [", q.size(0), ", ", q.size(1), ", heads, ", q.size(3), "], got ",
@@ -26,15 +26,15 @@ void check_heads(const at::Tensor& q, const at::Tensor& other, const char* name,
 void check_rotary(const at::Tensor& q, const at::Tensor& k, const at::Tensor& cos, const at::Tensor& sin,
                   const char* op) {
   TORCH_CHECK_TYPE(q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf, "nm_act::", op,
-                   " expected q in bfloat16 or float16, got ", q.scalar_type(), "; convert it first");
+                   " expected q in bfloat16 or float16, got ", dtype_text(q), "; convert it first");
   TORCH_CHECK_VALUE(q.dim() == 4 && q.size(3) % 16 == 0 && q.size(3) > 0, "nm_act::", op,
                     " expected q of shape [batch, tokens, heads, head_dim] with head_dim divisible by 16, got ",
                     q.sizes(), "; use the unfused embedding");
   check_heads(q, k, "k", op);
   for (const auto& [name, angle] : {std::pair{"cos", &cos}, std::pair{"sin", &sin}}) {
     check_same_device(q, *angle, name, op);
-    TORCH_CHECK_TYPE(angle->scalar_type() == q.scalar_type(), "nm_act::", op, " expected ", name, " in ",
-                     q.scalar_type(), ", got ", angle->scalar_type(), "; convert it");
+    TORCH_CHECK_TYPE(angle->scalar_type() == q.scalar_type(), "nm_act::", op, " expected ", name, " in ", dtype_text(q),
+                     ", got ", dtype_text(*angle), "; convert it");
     TORCH_CHECK_VALUE(angle->dim() == 3 && (angle->size(0) == 1 || angle->size(0) == q.size(0)) &&
                           angle->size(1) == q.size(1) && angle->size(2) == q.size(3),
                       "nm_act::", op, " expected ", name, " of shape [1 or ", q.size(0), ", ", q.size(1), ", ",
@@ -56,13 +56,13 @@ void check_cache(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, 
                       cache->size(1) == k.size(2) && cache->size(2) >= q.size(1) && cache->size(3) == q.size(3) &&
                       cache->is_contiguous() && is_aligned(*cache);
     TORCH_CHECK_VALUE(fits, "nm_act::", op, " expected contiguous ", name, " of shape [", q.size(0), ", ", k.size(2),
-                      ", at least ", q.size(1), ", ", q.size(3), "] in ", q.scalar_type(), ", got ", cache->sizes(),
-                      " in ", cache->scalar_type(), "; allocate the cache so");
+                      ", at least ", q.size(1), ", ", q.size(3), "] in ", dtype_text(q), ", got ", cache->sizes(),
+                      " in ", dtype_text(*cache), "; allocate the cache so");
   }
   check_same_device(q, lengths, "lengths", op);
   TORCH_CHECK_VALUE(lengths.scalar_type() == at::kInt && lengths.dim() == 1 && lengths.size(0) == q.size(0) &&
                         lengths.is_contiguous(),
-                    "nm_act::", op, " expected lengths as int32 [", q.size(0), "], got ", lengths.scalar_type(), " ",
+                    "nm_act::", op, " expected lengths as int32 [", q.size(0), "], got ", dtype_text(lengths), " ",
                     lengths.sizes(), "; give the tokens of each sequence, the new ones included");
 }
 

@@ -64,8 +64,8 @@ inline void check_norm_weight(const at::Tensor& x, const at::Tensor& weight, int
   check_same_device(x, weight, name, op);
   TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == features, "nm_act::", op, " expected ", name, " of shape [",
                     features, "], got ", weight.sizes(), "; give one value a feature");
-  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", op, " expected ", name, " in ", x.scalar_type(),
-                   ", got ", weight.scalar_type(), "; convert it");
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "nm_act::", op, " expected ", name, " in ", dtype_text(x),
+                   ", got ", dtype_text(weight), "; convert it");
 }
 
 // Rows that can be read in whole vectors: those of x, or of a copy if necessary. Two of one shape share a stride, as

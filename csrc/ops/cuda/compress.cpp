@@ -17,7 +17,7 @@ PackedTensors results(const PackedOperand& operand) {
 
 void check_packable(const at::Tensor& x, const Selection& selection, bool statistics, bool fp8, const char* op) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", op,
-                   " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
+                   " expected x in bfloat16 or float16, got ", dtype_text(x), "; convert it first");
   const int64_t step = (fp8 ? 32 : 16) * (is_lifted(selection.pattern) ? 4 : 1);
   TORCH_CHECK_VALUE(selection.in_features % step == 0, "nm_act::", op, " expected in_features divisible by ", step,
                     ", got ", selection.in_features, "; use sparse_linear, which falls back to a dense product");

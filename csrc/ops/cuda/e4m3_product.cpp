@@ -40,12 +40,12 @@ at::Tensor checked_product(const at::Tensor& values, const at::Tensor& row_scale
                         weight.size(0) % 16 == 0 && weight.size(1) % 16 == 0,
                     "nm_act::", kOp, " expected contiguous values [tokens, in_features] and weight [out_features, ",
                     "in_features] in float8_e4m3fn with features divisible by 16, got ", values.sizes(), " in ",
-                    values.scalar_type(), " and ", weight.sizes(), " in ", weight.scalar_type(),
+                    dtype_text(values), " and ", weight.sizes(), " in ", dtype_text(weight),
                     "; quantise them, or use sparse_linear");
   check_same_device(values, weight, "weight", kOp);
   TORCH_CHECK_TYPE(row_scale.scalar_type() == at::kFloat && weight_scale.scalar_type() == at::kFloat, "nm_act::", kOp,
-                   " expected row_scale and weight_scale in float32, got ", row_scale.scalar_type(), " and ",
-                   weight_scale.scalar_type(), "; convert them");
+                   " expected row_scale and weight_scale in float32, got ", dtype_text(row_scale), " and ",
+                   dtype_text(weight_scale), "; convert them");
   const at::Tensor rows = check_vector(row_scale, row_scale, values.size(0), "row_scale", kOp),
                    columns = check_vector(weight_scale, weight_scale, weight.size(0), "weight_scale", kOp),
                    added = bias.value_or(at::Tensor());
@@ -55,7 +55,7 @@ at::Tensor checked_product(const at::Tensor& values, const at::Tensor& row_scale
     check_same_device(values, added, "bias", kOp);
     TORCH_CHECK_VALUE(added.dim() == 1 && added.size(0) == weight.size(0) && added.scalar_type() == at::kBFloat16,
                       "nm_act::", kOp, " expected bias of shape [", weight.size(0), "] in bfloat16, got ",
-                      added.sizes(), " in ", added.scalar_type(), "; convert it");
+                      added.sizes(), " in ", dtype_text(added), "; convert it");
   }
   const c10::cuda::CUDAGuard guard(values.device());
   if (values.size(0) == 0 || weight.size(0) == 0) {

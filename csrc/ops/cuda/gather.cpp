@@ -141,8 +141,8 @@ std::pair<at::Tensor, at::Tensor> gather_around(const at::Tensor& x, const at::T
     if (!is_given(other)) return;
     check_same_device(x, *other, name, op);
     TORCH_CHECK_VALUE(other->scalar_type() == x.scalar_type() && other->sizes() == expected, "nm_act::", op,
-                      " expected ", name, " of shape ", expected, " in ", x.scalar_type(), ", got ", other->sizes(),
-                      " in ", other->scalar_type(), "; reshape or convert it");
+                      " expected ", name, " of shape ", expected, " in ", dtype_text(x), ", got ", other->sizes(),
+                      " in ", dtype_text(*other), "; reshape or convert it");
   };
   check_like(around.up, "up", x.sizes());
   check_like(around.norm_weight, "norm_weight", {selection.in_features});
@@ -152,16 +152,18 @@ std::pair<at::Tensor, at::Tensor> gather_around(const at::Tensor& x, const at::T
   const c10::cuda::CUDAGuard guard(x.device());
   const GemmDevice device = gemm_device(x, op);
   const WeightFacts facts = facts_of(weight);
-  const bool fits = selection.type != ElementType::kFloat32 && facts.stored_in_out() && facts.aligned &&
-                    selection.tokens >= 1 && selection.tokens <= kFewTokens && selection.in_features % 8 == 0;
-  GatherConfig config =
-      fits ? choose_gather_config(element_type(weight.scalar_type()), selection.pattern, selection.tokens,
-                                  facts.out_features, facts.in_features, facts.row_stride(), device,
-                                  /*in_layer=*/true)
-           : GatherConfig{};
+  const LinearFacts call{selection.tokens,
+                         selection.type,
+                         element_type(weight.scalar_type()),
+                         selection.type,
+                         selection.pattern,
+                         facts,
+                         {},
+                         false};
+  GatherConfig config = choose_in_layer(call, device).gather;
   TORCH_CHECK_NOT_IMPLEMENTED(config.splits > 0, "nm_act::", op, " expected 1 to ", kFewTokens,
                               " tokens in 16 bits and a weight stored [in, out] that the gather kernel takes, got ",
-                              selection.tokens, " tokens in ", x.scalar_type(), ", weight ", weight.sizes(),
+                              selection.tokens, " tokens in ", dtype_text(x), ", weight ", weight.sizes(),
                               " with strides ", weight.strides(), facts.aligned ? "" : " not aligned to 16 bytes",
                               "; use the separate operators");
   selection.channel_scale = aligned(selection.channel_scale);

@@ -8,8 +8,8 @@ namespace {
 
 void check_same_shape(const at::Tensor& x, const at::Tensor& other, const char* name, const char* op) {
   check_same_device(x, other, name, op);
-  TORCH_CHECK_TYPE(other.scalar_type() == x.scalar_type(), "nm_act::", op, " expected ", name, " in ", x.scalar_type(),
-                   ", got ", other.scalar_type(), "; convert it");
+  TORCH_CHECK_TYPE(other.scalar_type() == x.scalar_type(), "nm_act::", op, " expected ", name, " in ", dtype_text(x),
+                   ", got ", dtype_text(other), "; convert it");
   TORCH_CHECK_VALUE(other.sizes() == x.sizes(), "nm_act::", op, " expected ", name, " of shape ", x.sizes(), ", got ",
                     other.sizes(), "; give them one shape");
 }
@@ -113,11 +113,12 @@ PackedTensors silu_mul_compress(const at::Tensor& gate, const at::Tensor& up, co
 bool check_prunable(const at::Tensor& x, const Selection& selection, std::optional<at::ScalarType> activation_dtype,
                     int64_t most_features, const char* op) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", op,
-                   " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
+                   " expected x in bfloat16 or float16, got ", dtype_text(x), "; convert it first");
   const bool fp8 = activation_dtype.has_value() && *activation_dtype != x.scalar_type();
   TORCH_CHECK_TYPE(!fp8 || (*activation_dtype == at::kFloat8_e4m3fn && x.scalar_type() == at::kBFloat16),
                    "nm_act::", op, " expected activation_dtype of x, or float8_e4m3fn with x in bfloat16, got ",
-                   activation_dtype.value_or(x.scalar_type()), " with ", x.scalar_type(), "; choose one of those");
+                   dtype_text(activation_dtype.value_or(x.scalar_type())), " with ", dtype_text(x),
+                   "; choose one of those");
   TORCH_CHECK_VALUE(selection.in_features % 8 == 0, "nm_act::", op, " expected in_features divisible by 8, got ",
                     selection.in_features, "; prune after the unfused operator");
   TORCH_CHECK_NOT_IMPLEMENTED(selection.in_features <= most_features, "nm_act::", op, " expected at most ",
@@ -180,7 +181,7 @@ at::Tensor rms_norm_add(const at::Tensor& x, const at::Tensor& weight, double ep
   constexpr const char* kOp = "rms_norm_add";
   check_features(x, kOp);
   TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "nm_act::", kOp,
-                   " expected x in bfloat16 or float16, got ", x.scalar_type(), "; convert it first");
+                   " expected x in bfloat16 or float16, got ", dtype_text(x), "; convert it first");
   TORCH_CHECK_VALUE(x.size(-1) % 8 == 0 && x.size(-1) <= kMaxNormFeatures, "nm_act::", kOp,
                     " expected in_features divisible by 8 and at most ", kMaxNormFeatures, ", got ", x.size(-1),
                     "; use the separate operators");

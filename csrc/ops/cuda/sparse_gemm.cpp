@@ -66,14 +66,14 @@ GemmDevice check_product(const at::Tensor& values, const at::Tensor& metadata, c
   check_same_device(values, metadata, "metadata", op);
   check_same_device(values, weight, "weight", op);
   TORCH_CHECK_TYPE(weight.scalar_type() == values.scalar_type(), "nm_act::", op, " expected weight in the dtype of ",
-                   "values, ", values.scalar_type(), ", got ", weight.scalar_type(), "; convert one of them");
+                   "values, ", dtype_text(values), ", got ", dtype_text(weight), "; convert one of them");
   const int64_t tokens = values.size(0);
   TORCH_CHECK_VALUE(tokens <= kMaxTokens, "nm_act::", op, " expected at most ", kMaxTokens, " tokens, got ", tokens,
                     "; split them before they are compressed");
   const GemmDevice device = gemm_device(values, op);
   const MetadataLayout layout = gemm_metadata_layout(element_type(values.scalar_type()), device);
   TORCH_CHECK_VALUE(layout_name == layout_text(layout), "nm_act::", op, " expected an operand in the layout ",
-                    layout_text(layout), ", which this device reads for ", values.scalar_type(), ", got one in ",
+                    layout_text(layout), ", which this device reads for ", dtype_text(values), ", got one in ",
                     layout_name, "; compress it on this device");
   // The sm_80 GEMM reads whole blocks of tokens, for which a copy or a slice of the values has no memory.
   const int64_t rows = layout == MetadataLayout::kSm80Bits16 ? metadata_padded_tokens(layout, tokens) : tokens;
@@ -84,13 +84,14 @@ GemmDevice check_product(const at::Tensor& values, const at::Tensor& metadata, c
   const int64_t bytes = metadata_bytes(layout, tokens, weight.size(1));
   TORCH_CHECK_VALUE(metadata.scalar_type() == at::kByte && metadata.numel() == bytes && metadata.is_contiguous(),
                     "nm_act::", op, " expected ", bytes, " metadata bytes, got ", metadata.numel(), " of ",
-                    metadata.scalar_type(), "; pass what compress_packed returned on this device");
+                    dtype_text(metadata), "; pass what compress_packed returned on this device");
   TORCH_CHECK_NOT_IMPLEMENTED(
       is_aligned(values) && is_aligned(metadata) && weight_fits_gemm(weight, values.scalar_type(), y_type, device),
       "nm_act::", op, " expected a compiled combination (float16 or bfloat16 in ",
       "and out with either weight storage; e4m3 with an [out, in] weight on sm_90; 16-byte aligned rows), got values ",
-      values.scalar_type(), ", output ", y_type, ", weight ", weight.sizes(), " with strides ", weight.strides(),
-      " on compute capability ", device.compute_capability_major, ".x; use sparse_linear, which falls back");
+      dtype_text(values), ", output ", dtype_text(y_type), ", weight ", weight.sizes(), " with strides ",
+      weight.strides(), " on compute capability ", device.compute_capability_major,
+      ".x; use sparse_linear, which falls back");
   return device;
 }
 
@@ -128,7 +129,7 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
     TORCH_CHECK_VALUE(residual->dim() == 2 && residual->size(0) == tokens && residual->size(1) == out_features &&
                           residual->scalar_type() == type,
                       "nm_act::sparse_gemm expected residual [", tokens, ", ", out_features, "] in ", type, ", got ",
-                      residual->sizes(), " in ", residual->scalar_type(), "; add it to the result instead");
+                      residual->sizes(), " in ", dtype_text(*residual), "; add it to the result instead");
   }
   const c10::cuda::CUDAGuard guard(values.device());
   const at::Tensor like = at::empty({0}, values.options().dtype(type));  // vectors may be float32 or y's dtype

@@ -102,7 +102,7 @@ at::Tensor sparse_linear(const at::Tensor& x, const at::Tensor& stored_weight, c
     TORCH_CHECK_NOT_IMPLEMENTED(choice.path == LinearPath::kSparse,
                                 "nm_act::sparse_linear expected a compiled combination along with activation_dtype ",
                                 "float8_e4m3fn (", text_of(choice, facts), "), got ", pattern_text(selection.pattern),
-                                ", x ", x.scalar_type(), ", weight ", stored_weight.sizes(), " with strides ",
+                                ", x ", dtype_text(x), ", weight ", stored_weight.sizes(), " with strides ",
                                 stored_weight.strides(), " on compute capability ", device.compute_capability_major,
                                 ".x; leave activation_dtype out");
     // The kernel's column scale, here also the weight's scale, multiplies the shift term, so a given image is divided
