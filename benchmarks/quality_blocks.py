@@ -6,6 +6,7 @@ step is a replay of a graph. A test compares both.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ from nm_act.layers.linear import sparse_layers
 from nm_act.methods.mitigations import learned_data_of, rank_of
 from nm_act.recipe import Recipe
 
+TEXTS = ("wikitext2", "c4", "code")
 AT_ONCE = 16
 """Windows in a forward pass without training."""
 
@@ -115,12 +117,12 @@ def _train_block(
     return torch.stack(losses)
 
 
-def measure_trained(session: Session, variant, windows: int, tasks: bool) -> None:
-    """Train a variant's data as the paper does, and measure it."""
+def measure_trained(session: Session, variant, windows: int, tasks: list[str]) -> None:
+    """Train a variant's data as the paper does, and measure all its rows, so that they are of one training."""
     variant = calibrated(variant, windows)
     session.need(35)
     model = starting(session.dense, everywhere(variant.recipe))
-    settings = CalibrationSettings()
+    settings, start = CalibrationSettings(), time.perf_counter()
     found: list[tuple[float, float]] = []
 
     def progress(index: int, first: float, last: float) -> None:
@@ -128,10 +130,16 @@ def measure_trained(session: Session, variant, windows: int, tasks: bool) -> Non
         found.append((first, last))
 
     train_blocks(model, session.dense, session.windows[:windows], settings, progress)
-    session.fact(f"blocks {variant.name}", losses=found, settings=dataclasses.asdict(settings))
-    session.measure(variant, model, [text for text in ("wikitext2", "c4", "code") if text in session.texts])
+    session.fact(
+        f"blocks {variant.name}",
+        losses=found,
+        settings=dataclasses.asdict(settings),
+        seconds=time.perf_counter() - start,
+    )
+    session.done = {row for row in session.done if row[1] != variant.name}
+    session.measure(variant, model, [text for text in TEXTS if text in session.texts])
     if tasks:
-        session.measure(variant, model, ["wikitext2"], session.tasks[:5], dtype="bfloat16")
+        session.measure(variant, model, ["wikitext2"], tasks, dtype="bfloat16")
 
 
 def is_learned(variant) -> bool:

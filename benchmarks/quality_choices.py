@@ -103,10 +103,11 @@ def score(
         kept = targets.ne(-100)
         first = int(kept.any(dim=0).nonzero()[0])
         logits = model(input_ids=inputs.to(device), use_cache=False, logits_to_keep=longest - first).logits
-        losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), targets[:, first:].to(device).flatten(), reduction="none"
-        )
-        sums = losses.view(len(batch), -1).double().sum(dim=-1).tolist()
+        kept, targets = kept[:, first:].to(device), targets[:, first:].to(device)
+        losses = torch.zeros(kept.shape, dtype=torch.float64, device=device)
+        # Only of continuations: float32 logits of every token are most of the memory.
+        losses[kept] = nn.functional.cross_entropy(logits[kept].float(), targets[kept], reduction="none").double()
+        sums = losses.sum(dim=-1).tolist()
         for (_, _, i, j), value in zip(batch, sums, strict=True):
             likelihoods[i][j] = -value
         start = end

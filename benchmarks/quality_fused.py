@@ -180,17 +180,19 @@ class Fused:
         kind: type[Stack] = Stack,
         tensors: list[Tensor] | None = None,
         steps: int | None = None,
+        first: int = 0,
     ) -> tuple[list[Tensor], dict]:
         """The tensors with the least held-out loss of a training that takes so long, and what happened.
 
-        By default of the folded model; `steps` counts instead of the time, and `pool` is what is trained on.
+        By default of the folded model; `steps` counts instead of the time, the tensors before `first` stay as they
+        are, and `pool` is what is trained on.
         """
         session, device, batch = self.session, self.session.device, self.session.options.fused_batch
         patterns = patterns_of(everywhere(recipe), self.teacher.layers)
         tensors = self.folded if tensors is None else tensors
         student = kind(session.dense, self.length, self.dtype, tensors)
-        masters = [each.clone() for each in tensors]
-        leaves = [each.requires_grad_() for each in student.tensors]
+        masters = [each.clone() for each in tensors[first:]]
+        leaves = [each.requires_grad_() for each in student.tensors[first:]]
         for master in masters:
             master.grad = torch.zeros_like(master)
         optimizer = torch.optim.AdamW(masters, lr=rate, betas=BETAS, weight_decay=0.0, fused=device.type == "cuda")
@@ -249,7 +251,7 @@ class Fused:
             "difference": difference,
         }
         facts |= {"stderr": stderr, "steps": step, "batch": batch, "rate": rate, "history": history}
-        return kept, facts | {"seconds": time.perf_counter() - start}
+        return [*tensors[:first], *kept], facts | {"seconds": time.perf_counter() - start}
 
     @torch.no_grad()
     def losses(self, stack: Stack, patterns: Patterns) -> list[float]:

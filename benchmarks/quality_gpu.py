@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from quality_blocks import is_learned, measure_trained
+from quality_blocks import TEXTS, is_learned, measure_trained
 from quality_correlated import correlated
 from quality_fused import KEEPS, Fused, fused, plain
 from quality_noise import noise_floor
@@ -149,7 +149,7 @@ def trained_recipes(session: Session) -> Iterator[tuple[str, Recipe, str]]:
     jobs += [("2:4", "data", ["rsparse-8-fit"]), ("8:16", "data", ["rsparse-16-fit"])]
     jobs += [(name, "weights", []) for name in ("decode (recommended)", "prefill (recommended)", "search decode 1.80x")]
     for name, what, mitigation in jobs:
-        if name in found and session.options.only in " ".join((name, what, *mitigation)):
+        if name in found and session.wants("train", " ".join((name, what, *mitigation))):
             yield name, with_mitigation(found[name], mitigation), what
 
 
@@ -237,10 +237,11 @@ def stopper(session: Session):
 def gaps(session: Session) -> None:
     """Texts that rows of --known lack whose model needs no calibration, and how far `decode` agrees in generation."""
     shared = Fused(session)
-    recipe = Recipe.named("decode")
-    shared.greedy("decode (recommended)", shared.teacher_tensors, recipe)
-    session.measure(dataclasses.replace(from_recipe(recipe, "decode (recommended)"), layers="rule"))
-    names = [name for name in session.known if name != "decode (recommended)"]
+    decode = dataclasses.replace(from_recipe(Recipe.named("decode"), "decode (recommended)"), layers="rule")
+    if session.wants("gaps", decode.name):
+        shared.greedy(decode.name, shared.teacher_tensors, decode.recipe)
+        session.measure(decode)
+    names = [name for name in session.known if name != decode.name and session.wants("gaps", name)]
     for name in names:
         variant = session.known[name]
         if variant.recipe is None or variant.calibrated or any(map(data_of, resolved(variant.recipe))):
@@ -272,11 +273,11 @@ def _has_pair(variant) -> bool:
 
 
 def study(session: Session) -> None:
-    """Rows of the committed studies without training, on the test's text and on held-out C4."""
+    """Rows of the committed studies without training, on every text."""
     spent = {False: 12.0, True: 40.0}
     for variant in study_variants():
-        texts = [text for text in ("wikitext2", "c4") if ("float32", variant.name, text) not in session.done]
-        if is_learned(variant) or not texts:
+        texts = [text for text in session.texts if ("float32", variant.name, text) not in session.done]
+        if is_learned(variant) or not texts or not session.wants("study", variant.name):
             continue
         pair = variant.calibrated and _has_pair(variant)
         if session.left < (spent[pair] if variant.calibrated else 3):
@@ -293,15 +294,20 @@ def study(session: Session) -> None:
 
 
 def blocks(session: Session) -> None:
-    """Rows of the committed studies that learn something, trained block by block as the paper does; then tasks."""
-    wanted = [each for each in study_variants() if is_learned(each)]
+    """Rows of the committed studies that learn something, trained block by block as the paper does; then tasks.
+
+    Those of which nothing is measured first, then those that lack something.
+    """
+    wanted = [each for each in study_variants() if is_learned(each) and session.wants("blocks", each.name)]
     order = ["act+lpts+var 2:4", "act+ls+lpts 8:16 alanova", "act+ls+lpts+var 8:16", "act+ls+lpts+var 2:4"]
     wanted.sort(key=lambda each: order.index(each.name) if each.name in order else len(order))
+    wanted.sort(key=lambda each: ("float32", each.name, "wikitext2") in session.done)
+    some = session.tasks[:5] if session.options.tasks_of_trained else []
     for variant in wanted:
-        if ("float32", variant.name, "wikitext2") in session.done:
+        if not session.rows_left(variant, [text for text in TEXTS if text in session.texts], some):
             continue
         try:
-            measure_trained(session, variant, session.options.learned_windows, session.options.tasks_of_trained)
+            measure_trained(session, variant, session.options.learned_windows, some)
         except (ValueError, RuntimeError) as error:
             session.say("failed", variant.name, error)
 
@@ -319,7 +325,8 @@ def refits(session: Session) -> None:
         )
         recipe = Recipe(pattern, criterion="wina", mitigation=[])
         name = f"wina {pattern} refit {about}"
-        if f"refit {name}" in session.facts or ("float32", name, "wikitext2") in session.done:
+        known = f"refit {name}" in session.facts or ("float32", name, "wikitext2") in session.done
+        if known or not session.wants("refits", name):
             continue
         session.need(40)
         model, other = session.model(recipe), session.model(recipe)
@@ -360,7 +367,7 @@ def tasks(session: Session) -> None:
     for some, names in ((variants[:3], short), (variants[:8], long), (variants, short), (variants, long)):
         for variant in some:
             wanted = [name for name in names if ("bfloat16", variant.name, name) not in session.done]
-            if wanted:
+            if wanted and session.wants("tasks", variant.name):
                 session.need(15)
                 if variant.recipe is not None and any(map(data_of, resolved(variant.recipe))):
                     variant = calibrated(variant)
@@ -391,7 +398,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12, help="windows in a step of training")
     parser.add_argument("--tasks-of-trained", action="store_true")
     parser.add_argument("--all-tasks", action="store_true", help="HellaSwag too")
-    parser.add_argument("--only", default="", help="of the step train, those whose name, kind or mitigation has this")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="REGEX",
+        help="of train, gaps, study, blocks, refits, tasks and side, that of which 'STEP NAME' matches this somewhere",
+    )
     parser.add_argument("--jobs", default="decode 1.45=300", help="of the step fused (quality_fused.py)")
     parser.add_argument(
         "--cache", default="/tmp/m", help="where trained weights and the text that the model wrote stay"
@@ -406,11 +418,17 @@ def main() -> None:
         "calibration": 1 << 30,
         "keeps": (5, 6, 7, 8, 9, 10, 12, 14),
     }
-    sizes |= {"side_steps": 300, "together": 1, "refit_windows": 200, "learned_windows": 256}
+    sizes |= {
+        "side_steps": 300,
+        "side_ranks": (16, 32, 64),
+        "together": 1,
+        "refit_windows": 200,
+        "learned_windows": 256,
+    }
     sizes |= {"written": 16384, "written_at_once": 2048, "sensitivity_windows": 16, "fused_keeps": KEEPS}
     if options.tiny:
         sizes = {"tokens": 128, "window": 64, "limit": 2, "calibration": 120, "keeps": (4, 8), "together": 15}
-        sizes |= {"side_steps": 6, "refit_windows": 60, "learned_windows": 2}
+        sizes |= {"side_steps": 6, "side_ranks": (2, 3, 4), "refit_windows": 60, "learned_windows": 2}
         sizes |= {"written": 8, "written_at_once": 4, "sensitivity_windows": 2, "fused_keeps": (10, 16, 20, 24)}
     vars(options).update(sizes)
     options.commit = options.commit or nm_act.version.commit()

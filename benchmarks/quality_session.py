@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,6 +103,10 @@ class Session:
         if self.left < seconds:
             raise OutOfTimeError(f"{seconds:.0f} s needed, {self.left:.0f} s left")
 
+    def wants(self, step: str, name: str) -> bool:
+        """Whether --only lets a step measure this."""
+        return re.search(self.options.only, f"{step} {name}") is not None
+
     def fact(self, name: str, **values: object) -> None:
         """Keep something that is not a row."""
         self.facts[name] = {"name": name, **values}
@@ -134,6 +139,8 @@ class Session:
         if not texts and not tasks:
             return
         self.need(3)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # other processes share the card
         model = self.model(variant.recipe) if model is None else model
         if str(next(model.parameters()).dtype) != f"torch.{dtype}":
             model = copy.deepcopy(model).to(getattr(torch, dtype))
@@ -150,6 +157,12 @@ class Session:
             value, stderr = mean_and_stderr(found)
             result = {"metric": "acc", "value": value, "stderr": stderr, "samples": len(found), "scores": found}
             self.write(dtype, variant, task, result | facts)
+
+    def rows_left(self, variant: Variant, texts, tasks) -> bool:
+        """Whether a variant lacks a text in float32 or a task in bfloat16."""
+        wanted = [("float32", variant.name, text) for text in texts]
+        wanted += [("bfloat16", variant.name, task) for task in tasks]
+        return not self.done.issuperset(wanted)
 
     def model(self, recipe: Recipe | None, windows: int = 8, settings: CalibrationSettings | None = None):
         """A sparse copy in both phases, calibrated on a few windows if its recipe needs data; the dense model."""

@@ -1,5 +1,7 @@
 """Block-wise training, low-rank pairs and dense channels of benchmarks/quality_*.py compute what they say."""
 
+import csv
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +9,7 @@ import quality_side
 import tiny_model
 import torch
 from quality_blocks import leading_pair, starting, train_blocks
+from quality_fused import Fused
 from quality_stack import TENSORS, Stack, folded, patterns_of, tensors_of
 from torch.nn import functional as F
 
@@ -69,7 +72,7 @@ def shared(dense):
 
 def test_pairs_leave_the_dense_function_and_lower_the_sparse_error(dense, shared):
     ids, patterns = tiny_model.windows(4, 1), patterns_of(Recipe("2:4"), 2)
-    tensors = quality_side.with_pairs(shared, patterns, 8)
+    tensors = quality_side.with_pairs(shared, quality_side.fitted_pairs(shared, patterns, 8), 8)
     side = quality_side.SidePath(dense, shared.length, torch.float32, tensors)
     assert len(side.tensors) == 2 * (TENSORS + 8)
     plain = Stack(dense, shared.length, torch.float32, shared.folded)
@@ -77,6 +80,57 @@ def test_pairs_leave_the_dense_function_and_lower_the_sparse_error(dense, shared
     assert torch.allclose(side.hidden(ids), wanted, atol=1e-4)
     errors = [F.mse_loss(each.hidden(ids, patterns), wanted).item() for each in (side, plain)]
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_pairs_of_a_rank_lead_those_of_a_higher_one(shared):
+    patterns = patterns_of(Recipe("2:4"), 2)
+    found = [quality_side.with_pairs(shared, quality_side.fitted_pairs(shared, patterns, r), 3) for r in (3, 8)]
+    for index in range(0, 16, 2):
+        one, other = (tensors[2 * TENSORS + index + 1] @ tensors[2 * TENSORS + index] for tensors in found)
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_training_leaves_the_first_tensors_as_they_are(dense, shared):
+    ids, patterns = tiny_model.windows(8, 1), patterns_of(Recipe("2:4"), 2)
+    fused = object.__new__(Fused)
+    vars(fused).update(vars(shared), held_out=ids, dtype=torch.float32, _pool=shared.c4)
+    fused.teacher = Stack.of(dense, shared.length, torch.float32)
+    fused.session = SimpleNamespace(
+        dense=dense, device=torch.device("cpu"), options=SimpleNamespace(fused_batch=4), say=print, left=100.0
+    )
+    tensors = quality_side.with_pairs(shared, quality_side.fitted_pairs(shared, patterns, 8), 8)
+    first = 2 * TENSORS
+    options = {"kind": quality_side.SidePath, "tensors": tensors, "steps": 12, "first": first}
+    found, facts = fused.train("pairs", Recipe("2:4"), 0, 1e-2, **options)
+    assert facts["after"] < facts["before"]
+    assert len(found) == len(tensors)
+    assert all(torch.equal(*pair) for pair in zip(found[:first], tensors[:first], strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(found[first:], tensors[first:], strict=True))
+
+
+def test_rows_of_the_side_paths_are_added_and_predicted(tmp_path, monkeypatch):
+    file = tmp_path / "side.csv"
+    monkeypatch.setattr(quality_side, "CSV", file)
+    file.write_text("method,pattern,size,chosen_by,wikitext2\ndense channels,2:4,1/18,largest,63.2906\n")
+    row = {"method": quality_side.PAIRS, "pattern": "2:4", "size": "16 of 576", "chosen_by": "error"}
+    fact = {"wikitext2": 80.0, "dtype": "float32", "device": "CPU", "commit": "0", "date": "2026-01-01"}
+    fact |= {"difference": -0.1, "stderr": 0.01}
+    facts = [
+        {"name": "rates"},
+        fact | {"row": row | {"trained": "pairs, 300 steps"}},
+        fact | {"row": row | {"trained": ""}},
+    ]
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(each) + "\n" for each in facts))
+    for _ in range(2):  # the second call changes nothing
+        assert quality_side.main([str(tmp_path / "facts.jsonl")]) == 0
+    rows = list(csv.DictReader(file.open()))
+    assert [each["wikitext2"] for each in rows] == ["63.2906", "80.0000", "80.0000"]
+    assert [each["held_out"] for each in rows] == ["", "-0.1000", ""]
+    channels = quality_side.shared_prediction(Recipe("2:4"), dense_channels=1 / 18)
+    pairs = quality_side.shared_prediction(Recipe("2:4"), rank=114)
+    for each, wanted in zip(rows, (channels, pairs, pairs), strict=True):
+        assert float(each["predicted_speedup"]) == pytest.approx(wanted["prefill"], abs=1e-4)
+        assert float(each["predicted_decode"]) == pytest.approx(wanted["decode"], abs=1e-4)
 
 
 def test_dense_channels_are_left_out_of_the_selection(dense, shared):

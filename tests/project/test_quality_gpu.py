@@ -1,10 +1,13 @@
 """The training of benchmarks/quality_training.py computes what the model does, and its data survives packing."""
 
+from types import SimpleNamespace
+
 import pytest
 import quality_data
 import quality_training
 import tiny_model
 import torch
+from quality_session import Session
 from quality_training import Linear, Llama, train_graphed
 
 import nm_act
@@ -73,6 +76,17 @@ def test_training_lowers_the_held_out_loss(dense, mitigation, what):
     assert sum(held_out_losses(model, dense, held_out)) / 8 == pytest.approx(found.after, rel=1e-3)
     assert found.after < found.before
     assert len(found.history) == quality_training.CHECKS
+
+
+def test_what_only_names_is_wanted_and_what_is_done_is_not_left():
+    session = SimpleNamespace(options=SimpleNamespace(only=r"blocks act\+ls 2:4|tasks"), done={("float32", "x", "c4")})
+    assert Session.wants(session, "blocks", "act+ls 2:4")
+    assert Session.wants(session, "tasks", "wanda 2:4")
+    assert not Session.wants(session, "blocks", "act+ls+lpts 2:4")
+    variant = SimpleNamespace(name="x")
+    assert not Session.rows_left(session, variant, ["c4"], [])
+    assert Session.rows_left(session, variant, ["c4"], ["piqa"])
+    assert Session.rows_left(session, variant, ["c4", "code"], [])
 
 
 def test_answers_survive_packing():
