@@ -7,6 +7,7 @@ attention.
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import autograd
@@ -21,6 +22,7 @@ _MARKS = (
     "nm_act_gates",
     "nm_act_norms",
     "nm_act_adds",
+    "nm_act_place",
     "nm_act_head_norms",
     "nm_act_window_in_config",
 )
@@ -156,7 +158,9 @@ class FusedLayer(Changed):
             return stock
         entered = hidden_states
         if way:
-            y, _ = operands.norm_product(way, self.input_layernorm, qkv.linear, hidden_states)
+            y = _taken(hidden_states, qkv.linear, way)
+            if y is None:
+                y, _ = operands.norm_product(way, self.input_layernorm, qkv.linear, hidden_states)
             # Attention reads only the shape of this input: called with it, q, k and v are parts of y.
             kwargs["nm_act_product"] = Product(qkv, hidden_states, y)
             del y
@@ -181,13 +185,17 @@ class FusedLayer(Changed):
             del attention
             if not self.after_parts:
                 return operands.gated_product(down, operand, hidden.shape, hidden)
-            return self._plus(1, operands.gated_product(down, operand, hidden.shape), hidden)
+            return self._leave(operands.gated_product(down, operand, hidden.shape), hidden)
         products = list(operands.norm_product(mlp_way, before_mlp, gate_up, attention, residual, after))
         del attention
         hidden = products.pop()
         if not self.after_parts:
             return _mlp_tail(self.mlp, products, hidden)
-        return self._plus(1, _mlp_tail(self.mlp, products), hidden)
+        return self._leave(_mlp_tail(self.mlp, products), hidden)
+
+    def _leave(self, y: Tensor, residual: Tensor) -> Tensor:
+        """The hidden states of the next layer from the output of the MLP and its residual."""
+        return self._plus(1, y, residual)
 
     def _adds(self, mlp_way: str, x: Tensor) -> bool:
         """Whether the output projection adds the residual, so that the norm before the MLP need not add it."""
@@ -217,6 +225,62 @@ class FusedSandwichLayer(FusedLayer):
 
     before_mlp = "pre_feedforward_layernorm"
     after_parts = ("post_attention_layernorm", "post_feedforward_layernorm")
+    nm_act_place: tuple[list["FusedSandwichLayer"], int]
+    """Layers of this kind that follow each other, in one list that they share, and the place of this one."""
+
+    def _leave(self, y: Tensor, residual: Tensor) -> Tensor:
+        """The hidden states; where one kernel computes them and the next layer's norm, its q, k and v come along."""
+        norm, following = self._after(1, y), self._following()
+        way = "" if norm is None or following is None else following._way_after(y, norm)
+        if not way or following is None:
+            return self._plus(1, y, residual)
+        qkv: Any = merged_qkv(following.self_attn)
+        hidden: Tensor
+        product, hidden = operands.norm_product(way, following.input_layernorm, qkv.linear, y, residual, norm)
+        # On the states themselves: the next layer may be called through a view (StaticDecoder's), and what replaces
+        # the states on their way has no product.
+        vars(hidden)[_GIVEN] = qkv.linear, way, product
+        return hidden
+
+    def _following(self) -> "FusedSandwichLayer | None":
+        """The next layer, if nothing comes between the two."""
+        # What a compiler has traced is not to depend on what a step left behind.
+        if has_hooks(self) or torch.compiler.is_compiling():
+            return None
+        layers, place = self.nm_act_place
+        following = layers[place + 1] if place + 1 < len(layers) else None
+        return following if isinstance(following, FusedSandwichLayer) else None
+
+    def _way_after(self, y: Tensor, after: nn.Module) -> str:
+        """How the product of q, k and v is computed if its kernel also computes ``after(y)`` and the residual."""
+        if "input_layernorm" not in self.nm_act_norms or has_hooks(self) or has_hooks(self.self_attn):
+            return ""
+        qkv: Any = merged_qkv(self.self_attn)
+        if _parts_have_hooks(self.self_attn, qkv) or self.input_layernorm.weight.device != y.device:
+            return ""
+        alike = operands.norm_facts(self.input_layernorm) == operands.norm_facts(after)
+        return _way_of(self.input_layernorm, qkv.linear, y) if alike else ""
+
+
+_GIVEN = "nm_act_given"
+"""Attribute of hidden states: the next layer's q/k/v layer, how its product was computed, and the product."""
+
+
+def _taken(hidden: Tensor, linear: nn.Module, way: str) -> Tensor | None:
+    """The product of ``linear`` that came along with the hidden states, and does so no longer: it is freed after use."""
+    given = vars(hidden).pop(_GIVEN, None)
+    return given[2] if given is not None and given[0] is linear and given[1] == way else None
+
+
+def link_layers(layers: list[Any]) -> None:
+    """Let each of a model's fused layers with norms on both sides compute what the next one begins with."""
+    run: list[Any] = []
+    for layer in layers:
+        if not isinstance(layer, FusedSandwichLayer):
+            run = []
+            continue
+        layer.nm_act_place = run, len(run)
+        run.append(layer)
 
 
 def _way_of(norm: Any, linear: nn.Module, x: Tensor) -> str:

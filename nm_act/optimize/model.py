@@ -113,9 +113,10 @@ def optimize(
             report.head, report.head_bytes, report.head_saved = name, stored.nbytes, stored.saved
     for name, (parent, group) in parents.items():
         _fuse_mlp(report, name, parent, group)
-    for name, layer in model.named_modules():
-        if type(layer).__name__.endswith("DecoderLayer"):
-            _fuse_layer(report, name, layer)
+    layers = [(name, layer) for name, layer in model.named_modules() if type(layer).__name__.endswith("DecoderLayer")]
+    for name, layer in layers:
+        _fuse_layer(report, name, layer)
+    fused.link_layers([layer for _, layer in layers])
     if prepack:
         _prepack(report)
     for layer in model.modules():

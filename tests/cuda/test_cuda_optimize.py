@@ -93,15 +93,22 @@ def test_fused_kernels_run(monkeypatch, pattern, name):
     layers, sandwich = 2, name == "gemma3"
     after = ["rms_norm_add"] if sandwich else []  # of the MLP
     linear = ["decode_linear"]
-    # The output projection is called for itself where its output is normed.
-    step = [*linear, "sandwich_linear", *linear, *after] if sandwich else 4 * linear
-    assert called(1) == step * layers
-    assert called(40) == ["rms_norm_prune", "rms_norm_prune", "silu_mul_prune", *after] * layers
+    # The output projection is called for itself where its output is normed, and the norm after the MLP is computed with
+    # the one that the next layer begins with.
+    both = ["sandwich_linear"]
+    steps = [*linear, *both, *linear, *both, *both, *linear, *after] if sandwich else 4 * linear * layers
+    assert called(1) == steps
+    decoder = nm_act.StaticDecoder(model, max_tokens=64)
+    decoder.prefill(prompt(40))
+    calls.clear()
+    decoder._step()
+    assert calls == steps  # through a view of the model
+    pruned = [*["rms_norm_prune", "rms_norm_prune", "silu_mul_prune"] * layers, *after]
+    assert called(40) == pruned
     packs = IS_HOPPER and pattern == "2:4"
     # The activation is part of the product of gate and up.
-    whole = ["rms_norm_compress", "rms_norm_compress", "sparse_gemm_silu_mul", *after]
-    expected = whole * layers if packs else called(40)
-    assert called(operands.PACKED_TOKENS) == expected
+    packed = [*["rms_norm_compress", "rms_norm_compress", "sparse_gemm_silu_mul"] * layers, *after]
+    assert called(operands.PACKED_TOKENS) == (packed if packs else pruned)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])

@@ -1,6 +1,7 @@
 """The packed path of optimize(), its CUDA operators replaced by plain torch: which tensors go where, and the residuals."""
 
 import copy
+import pickle
 import weakref
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 import nm_act
 from nm_act import reference
 from nm_act.ops import explain
-from nm_act.optimize import attention, fused, operands
+from nm_act.optimize import attention, fused, operands, static
 from nm_act.optimize.fp8 import FP8Linear
 
 MITIGATION = ["var", "dpts-mean"]
@@ -67,7 +68,9 @@ def test_what_is_not_plain_2_4_stays_unfused(rules, expected_calls, calls):
     assert calls == expected_calls * 2
 
 
-SANDWICH = ["norm", "norm + normed residual", "gelu", "added norm"]
+ADDED, NORMED = "norm + residual", "norm + normed residual"
+SANDWICHES = ["norm", NORMED, "gelu", NORMED, NORMED, "gelu", "added norm"]
+"""Of two layers: the norm after the first MLP is computed with the norm that the second layer begins with."""
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "8:16"])
@@ -78,12 +81,12 @@ def test_norms_on_both_sides_and_gelu(pattern, calls):
         f"model.layers.0.{name}_layernorm" for name in names
     ]
     assert len(report.fused) == 10
-    expected = SANDWICH if pattern == "2:4" else [*(f"pruned {call}" for call in SANDWICH[:3]), SANDWICH[3]]
-    assert calls == expected * 2
+    *before, last = SANDWICHES
+    assert calls == [*(before if pattern == "2:4" else [f"pruned {call}" for call in before]), last]
 
 
-@pytest.mark.parametrize(("name", "after"), [("llama", []), ("gemma3", ["added norm"])])
-def test_the_activation_is_part_of_the_product_of_gate_and_up(name, after, calls, monkeypatch):
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_the_activation_is_part_of_the_product_of_gate_and_up(name, calls, monkeypatch):
     def sparse_gemm_silu_mul(operand, weight, *, activation):
         gate, up = (operand.values @ weight.t()).chunk(2, dim=-1)
         return compressed(activated(gate, activation) * up, calls, f"product with {activation}")
@@ -91,9 +94,10 @@ def test_the_activation_is_part_of_the_product_of_gate_and_up(name, after, calls
     monkeypatch.setattr(operands, "sparse_gemm_silu_mul", sparse_gemm_silu_mul)
     monkeypatch.setattr(operands, "gates_in_product", lambda way, *_: way == "packed")
     optimize_checked(sparse(name))
-    gated = "silu" if name == "llama" else "gelu_tanh"
-    before = "norm + normed residual" if after else "norm + residual"
-    assert calls == ["norm", before, f"product with {gated}", *after] * 2
+    expected = ["norm", "norm + residual", "product with silu"] * 2
+    if name == "gemma3":
+        expected = [call.replace("gelu", "product with gelu_tanh") for call in SANDWICHES]
+    assert calls == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -114,9 +118,9 @@ def test_the_output_projection_adds_its_residual(calls, residuals, monkeypatch):
     assert not any("residual" in call for call in calls)
 
 
-@pytest.mark.parametrize("name", KNOWN)
-def test_residuals_go_into_the_products_of_a_decode_step(name, calls, monkeypatch):
-    """In place of the kernel, its formula; an addition after it would be one too many, or none at all."""
+@pytest.fixture
+def products(monkeypatch):
+    """What stands around the product in each kernel of a decode step, of which the formula takes the place."""
     products = []
 
     def decode_linear(x, weight, bias, pattern, *, channel_scale, up=None, residual=None, activation=None, **norm):
@@ -138,6 +142,12 @@ def test_residuals_go_into_the_products_of_a_decode_step(name, calls, monkeypatc
     monkeypatch.setattr(operands, "way_of", lambda *_: "decode")
     monkeypatch.setattr(attention, "rotary", fused_formulas.rotary)
     monkeypatch.setattr(attention, "fuses", lambda *_: True)
+    return products
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_residuals_go_into_the_products_of_a_decode_step(name, calls, products):
+    """An addition after a product would be one too many, or none at all."""
     optimize_checked(sparse(name))
     norm = ["norm_weight", "eps", "unit_offset"]
     # q/k/v, output projection, gate/up, down; norms stand between Gemma's products and their residuals, and the one
@@ -145,7 +155,62 @@ def test_residuals_go_into_the_products_of_a_decode_step(name, calls, monkeypatc
     ends = [["up"]] if name == "gemma3" else [["residual"], ["up", "residual"]]
     expected = [norm, *ends[:-1], norm, ends[-1]]
     assert products == expected * 2
-    assert calls == (["added norm"] * 2 if name == "gemma3" else [])
+    # The product of the next layer's q/k/v computes the norm after down; the last layer has no next one.
+    assert calls == (["added norm"] if name == "gemma3" else [])
+
+
+@pytest.mark.parametrize("hooked", ["layers.0", "layers.1", "layers.1.self_attn", "layers.1.self_attn.q_proj"])
+def test_hooks_between_layers_see_what_the_stock_layer_gives(hooked, calls, products):
+    """As in the stock model, a hook may change what a layer returns or gets; each product is computed from that."""
+    stock = sparse("gemma3")
+    model = copy.deepcopy(stock)
+    nm_act.optimize(model)
+    for each in (stock, model):
+        each.get_submodule(f"model.{hooked}").register_forward_pre_hook(lambda _, args: tuple(1.5 * x for x in args))
+    assert_close(logits(model), logits(stock))
+    assert calls.count("added norm") == 2
+
+
+def test_views_of_a_model_compute_each_product_once(calls, products):
+    """StaticDecoder calls copies of the layers, which share their parts."""
+    model = sparse("gemma3")
+    expected = logits(model)
+    nm_act.optimize(model)
+    once = logits(model)
+    number = len(products)
+    view = static._with_config(model, model.config, copy.copy(model.config))
+    assert view.model.layers[1] is not model.model.layers[1]
+    assert_close(logits(view), expected)
+    assert_close(once, expected)
+    assert len(products) == 2 * number
+    assert calls == ["added norm"] * 2
+
+
+def test_a_product_is_not_used_for_other_states(calls, products):
+    model = sparse("gemma3")
+    nm_act.optimize(model)
+    first, second = model.model.layers
+    linear = attention.merged_qkv(second.self_attn).linear
+    for given in ((linear, "packed"), (first.mlp.down_proj, "decode")):
+        x = torch.zeros(1, 1, 4)
+        x.nm_act_given = *given, torch.full((1,), torch.nan)
+        assert fused._taken(x, linear, "decode") is None
+        assert not vars(x)
+    stock = logits(sparse("gemma3"))
+    first.register_forward_hook(lambda _module, _args, y: y.clone())
+    assert_close(logits(model), stock)
+    assert calls == ["added norm"] * 2
+
+
+def test_linked_layers_are_copied_and_restored():
+    model = sparse("gemma3")
+    nm_act.optimize(model)
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        own, place = each.model.layers[1].nm_act_place
+        assert own[place] is each.model.layers[1]
+        assert own[0] is each.model.layers[0]
+    nm_act.deoptimize(model)
+    assert not any("nm_act_place" in vars(layer) for layer in model.model.layers)
 
 
 def test_another_activation_is_not_taken_for_gelu(calls):
@@ -153,7 +218,7 @@ def test_another_activation_is_not_taken_for_gelu(calls):
     for layer in model.model.layers:
         layer.mlp.act_fn = torch.nn.GELU()
     optimize_checked(model)
-    assert calls == [SANDWICH[0], SANDWICH[1], SANDWICH[3]] * 2
+    assert calls == [call for call in SANDWICHES if call != "gelu"]
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -200,17 +265,17 @@ def test_what_has_hooks_is_called(hooked, expected_calls, calls):
 @pytest.mark.parametrize(
     ("name", "hooked", "expected_calls"),
     [
-        ("llama", "input_layernorm", ["norm + residual", "silu"]),
-        ("llama", "self_attn", ["norm + residual", "silu"]),
-        ("llama", "self_attn.v_proj", ["norm + residual", "silu"]),
-        ("llama", "post_attention_layernorm", ["norm", "silu"]),
-        ("llama", "mlp", ["norm", "silu"]),
-        ("llama", "mlp.up_proj", ["norm"]),
-        ("gemma3", "input_layernorm", SANDWICH[1:]),
-        ("gemma3", "post_attention_layernorm", ["norm", "norm + residual", *SANDWICH[2:]]),
-        ("gemma3", "pre_feedforward_layernorm", ["norm", "added norm", *SANDWICH[2:]]),
-        ("gemma3", "post_feedforward_layernorm", SANDWICH[:3]),
-        ("gemma3", "mlp", ["norm", "added norm", *SANDWICH[2:]]),
+        ("llama", "input_layernorm", ["norm + residual", "silu"] * 2),
+        ("llama", "self_attn", ["norm + residual", "silu"] * 2),
+        ("llama", "self_attn.v_proj", ["norm + residual", "silu"] * 2),
+        ("llama", "post_attention_layernorm", ["norm", "silu"] * 2),
+        ("llama", "mlp", ["norm", "silu"] * 2),
+        ("llama", "mlp.up_proj", ["norm"] * 2),
+        ("gemma3", "input_layernorm", [NORMED, "gelu", "added norm"] * 2),
+        ("gemma3", "post_attention_layernorm", ["norm", ADDED, "gelu", NORMED, ADDED, "gelu", "added norm"]),
+        ("gemma3", "pre_feedforward_layernorm", ["norm", "added norm", "gelu", "added norm"] * 2),
+        ("gemma3", "post_feedforward_layernorm", SANDWICHES[:3] * 2),
+        ("gemma3", "mlp", ["norm", "added norm", "gelu", "added norm"] * 2),
     ],
 )
 def test_hooks_that_come_later_see_what_the_stock_layer_gets_and_gives(name, hooked, expected_calls, calls):
@@ -221,7 +286,7 @@ def test_hooks_that_come_later_see_what_the_stock_layer_gets_and_gives(name, hoo
         for layer in each.model.layers:
             layer.get_submodule(hooked).register_forward_hook(lambda _module, args, y: seen.append((*args, y)))
         outputs.append(logits(each))
-    assert calls == expected_calls * 2  # the stock model calls none of them
+    assert calls == expected_calls  # the stock model calls none of them
     assert_close(*outputs)
     assert len(seen) == 4
     assert_close(seen[:2], seen[2:])
