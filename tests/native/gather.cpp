@@ -328,10 +328,10 @@ void run_around(Before before, ElementType type, ElementType weight_type, int to
   }
   if (type == kBf16) {
     produce<nm_act::BFloat16>(before, x, up, weight, x_weight, expected_hidden, produced, tokens, in_features,
-                               config.threads);
+                              config.threads);
   } else {
     produce<nm_act::Float16>(before, x, up, weight, x_weight, expected_hidden, produced, tokens, in_features,
-                               config.threads);
+                             config.threads);
   }
   GatherParams params = params_of(c, produced, matrix, alone);
   params.weight_scale = weight_bytes(weight_type) == 1 ? scale.pointer() : nullptr;
