@@ -267,7 +267,9 @@ _GIVEN = "nm_act_given"
 
 
 def _taken(hidden: Tensor, linear: nn.Module, way: str) -> Tensor | None:
-    """The product of ``linear`` that came along with the hidden states, and does so no longer: it is freed after use."""
+    """The product of ``linear`` that came along with the hidden states; it does so once, so it is freed after use."""
+    if torch.compiler.is_compiling():  # attributes of traced tensors are no dictionary, and none is set there
+        return None
     given = vars(hidden).pop(_GIVEN, None)
     return given[2] if given is not None and given[0] is linear and given[1] == way else None
 

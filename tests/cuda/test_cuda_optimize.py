@@ -101,7 +101,8 @@ def test_fused_kernels_run(monkeypatch, pattern, name):
     decoder = nm_act.StaticDecoder(model, max_tokens=64)
     decoder.prefill(prompt(40))
     calls.clear()
-    decoder._step()
+    with torch.inference_mode():
+        decoder._step()
     assert calls == steps  # through a view of the model
     pruned = [*["rms_norm_prune", "rms_norm_prune", "silu_mul_prune"] * layers, *after]
     assert called(40) == pruned
