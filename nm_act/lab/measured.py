@@ -9,8 +9,11 @@ is that of the whole operator.
 
 import functools
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+
+import torch
 
 from ..patterns import NMPattern
 from ..recipe import DEFAULT_PROJECTIONS, ROLES, LinearSpec
@@ -29,10 +32,12 @@ SHAPES = {
 }
 """Model -> decoder layers, hidden size, inner size of the MLP, features of all query and of all key heads."""
 
-_REFERENCE = "llama-3-8b"
 REFERENCE_PROMPT = 512
-_REFERENCES = {"prefill": ("2:4", 4096), "decode": ("8:16", REFERENCE_PROMPT)}
-"""Pattern and prompt of the whole model from which the time of products inside a phase is fitted."""
+_WHOLE = {
+    "prefill": (("nm-2:4", "2:4", "bf16"), ("nm-2:4/8:16-fp8", "2:4", "e4m3")),
+    "decode": (("nm-2:4", "2:4", "bf16"), ("nm-8:16", "8:16", "bf16"), ("nm-2:4/8:16-fp8", "8:16", "e4m3")),
+}
+"""Phase -> the modes of measured whole models that :class:`InModel` is fitted to, with their pattern and dtype."""
 
 
 def shapes_of(name: str) -> dict[str, tuple[int, int]]:
@@ -122,19 +127,30 @@ class Measured:
         if spec is not None:
             dtype = self.dtype if phase == "decode" or str(spec.pattern) == "2:4" else "bf16"
             plain = not spec.variance_correction and spec.token_shift == "none"
-            fused = fused and name != "o_proj" and (plain or str(spec.pattern) == "2:4")
-            found = self.tables.product(phase, str(spec.pattern), sizes, dtype, fused=fused)
+            fused = fused and (plain or (phase == "prefill" and str(spec.pattern) == "2:4"))
+            found = self.tables.product(phase, str(spec.pattern), sizes, dtype, fused=fused and name != "o_proj")
             time *= found.us / found.dense_us  # tables were measured at different clocks
             if phase == "decode" or self.tables.has_sparse_gemm(str(spec.pattern), dtype):  # else the dense product
-                time *= self._in_model[phase]
+                inside = self._in_model[phase]
+                time = time * inside.products - fused * (1 - inside.rest) * self._around[phase]
         if found.note:
             self.notes[found.note] = None
         return time * out_features / width
 
     @cached_property
-    def _in_model(self) -> dict[str, float]:
-        """Time of a sparse product inside a whole model over its time alone, by phase."""
-        return _factors(self.device)
+    def _in_model(self) -> dict[str, "InModel"]:
+        return _fitted(self.device)
+
+    @cached_property
+    def _around(self) -> dict[str, float]:
+        """What a dense model spends around each product, without the attention that grows with the prompt, by phase.
+
+        That is what it spends outside its products at the shortest prompt that was measured, in prefill for each token.
+        """
+        shortest = min(self.tables.prompts(self.model, "dense_bf16"), default=self.tokens)
+        short = replace(self, tokens=shortest, decode_prompt=shortest)
+        scale = {"prefill": self.tokens / shortest, "decode": 1.0}
+        return {phase: short.rest(phase, 1) * scale[phase] / len(MERGED) for phase in self.phases}
 
     def block(self, phase: str, spec: LinearSpec | None) -> float:
         """Microseconds of all products of one decoder block with one spec."""
@@ -151,22 +167,45 @@ class Measured:
         return max(0.0, whole - measured * self.block(phase, None)) * layers / measured
 
 
-@functools.cache
-def _factors(device: str) -> dict[str, float]:
-    """`Measured._in_model` of a device, from the reference model.
+@dataclass(frozen=True)
+class InModel:
+    """What a phase of a whole sparse model takes, as shares of what was measured apart.
 
-    That is its time less what the dense one spends outside its products, over the products alone. Alone, sparse and
-    dense products take turns at one clock. Prefills back to back run at the clock that their own power leaves, and a
-    decode step launches its products so that they overlap.
+    `products` is of the sparse products alone: inside a model, prefills run at the clock that their power leaves, and
+    the launches of a decode step overlap. `rest` is of `Measured._around`, part of which sparse products compute too
+    (norms, activations, residuals).
     """
-    factors = {}
-    for phase, (pattern, prompt) in _REFERENCES.items():
-        alone = Measured(device, shapes_of(_REFERENCE), _REFERENCE, phases=(phase,), tokens=prompt)
-        alone._in_model = dict.fromkeys(_REFERENCES, 1.0)
-        layers, modes = SHAPES[_REFERENCE][0], ("dense_bf16", f"nm-{pattern}")
-        dense, whole = (alone.tables.whole(_REFERENCE, mode, phase, prompt) for mode in modes)
-        products = layers * alone.block(phase, LinearSpec(NMPattern(pattern)))
-        factors[phase] = 1.0
-        if dense is not None and whole is not None:
-            factors[phase] = (whole - alone.rest(phase, layers)) / products
-    return factors
+
+    products: float = 1.0
+    rest: float = 1.0
+
+
+@functools.cache
+def _fitted(device: str) -> dict[str, InModel]:
+    """By phase, the least squares of the relative errors over all whole models that were measured."""
+    return {phase: _fit(_whole_models(device, phase)) for phase in _WHOLE}
+
+
+def _whole_models(device: str, phase: str) -> Iterator[tuple[float, float, float, float]]:
+    """Times of measured sparse models: of products alone, around dense products, of these two, and of the whole."""
+    for model, (layers, *_) in SHAPES.items():
+        for mode, pattern, dtype in _WHOLE[phase]:
+            for prompt in load_tables(device).prompts(model, mode):
+                alone = Measured(device, shapes_of(model), model, dtype, (phase,), prompt, prompt)
+                alone._in_model = dict.fromkeys(_WHOLE, InModel())
+                whole = alone.tables.whole(model, mode, phase, prompt)
+                rest = alone.rest(phase, layers)
+                if whole is not None and rest:
+                    around = layers * len(MERGED) * alone._around[phase]
+                    products = layers * alone.block(phase, LinearSpec(NMPattern(pattern)))
+                    yield products, around, whole - rest + around, whole
+
+
+def _fit(models: Iterable[tuple[float, float, float, float]]) -> InModel:
+    """Nothing is assumed to change if fewer than two models were measured."""
+    rows = torch.tensor([*models], dtype=torch.float64)
+    if len(rows) < 2:
+        return InModel()
+    relative = rows[:, :3] / rows[:, 3:]
+    products, rest = torch.linalg.lstsq(relative[:, :2], relative[:, 2:]).solution.flatten().tolist()
+    return InModel(products, rest)

@@ -168,6 +168,11 @@ class Tables:
             note = f"{wanted} (tokens, out, in) was not measured in {kind[0].split()[0]}: the nearest is {got}"
         return Product(*best.scaled(sizes), note)
 
+    def prompts(self, model: str, mode: str) -> list[int]:
+        """Prompt lengths at which a mode of a whole model was measured at batch 1."""
+        rows = (row for row in self._whole_models if (row["mode"], row["batch"]) == (mode, "1"))
+        return sorted({int(row["prompt"]) for row in rows if row["model"].split(" (")[0] == model})
+
     def whole(self, model: str, mode: str, phase: str, prompt: int) -> float | None:
         """Measured microseconds of a whole model at batch 1: time to first token, or a decode step; None if not
         measured.

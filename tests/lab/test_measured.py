@@ -8,7 +8,7 @@ import tiny_model
 
 from nm_act.lab import tables
 from nm_act.lab.cost import Place, Rates, cost_of, places_of, predictions, shapes_of
-from nm_act.lab.measured import SHAPES, Measured
+from nm_act.lab.measured import SHAPES, InModel, Measured
 from nm_act.lab.search.sensitivity import groups_of
 from nm_act.lab.tables import devices, load_tables
 from nm_act.recipe import LinearSpec, Recipe, Rule
@@ -91,8 +91,8 @@ def test_only_what_runs_on_sparse_tensor_cores_gains_from_their_lower_power():
     """2:4+2 is a pruned operand in the dense product, which takes as long in a model as alone."""
     cost, places = Measured("h100", LLAMA, "llama-3-8b"), places_of("llama-3-8b", 32)
     before = {pattern: predictions(cost, places, Recipe(pattern))["prefill"] for pattern in ("2:4", "2:4+1", "2:4+2")}
-    assert 0 < cost._in_model["prefill"] < 1
-    cost._in_model = dict.fromkeys(BOTH, 1.0)
+    assert all(0 < share < 1 for phase in BOTH for share in vars(cost._in_model[phase]).values())
+    cost._in_model = dict.fromkeys(BOTH, InModel())
     after = {pattern: predictions(cost, places, Recipe(pattern))["prefill"] for pattern in before}
     assert [before[pattern] > after[pattern] for pattern in before] == [True, True, False]
     assert after["2:4+2"] == before["2:4+2"] < 1
