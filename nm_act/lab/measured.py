@@ -8,6 +8,7 @@ is that of the whole operator.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -186,19 +187,21 @@ def _fitted(device: str) -> dict[str, InModel]:
     return {phase: _fit(_whole_models(device, phase)) for phase in _WHOLE}
 
 
-def _whole_models(device: str, phase: str) -> Iterator[tuple[float, float, float, float]]:
-    """Times of measured sparse models: of products alone, around dense products, of these two, and of the whole."""
-    for model, (layers, *_) in SHAPES.items():
-        for mode, pattern, dtype in _WHOLE[phase]:
-            for prompt in load_tables(device).prompts(model, mode):
-                alone = Measured(device, shapes_of(model), model, dtype, (phase,), prompt, prompt)
-                alone._in_model = dict.fromkeys(_WHOLE, InModel())
-                whole = alone.tables.whole(model, mode, phase, prompt)
-                rest = alone.rest(phase, layers)
-                if whole is not None and rest:
-                    around = layers * len(MERGED) * alone._around[phase]
-                    products = layers * alone.block(phase, LinearSpec(NMPattern(pattern)))
-                    yield products, around, whole - rest + around, whole
+def _whole_models(
+    device: str, phase: str, models: Iterable[str] = SHAPES
+) -> Iterator[tuple[float, float, float, float]]:
+    """Times of measured sparse models: of products alone, around dense products, of these two, of the whole."""
+    for model, (mode, pattern, dtype) in itertools.product(models, _WHOLE[phase]):
+        for prompt in load_tables(device).prompts(model, mode):
+            alone = Measured(device, shapes_of(model), model, dtype, (phase,), prompt, prompt)
+            alone._in_model = dict.fromkeys(_WHOLE, InModel())
+            whole = alone.tables.whole(model, mode, phase, prompt)
+            layers = SHAPES[model][0]
+            rest = alone.rest(phase, layers)
+            if whole is not None and rest:
+                around = layers * len(MERGED) * alone._around[phase]
+                products = layers * alone.block(phase, LinearSpec(NMPattern(pattern)))
+                yield products, around, whole - rest + around, whole
 
 
 def _fit(models: Iterable[tuple[float, float, float, float]]) -> InModel:
