@@ -25,11 +25,11 @@ MEASURED += [("qwen2.5-7b", "2:4", 4096), ("gemma-3-4b", "2:4", 4096), ("gemma-3
 @pytest.mark.parametrize(("model", "pattern", "prompt"), MEASURED)
 @pytest.mark.parametrize("phase", BOTH)
 def test_whole_models_are_predicted(model, pattern, phase, prompt):
-    """Of all these models the prediction knows two rows of llama-3-8b."""
+    """The prediction is fitted to all these models, but for 8:16 in prefill."""
     cost = Measured("h100", shapes_of(model), model, phases=(phase,), tokens=prompt, decode_prompt=prompt)
     found = predictions(cost, places_of(model, SHAPES[model][0]), Recipe(pattern))[phase]
     times = [cost.tables.whole(model, mode, phase, prompt) for mode in ("dense_bf16", f"nm-{pattern}")]
-    assert found == pytest.approx(times[0] / times[1], rel=0.035 if model == "llama-3-8b" else 0.05)
+    assert found == pytest.approx(times[0] / times[1], rel=0.03)
     assert not cost.notes or model != "llama-3-8b"
 
 
