@@ -2,7 +2,7 @@
 
 Both on the stack of quality_stack.py, so that q, k and v share a pair or a set of channels, and gate and up. A pair of
 rank R costs ``R (in + out)`` multiply-accumulates at the dense speed, k dense channels ``k out``. `shared_prediction`
-says what that makes of a Llama-3-8B.
+says what that makes of a Llama-3-8B if the sparse products stay fused (an upper bound).
 
     python benchmarks/quality_side.py OUT/facts.jsonl
 
