@@ -133,7 +133,8 @@ class Measured:
             time *= found.us / found.dense_us  # tables were measured at different clocks
             if phase == "decode" or self.tables.has_sparse_gemm(str(spec.pattern), dtype):  # else the dense product
                 inside = self._in_model[phase]
-                time = time * inside.products - fused * (1 - inside.rest) * self._around[phase]
+                saved = fused * (1 - inside.rest) * self._around[phase]
+                time = max(time * inside.products - saved, time / 2)
         if found.note:
             self.notes[found.note] = None
         return time * out_features / width
@@ -148,9 +149,9 @@ class Measured:
 
         That is what it spends outside its products at the shortest prompt that was measured, in prefill for each token.
         """
-        shortest = min(self.tables.prompts(self.model, "dense_bf16"), default=self.tokens)
-        short = replace(self, tokens=shortest, decode_prompt=shortest)
-        scale = {"prefill": self.tokens / shortest, "decode": 1.0}
+        prompts = self.tables.prompts(self.model, "dense_bf16")
+        short = replace(self, tokens=min(prompts), decode_prompt=min(prompts)) if prompts else self
+        scale = {"prefill": self.tokens / short.tokens, "decode": 1.0}
         return {phase: short.rest(phase, 1) * scale[phase] / len(MERGED) for phase in self.phases}
 
     def block(self, phase: str, spec: LinearSpec | None) -> float:
@@ -158,14 +159,23 @@ class Measured:
         return math.fsum(self._time(phase, name, spec, True) for name in self.shapes)
 
     def rest(self, phase: str, layers: int) -> float:
-        """Microseconds that a model of so many of these blocks spends outside the products; 0 if not measured."""
+        """Microseconds that a model of so many of these blocks spends outside the products; 0 if not measured.
+
+        A prompt that was not measured takes the nearest one's, in prefill for each token.
+        """
         prompt = self.tokens if phase == "prefill" else self.decode_prompt
-        whole = self.tables.whole(self.model, "dense_bf16", phase, prompt) if self.model in SHAPES else None
-        if whole is None:
+        prompts = self.tables.prompts(self.model, "dense_bf16") if self.model in SHAPES else []
+        if not prompts:
             self.notes["no whole model of these shapes was measured: the speed-up is that of the linear layers"] = None
             return 0.0
+        nearest = min(prompts, key=lambda other: abs(math.log(other / prompt)))
+        if nearest != prompt:
+            self.notes[f"{self.model} was not measured whole with {prompt} tokens: {nearest} stand for it"] = None
+            other = replace(self, tokens=nearest, decode_prompt=nearest)
+            return other.rest(phase, layers) * (prompt / nearest if phase == "prefill" else 1.0)
+        whole = self.tables.whole(self.model, "dense_bf16", phase, prompt)
         measured = SHAPES[self.model][0]
-        return max(0.0, whole - measured * self.block(phase, None)) * layers / measured
+        return 0.0 if whole is None else max(0.0, whole - measured * self.block(phase, None)) * layers / measured
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ attention.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from . import operands
 from .attention import FusedAttention, merged_qkv
 from .changed import Changed, change, restore
 from .eligible import has_hooks, why_stays
+from .given import Following, Given, give, take
 from .merged import Product, SharesProducts
 
 _MARKS = (
@@ -22,7 +24,7 @@ _MARKS = (
     "nm_act_gates",
     "nm_act_norms",
     "nm_act_adds",
-    "nm_act_place",
+    "nm_act_following",
     "nm_act_head_norms",
     "nm_act_window_in_config",
 )
@@ -140,6 +142,7 @@ class FusedLayer(Changed):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden states of the next layer, ``[batch, tokens, hidden]``."""
+        given = take(hidden_states)
         qkv: Any = merged_qkv(self.self_attn)
         merged: Any = None
         before_mlp: Any = getattr(self, self.before_mlp)
@@ -158,7 +161,8 @@ class FusedLayer(Changed):
             return stock
         entered = hidden_states
         if way:
-            y = _taken(hidden_states, qkv.linear, way)
+            y = None if given is None else given.product_of(self, qkv.linear, way, hidden_states)
+            given = None  # nothing but attention is to keep the product alive
             if y is None:
                 y, _ = operands.norm_product(way, self.input_layernorm, qkv.linear, hidden_states)
             # Attention reads only the shape of this input: called with it, q, k and v are parts of y.
@@ -185,16 +189,16 @@ class FusedLayer(Changed):
             del attention
             if not self.after_parts:
                 return operands.gated_product(down, operand, hidden.shape, hidden)
-            return self._leave(operands.gated_product(down, operand, hidden.shape), hidden)
+            return self._leave(operands.gated_product(down, operand, hidden.shape), hidden, kwargs)
         products = list(operands.norm_product(mlp_way, before_mlp, gate_up, attention, residual, after))
         del attention
         hidden = products.pop()
         if not self.after_parts:
             return _mlp_tail(self.mlp, products, hidden)
-        return self._leave(_mlp_tail(self.mlp, products), hidden)
+        return self._leave(_mlp_tail(self.mlp, products), hidden, kwargs)
 
-    def _leave(self, y: Tensor, residual: Tensor) -> Tensor:
-        """The hidden states of the next layer from the output of the MLP and its residual."""
+    def _leave(self, y: Tensor, residual: Tensor, options: dict[str, Any]) -> Tensor:
+        """The hidden states of the next layer from the output of the MLP, its residual and the call's options."""
         return self._plus(1, y, residual)
 
     def _adds(self, mlp_way: str, x: Tensor) -> bool:
@@ -225,33 +229,32 @@ class FusedSandwichLayer(FusedLayer):
 
     before_mlp = "pre_feedforward_layernorm"
     after_parts = ("post_attention_layernorm", "post_feedforward_layernorm")
-    nm_act_place: tuple[list["FusedSandwichLayer"], int]
-    """Layers of this kind that follow each other, in one list that they share, and the place of this one."""
+    nm_act_following: Following
 
-    def _leave(self, y: Tensor, residual: Tensor) -> Tensor:
+    def _leave(self, y: Tensor, residual: Tensor, options: dict[str, Any]) -> Tensor:
         """The hidden states; where one kernel computes them and the next layer's norm, its q, k and v come along."""
-        norm, following = self._after(1, y), self._following()
-        way = "" if norm is None or following is None else following._way_after(y, norm)
+        norm = self._after(1, y)
+        following = None if norm is None or has_hooks(self) else self._following(y, options)
+        way = "" if following is None else following._way_after(y, norm)
         if not way or following is None:
             return self._plus(1, y, residual)
-        qkv: Any = merged_qkv(following.self_attn)
+        linear = merged_qkv(following.self_attn).linear  # type: ignore[union-attr]
         hidden: Tensor
-        product, hidden = operands.norm_product(way, following.input_layernorm, qkv.linear, y, residual, norm)
-        # On the states themselves: the next layer may be called through a view (StaticDecoder's), and what replaces
-        # the states on their way has no product.
-        vars(hidden)[_GIVEN] = qkv.linear, way, product
+        product, hidden = operands.norm_product(way, following.input_layernorm, linear, y, residual, norm)
+        give(hidden, Given(following, linear, way, hidden, product))
         return hidden
 
-    def _following(self) -> "FusedSandwichLayer | None":
-        """The next layer, if nothing comes between the two."""
-        # What a compiler has traced is not to depend on what a step left behind.
-        if has_hooks(self) or torch.compiler.is_compiling():
+    def _following(self, y: Tensor, options: dict[str, Any]) -> "FusedSandwichLayer | None":
+        """The next layer, if what comes between the two would be noticed."""
+        # What a compiler has traced is not to depend on what a step left behind. Inference tensors do not count their
+        # changes: only StaticDecoder's calls, which nothing interrupts, are linked among those.
+        if torch.compiler.is_compiling() or (y.is_inference() and "nm_act_lengths" not in options):
             return None
-        layers, place = self.nm_act_place
-        following = layers[place + 1] if place + 1 < len(layers) else None
+        link = vars(self).get("nm_act_following")
+        following = link and link()
         return following if isinstance(following, FusedSandwichLayer) else None
 
-    def _way_after(self, y: Tensor, after: nn.Module) -> str:
+    def _way_after(self, y: Tensor, after: Any) -> str:
         """How the product of q, k and v is computed if its kernel also computes ``after(y)`` and the residual."""
         if "input_layernorm" not in self.nm_act_norms or has_hooks(self) or has_hooks(self.self_attn):
             return ""
@@ -262,27 +265,11 @@ class FusedSandwichLayer(FusedLayer):
         return _way_of(self.input_layernorm, qkv.linear, y) if alike else ""
 
 
-_GIVEN = "nm_act_given"
-"""Attribute of hidden states: the next layer's q/k/v layer, how its product was computed, and the product."""
-
-
-def _taken(hidden: Tensor, linear: nn.Module, way: str) -> Tensor | None:
-    """The product of ``linear`` that came along with the hidden states; it does so once, so it is freed after use."""
-    if torch.compiler.is_compiling():  # attributes of traced tensors are no dictionary, and none is set there
-        return None
-    given = vars(hidden).pop(_GIVEN, None)
-    return given[2] if given is not None and given[0] is linear and given[1] == way else None
-
-
 def link_layers(layers: list[Any]) -> None:
     """Let each of a model's fused layers with norms on both sides compute what the next one begins with."""
-    run: list[Any] = []
-    for layer in layers:
-        if not isinstance(layer, FusedSandwichLayer):
-            run = []
-            continue
-        layer.nm_act_place = run, len(run)
-        run.append(layer)
+    for layer, following in itertools.pairwise(layers):
+        if isinstance(layer, FusedSandwichLayer) and isinstance(following, FusedSandwichLayer):
+            layer.nm_act_following = Following(following)
 
 
 def _way_of(norm: Any, linear: nn.Module, x: Tensor) -> str:

@@ -34,19 +34,39 @@ def test_whole_models_are_predicted(model, mode, phase, prompt):
     recipe = Recipe(pattern, decode_pattern=decode or None)
     found = predictions(cost, places_of(model, SHAPES[model][0]), recipe)[phase]
     times = [cost.tables.whole(model, each, phase, prompt) for each in ("dense_bf16", f"nm-{mode}")]
-    assert found == pytest.approx(times[0] / times[1], rel=0.035)
+    assert found == pytest.approx(times[0] / times[1], rel=0.025)
     assert not cost.notes or model != "llama-3-8b"
 
 
-@pytest.mark.parametrize("model", ["llama-3-8b", "qwen2.5-7b"])
-def test_models_that_the_fit_has_not_seen(model):
-    """Gemma's decode would be up to 7 % off: its layers have four norms."""
+@pytest.mark.parametrize(("model", "tolerance"), [("llama-3-8b", 0.03), ("qwen2.5-7b", 0.03), ("gemma-3-4b", 0.08)])
+def test_models_that_the_fit_has_not_seen(model, tolerance):
+    """Gemma's layers have four norms."""
     others = [other for other in ("llama-3-8b", "qwen2.5-7b", "gemma-3-4b") if other != model]
     for phase in BOTH:
         inside = measured._fit(measured._whole_models("h100", phase, others))
         for products, around, both, whole in measured._whole_models("h100", phase, [model]):
             predicted = whole - both + inside.products * products + inside.rest * around
-            assert predicted == pytest.approx(whole, rel=0.03)
+            assert predicted == pytest.approx(whole, rel=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "e4m3"])
+@pytest.mark.parametrize("model", SHAPES)
+def test_prompts_and_models_that_were_not_measured(model, dtype):
+    """No product takes less than half of its time alone, and what is taken over is part of the model's time."""
+    recipe = Recipe("2:4", decode_pattern="8:16")
+    for prompt in (128, 512, 2048, 4096, 65536):
+        cost = Measured("h100", shapes_of(model), model, dtype, BOTH, tokens=prompt, decode_prompt=prompt)
+        alone = Measured("h100", shapes_of(model), model, dtype, BOTH, tokens=prompt, decode_prompt=prompt)
+        alone._in_model = dict.fromkeys(BOTH, InModel())
+        places = places_of(model, SHAPES[model][0])
+        for phase, speedup in predictions(cost, places, recipe).items():
+            spec = LinearSpec("2:4" if phase == "prefill" else "8:16")
+            times = [[each.time(phase, place, spec, fused=True) for place in places[:7]] for each in (cost, alone)]
+            assert all(inside >= own / 2 > 0 for inside, own in zip(*times, strict=True))
+            # Of what a dense model spends around its products, no more than a third is taken over.
+            assert speedup < 1.4 * predictions(alone, places, recipe)[phase]
+    note = f"{model} was not measured whole with 65536 tokens"
+    assert any(each.startswith((note, "no whole model")) for each in cost.notes)
 
 
 def test_nothing_is_fitted_to_one_model():

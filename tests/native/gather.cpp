@@ -369,15 +369,19 @@ void run_what_stands_around() {
     for (Before before : {Before::kNorm, Before::kOffsetNorm, Before::kSilu, Before::kGelu, Before::kSandwich,
                           Before::kOffsetSandwich}) {
       for (int tokens : {1, 2, 4}) {
-        const Pattern pattern = step % 2 == 0 ? Pattern{8, 16, {}} : Pattern{2, 4, {}};
-        run_around(before, type, weight_type, tokens, 16 * (5 + 13 * (step % 4)), configs[step % 3], pattern);
-        ++step;
+        // One token has kernels of its own: slices of all sizes.
+        for (int config = 0; config < (tokens == 1 ? 3 : 1); ++config, ++step) {
+          const Pattern pattern = step % 2 == 0 ? Pattern{8, 16, {}} : Pattern{2, 4, {}};
+          run_around(before, type, weight_type, tokens, 16 * (5 + 13 * (step % 4)),
+                     configs[tokens == 1 ? config : step % 3], pattern);
+        }
       }
     }
-    // More features than 256 threads hold eight of each.
+    // As many features as 256 and 512 threads hold eight of each, and more than 256 threads do.
     for (Before before : {Before::kNorm, Before::kOffsetNorm, Before::kSandwich}) {
-      run_around(before, type, weight_type, 1, 16 * 130, configs[step % 2], Pattern{8, 16, {}});
-      ++step;
+      run_around(before, type, weight_type, 1, 2048, configs[1], Pattern{8, 16, {}});
+      run_around(before, type, weight_type, 1, 4096, configs[2], Pattern{8, 16, {}});
+      run_around(before, type, weight_type, 1, 2080, configs[step++ % 2], Pattern{8, 16, {}});
     }
   }
 }

@@ -1,21 +1,24 @@
 """Decode steps of optimized models, their CUDA operators replaced by formulas: what each product takes along."""
 
 import copy
+import gc
 import pickle
+import weakref
 from types import SimpleNamespace
 
 import fused_formulas
 import pytest
 import torch
 from fused_formulas import activated, packed_on_a_cpu
-from tiny_families import KNOWN, assert_close, logits, optimize_checked, sparse
+from tiny_families import IDS, KNOWN, assert_close, logits, optimize_checked, sparse
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import nm_act
 from nm_act import reference
 from nm_act.ops import explain
-from nm_act.optimize import attention, fused, operands, static
+from nm_act.optimize import attention, given, operands, static
+from nm_act.optimize.eligible import has_hooks
 from nm_act.optimize.fp8 import FP8Linear
 
 
@@ -48,7 +51,11 @@ def products(monkeypatch):
     monkeypatch.setattr(operands, "sandwich_linear", sandwich_linear)
     monkeypatch.setattr(operands, "way_of", lambda *_: "decode")
     monkeypatch.setattr(attention, "rotary", fused_formulas.rotary)
-    monkeypatch.setattr(attention, "fuses", lambda *_: True)
+
+    def fuses(module, *_):
+        return not any(has_hooks(getattr(module, name)) for name in attention.QKV)
+
+    monkeypatch.setattr(attention, "fuses", fuses)
     return products
 
 
@@ -67,15 +74,79 @@ def test_residuals_go_into_the_products_of_a_decode_step(name, calls, products):
 
 
 @pytest.mark.parametrize("hooked", ["layers.0", "layers.1", "layers.1.self_attn", "layers.1.self_attn.q_proj"])
-def test_hooks_between_layers_see_what_the_stock_layer_gives(hooked, calls, products):
+@pytest.mark.parametrize("in_place", [False, True])
+def test_hooks_between_layers_see_what_the_stock_layer_gives(hooked, in_place, calls, products):
     """As in the stock model, a hook may change what a layer returns or gets; each product is computed from that."""
     stock = sparse("gemma3")
     model = copy.deepcopy(stock)
     nm_act.optimize(model)
+
+    def changed(x):
+        shift = torch.linspace(0, 1, x.shape[-1])  # no norm undoes it
+        return x.add_(shift) if in_place else x + shift
+
     for each in (stock, model):
-        each.get_submodule(f"model.{hooked}").register_forward_pre_hook(lambda _, args: tuple(1.5 * x for x in args))
+        each.get_submodule(f"model.{hooked}").register_forward_pre_hook(lambda _, args: tuple(map(changed, args)))
     assert_close(logits(model), logits(stock))
     assert calls.count("added norm") == 2
+
+
+def run_layers(model, between=lambda _x: None):
+    """The hidden states after both layers of a loop of the caller's own, which does something between the layers."""
+    x = torch.nn.functional.embedding(IDS, model.model.embed_tokens.weight)
+    angles = model.model.rotary_emb(x, torch.arange(IDS.shape[1])[None], model.config.layer_types[0])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            x = layer(x, position_embeddings=angles, attention_mask=None)
+            between(x)
+    return x
+
+
+IN_PLACE = {
+    "add": lambda x: x.add_(torch.linspace(0, 1, x.shape[-1])),
+    "a part": lambda x: x[:, 0].fill_(0.5),
+    "data": lambda x: setattr(x, "data", x.data.flip(-1)),
+}
+
+
+@pytest.mark.parametrize("how", IN_PLACE)
+def test_states_that_change_between_layers_are_seen(how, calls, products):
+    model = sparse("gemma3")
+    stock = run_layers(model, IN_PLACE[how])
+    nm_act.optimize(model)
+    calls.clear()
+    assert_close(run_layers(model, IN_PLACE[how]), stock)
+    untouched = run_layers(model)
+    assert (untouched - stock).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("changed", ["input_layernorm.weight", "self_attn.qkv_proj.linear.weight"])
+def test_weights_that_change_between_layers_are_seen(changed, calls, products):
+    model, changes = sparse("gemma3"), []
+    nm_act.optimize(model)
+
+    def change(_x):
+        if not changes:
+            changes.append(changed)
+            parameter = dict(second.named_parameters())[changed]
+            parameter.mul_(torch.linspace(0.5, 2, parameter.shape[-1]))
+
+    second = model.model.layers[1]
+    changed = next(name for name, _ in second.named_parameters() if name.endswith(changed.rpartition("_proj.")[2]))
+    actual = run_layers(model, change)
+    assert_close(actual, run_layers(model))
+
+
+def test_inference_tensors_are_linked_by_a_static_decoder_alone(calls, products):
+    """They do not count their changes."""
+    model = sparse("gemma3")
+    nm_act.optimize(model)
+    with torch.inference_mode():
+        model(input_ids=IDS)
+        assert calls == ["added norm"] * 2
+        calls.clear()
+        model(input_ids=IDS, nm_act_lengths=None)
+        assert calls == ["added norm"]
 
 
 def test_views_of_a_model_compute_each_product_once(calls, products):
@@ -93,31 +164,34 @@ def test_views_of_a_model_compute_each_product_once(calls, products):
     assert calls == ["added norm"] * 2
 
 
-def test_a_product_is_not_used_for_other_states(calls, products):
+def test_states_keep_nothing(calls, products):
+    """What comes along is neither saved nor copied with the states, and is gone with them."""
     model = sparse("gemma3")
     nm_act.optimize(model)
-    first, second = model.model.layers
-    linear = attention.merged_qkv(second.self_attn).linear
-    for given in ((linear, "packed"), (first.mlp.down_proj, "decode")):
-        x = torch.zeros(1, 1, 4)
-        x.nm_act_given = *given, torch.full((1,), torch.nan)
-        assert fused._taken(x, linear, "decode") is None
-        assert not vars(x)
-    stock = logits(sparse("gemma3"))
-    first.register_forward_hook(lambda _module, _args, y: y.clone())
-    assert_close(logits(model), stock)
-    assert calls == ["added norm"] * 2
+    seen = []
+    model.model.layers[1].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    logits(model)
+    assert not vars(seen.pop())
+    gc.collect()
+    assert not given._given
 
 
-def test_linked_layers_are_copied_and_restored():
+def test_copies_compute_for_themselves_and_layers_are_not_kept(calls, products):
     model = sparse("gemma3")
+    expected = logits(model)
     nm_act.optimize(model)
     for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        own, place = each.model.layers[1].nm_act_place
-        assert own[place] is each.model.layers[1]
-        assert own[0] is each.model.layers[0]
+        calls.clear()
+        assert_close(logits(each), expected)
+        assert calls == ["added norm"] * 2
+    second = weakref.ref(model.model.layers[1])
+    del model.model.layers[1]
+    gc.collect()
+    assert second() is None
+    vars(model.model.layers[0]).pop("nm_act_following")  # as a model that was pickled by 0.1 has none
+    model.config.num_hidden_layers = 1
+    logits(model)
     nm_act.deoptimize(model)
-    assert not any("nm_act_place" in vars(layer) for layer in model.model.layers)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +225,3 @@ def test_nothing_comes_along_in_a_trace(calls, products, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert_close(logits(model), expected)
     assert calls == ["added norm"] * 2
-    linear = attention.merged_qkv(model.model.layers[1].self_attn).linear
-    x = torch.zeros(1, 1, 4)
-    x.nm_act_given = linear, "decode", x
-    assert fused._taken(x, linear, "decode") is None

@@ -128,8 +128,8 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
     check_same_device(values, *residual, "residual", kOp);
     TORCH_CHECK_VALUE(residual->dim() == 2 && residual->size(0) == tokens && residual->size(1) == out_features &&
                           residual->scalar_type() == type,
-                      "nm_act::sparse_gemm expected residual [", tokens, ", ", out_features, "] in ", type, ", got ",
-                      residual->sizes(), " in ", dtype_text(*residual), "; add it to the result instead");
+                      "nm_act::sparse_gemm expected residual [", tokens, ", ", out_features, "] in ", dtype_text(type),
+                      ", got ", residual->sizes(), " in ", dtype_text(*residual), "; add it to the result instead");
   }
   const c10::cuda::CUDAGuard guard(values.device());
   const at::Tensor like = at::empty({0}, values.options().dtype(type));  // vectors may be float32 or y's dtype
