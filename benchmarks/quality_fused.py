@@ -276,6 +276,9 @@ class Fused:
     def measure(self, name: str, recipe: Recipe, tensors: list[Tensor], layers: str, on: str = "") -> None:
         """Rows of a recipe with these tensors: every text in float32, the short tasks in bfloat16."""
         session, variant = self.session, _variant(name, recipe, layers, on)
+        if layers == "search" and not on:
+            windows = f"{session.options.sensitivity_windows} windows of {self.length} tokens for the sensitivities"
+            variant = dataclasses.replace(variant, calibrated_on=f"{C4}, {windows}")
         model = sparse_model(session.dense, everywhere(recipe), tensors)
         session.measure(variant, model)
         if on and session.options.tasks_of_trained:

@@ -7,12 +7,26 @@ from result_files import EVALUATION, ROOT, perplexities, times, with_error
 
 from nm_act.lab.evaluate.perplexity import paired_difference
 from nm_act.lab.evaluate.results import markdown_table as table
+from nm_act.recipe import NAMED
+
+STAR = "An asterisk marks what was calibrated, searched or trained."
+DAGGER = "A dagger marks what is predicted to be slower than dense in prefill, by more than 2 %."
+
+
+def is_slower(row: dict[str, str]) -> bool:
+    """Whether a row's prefill is predicted to lose to dense by more than the predictions' error."""
+    return float(row["predicted_speedup"]) < 0.98
+
+
+def marked(row: dict[str, str]) -> str:
+    """Name of a row with the marks of `STAR` and `DAGGER`."""
+    return row["name"] + (" *" if row["calibrated_on"] else "") + (" †" if is_slower(row) else "")
 
 
 def perplexity_table(rows: list[dict[str, str]]) -> str:
     lines = [
         [
-            row["name"] + (" *" if row["calibrated_on"] else ""),
+            marked(row),
             row["pattern"],
             row["layers"],
             f"{float(row['predicted_speedup']):.2f}x",
@@ -23,8 +37,9 @@ def perplexity_table(rows: list[dict[str, str]]) -> str:
     ]
     first = rows[0]
     header = ["recipe", "pattern", "layers", "prefill, predicted", "decode, predicted", "perplexity"]
-    star = " An asterisk marks what was calibrated or trained." if any(row["calibrated_on"] for row in rows) else ""
-    origin = f"{first['model']}, {first['task']}, {first['samples']} tokens; `{EVALUATION}`.{star}"
+    star = f" {STAR}" if any(row["calibrated_on"] for row in rows) else ""
+    slow = f" {DAGGER}" if any(is_slower(row) for row in rows) else ""
+    origin = f"{first['model']}, {first['task']}, {first['samples']} tokens; `{EVALUATION}`.{star}{slow}"
     return f"{table(header, lines, right=3)}\n\n{origin}"
 
 
@@ -47,10 +62,16 @@ def quality() -> str:
     )
 
 
+BALANCED = "wina+var 2:4 amber"
+"""The row whose recipe is that of `balanced`."""
+
+
 def best() -> str:
-    """The best rows that are faster than dense, for the front page, beside 2:4 everywhere."""
+    """The best rows by speed for the front page, named recipes, plain patterns, and a low-rank pair."""
     rows = {row["name"]: row for row in perplexities()}
-    shown = [rows["dense"], rows["act 2:4"], rows["act 8:16"]]
+    rows["balanced (recommended)"] = rows[BALANCED] | {"name": "balanced (recommended)", "layers": "rule"}
+    shown = [rows["dense"], rows["act 2:4"], rows["act 8:16"], rows["act+rsparse-128-fit 8:16"]]
+    shown += [rows[f"{name} (recommended)"] for name in NAMED]
     losses = held_out() or {name: float(row["value"]) for name, row in rows.items()}
     for phase, targets in ((0, (1.1, 1.2, 1.3)), (1, (1.3, 1.45))):
         for target in targets:
@@ -71,7 +92,8 @@ def rules() -> str:
     header = ["sparse projections", "prefill, predicted", "decode, predicted", "perplexity"]
     origin = (
         f"SmolLM2-135M, the first {found[0]['samples']} tokens of C4's documents from 1701 on, float32, "
-        f"criterion wina, mitigation var; `{EVALUATION}`. A decode recipe is measured as if all tokens were decoded."
+        f"criterion wina and mitigation var unless a row says otherwise; `decode` has act alone. `{EVALUATION}`. "
+        "`10:16, in down 7:16` is `decode`'s predecessor. A decode recipe is measured as if all tokens were decoded."
     )
     return f"{table(header, lines)}\n\n{origin}"
 
@@ -97,13 +119,12 @@ def texts() -> str:
             ratio = float(found[text][row["name"]]["value"]) / float(found[text]["dense"]["value"])
             own, below = losses[row["name"], text], [losses[other["name"], text] for other in rows[index + 1 :]]
             cells.append(f"{ratio:.2f}" + (" !" if any(apart(own, other, noise) for other in below) else ""))
-        name = row["name"] + (" *" if row["calibrated_on"] else "")
-        lines.append([name, *(times(speed) for speed in speeds(row)), *cells])
+        lines.append([marked(row), *(times(speed) for speed in speeds(row)), *cells])
     header = ["recipe", "prefill, predicted", "decode, predicted", *TEXTS]
     note = (
         "Perplexity over the dense model's, the first 20 480 tokens of each text. `!`: a row below, which is worse on "
-        "WikiText-2, is better here, by more than twice the paired error and twice the noise of rounding. An asterisk "
-        f"marks what was calibrated or trained; `{EVALUATION}`."
+        "WikiText-2, is better here, by more than twice the paired error and twice the noise of rounding. "
+        f"{STAR} {DAGGER} `{EVALUATION}`."
     )
     return f"{table(header, lines)}\n\n{note}"
 
