@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import autograd
 from . import operands
 from .attention import FusedAttention, merged_qkv
 from .changed import Changed, change, restore
 from .eligible import has_hooks, why_stays
-from .given import Following, Given, give, take
+from .given import Following, Given, give, has_state, take
 from .merged import Product, SharesProducts
 
 _MARKS = (
@@ -249,6 +250,8 @@ class FusedSandwichLayer(FusedLayer):
         # What a compiler has traced is not to depend on what a step left behind. Inference tensors do not count their
         # changes: only StaticDecoder's calls, which nothing interrupts, are linked among those.
         if torch.compiler.is_compiling() or (y.is_inference() and "nm_act_lengths" not in options):
+            return None
+        if _has_any_global_hook() or not has_state(y):
             return None
         link = vars(self).get("nm_act_following")
         following = link and link()

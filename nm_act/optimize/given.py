@@ -6,7 +6,6 @@ share what is set on a module, and states that were replaced on their way have n
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,26 +29,28 @@ class Following:
         return Following, ()
 
 
-@dataclass
 class Given:
-    """The product of a layer's q, k and v for hidden states, and what it was computed from."""
+    """The product of a layer's q, k and v for hidden states, and the state of what it was computed from."""
 
-    layer: Any
-    linear: nn.Module
-    way: str
-    hidden: Tensor | tuple[Any, ...]
-    product: Tensor
-
-    def __post_init__(self) -> None:
-        assert isinstance(self.hidden, Tensor)
-        self.hidden = _state(self.hidden)  # the tensor itself is the key that this belongs to
-        self.weights = [*map(_state, _weights(self.layer, self.linear))]
+    def __init__(self, layer: Any, linear: nn.Module, way: str, hidden: Tensor, product: Tensor):
+        self._linear, self._way, self._product = weakref.ref(linear), way, product
+        # The states themselves are the key that this belongs to, and the layer may be gone before them.
+        self._hidden = _state(hidden)
+        self._weights = [*map(_state, _weights(layer, linear))]
 
     def product_of(self, layer: Any, linear: nn.Module, way: str, hidden: Tensor) -> Tensor | None:
         """The product, if it is this layer's and neither the states nor the weights have changed since."""
-        if linear is not self.linear or way != self.way or _state(hidden) != self.hidden:
+        if linear is not self._linear() or way != self._way or _state(hidden) != self._hidden:
             return None
-        return self.product if [*map(_state, _weights(layer, linear))] == self.weights else None
+        return self._product if [*map(_state, _weights(layer, linear))] == self._weights else None
+
+
+def has_state(tensor: Tensor) -> bool:
+    """Whether changes of a tensor can be noticed; those of traced and vmapped ones, which have no data, cannot."""
+    try:
+        return type(tensor) is Tensor and tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def _weights(layer: Any, linear: nn.Module) -> Iterator[Tensor]:

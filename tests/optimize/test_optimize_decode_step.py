@@ -164,6 +164,20 @@ def test_views_of_a_model_compute_each_product_once(calls, products):
     assert calls == ["added norm"] * 2
 
 
+def test_global_hooks_and_tensors_without_data_are_not_linked(calls, products):
+    model = sparse("gemma3")
+    nm_act.optimize(model)
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        logits(model)
+    assert calls == ["added norm"] * 2
+    found = []
+    torch.vmap(lambda x: found.append(given.has_state(x)) or x)(torch.zeros(2, 3))
+    with FakeTensorMode():
+        found.append(given.has_state(torch.zeros(3)))
+    assert found == [False, False]
+    assert given.has_state(torch.zeros(3))
+
+
 def test_states_keep_nothing(calls, products):
     """What comes along is neither saved nor copied with the states, and is gone with them."""
     model = sparse("gemma3")
