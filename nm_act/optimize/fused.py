@@ -143,7 +143,7 @@ class FusedLayer(Changed):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden states of the next layer, ``[batch, tokens, hidden]``."""
-        given = take(hidden_states)
+        given = take(hidden_states) if self.after_parts else None
         qkv: Any = merged_qkv(self.self_attn)
         merged: Any = None
         before_mlp: Any = getattr(self, self.before_mlp)
@@ -151,10 +151,7 @@ class FusedLayer(Changed):
             merged = getattr(self.mlp, self.mlp.nm_act_gate_up)
         gate_up: Any = None if merged is None else merged.linear
         # Hooks that were registered since must receive what the stock layer would pass to them.
-        way = mlp_way = ""
-        fuses = "input_layernorm" in self.nm_act_norms and not has_hooks(self.self_attn)
-        if fuses and not _parts_have_hooks(self.self_attn, qkv):
-            way = _way_of(self.input_layernorm, qkv.linear, hidden_states)
+        way, mlp_way = self._qkv_way(hidden_states), ""
         if merged is not None and not has_hooks(self.mlp) and not _parts_have_hooks(self.mlp, merged):
             mlp_way = _way_of(before_mlp, gate_up, hidden_states)
         if args or not (way or mlp_way):
@@ -197,6 +194,13 @@ class FusedLayer(Changed):
         if not self.after_parts:
             return _mlp_tail(self.mlp, products, hidden)
         return self._leave(_mlp_tail(self.mlp, products), hidden, kwargs)
+
+    def _qkv_way(self, x: Tensor) -> str:
+        """How this call's first norm and product of q, k and v are computed together; empty if they are not."""
+        if "input_layernorm" not in self.nm_act_norms or has_hooks(self.self_attn):
+            return ""
+        qkv: Any = merged_qkv(self.self_attn)
+        return "" if _parts_have_hooks(self.self_attn, qkv) else _way_of(self.input_layernorm, qkv.linear, x)
 
     def _leave(self, y: Tensor, residual: Tensor, options: dict[str, Any]) -> Tensor:
         """The hidden states of the next layer from the output of the MLP, its residual and the call's options."""
@@ -259,13 +263,10 @@ class FusedSandwichLayer(FusedLayer):
 
     def _way_after(self, y: Tensor, after: Any) -> str:
         """How the product of q, k and v is computed if its kernel also computes ``after(y)`` and the residual."""
-        if "input_layernorm" not in self.nm_act_norms or has_hooks(self) or has_hooks(self.self_attn):
-            return ""
-        qkv: Any = merged_qkv(self.self_attn)
-        if _parts_have_hooks(self.self_attn, qkv) or self.input_layernorm.weight.device != y.device:
+        if has_hooks(self) or self.input_layernorm.weight.device != y.device:
             return ""
         alike = operands.norm_facts(self.input_layernorm) == operands.norm_facts(after)
-        return _way_of(self.input_layernorm, qkv.linear, y) if alike else ""
+        return self._qkv_way(y) if alike else ""
 
 
 def link_layers(layers: list[Any]) -> None:
