@@ -149,10 +149,8 @@ class Measured:
 
         That is what it spends outside its products at the shortest prompt that was measured, in prefill for each token.
         """
-        prompts = self.tables.prompts(self.model, "dense_bf16")
-        short = replace(self, tokens=min(prompts), decode_prompt=min(prompts)) if prompts else self
-        scale = {"prefill": self.tokens / short.tokens, "decode": 1.0}
-        return {phase: short.rest(phase, 1) * scale[phase] / len(MERGED) for phase in self.phases}
+        prompts = self._prompts()
+        return {phase: self._rest_at(min(prompts), phase, 1) / len(MERGED) if prompts else 0.0 for phase in self.phases}
 
     def block(self, phase: str, spec: LinearSpec | None) -> float:
         """Microseconds of all products of one decoder block with one spec."""
@@ -163,19 +161,29 @@ class Measured:
 
         A prompt that was not measured takes the nearest one's, in prefill for each token.
         """
-        prompt = self.tokens if phase == "prefill" else self.decode_prompt
-        prompts = self.tables.prompts(self.model, "dense_bf16") if self.model in SHAPES else []
+        prompts = self._prompts()
         if not prompts:
-            self.notes["no whole model of these shapes was measured: the speed-up is that of the linear layers"] = None
             return 0.0
+        prompt = self.tokens if phase == "prefill" else self.decode_prompt
         nearest = min(prompts, key=lambda other: abs(math.log(other / prompt)))
         if nearest != prompt:
             self.notes[f"{self.model} was not measured whole with {prompt} tokens: {nearest} stand for it"] = None
-            other = replace(self, tokens=nearest, decode_prompt=nearest)
-            return other.rest(phase, layers) * (prompt / nearest if phase == "prefill" else 1.0)
+        return self._rest_at(nearest, phase, layers)
+
+    def _prompts(self) -> list[int]:
+        """Prompts at which the whole dense model was measured."""
+        prompts = self.tables.prompts(self.model, "dense_bf16") if self.model in SHAPES else []
+        if not prompts:
+            self.notes["no whole model of these shapes was measured: the speed-up is that of the linear layers"] = None
+        return prompts
+
+    def _rest_at(self, prompt: int, phase: str, layers: int) -> float:
+        """`rest` as it was measured at a prompt, in prefill for each token."""
+        there = replace(self, tokens=prompt, decode_prompt=prompt)
         whole = self.tables.whole(self.model, "dense_bf16", phase, prompt)
         measured = SHAPES[self.model][0]
-        return 0.0 if whole is None else max(0.0, whole - measured * self.block(phase, None)) * layers / measured
+        rest = 0.0 if whole is None else max(0.0, whole - measured * there.block(phase, None)) * layers / measured
+        return rest * (self.tokens / prompt if phase == "prefill" else 1.0)
 
 
 @dataclass(frozen=True)

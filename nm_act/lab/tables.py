@@ -168,10 +168,16 @@ class Tables:
             note = f"{wanted} (tokens, out, in) was not measured in {kind[0].split()[0]}: the nearest is {got}"
         return Product(*best.scaled(sizes), note)
 
+    def _of_whole(self, model: str, **wanted: str) -> Iterator[dict[str, str]]:
+        """Rows of a whole model at batch 1 with these values."""
+        wanted["batch"] = "1"
+        for row in self._whole_models:
+            if row["model"].split(" (")[0] == model and wanted.items() <= row.items():
+                yield row
+
     def prompts(self, model: str, mode: str) -> list[int]:
         """Prompt lengths at which a mode of a whole model was measured at batch 1."""
-        rows = (row for row in self._whole_models if (row["mode"], row["batch"]) == (mode, "1"))
-        return sorted({int(row["prompt"]) for row in rows if row["model"].split(" (")[0] == model})
+        return sorted({int(row["prompt"]) for row in self._of_whole(model, mode=mode)})
 
     def whole(self, model: str, mode: str, phase: str, prompt: int) -> float | None:
         """Measured microseconds of a whole model at batch 1: time to first token, or a decode step; None if not
@@ -180,9 +186,8 @@ class Tables:
         The modes took turns, with prompts back to back, as the products were measured.
         """
         metric = "decode_tok_s" if phase == "decode" else "ttft_busy_ms"
-        wanted = {"batch": "1", "prompt": str(prompt), "metric": metric, "baseline": "dense_bf16"}
-        rows = [r for r in self._whole_models if r["model"].split(" (")[0] == model and wanted.items() <= r.items()]
-        dense, row = (next((row for row in rows if row["mode"] == name), None) for name in ("dense_bf16", mode))
+        wanted = {"prompt": str(prompt), "metric": metric, "baseline": "dense_bf16"}
+        dense, row = (next(self._of_whole(model, mode=name, **wanted), None) for name in ("dense_bf16", mode))
         if dense is None or row is None:
             return None
         # Runs differ in clock: the mode's own run says how much faster it was.
