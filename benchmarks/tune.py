@@ -4,7 +4,7 @@ csrc/kernels/matmul/config.h is fitted to the CSV. A candidate is a line more in
 
 A problem is scanned, then decided. Scan: every tile with both rasters and its widest band, the best tiles with every
 band. Final: the best tiles, the baselines and the whole operator (in stream order and overlapped), in
-turn. Whatever is timed was compared with a float64 product of the pruned rows first: its error is at most twice
+turn. Problems of the part "turns" have one stage of that name: every tile, whole, split and streamed, in turn. Whatever is timed was compared with a float64 product of the pruned rows first: its error is at most twice
 torch's. Rows are appended as they come. A candidate that fails costs its own row; one that breaks the device or hangs
 restarts the process without it, and the run goes on where it was.
 
@@ -26,7 +26,7 @@ import torch
 from gpu_timer import require_kernels
 from shapes import FAMILY_SHAPES, LLAMA_3_8B, LLAMA_3_70B, TOKEN_COUNTS
 from timer import relative_error
-from tune_case import Calls, Case, Clock, Config, Problem, scaled_mm
+from tune_case import LAUNCH_CYCLES, Calls, Case, Clock, Config, Problem, scaled_mm
 
 import nm_act
 from nm_act import _C
@@ -34,9 +34,11 @@ from nm_act.ops.e4m3 import quantise_rows
 from nm_act.version import commit
 
 LLAMA_TOKENS = (4096, 16384, 1024)
-PARTS = ("bf16", "e4m3", "in_out", "crossover", "families")
+PARTS = ("bf16", "e4m3", "in_out", "crossover", "families", "turns")
 CROSSOVER_TOKENS = (48, 96, 192, 256, 384, 448, 512, 640, 768, 1024, 1536)  # where the dense product may win
+TURNS_FROM = 448  # tokens of the part "turns"
 BOTH_RASTERS, BANDS, SPLITS = (1, 2), (1, 2, 4, 8), (2, 3, 4, 5, 6, 8)
+STREAMED = 0  # kStreamed of csrc/kernels/matmul/config.h
 COLUMNS = (
     *(*Problem._fields, "stage", "what", "raster", "swizzle", "splits"),
     *("us_p50", "error", "torch_error", "note", "device", "torch", "cuda", "commit", "date"),
@@ -84,13 +86,16 @@ def splits_of(problem: Problem, tile: dict) -> tuple[int, ...]:
     """How many blocks may share a tile: where a grid leaves multiprocessors idle, and each has features enough."""
     if not tile["split"]:
         return (1,)
+    if problem.dtype == "e4m3":
+        return (STREAMED,)
     tiles = -(-problem.tokens // tile["tokens"]) * -(-problem.out_features // tile["out_features"])
-    return tuple(s for s in SPLITS if problem.in_features >= 512 * s and tiles * (s - 1) < 400)
+    return (STREAMED, *(s for s in SPLITS if problem.in_features >= 512 * s and tiles * (s - 1) < 400))
 
 
 class Tuner:
     def __init__(self, arguments: argparse.Namespace, device: str):
         self.arguments, self.clock = arguments, Clock()
+        self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
         self.facts = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda}
         self.facts |= {"commit": arguments.commit, "date": datetime.date.today().isoformat()}
         self.tiles = {
@@ -103,7 +108,9 @@ class Tuner:
         if resumed:
             with open(arguments.csv, newline="") as file:
                 self.done = {
-                    tuple(row[c] for c in Problem._fields) for row in csv.DictReader(file) if row["stage"] == "final"
+                    tuple(row[c] for c in Problem._fields)
+                    for row in csv.DictReader(file)
+                    if row["stage"] in ("final", "turns")
                 }
         self.file = open(arguments.csv, "a", newline="")  # noqa: SIM115 - open as long as the run
         self.writer = csv.DictWriter(self.file, COLUMNS, restval="", lineterminator="\n")
@@ -144,6 +151,8 @@ class Tuner:
 
     def tune(self, problem: Problem) -> str:
         case = Case(problem)
+        if self.arguments.chosen:
+            return self.decide_chosen(case)
         tiles = {tile["name"]: tile for tile in self.tiles[problem.dtype]}
 
         def config(name, raster, swizzle, splits=1):
@@ -158,6 +167,10 @@ class Tuner:
             for splits in splits_of(problem, tile)
             for r in BOTH_RASTERS
         ]
+        if problem.part == "turns":
+            # Without the small tiles of many tokens, which took 1.2 to 4 times as long in the scans.
+            small = {name for name, tile in tiles.items() if tile["tokens"] * tile["out_features"] < 128 * 256}
+            return self.turns(case, [c for c in first if c.name not in small or sizes[0] <= 1536])
         self.scan(case, first, times, errors)
         if not times:
             return f"{problem}: no candidate could be timed"
@@ -171,6 +184,37 @@ class Tuner:
             best = self.best_of_tiles(times)
         case.anchor = None
         return self.decide(case, [best[name] for name in list(best)[:3]], errors)
+
+    def decide_chosen(self, case: Case) -> str:
+        tile, *rest, _ = _C.select_gemm_config(*case.problem[1:2], *case.problem[3:], self.multiprocessors)
+        name = next(each["name"] for each in self.tiles[case.problem.dtype] if each["tile"] == tile)
+        config = Config(name, tile, *rest)
+        error, wrong = case.error_of(case.gemm(config)[0]())
+        if wrong:
+            return wrong
+        case.anchor = None
+        return self.decide(case, [config], {config: error})
+
+    def turns(self, case: Case, configs: list[Config]) -> str:
+        """Rows of all configurations, each verified, then timed in turn."""
+        problem, samples, errors = case.problem, {}, {}
+        for config in configs:
+            y = guarded(config.name, case.gemm(config)[0])
+            if y is None:
+                continue
+            errors[config], wrong = case.error_of(y)
+            del y
+            if wrong:
+                print(f"{config} at {problem}: {wrong}", flush=True)
+                continue
+            samples[config] = self.clock.timer(case.gemm(config), case.estimate_us)
+        medians = self.clock.medians(samples, 5)
+        for config, us in medians.items():
+            facts = {"raster": config.raster, "swizzle": config.swizzle, "splits": config.splits}
+            facts |= {"us_p50": f"{us:.2f}", "error": f"{errors[config]:.3e}"}
+            self.row(problem, "turns", config.name, **facts, torch_error=f"{case.torch_error:.3e}")
+        best = min(medians, key=medians.get)
+        return f"{best} {medians[best]:.1f}"
 
     @staticmethod
     def best_of_tiles(times: dict[Config, float]) -> dict[str, Config]:
@@ -210,6 +254,7 @@ class Tuner:
         self.add_baselines(case, add, samples, notes)
         rounds = 5 if case.estimate_us > 3000 else 7
         medians = self.clock.medians(samples, rounds)
+        self.clock.rest = LAUNCH_CYCLES
         by_name = {config.name: config for config in contenders}
         for name, us in medians.items():
             facts = {"us_p50": f"{us:.2f}", "note": chosen.name if name.startswith(("op", "compress")) else ""}
@@ -289,7 +334,8 @@ def problems_of(arguments: argparse.Namespace) -> list[Problem]:
     kinds = {"bf16": ("bf16", "out_in"), "e4m3": ("e4m3", "out_in"), "in_out": ("bf16", "in_out")}
     result = [Problem(part, *kinds[part], *sizes) for part in arguments.parts if part in kinds for sizes in main_parts]
     shapes = [shape for layers in FAMILY_SHAPES.values() for shape in layers.values()]
-    for part, counts in (("crossover", CROSSOVER_TOKENS), ("families", TOKEN_COUNTS)):
+    turns = sorted({t for t in (*CROSSOVER_TOKENS, *TOKEN_COUNTS, *LLAMA_TOKENS) if t >= TURNS_FROM})
+    for part, counts in (("crossover", CROSSOVER_TOKENS), ("families", TOKEN_COUNTS), ("turns", turns)):
         drawn = [(tokens, *shape) for shape in [*shapes, *llama] for tokens in counts]
         random.Random(0).shuffle(drawn)  # so that a run cut short is not one of small layers
         if part in arguments.parts:
@@ -304,6 +350,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="in this order")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no problem after this time")
     parser.add_argument("--no-cusparselt", action="store_true", help="leave out that baseline and its long search")
+    parser.add_argument("--chosen", action="store_true", help="no scan: the chosen configuration beside the baselines")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave a candidate out")
     arguments = parser.parse_args()
     began = float(os.environ.setdefault("NM_ACT_TUNE_BEGAN", str(time.time())))  # a restart's time counts too
@@ -315,7 +362,7 @@ def main() -> None:
         for sizes in ((300, 528, 1088), (1, 16, 64)):
             case = Case(Problem("check", dtype, storage, *sizes))
             for tile in list(tuner.tiles[dtype]):
-                config = Config(tile["name"], tile["tile"], 1, 1, 2 if tile["split"] else 1)
+                config = Config(tile["name"], tile["tile"], 1, 1, STREAMED if tile["split"] else 1)
                 y = guarded(config.name, case.gemm(config)[0])
                 wrong = "not compiled or refused" if y is None else case.error_of(y)[1]
                 if wrong:

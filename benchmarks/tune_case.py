@@ -25,6 +25,7 @@ class Clock:
     """Device time: calls captured in a graph, long enough that its launch is lost in them."""
 
     def __init__(self):
+        self.rest = LAUNCH_CYCLES  # before every sample, of all that take turns: a card that rested has a higher clock
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.keeper = self.captured([lambda: torch.empty(1, device="cuda")], 1)  # keeps the pool
 
@@ -52,7 +53,7 @@ class Clock:
 
         def sample():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(LAUNCH_CYCLES)  # the host runs ahead, so its launch is not in the time
+            torch.cuda._sleep(self.rest)  # the host runs ahead, so its launch is not in the time
             start.record()
             launch()
             end.record()
@@ -60,15 +61,14 @@ class Clock:
 
         return sample
 
-    @staticmethod
-    def behind_a_sleep(calls: Calls, host_us: float) -> Callable[[], tuple]:
+    def behind_a_sleep(self, calls: Calls, host_us: float) -> Callable[[], tuple]:
         """For calls that cannot be captured: enqueued while the device sleeps, so that the host's time is hidden."""
         count = 4
-        cycles = int(2000 * 2 * count * max(host_us, 100))  # 2 GHz, twice the host's time
+        self.rest = int(2000 * 2 * count * max(host_us, 100))  # 2 GHz, twice the host's time
 
         def sample():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(cycles)
+            torch.cuda._sleep(self.rest)
             start.record()
             for i in range(count):
                 calls[i % len(calls)]()

@@ -66,7 +66,7 @@ std::string kernel_text(const LinearChoice& choice) {
   return std::string(facts_of(config.tile).name) + ", swizzle " + std::to_string(config.swizzle) +
          (config.raster == GemmRaster::kAlongTokens ? " along tokens" : " along outputs") +
          (config.splits > 1 ? ", " + std::to_string(config.splits) + " splits" : "") +
-         (config.overlapped ? ", overlapped" : "");
+         (config.splits == kStreamed ? ", streamed" : "") + (config.overlapped ? ", overlapped" : "");
 }
 
 }  // namespace nm_act

@@ -131,6 +131,9 @@ def test_non_finite_inputs_reach_the_output(tokens, layout):
     assert y[3].isnan().all()  # the row with a NaN
 
 
+STREAMED = 0  # kStreamed of csrc/kernels/matmul/config.h
+
+
 def tuned(packed, weight, config, column_scale=None, **terms):
     """sparse_gemm with a configuration of csrc/kernels/matmul/config.h."""
     options = {"row_scale": packed.row_scale, "eta": packed.eta, "column_scale": column_scale, **terms}
@@ -172,7 +175,7 @@ def test_every_tile_makes_the_product_with_the_same_bits_each_time(activation_dt
         terms["shift_out"] = torch.randn(shape[1], device="cuda")
     expected = nm_act.sparse_gemm(packed, weight, **terms)
     for tile in nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16"):
-        for raster, swizzle, splits in ((1, 1, 2), (2, 2, 3), (1, 2, 8)):
+        for raster, swizzle, splits in ((1, 1, 2), (2, 2, 3), (1, 2, 8), (1, 1, STREAMED)):
             config = [tile["tile"], raster, swizzle, splits if tile["split"] else 1, 0]
             first = tuned(packed, weight, config, **terms)
             # Sums of the e4m3 tensor cores depend on where a tile is split.

@@ -29,13 +29,17 @@ void check_properties(const GemmProblem& problem) {
   check(tile.tile == config.tile, "facts by number", problem);
   check(is_tile_of(tile, problem.value_type), "tile of the type", problem);
   for (const TileFacts& other : kTiles) {
-    if (!is_tile_of(other, problem.value_type)) continue;
-    const int64_t most = std::min<int64_t>(kMaxSplits, problem.in_features / kSplitFeatures);
-    for (int splits = other.split ? 2 : 1; splits <= (other.split ? most : 1); ++splits) {
-      check(estimate_us(problem, tile, config.splits) <= estimate_us(problem, other, splits), "least time", problem);
+    if (!is_tile_of(other, problem.value_type) || spills(problem, other)) continue;
+    const double us = estimate_us(problem, tile, config.splits);
+    const auto [fewest, most] = splits_of(problem, other);
+    for (int splits = fewest; splits <= most; ++splits) {
+      check(us <= estimate_us(problem, other, splits), "least time", problem);
     }
+    if (can_stream(problem, other)) check(us <= estimate_us(problem, other, kStreamed), "least time", problem);
   }
-  check(config.splits == 1 || (tile.split && config.splits * kSplitFeatures <= problem.in_features), "splits", problem);
+  const bool streamed = config.splits == kStreamed;
+  check(streamed ? can_stream(problem, tile) : config.splits == 1 || tile.split, "a tile that is shared", problem);
+  check(streamed || config.splits == 1 || config.splits * kSplitFeatures <= problem.in_features, "splits", problem);
   check(config.raster == GemmRaster::kAlongTokens || config.raster == GemmRaster::kAlongOutputs, "raster", problem);
   const bool power = config.swizzle == 1 || config.swizzle == 2 || config.swizzle == 4 || config.swizzle == 8;
   check(power, "swizzle", problem);

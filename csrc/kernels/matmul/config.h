@@ -25,9 +25,13 @@ struct GemmConfig {
   GemmTile tile;
   GemmRaster raster;
   int swizzle;      // width of a band of the raster, in tiles: 1, 2, 4 or 8
-  int splits;       // blocks that share a tile along its features; 1 except for tiles of the split schedule
+  int splits;       // blocks that share a tile along its features, or kStreamed; 1 but for tiles of the split schedule
   bool overlapped;  // programmatic dependent launch: starts while the previous kernel ends
 };
+
+// Instead of a number of splits: the features of the tiles in the last, partly empty wave and in the one before it are
+// divided evenly among all multiprocessors (stream-K).
+inline constexpr int kStreamed = 0;
 
 struct GemmProblem {
   int64_t tokens;
@@ -78,11 +82,20 @@ inline constexpr TileCost kTileCosts[] = {
     {9.187, 6.622, 0.827, 0.362, 0.000, 0.560},  // k128x256x64Split
     {1.544, 3.076, 3.961, 0.311, 0.028, 0},      // k128x256x128E4M3
     {0.000, 4.699, 4.617, 0.355, 0.037, 0},      // k256x192x128E4M3
+    {0, 0, 0, 0, 0, 0},                          // k128x256x128E4M3Split: streamed only, kStreamCosts
     {4.105, 1.821, 0.565, 0.160, 0.057, 0},      // k128x128x256E4M3
     {3.532, 1.504, 0.840, 0.340, 0.000, 0},      // k64x128x256E4M3
     {3.356, 0.953, 0.031, 0.342, 0.000, 0},      // k64x64x256E4M3
 };
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
+
+// Streamed tiles: the waves cost what those of the widest tile do, but for what their features take and a constant in
+// microseconds for the partial sums. Fitted to the rows of stage "turns" of the same table.
+struct StreamCost {
+  double features;
+  double fixed;
+};
+inline constexpr StreamCost kStreamCost16{1.36, 7.6}, kStreamCostE4M3{1.40, 7.0};
 
 // The tile of full grids; products with another epilogue than a plain layer's are compiled for it alone.
 constexpr GemmTile wide_tile(ElementType value_type) {
@@ -154,25 +167,40 @@ inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, i
   const TileGrid grid = grid_of(problem, tile);
   const int swizzle = select_swizzle(grid, tile);
   const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;
-  return {tile.tile, select_raster(problem, grid, tile, swizzle), swizzle, splits, clustered || grid.rows == 1};
+  const GemmRaster raster =
+      splits == kStreamed ? GemmRaster::kAlongTokens : select_raster(problem, grid, tile, swizzle);
+  return {tile.tile, raster, swizzle, splits, clustered || grid.rows == 1};
 }
 
 // Estimated time: the cube root of the sum of the cubes of the waves' time and the time for memory and L2 traffic. It
 // is close to the larger of the two, and above both if they are similar. A block has its multiprocessor to itself, so a
 // wave takes the same time however many blocks run in it.
 inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
-  const TileCost& cost = kTileCosts[static_cast<int>(tile.tile)];
+  const bool streamed = splits == kStreamed;
+  const GemmTile costed = streamed ? wide_tile(problem.value_type) : tile.tile;
+  const TileCost& cost = kTileCosts[static_cast<int>(costed)];
   const TileGrid grid = grid_of(problem, tile);
   const int64_t tiles = banded_tiles(grid, tile, select_swizzle(grid, tile));
-  const double waves = static_cast<double>((tiles * splits + problem.multiprocessors - 1) / problem.multiprocessors);
   const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
                features = static_cast<double>(problem.in_features), bytes = tile.bits8 ? 1 : 2;
   const double values = tokens * features * bytes * 0.5625;  // one half survives, and metadata is one sixteenth
   const double moved = (outputs * features * bytes + values + tokens * outputs * 2) / 1e6;
   const double shared =
       static_cast<double>(tiles) * (tile.tokens * 0.5625 + tile.out_features) * features * bytes / 1e6;
-  const double work = waves * (cost.wave_k * features / splits / 1e3 + cost.wave);
   const double traffic = cost.memory_mb * moved + cost.multicast_mb * shared;
+  double work = 0;
+  if (streamed) {
+    const StreamCost& stream = tile.bits8 ? kStreamCostE4M3 : kStreamCost16;
+    const double whole = static_cast<double>(std::max<int64_t>(tiles / problem.multiprocessors - 1, 0));
+    const double shared_waves = static_cast<double>(tiles) / problem.multiprocessors - whole;
+    const double wave = cost.wave_k * features / 1e3;
+    work = whole * (wave + cost.wave) + shared_waves * (wave * stream.features + cost.wave) + stream.fixed;
+    splits = 1;
+  } else {
+    const int64_t blocks = tiles * splits;
+    const double waves = static_cast<double>((blocks + problem.multiprocessors - 1) / problem.multiprocessors);
+    work = waves * (cost.wave_k * features / splits / 1e3 + cost.wave);
+  }
   const double partial = static_cast<double>(tiles * (splits - 1)) * tile.tokens * tile.out_features * 4 / 1e6;
   return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic) + cost.partial_mb * partial;
 }
@@ -181,23 +209,46 @@ inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
   return tile.bits8 == (value_type == ElementType::kE4M3);
 }
 
+// Whether the blocks of the widest 16-bit tile lose their common place in a large weight: over 400 MB of it, the narrower
+// tile was 3 to 28 % faster from 8050 tokens on, back to back, and slower at 4284.
+inline constexpr int64_t kSpillWeights = 200'000'000, kSpillTokens = 6144;
+inline bool spills(const GemmProblem& problem, const TileFacts& tile) {
+  return !tile.bits8 && tile.out_features == 256 && problem.tokens >= kSpillTokens &&
+         problem.out_features * problem.in_features >= kSpillWeights;
+}
+
 inline constexpr int kMaxSplits = 8;
 inline constexpr int64_t kSplitFeatures = 1024;  // the fewest that a block may have
+
+// Whether a streamed tile differs from a whole one: a wave is partly empty, and CUTLASS divides more than eight steps.
+inline bool can_stream(const GemmProblem& problem, const TileFacts& tile) {
+  const TileGrid grid = grid_of(problem, tile);
+  return tile.split && problem.in_features > 8 * tile.in_features &&
+         banded_tiles(grid, tile, select_swizzle(grid, tile)) % problem.multiprocessors != 0;
+}
+
+// Fewest and most splits of a tile. In e4m3, splits won on 3 of 408 problems, so those tiles are streamed only.
+inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts& tile) {
+  if (!tile.split) return {1, 1};
+  const int64_t most = std::min<int64_t>(kMaxSplits, problem.in_features / kSplitFeatures);
+  return {2, tile.bits8 ? 1 : static_cast<int>(most)};
+}
 
 // The tile, and the number of blocks that share it, with the lowest estimate.
 inline GemmConfig select_config(const GemmProblem& problem) {
   const TileFacts* best = nullptr;
   double best_us = 0;
   int best_splits = 1;
+  const auto consider = [&](const TileFacts& tile, int splits) {
+    const double us = estimate_us(problem, tile, splits);
+    if (best != nullptr && us >= best_us) return;
+    best = &tile, best_us = us, best_splits = splits;
+  };
   for (const TileFacts& tile : kTiles) {
-    if (!is_tile_of(tile, problem.value_type)) continue;
-    const int most =
-        tile.split ? static_cast<int>(std::min<int64_t>(kMaxSplits, problem.in_features / kSplitFeatures)) : 1;
-    for (int splits = tile.split ? 2 : 1; splits <= most; ++splits) {
-      const double us = estimate_us(problem, tile, splits);
-      if (best != nullptr && us >= best_us) continue;
-      best = &tile, best_us = us, best_splits = splits;
-    }
+    if (!is_tile_of(tile, problem.value_type) || spills(problem, tile)) continue;
+    const auto [fewest, most] = splits_of(problem, tile);
+    for (int splits = fewest; splits <= most; ++splits) consider(tile, splits);
+    if (can_stream(problem, tile)) consider(tile, kStreamed);
   }
   return configure(problem, *best, best_splits);
 }
@@ -210,6 +261,7 @@ inline constexpr double kAddUsPerMb = 1 / 2.98, kAddUs = 2.0;
 inline GemmConfig select_residual_config(const GemmProblem& problem) {
   const GemmConfig best = select_config(problem);
   const TileFacts& wide = facts_of(wide_tile(problem.value_type));
+  if (spills(problem, wide)) return best;
   const double moved = static_cast<double>(problem.tokens) * static_cast<double>(problem.out_features) * 6 / 1e6;
   const double apart = estimate_us(problem, facts_of(best.tile), best.splits) + kAddUs + kAddUsPerMb * moved;
   return estimate_us(problem, wide) <= apart ? configure(problem, wide) : best;

@@ -196,9 +196,11 @@ struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
       arguments.epilogue.dC = arguments.epilogue.dD;
     }
     if constexpr (TileShape<kTile>::kSplit) {
-      arguments.scheduler.splits = launch.config.splits;
+      using Mode = decltype(arguments.scheduler.decomposition_mode);
+      const bool streamed = launch.config.splits == kStreamed;
+      arguments.scheduler.splits = streamed ? 1 : launch.config.splits;
       arguments.scheduler.reduction_mode = decltype(arguments.scheduler.reduction_mode)::Deterministic;
-      arguments.scheduler.decomposition_mode = decltype(arguments.scheduler.decomposition_mode)::SplitK;
+      arguments.scheduler.decomposition_mode = streamed ? Mode::StreamK : Mode::SplitK;
     }
     return arguments;
   }
