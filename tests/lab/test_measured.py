@@ -9,8 +9,9 @@ import tiny_model
 
 from nm_act.lab import measured, tables
 from nm_act.lab.cost import Place, Rates, cost_of, places_of, predictions, shapes_of
-from nm_act.lab.measured import ALONE, SHAPES, InModel, Measured
+from nm_act.lab.measured import ALONE, InModel, Measured
 from nm_act.lab.search.sensitivity import groups_of
+from nm_act.lab.shapes import SHAPES
 from nm_act.lab.tables import devices, load_tables
 from nm_act.recipe import LinearSpec, Recipe, Rule
 
