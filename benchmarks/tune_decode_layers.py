@@ -18,7 +18,7 @@ from inference_models import CONFIGS, Mode, build
 from timer import Rows, percentiles
 
 import nm_act
-from nm_act.lab.measured import SHAPES
+from nm_act.lab.shapes import SHAPES
 from nm_act.optimize import operands
 
 COLUMNS = (

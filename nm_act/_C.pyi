@@ -11,6 +11,18 @@ def build_info() -> dict[str, object]: ...
 def support_table() -> list[dict[str, str]]: ...
 def pack_metadata(neutral: bytes, tokens: int, in_features: int, layout: str) -> bytes: ...
 def unpack_metadata(physical: bytes, tokens: int, in_features: int, layout: str) -> bytes: ...
+def choose_packed(
+    tokens: int,
+    value_dtype: str,
+    y_dtype: str,
+    weight: _Facts,
+    shifted: bool,
+    scaled: bool,
+    residual: bool,
+    gated: bool,
+    compute_capability_major: int,
+    multiprocessors: int,
+) -> tuple[str, str, str]: ...
 def choose_path(
     on_cuda: bool,
     tokens: int,
@@ -25,7 +37,7 @@ def choose_path(
     weight_dtype: str,
     activation_dtype: str,
     variance_correction: bool,
-    in_layer: bool = False,
+    op: str = "sparse_linear",
 ) -> tuple[str, str, str]: ...
 def head_norms_support(head_dim: int) -> bool: ...
 def decode_attention_supports(q_heads: int, k_heads: int, head_dim: int) -> bool: ...

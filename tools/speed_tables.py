@@ -8,7 +8,8 @@ from result_files import EVALUATION, ROOT, geometric_mean, measured_rows, read_r
 import nm_act
 from nm_act.lab.cost import places_of, predictions
 from nm_act.lab.evaluate.results import markdown_table as table
-from nm_act.lab.measured import SHAPES, Measured, shapes_of
+from nm_act.lab.measured import Measured, shapes_of
+from nm_act.lab.shapes import SHAPES
 
 INFERENCE, TURNS = "benchmarks/results/h100/inference.csv", "benchmarks/results/h100/inference_turns.csv"
 GENERATE = "benchmarks/results/cpu/generate.csv"

@@ -49,6 +49,14 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
     case Why::kGatherShape:
       return "the sizes, strides or alignment of the weight do not fit the gather kernel, which takes out_features "
              "divisible by 8 (16 in 8 bits) in rows aligned to 16 bytes, and inputs that fit its shared memory";
+    case Why::kPrepacked:
+      return tokens +
+             " of this pattern leave so few weight rows unread that oneDNN's product of the whole prepacked "
+             "weight is faster";
+    case Why::kPacked: return "a packed operand runs on the sparse tensor cores for any number of tokens";
+    case Why::kPackedAdds: return "a packed operand runs on the sparse tensor cores, and its kernel adds the residual";
+    case Why::kPackedThenAdds:
+      return "a packed operand runs on the sparse tensor cores, and a pass of its own adds the residual";
     default:
       return "the sizes, strides or alignment of the weight fit no sparse GEMM; (lifted) in_features divisible by 32 "
              "and out_features by 8 do, in rows aligned to 16 bytes";
@@ -63,6 +71,7 @@ std::string kernel_text(const LinearChoice& choice) {
   }
   if (choice.path != LinearPath::kSparse && choice.path != LinearPath::kLifted) return "";
   const GemmConfig& config = choice.gemm;
+  if (config.swizzle == 0) return "";
   return std::string(facts_of(config.tile).name) + ", swizzle " + std::to_string(config.swizzle) +
          (config.raster == GemmRaster::kAlongTokens ? " along tokens" : " along outputs") +
          (config.splits > 1 ? ", " + std::to_string(config.splits) + " splits" : "") +

@@ -1,5 +1,6 @@
-// The path that sparse_linear takes: a pure function of sizes, types and strides, used for dispatch by the operators
-// and by nm_act.explain, which reports it. It queries no device, so both can be tested anywhere.
+// The path that sparse_linear and the products around it take: a pure function of sizes, types and strides, used for
+// dispatch by the operators and by nm_act.explain and explain_calls, which report it. It queries no device, so all can
+// be tested anywhere.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +36,18 @@ struct LinearFacts {
   bool variance_correction;
 };
 
-enum class LinearPath : int { kGather = 0, kSparse = 1, kLifted = 2, kDense = 3 };
+// A call of sparse_gemm or sparse_gemm_silu_mul.
+struct PackedFacts {
+  int64_t tokens;
+  ElementType value_type, y_type;
+  WeightFacts weight;
+  bool shifted;   // by eta or a shift's image
+  bool scaled;    // by rows or columns
+  bool residual;  // added
+  bool gated;     // sparse_gemm_silu_mul
+};
+
+enum class LinearPath : int { kGather = 0, kSparse = 1, kLifted = 2, kDense = 3, kPrepacked = 4 };
 
 enum class Why : int {
   kFewTokens = 0,     // gather
@@ -55,6 +67,10 @@ enum class Why : int {
   kE4M3Dense,         // dense, in e4m3
   kE4M3Shape,         // a pattern, type, size, stride or device that the fp8 tensor cores do not support
   kGatherShape,       // sizes, strides or alignment that the gather kernel does not support
+  kPrepacked,         // prepacked: skipping rows does not pay over oneDNN's product
+  kPacked,            // sparse, for a packed operand
+  kPackedAdds,        // the same, and the kernel adds the residual
+  kPackedThenAdds,    // the same, and the residual takes a pass of its own
 };
 
 // The path, with the configuration of its CUDA kernel.
@@ -85,10 +101,13 @@ inline bool gather_pays_over_prepacked(ElementType type, Pattern pattern, int64_
   return tokens <= cpu::kGatherTokens && union_fraction(pattern, static_cast<int>(tokens)) <= most;
 }
 
-inline LinearChoice choose_on_cpu(const LinearFacts& facts) {
+inline LinearChoice choose_on_cpu(const LinearFacts& facts, bool prepacked = false) {
+  const LinearPath otherwise = prepacked ? LinearPath::kPrepacked : LinearPath::kDense;
+  if (prepacked && !gather_pays_over_prepacked(facts.type, facts.pattern, facts.tokens))
+    return {otherwise, Why::kPrepacked};
   if (facts.tokens > cpu::most_gathered_tokens(facts.type == ElementType::kFloat32))
-    return {LinearPath::kDense, Why::kManyTokens};
-  if (!facts.weight.stored_in_out()) return {LinearPath::kDense, Why::kStoredOutIn};
+    return {otherwise, Why::kManyTokens};
+  if (!facts.weight.stored_in_out()) return {otherwise, Why::kStoredOutIn};
   return {LinearPath::kGather, Why::kFewTokens};
 }
 
@@ -147,6 +166,43 @@ inline LinearChoice choose_in_layer(const LinearFacts& facts, GemmDevice device)
            : GatherConfig{};
   return config.splits > 0 ? LinearChoice{LinearPath::kGather, Why::kFewTokens, config}
                            : LinearChoice{LinearPath::kDense, Why::kGatherShape};
+}
+
+// The most tokens that one launch of gather_linear takes; more tokens are several launches.
+inline int64_t gather_linear_tokens(ElementType weight_type) {
+  return weight_bytes(weight_type) == 1 ? kFewTokens : kMaxGatherTokens;
+}
+
+// The choice of gather_linear on CUDA, with the configuration of its first launch. Nothing is selected: the pattern
+// counts no survivors.
+inline LinearChoice choose_gather_linear(const LinearFacts& facts, GemmDevice device) {
+  const WeightFacts& weight = facts.weight;
+  if (facts.type == ElementType::kFloat32) return {LinearPath::kDense, Why::kFloat32};
+  if (!weight.aligned) return {LinearPath::kDense, Why::kGatherShape};
+  const int64_t tokens = std::min(facts.tokens, gather_linear_tokens(facts.weight_type));
+  const GatherConfig config = choose_gather_config(facts.weight_type, {}, tokens, weight.out_features,
+                                                   weight.in_features, weight.row_stride(), device);
+  return config.splits > 0 ? LinearChoice{LinearPath::kGather, Why::kFewTokens, config}
+                           : LinearChoice{LinearPath::kDense, Why::kGatherShape};
+}
+
+// The configuration of sparse_gemm and sparse_gemm_silu_mul, which compute capability 9.0 alone has a choice of.
+inline LinearChoice choose_packed(const PackedFacts& facts, GemmDevice device) {
+  const WeightFacts& weight = facts.weight;
+  const GemmProblem problem{facts.tokens, weight.out_features, weight.in_features, facts.value_type,
+                            device.multiprocessors};
+  const bool sm90 = device.compute_capability_major == 9;
+  const bool can_add =
+      facts.residual && sm90 && has_plain_epilogue(facts.value_type, facts.shifted, facts.scaled) &&
+      compiles_residual(facts.value_type, facts.y_type, weight.in_stride != 1, wide_tile(facts.value_type));
+  const GemmConfig config = !sm90         ? GemmConfig{}
+                            : facts.gated ? gated_config(problem)
+                            : can_add     ? select_residual_config(problem)
+                                          : select_config(problem);
+  const Why why = !facts.residual                                         ? Why::kPacked
+                  : can_add && config.tile == wide_tile(facts.value_type) ? Why::kPackedAdds
+                                                                          : Why::kPackedThenAdds;
+  return {LinearPath::kSparse, why, {}, config};
 }
 
 inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) {

@@ -162,12 +162,18 @@ nm_act::Pattern pattern_of(int n, int m, const std::vector<int>& extra_columns) 
 // Sizes and strides of a weight, and whether its storage is aligned to 16 bytes.
 using Facts = std::tuple<int64_t, int64_t, int64_t, int64_t, bool>;
 
-// The path of sparse_linear, the sentence that explains it, and its kernel's configuration, from facts alone; with
-// in_layer those of decode_linear and sandwich_linear.
+py::tuple explained(const nm_act::LinearChoice& choice, const nm_act::LinearFacts& facts) {
+  static constexpr const char* kNames[] = {"gather", "sparse", "lifted", "dense", "prepacked"};
+  return py::make_tuple(kNames[static_cast<int>(choice.path)], nm_act::text_of(choice, facts),
+                        nm_act::kernel_text(choice));
+}
+
+// The path of an operator, the sentence that explains it, and its kernel's configuration, from facts alone. Without a
+// pattern, n and m are 0.
 py::tuple choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, int n, int m,
                       const std::vector<int>& extra_columns, const Facts& weight, const std::optional<Facts>& lifted,
                       int compute_capability_major, int multiprocessors, const std::string& weight_dtype,
-                      const std::string& activation_dtype, bool variance_correction, bool in_layer) {
+                      const std::string& activation_dtype, bool variance_correction, const std::string& op) {
   nm_act::LinearFacts facts{tokens,
                             element_type_named(dtype),
                             element_type_named(weight_dtype),
@@ -178,12 +184,29 @@ py::tuple choose_path(bool on_cuda, int64_t tokens, const std::string& dtype, in
                             variance_correction};
   if (lifted) facts.lifted = std::make_from_tuple<nm_act::WeightFacts>(*lifted);
   const nm_act::GemmDevice device{compute_capability_major, multiprocessors};
-  const nm_act::LinearChoice choice = in_layer  ? nm_act::choose_in_layer(facts, device)
-                                      : on_cuda ? nm_act::choose_on_cuda(facts, device)
-                                                : nm_act::choose_on_cpu(facts);
-  static constexpr const char* kNames[] = {"gather", "sparse", "lifted", "dense"};
-  return py::make_tuple(kNames[static_cast<int>(choice.path)], nm_act::text_of(choice, facts),
-                        nm_act::kernel_text(choice));
+  const auto choose = [&]() -> nm_act::LinearChoice {
+    if (op == "decode_linear" || op == "sandwich_linear") return nm_act::choose_in_layer(facts, device);
+    if (op == "sparse_linear_prepacked") return nm_act::choose_on_cpu(facts, /*prepacked=*/true);
+    if (op == "gather_linear" && on_cuda) return nm_act::choose_gather_linear(facts, device);
+    if (op == "gather_linear") return {nm_act::LinearPath::kGather, nm_act::Why::kFewTokens};
+    return on_cuda ? nm_act::choose_on_cuda(facts, device) : nm_act::choose_on_cpu(facts);
+  };
+  return explained(choose(), facts);
+}
+
+// The same for sparse_gemm and sparse_gemm_silu_mul, whose operand is packed.
+py::tuple choose_packed(int64_t tokens, const std::string& value_dtype, const std::string& y_dtype, const Facts& weight,
+                        bool shifted, bool scaled, bool residual, bool gated, int compute_capability_major,
+                        int multiprocessors) {
+  const nm_act::PackedFacts facts{tokens,
+                                  element_type_named(value_dtype),
+                                  element_type_named(y_dtype),
+                                  std::make_from_tuple<nm_act::WeightFacts>(weight),
+                                  shifted,
+                                  scaled,
+                                  residual,
+                                  gated};
+  return explained(nm_act::choose_packed(facts, {compute_capability_major, multiprocessors}), {});
 }
 
 }  // namespace
@@ -211,5 +234,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_path", choose_path, py::arg("on_cuda"), py::arg("tokens"), py::arg("dtype"), py::arg("n"), py::arg("m"),
         py::arg("extra_columns"), py::arg("weight"), py::arg("lifted"), py::arg("compute_capability_major"),
         py::arg("multiprocessors"), py::arg("weight_dtype"), py::arg("activation_dtype"),
-        py::arg("variance_correction"), py::arg("in_layer") = false);
+        py::arg("variance_correction"), py::arg("op") = "sparse_linear");
+  m.def("choose_packed", choose_packed, py::arg("tokens"), py::arg("value_dtype"), py::arg("y_dtype"),
+        py::arg("weight"), py::arg("shifted"), py::arg("scaled"), py::arg("residual"), py::arg("gated"),
+        py::arg("compute_capability_major"), py::arg("multiprocessors"));
 }

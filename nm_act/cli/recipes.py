@@ -19,7 +19,7 @@ def build_recipes(
 
     Every pattern makes one recipe. Without patterns the file's recipe keeps its own, and without a file the patterns
     are `default_patterns`. Raises ValueError for an option that would replace nothing, or a part only of what the file
-    says.
+    says, and for options and a file of which nothing is left because every layer is dense.
     """
     from ..patterns import as_pattern
     from ..recipe import DENSE, Recipe
@@ -31,13 +31,28 @@ def build_recipes(
             "expected --pattern or --recipe with --criterion and --mitigation, got neither; add --pattern, for example"
         )
     if path is not None and not patterns:
-        return {path.stem: dataclasses.replace(_base(path, changes), **changes)}
+        return _with_effect({path.stem: dataclasses.replace(_base(path, changes), **changes)}, [*changes])
     spelled = [name if name == DENSE else str(as_pattern(name)) for name in patterns or default_patterns]
     names = once(spelled, "--pattern")
     if path is None:
-        return {name: Recipe(pattern=name, **changes) for name in names}
+        return _with_effect({name: Recipe(pattern=name, **changes) for name in names}, [*changes])
     base = _base(path, {"pattern": names[0], **changes})
-    return {f"{path.stem} {name}": dataclasses.replace(base, pattern=name, **changes) for name in names}
+    made = {f"{path.stem} {name}": dataclasses.replace(base, pattern=name, **changes) for name in names}
+    return _with_effect(made, ["recipe", *changes])
+
+
+def _with_effect(recipes: dict[str, Any], options: list[str]) -> dict[str, Any]:
+    """The recipes; a ValueError for options beside a recipe that leaves every layer dense."""
+    from ..lab.evaluate.variants import resolved
+
+    given = " and ".join(f"--{option}" for option in options)
+    dense = next((name for name, made in recipes.items() if options and not resolved(made)), None)
+    if dense is not None:
+        raise ValueError(
+            f"expected sparse layers for {given} to have an effect on, got {dense!r}, in which every layer is dense; "
+            f"leave {given} out or choose another pattern"
+        )
+    return recipes
 
 
 def _base(path: Path, changes: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..lab.shapes import SHAPES
 from . import common
 from . import options as opt
 
@@ -43,7 +44,7 @@ def search(
     ] = False,
     phase: Annotated[str, typer.Option("--phase", help="What is to be faster: prefill, decode, or both.")] = "prefill",
     shapes: Annotated[
-        str | None, typer.Option("--shapes", help="Predict for a model of these shapes, e.g. llama-3-8b.")
+        str | None, typer.Option("--shapes", help=f"Predict for a model of these shapes: {', '.join(SHAPES)}.")
     ] = None,
     rates: Annotated[
         Path | None, typer.Option("--rates", help="Own speed-ups: CSV with pattern,speedup,source, or a benchmark's.")

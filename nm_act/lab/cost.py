@@ -126,7 +126,7 @@ class Cost(Protocol):
 
 
 def places_of(model: nn.Module | str, layers: int | None = None) -> list[Place]:
-    """Linear layers of a model's decoder, or as many layers with the shapes of a model in `measured.SHAPES`."""
+    """Linear layers of a model's decoder, or as many layers with the shapes of a model in `shapes.SHAPES`."""
     if isinstance(model, str):
         return [Place(i, name, *sizes) for i in range(layers or 0) for name, sizes in shapes_of(model).items()]
     return [

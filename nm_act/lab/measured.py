@@ -18,20 +18,11 @@ import torch
 
 from ..patterns import NMPattern
 from ..recipe import DEFAULT_PROJECTIONS, ROLES, LinearSpec
+from .shapes import SHAPES
 from .tables import Tables, load_tables
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections of one product of an optimized decoder block."""
-
-SHAPES = {
-    "llama-3-8b": (32, 4096, 14336, 4096, 1024),
-    "llama-3-70b": (80, 8192, 28672, 8192, 1024),
-    "llama-3.2-1b": (16, 2048, 8192, 2048, 512),
-    "gemma-3-4b": (34, 2560, 10240, 2048, 1024),
-    "qwen2.5-7b": (28, 3584, 18944, 3584, 512),
-    "smollm2-135m": (30, 576, 1536, 576, 192),
-}
-"""Model -> decoder layers, hidden size, inner size of the MLP, features of all query and of all key heads."""
 
 REFERENCE_PROMPT = 512
 _WHOLE = {
@@ -82,6 +73,23 @@ class Place:
         return self.in_features * self.out_features
 
 
+@dataclass(frozen=True)
+class InModel:
+    """What a phase of a whole sparse model takes, as shares of what was measured apart.
+
+    `products` is of the sparse products alone: inside a model, prefills run at the clock that their power leaves, and
+    the launches of a decode step overlap. `rest` is of `Measured._around`, part of which sparse products compute too
+    (norms, activations, residuals).
+    """
+
+    products: float = 1.0
+    rest: float = 1.0
+
+
+ALONE = dict.fromkeys(_WHOLE, InModel())
+"""By phase, for a :class:`Measured` whose parts take as long in a model as alone; the fit is made against that."""
+
+
 @dataclass
 class Measured:
     """Times on one device in microseconds, for the shapes of one model; ValueError if the device was not measured."""
@@ -94,6 +102,7 @@ class Measured:
     tokens: int = 4096  # of the prompt whose prefill is predicted
     # Prompt of the whole model whose decode step is predicted: the shortest measured, where attention takes least.
     decode_prompt: int = REFERENCE_PROMPT
+    in_model: dict[str, InModel] | None = None  # by phase; by default, fitted to the whole models of the device
     notes: dict[str, None] = field(default_factory=dict)  # sentences on what was not measured as asked, each once
 
     def __post_init__(self) -> None:
@@ -132,16 +141,16 @@ class Measured:
             found = self.tables.product(phase, str(spec.pattern), sizes, dtype, fused=fused and name != "o_proj")
             time *= found.us / found.dense_us  # tables were measured at different clocks
             if phase == "decode" or self.tables.has_sparse_gemm(str(spec.pattern), dtype):  # else the dense product
-                inside = self._in_model[phase]
+                inside = self.shares(phase)
                 saved = fused * (1 - inside.rest) * self._around[phase]
                 time = max(time * inside.products - saved, time / 2)
         if found.note:
             self.notes[found.note] = None
         return time * out_features / width
 
-    @cached_property
-    def _in_model(self) -> dict[str, "InModel"]:
-        return _fitted(self.device)
+    def shares(self, phase: str) -> InModel:
+        """What a whole model takes of the times that were measured apart."""
+        return (_fitted(self.device) if self.in_model is None else self.in_model)[phase]
 
     @cached_property
     def _around(self) -> dict[str, float]:
@@ -186,19 +195,6 @@ class Measured:
         return rest * (self.tokens / prompt if phase == "prefill" else 1.0)
 
 
-@dataclass(frozen=True)
-class InModel:
-    """What a phase of a whole sparse model takes, as shares of what was measured apart.
-
-    `products` is of the sparse products alone: inside a model, prefills run at the clock that their power leaves, and
-    the launches of a decode step overlap. `rest` is of `Measured._around`, part of which sparse products compute too
-    (norms, activations, residuals).
-    """
-
-    products: float = 1.0
-    rest: float = 1.0
-
-
 @functools.cache
 def _fitted(device: str) -> dict[str, InModel]:
     """By phase, the least squares of the relative errors over all whole models that were measured."""
@@ -211,8 +207,7 @@ def _whole_models(
     """Times of measured sparse models: of products alone, around dense products, of these two, of the whole."""
     for model, (mode, pattern, dtype) in itertools.product(models, _WHOLE[phase]):
         for prompt in load_tables(device).prompts(model, mode):
-            alone = Measured(device, shapes_of(model), model, dtype, (phase,), prompt, prompt)
-            alone._in_model = dict.fromkeys(_WHOLE, InModel())
+            alone = Measured(device, shapes_of(model), model, dtype, (phase,), prompt, prompt, ALONE)
             whole = alone.tables.whole(model, mode, phase, prompt)
             layers = SHAPES[model][0]
             rest = alone.rest(phase, layers)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..patterns import NMPattern
-from .explain import Explanation, explain, explain_in_layer
+from .explain import Explanation, explain_call
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Call:
     op: str  # its name in ``torch.ops.nm_act``
     arguments: str  # the shapes of its tensors by name, with the dtype of the first, and the pattern
     explanation: Explanation | None = None
-    """Of ``sparse_linear`` what `nm_act.explain` says; of ``decode_linear`` and ``sandwich_linear`` their kernel."""
+    """Of a sparse product what `nm_act.explain` would say; of any other operator nothing."""
 
     def __str__(self) -> str:
         text = f"{self.op}({self.arguments})"
@@ -37,10 +37,12 @@ class Calls(Counter[Call]):
 
 @contextmanager
 def explain_calls() -> Iterator[Calls]:
-    """Count the operators that the code within calls, with the path of each :func:`nm_act.sparse_linear` and why.
+    """Count the operators that the code within calls, with the path of each sparse product, why, and its kernel.
 
-    ``decode_linear`` and ``sandwich_linear``, which an optimized model calls, come with their kernel's configuration.
-    Sees code of any size in this thread, unless it is compiled or replayed by a CUDA graph.
+    Sparse products are :func:`nm_act.sparse_linear` and what an optimized model calls in its place: ``decode_linear``,
+    ``sandwich_linear``, ``sparse_gemm``, ``sparse_gemm_silu_mul``, ``gather_linear`` and, on a CPU,
+    ``sparse_linear_prepacked``. Sees code of any size in this thread, unless it is compiled or replayed by a CUDA
+    graph.
 
     Examples
     --------
@@ -65,11 +67,11 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))  # first, so that wrong arguments are refused by the operator
         if func.namespace == "nm_act":
-            self.calls[_call(func, args, kwargs or {})] += 1
+            self.calls[_call(func, args, kwargs or {}, result)] += 1
         return result
 
 
-def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Call:
     declared = func._schema.arguments  # torch leaves arguments out that equal their defaults
     given = {each.name: each.default_value for each in declared}
     given |= dict(zip(given, args, strict=False)) | kwargs
@@ -77,13 +79,8 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     texts = [f"{name} {list(tensor.shape)}" for name, tensor in tensors.items()]
     dtype = next(iter(tensors.values())).dtype
     texts[0] += f" {str(dtype).removeprefix('torch.')}"
-    op, explanation = func._schema.name.removeprefix("nm_act::"), None
+    op, pattern = func._schema.name.removeprefix("nm_act::"), None
     if "n" in given:
         pattern = NMPattern(given["n"], given["m"], given.get("extra_columns", ()))
         texts.append(str(pattern))
-        if op == "sparse_linear":
-            options = {name: given[name] for name in ("lifted_weight", "activation_dtype", "variance_correction")}
-            explanation = explain(given["x"], given["weight"], pattern, **options)
-        elif op in ("decode_linear", "sandwich_linear"):
-            explanation = explain_in_layer(given["x"], given["weight"], pattern)
-    return Call(op, ", ".join(texts), explanation)
+    return Call(op, ", ".join(texts), explain_call(op, given, pattern, result))

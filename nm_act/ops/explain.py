@@ -1,5 +1,6 @@
-"""Says which path ``sparse_linear`` takes for given arguments, and why, by the rules of the dispatch itself."""
+"""Says which path ``sparse_linear`` and the products around it take, and why, by the rules of the dispatch itself."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ PATHS = {
     "sparse": "2:4 on the sparse tensor cores",
     "lifted": "2:4 on the sparse tensor cores, over the lifted weight",
     "dense": "prunes, then runs torch's dense product",
+    "prepacked": "prunes, then runs oneDNN's product over the prepacked weight",
 }
 """Path -> what it does."""
 
@@ -24,20 +26,21 @@ _Facts = tuple[int, int, int, int, bool]
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found.
+    """What :func:`explain` or :func:`nm_act.explain_calls` found.
 
     Attributes
     ----------
     path : str
-        One of ``PATHS``: "gather", "sparse", "lifted" or "dense".
+        One of ``PATHS``: "gather", "sparse", "lifted" or "dense"; of ``sparse_linear_prepacked`` also "prepacked".
     why : str
         The reason, with what would change it.
     device : str
         "cpu" or "cuda".
     kernel : str
-        Configuration of the path's CUDA kernel; empty for "dense" and on a CPU. For "gather": lanes, splits, threads
-        and prefetching (``csrc/kernels/gather/config.h``). For "sparse" and "lifted": the tile, the order of the tiles
-        and splits (``csrc/kernels/matmul/config.h``).
+        Configuration of the path's CUDA kernel; empty for "dense", on a CPU, and for a sparse GEMM on another compute
+        capability than 9.0, which has no choice. For "gather": lanes, splits, threads and prefetching of the first
+        launch (``csrc/kernels/gather/config.h``). For "sparse" and "lifted": the tile, the order of the tiles and
+        splits (``csrc/kernels/matmul/config.h``).
     """
 
     path: str
@@ -114,7 +117,7 @@ def explain(
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"expected x in float32, bfloat16 or float16, got {x.dtype}; convert it first")
     if x.numel() == 0:
-        return Explanation("dense", "there are no tokens, so nothing runs", device)
+        return _nothing(device)
     lifted = None
     if lifted_weight is not None:
         if not is_lifted(pattern):
@@ -130,41 +133,83 @@ def explain(
     return _choose(x, weight, pattern, of_device, lifted, activation_dtype, variance_correction)
 
 
-def explain_in_layer(x: Tensor, weight: Tensor, pattern: NMPattern) -> Explanation:
-    """`explain` for ``decode_linear`` and ``sandwich_linear``, which have the path "gather" on CUDA alone."""
-    return _choose(x, weight, pattern, ("cuda", None, None), in_layer=True)
+def explain_call(
+    op: str, given: Mapping[str, Any], pattern: NMPattern | None, y: Tensor | Sequence[Tensor]
+) -> Explanation | None:
+    """`explain` for a call of an operator, from its arguments by name and its result; None for other operators.
+
+    For operators that an optimized model calls on CUDA, meta tensors stand for those of an H200.
+    """
+    if op in ("sparse_gemm", "sparse_gemm_silu_mul"):
+        return _choose_packed(op, given, y if isinstance(y, Tensor) else y[0])
+    if op == "sparse_linear" and pattern is not None:
+        options = {name: given[name] for name in ("lifted_weight", "activation_dtype", "variance_correction")}
+        return explain(given["x"], given["weight"], pattern, **options)
+    if op not in ("decode_linear", "sandwich_linear", "gather_linear", "sparse_linear_prepacked"):
+        return None
+    x, device = given["x"], "cpu" if given["x"].is_cpu else "cuda"
+    if x.numel() == 0:
+        return _nothing(device)
+    return _choose(x, given["weight"], pattern, (device, None, None), op=op)
+
+
+def _nothing(device: str) -> Explanation:
+    return Explanation("dense", "there are no tokens, so nothing runs", device)
+
+
+def _choose_packed(op: str, given: Mapping[str, Any], y: Tensor) -> Explanation:
+    values = given["values"]
+    present = {name for name, value in given.items() if isinstance(value, Tensor) and value.numel()}
+    path, why, kernel = _C.choose_packed(
+        values.shape[0],
+        _name(values.dtype),
+        _name(y.dtype),
+        _facts(given["weight"]),
+        not present.isdisjoint(("eta", "shift_out")),
+        not present.isdisjoint(("row_scale", "column_scale")),
+        given.get("residual") is not None,
+        op == "sparse_gemm_silu_mul",
+        *_of_device(values, None, None),
+    )
+    return Explanation(path, why, "cuda", kernel)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _of_device(x: Tensor, compute_capability: int | None, multiprocessors: int | None) -> tuple[int, int]:
+    """Major compute capability and multiprocessors: the given ones, those of x's device, or an H200's."""
+    if x.is_cuda:
+        properties = torch.cuda.get_device_properties(x.device)
+        compute_capability = compute_capability or properties.major
+        multiprocessors = multiprocessors or properties.multi_processor_count
+    return compute_capability or 9, multiprocessors or 132
 
 
 def _choose(
     x: Tensor,
     weight: Tensor,
-    pattern: NMPattern,
+    pattern: NMPattern | None,
     of_device: tuple[str, int | None, int | None],
     lifted: _Facts | None = None,
     activation_dtype: torch.dtype | None = None,
     variance_correction: bool = False,
-    in_layer: bool = False,
+    op: str = "sparse_linear",
 ) -> Explanation:
-    device, compute_capability, multiprocessors = of_device
-    if x.is_cuda:
-        properties = torch.cuda.get_device_properties(x.device)
-        compute_capability = compute_capability or properties.major
-        multiprocessors = multiprocessors or properties.multi_processor_count
+    device, *facts = of_device
     path, why, kernel = _C.choose_path(
         device == "cuda",
         x.numel() // x.shape[-1],
-        str(x.dtype).removeprefix("torch."),
-        pattern.keep,
-        pattern.group,
-        list(pattern.extra_columns),
+        _name(x.dtype),
+        *((0, 0, []) if pattern is None else (pattern.keep, pattern.group, list(pattern.extra_columns))),
         _facts(weight),
         lifted,
-        compute_capability or 9,
-        multiprocessors or 132,
-        str(weight.dtype).removeprefix("torch."),
-        str(activation_dtype or x.dtype).removeprefix("torch."),
+        *_of_device(x, *facts),
+        _name(weight.dtype),
+        _name(activation_dtype or x.dtype),
         variance_correction,
-        in_layer,
+        op,
     )
     return Explanation(path, why, device, kernel)
 

@@ -97,15 +97,8 @@ def gated(act_fn: Any, gate: Tensor, up: Tensor) -> Tensor:
 def fuse_layer(layer: Any) -> list[str]:
     """Compute a decoder layer's norms with the products after them or with the residuals; returns the norms' names."""
     how = FusedSandwichLayer if hasattr(layer, "pre_feedforward_layernorm") else FusedLayer
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv = merged_qkv(attention)
-    gate_up = vars(mlp).get("nm_act_gate_up")
-    after: dict[str, Any] = {
-        "input_layernorm": None if qkv is None else qkv.linear,
-        # The fused path does not call the MLP itself.
-        how.before_mlp: None if gate_up is None or has_hooks(mlp) else getattr(mlp, gate_up).linear,
-    }
-    norms = [name for name, linear in after.items() if linear is not None and _fits(layer, name, linear)]
+    after = _merged_after(layer, how.before_mlp)
+    norms = [name for name, linear in after.items() if not _why_apart(layer, name, linear)]
     if norms:
         before = getattr(layer, how.before_mlp)
         for name in how.after_parts:
@@ -116,17 +109,32 @@ def fuse_layer(layer: Any) -> list[str]:
                 norms.append(name)
         layer.nm_act_norms = norms
         # Whether the output projection may add the residual.
+        attention = layer.self_attn
         adds = isinstance(attention, FusedAttention) and not operands.why_unfused(attention.o_proj)
         layer.nm_act_adds = adds and not how.after_parts
         change(layer, how)
     return norms
 
 
-def _fits(layer: Any, name: str, linear: Any) -> bool:
+def _why_apart(layer: Any, name: str, linear: Any) -> str:
+    """Why a norm is not computed with the product after it, which is a merged one; empty if it is."""
     norm = getattr(layer, name)
-    if why_stays(norm) or operands.why_unfused(linear):
-        return False
-    return operands.takes_norm(norm, linear.in_features)
+    why = (
+        "projections that are not merged, or have hooks"
+        if linear is None
+        else why_stays(norm) or operands.why_unfused(linear)
+    )
+    return why or ("" if operands.takes_norm(norm, linear.in_features) else "a norm that no kernel computes")
+
+
+def _merged_after(layer: Any, before_mlp: str) -> dict[str, Any]:
+    """The merged product after each norm of a layer that has one; None where it is not to be computed with the norm."""
+    qkv, gate_up = merged_qkv(layer.self_attn), vars(layer.mlp).get("nm_act_gate_up")
+    return {
+        "input_layernorm": None if qkv is None else qkv.linear,
+        # The fused path does not call the MLP itself.
+        before_mlp: None if gate_up is None or has_hooks(layer.mlp) else getattr(layer.mlp, gate_up).linear,
+    }
 
 
 class FusedLayer(Changed):
@@ -269,11 +277,43 @@ class FusedSandwichLayer(FusedLayer):
         return self._qkv_way(y) if alike else ""
 
 
-def link_layers(layers: list[Any]) -> None:
-    """Let each of a model's fused layers with norms on both sides compute what the next one begins with."""
+def link_layers(layers: list[Any]) -> list[str]:
+    """Let each of a model's fused layers with norms on both sides compute what the next one begins with.
+
+    Returns why each of the layers but the last is not linked, as far as that is known before a call; empty if it is.
+    """
+    whys = []
     for layer, following in itertools.pairwise(layers):
         if isinstance(layer, FusedSandwichLayer) and isinstance(following, FusedSandwichLayer):
             layer.nm_act_following = Following(following)
+        whys.append(_why_unlinked(layer, following))
+    return whys
+
+
+def _why_unlinked(layer: Any, following: Any) -> str:
+    """Why calls of a layer with norms on both sides would not compute the product that the next one begins with."""
+    before_mlp, last = FusedSandwichLayer.before_mlp, FusedSandwichLayer.after_parts[1]
+    for each, name, whose in (
+        (layer, before_mlp, ""),
+        (layer, last, ""),
+        (following, "input_layernorm", " of the next layer"),
+    ):
+        if "forward" in vars(each):
+            return f"the forward of the {'next ' * bool(whose)}layer is replaced already"
+        if name not in vars(each).get("nm_act_norms", ()):
+            linear = _merged_after(each, before_mlp).get(name)
+            why = why_stays(getattr(each, name)) if name == last else _why_apart(each, name, linear)
+            return f"{name}{whose}: {why or 'no kernel computes it so'}"
+    if has_hooks(layer) or _has_any_global_hook():
+        return "hooks on it" if has_hooks(layer) else "hooks on all modules"
+    if any(map(has_hooks, (following, following.self_attn))):
+        return "hooks on the next layer or its attention"
+    norms = getattr(layer, last), following.input_layernorm
+    if norms[0].weight.device != norms[1].weight.device:
+        return "the next layer is on another device"
+    if norms[0].weight.dtype != norms[1].weight.dtype:
+        return "the next layer is in another dtype"
+    return "" if len(set(map(operands.norm_facts, norms))) == 1 else "the next layer's norm has another epsilon"
 
 
 def _way_of(norm: Any, linear: nn.Module, x: Tensor) -> str:

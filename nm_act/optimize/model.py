@@ -15,7 +15,7 @@ from . import dense, fused, operands, static_attention
 from .attention import FusedAttention, mark_attention, merged_qkv
 from .changed import Changed, change
 from .eligible import check_module, not_fp8, why_absent
-from .families import FAMILIES, Family, folder_of
+from .families import FAMILIES, SANDWICH, Family, folder_of
 from .fp8 import FP8Linear
 from .head import ROWS_AT_ONCE, QuantisedHead, check_kind, head_of, store_head, why_not_8_bits
 from .merged import LinearPart, MergedLinear, SharesProducts, merge, merge_key, unmerge
@@ -116,7 +116,9 @@ def optimize(
     layers = [(name, layer) for name, layer in model.named_modules() if type(layer).__name__.endswith("DecoderLayer")]
     for name, layer in layers:
         _fuse_layer(report, name, layer)
-    fused.link_layers([layer for _, layer in layers])
+    _link(
+        report, [(name, layer) for name, layer in layers if FAMILIES.get(folder_of(layer), Family()).norms == SANDWICH]
+    )
     if prepack:
         _prepack(report)
     for layer in model.modules():
@@ -327,3 +329,13 @@ def _fuse_layer(report: OptimizeReport, name: str, layer: nn.Module) -> None:
     if not family.norms or children != {"self_attn", "mlp", *family.norms}:
         return
     report.fused += [f"{name}.{norm}" for norm in fused.fuse_layer(layer)]
+
+
+def _link(report: OptimizeReport, layers: list[tuple[str, nn.Module]]) -> None:
+    layers = [(name, layer) for name, layer in layers if FAMILIES.get(folder_of(layer), Family()).norms == SANDWICH]
+    whys = fused.link_layers([layer for _, layer in layers])
+    for (name, _), why in zip(layers[:-1], whys, strict=True):
+        if why:
+            report.unlinked.append((name, why))
+        else:
+            report.linked.append(name)

@@ -18,6 +18,12 @@ class OptimizeReport:
         The parent of every merged layer, and the layers that were merged.
     fused : list of str
         Norms and MLPs that are computed with the product after them, or with the residual, on CUDA.
+    linked : list of str
+        Layers with norms on both sides (Gemma 3) whose last norm is computed with what the next layer begins with, on
+        CUDA. Copies of the model, compiled calls, and calls in ``torch.inference_mode()`` outside a ``StaticDecoder``
+        compute the two apart, as do layers that get hooks later.
+    unlinked : list of (str, str)
+        The other such layers that a layer follows, and why.
     fp8 : list of str
         Layers whose weight is now in e4m3.
     head : str
@@ -37,6 +43,8 @@ class OptimizeReport:
     model: nn.Module
     merged: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
+    linked: list[str] = field(default_factory=list)
+    unlinked: list[tuple[str, str]] = field(default_factory=list)
     fp8: list[str] = field(default_factory=list)
     head: str = ""
     head_bytes: int = 0
@@ -51,6 +59,12 @@ class OptimizeReport:
         lines += [f"  {' + '.join(names)}  x {count}" for names, count in Counter(n for _, n in self.merged).items()]
         lines.append(f"computed with the product after them, or with the residual, on CUDA: {len(self.fused)}")
         lines += [f"  {name}  x {count}" for name, count in Counter(map(_last, self.fused)).items()]
+        if self.linked or self.unlinked:
+            number = len(self.linked) + len(self.unlinked)
+            lines.append(
+                f"last norm computed with the next layer's first, on CUDA: {len(self.linked)} of {number} layers"
+            )
+            lines += [f"  not: {why}  x {count}" for why, count in Counter(why for _, why in self.unlinked).items()]
         if self.fp8:
             lines.append(f"e4m3 weights: {len(self.fp8)}")
         if self.head:

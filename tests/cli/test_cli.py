@@ -22,6 +22,7 @@ from nm_act.integrations.checkpoints import demo_model_path
 from nm_act.lab.evaluate import calibrated, perplexity, sparse_copy, tokenize, variants
 from nm_act.lab.evaluate.compare import compare
 from nm_act.lab.output import to_json
+from nm_act.lab.shapes import SHAPES
 from nm_act.ops import support_table
 from nm_act.recipe import Recipe, Rule
 from nm_act.version import __version__
@@ -40,6 +41,11 @@ def test_module_help_lists_the_commands():
     assert done.returncode == 0
     for command in ("info", "demo", "ppl", "generate"):
         assert command in done.stdout
+
+
+def test_help_of_search_lists_the_shapes():
+    told = " ".join(ok("search", "--help").split())
+    assert f"Predict for a model of these shapes: {', '.join(SHAPES)}." in told
 
 
 TOO_FEW = [["ppl", "x", "--text", "y", option, "1"] for option in ("--window", "--max-tokens")]

@@ -17,8 +17,10 @@ WRITTEN = {
     "rule.yaml": "pattern: 2:4\nrules: [{pattern: 4:8}, {layers: [0], decode_pattern: 6:8}, {layers: [1], pattern: dense}]",
     "methods.yaml": "pattern: 2:4\nrules: [{layers: [0], criterion: wina}, {layers: [1], mitigation: [var]}]",
     "phases.yaml": "pattern: 2:4\ndecode_pattern: 4:8\n",
+    "dense.yaml": "pattern: dense\nrules: [{layers: [0], pattern: dense}]",
     "typo.yaml": "patern: '2:4'\n",
     "study.yaml": "rows: [{pattern: 2:4}]",
+    "densest.yaml": "rows: [{pattern: [2:4, dense], criterion: wina}]",
     "calibrated.yaml": "rows: [{pattern: 2:4, calibrated: true}]",
     "wikitext2.txt": tiny_model.TEXT,
     "nothing.txt": "",
@@ -78,6 +80,23 @@ METHODS = [
         "got '{methods}' with wina in rules; write a recipe file with the crit",
     ),
 ]
+INERT = [
+    (
+        ["--pattern", "dense", "--criterion", "wina"],
+        "for --criterion to have an effect on, got 'dense', in which every",
+    ),
+    (
+        ["--pattern", "dense", "--mitigation", "var"],
+        "for --mitigation to have an effect on, got 'dense', in which every",
+    ),
+    (["--recipe", "{plain}", "--pattern", "dense"], "for --recipe to have an effect on, got 'plain dense', in which"),
+    (["--recipe", "{dense}", "--criterion", "wina"], "for --criterion to have an effect on, got 'dense', in which"),
+    (
+        ["--recipe", "{dense}", "--pattern", "dense", "--criterion", "wina", "--mitigation", "var"],
+        "for --recipe and --criterion and --mitigation to have an effect on, got 'dense dense', in which every layer is "
+        "dense; leave --recipe and --criterion and --mitigation out or choose another pattern",
+    ),
+]
 SPARSE = "but '{sparse}' is a sparse checkpoint; name the checkpoint it was made from"
 CONTEXT = "within the model's context of 128 tokens"
 
@@ -117,6 +136,13 @@ def _refused(arguments, folder, files) -> str:
             for command in (PPL, EVAL, [*GENERATE, "x"], CONVERT)
             for option, message in METHODS
         ),
+        *(
+            ([*command, *options], f"expected sparse layers {message}")
+            for command in (PPL, EVAL, [*GENERATE, "x"], CONVERT)
+            for options, message in INERT
+        ),
+        ([*PPL, "--pattern", "8:16", "--pattern", "dense", "--criterion", "wina"], "to have an effect on, got 'dense'"),
+        ([*EVAL, "--study", "{densest}"], "expected nothing beside pattern dense in a study's row, got criterion"),
         ([*PPL, "--window", "129"], f"expected a window {CONTEXT}, got 129"),
         ([*PPL, "--window", "4096"], CONTEXT),
         ([*PPL, "--calibration", "{here}"], "no finished calibration at"),

@@ -1,6 +1,7 @@
 """Predictions from the measured tables: against the whole models that were measured, and what was not measured."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import tiny_model
 
 from nm_act.lab import measured, tables
 from nm_act.lab.cost import Place, Rates, cost_of, places_of, predictions, shapes_of
-from nm_act.lab.measured import SHAPES, InModel, Measured
+from nm_act.lab.measured import ALONE, InModel, Measured
 from nm_act.lab.search.sensitivity import groups_of
+from nm_act.lab.shapes import SHAPES
 from nm_act.lab.tables import devices, load_tables
 from nm_act.recipe import LinearSpec, Recipe, Rule
 
@@ -56,8 +58,7 @@ def test_prompts_and_models_that_were_not_measured(model, dtype):
     recipe = Recipe("2:4", decode_pattern="8:16")
     for prompt in (128, 512, 2048, 4096, 65536):
         cost = Measured("h100", shapes_of(model), model, dtype, BOTH, tokens=prompt, decode_prompt=prompt)
-        alone = Measured("h100", shapes_of(model), model, dtype, BOTH, tokens=prompt, decode_prompt=prompt)
-        alone._in_model = dict.fromkeys(BOTH, InModel())
+        alone = replace(cost, in_model=ALONE, notes={})
         places = places_of(model, SHAPES[model][0])
         for phase, speedup in predictions(cost, places, recipe).items():
             spec = LinearSpec("2:4" if phase == "prefill" else "8:16")
@@ -131,9 +132,9 @@ def test_only_what_runs_on_sparse_tensor_cores_gains_from_their_lower_power():
     """2:4+2 is a pruned operand in the dense product, which takes as long in a model as alone."""
     cost, places = Measured("h100", LLAMA, "llama-3-8b"), places_of("llama-3-8b", 32)
     before = {pattern: predictions(cost, places, Recipe(pattern))["prefill"] for pattern in ("2:4", "2:4+1", "2:4+2")}
-    assert all(0 < share < 1 for phase in BOTH for share in vars(cost._in_model[phase]).values())
-    cost._in_model = dict.fromkeys(BOTH, InModel())
-    after = {pattern: predictions(cost, places, Recipe(pattern))["prefill"] for pattern in before}
+    assert all(0 < share < 1 for phase in BOTH for share in vars(cost.shares(phase)).values())
+    alone = replace(cost, in_model=ALONE)
+    after = {pattern: predictions(alone, places, Recipe(pattern))["prefill"] for pattern in before}
     assert [before[pattern] > after[pattern] for pattern in before] == [True, True, False]
     assert after["2:4+2"] == before["2:4+2"] < 1
 

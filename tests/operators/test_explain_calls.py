@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import nm_act
-from nm_act import LinearSpec, NMLinear
+from nm_act import LinearSpec, NMLinear, reference
 from nm_act.ops import fused
+from nm_act.ops.packed import sparse_gemm_silu_mul
+from nm_act.ops.prepack import prepack_weight
 
 
 def test_the_configuration_is_that_of_the_kernel():
@@ -87,6 +89,101 @@ def test_fused_products_are_named_with_their_kernel():
         decode.explanation.kernel != nm_act.explain(x, weight, "8:16", device="cuda").kernel
     )  # that of a lone product
     assert add.explanation is None
+
+
+def meta(*sizes, dtype=torch.bfloat16):
+    return torch.empty(*sizes, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "most"),
+    [
+        (meta(7, 4096), meta(4096, 6144), 8),
+        (meta(2, 3, 4096), meta(4096, 6144), 8),
+        (meta(7, 4096), meta(4096, 6144, dtype=torch.int8), 4),  # two launches
+    ],
+)
+def test_gather_linear_is_named_with_its_kernel(x, weight, most):
+    bits8 = weight.element_size() == 1
+    scale = weight.new_empty(6144, dtype=torch.float32) if bits8 else None
+    with nm_act.explain_calls() as calls:
+        nm_act.gather_linear(x, weight.t(), weight_scale=scale)
+    [call] = calls
+    tokens = min(x.shape[:-1].numel(), most)
+    lanes, splits, threads, ahead = nm_act._C.gather_configs(tokens, 6144, 4096, bits8, 0, 0, 9, 132)[0]
+    assert call.explanation.kernel == f"{lanes} lanes, {splits} splits, {threads} threads" + ", ahead" * ahead
+    assert (call.explanation.path, call.explanation.device) == ("gather", "cuda")
+
+
+def test_gather_linear_without_a_kernel():
+    with nm_act.explain_calls() as calls:
+        nm_act.gather_linear(meta(3, 64, dtype=torch.float32), meta(64, 32, dtype=torch.float32).t())
+        nm_act.gather_linear(meta(3, 64), meta(64, 12).t())
+        nm_act.gather_linear(meta(0, 64), meta(64, 32).t())
+        nm_act.gather_linear(torch.zeros(3, 64), torch.zeros(64, 12).t())
+    found = [(call.explanation.path, call.explanation.device, call.explanation.kernel) for call in calls]
+    assert found == [("dense", "cuda", "")] * 3 + [("gather", "cpu", "")]
+    reasons = (
+        "float32 has no kernel",
+        "do not fit the gather kernel",
+        "there are no tokens",
+        "rows of surviving inputs",
+    )
+    assert all(reason in call.explanation.why for reason, call in zip(reasons, calls, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "in_out", "adds", "why"),
+    [
+        ({}, True, False, "for any number of tokens"),
+        ({"residual": meta(512, 6144)}, True, True, "its kernel adds the residual"),
+        ({"residual": meta(512, 6144)}, False, False, "a pass of its own adds the residual"),
+        ({"residual": meta(512, 6144), "column_scale": meta(6144)}, True, False, "a pass of its own adds the residual"),
+    ],
+)
+def test_sparse_gemm_is_named_with_its_kernel(options, in_out, adds, why):
+    weight = meta(4096, 6144).t() if in_out else meta(6144, 4096)
+    operand = nm_act.compress_packed(meta(512, 4096))
+    with nm_act.explain_calls() as calls:
+        nm_act.sparse_gemm(operand, weight, **options)
+    [call] = calls
+    assert call.explanation.kernel == gemm_kernel("bf16", 512, 6144, 4096, residual=adds)
+    assert (call.explanation.path, call.explanation.device) == ("sparse", "cuda")
+    assert call.explanation.why.endswith(why)
+
+
+def gemm_kernel(dtype, *problem, residual=False):
+    """The text of a sparse GEMM's configuration for tokens, outputs and inputs on 132 multiprocessors."""
+    tile, raster, swizzle, splits, overlapped = nm_act._C.select_gemm_config(dtype, *problem, 132, residual)
+    name = next(each["name"] for each in nm_act._C.gemm_tiles(dtype) if each["tile"] == tile)
+    parts = [name, f"swizzle {swizzle} along {'tokens' if raster == 1 else 'outputs'}"]
+    parts += [f"{splits} splits"] * (splits > 1) + ["overlapped"] * overlapped
+    return ", ".join(parts)
+
+
+def test_the_gated_product_is_named_with_its_kernel():
+    with nm_act.explain_calls() as calls:
+        sparse_gemm_silu_mul(nm_act.compress_packed(meta(4096, 4096)), meta(4096, 28672).t())
+    assert [*calls][-1].explanation.kernel.startswith("k128x256x64, ")
+    assert (
+        nm_act._C.choose_packed(9, "bf16", "bf16", (64, 64, 64, 1, True), False, False, False, False, 8, 108)[2] == ""
+    )
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "8:16", "14:16"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("in_out", [True, False])
+def test_the_prepacked_path_is_the_one_that_ran(pattern, tokens, in_out):
+    """The copy is of twice the weight, so the result tells which of the two was read."""
+    x, weight = torch.randn(tokens, 64), torch.randn(32, 64)
+    weight = weight.t().contiguous().t() if in_out else weight
+    n, m = map(int, pattern.split(":"))
+    with nm_act.explain_calls() as calls:
+        y = torch.ops.nm_act.sparse_linear_prepacked(x, weight, prepack_weight(2 * weight), None, n, m)
+    [call] = calls
+    factor = {"prepacked": 2.0, "gather": 1.0}[call.explanation.path]
+    torch.testing.assert_close(y, factor * reference.prune(x, pattern) @ weight.t(), atol=1e-4, rtol=1e-4)
+    assert (call.explanation.device, call.explanation.kernel) == ("cpu", "")
 
 
 def test_a_refused_call_is_not_counted():

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import nm_act
 from nm_act import reference
 from nm_act.ops import explain
-from nm_act.optimize import attention, given, operands, static
+from nm_act.optimize import attention, fused, given, operands, static
 from nm_act.optimize.eligible import has_hooks
 from nm_act.optimize.fp8 import FP8Linear
 
@@ -176,6 +176,81 @@ def test_global_hooks_and_tensors_without_data_are_not_linked(calls, products):
         found.append(given.has_state(torch.zeros(3)))
     assert found == [False, False]
     assert given.has_state(torch.zeros(3))
+
+
+@pytest.fixture
+def links(monkeypatch):
+    """The hidden states with which a product comes along."""
+    found = []
+    monkeypatch.setattr(fused, "give", lambda hidden, _given: found.append(hidden))
+    return found
+
+
+def _hook(name):
+    return lambda model: model.get_submodule(name).register_forward_hook(lambda *_: None)
+
+
+def _replace_forward(model):
+    layer = model.model.layers[1]
+    layer.forward = layer.forward
+
+
+UNLINKED = {
+    "hooks on it": _hook("model.layers.0"),
+    "hooks on the next layer or its attention": _hook("model.layers.1.self_attn"),
+    "the forward of the next layer is replaced already": _replace_forward,
+    "the next layer's norm has another epsilon": lambda model: setattr(
+        model.model.layers[1].input_layernorm, "eps", 0.1
+    ),
+    "post_feedforward_layernorm: it has hooks": _hook("model.layers.0.post_feedforward_layernorm"),
+    "input_layernorm of the next layer: it has hooks": _hook("model.layers.1.input_layernorm"),
+    "input_layernorm of the next layer: projections that are not merged, or have hooks": _hook(
+        "model.layers.1.self_attn.q_proj"
+    ),
+    "pre_feedforward_layernorm: projections that are not merged, or have hooks": _hook("model.layers.0.mlp"),
+}
+
+
+@pytest.mark.parametrize("why", UNLINKED)
+def test_the_report_says_why_layers_are_not_linked(why, calls, products, links):
+    model = sparse("gemma3")
+    UNLINKED[why](model)
+    report = nm_act.optimize(model)
+    assert (report.linked, report.unlinked) == ([], [("model.layers.0", why)])
+    assert f"the next layer's first, on CUDA: 0 of 1 layers\n  not: {why}  x 1\n" in f"{report}\n"
+    logits(model)
+    assert not links
+
+
+def test_the_report_counts_the_layers_that_are_linked(calls, products, links):
+    model = sparse("gemma3")
+    report = nm_act.optimize(model)
+    logits(model)
+    assert len(links) == 1
+    assert (report.linked, report.unlinked) == (["model.layers.0"], [])
+    assert "last norm computed with the next layer's first, on CUDA: 1 of 1 layers\n" in str(report)
+    assert "next layer" not in str(nm_act.optimize(sparse("llama")))
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        (torch.bfloat16, "the next layer is in another dtype"),
+        ("meta", "input_layernorm of the next layer: projections that are not merged, or have hooks"),
+    ],
+)
+def test_the_report_knows_layers_in_other_places(place, why):
+    model = sparse("gemma3")
+    model.model.layers[1].to(place)
+    assert nm_act.optimize(model).unlinked == [("model.layers.0", why)]
+
+
+def test_the_report_knows_hooks_on_all_modules():
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert nm_act.optimize(sparse("gemma3")).unlinked == [("model.layers.0", "hooks on all modules")]
+    assert nm_act.optimize(sparse("gemma3", skip_layers=[1])).unlinked == [
+        ("model.layers.0", "input_layernorm of the next layer: not sparse")
+    ]
 
 
 def test_states_keep_nothing(calls, products):

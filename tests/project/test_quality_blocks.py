@@ -17,7 +17,7 @@ from nm_act.lab.calibrate import CalibrationSettings, calibrate
 from nm_act.lab.cost import Measured, places_of, predictions, shapes_of
 from nm_act.layers.linear import NMLinear
 from nm_act.methods.mitigations import low_rank_of
-from nm_act.recipe import Recipe
+from nm_act.recipe import LinearSpec, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,14 @@ def test_shared_predictions_are_those_of_merged_products():
     plain = quality_side.shared_prediction(recipe)
     assert plain == pytest.approx(predictions(cost, places_of("llama-3-8b", 32), recipe))
     pairs = quality_side.shared_prediction(recipe, rank=114)
-    assert all(1 < pairs[phase] < plain[phase] for phase in plain)
+    places, spec = places_of("llama-3-8b", 32), LinearSpec("2:4")
+    unfused = quality_side.shared_prediction(recipe, dense_channels=1e-9)
+    for phase, found in unfused.items():  # merged, but no norm or activation writes an operand
+        dense, sparse = (
+            cost.rest(phase, 32) + sum(cost.time(phase, place, each) for place in places) for each in (None, spec)
+        )
+        assert found == pytest.approx(dense / sparse)
+        assert 1 < pairs[phase] < found < plain[phase]
     decode = quality_side.shared_prediction(Recipe("16:32", phase="decode"), dense_channels=0.1)
     assert decode["prefill"] == pytest.approx(1.0)
     assert decode["decode"] < quality_side.shared_prediction(Recipe("16:32", phase="decode"))["decode"]

@@ -102,6 +102,18 @@ constexpr GemmTile wide_tile(ElementType value_type) {
   return value_type == ElementType::kE4M3 ? GemmTile::k128x256x128E4M3 : GemmTile::k128x256x64;
 }
 
+// Whether the kernel with a residual is compiled for it: in the storages of optimized models, for that tile alone.
+constexpr bool compiles_residual(ElementType value_type, ElementType y_type, bool weight_in_out, GemmTile tile) {
+  return tile == wide_tile(value_type) &&
+         (value_type == ElementType::kE4M3 ? y_type == ElementType::kBFloat16 : weight_in_out);
+}
+
+// Whether the epilogue needs only the vectors of ordinary inference: the bias for 16-bit values; row scale, column scale
+// and bias for e4m3.
+constexpr bool has_plain_epilogue(ElementType value_type, bool shifted, bool scaled) {
+  return !shifted && (!scaled || value_type == ElementType::kE4M3);
+}
+
 constexpr const TileFacts& facts_of(GemmTile tile) { return kTiles[static_cast<int>(tile)]; }
 
 struct TileGrid {
@@ -265,6 +277,11 @@ inline GemmConfig select_residual_config(const GemmProblem& problem) {
   const double moved = static_cast<double>(problem.tokens) * static_cast<double>(problem.out_features) * 6 / 1e6;
   const double apart = estimate_us(problem, facts_of(best.tile), best.splits) + kAddUs + kAddUsPerMb * moved;
   return estimate_us(problem, wide) <= apart ? configure(problem, wide) : best;
+}
+
+// The configuration of a product with the gated activation: gate and up together fill the widest tile's grid.
+inline GemmConfig gated_config(const GemmProblem& problem) {
+  return configure(problem, facts_of(wide_tile(problem.value_type)));
 }
 
 // Whether compression and the sparse GEMM beat pruning and the dense product; from a sweep of 11 token counts over 32

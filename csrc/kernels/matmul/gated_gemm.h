@@ -6,10 +6,6 @@
 
 namespace nm_act {
 
-inline GemmConfig gated_config(const GemmProblem& problem) {
-  return configure(problem, facts_of(wide_tile(problem.value_type)));  // gate and up together fill its grid
-}
-
 template <ElementType kValue>
 cudaError_t run_gated_gemm_sm90(const GatedGemmParams& params, const GemmLaunch& launch);
 

@@ -12,7 +12,7 @@ struct Sm90Instance {
   ElementType y_type;
   bool weight_in_out;
   GemmTile tile;
-  RunSm90 run[3];  // by GemmEpilogue; null for kResidual but on the widest tile, in optimized models' storages
+  RunSm90 run[3];  // by GemmEpilogue; null for kResidual unless compiles_residual
 };
 
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile>
@@ -23,8 +23,7 @@ constexpr Sm90Instance sm90_instance() {
                         kTile,
                         {run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kPlain>,
                          run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kFull>, nullptr}};
-  constexpr bool kBits8 = kValue == ElementType::kE4M3;
-  if constexpr (kTile == wide_tile(kValue) && (kBits8 ? kOutput == ElementType::kBFloat16 : kWeightInOut)) {
+  if constexpr (compiles_residual(kValue, kOutput, kWeightInOut, kTile)) {
     instance.run[2] = run_sparse_gemm_sm90<kValue, kOutput, kWeightInOut, kTile, GemmEpilogue::kResidual>;
   }
   return instance;
@@ -81,7 +80,14 @@ bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointe
 GemmEpilogue epilogue_for(const SparseGemmParams& params) {
   const bool shifted = params.eta != nullptr || params.shift_out != nullptr;
   const bool scaled = params.row_scale != nullptr || params.column_scale != nullptr;
-  return shifted || (scaled && params.value_type != ElementType::kE4M3) ? GemmEpilogue::kFull : GemmEpilogue::kPlain;
+  return has_plain_epilogue(params.value_type, shifted, scaled) ? GemmEpilogue::kPlain : GemmEpilogue::kFull;
+}
+
+// Whether the kernel of this tile adds the residual.
+bool sparse_gemm_adds(const SparseGemmParams& params, GemmDevice device, GemmTile tile) {
+  if (device.compute_capability_major != 9 || epilogue_for(params) != GemmEpilogue::kPlain) return false;
+  const Sm90Instance* instance = find_sm90(params, tile);
+  return instance != nullptr && instance->run[static_cast<int>(GemmEpilogue::kResidual)] != nullptr;
 }
 
 }  // namespace
@@ -111,12 +117,6 @@ size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch) 
   size_t bytes = 0;
   launch.workspace_bytes = &bytes;
   return launch_sparse_gemm(params, launch) == cudaSuccess ? bytes : 0;
-}
-
-bool sparse_gemm_adds(const SparseGemmParams& params, GemmDevice device, GemmTile tile) {
-  if (device.compute_capability_major != 9 || epilogue_for(params) != GemmEpilogue::kPlain) return false;
-  const Sm90Instance* instance = find_sm90(params, tile);
-  return instance != nullptr && instance->run[static_cast<int>(GemmEpilogue::kResidual)] != nullptr;
 }
 
 cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch& launch) {

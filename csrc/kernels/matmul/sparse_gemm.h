@@ -6,9 +6,8 @@
 
 namespace nm_act {
 
-// The vectors that the epilogue reads. kPlain is what ordinary inference needs: the bias for 16-bit values; row scale,
-// column scale and bias for e4m3. kFull is the whole formula of SparseGemmParams except the residual; kResidual is
-// kPlain plus the residual.
+// The vectors that the epilogue reads. kPlain: see has_plain_epilogue. kFull is the whole formula of SparseGemmParams
+// except the residual; kResidual is kPlain plus the residual.
 enum class GemmEpilogue : int { kPlain = 0, kFull = 1, kResidual = 2 };
 
 struct GemmLaunch {
@@ -29,9 +28,7 @@ cudaError_t run_sparse_gemm_sm80(const SparseGemmParams& params, cudaStream_t st
 // Number of bytes of launch.workspace, which is not read here.
 size_t sparse_gemm_workspace(const SparseGemmParams& params, GemmLaunch launch);
 
-// Whether the kernel of this tile adds the residual; if not, launch_sparse_gemm refuses one.
-bool sparse_gemm_adds(const SparseGemmParams& params, GemmDevice device, GemmTile tile);
-
+// Refuses a residual where the tile's kernel does not add it: choose_packed in ops/choice.h knows.
 cudaError_t launch_sparse_gemm(const SparseGemmParams& params, const GemmLaunch& launch);
 
 }  // namespace nm_act

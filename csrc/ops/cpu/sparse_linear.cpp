@@ -146,10 +146,10 @@ at::Tensor pruned_product(const char* op, const at::Tensor& prepacked, const at:
   const ElementType type = element_type(x.scalar_type());
   const bool scales = nu.defined() || shift_vector.defined() || column_vector.defined();
   const LinearFacts facts{tokens, type, type, type, selection.pattern, facts_of(weight), {}, variance_correction};
-  const bool pays = !prepacked.defined() || gather_pays_over_prepacked(type, selection.pattern, tokens);
-  if (pays && choose_on_cpu(facts).path == LinearPath::kGather) {
+  const LinearPath path = choose_on_cpu(facts, prepacked.defined()).path;
+  if (path == LinearPath::kGather) {
     launch_gather(operand, weight, epilogue, selection.type, y);
-  } else if (prepacked.defined()) {
+  } else if (path == LinearPath::kPrepacked) {
     const OptionalTensor added = scales || !bias_vector.defined() ? OptionalTensor() : bias_vector;
     if (prepacked.is_mkldnn())
       y = prepacked_product(operand, prepacked, added);

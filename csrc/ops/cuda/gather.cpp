@@ -75,15 +75,14 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
   const std::vector<int64_t> sizes = with_last(x.sizes(), weight.size(0));
   if (tokens == 0 || weight.size(0) == 0) return at::empty(sizes, x.options());
   const GemmDevice device = gemm_device(x, kOp);
-  const ElementType type = element_type(x.scalar_type());
+  const ElementType type = element_type(x.scalar_type()), weight_type = element_type(weight.scalar_type());
   const WeightFacts facts = facts_of(weight);
-  const int64_t most = scale.defined() ? kFewTokens : kMaxGatherTokens;
-  const auto config_of = [&](int64_t count) {
-    return choose_gather_config(element_type(weight.scalar_type()), {}, count, facts.out_features, facts.in_features,
-                                facts.row_stride(), device);
+  const auto choice_of = [&](int64_t count) {
+    return choose_gather_linear({count, type, weight_type, type, {}, facts, {}, false}, device);
   };
-  const bool fits = facts.aligned && type != ElementType::kFloat32 && config_of(std::min(tokens, most)).splits > 0;
-  if (!fits) return at::linear(x, scale.defined() ? dequantised(weight, scale, x.scalar_type()) : weight, bias);
+  if (choice_of(tokens).path != LinearPath::kGather)
+    return at::linear(x, scale.defined() ? dequantised(weight, scale, x.scalar_type()) : weight, bias);
+  const int64_t most = gather_linear_tokens(weight_type);
   const Rows rows = rows_of(x);
   const at::Tensor y = at::empty(sizes, x.options());
   const at::Tensor bias_vector = contiguous_or_undefined(bias.value_or(at::Tensor()));
@@ -93,7 +92,7 @@ at::Tensor gather_linear(const at::Tensor& x, const at::Tensor& weight, const Op
     set_epilogue(params, {scale, {}, {}, {}}, bias_vector);
     params.x = static_cast<const char*>(params.x) + first * rows.stride * x.element_size();
     params.y = static_cast<char*>(y.mutable_data_ptr()) + first * weight.size(0) * y.element_size();
-    check_status(launch_gather(params, device, config_of(count), current_stream(x)), kOp);
+    check_status(launch_gather(params, device, choice_of(count).gather, current_stream(x)), kOp);
   }
   return y;
 }

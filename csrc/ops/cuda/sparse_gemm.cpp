@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "kernels/matmul/sparse_gemm.h"
+#include "ops/choice.h"
 
 namespace nm_act::cuda_ops {
 
@@ -145,15 +146,17 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
       "none; give the row sums of the weight");
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
-  const GemmProblem problem{tokens, out_features, weight.size(1), params.value_type, device.multiprocessors};
-  // The kernel adds the residual where it is compiled to; else it costs one more pass.
-  const bool can_add = adds && sparse_gemm_adds(params, device, wide_tile(params.value_type));
+  const LinearChoice choice =
+      choose_packed({tokens, params.value_type, params.y_type, facts_of(weight),
+                     epilogue.eta.defined() || epilogue.shift_out.defined(),
+                     epilogue.row_scale.defined() || epilogue.column_scale.defined(), adds, /*gated=*/false},
+                    device);
   const GemmConfig chosen =
       config.has_value() ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
                                       static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
-      : can_add          ? select_residual_config(problem)
-                         : select_config(problem);
-  const bool fused = can_add && chosen.tile == wide_tile(params.value_type);
+                         : choice.gemm;
+  // The kernel adds the residual where it is compiled to; else it costs one more pass.
+  const bool fused = choice.why == Why::kPackedAdds;
   const at::Tensor addend = fused ? aligned(*residual) : at::Tensor();
   if (fused) params.residual = addend.const_data_ptr();
   run_sparse_gemm(params, device, chosen, y, kOp);

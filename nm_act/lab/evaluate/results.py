@@ -9,8 +9,9 @@ from typing import Any
 from ...recipe import Recipe
 from .. import output
 from ..cost import Cost, Rates, places_of, predictions
-from ..measured import SHAPES, Measured, shapes_of
+from ..measured import Measured, shapes_of
 from ..output import is_undefined, markdown_table
+from ..shapes import SHAPES
 from ..tables import DEFAULT_DEVICE
 from .folder import PERPLEXITY, RunFolder
 from .perplexity import paired_difference

@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from ...recipe import Recipe
+from ...recipe import DENSE, Recipe
 from ...yaml_text import YAMLError, load_yaml
 from ..policies import POLICIES
 from .variants import DENSE_VARIANT, Variant, from_recipe
@@ -84,5 +84,12 @@ def row_variant(row: dict[str, Any]) -> Variant:
     layers = row.get("layers", "all")
     if layers not in POLICIES:
         raise ValueError(f"expected layers among {', '.join(POLICIES)}, got {layers!r}; or name a recipe")
+    if row.get("pattern") == DENSE:
+        beside = next((key for key in row if key != "pattern"), None)
+        if beside is not None:
+            raise ValueError(
+                f"expected nothing beside pattern {DENSE} in a study's row, got {beside}, which has no effect there; "
+                "leave the row out, because every study measures the dense model"
+            )
     chosen = {key: row[key] for key in _FIELDS if key in row}
     return from_recipe(Recipe(projections=POLICIES[layers], **chosen), **{"layers": layers, **fields})
