@@ -29,7 +29,7 @@ void check_properties(const GemmProblem& problem) {
   check(tile.tile == config.tile, "facts by number", problem);
   check(is_tile_of(tile, problem.value_type), "tile of the type", problem);
   for (const TileFacts& other : kTiles) {
-    if (!is_tile_of(other, problem.value_type) || spills(problem, other)) continue;
+    if (!is_tile_of(other, problem.value_type)) continue;
     const double us = estimate_us(problem, tile, config.splits);
     const auto [fewest, most] = splits_of(problem, other);
     for (int splits = fewest; splits <= most; ++splits) {

@@ -18,15 +18,18 @@ FEWEST = {"bf16": 323, "e4m3": 1}
 
 @pytest.fixture(scope="module")
 def scanned():
-    """(dtype, storage, tokens, out_features, in_features) -> {(tile, raster, swizzle, splits): microseconds} of every tile."""
-    times = defaultdict(dict)
+    """(dtype, storage, tokens, out_features, in_features) -> {(tile, raster, swizzle, splits): microseconds} of every tile.
+
+    Of a problem whose configurations were timed in turn, these rows alone.
+    """
+    stages = {"scan": defaultdict(dict), "turns": defaultdict(dict)}
     for row in csv_rows(TABLE):
-        if row["stage"] == "scan":
+        if row["stage"] in stages:
             sizes = (int(row[name]) for name in ("tokens", "out_features", "in_features"))
             problem = (row["dtype"], row["storage"], *sizes)
             config = row["what"], int(row["raster"]), int(row["swizzle"]), int(row.get("splits") or 1)
-            times[problem][config] = float(row["us_p50"])
-    return times
+            stages[row["stage"]][problem][config] = float(row["us_p50"])
+    return stages["scan"] | stages["turns"]
 
 
 def losses(scanned, dtype: str, storage: str) -> tuple[list[float], int]:
@@ -47,7 +50,8 @@ def losses(scanned, dtype: str, storage: str) -> tuple[list[float], int]:
 
 @pytest.mark.parametrize(
     ("dtype", "mean", "worst", "over_eight_percent", "unmeasured"),
-    [("bf16", 1.010, 1.13, 2, 0), ("e4m3", 1.010, 1.16, 12, 0)],
+    # Not timed: streamed tiles of 323 tokens, and small e4m3 tiles of more than 1536.
+    [("bf16", 1.011, 1.15, 18, 2), ("e4m3", 1.010, 1.16, 12, 4)],
 )
 def test_choice_against_the_table(scanned, dtype, mean, worst, over_eight_percent, unmeasured):
     lost, missing = losses(scanned, dtype, "out_in")
