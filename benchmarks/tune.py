@@ -3,10 +3,11 @@
 csrc/kernels/matmul/config.h is fitted to the CSV. A candidate is a line more in csrc/kernels/matmul/tiles.h.
 
 A problem is scanned, then decided. Scan: every tile with both rasters and its widest band, the best tiles with every
-band. Final: the best tiles, the baselines and the whole operator (in stream order and overlapped), in
-turn. Problems of the part "turns" have one stage of that name: every tile, whole, split and streamed, in turn. Whatever is timed was compared with a float64 product of the pruned rows first: its error is at most twice
-torch's. Rows are appended as they come. A candidate that fails costs its own row; one that breaks the device or hangs
-restarts the process without it, and the run goes on where it was.
+band. Final: the best tiles, the baselines and the whole operator (in stream order and overlapped), in turn. Problems
+of the part "turns" have one stage of that name: every tile, whole, split and streamed, in turn. Whatever is timed was
+compared with a float64 product of the pruned rows first: its error is at most twice torch's. Rows are appended as
+they come. A candidate that fails costs its own row; one that breaks the device or hangs restarts the process without
+it, and the run goes on where it was.
 
     python benchmarks/tune.py --csv gemm_tuning.csv --seconds 300
 """
