@@ -60,8 +60,34 @@ void check_configs() {
 
 }  // namespace
 
+// More problems than a thread keeps, twice and in turn, so that entries are replaced and found again.
+void check_remembered() {
+  const GemmDevice devices[] = {{9, 132}, {9, 114}, {8, 108}};
+  for (int round = 0; round < 4; ++round) {
+    for (int size = 1; size <= 40; ++size) {
+      for (ElementType type : {ElementType::kBFloat16, ElementType::kE4M3}) {
+        for (const Pattern& pattern : {Pattern{8, 16, {}}, Pattern{2, 4, {}}, Pattern{2, 4, {1, {}}}}) {
+          for (const GemmDevice device : devices) {
+            const int tokens = 1 + size % 4, features = round < 2 ? 512 * size : 512 * (size % 3 + 1);
+            const GatherProblem problem{tokens, 4096, features, type, pattern, device};
+            for (bool in_layer : {false, true}) {
+              const GatherConfig found = remembered_gather_config(problem, in_layer);
+              const GatherConfig sought =
+                  in_layer ? select_gather_config_in_layer(problem) : select_gather_config(problem);
+              check(found.lanes == sought.lanes && found.splits == sought.splits && found.threads == sought.threads &&
+                        found.ahead == sought.ahead,
+                    "what is remembered is what is found, " + std::to_string(features));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 int main() {
   check_configs();
+  check_remembered();
   std::printf("%ld checks, %ld failed\n", checks, failures);
   return failures == 0 ? 0 : 1;
 }
