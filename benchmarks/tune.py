@@ -27,7 +27,7 @@ import torch
 from gpu_timer import require_kernels
 from shapes import FAMILY_SHAPES, LLAMA_3_8B, LLAMA_3_70B, TOKEN_COUNTS
 from timer import relative_error
-from tune_case import LAUNCH_CYCLES, Calls, Case, Clock, Config, Problem, scaled_mm
+from tune_case import Calls, Case, Clock, Config, Problem, scaled_mm
 
 import nm_act
 from nm_act import _C
@@ -122,28 +122,36 @@ class Tuner:
         self.writer.writerow({**problem._asdict(), **self.facts, "stage": stage, "what": what, **facts})
         self.file.flush()
 
+    def verified(self, case: Case, stage: str, config: Config, errors: dict[Config, float]) -> dict[str, object] | None:
+        """What a configuration's rows have in common; None, with a row that says why, if it may not be timed."""
+        problem = case.problem
+        if (problem.dtype, problem.storage, config.tile) in self.refused:
+            return None
+        facts = {"raster": config.raster, "swizzle": config.swizzle, "splits": config.splits}
+        facts["torch_error"] = f"{case.torch_error:.3e}"
+        y = guarded(config.name, case.gemm(config)[0])
+        if y is None:
+            self.refused.add((problem.dtype, problem.storage, config.tile))
+            self.row(problem, stage, config.name, **facts, note="refused")
+            return None
+        errors[config], wrong = case.error_of(y)
+        facts["error"] = f"{errors[config]:.3e}"
+        if wrong:
+            self.row(problem, stage, config.name, **facts, note=wrong)
+            print(f"{config} at {problem}: {wrong}", flush=True)
+            return None
+        return facts
+
     def scan(self, case: Case, configs: list[Config], times: dict[Config, float], errors: dict[Config, float]) -> None:
         problem = case.problem
         for config in configs:
-            if config in times or (problem.dtype, problem.storage, config.tile) in self.refused:
+            if config in times:
                 continue
-            facts = {"raster": config.raster, "swizzle": config.swizzle, "splits": config.splits}
-            facts["torch_error"] = f"{case.torch_error:.3e}"
-            calls = case.gemm(config)
-            y = guarded(config.name, calls[0])
-            if y is None:
-                self.refused.add((problem.dtype, problem.storage, config.tile))
-                self.row(problem, "scan", config.name, **facts, note="refused")
-                continue
-            errors[config], wrong = case.error_of(y)
-            del y
-            facts["error"] = f"{errors[config]:.3e}"
-            if wrong:
-                self.row(problem, "scan", config.name, **facts, note=wrong)
-                print(f"{config} at {problem}: {wrong}", flush=True)
+            facts = self.verified(case, "scan", config, errors)
+            if facts is None:
                 continue
             try:
-                sample = self.clock.timer(calls, case.estimate_us)
+                sample = self.clock.timer(case.gemm(config), case.estimate_us)
                 times[config] = self.clock.medians({"": sample}, 2 if case.estimate_us > 1000 else 3)[""]
             except RuntimeError as error:
                 self.row(problem, "scan", config.name, **facts, note=str(error).splitlines()[0][:120])
@@ -187,7 +195,8 @@ class Tuner:
         return self.decide(case, [best[name] for name in list(best)[:3]], errors)
 
     def decide_chosen(self, case: Case) -> str:
-        tile, *rest, _ = _C.select_gemm_config(*case.problem[1:2], *case.problem[3:], self.multiprocessors)
+        dtype, _, *sizes = case.problem[1:]
+        tile, *rest, _ = _C.select_gemm_config(dtype, *sizes, self.multiprocessors)
         name = next(each["name"] for each in self.tiles[case.problem.dtype] if each["tile"] == tile)
         config = Config(name, tile, *rest)
         error, wrong = case.error_of(case.gemm(config)[0]())
@@ -198,22 +207,13 @@ class Tuner:
 
     def turns(self, case: Case, configs: list[Config]) -> str:
         """Rows of all configurations, each verified, then timed in turn."""
-        problem, samples, errors = case.problem, {}, {}
-        for config in configs:
-            y = guarded(config.name, case.gemm(config)[0])
-            if y is None:
-                continue
-            errors[config], wrong = case.error_of(y)
-            del y
-            if wrong:
-                print(f"{config} at {problem}: {wrong}", flush=True)
-                continue
-            samples[config] = self.clock.timer(case.gemm(config), case.estimate_us)
-        medians = self.clock.medians(samples, 5)
+        verified = {config: self.verified(case, "turns", config, {}) for config in configs}
+        facts = {config: found for config, found in verified.items() if found is not None}
+        if not facts:
+            return "no candidate could be timed"
+        medians = self.clock.medians({c: self.clock.timer(case.gemm(c), case.estimate_us) for c in facts}, 5)
         for config, us in medians.items():
-            facts = {"raster": config.raster, "swizzle": config.swizzle, "splits": config.splits}
-            facts |= {"us_p50": f"{us:.2f}", "error": f"{errors[config]:.3e}"}
-            self.row(problem, "turns", config.name, **facts, torch_error=f"{case.torch_error:.3e}")
+            self.row(case.problem, "turns", config.name, **facts[config], us_p50=f"{us:.2f}")
         best = min(medians, key=medians.get)
         return f"{best} {medians[best]:.1f}"
 
@@ -255,7 +255,6 @@ class Tuner:
         self.add_baselines(case, add, samples, notes)
         rounds = 5 if case.estimate_us > 3000 else 7
         medians = self.clock.medians(samples, rounds)
-        self.clock.rest = LAUNCH_CYCLES
         by_name = {config.name: config for config in contenders}
         for name, us in medians.items():
             facts = {"us_p50": f"{us:.2f}", "note": chosen.name if name.startswith(("op", "compress")) else ""}

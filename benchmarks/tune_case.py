@@ -77,8 +77,8 @@ class Clock:
 
         return sample
 
-    @staticmethod
-    def medians(samples: dict[str, Callable], rounds: int) -> dict[str, float]:
+    def medians(self, samples: dict[str, Callable], rounds: int) -> dict[str, float]:
+        """Of samples that take turns; the next ones rest as at first."""
         for sample in samples.values():
             sample()
         events = {name: [] for name in samples}
@@ -86,6 +86,7 @@ class Clock:
             for name in list(samples)[:: 1 if index % 2 == 0 else -1]:
                 events[name].append(samples[name]())
         torch.cuda.synchronize()
+        self.rest = LAUNCH_CYCLES
         return {
             name: percentiles([start.elapsed_time(end) * 1e3 / count for start, end, count in entries])[1]
             for name, entries in events.items()
