@@ -185,6 +185,29 @@ def test_every_tile_makes_the_product_with_the_same_bits_each_time(activation_dt
                 assert torch.equal(tuned(packed, weight, config, **terms), first), config
 
 
+@HOPPER
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+@pytest.mark.parametrize("in_features", [64, 320])
+def test_vectors_of_blocks_with_many_short_tiles(activation_dtype, in_features):
+    """Six tiles a block: the vectors of the next tile are loaded while a warp group still reads those of the last."""
+    tokens, out_features = 2000, 12272
+    x, weight, bias = problem(tokens, out_features, in_features)
+    packed, scale = nm_act.compress_packed(x, activation_dtype=activation_dtype), None
+    if activation_dtype:
+        weight, scale = quantise_weight(weight)
+    draw = lambda size: torch.randn(size, device="cuda")  # noqa: E731
+    eta, shift = draw(tokens), draw(out_features)
+    product = nm_act.sparse_gemm(packed, weight, column_scale=scale).float()
+    for _ in range(3):
+        biased = nm_act.sparse_gemm(packed, weight, bias, column_scale=scale)
+        assert relative_error(biased, product + bias.float()) < 5e-3
+        shifted = nm_act.sparse_gemm(
+            dataclasses.replace(packed, eta=eta), weight, bias, column_scale=scale, shift_out=shift
+        )
+        factor = 1 if scale is None else scale.float()
+        assert relative_error(shifted, product + factor * eta[:, None] * shift + bias.float()) < 5e-3
+
+
 # ---- sparse_gemm and its epilogue ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("layout", LAYOUTS)

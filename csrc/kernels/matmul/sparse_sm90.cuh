@@ -4,7 +4,7 @@
 //   A   values [tokens, in / 2] row-major, with metadata in the layout of Sm90GemmSparseConfig (format/metadata.h)
 //   W   [out, in] (K-major) or, 16-bit only, [in, out] (N-major). Both run at the same speed with the same tile, so one
 //       [in, out] copy of a weight serves this kernel and the gather kernel, which skips rows.
-//   y   row-major; the epilogue is a visitor tree in float32:
+//   y   row-major; the epilogue in float32, from registers (direct_epilogue.cuh) or as a visitor tree of CUTLASS's:
 //         kPlain, 16-bit  acc + bias
 //         kPlain, e4m3    column_scale * (row_scale * acc) + bias
 //         kFull           column_scale * (row_scale * acc + eta (x) shift_out) + bias
@@ -26,6 +26,8 @@
 
 #include <type_traits>
 
+#include "direct_epilogue.cuh"
+#include "direct_kernel.cuh"
 #include "overlapped_mainloop.cuh"
 #include "sparse_gemm.h"
 #include "split_scheduler.cuh"
@@ -177,23 +179,43 @@ struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
   using Types = GemmTypes<kValue, kWeightInOut, kTile>;
   using Output = CutlassElement<kOutput>;
   using Fusion = Epilogue<typename Types::Tile, Output, Types::kE4M3, kEpilogue>;
-  using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, typename Types::Tile, typename Types::Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float,
-      std::conditional_t<Fusion::kResidual, Output, void>, cutlass::layout::RowMajor, 16 / sizeof(Output), Output,
-      cutlass::layout::RowMajor, 16 / sizeof(Output), typename Types::EpilogueSchedule,
-      typename Fusion::Callbacks>::CollectiveOp;
-  using Kernel =
+  // Where it was faster: 128x256 in e4m3. Ping-pong tiles hide CUTLASS's epilogue, a residual is loaded by it, 256x192 was
+  // 2 % slower and 16-bit tiles no faster (docs/kernels/sparse_gemm.md).
+  static constexpr bool kDirect =
+      Types::kE4M3 && TileShape<kTile>::kOverlapped && !Types::kPingPong && !Fusion::kResidual;
+  using Element = std::conditional_t<kOutput == ElementType::kBFloat16, BFloat16, Float16>;
+  struct FromRegisters {
+    using CollectiveOp = DirectEpilogue<Element, Output, typename Types::Tile, Fusion::kFull>;
+  };
+  struct FromSharedMemory : cutlass::epilogue::collective::CollectiveBuilder<
+                                cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, typename Types::Tile,
+                                typename Types::Cluster, cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+                                std::conditional_t<Fusion::kResidual, Output, void>, cutlass::layout::RowMajor,
+                                16 / sizeof(Output), Output, cutlass::layout::RowMajor, 16 / sizeof(Output),
+                                typename Types::EpilogueSchedule, typename Fusion::Callbacks> {};
+  using CollectiveEpilogue = typename std::conditional_t<kDirect, FromRegisters, FromSharedMemory>::CollectiveOp;
+  using CutlassKernel =
       typename Types::template Kernel<typename Types::template Mainloop<CollectiveEpilogue>, CollectiveEpilogue>;
+  using Kernel = std::conditional_t<kDirect && !TileShape<kTile>::kSplit, DirectKernel<CutlassKernel>, CutlassKernel>;
 
   static typename Kernel::Arguments arguments(const SparseGemmParams& params, const GemmLaunch& launch) {
     auto arguments = Types::template arguments<Kernel>(params, launch);
-    arguments.epilogue.thread = Fusion::arguments(params);
-    arguments.epilogue.ptr_D = static_cast<Output*>(params.y);
-    cute::get<0>(arguments.epilogue.dD) = params.out_features;
-    if constexpr (Fusion::kResidual) {
-      arguments.epilogue.ptr_C = static_cast<const Output*>(params.residual);
-      arguments.epilogue.dC = arguments.epilogue.dD;
+    if constexpr (kDirect) {
+      using Raw = typename Element::Raw;
+      arguments.epilogue = {static_cast<Raw*>(params.y),
+                            static_cast<const Raw*>(params.bias),
+                            params.row_scale,
+                            params.column_scale,
+                            params.eta,
+                            params.shift_out};
+    } else {
+      arguments.epilogue.thread = Fusion::arguments(params);
+      arguments.epilogue.ptr_D = static_cast<Output*>(params.y);
+      cute::get<0>(arguments.epilogue.dD) = params.out_features;
+      if constexpr (Fusion::kResidual) {
+        arguments.epilogue.ptr_C = static_cast<const Output*>(params.residual);
+        arguments.epilogue.dC = arguments.epilogue.dD;
+      }
     }
     if constexpr (TileShape<kTile>::kSplit) {
       using Mode = decltype(arguments.scheduler.decomposition_mode);
@@ -217,7 +239,7 @@ cudaError_t run(const typename Kernel::Arguments& arguments, const GemmLaunch& l
   if (Adapter::can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
   // An overlapped launch starts while the previous kernel ends. CUTLASS's producer warp waits for that kernel
   // (griddepcontrol.wait) before it loads. The consumer warps read the epilogue's vectors after a tile's main loop, and
-  // so after the producer's wait.
+  // so after the producer's wait, or wait themselves (direct_kernel.cuh).
 #ifndef CUTLASS_ENABLE_GDC_FOR_SM90
 #error "an overlapped launch waits for its operands only with CUTLASS_ENABLE_GDC_FOR_SM90"
 #endif

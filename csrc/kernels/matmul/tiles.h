@@ -1,7 +1,8 @@
 // The tiles of the sm_90a GEMMs, one per line: name, value type (Bits16: bf16 and fp16, with both weight storages;
 // E4M3: [out, in] weights, bf16 and fp16 outputs), tile (tokens, out_features, in_features), cluster (tokens, outputs),
-// schedule (Split: cooperative, with several blocks sharing a tile along its features: split_scheduler.cuh), consumer
-// loop (Plain: CUTLASS's; Overlapped: overlapped_mainloop.cuh).
+// schedule (Cooperative: two warp groups share a tile; PingPong: each has its own; Split: cooperative, with several
+// blocks sharing a tile along its features, split_scheduler.cuh), consumer loop (Plain: CUTLASS's; Overlapped:
+// overlapped_mainloop.cuh).
 //
 // CMakeLists.txt parses these lines and generates one source for each tile, type and storage; config.h, sparse_sm90.cuh
 // and sparse_gemm.cpp expand them into enumerators, facts, CUTLASS shapes and the table of instances. To try a tile,

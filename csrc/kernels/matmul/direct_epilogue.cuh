@@ -1,0 +1,186 @@
+// The epilogue of an e4m3 layer, stored from registers: each of two warp groups stores its own 64 tokens of a tile and
+// waits for no other.
+//
+//   y = column_scale * (row_scale * acc + eta (x) shift_out) + bias
+//
+// The vectors' parts for a tile are copied to shared memory, in direct_kernel.cuh while its main loop runs. The
+// accumulators give each thread, for two tokens 8 apart, two adjacent outputs of every 8. Four lanes exchange their words
+// so that each holds 8 adjacent outputs, 16 bytes; together they store whole sectors.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/cutlass.h>
+#include <cute/tensor.hpp>
+#include <cutlass/epilogue/collective/detail.hpp>
+
+#include "../prune/element.cuh"
+#include "quad.cuh"
+
+namespace nm_act {
+namespace sm90 {
+
+// E: element of y. kShifted: whether there are eta and shift_out. Null vectors stand for ones (a factor) or zeros (a
+// term).
+template <class E, class CutlassOutput, class Tile, bool kShifted>
+struct DirectEpilogueOp {
+  using Raw = typename E::Raw;
+  static constexpr int kTileTokens = cute::size<0>(Tile{}), kTileOutputs = cute::size<1>(Tile{});
+  static constexpr int kWarpGroups = 2;
+  static constexpr int kGroup = 32;  // outputs that four lanes hold, eight each
+  static_assert(kTileTokens == 64 * kWarpGroups && kTileOutputs % kGroup == 0);
+  static_assert(kTileOutputs <= 4 * 128, "a thread copies four outputs' vectors");
+
+  // What CUTLASS's kernel and adapter ask of an epilogue.
+  struct ThreadEpilogueOp {
+    using ElementAccumulator = float;
+    using ElementOutput = CutlassOutput;
+  };
+  using ElementC = CutlassOutput;
+  using ElementD = CutlassOutput;
+  using StrideC = cute::Stride<int64_t, cute::_1, int64_t>;
+  using StrideD = StrideC;
+
+  // The parts of the vectors that a warp group needs for a tile.
+  struct Vectors {
+    alignas(16) Raw bias[kTileOutputs];
+    alignas(16) float column_scale[kTileOutputs];
+    alignas(16) float shift_out[kShifted ? kTileOutputs : 4];
+    alignas(16) float row_scale[64];
+    alignas(16) float eta[kShifted ? 64 : 4];
+  };
+  struct SharedStorage {
+    Vectors vectors[kWarpGroups][2];  // of this tile and of the next
+  };
+  struct Arguments {
+    Raw* y;  // [tokens, outputs]
+    const Raw* bias;
+    const float* row_scale;
+    const float* column_scale;
+    const float* eta;
+    const float* shift_out;
+  };
+  using Params = Arguments;
+
+  template <class Problem>
+  static Params to_underlying_arguments(const Problem&, const Arguments& args, void*) {
+    return args;
+  }
+  template <class Problem>
+  static size_t get_workspace_size(const Problem&, const Arguments&) {
+    return 0;
+  }
+  template <class Problem>
+  static cutlass::Status initialize_workspace(const Problem&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+  template <class Problem>
+  static bool can_implement(const Problem&, const Arguments&) {
+    return true;
+  }
+
+  Params params;
+  CUTLASS_HOST_DEVICE explicit DirectEpilogueOp(const Params& params) : params(params) {}
+
+  // Starts the copies of the vectors' parts for a warp group's tokens and outputs. thread: in the warp group.
+  CUTLASS_DEVICE void prefetch(int tokens, int outputs, int first_token, int first_output, Vectors& to,
+                               int thread) const {
+    const int token = first_token + thread, output = first_output + thread * 4, chunk = first_output + thread * kChunk;
+    if (params.bias != nullptr && thread * kChunk < kTileOutputs && chunk < outputs) {
+      copy_async<16>(to.bias + thread * kChunk, params.bias + chunk);
+    }
+    if (thread * 4 < kTileOutputs && output < outputs) {
+      copy_or_fill<16>(to.column_scale + thread * 4, params.column_scale, output, 1.0f);
+      if (kShifted) copy_or_fill<16>(to.shift_out + thread * 4, params.shift_out, output, 0.0f);
+    }
+    if (thread < 64 && token < tokens) {
+      copy_or_fill<4>(to.row_scale + thread, params.row_scale, token, 1.0f);
+      if (kShifted) copy_or_fill<4>(to.eta + thread, params.eta, token, 1.0f);
+    }
+  }
+
+  // Waits for the vectors and stores the tile. barrier: of the warp group.
+  template <class Accumulators>
+  CUTLASS_DEVICE void store_tile(int tokens, int outputs, int first_token, int first_output, const Vectors& vectors,
+                                 const Accumulators& accumulators, int thread, int barrier) const {
+    static_assert(cute::size(Accumulators{}) == kTileOutputs / 2);
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    cutlass::arch::NamedBarrier::sync(128, barrier);
+    const int lane = thread % 4, first_row = thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (int group = 0; group < kTileOutputs / kGroup; ++group) {
+      const int output = first_output + group * kGroup + lane * kChunk;  // of the chunk that this lane stores
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + 8 * half, token = first_token + row;
+        uint32_t word[4];
+#pragma unroll
+        for (int chunk = 0; chunk < 4; ++chunk) {
+          const int i = (group * 4 + chunk) * 4 + half * 2;
+          word[chunk] =
+              finish(accumulators(i), accumulators(i + 1), vectors, row, group * kGroup + chunk * kChunk + lane * 2);
+        }
+        transpose_quad(word, lane);
+        if (token < tokens && output < outputs) {
+          *reinterpret_cast<uint4*>(params.y + int64_t{token} * outputs + output) =
+              make_uint4(word[0], word[1], word[2], word[3]);
+        }
+      }
+    }
+  }
+
+  // For CUTLASS's kernels.
+  template <class Problem, class CtaTile, class Coord, class Accumulators, class Mma, class Residue>
+  CUTLASS_DEVICE void operator()(const Problem& problem, CtaTile, const Coord& coord, const Accumulators& accumulators,
+                                 Mma, Residue, int thread, char* memory) const {
+    const int tokens = cute::get<0>(problem), outputs = cute::get<1>(problem), group = thread / 128;
+    const int token = cute::get<0>(coord) * kTileTokens + group * 64, output = cute::get<1>(coord) * kTileOutputs;
+    Vectors& vectors = reinterpret_cast<SharedStorage*>(memory)->vectors[group][0];
+    cutlass::arch::NamedBarrier::sync(128, group);  // the last tile's were read
+    prefetch(tokens, outputs, token, output, vectors, thread % 128);
+    store_tile(tokens, outputs, token, output, vectors, accumulators, thread % 128, group);
+  }
+
+ private:
+  // Two adjacent outputs of one token.
+  CUTLASS_DEVICE uint32_t finish(float first, float second, const Vectors& vectors, int row, int output) const {
+    float2 bias = make_float2(0, 0);
+    if (params.bias != nullptr) {
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(vectors.bias + output);
+      bias = make_float2(E::low(pair), E::high(pair));
+    }
+    const float row_scale = vectors.row_scale[row];
+    float2 inner = make_float2(row_scale * first, row_scale * second);
+    if constexpr (kShifted) {
+      const float2 shift = *reinterpret_cast<const float2*>(vectors.shift_out + output);
+      inner = make_float2(fmaf(row_scale, first, vectors.eta[row] * shift.x),
+                          fmaf(row_scale, second, vectors.eta[row] * shift.y));
+    }
+    const float2 scale = *reinterpret_cast<const float2*>(vectors.column_scale + output);
+    return E::pack(fmaf(scale.x, inner.x, bias.x), fmaf(scale.y, inner.y, bias.y));
+  }
+
+  template <int kBytes>
+  static CUTLASS_DEVICE void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(cute::cast_smem_ptr_to_uint(to)), "l"(from),
+                 "n"(kBytes)
+                 : "memory");
+  }
+
+  template <int kBytes>
+  static CUTLASS_DEVICE void copy_or_fill(float* to, const float* vector, int at, float fill) {
+    if (vector != nullptr) {
+      copy_async<kBytes>(to, vector + at);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBytes / 4; ++i) to[i] = fill;
+    }
+  }
+};
+
+template <class E, class CutlassOutput, class Tile, bool kShifted>
+using DirectEpilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<
+    DirectEpilogueOp<E, CutlassOutput, Tile, kShifted>>;
+
+}  // namespace sm90
+}  // namespace nm_act
