@@ -80,8 +80,8 @@ inline constexpr TileCost kTileCosts[] = {
     {1.192, 9.108, 4.429, 0.113, 0.064, 0},      // k256x192x64
     {3.863, 3.024, 1.202, 0.112, 0.076, 0},      // k128x128x64
     {9.187, 6.622, 0.827, 0.362, 0.000, 0.560},  // k128x256x64Split
-    {1.544, 3.076, 3.961, 0.311, 0.028, 0},      // k128x256x128E4M3
-    {0.000, 4.699, 4.617, 0.355, 0.037, 0},      // k256x192x128E4M3
+    {1.926, 3.025, 3.145, 0.298, 0.035, 0},      // k128x256x128E4M3
+    {0.011, 4.517, 5.145, 0.358, 0.046, 0},      // k256x192x128E4M3
     {0, 0, 0, 0, 0, 0},                          // k128x256x128E4M3Split: streamed only, kStreamCosts
     {4.105, 1.821, 0.565, 0.160, 0.057, 0},      // k128x128x256E4M3
     {3.532, 1.504, 0.840, 0.340, 0.000, 0},      // k64x128x256E4M3
@@ -96,7 +96,7 @@ struct StreamCost {
   double features;
   double fixed;
 };
-inline constexpr StreamCost kStreamCost16{1.36, 7.6}, kStreamCostE4M3{1.40, 7.0};
+inline constexpr StreamCost kStreamCost16{1.36, 7.6}, kStreamCostE4M3{1.34, 6.9};
 
 // The tile of full grids; products with another epilogue than a plain layer's are compiled for it alone.
 constexpr GemmTile wide_tile(ElementType value_type) {
