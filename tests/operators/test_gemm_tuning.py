@@ -50,8 +50,8 @@ def losses(scanned, dtype: str, storage: str) -> tuple[list[float], int]:
 
 @pytest.mark.parametrize(
     ("dtype", "mean", "worst", "over_eight_percent", "unmeasured"),
-    # Not timed: streamed tiles of 323 tokens, and small e4m3 tiles of more than 1536.
-    [("bf16", 1.011, 1.15, 18, 2), ("e4m3", 1.010, 1.16, 12, 4)],
+    # Not timed: streamed tiles of 323 tokens. bf16's worst: 16384 x 57344 x 8192, where cards disagree (docs).
+    [("bf16", 1.011, 1.20, 12, 2), ("e4m3", 1.009, 1.15, 14, 0)],
 )
 def test_choice_against_the_table(scanned, dtype, mean, worst, over_eight_percent, unmeasured):
     lost, missing = losses(scanned, dtype, "out_in")
