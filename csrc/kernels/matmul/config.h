@@ -72,9 +72,10 @@ inline constexpr TileFacts kTiles[] = {
 #undef NM_ACT_FACTS
 };
 
-// Fitted to a run of benchmarks/tune.py in two steps: to each tile's times, and from there to the least time lost by
-// the chosen tile over all problems of the run (bf16: from 323 tokens on). tests/operators/test_gemm_tuning.py checks
-// the choice against benchmarks/results/h100/gemm_tuning.csv.
+// Fitted to benchmarks/tune.py's times in two steps: to each tile's times, and from there to the least time lost by the
+// chosen tile over all problems (bf16: from 323 tokens on, the scans of one H100; the wide e4m3 tiles: those scans, and
+// all configurations in turn on another). tests/operators/test_gemm_tuning.py checks the choice against
+// benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
     {0.000, 5.960, 4.121, 0.234, 0.034, 0},      // k128x256x64
     {1.192, 9.108, 4.429, 0.113, 0.064, 0},      // k256x192x64
@@ -82,7 +83,7 @@ inline constexpr TileCost kTileCosts[] = {
     {9.187, 6.622, 0.827, 0.362, 0.000, 0.560},  // k128x256x64Split
     {1.926, 3.025, 3.145, 0.298, 0.035, 0},      // k128x256x128E4M3
     {0.011, 4.517, 5.145, 0.358, 0.046, 0},      // k256x192x128E4M3
-    {0, 0, 0, 0, 0, 0},                          // k128x256x128E4M3Split: streamed only, kStreamCosts
+    {0, 0, 0, 0, 0, 0},                          // k128x256x128E4M3Split: streamed only, kStreamCostE4M3
     {4.105, 1.821, 0.565, 0.160, 0.057, 0},      // k128x128x256E4M3
     {3.532, 1.504, 0.840, 0.340, 0.000, 0},      // k64x128x256E4M3
     {3.356, 0.953, 0.031, 0.342, 0.000, 0},      // k64x64x256E4M3
@@ -90,8 +91,8 @@ inline constexpr TileCost kTileCosts[] = {
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
 
 // Streamed tiles: the waves cost what those of the widest tile do, but for what their features take and a constant in
-// microseconds for the partial sums. Fitted to 128 problems of each type, from 1024 to 4284 tokens (in no CSV);
-// can_stream to the rows of stage "turns" of the same table.
+// microseconds for the partial sums. In 16 bits fitted to 128 problems from 1024 to 4284 tokens (in no CSV), in e4m3 to
+// the table; can_stream to the rows of stage "turns".
 struct StreamCost {
   double features;
   double fixed;
@@ -229,7 +230,7 @@ inline constexpr int64_t kSplitFeatures = 1024;  // the fewest that a block may 
 
 // Whether streaming a tile can pay: its last wave is partly empty, and CUTLASS divides more than eight steps. Below two
 // waves it took up to 1.5 times as long as the best other choice, from 12 on it lost 2 % on average, in between it
-// gained 5 % on average and lost 4 % at most.
+// gained 4 to 5 % on average where the estimates choose it, and lost 4 % at most; on all problems it would lose 3 to 5 %.
 inline constexpr int64_t kFewestStreamedWaves = 2, kMostStreamedWaves = 12;
 inline bool can_stream(const GemmProblem& problem, const TileFacts& tile) {
   const TileGrid grid = grid_of(problem, tile);

@@ -102,6 +102,8 @@ struct DirectKernel : Base {
       if (scheduler.is_last_tile(work)) cutlass::arch::launch_dependent_grids();
       epilogue.store_tile(tokens, outputs, token, output, vectors, accumulators, group_thread, group);
     }
+#else
+    __trap();  // compiled for another architecture
 #endif
   }
 };

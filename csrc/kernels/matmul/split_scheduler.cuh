@@ -1,5 +1,5 @@
-// Split tiles: several blocks share a tile along its features, for grids that leave multiprocessors idle. This is
-// CUTLASS's stream-K scheduler in its split-K mode. Each block writes or adds its partial sums to a workspace; the
+// Split tiles: several blocks share a tile along its features, for grids or last waves that leave multiprocessors idle.
+// This is CUTLASS's stream-K scheduler, in its split-K mode or, for streamed tiles, in that of stream-K. Each block writes or adds its partial sums to a workspace; the
 // block with the last features adds them to its own and runs the epilogue. The order is always the same, so results are
 // bitwise reproducible.
 //
