@@ -58,8 +58,6 @@ void check_configs() {
   check(gather_pays(ElementType::kInt8, {12, 16, {}}, 4), "8-bit weights always");
 }
 
-}  // namespace
-
 // More problems than a thread keeps, twice and in turn, so that entries are replaced and found again.
 void check_remembered() {
   const GemmDevice devices[] = {{9, 132}, {9, 114}, {8, 108}};
@@ -84,6 +82,8 @@ void check_remembered() {
     }
   }
 }
+
+}  // namespace
 
 int main() {
   check_configs();

@@ -14,31 +14,34 @@
 #include <cutlass/epilogue/collective/detail.hpp>
 
 #include "../prune/element.cuh"
-#include "quad.cuh"
+#include "register_epilogue.cuh"
 
 namespace nm_act {
 namespace sm90 {
 
+template <class E>
+struct DirectEpilogueArguments {
+  typename E::Raw* y;  // [tokens, outputs]
+  const typename E::Raw* bias;
+  const float* row_scale;
+  const float* column_scale;
+  const float* eta;
+  const float* shift_out;
+};
+
 // E: element of y. kShifted: whether there are eta and shift_out. Null vectors stand for ones (a factor) or zeros (a
 // term).
 template <class E, class CutlassOutput, class Tile, bool kShifted>
-struct DirectEpilogueOp {
+struct DirectEpilogueOp : RegisterEpilogue<CutlassOutput, DirectEpilogueArguments<E>> {
+  using Base = RegisterEpilogue<CutlassOutput, DirectEpilogueArguments<E>>;
+  using Base::Base;
+  using Base::params;
   using Raw = typename E::Raw;
   static constexpr int kTileTokens = cute::size<0>(Tile{}), kTileOutputs = cute::size<1>(Tile{});
   static constexpr int kWarpGroups = 2;
   static constexpr int kGroup = 32;  // outputs that four lanes hold, eight each
   static_assert(kTileTokens == 64 * kWarpGroups && kTileOutputs % kGroup == 0);
   static_assert(kTileOutputs <= 4 * 128, "a thread copies four outputs' vectors");
-
-  // What CUTLASS's kernel and adapter ask of an epilogue.
-  struct ThreadEpilogueOp {
-    using ElementAccumulator = float;
-    using ElementOutput = CutlassOutput;
-  };
-  using ElementC = CutlassOutput;
-  using ElementD = CutlassOutput;
-  using StrideC = cute::Stride<int64_t, cute::_1, int64_t>;
-  using StrideD = StrideC;
 
   // The parts of the vectors that a warp group needs for a tile.
   struct Vectors {
@@ -51,37 +54,6 @@ struct DirectEpilogueOp {
   struct SharedStorage {
     Vectors vectors[kWarpGroups][2];  // of this tile and of the next
   };
-  struct Arguments {
-    Raw* y;  // [tokens, outputs]
-    const Raw* bias;
-    const float* row_scale;
-    const float* column_scale;
-    const float* eta;
-    const float* shift_out;
-  };
-  using Params = Arguments;
-
-  template <class Problem>
-  static Params to_underlying_arguments(const Problem&, const Arguments& args, void*) {
-    return args;
-  }
-  template <class Problem>
-  static size_t get_workspace_size(const Problem&, const Arguments&) {
-    return 0;
-  }
-  template <class Problem>
-  static cutlass::Status initialize_workspace(const Problem&, const Arguments&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-  template <class Problem>
-  static bool can_implement(const Problem&, const Arguments&) {
-    return true;
-  }
-
-  Params params;
-  CUTLASS_HOST_DEVICE explicit DirectEpilogueOp(const Params& params) : params(params) {}
-
   // Starts the copies of the vectors' parts for a warp group's tokens and outputs. thread: in the warp group.
   CUTLASS_DEVICE void prefetch(int tokens, int outputs, int first_token, int first_output, Vectors& to,
                                int thread) const {

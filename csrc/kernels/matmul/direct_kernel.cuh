@@ -24,7 +24,7 @@ struct DirectKernel : Base {
   using Cluster = typename Base::ClusterShape;
   using Tile = typename Base::TileShape;
   using Scheduler = typename Base::TileScheduler;
-  static constexpr int kWarpGroups = 2;
+  static constexpr int kWarpGroups = Epilogue::kWarpGroups;
   static_assert(cute::size(typename Base::TiledMma{}) == kWarpGroups * 128);
   static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;
 

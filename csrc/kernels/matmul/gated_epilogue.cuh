@@ -13,51 +13,25 @@
 
 #include "../prune/activations.cuh"
 #include "../prune/compress.cuh"
-#include "quad.cuh"
+#include "register_epilogue.cuh"
 
 namespace nm_act {
 namespace sm90 {
 
+template <class E>
+struct GatedEpilogueArguments {
+  typename E::Raw* values;  // [tokens, outputs / 2]
+  uint8_t* metadata;
+  Activation activation;
+};
+
 // E: element of z. kHalf: outputs of a tile, in each of gate and up.
 template <class E, class CutlassOutput, int kTileTokens, int kHalf>
-struct GatedEpilogueOp {
-  // What CUTLASS's kernel and adapter ask of an epilogue.
-  struct ThreadEpilogueOp {
-    using ElementAccumulator = float;
-    using ElementOutput = CutlassOutput;
-  };
-  using ElementC = CutlassOutput;
-  using ElementD = CutlassOutput;
-  using StrideC = cute::Stride<int64_t, cute::_1, int64_t>;
-  using StrideD = StrideC;
+struct GatedEpilogueOp : RegisterEpilogue<CutlassOutput, GatedEpilogueArguments<E>> {
+  using Base = RegisterEpilogue<CutlassOutput, GatedEpilogueArguments<E>>;
+  using Base::Base;
+  using Base::params;
   struct SharedStorage {};
-  struct Arguments {
-    typename E::Raw* values;  // [tokens, outputs / 2]
-    uint8_t* metadata;
-    Activation activation;
-  };
-  using Params = Arguments;
-
-  template <class Problem>
-  static Params to_underlying_arguments(const Problem&, const Arguments& args, void*) {
-    return args;
-  }
-  template <class Problem>
-  static size_t get_workspace_size(const Problem&, const Arguments&) {
-    return 0;
-  }
-  template <class Problem>
-  static cutlass::Status initialize_workspace(const Problem&, const Arguments&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-  template <class Problem>
-  static bool can_implement(const Problem&, const Arguments&) {
-    return true;
-  }
-
-  Params params;
-  CUTLASS_HOST_DEVICE explicit GatedEpilogueOp(const Params& params) : params(params) {}
 
   template <class Problem, class Tile, class Coord, class Accumulators, class Mma, class Residue>
   CUTLASS_DEVICE void operator()(const Problem& problem, Tile, const Coord& coord, const Accumulators& accumulators,

@@ -15,7 +15,7 @@ namespace sm90 {
 template <ElementType kValue>
 struct GatedGemm {
   using Types = GemmTypes<kValue, /*kWeightInOut=*/true, wide_tile(kValue)>;
-  using Element = std::conditional_t<kValue == ElementType::kBFloat16, BFloat16, Float16>;
+  using Element = HalfElement<kValue>;
   static constexpr int kHalf = cute::size<1>(typename Types::Tile{}) / 2;
   using CollectiveEpilogue =
       GatedEpilogue<Element, CutlassElement<kValue>, cute::size<0>(typename Types::Tile{}), kHalf>;

@@ -41,6 +41,10 @@ using CutlassElement = std::conditional_t<
     std::conditional_t<kType == ElementType::kFloat16, cutlass::half_t,
                        std::conditional_t<kType == ElementType::kE4M3, cutlass::float_e4m3_t, float>>>;
 
+// The same of the pruning kernels, for 16 bits.
+template <ElementType kType>
+using HalfElement = std::conditional_t<kType == ElementType::kBFloat16, BFloat16, Float16>;
+
 enum class Schedule { kCooperative, kPingPong, kSplit };
 
 enum class Loop { kPlain, kOverlapped };
@@ -183,7 +187,7 @@ struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
   // 2 % slower and 16-bit tiles no faster (docs/kernels/sparse_gemm.md).
   static constexpr bool kDirect =
       Types::kE4M3 && TileShape<kTile>::kOverlapped && !Types::kPingPong && !Fusion::kResidual;
-  using Element = std::conditional_t<kOutput == ElementType::kBFloat16, BFloat16, Float16>;
+  using Element = HalfElement<kOutput>;
   struct FromRegisters {
     using CollectiveOp = DirectEpilogue<Element, Output, typename Types::Tile, Fusion::kFull>;
   };

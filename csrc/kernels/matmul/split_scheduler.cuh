@@ -1,7 +1,7 @@
 // Split tiles: several blocks share a tile along its features, for grids or last waves that leave multiprocessors idle.
-// This is CUTLASS's stream-K scheduler, in its split-K mode or, for streamed tiles, in that of stream-K. Each block writes or adds its partial sums to a workspace; the
-// block with the last features adds them to its own and runs the epilogue. The order is always the same, so results are
-// bitwise reproducible.
+// This is CUTLASS's stream-K scheduler, in its split-K mode or, for streamed tiles, in that of stream-K. Each block
+// writes or adds its partial sums to a workspace; the block with the last features adds them to its own and runs the
+// epilogue. The order is always the same, so results are bitwise reproducible.
 //
 // The scheduler is derived from CUTLASS's (4.2) because that one does not compile with CUTLASS_ENABLE_GDC_FOR_SM90: its
 // is_last_tile is a const function that passes a member as a non-const reference. The kernel calls it only to let the
