@@ -59,6 +59,12 @@ def evaluate(
     if not names:
         raise ValueError("expected at least one task, got none; name some with --tasks")
     harness = [name for name in names if name != PERPLEXITY]
+    unused = [option for option, value in (("--window", window), ("--max-tokens", max_tokens)) if value is not None]
+    if unused and PERPLEXITY not in names:
+        raise ValueError(
+            f"expected {PERPLEXITY} among --tasks beside {' and '.join(unused)}, got {', '.join(names)}; "
+            f"add {PERPLEXITY} or leave {' and '.join(unused)} out"
+        )
     check_available(harness)
     check_output(output)
     variants = [row_variant(row) for row in load_study(study)] if study is not None else []

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import parallel
 from ..layers.linear import NMLinear
@@ -47,7 +48,11 @@ def check_module(model: Any) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks besides its forward."""
+    """Whether a call of the module runs hooks besides its forward, its own or those of all modules."""
+    return _has_own_hooks(module) or bool(_has_any_global_hook())
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
@@ -69,7 +74,7 @@ def why_stays(module: nn.Module) -> str:
         return why
     if "forward" in vars(module):
         return "its forward is replaced already"
-    return "it has hooks" if has_hooks(module) else ""
+    return "it has hooks" if _has_own_hooks(module) else ""
 
 
 def calibrated(layer: Sparse) -> set[str]:

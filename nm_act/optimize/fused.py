@@ -263,7 +263,7 @@ class FusedSandwichLayer(FusedLayer):
         # changes: only StaticDecoder's calls, which nothing interrupts, are linked among those.
         if torch.compiler.is_compiling() or (y.is_inference() and "nm_act_lengths" not in options):
             return None
-        if _has_any_global_hook() or not has_state(y):
+        if not has_state(y):
             return None
         link = vars(self).get("nm_act_following")
         following = link and link()
@@ -292,6 +292,8 @@ def link_layers(layers: list[Any]) -> list[str]:
 
 def _why_unlinked(layer: Any, following: Any) -> str:
     """Why calls of a layer with norms on both sides would not compute the product that the next one begins with."""
+    if _has_any_global_hook():
+        return "hooks on all modules"
     before_mlp, last = FusedSandwichLayer.before_mlp, FusedSandwichLayer.after_parts[1]
     for each, name, whose in (
         (layer, before_mlp, ""),
@@ -304,8 +306,8 @@ def _why_unlinked(layer: Any, following: Any) -> str:
             linear = _merged_after(each, before_mlp).get(name)
             why = why_stays(getattr(each, name)) if name == last else _why_apart(each, name, linear)
             return f"{name}{whose}: {why or 'no kernel computes it so'}"
-    if has_hooks(layer) or _has_any_global_hook():
-        return "hooks on it" if has_hooks(layer) else "hooks on all modules"
+    if has_hooks(layer):
+        return "hooks on it"
     if any(map(has_hooks, (following, following.self_attn))):
         return "hooks on the next layer or its attention"
     norms = getattr(layer, last), following.input_layernorm

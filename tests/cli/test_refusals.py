@@ -157,6 +157,8 @@ def _refused(arguments, folder, files) -> str:
         (["ppl", "{model}", "--text", "{nothing}"], "but there is none"),
         ([*EVAL], "got nothing; add --pattern, --recipe, --calibration or --study"),
         ([*EVAL, "--pattern", "2:4", "--tasks", "mmlu"], "expected tasks among wikitext2, arc_easy"),
+        ([*EVAL, "--pattern", "2:4", "--tasks", "boolq", "--window", "64"], "wikitext2 among --tasks beside --window, got boolq"),
+        ([*EVAL, "--pattern", "2:4", "--tasks", "boolq", "--max-tokens", "64"], "wikitext2 or leave --max-tokens out"),
         ([*EVAL, "--pattern", "2:4", "--data", "{other}"], "no data for wikitext2"),
         ([*EVAL, "--study", "{calibrated}"], "expected a calibration for 'act 2:4' in --calibrated, got none; make it with nm-act"),
         ([*EVAL, "--study", "{study}", "--criterion", "wina"], METHODLESS),

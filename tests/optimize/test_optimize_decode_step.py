@@ -169,7 +169,7 @@ def test_global_hooks_and_tensors_without_data_are_not_linked(calls, products):
     nm_act.optimize(model)
     with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
         logits(model)
-    assert calls == ["added norm"] * 2
+    assert not calls
     found = []
     torch.vmap(lambda x: found.append(given.has_state(x)) or x)(torch.zeros(2, 3))
     with FakeTensorMode():

@@ -190,6 +190,30 @@ def test_hooks_that_come_later_see_what_the_stock_layer_gets_and_gives(name, hoo
     assert_close(seen[:2], seen[2:])
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_hooks_on_all_modules_see_those_of_the_stock_model(name, calls):
+    model = model_of(name)
+    stock, seen = copy.deepcopy(model), []
+    nm_act.optimize(model)
+    for each in (model, stock):
+        names, found = {module: name for name, module in each.named_modules()}, {}
+
+        def hook(module, _args, y, names=names, found=found):
+            if isinstance(y, torch.Tensor):
+                found[names[module]] = y
+
+        with torch.nn.modules.module.register_module_forward_hook(hook):
+            logits(each)
+        seen.append(found)
+    assert len(seen[1]) > 20
+    assert seen[0].keys() >= seen[1].keys()  # merged layers on top
+    for module, y in seen[1].items():
+        assert_close(seen[0][module], y)
+    assert not calls  # no kernel that computes what a hook is to see
+    logits(model)
+    assert calls
+
+
 def test_hidden_states_are_those_of_the_unfused_model(calls):
     model = model_of()
     with torch.no_grad():
