@@ -20,5 +20,11 @@
   X(k128x256x128E4M3Split, E4M3, 128, 256, 128, 2, 1, Split, Overlapped) \
   X(k128x128x256E4M3, E4M3, 128, 128, 256, 2, 1, PingPong, Overlapped) \
   X(k64x128x256E4M3, E4M3, 64, 128, 256, 1, 1, PingPong, Overlapped) \
-  X(k64x64x256E4M3, E4M3, 64, 64, 256, 1, 1, PingPong, Overlapped)
+  X(k64x64x256E4M3, E4M3, 64, 64, 256, 1, 1, PingPong, Overlapped) \
+  X(k256x160x64, Bits16, 256, 160, 64, 1, 2, Cooperative, Overlapped) \
+  X(k256x160x128E4M3, E4M3, 256, 160, 128, 1, 2, Cooperative, Overlapped) \
+  X(k128x256x64NoCluster, Bits16, 128, 256, 64, 1, 1, Cooperative, Overlapped) \
+  X(k128x256x128E4M3NoCluster, E4M3, 128, 256, 128, 1, 1, Cooperative, Overlapped) \
+  X(k128x128x64NoCluster, Bits16, 128, 128, 64, 1, 1, PingPong, Overlapped) \
+  X(k128x128x256E4M3NoCluster, E4M3, 128, 128, 256, 1, 1, PingPong, Overlapped)
 // clang-format on
