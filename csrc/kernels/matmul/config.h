@@ -39,6 +39,7 @@ struct GemmProblem {
   int64_t in_features;
   ElementType value_type;
   int multiprocessors;
+  bool weight_in_out = false;
 };
 
 // Costs of a tile in microseconds on an H100 SXM; estimate_us combines them.
@@ -77,20 +78,20 @@ inline constexpr TileFacts kTiles[] = {
 // tests/operators/test_gemm_tuning.py checks the choice against benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
     {0.005, 6.207, 4.084, 0.253, 0.025, 0},       // k128x256x64
-    {0.935, 8.962, 6.513, 0.113, 0.053, 0},       // k256x192x64
-    {8.649, 2.797, 1.379, 0.076, 0.071, 0},       // k128x128x64
-    {11.303, 6.838, 0.791, 0.221, 0.004, 0.829},  // k128x256x64Split
+    {0.766, 8.806, 6.421, 0.089, 0.062, 0},       // k256x192x64
+    {8.649, 2.797, 0.926, 0.066, 0.083, 0},       // k128x128x64
+    {13.801, 6.311, 0.768, 0.258, 0.003, 0.860},  // k128x256x64Split
     {2.191, 2.802, 2.940, 0.387, 0.036, 0},       // k128x256x128E4M3
     {0.011, 4.423, 5.329, 0.450, 0.029, 0},       // k256x192x128E4M3
     {0, 0, 0, 0, 0, 0},                           // k128x256x128E4M3Split: streamed only, kStreamCostE4M3
     {2.698, 2.712, 0.502, 0.182, 0.057, 0},       // k128x128x256E4M3
     {4.144, 1.517, 0.657, 0.306, 0.000, 0},       // k64x128x256E4M3
     {2.120, 1.586, 0.030, 0.254, 0.028, 0},       // k64x64x256E4M3
-    {0.481, 8.083, 3.293, 0.190, 0.045, 0},       // k256x160x64
+    {0.459, 8.326, 3.261, 0.202, 0.042, 0},       // k256x160x64
     {0.625, 4.184, 4.429, 0.346, 0.045, 0},       // k256x160x128E4M3
-    {0.009, 5.825, 5.675, 0.185, 0.041, 0},       // k128x256x64NoCluster
+    {0.006, 5.869, 4.338, 0.137, 0.042, 0},       // k128x256x64NoCluster
     {2.144, 2.786, 4.341, 0.327, 0.036, 0},       // k128x256x128E4M3NoCluster
-    {2.915, 2.611, 0.892, 0.157, 0.078, 0},       // k128x128x64NoCluster
+    {3.033, 2.629, 0.892, 0.188, 0.078, 0},       // k128x128x64NoCluster
     {3.283, 2.381, 0.962, 0.308, 0.041, 0},       // k128x128x256E4M3NoCluster
 };
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
@@ -101,7 +102,7 @@ struct StreamCost {
   double features;
   double fixed;
 };
-inline constexpr StreamCost kStreamCost16{1.29, 6.2}, kStreamCostE4M3{1.19, 8.1};
+inline constexpr StreamCost kStreamCost16{1.31, 10.2}, kStreamCostE4M3{1.19, 8.1};
 
 // Microseconds that an operator takes longer if its GEMM starts in stream order and not while the kernel before ends: 1 to
 // 4 up to 640 tokens, about none from 1536 on, where it matters least (200 problems on an H100, in no CSV).
@@ -261,11 +262,18 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
   return {2, tile.bits8 ? 1 : static_cast<int>(most)};
 }
 
-// Whether a tile without a cluster may be chosen: where the number of rows is odd, so that clusters would compute one more,
-// and for the small tiles, which come without. Elsewhere it would gain 0.3 % on average, and it depends on neighbours that
-// keep in step.
-inline bool can_do_without_cluster(const GemmProblem& problem, const TileFacts& tile) {
-  return is_clustered(tile) || tile.tokens < 128 || grid_of(problem, tile).rows % 2 != 0;
+// A weight stored [in, out] of more bytes than this is multiplied by the tiles of 128x256 in clusters 1.2 to 1.35 times as
+// slowly as by 256x192 (940 MB on an H100; with 470 MB, and on an H200, there was no difference).
+inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
+
+// Whether a tile takes part in the choice. Tiles without a cluster do where the number of rows is odd, so that clusters
+// would compute one more, and the small ones, which come without; elsewhere they would gain 0.3 % on average, and they
+// depend on neighbours that keep in step.
+inline bool takes_part(const GemmProblem& problem, const TileFacts& tile) {
+  if (!is_tile_of(tile, problem.value_type)) return false;
+  if (!is_clustered(tile)) return tile.tokens < 128 || grid_of(problem, tile).rows % 2 != 0;
+  return !(problem.weight_in_out && problem.out_features * problem.in_features * 2 > kHugeInOutBytes &&
+           tile.tokens == 128 && tile.out_features == 256);
 }
 
 // The tile, and the number of blocks that share it, with the lowest estimate.
@@ -279,7 +287,7 @@ inline GemmConfig select_config(const GemmProblem& problem) {
     best = &tile, best_us = us, best_splits = splits;
   };
   for (const TileFacts& tile : kTiles) {
-    if (!is_tile_of(tile, problem.value_type) || !can_do_without_cluster(problem, tile)) continue;
+    if (!takes_part(problem, tile)) continue;
     const auto [fewest, most] = splits_of(problem, tile);
     for (int splits = fewest; splits <= most; ++splits) consider(tile, splits);
     if (can_stream(problem, tile)) consider(tile, kStreamed);
@@ -312,9 +320,9 @@ inline GemmConfig gated_config(const GemmProblem& problem) {
 // docs/kernels/sparse_gemm.md says what a choice by estimates would gain.
 inline constexpr int64_t kSparseGemmTokens = 337;
 inline constexpr int64_t kSparseGemmTokensInOut = 129, kSparseGemmOutputsInOut = 6144;
-inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
-  return problem.tokens >= kSparseGemmTokens ||
-         (weight_in_out && problem.tokens >= kSparseGemmTokensInOut && problem.out_features >= kSparseGemmOutputsInOut);
+inline bool sparse_gemm_pays(const GemmProblem& problem) {
+  return problem.tokens >= kSparseGemmTokens || (problem.weight_in_out && problem.tokens >= kSparseGemmTokensInOut &&
+                                                 problem.out_features >= kSparseGemmOutputsInOut);
 }
 
 // Largest number of tokens for which a dense e4m3 product is computed with one scale and scaled by a separate kernel.
