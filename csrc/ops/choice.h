@@ -189,8 +189,8 @@ inline LinearChoice choose_gather_linear(const LinearFacts& facts, GemmDevice de
 // The configuration of sparse_gemm and sparse_gemm_silu_mul, which compute capability 9.0 alone has a choice of.
 inline LinearChoice choose_packed(const PackedFacts& facts, GemmDevice device) {
   const WeightFacts& weight = facts.weight;
-  const GemmProblem problem{facts.tokens, weight.out_features, weight.in_features, facts.value_type,
-                            device.multiprocessors};
+  const GemmProblem problem{facts.tokens,     weight.out_features,    weight.in_features,
+                            facts.value_type, device.multiprocessors, weight.stored_in_out()};
   const bool sm90 = device.compute_capability_major == 9;
   const bool can_add =
       facts.residual && sm90 && has_plain_epilogue(facts.value_type, facts.shifted, facts.scaled) &&
@@ -217,9 +217,10 @@ inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) 
   const WeightFacts weight = !plain ? *facts.lifted : bits8 ? dequantised_facts(facts.weight) : facts.weight;
   if (facts.weight.in_features > kMaxRowFeatures) return dense(Why::kLongRow);
   if (!gemm_takes(facts.type, weight, device.compute_capability_major)) return dense(Why::kShape);
-  GemmProblem problem{facts.tokens, weight.out_features, facts.weight.in_features, facts.type, device.multiprocessors};
+  GemmProblem problem{facts.tokens, weight.out_features,    facts.weight.in_features,
+                      facts.type,   device.multiprocessors, weight.stored_in_out()};
   if (device.compute_capability_major != 9) return dense(Why::kUnmeasured);
-  if (!sparse_gemm_pays(problem, weight.stored_in_out())) return dense(Why::kTooFewTokens);
+  if (!sparse_gemm_pays(problem)) return dense(Why::kTooFewTokens);
   if (!plain && !lifted_path_pays(problem)) return dense(Why::kLiftedDoesNotPay);
   problem.in_features = weight.in_features;
   return {plain ? LinearPath::kSparse : LinearPath::kLifted, Why::kEnoughTokens, {}, select_config(problem)};

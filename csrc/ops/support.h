@@ -6,7 +6,7 @@
 
 namespace nm_act {
 
-static_assert(kSparseGemmTokens == 385 && kSparseGemmTokensInOut == 129 && kSparseGemmOutputsInOut == 6144 &&
+static_assert(kSparseGemmTokens == 337 && kSparseGemmTokensInOut == 129 && kSparseGemmOutputsInOut == 6144 &&
                   kLiftedTokens == 1024 && kFewTokens == 4 && kMaxGatherTokens == 8,
               "the rows below name these numbers");
 
@@ -57,7 +57,7 @@ inline constexpr SupportRow kSupport[] = {
     {"sparse_linear", "1 to 4 tokens, weight stored [in, out], at most 95 % of its rows needed", "cuda sm_80+",
      "bfloat16, float16 x; weight of x's dtype, e4m3 or int8", kAllPatterns,
      "gather kernel: reads only the weight rows of survivors; slices in clusters on sm_90"},
-    {"sparse_linear", "2:4, 385 tokens and more; weight stored [in, out] of 6144 outputs and more, 129", "cuda sm_90",
+    {"sparse_linear", "2:4, 337 tokens and more; weight stored [in, out] of 6144 outputs and more, 129", "cuda sm_90",
      kBits16, "2:4", "compress_packed and sparse_gemm"},
     {"sparse_linear", "lifted_weight given, 1024 tokens and more", "cuda sm_90", kBits16, "2:4+1",
      "compress_packed and sparse_gemm over the lifted weight"},

@@ -27,9 +27,9 @@ void check_properties(const GemmProblem& problem) {
   const GemmConfig config = select_config(problem);
   const TileFacts& tile = kTiles[static_cast<int>(config.tile)];
   check(tile.tile == config.tile, "facts by number", problem);
-  check(is_tile_of(tile, problem.value_type), "tile of the type", problem);
+  check(takes_part(problem, tile), "tile of the type", problem);
   for (const TileFacts& other : kTiles) {
-    if (!is_tile_of(other, problem.value_type)) continue;
+    if (!takes_part(problem, other)) continue;
     const double us = estimate_us(problem, tile, config.splits);
     const auto [fewest, most] = splits_of(problem, other);
     for (int splits = fewest; splits <= most; ++splits) {
@@ -50,8 +50,8 @@ void check_properties(const GemmProblem& problem) {
            round_up(output_tiles, static_cast<uint32_t>(swizzle * tile.cluster_outputs));
   };
   check(padded(config.swizzle) * 20 <= padded(1) * 21, "padding of the grid", problem);
-  const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;
-  check(config.overlapped == (clustered || token_tiles == 1), "overlap", problem);
+  check(config.overlapped == (is_clustered(tile) || token_tiles == 1), "overlap", problem);
+  check(is_clustered(tile) || tile.tokens < 128 || token_tiles % 2 == 1, "clusters of whole pairs", problem);
 }
 
 void check_choice(int64_t tokens, int64_t out_features, int64_t in_features, ElementType type, GemmTile tile) {
@@ -67,6 +67,7 @@ int main() {
       for (int64_t out_features : {16, 128, 1000, 4096, 6144, 10240, 28672, 57344}) {
         for (int multiprocessors : {78, 114, 132}) {
           check_properties({tokens, out_features, 4096, type, multiprocessors});
+          if (type != ElementType::kE4M3) check_properties({tokens, out_features, 8192, type, multiprocessors, true});
         }
       }
     }
@@ -80,6 +81,12 @@ int main() {
   check_choice(4096, 6144, 4096, bf16, GemmTile::k256x192x64);
   check_choice(4096, 8192, 28672, e4m3, GemmTile::k128x256x128E4M3);
   check_choice(16, 4096, 4096, e4m3, GemmTile::k64x64x256E4M3);
+  // An odd number of rows of tiles; one that a pair of 256 rows fits.
+  check_choice(640, 6144, 4096, bf16, GemmTile::k128x256x64NoCluster);
+  check_choice(2350, 5120, 4096, e4m3, GemmTile::k128x256x128E4M3NoCluster);
+  check_choice(1820, 2560, 9728, bf16, GemmTile::k256x160x64);
+  const GemmProblem huge{16384, 57344, 8192, bf16, 132, true};
+  check(select_config(huge).tile == GemmTile::k256x192x64, "tile of a huge weight stored [in, out]", huge);
   const GemmProblem wide{16384, 28672, 4096, bf16, 132};
   check(select_config(wide).swizzle == 8, "swizzle of a large grid", wide);
   constexpr int64_t kWraps = (int64_t{1} << 32) + 64;  // 64 in 32 bits

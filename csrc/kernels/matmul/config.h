@@ -39,6 +39,7 @@ struct GemmProblem {
   int64_t in_features;
   ElementType value_type;
   int multiprocessors;
+  bool weight_in_out = false;
 };
 
 // Costs of a tile in microseconds on an H100 SXM; estimate_us combines them.
@@ -72,32 +73,40 @@ inline constexpr TileFacts kTiles[] = {
 #undef NM_ACT_FACTS
 };
 
-// Fitted to benchmarks/tune.py's times in two steps: to each tile's times, and from there to the least time lost by the
-// chosen tile over all problems (bf16: from 323 tokens on, the scans of one H100; the wide e4m3 tiles: those scans, and
-// all configurations in turn on another). tests/operators/test_gemm_tuning.py checks the choice against
-// benchmarks/results/h100/gemm_tuning.csv.
+// Fitted to the least time lost by the chosen configuration over all problems of benchmarks/tune.py's stage "turns" on one
+// H100 (and, up to 96 tokens, of its scans on another), where a launch in stream order counts as kStreamOrderUs more.
+// tests/operators/test_gemm_tuning.py checks the choice against benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
-    {0.000, 5.960, 4.121, 0.234, 0.034, 0},      // k128x256x64
-    {1.192, 9.108, 4.429, 0.113, 0.064, 0},      // k256x192x64
-    {3.863, 3.024, 1.202, 0.112, 0.076, 0},      // k128x128x64
-    {9.187, 6.622, 0.827, 0.362, 0.000, 0.560},  // k128x256x64Split
-    {1.926, 3.025, 3.145, 0.298, 0.035, 0},      // k128x256x128E4M3
-    {0.011, 4.517, 5.145, 0.358, 0.046, 0},      // k256x192x128E4M3
-    {0, 0, 0, 0, 0, 0},                          // k128x256x128E4M3Split: streamed only, kStreamCostE4M3
-    {4.105, 1.821, 0.565, 0.160, 0.057, 0},      // k128x128x256E4M3
-    {3.532, 1.504, 0.840, 0.340, 0.000, 0},      // k64x128x256E4M3
-    {3.356, 0.953, 0.031, 0.342, 0.000, 0},      // k64x64x256E4M3
+    {0.005, 6.207, 4.084, 0.253, 0.025, 0},       // k128x256x64
+    {0.006, 5.869, 4.338, 0.137, 0.042, 0},       // k128x256x64NoCluster
+    {0.766, 8.806, 6.421, 0.089, 0.062, 0},       // k256x192x64
+    {0.459, 8.326, 3.261, 0.202, 0.042, 0},       // k256x160x64
+    {8.649, 2.797, 0.926, 0.066, 0.083, 0},       // k128x128x64
+    {3.033, 2.629, 0.892, 0.188, 0.078, 0},       // k128x128x64NoCluster
+    {13.801, 6.311, 0.768, 0.258, 0.003, 0.860},  // k128x256x64Split
+    {2.191, 2.802, 2.940, 0.387, 0.036, 0},       // k128x256x128E4M3
+    {2.144, 2.786, 4.341, 0.327, 0.036, 0},       // k128x256x128E4M3NoCluster
+    {0.011, 4.423, 5.329, 0.450, 0.029, 0},       // k256x192x128E4M3
+    {0.625, 4.184, 4.429, 0.346, 0.045, 0},       // k256x160x128E4M3
+    {0, 0, 0, 0, 0, 0},                           // k128x256x128E4M3Split: streamed only, kStreamCostE4M3
+    {2.698, 2.712, 0.502, 0.182, 0.057, 0},       // k128x128x256E4M3
+    {3.283, 2.381, 0.962, 0.308, 0.041, 0},       // k128x128x256E4M3NoCluster
+    {4.144, 1.517, 0.657, 0.306, 0.000, 0},       // k64x128x256E4M3
+    {2.120, 1.586, 0.030, 0.254, 0.028, 0},       // k64x64x256E4M3
 };
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
 
 // Streamed tiles: the waves cost what those of the widest tile do, but for what their features take and a constant in
-// microseconds for the partial sums. In 16 bits fitted to 128 problems from 1024 to 4284 tokens (in no CSV), in e4m3 to
-// the table; can_stream to the rows of stage "turns".
+// microseconds for the partial sums.
 struct StreamCost {
   double features;
   double fixed;
 };
-inline constexpr StreamCost kStreamCost16{1.36, 7.6}, kStreamCostE4M3{1.34, 6.9};
+inline constexpr StreamCost kStreamCost16{1.31, 10.2}, kStreamCostE4M3{1.19, 8.1};
+
+// Microseconds that an operator takes longer if its GEMM starts in stream order and not while the kernel before ends: 1 to
+// 4 up to 640 tokens, about none from 1536 on, where it matters least (200 problems on an H100, in no CSV).
+inline constexpr double kStreamOrderUs = 1.5;
 
 // The tile of full grids; products with another epilogue than a plain layer's are compiled for it alone.
 constexpr GemmTile wide_tile(ElementType value_type) {
@@ -115,6 +124,8 @@ constexpr bool compiles_residual(ElementType value_type, ElementType y_type, boo
 constexpr bool has_plain_epilogue(ElementType value_type, bool shifted, bool scaled) {
   return !shifted && (!scaled || value_type == ElementType::kE4M3);
 }
+
+constexpr bool is_clustered(const TileFacts& tile) { return tile.cluster_tokens * tile.cluster_outputs > 1; }
 
 constexpr const TileFacts& facts_of(GemmTile tile) { return kTiles[static_cast<int>(tile)]; }
 
@@ -147,13 +158,14 @@ inline int select_swizzle(const TileGrid& grid, const TileFacts& tile) {
 }
 
 // The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
-// the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With bands of 8 the two
-// orders differ little. Tiles of 64 tokens share no weight through a cluster, so the rows of a column have to run close
-// together: in one band that holds them all, or else along the tokens (the other order took up to 3.3 times as long).
-// With wider bands the order along the outputs was up to 1.9 times as fast.
+// the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With bands of 8, clusters
+// along the tokens take the same time in both orders, and clusters along the outputs up to 19 % less along the tokens. Tiles
+// without a cluster share no weight through it, so the rows of a column have to run close together: in one band that holds
+// them all, or else along the tokens (the other order took up to 3.3 times as long). With wider bands the order along the
+// outputs was up to 2.2 times as fast.
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
-  if (swizzle >= 8) return GemmRaster::kAlongOutputs;
-  if (tile.tokens == 64) {
+  if (swizzle >= 8) return tile.cluster_outputs > 1 ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
+  if (!is_clustered(tile)) {
     return swizzle >= 4 || grid.rows <= swizzle ? GemmRaster::kAlongOutputs : GemmRaster::kAlongTokens;
   }
   const auto bands = [&](int64_t across, int64_t length, int64_t whole, int64_t band) {
@@ -175,15 +187,18 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
   return read(column_length, columns) < read(rows, row_length) ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
 }
 
-// The configuration for this problem and tile. Blocks without a cluster get out of step when they start while another
-// kernel ends, and then read a weight column once per row of tiles (up to 1.5 times as long).
+// Whether the kernel starts while the one before ends. Blocks without a cluster would then begin wherever a multiprocessor
+// is free and get out of step: neighbours no longer read the same weight column at the same time (an operator took up to
+// 1.65 times as long).
+inline bool starts_early(const TileFacts& tile, const TileGrid& grid) { return is_clustered(tile) || grid.rows == 1; }
+
+// The configuration for this problem and tile.
 inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileGrid grid = grid_of(problem, tile);
   const int swizzle = select_swizzle(grid, tile);
-  const bool clustered = tile.cluster_tokens * tile.cluster_outputs > 1;
   const GemmRaster raster =
       splits == kStreamed ? GemmRaster::kAlongTokens : select_raster(problem, grid, tile, swizzle);
-  return {tile.tile, raster, swizzle, splits, clustered || grid.rows == 1};
+  return {tile.tile, raster, swizzle, splits, starts_early(tile, grid)};
 }
 
 // Estimated time of the waves alone.
@@ -218,7 +233,8 @@ inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int
   const double work = waves_us(problem, tile, cost, tiles, splits);
   const double partial =
       static_cast<double>(tiles * std::max(splits - 1, 0)) * tile.tokens * tile.out_features * 4 / 1e6;
-  return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic) + cost.partial_mb * partial;
+  return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic) + cost.partial_mb * partial +
+         (starts_early(tile, grid) ? 0 : kStreamOrderUs);
 }
 
 inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
@@ -246,6 +262,20 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
   return {2, tile.bits8 ? 1 : static_cast<int>(most)};
 }
 
+// A weight stored [in, out] of more bytes than this is multiplied by the tiles of 128x256 in clusters 1.2 to 1.35 times as
+// slowly as by 256x192 (940 MB on an H100; with 470 MB, and on an H200, there was no difference).
+inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
+
+// Whether a tile takes part in the choice. Tiles without a cluster do where the number of rows is odd, so that clusters
+// would compute one more, and the small ones, which come without; elsewhere they would gain 0.3 % on average, and they
+// depend on neighbours that keep in step.
+inline bool takes_part(const GemmProblem& problem, const TileFacts& tile) {
+  if (!is_tile_of(tile, problem.value_type)) return false;
+  if (!is_clustered(tile)) return tile.tokens < 128 || grid_of(problem, tile).rows % 2 != 0;
+  return !(problem.weight_in_out && problem.out_features * problem.in_features * 2 > kHugeInOutBytes &&
+           tile.tokens == 128 && tile.out_features == 256);
+}
+
 // The tile, and the number of blocks that share it, with the lowest estimate.
 inline GemmConfig select_config(const GemmProblem& problem) {
   const TileFacts* best = nullptr;
@@ -257,7 +287,7 @@ inline GemmConfig select_config(const GemmProblem& problem) {
     best = &tile, best_us = us, best_splits = splits;
   };
   for (const TileFacts& tile : kTiles) {
-    if (!is_tile_of(tile, problem.value_type)) continue;
+    if (!takes_part(problem, tile)) continue;
     const auto [fewest, most] = splits_of(problem, tile);
     for (int splits = fewest; splits <= most; ++splits) consider(tile, splits);
     if (can_stream(problem, tile)) consider(tile, kStreamed);
@@ -284,15 +314,15 @@ inline GemmConfig gated_config(const GemmProblem& problem) {
 }
 
 // Whether compression and the sparse GEMM beat pruning and the dense product; from a sweep of 11 token counts over 32
-// layer shapes of seven families in bf16 on an H100. Up to 384 tokens, cuBLAS has one row of 128 tokens fewer than the
-// sparse tiles, whose clusters need an even number of rows, and is faster on most shapes; from 385 on, both have four
-// rows. With a weight stored [in, out], cuBLAS is slower: from 6144 outputs on, the sparse product is at least as fast
-// from 129 tokens on. docs/kernels/sparse_gemm.md says what a choice by estimates would gain.
-inline constexpr int64_t kSparseGemmTokens = 385;
+// layer shapes of seven families in bf16 on an H100. Up to 323 tokens, cuBLAS takes fewer or smaller rows than three of 128 and
+// is faster on many shapes; at 352, the sparse product won on 17 of 23. With a weight stored [in, out], cuBLAS is slower:
+// from 6144 outputs on, the sparse product is at least as fast from 129 tokens on.
+// docs/kernels/sparse_gemm.md says what a choice by estimates would gain.
+inline constexpr int64_t kSparseGemmTokens = 337;
 inline constexpr int64_t kSparseGemmTokensInOut = 129, kSparseGemmOutputsInOut = 6144;
-inline bool sparse_gemm_pays(const GemmProblem& problem, bool weight_in_out) {
-  return problem.tokens >= kSparseGemmTokens ||
-         (weight_in_out && problem.tokens >= kSparseGemmTokensInOut && problem.out_features >= kSparseGemmOutputsInOut);
+inline bool sparse_gemm_pays(const GemmProblem& problem) {
+  return problem.tokens >= kSparseGemmTokens || (problem.weight_in_out && problem.tokens >= kSparseGemmTokensInOut &&
+                                                 problem.out_features >= kSparseGemmOutputsInOut);
 }
 
 // Largest number of tokens for which a dense e4m3 product is computed with one scale and scaled by a separate kernel.
