@@ -185,9 +185,8 @@ struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
   using Fusion = Epilogue<typename Types::Tile, Output, Types::kE4M3, kEpilogue>;
   // Where it was faster: 128x256 in e4m3. Ping-pong tiles hide CUTLASS's epilogue, a residual is loaded by it, 256x192 was
   // 2 % slower and 16-bit tiles no faster (docs/kernels/sparse_gemm.md).
-  static constexpr bool kDirect =
-      Types::kE4M3 && TileShape<kTile>::kOverlapped && !Types::kPingPong && !Fusion::kResidual &&
-      cute::size<0>(typename Types::Tile{}) == 128;
+  static constexpr bool kDirect = Types::kE4M3 && TileShape<kTile>::kOverlapped && !Types::kPingPong &&
+                                  !Fusion::kResidual && cute::size<0>(typename Types::Tile{}) == 128;
   using Element = HalfElement<kOutput>;
   struct FromRegisters {
     using CollectiveOp = DirectEpilogue<Element, Output, typename Types::Tile, Fusion::kFull>;
