@@ -195,8 +195,9 @@ class Tuner:
         return self.decide(case, [best[name] for name in list(best)[:3]], errors)
 
     def decide_chosen(self, case: Case) -> str:
-        dtype, _, *sizes = case.problem[1:]
-        tile, *rest, _ = _C.select_gemm_config(dtype, *sizes, self.multiprocessors)
+        dtype, storage, *sizes = case.problem[1:]
+        in_out = storage == "in_out"
+        tile, *rest, _ = _C.select_gemm_config(dtype, *sizes, self.multiprocessors, weight_in_out=in_out)
         name = next(each["name"] for each in self.tiles[case.problem.dtype] if each["tile"] == tile)
         config = Config(name, tile, *rest)
         error, wrong = case.error_of(case.gemm(config)[0]())

@@ -54,5 +54,11 @@ def gather_configs(
 ) -> list[tuple[int, int, int, int]]: ...
 def gemm_tiles(dtype: str) -> list[dict[str, int | str | bool]]: ...
 def select_gemm_config(
-    dtype: str, tokens: int, out_features: int, in_features: int, multiprocessors: int, residual: bool = False
+    dtype: str,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    residual: bool = False,
+    weight_in_out: bool = False,
 ) -> tuple[int, int, int, int, bool]: ...

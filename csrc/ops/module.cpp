@@ -124,8 +124,9 @@ py::list gemm_tiles(const std::string& dtype) {
 }
 
 py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t out_features, int64_t in_features,
-                             int multiprocessors, bool residual) {
-  const nm_act::GemmProblem problem{tokens, out_features, in_features, element_type_named(dtype), multiprocessors};
+                             int multiprocessors, bool residual, bool weight_in_out) {
+  const nm_act::GemmProblem problem{tokens,          out_features, in_features, element_type_named(dtype),
+                                    multiprocessors, weight_in_out};
   const nm_act::GemmConfig config = residual ? nm_act::select_residual_config(problem) : nm_act::select_config(problem);
   return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.splits, config.overlapped);
 }
@@ -230,7 +231,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("layout"));
   m.def("gemm_tiles", gemm_tiles, py::arg("dtype"));
   m.def("select_gemm_config", select_gemm_config, py::arg("dtype"), py::arg("tokens"), py::arg("out_features"),
-        py::arg("in_features"), py::arg("multiprocessors"), py::arg("residual") = false);
+        py::arg("in_features"), py::arg("multiprocessors"), py::arg("residual") = false,
+        py::arg("weight_in_out") = false);
   m.def("choose_path", choose_path, py::arg("on_cuda"), py::arg("tokens"), py::arg("dtype"), py::arg("n"), py::arg("m"),
         py::arg("extra_columns"), py::arg("weight"), py::arg("lifted"), py::arg("compute_capability_major"),
         py::arg("multiprocessors"), py::arg("weight_dtype"), py::arg("activation_dtype"),

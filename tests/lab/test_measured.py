@@ -36,9 +36,8 @@ def test_whole_models_are_predicted(model, mode, phase, prompt):
     recipe = Recipe(pattern, decode_pattern=decode or None)
     found = predictions(cost, places_of(model, SHAPES[model][0]), recipe)[phase]
     times = [cost.tables.whole(model, each, phase, prompt) for each in ("dense_bf16", f"nm-{mode}")]
-    assert found == pytest.approx(
-        times[0] / times[1], rel=0.04
-    )  # the whole models ran on an earlier build than the products
+    # The whole models ran on an earlier build than the products.
+    assert found == pytest.approx(times[0] / times[1], rel=0.04)
     assert not cost.notes or model != "llama-3-8b"
 
 

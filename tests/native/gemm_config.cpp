@@ -27,7 +27,7 @@ void check_properties(const GemmProblem& problem) {
   const GemmConfig config = select_config(problem);
   const TileFacts& tile = kTiles[static_cast<int>(config.tile)];
   check(tile.tile == config.tile, "facts by number", problem);
-  check(takes_part(problem, tile), "tile of the type", problem);
+  check(takes_part(problem, tile), "a tile that takes part", problem);
   for (const TileFacts& other : kTiles) {
     if (!takes_part(problem, other)) continue;
     const double us = estimate_us(problem, tile, config.splits);
@@ -87,6 +87,9 @@ int main() {
   check_choice(1820, 2560, 9728, bf16, GemmTile::k256x160x64);
   const GemmProblem huge{16384, 57344, 8192, bf16, 132, true};
   check(select_config(huge).tile == GemmTile::k256x192x64, "tile of a huge weight stored [in, out]", huge);
+  check(select_residual_config(huge).tile == GemmTile::k256x192x64, "the same with a residual", huge);
+  const GemmProblem large{8192, 28672, 8192, bf16, 132, true};
+  check(select_config(large).tile == GemmTile::k128x256x64, "tile of a large weight stored [in, out]", large);
   const GemmProblem wide{16384, 28672, 4096, bf16, 132};
   check(select_config(wide).swizzle == 8, "swizzle of a large grid", wide);
   constexpr int64_t kWraps = (int64_t{1} << 32) + 64;  // 64 in 32 bits

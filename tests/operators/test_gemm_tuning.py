@@ -11,9 +11,10 @@ from nm_act import _C
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks/results/h100/gemm_tuning.csv"
 MULTIPROCESSORS = 132
-# bf16 GEMMs run from 337 tokens on (129 over wide [in, out] weights); the next smaller counts of the table are held as
-# well. The committed table holds what took at most 1.2 times the best of its problem: a choice that it lacks took longer.
-FEWEST = {"bf16": 337, "e4m3": 1}
+# bf16 GEMMs run from 337 tokens on, from 129 over wide [in, out] weights. The committed table holds what took at most 1.2
+# times the best of its problem: a choice that it lacks took longer, or was not timed (e4m3 tiles without a cluster with few
+# tokens).
+FEWEST = {"bf16": 148, "e4m3": 1}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def losses(scanned, dtype: str, storage: str) -> tuple[list[float], int]:
 @pytest.mark.parametrize(
     ("dtype", "mean", "worst", "over_eight_percent", "unmeasured"),
     # Choices fitted to operators, and without clusters for odd rows alone: the GEMM alone loses more (docs).
-    [("bf16", 1.018, 1.20, 24, 3), ("e4m3", 1.013, 1.18, 32, 7)],
+    [("bf16", 1.016, 1.20, 30, 9), ("e4m3", 1.013, 1.18, 32, 7)],
 )
 def test_choice_against_the_table(scanned, dtype, mean, worst, over_eight_percent, unmeasured):
     lost, missing = losses(scanned, dtype, "out_in")

@@ -246,7 +246,7 @@ inline constexpr int64_t kSplitFeatures = 1024;  // the fewest that a block may 
 
 // Whether streaming a tile can pay: its last wave is partly empty, and CUTLASS divides more than eight steps. Below two
 // waves it took up to 1.5 times as long as the best other choice, from 12 on it lost 2 % on average, in between it
-// gained 4 to 5 % on average where the estimates choose it, and lost 4 % at most; on all problems it would lose 3 to 5 %.
+// gained 4 to 5 % on average where the estimates of that time chose it, and lost 4 % at most; on all problems it would lose 3 to 5 %.
 inline constexpr int64_t kFewestStreamedWaves = 2, kMostStreamedWaves = 12;
 inline bool can_stream(const GemmProblem& problem, const TileFacts& tile) {
   const TileGrid grid = grid_of(problem, tile);
@@ -303,6 +303,7 @@ inline constexpr double kAddUsPerMb = 1 / 2.98, kAddUs = 2.0;
 inline GemmConfig select_residual_config(const GemmProblem& problem) {
   const GemmConfig best = select_config(problem);
   const TileFacts& wide = facts_of(wide_tile(problem.value_type));
+  if (!takes_part(problem, wide)) return best;
   const double moved = static_cast<double>(problem.tokens) * static_cast<double>(problem.out_features) * 6 / 1e6;
   const double apart = estimate_us(problem, facts_of(best.tile), best.splits) + kAddUs + kAddUsPerMb * moved;
   return estimate_us(problem, wide) <= apart ? configure(problem, wide) : best;
@@ -315,7 +316,7 @@ inline GemmConfig gated_config(const GemmProblem& problem) {
 
 // Whether compression and the sparse GEMM beat pruning and the dense product; from a sweep of 11 token counts over 32
 // layer shapes of seven families in bf16 on an H100. Up to 323 tokens, cuBLAS takes fewer or smaller rows than three of 128 and
-// is faster on many shapes; at 352, the sparse product won on 17 of 23. With a weight stored [in, out], cuBLAS is slower:
+// is faster on many shapes; at 352, the sparse product won on 17 of 23 shapes (in no CSV). With a weight stored [in, out], cuBLAS is slower:
 // from 6144 outputs on, the sparse product is at least as fast from 129 tokens on.
 // docs/kernels/sparse_gemm.md says what a choice by estimates would gain.
 inline constexpr int64_t kSparseGemmTokens = 337;

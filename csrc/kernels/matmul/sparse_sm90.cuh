@@ -184,7 +184,7 @@ struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
   using Output = CutlassElement<kOutput>;
   using Fusion = Epilogue<typename Types::Tile, Output, Types::kE4M3, kEpilogue>;
   // Where it was faster: 128x256 in e4m3. Ping-pong tiles hide CUTLASS's epilogue, a residual is loaded by it, 256x192 was
-  // 2 % slower and 16-bit tiles no faster (docs/kernels/sparse_gemm.md).
+  // 2 % slower and 16-bit tiles no faster (docs/kernels/sparse_gemm.md); of 256x160 it was not tried.
   static constexpr bool kDirect = Types::kE4M3 && TileShape<kTile>::kOverlapped && !Types::kPingPong &&
                                   !Fusion::kResidual && cute::size<0>(typename Types::Tile{}) == 128;
   using Element = HalfElement<kOutput>;
