@@ -45,6 +45,7 @@ SM80, SM90 = "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,c
 CASES = {
     "hopper": (gemm("k256x192x64", "kBFloat16"), SM90),
     "hopper_in_out": (gemm("k256x192x64", "kFloat16", "kFloat16", "in_out"), SM90),
+    "two_row_blocks": (f"#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED\n{gemm('k256x160x64', 'kBFloat16')}", SM90),
     "overlapped": (gemm("k128x256x64", "kBFloat16"), SM90),
     "overlapped_e4m3": (gemm("k128x256x128E4M3", "kE4M3"), SM90),
     "few_tokens": (gemm("k64x64x256E4M3", "kE4M3"), SM90),
@@ -118,6 +119,7 @@ def test_hopper_gemm(compiled, instruction):
 @pytest.mark.parametrize(
     ("name", "instruction"),
     [
+        ("two_row_blocks", r"m64n160k32\.f32\.bf16\.bf16"),
         ("overlapped", r"m64n256k32\.f32\.bf16\.bf16"),
         ("overlapped_e4m3", r"m64n256k64\.f32\.e4m3\.e4m3"),
         ("few_tokens", r"m64n64k64\.f32\.e4m3\.e4m3"),
