@@ -246,7 +246,8 @@ inline constexpr int64_t kSplitFeatures = 1024;  // the fewest that a block may 
 
 // Whether streaming a tile can pay: its last wave is partly empty, and CUTLASS divides more than eight steps. Below two
 // waves it took up to 1.5 times as long as the best other choice, from 12 on it lost 2 % on average, in between it
-// gained 4 to 5 % on average where the estimates of that time chose it, and lost 4 % at most; on all problems it would lose 3 to 5 %.
+// gained 4 to 5 % on average where the estimates of that time chose it, and lost 4 % at most; on all problems it would
+// lose 3 to 5 %.
 inline constexpr int64_t kFewestStreamedWaves = 2, kMostStreamedWaves = 12;
 inline bool can_stream(const GemmProblem& problem, const TileFacts& tile) {
   const TileGrid grid = grid_of(problem, tile);
