@@ -73,9 +73,9 @@ inline constexpr TileFacts kTiles[] = {
 #undef NM_ACT_FACTS
 };
 
-// Fitted to the least time lost by the chosen configuration over all problems of benchmarks/tune.py's stage "turns" on one
-// H100 (and, up to 96 tokens, of its scans on another), where a launch in stream order counts as kStreamOrderUs more.
-// tests/operators/test_gemm_tuning.py checks the choice against benchmarks/results/h100/gemm_tuning.csv.
+// Fitted to the least time lost by the chosen configuration over all problems of benchmarks/tune.py's stage "turns" on
+// one H100 (and, up to 96 tokens, of its scans on another), where a launch in stream order counts as kStreamOrderUs
+// more. tests/operators/test_gemm_tuning.py checks the choice against benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
     {0.005, 6.207, 4.084, 0.253, 0.025, 0},       // k128x256x64
     {0.006, 5.869, 4.338, 0.137, 0.042, 0},       // k128x256x64NoCluster
@@ -104,8 +104,8 @@ struct StreamCost {
 };
 inline constexpr StreamCost kStreamCost16{1.31, 10.2}, kStreamCostE4M3{1.19, 8.1};
 
-// Microseconds that an operator takes longer if its GEMM starts in stream order and not while the kernel before ends: 1 to
-// 4 up to 640 tokens, about none from 1536 on, where it matters least (200 problems on an H100, in no CSV).
+// Microseconds that an operator takes longer if its GEMM starts in stream order and not while the kernel before ends: 1
+// to 4 up to 640 tokens, about none from 1536 on, where it matters least (200 problems on an H100, in no CSV).
 inline constexpr double kStreamOrderUs = 1.5;
 
 // The tile of full grids; products with another epilogue than a plain layer's are compiled for it alone.
@@ -119,8 +119,8 @@ constexpr bool compiles_residual(ElementType value_type, ElementType y_type, boo
          (value_type == ElementType::kE4M3 ? y_type == ElementType::kBFloat16 : weight_in_out);
 }
 
-// Whether the epilogue needs only the vectors of ordinary inference: the bias for 16-bit values; row scale, column scale
-// and bias for e4m3.
+// Whether the epilogue needs only the vectors of ordinary inference: the bias for 16-bit values; row scale, column
+// scale and bias for e4m3.
 constexpr bool has_plain_epilogue(ElementType value_type, bool shifted, bool scaled) {
   return !shifted && (!scaled || value_type == ElementType::kE4M3);
 }
@@ -158,11 +158,11 @@ inline int select_swizzle(const TileGrid& grid, const TileFacts& tile) {
 }
 
 // The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
-// the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With bands of 8, clusters
-// along the tokens take the same time in both orders, and clusters along the outputs up to 19 % less along the tokens. Tiles
-// without a cluster share no weight through it, so the rows of a column have to run close together: in one band that holds
-// them all, or else along the tokens (the other order took up to 3.3 times as long). With wider bands the order along the
-// outputs was up to 2.2 times as fast.
+// the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With bands of 8,
+// clusters along the tokens take the same time in both orders, and clusters along the outputs up to 19 % less along the
+// tokens. Tiles without a cluster share no weight through it, so the rows of a column have to run close together: in
+// one band that holds them all, or else along the tokens (the other order took up to 3.3 times as long). With wider
+// bands the order along the outputs was up to 2.2 times as fast.
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
   if (swizzle >= 8) return tile.cluster_outputs > 1 ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
   if (!is_clustered(tile)) {
@@ -187,9 +187,9 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
   return read(column_length, columns) < read(rows, row_length) ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
 }
 
-// Whether the kernel starts while the one before ends. Blocks without a cluster would then begin wherever a multiprocessor
-// is free and get out of step: neighbours no longer read the same weight column at the same time (an operator took up to
-// 1.65 times as long).
+// Whether the kernel starts while the one before ends. Blocks without a cluster would then begin wherever a
+// multiprocessor is free and get out of step: neighbours no longer read the same weight column at the same time (an
+// operator took up to 1.65 times as long).
 inline bool starts_early(const TileFacts& tile, const TileGrid& grid) { return is_clustered(tile) || grid.rows == 1; }
 
 // The configuration for this problem and tile.
@@ -263,8 +263,8 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
   return {2, tile.bits8 ? 1 : static_cast<int>(most)};
 }
 
-// A weight stored [in, out] of more bytes than this is multiplied by the tiles of 128x256 in clusters 1.2 to 1.35 times as
-// slowly as by 256x192 (940 MB on an H100; with 470 MB, and on an H200, there was no difference).
+// A weight stored [in, out] of more bytes than this is multiplied by the tiles of 128x256 in clusters 1.2 to 1.35 times
+// as slowly as by 256x192 (940 MB on an H100; with 470 MB, and on an H200, there was no difference).
 inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
 
 // Whether a tile takes part in the choice. Tiles without a cluster do where the number of rows is odd, so that clusters
@@ -316,9 +316,9 @@ inline GemmConfig gated_config(const GemmProblem& problem) {
 }
 
 // Whether compression and the sparse GEMM beat pruning and the dense product; from a sweep of 11 token counts over 32
-// layer shapes of seven families in bf16 on an H100. Up to 323 tokens, cuBLAS takes fewer or smaller rows than three of 128 and
-// is faster on many shapes; at 352, the sparse product won on 17 of 23 shapes (in no CSV). With a weight stored [in, out], cuBLAS is slower:
-// from 6144 outputs on, the sparse product is at least as fast from 129 tokens on.
+// layer shapes of seven families in bf16 on an H100. Up to 323 tokens, cuBLAS takes fewer or smaller rows than three of
+// 128 and is faster on many shapes; at 352, the sparse product won on 17 of 23 shapes (in no CSV). With a weight stored
+// [in, out], cuBLAS is slower: from 6144 outputs on, the sparse product is at least as fast from 129 tokens on.
 // docs/kernels/sparse_gemm.md says what a choice by estimates would gain.
 inline constexpr int64_t kSparseGemmTokens = 337;
 inline constexpr int64_t kSparseGemmTokensInOut = 129, kSparseGemmOutputsInOut = 6144;
