@@ -204,17 +204,19 @@ cudaError_t device_one(const float** one);
 // metadata) @ weight^T in float32. A null vector omits its factor or term; without eta, shift_out itself is added.
 struct SparseGemmParams {
   const void* values;       // [tokens, in_features / 2] of value_type, contiguous, 16-byte aligned
-  const uint8_t* metadata;  // in gemm_metadata_layout(value_type, arch), 16-byte aligned
+  const uint8_t* metadata;  // in gemm_metadata_layout(value_type, arch), 16-byte aligned: of an operand of
+  int metadata_tokens;      // so many tokens, from a multiple of 64 of them on
   const void* weight;  // of value_type, 16-byte aligned: [out_features, in_features], or if weight_in_out (16-bit only)
                        // [in_features, out_features]; rows weight_stride elements apart
   int64_t weight_stride;      // a multiple of 16 bytes
-  void* y;                    // [tokens, out_features] of y_type, contiguous, 16-byte aligned
+  void* y;                    // [tokens, out_features] of y_type, 16-byte aligned, rows y_stride elements apart
+  int64_t y_stride;           // a multiple of 16 bytes
   const float* row_scale;     // [tokens] or null
   const float* eta;           // [tokens] or null
   const float* shift_out;     // [out_features] or null
   const float* column_scale;  // [out_features] or null
   const void* bias;           // [out_features] of y_type, or null
-  const void* residual;       // [tokens, out_features] of y_type, contiguous, or null: added to the rounded y
+  const void* residual;       // of y's shape, type and strides, or null: added to the rounded y
   int tokens;
   int out_features;  // a multiple of 8 (of 16 for kE4M3)
   int in_features;   // a multiple of 16, 32 for kE4M3 and on sm80

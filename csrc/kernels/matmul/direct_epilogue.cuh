@@ -21,7 +21,8 @@ namespace sm90 {
 
 template <class E>
 struct DirectEpilogueArguments {
-  typename E::Raw* y;  // [tokens, outputs]
+  typename E::Raw* y;  // [tokens, outputs], rows y_stride elements apart
+  int64_t y_stride;
   const typename E::Raw* bias;
   const float* row_scale;
   const float* column_scale;
@@ -94,7 +95,7 @@ struct DirectEpilogueOp : RegisterEpilogue<CutlassOutput, DirectEpilogueArgument
         }
         transpose_quad(word, lane);
         if (token < tokens && output < outputs) {
-          *reinterpret_cast<uint4*>(params.y + int64_t{token} * outputs + output) =
+          *reinterpret_cast<uint4*>(params.y + token * params.y_stride + output) =
               make_uint4(word[0], word[1], word[2], word[3]);
         }
       }

@@ -4,7 +4,7 @@
 //
 //   A   values [tokens, in / 2] row-major, metadata in MetadataLayout::kSm80Bits16
 //   W   [out, in] or [in, out]
-//   y   row-major, of the type of the values
+//   y   rows y_stride elements apart, of the type of the values
 //
 // The metadata of 32 tokens is interleaved, so the main loop rounds the tokens up to 32 and reads that many rows of
 // `values`: they must be allocated, but their contents do not matter. The epilogue gets the real number of tokens.
@@ -72,7 +72,7 @@ struct SparseGemm {
     const typename PerOutput::Arguments shift_out{params.shift_out, 0.0f, {}},
         column_scale{params.column_scale, 1.0f, {}};
     const typename Bias::Arguments bias{static_cast<const Value*>(params.bias), Value(0), {}};
-    const typename Store::Arguments store{static_cast<Value*>(params.y), {params.out_features, cute::_1{}, 0}};
+    const typename Store::Arguments store{static_cast<Value*>(params.y), {params.y_stride, cute::_1{}, 0}};
     const typename Callbacks::Arguments callbacks{{column_scale, {row_scale, {}, {eta, shift_out, {}}, {}}, bias, {}},
                                                   store};
     typename Kernel::Params result{

@@ -4,7 +4,7 @@
 //   A   values [tokens, in / 2] row-major, with metadata in the layout of Sm90GemmSparseConfig (format/metadata.h)
 //   W   [out, in] (K-major) or, 16-bit only, [in, out] (N-major). Both run at the same speed with the same tile, so one
 //       [in, out] copy of a weight serves this kernel and the gather kernel, which skips rows.
-//   y   row-major; the epilogue in float32, from registers (direct_epilogue.cuh) or as a visitor tree of CUTLASS's:
+//   y   rows y_stride elements apart; the epilogue in float32, from registers (direct_epilogue.cuh) or as a visitor tree of CUTLASS's:
 //         kPlain, 16-bit  acc + bias
 //         kPlain, e4m3    column_scale * (row_scale * acc) + bias
 //         kFull           column_scale * (row_scale * acc + eta (x) shift_out) + bias
@@ -162,12 +162,15 @@ struct GemmTypes {
     typename Kernel::Arguments arguments{};
     arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
     arguments.problem_shape = shape;
-    arguments.mainloop = {static_cast<const Value*>(params.values),
-                          SparseConfig::fill_layoutA(shape),
-                          static_cast<const Value*>(params.weight),
-                          weight_stride,
-                          reinterpret_cast<const typename CollectiveMainloop::ElementE*>(params.metadata),
-                          SparseConfig::fill_layoutE(shape)};
+    // The metadata of some of an operand's tokens: the shape is theirs, the strides are the operand's.
+    const auto whole = cute::make_shape(params.metadata_tokens, params.out_features, params.in_features, 1);
+    arguments.mainloop = {
+        static_cast<const Value*>(params.values),
+        SparseConfig::fill_layoutA(shape),
+        static_cast<const Value*>(params.weight),
+        weight_stride,
+        reinterpret_cast<const typename CollectiveMainloop::ElementE*>(params.metadata),
+        cute::make_layout(SparseConfig::fill_layoutE(shape).shape(), SparseConfig::fill_layoutE(whole).stride())};
     arguments.hw_info.sm_count = launch.device.multiprocessors;
     arguments.scheduler.max_swizzle_size = launch.config.swizzle;
     using Raster = std::remove_reference_t<decltype(arguments.scheduler.raster_order)>;
@@ -207,6 +210,7 @@ struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
     if constexpr (kDirect) {
       using Raw = typename Element::Raw;
       arguments.epilogue = {static_cast<Raw*>(params.y),
+                            params.y_stride,
                             static_cast<const Raw*>(params.bias),
                             params.row_scale,
                             params.column_scale,
@@ -215,7 +219,7 @@ struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
     } else {
       arguments.epilogue.thread = Fusion::arguments(params);
       arguments.epilogue.ptr_D = static_cast<Output*>(params.y);
-      cute::get<0>(arguments.epilogue.dD) = params.out_features;
+      cute::get<0>(arguments.epilogue.dD) = params.y_stride;
       if constexpr (Fusion::kResidual) {
         arguments.epilogue.ptr_C = static_cast<const Output*>(params.residual);
         arguments.epilogue.dC = arguments.epilogue.dD;

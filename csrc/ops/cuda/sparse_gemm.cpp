@@ -21,8 +21,9 @@ SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& wei
   params.shift_out = data_or_null(epilogue.shift_out);
   params.column_scale = data_or_null(epilogue.column_scale);
   params.bias = epilogue.bias.defined() ? epilogue.bias.const_data_ptr() : nullptr;
-  params.tokens = int(operand.values.size(0));
+  params.tokens = params.metadata_tokens = int(operand.values.size(0));
   params.out_features = int(weight.size(0));
+  params.y_stride = params.out_features;
   params.in_features = int(weight.size(1));
   params.value_type = element_type(operand.values.scalar_type());
   params.y_type = element_type(y_type);
