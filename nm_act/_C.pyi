@@ -59,6 +59,14 @@ def select_gemm_config(
     out_features: int,
     in_features: int,
     multiprocessors: int,
-    residual: bool = False,
     weight_in_out: bool = False,
 ) -> tuple[int, int, int, int, bool]: ...
+def select_gemm_plan(
+    dtype: str,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    multiprocessors: int,
+    residual: bool = False,
+    weight_in_out: bool = False,
+) -> tuple[int, ...]: ...

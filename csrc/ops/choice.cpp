@@ -63,6 +63,17 @@ std::string text_of(const LinearChoice& choice, const LinearFacts& facts) {
   }
 }
 
+namespace {
+
+std::string gemm_text(const GemmConfig& config) {
+  return std::string(facts_of(config.tile).name) + ", swizzle " + std::to_string(config.swizzle) +
+         (config.raster == GemmRaster::kAlongTokens ? " along tokens" : " along outputs") +
+         (config.splits > 1 ? ", " + std::to_string(config.splits) + " splits" : "") +
+         (config.splits == kStreamed ? ", streamed" : "") + (config.overlapped ? ", overlapped" : "");
+}
+
+}  // namespace
+
 std::string kernel_text(const LinearChoice& choice) {
   if (choice.path == LinearPath::kGather && choice.gather.splits > 0) {
     const GatherConfig& config = choice.gather;
@@ -70,12 +81,11 @@ std::string kernel_text(const LinearChoice& choice) {
            std::to_string(config.threads) + " threads" + (config.ahead ? ", ahead" : "");
   }
   if (choice.path != LinearPath::kSparse && choice.path != LinearPath::kLifted) return "";
-  const GemmConfig& config = choice.gemm;
-  if (config.swizzle == 0) return "";
-  return std::string(facts_of(config.tile).name) + ", swizzle " + std::to_string(config.swizzle) +
-         (config.raster == GemmRaster::kAlongTokens ? " along tokens" : " along outputs") +
-         (config.splits > 1 ? ", " + std::to_string(config.splits) + " splits" : "") +
-         (config.splits == kStreamed ? ", streamed" : "") + (config.overlapped ? ", overlapped" : "");
+  const GemmPlan& plan = choice.gemm;
+  if (plan.first.swizzle == 0) return "";
+  if (plan.cut == GemmCut::kNone) return gemm_text(plan.first);
+  return gemm_text(plan.first) + " for " + std::to_string(plan.at) +
+         (plan.cut == GemmCut::kTokens ? " tokens" : " outputs") + ", " + gemm_text(plan.second) + " for the rest";
 }
 
 }  // namespace nm_act

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -78,8 +79,28 @@ struct LinearChoice {
   LinearPath path;
   Why why;
   GatherConfig gather{};
-  GemmConfig gemm{};
+  GemmPlan gemm{};
 };
+
+// The plan of a product. A model repeats few of them, and a plan takes tens of microseconds, so each thread remembers
+// its last ones.
+inline GemmPlan plan_of(const GemmProblem& problem, bool residual = false) {
+  struct Remembered {
+    GemmProblem problem{};
+    bool residual;
+    GemmPlan plan;
+  };
+  constexpr size_t kEntries = 256;
+  thread_local std::array<Remembered, kEntries> memory{};
+  const auto hash = static_cast<uint64_t>(problem.tokens) * 0x9E3779B97F4A7C15u ^
+                    static_cast<uint64_t>(problem.out_features) * 0xC2B2AE3D27D4EB4Fu ^
+                    static_cast<uint64_t>(problem.in_features) * 0x165667B19E3779F9u;
+  Remembered& entry = memory[hash >> 56];
+  if (!(entry.problem == problem) || entry.residual != residual) {
+    entry = {problem, residual, residual ? select_residual_plan(problem) : select_plan(problem)};
+  }
+  return entry.plan;
+}
 
 // The pattern by which the gather kernel selects. For the variance ratio, which needs the whole token, and for windows,
 // the selection is a separate kernel, and the gather kernel skips the resulting zeros.
@@ -135,7 +156,7 @@ inline LinearChoice choose_e4m3_on_cuda(const LinearFacts& facts, GemmDevice dev
   return {LinearPath::kSparse,
           Why::kE4M3,
           {},
-          select_config(
+          plan_of(
               {facts.tokens, weight.out_features, weight.in_features, ElementType::kE4M3, device.multiprocessors})};
 }
 
@@ -195,14 +216,12 @@ inline LinearChoice choose_packed(const PackedFacts& facts, GemmDevice device) {
   const bool can_add =
       facts.residual && sm90 && has_plain_epilogue(facts.value_type, facts.shifted, facts.scaled) &&
       compiles_residual(facts.value_type, facts.y_type, weight.in_stride != 1, wide_tile(facts.value_type));
-  const GemmConfig config = !sm90         ? GemmConfig{}
-                            : facts.gated ? gated_config(problem)
-                            : can_add     ? select_residual_config(problem)
-                                          : select_config(problem);
-  const Why why = !facts.residual                                         ? Why::kPacked
-                  : can_add && config.tile == wide_tile(facts.value_type) ? Why::kPackedAdds
-                                                                          : Why::kPackedThenAdds;
-  return {LinearPath::kSparse, why, {}, config};
+  const GemmPlan plan = !sm90         ? GemmPlan{}
+                        : facts.gated ? GemmPlan{gated_config(problem)}
+                                      : plan_of(problem, can_add);
+  const bool adds = can_add && plan.cut == GemmCut::kNone && plan.first.tile == wide_tile(facts.value_type);
+  const Why why = !facts.residual ? Why::kPacked : adds ? Why::kPackedAdds : Why::kPackedThenAdds;
+  return {LinearPath::kSparse, why, {}, plan};
 }
 
 inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) {
@@ -223,7 +242,7 @@ inline LinearChoice choose_on_cuda(const LinearFacts& facts, GemmDevice device) 
   if (!sparse_gemm_pays(problem)) return dense(Why::kTooFewTokens);
   if (!plain && !lifted_path_pays(problem)) return dense(Why::kLiftedDoesNotPay);
   problem.in_features = weight.in_features;
-  return {plain ? LinearPath::kSparse : LinearPath::kLifted, Why::kEnoughTokens, {}, select_config(problem)};
+  return {plain ? LinearPath::kSparse : LinearPath::kLifted, Why::kEnoughTokens, {}, plan_of(problem)};
 }
 
 // The sentence of nm_act.explain.

@@ -123,12 +123,25 @@ py::list gemm_tiles(const std::string& dtype) {
   return tiles;
 }
 
+py::tuple config_tuple(const nm_act::GemmConfig& config) {
+  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.splits, config.overlapped);
+}
+
 py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t out_features, int64_t in_features,
-                             int multiprocessors, bool residual, bool weight_in_out) {
+                             int multiprocessors, bool weight_in_out) {
+  return config_tuple(nm_act::select_config(
+      {tokens, out_features, in_features, element_type_named(dtype), multiprocessors, weight_in_out}));
+}
+
+// The configuration in a tuple alone, or two with (cut, at) between them.
+py::tuple select_gemm_plan(const std::string& dtype, int64_t tokens, int64_t out_features, int64_t in_features,
+                           int multiprocessors, bool residual, bool weight_in_out) {
   const nm_act::GemmProblem problem{tokens,          out_features, in_features, element_type_named(dtype),
                                     multiprocessors, weight_in_out};
-  const nm_act::GemmConfig config = residual ? nm_act::select_residual_config(problem) : nm_act::select_config(problem);
-  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.splits, config.overlapped);
+  const nm_act::GemmPlan plan = residual ? nm_act::select_residual_plan(problem) : nm_act::select_plan(problem);
+  const py::tuple first = config_tuple(plan.first);
+  if (plan.cut == nm_act::GemmCut::kNone) return first;
+  return first + py::make_tuple(int(plan.cut), plan.at) + config_tuple(plan.second);
 }
 
 // (lanes, splits, threads, ahead) of every configuration that the gather kernel can run this problem with; the one it
@@ -231,6 +244,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("layout"));
   m.def("gemm_tiles", gemm_tiles, py::arg("dtype"));
   m.def("select_gemm_config", select_gemm_config, py::arg("dtype"), py::arg("tokens"), py::arg("out_features"),
+        py::arg("in_features"), py::arg("multiprocessors"), py::arg("weight_in_out") = false);
+  m.def("select_gemm_plan", select_gemm_plan, py::arg("dtype"), py::arg("tokens"), py::arg("out_features"),
         py::arg("in_features"), py::arg("multiprocessors"), py::arg("residual") = false,
         py::arg("weight_in_out") = false);
   m.def("choose_path", choose_path, py::arg("on_cuda"), py::arg("tokens"), py::arg("dtype"), py::arg("n"), py::arg("m"),

@@ -40,7 +40,7 @@ class Explanation:
         Configuration of the path's CUDA kernel; empty for "dense", on a CPU, and for a sparse GEMM on another compute
         capability than 9.0, which has no choice. For "gather": lanes, splits, threads and prefetching of the first
         launch (``csrc/kernels/gather/config.h``). For "sparse" and "lifted": the tile, the order of the tiles and
-        splits (``csrc/kernels/matmul/config.h``).
+        splits, of both launches if the product is cut in two (``csrc/kernels/matmul/config.h``).
     """
 
     path: str

@@ -54,6 +54,30 @@ void check_properties(const GemmProblem& problem) {
   check(is_clustered(tile) || tile.tokens < 128 || token_tiles % 2 == 1, "clusters of whole pairs", problem);
 }
 
+// A plan leaves nothing out and computes nothing twice, its parts are choices of their own that can be addressed, and it
+// is cut where that is estimated to gain.
+void check_plan(const GemmProblem& problem) {
+  const GemmPlan plan = select_plan(problem);
+  const double whole = least_estimate(problem).us;
+  if (plan.cut == GemmCut::kNone) {
+    check(estimate_us(problem, plan) == whole, "the best configuration of one launch", problem);
+    return;
+  }
+  const bool by_tokens = plan.cut == GemmCut::kTokens;
+  check(plan.at > 0 && plan.at < (by_tokens ? problem.tokens : problem.out_features), "two parts", problem);
+  check(plan.at % 64 == 0, "a cut that metadata and outputs can be addressed at", problem);
+  const double gain = problem.value_type == ElementType::kE4M3 ? kCutGainE4M3 : kCutGain16;
+  check(estimate_us(problem, plan) * gain < whole, "a cut that gains", problem);
+  GemmProblem first = problem, second = problem;
+  (by_tokens ? first.tokens : first.out_features) = plan.at;
+  (by_tokens ? second.tokens : second.out_features) -= plan.at;
+  for (const auto& [part, config] : {std::pair{first, plan.first}, std::pair{second, plan.second}}) {
+    check(takes_part(part, facts_of(config.tile)), "a tile that takes part", part);
+  }
+  const GemmConfig rest = select_config(second);
+  check(plan.second.tile == rest.tile && plan.second.splits == rest.splits, "the best choice for the rest", problem);
+}
+
 void check_choice(int64_t tokens, int64_t out_features, int64_t in_features, ElementType type, GemmTile tile) {
   const GemmProblem problem{tokens, out_features, in_features, type, 132};
   check(select_config(problem).tile == tile, "tile", problem);
@@ -66,8 +90,13 @@ int main() {
     for (int64_t tokens : {1, 17, 64, 129, 500, 1024, 3000, 4096, 16384, 100000}) {
       for (int64_t out_features : {16, 128, 1000, 4096, 6144, 10240, 28672, 57344}) {
         for (int multiprocessors : {78, 114, 132}) {
-          check_properties({tokens, out_features, 4096, type, multiprocessors});
-          if (type != ElementType::kE4M3) check_properties({tokens, out_features, 8192, type, multiprocessors, true});
+          const GemmProblem out_in{tokens, out_features, 4096, type, multiprocessors};
+          const GemmProblem in_out{tokens, out_features, 8192, type, multiprocessors, true};
+          for (const GemmProblem& problem : {out_in, in_out}) {
+            if (problem.weight_in_out && type == ElementType::kE4M3) continue;
+            check_properties(problem);
+            check_plan(problem);
+          }
         }
       }
     }
@@ -87,11 +116,21 @@ int main() {
   check_choice(1820, 2560, 9728, bf16, GemmTile::k256x160x64);
   const GemmProblem huge{16384, 57344, 8192, bf16, 132, true};
   check(select_config(huge).tile == GemmTile::k256x192x64, "tile of a huge weight stored [in, out]", huge);
-  check(select_residual_config(huge).tile == GemmTile::k256x192x64, "the same with a residual", huge);
+  check(select_residual_plan(huge).first.tile == GemmTile::k256x192x64, "the same with a residual", huge);
   const GemmProblem large{8192, 28672, 8192, bf16, 132, true};
   check(select_config(large).tile == GemmTile::k128x256x64, "tile of a large weight stored [in, out]", large);
   const GemmProblem wide{16384, 28672, 4096, bf16, 132};
   check(select_config(wide).swizzle == 8, "swizzle of a large grid", wide);
+  // One launch where waves are full, two where one would leave most of its last wave empty.
+  const GemmProblem full{4096, 4096, 4096, bf16, 132}, odd{2350, 6144, 4096, bf16, 132}, narrow{640, 8192, 8192, bf16, 132};
+  check(select_plan(full).cut == GemmCut::kNone, "one launch", full);
+  check(select_plan(odd).cut == GemmCut::kTokens, "cut along the tokens", odd);
+  check(select_plan(narrow).cut == GemmCut::kOutputs, "cut along the outputs", narrow);
+  for (int64_t tokens : {1100, 1300, 2000, 2350, 2600, 3300, 4284, 5000, 7000, 8050}) {
+    for (int64_t out_features : {2560, 3072, 3584, 5120, 6144, 8192, 27648}) {
+      for (ElementType type : {bf16, e4m3}) check_plan({tokens, out_features, 3584, type, 132});
+    }
+  }
   constexpr int64_t kWraps = (int64_t{1} << 32) + 64;  // 64 in 32 bits
   for (ElementType type : {bf16, e4m3}) {
     check(gemm_shape_fits(type, 64, 64, 64, 9), "a shape that fits", {1, 64, 64, type, 132});

@@ -1,4 +1,4 @@
-// The choice of a tile for a 2:4 GEMM: a pure function of the problem, testable without a device.
+// The choice of the kernels for a 2:4 GEMM: a pure function of the problem, testable without a device.
 #pragma once
 
 #include <algorithm>
@@ -7,31 +7,9 @@
 #include <iterator>
 #include <utility>
 
-#include "../nm_act.h"
 #include "tiles.h"
 
 namespace nm_act {
-
-// Tiles, named by tokens x out_features x in_features of a block.
-enum class GemmTile : int {
-#define NM_ACT_TILE(name, ...) name,
-  NM_ACT_TILES(NM_ACT_TILE)
-#undef NM_ACT_TILE
-};
-
-enum class GemmRaster : int { kHeuristic = 0, kAlongTokens = 1, kAlongOutputs = 2 };
-
-struct GemmConfig {
-  GemmTile tile;
-  GemmRaster raster;
-  int swizzle;      // width of a band of the raster, in tiles: 1, 2, 4 or 8
-  int splits;       // blocks that share a tile along its features, or kStreamed; 1 but for tiles of the split schedule
-  bool overlapped;  // programmatic dependent launch: starts while the previous kernel ends
-};
-
-// Instead of a number of splits: the features of the tiles in the last, partly empty wave and in the one before it are
-// divided evenly among all multiprocessors (stream-K).
-inline constexpr int kStreamed = 0;
 
 struct GemmProblem {
   int64_t tokens;
@@ -40,6 +18,8 @@ struct GemmProblem {
   ElementType value_type;
   int multiprocessors;
   bool weight_in_out = false;
+
+  bool operator==(const GemmProblem&) const = default;
 };
 
 // Costs of a tile in microseconds on an H100 SXM; estimate_us combines them.
@@ -50,27 +30,6 @@ struct TileCost {
   double memory_mb;     // per MB of operands and result, each moved once
   double multicast_mb;  // per MB that all blocks together load into shared memory
   double partial_mb;    // per MB of partial sums that blocks which share a tile write and read
-};
-
-struct TileFacts {
-  GemmTile tile;
-  int tokens;
-  int out_features;
-  int in_features;
-  int cluster_tokens;   // tiles along the tokens that share a weight tile
-  int cluster_outputs;  // tiles along the outputs that share a values tile
-  bool bits8;
-  bool split;
-  const char* name;
-};
-
-inline constexpr bool kIsBits16 = false, kIsE4M3 = true;
-inline constexpr bool kIsCooperative = false, kIsPingPong = false, kIsSplit = true;
-inline constexpr TileFacts kTiles[] = {
-#define NM_ACT_FACTS(name, value, tokens, outputs, features, token_tiles, output_tiles, schedule, loop) \
-  {GemmTile::name, tokens, outputs, features, token_tiles, output_tiles, kIs##value, kIs##schedule, #name},
-    NM_ACT_TILES(NM_ACT_FACTS)
-#undef NM_ACT_FACTS
 };
 
 // Fitted to the least time lost by the chosen configuration over all problems of benchmarks/tune.py's stage "turns" on
@@ -107,27 +66,6 @@ inline constexpr StreamCost kStreamCost16{1.31, 10.2}, kStreamCostE4M3{1.19, 8.1
 // Microseconds that an operator takes longer if its GEMM starts in stream order and not while the kernel before ends: 1
 // to 4 up to 640 tokens, about none from 1536 on, where it matters least (200 problems on an H100, in no CSV).
 inline constexpr double kStreamOrderUs = 1.5;
-
-// The tile of full grids; products with another epilogue than a plain layer's are compiled for it alone.
-constexpr GemmTile wide_tile(ElementType value_type) {
-  return value_type == ElementType::kE4M3 ? GemmTile::k128x256x128E4M3 : GemmTile::k128x256x64;
-}
-
-// Whether the kernel with a residual is compiled for it: in the storages of optimized models, for that tile alone.
-constexpr bool compiles_residual(ElementType value_type, ElementType y_type, bool weight_in_out, GemmTile tile) {
-  return tile == wide_tile(value_type) &&
-         (value_type == ElementType::kE4M3 ? y_type == ElementType::kBFloat16 : weight_in_out);
-}
-
-// Whether the epilogue needs only the vectors of ordinary inference: the bias for 16-bit values; row scale, column
-// scale and bias for e4m3.
-constexpr bool has_plain_epilogue(ElementType value_type, bool shifted, bool scaled) {
-  return !shifted && (!scaled || value_type == ElementType::kE4M3);
-}
-
-constexpr bool is_clustered(const TileFacts& tile) { return tile.cluster_tokens * tile.cluster_outputs > 1; }
-
-constexpr const TileFacts& facts_of(GemmTile tile) { return kTiles[static_cast<int>(tile)]; }
 
 struct TileGrid {
   int64_t rows, columns;  // in tiles, rounded up to whole clusters
@@ -237,10 +175,6 @@ inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int
          (starts_early(tile, grid) ? 0 : kStreamOrderUs);
 }
 
-inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
-  return tile.bits8 == (value_type == ElementType::kE4M3);
-}
-
 inline constexpr int kMaxSplits = 8;
 inline constexpr int64_t kSplitFeatures = 1024;  // the fewest that a block may have
 
@@ -277,8 +211,13 @@ inline bool takes_part(const GemmProblem& problem, const TileFacts& tile) {
            tile.tokens == 128 && tile.out_features == 256);
 }
 
+struct GemmEstimate {
+  GemmConfig config;
+  double us;
+};
+
 // The tile, and the number of blocks that share it, with the lowest estimate.
-inline GemmConfig select_config(const GemmProblem& problem) {
+inline GemmEstimate least_estimate(const GemmProblem& problem) {
   const TileFacts* best = nullptr;
   double best_us = 0;
   int best_splits = 1;
@@ -293,21 +232,85 @@ inline GemmConfig select_config(const GemmProblem& problem) {
     for (int splits = fewest; splits <= most; ++splits) consider(tile, splits);
     if (can_stream(problem, tile)) consider(tile, kStreamed);
   }
-  return configure(problem, *best, best_splits);
+  return {configure(problem, *best, best_splits), best_us};
 }
 
-// The configuration of a product with a residual: the widest tile, whose epilogue adds the residual, unless another
-// tile plus one more pass over result and residual is estimated to be faster. The pass moves six bytes per output, as
-// fast as the copies of benchmarks/results/h100/compress.csv (2.98 TB/s from 1024 tokens on); its launch is assumed to
-// cost what that file's shortest compression took (64 x 4096 in 16 bits, 2.0 us).
+// The configuration of the product in one launch.
+inline GemmConfig select_config(const GemmProblem& problem) { return least_estimate(problem).config; }
+
+// A product in one launch, or cut into two along its tokens or its outputs, one after the other: where whole waves of
+// one tile leave a part that another fills better than one more, partly empty wave would be.
+enum class GemmCut : int { kNone = 0, kTokens = 1, kOutputs = 2 };
+
+struct GemmPlan {
+  GemmConfig first;  // of the whole product if it is not cut
+  GemmCut cut = GemmCut::kNone;
+  int64_t at = 0;  // the tokens, a multiple of 64, or outputs of the first part
+  GemmConfig second{};
+};
+
+inline GemmProblem part_of(GemmProblem problem, GemmCut cut, int64_t size) {
+  (cut == GemmCut::kTokens ? problem.tokens : problem.out_features) = size;
+  return problem;
+}
+
+inline double estimate_us(const GemmProblem& problem, const GemmConfig& config) {
+  return estimate_us(problem, facts_of(config.tile), config.splits);
+}
+
+inline double estimate_us(const GemmProblem& problem, const GemmPlan& plan) {
+  if (plan.cut == GemmCut::kNone) return estimate_us(problem, plan.first);
+  const int64_t size = plan.cut == GemmCut::kTokens ? problem.tokens : problem.out_features;
+  return estimate_us(part_of(problem, plan.cut, plan.at), plan.first) +
+         estimate_us(part_of(problem, plan.cut, size - plan.at), plan.second);
+}
+
+// The estimated gain from which a product is cut.
+inline constexpr double kCutGain16 = 1.02, kCutGainE4M3 = 1.02;
+
+// The first part takes all whole waves of a tile, or all but one, and the second what remains.
+inline constexpr int64_t kCutWaves = 2;
+
+inline GemmPlan select_plan(const GemmProblem& problem) {
+  const GemmEstimate whole = least_estimate(problem);
+  GemmPlan plan{whole.config};
+  double best_us = whole.us / (problem.value_type == ElementType::kE4M3 ? kCutGainE4M3 : kCutGain16);
+  const auto consider = [&](const TileFacts& tile, GemmCut cut, int64_t at) {
+    const int64_t size = cut == GemmCut::kTokens ? problem.tokens : problem.out_features;
+    if (at <= 0 || at >= size) return;
+    const GemmProblem first = part_of(problem, cut, at);
+    if (!takes_part(first, tile)) return;
+    const GemmEstimate second = least_estimate(part_of(problem, cut, size - at));
+    const double us = estimate_us(first, tile) + second.us;
+    if (us >= best_us) return;
+    best_us = us, plan = {configure(first, tile), cut, at, second.config};
+  };
+  for (const TileFacts& tile : kTiles) {
+    if (!is_tile_of(tile, problem.value_type) || tile.split) continue;
+    const TileGrid grid = grid_of(problem, tile);
+    const int64_t waves = (grid.rows * grid.columns + problem.multiprocessors - 1) / problem.multiprocessors;
+    for (int64_t filled = std::max<int64_t>(waves - kCutWaves, 1); filled < waves; ++filled) {
+      const int64_t tiles = filled * problem.multiprocessors;
+      consider(tile, GemmCut::kTokens, tiles / grid.columns / tile.cluster_tokens * tile.cluster_tokens * tile.tokens);
+      consider(tile, GemmCut::kOutputs,
+               tiles / grid.rows / tile.cluster_outputs * tile.cluster_outputs * tile.out_features);
+    }
+  }
+  return plan;
+}
+
+// A product with a residual: in the widest tile, whose epilogue adds the residual, unless other launches plus one more
+// pass over result and residual are estimated to be faster. The pass moves six bytes per output, as fast as the copies
+// of benchmarks/results/h100/compress.csv (2.98 TB/s from 1024 tokens on); its launch is assumed to cost what that file's
+// shortest compression took (64 x 4096 in 16 bits, 2.0 us).
 inline constexpr double kAddUsPerMb = 1 / 2.98, kAddUs = 2.0;
-inline GemmConfig select_residual_config(const GemmProblem& problem) {
-  const GemmConfig best = select_config(problem);
+inline GemmPlan select_residual_plan(const GemmProblem& problem) {
+  const GemmPlan best = select_plan(problem);
   const TileFacts& wide = facts_of(wide_tile(problem.value_type));
   if (!takes_part(problem, wide)) return best;
   const double moved = static_cast<double>(problem.tokens) * static_cast<double>(problem.out_features) * 6 / 1e6;
-  const double apart = estimate_us(problem, facts_of(best.tile), best.splits) + kAddUs + kAddUsPerMb * moved;
-  return estimate_us(problem, wide) <= apart ? configure(problem, wide) : best;
+  const double apart = estimate_us(problem, best) + kAddUs + kAddUsPerMb * moved;
+  return estimate_us(problem, wide) <= apart ? GemmPlan{configure(problem, wide)} : best;
 }
 
 // The configuration of a product with the gated activation: gate and up together fill the widest tile's grid.

@@ -2,7 +2,7 @@
 // architecture. CMakeLists.txt generates a source for each tile (tiles.h), type and weight storage.
 #pragma once
 
-#include "config.h"
+#include "tiles.h"
 
 namespace nm_act {
 
@@ -12,7 +12,7 @@ enum class GemmEpilogue : int { kPlain = 0, kFull = 1, kResidual = 2 };
 
 struct GemmLaunch {
   GemmDevice device;
-  GemmConfig config;  // of sm_90; select_config's, or a caller's own for tuning
+  GemmConfig config;  // of sm_90; select_plan's, or a caller's own for tuning
   cudaStream_t stream;
   void* workspace;          // the bytes that sparse_gemm_workspace returns, 16-byte aligned; null if there are none
   size_t* workspace_bytes;  // if not null, only this is written and nothing is launched

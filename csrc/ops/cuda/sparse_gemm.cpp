@@ -47,9 +47,37 @@ bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::S
   return sparse_gemm_supports(params, device);
 }
 
-void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConfig& config, const at::Tensor& y,
-                     const char* op) {
-  params.y = y.mutable_data_ptr();
+namespace {
+
+// The part of a product that begins at this token or output and has this many of them.
+SparseGemmParams part_of(SparseGemmParams params, GemmDevice device, GemmCut cut, int64_t begin, int64_t size) {
+  const auto advance = [](auto*& pointer, int64_t bytes) {
+    using Pointer = std::remove_reference_t<decltype(pointer)>;
+    if (pointer != nullptr) pointer = reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(pointer) + bytes);
+  };
+  constexpr int64_t kOutputBytes = 2, kFloatBytes = sizeof(float);
+  const int64_t value_bytes = params.value_type == ElementType::kE4M3 ? 1 : 2;
+  int64_t outputs = begin;
+  if (cut == GemmCut::kTokens) {
+    const MetadataLayout layout = gemm_metadata_layout(params.value_type, device);
+    advance(params.values, begin * params.in_features / 2 * value_bytes);
+    advance(params.metadata, begin * metadata_tile_features(layout) / 8);  // tokens are fastest within a tile's features
+    for (const float** vector : {&params.row_scale, &params.eta}) advance(*vector, begin * kFloatBytes);
+    outputs *= params.y_stride;
+    params.tokens = static_cast<int>(size);
+  } else {
+    advance(params.weight, begin * (params.weight_in_out ? 1 : params.weight_stride) * value_bytes);
+    for (const float** vector : {&params.shift_out, &params.column_scale}) advance(*vector, begin * kFloatBytes);
+    advance(params.bias, begin * kOutputBytes);
+    params.out_features = static_cast<int>(size);
+  }
+  advance(params.y, outputs * kOutputBytes);
+  advance(params.residual, outputs * kOutputBytes);
+  return params;
+}
+
+void launch_with_workspace(const SparseGemmParams& params, GemmDevice device, const GemmConfig& config,
+                           const at::Tensor& y, const char* op) {
   GemmLaunch launch{device, config, current_stream(y), nullptr, nullptr};
   at::Tensor workspace;
   if (const size_t bytes = sparse_gemm_workspace(params, launch); bytes > 0) {
@@ -57,6 +85,17 @@ void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConf
     launch.workspace = workspace.mutable_data_ptr();
   }
   check_status(launch_sparse_gemm(params, launch), op);
+}
+
+}  // namespace
+
+void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmPlan& plan, const at::Tensor& y,
+                     const char* op) {
+  params.y = y.mutable_data_ptr();
+  if (plan.cut == GemmCut::kNone) return launch_with_workspace(params, device, plan.first, y, op);
+  const int64_t size = plan.cut == GemmCut::kTokens ? params.tokens : params.out_features;
+  launch_with_workspace(part_of(params, device, plan.cut, 0, plan.at), device, plan.first, y, op);
+  launch_with_workspace(part_of(params, device, plan.cut, plan.at, size - plan.at), device, plan.second, y, op);
 }
 
 GemmDevice check_product(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout_name,
@@ -106,6 +145,29 @@ at::Tensor epilogue_vector(const OptionalTensor& tensor, const at::Tensor& like,
 
 namespace {
 
+// The plan that was given to _tune_sparse_gemm: a configuration, or two with a cut between them.
+GemmPlan given_plan(at::IntArrayRef numbers, int64_t tokens, int64_t out_features, GemmDevice device) {
+  constexpr size_t kConfig = 5, kPlan = 2 * kConfig + 2;
+  const bool counted = numbers.size() == kConfig || numbers.size() == kPlan;
+  TORCH_CHECK_VALUE(counted && device.compute_capability_major == 9,
+                    "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on sm_90, ",
+                    "or two such with (cut, at) between them, got ", numbers, " on compute capability ",
+                    device.compute_capability_major, ".x; use sparse_gemm");
+  const auto config = [&](size_t first) {
+    return GemmConfig{static_cast<GemmTile>(numbers[first]), static_cast<GemmRaster>(numbers[first + 1]),
+                      static_cast<int>(numbers[first + 2]), static_cast<int>(numbers[first + 3]),
+                      numbers[first + 4] != 0};
+  };
+  if (numbers.size() == kConfig) return {config(0)};
+  const GemmPlan plan{config(0), static_cast<GemmCut>(numbers[kConfig]), numbers[kConfig + 1], config(kConfig + 2)};
+  const bool by_tokens = plan.cut == GemmCut::kTokens;
+  TORCH_CHECK_VALUE((by_tokens || plan.cut == GemmCut::kOutputs) && plan.at > 0 && plan.at % 64 == 0 &&
+                        plan.at < (by_tokens ? tokens : out_features),
+                    "nm_act::_tune_sparse_gemm expected a cut (1: tokens, 2: outputs) at a multiple of 64 below their ",
+                    "number, got ", numbers, " for ", tokens, " tokens and ", out_features, " outputs; use sparse_gemm");
+  return plan;
+}
+
 at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout_name,
                const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& row_scale,
                const OptionalTensor& eta, const OptionalTensor& shift_out, const OptionalTensor& column_scale,
@@ -116,10 +178,7 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
   const at::ScalarType type = out_dtype.value_or(fp8 ? at::kBFloat16 : values.scalar_type());
   const GemmDevice device = check_product(values, metadata, layout_name, weight, type, kOp);
   const int64_t tokens = values.size(0), out_features = weight.size(0);
-  TORCH_CHECK_VALUE(!config.has_value() || (config->size() == 5 && device.compute_capability_major == 9),
-                    "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on ",
-                    "sm_90, got ", config.value_or(at::IntArrayRef{}), " on compute capability ",
-                    device.compute_capability_major, ".x; use sparse_gemm");
+  const GemmPlan given = config.has_value() ? given_plan(*config, tokens, out_features, device) : GemmPlan{};
   const bool biased = bias.has_value() && bias->defined();
   TORCH_CHECK_VALUE(!biased || (bias->dim() == 1 && bias->size(0) == out_features && bias->is_floating_point()),
                     "nm_act::sparse_gemm expected a floating-point bias [", out_features, "], got ",
@@ -147,20 +206,21 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
       "none; give the row sums of the weight");
   const at::Tensor y = at::empty({tokens, out_features}, values.options().dtype(type));
   SparseGemmParams params = gemm_params({values, metadata, {}, {}}, weight, epilogue, type);
-  const LinearChoice choice =
-      choose_packed({tokens, params.value_type, params.y_type, facts_of(weight),
-                     epilogue.eta.defined() || epilogue.shift_out.defined(),
-                     epilogue.row_scale.defined() || epilogue.column_scale.defined(), adds, /*gated=*/false},
-                    device);
-  const GemmConfig chosen =
-      config.has_value() ? GemmConfig{static_cast<GemmTile>((*config)[0]), static_cast<GemmRaster>((*config)[1]),
-                                      static_cast<int>((*config)[2]), static_cast<int>((*config)[3]), (*config)[4] != 0}
-                         : choice.gemm;
+  const PackedFacts facts{tokens,
+                          params.value_type,
+                          params.y_type,
+                          facts_of(weight),
+                          epilogue.eta.defined() || epilogue.shift_out.defined(),
+                          epilogue.row_scale.defined() || epilogue.column_scale.defined(),
+                          adds,
+                          /*gated=*/false};
+  const LinearChoice choice = config.has_value() ? LinearChoice{LinearPath::kSparse, Why::kPacked, {}, given}
+                                                 : choose_packed(facts, device);
   // The kernel adds the residual where it is compiled to; else it costs one more pass.
   const bool fused = choice.why == Why::kPackedAdds;
   const at::Tensor addend = fused ? aligned(*residual) : at::Tensor();
   if (fused) params.residual = addend.const_data_ptr();
-  run_sparse_gemm(params, device, chosen, y, kOp);
+  run_sparse_gemm(params, device, choice.gemm, y, kOp);
   if (adds && !fused) y.add_(*residual);
   return y;
 }

@@ -23,8 +23,8 @@ at::Tensor epilogue_vector(const OptionalTensor& tensor, const at::Tensor& like,
 SparseGemmParams gemm_params(const PackedOperand& operand, const at::Tensor& weight,
                              const GemmEpilogueTensors& epilogue, at::ScalarType y_type);
 
-// Runs the product into y; scratch memory that the configuration needs comes from torch's allocator.
-void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmConfig& config, const at::Tensor& y,
+// Runs the product into y; scratch memory that the plan needs comes from torch's allocator.
+void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmPlan& plan, const at::Tensor& y,
                      const char* op);
 
 // Whether a kernel takes this weight: dtype, alignment and sizes, before anything is compressed.

@@ -49,7 +49,7 @@ at::Tensor dense_product(const at::Tensor& x, const at::Tensor& weight, const at
 
 // The choice was the sparse tensor cores: compress, multiply.
 at::Tensor sparse_product(const at::Tensor& x, const at::Tensor& weight, const Selection& selection,
-                          bool variance_correction, GemmEpilogueTensors epilogue, const GemmConfig& config,
+                          bool variance_correction, GemmEpilogueTensors epilogue, const GemmPlan& plan,
                           GemmDevice device, const char* op) {
   const bool fp8 = weight.scalar_type() == at::kFloat8_e4m3fn;
   const PackedOperand operand = compress_packed(x, selection, variance_correction, fp8, device, op);
@@ -58,7 +58,7 @@ at::Tensor sparse_product(const at::Tensor& x, const at::Tensor& weight, const S
   epilogue.eta = operand.eta;
   for (at::Tensor* vector : {&epilogue.shift_out, &epilogue.column_scale, &epilogue.bias}) *vector = aligned(*vector);
   SparseGemmParams params = gemm_params(operand, weight, epilogue, x.scalar_type());
-  run_sparse_gemm(params, device, config, y, op);
+  run_sparse_gemm(params, device, plan, y, op);
   return y;
 }
 
