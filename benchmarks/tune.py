@@ -4,10 +4,10 @@ csrc/kernels/matmul/config.h is fitted to the CSV. A candidate is a line more in
 
 A problem is scanned, then decided. Scan: every tile with both rasters and its widest band, the best tiles with every
 band. Final: the best tiles, the baselines and the whole operator (in stream order and overlapped), in turn. Problems
-of the part "turns" have one stage of that name: every tile, whole, split and streamed, in turn. Whatever is timed was
-compared with a float64 product of the pruned rows first: its error is at most twice torch's. Rows are appended as
-they come. A candidate that fails costs its own row; one that breaks the device or hangs restarts the process without
-it, and the run goes on where it was.
+of the part "turns" have one stage of that name: every tile, whole, split and streamed, and the chosen plan if it cuts
+the product in two, in turn. Whatever is timed was compared with a float64 product of the pruned rows first: its error
+is at most twice torch's. Rows are appended as they come. A candidate that fails costs its own row; one that breaks the
+device or hangs restarts the process without it, and the run goes on where it was.
 
     python benchmarks/tune.py --csv gemm_tuning.csv --seconds 300
 """
@@ -41,7 +41,7 @@ TURNS_FROM = 448  # tokens of the part "turns"
 BOTH_RASTERS, BANDS, SPLITS = (1, 2), (1, 2, 4, 8), (2, 3, 4, 5, 6, 8)
 STREAMED = 0  # kStreamed of csrc/kernels/matmul/config.h
 COLUMNS = (
-    *(*Problem._fields, "stage", "what", "raster", "swizzle", "splits"),
+    *(*Problem._fields, "stage", "what", "raster", "swizzle", "splits", "cut"),
     *("us_p50", "error", "torch_error", "note", "device", "torch", "cuda", "commit", "date"),
 )
 HANG_SECONDS = 30
@@ -127,7 +127,7 @@ class Tuner:
         problem = case.problem
         if (problem.dtype, problem.storage, config.tile) in self.refused:
             return None
-        facts = {"raster": config.raster, "swizzle": config.swizzle, "splits": config.splits}
+        facts = config.columns()
         facts["torch_error"] = f"{case.torch_error:.3e}"
         y = guarded(config.name, case.gemm(config)[0])
         if y is None:
@@ -179,7 +179,9 @@ class Tuner:
         if problem.part == "turns":
             # Without the small tiles of many tokens, which took 1.2 to 4 times as long in the scans.
             small = {name for name, tile in tiles.items() if tile["tokens"] * tile["out_features"] < 128 * 256}
-            return self.turns(case, [c for c in first if c.name not in small or sizes[0] <= 1536])
+            plan = self.chosen(problem)
+            whole = [c for c in first if c.name not in small or sizes[0] <= 1536]
+            return self.turns(case, [*whole, plan] if plan.cut else whole)
         self.scan(case, first, times, errors)
         if not times:
             return f"{problem}: no candidate could be timed"
@@ -194,12 +196,13 @@ class Tuner:
         case.anchor = None
         return self.decide(case, [best[name] for name in list(best)[:3]], errors)
 
+    def chosen(self, problem: Problem) -> Config:
+        dtype, storage, *sizes = problem[1:]
+        plan = _C.select_gemm_plan(dtype, *sizes, self.multiprocessors, weight_in_out=storage == "in_out")
+        return Config.of(plan, _C.gemm_tiles(dtype))
+
     def decide_chosen(self, case: Case) -> str:
-        dtype, storage, *sizes = case.problem[1:]
-        in_out = storage == "in_out"
-        tile, *rest, _ = _C.select_gemm_config(dtype, *sizes, self.multiprocessors, weight_in_out=in_out)
-        name = next(each["name"] for each in self.tiles[case.problem.dtype] if each["tile"] == tile)
-        config = Config(name, tile, *rest)
+        config = self.chosen(case.problem)
         error, wrong = case.error_of(case.gemm(config)[0]())
         if wrong:
             return wrong
@@ -261,7 +264,7 @@ class Tuner:
             facts = {"us_p50": f"{us:.2f}", "note": chosen.name if name.startswith(("op", "compress")) else ""}
             if name in by_name:
                 config = by_name[name]
-                facts |= {"raster": config.raster, "swizzle": config.swizzle, "splits": config.splits}
+                facts |= config.columns()
                 facts["error"] = f"{errors[config]:.3e}"
             self.row(problem, "final", name, **facts, torch_error=f"{case.torch_error:.3e}")
         for name, note in notes.items():

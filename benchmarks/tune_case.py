@@ -3,6 +3,7 @@
 import collections
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from gpu_timer import copies_for
@@ -17,8 +18,38 @@ E4M3_FLOOR = 6e-3  # of the error that is allowed: bench_sparse_linear's
 GRAPH_US = 150.0
 LAUNCH_CYCLES = 150_000
 Problem = collections.namedtuple("Problem", "part dtype storage tokens out_features in_features")
-Config = collections.namedtuple("Config", "name tile raster swizzle splits")
+CUTS = {1: "tokens", 2: "outputs"}
 Calls = list[Callable[[], object]]
+
+
+class Config(NamedTuple):
+    """Numbers of csrc/kernels/matmul/config.h: of a product in one launch, or cut into two."""
+
+    name: str
+    tile: int
+    raster: int
+    swizzle: int
+    splits: int
+    cut: int = 0
+    at: int = 0
+    second: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, plan: tuple[int, ...], tiles: list[dict]) -> "Config":
+        """The plan of _C.select_gemm_plan."""
+        names = {tile["tile"]: tile["name"] for tile in tiles}
+        if len(plan) == 5:
+            return cls(names[plan[0]], *plan[:4])
+        return cls(f"{names[plan[0]]}+{names[plan[7]]}", *plan[:4], *plan[5:7], tuple(plan[7:]))
+
+    def numbers(self, overlapped: bool) -> list[int]:
+        """Those of _tune_sparse_gemm; the second launch starts as it does in a plan."""
+        cut = [self.cut, self.at, *self.second] if self.cut else []
+        return [self.tile, self.raster, self.swizzle, self.splits, int(overlapped), *map(int, cut)]
+
+    def columns(self) -> dict[str, object]:
+        cut = f"{CUTS[self.cut]} {self.at}" if self.cut else ""
+        return {"raster": self.raster, "swizzle": self.swizzle, "splits": self.splits, "cut": cut}
 
 
 class Clock:
@@ -145,8 +176,7 @@ class Case:
     def product(self, packed: nm_act.Packed, index: int, config: Config, overlapped: bool = False) -> torch.Tensor:
         operand = packed.values, packed.metadata, packed.layout, self.weights[index]
         options = {"row_scale": packed.row_scale, **self.options[index]}
-        numbers = [*config[1:], int(overlapped)]
-        return torch.ops.nm_act._tune_sparse_gemm(*operand, numbers, **options)
+        return torch.ops.nm_act._tune_sparse_gemm(*operand, config.numbers(overlapped), **options)
 
     def gemm(self, config: Config) -> Calls:
         if not self.packed:

@@ -156,8 +156,7 @@ inline LinearChoice choose_e4m3_on_cuda(const LinearFacts& facts, GemmDevice dev
   return {LinearPath::kSparse,
           Why::kE4M3,
           {},
-          plan_of(
-              {facts.tokens, weight.out_features, weight.in_features, ElementType::kE4M3, device.multiprocessors})};
+          plan_of({facts.tokens, weight.out_features, weight.in_features, ElementType::kE4M3, device.multiprocessors})};
 }
 
 // The choice for a few tokens: the gather kernel or the dense product; the sparse tensor cores need more.
@@ -216,9 +215,7 @@ inline LinearChoice choose_packed(const PackedFacts& facts, GemmDevice device) {
   const bool can_add =
       facts.residual && sm90 && has_plain_epilogue(facts.value_type, facts.shifted, facts.scaled) &&
       compiles_residual(facts.value_type, facts.y_type, weight.in_stride != 1, wide_tile(facts.value_type));
-  const GemmPlan plan = !sm90         ? GemmPlan{}
-                        : facts.gated ? GemmPlan{gated_config(problem)}
-                                      : plan_of(problem, can_add);
+  const GemmPlan plan = !sm90 ? GemmPlan{} : facts.gated ? GemmPlan{gated_config(problem)} : plan_of(problem, can_add);
   const bool adds = can_add && plan.cut == GemmCut::kNone && plan.first.tile == wide_tile(facts.value_type);
   const Why why = !facts.residual ? Why::kPacked : adds ? Why::kPackedAdds : Why::kPackedThenAdds;
   return {LinearPath::kSparse, why, {}, plan};

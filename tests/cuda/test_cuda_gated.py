@@ -41,8 +41,9 @@ def operand_and_weight(tokens, out_features, in_features, dtype=torch.bfloat16):
 def takes_wide_tile(dtype, *shape):
     """Whether the product of this shape runs on the tile whose epilogue adds the residual."""
     kind, multiprocessors = str(dtype).removeprefix("torch."), torch.cuda.get_device_properties(0).multi_processor_count
-    index = _C.select_gemm_config(kind, *shape, multiprocessors, residual=True)[0]
-    return next(tile["name"] for tile in _C.gemm_tiles(kind) if tile["tile"] == index) == WIDE[dtype]
+    plan = _C.select_gemm_plan(kind, *shape, multiprocessors, residual=True)
+    name = next(tile["name"] for tile in _C.gemm_tiles(kind) if tile["tile"] == plan[0])
+    return len(plan) == 5 and name == WIDE[dtype]
 
 
 def wide_product(packed, weight):

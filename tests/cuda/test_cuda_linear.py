@@ -190,6 +190,71 @@ def test_every_tile_makes_the_product_with_the_same_bits_each_time(activation_dt
 
 @HOPPER
 @pytest.mark.parametrize("activation_dtype", [None, E4M3])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("shape", [(150, 272, 64), (700, 1040, 320), (2100, 4112, 1280)])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_a_cut_product_has_the_bits_of_its_parts(activation_dtype, full, shape, layout):
+    """Every tile on either side of a cut, along the tokens and along the outputs, against the same tile uncut."""
+    if activation_dtype and layout == "in_out":
+        pytest.skip("e4m3 weights are stored [out, in]")
+    x, weight, _ = problem(*shape, layout=layout)
+    packed, scale = nm_act.compress_packed(x, activation_dtype=activation_dtype), None
+    if activation_dtype:
+        weight, scale = quantise_weight(weight)
+    terms = {"column_scale": scale}
+    if full:
+        packed = dataclasses.replace(packed, eta=torch.randn(shape[0], device="cuda"))
+        terms["shift_out"] = torch.randn(shape[1], device="cuda")
+    tiles = [t for t in nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16") if not t["split"]]
+    whole = {}
+    for tile in tiles:
+        config = [tile["tile"], 1, 1, 1, int(tile["cluster_tokens"] * tile["cluster_outputs"] > 1)]
+        whole[tuple(config)] = tuned(packed, weight, config, **terms)
+    for i, (first, y) in enumerate(whole.items()):
+        second = list(whole)[(i + 1) % len(whole)]
+        for cut, size in ((1, shape[0]), (2, shape[1])):
+            for at in {64, (size - 1) // 128 * 64, (size - 1) // 64 * 64} - {0}:
+                poison()
+                found = tuned(packed, weight, [*first, cut, at, *second], **terms)
+                expected = torch.cat(
+                    [y.split([at, size - at], cut - 1)[0], whole[second].split([at, size - at], cut - 1)[1]], cut - 1
+                )
+                assert torch.equal(found, expected), (first, cut, at, second)
+
+
+@HOPPER
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+@pytest.mark.parametrize("shape", [(2350, 6144, 2560), (640, 8192, 8192), (4096, 3584, 3584), (4284, 3072, 3072)])
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_products_that_are_cut_have_every_term(activation_dtype, shape, layout):
+    """Bias, scales, shift and residual of sparse_gemm, and sparse_linear, at sizes of which most are cut."""
+    if activation_dtype and layout == "in_out":
+        pytest.skip("e4m3 weights are stored [out, in]")
+    tokens, out_features, _ = shape
+    if not activation_dtype:
+        assert len(nm_act._C.select_gemm_plan("bf16", *shape, 132)) > 5
+    x, weight, bias = problem(*shape, layout=layout)
+    packed, scale = nm_act.compress_packed(x, activation_dtype=activation_dtype), None
+    if activation_dtype:
+        weight, scale = quantise_weight(weight)
+    eta, shift = torch.randn(tokens, device="cuda"), torch.randn(out_features, device="cuda")
+    residual = torch.randn(tokens, out_features, device="cuda").to(torch.bfloat16)
+    tile = nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16")[0]["tile"]
+    product = tuned(packed, weight, [tile, 1, 1, 1, 0], scale).float()
+    poison()
+    y = nm_act.sparse_gemm(dataclasses.replace(packed, eta=eta), weight, bias, column_scale=scale, shift_out=shift)
+    factor = 1 if scale is None else scale.float()
+    expected = product + factor * eta[:, None] * shift + bias.float()
+    for part in (slice(0, 64), slice(tokens - 64, tokens)):  # a wrong part would be lost in the norm of the whole
+        assert relative_error(y[part], expected[part]) < 1e-2
+        assert relative_error(y[:, part], expected[:, part]) < 1e-2
+    assert relative_error(y, expected) < (1e-2 if activation_dtype else 5e-3)
+    added = nm_act.sparse_gemm(packed, weight, bias, column_scale=scale, residual=residual)
+    assert relative_error(added, product + bias.float() + residual.float()) < 1e-2
+
+
+@HOPPER
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
 @pytest.mark.parametrize("in_features", [64, 2048])
 def test_vectors_of_blocks_with_many_tiles(activation_dtype, in_features):
     """The bias too; 2048 features in e4m3 have the widest tile, six a block."""

@@ -122,7 +122,8 @@ int main() {
   const GemmProblem wide{16384, 28672, 4096, bf16, 132};
   check(select_config(wide).swizzle == 8, "swizzle of a large grid", wide);
   // One launch where waves are full, two where one would leave most of its last wave empty.
-  const GemmProblem full{4096, 4096, 4096, bf16, 132}, odd{2350, 6144, 4096, bf16, 132}, narrow{640, 8192, 8192, bf16, 132};
+  const GemmProblem full{4096, 4096, 4096, bf16, 132}, odd{2350, 6144, 4096, bf16, 132},
+      narrow{640, 8192, 8192, bf16, 132};
   check(select_plan(full).cut == GemmCut::kNone, "one launch", full);
   check(select_plan(odd).cut == GemmCut::kTokens, "cut along the tokens", odd);
   check(select_plan(narrow).cut == GemmCut::kOutputs, "cut along the outputs", narrow);

@@ -153,12 +153,35 @@ def test_sparse_gemm_is_named_with_its_kernel(options, in_out, adds, why):
 
 
 def gemm_kernel(dtype, *problem, residual=False):
-    """The text of a sparse GEMM's configuration for tokens, outputs and inputs on 132 multiprocessors."""
-    tile, raster, swizzle, splits, overlapped = nm_act._C.select_gemm_config(dtype, *problem, 132, residual)
+    """The text of a sparse GEMM's launches for tokens, outputs and inputs on 132 multiprocessors."""
+    first, cut, second = split_plan(nm_act._C.select_gemm_plan(dtype, *problem, 132, residual))
+    if not cut:
+        return config_text(dtype, first)
+    along = "tokens" if cut[0] == 1 else "outputs"
+    return f"{config_text(dtype, first)} for {cut[1]} {along}, {config_text(dtype, second)} for the rest"
+
+
+def split_plan(plan):
+    return plan[:5], plan[5:7], plan[7:]
+
+
+def config_text(dtype, config):
+    tile, raster, swizzle, splits, overlapped = config
     name = next(each["name"] for each in nm_act._C.gemm_tiles(dtype) if each["tile"] == tile)
     parts = [name, f"swizzle {swizzle} along {'tokens' if raster == 1 else 'outputs'}"]
     parts += [f"{splits} splits"] * (splits > 1) + ["overlapped"] * overlapped
     return ", ".join(parts)
+
+
+@pytest.mark.parametrize(("shape", "along"), [((2350, 6144, 4096), "tokens"), ((640, 8192, 8192), "outputs")])
+def test_both_launches_of_a_cut_product_are_named(shape, along):
+    tokens, out_features, in_features = shape
+    found = nm_act.explain(
+        meta(tokens, in_features), meta(out_features, in_features), device="cuda", multiprocessors=132
+    )
+    assert found.kernel == gemm_kernel("bf16", *shape)
+    assert found.kernel.endswith(" for the rest")
+    assert f" {along}, k" in found.kernel
 
 
 def test_the_gated_product_is_named_with_its_kernel():

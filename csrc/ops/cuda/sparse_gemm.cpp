@@ -61,7 +61,8 @@ SparseGemmParams part_of(SparseGemmParams params, GemmDevice device, GemmCut cut
   if (cut == GemmCut::kTokens) {
     const MetadataLayout layout = gemm_metadata_layout(params.value_type, device);
     advance(params.values, begin * params.in_features / 2 * value_bytes);
-    advance(params.metadata, begin * metadata_tile_features(layout) / 8);  // tokens are fastest within a tile's features
+    advance(params.metadata,
+            begin * metadata_tile_features(layout) / 8);  // tokens are fastest within a tile's features
     for (const float** vector : {&params.row_scale, &params.eta}) advance(*vector, begin * kFloatBytes);
     outputs *= params.y_stride;
     params.tokens = static_cast<int>(size);
@@ -149,10 +150,11 @@ namespace {
 GemmPlan given_plan(at::IntArrayRef numbers, int64_t tokens, int64_t out_features, GemmDevice device) {
   constexpr size_t kConfig = 5, kPlan = 2 * kConfig + 2;
   const bool counted = numbers.size() == kConfig || numbers.size() == kPlan;
-  TORCH_CHECK_VALUE(counted && device.compute_capability_major == 9,
-                    "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on sm_90, ",
-                    "or two such with (cut, at) between them, got ", numbers, " on compute capability ",
-                    device.compute_capability_major, ".x; use sparse_gemm");
+  TORCH_CHECK_VALUE(
+      counted && device.compute_capability_major == 9,
+      "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on sm_90, ",
+      "or two such with (cut, at) between them, got ", numbers, " on compute capability ",
+      device.compute_capability_major, ".x; use sparse_gemm");
   const auto config = [&](size_t first) {
     return GemmConfig{static_cast<GemmTile>(numbers[first]), static_cast<GemmRaster>(numbers[first + 1]),
                       static_cast<int>(numbers[first + 2]), static_cast<int>(numbers[first + 3]),
@@ -164,7 +166,8 @@ GemmPlan given_plan(at::IntArrayRef numbers, int64_t tokens, int64_t out_feature
   TORCH_CHECK_VALUE((by_tokens || plan.cut == GemmCut::kOutputs) && plan.at > 0 && plan.at % 64 == 0 &&
                         plan.at < (by_tokens ? tokens : out_features),
                     "nm_act::_tune_sparse_gemm expected a cut (1: tokens, 2: outputs) at a multiple of 64 below their ",
-                    "number, got ", numbers, " for ", tokens, " tokens and ", out_features, " outputs; use sparse_gemm");
+                    "number, got ", numbers, " for ", tokens, " tokens and ", out_features,
+                    " outputs; use sparse_gemm");
   return plan;
 }
 
@@ -214,8 +217,8 @@ at::Tensor run(const at::Tensor& values, const at::Tensor& metadata, c10::string
                           epilogue.row_scale.defined() || epilogue.column_scale.defined(),
                           adds,
                           /*gated=*/false};
-  const LinearChoice choice = config.has_value() ? LinearChoice{LinearPath::kSparse, Why::kPacked, {}, given}
-                                                 : choose_packed(facts, device);
+  const LinearChoice choice =
+      config.has_value() ? LinearChoice{LinearPath::kSparse, Why::kPacked, {}, given} : choose_packed(facts, device);
   // The kernel adds the residual where it is compiled to; else it costs one more pass.
   const bool fused = choice.why == Why::kPackedAdds;
   const at::Tensor addend = fused ? aligned(*residual) : at::Tensor();
