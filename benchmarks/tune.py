@@ -2,12 +2,12 @@
 
 csrc/kernels/matmul/config.h is fitted to the CSV. A candidate is a line more in csrc/kernels/matmul/tiles.h.
 
-A problem is scanned, then decided. Scan: every tile with both rasters and its widest band, the best tiles with every
-band. Final: the best tiles, the baselines and the whole operator (in stream order and overlapped), in turn. Problems
-of the part "turns" have one stage of that name: every tile, whole, split and streamed, and the chosen plan if it cuts
-the product in two, in turn. Whatever is timed was compared with a float64 product of the pruned rows first: its error
-is at most twice torch's. Rows are appended as they come. A candidate that fails costs its own row; one that breaks the
-device or hangs restarts the process without it, and the run goes on where it was.
+A problem is scanned, then decided. Scan: every tile with both rasters and the band that it would have, the best tiles
+with every band. Final: the best tiles, the baselines and the whole operator (in stream order and overlapped), in turn.
+Problems of the part "turns" have one stage of that name: every tile, whole, split and streamed, and the chosen plan if
+it cuts the product in two, in turn. Whatever is timed was compared with a float64 product of the pruned rows first: its
+error is at most twice torch's. Rows are appended as they come. A candidate that fails costs its own row; one that
+breaks the device or hangs restarts the process without it, and the run goes on where it was.
 
     python benchmarks/tune.py --csv gemm_tuning.csv --seconds 300
 """
@@ -70,17 +70,6 @@ def guarded(name: str, function: Callable[[], torch.Tensor]) -> torch.Tensor | N
         return None
     finally:
         watchdog.cancel()
-
-
-def widest_band(tokens: int, out_features: int, tile: dict) -> int:
-    """config.h's select_swizzle: the widest band that pads the grid by at most 5 %."""
-    rows, columns = -(-tokens // tile["tokens"]), -(-out_features // tile["out_features"])
-
-    def padded(band):
-        tall, wide = band * tile["cluster_tokens"], band * tile["cluster_outputs"]
-        return -(-rows // tall) * tall * (-(-columns // wide) * wide)
-
-    return next(band for band in (8, 4, 2, 1) if band == 1 or padded(band) <= 1.05 * padded(1))
 
 
 def splits_of(problem: Problem, tile: dict) -> tuple[int, ...]:
@@ -158,6 +147,9 @@ class Tuner:
                 continue
             self.row(problem, "scan", config.name, **facts, us_p50=f"{times[config]:.2f}")
 
+    def band(self, problem: Problem, tile: dict, splits: int) -> int:
+        return _C.gemm_config_of(tile["tile"], *problem[3:], self.multiprocessors, splits)[2]
+
     def tune(self, problem: Problem) -> str:
         case = Case(problem)
         if self.arguments.chosen:
@@ -171,7 +163,7 @@ class Tuner:
         errors: dict[Config, float] = {}
         sizes = problem.tokens, problem.out_features
         first = [
-            config(name, r, widest_band(*sizes, tile), splits)
+            config(name, r, self.band(problem, tile, splits), splits)
             for name, tile in tiles.items()
             for splits in splits_of(problem, tile)
             for r in BOTH_RASTERS

@@ -53,6 +53,9 @@ def gather_configs(
     in_layer: bool = False,
 ) -> list[tuple[int, int, int, int]]: ...
 def gemm_tiles(dtype: str) -> list[dict[str, int | str | bool]]: ...
+def gemm_config_of(
+    tile: int, tokens: int, out_features: int, in_features: int, multiprocessors: int, splits: int = 1
+) -> tuple[int, int, int, int, bool]: ...
 def select_gemm_config(
     dtype: str,
     tokens: int,

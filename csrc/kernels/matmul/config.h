@@ -86,23 +86,29 @@ inline int64_t banded_tiles(const TileGrid& grid, const TileFacts& tile, int swi
          round_up(grid.columns, static_cast<uint32_t>(swizzle * tile.cluster_outputs));
 }
 
-// The widest band that pads the grid by at most 5 %.
-inline int select_swizzle(const TileGrid& grid, const TileFacts& tile) {
-  const int64_t whole = banded_tiles(grid, tile, 1);
-  for (int swizzle = 8; swizzle > 1; swizzle /= 2) {
-    if (banded_tiles(grid, tile, swizzle) * 20 <= whole * 21) return swizzle;
+// With values and weight of more bytes than this, bands of 8 took up to 1.2 times as long as bands of 2.
+inline constexpr double kNarrowBandBytes = 3e8;
+
+// The widest band that pads nothing: with clusters, a padding of 3 to 4 % cost 7 to 9 %. Without clusters, where the
+// number of rows is odd, up to 5 % of padding.
+inline int select_swizzle(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile) {
+  const double bytes = (static_cast<double>(problem.tokens) * 0.5625 + static_cast<double>(problem.out_features)) *
+                       static_cast<double>(problem.in_features) * (tile.bits8 ? 1 : 2);
+  const int widest = is_clustered(tile) && bytes > kNarrowBandBytes ? 2 : 8;
+  const int64_t whole = banded_tiles(grid, tile, 1), most = is_clustered(tile) ? whole : whole * 21 / 20;
+  for (int swizzle = widest; swizzle > 1; swizzle /= 2) {
+    if (banded_tiles(grid, tile, swizzle) <= most) return swizzle;
   }
   return 1;
 }
 
 // The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
-// the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With bands of 8,
-// clusters along the tokens take the same time in both orders, and clusters along the outputs up to 19 % less along the
-// tokens. Tiles without a cluster share no weight through it, so the rows of a column have to run close together: in
-// one band that holds them all, or else along the tokens (the other order took up to 3.3 times as long). With wider
-// bands the order along the outputs was up to 2.2 times as fast.
+// the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With the order that reads
+// less, and the bands above, 819 problems took 0.5 % longer than with the best order and band of each, and 11 % at worst.
+// Tiles without a cluster share no weight through it, so the rows of a column have to run close together: in one band
+// that holds them all, or else along the tokens (the other order took up to 3.3 times as long). With wider bands the
+// order along the outputs was up to 2.2 times as fast.
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
-  if (swizzle >= 8) return tile.cluster_outputs > 1 ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
   if (!is_clustered(tile)) {
     return swizzle >= 4 || grid.rows <= swizzle ? GemmRaster::kAlongOutputs : GemmRaster::kAlongTokens;
   }
@@ -133,7 +139,7 @@ inline bool starts_early(const TileFacts& tile, const TileGrid& grid) { return i
 // The configuration for this problem and tile.
 inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
   const TileGrid grid = grid_of(problem, tile);
-  const int swizzle = select_swizzle(grid, tile);
+  const int swizzle = select_swizzle(problem, grid, tile);
   const GemmRaster raster =
       splits == kStreamed ? GemmRaster::kAlongTokens : select_raster(problem, grid, tile, swizzle);
   return {tile.tile, raster, swizzle, splits, starts_early(tile, grid)};
@@ -160,7 +166,7 @@ inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int
   const GemmTile costed = splits == kStreamed ? wide_tile(problem.value_type) : tile.tile;
   const TileCost& cost = kTileCosts[static_cast<int>(costed)];
   const TileGrid grid = grid_of(problem, tile);
-  const int64_t tiles = banded_tiles(grid, tile, select_swizzle(grid, tile));
+  const int64_t tiles = banded_tiles(grid, tile, select_swizzle(problem, grid, tile));
   const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
                features = static_cast<double>(problem.in_features), bytes = tile.bits8 ? 1 : 2;
   const double values = tokens * features * bytes * 0.5625;  // one half survives, and metadata is one sixteenth
@@ -185,7 +191,7 @@ inline constexpr int64_t kSplitFeatures = 1024;  // the fewest that a block may 
 inline constexpr int64_t kFewestStreamedWaves = 2, kMostStreamedWaves = 12;
 inline bool can_stream(const GemmProblem& problem, const TileFacts& tile) {
   const TileGrid grid = grid_of(problem, tile);
-  const int64_t tiles = banded_tiles(grid, tile, select_swizzle(grid, tile));
+  const int64_t tiles = banded_tiles(grid, tile, select_swizzle(problem, grid, tile));
   return tile.split && problem.in_features > 8 * tile.in_features && tiles % problem.multiprocessors != 0 &&
          tiles > kFewestStreamedWaves * problem.multiprocessors && tiles < kMostStreamedWaves * problem.multiprocessors;
 }
@@ -197,9 +203,18 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
   return {2, tile.bits8 ? 1 : static_cast<int>(most)};
 }
 
-// A weight stored [in, out] of more bytes than this is multiplied by the tiles of 128x256 in clusters 1.2 to 1.35 times
-// as slowly as by 256x192 (940 MB on an H100; with 470 MB, and on an H200, there was no difference).
+// In 16 bits, the tiles of 128x256 in clusters are slow in products that take long, on an H100: 16384 x 8192 x 28672
+// took 1.1 to 1.4 times as long as with 256x192, and 57344 x 8192 stored [in, out], which is 940 MB, 1.2 to 1.35 times. In
+// products of half as many multiplications, and on an H200, there was no such difference.
 inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
+inline constexpr double kLongProduct = 3e12;
+inline bool is_long(const GemmProblem& problem) {
+  const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
+               features = static_cast<double>(problem.in_features);
+  return problem.value_type != ElementType::kE4M3 &&
+         (tokens * outputs * features > kLongProduct ||
+          (problem.weight_in_out && problem.out_features * problem.in_features * 2 > kHugeInOutBytes));
+}
 
 // Whether a tile takes part in the choice. Tiles without a cluster do where the number of rows is odd, so that clusters
 // would compute one more, and the small ones, which come without; elsewhere they would gain 0.3 % on average, and they
@@ -207,8 +222,7 @@ inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
 inline bool takes_part(const GemmProblem& problem, const TileFacts& tile) {
   if (!is_tile_of(tile, problem.value_type)) return false;
   if (!is_clustered(tile)) return tile.tokens < 128 || grid_of(problem, tile).rows % 2 != 0;
-  return !(problem.weight_in_out && problem.out_features * problem.in_features * 2 > kHugeInOutBytes &&
-           tile.tokens == 128 && tile.out_features == 256);
+  return !(is_long(problem) && tile.tokens == 128 && tile.out_features == 256);
 }
 
 struct GemmEstimate {
@@ -266,7 +280,7 @@ inline double estimate_us(const GemmProblem& problem, const GemmPlan& plan) {
 }
 
 // The estimated gain from which a product is cut.
-inline constexpr double kCutGain16 = 1.02, kCutGainE4M3 = 1.02;
+inline constexpr double kCutGain16 = 1.02, kCutGainE4M3 = 1.0;
 
 // The first part takes all whole waves of a tile, or all but one, and the second what remains.
 inline constexpr int64_t kCutWaves = 2;
