@@ -37,7 +37,10 @@ from nm_act.version import commit
 LLAMA_TOKENS = (4096, 16384, 1024)
 PARTS = ("bf16", "e4m3", "in_out", "crossover", "families", "turns")
 CROSSOVER_TOKENS = (48, 96, 192, 256, 384, 448, 512, 640, 768, 1024, 1536)  # where the dense product may win
-TURNS_FROM = 448  # tokens of the part "turns"
+# Tokens of the part "turns": about the counts where the dense product may win, between those of the other parts, and
+# theirs from TURNS_FROM on.
+TURNS_TOKENS = (112, 148, 200, 256, 300, 323, 384, 1280, 2048, 3072, 6656)
+TURNS_FROM = 448
 BOTH_RASTERS, BANDS, SPLITS = (1, 2), (1, 2, 4, 8), (2, 3, 4, 5, 6, 8)
 STREAMED = 0  # kStreamed of csrc/kernels/matmul/config.h
 COLUMNS = (
@@ -330,7 +333,8 @@ def problems_of(arguments: argparse.Namespace) -> list[Problem]:
     kinds = {"bf16": ("bf16", "out_in"), "e4m3": ("e4m3", "out_in"), "in_out": ("bf16", "in_out")}
     result = [Problem(part, *kinds[part], *sizes) for part in arguments.parts if part in kinds for sizes in main_parts]
     shapes = [shape for layers in FAMILY_SHAPES.values() for shape in layers.values()]
-    turns = sorted({t for t in (*CROSSOVER_TOKENS, *TOKEN_COUNTS, *LLAMA_TOKENS) if t >= TURNS_FROM})
+    others = {t for t in (*CROSSOVER_TOKENS, *TOKEN_COUNTS, *LLAMA_TOKENS) if t >= TURNS_FROM}
+    turns = sorted(others | set(TURNS_TOKENS))
     for part, counts in (("crossover", CROSSOVER_TOKENS), ("families", TOKEN_COUNTS), ("turns", turns)):
         drawn = [(tokens, *shape) for shape in [*shapes, *llama] for tokens in counts]
         random.Random(0).shuffle(drawn)  # so that a run cut short is not one of small layers

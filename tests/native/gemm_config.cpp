@@ -35,10 +35,12 @@ void check_properties(const GemmProblem& problem) {
     for (int splits = fewest; splits <= most; ++splits) {
       check(us <= estimate_us(problem, other, splits), "least time", problem);
     }
-    if (can_stream(problem, other)) check(us <= estimate_us(problem, other, kStreamed), "least time", problem);
+    if (can_stream(problem, other, tiling_of(problem, other).tiles))
+      check(us <= estimate_us(problem, other, kStreamed), "least time", problem);
   }
   const bool streamed = config.splits == kStreamed;
-  check(streamed ? can_stream(problem, tile) : config.splits == 1 || tile.split, "a tile that is shared", problem);
+  check(streamed ? can_stream(problem, tile, tiling_of(problem, tile).tiles) : config.splits == 1 || tile.split,
+        "a tile that is shared", problem);
   check(streamed || config.splits == 1 || config.splits * kSplitFeatures <= problem.in_features, "splits", problem);
   check(config.raster == GemmRaster::kAlongTokens || config.raster == GemmRaster::kAlongOutputs, "raster", problem);
   const bool power = config.swizzle == 1 || config.swizzle == 2 || config.swizzle == 4 || config.swizzle == 8;

@@ -131,6 +131,19 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
   return read(column_length, columns) < read(rows, row_length) ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
 }
 
+// How a tile covers a problem.
+struct Tiling {
+  TileGrid grid;
+  int swizzle;
+  int64_t tiles;  // with those of the bands that lie outside the problem
+};
+
+inline Tiling tiling_of(const GemmProblem& problem, const TileFacts& tile) {
+  const TileGrid grid = grid_of(problem, tile);
+  const int swizzle = select_swizzle(problem, grid, tile);
+  return {grid, swizzle, banded_tiles(grid, tile, swizzle)};
+}
+
 // Whether the kernel starts while the one before ends. Blocks without a cluster would then begin wherever a
 // multiprocessor is free and get out of step: neighbours no longer read the same weight column at the same time (an
 // operator took up to 1.65 times as long).
@@ -138,8 +151,7 @@ inline bool starts_early(const TileFacts& tile, const TileGrid& grid) { return i
 
 // The configuration for this problem and tile.
 inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
-  const TileGrid grid = grid_of(problem, tile);
-  const int swizzle = select_swizzle(problem, grid, tile);
+  const auto [grid, swizzle, tiles] = tiling_of(problem, tile);
   const GemmRaster raster =
       splits == kStreamed ? GemmRaster::kAlongTokens : select_raster(problem, grid, tile, swizzle);
   return {tile.tile, raster, swizzle, splits, starts_early(tile, grid)};
@@ -162,11 +174,10 @@ inline double waves_us(const GemmProblem& problem, const TileFacts& tile, const 
 // Estimated time: the cube root of the sum of the cubes of the waves' time and the time for memory and L2 traffic. It
 // is close to the larger of the two, and above both if they are similar. A block has its multiprocessor to itself, so a
 // wave takes the same time however many blocks run in it.
-inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
+inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, const Tiling& tiling, int splits) {
   const GemmTile costed = splits == kStreamed ? wide_tile(problem.value_type) : tile.tile;
   const TileCost& cost = kTileCosts[static_cast<int>(costed)];
-  const TileGrid grid = grid_of(problem, tile);
-  const int64_t tiles = banded_tiles(grid, tile, select_swizzle(problem, grid, tile));
+  const int64_t tiles = tiling.tiles;
   const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
                features = static_cast<double>(problem.in_features), bytes = tile.bits8 ? 1 : 2;
   const double values = tokens * features * bytes * 0.5625;  // one half survives, and metadata is one sixteenth
@@ -178,7 +189,11 @@ inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int
   const double partial =
       static_cast<double>(tiles * std::max(splits - 1, 0)) * tile.tokens * tile.out_features * 4 / 1e6;
   return cost.fixed + std::cbrt(work * work * work + traffic * traffic * traffic) + cost.partial_mb * partial +
-         (starts_early(tile, grid) ? 0 : kStreamOrderUs);
+         (starts_early(tile, tiling.grid) ? 0 : kStreamOrderUs);
+}
+
+inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, int splits = 1) {
+  return estimate_us(problem, tile, tiling_of(problem, tile), splits);
 }
 
 inline constexpr int kMaxSplits = 8;
@@ -189,9 +204,7 @@ inline constexpr int64_t kSplitFeatures = 1024;  // the fewest that a block may 
 // gained 4 to 5 % on average where the estimates of that time chose it, and lost 4 % at most; on all problems it would
 // lose 3 to 5 %.
 inline constexpr int64_t kFewestStreamedWaves = 2, kMostStreamedWaves = 12;
-inline bool can_stream(const GemmProblem& problem, const TileFacts& tile) {
-  const TileGrid grid = grid_of(problem, tile);
-  const int64_t tiles = banded_tiles(grid, tile, select_swizzle(problem, grid, tile));
+inline bool can_stream(const GemmProblem& problem, const TileFacts& tile, int64_t tiles) {
   return tile.split && problem.in_features > 8 * tile.in_features && tiles % problem.multiprocessors != 0 &&
          tiles > kFewestStreamedWaves * problem.multiprocessors && tiles < kMostStreamedWaves * problem.multiprocessors;
 }
@@ -235,16 +248,17 @@ inline GemmEstimate least_estimate(const GemmProblem& problem) {
   const TileFacts* best = nullptr;
   double best_us = 0;
   int best_splits = 1;
-  const auto consider = [&](const TileFacts& tile, int splits) {
-    const double us = estimate_us(problem, tile, splits);
+  const auto consider = [&](const TileFacts& tile, const Tiling& tiling, int splits) {
+    const double us = estimate_us(problem, tile, tiling, splits);
     if (best != nullptr && us >= best_us) return;
     best = &tile, best_us = us, best_splits = splits;
   };
   for (const TileFacts& tile : kTiles) {
     if (!takes_part(problem, tile)) continue;
+    const Tiling tiling = tiling_of(problem, tile);
     const auto [fewest, most] = splits_of(problem, tile);
-    for (int splits = fewest; splits <= most; ++splits) consider(tile, splits);
-    if (can_stream(problem, tile)) consider(tile, kStreamed);
+    for (int splits = fewest; splits <= most; ++splits) consider(tile, tiling, splits);
+    if (can_stream(problem, tile, tiling.tiles)) consider(tile, tiling, kStreamed);
   }
   return {configure(problem, *best, best_splits), best_us};
 }
@@ -288,6 +302,7 @@ inline constexpr int64_t kCutWaves = 2;
 inline GemmPlan select_plan(const GemmProblem& problem) {
   const GemmEstimate whole = least_estimate(problem);
   GemmPlan plan{whole.config};
+  if (is_long(problem)) return plan;
   double best_us = whole.us / (problem.value_type == ElementType::kE4M3 ? kCutGainE4M3 : kCutGain16);
   const auto consider = [&](const TileFacts& tile, GemmCut cut, int64_t at) {
     const int64_t size = cut == GemmCut::kTokens ? problem.tokens : problem.out_features;
