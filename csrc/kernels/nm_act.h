@@ -204,8 +204,8 @@ cudaError_t device_one(const float** one);
 // metadata) @ weight^T in float32. A null vector omits its factor or term; without eta, shift_out itself is added.
 struct SparseGemmParams {
   const void* values;       // [tokens, in_features / 2] of value_type, contiguous, 16-byte aligned
-  const uint8_t* metadata;  // in gemm_metadata_layout(value_type, arch), 16-byte aligned: of an operand of
-  int metadata_tokens;      // so many tokens, from a multiple of 64 of them on
+  const uint8_t* metadata;  // of the first token, in gemm_metadata_layout(value_type, arch), 16-byte aligned
+  int metadata_tokens;      // of the operand; more than `tokens` on sm_90 alone, where these begin at a multiple of 64
   const void* weight;  // of value_type, 16-byte aligned: [out_features, in_features], or if weight_in_out (16-bit only)
                        // [in_features, out_features]; rows weight_stride elements apart
   int64_t weight_stride;      // a multiple of 16 bytes

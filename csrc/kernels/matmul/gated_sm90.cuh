@@ -37,7 +37,7 @@ struct GatedGemm {
 template <ElementType kValue>
 cudaError_t run_gated_gemm_sm90(const GatedGemmParams& params, const GemmLaunch& launch) {
   using Gemm = sm90::GatedGemm<kValue>;
-  return sm90::run<typename Gemm::Kernel>(Gemm::arguments(params, launch), launch);
+  return sm90::run<typename Gemm::Kernel>(Gemm::arguments(params, launch), params.product.metadata_tokens, launch);
 }
 
 }  // namespace nm_act

@@ -4,7 +4,8 @@
 //   A   values [tokens, in / 2] row-major, with metadata in the layout of Sm90GemmSparseConfig (format/metadata.h)
 //   W   [out, in] (K-major) or, 16-bit only, [in, out] (N-major). Both run at the same speed with the same tile, so one
 //       [in, out] copy of a weight serves this kernel and the gather kernel, which skips rows.
-//   y   rows y_stride elements apart; the epilogue in float32, from registers (direct_epilogue.cuh) or as a visitor tree of CUTLASS's:
+//   y   rows y_stride elements apart; the epilogue in float32, from registers (direct_epilogue.cuh) or as a visitor
+//       tree of CUTLASS's:
 //         kPlain, 16-bit  acc + bias
 //         kPlain, e4m3    column_scale * (row_scale * acc) + bias
 //         kFull           column_scale * (row_scale * acc + eta (x) shift_out) + bias
@@ -162,15 +163,12 @@ struct GemmTypes {
     typename Kernel::Arguments arguments{};
     arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
     arguments.problem_shape = shape;
-    // The metadata of some of an operand's tokens: the shape is theirs, the strides are the operand's.
-    const auto whole = cute::make_shape(params.metadata_tokens, params.out_features, params.in_features, 1);
-    arguments.mainloop = {
-        static_cast<const Value*>(params.values),
-        SparseConfig::fill_layoutA(shape),
-        static_cast<const Value*>(params.weight),
-        weight_stride,
-        reinterpret_cast<const typename CollectiveMainloop::ElementE*>(params.metadata),
-        cute::make_layout(SparseConfig::fill_layoutE(shape).shape(), SparseConfig::fill_layoutE(whole).stride())};
+    arguments.mainloop = {static_cast<const Value*>(params.values),
+                          SparseConfig::fill_layoutA(shape),
+                          static_cast<const Value*>(params.weight),
+                          weight_stride,
+                          reinterpret_cast<const typename CollectiveMainloop::ElementE*>(params.metadata),
+                          SparseConfig::fill_layoutE(shape)};
     arguments.hw_info.sm_count = launch.device.multiprocessors;
     arguments.scheduler.max_swizzle_size = launch.config.swizzle;
     using Raster = std::remove_reference_t<decltype(arguments.scheduler.raster_order)>;
@@ -236,15 +234,21 @@ struct SparseGemm : GemmTypes<kValue, kWeightInOut, kTile> {
   }
 };
 
-// Runs a kernel, or only writes the bytes of its workspace.
+// Runs a kernel, or only writes the bytes of its workspace. metadata_tokens: of the whole operand.
 template <class Kernel>
-cudaError_t run(const typename Kernel::Arguments& arguments, const GemmLaunch& launch) {
+cudaError_t run(typename Kernel::Arguments arguments, int metadata_tokens, const GemmLaunch& launch) {
   using Adapter = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   if (launch.workspace_bytes != nullptr) {
     *launch.workspace_bytes = Adapter::get_workspace_size(arguments);
     return cudaSuccess;
   }
   if (Adapter::can_implement(arguments) != cutlass::Status::kSuccess) return cudaErrorInvalidValue;
+  // CUTLASS allows no other strides of the metadata than those of an operand of these tokens alone; a part of an
+  // operand has the whole's.
+  auto whole = arguments.problem_shape;
+  cute::get<0>(whole) = metadata_tokens;
+  auto& layout = arguments.mainloop.layout_e;
+  layout = cute::make_layout(layout.shape(), Kernel::CollectiveMainloop::SparseConfig::fill_layoutE(whole).stride());
   // An overlapped launch starts while the previous kernel ends. CUTLASS's producer warp waits for that kernel
   // (griddepcontrol.wait) before it loads. The consumer warps read the epilogue's vectors after a tile's main loop, and
   // so after the producer's wait, or wait themselves (direct_kernel.cuh).
@@ -265,7 +269,7 @@ cudaError_t run(const typename Kernel::Arguments& arguments, const GemmLaunch& l
 template <ElementType kValue, ElementType kOutput, bool kWeightInOut, GemmTile kTile, GemmEpilogue kEpilogue>
 cudaError_t run_sparse_gemm_sm90(const SparseGemmParams& params, const GemmLaunch& launch) {
   using Gemm = sm90::SparseGemm<kValue, kOutput, kWeightInOut, kTile, kEpilogue>;
-  return sm90::run<typename Gemm::Kernel>(Gemm::arguments(params, launch), launch);
+  return sm90::run<typename Gemm::Kernel>(Gemm::arguments(params, launch), params.metadata_tokens, launch);
 }
 
 }  // namespace nm_act
