@@ -37,8 +37,7 @@ from nm_act.version import commit
 LLAMA_TOKENS = (4096, 16384, 1024)
 PARTS = ("bf16", "e4m3", "in_out", "crossover", "families", "turns")
 CROSSOVER_TOKENS = (48, 96, 192, 256, 384, 448, 512, 640, 768, 1024, 1536)  # where the dense product may win
-# Tokens of the part "turns": about the counts where the dense product may win, between those of the other parts, and
-# theirs from TURNS_FROM on.
+# Tokens of the part "turns": these, and those of the other parts from TURNS_FROM on.
 TURNS_TOKENS = (112, 148, 200, 256, 300, 323, 384, 1280, 2048, 3072, 6656)
 TURNS_FROM = 448
 BOTH_RASTERS, BANDS, SPLITS = (1, 2), (1, 2, 4, 8), (2, 3, 4, 5, 6, 8)
@@ -100,6 +99,9 @@ class Tuner:
         self.done = set()
         if resumed:
             with open(arguments.csv, newline="") as file:
+                if tuple(csv.DictReader(file).fieldnames or ()) != COLUMNS:
+                    raise SystemExit(f"{arguments.csv} has other columns than these rows; give the name of a new file")
+                file.seek(0)
                 self.done = {
                     tuple(row[c] for c in Problem._fields)
                     for row in csv.DictReader(file)
@@ -117,13 +119,13 @@ class Tuner:
     def verified(self, case: Case, stage: str, config: Config, errors: dict[Config, float]) -> dict[str, object] | None:
         """What a configuration's rows have in common; None, with a row that says why, if it may not be timed."""
         problem = case.problem
-        if (problem.dtype, problem.storage, config.tile) in self.refused:
+        if (problem.dtype, problem.storage, config.name) in self.refused:
             return None
         facts = config.columns()
         facts["torch_error"] = f"{case.torch_error:.3e}"
         y = guarded(config.name, case.gemm(config)[0])
         if y is None:
-            self.refused.add((problem.dtype, problem.storage, config.tile))
+            self.refused.add((problem.dtype, problem.storage, config.name))
             self.row(problem, stage, config.name, **facts, note="refused")
             return None
         errors[config], wrong = case.error_of(y)
@@ -150,8 +152,8 @@ class Tuner:
                 continue
             self.row(problem, "scan", config.name, **facts, us_p50=f"{times[config]:.2f}")
 
-    def band(self, problem: Problem, tile: dict, splits: int) -> int:
-        return _C.gemm_config_of(tile["tile"], *problem[3:], self.multiprocessors, splits)[2]
+    def band(self, problem: Problem, tile: dict) -> int:
+        return _C.gemm_swizzle(tile["tile"], *problem[3:], self.multiprocessors)
 
     def tune(self, problem: Problem) -> str:
         case = Case(problem)
@@ -166,7 +168,7 @@ class Tuner:
         errors: dict[Config, float] = {}
         sizes = problem.tokens, problem.out_features
         first = [
-            config(name, r, self.band(problem, tile, splits), splits)
+            config(name, r, self.band(problem, tile), splits)
             for name, tile in tiles.items()
             for splits in splits_of(problem, tile)
             for r in BOTH_RASTERS
@@ -176,7 +178,7 @@ class Tuner:
             small = {name for name, tile in tiles.items() if tile["tokens"] * tile["out_features"] < 128 * 256}
             plan = self.chosen(problem)
             whole = [c for c in first if c.name not in small or sizes[0] <= 1536]
-            return self.turns(case, [*whole, plan] if plan.cut else whole)
+            return self.turns(case, [*whole, plan] if plan.cut and not self.skips(plan) else whole)
         self.scan(case, first, times, errors)
         if not times:
             return f"{problem}: no candidate could be timed"
@@ -196,8 +198,13 @@ class Tuner:
         plan = _C.select_gemm_plan(dtype, *sizes, self.multiprocessors, weight_in_out=storage == "in_out")
         return Config.of(plan, _C.gemm_tiles(dtype))
 
+    def skips(self, config: Config) -> bool:
+        return not {config.name, *config.name.split("+")}.isdisjoint(self.arguments.skip)
+
     def decide_chosen(self, case: Case) -> str:
         config = self.chosen(case.problem)
+        if self.skips(config):
+            return f"{config.name} is left out"
         error, wrong = case.error_of(case.gemm(config)[0]())
         if wrong:
             return wrong
@@ -368,7 +375,7 @@ def main() -> None:
                 if wrong:
                     print(f"check {dtype} {storage} {sizes}: {config.name}: {wrong}", flush=True)
                     if y is None:
-                        tuner.refused.add((dtype, storage, config.tile))
+                        tuner.refused.add((dtype, storage, config.name))
                     else:
                         tuner.tiles[dtype].remove(tile)
     for problem in problems_of(arguments):

@@ -84,8 +84,8 @@ std::string kernel_text(const LinearChoice& choice) {
   const GemmPlan& plan = choice.gemm;
   if (plan.first.swizzle == 0) return "";
   if (plan.cut == GemmCut::kNone) return gemm_text(plan.first);
-  return gemm_text(plan.first) + " for " + std::to_string(plan.at) +
-         (plan.cut == GemmCut::kTokens ? " tokens" : " outputs") + ", " + gemm_text(plan.second) + " for the rest";
+  return std::to_string(plan.at) + (plan.cut == GemmCut::kTokens ? " tokens: " : " outputs: ") + gemm_text(plan.first) +
+         "; the rest: " + gemm_text(plan.second);
 }
 
 }  // namespace nm_act

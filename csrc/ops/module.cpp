@@ -127,12 +127,14 @@ py::tuple config_tuple(const nm_act::GemmConfig& config) {
   return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.splits, config.overlapped);
 }
 
-// The configuration of a tile for this problem.
-py::tuple gemm_config_of(int tile, int64_t tokens, int64_t out_features, int64_t in_features, int multiprocessors,
-                         int splits) {
+// The band of a tile for this problem.
+int gemm_swizzle(int tile, int64_t tokens, int64_t out_features, int64_t in_features, int multiprocessors) {
+  if (tile < 0 || tile >= int(std::size(nm_act::kTiles))) {
+    throw py::value_error("expected a tile of gemm_tiles, got " + std::to_string(tile));
+  }
   const nm_act::TileFacts& facts = nm_act::kTiles[tile];
   const auto type = facts.bits8 ? nm_act::ElementType::kE4M3 : nm_act::ElementType::kBFloat16;
-  return config_tuple(nm_act::configure({tokens, out_features, in_features, type, multiprocessors}, facts, splits));
+  return nm_act::configure({tokens, out_features, in_features, type, multiprocessors}, facts).swizzle;
 }
 
 py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t out_features, int64_t in_features,
@@ -251,8 +253,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("unpack_metadata", unpack_metadata, py::arg("physical"), py::arg("tokens"), py::arg("in_features"),
         py::arg("layout"));
   m.def("gemm_tiles", gemm_tiles, py::arg("dtype"));
-  m.def("gemm_config_of", gemm_config_of, py::arg("tile"), py::arg("tokens"), py::arg("out_features"),
-        py::arg("in_features"), py::arg("multiprocessors"), py::arg("splits") = 1);
+  m.def("gemm_swizzle", gemm_swizzle, py::arg("tile"), py::arg("tokens"), py::arg("out_features"),
+        py::arg("in_features"), py::arg("multiprocessors"));
   m.def("select_gemm_config", select_gemm_config, py::arg("dtype"), py::arg("tokens"), py::arg("out_features"),
         py::arg("in_features"), py::arg("multiprocessors"), py::arg("weight_in_out") = false);
   m.def("select_gemm_plan", select_gemm_plan, py::arg("dtype"), py::arg("tokens"), py::arg("out_features"),

@@ -222,18 +222,28 @@ def test_a_cut_product_has_the_bits_of_its_parts(activation_dtype, full, shape, 
                 assert torch.equal(found, expected), (first, cut, at, second)
 
 
-@HOPPER
-@pytest.mark.parametrize("activation_dtype", [None, E4M3])
-@pytest.mark.parametrize("shape", [(2350, 6144, 2560), (640, 8192, 8192), (4096, 3584, 3584), (4284, 3072, 3072)])
-@pytest.mark.parametrize("layout", ["out_in", "in_out"])
-def test_products_that_are_cut_have_every_term(activation_dtype, shape, layout):
-    """Bias, scales, shift and residual of sparse_gemm, and sparse_linear, at sizes of which most are cut."""
+CUT_SHAPES = {1: (4284, 3072, 3072), 2: (4096, 3584, 3584)}  # on 132 multiprocessors, in every type and storage
+
+
+def require_cut(cut, activation_dtype, layout):
+    """The multiprocessors of the shapes above; skips where another number may cut them otherwise."""
     if activation_dtype and layout == "in_out":
         pytest.skip("e4m3 weights are stored [out, in]")
-    tokens, out_features, _ = shape
-    if not activation_dtype:
-        assert len(nm_act._C.select_gemm_plan("bf16", *shape, 132)) > 5
-    x, weight, bias = problem(*shape, layout=layout)
+    if torch.cuda.get_device_properties(0).multi_processor_count != 132:
+        pytest.skip("the shapes are cut on 132 multiprocessors")
+    kind, in_out = "e4m3" if activation_dtype else "bf16", layout == "in_out"
+    assert nm_act._C.select_gemm_plan(kind, *CUT_SHAPES[cut], 132, weight_in_out=in_out)[5] == cut
+
+
+@HOPPER
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+@pytest.mark.parametrize("cut", CUT_SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cut_product_has_every_term(activation_dtype, cut, layout):
+    """Bias, scales, shift and residual of sparse_gemm; sparse_linear."""
+    require_cut(cut, activation_dtype, layout)
+    tokens, out_features, _ = CUT_SHAPES[cut]
+    x, weight, bias = problem(*CUT_SHAPES[cut], layout=layout)
     packed, scale = nm_act.compress_packed(x, activation_dtype=activation_dtype), None
     if activation_dtype:
         weight, scale = quantise_weight(weight)
@@ -241,16 +251,80 @@ def test_products_that_are_cut_have_every_term(activation_dtype, shape, layout):
     residual = torch.randn(tokens, out_features, device="cuda").to(torch.bfloat16)
     tile = nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16")[0]["tile"]
     product = tuned(packed, weight, [tile, 1, 1, 1, 0], scale).float()
+    factor = 1 if scale is None else scale.float()
+
+    def assert_close(y, expected):
+        # A wrong part would be lost in the norm of the whole.
+        for part in (slice(0, 64), slice(tokens - 64, tokens)):
+            assert relative_error(y[part], expected[part]) < 1e-2
+        for part in (slice(0, 64), slice(out_features - 64, out_features)):
+            assert relative_error(y[:, part], expected[:, part]) < 1e-2
+        assert relative_error(y, expected) < (1e-2 if activation_dtype else 5e-3)
+
     poison()
     y = nm_act.sparse_gemm(dataclasses.replace(packed, eta=eta), weight, bias, column_scale=scale, shift_out=shift)
-    factor = 1 if scale is None else scale.float()
-    expected = product + factor * eta[:, None] * shift + bias.float()
-    for part in (slice(0, 64), slice(tokens - 64, tokens)):  # a wrong part would be lost in the norm of the whole
-        assert relative_error(y[part], expected[part]) < 1e-2
-        assert relative_error(y[:, part], expected[:, part]) < 1e-2
-    assert relative_error(y, expected) < (1e-2 if activation_dtype else 5e-3)
+    assert_close(y, product + factor * eta[:, None] * shift + bias.float())
     added = nm_act.sparse_gemm(packed, weight, bias, column_scale=scale, residual=residual)
-    assert relative_error(added, product + bias.float() + residual.float()) < 1e-2
+    assert_close(added, product + bias.float() + residual.float())
+    poison()
+    options = {"weight_scale": scale, "activation_dtype": E4M3} if activation_dtype else {}
+    assert_close(OPS.sparse_linear(x, weight, bias, 2, 4, **options), product + bias.float())
+
+
+@HOPPER
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+@pytest.mark.parametrize("cut", CUT_SHAPES)
+def test_launches_of_cut_products_wait_for_their_operands(activation_dtype, cut):
+    """Compression, two launches and the compression of what they wrote, in a graph too: the bits of one tile, uncut."""
+    require_cut(cut, activation_dtype, "out_in")
+    tokens, out_features, in_features = CUT_SHAPES[cut]
+    kind = "e4m3" if activation_dtype else "bf16"
+    plan = nm_act._C.select_gemm_plan(kind, tokens, out_features, in_features, 132)
+    assert all(splits == 1 for splits in (plan[3], plan[10]))  # whose sums depend on the shape
+    weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) / in_features**0.5
+    weight, scale = quantise_weight(weight) if activation_dtype else (weight, None)
+
+    def pack(x):
+        return nm_act.compress_packed(x, activation_dtype=activation_dtype)
+
+    def chain(x):
+        y = nm_act.sparse_gemm(pack(x), weight, column_scale=scale)
+        return y, pack(y).values
+
+    def apart(x):
+        packed, sizes = pack(x), [plan[6], (tokens if cut == 1 else out_features) - plan[6]]
+        whole = [tuned(packed, weight, [*config, 0], scale) for config in (plan[:4], plan[7:11])]
+        y = torch.cat([each.split(sizes, cut - 1)[i] for i, each in enumerate(whole)], cut - 1)
+        torch.cuda.synchronize()
+        return y, pack(y).values
+
+    xs = [torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    expected = [apart(x) for x in xs]
+    for _ in range(5):
+        for x, parts in zip(xs, expected, strict=True):
+            poison()
+            for found, part in zip(chain(x), parts, strict=True):
+                assert torch.equal(found.view(torch.uint8), part.view(torch.uint8))
+    graph, held = torch.cuda.CUDAGraph(), xs[0].clone()
+    with torch.cuda.graph(graph):
+        captured = chain(held)
+    for x, parts in zip(xs, expected, strict=True):
+        held.copy_(x)
+        graph.replay()
+        for found, part in zip(captured, parts, strict=True):
+            assert torch.equal(found.view(torch.uint8), part.view(torch.uint8))
+
+
+@HOPPER
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_products_of_nothing(activation_dtype):
+    weight = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
+    weight, scale = quantise_weight(weight) if activation_dtype else (weight, None)
+    x = torch.empty(0, 128, device="cuda", dtype=torch.bfloat16)
+    packed = nm_act.compress_packed(x, activation_dtype=activation_dtype)
+    assert nm_act.sparse_gemm(packed, weight, column_scale=scale).shape == (0, 64)
+    if not activation_dtype:
+        assert nm_act.sparse_gemm_silu_mul(packed, stored(weight, "in_out")).values.shape == (0, 16)
 
 
 @HOPPER

@@ -1,7 +1,8 @@
-// Properties of select_config (csrc/kernels/matmul/config.h), which needs no device: the tile is one of the value
-// type's and the one that is estimated to take least, bands pad no grid of clusters and others by at most 5 %, blocks without a cluster are
-// not overlapped where rows of tiles share weight, and choices that the tuning runs settled stay what they were. The
-// times lost against the table: tests/test_gemm_tuning.py. Prints "N checks, 0 failed"; exits 1 on a mismatch.
+// Properties of select_config and select_plan (csrc/kernels/matmul/config.h), which need no device: the tile is one of
+// the value type's and the one that is estimated to take least, bands pad no grid of clusters and others by at most 5
+// %, blocks without a cluster are not overlapped where rows of tiles share weight, and choices that the tuning runs
+// settled stay what they were. The times lost against the table: tests/test_gemm_tuning.py. Prints "N checks, 0
+// failed"; exits 1 on a mismatch.
 #include <cstdio>
 #include <initializer_list>
 
@@ -58,8 +59,8 @@ void check_properties(const GemmProblem& problem) {
   check(is_clustered(tile) || tile.tokens < 128 || token_tiles % 2 == 1, "clusters of whole pairs", problem);
 }
 
-// A plan leaves nothing out and computes nothing twice, its parts are choices of their own that can be addressed, and it
-// is cut where that is estimated to gain.
+// A plan leaves nothing out and computes nothing twice, its parts are choices of their own that can be addressed, and
+// it is cut where that is estimated to gain.
 void check_plan(const GemmProblem& problem) {
   const GemmPlan plan = select_plan(problem);
   const double whole = least_estimate(problem).us;
@@ -137,6 +138,12 @@ int main() {
   for (int64_t tokens : {1100, 1300, 2000, 2350, 2600, 3300, 4284, 5000, 7000, 8050}) {
     for (int64_t out_features : {2560, 3072, 3584, 5120, 6144, 8192, 27648}) {
       for (ElementType type : {bf16, e4m3}) check_plan({tokens, out_features, 3584, type, 132});
+    }
+  }
+  for (ElementType type : {bf16, e4m3}) {
+    for (const GemmProblem& empty : {GemmProblem{0, 4096, 4096, type, 132}, GemmProblem{4096, 0, 4096, type, 132}}) {
+      check(select_plan(empty).cut == GemmCut::kNone, "one launch for nothing", empty);
+      check(is_tile_of(facts_of(gated_config(empty).tile), type), "a tile for nothing", empty);
     }
   }
   constexpr int64_t kWraps = (int64_t{1} << 32) + 64;  // 64 in 32 bits

@@ -158,7 +158,7 @@ def gemm_kernel(dtype, *problem, residual=False):
     if not cut:
         return config_text(dtype, first)
     along = "tokens" if cut[0] == 1 else "outputs"
-    return f"{config_text(dtype, first)} for {cut[1]} {along}, {config_text(dtype, second)} for the rest"
+    return f"{cut[1]} {along}: {config_text(dtype, first)}; the rest: {config_text(dtype, second)}"
 
 
 def split_plan(plan):
@@ -169,7 +169,7 @@ def config_text(dtype, config):
     tile, raster, swizzle, splits, overlapped = config
     name = next(each["name"] for each in nm_act._C.gemm_tiles(dtype) if each["tile"] == tile)
     parts = [name, f"swizzle {swizzle} along {'tokens' if raster == 1 else 'outputs'}"]
-    parts += [f"{splits} splits"] * (splits > 1) + ["overlapped"] * overlapped
+    parts += [f"{splits} splits"] * (splits > 1) + ["streamed"] * (splits == 0) + ["overlapped"] * overlapped
     return ", ".join(parts)
 
 
@@ -180,8 +180,8 @@ def test_both_launches_of_a_cut_product_are_named(shape, along):
         meta(tokens, in_features), meta(out_features, in_features), device="cuda", multiprocessors=132
     )
     assert found.kernel == gemm_kernel("bf16", *shape)
-    assert found.kernel.endswith(" for the rest")
-    assert f" {along}, k" in found.kernel
+    assert f" {along}: k" in found.kernel
+    assert "; the rest: k" in found.kernel
 
 
 def test_the_gated_product_is_named_with_its_kernel():

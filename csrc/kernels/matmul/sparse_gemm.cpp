@@ -101,8 +101,10 @@ bool sparse_gemm_supports(const SparseGemmParams& params, GemmDevice device) {
   const bool aligned = is_aligned(params.values) && is_aligned(params.metadata) && is_aligned(params.weight) &&
                        is_aligned(params.y) && is_aligned(params.shift_out) && is_aligned(params.column_scale) &&
                        is_aligned(params.bias) && is_aligned(params.residual);
-  if (!aligned || !gemm_shape_fits(params.value_type, params.out_features, params.in_features, params.weight_stride,
-                                   device.compute_capability_major)) {
+  const bool whole = params.metadata_tokens == params.tokens || device.compute_capability_major == 9;
+  if (!aligned || !whole || params.y_stride % 8 != 0 ||
+      !gemm_shape_fits(params.value_type, params.out_features, params.in_features, params.weight_stride,
+                       device.compute_capability_major)) {
     return false;
   }
   if (device.compute_capability_major != 9) return find_sm80(params) != nullptr;

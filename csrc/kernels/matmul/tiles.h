@@ -5,8 +5,9 @@
 // overlapped_mainloop.cuh). Tiles of 128 tokens come without a cluster too, for odd numbers of rows.
 //
 // CMakeLists.txt parses these lines and generates one source for each tile, type and storage; this file,
-// sparse_sm90.cuh and sparse_gemm.cpp expand them into enumerators and facts, CUTLASS shapes, and the table of instances.
-// To try a tile, add a line here and any cost in config.h; benchmarks/tune.py then times every tile in this list.
+// sparse_sm90.cuh and sparse_gemm.cpp expand them into enumerators and facts, CUTLASS shapes, and the table of
+// instances. To try a tile, add a line here and any cost in config.h; benchmarks/tune.py then times every tile in this
+// list.
 #pragma once
 
 #include "../nm_act.h"
@@ -98,6 +99,16 @@ constexpr const TileFacts& facts_of(GemmTile tile) { return kTiles[static_cast<i
 
 inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
   return tile.bits8 == (value_type == ElementType::kE4M3);
+}
+
+// Whether a compiled GEMM supports these sizes and this stride (in elements) on this compute capability.
+inline bool gemm_shape_fits(ElementType value_type, int64_t out_features, int64_t in_features, int64_t weight_stride,
+                            int compute_capability_major) {
+  const int bytes = value_type == ElementType::kE4M3 ? 1 : 2;
+  if (out_features > kMaxFeatures || in_features > kMaxFeatures) return false;
+  if (weight_stride * bytes % 16 != 0 || out_features % (16 / bytes) != 0) return false;
+  if (compute_capability_major == 9) return in_features % (32 / bytes) == 0;
+  return compute_capability_major >= 8 && value_type != ElementType::kE4M3 && in_features % 32 == 0;
 }
 
 }  // namespace nm_act

@@ -49,8 +49,8 @@ bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::S
 
 namespace {
 
-// The part of a product that begins at this token or output and has this many of them.
-SparseGemmParams part_of(SparseGemmParams params, GemmDevice device, GemmCut cut, int64_t begin, int64_t size) {
+// The part of a product without a residual that begins at this token or output and has this many of them.
+SparseGemmParams params_of_part(SparseGemmParams params, GemmDevice device, GemmCut cut, int64_t begin, int64_t size) {
   const auto advance = [](auto*& pointer, int64_t bytes) {
     using Pointer = std::remove_reference_t<decltype(pointer)>;
     if (pointer != nullptr) pointer = reinterpret_cast<Pointer>(reinterpret_cast<uintptr_t>(pointer) + bytes);
@@ -73,7 +73,6 @@ SparseGemmParams part_of(SparseGemmParams params, GemmDevice device, GemmCut cut
     params.out_features = static_cast<int>(size);
   }
   advance(params.y, outputs * kOutputBytes);
-  advance(params.residual, outputs * kOutputBytes);
   return params;
 }
 
@@ -95,8 +94,8 @@ void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmPlan
   params.y = y.mutable_data_ptr();
   if (plan.cut == GemmCut::kNone) return launch_with_workspace(params, device, plan.first, y, op);
   const int64_t size = plan.cut == GemmCut::kTokens ? params.tokens : params.out_features;
-  launch_with_workspace(part_of(params, device, plan.cut, 0, plan.at), device, plan.first, y, op);
-  launch_with_workspace(part_of(params, device, plan.cut, plan.at, size - plan.at), device, plan.second, y, op);
+  launch_with_workspace(params_of_part(params, device, plan.cut, 0, plan.at), device, plan.first, y, op);
+  launch_with_workspace(params_of_part(params, device, plan.cut, plan.at, size - plan.at), device, plan.second, y, op);
 }
 
 GemmDevice check_product(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout_name,
