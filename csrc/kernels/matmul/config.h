@@ -36,21 +36,21 @@ struct TileCost {
 // one H100 (and, up to 96 tokens, of its scans on another), where a launch in stream order counts as kStreamOrderUs
 // more. tests/operators/test_gemm_tuning.py checks the choice against benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
-    {0.005, 6.207, 4.084, 0.253, 0.025, 0},       // k128x256x64
-    {0.006, 5.869, 4.338, 0.137, 0.042, 0},       // k128x256x64NoCluster
-    {0.766, 8.806, 6.421, 0.089, 0.062, 0},       // k256x192x64
-    {0.459, 8.326, 3.261, 0.202, 0.042, 0},       // k256x160x64
-    {8.649, 2.797, 0.926, 0.066, 0.083, 0},       // k128x128x64
-    {3.033, 2.629, 0.892, 0.188, 0.078, 0},       // k128x128x64NoCluster
-    {13.801, 6.311, 0.768, 0.258, 0.003, 0.860},  // k128x256x64Split
-    {2.191, 2.802, 2.940, 0.387, 0.036, 0},       // k128x256x128E4M3
-    {2.144, 2.786, 4.341, 0.327, 0.036, 0},       // k128x256x128E4M3NoCluster
-    {0.011, 4.423, 5.329, 0.450, 0.029, 0},       // k256x192x128E4M3
-    {0.625, 4.184, 4.429, 0.346, 0.045, 0},       // k256x160x128E4M3
+    {0.005, 6.207, 4.084, 0.254, 0.025, 0},       // k128x256x64
+    {0.005, 5.687, 4.066, 0.113, 0.050, 0},       // k128x256x64NoCluster
+    {0.667, 8.855, 5.598, 0.083, 0.066, 0},       // k256x192x64
+    {0.350, 7.844, 4.520, 0.238, 0.033, 0},       // k256x160x64
+    {8.649, 2.796, 0.825, 0.067, 0.083, 0},       // k128x128x64
+    {2.209, 2.340, 1.158, 0.176, 0.072, 0},       // k128x128x64NoCluster
+    {16.821, 6.367, 0.770, 0.249, 0.003, 1.111},  // k128x256x64Split
+    {2.499, 2.795, 2.861, 0.387, 0.035, 0},       // k128x256x128E4M3
+    {1.160, 2.786, 3.121, 0.324, 0.038, 0},       // k128x256x128E4M3NoCluster
+    {0.013, 4.469, 4.541, 0.456, 0.031, 0},       // k256x192x128E4M3
+    {0.845, 3.552, 4.116, 0.409, 0.042, 0},       // k256x160x128E4M3
     {0, 0, 0, 0, 0, 0},                           // k128x256x128E4M3Split: streamed only, kStreamCostE4M3
-    {2.698, 2.712, 0.502, 0.182, 0.057, 0},       // k128x128x256E4M3
-    {3.283, 2.381, 0.962, 0.308, 0.041, 0},       // k128x128x256E4M3NoCluster
-    {4.144, 1.517, 0.657, 0.306, 0.000, 0},       // k64x128x256E4M3
+    {3.677, 2.880, 0.515, 0.154, 0.050, 0},       // k128x128x256E4M3
+    {2.318, 2.217, 1.185, 0.283, 0.023, 0},       // k128x128x256E4M3NoCluster
+    {2.949, 1.746, 0.536, 0.203, 0.001, 0},       // k64x128x256E4M3
     {2.120, 1.586, 0.030, 0.254, 0.028, 0},       // k64x64x256E4M3
 };
 static_assert(std::size(kTileCosts) == std::size(kTiles), "a cost for each tile");
@@ -61,7 +61,7 @@ struct StreamCost {
   double features;
   double fixed;
 };
-inline constexpr StreamCost kStreamCost16{1.31, 10.2}, kStreamCostE4M3{1.19, 8.1};
+inline constexpr StreamCost kStreamCost16{1.22, 8.7}, kStreamCostE4M3{1.20, 7.9};
 
 // Microseconds that an operator takes longer if its GEMM starts in stream order and not while the kernel before ends: 1
 // to 4 up to 640 tokens, about none from 1536 on, where it matters least (200 problems on an H100, in no CSV).
@@ -114,6 +114,7 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
   if (!is_clustered(tile)) {
     return swizzle >= 4 || grid.rows <= swizzle ? GemmRaster::kAlongOutputs : GemmRaster::kAlongTokens;
   }
+  if (tile.cluster_outputs > 1) return GemmRaster::kAlongTokens;  // the other order took up to 1.27 times as long
   const auto bands = [&](int64_t across, int64_t length, int64_t whole, int64_t band) {
     // The width of the bands that a wave covers, and the number of tiles along them.
     const int64_t blocks = problem.multiprocessors;
@@ -218,10 +219,10 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
   return {2, tile.bits8 ? 1 : static_cast<int>(most)};
 }
 
-// In 16 bits on an H100, the tiles of 128x256 in clusters are slow in long products (16384 x 8192 x 28672 took 1.1 to
-// 1.4 times as long as with 256x192) and over huge weights stored [in, out] (1.1 to 1.3 times with the 940 MB of 57344
-// x 8192). With half of that there was no difference, and on an H200, where the second was tried, neither.
-inline constexpr double kLongProduct = 3e12;
+// In 16 bits on an H100, the tiles of 128x256 in clusters are slower than 256x192 in long products (as operators, 1.02 to
+// 1.1 times as long from 2e12 multiplications on, 1.1 to 1.4 times at 16384 x 8192 x 28672), and over huge weights stored
+// [in, out] (1.1 to 1.3 times with the 940 MB of 57344 x 8192; none with 470 MB, and none on an H200).
+inline constexpr double kLongProduct = 1.8e12;
 inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
 inline bool is_long(const GemmProblem& problem) {
   return static_cast<double>(problem.tokens) * static_cast<double>(problem.out_features) *
@@ -297,10 +298,9 @@ inline double estimate_us(const GemmProblem& problem, const GemmPlan& plan) {
          estimate_us(problem_of_part(problem, plan.cut, size - plan.at), plan.second);
 }
 
-// The estimated gain from which a product is cut. Of 430 problems on an H100 (in no CSV) whose estimate gains 0.97
-// times and more, 71 in bf16 gain this much and gained 4.9 % on average (-12 to 24 %); 56 in e4m3, which gained 2.0 %
-// (-5 to 15 %).
-inline constexpr double kCutGain16 = 1.02, kCutGainE4M3 = 1.0;
+// The estimated gain from which a product is cut. Of the cuts in benchmarks/results/h100/gemm_tuning.csv, the 78 in bf16
+// and 26 in e4m3 whose estimates gain as much gained 4.4 and 2.5 % on average, and lost 5 and 6 % at worst.
+inline constexpr double kCutGain16 = 1.03, kCutGainE4M3 = 1.01;
 
 // The first part takes all whole waves of a tile, or all but one, and the second what remains: estimates find no more
 // to gain in other cuts.
