@@ -219,9 +219,9 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
   return {2, tile.bits8 ? 1 : static_cast<int>(most)};
 }
 
-// In 16 bits on an H100, the tiles of 128x256 in clusters are slower than 256x192 in long products (as operators, 1.02 to
-// 1.1 times as long from 2e12 multiplications on, 1.1 to 1.4 times at 16384 x 8192 x 28672), and over huge weights stored
-// [in, out] (1.1 to 1.3 times with the 940 MB of 57344 x 8192; none with 470 MB, and none on an H200).
+// In 16 bits on an H100, the tiles of 128x256 in clusters are slower than 256x192 in long products (as operators, 1.02
+// to 1.1 times as long from 2e12 multiplications on, 1.1 to 1.4 times at 16384 x 8192 x 28672), and over huge weights
+// stored [in, out] (1.1 to 1.3 times with the 940 MB of 57344 x 8192; none with 470 MB, and none on an H200).
 inline constexpr double kLongProduct = 1.8e12;
 inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
 inline bool is_long(const GemmProblem& problem) {
@@ -298,8 +298,8 @@ inline double estimate_us(const GemmProblem& problem, const GemmPlan& plan) {
          estimate_us(problem_of_part(problem, plan.cut, size - plan.at), plan.second);
 }
 
-// The estimated gain from which a product is cut. Of the cuts in benchmarks/results/h100/gemm_tuning.csv, the 78 in bf16
-// and 26 in e4m3 whose estimates gain as much gained 4.4 and 2.5 % on average, and lost 5 and 6 % at worst.
+// The estimated gain from which a product is cut. Of the cuts in benchmarks/results/h100/gemm_tuning.csv, the 78 in
+// bf16 and 26 in e4m3 whose estimates gain as much gained 4.4 and 2.5 % on average, and lost 5 and 6 % at worst.
 inline constexpr double kCutGain16 = 1.03, kCutGainE4M3 = 1.01;
 
 // The first part takes all whole waves of a tile, or all but one, and the second what remains: estimates find no more
