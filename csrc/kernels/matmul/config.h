@@ -219,19 +219,23 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
   return {2, tile.bits8 ? 1 : static_cast<int>(most)};
 }
 
-// In 16 bits on an H100, the tiles of 128x256 in clusters are slower than 256x192 in long products (as operators, 1.02
-// to 1.1 times as long from 2e12 multiplications on, 1.1 to 1.4 times at 16384 x 8192 x 28672), and over huge weights
-// stored [in, out] (1.1 to 1.3 times with the 940 MB of 57344 x 8192; none with 470 MB, and none on an H200).
+// In 16 bits on an H100, the tiles of 128x256 in clusters are slower than 256x192 in long products of many tokens: as
+// operators, 1.02 to 1.1 times from 2e12 multiplications and 8050 tokens on, 1.1 to 1.4 times at 16384 x 8192 x 28672;
+// with 6144 tokens they are faster.
 inline constexpr double kLongProduct = 1.8e12;
-inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
+inline constexpr int64_t kLongTokens = 7168;
 inline bool is_long(const GemmProblem& problem) {
-  return static_cast<double>(problem.tokens) * static_cast<double>(problem.out_features) *
-             static_cast<double>(problem.in_features) >
-         kLongProduct;
+  return problem.tokens >= kLongTokens && static_cast<double>(problem.tokens) *
+                                                  static_cast<double>(problem.out_features) *
+                                                  static_cast<double>(problem.in_features) >
+                                              kLongProduct;
 }
-inline bool slows_wide_tiles(const GemmProblem& problem) {
-  const bool huge = problem.weight_in_out && problem.out_features * problem.in_features * 2 > kHugeInOutBytes;
-  return problem.value_type != ElementType::kE4M3 && (huge || is_long(problem));
+
+// Over weights stored [in, out] of more bytes than this, they take 1.1 to 1.3 times as long (940 MB on an H100; with
+// 470 MB, and on an H200, there was no difference), and 256x160 takes 1.16 times.
+inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
+inline bool is_huge_in_out(const GemmProblem& problem) {
+  return problem.weight_in_out && problem.out_features * problem.in_features * 2 > kHugeInOutBytes;
 }
 
 // Whether a tile takes part in the choice. Tiles without a cluster do where the number of rows is odd, so that clusters
@@ -240,7 +244,9 @@ inline bool slows_wide_tiles(const GemmProblem& problem) {
 inline bool takes_part(const GemmProblem& problem, const TileFacts& tile) {
   if (!is_tile_of(tile, problem.value_type)) return false;
   if (!is_clustered(tile)) return tile.tokens < 128 || grid_of(problem, tile).rows % 2 != 0;
-  return !(tile.tokens == 128 && tile.out_features == 256 && slows_wide_tiles(problem));
+  if (tile.bits8) return true;
+  if (is_huge_in_out(problem)) return tile.tokens == 256 && tile.out_features == 192;
+  return !(is_long(problem) && tile.tokens == 128 && tile.out_features == 256);
 }
 
 struct GemmEstimate {
@@ -309,7 +315,7 @@ inline constexpr int64_t kCutWaves = 2;
 inline GemmPlan select_plan(const GemmProblem& problem) {
   const GemmEstimate whole = least_estimate(problem);
   GemmPlan plan{whole.config};
-  if (is_long(problem)) return plan;
+  if (is_long(problem) || is_huge_in_out(problem)) return plan;
   double best_us = whole.us / (problem.value_type == ElementType::kE4M3 ? kCutGainE4M3 : kCutGain16);
   const auto consider = [&](const TileFacts& tile, GemmCut cut, int64_t at) {
     const int64_t size = cut == GemmCut::kTokens ? problem.tokens : problem.out_features;
