@@ -1,6 +1,7 @@
 """Tables of measured and predicted speeds, for tools/readme.py."""
 
 import json
+from collections import Counter
 
 import pattern_frontier
 from result_files import EVALUATION, ROOT, geometric_mean, measured_rows, read_rows, times
@@ -259,15 +260,18 @@ def whole_models(source: str) -> str:
     measured = measured_rows(source)
     if not measured:
         return "Whole models on a GPU: not measured yet (`benchmarks/bench_inference.py`)."
-    cells: dict[tuple[str, ...], dict[str, list[dict[str, str]]]] = {}
+    cells: dict[tuple[object, ...], dict[str, list[dict[str, str]]]] = {}
+    runs: Counter[tuple[str, ...]] = Counter()
     for row in measured:
         where = (row["model"], row["mode"], row["batch"], row["prompt"], row["commit"])
-        cells.setdefault(where, {}).setdefault(row["metric"], []).append(row)
+        repeated = (*where, row["metric"], row["baseline"])  # by another run of that commit
+        cells.setdefault((*where, runs[repeated]), {}).setdefault(row["metric"], []).append(row)
+        runs[repeated] += 1
     found = {row["metric"] for row in measured}
     titles = {metric: title for metric, title in INFERENCE_METRICS.items() if metric in found}
     lines, titles = [], titles | possible_energies(measured)
     for where, metrics in cells.items():
-        line = list(where[:-1])
+        line = [str(name) for name in where[:-2]]
         for metric in titles:
             rows = metrics.get(metric, [])
             ratios = [f"{row['speedup']}x of {row['baseline']}" for row in against(rows)]

@@ -64,10 +64,7 @@ void check_properties(const GemmProblem& problem) {
 void check_plan(const GemmProblem& problem) {
   const GemmPlan plan = select_plan(problem);
   const double whole = least_estimate(problem).us;
-  if (plan.cut == GemmCut::kNone) {
-    check(estimate_us(problem, plan) == whole, "the best configuration of one launch", problem);
-    return;
-  }
+  if (plan.cut == GemmCut::kNone) return;
   const bool by_tokens = plan.cut == GemmCut::kTokens;
   check(plan.at > 0 && plan.at < (by_tokens ? problem.tokens : problem.out_features), "two parts", problem);
   check(plan.at % 64 == 0, "a cut that metadata and outputs can be addressed at", problem);
@@ -122,6 +119,15 @@ int main() {
   const GemmProblem huge{16384, 57344, 8192, bf16, 132, true};
   check(select_config(huge).tile == GemmTile::k256x192x64, "tile of a huge weight stored [in, out]", huge);
   check(select_residual_plan(huge).first.tile == GemmTile::k256x192x64, "the same with a residual", huge);
+  for (int64_t tokens : {2048, 2100, 4096, 8300}) {
+    const GemmProblem many{tokens, 57344, 8192, bf16, 132, true};
+    check(select_config(many).tile == GemmTile::k256x192x64, "tile of a huge weight and many tokens", many);
+  }
+  for (int64_t tokens : {256, 1024}) {
+    const GemmProblem few{tokens, 57344, 8192, bf16, 132, true};
+    const GemmTile tile = select_config(few).tile;
+    check(tile != GemmTile::k256x192x64 && tile != GemmTile::k128x256x64, "tile of a huge weight and few tokens", few);
+  }
   const GemmProblem large{4096, 28672, 8192, bf16, 132, true};
   check(takes_part(large, facts_of(GemmTile::k128x256x64)), "tiles of a large weight stored [in, out]", large);
   const GemmProblem wide{16384, 4096, 4096, bf16, 132}, large_operands{16384, 28672, 4096, bf16, 132};

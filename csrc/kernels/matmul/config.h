@@ -33,7 +33,7 @@ struct TileCost {
 };
 
 // Fitted to the least time lost by the chosen configuration over all problems of benchmarks/tune.py's stage "turns" on
-// one H100 (and, up to 96 tokens, of its scans on another), where a launch in stream order counts as kStreamOrderUs
+// one H100 (and, at other counts, of its scans on another), where a launch in stream order counts as kStreamOrderUs
 // more. tests/operators/test_gemm_tuning.py checks the choice against benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
     {0.005, 6.207, 4.084, 0.254, 0.025, 0},       // k128x256x64
@@ -86,7 +86,8 @@ inline int64_t banded_tiles(const TileGrid& grid, const TileFacts& tile, int swi
          round_up(grid.columns, static_cast<uint32_t>(swizzle * tile.cluster_outputs));
 }
 
-// With values and weight of more bytes than this, bands of 8 took up to 1.2 times as long as bands of 2 on an H100.
+// With 16-bit values and weight of more bytes than this, bands of 8 took up to 1.28 times as long as bands of 2 on an
+// H100; in e4m3 both take the same time.
 inline constexpr double kNarrowBandBytes = 3e8;
 
 // The widest band that pads nothing: with clusters, a padding of 3 to 4 % cost 7 to 9 % on an H100. Without clusters,
@@ -104,7 +105,7 @@ inline int select_swizzle(const GemmProblem& problem, const TileGrid& grid, cons
 
 // The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
 // the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With the order that
-// reads less, and the bands above, 819 pairs of problem and tile took 0.5 % longer on an H100 than with the best order
+// reads less, and the bands above, 924 pairs of problem and tile took 0.5 % longer on an H100 than with the best order
 // and band of each, and 11 % at worst.
 // Tiles without a cluster share no weight through it, so the rows of a column have to run close together: in one band
 // that holds them all, or else along the tokens (the other order took up to 3.3 times as long). With wider bands the
@@ -225,28 +226,31 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
 inline constexpr double kLongProduct = 1.8e12;
 inline constexpr int64_t kLongTokens = 7168;
 inline bool is_long(const GemmProblem& problem) {
-  return problem.tokens >= kLongTokens && static_cast<double>(problem.tokens) *
-                                                  static_cast<double>(problem.out_features) *
-                                                  static_cast<double>(problem.in_features) >
-                                              kLongProduct;
+  return problem.value_type != ElementType::kE4M3 && problem.tokens >= kLongTokens &&
+         static_cast<double>(problem.tokens) * static_cast<double>(problem.out_features) *
+                 static_cast<double>(problem.in_features) >
+             kLongProduct;
 }
 
 // Over weights stored [in, out] of more bytes than this, they take 1.1 to 1.3 times as long (940 MB on an H100; with
-// 470 MB, and on an H200, there was no difference), and 256x160 takes 1.16 times.
+// 470 MB, and on an H200, there was no difference), and so does 256x160 from 2048 tokens on (1.04 to 1.28 times; with
+// 1024 tokens 256x192 took 1.09 times as long as it).
 inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
+inline constexpr int64_t kHugeInOutTokens = 2048;
 inline bool is_huge_in_out(const GemmProblem& problem) {
   return problem.weight_in_out && problem.out_features * problem.in_features * 2 > kHugeInOutBytes;
 }
 
 // Whether a tile takes part in the choice. Tiles without a cluster do where the number of rows is odd, so that clusters
 // would compute one more, and the small ones, which come without; elsewhere they would gain 0.3 % on average, and they
-// depend on neighbours that keep in step.
+// depend on neighbours that keep in step. Over huge weights of many tokens they were not measured.
 inline bool takes_part(const GemmProblem& problem, const TileFacts& tile) {
   if (!is_tile_of(tile, problem.value_type)) return false;
+  if (is_huge_in_out(problem) && problem.tokens >= kHugeInOutTokens) {
+    return tile.tokens == 256 && tile.out_features == 192;
+  }
   if (!is_clustered(tile)) return tile.tokens < 128 || grid_of(problem, tile).rows % 2 != 0;
-  if (tile.bits8) return true;
-  if (is_huge_in_out(problem)) return tile.tokens == 256 && tile.out_features == 192;
-  return !(is_long(problem) && tile.tokens == 128 && tile.out_features == 256);
+  return !((is_long(problem) || is_huge_in_out(problem)) && tile.tokens == 128 && tile.out_features == 256);
 }
 
 struct GemmEstimate {
@@ -381,5 +385,15 @@ inline constexpr int64_t kOneScaleTokens = 16;
 // from the GEMM's speed over cuBLAS (1.3x to 1.6x in bf16), not measured.
 inline constexpr int64_t kLiftedTokens = 1024;
 inline bool lifted_path_pays(const GemmProblem& problem) { return problem.tokens >= kLiftedTokens; }
+
+// Whether a compiled GEMM supports these sizes and this stride (in elements) on this compute capability.
+inline bool gemm_shape_fits(ElementType value_type, int64_t out_features, int64_t in_features, int64_t weight_stride,
+                            int compute_capability_major) {
+  const int bytes = value_type == ElementType::kE4M3 ? 1 : 2;
+  if (out_features > kMaxFeatures || in_features > kMaxFeatures) return false;
+  if (weight_stride * bytes % 16 != 0 || out_features % (16 / bytes) != 0) return false;
+  if (compute_capability_major == 9) return in_features % (32 / bytes) == 0;
+  return compute_capability_major >= 8 && value_type != ElementType::kE4M3 && in_features % 32 == 0;
+}
 
 }  // namespace nm_act

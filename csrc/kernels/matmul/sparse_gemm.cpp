@@ -1,6 +1,8 @@
 // Dispatch of sparse_gemm: the table of instances, and the call.
 #include "sparse_gemm.h"
 
+#include "config.h"
+
 namespace nm_act {
 namespace {
 

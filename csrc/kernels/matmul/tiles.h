@@ -101,14 +101,4 @@ inline bool is_tile_of(const TileFacts& tile, ElementType value_type) {
   return tile.bits8 == (value_type == ElementType::kE4M3);
 }
 
-// Whether a compiled GEMM supports these sizes and this stride (in elements) on this compute capability.
-inline bool gemm_shape_fits(ElementType value_type, int64_t out_features, int64_t in_features, int64_t weight_stride,
-                            int compute_capability_major) {
-  const int bytes = value_type == ElementType::kE4M3 ? 1 : 2;
-  if (out_features > kMaxFeatures || in_features > kMaxFeatures) return false;
-  if (weight_stride * bytes % 16 != 0 || out_features % (16 / bytes) != 0) return false;
-  if (compute_capability_major == 9) return in_features % (32 / bytes) == 0;
-  return compute_capability_major >= 8 && value_type != ElementType::kE4M3 && in_features % 32 == 0;
-}
-
 }  // namespace nm_act

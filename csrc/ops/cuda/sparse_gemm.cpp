@@ -3,6 +3,10 @@
 
 #include <torch/library.h>
 
+#include <cstdint>
+#include <iterator>
+#include <type_traits>
+
 #include "kernels/matmul/sparse_gemm.h"
 #include "ops/choice.h"
 
@@ -49,7 +53,7 @@ bool weight_fits_gemm(const at::Tensor& weight, at::ScalarType value_type, at::S
 
 namespace {
 
-// The part of a product without a residual that begins at this token or output and has this many of them.
+// The part of a product that begins at this token or output and has this many of them.
 SparseGemmParams params_of_part(SparseGemmParams params, GemmDevice device, GemmCut cut, int64_t begin, int64_t size) {
   const auto advance = [](auto*& pointer, int64_t bytes) {
     using Pointer = std::remove_reference_t<decltype(pointer)>;
@@ -73,6 +77,7 @@ SparseGemmParams params_of_part(SparseGemmParams params, GemmDevice device, Gemm
     params.out_features = static_cast<int>(size);
   }
   advance(params.y, outputs * kOutputBytes);
+  advance(params.residual, outputs * kOutputBytes);
   return params;
 }
 
@@ -155,6 +160,9 @@ GemmPlan given_plan(at::IntArrayRef numbers, int64_t tokens, int64_t out_feature
       "or two such with (cut, at) between them, got ", numbers, " on compute capability ",
       device.compute_capability_major, ".x; use sparse_gemm");
   const auto config = [&](size_t first) {
+    TORCH_CHECK_VALUE(numbers[first] >= 0 && numbers[first] < int64_t(std::size(kTiles)),
+                      "nm_act::_tune_sparse_gemm expected a tile from 0 to ", std::size(kTiles) - 1, ", got ",
+                      numbers[first], "; choose one of _C.gemm_tiles");
     return GemmConfig{static_cast<GemmTile>(numbers[first]), static_cast<GemmRaster>(numbers[first + 1]),
                       static_cast<int>(numbers[first + 2]), static_cast<int>(numbers[first + 3]),
                       numbers[first + 4] != 0};
