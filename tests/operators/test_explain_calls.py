@@ -152,6 +152,9 @@ def test_sparse_gemm_is_named_with_its_kernel(options, in_out, adds, why):
     assert call.explanation.why.endswith(why)
 
 
+HOPPER = {"compute_capability_major": 9, "multiprocessors": 132}
+
+
 def gemm_kernel(dtype, *problem, residual=False):
     """The text of a sparse GEMM's launches for tokens, outputs and inputs on 132 multiprocessors."""
     first, cut, second = split_plan(nm_act._C.select_gemm_plan(dtype, *problem, 132, residual))
@@ -182,6 +185,18 @@ def test_both_launches_of_a_cut_product_are_named(shape, along):
     assert found.kernel == gemm_kernel("bf16", *shape)
     assert f" {along}: k" in found.kernel
     assert "; the rest: k" in found.kernel
+
+
+def test_plans_are_remembered_apart():
+    """Many problems in turn, with and without a residual: each is told its own plan, also when it comes back."""
+    shapes = [(tokens, 64 * out, 1024) for tokens in (337, 640, 1000, 1500, 2350) for out in range(16, 96)]
+    expected = {(shape, adds): gemm_kernel("bf16", *shape, residual=adds) for shape in shapes for adds in (False, True)}
+    assert len(set(expected.values())) > 20
+    for step in (1, 7, -1):
+        for ((tokens, *features), adds), kernel in list(expected.items())[::step]:
+            weight = (*features, 1, features[0], True)
+            facts = {"shifted": False, "scaled": False, "residual": adds, "gated": False}
+            assert nm_act._C.choose_packed(tokens, "bf16", "bf16", weight, **facts, **HOPPER)[2] == kernel
 
 
 def test_the_gated_product_is_named_with_its_kernel():
