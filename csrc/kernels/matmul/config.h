@@ -33,8 +33,8 @@ struct TileCost {
 };
 
 // Fitted to the least time lost by the chosen configuration over all problems of benchmarks/tune.py's stage "turns" on
-// one H100 (and, at other counts, of its scans on another), where a launch in stream order counts as kStreamOrderUs
-// more. tests/operators/test_gemm_tuning.py checks the choice against benchmarks/results/h100/gemm_tuning.csv.
+// one H100, where a launch in stream order counts as kStreamOrderUs more. tests/operators/test_gemm_tuning.py checks
+// the choice against benchmarks/results/h100/gemm_tuning.csv.
 inline constexpr TileCost kTileCosts[] = {
     {0.005, 6.207, 4.084, 0.254, 0.025, 0},       // k128x256x64
     {0.005, 5.687, 4.066, 0.113, 0.050, 0},       // k128x256x64NoCluster
@@ -308,9 +308,9 @@ inline double estimate_us(const GemmProblem& problem, const GemmPlan& plan) {
          estimate_us(problem_of_part(problem, plan.cut, size - plan.at), plan.second);
 }
 
-// The estimated gain from which a product is cut. Of the cuts in benchmarks/results/h100/gemm_tuning.csv, to which costs
-// and limits are fitted, the 78 in bf16 and 26 in e4m3 whose estimates gain as much gained 4.4 and 2.5 % on average, and
-// lost 5 and 6 % at worst. Without a limit, the 96 cuts in e4m3 would gain nothing.
+// The estimated gain from which a product is cut. Of the cuts in benchmarks/results/h100/gemm_tuning.csv, to which
+// costs and limits are fitted, the 78 in bf16 and 26 in e4m3 whose estimates gain as much gained 4.4 and 2.5 % on
+// average, and lost 5 and 6 % at worst. Without a limit, the 96 cuts in e4m3 would gain nothing.
 inline constexpr double kCutGain16 = 1.03, kCutGainE4M3 = 1.01;
 
 // The first part takes all whole waves of a tile, or all but one, and the second what remains: estimates find no more
