@@ -99,13 +99,11 @@ class Tuner:
         self.done = set()
         if resumed:
             with open(arguments.csv, newline="") as file:
-                if tuple(csv.DictReader(file).fieldnames or ()) != COLUMNS:
+                rows = csv.DictReader(file)
+                if tuple(rows.fieldnames or ()) != COLUMNS:
                     raise SystemExit(f"{arguments.csv} has other columns than these rows; give the name of a new file")
-                file.seek(0)
                 self.done = {
-                    tuple(row[c] for c in Problem._fields)
-                    for row in csv.DictReader(file)
-                    if row["stage"] in ("final", "turns")
+                    tuple(row[c] for c in Problem._fields) for row in rows if row["stage"] in ("final", "turns")
                 }
         self.file = open(arguments.csv, "a", newline="")  # noqa: SIM115 - open as long as the run
         self.writer = csv.DictWriter(self.file, COLUMNS, restval="", lineterminator="\n")

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -12,6 +11,7 @@
 
 #include "cpu/config.h"
 #include "kernels/gather/config.h"
+#include "kernels/latest.h"
 #include "kernels/matmul/config.h"
 
 namespace nm_act {
@@ -84,28 +84,16 @@ struct LinearChoice {
 };
 
 // What select_plan or select_residual_plan chooses. The search takes 15 to 40 us of the host's time, so each thread
-// keeps its latest results: two entries for each remainder of a hash, the one used last in front.
+// keeps its latest results.
 inline GemmPlan remembered_plan(const GemmProblem& problem, bool residual = false) {
-  struct Entry {
-    GemmProblem problem;
-    bool residual;
-    GemmPlan plan;
-  };
-  constexpr int kBits = 7;
-  thread_local std::array<std::array<Entry, 2>, 1 << kBits> entries{};
-  uint64_t hash = 0;
-  for (const int64_t fact : {problem.tokens, problem.out_features, problem.in_features,
-                             static_cast<int64_t>(problem.value_type) * 4 + problem.weight_in_out * 2 + residual}) {
-    hash = (hash ^ static_cast<uint64_t>(fact)) * 0x9E3779B97F4A7C15u;
-  }
-  auto& [latest, earlier] = entries[hash >> (64 - kBits)];
-  const auto holds = [&](const Entry& entry) { return entry.problem == problem && entry.residual == residual; };
-  if (holds(latest)) return latest.plan;
-  std::swap(latest, earlier);
-  if (!holds(latest)) {
-    latest = {problem, residual, residual ? select_residual_plan(problem) : select_plan(problem)};
-  }
-  return latest.plan;
+  using Key = std::pair<GemmProblem, bool>;
+  thread_local Latest<Key, GemmPlan, 7> latest;  // no problem has 0 multiprocessors
+  const uint64_t hash = hash_of(problem.tokens, problem.out_features, problem.in_features, problem.value_type,
+                                problem.weight_in_out, residual);
+  const Key key{problem, residual};
+  return latest.find(
+      key, hash, [&](const Key& other) { return other == key; },
+      [&] { return residual ? select_residual_plan(problem) : select_plan(problem); });
 }
 
 // The pattern by which the gather kernel selects. For the variance ratio, which needs the whole token, and for windows,

@@ -160,6 +160,19 @@ def test_overlapped_launches_wait_for_their_operands(activation_dtype, shape):
         assert torch.equal(product(x, True), product(x, False))
 
 
+def packed_problem(activation_dtype, full, shape, layout="out_in"):
+    """An operand, the weight that it meets, and the terms of their product: all that an epilogue has, if full."""
+    x, weight, _ = problem(*shape, layout=layout)
+    packed, scale = nm_act.compress_packed(x, activation_dtype=activation_dtype), None
+    if activation_dtype:
+        weight, scale = quantise_weight(weight)
+    terms = {"column_scale": scale}
+    if full:
+        packed = dataclasses.replace(packed, eta=torch.randn(shape[0], device="cuda"))
+        terms["shift_out"] = torch.randn(shape[1], device="cuda")
+    return packed, weight, terms
+
+
 @HOPPER
 @pytest.mark.parametrize("activation_dtype", [None, E4M3])
 @pytest.mark.parametrize("full", [False, True])
@@ -168,14 +181,7 @@ def test_overlapped_launches_wait_for_their_operands(activation_dtype, shape):
     [(1, 16, 64), (129, 272, 288), (200, 1024, 14336), (512, 10240, 4096), (2000, 12272, 320), (2000, 12272, 1280)],
 )
 def test_every_tile_makes_the_product_with_the_same_bits_each_time(activation_dtype, full, shape):
-    x, weight, _ = problem(*shape)
-    packed, scale = nm_act.compress_packed(x, activation_dtype=activation_dtype), None
-    if activation_dtype:
-        weight, scale = quantise_weight(weight)
-    terms = {"column_scale": scale}
-    if full:
-        packed = dataclasses.replace(packed, eta=torch.randn(shape[0], device="cuda"))
-        terms["shift_out"] = torch.randn(shape[1], device="cuda")
+    packed, weight, terms = packed_problem(activation_dtype, full, shape)
     expected = nm_act.sparse_gemm(packed, weight, **terms)
     for tile in nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16"):
         for raster, swizzle, splits in ((1, 1, 2), (2, 2, 3), (1, 2, 8), (1, 1, STREAMED)):
@@ -197,14 +203,7 @@ def test_a_cut_product_has_the_bits_of_its_parts(activation_dtype, full, shape, 
     """Every tile on either side of a cut, along the tokens and along the outputs, against the same tile uncut."""
     if activation_dtype and layout == "in_out":
         pytest.skip("e4m3 weights are stored [out, in]")
-    x, weight, _ = problem(*shape, layout=layout)
-    packed, scale = nm_act.compress_packed(x, activation_dtype=activation_dtype), None
-    if activation_dtype:
-        weight, scale = quantise_weight(weight)
-    terms = {"column_scale": scale}
-    if full:
-        packed = dataclasses.replace(packed, eta=torch.randn(shape[0], device="cuda"))
-        terms["shift_out"] = torch.randn(shape[1], device="cuda")
+    packed, weight, terms = packed_problem(activation_dtype, full, shape, layout)
     tiles = [t for t in nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16") if not t["split"]]
     whole = {}
     for tile in tiles:

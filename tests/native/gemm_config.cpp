@@ -63,16 +63,14 @@ void check_properties(const GemmProblem& problem) {
 // it is cut where that is estimated to gain.
 void check_plan(const GemmProblem& problem) {
   const GemmPlan plan = select_plan(problem);
-  const double whole = least_estimate(problem).us;
   if (plan.cut == GemmCut::kNone) return;
-  const bool by_tokens = plan.cut == GemmCut::kTokens;
-  check(plan.at > 0 && plan.at < (by_tokens ? problem.tokens : problem.out_features), "two parts", problem);
+  const int64_t rest_size = size_along(problem, plan.cut) - plan.at;
+  check(plan.at > 0 && rest_size > 0, "two parts", problem);
   check(plan.at % 64 == 0, "a cut that metadata and outputs can be addressed at", problem);
   const double gain = problem.value_type == ElementType::kE4M3 ? kCutGainE4M3 : kCutGain16;
-  check(estimate_us(problem, plan) * gain < whole, "a cut that gains", problem);
-  GemmProblem first = problem, second = problem;
-  (by_tokens ? first.tokens : first.out_features) = plan.at;
-  (by_tokens ? second.tokens : second.out_features) -= plan.at;
+  check(estimate_us(problem, plan) * gain < least_estimate(problem).us, "a cut that gains", problem);
+  const GemmProblem first = problem_of_part(problem, plan.cut, plan.at),
+                    second = problem_of_part(problem, plan.cut, rest_size);
   for (const auto& [part, config] : {std::pair{first, plan.first}, std::pair{second, plan.second}}) {
     check(takes_part(part, facts_of(config.tile)), "a tile that takes part", part);
   }

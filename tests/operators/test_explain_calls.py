@@ -157,15 +157,12 @@ HOPPER = {"compute_capability_major": 9, "multiprocessors": 132}
 
 def gemm_kernel(dtype, *problem, residual=False):
     """The text of a sparse GEMM's launches for tokens, outputs and inputs on 132 multiprocessors."""
-    first, cut, second = split_plan(nm_act._C.select_gemm_plan(dtype, *problem, 132, residual))
+    plan = nm_act._C.select_gemm_plan(dtype, *problem, 132, residual)
+    first, cut, second = plan[:5], plan[5:7], plan[7:]
     if not cut:
         return config_text(dtype, first)
     along = "tokens" if cut[0] == 1 else "outputs"
     return f"{cut[1]} {along}: {config_text(dtype, first)}; the rest: {config_text(dtype, second)}"
-
-
-def split_plan(plan):
-    return plan[:5], plan[5:7], plan[7:]
 
 
 def config_text(dtype, config):

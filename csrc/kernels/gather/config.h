@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
+#include "../latest.h"
 #include "../nm_act.h"
 
 namespace nm_act {
@@ -270,31 +272,21 @@ inline GatherConfig select_gather_config_in_layer(const GatherProblem& problem) 
 }
 
 // What select_gather_config or select_gather_config_in_layer chooses. The search takes up to 4 us of the host's time, at
-// every eager call, so each thread keeps its latest results: an entry for each remainder of a hash.
+// every eager call, so each thread keeps its latest results.
 inline GatherConfig remembered_gather_config(const GatherProblem& problem, bool in_layer) {
-  struct Entry {
-    GatherProblem problem;
-    bool in_layer;
-    GatherConfig config;
-  };
-  constexpr uint32_t kEntries = 64;
-  thread_local Entry entries[kEntries]{};  // no problem has 0 tokens
-  const auto same = [&](const Entry& entry) {
-    const GatherProblem& other = entry.problem;
+  using Key = std::pair<GatherProblem, bool>;
+  thread_local Latest<Key, GatherConfig, 5> latest;  // no problem has 0 tokens
+  const auto holds = [&](const Key& key) {
+    const GatherProblem& other = key.first;
     return other.tokens == problem.tokens && other.out_features == problem.out_features &&
            other.in_features == problem.in_features && other.weight_type == problem.weight_type &&
            other.pattern.keep == problem.pattern.keep && other.pattern.group == problem.pattern.group &&
            other.pattern.extra.count == problem.pattern.extra.count &&
            other.device.compute_capability_major == problem.device.compute_capability_major &&
-           other.device.multiprocessors == problem.device.multiprocessors && entry.in_layer == in_layer;
+           other.device.multiprocessors == problem.device.multiprocessors && key.second == in_layer;
   };
-  const uint32_t sizes = static_cast<uint32_t>(problem.out_features) * 2654435761u +
-                         static_cast<uint32_t>(problem.in_features) * 40503u + static_cast<uint32_t>(problem.tokens);
-  Entry& entry = entries[sizes * 2654435761u >> 26];
-  if (!same(entry)) {
-    entry = {problem, in_layer, in_layer ? select_gather_config_in_layer(problem) : select_gather_config(problem)};
-  }
-  return entry.config;
+  return latest.find({problem, in_layer}, hash_of(problem.out_features, problem.in_features, problem.tokens), holds,
+                     [&] { return in_layer ? select_gather_config_in_layer(problem) : select_gather_config(problem); });
 }
 
 // The configuration for these sizes, with rows weight_stride elements apart; splits is 0 if the kernel does not support

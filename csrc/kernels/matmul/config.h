@@ -292,6 +292,11 @@ struct GemmPlan {
   GemmConfig second{};
 };
 
+template <class Sizes>  // a problem, or the parameters of its kernel
+int64_t size_along(const Sizes& sizes, GemmCut cut) {
+  return cut == GemmCut::kTokens ? sizes.tokens : sizes.out_features;
+}
+
 inline GemmProblem problem_of_part(GemmProblem problem, GemmCut cut, int64_t size) {
   (cut == GemmCut::kTokens ? problem.tokens : problem.out_features) = size;
   return problem;
@@ -303,9 +308,9 @@ inline double estimate_us(const GemmProblem& problem, const GemmConfig& config) 
 
 inline double estimate_us(const GemmProblem& problem, const GemmPlan& plan) {
   if (plan.cut == GemmCut::kNone) return estimate_us(problem, plan.first);
-  const int64_t size = plan.cut == GemmCut::kTokens ? problem.tokens : problem.out_features;
+  const int64_t rest = size_along(problem, plan.cut) - plan.at;
   return estimate_us(problem_of_part(problem, plan.cut, plan.at), plan.first) +
-         estimate_us(problem_of_part(problem, plan.cut, size - plan.at), plan.second);
+         estimate_us(problem_of_part(problem, plan.cut, rest), plan.second);
 }
 
 // The estimated gain from which a product is cut. Of the cuts in benchmarks/results/h100/gemm_tuning.csv, to which
@@ -323,11 +328,11 @@ inline GemmPlan select_plan(const GemmProblem& problem) {
   if (is_long(problem) || is_huge_in_out(problem)) return plan;
   double best_us = whole.us / (problem.value_type == ElementType::kE4M3 ? kCutGainE4M3 : kCutGain16);
   const auto consider = [&](const TileFacts& tile, GemmCut cut, int64_t at) {
-    const int64_t size = cut == GemmCut::kTokens ? problem.tokens : problem.out_features;
-    if (at <= 0 || at >= size) return;
+    const int64_t rest = size_along(problem, cut) - at;
+    if (at <= 0 || rest <= 0) return;
     const GemmProblem first = problem_of_part(problem, cut, at);
     if (!takes_part(first, tile)) return;
-    const GemmEstimate second = least_estimate(problem_of_part(problem, cut, size - at));
+    const GemmEstimate second = least_estimate(problem_of_part(problem, cut, rest));
     const double us = estimate_us(first, tile) + second.us;
     if (us >= best_us) return;
     best_us = us, plan = {configure(first, tile), cut, at, second.config};

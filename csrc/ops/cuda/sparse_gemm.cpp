@@ -65,8 +65,7 @@ SparseGemmParams params_of_part(SparseGemmParams params, GemmDevice device, Gemm
   if (cut == GemmCut::kTokens) {
     const MetadataLayout layout = gemm_metadata_layout(params.value_type, device);
     advance(params.values, begin * params.in_features / 2 * value_bytes);
-    advance(params.metadata,
-            begin * metadata_tile_features(layout) / 8);  // tokens are fastest within a tile's features
+    advance(params.metadata, begin * metadata_tile_features(layout) / 8);  // all tokens, then the next features
     for (const float** vector : {&params.row_scale, &params.eta}) advance(*vector, begin * kFloatBytes);
     outputs *= params.y_stride;
     params.tokens = static_cast<int>(size);
@@ -98,9 +97,9 @@ void run_sparse_gemm(SparseGemmParams& params, GemmDevice device, const GemmPlan
                      const char* op) {
   params.y = y.mutable_data_ptr();
   if (plan.cut == GemmCut::kNone) return launch_with_workspace(params, device, plan.first, y, op);
-  const int64_t size = plan.cut == GemmCut::kTokens ? params.tokens : params.out_features;
+  const int64_t rest = size_along(params, plan.cut) - plan.at;
   launch_with_workspace(params_of_part(params, device, plan.cut, 0, plan.at), device, plan.first, y, op);
-  launch_with_workspace(params_of_part(params, device, plan.cut, plan.at, size - plan.at), device, plan.second, y, op);
+  launch_with_workspace(params_of_part(params, device, plan.cut, plan.at, rest), device, plan.second, y, op);
 }
 
 GemmDevice check_product(const at::Tensor& values, const at::Tensor& metadata, c10::string_view layout_name,
