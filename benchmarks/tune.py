@@ -4,10 +4,11 @@ csrc/kernels/matmul/config.h is fitted to the CSV. A candidate is a line more in
 
 A problem is scanned, then decided. Scan: every tile with both rasters and the band that it would have, the best tiles
 with every band. Final: the best tiles, the baselines and the whole operator (in stream order and overlapped), in turn.
-Problems of the part "turns" have one stage of that name: every tile, whole, split and streamed, and the chosen plan if
-it cuts the product in two, in turn. Whatever is timed was compared with a float64 product of the pruned rows first: its
-error is at most twice torch's. Rows are appended as they come. A candidate that fails costs its own row; one that
-breaks the device or hangs restarts the process without it, and the run goes on where it was.
+Problems of the part "turns" have one stage of that name: every tile, whole, split and streamed, in step and not, and
+the chosen plan if it cuts the product in two, in turn; "paced" are those of them whose choice is kept in step.
+Whatever is timed was compared with a float64 product of the pruned rows first: its error is at most twice torch's. Rows
+are appended as they come. A candidate that fails costs its own row; one that breaks the device or hangs restarts the
+process without it, and the run goes on where it was.
 
     python benchmarks/tune.py --csv gemm_tuning.csv --seconds 300
 """
@@ -35,7 +36,7 @@ from nm_act.ops.e4m3 import quantise_rows
 from nm_act.version import commit
 
 LLAMA_TOKENS = (4096, 16384, 1024)
-PARTS = ("bf16", "e4m3", "in_out", "crossover", "families", "turns")
+PARTS = ("bf16", "e4m3", "in_out", "crossover", "families", "turns", "paced")
 CROSSOVER_TOKENS = (48, 96, 192, 256, 384, 448, 512, 640, 768, 1024, 1536)  # where the dense product may win
 # Tokens of the part "turns": these, and those of the other parts from TURNS_FROM on.
 TURNS_TOKENS = (112, 148, 200, 256, 300, 323, 384, 1280, 2048, 3072, 6656)
@@ -43,7 +44,7 @@ TURNS_FROM = 448
 BOTH_RASTERS, BANDS, SPLITS = (1, 2), (1, 2, 4, 8), (2, 3, 4, 5, 6, 8)
 STREAMED = 0  # kStreamed of csrc/kernels/matmul/config.h
 COLUMNS = (
-    *(*Problem._fields, "stage", "what", "raster", "swizzle", "splits", "cut"),
+    *(*Problem._fields, "stage", "what", "raster", "swizzle", "splits", "cut", "paced"),
     *("us_p50", "error", "torch_error", "note", "device", "torch", "cuda", "commit", "date"),
 )
 HANG_SECONDS = 30
@@ -150,8 +151,10 @@ class Tuner:
                 continue
             self.row(problem, "scan", config.name, **facts, us_p50=f"{times[config]:.2f}")
 
-    def band(self, problem: Problem, tile: dict) -> int:
-        return _C.gemm_swizzle(tile["tile"], *problem[3:], self.multiprocessors)
+    def band_and_pace(self, problem: Problem, tile: dict) -> tuple[tuple[int, bool], ...]:
+        """As the tile would be configured; if its blocks are kept in step, what else could be as fast besides."""
+        _, _, band, _, _, paced = _C.configure_gemm(tile["tile"], *problem[3:], self.multiprocessors)
+        return ((band, True), (band, False), (min(band, 2), False)) if paced else ((band, False),)
 
     def tune(self, problem: Problem) -> str:
         case = Case(problem)
@@ -159,19 +162,20 @@ class Tuner:
             return self.decide_chosen(case)
         tiles = {tile["name"]: tile for tile in self.tiles[problem.dtype]}
 
-        def config(name, raster, swizzle, splits=1):
-            return Config(name, tiles[name]["tile"], raster, swizzle, splits)
+        def config(name, raster, swizzle, splits=1, paced=False):
+            return Config(name, tiles[name]["tile"], raster, swizzle, splits, paced)
 
         times: dict[Config, float] = {}
         errors: dict[Config, float] = {}
         sizes = problem.tokens, problem.out_features
         first = [
-            config(name, r, self.band(problem, tile), splits)
+            config(name, r, band, splits, paced)
             for name, tile in tiles.items()
+            for band, paced in dict.fromkeys(self.band_and_pace(problem, tile))
             for splits in splits_of(problem, tile)
             for r in BOTH_RASTERS
         ]
-        if problem.part == "turns":
+        if problem.part in ("turns", "paced"):
             # Without the small tiles of many tokens, which took 1.2 to 4 times as long in the scans.
             small = {name for name, tile in tiles.items() if tile["tokens"] * tile["out_features"] < 128 * 256}
             plan = self.chosen(problem)
@@ -185,8 +189,8 @@ class Tuner:
             for name in list(best)[:3]:
                 shortest = min(-(-problem.tokens // tiles[name]["tokens"]), -(-sizes[1] // tiles[name]["out_features"]))
                 bands = [band for band in BANDS if band <= 2 * shortest]
-                splits = best[name].splits
-                self.scan(case, [config(name, r, b, splits) for r in BOTH_RASTERS for b in bands], times, errors)
+                shared = best[name].splits, best[name].paced
+                self.scan(case, [config(name, r, b, *shared) for r in BOTH_RASTERS for b in bands], times, errors)
             best = self.best_of_tiles(times)
         case.anchor = None
         return self.decide(case, [best[name] for name in list(best)[:3]], errors)
@@ -343,9 +347,16 @@ def problems_of(arguments: argparse.Namespace) -> list[Problem]:
     for part, counts in (("crossover", CROSSOVER_TOKENS), ("families", TOKEN_COUNTS), ("turns", turns)):
         drawn = [(tokens, *shape) for shape in [*shapes, *llama] for tokens in counts]
         random.Random(0).shuffle(drawn)  # so that a run cut short is not one of small layers
-        if part in arguments.parts:
-            result += [Problem(part, dtype, "out_in", *sizes) for sizes in drawn for dtype in ("bf16", "e4m3")]
+        both = [Problem(part, dtype, "out_in", *sizes) for sizes in drawn for dtype in ("bf16", "e4m3")]
+        result += both if part in arguments.parts else []
+        if part == "turns" and "paced" in arguments.parts:
+            result += [problem._replace(part="paced") for problem in both if is_paced(problem)]
     return result
+
+
+def is_paced(problem: Problem) -> bool:
+    """Whether the chosen configuration, or the first of a cut product, keeps its blocks in step on an H100."""
+    return _C.select_gemm_plan(problem.dtype, *problem[3:], 132)[5]
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ class Config(NamedTuple):
     raster: int
     swizzle: int
     splits: int
+    paced: bool = False
     cut: int = 0
     at: int = 0
     second: tuple[int, ...] = ()
@@ -38,18 +39,19 @@ class Config(NamedTuple):
     def of(cls, plan: tuple[int, ...], tiles: list[dict]) -> "Config":
         """The plan of _C.select_gemm_plan."""
         names = {tile["tile"]: tile["name"] for tile in tiles}
-        if len(plan) == 5:
-            return cls(names[plan[0]], *plan[:4])
-        return cls(f"{names[plan[0]]}+{names[plan[7]]}", *plan[:4], *plan[5:7], tuple(plan[7:]))
+        if len(plan) == 6:
+            return cls(names[plan[0]], *plan[:4], plan[5])
+        return cls(f"{names[plan[0]]}+{names[plan[8]]}", *plan[:4], *plan[5:8], tuple(plan[8:]))
 
     def numbers(self, overlapped: bool) -> list[int]:
         """Those of _tune_sparse_gemm; the second launch starts as it does in a plan."""
         cut = [self.cut, self.at, *self.second] if self.cut else []
-        return [self.tile, self.raster, self.swizzle, self.splits, int(overlapped), *map(int, cut)]
+        return [*map(int, (self.tile, self.raster, self.swizzle, self.splits, overlapped, self.paced, *cut))]
 
     def columns(self) -> dict[str, object]:
         cut = f"{CUTS[self.cut]} {self.at}" if self.cut else ""
-        return {"raster": self.raster, "swizzle": self.swizzle, "splits": self.splits, "cut": cut}
+        steps = {"raster": self.raster, "swizzle": self.swizzle, "splits": self.splits}
+        return steps | {"cut": cut, "paced": "paced" if self.paced else ""}
 
 
 class Clock:

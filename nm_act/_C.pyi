@@ -53,7 +53,9 @@ def gather_configs(
     in_layer: bool = False,
 ) -> list[tuple[int, int, int, int]]: ...
 def gemm_tiles(dtype: str) -> list[dict[str, int | str | bool]]: ...
-def gemm_swizzle(tile: int, tokens: int, out_features: int, in_features: int, multiprocessors: int) -> int: ...
+def configure_gemm(
+    tile: int, tokens: int, out_features: int, in_features: int, multiprocessors: int
+) -> tuple[int, int, int, int, bool, bool]: ...
 def select_gemm_config(
     dtype: str,
     tokens: int,
@@ -61,7 +63,7 @@ def select_gemm_config(
     in_features: int,
     multiprocessors: int,
     weight_in_out: bool = False,
-) -> tuple[int, int, int, int, bool]: ...
+) -> tuple[int, int, int, int, bool, bool]: ...
 def select_gemm_plan(
     dtype: str,
     tokens: int,

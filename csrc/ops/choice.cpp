@@ -69,7 +69,8 @@ std::string gemm_text(const GemmConfig& config) {
   return std::string(facts_of(config.tile).name) + ", swizzle " + std::to_string(config.swizzle) +
          (config.raster == GemmRaster::kAlongTokens ? " along tokens" : " along outputs") +
          (config.splits > 1 ? ", " + std::to_string(config.splits) + " splits" : "") +
-         (config.splits == kStreamed ? ", streamed" : "") + (config.overlapped ? ", overlapped" : "");
+         (config.splits == kStreamed ? ", streamed" : "") + (config.overlapped ? ", overlapped" : "") +
+         (config.paced ? ", paced" : "");
 }
 
 }  // namespace

@@ -118,23 +118,25 @@ py::list gemm_tiles(const std::string& dtype) {
     tiles.append(py::dict(py::arg("tile") = int(tile.tile), py::arg("tokens") = tile.tokens,
                           py::arg("out_features") = tile.out_features, py::arg("name") = tile.name,
                           py::arg("cluster_tokens") = tile.cluster_tokens,
-                          py::arg("cluster_outputs") = tile.cluster_outputs, py::arg("split") = tile.split));
+                          py::arg("cluster_outputs") = tile.cluster_outputs, py::arg("split") = tile.split,
+                          py::arg("can_pace") = nm_act::can_pace(tile.tile)));
   }
   return tiles;
 }
 
 py::tuple config_tuple(const nm_act::GemmConfig& config) {
-  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.splits, config.overlapped);
+  return py::make_tuple(int(config.tile), int(config.raster), config.swizzle, config.splits, config.overlapped,
+                        config.paced);
 }
 
-// The band of a tile for this problem.
-int gemm_swizzle(int tile, int64_t tokens, int64_t out_features, int64_t in_features, int multiprocessors) {
+// The configuration of a tile for this problem.
+py::tuple configure_gemm(int tile, int64_t tokens, int64_t out_features, int64_t in_features, int multiprocessors) {
   if (tile < 0 || tile >= int(std::size(nm_act::kTiles))) {
     throw py::value_error("expected a tile of gemm_tiles, got " + std::to_string(tile));
   }
   const nm_act::TileFacts& facts = nm_act::kTiles[tile];
   const auto type = facts.bits8 ? nm_act::ElementType::kE4M3 : nm_act::ElementType::kBFloat16;
-  return nm_act::configure({tokens, out_features, in_features, type, multiprocessors}, facts).swizzle;
+  return config_tuple(nm_act::configure({tokens, out_features, in_features, type, multiprocessors}, facts));
 }
 
 py::tuple select_gemm_config(const std::string& dtype, int64_t tokens, int64_t out_features, int64_t in_features,
@@ -253,7 +255,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("unpack_metadata", unpack_metadata, py::arg("physical"), py::arg("tokens"), py::arg("in_features"),
         py::arg("layout"));
   m.def("gemm_tiles", gemm_tiles, py::arg("dtype"));
-  m.def("gemm_swizzle", gemm_swizzle, py::arg("tile"), py::arg("tokens"), py::arg("out_features"),
+  m.def("configure_gemm", configure_gemm, py::arg("tile"), py::arg("tokens"), py::arg("out_features"),
         py::arg("in_features"), py::arg("multiprocessors"));
   m.def("select_gemm_config", select_gemm_config, py::arg("dtype"), py::arg("tokens"), py::arg("out_features"),
         py::arg("in_features"), py::arg("multiprocessors"), py::arg("weight_in_out") = false);

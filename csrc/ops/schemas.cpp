@@ -162,7 +162,7 @@ TORCH_LIBRARY(nm_act, m) {
   // Private, for benchmarks/tune_decode.py, tune_decode_layers.py and tune.py: decode_linear, sandwich_linear (with
   // x_weight; x_residual is its residual) and sparse_gemm with the caller's configuration. For the gather kernel:
   // lanes, splits, threads, ahead (csrc/kernels/gather/config.h); for the GEMM on sm_90: tile, raster, swizzle, splits,
-  // overlapped, or two such with cut (1: along the tokens, 2: along the outputs) and at between them
+  // overlapped, paced, or two such with cut (1: along the tokens, 2: along the outputs) and at between them
   // (csrc/kernels/matmul/config.h). Without x_weight, hidden is empty.
   m.def(
       "_tune_gather(Tensor x, Tensor weight, Tensor? bias, int n, int m, int[] config, *, Tensor? up=None, "

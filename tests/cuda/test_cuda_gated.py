@@ -43,14 +43,15 @@ def takes_wide_tile(dtype, *shape):
     kind, multiprocessors = str(dtype).removeprefix("torch."), torch.cuda.get_device_properties(0).multi_processor_count
     plan = _C.select_gemm_plan(kind, *shape, multiprocessors, residual=True)
     name = next(tile["name"] for tile in _C.gemm_tiles(kind) if tile["tile"] == plan[0])
-    return len(plan) == 5 and name == WIDE[dtype]
+    return len(plan) == 6 and name == WIDE[dtype]
 
 
-def wide_product(packed, weight):
+def wide_product(packed, weight, scale=None):
     """sparse_gemm with the tile of these epilogues, so that the sums are the same."""
-    tiles = _C.gemm_tiles("float16" if weight.dtype == torch.float16 else "bfloat16")
+    tiles = _C.gemm_tiles(str(weight.dtype).removeprefix("torch."))
     index = next(tile["tile"] for tile in tiles if tile["name"] == WIDE[weight.dtype])
-    return OPS._tune_sparse_gemm(packed.values, packed.metadata, packed.layout, weight, [index, 0, 1, 1, 0])
+    operand = packed.values, packed.metadata, packed.layout, weight, [index, 0, 1, 1, 0, 0]
+    return OPS._tune_sparse_gemm(*operand, row_scale=packed.row_scale, column_scale=scale)
 
 
 @pytest.mark.parametrize(("tokens", "outputs", "in_features"), SIZES)
@@ -122,6 +123,23 @@ def test_residuals(dtype, tokens, out_features, wide):
     expected = residual + nm_act.sparse_gemm(packed, weight, **options)
     assert torch.equal(nm_act.sparse_gemm(packed, weight, **options, residual=misaligned), expected)
     assert torch.equal(residual, kept)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, E4M3])
+def test_epilogues_in_step(dtype):
+    """Where the blocks of these kernels are kept in step: the bits of the same tile out of step."""
+    shape = (4096, 8192, 19456) if dtype == E4M3 else (4224, 6144, 6656)
+    if torch.cuda.get_device_properties(0).multi_processor_count == 132:
+        assert _C.select_gemm_plan(str(dtype).removeprefix("torch."), *shape, 132, residual=True)[5]
+    packed, weight, scale = operand_and_weight(*shape, dtype)
+    residual = torch.randn(*shape[:2], device="cuda").to(torch.bfloat16 if dtype == E4M3 else dtype)
+    product = wide_product(packed, weight, scale)
+    poison()
+    assert torch.equal(nm_act.sparse_gemm(packed, weight, column_scale=scale, residual=residual), residual + product)
+    if dtype != E4M3:
+        gate, up = product.split(shape[1] // 2, dim=-1)
+        poison()
+        assert_same_bytes(nm_act.sparse_gemm_silu_mul(packed, weight), nm_act.silu_mul_compress(gate, up))
 
 
 def test_ten_runs_and_a_graph_give_the_same_bits():

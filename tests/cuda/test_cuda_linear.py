@@ -152,7 +152,7 @@ def test_overlapped_launches_wait_for_their_operands(activation_dtype, shape):
 
     def product(x, overlapped):
         packed = nm_act.compress_packed(x, activation_dtype=activation_dtype)
-        return tuned(packed, weight, [*config, int(overlapped)], scale)
+        return tuned(packed, weight, [*config, int(overlapped), 0], scale)
 
     for _ in range(10):
         x = torch.randn(tokens, in_features, device="cuda", dtype=torch.bfloat16)
@@ -185,7 +185,7 @@ def test_every_tile_makes_the_product_with_the_same_bits_each_time(activation_dt
     expected = nm_act.sparse_gemm(packed, weight, **terms)
     for tile in nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16"):
         for raster, swizzle, splits in ((1, 1, 2), (2, 2, 3), (1, 2, 8), (1, 1, STREAMED)):
-            config = [tile["tile"], raster, swizzle, splits if tile["split"] else 1, 0]
+            config = [tile["tile"], raster, swizzle, splits if tile["split"] else 1, 0, 0]
             first = tuned(packed, weight, config, **terms)
             # Sums of the e4m3 tensor cores depend on where a tile is split.
             assert relative_error(first, expected) < (1e-2 if activation_dtype else 5e-3), config
@@ -207,7 +207,7 @@ def test_a_cut_product_has_the_bits_of_its_parts(activation_dtype, full, shape, 
     tiles = [t for t in nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16") if not t["split"]]
     whole = {}
     for tile in tiles:
-        config = [tile["tile"], 1, 1, 1, int(tile["cluster_tokens"] * tile["cluster_outputs"] > 1)]
+        config = [tile["tile"], 1, 1, 1, int(tile["cluster_tokens"] * tile["cluster_outputs"] > 1), 0]
         whole[tuple(config)] = tuned(packed, weight, config, **terms)
     for i, (first, y) in enumerate(whole.items()):
         second = list(whole)[(i + 1) % len(whole)]
@@ -221,6 +221,94 @@ def test_a_cut_product_has_the_bits_of_its_parts(activation_dtype, full, shape, 
                 assert torch.equal(found, expected), (first, cut, at, second)
 
 
+PACED_SHAPE = (3000, 6176, 3104)  # 4.5 waves on 132 multiprocessors, no size a whole tile
+
+
+def paced_tile(activation_dtype):
+    (tile,) = (t["tile"] for t in nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16") if t["can_pace"])
+    return tile
+
+
+@HOPPER
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_in_step_make_the_same_bits(activation_dtype, full, layout):
+    """More launches than there are counters, in stream order and overlapped, and in a graph that is replayed."""
+    if activation_dtype and layout == "in_out":
+        pytest.skip("e4m3 weights are stored [out, in]")
+    packed, weight, terms = packed_problem(activation_dtype, full, PACED_SHAPE, layout)
+    tile = paced_tile(activation_dtype)
+    for raster, swizzle, overlapped in ((1, 1, 0), (1, 8, 1), (2, 8, 1)):
+        expected = tuned(packed, weight, [tile, raster, swizzle, 1, 0, 0], **terms)
+        config = [tile, raster, swizzle, 1, overlapped, 1]
+        poison()
+        for _ in range(300):
+            found = tuned(packed, weight, config, **terms)
+        assert torch.equal(found, expected), config
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ys = [tuned(packed, weight, config, **terms) for _ in range(3)]
+    for _ in range(3):
+        for y in ys:
+            y.zero_()
+        graph.replay()
+        assert all(torch.equal(y, expected) for y in ys)
+
+
+@HOPPER
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_blocks_in_step_wait_for_none(activation_dtype):
+    """After launches that used every counter twice, none runs out of patience: that would add 12 to some 60 us."""
+    packed, weight, terms = packed_problem(activation_dtype, False, (2000, 6176, 3104), "out_in")
+    tile, graphs, times = paced_tile(activation_dtype), {}, {0: [], 1: []}
+    for paced in (1, 0):
+        config = [tile, 2, 4, 1, 0, paced]
+        for _ in range(600):
+            tuned(packed, weight, config, **terms)
+        torch.cuda.synchronize()
+        graphs[paced] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[paced]):
+            for _ in range(10):
+                tuned(packed, weight, config, **terms)
+    for _ in range(20):
+        for paced, graph in graphs.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times[paced].append(start.elapsed_time(end))
+    assert min(times[1]) < 1.12 * min(times[0]), (min(times[1]), min(times[0]))
+
+
+@HOPPER
+def test_only_some_tiles_can_be_kept_in_step():
+    packed, weight, terms = packed_problem(None, False, (200, 1024, 320), "out_in")
+    for tile in nm_act._C.gemm_tiles("bf16"):
+        if not tile["can_pace"]:
+            with pytest.raises(ValueError, match="a tile that can be paced, got " + tile["name"]):
+                tuned(packed, weight, [tile["tile"], 1, 1, 1, 0, 1], **terms)
+
+
+@HOPPER
+@pytest.mark.parametrize("activation_dtype", [None, E4M3])
+def test_launches_in_step_share_the_device(activation_dtype):
+    """On three streams, none of which has all multiprocessors: no block waits long for one that cannot run."""
+    packed, weight, terms = packed_problem(activation_dtype, False, PACED_SHAPE, "out_in")
+    tile = paced_tile(activation_dtype)
+    expected = tuned(packed, weight, [tile, 1, 8, 1, 0, 0], **terms)
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in range(3)], []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(tuned(packed, weight, [tile, 1, 8, 1, 0, 1], **terms))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, expected) for y in found)
+
+
 CUT_SHAPES = {1: (4284, 3072, 3072), 2: (4096, 3584, 3584)}  # on 132 multiprocessors, in every type and storage
 
 
@@ -231,7 +319,7 @@ def require_cut(cut, activation_dtype, layout):
     if torch.cuda.get_device_properties(0).multi_processor_count != 132:
         pytest.skip("the shapes are cut on 132 multiprocessors")
     kind, in_out = "e4m3" if activation_dtype else "bf16", layout == "in_out"
-    assert nm_act._C.select_gemm_plan(kind, *CUT_SHAPES[cut], 132, weight_in_out=in_out)[5] == cut
+    assert nm_act._C.select_gemm_plan(kind, *CUT_SHAPES[cut], 132, weight_in_out=in_out)[6] == cut
 
 
 @HOPPER
@@ -249,7 +337,7 @@ def test_a_cut_product_has_every_term(activation_dtype, cut, layout):
     eta, shift = torch.randn(tokens, device="cuda"), torch.randn(out_features, device="cuda")
     residual = torch.randn(tokens, out_features, device="cuda").to(torch.bfloat16)
     tile = nm_act._C.gemm_tiles("e4m3" if activation_dtype else "bf16")[0]["tile"]
-    product = tuned(packed, weight, [tile, 1, 1, 1, 0], scale).float()
+    product = tuned(packed, weight, [tile, 1, 1, 1, 0, 0], scale).float()
     factor = 1 if scale is None else scale.float()
 
     def assert_close(y, expected):
@@ -279,7 +367,7 @@ def test_launches_of_cut_products_wait_for_their_operands(activation_dtype, cut)
     tokens, out_features, in_features = CUT_SHAPES[cut]
     kind = "e4m3" if activation_dtype else "bf16"
     plan = nm_act._C.select_gemm_plan(kind, tokens, out_features, in_features, 132)
-    assert all(splits == 1 for splits in (plan[3], plan[10]))  # whose sums depend on the shape
+    assert all(splits == 1 for splits in (plan[3], plan[11]))  # whose sums depend on the shape
     weight = torch.randn(out_features, in_features, device="cuda", dtype=torch.bfloat16) / in_features**0.5
     weight, scale = quantise_weight(weight) if activation_dtype else (weight, None)
 
@@ -291,8 +379,8 @@ def test_launches_of_cut_products_wait_for_their_operands(activation_dtype, cut)
         return y, pack(y).values
 
     def apart(x):
-        packed, sizes = pack(x), [plan[6], (tokens if cut == 1 else out_features) - plan[6]]
-        whole = [tuned(packed, weight, [*config, 0], scale) for config in (plan[:4], plan[7:11])]
+        packed, sizes = pack(x), [plan[7], (tokens if cut == 1 else out_features) - plan[7]]
+        whole = [tuned(packed, weight, [*config, 0, 0], scale) for config in (plan[:4], plan[8:12])]
         y = torch.cat([each.split(sizes, cut - 1)[i] for i, each in enumerate(whole)], cut - 1)
         torch.cuda.synchronize()
         return y, pack(y).values

@@ -56,6 +56,8 @@ void check_properties(const GemmProblem& problem) {
       is_clustered(tile) ? padded(config.swizzle) == padded(1) : padded(config.swizzle) * 20 <= padded(1) * 21;
   check(within, "padding of the grid", problem);
   check(config.overlapped == (is_clustered(tile) || token_tiles == 1), "overlap", problem);
+  check(!config.paced || (can_pace(config.tile) && config.splits == 1), "blocks in step", problem);
+  check(!config.paced || token_tiles * output_tiles >= problem.multiprocessors, "whole waves in step", problem);
   check(is_clustered(tile) || tile.tokens < 128 || token_tiles % 2 == 1, "clusters of whole pairs", problem);
 }
 
@@ -131,6 +133,17 @@ int main() {
   const GemmProblem wide{16384, 4096, 4096, bf16, 132}, large_operands{16384, 28672, 4096, bf16, 132};
   check(select_config(wide).swizzle == 8, "swizzle of a large grid", wide);
   check(select_config(large_operands).swizzle == 2, "swizzle of large operands", large_operands);
+  // In step where a wave reads more than L2 holds, and waves are many; then bands are wide.
+  const GemmProblem deep{4096, 8192, 28672, bf16, 132}, shallow{16384, 28672, 4096, bf16, 132},
+      brief{1024, 8192, 28672, bf16, 132}, deep8{16384, 8192, 28672, e4m3, 132},
+      shallow8{16384, 10240, 8192, e4m3, 132};
+  check(select_config(deep).paced && select_config(deep).swizzle == 8, "many features in step", deep);
+  check(select_config(deep8).paced && select_config(deep8).swizzle == 8, "many features in step", deep8);
+  for (const GemmProblem& problem : {shallow, brief, shallow8}) {
+    check(!select_config(problem).paced, "not in step", problem);
+  }
+  const GemmProblem gate_up{4096, 57344, 8192, bf16, 132, true};
+  check(gated_config(gate_up).paced, "gate and up in step", gate_up);
   const GemmProblem lengthy{16384, 8192, 28672, bf16, 132};
   check(select_config(lengthy).tile == GemmTile::k256x192x64, "tile of a long product", lengthy);
   // One launch where waves are full, two where one would leave most of its last wave empty.

@@ -158,7 +158,7 @@ HOPPER = {"compute_capability_major": 9, "multiprocessors": 132}
 def gemm_kernel(dtype, *problem, residual=False):
     """The text of a sparse GEMM's launches for tokens, outputs and inputs on 132 multiprocessors."""
     plan = nm_act._C.select_gemm_plan(dtype, *problem, 132, residual)
-    first, cut, second = plan[:5], plan[5:7], plan[7:]
+    first, cut, second = plan[:6], plan[6:8], plan[8:]
     if not cut:
         return config_text(dtype, first)
     along = "tokens" if cut[0] == 1 else "outputs"
@@ -166,10 +166,11 @@ def gemm_kernel(dtype, *problem, residual=False):
 
 
 def config_text(dtype, config):
-    tile, raster, swizzle, splits, overlapped = config
+    tile, raster, swizzle, splits, overlapped, paced = config
     name = next(each["name"] for each in nm_act._C.gemm_tiles(dtype) if each["tile"] == tile)
     parts = [name, f"swizzle {swizzle} along {'tokens' if raster == 1 else 'outputs'}"]
-    parts += [f"{splits} splits"] * (splits > 1) + ["streamed"] * (splits == 0) + ["overlapped"] * overlapped
+    parts += [f"{splits} splits"] * (splits > 1) + ["streamed"] * (splits == 0)
+    parts += ["overlapped"] * overlapped + ["paced"] * paced
     return ", ".join(parts)
 
 
@@ -182,6 +183,16 @@ def test_both_launches_of_a_cut_product_are_named(shape, along):
     assert found.kernel == gemm_kernel("bf16", *shape)
     assert f" {along}: k" in found.kernel
     assert "; the rest: k" in found.kernel
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "e4m3"])
+def test_blocks_in_step_are_named(dtype):
+    shape = 8050, 8192, 28672 if dtype == "e4m3" else 8192
+    kernel = nm_act._C.choose_packed(
+        shape[0], dtype, "bf16", (*shape[1:], shape[2], 1, True), False, dtype == "e4m3", False, False, **HOPPER
+    )[2]
+    assert kernel == gemm_kernel(dtype, *shape)
+    assert kernel.endswith(", overlapped, paced")
 
 
 def test_plans_are_remembered_apart():

@@ -11,15 +11,15 @@ from nm_act import _C
 
 TABLE = Path(__file__).resolve().parents[2] / "benchmarks/results/h100/gemm_tuning.csv"
 MULTIPROCESSORS = 132
-# bf16 GEMMs run from 337 tokens on, from 129 over wide [in, out] weights. The committed table holds what took at most 1.2
-# times the best of its problem: a choice that it lacks took longer, or was not timed (e4m3 tiles without a cluster with few
-# tokens).
+# bf16 GEMMs run from 337 tokens on, from 129 over wide [in, out] weights. The committed table holds what took at most
+# 1.2 times the best of its problem: a choice that it lacks took longer, or was not timed (e4m3 tiles without a cluster
+# with few tokens).
 FEWEST = {"bf16": 148, "e4m3": 1}
 
 
 @pytest.fixture(scope="module")
 def scanned():
-    """(dtype, storage, tokens, out_features, in_features) -> {(tiles, raster, swizzle, splits, cut): microseconds}.
+    """Microseconds by (dtype, storage, tokens, out_features, in_features), then (tiles, raster, swizzle, splits, paced, cut).
 
     Of a problem whose configurations were timed in turn, these rows alone.
     """
@@ -28,17 +28,25 @@ def scanned():
         if row["stage"] in stages:
             sizes = (int(row[name]) for name in ("tokens", "out_features", "in_features"))
             problem = (row["dtype"], row["storage"], *sizes)
-            config = row["what"], int(row["raster"]), int(row["swizzle"]), int(row["splits"] or 1), row["cut"]
+            config = (
+                row["what"],
+                int(row["raster"]),
+                int(row["swizzle"]),
+                int(row["splits"] or 1),
+                row["paced"],
+                row["cut"],
+            )
             stages[row["stage"]][problem][config] = float(row["us_p50"])
     return stages["scan"] | stages["turns"]
 
 
-def key_of(plan: tuple[int, ...], names: dict[int, str]) -> tuple[str, int, int, int, str]:
+def key_of(plan: tuple[int, ...], names: dict[int, str]) -> tuple[str, int, int, int, str, str]:
     """The table's columns of a plan."""
-    if len(plan) == 5:
-        return names[plan[0]], *plan[1:4], ""
-    along = {1: "tokens", 2: "outputs"}[plan[5]]
-    return f"{names[plan[0]]}+{names[plan[7]]}", *plan[1:4], f"{along} {plan[6]}"
+    paced = "paced" if plan[5] else ""
+    if len(plan) == 6:
+        return names[plan[0]], *plan[1:4], paced, ""
+    along = {1: "tokens", 2: "outputs"}[plan[6]]
+    return f"{names[plan[0]]}+{names[plan[8]]}", *plan[1:4], paced, f"{along} {plan[7]}"
 
 
 def losses(scanned, dtype: str, select) -> tuple[list[float], int]:
@@ -84,7 +92,7 @@ def test_cut_products_gain(scanned, dtype, gain, worst, measured):
             select(dtype, *shape, MULTIPROCESSORS) for select in (_C.select_gemm_plan, _C.select_gemm_config)
         )
         cut, whole = times.get(key_of(plan, names)), times.get(key_of(config, names))
-        if (of, stored) == (dtype, "out_in") and len(plan) > 5 and cut and whole:
+        if (of, stored) == (dtype, "out_in") and len(plan) > 6 and cut and whole:
             gains.append(whole / cut)
     print(dtype, len(gains), geometric_mean(gains), min(gains))
     assert len(gains) >= measured

@@ -86,8 +86,24 @@ inline int64_t banded_tiles(const TileGrid& grid, const TileFacts& tile, int swi
          round_up(grid.columns, static_cast<uint32_t>(swizzle * tile.cluster_outputs));
 }
 
-// With 16-bit values and weight of more bytes than this, bands of 8 took up to 1.28 times as long as bands of 2 on an
-// H100; in e4m3 both take the same time.
+// Bytes of values and weight that a wave of a tile reads if its blocks lie as close to a square as they can.
+inline double wave_bytes(const GemmProblem& problem, const TileFacts& tile) {
+  const double features = static_cast<double>(problem.in_features) * (tile.bits8 ? 1 : 2);
+  return 2 * std::sqrt(problem.multiprocessors * tile.tokens * 0.5625 * tile.out_features) * features;
+}
+
+// Whether the blocks are kept in step: where L2, which has 50 MB on an H100, does not hold what a wave reads, and
+// enough waves follow each other for blocks to drift apart. In step, the tile takes 0.88 to 1.01 times as long in turn
+// with others, 0.89 to 1.03 times in a loop of one product; with fewer waves or bytes, up to 1.07 times in a loop.
+inline constexpr double kPacedBytes16 = 40e6, kPacedBytesE4M3 = 60e6;
+inline constexpr int64_t kPacedWaves = 6;
+inline bool is_paced(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile) {
+  return can_pace(tile.tile) && grid.rows * grid.columns >= kPacedWaves * problem.multiprocessors &&
+         wave_bytes(problem, tile) > (tile.bits8 ? kPacedBytesE4M3 : kPacedBytes16);
+}
+
+// With values and weight of more bytes than this, and blocks that are not kept in step, bands of 8 took up to 1.28
+// times as long as bands of 2 on an H100.
 inline constexpr double kNarrowBandBytes = 3e8;
 
 // The widest band that pads nothing: with clusters, a padding of 3 to 4 % cost 7 to 9 % on an H100. Without clusters,
@@ -95,7 +111,7 @@ inline constexpr double kNarrowBandBytes = 3e8;
 inline int select_swizzle(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile) {
   const double bytes = (static_cast<double>(problem.tokens) * 0.5625 + static_cast<double>(problem.out_features)) *
                        static_cast<double>(problem.in_features) * (tile.bits8 ? 1 : 2);
-  const int widest = is_clustered(tile) && bytes > kNarrowBandBytes ? 2 : 8;
+  const int widest = is_clustered(tile) && bytes > kNarrowBandBytes && !is_paced(problem, grid, tile) ? 2 : 8;
   const int64_t whole = banded_tiles(grid, tile, 1), most = is_clustered(tile) ? whole : whole * 21 / 20;
   for (int swizzle = widest; swizzle > 1; swizzle /= 2) {
     if (banded_tiles(grid, tile, swizzle) <= most) return swizzle;
@@ -116,6 +132,7 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
     return swizzle >= 4 || grid.rows <= swizzle ? GemmRaster::kAlongOutputs : GemmRaster::kAlongTokens;
   }
   if (tile.cluster_outputs > 1) return GemmRaster::kAlongTokens;  // the other order took up to 1.27 times as long
+  if (swizzle == 8 && is_paced(problem, grid, tile)) return GemmRaster::kAlongOutputs;  // 0.3 % faster on average
   const auto bands = [&](int64_t across, int64_t length, int64_t whole, int64_t band) {
     // The width of the bands that a wave covers, and the number of tiles along them.
     const int64_t blocks = problem.multiprocessors;
@@ -158,7 +175,7 @@ inline GemmConfig configure(const GemmProblem& problem, const TileFacts& tile, i
   const auto [grid, swizzle, tiles] = tiling_of(problem, tile);
   const GemmRaster raster =
       splits == kStreamed ? GemmRaster::kAlongTokens : select_raster(problem, grid, tile, swizzle);
-  return {tile.tile, raster, swizzle, splits, starts_early(tile, grid)};
+  return {tile.tile, raster, swizzle, splits, starts_early(tile, grid), is_paced(problem, grid, tile)};
 }
 
 // Estimated time of the waves alone.
@@ -220,9 +237,9 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
   return {2, tile.bits8 ? 1 : static_cast<int>(most)};
 }
 
-// In 16 bits on an H100, the tiles of 128x256 in clusters are slower than 256x192 in long products of many tokens: as
-// operators, 1.02 to 1.1 times from 2e12 multiplications and 8050 tokens on, 1.1 to 1.4 times at 16384 x 8192 x 28672;
-// with 6144 tokens they are faster.
+// In 16 bits on an H100, the tiles of 128x256 in clusters are slower than 256x192 in long products of many tokens,
+// since their blocks drift apart: as operators, 1.02 to 1.1 times from 2e12 multiplications and 8050 tokens on, 1.1 to
+// 1.4 times at 16384 x 8192 x 28672 (in step 1.05 times); with 6144 tokens they are faster.
 inline constexpr double kLongProduct = 1.8e12;
 inline constexpr int64_t kLongTokens = 7168;
 inline bool is_long(const GemmProblem& problem) {
@@ -232,9 +249,9 @@ inline bool is_long(const GemmProblem& problem) {
              kLongProduct;
 }
 
-// Over weights stored [in, out] of more bytes than this, they take 1.1 to 1.3 times as long (940 MB on an H100; with
-// 470 MB, and on an H200, there was no difference), and so does 256x160 from 2048 tokens on (1.04 to 1.28 times; with
-// 1024 tokens 256x192 took 1.09 times as long as it).
+// Over weights stored [in, out] of more bytes than this, they take 1.1 to 1.3 times as long (940 MB on an H100, in step
+// 1.03 times; with 470 MB, and on an H200, there was no difference), and so does 256x160 from 2048 tokens on (1.04 to
+// 1.28 times; with 1024 tokens 256x192 took 1.09 times as long as it).
 inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
 inline constexpr int64_t kHugeInOutTokens = 2048;
 inline bool is_huge_in_out(const GemmProblem& problem) {

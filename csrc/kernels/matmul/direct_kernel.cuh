@@ -26,7 +26,7 @@ struct DirectKernel : Base {
   using Scheduler = typename Base::TileScheduler;
   static constexpr int kWarpGroups = Epilogue::kWarpGroups;
   static_assert(cute::size(typename Base::TiledMma{}) == kWarpGroups * 128);
-  static constexpr int kLoadRegisters = 24, kMultiplyRegisters = 240;
+  static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
 
   CUTLASS_DEVICE void operator()(const Params& params, char* memory) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

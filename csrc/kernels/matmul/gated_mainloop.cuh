@@ -3,11 +3,13 @@
 // up value of an output, whatever the width of the projections.
 //
 // CUTLASS loads a tile of the weight in one piece. Here two loads of half a tile fill the same shared memory: the
-// weight is a tensor [outputs, features, 2] whose last stride leads from gate to up.
+// weight is a tensor [outputs, features, 2] whose last stride leads from gate to up. The base keeps them in step.
 #pragma once
 
 #include <cute/tensor.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
+
+#include "paced_mainloop.cuh"
 
 namespace nm_act {
 namespace sm90 {
@@ -102,8 +104,7 @@ struct GatedMainloop : Base {
     const auto stages_e = copy_e.partition_D(smem_e);
     const auto stages_b = copy_b.partition_D(smem_b);
 
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (; tiles > 0; --tiles) {
+    Base::in_step(params, write, tiles, block_rank_in_cluster, [&] {
       pipeline.producer_acquire(write);
       auto* barrier = pipeline.producer_get_barrier(write);
       const int stage = write.index();
@@ -112,8 +113,7 @@ struct GatedMainloop : Base {
       copy(params.load_half.with(*barrier, to_column), gate(_, _, _, *tile), stages_b(_, _, _, 2 * stage));
       copy(params.load_half.with(*barrier, to_column), up(_, _, _, *tile), stages_b(_, _, _, 2 * stage + 1));
       ++tile;
-      ++write;
-    }
+    });
   }
 };
 

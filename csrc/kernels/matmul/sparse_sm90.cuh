@@ -30,6 +30,7 @@
 #include "direct_epilogue.cuh"
 #include "direct_kernel.cuh"
 #include "overlapped_mainloop.cuh"
+#include "paced_mainloop.cuh"
 #include "sparse_gemm.h"
 #include "split_scheduler.cuh"
 
@@ -142,14 +143,25 @@ struct GemmTypes {
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
       MainloopSchedule>::CollectiveOp;
+  template <class Base>
+  using Loads = std::conditional_t<can_pace(kTile), PacedMainloop<Base>, Base>;
+  template <class Base>
+  using Products = std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<Base>, Base>;
   template <class CollectiveEpilogue>
-  using Mainloop =
-      std::conditional_t<TileShape<kTile>::kOverlapped, OverlappedMainloop<CutlassMainloop<CollectiveEpilogue>>,
-                         CutlassMainloop<CollectiveEpilogue>>;
+  using Mainloop = Products<Loads<CutlassMainloop<CollectiveEpilogue>>>;
   template <class CollectiveMainloop, class CollectiveEpilogue>
   using Kernel = cutlass::gemm::kernel::GemmUniversal<
       cute::Shape<int, int, int, int>, CollectiveMainloop, CollectiveEpilogue,
       std::conditional_t<TileShape<kTile>::kSplit, SplitScheduler, cutlass::gemm::PersistentScheduler>>;
+
+  // K-tiles of a block in the waves that fill all multiprocessors.
+  static uint32_t paced_steps(const SparseGemmParams& params, const GemmLaunch& launch) {
+    const auto tiles = [](int size, int tile) { return int64_t{(size + tile - 1) / tile}; };
+    const Tile tile{};
+    const int64_t waves = tiles(params.tokens, cute::get<0>(tile)) * tiles(params.out_features, cute::get<1>(tile)) /
+                          launch.device.multiprocessors;
+    return static_cast<uint32_t>(waves * tiles(params.in_features, cute::get<2>(tile)));
+  }
 
   // Arguments of a kernel, without its epilogue's.
   template <class Kernel>
@@ -163,12 +175,15 @@ struct GemmTypes {
     typename Kernel::Arguments arguments{};
     arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
     arguments.problem_shape = shape;
-    arguments.mainloop = {static_cast<const Value*>(params.values),
-                          SparseConfig::fill_layoutA(shape),
-                          static_cast<const Value*>(params.weight),
-                          weight_stride,
-                          reinterpret_cast<const typename CollectiveMainloop::ElementE*>(params.metadata),
-                          SparseConfig::fill_layoutE(shape)};
+    arguments.mainloop.ptr_A = static_cast<const Value*>(params.values);
+    arguments.mainloop.layout_a = SparseConfig::fill_layoutA(shape);
+    arguments.mainloop.ptr_B = static_cast<const Value*>(params.weight);
+    arguments.mainloop.dB = weight_stride;
+    arguments.mainloop.ptr_E = reinterpret_cast<const typename CollectiveMainloop::ElementE*>(params.metadata);
+    arguments.mainloop.layout_e = SparseConfig::fill_layoutE(shape);
+    if constexpr (can_pace(kTile)) {
+      if (launch.config.paced) arguments.mainloop.pace = {next_pace_slot(), paced_steps(params, launch)};
+    }
     arguments.hw_info.sm_count = launch.device.multiprocessors;
     arguments.scheduler.max_swizzle_size = launch.config.swizzle;
     using Raster = std::remove_reference_t<decltype(arguments.scheduler.raster_order)>;

@@ -49,6 +49,7 @@ struct GemmConfig {
   int swizzle;      // width of a band of the raster, in tiles: 1, 2, 4 or 8
   int splits;       // blocks that share a tile along its features, or kStreamed; 1 but for tiles of the split schedule
   bool overlapped;  // programmatic dependent launch: starts while the previous kernel ends
+  bool paced;       // its blocks are kept in step (paced_mainloop.cuh); only where can_pace
 };
 
 // Instead of a number of splits: the features of the tiles in the last, partly empty wave and in the one before it are
@@ -79,6 +80,12 @@ inline constexpr TileFacts kTiles[] = {
 // The tile of full grids; products with another epilogue than a plain layer's are compiled for it alone.
 constexpr GemmTile wide_tile(ElementType value_type) {
   return value_type == ElementType::kE4M3 ? GemmTile::k128x256x128E4M3 : GemmTile::k128x256x64;
+}
+
+// Whether its kernels can keep their blocks in step. On an H100, other tiles gained nothing
+// (docs/kernels/sparse_gemm.md).
+constexpr bool can_pace(GemmTile tile) {
+  return tile == wide_tile(ElementType::kBFloat16) || tile == wide_tile(ElementType::kE4M3);
 }
 
 // Whether the kernel with a residual is compiled for it: in the storages of optimized models, for that tile alone.

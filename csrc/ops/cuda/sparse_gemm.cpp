@@ -151,20 +151,27 @@ namespace {
 
 // The plan that was given to _tune_sparse_gemm: a configuration, or two with a cut between them.
 GemmPlan given_plan(at::IntArrayRef numbers, int64_t tokens, int64_t out_features, GemmDevice device) {
-  constexpr size_t kConfig = 5, kPlan = 2 * kConfig + 2;
+  constexpr size_t kConfig = 6, kPlan = 2 * kConfig + 2;
   const bool counted = numbers.size() == kConfig || numbers.size() == kPlan;
   TORCH_CHECK_VALUE(
       counted && device.compute_capability_major == 9,
-      "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped) on sm_90, ",
-      "or two such with (cut, at) between them, got ", numbers, " on compute capability ",
+      "nm_act::_tune_sparse_gemm expected config as (tile, raster, swizzle, splits, overlapped, paced) on ",
+      "sm_90, or two such with (cut, at) between them, got ", numbers, " on compute capability ",
       device.compute_capability_major, ".x; use sparse_gemm");
   const auto config = [&](size_t first) {
     TORCH_CHECK_VALUE(numbers[first] >= 0 && numbers[first] < int64_t(std::size(kTiles)),
                       "nm_act::_tune_sparse_gemm expected a tile from 0 to ", std::size(kTiles) - 1, ", got ",
                       numbers[first], "; choose one of _C.gemm_tiles");
-    return GemmConfig{static_cast<GemmTile>(numbers[first]), static_cast<GemmRaster>(numbers[first + 1]),
-                      static_cast<int>(numbers[first + 2]), static_cast<int>(numbers[first + 3]),
-                      numbers[first + 4] != 0};
+    const GemmTile tile = static_cast<GemmTile>(numbers[first]);
+    TORCH_CHECK_VALUE(numbers[first + 5] == 0 || can_pace(tile),
+                      "nm_act::_tune_sparse_gemm expected a tile that can be ", "paced, got ", facts_of(tile).name,
+                      "; _C.gemm_tiles says which can");
+    return GemmConfig{tile,
+                      static_cast<GemmRaster>(numbers[first + 1]),
+                      static_cast<int>(numbers[first + 2]),
+                      static_cast<int>(numbers[first + 3]),
+                      numbers[first + 4] != 0,
+                      numbers[first + 5] != 0};
   };
   if (numbers.size() == kConfig) return {config(0)};
   const GemmPlan plan{config(0), static_cast<GemmCut>(numbers[kConfig]), numbers[kConfig + 1], config(kConfig + 2)};

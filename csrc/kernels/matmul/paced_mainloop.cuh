@@ -1,0 +1,172 @@
+// The loads of a sparse TMA collective, with the blocks of a launch kept in step.
+//
+// A persistent block goes through its tiles on its own, so blocks drift apart, and those that share a row of values or
+// a column of the weight then read them at different times: once the operands of a wave are larger than L2, they come
+// from memory more than once. It cost twice the reads, and through their energy up to an eighth of the time
+// (docs/kernels/sparse_gemm.md).
+//
+// Every kPeriod k-tiles, one thread of each cluster counts itself in global memory, and waits until there are as many
+// counts as if all clusters had come as far as the count before. It is the thread that loads, several k-tiles ahead of
+// the tensor cores. Nothing depends on a wait but time: it ends after kPatience clocks, and the cluster then goes on
+// alone.
+#pragma once
+
+#include <cutlass/cutlass.h>
+#include <cute/tensor.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+
+#include <atomic>
+#include <cstdint>
+
+namespace nm_act {
+namespace sm90 {
+
+// How a launch is paced.
+struct Pace {
+  int slot;        // of pace_counters, the launch's own
+  uint32_t steps;  // k-tiles of a block in waves that all blocks take part in; 0: unpaced
+};
+
+struct alignas(32) PaceCounter {
+  unsigned arrived, done;
+};
+// Launches take the slots in turn. Two that run at once in one slot disturb each other's pace, but leave the counters
+// as they were, since they have the same number of clusters: each source has counters of its own (so its own Pacer,
+// whose members are inlined).
+inline constexpr int kPaceSlots = 256;
+static __device__ PaceCounter pace_counters[kPaceSlots];
+
+inline int next_pace_slot() {
+  static std::atomic<unsigned> next{0};
+  return static_cast<int>(next++ % kPaceSlots);
+}
+
+class Pacer {
+ public:
+  static constexpr uint32_t kPeriod = 16;
+  static constexpr unsigned kPatience = 20000;
+
+  // clusters: of the launch. paced: whether this thread counts its cluster.
+  CUTLASS_DEVICE Pacer(const Pace& pace, unsigned clusters, bool paced)
+      : counter_(pace_counters + pace.slot), clusters_(clusters), steps_(paced ? pace.steps : 0) {}
+
+  // Before the loads of a k-tile of the launch. Returns false if the others did not come in time.
+  CUTLASS_DEVICE bool step(uint32_t k_tile) {
+    if (k_tile >= steps_) return true;
+    const uint32_t phase = k_tile % kPeriod, period = k_tile / kPeriod;
+    // Read ahead of the count, so that a cluster in step does not wait for memory; in the middle of a period, which a
+    // tile's end seldom divides.
+    if (phase == kPeriod / 2 - 2) seen_ = arrived();
+    if (phase != kPeriod / 2) return true;
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(&counter_->arrived) : "memory");
+    const unsigned awaited = period * clusters_;
+    if (seen_ >= awaited) return true;
+    const unsigned start = clock();
+    do {
+      seen_ = arrived();
+      if (seen_ >= awaited) return true;
+    } while (static_cast<unsigned>(clock()) - start < kPatience);
+    return false;
+  }
+
+  // After the loads of a tile whose first k-tile and number of k-tiles are given: the last cluster that needs the
+  // counter no longer leaves it as it was before the launch.
+  CUTLASS_DEVICE void finish(uint32_t first, uint32_t k_tiles) {
+    if (first + k_tiles != steps_) return;  // whole tiles; steps_ is 0 where nothing is counted
+    __threadfence();
+    if (atomicInc(&counter_->done, clusters_ - 1) != clusters_ - 1) return;
+    __threadfence();
+    atomicExch(&counter_->arrived, 0);
+  }
+
+ private:
+  CUTLASS_DEVICE unsigned arrived() const {
+    unsigned count;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(&counter_->arrived) : "memory");
+    return count;
+  }
+
+  PaceCounter* counter_;
+  unsigned clusters_, seen_ = 0;
+  uint32_t steps_;
+};
+
+template <class Base>
+struct PacedMainloop : Base {
+  using typename Base::MainloopPipeline;
+  using typename Base::PipelineState;
+  using typename Base::TensorStorage;
+  using Cluster = typename Base::DispatchPolicy::ClusterShape;
+
+  struct Arguments : Base::Arguments {
+    Pace pace;
+  };
+  struct Params : Base::Params {
+    Pace pace;
+  };
+
+  template <class Problem>
+  static Params to_underlying_arguments(const Problem& problem, const Arguments& arguments, void* workspace) {
+    return {Base::to_underlying_arguments(problem, arguments, workspace), arguments.pace};
+  }
+
+  template <class Inputs, class BlockCoord, class TileIterator>
+  CUTLASS_DEVICE void load(const Params& params, MainloopPipeline pipeline, PipelineState write, const Inputs& inputs,
+                           const BlockCoord& block, TileIterator tile, int tiles, int, uint32_t block_rank_in_cluster,
+                           TensorStorage& shared) {
+    using namespace cute;
+    if (!elect_one_sync()) return;
+    const auto smem_a = make_tensor(make_smem_ptr(shared.smem_A.begin()), typename Base::SmemLayoutA{});
+    const auto smem_e = make_tensor(make_smem_ptr(shared.smem_E.begin()), typename Base::SmemLayoutE{});
+    const auto smem_b = make_tensor(make_smem_ptr(shared.smem_B.begin()), typename Base::SmemLayoutB{});
+    const auto [all_a, all_b, all_e] = inputs;
+
+    const auto blocks = make_layout(Cluster{});
+    const auto mine = blocks.get_flat_coord(block_rank_in_cluster);
+    const uint16_t to_row = create_tma_multicast_mask<1>(blocks, mine);
+    const uint16_t to_column = create_tma_multicast_mask<0>(blocks, mine);
+    const auto copy_a = params.tma_load_a.get_slice(get<1>(mine));
+    const auto copy_e = params.tma_load_e.get_slice(get<1>(mine));
+    const auto copy_b = params.tma_load_b.get_slice(get<0>(mine));
+
+    const auto source_a = copy_a.partition_S(all_a(_, _, get<0>(block), _, get<3>(block)));
+    const auto source_e = copy_e.partition_S(all_e(_, _, get<0>(block), _, get<3>(block)));
+    const auto source_b = copy_b.partition_S(all_b(_, _, get<1>(block), _, get<3>(block)));
+    const auto stages_a = copy_a.partition_D(smem_a);
+    const auto stages_e = copy_e.partition_D(smem_e);
+    const auto stages_b = copy_b.partition_D(smem_b);
+
+    in_step(params, write, tiles, block_rank_in_cluster, [&] {
+      pipeline.producer_acquire(write);
+      auto* barrier = pipeline.producer_get_barrier(write);
+      const int stage = write.index();
+      copy(params.tma_load_a.with(*barrier, to_row), source_a(_, _, _, *tile), stages_a(_, _, _, stage));
+      copy(params.tma_load_e.with(*barrier, to_row), source_e(_, _, _, *tile), stages_e(_, _, _, stage));
+      copy(params.tma_load_b.with(*barrier, to_column), source_b(_, _, _, *tile), stages_b(_, _, _, stage));
+      ++tile;
+    });
+  }
+
+ protected:
+  // Calls load_k_tile for each k-tile of a tile and advances `write`, in step with the other clusters.
+  template <class Load>
+  CUTLASS_DEVICE void in_step(const Params& params, PipelineState& write, int k_tiles, uint32_t block_rank_in_cluster,
+                              const Load& load_k_tile) {
+    const unsigned clusters = gridDim.x * gridDim.y * gridDim.z / cute::size(Cluster{});
+    const uint32_t first = write.count();
+    Pacer pacer(params.pace, clusters, block_rank_in_cluster == 0);
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int i = 0; i < k_tiles; ++i) {
+      if (!alone_) alone_ = !pacer.step(first + i);
+      load_k_tile();
+      ++write;
+    }
+    pacer.finish(first, k_tiles);
+  }
+
+ private:
+  bool alone_ = false;
+};
+
+}  // namespace sm90
+}  // namespace nm_act
