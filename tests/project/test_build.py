@@ -129,6 +129,7 @@ NATIVE = {
     "decode_attention": 4_000,
     "windows": 2_200_000,
     "gemm_config": 2_000,
+    "pacer": 3_000,
 }
 """Program under tests/native -> how many checks it makes at least."""
 JOBS = {}

@@ -3,9 +3,11 @@
 
 #if defined(__CUDACC__)
 #define NM_ACT_HOST_DEVICE __host__ __device__
+#define NM_ACT_DEVICE __device__ __forceinline__
 #define NM_ACT_UNROLL _Pragma("unroll")
 #else
 #define NM_ACT_HOST_DEVICE
+#define NM_ACT_DEVICE inline
 #define NM_ACT_UNROLL
 #endif
 

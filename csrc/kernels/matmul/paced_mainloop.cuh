@@ -5,9 +5,9 @@
 // from memory more than once. It cost twice the reads, and through their energy up to an eighth of the time
 // (docs/kernels/sparse_gemm.md).
 //
-// Every kPeriod k-tiles, one thread of each cluster counts itself in global memory, and waits until there are as many
-// counts as if all clusters had come as far as the count before. It is the thread that loads, several k-tiles ahead of
-// the tensor cores. Nothing depends on a wait but time: it ends after kPatience clocks, and the cluster then goes on
+// Every 16 k-tiles, one thread of each cluster counts itself in global memory, and waits until there are as many counts
+// as if all clusters had come as far as the count before (pacer.h). It is the thread that loads, several k-tiles ahead
+// of the tensor cores. Nothing depends on a wait but time: it ends after 20000 clocks, and the cluster then goes on
 // alone.
 #pragma once
 
@@ -17,6 +17,8 @@
 
 #include <atomic>
 #include <cstdint>
+
+#include "pacer.h"
 
 namespace nm_act {
 namespace sm90 {
@@ -31,8 +33,7 @@ struct alignas(32) PaceCounter {
   unsigned arrived, done;
 };
 // Launches take the slots in turn. Two that run at once in one slot disturb each other's pace, but leave the counters
-// as they were, since they have the same number of clusters: each source has counters of its own (so its own Pacer,
-// whose members are inlined).
+// as they were, since they have the same number of clusters: each source has counters of its own.
 inline constexpr int kPaceSlots = 256;
 static __device__ PaceCounter pace_counters[kPaceSlots];
 
@@ -41,54 +42,27 @@ inline int next_pace_slot() {
   return static_cast<int>(next++ % kPaceSlots);
 }
 
-class Pacer {
- public:
-  static constexpr uint32_t kPeriod = 16;
-  static constexpr unsigned kPatience = 20000;
+// A counter in global memory.
+struct GlobalCounter {
+  PaceCounter* at;
 
-  // clusters: of the launch. paced: whether this thread counts its cluster.
-  CUTLASS_DEVICE Pacer(const Pace& pace, unsigned clusters, bool paced)
-      : counter_(pace_counters + pace.slot), clusters_(clusters), steps_(paced ? pace.steps : 0) {}
-
-  // Before the loads of a k-tile of the launch. Returns false if the others did not come in time.
-  CUTLASS_DEVICE bool step(uint32_t k_tile) {
-    if (k_tile >= steps_) return true;
-    const uint32_t phase = k_tile % kPeriod, period = k_tile / kPeriod;
-    // Read ahead of the count, so that a cluster in step does not wait for memory; in the middle of a period, which a
-    // tile's end seldom divides.
-    if (phase == kPeriod / 2 - 2) seen_ = arrived();
-    if (phase != kPeriod / 2) return true;
-    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(&counter_->arrived) : "memory");
-    const unsigned awaited = period * clusters_;
-    if (seen_ >= awaited) return true;
-    const unsigned start = clock();
-    do {
-      seen_ = arrived();
-      if (seen_ >= awaited) return true;
-    } while (static_cast<unsigned>(clock()) - start < kPatience);
-    return false;
+  CUTLASS_DEVICE void count() const {
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(&at->arrived) : "memory");
   }
-
-  // After the loads of a tile whose first k-tile and number of k-tiles are given: the last cluster that needs the
-  // counter no longer leaves it as it was before the launch.
-  CUTLASS_DEVICE void finish(uint32_t first, uint32_t k_tiles) {
-    if (first + k_tiles != steps_) return;  // whole tiles; steps_ is 0 where nothing is counted
+  CUTLASS_DEVICE unsigned counts() const {
+    unsigned sum;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(sum) : "l"(&at->arrived) : "memory");
+    return sum;
+  }
+  CUTLASS_DEVICE bool leave(unsigned clusters) const {
     __threadfence();
-    if (atomicInc(&counter_->done, clusters_ - 1) != clusters_ - 1) return;
+    return atomicInc(&at->done, clusters - 1) == clusters - 1;
+  }
+  CUTLASS_DEVICE void clear() const {
     __threadfence();
-    atomicExch(&counter_->arrived, 0);
+    atomicExch(&at->arrived, 0);
   }
-
- private:
-  CUTLASS_DEVICE unsigned arrived() const {
-    unsigned count;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(&counter_->arrived) : "memory");
-    return count;
-  }
-
-  PaceCounter* counter_;
-  unsigned clusters_, seen_ = 0;
-  uint32_t steps_;
+  CUTLASS_DEVICE static unsigned now() { return clock(); }
 };
 
 template <class Base>
@@ -154,7 +128,8 @@ struct PacedMainloop : Base {
                               const Load& load_k_tile) {
     const unsigned clusters = gridDim.x * gridDim.y * gridDim.z / cute::size(Cluster{});
     const uint32_t first = write.count();
-    Pacer pacer(params.pace, clusters, block_rank_in_cluster == 0);
+    const uint32_t steps = block_rank_in_cluster == 0 ? params.pace.steps : 0;
+    Pacer<GlobalCounter> pacer({pace_counters + params.pace.slot}, clusters, steps);
     CUTLASS_PRAGMA_NO_UNROLL
     for (int i = 0; i < k_tiles; ++i) {
       if (!alone_) alone_ = !pacer.step(first + i);
