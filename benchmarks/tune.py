@@ -336,7 +336,7 @@ class Tuner:
         return self.clock.behind_a_sleep(calls, host_us)
 
 
-def problems_of(arguments: argparse.Namespace) -> list[Problem]:
+def problems_of(arguments: argparse.Namespace, multiprocessors: int) -> list[Problem]:
     llama = [*LLAMA_3_8B.values(), *LLAMA_3_70B.values()]
     main_parts = [(tokens, *shape) for tokens in LLAMA_TOKENS for shape in llama]
     kinds = {"bf16": ("bf16", "out_in"), "e4m3": ("e4m3", "out_in"), "in_out": ("bf16", "in_out")}
@@ -350,20 +350,20 @@ def problems_of(arguments: argparse.Namespace) -> list[Problem]:
         both = [Problem(part, dtype, "out_in", *sizes) for sizes in drawn for dtype in ("bf16", "e4m3")]
         result += both if part in arguments.parts else []
         if part == "turns" and "paced" in arguments.parts:
-            result += [problem._replace(part="paced") for problem in both if is_paced(problem)]
+            result += [problem._replace(part="paced") for problem in both if is_paced(problem, multiprocessors)]
     return result
 
 
-def is_paced(problem: Problem) -> bool:
-    """Whether the chosen configuration, or the first of a cut product, keeps its blocks in step on an H100."""
-    return _C.select_gemm_plan(problem.dtype, *problem[3:], 132)[5]
+def is_paced(problem: Problem, multiprocessors: int) -> bool:
+    """Whether the chosen configuration, or the first of a cut product, keeps its blocks in step."""
+    return _C.select_gemm_plan(problem.dtype, *problem[3:], multiprocessors)[5]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", required=True, help="rows are appended; problems that it holds are not run again")
     parser.add_argument("--commit", default=commit(), help="what the column commit says, where there is no git")
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="in this order")
+    parser.add_argument("--parts", nargs="+", default=PARTS[:-1], choices=PARTS, help="in this order; all but paced")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no problem after this time")
     parser.add_argument("--no-cusparselt", action="store_true", help="leave out that baseline and its long search")
     parser.add_argument("--chosen", action="store_true", help="no scan: the chosen configuration beside the baselines")
@@ -387,7 +387,7 @@ def main() -> None:
                         tuner.refused.add((dtype, storage, config.name))
                     else:
                         tuner.tiles[dtype].remove(tile)
-    for problem in problems_of(arguments):
+    for problem in problems_of(arguments, tuner.multiprocessors):
         if tuple(map(str, problem)) in tuner.done:
             continue
         if time.time() - began > arguments.seconds:

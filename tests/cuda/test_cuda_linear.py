@@ -295,7 +295,7 @@ def test_only_some_tiles_can_be_kept_in_step():
 @HOPPER
 @pytest.mark.parametrize("activation_dtype", [None, E4M3])
 def test_launches_in_step_share_the_device(activation_dtype):
-    """On three streams, none of which has all multiprocessors: no block waits long for one that cannot run."""
+    """On three streams, none of which has all multiprocessors: the bits stay, and no block waits forever."""
     packed, weight, terms = packed_problem(activation_dtype, False, PACED_SHAPE, "out_in")
     tile = paced_tile(activation_dtype)
     expected = tuned(packed, weight, [tile, 1, 8, 1, 0, 0], **terms)

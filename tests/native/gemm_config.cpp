@@ -57,7 +57,8 @@ void check_properties(const GemmProblem& problem) {
   check(within, "padding of the grid", problem);
   check(config.overlapped == (is_clustered(tile) || token_tiles == 1), "overlap", problem);
   check(!config.paced || (can_pace(config.tile) && config.splits == 1), "blocks in step", problem);
-  check(!config.paced || token_tiles * output_tiles >= problem.multiprocessors, "whole waves in step", problem);
+  check(!config.paced || token_tiles * output_tiles >= (kPacedWaves - 1) * problem.multiprocessors,
+        "many waves in step", problem);
   check(is_clustered(tile) || tile.tokens < 128 || token_tiles % 2 == 1, "clusters of whole pairs", problem);
 }
 

@@ -169,7 +169,7 @@ int main() {
     launch.paced = true;
     check(even.end < free.end * 1.1 + counts * kReadClocks * 2 + 16 * kTileClocks, "even clusters hardly wait");
 
-    // Of several speeds: the fast ones stay within two counts of the mean, however long the launch, unless they gave up.
+    // Of several speeds: the fast ones stay within two counts of the mean, however long the launch, or gave up.
     std::vector<double> speeds(launch.clusters);
     for (double& speed : speeds) speed = std::uniform_real_distribution<>(0, 0.3)(random);
     const auto uneven = [&](unsigned cluster) { return speeds[cluster]; };

@@ -19,7 +19,7 @@ FEWEST = {"bf16": 148, "e4m3": 1}
 
 @pytest.fixture(scope="module")
 def scanned():
-    """Microseconds by (dtype, storage, tokens, out_features, in_features), then (tiles, raster, swizzle, splits, paced, cut).
+    """Microseconds by (dtype, storage, tokens, outputs, inputs), then (tiles, raster, swizzle, splits, paced, cut).
 
     Of a problem whose configurations were timed in turn, these rows alone.
     """

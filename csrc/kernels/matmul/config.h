@@ -86,16 +86,19 @@ inline int64_t banded_tiles(const TileGrid& grid, const TileFacts& tile, int swi
          round_up(grid.columns, static_cast<uint32_t>(swizzle * tile.cluster_outputs));
 }
 
-// Bytes of values and weight that a wave of a tile reads if its blocks lie as close to a square as they can.
+// Bytes of values and weight that a wave of a tile reads if its blocks lie as close to a square as they can. A token's
+// features are half as many values, and one bit each of metadata.
 inline double wave_bytes(const GemmProblem& problem, const TileFacts& tile) {
-  const double features = static_cast<double>(problem.in_features) * (tile.bits8 ? 1 : 2);
-  return 2 * std::sqrt(problem.multiprocessors * tile.tokens * 0.5625 * tile.out_features) * features;
+  const double kept = tile.bits8 ? 0.625 : 1.125, weight = tile.bits8 ? 1 : 2;
+  return 2 * std::sqrt(problem.multiprocessors * tile.tokens * kept * tile.out_features * weight) *
+         static_cast<double>(problem.in_features);
 }
 
 // Whether the blocks are kept in step: where L2, which has 50 MB on an H100, does not hold what a wave reads, and
-// enough waves follow each other for blocks to drift apart. In step, the tile takes 0.88 to 1.01 times as long in turn
-// with others, 0.89 to 1.03 times in a loop of one product; with fewer waves or bytes, up to 1.07 times in a loop.
-inline constexpr double kPacedBytes16 = 40e6, kPacedBytesE4M3 = 60e6;
+// enough waves follow each other for blocks to drift apart. There, the tile reads a fifth to a half less from memory
+// and takes 0.95 to 1.02 times as long, 0.998 in the mean (benchmarks/results/h100/gemm_tuning.csv), and 0.88 to 0.91
+// times over large weights (docs/kernels/sparse_gemm.md); with fewer waves or bytes, up to 1.07 times.
+inline constexpr double kPacedBytes16 = 40e6, kPacedBytesE4M3 = 63e6;
 inline constexpr int64_t kPacedWaves = 6;
 inline bool is_paced(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile) {
   return can_pace(tile.tile) && grid.rows * grid.columns >= kPacedWaves * problem.multiprocessors &&
@@ -201,7 +204,7 @@ inline double estimate_us(const GemmProblem& problem, const TileFacts& tile, con
   const int64_t tiles = tiling.tiles;
   const double tokens = static_cast<double>(problem.tokens), outputs = static_cast<double>(problem.out_features),
                features = static_cast<double>(problem.in_features), bytes = tile.bits8 ? 1 : 2;
-  const double values = tokens * features * bytes * 0.5625;  // one half survives, and metadata is one sixteenth
+  const double values = tokens * features * bytes * 0.5625;  // metadata as of 16 bits, near enough for e4m3
   const double moved = (outputs * features * bytes + values + tokens * outputs * 2) / 1e6;
   const double shared =
       static_cast<double>(tiles) * (tile.tokens * 0.5625 + tile.out_features) * features * bytes / 1e6;

@@ -1,6 +1,7 @@
 // A persistent kernel around a sparse TMA collective: one warp loads, two warp groups multiply and store what they
 // multiplied (direct_epilogue.cuh). They share the stages of the pipeline and nothing else; in CUTLASS's cooperative
-// kernel they meet at several barriers of each epilogue, and the vectors of the epilogue are loaded after the main loop.
+// kernel they meet at several barriers of each epilogue, and the vectors of the epilogue are loaded after the main
+// loop.
 //
 // Host side, parameters and shared memory are those of CUTLASS's cooperative kernel.
 #pragma once
@@ -26,7 +27,7 @@ struct DirectKernel : Base {
   using Scheduler = typename Base::TileScheduler;
   static constexpr int kWarpGroups = Epilogue::kWarpGroups;
   static_assert(cute::size(typename Base::TiledMma{}) == kWarpGroups * 128);
-  static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;
+  static constexpr int kLoadRegisters = 40, kMultiplyRegisters = 232;  // CUTLASS's; 24 are too few to load in step
 
   CUTLASS_DEVICE void operator()(const Params& params, char* memory) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -2,7 +2,7 @@
 //
 // A persistent block goes through its tiles on its own, so blocks drift apart, and those that share a row of values or
 // a column of the weight then read them at different times: once the operands of a wave are larger than L2, they come
-// from memory more than once. It cost twice the reads, and through their energy up to an eighth of the time
+// from memory more than once: up to twice the reads, and with large weights a tenth of the time
 // (docs/kernels/sparse_gemm.md).
 //
 // Every 16 k-tiles, one thread of each cluster counts itself in global memory, and waits until there are as many counts

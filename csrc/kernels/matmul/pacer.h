@@ -22,7 +22,8 @@ class Pacer {
   NM_ACT_DEVICE Pacer(Counter counter, unsigned clusters, uint32_t steps)
       : counter_(counter), clusters_(clusters), steps_(steps) {}
 
-  // Before the loads of a k-tile of the launch. Returns false if the others did not come in time.
+  // Before the loads of a k-tile of the launch. Returns false if the others did not come in time: then the cluster
+  // makes no more counts, so the others give up as well, once each.
   NM_ACT_DEVICE bool step(uint32_t k_tile) {
     if (k_tile >= steps_) return true;
     const uint32_t phase = k_tile % kPeriod, period = k_tile / kPeriod;

@@ -164,7 +164,7 @@ GemmPlan given_plan(at::IntArrayRef numbers, int64_t tokens, int64_t out_feature
                       numbers[first], "; choose one of _C.gemm_tiles");
     const GemmTile tile = static_cast<GemmTile>(numbers[first]);
     TORCH_CHECK_VALUE(numbers[first + 5] == 0 || can_pace(tile),
-                      "nm_act::_tune_sparse_gemm expected a tile that can be ", "paced, got ", facts_of(tile).name,
+                      "nm_act::_tune_sparse_gemm expected a tile that can be paced, got ", facts_of(tile).name,
                       "; _C.gemm_tiles says which can");
     return GemmConfig{tile,
                       static_cast<GemmRaster>(numbers[first + 1]),
