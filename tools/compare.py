@@ -1,6 +1,7 @@
 """What got slower or faster between two files of benchmark results: compare.py OLD.csv NEW.csv [--threshold PERCENT].
 
-Rows are matched by their key columns: all that are neither measured nor about the run. The exit code is 1 if a row is
+Rows are matched by their key columns: all that are neither measured nor about the run. One that the old file lacks is
+empty in its rows. The exit code is 1 if a row is
 slower by more than the threshold, 2 if the files cannot be compared.
 """
 
@@ -31,8 +32,11 @@ class Change:
     slower: float
 
 
-def read(path: str) -> tuple[dict[tuple[str, ...], float], list[str]]:
-    """Value by key (repeated rows give their median) and the key's columns; ValueError if the file holds no results."""
+def read(path: str, columns: list[str] | None = None) -> tuple[dict[tuple[str, ...], float], list[str]]:
+    """Value by key (repeated rows give their median) and the key's columns; ValueError if the file holds no results.
+
+    Columns that are given replace the file's own, if they hold all of these.
+    """
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     value = next((column for column in TIMES if rows and column in rows[0]), None)
@@ -40,17 +44,18 @@ def read(path: str) -> tuple[dict[tuple[str, ...], float], list[str]]:
         raise ValueError(
             f"expected rows with {' or '.join(TIMES)} in {path!r}, got none; name a file of benchmark results"
         )
-    columns = [column for column in rows[0] if column not in NOT_KEYS]
+    own = [column for column in rows[0] if column not in NOT_KEYS]
+    columns = own if columns is None or not set(own) <= set(columns) else columns
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
-        found.setdefault(tuple(row[column] for column in columns), []).append(float(row[value]))
+        found.setdefault(tuple(row.get(column, "") for column in columns), []).append(float(row[value]))
     return {key: statistics.median(values) for key, values in found.items()}, columns
 
 
 def compare(old: str, new: str) -> tuple[list[Change], list[str], int]:
     """Changes of the rows in both files, slowest first; the key's columns; the number of rows in one file only."""
-    before, columns = read(old)
     after, other = read(new)
+    before, columns = read(old, other)
     if columns != other:
         raise ValueError(
             f"expected equal key columns, got {columns} in {old!r} and {other} in {new!r}; compare one benchmark"

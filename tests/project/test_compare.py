@@ -52,6 +52,21 @@ def test_repeated_rows_count_by_their_median(files):
     assert (change.old, change.new, change.slower) == (11, 22, 100)
 
 
+def test_a_column_that_came_later_is_empty_in_the_old_file(files):
+    old, new = files(OLD, [])
+    rows = [",".join([*row.split(",")[:3], "", *row.split(",")[3:]]) for row in NEW]
+    header = HEADER.replace("tokens", "tokens,paced")
+    Path(new).write_text("\n".join([header, *rows, "gemm,ours,8,paced,19,1.3,b"]) + "\n")
+    changes, columns, alone = compare.compare(old, new)
+    assert columns == ["bench", "variant", "tokens", "paced"]
+    assert {change.key[2:]: (change.old, change.new) for change in changes} == {
+        ("1", ""): (10, 9),
+        ("8", ""): (20, 21),
+        ("64", ""): (40, 40.4),
+    }
+    assert alone == 2
+
+
 @pytest.mark.parametrize(
     ("old", "new", "header", "told"),
     [
