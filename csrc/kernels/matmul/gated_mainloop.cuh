@@ -83,37 +83,20 @@ struct GatedMainloop : Base {
                            TensorStorage& shared) {
     using namespace cute;
     if (!elect_one_sync()) return;
-    const auto smem_a = make_tensor(make_smem_ptr(shared.smem_A.begin()), typename Base::SmemLayoutA{});
-    const auto smem_e = make_tensor(make_smem_ptr(shared.smem_E.begin()), typename Base::SmemLayoutE{});
     const auto smem_b = make_tensor(make_smem_ptr(shared.smem_B.begin()), SmemHalves{});
-    const auto [all_a, all_b, all_e, all_halves] = inputs;
-
+    const auto halves = get<3>(inputs);
     const auto blocks = make_layout(ClusterShape{});
     const auto mine = blocks.get_flat_coord(block_rank_in_cluster);
-    const uint16_t to_row = create_tma_multicast_mask<1>(blocks, mine);
     const uint16_t to_column = create_tma_multicast_mask<0>(blocks, mine);
-    const auto copy_a = params.tma_load_a.get_slice(get<1>(mine));
-    const auto copy_e = params.tma_load_e.get_slice(get<1>(mine));
     const auto copy_b = params.load_half.get_slice(get<0>(mine));
-
-    const auto source_a = copy_a.partition_S(all_a(_, _, get<0>(block), _, get<3>(block)));
-    const auto source_e = copy_e.partition_S(all_e(_, _, get<0>(block), _, get<3>(block)));
-    const auto gate = copy_b.partition_S(all_halves(_, _, get<1>(block), _, 0));
-    const auto up = copy_b.partition_S(all_halves(_, _, get<1>(block), _, 1));
-    const auto stages_a = copy_a.partition_D(smem_a);
-    const auto stages_e = copy_e.partition_D(smem_e);
+    const auto gate = copy_b.partition_S(halves(_, _, get<1>(block), _, 0));
+    const auto up = copy_b.partition_S(halves(_, _, get<1>(block), _, 1));
     const auto stages_b = copy_b.partition_D(smem_b);
-
-    Base::in_step(params, write, tiles, block_rank_in_cluster, [&] {
-      pipeline.producer_acquire(write);
-      auto* barrier = pipeline.producer_get_barrier(write);
-      const int stage = write.index();
-      copy(params.tma_load_a.with(*barrier, to_row), source_a(_, _, _, *tile), stages_a(_, _, _, stage));
-      copy(params.tma_load_e.with(*barrier, to_row), source_e(_, _, _, *tile), stages_e(_, _, _, stage));
-      copy(params.load_half.with(*barrier, to_column), gate(_, _, _, *tile), stages_b(_, _, _, 2 * stage));
-      copy(params.load_half.with(*barrier, to_column), up(_, _, _, *tile), stages_b(_, _, _, 2 * stage + 1));
-      ++tile;
-    });
+    const auto load_halves = [&](auto& barrier, int k_tile, int stage) {
+      copy(params.load_half.with(barrier, to_column), gate(_, _, _, k_tile), stages_b(_, _, _, 2 * stage));
+      copy(params.load_half.with(barrier, to_column), up(_, _, _, k_tile), stages_b(_, _, _, 2 * stage + 1));
+    };
+    Base::load_with(params, pipeline, write, inputs, block, tile, tiles, block_rank_in_cluster, shared, load_halves);
   }
 };
 

@@ -90,53 +90,59 @@ struct PacedMainloop : Base {
                            TensorStorage& shared) {
     using namespace cute;
     if (!elect_one_sync()) return;
-    const auto smem_a = make_tensor(make_smem_ptr(shared.smem_A.begin()), typename Base::SmemLayoutA{});
-    const auto smem_e = make_tensor(make_smem_ptr(shared.smem_E.begin()), typename Base::SmemLayoutE{});
     const auto smem_b = make_tensor(make_smem_ptr(shared.smem_B.begin()), typename Base::SmemLayoutB{});
-    const auto [all_a, all_b, all_e] = inputs;
-
+    const auto weight = get<1>(inputs);
     const auto blocks = make_layout(Cluster{});
     const auto mine = blocks.get_flat_coord(block_rank_in_cluster);
-    const uint16_t to_row = create_tma_multicast_mask<1>(blocks, mine);
     const uint16_t to_column = create_tma_multicast_mask<0>(blocks, mine);
-    const auto copy_a = params.tma_load_a.get_slice(get<1>(mine));
-    const auto copy_e = params.tma_load_e.get_slice(get<1>(mine));
     const auto copy_b = params.tma_load_b.get_slice(get<0>(mine));
-
-    const auto source_a = copy_a.partition_S(all_a(_, _, get<0>(block), _, get<3>(block)));
-    const auto source_e = copy_e.partition_S(all_e(_, _, get<0>(block), _, get<3>(block)));
-    const auto source_b = copy_b.partition_S(all_b(_, _, get<1>(block), _, get<3>(block)));
-    const auto stages_a = copy_a.partition_D(smem_a);
-    const auto stages_e = copy_e.partition_D(smem_e);
+    const auto source_b = copy_b.partition_S(weight(_, _, get<1>(block), _, get<3>(block)));
     const auto stages_b = copy_b.partition_D(smem_b);
-
-    in_step(params, write, tiles, block_rank_in_cluster, [&] {
-      pipeline.producer_acquire(write);
-      auto* barrier = pipeline.producer_get_barrier(write);
-      const int stage = write.index();
-      copy(params.tma_load_a.with(*barrier, to_row), source_a(_, _, _, *tile), stages_a(_, _, _, stage));
-      copy(params.tma_load_e.with(*barrier, to_row), source_e(_, _, _, *tile), stages_e(_, _, _, stage));
-      copy(params.tma_load_b.with(*barrier, to_column), source_b(_, _, _, *tile), stages_b(_, _, _, stage));
-      ++tile;
-    });
+    load_with(params, pipeline, write, inputs, block, tile, tiles, block_rank_in_cluster, shared,
+              [&](auto& barrier, int k_tile, int stage) {
+                copy(params.tma_load_b.with(barrier, to_column), source_b(_, _, _, k_tile), stages_b(_, _, _, stage));
+              });
   }
 
  protected:
-  // Calls load_k_tile for each k-tile of a tile and advances `write`, in step with the other clusters.
-  template <class Load>
-  CUTLASS_DEVICE void in_step(const Params& params, PipelineState& write, int k_tiles, uint32_t block_rank_in_cluster,
-                              const Load& load_k_tile) {
-    const unsigned clusters = gridDim.x * gridDim.y * gridDim.z / cute::size(Cluster{});
+  // Loads the k-tiles of a tile in step with the other clusters: values and metadata, and what
+  // load_weight(barrier, k_tile, stage) loads beside them. For one thread.
+  template <class Inputs, class BlockCoord, class TileIterator, class LoadWeight>
+  CUTLASS_DEVICE void load_with(const Params& params, MainloopPipeline& pipeline, PipelineState& write,
+                                const Inputs& inputs, const BlockCoord& block, TileIterator& tile, int tiles,
+                                uint32_t block_rank_in_cluster, TensorStorage& shared, const LoadWeight& load_weight) {
+    using namespace cute;
+    const auto smem_a = make_tensor(make_smem_ptr(shared.smem_A.begin()), typename Base::SmemLayoutA{});
+    const auto smem_e = make_tensor(make_smem_ptr(shared.smem_E.begin()), typename Base::SmemLayoutE{});
+    const auto values = get<0>(inputs);
+    const auto metadata = get<2>(inputs);
+    const auto blocks = make_layout(Cluster{});
+    const auto mine = blocks.get_flat_coord(block_rank_in_cluster);
+    const uint16_t to_row = create_tma_multicast_mask<1>(blocks, mine);
+    const auto copy_a = params.tma_load_a.get_slice(get<1>(mine));
+    const auto copy_e = params.tma_load_e.get_slice(get<1>(mine));
+    const auto source_a = copy_a.partition_S(values(_, _, get<0>(block), _, get<3>(block)));
+    const auto source_e = copy_e.partition_S(metadata(_, _, get<0>(block), _, get<3>(block)));
+    const auto stages_a = copy_a.partition_D(smem_a);
+    const auto stages_e = copy_e.partition_D(smem_e);
+
+    const unsigned clusters = gridDim.x * gridDim.y * gridDim.z / size(Cluster{});
     const uint32_t first = write.count();
     const uint32_t steps = block_rank_in_cluster == 0 ? params.pace.steps : 0;
     Pacer<GlobalCounter> pacer({pace_counters + params.pace.slot}, clusters, steps);
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int i = 0; i < k_tiles; ++i) {
+    for (int i = 0; i < tiles; ++i) {
       if (!alone_) alone_ = !pacer.step(first + i);
-      load_k_tile();
+      pipeline.producer_acquire(write);
+      auto& barrier = *pipeline.producer_get_barrier(write);
+      const int stage = write.index();
+      copy(params.tma_load_a.with(barrier, to_row), source_a(_, _, _, *tile), stages_a(_, _, _, stage));
+      copy(params.tma_load_e.with(barrier, to_row), source_e(_, _, _, *tile), stages_e(_, _, _, stage));
+      load_weight(barrier, *tile, stage);
+      ++tile;
       ++write;
     }
-    pacer.finish(first, k_tiles);
+    pacer.finish(first, tiles);
   }
 
  private:

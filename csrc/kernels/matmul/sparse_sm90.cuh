@@ -156,11 +156,9 @@ struct GemmTypes {
 
   // K-tiles of a block in the waves that fill all multiprocessors.
   static uint32_t paced_steps(const SparseGemmParams& params, const GemmLaunch& launch) {
-    const auto tiles = [](int size, int tile) { return int64_t{(size + tile - 1) / tile}; };
-    const Tile tile{};
-    const int64_t waves = tiles(params.tokens, cute::get<0>(tile)) * tiles(params.out_features, cute::get<1>(tile)) /
-                          launch.device.multiprocessors;
-    return static_cast<uint32_t>(waves * tiles(params.in_features, cute::get<2>(tile)));
+    const auto sizes = cute::make_shape(params.tokens, params.out_features, params.in_features);
+    const auto [rows, columns, k_tiles] = cute::ceil_div(sizes, Tile{});
+    return static_cast<uint32_t>(int64_t{rows} * columns / launch.device.multiprocessors * k_tiles);
   }
 
   // Arguments of a kernel, without its epilogue's.
