@@ -1,8 +1,7 @@
 """What got slower or faster between two files of benchmark results: compare.py OLD.csv NEW.csv [--threshold PERCENT].
 
 Rows are matched by their key columns: all that are neither measured nor about the run. One that the old file lacks is
-empty in its rows. The exit code is 1 if a row is
-slower by more than the threshold, 2 if the files cannot be compared.
+empty in its rows. The exit code is 1 if a row is slower by more than the threshold, 2 if the files cannot be compared.
 """
 
 import argparse
@@ -45,7 +44,8 @@ def read(path: str, columns: list[str] | None = None) -> tuple[dict[tuple[str, .
             f"expected rows with {' or '.join(TIMES)} in {path!r}, got none; name a file of benchmark results"
         )
     own = [column for column in rows[0] if column not in NOT_KEYS]
-    columns = own if columns is None or not set(own) <= set(columns) else columns
+    if columns is None or not set(own) <= set(columns):
+        columns = own
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         found.setdefault(tuple(row.get(column, "") for column in columns), []).append(float(row[value]))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import csv_rows
+from tune_case import Config
 
 from nm_act import _C
 
@@ -19,7 +20,7 @@ FEWEST = {"bf16": 148, "e4m3": 1}
 
 @pytest.fixture(scope="module")
 def scanned():
-    """Microseconds by (dtype, storage, tokens, outputs, inputs), then (tiles, raster, swizzle, splits, paced, cut).
+    """Microseconds by (dtype, storage, tokens, outputs, inputs), then (tiles, raster, swizzle, splits, cut, paced).
 
     Of a problem whose configurations were timed in turn, these rows alone.
     """
@@ -33,34 +34,30 @@ def scanned():
                 int(row["raster"]),
                 int(row["swizzle"]),
                 int(row["splits"] or 1),
-                row["paced"],
                 row["cut"],
+                row["paced"],
             )
             stages[row["stage"]][problem][config] = float(row["us_p50"])
     return stages["scan"] | stages["turns"]
 
 
-def key_of(plan: tuple[int, ...], names: dict[int, str]) -> tuple[str, int, int, int, str, str]:
+def key_of(plan: tuple[int, ...], dtype: str) -> tuple[object, ...]:
     """The table's columns of a plan."""
-    paced = "paced" if plan[5] else ""
-    if len(plan) == 6:
-        return names[plan[0]], *plan[1:4], paced, ""
-    along = {1: "tokens", 2: "outputs"}[plan[6]]
-    return f"{names[plan[0]]}+{names[plan[8]]}", *plan[1:4], paced, f"{along} {plan[7]}"
+    config = Config.of(plan, _C.gemm_tiles(dtype))
+    return config.name, *config.columns().values()
 
 
 def losses(scanned, dtype: str, select) -> tuple[list[float], int]:
     """Time of the choice over the best of the table, a problem where it was measured; the number where it was not."""
-    names = {tile["tile"]: tile["name"] for tile in _C.gemm_tiles(dtype)}
     lost, unmeasured = [], 0
     for (of, stored, *shape), times in scanned.items():
         if (of, stored) != (dtype, "out_in") or shape[0] < FEWEST[dtype]:
             continue
-        chosen = times.get(key_of(select(dtype, *shape, MULTIPROCESSORS), names))
+        chosen = times.get(key_of(select(dtype, *shape, MULTIPROCESSORS), dtype))
         if chosen is None:
             unmeasured += 1
         else:
-            lost.append(chosen / min(us for config, us in times.items() if not config[-1]))
+            lost.append(chosen / min(us for (*_, cut, _), us in times.items() if not cut))
     return lost, unmeasured
 
 
@@ -85,13 +82,12 @@ def test_choice_of_one_launch(scanned, dtype, mean, worst, over_eight_percent, u
 @pytest.mark.parametrize(("dtype", "gain", "worst", "measured"), [("bf16", 1.04, 0.94, 40), ("e4m3", 1.02, 0.93, 15)])
 def test_cut_products_gain(scanned, dtype, gain, worst, measured):
     """Of the plans that cut a product and were timed as they are: over the one launch that would be chosen instead."""
-    names = {tile["tile"]: tile["name"] for tile in _C.gemm_tiles(dtype)}
     gains = []
     for (of, stored, *shape), times in scanned.items():
         plan, config = (
             select(dtype, *shape, MULTIPROCESSORS) for select in (_C.select_gemm_plan, _C.select_gemm_config)
         )
-        cut, whole = times.get(key_of(plan, names)), times.get(key_of(config, names))
+        cut, whole = times.get(key_of(plan, dtype)), times.get(key_of(config, dtype))
         if (of, stored) == (dtype, "out_in") and len(plan) > 6 and cut and whole:
             gains.append(whole / cut)
     print(dtype, len(gains), geometric_mean(gains), min(gains))
