@@ -34,7 +34,8 @@ def _record() -> torch.cuda.Event:
     return event
 
 
-def _run(calls: Calls, count: int) -> None:
+def run_calls(calls: Calls, count: int) -> None:
+    """So many calls, with one set of operands after the other."""
     # As many results as operands are kept alive: one that reused the last one's memory would be written to the L2 only.
     alive: collections.deque = collections.deque(maxlen=len(calls))
     for i in range(count):
@@ -44,17 +45,17 @@ def _run(calls: Calls, count: int) -> None:
 def _one_call_us(calls: Calls) -> float:
     """A rough time, which determines the number of calls per replay."""
     for _ in range(2):  # the first call compiles, loads and chooses algorithms
-        _run(calls, min(len(calls), 2))
+        run_calls(calls, min(len(calls), 2))
     torch.cuda.synchronize()
     count = max(4, min(len(calls), 8))
     start = _record()
-    _run(calls, 1)
+    run_calls(calls, 1)
     first = _record()
     torch.cuda.synchronize()
     if start.elapsed_time(first) * 1e3 > REPLAY_US:
         return start.elapsed_time(first) * 1e3
     start = _record()
-    _run(calls, count)
+    run_calls(calls, count)
     end = _record()
     torch.cuda.synchronize()
     return max(start.elapsed_time(end) * 1e3 / count, 0.5)
@@ -83,7 +84,7 @@ class _Replay:
         """Measured with an idle device and so few launches that its queue does not fill and block the host."""
         torch.cuda.synchronize()
         count, began = min(self.inner, 8), time.perf_counter()
-        _run(self.calls, count)
+        run_calls(self.calls, count)
         host_us = (time.perf_counter() - began) * 1e6 / count
         torch.cuda.synchronize()
         return host_us
@@ -100,7 +101,7 @@ class _Replay:
         with torch.cuda.stream(self.stream):
             graph.capture_begin(pool=self.pool)
             try:
-                _run(self.calls, self.inner)
+                run_calls(self.calls, self.inner)
             finally:
                 graph.capture_end()
         # Not earlier: the shared pool would be freed with its last graph.
@@ -111,7 +112,7 @@ class _Replay:
         if self.graph is not None:
             self.graph.replay()
         else:
-            _run(self.calls, self.inner)
+            run_calls(self.calls, self.inner)
         return start, _record()
 
 

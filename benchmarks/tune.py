@@ -219,7 +219,8 @@ class Tuner:
         facts = {config: found for config, found in verified.items() if found is not None}
         if not facts:
             return "no candidate could be timed"
-        medians = self.clock.medians({c: self.clock.timer(case.gemm(c), case.estimate_us) for c in facts}, 5)
+        samples = {c: self.clock.timer(case.gemm(c), case.estimate_us) for c in facts}
+        medians = self.clock.medians(samples, 3 if case.estimate_us > 1000 else 5)
         for config, us in medians.items():
             self.row(case.problem, "turns", config.name, **facts[config], us_p50=f"{us:.2f}")
         best = min(medians, key=medians.get)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from gpu_timer import copies_for
+from gpu_timer import copies_for, run_calls
 from timer import percentiles, relative_error
 
 import nm_act
@@ -16,6 +16,9 @@ from nm_act.ops.e4m3 import quantise_rows
 DIFFERENCE = {"bf16": 5e-3, "e4m3": 1e-2}  # between two tiles; sums of e4m3 tensor cores depend on a tile's split
 E4M3_FLOOR = 6e-3  # of the error that is allowed: bench_sparse_linear's
 GRAPH_US = 150.0
+# Calls of a sample, at least; as many of cuSPARSELt, which no graph holds, as of all that take turns with it, since the
+# clock falls in the first milliseconds after a rest.
+SAMPLE_CALLS = 4
 LAUNCH_CYCLES = 150_000
 Problem = collections.namedtuple("Problem", "part dtype storage tokens out_features in_features")
 CUTS = {1: "tokens", 2: "outputs"}
@@ -68,10 +71,7 @@ class Clock:
         with torch.cuda.stream(self.stream):
             graph.capture_begin(pool=self.pool)
             try:
-                # As many results as operands stay alive, so that each goes to memory of its own.
-                alive: collections.deque = collections.deque(maxlen=len(calls))
-                for i in range(count):
-                    alive.append(calls[i % len(calls)]())
+                run_calls(calls, count)
             finally:
                 graph.capture_end()
         return graph
@@ -79,32 +79,21 @@ class Clock:
     def timer(self, calls: Calls, estimate_us: float) -> Callable[[], tuple]:
         """A function that enqueues one sample and returns its events and number of calls."""
         if estimate_us > 1000:
-            calls, count, launch = calls[:1], 1, calls[0]
-        else:
-            count = max(len(calls), math.ceil(GRAPH_US / estimate_us))
-            launch = self.captured(calls, count).replay
+            return self.sample_of(SAMPLE_CALLS, lambda: run_calls(calls, SAMPLE_CALLS))
+        count = max(len(calls), SAMPLE_CALLS, math.ceil(GRAPH_US / estimate_us))
+        return self.sample_of(count, self.captured(calls, count).replay)
 
+    def behind_a_sleep(self, calls: Calls, host_us: float) -> Callable[[], tuple]:
+        """For calls that cannot be captured: enqueued while the device sleeps, so that the host's time is hidden."""
+        self.rest = int(2000 * 2 * SAMPLE_CALLS * max(host_us, 100))  # 2 GHz, twice the host's time
+        return self.sample_of(SAMPLE_CALLS, lambda: run_calls(calls, SAMPLE_CALLS))
+
+    def sample_of(self, count: int, launch: Callable[[], object]) -> Callable[[], tuple]:
         def sample():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda._sleep(self.rest)  # the host runs ahead, so its launch is not in the time
             start.record()
             launch()
-            end.record()
-            return start, end, count
-
-        return sample
-
-    def behind_a_sleep(self, calls: Calls, host_us: float) -> Callable[[], tuple]:
-        """For calls that cannot be captured: enqueued while the device sleeps, so that the host's time is hidden."""
-        count = 4
-        self.rest = int(2000 * 2 * count * max(host_us, 100))  # 2 GHz, twice the host's time
-
-        def sample():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(self.rest)
-            start.record()
-            for i in range(count):
-                calls[i % len(calls)]()
             end.record()
             return start, end, count
 

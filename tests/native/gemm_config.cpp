@@ -134,19 +134,28 @@ int main() {
   const GemmProblem wide{16384, 4096, 4096, bf16, 132}, large_operands{16384, 28672, 4096, bf16, 132};
   check(select_config(wide).swizzle == 8, "swizzle of a large grid", wide);
   check(select_config(large_operands).swizzle == 2, "swizzle of large operands", large_operands);
-  // In step where a wave reads more than L2 holds, and waves are many; then bands are wide.
-  const GemmProblem deep{4096, 8192, 28672, bf16, 132}, shallow{16384, 28672, 4096, bf16, 132},
-      brief{1024, 8192, 28672, bf16, 132}, deep8{16384, 8192, 28672, e4m3, 132},
-      shallow8{16384, 10240, 8192, e4m3, 132};
-  check(select_config(deep).paced && select_config(deep).swizzle == 8, "many features in step", deep);
-  check(select_config(deep8).paced && select_config(deep8).swizzle == 8, "many features in step", deep8);
+  // In step where a wave reads much, and waves are many; then bands are wide, along the outputs.
+  const GemmProblem deep{4096, 8192, 28672, bf16, 132}, deep8{16384, 8192, 28672, e4m3, 132},
+      broad8{16384, 10240, 8192, e4m3, 132}, huge8{16384, 57344, 8192, e4m3, 132};
+  for (const GemmProblem& problem : {deep, deep8, broad8, huge8}) {
+    const GemmConfig config = select_config(problem);
+    check(config.paced && config.swizzle == 8 && config.raster == GemmRaster::kAlongOutputs, "in step", problem);
+  }
+  const GemmProblem shallow{16384, 28672, 4096, bf16, 132}, brief{1024, 8192, 28672, bf16, 132},
+      shallow8{16384, 28672, 4096, e4m3, 132};
   for (const GemmProblem& problem : {shallow, brief, shallow8}) {
     check(!select_config(problem).paced, "not in step", problem);
   }
   const GemmProblem gate_up{4096, 57344, 8192, bf16, 132, true};
   check(gated_config(gate_up).paced, "gate and up in step", gate_up);
-  const GemmProblem lengthy{16384, 8192, 28672, bf16, 132};
-  check(select_config(lengthy).tile == GemmTile::k256x192x64, "tile of a long product", lengthy);
+  // Huge weights stored [out, in]: not 256x160, nor tiles without a cluster for many tokens.
+  for (int64_t tokens : {1024, 2350, 4096, 6656}) {
+    for (ElementType type : {bf16, e4m3}) {
+      const GemmProblem problem{tokens, 57344, 8192, type, 132};
+      const TileFacts& tile = facts_of(select_config(problem).tile);
+      check(tile.out_features != 160 && (tokens < 2048 || is_clustered(tile)), "tile of a huge weight", problem);
+    }
+  }
   // One launch where waves are full, two where one would leave most of its last wave empty.
   const GemmProblem full{4096, 4096, 4096, bf16, 132}, odd{2350, 6144, 4096, bf16, 132},
       narrow{640, 8192, 8192, bf16, 132};

@@ -94,11 +94,11 @@ inline double wave_bytes(const GemmProblem& problem, const TileFacts& tile) {
          static_cast<double>(problem.in_features);
 }
 
-// Whether the blocks are kept in step: where L2, which has 50 MB on an H100, does not hold what a wave reads, and
-// enough waves follow each other for blocks to drift apart. There, the tile reads a fifth to a half less from memory
-// and takes 0.95 to 1.02 times as long, 0.998 in the mean (benchmarks/results/h100/gemm_tuning.csv), and 0.88 to 0.91
-// times over large weights (docs/kernels/sparse_gemm.md); with fewer waves or bytes, up to 1.07 times.
-inline constexpr double kPacedBytes16 = 40e6, kPacedBytesE4M3 = 63e6;
+// Whether the blocks are kept in step. Over several waves, those of a persistent kernel drift apart, and then read from
+// memory again what L2 no longer holds. With bands of 8, they took 0.74 to 1.02 times as long in step where waves read
+// more bytes than these, 0.95 times on average; where they read less, 0.95 to 1.04 times, 1.00 on average
+// (docs/kernels/sparse_gemm.md).
+inline constexpr double kPacedBytes16 = 40e6, kPacedBytesE4M3 = 20e6;
 inline constexpr int64_t kPacedWaves = 6;
 inline bool is_paced(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile) {
   return can_pace(tile.tile) && grid.rows * grid.columns >= kPacedWaves * problem.multiprocessors &&
@@ -129,6 +129,8 @@ inline int select_swizzle(const GemmProblem& problem, const TileGrid& grid, cons
 // Tiles without a cluster share no weight through it, so the rows of a column have to run close together: in one band
 // that holds them all, or else along the tokens (the other order took up to 3.3 times as long). With wider bands the
 // order along the outputs was up to 2.2 times as fast.
+// Tiles of 128x256 took 1 to 2 % longer along the tokens where that order reads a tenth less.
+inline constexpr double kAlongTokensReads = 0.85;
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
   if (grid.rows == 0 || grid.columns == 0) return GemmRaster::kAlongTokens;
   if (!is_clustered(tile)) {
@@ -152,7 +154,9 @@ inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid
                 column_band = int64_t{swizzle} * tile.cluster_outputs;
   const auto [rows, row_length] = bands(grid.rows, grid.columns, row_band, row_band);
   const auto [columns, column_length] = bands(grid.columns, grid.rows, column_band, column_band);
-  return read(column_length, columns) < read(rows, row_length) ? GemmRaster::kAlongTokens : GemmRaster::kAlongOutputs;
+  const double most = tile.out_features == 256 ? kAlongTokensReads : 1;
+  return read(column_length, columns) < most * read(rows, row_length) ? GemmRaster::kAlongTokens
+                                                                      : GemmRaster::kAlongOutputs;
 }
 
 // How a tile covers a problem.
@@ -240,37 +244,27 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
   return {2, tile.bits8 ? 1 : static_cast<int>(most)};
 }
 
-// In 16 bits on an H100, the tiles of 128x256 in clusters are slower than 256x192 in long products of many tokens,
-// since their blocks drift apart: as operators, 1.02 to 1.1 times from 2e12 multiplications and 8050 tokens on, 1.1 to
-// 1.4 times at 16384 x 8192 x 28672 (in step 1.05 times); with 6144 tokens they are faster.
-inline constexpr double kLongProduct = 1.8e12;
-inline constexpr int64_t kLongTokens = 7168;
-inline bool is_long(const GemmProblem& problem) {
-  return problem.value_type != ElementType::kE4M3 && problem.tokens >= kLongTokens &&
-         static_cast<double>(problem.tokens) * static_cast<double>(problem.out_features) *
-                 static_cast<double>(problem.in_features) >
-             kLongProduct;
-}
+// Over weights of more features than this (940 MB in 16 bits; with 470 MB there was no difference), tiles that are not
+// kept in step are slow on an H100: 256x160 takes 1.01 to 1.04 times as long as 128x256, tiles without a cluster from
+// 2048 tokens on up to 1.11 times. Stored [in, out], 128x256 takes 1.03 times as long as 256x192 from 2048 tokens on, and
+// 256x160 1.04 to 1.28 times; with 1024 tokens 256x192 takes 1.09 times as long as 256x160.
+inline constexpr int64_t kHugeWeight = int64_t{1} << 28;
+inline constexpr int64_t kHugeWeightTokens = 2048;
+inline bool is_huge(const GemmProblem& problem) { return problem.out_features * problem.in_features > kHugeWeight; }
 
-// Over weights stored [in, out] of more bytes than this, they take 1.1 to 1.3 times as long (940 MB on an H100, in step
-// 1.03 times; with 470 MB, and on an H200, there was no difference), and so does 256x160 from 2048 tokens on (1.04 to
-// 1.28 times; with 1024 tokens 256x192 took 1.09 times as long as it).
-inline constexpr int64_t kHugeInOutBytes = int64_t{1} << 29;
-inline constexpr int64_t kHugeInOutTokens = 2048;
-inline bool is_huge_in_out(const GemmProblem& problem) {
-  return problem.weight_in_out && problem.out_features * problem.in_features * 2 > kHugeInOutBytes;
+inline bool suits_huge_weight(const GemmProblem& problem, const TileFacts& tile) {
+  const bool many = problem.tokens >= kHugeWeightTokens;
+  if (!problem.weight_in_out) return tile.out_features != 160 && (is_clustered(tile) || !many);
+  return many ? tile.tokens == 256 && tile.out_features == 192 : tile.tokens != 128 || tile.out_features != 256;
 }
 
 // Whether a tile takes part in the choice. Tiles without a cluster do where the number of rows is odd, so that clusters
 // would compute one more, and the small ones, which come without; elsewhere they would gain 0.3 % on average, and they
-// depend on neighbours that keep in step. Over huge weights of many tokens they were not measured.
+// depend on neighbours that keep in step.
 inline bool takes_part(const GemmProblem& problem, const TileFacts& tile) {
   if (!is_tile_of(tile, problem.value_type)) return false;
-  if (is_huge_in_out(problem) && problem.tokens >= kHugeInOutTokens) {
-    return tile.tokens == 256 && tile.out_features == 192;
-  }
-  if (!is_clustered(tile)) return tile.tokens < 128 || grid_of(problem, tile).rows % 2 != 0;
-  return !((is_long(problem) || is_huge_in_out(problem)) && tile.tokens == 128 && tile.out_features == 256);
+  if (is_huge(problem) && !suits_huge_weight(problem, tile)) return false;
+  return is_clustered(tile) || tile.tokens < 128 || grid_of(problem, tile).rows % 2 != 0;
 }
 
 struct GemmEstimate {
@@ -345,7 +339,7 @@ inline constexpr int64_t kCutWaves = 2;
 inline GemmPlan select_plan(const GemmProblem& problem) {
   const GemmEstimate whole = least_estimate(problem);
   GemmPlan plan{whole.config};
-  if (is_long(problem) || is_huge_in_out(problem)) return plan;
+  if (is_huge(problem)) return plan;
   double best_us = whole.us / (problem.value_type == ElementType::kE4M3 ? kCutGainE4M3 : kCutGain16);
   const auto consider = [&](const TileFacts& tile, GemmCut cut, int64_t at) {
     const int64_t rest = size_along(problem, cut) - at;
