@@ -80,23 +80,31 @@ struct DirectEpilogueOp : RegisterEpilogue<CutlassOutput, DirectEpilogueArgument
     asm volatile("cp.async.wait_all;" ::: "memory");
     cutlass::arch::NamedBarrier::sync(128, barrier);
     const int lane = thread % 4, first_row = thread / 32 * 16 + thread % 32 / 4;
+    Token rows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rows[half] = {vectors.row_scale[first_row + 8 * half], kShifted ? vectors.eta[first_row + 8 * half] : 0};
+    }
 #pragma unroll
     for (int group = 0; group < kTileOutputs / kGroup; ++group) {
+      uint32_t word[2][4];
+#pragma unroll
+      for (int chunk = 0; chunk < 4; ++chunk) {
+        const Outputs pair = outputs_at(vectors, group * kGroup + chunk * kChunk + lane * 2);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int i = (group * 4 + chunk) * 4 + half * 2;
+          word[half][chunk] = finish(accumulators(i), accumulators(i + 1), rows[half], pair);
+        }
+      }
       const int output = first_output + group * kGroup + lane * kChunk;  // of the chunk that this lane stores
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + 8 * half, token = first_token + row;
-        uint32_t word[4];
-#pragma unroll
-        for (int chunk = 0; chunk < 4; ++chunk) {
-          const int i = (group * 4 + chunk) * 4 + half * 2;
-          word[chunk] =
-              finish(accumulators(i), accumulators(i + 1), vectors, row, group * kGroup + chunk * kChunk + lane * 2);
-        }
-        transpose_quad(word, lane);
+        const int token = first_token + first_row + 8 * half;
+        transpose_quad(word[half], lane);
         if (token < tokens && output < outputs) {
           *reinterpret_cast<uint4*>(params.y + token * params.y_stride + output) =
-              make_uint4(word[0], word[1], word[2], word[3]);
+              make_uint4(word[half][0], word[half][1], word[half][2], word[half][3]);
         }
       }
     }
@@ -115,22 +123,32 @@ struct DirectEpilogueOp : RegisterEpilogue<CutlassOutput, DirectEpilogueArgument
   }
 
  private:
-  // Two adjacent outputs of one token.
-  CUTLASS_DEVICE uint32_t finish(float first, float second, const Vectors& vectors, int row, int output) const {
-    float2 bias = make_float2(0, 0);
+  struct Token {
+    float row_scale, eta;
+  };
+  struct Outputs {  // of two adjacent outputs
+    float2 column_scale, shift, bias;
+  };
+
+  CUTLASS_DEVICE Outputs outputs_at(const Vectors& vectors, int output) const {
+    Outputs of{*reinterpret_cast<const float2*>(vectors.column_scale + output), make_float2(0, 0), make_float2(0, 0)};
+    if constexpr (kShifted) of.shift = *reinterpret_cast<const float2*>(vectors.shift_out + output);
     if (params.bias != nullptr) {
       const uint32_t pair = *reinterpret_cast<const uint32_t*>(vectors.bias + output);
-      bias = make_float2(E::low(pair), E::high(pair));
+      of.bias = make_float2(E::low(pair), E::high(pair));
     }
-    const float row_scale = vectors.row_scale[row];
-    float2 inner = make_float2(row_scale * first, row_scale * second);
+    return of;
+  }
+
+  // Two adjacent outputs of one token.
+  static CUTLASS_DEVICE uint32_t finish(float first, float second, const Token& token, const Outputs& outputs) {
+    float2 inner = make_float2(token.row_scale * first, token.row_scale * second);
     if constexpr (kShifted) {
-      const float2 shift = *reinterpret_cast<const float2*>(vectors.shift_out + output);
-      inner = make_float2(fmaf(row_scale, first, vectors.eta[row] * shift.x),
-                          fmaf(row_scale, second, vectors.eta[row] * shift.y));
+      inner = make_float2(fmaf(token.row_scale, first, token.eta * outputs.shift.x),
+                          fmaf(token.row_scale, second, token.eta * outputs.shift.y));
     }
-    const float2 scale = *reinterpret_cast<const float2*>(vectors.column_scale + output);
-    return E::pack(fmaf(scale.x, inner.x, bias.x), fmaf(scale.y, inner.y, bias.y));
+    return E::pack(fmaf(outputs.column_scale.x, inner.x, outputs.bias.x),
+                   fmaf(outputs.column_scale.y, inner.y, outputs.bias.y));
   }
 
   template <int kBytes>

@@ -52,8 +52,13 @@ struct OverlappedMainloop : Base {
                                (first_block + kWarpGroups * block) * (64 * kSlabFeatures / 8) +
                                wgmma_metadata_byte(kLayout, thread % 128, 0);
         if constexpr (kBits8) {
-          metadata.word[2 * slab][block] = *reinterpret_cast<const uint32_t*>(words);
-          metadata.word[2 * slab + 1][block] = *reinterpret_cast<const uint32_t*>(words + 8);
+          // Of rows 8 apart, which two adjacent threads have, the words of a step lie in one bank: the odd threads load
+          // those of the second step first.
+          const bool odd = thread % 2 != 0;
+          const uint32_t first = *reinterpret_cast<const uint32_t*>(words + (odd ? 8 : 0));
+          const uint32_t second = *reinterpret_cast<const uint32_t*>(words + (odd ? 0 : 8));
+          metadata.word[2 * slab][block] = odd ? second : first;
+          metadata.word[2 * slab + 1][block] = odd ? first : second;
         } else {  // the words of a tile's steps are adjacent
           const uint2 two = *reinterpret_cast<const uint2*>(words);
           metadata.word[2 * slab][block] = two.x;
