@@ -79,13 +79,16 @@ class Clock:
     def timer(self, calls: Calls, estimate_us: float) -> Callable[[], tuple]:
         """A function that enqueues one sample and returns its events and number of calls."""
         if estimate_us > 1000:
-            return self.sample_of(SAMPLE_CALLS, lambda: run_calls(calls, SAMPLE_CALLS))
+            return self.in_a_row(calls)
         count = max(len(calls), SAMPLE_CALLS, math.ceil(GRAPH_US / estimate_us))
         return self.sample_of(count, self.captured(calls, count).replay)
 
     def behind_a_sleep(self, calls: Calls, host_us: float) -> Callable[[], tuple]:
         """For calls that cannot be captured: enqueued while the device sleeps, so that the host's time is hidden."""
         self.rest = int(2000 * 2 * SAMPLE_CALLS * max(host_us, 100))  # 2 GHz, twice the host's time
+        return self.in_a_row(calls)
+
+    def in_a_row(self, calls: Calls) -> Callable[[], tuple]:
         return self.sample_of(SAMPLE_CALLS, lambda: run_calls(calls, SAMPLE_CALLS))
 
     def sample_of(self, count: int, launch: Callable[[], object]) -> Callable[[], tuple]:

@@ -1,7 +1,7 @@
 // Properties of select_config and select_plan (csrc/kernels/matmul/config.h), which need no device: the tile is one of
 // the value type's and the one that is estimated to take least, bands pad no grid of clusters and others by at most 5
 // %, blocks without a cluster are not overlapped where rows of tiles share weight, and choices that the tuning runs
-// settled stay what they were. The times lost against the table: tests/test_gemm_tuning.py. Prints "N checks, 0
+// settled stay what they were. The times lost against the table: tests/operators/test_gemm_tuning.py. Prints "N checks, 0
 // failed"; exits 1 on a mismatch.
 #include <cstdio>
 #include <initializer_list>

@@ -67,7 +67,7 @@ def geometric_mean(values: list[float]) -> float:
 
 @pytest.mark.parametrize(
     ("dtype", "mean", "worst", "over_eight_percent", "unmeasured"),
-    [("bf16", 1.013, 1.20, 28, 7), ("e4m3", 1.010, 1.16, 10, 4)],
+    [("bf16", 1.013, 1.195, 28, 7), ("e4m3", 1.010, 1.16, 10, 4)],
 )
 def test_choice_of_one_launch(scanned, dtype, mean, worst, over_eight_percent, unmeasured):
     lost, missing = losses(scanned, dtype, _C.select_gemm_config)

@@ -129,7 +129,8 @@ inline int select_swizzle(const GemmProblem& problem, const TileGrid& grid, cons
 // Tiles without a cluster share no weight through it, so the rows of a column have to run close together: in one band
 // that holds them all, or else along the tokens (the other order took up to 3.3 times as long). With wider bands the
 // order along the outputs was up to 2.2 times as fast.
-// Tiles of 128x256 took 1 to 2 % longer along the tokens where that order reads a tenth less.
+// Tiles of 256 outputs took 0 to 1 % longer along the tokens where that order reads a sixth less or not even that (the
+// stage "turns" of the tuning table, 128x256).
 inline constexpr double kAlongTokensReads = 0.85;
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
   if (grid.rows == 0 || grid.columns == 0) return GemmRaster::kAlongTokens;
@@ -244,10 +245,11 @@ inline std::pair<int, int> splits_of(const GemmProblem& problem, const TileFacts
   return {2, tile.bits8 ? 1 : static_cast<int>(most)};
 }
 
-// Over weights of more features than this (940 MB in 16 bits; with 470 MB there was no difference), tiles that are not
-// kept in step are slow on an H100: 256x160 takes 1.01 to 1.04 times as long as 128x256, tiles without a cluster from
-// 2048 tokens on up to 1.11 times. Stored [in, out], 128x256 takes 1.03 times as long as 256x192 from 2048 tokens on, and
-// 256x160 1.04 to 1.28 times; with 1024 tokens 256x192 takes 1.09 times as long as 256x160.
+// Weights of more features than this, of which one shape was measured, 57344 x 8192 on H100s (half as many made no
+// difference). Stored [in, out], 128x256 takes 1.01 to 1.07 times as long as 256x192 from 2048 tokens on, and 256x160
+// 1.04 to 1.28 times; with 1024 tokens 256x192 takes 1.09 times as long as 256x160, and 128x256 was slower than both
+// before its blocks were kept in step. Stored [out, in], 256x160 takes 0.90 to 1.04 times as long as 128x256 in 16 bits,
+// on three cards, and 1.00 to 1.03 times in e4m3; tiles without a cluster 0.90 to 1.14 times.
 inline constexpr int64_t kHugeWeight = int64_t{1} << 28;
 inline constexpr int64_t kHugeWeightTokens = 2048;
 inline bool is_huge(const GemmProblem& problem) { return problem.out_features * problem.in_features > kHugeWeight; }
@@ -255,7 +257,8 @@ inline bool is_huge(const GemmProblem& problem) { return problem.out_features * 
 inline bool suits_huge_weight(const GemmProblem& problem, const TileFacts& tile) {
   const bool many = problem.tokens >= kHugeWeightTokens;
   if (!problem.weight_in_out) return tile.out_features != 160 && (is_clustered(tile) || !many);
-  return many ? tile.tokens == 256 && tile.out_features == 192 : tile.tokens != 128 || tile.out_features != 256;
+  if (many) return tile.tokens == 256 && tile.out_features == 192;
+  return tile.tokens != 128 || tile.out_features != 256;
 }
 
 // Whether a tile takes part in the choice. Tiles without a cluster do where the number of rows is odd, so that clusters
@@ -328,8 +331,8 @@ inline double estimate_us(const GemmProblem& problem, const GemmPlan& plan) {
 }
 
 // The estimated gain from which a product is cut. Of the cuts in benchmarks/results/h100/gemm_tuning.csv, to which
-// costs and limits are fitted, the 78 in bf16 and 26 in e4m3 whose estimates gain as much gained 4.4 and 2.5 % on
-// average, and lost 5 and 6 % at worst. Without a limit, the 96 cuts in e4m3 would gain nothing.
+// costs and limits are fitted, the 62 in bf16 and 20 in e4m3 whose estimates gain as much gained 4.6 and 3.1 % on
+// average, and lost 5 and 4 % at worst.
 inline constexpr double kCutGain16 = 1.03, kCutGainE4M3 = 1.01;
 
 // The first part takes all whole waves of a tile, or all but one, and the second what remains: estimates find no more
@@ -339,7 +342,7 @@ inline constexpr int64_t kCutWaves = 2;
 inline GemmPlan select_plan(const GemmProblem& problem) {
   const GemmEstimate whole = least_estimate(problem);
   GemmPlan plan{whole.config};
-  if (is_huge(problem)) return plan;
+  if (is_huge(problem)) return plan;  // the one cut that was measured gained nothing (1280 tokens in e4m3)
   double best_us = whole.us / (problem.value_type == ElementType::kE4M3 ? kCutGainE4M3 : kCutGain16);
   const auto consider = [&](const TileFacts& tile, GemmCut cut, int64_t at) {
     const int64_t rest = size_along(problem, cut) - at;
@@ -401,8 +404,9 @@ inline bool sparse_gemm_pays(const GemmProblem& problem) {
 // row-wise scales (benchmarks/results/h100/few_tokens.csv); more than 16 tokens were not timed in this way.
 inline constexpr int64_t kOneScaleTokens = 16;
 
-// Whether 2:4+1 over a lifted weight, which has a quarter more columns, beats pruning and the dense product. Estimated
-// from the GEMM's speed over cuBLAS (1.3x to 1.6x in bf16), not measured.
+// Whether 2:4+1 over a lifted weight, which has a quarter more columns, beats pruning and the dense product: from 1024
+// tokens on it is 1.09x to 1.16x as fast as the dense product in the mean of eight shapes, and 1.01x at least
+// (benchmarks/results/h100/patterns.csv); fewer tokens were not measured.
 inline constexpr int64_t kLiftedTokens = 1024;
 inline bool lifted_path_pays(const GemmProblem& problem) { return problem.tokens >= kLiftedTokens; }
 

@@ -131,13 +131,13 @@ struct DirectEpilogueOp : RegisterEpilogue<CutlassOutput, DirectEpilogueArgument
   };
 
   CUTLASS_DEVICE Outputs outputs_at(const Vectors& vectors, int output) const {
-    Outputs of{*reinterpret_cast<const float2*>(vectors.column_scale + output), make_float2(0, 0), make_float2(0, 0)};
-    if constexpr (kShifted) of.shift = *reinterpret_cast<const float2*>(vectors.shift_out + output);
+    Outputs pair{*reinterpret_cast<const float2*>(vectors.column_scale + output), make_float2(0, 0), make_float2(0, 0)};
+    if constexpr (kShifted) pair.shift = *reinterpret_cast<const float2*>(vectors.shift_out + output);
     if (params.bias != nullptr) {
-      const uint32_t pair = *reinterpret_cast<const uint32_t*>(vectors.bias + output);
-      of.bias = make_float2(E::low(pair), E::high(pair));
+      const uint32_t bias = *reinterpret_cast<const uint32_t*>(vectors.bias + output);
+      pair.bias = make_float2(E::low(bias), E::high(bias));
     }
-    return of;
+    return pair;
   }
 
   // Two adjacent outputs of one token.
