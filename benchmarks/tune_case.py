@@ -16,8 +16,8 @@ from nm_act.ops.e4m3 import quantise_rows
 DIFFERENCE = {"bf16": 5e-3, "e4m3": 1e-2}  # between two tiles; sums of e4m3 tensor cores depend on a tile's split
 E4M3_FLOOR = 6e-3  # of the error that is allowed: bench_sparse_linear's
 GRAPH_US = 150.0
-# Calls of a sample, at least; as many of cuSPARSELt, which no graph holds, as of all that take turns with it, since the
-# clock falls in the first milliseconds after a rest.
+# Calls of a sample, at least, and of long calls: as many of cuSPARSELt, which no graph holds, as of all that take turns
+# with it, since the clock falls in the first milliseconds after a rest.
 SAMPLE_CALLS = 4
 LAUNCH_CYCLES = 150_000
 Problem = collections.namedtuple("Problem", "part dtype storage tokens out_features in_features")

@@ -125,7 +125,7 @@ inline int select_swizzle(const GemmProblem& problem, const TileGrid& grid, cons
 // The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
 // the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With the order that
 // reads less, and the bands above, 924 pairs of problem and tile took 0.5 % longer on an H100 than with the best order
-// and band of each, and 11 % at worst.
+// and band of each, and 11 % at worst (before the factor below, and before blocks were kept in step).
 // Tiles without a cluster share no weight through it, so the rows of a column have to run close together: in one band
 // that holds them all, or else along the tokens (the other order took up to 3.3 times as long). With wider bands the
 // order along the outputs was up to 2.2 times as fast.
