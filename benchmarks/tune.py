@@ -28,7 +28,7 @@ import torch
 from gpu_timer import require_kernels
 from shapes import FAMILY_SHAPES, LLAMA_3_8B, LLAMA_3_70B, TOKEN_COUNTS
 from timer import relative_error
-from tune_case import Calls, Case, Clock, Config, Problem, scaled_mm
+from tune_case import LONG_US, Calls, Case, Clock, Config, Problem, scaled_mm
 
 import nm_act
 from nm_act import _C
@@ -145,7 +145,7 @@ class Tuner:
                 continue
             try:
                 sample = self.clock.timer(case.gemm(config), case.estimate_us)
-                times[config] = self.clock.medians({"": sample}, 2 if case.estimate_us > 1000 else 3)[""]
+                times[config] = self.clock.medians({"": sample}, 2 if case.estimate_us > LONG_US else 3)[""]
             except RuntimeError as error:
                 self.row(problem, "scan", config.name, **facts, note=str(error).splitlines()[0][:120])
                 continue
@@ -220,7 +220,7 @@ class Tuner:
         if not facts:
             return "no candidate could be timed"
         samples = {c: self.clock.timer(case.gemm(c), case.estimate_us) for c in facts}
-        medians = self.clock.medians(samples, 3 if case.estimate_us > 1000 else 5)
+        medians = self.clock.medians(samples, 3 if case.estimate_us > LONG_US else 5)
         for config, us in medians.items():
             self.row(case.problem, "turns", config.name, **facts[config], us_p50=f"{us:.2f}")
         best = min(medians, key=medians.get)

@@ -16,6 +16,7 @@ from nm_act.ops.e4m3 import quantise_rows
 DIFFERENCE = {"bf16": 5e-3, "e4m3": 1e-2}  # between two tiles; sums of e4m3 tensor cores depend on a tile's split
 E4M3_FLOOR = 6e-3  # of the error that is allowed: bench_sparse_linear's
 GRAPH_US = 150.0
+LONG_US = 1000.0  # from here on, calls are enqueued one by one, and fewer samples are enough
 # Calls of a sample, at least, and of long calls: as many of cuSPARSELt, which no graph holds, as of all that take turns
 # with it, since the clock falls in the first milliseconds after a rest.
 SAMPLE_CALLS = 4
@@ -78,7 +79,7 @@ class Clock:
 
     def timer(self, calls: Calls, estimate_us: float) -> Callable[[], tuple]:
         """A function that enqueues one sample and returns its events and number of calls."""
-        if estimate_us > 1000:
+        if estimate_us > LONG_US:
             return self.in_a_row(calls)
         count = max(len(calls), SAMPLE_CALLS, math.ceil(GRAPH_US / estimate_us))
         return self.sample_of(count, self.captured(calls, count).replay)

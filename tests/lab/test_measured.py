@@ -40,7 +40,7 @@ def test_whole_models_are_predicted(model, mode, phase, prompt):
     # in other tables (docs/search.md). Two numbers for three models leave 2.01 % in one row of decode.
     loose = {("llama-3-8b", "2:4", 16384), ("qwen2.5-7b", "2:4/8:16-fp8", 4096)}
     loose |= {("gemma-3-4b", "2:4", 4096), ("gemma-3-4b", "8:16", 4096)}
-    tolerance = (0.035 if (model, mode, prompt) in loose else 0.025) if phase == "prefill" else 0.025
+    tolerance = (0.035 if (model, mode, prompt) in loose else 0.025) if phase == "prefill" else 0.0205
     assert found == pytest.approx(times[0] / times[1], rel=tolerance)
     assert not cost.notes or model != "llama-3-8b"
 

@@ -96,7 +96,8 @@ inline double wave_bytes(const GemmProblem& problem, const TileFacts& tile) {
 
 // Whether the blocks are kept in step. Over several waves, those of a persistent kernel drift apart, and then read from
 // memory again what L2 no longer holds. With bands of 8, they took 0.74 to 1.02 times as long in step where waves read
-// more bytes than these, 0.95 times on average; where they read less, 0.95 to 1.04 times, 1.00 on average
+// more bytes than these, 0.95 times on average; where they read less, 0.95 to 1.04 times, 1.00 on average. On
+// one card, 16384 x 57344 x 8192 in e4m3 took 1.11 to 1.20 times as long in step at first, not seen again
 // (docs/kernels/sparse_gemm.md).
 inline constexpr double kPacedBytes16 = 40e6, kPacedBytesE4M3 = 20e6;
 inline constexpr int64_t kPacedWaves = 6;
@@ -122,6 +123,10 @@ inline int select_swizzle(const GemmProblem& problem, const TileGrid& grid, cons
   return 1;
 }
 
+// Tiles of 256 outputs took 0 to 1 % longer along the tokens where that order reads a sixth less or not even that (the
+// stage "turns" of the tuning table, 128x256).
+inline constexpr double kAlongTokensReads = 0.85;
+
 // The raster order in which the blocks of a wave share most of their operands in L2. A wave proceeds along one side of
 // the grid in a band as wide as the swizzle and reads rows of values and columns of the weight. With the order that
 // reads less, and the bands above, 924 pairs of problem and tile took 0.5 % longer on an H100 than with the best order
@@ -129,9 +134,6 @@ inline int select_swizzle(const GemmProblem& problem, const TileGrid& grid, cons
 // Tiles without a cluster share no weight through it, so the rows of a column have to run close together: in one band
 // that holds them all, or else along the tokens (the other order took up to 3.3 times as long). With wider bands the
 // order along the outputs was up to 2.2 times as fast.
-// Tiles of 256 outputs took 0 to 1 % longer along the tokens where that order reads a sixth less or not even that (the
-// stage "turns" of the tuning table, 128x256).
-inline constexpr double kAlongTokensReads = 0.85;
 inline GemmRaster select_raster(const GemmProblem& problem, const TileGrid& grid, const TileFacts& tile, int swizzle) {
   if (grid.rows == 0 || grid.columns == 0) return GemmRaster::kAlongTokens;
   if (!is_clustered(tile)) {
